@@ -1,0 +1,48 @@
+"""Offline knowledge distillation of language models from a cache of sparse, unbiased targets.
+
+    from sparselogits import CacheDataset, SparseKDTrainer
+
+The names below are the public ones; they are imported when first used, so that importing the
+package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparselogits.data import CacheDataset, collate
+    from sparselogits.losses import (
+        SparseKDLoss,
+        linear_sparse_cross_entropy,
+        sparse_cross_entropy,
+    )
+    from sparselogits.targets import SparseTargets
+    from sparselogits.train import SparseKDTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CacheDataset": "sparselogits.data",
+    "SparseKDLoss": "sparselogits.losses",
+    "SparseKDTrainer": "sparselogits.train",
+    "SparseTargets": "sparselogits.targets",
+    "collate": "sparselogits.data",
+    "linear_sparse_cross_entropy": "sparselogits.losses",
+    "sparse_cross_entropy": "sparselogits.losses",
+}
+
+__all__ = [
+    "CacheDataset",
+    "SparseKDLoss",
+    "SparseKDTrainer",
+    "SparseTargets",
+    "collate",
+    "linear_sparse_cross_entropy",
+    "sparse_cross_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

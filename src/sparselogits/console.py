@@ -1,0 +1,96 @@
+"""What a person sees while something long runs: rate and time left, on a terminal or in a log."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+messages = Console(stderr=True, highlight=False)
+"""Progress and remarks; results go to standard output."""
+
+LOG_SECONDS = 15.0
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and loading chatter out of the way of ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+Update = Callable[..., None]
+"""update(done, total | None, note="")"""
+
+
+@contextmanager
+def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
+    """Show progress of one piece of work.
+
+    On a terminal a bar; elsewhere (pipes, CI logs) one line every `LOG_SECONDS` and one at the
+    end.
+
+    Args:
+        what: the work, as a gerund ("packing text").
+        unit: of the counts shown ("tokens").
+        per_unit: units in one step of the counts that `update` is given.
+    """
+    started = time.monotonic()
+    first: list[float] = []
+
+    def describe(done: float, total: float | None, note: str) -> str:
+        if not first:
+            first.append(done)
+        elapsed = time.monotonic() - started
+        rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
+        parts = [f"{done * per_unit:,.0f}"]
+        if total:
+            parts[0] += f"/{total * per_unit:,.0f}"
+        parts[0] += f" {unit}"
+        if rate > 0:
+            parts.append(f"{rate * per_unit:,.0f}/s")
+            if total and done < total:
+                parts.append(f"{_duration((total - done) / rate)} left")
+        return " · ".join([*parts, note] if note else parts)
+
+    if messages.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=messages, transient=False) as bar:
+            task = bar.add_task(what, total=None, said="")
+
+            def draw(done: float, total: float | None = None, note: str = "") -> None:
+                said = describe(done, total, note)
+                bar.update(task, completed=done, total=total, said=said)
+
+            yield draw
+        return
+    last_line, latest = started, ""
+
+    def log(done: float, total: float | None = None, note: str = "") -> None:
+        nonlocal last_line, latest
+        latest = describe(done, total, note)
+        if time.monotonic() - last_line >= LOG_SECONDS:
+            last_line = time.monotonic()
+            messages.print(f"{what}: {latest}")
+
+    yield log
+    messages.print(f"{what}: {latest} · {_duration(time.monotonic() - started)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

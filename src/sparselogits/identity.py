@@ -1,0 +1,130 @@
+"""What a cache was made from: a canonical description, and its hash.
+
+Two shards belong together exactly when their identities are equal. The description holds what
+changes the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes
+(codec, format); versions of libraries and the device change only low-order bits and stand in each
+shard's provenance instead. The corpus is not part of it, so that text can be appended: each shard
+carries the fingerprint of its own piece of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sparselogits.errors import CacheError, IdentityMismatchError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything two shards must share to stand in one cache.
+
+    Args:
+        teacher: name (for people, not compared), sha256 of its weights, dtype, engine,
+            quantization.
+        tokenizer: sha256 of the tokenizer's canonical bytes.
+        vocab_size: columns of the teacher's head.
+        token_mask: sha256 of the bitmap of ids that are tokens, or "all".
+        window_length: positions a window.
+        windows_per_shard: windows a shard file covers.
+        packing: separator and beginning-of-text ids, attention reset, hold-out share.
+        sampler: its name and all its parameters.
+        seed: of the uniforms, together with the window index.
+        temperature: the teacher's logits are divided by it before sampling.
+        codec: name and parameters of the coding of targets.
+        format_version: of the directory and shard layout.
+    """
+
+    teacher: Mapping[str, Any]
+    tokenizer: str
+    vocab_size: int
+    token_mask: str
+    window_length: int
+    windows_per_shard: int
+    packing: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    seed: int
+    temperature: float
+    codec: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as written to `cache.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Identity:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CacheError: for missing or unknown fields, or a newer format version.
+        """
+        if not isinstance(value, dict):
+            raise CacheError("the identity is not a JSON object; restore cache.json from a copy")
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheError(
+                f"the cache has format version {version!r}, this library reads "
+                f"{FORMAT_VERSION}; install the version of sparselogits that wrote it"
+            )
+        names = {field.name for field in fields(cls)}
+        if set(value) != names:
+            odd = sorted(names.symmetric_difference(value))
+            raise CacheError(f"the identity has missing or unknown fields: {', '.join(odd)}")
+        return cls(**value)
+
+    def _compared(self) -> dict[str, Any]:
+        compared = self.to_json()
+        compared["teacher"] = {k: v for k, v in compared["teacher"].items() if k != "name"}
+        return compared
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the canonical JSON of everything that is compared."""
+        return hashlib.sha256(canonical_json(self._compared())).hexdigest()
+
+    def differences(self, other: Identity) -> list[tuple[str, Any, Any]]:
+        """(dotted field, here, there) for every field that differs."""
+        return list(_differences("", self._compared(), other._compared()))
+
+    def require_equal(self, other: Identity, *, here: str, there: str) -> None:
+        """Insist that two identities are one.
+
+        Args:
+            other: the identity to compare with.
+            here: what `self` describes, for the message ("the cache at ...").
+            there: what `other` describes.
+
+        Raises:
+            IdentityMismatchError: naming every differing field and both values.
+        """
+        found = self.differences(other)
+        if found:
+            lines = "\n".join(
+                f"  {name}: {a!r} in {here}, {b!r} in {there}" for name, a, b in found
+            )
+            raise IdentityMismatchError(
+                f"{here} and {there} were not made alike:\n{lines}\n"
+                "Use the same settings, or choose another output directory."
+            )
+
+
+def canonical_json(value: object) -> bytes:
+    """One byte string per JSON value: sorted keys, no spaces, UTF-8, shortest floats."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def _differences(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Any:
+    for key in sorted(set(a) | set(b)):
+        here, there = a.get(key), b.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from _differences(f"{prefix}{key}.", here, there)
+        elif here != there:
+            yield f"{prefix}{key}", here, there

@@ -1,0 +1,75 @@
+"""A tiny real teacher, its tokenizer and a small real text, made once a session.
+
+Run all tests with `make test`, or `pytest tests/NAME` for one room.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCABULARY = 512
+PADDED_VOCABULARY = 520  # rows of the head that are no token, as real models have
+
+
+def documents() -> list[str]:
+    return [topics[name] for name in sorted(topics)[:24]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(documents(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "vocab_size": PADDED_VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.12,  # logits with some contrast
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "pages.jsonl"
+    path.write_text("".join(json.dumps({"text": page}) + "\n" for page in documents()))
+    return path
