@@ -1,0 +1,246 @@
+"""Which sampler gives the least noise for its bytes?
+
+    python experiments/samplers_at_equal_bytes.py --teacher MODEL --text FILE --out RESULT.json
+
+For each sampler and budget: mean entries a position, error of the target against the teacher in
+hidden space (squared norm of (t - p) @ U, unembedding rows scaled to mean norm one: what the
+student's trunk receives), and bits a position in the library's own codec. Besides the library's
+samplers, the candidates that might replace the default: systematic rounds in other orders of the
+vocabulary, and a threshold of its own at every position so that each has the same expected number
+of entries.
+
+Equal bytes: between the two budgets that enclose a given number of bits, log error is interpolated
+against log bits. `error_at_bits` in the output is that table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits import SparseTargets
+from sparselogits.samplers import (
+    Multinomial,
+    Sampler,
+    Systematic,
+    Threshold,
+    TopK,
+    fit_budget,
+    window_uniforms,
+)
+from sparselogits.store.codec import TargetCodec, Window, codec_for
+from sparselogits.targets import offsets_from_lengths
+from sparselogits.teacher.loading import load_teacher, load_tokenizer
+
+Draw = Callable[[Tensor, Tensor], SparseTargets]
+Order = Callable[[Tensor, Tensor], Tensor]
+BUDGETS = (2, 3, 5, 8, 11, 16, 24, 35, 50)
+
+
+def in_order(sampler: Sampler, order: Order, unembedding: Tensor) -> Draw:
+    """A sampler that walks the vocabulary in another order, which may depend on the position."""
+
+    def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        ids = order(logits, unembedding).expand(logits.shape)
+        drawn = sampler(logits.gather(1, ids), uniforms)
+        key = drawn.positions * logits.shape[1] + ids[drawn.positions, drawn.ids]
+        key, arrangement = key.sort()
+        counts = None if drawn.counts is None else drawn.counts[arrangement]
+        return SparseTargets(
+            key % logits.shape[1],
+            drawn.weights[arrangement],
+            drawn.offsets,
+            drawn.vocab_size,
+            counts=counts,
+            rounds=drawn.rounds,
+        )
+
+    return draw
+
+
+def random_order(logits: Tensor, unembedding: Tensor) -> Tensor:
+    return torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))[None]
+
+
+def by_probability(logits: Tensor, unembedding: Tensor) -> Tensor:
+    return logits.argsort(dim=-1, descending=True, stable=True)
+
+
+def by_principal_direction(logits: Tensor, unembedding: Tensor) -> Tensor:
+    """Ids along the first principal direction of the unembedding rows."""
+    centred = unembedding - unembedding.mean(0)
+    _, directions = torch.linalg.eigh(centred.T @ centred)
+    return (unembedding @ directions[:, -1]).argsort()[None]
+
+
+def equal_entries_threshold(entries: float) -> Draw:
+    """tau_j of each position solves sum_i min(1, p_i / tau_j) = entries."""
+
+    def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        p = logits.double().softmax(-1)
+        heaviest = p.topk(min(p.shape[1], 4 * int(entries) + 8), -1).values
+        # With h heavy tokens tau = (mass of the others) / (entries - h), consistent for one h.
+        heavy = torch.arange(heaviest.shape[1])
+        rest = 1 - torch.nn.functional.pad(heaviest.cumsum(-1), (1, 0))[:, :-1]
+        tau = rest / (entries - heavy).clamp_min(0.5)
+        fits = (heaviest <= tau) | (heavy + 1 >= entries)
+        tau = tau.gather(1, fits.long().argmax(-1, keepdim=True))
+        light = torch.where(p < tau, p / tau, 0)
+        tail = (light.cumsum(-1) + uniforms).floor().diff(dim=-1, prepend=uniforms.floor()) > 0
+        weights = torch.where(p >= tau, p, torch.where(tail, tau, 0.0))
+        rows, ids = weights.nonzero(as_tuple=True)
+        lengths = (weights > 0).sum(-1)
+        return SparseTargets(
+            ids, weights[rows, ids].float(), offsets_from_lengths(lengths), logits.shape[1]
+        )
+
+    return draw
+
+
+def candidates(
+    pilot: list[Tensor], unembedding: Tensor, budget: float
+) -> Iterator[tuple[str, str, Draw, Sampler]]:
+    """(name, parameter, draw, the sampler whose codec stores it)."""
+    systematic = fit_budget(Systematic(), pilot, budget)
+    multinomial = fit_budget(Multinomial(), pilot, budget)
+    threshold = fit_budget(Threshold(), pilot, budget)
+    yield "multinomial", f"N={multinomial.rounds}", multinomial, multinomial
+    yield "systematic", f"N={systematic.rounds}", systematic, systematic
+    for exponent in (0.8, 1.2):
+        other = fit_budget(Systematic(1, exponent), pilot, budget)
+        yield f"systematic q=p^{exponent}", f"N={other.rounds}", other, other
+    for order in (random_order, by_probability, by_principal_direction):
+        name = f"systematic, {order.__name__.replace('_', ' ')}"
+        yield name, f"N={systematic.rounds}", in_order(systematic, order, unembedding), systematic
+    tau = float(threshold.parameters()["tau"])
+    yield "threshold", f"tau={tau:.4f}", threshold, threshold
+    yield "threshold, equal entries", f"m={budget}", equal_entries_threshold(budget), TopK(1)
+    yield "top-k (biased)", f"k={budget}", TopK(int(budget)), TopK(int(budget))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    tokens, hidden, unembedding = read_teacher(arguments)
+    scaled = unembedding / unembedding.norm(dim=-1).mean()
+    logits = [states @ unembedding.T for states in hidden]
+    exact = [window.softmax(-1) @ scaled for window in logits]
+    pilot = [window[::8] for window in logits]
+    rows = []
+    for budget in arguments.budgets:
+        for name, parameter, draw, stored_as in candidates(pilot, unembedding, budget):
+            row = measure(draw, stored_as, tokens, logits, exact, scaled, arguments.seed)
+            rows.append({"sampler": name, "budget": budget, "parameter": parameter, **row})
+            print(json.dumps(rows[-1]), flush=True)
+    entropy = torch.cat([torch.special.entr(w.softmax(-1)).sum(-1) for w in logits]).mean()
+    result = {
+        "conditions": {
+            "teacher": Path(arguments.teacher).name,
+            "text": arguments.text.name,
+            "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
+            "positions": arguments.windows * arguments.window,
+            "window": arguments.window,
+            "teacher_entropy_nats": float(entropy),
+            "seed": arguments.seed,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "rows": rows,
+        "error_at_bits": error_at_bits(rows, [25, 50, 100, 150, 200, 300]),
+    }
+    print(json.dumps(result["error_at_bits"], indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_teacher(arguments: argparse.Namespace) -> tuple[Tensor, list[Tensor], Tensor]:
+    """tokens int64 [B, L]; float32 hidden states, one [L, D] a window; unembedding [V, D]."""
+    tokenizer = load_tokenizer(arguments.teacher)
+    text = arguments.text.read_text(encoding="utf-8", errors="replace")
+    needed = arguments.windows * arguments.window
+    middle = text[len(text) // 2 : len(text) // 2 + 12 * needed]
+    ids = tokenizer(middle, add_special_tokens=False)["input_ids"][:needed]
+    tokens = torch.tensor(ids).view(arguments.windows, arguments.window)
+    teacher = load_teacher(arguments.teacher, tokenizer=tokenizer)
+    hidden = [teacher.hidden(window[None])[0].float() for window in tokens]
+    return tokens, hidden, teacher.model.get_output_embeddings().weight.detach().float()  # type: ignore[operator]
+
+
+def measure(
+    draw: Draw,
+    stored_as: Sampler,
+    tokens: Tensor,
+    logits: list[Tensor],
+    exact: list[Tensor],
+    unembedding: Tensor,
+    seed: int,
+) -> dict[str, float]:
+    drawn, error, positions = [], 0.0, tokens.numel()
+    for index, window in enumerate(logits):
+        uniforms = window_uniforms(seed, index, len(window), stored_as.uniforms_per_position or 1)
+        if isinstance(draw, TopK):
+            uniforms = uniforms[:, :0]
+        targets = draw(window, uniforms)
+        received = torch.zeros_like(exact[index])
+        received.index_add_(
+            0, targets.positions, targets.weights[:, None] * unembedding[targets.ids]
+        )
+        error += float((received - exact[index]).square().sum())
+        drawn.append(targets)
+    entries = sum(targets.entries for targets in drawn) / positions
+    bits = 8 * coded_bytes(drawn, stored_as, tokens) / positions
+    return {
+        "entries": entries,
+        "error": error / positions,
+        "error_x_entries": error / positions * entries,
+        "bits": bits,
+        "bits_an_entry": bits / entries,
+        "error_x_bits": error / positions * bits,
+    }
+
+
+def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) -> int:
+    codec = TargetCodec.from_identity(codec_for(stored_as), drawn[0].vocab_size)
+    present = np.ones(tokens.shape[1], np.bool_)
+    windows = [
+        Window(targets, window.numpy().astype(np.int32), present)
+        for targets, window in zip(drawn, tokens, strict=True)
+    ]
+    # The tables are shared by the hundreds of windows of a shard and are left out here.
+    _, blocks = codec.encode(windows)
+    return sum(len(block) for block in blocks)
+
+
+def error_at_bits(rows: list[dict], levels: list[float]) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        own = sorted((row["bits"], row["error"]) for row in rows if row["sampler"] == name)
+        bits, error = np.log([b for b, _ in own]), np.log([e for _, e in own])
+        table[name] = {
+            str(level): float(np.exp(np.interp(np.log(level), bits, error)))
+            for level in levels
+            if bits[0] <= np.log(level) <= bits[-1]
+        }
+    return table
+
+
+if __name__ == "__main__":
+    main()

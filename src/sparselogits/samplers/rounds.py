@@ -1,0 +1,270 @@
+"""Samplers that draw N rounds with equal weight: systematic, independent, uniform.
+
+A target is (count_i / N) * p_i / q_i, with q the proposal the rounds are drawn from; with q = p it
+is count_i / N. Unbiased for every proposal that is positive wherever p is.
+
+`Systematic` draws all rounds with one uniform: with C the cumulative proposal in token-id order,
+count_i = floor(N C_i + u) - floor(N C_{i-1} + u). A count is then within one of N q_i, so a likely
+token carries next to no noise, and neighbouring ids, which tokenizers make alike, compensate each
+other. Independent rounds (`Multinomial`) are random-sampling knowledge distillation as published,
+arXiv 2503.16870, section 3; they are here to be compared with.
+
+Cost: see distribution.py; a proposal exponent other than one doubles it, since the weights then
+need the teacher's own normaliser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.samplers.distribution import Blocks, position_slices
+from sparselogits.targets import SparseTargets, offsets_from_lengths
+
+_MOST_ROUNDS = 2**20
+
+
+@dataclass(frozen=True)
+class Systematic:
+    """N rounds drawn systematically from q proportional to p ** proposal_exponent.
+
+    Args:
+        rounds: N, at least 1; a position has at most N entries.
+        proposal_exponent: in [0, 2]; 1 draws from the teacher's distribution itself.
+
+    Raises:
+        InvalidArgumentError: for values outside these ranges.
+    """
+
+    rounds: int = 50
+    proposal_exponent: float = 1.0
+
+    name = "systematic"
+    unbiased = True
+    uniforms_per_position = 1
+
+    def __post_init__(self) -> None:
+        _require_rounds(self.rounds, self.proposal_exponent)
+
+    @property
+    def max_entries(self) -> int:
+        """No position has more entries than this."""
+        return self.rounds
+
+    def parameters(self) -> dict[str, Any]:
+        """What rebuilds it, with its name."""
+        return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
+
+    def at(self, tokens: Tensor, positions: slice) -> Systematic:
+        """Itself: every position is sampled alike."""
+        return self
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        """Draw; see `Sampler`."""
+        return _draw(self, logits, uniforms)
+
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
+        return (ordinal - uniforms) / self.rounds
+
+
+@dataclass(frozen=True)
+class Multinomial:
+    """N independent rounds from q proportional to p ** proposal_exponent: RS-KD as published.
+
+    Args:
+        rounds: N, at least 1; a position has at most N entries.
+        proposal_exponent: in [0, 2]; 1 draws from the teacher's distribution itself.
+
+    Raises:
+        InvalidArgumentError: for values outside these ranges.
+    """
+
+    rounds: int = 50
+    proposal_exponent: float = 1.0
+
+    name = "multinomial"
+    unbiased = True
+
+    def __post_init__(self) -> None:
+        _require_rounds(self.rounds, self.proposal_exponent)
+
+    @property
+    def uniforms_per_position(self) -> int:
+        """One a round."""
+        return self.rounds
+
+    @property
+    def max_entries(self) -> int:
+        """No position has more entries than this."""
+        return self.rounds
+
+    def parameters(self) -> dict[str, Any]:
+        """What rebuilds it, with its name."""
+        return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
+
+    def at(self, tokens: Tensor, positions: slice) -> Multinomial:
+        """Itself: every position is sampled alike."""
+        return self
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        """Draw; see `Sampler`."""
+        return _draw(self, logits, uniforms)
+
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        return _independent_points(uniforms)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """N independent rounds from the uniform distribution over the tokens: unbiased, very noisy.
+
+    Args:
+        rounds: N, at least 1.
+
+    Raises:
+        InvalidArgumentError: for rounds below one.
+    """
+
+    rounds: int = 50
+
+    name = "uniform"
+    unbiased = True
+    proposal_exponent = 0.0
+
+    def __post_init__(self) -> None:
+        _require_rounds(self.rounds, self.proposal_exponent)
+
+    @property
+    def uniforms_per_position(self) -> int:
+        """One a round."""
+        return self.rounds
+
+    @property
+    def max_entries(self) -> int:
+        """No position has more entries than this."""
+        return self.rounds
+
+    def parameters(self) -> dict[str, Any]:
+        """What rebuilds it, with its name."""
+        return {"rounds": self.rounds}
+
+    def at(self, tokens: Tensor, positions: slice) -> Uniform:
+        """Itself: every position is sampled alike."""
+        return self
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        """Draw; see `Sampler`."""
+        return _draw(self, logits, uniforms)
+
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        return _independent_points(uniforms)
+
+
+class RoundsSampler(Protocol):
+    """What drawing in rounds needs to know of a sampler."""
+
+    @property
+    def rounds(self) -> int: ...  # noqa: D102
+
+    @property
+    def proposal_exponent(self) -> float: ...  # noqa: D102
+
+    @property
+    def uniforms_per_position(self) -> int: ...  # noqa: D102
+
+    def points(self, uniforms: Tensor) -> Tensor: ...  # noqa: D102
+
+
+def _independent_points(uniforms: Tensor) -> Tensor:
+    return (1 - uniforms).sort(-1).values
+
+
+def _draw(sampler: RoundsSampler, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+    uniforms = uniforms.to(logits.device, torch.float64)
+    parts = [
+        _draw_few(sampler, logits[part], uniforms[part], part.start)
+        for part in position_slices(logits, uniforms, sampler.uniforms_per_position)
+    ]
+    return SparseTargets.cat(parts) if parts else _nothing(logits, sampler.rounds)
+
+
+def _draw_few(
+    sampler: RoundsSampler, logits: Tensor, uniforms: Tensor, first_position: int
+) -> SparseTargets:
+    blocks = Blocks.of(logits, sampler.proposal_exponent, first_position)
+    edges, _ = blocks.edges()
+    top = edges[:, -1:]
+    levels = (sampler.points(uniforms) * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
+    tokens = blocks.tokens_at(edges, levels)
+    ids, counts, offsets = count_runs(tokens)
+    weights = counts.to(torch.float32) / sampler.rounds
+    if sampler.proposal_exponent != 1:
+        weights = _importance_weights(blocks, ids, counts, offsets) / sampler.rounds
+    return SparseTargets(
+        ids,
+        weights.to(torch.float32),
+        offsets,
+        logits.shape[1],
+        counts=counts,
+        rounds=sampler.rounds,
+        check=False,
+    )
+
+
+def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge repeated tokens.
+
+    Args:
+        tokens: int64 [R, N], ascending in each row.
+        drawn: bool [R, N], true up to some column of each row: the rounds that count. None for all.
+
+    Returns:
+        The distinct ids int64 [E], how often each was drawn int32 [E], offsets int64 [R + 1].
+    """
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    kept = tokens
+    if drawn is not None:
+        first &= drawn
+        first_kept, kept = first[drawn], tokens[drawn]
+    else:
+        first_kept = first.flatten()
+    begins = first_kept.nonzero()[:, 0]
+    counts = torch.diff(begins, append=begins.new_tensor([kept.numel()]))
+    return tokens[first], counts.to(torch.int32), offsets_from_lengths(first.sum(-1))
+
+
+def _importance_weights(blocks: Blocks, ids: Tensor, counts: Tensor, offsets: Tensor) -> Tensor:
+    """float64 [E]: count * p / q, from logits and the two normalisers."""
+    teacher = Blocks.of(blocks.logits)
+    rows = torch.arange(offsets.numel() - 1, device=ids.device).repeat_interleave(offsets.diff())
+    gap = blocks.logits[rows, ids].double() - blocks.shift[rows, 0].double()
+    normaliser = (blocks.total / teacher.total)[rows, 0]
+    return counts * ((1 - blocks.exponent) * gap).exp() * normaliser
+
+
+def _nothing(logits: Tensor, rounds: int) -> SparseTargets:
+    empty = torch.zeros(0, dtype=torch.int64, device=logits.device)
+    return SparseTargets(
+        empty,
+        empty.to(torch.float32),
+        empty.new_zeros(1),
+        logits.shape[1],
+        counts=empty.to(torch.int32),
+        rounds=rounds,
+    )
+
+
+def _require_rounds(rounds: int, exponent: float) -> None:
+    if not 1 <= rounds <= _MOST_ROUNDS:
+        raise InvalidArgumentError(f"rounds must lie in [1, {_MOST_ROUNDS}], found {rounds}")
+    if not 0 <= exponent <= 2:
+        raise InvalidArgumentError(f"proposal_exponent must lie in [0, 2], found {exponent}")

@@ -1,0 +1,84 @@
+"""The randomness of a cache: counter-based, keyed by what is sampled and by nothing else.
+
+A window's uniforms depend on (seed, window index) alone, so batch size, rank, executor and restart
+cannot change a draw. The stream is Philox 4x64 with ten rounds, read as raw 64-bit words and
+scaled here: numpy promises the bit stream of a bit generator for ever, of a distribution's method
+it does not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits.errors import InvalidArgumentError
+
+_SAMPLING, _THINNING = 0, 1  # highest word of the counter: streams that never meet
+
+
+def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
+    """The uniforms a sampler consumes for one window.
+
+    Args:
+        seed: of the cache, in [0, 2**64).
+        window_index: of the window within the cache.
+        positions: P, positions of the window.
+        per_position: U, the sampler's `uniforms_per_position`.
+
+    Returns:
+        float64 [P, U], multiples of 2**-53 in [0, 1).
+
+    Raises:
+        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+    """
+    words = _words(seed, window_index, _SAMPLING, positions * per_position)
+    return torch.from_numpy(_unit_interval(words)).view(positions, per_position)
+
+
+def thinning_starts(
+    seed: int, epoch: int, window_index: int, positions: int, stride: int
+) -> Tensor:
+    """Which of the `stride` ways to thin cached rounds each position takes in an epoch.
+
+    Over any `stride` epochs in a row a position takes every way once, so their average is the
+    cached target exactly; consecutive epochs are a golden section of the cycle apart, so that a
+    few of them already average well. Where the cycle begins is random.
+
+    Args:
+        seed: of the training run, in [0, 2**64).
+        epoch: from 0.
+        window_index: of the window within the cache.
+        positions: P, positions of the window.
+        stride: number of starts; `targets.thinning_choices(cached, kept)`.
+
+    Returns:
+        int64 [P] in [0, stride), uniform and independent over positions.
+
+    Raises:
+        InvalidArgumentError: for a stride below one, a negative epoch or a key outside 64 bits.
+    """
+    if stride < 1 or epoch < 0:
+        raise InvalidArgumentError(
+            f"stride must be at least 1 and epoch at least 0, found {stride} and {epoch}"
+        )
+    first = _unit_interval(_words(seed, window_index, _THINNING, positions)) * stride
+    step = next(s for s in range(round(stride * 0.618), 2 * stride) if math.gcd(s, stride) == 1)
+    return torch.from_numpy((first.astype(np.int64) + epoch * step) % stride)
+
+
+def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:
+    for name, value in (("seed", seed), ("window_index", window_index)):
+        if not 0 <= value < 2**64:
+            raise InvalidArgumentError(f"{name} must lie in [0, 2**64), found {value}")
+    generator = np.random.Philox(
+        counter=np.array([0, 0, 0, stream], dtype=np.uint64),
+        key=np.array([seed, window_index], dtype=np.uint64),
+    )
+    return generator.random_raw(count)
+
+
+def _unit_interval(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,105 @@
+"""Adaptive rounds with a real, small student: unbiased whatever the student says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
+from sparselogits.samplers import Adaptive, from_parameters, window_uniforms
+from sparselogits.samplers.adaptive import _with_states
+
+VOCABULARY = 96
+TOKENS = torch.arange(24) * 5 % VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def student() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+    with torch.no_grad():  # rows of unequal norm, so that the proposal differs from the teacher
+        model.lm_head.weight.mul_(torch.linspace(0.2, 5, VOCABULARY)[:, None])
+    return model
+
+
+def teacher_logits() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0.1, 5, len(TOKENS))[:, None]  # from flat to peaked
+    return torch.randn(len(TOKENS), VOCABULARY, generator=generator) * scale
+
+
+@pytest.mark.parametrize("signal", ["distance", "variance"])
+@pytest.mark.parametrize(("position_power", "token_power"), [(0, 1), (0.5, 0), (0.5, 1), (1, 0.5)])
+def test_mean_is_the_teacher(
+    student: LlamaForCausalLM, signal: str, position_power: float, token_power: float
+) -> None:
+    """z-test over 4 096 draws of 24 positions; a false alarm once in a million runs a case."""
+    sampler = Adaptive(
+        student, 8, 0.5, signal, position_power=position_power, token_power=token_power
+    ).at(TOKENS, slice(0, 24))
+    draws, together = 4096, 64
+    assert sampler._hidden is not None
+    many = _with_states(sampler, sampler._hidden.repeat(together, 1))
+    logits = teacher_logits()
+    total, square, hits = torch.zeros(3, 24, VOCABULARY, dtype=torch.float64)
+    for window in range(draws // together):
+        uniforms = window_uniforms(9, window, 24 * together, 1)
+        dense = many(logits.repeat(together, 1), uniforms).dense().double()
+        total += dense.view(together, 24, -1).sum(0)
+        square += dense.square().view(together, 24, -1).sum(0)
+        hits += (dense > 0).view(together, 24, -1).sum(0)
+    mean = total / draws
+    spread = ((square / draws - mean.square()).clamp_min(0) / draws).sqrt()
+    p = logits.double().softmax(-1)
+    often = hits >= 40  # the tilt makes some likely tokens rare: for those no z-test holds
+    assert float(p[often].sum()) > 0.9 * 24
+    z = (mean - p).abs() / spread.clamp_min(1e-7)
+    assert float(z[often].max()) < 1.25 * NormalDist().inv_cdf(1 - 0.5e-6 / int(often.sum()))
+    assert float((mean.sum(-1) - 1).abs().max()) < 0.05
+
+
+def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
+    sampler = Adaptive(student, 20, 0.5, "distance", position_power=1, token_power=0)
+    here = sampler.at(TOKENS, slice(4, 20))
+    logits = teacher_logits()[4:20]
+    signals = here.signals(logits)
+    targets = here(logits, window_uniforms(0, 0, 16, 1))
+    targets.__post_init__(True)
+    # without importance weights every weight is a multiple of 1 / rounds
+    rounds = (20 * signals / 0.5).round().clamp(1, 160)
+    counts = targets.weights * rounds[targets.positions]
+    torch.testing.assert_close(counts, counts.round(), atol=1e-3, rtol=0)
+    assert targets.mass().sub(1).abs().max() < 1e-5
+    whole = sampler.at(TOKENS, slice(0, 24)).signals(teacher_logits())
+    torch.testing.assert_close(whole[4:20], signals, atol=1e-5, rtol=1e-4)
+
+
+def test_rebuilt_from_a_checkpoint(student: LlamaForCausalLM, tmp_path: Path) -> None:
+    student.save_pretrained(tmp_path)
+    sampler = Adaptive(str(tmp_path), 12)
+    again = from_parameters({"name": "adaptive", **sampler.parameters()})
+    uniforms = window_uniforms(0, 0, 24, 1)
+    drawn = [s.at(TOKENS, slice(0, 24))(teacher_logits(), uniforms) for s in (sampler, again)]
+    assert torch.equal(drawn[0].weights, drawn[1].weights)
+    with pytest.raises(IdentityMismatchError, match="sampler was made with"):
+        from_parameters({"name": "adaptive", **sampler.parameters(), "fingerprint": "sha256:0"})
+
+
+def test_the_student_must_have_read_the_positions(student: LlamaForCausalLM) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"sampler\.at"):
+        Adaptive(student, signal="distance")(teacher_logits(), window_uniforms(0, 0, 24, 1))
+    with pytest.raises(InvalidArgumentError, match="vocabulary of 96 is smaller"):
+        Adaptive(student)(torch.zeros(2, 97), window_uniforms(0, 0, 2, 1))
