@@ -1,0 +1,20 @@
+"""Text, JSON lines, Parquet and Hugging Face datasets, as fixed windows of tokens."""
+
+from sparselogits.corpus.packed import CorpusSummary, PackedCorpus
+from sparselogits.corpus.packer import pack
+from sparselogits.corpus.source import Source, open_source
+from sparselogits.corpus.tokenizing import packing_for, tokenizer_fingerprint
+from sparselogits.corpus.windows import Packing, Window, fingerprint
+
+__all__ = [
+    "CorpusSummary",
+    "PackedCorpus",
+    "Packing",
+    "Source",
+    "Window",
+    "fingerprint",
+    "open_source",
+    "pack",
+    "packing_for",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,144 @@
+"""Parquet files, and the Arrow files in which `datasets` keeps datasets: a row is a record.
+
+Only the columns of text are read, in batches of a few rows, so memory is bounded by the largest
+page of a Parquet column, or the largest records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparselogits.corpus.pieces import Piece
+from sparselogits.corpus.records import Fields, record_pieces
+from sparselogits.corpus.spans import Span
+from sparselogits.errors import CorpusError
+
+_BATCH_ROWS = 64
+
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+# Parquet: spans are runs of row groups
+
+
+def parquet_spans(
+    path: Path, file: int, span_bytes: int, name: str, fields: Fields
+) -> Iterator[Span]:
+    """Runs of row groups whose text takes about `span_bytes`.
+
+    Raises:
+        CorpusError: for a file that is no Parquet, or lacks the column.
+    """
+    with _parquet(path, name) as reader:
+        columns = fields.chosen(reader.schema_arrow.names, lambda: name)
+        _require_text(reader.schema_arrow, columns, name)
+        metadata, start, size = reader.metadata, 0, 0
+        for group in range(metadata.num_row_groups):
+            chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+            size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
+            if size >= span_bytes or group == metadata.num_row_groups - 1:
+                yield Span(file, start, group + 1, size)
+                start, size = group + 1, 0
+
+
+def parquet_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[Piece]:
+    """The documents of a run of row groups, one a row."""
+    with _parquet(path, name) as reader:
+        columns = fields.chosen(reader.schema_arrow.names, lambda: name)
+        for group in range(span.start, span.stop):
+            row = 0
+            for batch in _batches(reader, group, columns, name):
+                yield from _batch_pieces(batch, columns, f"{name}, row group {group}", row, fields)
+                row += batch.num_rows
+
+
+def _batches(
+    reader: pq.ParquetFile, group: int, columns: list[str], name: str
+) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(
+            f"{name}, row group {group} is damaged ({error}); fetch it anew"
+        ) from error
+
+
+def _parquet(path: Path, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{name} is no readable Parquet file ({error}); fetch it anew") from error
+
+
+# Arrow: the files of a dataset that `datasets` keeps on disk; spans are runs of record batches
+
+
+def arrow_spans(
+    path: Path, file: int, span_bytes: int, name: str, fields: Fields
+) -> Iterator[Span]:
+    """Runs of record batches whose text takes about `span_bytes`.
+
+    Raises:
+        CorpusError: for a file that is no Arrow stream, or lacks the column.
+    """
+    start = size = number = 0
+    for number, batch in enumerate(_arrow_batches(path, name), start=1):
+        columns = fields.chosen(batch.schema.names, lambda: name)
+        _require_text(batch.schema, columns, name)
+        size += sum(batch.column(column).nbytes for column in columns)
+        if size >= span_bytes:
+            yield Span(file, start, number, size)
+            start, size = number, 0
+    if start < number:
+        yield Span(file, start, number, size)
+
+
+def arrow_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[Piece]:
+    """The documents of a run of record batches, one a row."""
+    row = 0
+    for number, batch in enumerate(_arrow_batches(path, name)):
+        if span.start <= number < span.stop:
+            columns = fields.chosen(batch.schema.names, lambda: name)
+            for begin in range(0, batch.num_rows, _BATCH_ROWS):
+                part = batch.slice(begin, _BATCH_ROWS)
+                yield from _batch_pieces(part, columns, name, row + begin, fields)
+        elif number >= span.stop:
+            return
+        row += batch.num_rows
+
+
+def _arrow_batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
+    # mapped, so that batches of other spans and other columns are never read
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            yield from reader
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{name} is no readable Arrow file ({error}); save it anew") from error
+
+
+def _require_text(schema: pa.Schema, columns: list[str], name: str) -> None:
+    for column in columns:
+        kind = schema.field(column).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not any(is_text(kind) for is_text in _IS_TEXT):
+            raise CorpusError(
+                f"{name}: the column `{column}` holds {kind}, not text; name the column that holds "
+                f"the text (text_field); the columns are {', '.join(schema.names)}"
+            )
+
+
+def _batch_pieces(
+    batch: pa.RecordBatch, columns: list[str], place: str, row: int, fields: Fields
+) -> Iterator[Piece]:
+    size = sum(batch.column(column).nbytes for column in columns) // max(batch.num_rows, 1)
+    values = [batch.column(column).to_pylist() for column in columns]
+    for number, texts in enumerate(zip(*values, strict=True), start=row):
+
+        def where(number: int = number) -> str:
+            return f"{place}, row {number}"
+
+        yield from record_pieces(dict(zip(columns, texts, strict=True)), fields, where, size)

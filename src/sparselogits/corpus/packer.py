@@ -1,0 +1,138 @@
+"""Pack a source into windows on disk: in parallel, resumable, the same bytes every time.
+
+    OUT/
+      corpus.json                     what it is made from; written first
+      training/part-00000000.parquet  the token stream of the training documents, in parts
+      holdout/part-00000000.parquet   that of the documents kept aside, if any are
+      frequencies.parquet             how often each id occurs in the training windows
+      index.json                      lengths of the parts and totals; written last
+
+The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of
+each stream. Portions depend on the source alone, so the bytes on disk do not depend on the number
+of processes, nor on how often the work was interrupted: what was not finished is done again, at
+most one portion a process. Memory is bounded by the batch of text being tokenised and one row
+group of tokens. A packed corpus takes about two bytes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparselogits.corpus.packed import FORMAT, PackedCorpus, Paths, read_json, write_index
+from sparselogits.corpus.portions import Job, Progress, make_parts
+from sparselogits.corpus.source import Source
+from sparselogits.corpus.streams import write_atomically
+from sparselogits.corpus.tokenizing import Encoder, tokenizer_fingerprint
+from sparselogits.corpus.windows import Packing
+from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
+from sparselogits.identity import canonical_json
+
+PART_BYTES = 32 << 20
+"""Text that becomes one part: what an interruption costs a process, ten seconds or so."""
+
+
+def pack(
+    source: Source,
+    tokenizer: Any,
+    packing: Packing,
+    out: Path,
+    *,
+    vocab_size: int,
+    progress: Progress | None = None,
+    processes: int = 1,
+    part_bytes: int = PART_BYTES,
+) -> PackedCorpus:
+    """Pack `source` into `out`, or go on where an earlier call was interrupted.
+
+    A complete corpus made from the same things is opened and returned at once.
+
+    Args:
+        source: from `open_source`.
+        tokenizer: the teacher's, a transformers tokenizer.
+        packing: usually from `packing_for`.
+        out: a folder of its own.
+        vocab_size: ids the teacher knows; larger ones are refused.
+        progress: called now and then with the bytes of text done, and in all.
+        processes: that tokenise at once. With one, the tokenizer uses its own threads.
+        part_bytes: text that becomes one part.
+
+    Raises:
+        CorpusError: text that cannot be read, is empty, or does not fill a window; ids outside
+            the vocabulary; a folder that holds something else.
+        IdentityMismatchError: `out` was packed from other text, or otherwise; names the fields.
+    """
+    _check_ids(packing, vocab_size)
+    if processes < 1 or part_bytes < 1:
+        raise InvalidArgumentError(f"processes={processes}, part_bytes={part_bytes}: at least 1")
+    paths = Paths(Path(out))
+    made_from = {
+        "format": FORMAT,
+        "source": source.to_json(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocab_size,
+        "packing": packing.to_json(),
+        "part_bytes": part_bytes,
+    }
+    try:
+        _claim(paths, made_from)
+        if paths.index.exists():
+            return PackedCorpus.open(paths.folder)
+        job = Job(source, Encoder(tokenizer), packing, paths, vocab_size)
+        portions = source.portions(part_bytes)
+        make_parts(job, portions, processes, progress)
+        write_index(paths, len(portions), packing, vocab_size)
+    except OSError as error:
+        raise CorpusError(
+            f"cannot write to {paths.folder}: {error.strerror or error}. Finished parts are kept: "
+            "make room there, and run it again to go on."
+        ) from error
+    return PackedCorpus.open(paths.folder)
+
+
+def _check_ids(packing: Packing, vocab_size: int) -> None:
+    for name in ("separator_id", "bos_id"):
+        value = getattr(packing, name)
+        if value is not None and value >= vocab_size:
+            raise CorpusError(
+                f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids: the "
+                "tokenizer does not belong to this teacher, or the id is wrong"
+            )
+
+
+def _claim(paths: Paths, made_from: Mapping[str, Any]) -> None:
+    """Say what the folder is packed from, or insist that it is what it was begun with.
+
+    A folder in which no part is finished (a first attempt that failed at once) is claimed anew.
+    """
+    if paths.made_from.exists():
+        ignored = {"source.name"} | ({"part_bytes"} if paths.index.exists() else set())
+        differing = _differing("", read_json(paths.made_from), made_from)
+        found = [field for field in differing if field[0] not in ignored]
+        if found and any(paths.training.glob("part-*")):
+            lines = "\n".join(f"  {n}: {a!r} there, {b!r} asked for" for n, a, b in found)
+            raise IdentityMismatchError(
+                f"the packed corpus at {paths.folder} was made from something else:\n{lines}\n"
+                "Choose another folder, or delete this one to pack it anew."
+            )
+        if not found:
+            return
+    there = paths.folder.iterdir() if paths.folder.exists() else ()
+    if any(path.name not in paths.names and not path.name.endswith(".tmp") for path in there):
+        raise CorpusError(
+            f"{paths.folder} is not empty and holds no packed corpus; choose a folder of its own"
+        )
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(paths.made_from, canonical_json(made_from))
+
+
+def _differing(
+    prefix: str, there: Mapping[str, Any], asked: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(set(there) | set(asked)):
+        a, b = there.get(key), asked.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differing(f"{prefix}{key}.", a, b)
+        elif a != b:
+            yield f"{prefix}{key}", a, b

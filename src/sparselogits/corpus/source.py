@@ -1,0 +1,192 @@
+"""Where text comes from: files, folders of files, and datasets, as one stream of documents.
+
+    open_source("book.txt")                  a text file: one document, unless lines divide it
+    open_source("pages/")                    a folder, searched to any depth
+    open_source("src/**/*.py")               a pattern
+    open_source("web.jsonl.zst")             JSON lines, plain or compressed
+    open_source("web-00000.parquet")         Parquet
+    open_source("saved/")                    a dataset saved with `datasets`' save_to_disk
+    open_source("org/dataset:config")        a dataset on the Hugging Face hub, downloaded once
+
+Documents come in a stable order: files by their relative path, in each file from its beginning.
+The source is divided into portions that depend on nothing but the source and the size asked for;
+they are what packing distributes over processes and resumes by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparselogits.corpus import columns, jsonlines, text
+from sparselogits.corpus.locate import SourceFile, locate
+from sparselogits.corpus.pieces import Piece
+from sparselogits.corpus.records import Fields
+from sparselogits.corpus.spans import Span
+from sparselogits.errors import CorpusError
+from sparselogits.identity import canonical_json
+
+Portion = tuple[Span, ...]
+"""Spans, in order, that one process packs into one part."""
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+_EDGE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text to be packed: files, and which of their fields hold the text.
+
+    Cheap to pickle: it holds paths, no open files and no text.
+    """
+
+    name: str
+    """For people; not part of the fingerprint."""
+    files: tuple[SourceFile, ...]
+    fields: Fields
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens carry no target."""
+        return self.fields.completion_only
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of relative names, sizes and samples of every file's content.
+
+        Samples are the first and last 64 KiB and sixteen blocks between, so the cost does not
+        grow with the files; a change that keeps the size and misses the samples goes unnoticed.
+        Times and absolute paths do not enter, so a copied corpus has the same fingerprint.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(canonical_json([file.name, file.kind]) + b"\n")
+            digest.update(_sampled(file.path))
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """What packed windows record of it, the name included."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "text_field": self.fields.text,
+            "completion_only": self.fields.completion_only,
+        }
+
+    def portions(self, portion_bytes: int) -> list[Portion]:
+        """The source in runs of about `portion_bytes`, in order."""
+        portions: list[Portion] = []
+        spans: list[Span] = []
+        size = 0
+        for number in range(len(self.files)):
+            for span in self._spans(number, portion_bytes):
+                if spans and size + span.size > portion_bytes:
+                    portions.append(tuple(spans))
+                    spans, size = [], 0
+                spans.append(span)
+                size += span.size
+        return [*portions, tuple(spans)] if spans else portions
+
+    def pieces(self, portion: Portion) -> Iterator[Piece]:
+        """The text of a portion, piece by piece; see `pieces.Piece`."""
+        for span in portion:
+            file = self.files[span.file]
+            try:
+                yield from _PIECES[file.kind](file.path, file.name, span, self.fields)
+            except OSError as error:
+                raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+    def documents(self) -> Iterator[str]:
+        """Every document that holds text, whole, as a string: for looking at a corpus."""
+        parts: list[str] = []
+        for portion in self.portions(1 << 62):
+            for piece in self.pieces(portion):
+                if piece.opens:
+                    parts = []
+                parts.append(piece.text[piece.start : piece.stop])
+                if piece.closes and not piece.blank:
+                    yield "".join(parts)
+
+    def _spans(self, number: int, span_bytes: int) -> Iterator[Span]:
+        file = self.files[number]
+        try:
+            if file.kind == "text":
+                yield from text.spans(file.path, number, span_bytes)
+            elif file.kind == "json":
+                yield from jsonlines.spans(file.path, number, span_bytes)
+            else:
+                plan = columns.parquet_spans if file.kind == "parquet" else columns.arrow_spans
+                yield from plan(file.path, number, span_bytes, file.name, self.fields)
+        except OSError as error:
+            raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
+_PIECES = {
+    "text": lambda path, name, span, _: text.pieces(path, name, span),
+    "json": jsonlines.pieces,
+    "parquet": columns.parquet_pieces,
+    "arrow": columns.arrow_pieces,
+}
+
+
+def open_source(
+    data: str | os.PathLike[str],
+    *,
+    text_field: str = "text",
+    split: str = "train",
+    completion_only: bool = False,
+) -> Source:
+    """Find the text that `data` names.
+
+    Args:
+        data: a file, a folder, a pattern, a saved dataset, or a dataset's name on the hub (used
+            only where nothing of that name is on disk; `name:config` picks a configuration).
+        text_field: the field or column of records that holds their text.
+        split: of a dataset that has several.
+        completion_only: records are `prompt` and `completion`, and only completions are learnt.
+
+    Raises:
+        CorpusError: nothing there, a folder without text, or files that cannot be read.
+    """
+    data = os.fspath(data)
+    files = locate(data, split)
+    if completion_only and any(file.kind == "text" for file in files):
+        raise CorpusError(
+            f"{data} holds plain text, which has no completions; use JSON lines or Parquet with "
+            "`prompt` and `completion`, or leave out completion_only"
+        )
+    return Source(data, tuple(files), Fields(text_field, completion_only))
+
+
+def _sampled(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            digest.update(size.to_bytes(8, "little"))
+            for start, length in _samples(size):
+                handle.seek(start)
+                digest.update(handle.read(length))
+    except OSError as error:
+        raise CorpusError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.digest()
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """(first byte, length) of what is read of a file; all of a small one."""
+    between = size - 2 * _EDGE_BYTES
+    if between < _SAMPLES * _SAMPLE_BYTES:
+        return [(0, size)]
+    blocks = [(_EDGE_BYTES + between * i // _SAMPLES, _SAMPLE_BYTES) for i in range(_SAMPLES)]
+    return [(0, _EDGE_BYTES), *blocks, (size - _EDGE_BYTES, _EDGE_BYTES)]

@@ -1,0 +1,200 @@
+"""Bad input: one message that names the place and says what to do, and nothing harmed.
+
+pytest tests/corpus/test_corpus_errors.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sparselogits.corpus import PackedCorpus, Packing, open_source, pack
+from sparselogits.errors import CorpusError
+
+TEXT = "There is nothing like a good sentence. " * 50
+
+
+def packed(tokenizer: PreTrainedTokenizerFast, data: Path, **options: object) -> PackedCorpus:
+    packing = Packing(options.pop("window", 32), 0, None, holdout=options.pop("holdout", 0.0))  # type: ignore[arg-type]
+    vocab_size = options.pop("vocab_size", 600)
+    source = open_source(str(data), **options)  # type: ignore[arg-type]
+    out = data.parent / "out"
+    return pack(source, tokenizer, packing, out, vocab_size=vocab_size)  # type: ignore[arg-type]
+
+
+def lines(*rows: object) -> bytes:
+    return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
+
+
+GOOD = {"text": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt is empty"),
+        ("a.txt", b" \n\n \n", r"every document is empty or white space"),
+        ("a.txt", b"good\n" * 30_000 + b"caf\xe9 \n", r"UTF-8 text: byte 0xe9 at offset 150003"),
+        ("a.txt", "é".encode("utf-16"), r"zero byte at offset 3. If it is UTF-16, convert it"),
+        ("a.bin", b"MZ\x00\x01 binary", r"a\.bin is not a text file: a zero byte at offset 2"),
+        ("a.txt.gz", b"\x1f\x8b", r"decompress it first"),
+        ("a.jsonl", lines(GOOD, b"{'no'}"), r"a\.jsonl, line 2 is not JSON .*\"\{'no'\}\""),
+        ("a.jsonl", lines(GOOD, b"", b"\xff{}"), r"a\.jsonl, line 3 is not JSON"),
+        ("a.json", lines([GOOD]), r"line 1 is not an object.*jq -c"),
+        ("a.json", b'[\n{"text": "a"}\n]', r"line 1 is not JSON.*jq -c"),
+        ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"line 2 has no field `text`, nor `prompt` an"),
+        ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"fields are `a`, `n`. Name the .*text_field"),
+        ("a.jsonl", lines(GOOD, {"text": ["b"]}), r"line 2: the field `text` holds list, not text"),
+        ("a.jsonl", lines(b'{"text": "a\\ud800"}'), r"line 1: .* surrogate pair at character 1"),
+        ("a.jsonl", b"[" * 100_000, r"line 1 is not JSON"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be decompressed"),
+        ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst cannot be decompressed"),
+        ("a.parquet", b"PAR1 no parquet", r"a\.parquet is no readable Parquet file"),
+        ("a.arrow", b"no arrow at all", r"a\.arrow is no readable Arrow file"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        packed(tokenizer, tmp_path / name)
+
+
+def test_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for data in (f"{tmp_path}/none", "none.txt", "a/b/none.jsonl.gz"):
+        with pytest.raises(CorpusError, match="does not exist; check the path"):
+            open_source(data)
+    with pytest.raises(CorpusError, match="no file matches"):
+        open_source(f"{tmp_path}/*.txt")
+    with pytest.raises(CorpusError, match=r"neither a file nor a folder here.*`no-such/thing`"):
+        open_source("no-such/thing:config")
+
+
+def test_folders_without_text(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(CorpusError, match="holds no files"):
+        open_source(str(folder))
+    for name in ("a.py", "b.py", "c.png"):
+        (folder / name).write_text("x")
+    with pytest.raises(CorpusError, match=r"it holds 2 \.py, 1 \.png.*/\*\*/\*\.py"):
+        open_source(str(folder))
+
+
+def test_columns_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
+    with pytest.raises(CorpusError, match=r"no field `text`.*its fields are `body`, `n`"):
+        packed(tokenizer, path)
+    with pytest.raises(CorpusError, match=r"the column `n` holds int64, not text"):
+        packed(tokenizer, path, text_field="n")
+    datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(CorpusError, match=r"no field `text`.*its fields are `body`"):
+        packed(tokenizer, tmp_path / "saved")
+
+
+def test_completions_where_there_are_none(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(CorpusError, match="plain text, which has no completions"):
+        open_source(str(tmp_path / "a.txt"), completion_only=True)
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    with pytest.raises(CorpusError, match="line 1 has no field `prompt` and `completion`"):
+        packed(tokenizer, tmp_path / "a.jsonl", completion_only=True)
+
+
+def test_too_little_text_leaves_nothing_in_the_way(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    tokens = len(tokenizer.encode(TEXT)) + 1
+    with pytest.raises(
+        CorpusError, match=rf"too short: {tokens} tokens, and one window needs 9999"
+    ):
+        packed(tokenizer, path, window=9999)
+    assert packed(tokenizer, path, window=tokens).windows == 1
+
+
+def test_one_document_cannot_be_split(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    with pytest.raises(CorpusError, match=r"hold-out is too short: holdout=0\.05 kept 0 of 1 doc"):
+        packed(tokenizer, path, holdout=0.05)
+    with pytest.raises(CorpusError, match=r"0 tokens, after keeping 1 of 1 documents aside"):
+        packed(tokenizer, path, holdout=1 - 2**-50)
+
+
+def test_a_tokenizer_of_another_teacher(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    with pytest.raises(CorpusError, match=r"vocabulary has 300 ids: the tokenizer does not belong"):
+        packed(tokenizer, path, vocab_size=300)
+    packing = Packing(32, 700, None)
+    with pytest.raises(CorpusError, match=r"separator_id=700 lies outside"):
+        pack(open_source(str(path)), tokenizer, packing, tmp_path / "other", vocab_size=600)
+
+
+def test_an_output_that_is_a_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(CorpusError, match=r"cannot write to .*/out: Not a directory"):
+        packed(tokenizer, path)
+
+
+def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(TEXT)
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(CorpusError, match="not empty and holds no packed corpus"):
+        packed(tokenizer, path)
+    assert [file.name for file in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: (out / "index.json").unlink(), "is not finished; pack it again to go on"),
+        (lambda out: (out / "index.json").write_text("{"), "cannot be read"),
+        (lambda out: (out / "corpus.json").unlink(), "holds no packed corpus"),
+        (lambda out: (out / "corpus.json").write_text('{"format":99}'), "has format 99"),
+        (lambda out: flip(out / "training/part-00000000.parquet"), "part-00000000.parquet is dam"),
+        (lambda out: (out / "training/part-00000000.parquet").unlink(), "parquet is damaged"),
+        (lambda out: (out / "training/part-00000000.parquet").write_bytes(b""), "is damaged"),
+        (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
+    ],
+)
+def test_damage_on_disk(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    packed(tokenizer, path)
+    damage(tmp_path / "out")
+    with pytest.raises(CorpusError, match=message):  # noqa: PT012
+        corpus = PackedCorpus.open(tmp_path / "out")
+        corpus.read(0, corpus.windows)
+        corpus.token_frequencies.sum()
+
+
+def flip(path: Path) -> None:
+    """Change one byte of the first page."""
+    content = bytearray(path.read_bytes())
+    content[60] ^= 0xFF
+    path.write_bytes(content)

@@ -1,0 +1,182 @@
+"""Interrupted packing: killed at any moment, it goes on and ends with the same bytes.
+
+pytest tests/corpus/test_corpus_resume.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sparselogits.corpus import PackedCorpus, Packing, Source, open_source, pack, portions, streams
+from sparselogits.errors import CorpusError, IdentityMismatchError
+
+PACKING = Packing(64, 0, None, holdout=0.2)
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def source(tmp_path: Path, stories: list[str]) -> Source:
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    return open_source(str(path))
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that progress is reported, and the kill can fall, many times within a part."""
+    monkeypatch.setattr(portions, "_BATCH_BYTES", 500)
+
+
+def run(source: Source, tokenizer: object, out: Path, **options: object) -> PackedCorpus:
+    return pack(source, tokenizer, PACKING, out, vocab_size=600, part_bytes=8000, **options)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def killed_at(moment: int, source: Source, tokenizer: object, out: Path) -> None:
+    """Pack in a child that SIGKILLs itself at its `moment`-th report of progress."""
+
+    def packs() -> None:
+        calls = iter(range(1 << 30))
+
+        def progress(done: int, total: int | None) -> None:
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run(source, tokenizer, out, progress=progress)
+        os._exit(0)
+
+    child = fork.Process(target=packs)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_killed_at_ten_random_moments(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    reports: list[int] = []
+    run(source, tokenizer, tmp_path / "whole", progress=lambda done, _: reports.append(done))
+    expected = contents(tmp_path / "whole")
+    assert len(reports) > 50
+    for moment in random.Random(11).sample(range(len(reports)), 10):
+        out = tmp_path / f"killed at {moment}"
+        killed_at(moment, source, tokenizer, out)
+        kept = {path: path.stat().st_ino for path in out.rglob("part-*.parquet")}
+        corpus = run(source, tokenizer, out)
+        assert contents(out) == expected, moment
+        assert all(path.stat().st_ino == inode for path, inode in kept.items())
+        assert corpus.windows > 0
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_killed_again_and_again(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    run(source, tokenizer, tmp_path / "whole")
+    for _ in range(3):
+        killed_at(25, source, tokenizer, tmp_path / "out")
+    seen: list[int] = []
+    run(source, tokenizer, tmp_path / "out", progress=lambda done, _: seen.append(done))
+    assert seen[0] > 0  # what had been finished is not done again
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_workers_end_with_a_killed_parent(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    parent = fork.Process(target=run, args=(source, tokenizer, out), kwargs={"processes": 2})
+    parent.start()
+    deadline = time.monotonic() + 60
+    while not list(out.glob("training/part-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert workers
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
+    run(source, tokenizer, out)
+    run(source, tokenizer, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_interrupt_ends_the_workers_at_once(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def progress(done: int, total: int | None) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tokenizer, out, processes=2, progress=progress)
+    assert not multiprocessing.active_children()
+    assert not [name for name in contents(out) if name.endswith(".tmp")]
+    run(source, tokenizer, out)
+    run(source, tokenizer, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_text_changed_meanwhile_is_noticed(
+    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    killed_at(3, source, tokenizer, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    [file] = source.files
+    file.path.write_text(file.path.read_text() + json.dumps({"text": "more"}))
+    with pytest.raises(IdentityMismatchError, match=r"source\.fingerprint"):
+        run(open_source(str(file.path)), tokenizer, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_failed_first_attempt_is_not_in_the_way(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, stories: list[str]
+) -> None:
+    path = tmp_path / "body.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in stories))
+    with pytest.raises(CorpusError, match="no field `text`"):
+        run(open_source(str(path)), tokenizer, tmp_path / "out")
+    corpus = run(open_source(str(path), text_field="body"), tokenizer, tmp_path / "out")
+    assert corpus.summary.documents + corpus.summary.holdout_documents == len(stories)
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, fsync, calls = tmp_path / "out", os.fsync, iter(range(1000))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(streams.os, "fsync", full)
+    with pytest.raises(CorpusError, match=r"No space left.*run it again to go on"):
+        run(source, tokenizer, out)
+    monkeypatch.undo()
+    kept = contents(out)
+    assert any(name.startswith("training/part-") for name in kept)
+    assert not any(name.endswith(".tmp") for name in kept)
+    run(source, tokenizer, out)
+    run(source, tokenizer, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert kept.items() <= contents(out).items()
