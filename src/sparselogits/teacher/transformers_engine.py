@@ -1,0 +1,130 @@
+"""Any transformers causal language model as a teacher.
+
+The trunk runs over a batch of windows; the head runs over slices of positions, so that the largest
+tensor of the vocabulary's width has `slice_positions` rows. Where the parts of a model cannot be
+told apart (see `causal_lm`), its own forward is used, one window at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparselogits.causal_lm import Head, agrees_with_model, restarting_positions, split
+from sparselogits.errors import SparseLogitsWarning, TeacherError
+from sparselogits.teacher.engine import LogitsSlice
+
+SLICE_POSITIONS = 256
+
+
+class TransformersTeacher:
+    """A teacher that runs in this process.
+
+    Args:
+        model: a transformers causal language model; put in eval mode.
+        token_mask: bool [V], which ids are tokens. All of them when None.
+        identity: see `Identity.teacher`.
+        slice_positions: rows of logits that exist at a time.
+
+    Raises:
+        TeacherError: when the model gives no logits at all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        token_mask: Tensor | None = None,
+        identity: dict[str, Any],
+        slice_positions: int = SLICE_POSITIONS,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.identity = identity
+        self.slice_positions = slice_positions
+        embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+        if embeddings is None:
+            raise TeacherError(
+                f"{type(model).__name__} has no language-model head; a teacher is a causal "
+                "language model (AutoModelForCausalLM)"
+            )
+        parts = split(model)
+        if parts is not None and not agrees_with_model(model, parts):
+            parts = None
+        if parts is None:
+            warnings.warn(
+                f"{type(model).__name__}: head and trunk cannot be run apart; the model's own "
+                "forward is used, which holds the logits of a whole window",
+                SparseLogitsWarning,
+                stacklevel=2,
+            )
+        self._parts = parts
+        self.vocab_size = int(embeddings.weight.shape[0])
+        mask = torch.ones(self.vocab_size, dtype=torch.bool) if token_mask is None else token_mask
+        if mask.shape != (self.vocab_size,):
+            raise TeacherError(
+                f"token_mask has shape {tuple(mask.shape)}, the head {self.vocab_size} rows"
+            )
+        self.token_mask = mask
+        self._not_tokens = (~mask).nonzero().flatten().to(self.device)
+
+    @property
+    def head(self) -> Head | None:
+        """The head, where it can be run apart from the trunk."""
+        return None if self._parts is None else self._parts.bound_head()
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
+        """Final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
+
+        Raises:
+            TeacherError: when trunk and head cannot be run apart.
+        """
+        if self._parts is None:
+            raise TeacherError("this teacher's trunk cannot be run apart from its head")
+        arguments = self._arguments(tokens, document_starts)
+        return self._parts.trunk(**arguments).last_hidden_state  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+    ) -> Iterator[LogitsSlice]:
+        """See `Engine.logits`."""
+        if self._parts is None:
+            yield from self._plain_logits(tokens, document_starts)
+            return
+        hidden = self.hidden(tokens, document_starts)
+        head = self._parts.bound_head()
+        for row, states in enumerate(hidden):
+            for positions in self._slices(len(states)):
+                yield LogitsSlice(row, positions, self._masked(head(states[positions])))
+
+    def _plain_logits(
+        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
+    ) -> Iterator[LogitsSlice]:
+        for row in range(len(tokens)):
+            starts = None if document_starts is None else document_starts[row : row + 1]
+            logits = self.model(**self._arguments(tokens[row : row + 1], starts)).logits[0]
+            for positions in self._slices(len(logits)):
+                yield LogitsSlice(row, positions, self._masked(logits[positions].float()))
+
+    def _slices(self, length: int) -> Iterator[slice]:
+        for start in range(0, length, self.slice_positions):
+            yield slice(start, min(start + self.slice_positions, length))
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        return logits.index_fill_(1, self._not_tokens, -torch.inf)
+
+    def _arguments(
+        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
+    ) -> dict[str, Any]:
+        arguments = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if document_starts is not None:
+            positions = restarting_positions(tokens.shape[1], document_starts)
+            arguments["position_ids"] = positions.to(self.device)
+        return arguments

@@ -1,0 +1,89 @@
+"""What is loaded is what was meant, or a clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from sparselogits.errors import TeacherError
+from sparselogits.teacher import load_teacher
+from sparselogits.teacher.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    token_mask,
+    weights_fingerprint,
+)
+from tests.conftest import PADDED_VOCABULARY, VOCABULARY, tiny_llama
+
+
+def test_a_local_folder(teacher_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer, dtype="bfloat16")
+    assert teacher.vocab_size == PADDED_VOCABULARY
+    assert int(teacher.token_mask.sum()) == VOCABULARY
+    assert teacher.identity["dtype"] == "bfloat16"
+    assert teacher.identity["weights"].startswith("sha256:")
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_other_weights_have_another_fingerprint(teacher_folder: Path, tmp_path: Path) -> None:
+    tiny_llama(seed=1).save_pretrained(tmp_path)
+    same = [weights_fingerprint(str(teacher_folder), load_causal_lm(str(teacher_folder)))] * 2
+    other = weights_fingerprint(str(tmp_path), load_causal_lm(str(tmp_path)))
+    assert same[0] == same[1] != other
+
+
+def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    trunk = AutoModel.from_pretrained(tmp_path)
+    trunk.config.architectures = ["LlamaModel"]
+    trunk.save_pretrained(tmp_path / "trunk")
+    with pytest.raises(TeacherError, match="lm_head"):
+        load_causal_lm(str(tmp_path / "trunk"))
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="head"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(TeacherError, match="could not be loaded"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_foreign_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TeacherError, match="does not belong to the teacher"):
+        token_mask(tokenizer, tiny_llama(vocab_size=VOCABULARY - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("./nowhere", "no model folder"), ("/nowhere/model.gguf", "no GGUF file")]
+)
+def test_a_missing_model(name: str, said: str) -> None:
+    with pytest.raises(TeacherError, match=said):
+        load_causal_lm(name)
+
+
+def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_unknown_dtype(teacher_folder: Path) -> None:
+    with pytest.raises(TeacherError, match="unknown dtype 'int4'"):
+        load_causal_lm(str(teacher_folder), dtype="int4")
