@@ -1,0 +1,191 @@
+"""Speed of reading a cache: decoding, random windows, sequential windows, opening many shards.
+
+    python benchmarks/decode.py --out decode.json
+
+Targets are made up: Zipf-like sets whose sizes and sharing resemble a language model's, 1 024
+positions a window, V = 49 152. Times are the least of many repetitions of the same window, summed
+over windows, in one process on one core: on a busy machine the mean says more about the neighbours.
+`against_plain` divides by the time of the simplest codec in the same run (sorted ids as gaps and
+all counts, by pcodec, decoded into the same arrays), which is larger by a fifth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparselogits.identity import Identity
+from sparselogits.store import Cache, WindowRecord
+from sparselogits.store.codec import TargetCodec, Window
+from sparselogits.store.columns import ColumnDecoder, encode_column
+from sparselogits.targets import SparseTargets
+
+V, L = 49152, 1024
+
+
+def made_up(rounds: int, windows: int) -> list[Window]:
+    """Positions of one token share a hundred likely ids, beside a Zipf-like prior."""
+    chance = np.random.default_rng(0)
+    out = []
+    for _ in range(windows):
+        tokens = chance.zipf(1.25, L).clip(max=V - 1).astype(np.int32)
+        likely = np.stack([np.random.default_rng(t).zipf(1.15, 100) % V for t in tokens])
+        mixed = np.where(
+            chance.random((L, rounds)) < 0.75,
+            np.take_along_axis(likely, (100 * chance.random((L, rounds)) ** 2.5).astype(int), 1),
+            chance.zipf(1.1, (L, rounds)) % V,
+        )
+        following = np.append(tokens[1:], 0)
+        mixed[:, : rounds // 5] = np.where(
+            chance.random((L, 1)) < 0.6, following[:, None], mixed[:, : rounds // 5]
+        )
+        keys, counts = np.unique(mixed + (np.arange(L) << 17)[:, None], return_counts=True)
+        lengths = np.bincount(keys >> 17, minlength=L)
+        out.append(
+            Window(
+                SparseTargets(
+                    torch.from_numpy(keys & (1 << 17) - 1),
+                    torch.from_numpy(counts.astype(np.float32) / np.float32(rounds)),
+                    torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
+                    V,
+                    counts=torch.from_numpy(counts.astype(np.int32)),
+                    rounds=rounds,
+                ),
+                tokens,
+                np.ones(L, np.bool_),
+            )
+        )
+    return out
+
+
+def least(actions: list[Callable[[], object]], repeats: int) -> float:
+    """Seconds: the least time of each action, summed."""
+    best = np.full(len(actions), np.inf)
+    for _ in range(repeats):
+        for i, action in enumerate(actions):
+            start = time.perf_counter()
+            action()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return float(best.sum())
+
+
+def plain(windows: list[Window]) -> tuple[list[Callable[[], object]], int]:
+    """The codec to compare with: its decoders, and its bytes."""
+    gaps, counts = [], []
+    for window in windows:
+        ids, starts = window.targets.ids.numpy(), window.targets.offsets.numpy()[:-1]
+        gap = np.diff(ids, prepend=0)
+        gap[starts] = ids[starts]
+        gaps.append(gap.astype(np.uint32))
+        counts.append(window.targets.counts.numpy().astype(np.uint32))
+    coded = [encode_column(gaps), encode_column(counts)]
+    decoders = [ColumnDecoder(np.uint32, column.tables) for column in coded]
+
+    def decode(i: int, entries: int) -> object:
+        gap, count = np.empty(entries, np.uint32), np.empty(entries, np.uint32)
+        decoders[0].decode_into(gap, i, coded[0].pages[i])
+        decoders[1].decode_into(count, i, coded[1].pages[i])
+        rounds = windows[i].targets.rounds or 1
+        ends = np.flatnonzero(np.cumsum(count, dtype=np.int64) % rounds == 0) + 1
+        steps = np.cumsum(gap, dtype=np.int64)
+        lengths = np.diff(ends, prepend=0)
+        before = np.concatenate([[0], steps])[ends - lengths]
+        return steps - np.repeat(before, lengths), count.astype(np.float32) / np.float32(rounds)
+
+    actions = [partial(decode, i, len(gap)) for i, gap in enumerate(gaps)]
+    return actions, sum(len(p) for column in coded for p in column.pages)
+
+
+def decoding(rounds: int, repeats: int) -> dict[str, float]:
+    windows = made_up(rounds, 8)
+    codec = TargetCodec("counts", V, rounds)
+    tables, blocks = codec.encode(windows)
+    decoder = codec.decoder(tables)
+    entries = sum(w.targets.entries for w in windows)
+    ours = [
+        lambda i=i, w=w: decoder.decode(i, blocks[i], w.tokens, w.present)
+        for i, w in enumerate(windows)
+    ]
+    theirs, plain_bytes = plain(windows)
+    seconds, plain_seconds = least(ours, repeats), least(theirs, repeats)
+    return {
+        "entries_per_position": entries / (8 * L),
+        "bits_per_entry": 8 * sum(map(len, blocks)) / entries,
+        "plain_bits_per_entry": 8 * plain_bytes / entries,
+        "million_entries_per_second": entries / seconds / 1e6,
+        "million_tokens_per_second": 8 * L / seconds / 1e6,
+        "against_plain": seconds / plain_seconds,
+    }
+
+
+def reading(repeats: int) -> dict[str, float]:
+    windows = made_up(21, 128)
+    none = np.zeros(0, np.int32)
+    codec = {"name": "inverted-lists", "version": 1, "weights": "counts", "rounds": 21}
+    identity = Identity({"name": "made up"}, "", V, "all", L, 128, {}, {}, 0, 1.0, codec)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache.create(folder, identity)
+        for start in (0, 128):
+            cache.commit(
+                [
+                    WindowRecord(start + i, w.tokens, none, None, w.targets, 0.0, 0.0)
+                    for i, w in enumerate(windows)
+                ],
+                {},
+            )
+        order = np.random.default_rng(0).permutation(256)
+        warm = [lambda i=i: cache.read(int(i)) for i in order]
+        cold = [lambda i=i: Cache.open(folder).read(int(i)) for i in order[:32]]
+        sequential = [lambda i=i: cache.read(i) for i in range(256)]
+        return {
+            "random_window_ms": 1e3 * least(warm, repeats) / len(warm),
+            "first_window_of_a_new_reader_ms": 1e3 * least(cold, repeats) / len(cold),
+            "sequential_million_tokens_per_second": 256 * L / least(sequential, repeats) / 1e6,
+        }
+
+
+def opening(shards: int) -> dict[str, float]:
+    """A listing of many shards; the files are empty, since opening reads none of them."""
+    codec = {"name": "inverted-lists", "version": 1, "weights": "counts", "rounds": 21}
+    identity = Identity({"name": "made up"}, "", V, "all", L, 512, {}, {}, 0, 1.0, codec)
+    with tempfile.TemporaryDirectory() as folder:
+        Cache.create(folder, identity)
+        place = Path(folder) / "shards"
+        place.mkdir()
+        for i in range(shards):
+            (place / f"windows-{512 * i:012d}-{512 * i + 512:012d}.parquet").touch()
+        start = time.perf_counter()
+        count = len(Cache.open(folder))
+        return {"shards": shards, "windows": count, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "decoding": {f"N={n}": decoding(n, options.repeats) for n in (21, 50)},
+        "reading": reading(max(2, options.repeats // 4)),
+        "opening": opening(options.shards),
+    }
+    text = json.dumps(result, indent=2)
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

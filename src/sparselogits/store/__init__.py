@@ -1,0 +1,24 @@
+"""The cache on disk: a codec, a shard file, a directory, and the tools that keep it sound."""
+
+from sparselogits.store.cache import Cache
+from sparselogits.store.codec import codec_for
+from sparselogits.store.export import export
+from sparselogits.store.merge import MergeReport, merge
+from sparselogits.store.records import CacheStatistics, WindowRecord
+from sparselogits.store.repair import RepairReport, repair
+from sparselogits.store.verify import ShardReport, VerifyReport, verify
+
+__all__ = [
+    "Cache",
+    "CacheStatistics",
+    "MergeReport",
+    "RepairReport",
+    "ShardReport",
+    "VerifyReport",
+    "WindowRecord",
+    "codec_for",
+    "export",
+    "merge",
+    "repair",
+    "verify",
+]

@@ -1,0 +1,283 @@
+"""A cache: an identity, shards of windows, and nothing that changes once it is written.
+
+    CACHE/
+      cache.json      the identity (canonical JSON) and its fingerprint
+      README.md       a dataset card, so that the folder can be pushed to a hub as it is
+      shards/windows-000000000000-000000000512.parquet ...
+
+There is no index and no consolidation: the list of shards is the folder's listing, and a shard
+that is there is complete. Any number of processes may write to one cache and read from it at once.
+A reader keeps a few shards open and one row group of each in memory, whatever the cache's size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparselogits.errors import CacheCorruptionError, CacheError, InvalidTargetsError
+from sparselogits.identity import Identity, canonical_json
+from sparselogits.store.card import dataset_card
+from sparselogits.store.memory import MemoryStorage
+from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
+from sparselogits.store.records import CacheStatistics, WindowRecord
+from sparselogits.store.shard import Shard
+from sparselogits.store.shard_writer import encode_shard
+from sparselogits.store.storage import LocalStorage, Storage
+
+CACHE_JSON = "cache.json"
+OPEN_SHARDS = 8
+
+
+class Cache:
+    """An open cache; make one with `Cache.create` or `Cache.open`.
+
+    Reading is safe from forked and spawned processes and, one reader a thread, from threads.
+    """
+
+    def __init__(self, storage: Storage, identity: Identity, root: Path) -> None:
+        self.storage = storage
+        self.identity = identity
+        self.root = root
+        self._ranges: list[Range] | None = None
+        self._before: list[int] = []
+        self._shards: OrderedDict[Range, Shard] = OrderedDict()
+        self._process = os.getpid()
+
+    @classmethod
+    def create(
+        cls, root: str | Path, identity: Identity, *, token_frequencies: Any | None = None
+    ) -> Cache:
+        """A cache of this identity: a new one, or the one that stands there already.
+
+        Args:
+            root: its folder.
+            identity: what its shards are made from.
+            token_frequencies: accepted for planners that have them; the codec needs none.
+
+        Raises:
+            IdentityMismatchError: the cache that is there was made otherwise.
+            CacheError: the folder cannot be written.
+        """
+        storage = LocalStorage(root)
+        storage.clean("")
+        storage.clean(SHARDS)
+        content = {"fingerprint": identity.fingerprint, "identity": identity.to_json()}
+        storage.create(CACHE_JSON, canonical_json(content) + b"\n")
+        cache = cls.open(root)
+        identity.require_equal(cache.identity, here="this build", there=f"the cache at {root}")
+        storage.create("README.md", dataset_card(cache.identity).encode())
+        return cache
+
+    @classmethod
+    def open(cls, root: str | Path) -> Cache:
+        """The cache in a folder.
+
+        Raises:
+            CacheError: there is none, or one of another format version.
+            CacheCorruptionError: its cache.json is damaged.
+        """
+        storage = LocalStorage(root)
+        return cls(storage, read_identity(storage), Path(root))
+
+    @property
+    def json_path(self) -> Path:
+        """Path of cache.json."""
+        return self.root / CACHE_JSON
+
+    def finished(self) -> list[Range]:
+        """Sorted (start, stop) of the shards that are there, from a fresh listing alone."""
+        self._ranges = shard_ranges(self.storage.names(SHARDS))
+        self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
+        return list(self._ranges)
+
+    def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Path:
+        """Write one shard, whole or not at all.
+
+        Where another worker has written the same range before, its file stays: the two hold the
+        same targets.
+
+        Args:
+            records: of consecutive windows, at least one.
+            provenance: JSON values: the fingerprint of the piece of corpus, versions, device,
+                threads, batch size.
+
+        Returns:
+            The shard's path.
+
+        Raises:
+            InvalidTargetsError: records that do not fit the identity or each other.
+            CacheError: the disk is full or read-only.
+            CacheCorruptionError: what was written does not read back.
+        """
+        self._require_consecutive(records)
+        name, data = encode_shard(self.identity, records, provenance)
+        self._require_reads_back(name, data, records)
+        self.storage.create(name, data)
+        self._ranges = None
+        return self.root / name
+
+    def provenance(self, start: int) -> dict[str, Any]:
+        """What `commit` was told about the shard that holds window `start`."""
+        return dict(self._shard(self._range_of(start)).description["provenance"])
+
+    def __len__(self) -> int:
+        """Windows present, as of the last listing."""
+        self._listed()
+        return self._before[-1]
+
+    def window_index(self, i: int) -> int:
+        """The index in the corpus of the i-th window present."""
+        (start, _), row = self._locate(i)
+        return start + row
+
+    def read(self, i: int) -> WindowRecord:
+        """The i-th window present, in window order.
+
+        Raises:
+            IndexError: fewer windows are present.
+            CacheCorruptionError: naming the file, the row and what is wrong.
+        """
+        shard_range, row = self._locate(i)
+        return self._shard(shard_range).read(row)
+
+    def statistics(self) -> CacheStatistics:
+        """The cache in figures, from the shards' footers: nothing is decoded."""
+        shards = [self._open(r) for r in self.finished()]
+        windows = sum(map(len, shards))
+
+        def total(key: str) -> int:
+            return sum(int(shard.description[key]) for shard in shards)
+
+        def mean(key: str) -> float:
+            whole = sum(len(shard) * float(shard.description[key]) for shard in shards)
+            return whole / windows if windows else float("nan")
+
+        return CacheStatistics(
+            shards=len(shards),
+            windows=windows,
+            tokens=windows * self.identity.window_length,
+            positions=total("positions"),
+            entries=total("entries"),
+            bytes_on_disk=sum(shard.size for shard in shards),
+            text_bytes=sum(shard.text_bytes for shard in shards),
+            mean_teacher_loss=mean("teacher_loss"),
+            mean_teacher_entropy=mean("teacher_entropy"),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are spawned: they open their own files."""
+        return self.__dict__ | {"_shards": OrderedDict()}
+
+    def _listed(self) -> list[Range]:
+        if self._ranges is None:
+            self.finished()
+        assert self._ranges is not None
+        return self._ranges
+
+    def _locate(self, i: int) -> tuple[Range, int]:
+        ranges, count = self._listed(), len(self)
+        if not -count <= i < count:
+            raise IndexError(f"window {i} of a cache that holds {count}")
+        i %= count
+        place = bisect_right(self._before, i) - 1
+        return ranges[place], i - self._before[place]
+
+    def _range_of(self, window: int) -> Range:
+        ranges = self._listed()
+        place = bisect_right(ranges, (window, float("inf"))) - 1
+        if place < 0 or not ranges[place][0] <= window < ranges[place][1]:
+            raise CacheError(f"no shard of {self.root} holds window {window}; build it first")
+        return ranges[place]
+
+    def _shard(self, shard_range: Range) -> Shard:
+        if self._process != os.getpid():  # a forked reader shares no open shard with its parent
+            self._shards, self._process = OrderedDict(), os.getpid()
+        shard = self._shards.pop(shard_range, None) or self._open(shard_range)
+        self._shards[shard_range] = shard
+        if len(self._shards) > OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def _open(self, shard_range: Range) -> Shard:
+        return Shard(self.storage, shard_name(*shard_range), self.identity)
+
+    def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
+        if not records:
+            raise InvalidTargetsError("a shard holds at least one window")
+        for place, record in enumerate(records):
+            record.validate(self.identity.window_length)
+            if record.window_index != records[0].window_index + place:
+                raise InvalidTargetsError(
+                    f"window {record.window_index} stands where window "
+                    f"{records[0].window_index + place} is expected: a shard is a run of windows"
+                )
+
+    def _require_reads_back(self, name: str, data: bytes, records: Sequence[WindowRecord]) -> None:
+        shard = Shard(MemoryStorage({name: data}), name, self.identity)
+        for row, record in enumerate(records):
+            if not same_record(shard.read(row), record):
+                raise CacheCorruptionError(
+                    f"{self.root}/{name}, row {row} (window {record.window_index}): encoding does "
+                    "not give back what it was given. Nothing was written; please report this"
+                )
+
+
+def read_identity(storage: Storage) -> Identity:
+    """The identity in a folder's cache.json.
+
+    Raises:
+        CacheError: there is none.
+        CacheCorruptionError: it is damaged.
+    """
+    try:
+        raw = storage.read(CACHE_JSON)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheError(
+            f"there is no cache at {storage.location}: it has no {CACHE_JSON}. Check the path, or "
+            "make a cache there with `sparselogits cache --out`"
+        ) from error
+    try:
+        content = json.loads(raw)
+        identity = Identity.from_json(content["identity"])
+        sound = content["fingerprint"] == identity.fingerprint
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheCorruptionError(
+            f"{storage.location}/{CACHE_JSON} is damaged ({error}); restore it from a copy"
+        ) from error
+    if not sound:
+        raise CacheCorruptionError(
+            f"{storage.location}/{CACHE_JSON}: the identity does not match its fingerprint; it was "
+            "edited or damaged: restore it from a copy"
+        )
+    return identity
+
+
+def same_record(a: WindowRecord, b: WindowRecord) -> bool:
+    """Whether two records are equal, bit for bit (the teacher's loss and entropy in float32)."""
+
+    def figures(record: WindowRecord) -> list[Any]:
+        targets = record.targets
+        return [
+            record.tokens,
+            record.document_starts,
+            targets.ids.numpy(),
+            targets.weights.numpy().view(np.int32),
+            targets.offsets.numpy(),
+            np.array([record.teacher_loss, record.teacher_entropy], np.float32).view(np.int32),
+            np.zeros(0) if targets.counts is None else targets.counts.numpy(),
+            np.zeros(0) if record.mask is None else record.mask,
+        ]
+
+    return (
+        (a.window_index, a.targets.rounds, a.targets.vocab_size, a.mask is None)
+        == (b.window_index, b.targets.rounds, b.targets.vocab_size, b.mask is None)
+    ) and all(np.array_equal(x, y) for x, y in zip(figures(a), figures(b), strict=True))

@@ -1,0 +1,120 @@
+"""Columns of small numbers: one array a window, entropy-coded under tables that a shard shares.
+
+The coder is pcodec's wrapped format. Its tables ("chunk metadata": bins, their frequencies, their
+offset bits) cost some hundred bytes; shared by the windows of a shard they cost nothing, and each
+window's page still decodes by itself. A page knows where it ends but not how many numbers it
+holds: the caller says so, which bounds what a damaged or forged page can ask for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
+
+Array = NDArray[Any]
+
+_NAMES = {np.dtype(np.uint32): "u32", np.dtype(np.float32): "f32"}
+_LARGEST_CHUNK = 1 << 22  # numbers that share a table; pcodec allows 1 << 24
+_LEVEL = 8  # pcodec's default; the highest, 12, saves less than one part in a thousand
+
+
+class ColumnError(ValueError):
+    """A page or a table that does not decode to what was promised."""
+
+
+@dataclass(frozen=True)
+class CodedColumn:
+    """What `encode_column` made: tables, each with the first window it serves, and pages."""
+
+    tables: tuple[tuple[int, bytes], ...]
+    pages: tuple[bytes, ...]
+
+
+def encode_column(windows: Sequence[Array]) -> CodedColumn:
+    """Code one array a window, all uint32 or all float32."""
+    tables: list[tuple[int, bytes]] = []
+    pages: list[bytes] = []
+    for first, stop in _chunks([len(window) for window in windows]):
+        table, coded = _encode_chunk(windows[first:stop])
+        tables.append((first, table))
+        pages += coded
+    return CodedColumn(tuple(tables), tuple(pages))
+
+
+class ColumnDecoder:
+    """Decodes the pages of one column.
+
+    Args:
+        dtype: uint32 or float32.
+        tables: as `encode_column` made them.
+
+    Raises:
+        ColumnError: tables that pcodec cannot read.
+    """
+
+    def __init__(self, dtype: Any, tables: Sequence[tuple[int, bytes]]) -> None:
+        self._firsts = [first for first, _ in tables]
+        if self._firsts[:1] != [0] or self._firsts != sorted(set(self._firsts)):
+            raise ColumnError(f"tables start at windows {self._firsts}, not ascending from 0")
+        name = _NAMES[np.dtype(dtype)]
+        try:
+            file, _ = wrapped.FileDecompressor.new(_HEADER)
+            self._chunks = [file.chunk_decompressor(t, name)[0] if t else None for _, t in tables]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ColumnError(f"a coding table is unreadable: {error}") from error
+
+    def decode_into(self, out: Array, window: int, data: bytes) -> int:
+        """Fill `out` from the page that `data` begins with; returns the page's length in bytes.
+
+        Raises:
+            ColumnError: a page that does not hold that many numbers.
+        """
+        if len(out) == 0:
+            return 0
+        chunk = self._chunks[bisect_right(self._firsts, window) - 1]
+        if chunk is None:
+            raise ColumnError("numbers where the coding tables say there are none")
+        try:
+            progress, used = chunk.read_page_into(data, len(out), out)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ColumnError(f"a page does not decode: {error}") from error
+        if not progress.finished or progress.n_processed != len(out):
+            raise ColumnError(f"a page holds {progress.n_processed} of {len(out)} numbers")
+        return int(used)
+
+
+def _chunks(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of windows that share a table."""
+    runs, first, held = [], 0, 0
+    for index, length in enumerate(lengths):
+        if held and held + length > _LARGEST_CHUNK:
+            runs.append((first, index))
+            first, held = index, 0
+        held += length
+    return [*runs, (first, len(lengths))]
+
+
+def _encode_chunk(windows: Sequence[Array]) -> tuple[bytes, list[bytes]]:
+    sizes = [len(window) for window in windows if len(window)]
+    if not sizes:
+        return b"", [b""] * len(windows)
+    config = ChunkConfig(
+        compression_level=_LEVEL,
+        mode_spec=ModeSpec.classic(),
+        delta_spec=DeltaSpec.no_op(),
+        paging_spec=PagingSpec.exact_page_sizes(sizes),
+    )
+    chunk = wrapped.FileCompressor().chunk_compressor(np.concatenate(windows), config)
+    pages = iter(range(len(sizes)))
+    return chunk.write_meta(), [
+        chunk.write_page(next(pages)) if len(window) else b"" for window in windows
+    ]
+
+
+_HEADER = wrapped.FileCompressor().write_header()

@@ -1,0 +1,126 @@
+"""Export: a cache in forms that other tools read, one shard at a time, in flat memory.
+
+lists      Parquet; a row is a window: tokens, and for each position its ids and weights as lists
+topk       Parquet; a row is a window: tokens, and the K heaviest ids of each position with the
+           logarithms of their weights, in the rectangular form Top-K trainers expect
+datasets   a folder that `datasets.load_from_disk` reads, with the columns of `lists`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.store.cache import Cache
+from sparselogits.store.records import WindowRecord
+from sparselogits.store.verify import Progress
+
+FORMATS = ("lists", "topk", "datasets")
+
+
+def export(
+    cache: Cache, out: str | Path, form: str, *, k: int = 50, progress: Progress | None = None
+) -> list[Path]:
+    """Write a cache in another form.
+
+    Args:
+        cache: to be exported.
+        out: a folder that does not exist or is empty.
+        form: one of FORMATS.
+        k: entries a position for `topk`; positions with fewer are padded with id 0 and -inf.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        The files written, or the folder of a `datasets` export.
+
+    Raises:
+        InvalidArgumentError: an unknown form, or k < 1.
+        CacheError: the folder is not empty, or the cache is.
+    """
+    folder = Path(out)
+    if form not in FORMATS or k < 1:
+        raise InvalidArgumentError(
+            f"cannot export as {form!r} with k={k}; choose one of {', '.join(FORMATS)} and k >= 1"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise CacheError(f"{folder} is not empty; choose a new folder")
+    if not len(cache):
+        raise CacheError(f"{cache.root} holds no windows yet; build some first")
+    folder.mkdir(parents=True, exist_ok=True)
+    if form == "datasets":
+        return [_export_dataset(cache, folder, progress)]
+    return _export_parquet(cache, folder, form, k, progress)
+
+
+def _export_parquet(
+    cache: Cache, folder: Path, form: str, k: int, progress: Progress | None
+) -> list[Path]:
+    paths, done = [], 0
+    for start, stop in cache.finished():
+        path = folder / f"windows-{start:012d}-{stop:012d}.parquet"
+        writer = None
+        for _ in range(start, stop):
+            record = cache.read(done)
+            table = _lists(record) if form == "lists" else _top(record, k)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table)
+            done += 1
+            if progress is not None:
+                progress(done, len(cache))
+        if writer is not None:
+            writer.close()
+        paths.append(path)
+    return paths
+
+
+def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> Path:
+    from datasets import Dataset  # heavy, and needed here only
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for i in range(len(cache)):
+            yield _lists(cache.read(i)).to_pylist()[0]
+            if progress is not None:
+                progress(i + 1, len(cache))
+
+    Dataset.from_generator(rows, cache_dir=str(folder / ".work")).save_to_disk(str(folder))
+    return folder
+
+
+def _lists(record: WindowRecord) -> pa.Table:
+    targets = record.targets
+    offsets = pa.array(targets.offsets.numpy().astype(np.int32))
+    ids = pa.ListArray.from_arrays(offsets, pa.array(targets.ids.numpy().astype(np.int32)))
+    weights = pa.ListArray.from_arrays(offsets, pa.array(targets.weights.numpy()))
+    return _row(record, {"ids": ids, "weights": weights})
+
+
+def _top(record: WindowRecord, k: int) -> pa.Table:
+    ids, weights = (part.numpy() for part in record.targets.padded())
+    width = max(0, k - ids.shape[1])
+    ids = np.pad(ids, ((0, 0), (0, width)))
+    weights = np.pad(weights, ((0, 0), (0, width)))
+    best = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.take_along_axis(weights, best, 1))
+    best_ids = np.take_along_axis(ids, best, 1).astype(np.int32)
+
+    def rectangle(values: Any) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), k)
+
+    return _row(record, {"top_ids": rectangle(best_ids), "top_logprobs": rectangle(logs)})
+
+
+def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
+    """One row: the window's index and tokens, and `columns`, one element a position."""
+    whole = {"tokens": pa.array(record.tokens), **columns}
+    arrays = {
+        name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+        for name, values in whole.items()
+    }
+    return pa.table({"window_index": pa.array([record.window_index], pa.int64()), **arrays})

@@ -1,0 +1,118 @@
+"""The values the store takes and gives: a window with its targets, and a cache in figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselogits.errors import InvalidTargetsError
+from sparselogits.targets import SparseTargets
+
+Int32: TypeAlias = NDArray[np.int32]
+Bool: TypeAlias = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowRecord:
+    """One window of L tokens with the teacher's targets beside them: a row of a shard.
+
+    Args:
+        window_index: its place in the corpus, from 0.
+        tokens: int32 [L].
+        document_starts: int32, ascending positions in the window at which a document starts (0
+            only when one starts there).
+        mask: bool [L], True where the position carries a target; None when all do.
+        targets: L positions; positions masked out own no entries.
+        teacher_loss: mean negative log-likelihood of the true next tokens, in nats.
+        teacher_entropy: mean entropy of the teacher's distribution, in nats.
+    """
+
+    window_index: int
+    tokens: Int32
+    document_starts: Int32
+    mask: Bool | None
+    targets: SparseTargets
+    teacher_loss: float
+    teacher_entropy: float
+
+    def present(self) -> Bool:
+        """bool [L]: which positions carry a target."""
+        return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
+
+    def validate(self, window_length: int) -> None:
+        """Insist that the parts fit each other.
+
+        Raises:
+            InvalidTargetsError: naming the window and the part.
+        """
+        starts = self.document_starts
+        for good, what in (
+            (self.tokens.dtype == np.int32, f"tokens are {self.tokens.dtype}, not int32"),
+            (
+                self.tokens.shape == (window_length,),
+                f"tokens have shape {self.tokens.shape}, not ({window_length},)",
+            ),
+            (starts.dtype == np.int32, f"document_starts are {starts.dtype}, not int32"),
+            (
+                starts.ndim == 1
+                and bool((starts[1:] > starts[:-1]).all())
+                and bool(((starts >= 0) & (starts < window_length)).all()),
+                "document_starts do not ascend within the window",
+            ),
+            (
+                self.mask is None
+                or (self.mask.dtype == np.bool_ and self.mask.shape == (window_length,)),
+                f"mask is not bool [{window_length}]",
+            ),
+            (
+                len(self.targets) == window_length,
+                f"targets have {len(self.targets)} positions, not {window_length}",
+            ),
+        ):
+            if not good:
+                raise InvalidTargetsError(f"window {self.window_index}: {what}")
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """A cache in figures, summed from the shards' footers.
+
+    Args:
+        shards: files.
+        windows: rows.
+        tokens: positions, with a target or without.
+        positions: positions that carry a target.
+        entries: ids stored.
+        bytes_on_disk: of all shard files, containers and checksums included.
+        text_bytes: of those, the bytes of the text's own tokens.
+        mean_teacher_loss: nats, over windows.
+        mean_teacher_entropy: nats, over windows.
+    """
+
+    shards: int
+    windows: int
+    tokens: int
+    positions: int
+    entries: int
+    bytes_on_disk: int
+    text_bytes: int
+    mean_teacher_loss: float
+    mean_teacher_entropy: float
+
+    @property
+    def bits_per_entry(self) -> float:
+        """Bits of disk an entry, everything but the text's own tokens included."""
+        return 8 * (self.bytes_on_disk - self.text_bytes) / self.entries if self.entries else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of disk a position, the text's own tokens included."""
+        return self.bytes_on_disk / self.tokens if self.tokens else 0.0
+
+    @property
+    def entries_per_position(self) -> float:
+        """Mean entries of a position that carries a target."""
+        return self.entries / self.positions if self.positions else 0.0

@@ -1,0 +1,134 @@
+"""Writing a shard: the windows of one range as the bytes of one Parquet file, built in memory.
+
+Any Parquet reader opens it. Rows are windows, eight a row group; each row carries a CRC32C of its
+own, which stays with it wherever other tools take it, and a guard covers the whole file
+(store/guard.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparselogits.identity import FORMAT_VERSION, Identity, canonical_json
+from sparselogits.store.codec import TargetCodec, Window
+from sparselogits.store.guard import insert_guard
+from sparselogits.store.ranges import shard_name
+from sparselogits.store.records import WindowRecord
+
+ROWS_PER_GROUP = 8
+METADATA_KEY = b"sparselogits"
+SCHEMA = pa.schema(
+    [
+        pa.field("window_index", pa.int64(), nullable=False),
+        pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), False),
+        pa.field(
+            "document_starts", pa.list_(pa.field("element", pa.int32(), nullable=False)), False
+        ),
+        pa.field("mask", pa.list_(pa.field("element", pa.bool_(), nullable=False)), True),
+        pa.field("targets", pa.binary(), nullable=False),
+        pa.field("crc32c", pa.uint32(), nullable=False),
+        pa.field("teacher_loss", pa.float32(), nullable=False),
+        pa.field("teacher_entropy", pa.float32(), nullable=False),
+    ]
+)
+
+
+def encode_shard(
+    identity: Identity, records: Sequence[WindowRecord], provenance: Mapping[str, Any]
+) -> tuple[str, bytes]:
+    """A shard's file name and bytes; equal inputs give equal bytes under one version of pyarrow.
+
+    Args:
+        identity: of the cache.
+        records: of consecutive windows, at least one.
+        provenance: JSON values about how these windows were computed.
+
+    Raises:
+        InvalidTargetsError: records that do not fit the identity or each other.
+    """
+    first, stop = records[0].window_index, records[0].window_index + len(records)
+    codec = TargetCodec.from_identity(identity.codec, identity.vocab_size)
+    tables, blocks = codec.encode([Window(r.targets, r.tokens, r.present()) for r in records])
+    description = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": identity.fingerprint,
+        "start": first,
+        "stop": stop,
+        "positions": int(sum(r.present().sum() for r in records)),
+        "entries": sum(r.targets.entries for r in records),
+        "teacher_loss": float(np.mean([np.float32(r.teacher_loss) for r in records])),
+        "teacher_entropy": float(np.mean([np.float32(r.teacher_entropy) for r in records])),
+        "tables": {
+            name: [[start, base64.b64encode(table).decode()] for start, table in column]
+            for name, column in tables.items()
+        },
+        "provenance": dict(provenance),
+    }
+    parquet = _write_parquet(_table(records, blocks), canonical_json(description))
+    metadata = pq.read_metadata(io.BytesIO(parquet))
+    return shard_name(first, stop), insert_guard(parquet, list(_group_stops(metadata)))
+
+
+def _table(records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
+    columns = {
+        "window_index": [r.window_index for r in records],
+        "tokens": [r.tokens for r in records],
+        "document_starts": [r.document_starts for r in records],
+        "mask": [r.mask for r in records],
+        "targets": list(blocks),
+        "crc32c": [row_crc(r, block) for r, block in zip(records, blocks, strict=True)],
+        "teacher_loss": [np.float32(r.teacher_loss) for r in records],
+        "teacher_entropy": [np.float32(r.teacher_entropy) for r in records],
+    }
+    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def _write_parquet(table: pa.Table, description: bytes) -> bytes:
+    out = io.BytesIO()
+    with pq.ParquetWriter(
+        out,
+        table.schema,
+        compression={"tokens.list.element": "zstd"},
+        compression_level={"tokens.list.element": 9},
+        use_dictionary=False,
+        use_byte_stream_split=["tokens.list.element"],
+        write_statistics=["window_index"],
+        write_page_checksum=True,
+        data_page_size=1 << 24,
+        store_schema=False,
+    ) as writer:
+        writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        writer.add_key_value_metadata({METADATA_KEY: description})
+    return out.getvalue()
+
+
+def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        column = group.column(group.num_columns - 1)
+        yield column.data_page_offset + column.total_compressed_size
+
+
+def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
+    """CRC32C of a row: everything in it but the checksum itself."""
+    mask = b"" if record.mask is None else record.mask.astype(np.uint8).tobytes()
+    parts = (
+        struct.pack("<qI", record.window_index, len(record.tokens)),
+        record.tokens.astype("<i4").tobytes(),
+        struct.pack("<I", len(record.document_starts)),
+        record.document_starts.astype("<i4").tobytes(),
+        struct.pack("<I", len(mask)),
+        mask,
+        struct.pack("<ffI", record.teacher_loss, record.teacher_entropy, len(block)),
+        bytes(block),
+    )
+    return int(google_crc32c.value(b"".join(parts)))

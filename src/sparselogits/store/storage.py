@@ -1,0 +1,241 @@
+"""Where a cache's files live: the one seam between the store and a disk or an object store.
+
+The store asks for very little: list the names in a folder, read a file or a range of it, create a
+file that must not exist yet, and set one aside. Every file is written once, whole, and never
+changed afterwards, so there is nothing to lock and nothing to merge.
+
+`LocalStorage` promises that a file it created is complete and survives a power cut: the bytes go
+to a unique temporary name, are flushed and synced, dropped from the page cache, read back and
+compared, and only then linked under their final name, whose folder is synced too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from sparselogits.errors import CacheCorruptionError, CacheError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class Storage(Protocol):
+    """A folder of write-once files; names are relative and use `/`."""
+
+    @property
+    def location(self) -> str:
+        """The folder, for messages."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the files in a folder; empty where there is no such folder."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Length of a file in bytes. Raises FileNotFoundError."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start to stop of a file, fewer where it ends before. Raises FileNotFoundError."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a new file, whole or not at all; False where the name is taken already."""
+        ...
+
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name, which must be free."""
+        ...
+
+
+class LocalStorage:
+    """Files under a folder of this machine (or of a network file system mounted on it).
+
+    Args:
+        root: the folder; created on the first write.
+        step: called with a word before each step of a write. Tests kill the process there.
+    """
+
+    def __init__(self, root: str | Path, *, step: Callable[[str], None] | None = None) -> None:
+        self.root = Path(root)
+        self._step = step or _pass_by
+
+    @property
+    def location(self) -> str:
+        """The folder's path."""
+        return str(self.root)
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the files in a folder, temporaries left out."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return sorted(e.name for e in entries if not e.name.startswith(TEMPORARY_PREFIX))
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int:
+        """Length of a file in bytes."""
+        return (self.root / name).stat().st_size
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start to stop of a file."""
+        with (self.root / name).open("rb", buffering=0) as file:
+            if stop is None:
+                stop = os.fstat(file.fileno()).st_size
+            return _read_exactly(file.fileno(), start, stop)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file durably under a name that is free.
+
+        Returns:
+            False where another writer had put a complete file there before.
+
+        Raises:
+            CacheError: the disk is full, the folder is read-only, or the like; nothing is left.
+            CacheCorruptionError: the disk gave back other bytes than were written.
+        """
+        path = self.root / name
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{_writer()}-{secrets.token_hex(6)}")
+        self._step("begin")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _removed_at_last(temporary):
+                self._write_synced(temporary, data)
+                _require_same(temporary, data)
+                self._step("verified")
+                created = _link(temporary, path)
+                self._step("linked")
+        except OSError as error:
+            raise CacheError(
+                f"cannot write {path}: {error.strerror or error}; nothing was left behind. Make "
+                "room or make the folder writable, then start the same command again"
+            ) from error
+        _sync_folder(path.parent)
+        self._step("done")
+        return created
+
+    def move(self, name: str, to: str) -> None:
+        """Rename a file to a free name."""
+        source, target = self.root / name, self.root / to
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not _link(source, target):
+            raise CacheError(f"{target} exists already; move it away, then try again")
+        source.unlink()
+        _sync_folder(source.parent)
+
+    def clean(self, folder: str) -> list[str]:
+        """Remove temporaries of writers on this machine that are dead; returns their names.
+
+        Those of other machines, and of processes still alive, are left alone.
+        """
+        removed = []
+        host = f"{TEMPORARY_PREFIX}{_host()}-"
+        for path in (self.root / folder).glob(f"{host}*"):
+            pid = path.name.removeprefix(host).partition("-")[0]
+            if pid.isdecimal() and not _alive(int(pid)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    removed.append(path.name)
+        return removed
+
+    def _write_synced(self, path: Path, data: bytes) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            self._step("opened")
+            view, half = memoryview(data), len(data) // 2
+            while view:  # a write may be cut short, by a signal or a nearly full disk
+                view = view[os.write(descriptor, view[: max(half, 1)]) :]
+                self._step("writing")
+            os.fsync(descriptor)
+            self._step("synced")
+            if hasattr(os, "posix_fadvise"):  # so that the reading back reaches the disk
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _pass_by(_: str) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _removed_at_last(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _require_same(path: Path, data: bytes) -> None:
+    with path.open("rb", buffering=0) as file:
+        if _read_exactly(file.fileno(), 0, len(data) + 1) != data:
+            raise CacheCorruptionError(
+                f"{path}: the disk gave back other bytes than were written; check the disk (dmesg, "
+                "smartctl), then start the same command again"
+            )
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name, if that is free."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: a rename is atomic too, if not exclusive
+        if target.exists():
+            return False
+        source.rename(target)
+    return True
+
+
+def _read_exactly(descriptor: int, start: int, stop: int) -> bytes:
+    parts: list[bytes] = []
+    while start < stop:
+        part = os.pread(descriptor, min(stop - start, 1 << 30), start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot, and need not
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    """A name for the set of processes whose pids mean something here: host, boot, pid namespace."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+
+
+def _writer() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

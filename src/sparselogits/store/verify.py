@@ -1,0 +1,156 @@
+"""Verification: read a cache as its sternest reader would, and say shard by shard what holds.
+
+Checked are the guard's checksum of every byte, Parquet's page checksums, each row's CRC, the
+decoding, the invariants of the targets (ids ascending and below V, rounds complete, weights
+consistent with the sampler), the totals in the footers, the identity, and which windows are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sparselogits.errors import CacheCorruptionError, InvalidTargetsError, SparseLogitsError
+from sparselogits.store.cache import Cache
+from sparselogits.store.ranges import Range, missing_ranges, shard_name
+from sparselogits.store.records import WindowRecord
+from sparselogits.store.shard import Shard
+from sparselogits.targets import SparseTargets
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What was found in one shard.
+
+    Args:
+        windows: the range its name promises.
+        name: its file, relative to the cache.
+        checked: windows read and decoded.
+        error: what is wrong with it; None where nothing is.
+    """
+
+    windows: Range
+    name: str
+    checked: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found in a cache.
+
+    Args:
+        shards: one report each, in window order.
+        missing: ranges of windows that no shard holds.
+    """
+
+    shards: tuple[ShardReport, ...]
+    missing: tuple[Range, ...]
+
+    @property
+    def damaged(self) -> tuple[ShardReport, ...]:
+        """The shards with something wrong."""
+        return tuple(shard for shard in self.shards if shard.error is not None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every shard is sound and no window missing."""
+        return not self.damaged and not self.missing
+
+
+def verify(
+    cache: Cache,
+    *,
+    sample: int | None = None,
+    stop: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check a cache.
+
+    Args:
+        cache: to be checked.
+        sample: row groups to decode a shard, spread evenly, for a quick look; all when None.
+        stop: windows the corpus has; the last shard's end when None.
+        progress: called with (shards done, shards in all).
+
+    Returns:
+        A report. Damage is reported, not raised.
+    """
+    ranges = cache.finished()
+    reports = []
+    for done, windows in enumerate(ranges):
+        reports.append(_verify_shard(cache, windows, sample))
+        if progress is not None:
+            progress(done + 1, len(ranges))
+    if stop is None:
+        stop = ranges[-1][1] if ranges else 0
+    return VerifyReport(tuple(reports), tuple(missing_ranges(ranges, stop)))
+
+
+def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardReport:
+    name, checked = shard_name(*windows), 0
+    try:
+        shard = Shard(cache.storage, name, cache.identity)
+        if sample is None:
+            shard.read_bytes()
+        records = _Totals()
+        for group in _spread(shard.groups, sample):
+            for record in shard.read_group(group):
+                _require_sound(shard, record, cache)
+                records.add(record)
+                checked += 1
+        if checked == len(shard):
+            records.require(shard)
+    except (SparseLogitsError, OSError) as error:
+        return ShardReport(windows, name, checked, str(error))
+    return ShardReport(windows, name, checked, None)
+
+
+def _spread(groups: int, sample: int | None) -> Iterable[int]:
+    if sample is None or sample >= groups:
+        return range(groups)
+    return sorted({i * groups // sample for i in range(sample)})
+
+
+def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
+    """The invariants that decoding does not enforce by itself."""
+    targets, where = record.targets, f"{shard.name}, window {record.window_index}"
+    try:
+        record.validate(cache.identity.window_length)
+        SparseTargets(
+            targets.ids,
+            targets.weights,
+            targets.offsets,
+            targets.vocab_size,
+            counts=targets.counts,
+            rounds=targets.rounds,
+        )
+    except InvalidTargetsError as error:
+        raise CacheCorruptionError(f"{where}: {error}") from error
+    lengths = targets.entries_per_position.numpy()
+    if lengths[~record.present()].any():
+        raise CacheCorruptionError(f"{where}: a position that is masked out owns entries")
+    tau = cache.identity.codec.get("tau")
+    if tau is not None and bool((targets.weights < targets.weights.new_tensor(tau)).any()):
+        raise CacheCorruptionError(f"{where}: a weight is below the threshold {tau}")
+
+
+class _Totals:
+    """Running sums over the rows of a shard, to be compared with its footer."""
+
+    def __init__(self) -> None:
+        self.entries = self.positions = 0
+
+    def add(self, record: WindowRecord) -> None:
+        self.entries += record.targets.entries
+        self.positions += int(record.present().sum())
+
+    def require(self, shard: Shard) -> None:
+        for key in ("entries", "positions"):
+            found, told = getattr(self, key), shard.description[key]
+            if found != told:
+                raise CacheCorruptionError(
+                    f"{shard.name}: its rows hold {found} {key}, its footer says {told}"
+                )

@@ -1,0 +1,66 @@
+"""SIGKILL at every step of a commit and at random moments; then resume, and compare every byte.
+
+.venv/bin/pytest tests/faults/test_kill.py            a share
+.venv/bin/pytest tests/faults/test_kill.py -m slow    200 random moments, one and four writers
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.builds import STEPS, build, files, start, undisturbed
+
+
+@pytest.mark.parametrize("occurrence", [1, 2, 3])
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_a_step_and_resumed(tmp_path: Path, step: str, occurrence: int) -> None:
+    expected = undisturbed(tmp_path / "whole")
+    child = start(tmp_path / "killed", die_at=(step, occurrence))
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    build(tmp_path / "killed")
+    assert files(tmp_path / "killed") == expected
+
+
+def killed_at_random(tmp_path: Path, moments: int, writers: int, seed: int) -> int:
+    """Kills a group of writers at each of many random moments; returns writers killed at work.
+
+    Moments are spread over the time that an undisturbed group takes on this machine.
+    """
+    expected = undisturbed(tmp_path / "whole")
+    begun = time.monotonic()
+    for child in [start(tmp_path / "timed", reverse=bool(i % 2)) for i in range(writers)]:
+        child.join(60)
+    chance, hits, longest = random.Random(seed), 0, time.monotonic() - begun
+    for moment in range(moments):
+        root = tmp_path / f"killed-{moment}"
+        children = [start(root, reverse=bool(i % 2)) for i in range(writers)]
+        time.sleep(chance.uniform(0, longest))
+        for child in children:
+            hits += child.is_alive()
+            child.kill()
+        for child in children:
+            child.join(60)
+        leftover = (
+            {n: d for n, d in files(root).items() if ".tmp-" not in n} if root.exists() else {}
+        )
+        assert leftover.items() <= expected.items(), "a file stood under its name but not whole"
+        build(root)
+        assert files(root) == expected
+    return hits
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_killed_at_random_moments(tmp_path: Path, writers: int) -> None:
+    assert killed_at_random(tmp_path, 12, writers, seed=writers) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writers", [1, 4])
+def test_killed_at_two_hundred_random_moments(tmp_path: Path, writers: int) -> None:
+    assert killed_at_random(tmp_path, 200, writers, seed=10 + writers) > 50

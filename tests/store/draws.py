@@ -1,0 +1,94 @@
+"""Windows with targets drawn with numpy, for tests that need records without a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparselogits.identity import Identity
+from sparselogits.store import WindowRecord
+from sparselogits.targets import SparseTargets
+
+LENGTH = 64
+KINDS: dict[str, dict[str, Any]] = {
+    "counts": {"weights": "counts", "rounds": 21},
+    "counts+float32": {"weights": "counts+float32", "rounds": 21},
+    "float32": {"weights": "float32"},
+    "threshold": {"weights": "threshold", "tau": 0.05},
+}
+
+
+def identity(kind: str = "counts", *, vocab_size: int = 1000, **changes: Any) -> Identity:
+    settings: dict[str, Any] = {
+        "teacher": {"name": "none", "weights": "0" * 64},
+        "tokenizer": "1" * 64,
+        "vocab_size": vocab_size,
+        "token_mask": "all",
+        "window_length": LENGTH,
+        "windows_per_shard": 20,
+        "packing": {"separator": 0},
+        "sampler": {"name": kind},
+        "seed": 0,
+        "temperature": 1.0,
+        "codec": {"name": "inverted-lists", "version": 1, **KINDS[kind]},
+    }
+    return Identity(**settings | changes)
+
+
+def distribution(rng: np.random.Generator, positions: int, vocab_size: int) -> np.ndarray:
+    """float64 [positions, vocab_size]: a few likely ids each, and a Zipf-like tail."""
+    logits = rng.gumbel(size=(positions, vocab_size)) * 1.5 - np.log(np.arange(vocab_size) + 3.0)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def targets(
+    kind: str, rng: np.random.Generator, mask: np.ndarray | None, vocab_size: int
+) -> SparseTargets:
+    p = distribution(rng, LENGTH, 1000)
+    tau = KINDS["threshold"]["tau"]
+    counts = None
+    if kind in ("counts", "counts+float32"):
+        counts = rng.multinomial(21, p)
+        kept = counts > 0
+        weights = (counts.astype(np.float32) / np.float32(21)).astype(np.float32)
+        if kind == "counts+float32":
+            weights = weights * (p**0.2).astype(np.float32)
+    elif kind == "float32":
+        kept = p >= np.sort(p, 1)[:, [-8]]
+        weights = p.astype(np.float32)
+    else:
+        kept = (p >= tau) | (rng.random(p.shape) < p / tau)
+        weights = np.where(p >= tau, p, tau).astype(np.float32)
+    if mask is not None:
+        kept &= mask[:, None]
+    lengths = kept.sum(1)
+    return SparseTargets(
+        torch.from_numpy(np.nonzero(kept)[1].astype(np.int64) * (vocab_size // 1000)),
+        torch.from_numpy(weights[kept]),
+        torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)),
+        vocab_size,
+        counts=None if counts is None else torch.from_numpy(counts[kept].astype(np.int32)),
+        rounds=None if counts is None else 21,
+    )
+
+
+def record(kind: str, window: int, *, vocab_size: int = 1000) -> WindowRecord:
+    """The record of a window; equal for equal arguments. Every third window has a mask."""
+    rng = np.random.default_rng([window, vocab_size])
+    mask = rng.random(LENGTH) < 0.7 if window % 3 == 2 else None
+    return WindowRecord(
+        window,
+        rng.integers(0, vocab_size, LENGTH).astype(np.int32),
+        np.flatnonzero(rng.random(LENGTH) < 0.05).astype(np.int32),
+        mask,
+        targets(kind, rng, mask, vocab_size),
+        float(np.float32(rng.random())),
+        float(np.float32(rng.random())),
+    )
+
+
+def records(kind: str, start: int, stop: int, *, vocab_size: int = 1000) -> list[WindowRecord]:
+    return [record(kind, window, vocab_size=vocab_size) for window in range(start, stop)]

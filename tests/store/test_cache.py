@@ -1,0 +1,191 @@
+"""The cache as a whole: what is committed comes back, in order, bit for bit, from any process.
+
+.venv/bin/pytest tests/store
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sparselogits.errors import (
+    CacheCorruptionError,
+    CacheError,
+    IdentityMismatchError,
+    InvalidTargetsError,
+)
+from sparselogits.store import Cache
+from sparselogits.store.cache import same_record
+from sparselogits.store.storage import _host
+from tests.store.draws import KINDS, identity, record, records
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 262144])
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_come_back_bit_for_bit(tmp_path: Path, kind: str, vocab_size: int) -> None:
+    cache = Cache.create(tmp_path / "c", identity(kind, vocab_size=vocab_size))
+    written = records(kind, 40, 53, vocab_size=vocab_size)
+    cache.commit(written, {"threads": 1})
+    reader = Cache.open(tmp_path / "c")
+    assert len(reader) == 13
+    for i, expected in enumerate(written):
+        assert same_record(reader.read(i), expected)
+        assert reader.window_index(i) == 40 + i
+    assert reader.provenance(45) == {"threads": 1}
+
+
+def test_windows_are_numbered_over_all_shards(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    for start in (60, 0, 20):
+        cache.commit(records("counts", start, start + 20), {})
+    assert cache.finished() == [(0, 20), (20, 40), (60, 80)]
+    assert [cache.window_index(i) for i in (0, 39, 40, -1)] == [0, 39, 60, 79]
+    for i in (45, 3, 59, 21, 45):
+        assert same_record(cache.read(i), record("counts", cache.window_index(i)))
+    with pytest.raises(IndexError):
+        cache.read(60)
+
+
+def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
+    paths = [
+        Cache.create(tmp_path / name, identity()).commit(records("counts", 0, 20), {"a": 1})
+        for name in "ab"
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_finished_shard_stays(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    path = cache.commit(records("counts", 0, 20), {"batch": 1})
+    before = path.stat()
+    cache.commit(records("counts", 0, 20), {"batch": 2})
+    assert path.stat().st_ino == before.st_ino
+    assert cache.provenance(0) == {"batch": 1}
+
+
+def test_another_identity_is_refused_by_name(tmp_path: Path) -> None:
+    Cache.create(tmp_path, identity())
+    Cache.create(tmp_path, identity())
+    with pytest.raises(IdentityMismatchError, match="seed: 1 in this build, 0 in the cache"):
+        Cache.create(tmp_path, identity(seed=1))
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path: Path) -> None:
+    stray = Cache.create(tmp_path / "a", identity(seed=1)).commit(records("counts", 0, 8), {})
+    cache = Cache.create(tmp_path / "b", identity())
+    (tmp_path / "b/shards").mkdir()
+    os.link(stray, tmp_path / "b/shards" / stray.name)
+    with pytest.raises(CacheCorruptionError, match="fingerprint"):
+        cache.read(0)
+
+
+def test_a_renamed_shard_is_refused(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    path = cache.commit(records("counts", 0, 8), {})
+    path.rename(path.with_name("windows-000000000008-000000000016.parquet"))
+    with pytest.raises(CacheCorruptionError, match="its name says"):
+        Cache.open(tmp_path).read(0)
+
+
+def test_overlapping_shards_are_refused(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    cache.commit(records("counts", 0, 8), {})
+    cache.commit(records("counts", 4, 12), {})
+    with pytest.raises(CacheError, match="overlap"):
+        cache.finished()
+
+
+def test_no_cache_and_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="there is no cache"):
+        Cache.open(tmp_path / "nowhere")
+    cache = Cache.create(tmp_path, identity())
+    edited = cache.json_path.read_text().replace('"seed":0', '"seed":7')
+    cache.json_path.write_text(edited)
+    with pytest.raises(CacheCorruptionError, match="fingerprint"):
+        Cache.open(tmp_path)
+
+
+def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path: Path) -> None:
+    Cache.create(tmp_path, identity()).commit(records("counts", 0, 8), {})
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    dead = tmp_path / f"shards/.tmp-{_host()}-{process.pid}-00"
+    alive = tmp_path / f"shards/.tmp-{_host()}-{os.getpid()}-00"
+    foreign = tmp_path / "shards/.tmp-000000000000-1-00"
+    for path in (dead, alive, foreign):
+        path.write_bytes(b"half a shard")
+    cache = Cache.create(tmp_path, identity())
+    assert not dead.exists()
+    assert alive.exists()
+    assert foreign.exists()
+    assert cache.finished() == [(0, 8)]
+
+
+def test_statistics_agree_with_the_rows(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    written = records("counts", 0, 12)
+    path = cache.commit(written, {})
+    found = cache.statistics()
+    assert (found.shards, found.windows, found.tokens) == (1, 12, 12 * 64)
+    assert found.entries == sum(r.targets.entries for r in written)
+    assert found.positions == sum(int(r.present().sum()) for r in written)
+    assert found.bytes_on_disk == path.stat().st_size
+    assert found.mean_teacher_loss == pytest.approx(np.mean([r.teacher_loss for r in written]))
+    assert found.bytes_per_token == found.bytes_on_disk / (12 * 64)
+
+
+def test_any_parquet_reader_sees_the_windows(tmp_path: Path) -> None:
+    path = Cache.create(tmp_path, identity()).commit(records("counts", 0, 12), {})
+    table = pq.read_table(path, page_checksum_verification=True)
+    assert table["window_index"].to_pylist() == list(range(12))
+    assert table["tokens"][3].as_py() == record("counts", 3).tokens.tolist()
+    assert table["mask"][0].as_py() is None
+    assert table["mask"][2].as_py() == record("counts", 2).present().tolist()
+
+
+@pytest.mark.parametrize("part", ["tokens", "document_starts", "mask"])
+def test_records_that_do_not_fit_are_refused(tmp_path: Path, part: str) -> None:
+    cache = Cache.create(tmp_path, identity())
+    wrong = {
+        "tokens": np.zeros(3, np.int32),
+        "document_starts": np.array([5, 2], np.int32),
+        "mask": np.ones(64, np.int8),
+    }[part]
+    bad = dataclasses.replace(record("counts", 0), **{part: wrong})
+    with pytest.raises(InvalidTargetsError, match=f"window 0: {part}"):
+        cache.commit([bad], {})
+    assert cache.finished() == []
+
+
+def test_masked_positions_own_no_entries(tmp_path: Path) -> None:
+    mask = np.ones(64, np.bool_)
+    mask[7] = False
+    bad = dataclasses.replace(record("counts", 0), mask=mask)
+    with pytest.raises(InvalidTargetsError, match="position 7 is masked out"):
+        Cache.create(tmp_path, identity()).commit([bad], {})
+
+
+def _read_in_child(cache: Cache, i: int, queue: object) -> None:
+    queue.put(cache.read(i).tokens.tolist())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_open_cache_crosses_processes(tmp_path: Path, method: str) -> None:
+    cache = Cache.create(tmp_path, identity())
+    cache.commit(records("counts", 0, 12), {})
+    cache.read(0)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=_read_in_child, args=(cache, 9, queue))
+    process.start()
+    assert queue.get(timeout=60) == record("counts", 9).tokens.tolist()
+    process.join()
+    assert same_record(pickle.loads(pickle.dumps(cache)).read(9), record("counts", 9))

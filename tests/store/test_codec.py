@@ -1,0 +1,149 @@
+"""The codec against real samplers, extreme shapes, and random sets.
+
+.venv/bin/pytest tests/store/test_codec.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparselogits.errors import CacheError, InvalidTargetsError
+from sparselogits.samplers import (
+    Multinomial,
+    Sampler,
+    Systematic,
+    Threshold,
+    TopK,
+    TopP,
+    Uniform,
+    window_uniforms,
+)
+from sparselogits.store import codec_for
+from sparselogits.store.codec import BlockError, TargetCodec, Window
+from sparselogits.targets import SparseTargets
+
+SAMPLERS: list[tuple[Sampler, str]] = [
+    (Systematic(21), "counts"),
+    (Systematic(1), "counts"),
+    (Systematic(50, proposal_exponent=0.8), "counts+float32"),
+    (Multinomial(7), "counts"),
+    (Multinomial(50), "counts"),
+    (Uniform(9), "counts+float32"),
+    (TopK(12), "float32"),
+    (TopP(0.9, 40), "float32"),
+    (Threshold(0.05), "threshold"),
+]
+
+
+def require_round_trip(codec: TargetCodec, windows: list[Window]) -> None:
+    tables, blocks = codec.encode(windows)
+    decoder = codec.decoder(tables)
+    for i, window in enumerate(windows):
+        found = decoder.decode(i, blocks[i], window.tokens, window.present)
+        for part in ("ids", "weights", "offsets", "counts"):
+            expected = getattr(window.targets, part)
+            assert (expected is None) == (getattr(found, part) is None)
+            if expected is not None:
+                assert torch.equal(getattr(found, part), expected), part
+                assert getattr(found, part).dtype == expected.dtype
+
+
+@pytest.mark.parametrize(("sampler", "weights"), SAMPLERS, ids=lambda v: str(v))
+@pytest.mark.parametrize("scale", [0.2, 2.0, 30.0])  # near-uniform to one-hot teachers
+def test_what_samplers_draw_comes_back(sampler: Sampler, weights: str, scale: float) -> None:
+    V, L = 700, 40
+    generator = torch.Generator().manual_seed(3)
+    windows = []
+    for index in range(3):
+        logits = scale * torch.randn(L, V, generator=generator)
+        logits[:, 600:] = -torch.inf
+        uniforms = window_uniforms(0, index, L, sampler.uniforms_per_position)
+        tokens = torch.randint(0, 600, (L,), generator=generator).to(torch.int32).numpy()
+        windows.append(Window(sampler(logits, uniforms), tokens, np.ones(L, np.bool_)))
+    identity = codec_for(sampler)
+    assert identity["weights"] == weights
+    require_round_trip(TargetCodec.from_identity(identity, V), windows)
+
+
+def sets(rows: list[dict[int, int]], vocab_size: int, rounds: int) -> SparseTargets:
+    """Targets of given counts."""
+    ids = [i for row in rows for i in sorted(row)]
+    counts = np.array([row[i] for row in rows for i in sorted(row)], np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return SparseTargets(
+        torch.tensor(ids, dtype=torch.int64),
+        torch.from_numpy(counts.astype(np.float32) / np.float32(rounds)),
+        torch.from_numpy(offsets.astype(np.int64)),
+        vocab_size,
+        counts=torch.from_numpy(counts),
+        rounds=rounds,
+    )
+
+
+@st.composite
+def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> Window:
+    L = draw(st.integers(1, 12))
+    ids = st.integers(0, vocab_size - 1)
+    tokens = np.array(draw(st.lists(ids, min_size=L, max_size=L)), np.int32)
+    present = np.array(draw(st.lists(st.booleans(), min_size=L, max_size=L)))
+    rows = []
+    for carrying in present:
+        row: dict[int, int] = {}
+        for i in draw(st.lists(ids, min_size=rounds, max_size=rounds)) if carrying else []:
+            row[i] = row.get(i, 0) + 1
+        rows.append(row)
+    return Window(sets(rows, vocab_size, rounds), tokens, present)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_sets_come_back(data: st.DataObject) -> None:
+    V, rounds = data.draw(st.sampled_from([1, 2, 6, 131072, 262144])), data.draw(st.integers(1, 6))
+    windows = data.draw(st.lists(window(V, rounds), min_size=1, max_size=3))
+    require_round_trip(TargetCodec("counts", V, rounds), windows)
+
+
+def test_long_windows_over_large_vocabularies() -> None:
+    """Position and id no longer fit 32 bits together."""
+    L, V, rounds = 20000, 262144, 3
+    generator = np.random.default_rng(0)
+    ids = generator.choice(V, (L, rounds), replace=True)
+    rows = []
+    for row in ids.tolist():
+        rows.append({i: row.count(i) for i in row})
+    tokens = generator.integers(0, V, L).astype(np.int32)
+    whole = Window(sets(rows, V, rounds), tokens, np.ones(L, np.bool_))
+    require_round_trip(TargetCodec("counts", V, rounds), [whole])
+
+
+def test_a_block_for_other_tokens_is_not_read_as_sound() -> None:
+    """Tokens are part of what a block depends on; the row's checksum keeps them together."""
+    rows = [{1: 2, 5: 1}, {0: 3}, {2: 1, 3: 1, 4: 1}]
+    codec, present = TargetCodec("counts", 6, 3), np.ones(3, np.bool_)
+    tokens = np.array([1, 5, 0], np.int32)
+    tables, blocks = codec.encode([Window(sets(rows, 6, 3), tokens, present)])
+    decoder = codec.decoder(tables)
+    with pytest.raises(BlockError):
+        decoder.decode(0, blocks[0], tokens, np.array([True, True, False]))
+
+
+def test_weights_that_are_not_counts_are_refused() -> None:
+    target = sets([{1: 2, 5: 1}], 6, 3)
+    off = SparseTargets(
+        target.ids, target.weights * 1.01, target.offsets, 6, counts=target.counts, rounds=3
+    )
+    codec = TargetCodec("counts", 6, 3)
+    one = np.ones(1, np.bool_)
+    with pytest.raises(InvalidTargetsError, match="count / rounds"):
+        codec.encode([Window(off, np.zeros(1, np.int32), one)])
+    with pytest.raises(InvalidTargetsError, match="7 rounds"):
+        TargetCodec("counts", 6, 7).encode([Window(target, np.zeros(1, np.int32), one)])
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(CacheError, match="install the version"):
+        TargetCodec.from_identity({"name": "inverted-lists", "version": 2, "weights": "counts"}, 9)
