@@ -1,0 +1,209 @@
+"""The loss of a block of rows, and its gradient, in the place of the logits.
+
+One softmax: maximum, subtract, exponentiate, sum, scale, then sparse corrections on the stored
+ids. Logits are compared only after the row's maximum is subtracted, so that logits of 1e4 lose
+nothing in float32. Beyond the block nothing of its size is allocated, except one copy with a
+softcap (its derivative) and one where target and label need softmaxes of different temperature.
+
+With s = softmax(u), t the target of mass M_t, m the mass of the ghost class and M the student's
+mass on it, the gradient of the KD part with respect to u is
+
+    M_t s - t                          drop, renormalise, ground_truth
+    M_t s - t - spread                 smooth
+    M_t s - t  on stored ids, and      ghost
+    s (M_t - m / M)  on the others
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparselogits.losses.criterion import Criterion
+from sparselogits.losses.targets import RowTargets
+from sparselogits.losses.vocabulary import WHOLE, Vocabulary
+
+
+class RowLosses(NamedTuple):
+    """Unweighted losses of R rows: kd [R] and ce [R], None where not asked for."""
+
+    kd: Tensor | None
+    ce: Tensor | None
+
+
+def row_losses_(
+    logits: Tensor,
+    targets: RowTargets,
+    criterion: Criterion,
+    *,
+    with_ce: bool,
+    with_grad: bool,
+    vocabulary: Vocabulary = WHOLE,
+) -> RowLosses:
+    """Losses of R rows; `logits` becomes their gradient.
+
+    Args:
+        logits: raw logits [R, V], in the dtype of the targets' weights. Overwritten: with
+            row_weight * d((1 - alpha) kd + alpha ce) / d(logits) if `with_grad`, else with rubbish.
+        targets: of the same R rows.
+        criterion: the formula.
+        with_ce: compute the label's part too (needed if alpha > 0).
+        with_grad: form the gradient.
+        vocabulary: where the columns are.
+
+    Returns:
+        The two parts of the loss.
+    """
+    z, slope = transform_(logits, criterion, with_slope=with_grad)
+    kd_share, ce_share = 1.0 - criterion.alpha, criterion.alpha
+    if criterion.temperature == 1.0:
+        softmax = _softmax_(z, targets, vocabulary, with_kd=True, with_ce=with_ce)
+        losses = _losses(softmax, targets)
+        if with_grad:
+            _gradient_(z, softmax, targets, kd_share, ce_share, vocabulary)
+    else:
+        at_one = z.clone() if with_ce else None
+        z.div_(criterion.temperature)
+        softmax = _softmax_(z, targets, vocabulary, with_kd=True, with_ce=False)
+        losses = _losses(softmax, targets)
+        if with_grad:
+            _gradient_(z, softmax, targets, kd_share / criterion.temperature, 0.0, vocabulary)
+        if at_one is not None:
+            softmax = _softmax_(at_one, targets, vocabulary, with_kd=False, with_ce=True)
+            losses = RowLosses(losses.kd, _losses(softmax, targets).ce)
+            if with_grad:
+                _gradient_(at_one, softmax, targets, 0.0, ce_share, vocabulary)
+                z.add_(at_one)
+    if with_grad and slope is not None:
+        z.mul_(slope)
+    elif with_grad and criterion.logit_scale != 1.0:
+        z.mul_(criterion.logit_scale)
+    return losses
+
+
+def transform_(
+    logits: Tensor, criterion: Criterion, *, with_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and softcap in place; with a softcap also the derivative [R, V] of both."""
+    cap, scale = criterion.logit_softcap, criterion.logit_scale
+    if cap is None:
+        return (logits if scale == 1.0 else logits.mul_(scale)), None
+    z = logits.mul_(scale / cap).tanh_()
+    slope = z.square().neg_().add_(1.0).mul_(scale) if with_slope else None
+    return z.mul_(cap), slope
+
+
+class _Softmax(NamedTuple):
+    """Of R rows whose logits have become exp(u - pivot), stored ids left out for a ghost class.
+
+    Logits here are relative to the row's maximum over all ids.
+    """
+
+    values: Tensor | None  # [R, E] logits of the stored ids; 0 at padding
+    label_value: Tensor | None  # [R, 1] logit of the label
+    pivot: Tensor  # [R, 1] what was subtracted
+    rest: Tensor  # [R, 1] sum of what stands in the row
+    log_rest: Tensor  # [R, 1] its logarithm
+    log_sum: Tensor  # [R, 1] logsumexp over the vocabulary
+    total: Tensor | None  # [R, 1] sum of the logits (smooth)
+    ghost: Tensor | None  # [R, 1] mass of the ghost class, 0 where all ids are stored
+
+
+def _softmax_(
+    u: Tensor, targets: RowTargets, vocabulary: Vocabulary, *, with_kd: bool, with_ce: bool
+) -> _Softmax:
+    """Exponentiate the rows of u in place, keeping what the losses need."""
+    values = label_value = total = ghost = None
+    stored = targets.weights != 0
+    if with_kd:
+        values = vocabulary.gather(u, targets.ids)
+    if with_ce:
+        assert targets.label is not None  # Criterion.require_labels has seen to it
+        label_value = vocabulary.gather(u, targets.label[:, None])
+    if values is not None and targets.ghost is not None:
+        ghost = targets.ghost[:, None]
+        out = torch.zeros_like(values).masked_fill_(stored, -torch.inf)
+        vocabulary.add_at_(u, targets.ids, out)
+    pivot = top = vocabulary.max(u)
+    if values is not None and ghost is not None:
+        masked = values.masked_fill(~stored, -torch.inf)
+        top = torch.cat([pivot, masked], 1).amax(1, keepdim=True)
+        pivot = torch.where(pivot == -torch.inf, top, pivot)  # all ids stored: avoid inf - inf
+    u.sub_(pivot)
+    if with_kd and targets.spread is not None:
+        total = vocabulary.sum(u)
+    rest = vocabulary.sum(u.exp_())
+    log_rest = log_sum = rest.log()
+    pivot = pivot - top
+    if values is not None and ghost is not None:
+        log_rest = log_rest + pivot
+        log_sum = torch.cat([log_rest, masked - top], 1).logsumexp(1, keepdim=True)
+        ghost = torch.where(rest == 0, 0.0, ghost)
+    return _Softmax(
+        None if values is None else torch.where(stored, values - top, 0.0),
+        None if label_value is None else label_value - top,
+        pivot,
+        rest,
+        log_rest,
+        log_sum,
+        total,
+        ghost,
+    )
+
+
+def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
+    """[R, 1]: of the target, ghost class and smoothing included."""
+    mass = targets.mass[:, None]
+    if softmax.ghost is not None and targets.ghost is not None:
+        mass = mass - (targets.ghost[:, None] - softmax.ghost)
+    return mass
+
+
+def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
+    kd = ce = None
+    if softmax.values is not None:
+        mass = _target_mass(softmax, targets)
+        # where(), not a product: a logit of -inf at padding must not become 0 * inf
+        stored = torch.where(targets.weights != 0, targets.weights * softmax.values, 0.0)
+        kd = mass * softmax.log_sum - stored.sum(1, keepdim=True)
+        if softmax.total is not None and targets.spread is not None:
+            kd = kd - targets.spread[:, None] * softmax.total
+        if softmax.ghost is not None:
+            kd = kd - torch.where(softmax.ghost == 0, 0.0, softmax.ghost * softmax.log_rest)
+        kd = kd[:, 0]
+    if softmax.label_value is not None:
+        ce = (softmax.log_sum - softmax.label_value)[:, 0]
+    return RowLosses(kd, ce)
+
+
+def _gradient_(
+    u: Tensor,
+    softmax: _Softmax,
+    targets: RowTargets,
+    kd_share: float,
+    ce_share: float,
+    vocabulary: Vocabulary,
+) -> None:
+    """Turn the exponentials in u into row_weight * (kd_share dkd/du + ce_share dce/du)."""
+    weight = targets.row_weight[:, None]
+    kd_weight = kd_share * weight
+    whole = kd_weight * _target_mass(softmax, targets) + ce_share * weight
+    if softmax.ghost is None:
+        u.mul_(whole / softmax.rest)
+    else:
+        share_of_rest = (softmax.pivot - softmax.log_sum).exp()
+        pull = torch.where(softmax.ghost == 0, 0.0, softmax.ghost / softmax.rest)
+        u.mul_(whole * share_of_rest - kd_weight * pull)
+    if softmax.total is not None and targets.spread is not None:
+        u.sub_(kd_weight * targets.spread[:, None])
+    if softmax.values is not None:
+        at_stored = -kd_weight * targets.weights
+        if softmax.ghost is not None:
+            student = (softmax.values - softmax.log_sum).exp()
+            at_stored = at_stored + torch.where(targets.weights != 0, whole * student, 0.0)
+        vocabulary.add_at_(u, targets.ids, at_stored)
+    if softmax.label_value is not None and ce_share != 0.0:
+        assert targets.label is not None
+        vocabulary.add_at_(u, targets.label[:, None], -ce_share * weight)

@@ -1,0 +1,175 @@
+"""The dense baselines against independent formulas, autograd and TRL's definitions.
+
+pytest tests/losses/test_dense.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import D, N, V
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
+
+VT, DT = V - 2, 5
+MASK = torch.tensor([True] * 3 + [False] + [True] * (VT - 4))
+DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+def problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    student = [normal(N, D), normal(V, D), normal(V)]
+    teacher = [normal(N, DT), normal(VT, DT), normal(VT)]
+    labels = torch.randint(VT, (N,), generator=generator)
+    labels[[1, 5]] = -100
+    weights = torch.rand(N, generator=generator) + 0.2
+    return [t.requires_grad_() for t in student], teacher, labels, weights
+
+
+def probabilities(teacher, temperature):
+    hidden, weight, bias = teacher
+    v = 6 * torch.tanh(F.linear(hidden, weight, bias) * 1.3 / 6) / temperature
+    p = v.masked_fill(~MASK, -torch.inf).softmax(1)
+    return F.pad(p, (0, V - VT))
+
+
+def divergence_rows(divergence, z, p, beta):
+    """Textbook formulas in probability space, ids without teacher probability left out by mask."""
+    s = z.softmax(1)
+    known = p > 0
+    if divergence == "forward_kl":
+        return (p * (p.clamp(min=1e-300).log() - s.log())).sum(1)
+    if divergence == "reverse_kl":
+        s = s * known / (s * known).sum(1, keepdim=True)
+        return (s * torch.where(known, s.clamp(min=1e-300) / p.clamp(min=1e-300), 1.0).log()).sum(1)
+    m = beta * p + (1 - beta) * s
+    first = (p * torch.where(known, p / m, 1.0).log()).sum(1)
+    return beta * first + (1 - beta) * (s * (s / m).log()).sum(1)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_matches_textbook_formula(divergence, alpha, temperature, dtype, tolerance):
+    (x, W, bias), teacher, labels, weights = problem(dtype)
+    parts = linear_dense_kd(
+        x,
+        W,
+        TeacherHead(*teacher, logit_softcap=6.0, logit_scale=1.3, token_mask=MASK),
+        divergence=divergence,
+        beta=0.3,
+        labels=labels,
+        alpha=alpha,
+        linear_bias=bias,
+        logit_softcap=4.0,
+        logit_scale=0.8,
+        temperature=temperature,
+        position_weights=weights,
+        chunk_rows=5,
+    )
+    exact = [t.detach().double().requires_grad_() for t in (x, W, bias)]
+    teacher, weights = [t.double() for t in teacher], weights.double()
+    z = 4 * torch.tanh(F.linear(*exact) * 0.8 / 4)
+    rows = divergence_rows(divergence, z / temperature, probabilities(teacher, temperature), 0.3)
+    weight = weights * (labels != -100)
+    kd = (weight * rows).sum() / weight.sum()
+    ce = (weight * F.cross_entropy(z, labels, reduction="none")).sum() / weight.sum()
+    expected = (1 - alpha) * kd + alpha * ce
+    for a, b in zip(parts, (expected, kd, ce), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
+    found = torch.autograd.grad(parts.loss * 0.7, (x, W, bias))
+    wanted = torch.autograd.grad(expected * 0.7, exact)
+    torch.testing.assert_close(
+        [g.double() for g in found], list(wanted), rtol=tolerance, atol=tolerance
+    )
+
+
+def trl_generalized_jsd(student_logits, teacher_logits, beta):
+    """GKDTrainer.generalized_jsd_loss, its published definition, batchmean over rows."""
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if beta == 0:
+        jsd = F.kl_div(student, teacher, reduction="none", log_target=True)
+    elif beta == 1:
+        jsd = F.kl_div(teacher, student, reduction="none", log_target=True)
+    else:
+        b = torch.tensor(beta, dtype=student.dtype)
+        mixture = torch.logsumexp(
+            torch.stack([student + torch.log1p(-b), teacher + torch.log(b)]), dim=0
+        )
+        to_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
+        to_student = F.kl_div(mixture, student, reduction="none", log_target=True)
+        jsd = b * to_teacher + (1 - b) * to_student
+    return jsd.sum() / student_logits.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta"),
+    [("forward_kl", 0), ("reverse_kl", 1), ("jensen_shannon", 0.2), ("jensen_shannon", 0.5)],
+)
+def test_matches_trl(divergence, beta):
+    (x, W, _), (hidden, _, _), _, _ = problem()
+    weight = torch.randn(V, DT, dtype=torch.float64)
+    found = linear_dense_kd(
+        x, W, TeacherHead(hidden, weight), divergence=divergence, beta=beta if 0 < beta < 1 else 0.5
+    ).loss
+    expected = trl_generalized_jsd(x @ W.t(), hidden @ weight.t(), beta)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (x, W)), torch.autograd.grad(expected, (x, W))
+    )
+
+
+def test_forward_kl_has_the_gradient_of_the_sparse_loss_at_the_whole_teacher():
+    (x, W, _), teacher, labels, _ = problem()
+    head = TeacherHead(*teacher, logit_softcap=6.0, logit_scale=1.3, token_mask=MASK)
+    p = probabilities(teacher, 1.0)
+    dense = linear_dense_kd(x, W, head, labels=labels)
+    sparse = linear_sparse_cross_entropy(x, W, torch.arange(V).expand(N, V), p, labels=labels)
+    entropy = -torch.special.xlogy(p, p).sum(1)[labels != -100].mean()
+    torch.testing.assert_close(dense.loss + entropy, sparse)
+    torch.testing.assert_close(
+        torch.autograd.grad(dense.loss, (x, W)), torch.autograd.grad(sparse, (x, W))
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_teacher_equal_to_student_is_the_minimum(divergence):
+    (x, W, _), _, _, _ = problem()
+    teacher = TeacherHead(x.detach(), W.detach())
+    parts = linear_dense_kd(x, W, teacher, divergence=divergence)
+    parts.loss.backward()
+    assert abs(parts.loss.item()) < 1e-12
+    assert x.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nan_in_nan_out_except_in_ignored_rows(divergence):
+    (x, W, _), teacher, labels, _ = problem()
+    for row, is_nan in ((1, False), (2, True)):
+        hidden = teacher[0].clone()
+        hidden[row] = torch.nan
+        loss = linear_dense_kd(
+            x, W, TeacherHead(hidden, teacher[1]), divergence=divergence, labels=labels
+        ).loss
+        assert bool(loss.isnan()) == is_nan
+        assert bool(torch.autograd.grad(loss, W)[0].isnan().any()) == is_nan
+
+
+def test_bad_arguments():
+    (x, W, _), (hidden, weight, _), _, _ = problem()
+    teacher = TeacherHead(hidden, weight)
+    with pytest.raises(InvalidArgumentError, match="divergence"):
+        linear_dense_kd(x, W, teacher, divergence="backward_kl")
+    with pytest.raises(InvalidArgumentError, match="beta"):
+        linear_dense_kd(x, W, teacher, divergence="jensen_shannon", beta=1.0)
+    with pytest.raises(InvalidArgumentError, match="rows"):
+        linear_dense_kd(x, W, TeacherHead(hidden[:3], weight))
+    with pytest.raises(InvalidArgumentError, match="tokenizer"):
+        linear_dense_kd(x, W, TeacherHead(hidden, torch.randn(V + 1, DT).double()))
