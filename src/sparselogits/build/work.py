@@ -1,0 +1,175 @@
+"""One range of windows: teacher's forward pass, samplers, records.
+
+The only place where a teacher meets samplers. What it returns depends on the windows, the teacher
+and the samplers, not on who calls it: batches start at the range's first window and never straddle
+its end, and the uniforms of a window are keyed by the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits.corpus import Window
+from sparselogits.samplers import Sampler, window_uniforms
+from sparselogits.store import WindowRecord
+from sparselogits.targets import SparseTargets
+from sparselogits.teacher import Engine
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one cache asks of the teacher's distribution."""
+
+    sampler: Sampler
+    seed: int
+    temperature: float
+
+
+@dataclass
+class _WindowInProgress:
+    """The slices of one window, until its last one has come."""
+
+    targets: list[list[SparseTargets]]
+    nll: float = 0.0
+    labelled: int = 0
+    entropies: list[float] = field(default_factory=list)
+    carried: int = 0
+
+
+def compute_range(
+    engine: Engine,
+    windows: Sequence[Window],
+    draws: Sequence[Draw],
+    *,
+    batch: int,
+    reset_attention: bool,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[WindowRecord]]:
+    """Records of a run of windows, one list for each draw.
+
+    Args:
+        engine: the teacher.
+        windows: the range, in order.
+        draws: what to sample; one forward pass serves them all.
+        batch: windows a forward pass.
+        reset_attention: whether attention starts anew at document starts.
+        progress: called with the number of windows done since the last call.
+    """
+    records: list[list[WindowRecord]] = [[] for _ in draws]
+    for first in range(0, len(windows), batch):
+        group = windows[first : first + batch]
+        for made in _compute_batch(engine, group, draws, reset_attention):
+            for column, record in zip(records, made, strict=True):
+                column.append(record)
+        if progress is not None:
+            progress(len(group))
+    return records
+
+
+def _compute_batch(
+    engine: Engine, windows: Sequence[Window], draws: Sequence[Draw], reset_attention: bool
+) -> Iterator[list[WindowRecord]]:
+    tokens = torch.from_numpy(np.stack([w.tokens for w in windows]).astype(np.int64))
+    starts = [w.document_starts for w in windows] if reset_attention else None
+    length = tokens.shape[1]
+    uniforms: list[Tensor] = []
+    current = _WindowInProgress([])
+    for piece in engine.logits(tokens, starts):
+        window = windows[piece.row]
+        if piece.positions.start == 0:
+            current = _WindowInProgress([[] for _ in draws], entropies=[0.0] * len(draws))
+            uniforms = [
+                window_uniforms(d.seed, window.index, length, d.sampler.uniforms_per_position)
+                for d in draws
+            ]
+        _take_slice(
+            current, piece.logits, piece.positions, window, tokens[piece.row], draws, uniforms
+        )
+        if piece.positions.stop == length:
+            yield _finish(window, current)
+
+
+def _take_slice(
+    current: _WindowInProgress,
+    logits: Tensor,
+    positions: slice,
+    window: Window,
+    tokens: Tensor,
+    draws: Sequence[Draw],
+    uniforms: Sequence[Tensor],
+) -> None:
+    carries = torch.ones(len(tokens), dtype=torch.bool)
+    if window.mask is not None:
+        carries = torch.from_numpy(window.mask)
+    kept = carries[positions]
+    if not bool(kept.all()):
+        logits = logits[kept.to(logits.device)]
+    current.carried += len(logits)
+    log_p = logits.log_softmax(1)
+    _add_loss(current, log_p, positions, tokens, kept)
+    entropies = {1.0: _total_entropy(log_p)}
+    del log_p
+    for column, draw in enumerate(draws):
+        scaled = logits if draw.temperature == 1.0 else logits / draw.temperature
+        if draw.temperature not in entropies:
+            entropies[draw.temperature] = _total_entropy(scaled.log_softmax(1))
+        current.entropies[column] += entropies[draw.temperature]
+        sampler = draw.sampler.at(tokens, positions)
+        drawn = sampler(scaled, uniforms[column][positions][kept].to(logits.device)).to("cpu")
+        current.targets[column].append(_spread_over(drawn, kept))
+
+
+def _add_loss(
+    current: _WindowInProgress, log_p: Tensor, positions: slice, tokens: Tensor, kept: Tensor
+) -> None:
+    index = torch.arange(positions.start, positions.stop)[kept]
+    labelled = index + 1 < len(tokens)  # the window's last position has no next token
+    labels = tokens[(index + 1).clamp_max(len(tokens) - 1)].to(log_p.device)
+    nll = -log_p.gather(1, labels[:, None]).squeeze(1).double()
+    current.nll += float(nll[labelled.to(nll.device)].sum())
+    current.labelled += int(labelled.sum())
+
+
+def _total_entropy(log_p: Tensor) -> float:
+    """Summed entropy in nats of float32 [P, V] log-probabilities, which are overwritten."""
+    p = log_p.exp()
+    log_p.clamp_min_(torch.finfo(log_p.dtype).min)  # 0 times -inf would be NaN, this is 0
+    return -float(torch.linalg.vecdot(p, log_p).double().sum())
+
+
+def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
+    """Targets of the kept positions, with the masked ones in between as empty positions."""
+    if bool(kept.all()):
+        return drawn
+    lengths = torch.zeros(len(kept), dtype=torch.int64)
+    lengths[kept] = drawn.entries_per_position
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return SparseTargets(
+        drawn.ids,
+        drawn.weights,
+        offsets,
+        drawn.vocab_size,
+        counts=drawn.counts,
+        rounds=drawn.rounds,
+        check=False,
+    )
+
+
+def _finish(window: Window, done: _WindowInProgress) -> list[WindowRecord]:
+    return [
+        WindowRecord(
+            window_index=window.index,
+            tokens=window.tokens,
+            document_starts=window.document_starts,
+            mask=window.mask,
+            targets=SparseTargets.cat(pieces),
+            teacher_loss=done.nll / max(1, done.labelled),
+            teacher_entropy=entropy_sum / max(1, done.carried),
+        )
+        for pieces, entropy_sum in zip(done.targets, done.entropies, strict=True)
+    ]

@@ -1,0 +1,41 @@
+"""Windows -> one batch of plain tensors that any Trainer can move and count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparselogits.data.dataset import IGNORE_INDEX
+
+
+def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stack windows and pad their targets to the widest position of the batch.
+
+    Args:
+        windows: items of a `CacheDataset` or `TextDataset`.
+
+    Returns:
+        `input_ids`, `shift_labels`, `labels` int64 [B, L] (`labels` in the Hugging Face
+        convention: the token at the position itself, -100 where it is not to be predicted, so that
+        `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` where windows have them, and for
+        windows with targets `target_ids` int64 [B, L, K] and `target_weights` float32 [B, L, K],
+        whose padding weighs 0.
+    """
+    batch: dict[str, Tensor] = {
+        name: torch.stack([window[name] for window in windows])
+        for name in ("input_ids", "shift_labels", "position_ids")
+        if name in windows[0]
+    }
+    labels = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
+    labels[:, 1:] = batch["shift_labels"][:, :-1]
+    batch["labels"] = labels
+    if "targets" in windows[0]:
+        targets = [window["targets"] for window in windows]
+        width = max(int(t.entries_per_position.max()) for t in targets)
+        padded = [t.padded(width) for t in targets]
+        batch["target_ids"] = torch.stack([ids for ids, _ in padded])
+        batch["target_weights"] = torch.stack([weights for _, weights in padded])
+    return batch

@@ -1,0 +1,126 @@
+"""Windows with their targets, as torch's DataLoader and every Trainer read them.
+
+Tokens stand beside their targets in the cache, so nothing is re-aligned here: position j of
+`targets` is the teacher's distribution of the token after position j, and `shift_labels[j]` is
+that token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sparselogits.causal_lm import restarting_positions
+from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.data.order import WindowRequest
+from sparselogits.errors import CacheError
+from sparselogits.samplers import thinning_starts
+from sparselogits.store import Cache, WindowRecord
+
+IGNORE_INDEX = -100
+
+
+class CacheDataset(Dataset[dict[str, Any]]):
+    """The windows of a cache.
+
+    `dataset[i]` is a dict with `input_ids` int64 [L], `shift_labels` int64 [L] (the next token;
+    -100 where there is none: the window's last position, masked positions, and a document's end if
+    attention restarts there), `targets` (`SparseTargets` of L positions), and `position_ids` int64
+    [L] if the teacher's attention restarted at document starts.
+
+    Args:
+        path: the cache's directory.
+        seed: of the thinning, where a `WindowRequest` asks for fewer rounds.
+
+    Raises:
+        CacheError: when there is no cache, or none with at least one window.
+    """
+
+    def __init__(self, path: str | Path, *, seed: int = 0) -> None:
+        self.cache = Cache.open(path)
+        self.identity = self.cache.identity
+        self.seed = seed
+        if len(self.cache) == 0:
+            raise CacheError(
+                f"the cache at {path} has no finished shard yet; let `sparselogits cache` go on"
+            )
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, request: int | WindowRequest) -> dict[str, Any]:
+        if not isinstance(request, WindowRequest):
+            request = WindowRequest(request)
+        record = self.cache.read(request.index)
+        targets = record.targets
+        if request.rounds is not None and request.rounds != targets.rounds:
+            stride = (targets.rounds or 0) // request.rounds
+            starts: Tensor | int = 0
+            if stride > 1:
+                starts = thinning_starts(
+                    self.seed, request.epoch, record.window_index, len(targets), stride
+                )
+            targets = targets.thin(request.rounds, starts)
+        reset = bool(self.identity.packing["reset_attention"])
+        return {**_inputs(record, reset_attention=reset), "targets": targets}
+
+
+class TextDataset(Dataset[dict[str, Any]]):
+    """Held-out windows: tokens and labels without targets, for evaluation.
+
+    Args:
+        corpus: a packed corpus.
+        holdout: read its held-out windows rather than its training windows.
+        limit: at most so many windows.
+    """
+
+    def __init__(
+        self, corpus: PackedCorpus, *, holdout: bool = True, limit: int | None = None
+    ) -> None:
+        self.corpus, self.holdout = corpus, holdout
+        available = corpus.holdout_windows if holdout else corpus.windows
+        self._length = available if limit is None else min(limit, available)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"window {index} of {self._length}")
+        read = self.corpus.read_holdout if self.holdout else self.corpus.read
+        window = read(index, index + 1)[0]
+        return _inputs(window, reset_attention=self.corpus.packing.reset_attention)
+
+
+def shift_labels(
+    tokens: np.ndarray,
+    document_starts: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    reset_attention: bool,
+) -> np.ndarray:
+    """int64 [L]: the next token of each position, -100 where there is none to learn."""
+    labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
+    labels[:-1] = tokens[1:]
+    if mask is not None:
+        labels[~mask] = IGNORE_INDEX
+    if reset_attention:
+        labels[document_starts[document_starts > 0] - 1] = IGNORE_INDEX
+    return labels
+
+
+def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> dict[str, Any]:
+    starts = window.document_starts
+    labels = shift_labels(window.tokens, starts, window.mask, reset_attention=reset_attention)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(window.tokens.astype(np.int64)),
+        "shift_labels": torch.from_numpy(labels),
+    }
+    if reset_attention:
+        inputs["position_ids"] = restarting_positions(len(window.tokens), [starts])[0]
+    return inputs

@@ -1,0 +1,147 @@
+"""A shuffled order over windows that is computed, not stored.
+
+The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
+(seed, epoch), walked until it lands inside the range (cycle walking; Black and Rogaway, "Ciphers
+with arbitrary finite domains", 2002). Memory is constant, any position can be looked up alone, and
+all ranks agree without talking. Its state is (seed, epoch, next position), so a run that stops on
+8 ranks can go on with 6 or 16 and still visit every window exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Sampler
+
+from sparselogits.errors import InvalidArgumentError
+
+_FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class WindowRequest:
+    """A window as the order asks a dataset for it.
+
+    Args:
+        index: of the window in the dataset.
+        epoch: keys the noise of thinned targets.
+        rounds: thin the window's targets to so many rounds; None leaves them.
+    """
+
+    index: int
+    epoch: int = 0
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """A permutation of `range(windows)` for every epoch.
+
+    Args:
+        windows: how many there are.
+        seed: two seeds give unrelated orders.
+    """
+
+    windows: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise InvalidArgumentError(f"an order needs at least one window, found {self.windows}")
+
+    def __getitem__(self, place: tuple[int, int]) -> int:
+        """The window at (epoch, position)."""
+        epoch, value = place
+        if not 0 <= value < self.windows:
+            raise IndexError(f"position {value} of an order of {self.windows} windows")
+        half = max(1, ((self.windows - 1).bit_length() + 1) // 2)
+        while True:
+            value = self._permute(epoch, value, half)
+            if value < self.windows:
+                return value
+
+    def _permute(self, epoch: int, value: int, half: int) -> int:
+        mask = (1 << half) - 1
+        left, right = value >> half, value & mask
+        for turn in range(_FEISTEL_ROUNDS):
+            message = f"{self.seed}/{epoch}/{turn}/{right}".encode()
+            digest = hashlib.blake2b(message, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        return left << half | right
+
+
+class WindowSampler(Sampler[WindowRequest]):
+    """The order as torch's DataLoader wants it, for one rank of several.
+
+    Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on; every rank gets
+    equally many, and at most R - 1 windows of an epoch are left out at its end.
+
+    Args:
+        order: the permutation.
+        rank: this rank, when the caller divides the work itself (a Trainer divides it on its own).
+        world_size: number of ranks.
+        rounds: thin targets to so many rounds.
+        fresh_noise: keep other rounds each epoch; otherwise those of epoch 0 always.
+    """
+
+    def __init__(
+        self,
+        order: WindowOrder,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        rounds: int | None = None,
+        fresh_noise: bool = True,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise InvalidArgumentError(f"rank {rank} does not lie in [0, {world_size})")
+        self.order = order
+        self.rank, self.world_size = rank, world_size
+        self.rounds, self.fresh_noise = rounds, fresh_noise
+        self.epoch = 0
+        self.next_position = 0
+
+    def __len__(self) -> int:
+        return (self.order.windows - self.next_position) // self.world_size
+
+    def __iter__(self) -> Iterator[WindowRequest]:
+        noise = self.epoch if self.fresh_noise else 0
+        first = self.next_position
+        for turn in range((self.order.windows - first) // self.world_size):
+            place = first + turn * self.world_size + self.rank
+            yield WindowRequest(self.order[self.epoch, place], noise, self.rounds)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; to the epoch already current, a no-op."""
+        if epoch != self.epoch:
+            self.epoch, self.next_position = epoch, 0
+
+    def state_dict(self, windows_taken: int = 0) -> dict[str, int]:
+        """Where the order stands, for a checkpoint.
+
+        Args:
+            windows_taken: windows that all ranks together have trained on in this epoch since the
+                sampler was made or loaded. The sampler cannot know: workers read ahead.
+        """
+        return {
+            "windows": self.order.windows,
+            "seed": self.order.seed,
+            "epoch": self.epoch,
+            "next_position": self.next_position + windows_taken,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` stood, on any number of ranks.
+
+        Raises:
+            InvalidArgumentError: when the state is of another cache or seed.
+        """
+        here = (self.order.windows, self.order.seed)
+        if (state["windows"], state["seed"]) != here:
+            raise InvalidArgumentError(
+                f"the saved order is over {state['windows']} windows with seed {state['seed']}, "
+                f"this one over {here[0]} with seed {here[1]}; resume with the same cache and seed"
+            )
+        self.epoch, self.next_position = state["epoch"], state["next_position"]

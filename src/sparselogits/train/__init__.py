@@ -1,0 +1,7 @@
+"""Train students: from a cache, from labels alone, or beside the teacher."""
+
+from sparselogits.train.recipe import Recipe, load_recipe
+from sparselogits.train.run import RunResult, run
+from sparselogits.train.trainer import SparseKDTrainer
+
+__all__ = ["Recipe", "RunResult", "SparseKDTrainer", "load_recipe", "run"]

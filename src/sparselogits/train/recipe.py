@@ -1,0 +1,138 @@
+"""A recipe: everything a training run depends on, in one YAML file.
+
+Unknown keys are refused with the nearest valid name, values out of range with what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparselogits.errors import RecipeError
+from sparselogits.losses import MissingMass
+from sparselogits.train.objective import Method
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Student(_Strict):
+    """A student: an existing model to go on from, or a new one of a Llama-like shape."""
+
+    path: str | None = Field(None, description="local folder or hub name of a model to train on")
+    hidden_size: Count = Field(128, description="width D")
+    layers: Count = Field(4, description="transformer blocks")
+    heads: Count = Field(4, description="attention heads; divides hidden_size")
+    kv_heads: Count | None = Field(None, description="key-value heads; heads when absent")
+    intermediate_size: Count | None = Field(None, description="MLP width; 8/3 D when absent")
+    tied: bool = Field(True, description="share embedding and head")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Student:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        return self
+
+
+class Thinning(_Strict):
+    """Use fewer of the cached rounds."""
+
+    rounds: Count = Field(description="rounds to keep a position; a divisor of the cache's")
+    fresh_noise: bool = Field(True, description="keep other rounds in each epoch")
+
+
+class Recipe(_Strict):
+    """One training run."""
+
+    cache: Path = Field(description="directory of the cache")
+    out: Path = Field(description="directory of the run: model, metrics, checkpoints")
+    method: Method = Field("sparse", description="sparse, ce (no teacher) or full (teacher online)")
+    student: Student = Student()
+    teacher: str | None = Field(None, description="for method full: folder, GGUF file or hub name")
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
+    missing_mass: MissingMass = Field("drop", description="for biased targets (Top-K, Top-P)")
+    thinning: Thinning | None = None
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_windows: Count = Field(8, description="windows a step and device")
+    accumulate: Count = Field(1, description="batches an optimiser step")
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(0, ge=0, description="of the student's initial weights and of the order")
+    save_steps: Count | None = Field(None, description="steps between checkpoints")
+    log_steps: Count = Field(10, description="steps between log lines")
+    report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard]")
+
+    @model_validator(mode="after")
+    def _teacher_fits_method(self) -> Recipe:
+        if (self.method == "full") != (self.teacher is not None):
+            raise ValueError("give a teacher with method: full, and only with it")
+        return self
+
+
+def load_recipe(path: Path, **overrides: Any) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: values that win over the file's; None stands for "as in the file".
+
+    Raises:
+        RecipeError: naming the file, the key, what is wrong and, for an unknown key, the nearest
+            valid one.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} must be a mapping of keys to values")
+    values.update({k: v for k, v in overrides.items() if v is not None})
+    return parse_recipe(values, source=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
+    """A validated recipe from plain values; `source` names them in messages.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_in_words(detail)}" for detail in error.errors())
+        raise RecipeError(f"{source} is not a valid recipe:\n{lines}") from error
+
+
+def _in_words(detail: Any) -> str:
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        fields = {
+            "recipe": list(Recipe.model_fields),
+            "student": list(Student.model_fields),
+            "thinning": list(Thinning.model_fields),
+        }
+        known = fields["recipe" if len(path) == 1 else path[0]]
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        return f"{name}: unknown key{hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"{name}: missing"
+    return f"{name or 'recipe'}: {message}" + (
+        f" (found {detail['input']!r})" if name and not isinstance(detail["input"], dict) else ""
+    )

@@ -1,0 +1,260 @@
+"""A recipe -> a trained student, its curve and its figures, in one directory.
+
+    OUT/
+      recipe.json     the recipe, as validated
+      model/          the student (safetensors, configuration)
+      run.json        losses by step, seconds; written last, so a run without it is unfinished
+      checkpoints/    the Trainer's, while the run is unfinished
+
+A run that is finished is not repeated; one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from sparselogits.data import CacheDataset
+from sparselogits.errors import IdentityMismatchError, RecipeError, TeacherError
+from sparselogits.identity import Identity
+from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.train.recipe import Recipe, Student
+from sparselogits.train.trainer import SparseKDTrainer
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called with steps done, steps in all, and the latest log line."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Args:
+        out: its directory.
+        seconds: wall time of training; of this process alone where the run was resumed.
+        steps: optimiser steps.
+        curve: (step, training loss in nats) at every log line.
+        fresh: False where the run had been finished before.
+    """
+
+    out: Path
+    seconds: float
+    steps: int
+    curve: list[tuple[int, float]]
+    fresh: bool
+
+    @property
+    def model_path(self) -> Path:
+        """Folder of the trained student."""
+        return self.out / "model"
+
+
+def run(
+    recipe: Recipe,
+    *,
+    teacher: TransformersTeacher | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Carry out a recipe, or find that it has been.
+
+    Args:
+        recipe: what to do.
+        teacher: for method full, if it is loaded already; else the recipe's is.
+        device: where to train; the Trainer's choice when None, "cpu" to stay off accelerators.
+        progress: called at every log line.
+
+    Raises:
+        RecipeError: when `out` holds a run of another recipe.
+        IdentityMismatchError: when the teacher is not the one the cache was made by.
+    """
+    out = recipe.out
+    described = recipe.model_dump(mode="json")
+    finished = _read_finished(out, described)
+    if finished is not None:
+        return finished
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "recipe.json", described)
+    dataset = CacheDataset(recipe.cache)
+    if recipe.method == "full" and teacher is None:
+        assert recipe.teacher is not None
+        tokenizer = load_tokenizer(recipe.teacher)
+        teacher = load_teacher(recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype)
+    if recipe.method == "full":
+        assert teacher is not None
+        require_same_teacher(teacher, dataset.identity)
+    torch.manual_seed(recipe.seed)
+    model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
+    trainer = SparseKDTrainer(
+        model,
+        _training_arguments(recipe, device),
+        train_dataset=dataset,
+        method=recipe.method,
+        alpha=recipe.alpha,
+        missing_mass=recipe.missing_mass,
+        rounds=None if recipe.thinning is None else recipe.thinning.rounds,
+        fresh_noise=recipe.thinning is None or recipe.thinning.fresh_noise,
+        teacher=teacher if recipe.method == "full" else None,
+        callbacks=[] if progress is None else [_Report(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    seconds = time.perf_counter() - started
+    history = trainer.state.log_history
+    curve = [(int(line["step"]), float(line["loss"])) for line in history if "loss" in line]
+    return _finish(trainer, out, seconds, curve)
+
+
+def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
+    """The student a recipe describes; a new one takes its weights from torch's current seed.
+
+    Raises:
+        TeacherError: when a student to go on from cannot be loaded.
+    """
+    if student.path is not None:
+        model = load_causal_lm(student.path, dtype="float32")
+        _require_same_tokenizer(student.path, dataset.identity)
+        return model
+    width = student.hidden_size
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=student.intermediate_size or max(1, round(width * 8 / 3 / 8)) * 8,
+        num_hidden_layers=student.layers,
+        num_attention_heads=student.heads,
+        num_key_value_heads=student.kv_heads or student.heads,
+        max_position_embeddings=dataset.identity.window_length,
+        tie_word_embeddings=student.tied,
+        bos_token_id=None,
+        eos_token_id=dataset.identity.packing["separator_id"],
+        pad_token_id=None,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+class _Report(TrainerCallback):  # type: ignore[misc]
+    """Hands the Trainer's log lines to a progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.progress(state.global_step, state.max_steps, {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.progress(state.global_step, state.max_steps, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        line = {k: v for k, v in (others.get("logs") or {}).items() if isinstance(v, float)}
+        self.progress(state.global_step, state.max_steps, line)
+
+
+def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(recipe.out / "checkpoints"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_windows,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type="cosine",
+        weight_decay=recipe.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.precision == "bfloat16",
+        use_cpu=device == "cpu",
+        seed=recipe.seed,
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no" if recipe.save_steps is None else "steps",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=2,
+        report_to=recipe.report_to or "none",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+    )
+
+
+def _finish(
+    trainer: SparseKDTrainer, out: Path, seconds: float, curve: list[tuple[int, float]]
+) -> RunResult:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    del model.forward  # back to the class's own, without the loss
+    model.save_pretrained(out / "model")
+    steps = int(trainer.state.global_step)
+    _write_json(out / "run.json", {"seconds": seconds, "steps": steps, "curve": curve})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return RunResult(out, seconds, steps, curve, fresh=True)
+
+
+def _read_finished(out: Path, described: dict[str, Any]) -> RunResult | None:
+    if not (out / "recipe.json").exists():
+        return None
+    before = json.loads((out / "recipe.json").read_text())
+    if before != described:
+        changed = sorted(k for k in {*before, *described} if before.get(k) != described.get(k))
+        raise RecipeError(
+            f"{out} holds a run of another recipe (they differ in {', '.join(changed)}); "
+            "choose another out, or move that folder away"
+        )
+    if not (out / "run.json").exists():
+        return None
+    facts = json.loads((out / "run.json").read_text())
+    curve = [(int(step), float(loss)) for step, loss in facts["curve"]]
+    return RunResult(out, float(facts["seconds"]), int(facts["steps"]), curve, fresh=False)
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = out / "checkpoints"
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
+    """Insist that a cache was made by this teacher.
+
+    Raises:
+        IdentityMismatchError: naming both.
+    """
+    mine, theirs = teacher.identity["weights"], identity.teacher["weights"]
+    if mine != theirs:
+        raise IdentityMismatchError(
+            f"the cache was made by {identity.teacher['name']} ({theirs}), the teacher given is "
+            f"{teacher.identity['name']} ({mine}); give the cache's own teacher"
+        )
+
+
+def _require_same_tokenizer(path: str, identity: Identity) -> None:
+    from sparselogits.corpus import tokenizer_fingerprint
+
+    try:
+        tokenizer = load_tokenizer(path)
+    except TeacherError:
+        return  # a student without a tokenizer takes the cache's
+    found = tokenizer_fingerprint(tokenizer)
+    if found != identity.tokenizer:
+        raise IdentityMismatchError(
+            f"the student at {path} has another tokenizer ({found[:12]}...) than the cache "
+            f"({identity.tokenizer[:12]}...): its ids mean other tokens"
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,159 @@
+"""The commands as a user types them: results, JSON, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def command(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparselogits", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    path = tmp_path_factory.mktemp("short") / "pages.jsonl"
+    path.write_text("".join(line for line in text.open() if len(line) < 5000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
+    out = tmp_path_factory.mktemp("caches") / "cache"
+    made = command(
+        *("cache", "--teacher", teacher_folder, "--data", short, "--out", out),
+        *("--window", 32, "--holdout", 0.2),
+    )
+    assert made.returncode == 0, made.stderr
+    assert "entries" in made.stdout
+    assert "tokens" in made.stderr
+    assert "Traceback" not in made.stderr
+    return out
+
+
+def test_info_as_json(cache: Path) -> None:
+    facts = json.loads(command("info", cache, "--json").stdout)
+    assert facts["identity"]["sampler"]["name"] == "systematic"
+    assert facts["identity"]["sampler"]["budget"] == 12.0
+    assert abs(facts["statistics"]["entries_per_position"] - 12) < 1
+    assert facts["statistics"]["bits_per_entry"] < 24
+
+
+def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"cache: {cache}\nout: {tmp_path / 'run'}\nepochs: 1\nbatch_windows: 16\nlog_steps: 1\n"
+        "student: {hidden_size: 16, layers: 1, heads: 2}\n"
+    )
+    trained = command("train", recipe, "--alpha", 0.1, "--device", "cpu", "--json")
+    assert trained.returncode == 0, trained.stderr
+    facts = json.loads(trained.stdout)
+    assert facts["curve"][-1][1] < facts["curve"][0][1]
+    evaluated = command(
+        *("eval", tmp_path / "run", "--cache", cache, "--teacher", teacher_folder),
+        *("--limit", 4, "--json"),
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    found = json.loads(evaluated.stdout)
+    assert found["student"]["kl"] > found["teacher"]["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def base(teacher_folder: Path, short: Path, out: Path) -> dict[str, object]:
+    return {"--teacher": teacher_folder, "--data": short, "--out": out, "--window": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--data": "/nowhere.txt"}, "nowhere.txt"),
+        ({"--teacher": "./nowhere"}, "no model folder"),
+        ({"--window": 10_000_000}, "window"),
+        ({"--budget": 0.5}, "at least 1"),
+        ({"--budget": 5, "--rounds": 5}, "not both"),
+        ({"--sampler": "topk", "--rounds": 5}, "draws no rounds"),
+        ({"--windows": "x"}, "A:B"),
+        ({"--sampler": "gumbel"}, "gumbel"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    teacher_folder: Path, short: Path, tmp_path: Path, changes: dict, said: str
+) -> None:
+    options = base(teacher_folder, short, tmp_path / "out") | changes
+    failed = command("cache", *[word for pair in options.items() for word in pair])
+    assert failed.returncode == 2, failed.stderr
+    assert said in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_corpus_that_is_no_text(teacher_folder: Path, tmp_path: Path) -> None:
+    for name, content in (("empty.txt", b""), ("binary.txt", b"\xff\xfe\x00\x80" * 50)):
+        (tmp_path / name).write_bytes(content)
+        options = base(teacher_folder, tmp_path / name, tmp_path / "out")
+        failed = command("cache", *[word for pair in options.items() for word in pair])
+        assert failed.returncode == 2
+        assert name in failed.stderr
+
+
+def test_another_window_length_is_refused_and_harms_nothing(
+    cache: Path, teacher_folder: Path, short: Path
+) -> None:
+    before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    options = base(teacher_folder, short, cache) | {"--window": 64, "--holdout": 0.2}
+    failed = command("cache", *[word for pair in options.items() for word in pair])
+    assert failed.returncode == 2
+    assert "window_length" in failed.stderr
+    assert {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()} == before
+
+
+def test_training_with_another_teacher_is_refused(cache: Path, tmp_path: Path) -> None:
+    from tests.conftest import tiny_llama
+
+    other = tmp_path / "other"
+    tiny_llama(seed=1).save_pretrained(other)
+    for file in cache.parent.parent.rglob("teacher*/tokenizer*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    failed = command(
+        *("train", "--cache", cache, "--out", tmp_path / "run"),
+        *("--method", "full", "--teacher", other),
+    )
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+
+
+def test_no_cache_there(tmp_path: Path) -> None:
+    failed = command("info", tmp_path)
+    assert failed.returncode == 2
+    assert "error:" in failed.stderr
+
+
+def test_interrupted_says_how_to_go_on(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    words = [*("--teacher", teacher_folder, "--data", text, "--out", out, "--rounds", 8)]
+    words += ["--window", 32, "--windows-per-shard", 8, "--batch", 1]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sparselogits", "cache", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    shards = out / "shards"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (shards.exists() and any(shards.iterdir())):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, said
+    assert "goes on from there" in said
+    assert "Traceback" not in said

@@ -1,0 +1,70 @@
+"""Held-out figures are those of a plain computation over the whole logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparselogits.corpus import open_source, pack, packing_for
+from sparselogits.data import TextDataset, collate
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate import evaluate
+from sparselogits.teacher import load_teacher
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
+def windows(request: Any, tmp_path_factory: Any, tokenizer: Any, text: Path) -> TextDataset:
+    packing = packing_for(tokenizer, window_length=48, holdout=0.2, reset_attention=request.param)
+    out = tmp_path_factory.mktemp("packed")
+    corpus = pack(open_source(str(text)), tokenizer, packing, out, vocab_size=520)
+    return TextDataset(corpus, limit=5)
+
+
+def test_against_a_plain_computation(
+    windows: TextDataset, teacher_folder: Path, tokenizer: Any
+) -> None:
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer, slice_positions=20)
+    student = tiny_llama(seed=4)
+    found = evaluate({"student": student}, windows, teacher)
+    batch = collate([windows[i] for i in range(len(windows))])
+    inputs = {k: v for k, v in batch.items() if k in ("input_ids", "position_ids")}
+    counted = batch["shift_labels"] != -100
+    log_s = student(**inputs).logits[counted].double().log_softmax(-1)
+    taught = teacher.model(**inputs).logits[counted].double()
+    taught[:, 512:] = -torch.inf
+    log_p = taught.log_softmax(-1)
+    labels = batch["shift_labels"][counted]
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_s), 0.0).sum(-1).mean()
+    result = found["student"]
+    assert abs(result.loss + log_s.gather(1, labels[:, None]).mean()) < 1e-5
+    assert result.kl == pytest.approx(float(kl), abs=1e-5)
+    agreement = (log_s.argmax(-1) == log_p.argmax(-1)).double().mean()
+    assert result.agreement == pytest.approx(float(agreement))
+    assert found["teacher"].kl == pytest.approx(0.0, abs=1e-9)
+    assert found["teacher"].agreement == 1.0
+    assert result.positions == int(counted.sum())
+    assert len(result.loss_by_window) == 5
+
+
+def test_without_a_teacher_there_is_no_divergence(windows: TextDataset) -> None:
+    found = evaluate({"student": tiny_llama()}, windows)
+    assert set(found) == {"student"}
+    assert found["student"].kl is None
+
+
+def test_a_student_of_fewer_ids_is_refused(
+    windows: TextDataset, teacher_folder: Path, tokenizer: Any
+) -> None:
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    with pytest.raises(InvalidArgumentError, match="fewer"):
+        evaluate({"student": tiny_llama(vocab_size=515)}, windows, teacher)
+
+
+def test_no_windows_is_an_error(windows: TextDataset) -> None:
+    with pytest.raises(InvalidArgumentError, match="--holdout"):
+        evaluate({}, TextDataset(windows.corpus, limit=0))
