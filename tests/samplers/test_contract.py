@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from samplers.distributions import logits_of
 from sparselogits import SparseTargets
 from sparselogits.errors import InvalidArgumentError, InvalidLogitsError
 from sparselogits.samplers import (
@@ -27,6 +26,7 @@ from sparselogits.samplers import (
 )
 from sparselogits.samplers.protocol import Sampler
 from sparselogits.targets import thinning_choices
+from tests.samplers.distributions import logits_of
 
 ALL: list[Sampler] = [
     Systematic(21),

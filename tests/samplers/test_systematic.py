@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers.distributions import KINDS, logits_of
 from sparselogits.samplers import Systematic, Threshold, window_uniforms
 from sparselogits.samplers.distribution import Blocks
+from tests.samplers.distributions import KINDS, logits_of
 
 
 def exact_counts(probabilities: Tensor, rounds: int, uniform: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers.distributions import KINDS, logits_of
 from sparselogits.samplers import Multinomial, Systematic, Threshold, Uniform, window_uniforms
 from sparselogits.samplers.protocol import Sampler
+from tests.samplers.distributions import KINDS, logits_of
 
 DRAWS = 4096
 SAMPLERS: list[Sampler] = [

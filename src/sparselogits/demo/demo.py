@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 
 from sparselogits.build import BuildReport, CacheRequest, build_caches
@@ -66,15 +67,8 @@ WAYS = (
     _Way("full", "full KD (online)", "full", "systematic"),
 )
 
-COLUMNS = (
-    "method",
-    "held-out loss",
-    "perplexity",
-    "KL to teacher",
-    "entries/token",
-    "bytes/token",
-    "seconds",
-)
+COLUMNS = ("method", "loss", "perplexity", "KL", "entries", "bytes", "seconds")
+CAPTION = "loss on held-out pages, KL(teacher || student) there, entries and bytes a token"
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class DemoResult:
 
     def table(self) -> Table:
         """The table, for a terminal."""
-        table = Table(*COLUMNS)
+        table = Table(*COLUMNS, box=SIMPLE, caption=CAPTION, caption_justify="left")
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
@@ -224,7 +218,7 @@ def _row(way: _Way, found: HeldOut, trained: RunResult, out: Path) -> Row:
 
 
 def _teacher_row(found: HeldOut) -> Row:
-    return Row("(the teacher itself)", (*_figures(found), "-", "-", "-"))
+    return Row("(the teacher)", (*_figures(found), "-", "-", "-"))
 
 
 def _figures(found: HeldOut) -> tuple[str, str, str]:
@@ -245,9 +239,8 @@ def _remark(heldout: dict[str, HeldOut]) -> str:
         f"Held-out loss, best first: {ranking}. {reach}; differences much smaller than that say "
         "nothing. One seed and one pass over some twenty thousand tokens show that the whole way "
         "works and what each method costs; they cannot show the paper's effect on a converged "
-        "student, which takes orders of magnitude more tokens. With so little text any teacher "
-        "signal acts first as a smoother of the labels, Top-K's bias has no time to show, and the "
-        "students are still far from their teacher."
+        "student, which takes orders of magnitude more tokens: all students here are still far "
+        "from their teacher."
     )
 
 
@@ -304,7 +297,7 @@ def _conditions(
 def _write(result: DemoResult, out: Path) -> None:
     page = Page(
         title="sparselogits demo",
-        summary=[result.remark()],
+        summary=[f"Columns: {CAPTION}.", result.remark()],
         columns=COLUMNS,
         rows=result.rows,
         curves=result.curves,
