@@ -155,6 +155,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--student", help="add adaptive samplers that follow this checkpoint")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="names that start with one of these"
+    )
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -175,6 +178,8 @@ def main() -> None:
             rounds = tried[1][3].rounds or 1
             tried += adaptive_candidates(arguments.student, tokens, logits, rounds)
         for name, parameter, draw, stored_as in tried:
+            if not name.startswith(tuple(arguments.only)):
+                continue
             row = measure(draw, stored_as, tokens, logits, exact, scaled, arguments.seed)
             rows.append({"sampler": name, "budget": budget, "parameter": parameter, **row})
             print(json.dumps(rows[-1]), flush=True)

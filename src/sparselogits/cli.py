@@ -14,7 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -31,6 +30,7 @@ app = typer.Typer(
 )
 
 DEFAULT_BUDGET = 12.0
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
@@ -477,25 +477,23 @@ def main() -> None:
     debug = "--debug" in sys.argv
     warnings.showwarning = _show_warning
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _interrupted()
+        app()
+    except SystemExit as stop:  # how typer ends, a usage error (2) or Ctrl-C (130) included
+        if stop.code == INTERRUPTED:
+            _say_interrupted()
+        raise
     except KeyboardInterrupt:
-        code = _interrupted()
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        _say_interrupted()
+        sys.exit(INTERRUPTED)
     except SparseLogitsError as error:
         if debug:
             raise
         messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(2)
 
 
-def _interrupted() -> int:
+def _say_interrupted() -> None:
     messages.print("\ninterrupted; what was finished is kept. The same command goes on from there.")
-    return 130
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
