@@ -21,7 +21,7 @@ def test_the_commands_and_the_python_example(
     tmp_path: Path, teacher_folder: Path, text: Path
 ) -> None:
     short = tmp_path / "TEXT.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 5000))
+    short.write_text("".join(line for line in text.open() if len(line) < 3000))
     (commands,), (example,) = blocks("bash"), blocks("python")
     for line in commands.strip().splitlines():
         words = line.replace("MODEL", str(teacher_folder)).replace("TEXT", str(short)).split()
