@@ -1,10 +1,11 @@
 """Every unbiased sampler, with every option, has the teacher's distribution as its mean.
 
-A z-test an id, over 4 096 independent draws, on ids that are expected at least 20 times; ids
-expected less often are pooled into one. The largest |z| of a family of m tests is compared with
-the two-sided Gaussian quantile at 1e-6 / m, twice the mean's own standard error added for the
-skewness of rare counts: a false alarm in any case of this file about once in a hundred thousand
-runs of fresh seeds. Seeds are fixed, so a run that passes keeps passing.
+A z-test an id, over 4 096 independent draws, on ids that were drawn at least 20 times; ids drawn
+less often are pooled into one. The largest |z| of a case is compared with 1.25 times the two-sided
+Gaussian quantile at 1e-6 over the number of all tests of this file. The quantile alone would give a
+false alarm once in a million runs of fresh seeds if means were Gaussian; means of ids drawn a few
+dozen times are skewed, which the factor of 1.25 is there for. Seeds are fixed, so a run that passes
+keeps passing.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sparselogits.data.order import WindowRequest
 from sparselogits.errors import CacheError
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, WindowRecord
+from sparselogits.targets import thinning_choices
 
 IGNORE_INDEX = -100
 
@@ -59,7 +60,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
         record = self.cache.read(request.index)
         targets = record.targets
         if request.rounds is not None and request.rounds != targets.rounds:
-            stride = (targets.rounds or 0) // request.rounds
+            stride = thinning_choices(targets.rounds or 0, request.rounds)
             starts: Tensor | int = 0
             if stride > 1:
                 starts = thinning_starts(
