@@ -1,0 +1,177 @@
+"""`sparselogits cache`: the teacher's pass."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from sparselogits.cli.info import print_info
+from sparselogits.cli.options import Device, Json, device_named
+from sparselogits.console import messages, stage
+from sparselogits.errors import InvalidArgumentError
+
+DEFAULT_BUDGET = 12.0
+
+
+class SamplerName(StrEnum):
+    """Samplers of the command line."""
+
+    systematic = "systematic"
+    multinomial = "multinomial"
+    uniform = "uniform"
+    topk = "topk"
+    topp = "topp"
+    threshold = "threshold"
+
+
+class ExecutorName(StrEnum):
+    """Who runs the build."""
+
+    local = "local"
+
+
+def cache(
+    teacher: Annotated[str, typer.Option(help="Model folder, GGUF file or hub name.")],
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, folder, or dataset.")],
+    out: Annotated[Path, typer.Option(help="Directory of the cache; resumed if it exists.")],
+    sampler: Annotated[SamplerName, typer.Option(help="How entries are chosen.")] = (
+        SamplerName.systematic
+    ),
+    budget: Annotated[
+        float | None, typer.Option(help=f"Mean entries a token [default: {DEFAULT_BUDGET:g}].")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds a token, instead of a budget.")] = None,
+    proposal_exponent: Annotated[float, typer.Option(help="Draw from p to this power.")] = 1.0,
+    k: Annotated[int, typer.Option(help="Entries a token, for topk.")] = 50,
+    p: Annotated[float, typer.Option(help="Mass kept, for topp.")] = 0.95,
+    max_entries: Annotated[int, typer.Option(help="Cap on entries a token, for topp.")] = 100,
+    tau: Annotated[float, typer.Option(help="Smallest probability kept exactly.")] = 0.05,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    temperature: Annotated[float, typer.Option(help="Divides the teacher's logits.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
+    windows: Annotated[str | None, typer.Option(help="Build only windows A:B.")] = None,
+    windows_per_shard: Annotated[int, typer.Option(help="Windows a file.")] = 512,
+    holdout: Annotated[float, typer.Option(help="Share of documents kept aside.")] = 0.0,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    separator_id: Annotated[
+        int | None, typer.Option(help="Token between documents; end-of-text by default.")
+    ] = None,
+    reset_attention: Annotated[
+        bool, typer.Option(help="Keep documents of one window from seeing each other.")
+    ] = False,
+    executor: Annotated[ExecutorName, typer.Option(help="Who runs the build.")] = (
+        ExecutorName.local
+    ),
+    processes: Annotated[int, typer.Option(help="Processes that tokenise.")] = 1,
+    device: Device = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that comes with the model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the teacher once over a text and cache a few unbiased targets a token."""
+    from sparselogits.build import CacheRequest, build_caches
+    from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+    from sparselogits.samplers import from_parameters
+    from sparselogits.teacher import load_teacher
+    from sparselogits.teacher.loading import load_tokenizer
+
+    chosen, budget = _sampler_options(
+        sampler.value, budget, rounds, proposal_exponent, k, p, max_entries, tau
+    )
+    only = _window_range(windows)
+    source = open_source(data, text_field=text_field, split=split)
+    tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    packing = packing_for(
+        tokenizer,
+        window_length=window,
+        separator_id=separator_id,
+        holdout=holdout,
+        reset_attention=reset_attention,
+    )
+    messages.print(f"loading the teacher {escape(teacher)}")
+    engine = load_teacher(
+        teacher,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device_named(device),
+        trust_remote_code=trust_remote_code,
+    )
+    with stage("packing text", "MB", per_unit=1e-6) as update:
+        corpus = pack(
+            source,
+            tokenizer,
+            packing,
+            out / "corpus",
+            vocab_size=engine.vocab_size,
+            progress=update,
+            processes=processes,
+        )
+    with stage("caching", "tokens", per_unit=window) as update:
+        report = build_caches(
+            engine,
+            corpus,
+            [CacheRequest(out, from_parameters(chosen), budget, seed, temperature)],
+            tokenizer_hash=tokenizer_fingerprint(tokenizer),
+            batch=batch,
+            windows_per_shard=windows_per_shard,
+            only=only,
+            progress=update,
+        )
+    if report.windows_found:
+        messages.print(f"{report.windows_found} windows were there already")
+    print_info(out, as_json)
+
+
+def _sampler_options(
+    name: str,
+    budget: float | None,
+    rounds: int | None,
+    exponent: float,
+    k: int,
+    p: float,
+    max_entries: int,
+    tau: float,
+) -> tuple[dict[str, Any], float | None]:
+    if budget is not None and rounds is not None:
+        raise InvalidArgumentError("give --budget or --rounds, not both")
+    if name in ("topk", "topp", "threshold"):
+        if budget is not None or rounds is not None:
+            raise InvalidArgumentError(
+                f"--sampler {name} draws no rounds: drop --budget and --rounds, and set "
+                f"{ {'topk': '--k', 'topp': '--p', 'threshold': '--tau'}[name] } instead"
+            )
+        options: dict[str, dict[str, Any]] = {
+            "topk": {"k": k},
+            "topp": {"p": p, "max_entries": max_entries},
+            "threshold": {"tau": tau},
+        }
+        return {"name": name, **options[name]}, None
+    if budget is None and rounds is None:
+        budget = DEFAULT_BUDGET
+    if budget is not None and budget < 1:
+        raise InvalidArgumentError(
+            f"--budget is a mean number of entries, at least 1; got {budget}"
+        )
+    chosen: dict[str, Any] = {"name": name}
+    if rounds is not None:
+        chosen["rounds"] = rounds
+    if name != "uniform":
+        chosen["proposal_exponent"] = exponent
+    return chosen, budget
+
+
+def _window_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdigit() and stop.isdigit()):
+        raise InvalidArgumentError(f"--windows takes A:B, as in 0:512; got {text!r}")
+    return int(first), int(stop)

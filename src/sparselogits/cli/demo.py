@@ -1,0 +1,27 @@
+"""`sparselogits demo`: the whole way on material that comes with Python packages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparselogits.cli.options import Json, stdout
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of everything it makes.")] = Path("demo-run"),
+    as_json: Json = False,
+) -> None:
+    """The whole way on a real teacher and real text, on a laptop, without a hub."""
+    from sparselogits.demo import run_demo
+
+    result = run_demo(out)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        stdout().print(result.table())
+        stdout().print(result.remark(), soft_wrap=True)
+        stdout().print(f"report: {result.report}", soft_wrap=True)
