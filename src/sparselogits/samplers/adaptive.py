@@ -126,10 +126,7 @@ class Adaptive:
             states = None if self._hidden is None else self._hidden[part]
             here = _with_states(self, states)
             parts.append(here._draw(logits[part], uniforms[part], part.start))
-        if parts:
-            return SparseTargets.cat(parts)
-        empty = torch.zeros(0, dtype=torch.int64, device=logits.device)
-        return SparseTargets(empty, empty.float(), empty.new_zeros(1), logits.shape[1])
+        return SparseTargets.cat(parts)
 
     def _draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
         teacher = Blocks.of(logits, first_position=first_position)

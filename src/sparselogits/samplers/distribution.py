@@ -144,7 +144,7 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[slice]:
-    """Check shapes, then walk over the positions, a bounded number at a time.
+    """Check shapes, then walk over the positions, a bounded number at a time; at least one slice.
 
     Args:
         logits: [P, V].
@@ -172,7 +172,7 @@ def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[
             "expected a value in [0, 1)"
         )
     at_once = POSITIONS_AT_ONCE if logits.device.type == "cpu" else 2048
-    for start in range(0, logits.shape[0], at_once):
+    for start in range(0, max(1, logits.shape[0]), at_once):
         yield slice(start, min(start + at_once, logits.shape[0]))
 
 

@@ -98,14 +98,12 @@ class TopP:
 
 
 def _select(logits: Tensor, uniforms: Tensor, most: int, until: float | None) -> SparseTargets:
-    parts = [
-        _select_few(logits[part], part.start, most, until)
-        for part in position_slices(logits, uniforms, 0)
-    ]
-    if parts:
-        return SparseTargets.cat(parts)
-    empty = torch.zeros(0, dtype=torch.int64, device=logits.device)
-    return SparseTargets(empty, empty.float(), empty.new_zeros(1), logits.shape[1])
+    return SparseTargets.cat(
+        [
+            _select_few(logits[part], part.start, most, until)
+            for part in position_slices(logits, uniforms, 0)
+        ]
+    )
 
 
 def _select_few(

@@ -16,7 +16,7 @@ need the teacher's own normaliser.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,8 +28,55 @@ from sparselogits.targets import SparseTargets, offsets_from_lengths
 _MOST_ROUNDS = 2**20
 
 
+class _InRounds:
+    """What the samplers of this file share: all but where their rounds fall."""
+
+    rounds: int
+    proposal_exponent: float
+
+    unbiased = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rounds <= _MOST_ROUNDS:
+            raise InvalidArgumentError(
+                f"rounds must lie in [1, {_MOST_ROUNDS}], found {self.rounds}"
+            )
+        if not 0 <= self.proposal_exponent <= 2:
+            raise InvalidArgumentError(
+                f"proposal_exponent must lie in [0, 2], found {self.proposal_exponent}"
+            )
+
+    @property
+    def uniforms_per_position(self) -> int:
+        """Columns of the uniforms."""
+        raise NotImplementedError
+
+    @property
+    def max_entries(self) -> int:
+        """No position has more entries than this."""
+        return self.rounds
+
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        raise NotImplementedError
+
+    def at(self, tokens: Tensor, positions: slice) -> Self:
+        """Itself: every position is sampled alike."""
+        return self
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        """Draw; see `Sampler`."""
+        uniforms = uniforms.to(logits.device, torch.float64)
+        return SparseTargets.cat(
+            [
+                _draw_few(self, logits[part], uniforms[part], part.start)
+                for part in position_slices(logits, uniforms, self.uniforms_per_position)
+            ]
+        )
+
+
 @dataclass(frozen=True)
-class Systematic:
+class Systematic(_InRounds):
     """N rounds drawn systematically from q proportional to p ** proposal_exponent.
 
     Args:
@@ -44,37 +91,33 @@ class Systematic:
     proposal_exponent: float = 1.0
 
     name = "systematic"
-    unbiased = True
     uniforms_per_position = 1
-
-    def __post_init__(self) -> None:
-        _require_rounds(self.rounds, self.proposal_exponent)
-
-    @property
-    def max_entries(self) -> int:
-        """No position has more entries than this."""
-        return self.rounds
 
     def parameters(self) -> dict[str, Any]:
         """What rebuilds it, with its name."""
         return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
 
-    def at(self, tokens: Tensor, positions: slice) -> Systematic:
-        """Itself: every position is sampled alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`."""
-        return _draw(self, logits, uniforms)
-
     def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        """float64 [P, N]: N steps of 1 / N from one uniform."""
         ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
         return (ordinal - uniforms) / self.rounds
 
 
+class _Independent(_InRounds):
+    """Rounds that know nothing of each other, one uniform each."""
+
+    @property
+    def uniforms_per_position(self) -> int:
+        """One a round."""
+        return self.rounds
+
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N]: the uniforms themselves, in order."""
+        return (1 - uniforms).sort(-1).values
+
+
 @dataclass(frozen=True)
-class Multinomial:
+class Multinomial(_Independent):
     """N independent rounds from q proportional to p ** proposal_exponent: RS-KD as published.
 
     Args:
@@ -89,40 +132,14 @@ class Multinomial:
     proposal_exponent: float = 1.0
 
     name = "multinomial"
-    unbiased = True
-
-    def __post_init__(self) -> None:
-        _require_rounds(self.rounds, self.proposal_exponent)
-
-    @property
-    def uniforms_per_position(self) -> int:
-        """One a round."""
-        return self.rounds
-
-    @property
-    def max_entries(self) -> int:
-        """No position has more entries than this."""
-        return self.rounds
 
     def parameters(self) -> dict[str, Any]:
         """What rebuilds it, with its name."""
         return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
 
-    def at(self, tokens: Tensor, positions: slice) -> Multinomial:
-        """Itself: every position is sampled alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`."""
-        return _draw(self, logits, uniforms)
-
-    def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
-        return _independent_points(uniforms)
-
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(_Independent):
     """N independent rounds from the uniform distribution over the tokens: unbiased, very noisy.
 
     Args:
@@ -135,69 +152,15 @@ class Uniform:
     rounds: int = 50
 
     name = "uniform"
-    unbiased = True
     proposal_exponent = 0.0
-
-    def __post_init__(self) -> None:
-        _require_rounds(self.rounds, self.proposal_exponent)
-
-    @property
-    def uniforms_per_position(self) -> int:
-        """One a round."""
-        return self.rounds
-
-    @property
-    def max_entries(self) -> int:
-        """No position has more entries than this."""
-        return self.rounds
 
     def parameters(self) -> dict[str, Any]:
         """What rebuilds it, with its name."""
         return {"rounds": self.rounds}
 
-    def at(self, tokens: Tensor, positions: slice) -> Uniform:
-        """Itself: every position is sampled alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`."""
-        return _draw(self, logits, uniforms)
-
-    def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
-        return _independent_points(uniforms)
-
-
-class RoundsSampler(Protocol):
-    """What drawing in rounds needs to know of a sampler."""
-
-    @property
-    def rounds(self) -> int: ...  # noqa: D102
-
-    @property
-    def proposal_exponent(self) -> float: ...  # noqa: D102
-
-    @property
-    def uniforms_per_position(self) -> int: ...  # noqa: D102
-
-    def points(self, uniforms: Tensor) -> Tensor: ...  # noqa: D102
-
-
-def _independent_points(uniforms: Tensor) -> Tensor:
-    return (1 - uniforms).sort(-1).values
-
-
-def _draw(sampler: RoundsSampler, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-    uniforms = uniforms.to(logits.device, torch.float64)
-    parts = [
-        _draw_few(sampler, logits[part], uniforms[part], part.start)
-        for part in position_slices(logits, uniforms, sampler.uniforms_per_position)
-    ]
-    return SparseTargets.cat(parts) if parts else _nothing(logits, sampler.rounds)
-
 
 def _draw_few(
-    sampler: RoundsSampler, logits: Tensor, uniforms: Tensor, first_position: int
+    sampler: _InRounds, logits: Tensor, uniforms: Tensor, first_position: int
 ) -> SparseTargets:
     blocks = Blocks.of(logits, sampler.proposal_exponent, first_position)
     edges, _ = blocks.edges()
@@ -249,22 +212,3 @@ def _importance_weights(blocks: Blocks, ids: Tensor, counts: Tensor, offsets: Te
     gap = blocks.logits[rows, ids].double() - blocks.shift[rows, 0].double()
     normaliser = (blocks.total / teacher.total)[rows, 0]
     return counts * ((1 - blocks.exponent) * gap).exp() * normaliser
-
-
-def _nothing(logits: Tensor, rounds: int) -> SparseTargets:
-    empty = torch.zeros(0, dtype=torch.int64, device=logits.device)
-    return SparseTargets(
-        empty,
-        empty.to(torch.float32),
-        empty.new_zeros(1),
-        logits.shape[1],
-        counts=empty.to(torch.int32),
-        rounds=rounds,
-    )
-
-
-def _require_rounds(rounds: int, exponent: float) -> None:
-    if not 1 <= rounds <= _MOST_ROUNDS:
-        raise InvalidArgumentError(f"rounds must lie in [1, {_MOST_ROUNDS}], found {rounds}")
-    if not 0 <= exponent <= 2:
-        raise InvalidArgumentError(f"proposal_exponent must lie in [0, 2], found {exponent}")

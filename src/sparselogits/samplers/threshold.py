@@ -62,14 +62,12 @@ class Threshold:
     def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
         """Draw; see `Sampler`."""
         uniforms = uniforms.to(logits.device, torch.float64)
-        parts = [
-            self._draw(logits[part], uniforms[part], part.start)
-            for part in position_slices(logits, uniforms, self.uniforms_per_position)
-        ]
-        if parts:
-            return SparseTargets.cat(parts)
-        empty = torch.zeros(0, dtype=torch.int64, device=logits.device)
-        return SparseTargets(empty, empty.float(), empty.new_zeros(1), logits.shape[1])
+        return SparseTargets.cat(
+            [
+                self._draw(logits[part], uniforms[part], part.start)
+                for part in position_slices(logits, uniforms, self.uniforms_per_position)
+            ]
+        )
 
     def _draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
         blocks = Blocks.of(logits, first_position=first_position)
