@@ -40,6 +40,7 @@ from sparselogits.samplers import (
 from sparselogits.store.codec import TargetCodec, Window, codec_for
 from sparselogits.targets import offsets_from_lengths
 from sparselogits.teacher.loading import load_teacher, load_tokenizer
+from spatial_draws import LocalPivotal, by_local_direction, by_local_tree
 
 Draw = Callable[[Tensor, Tensor], SparseTargets]
 Order = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +108,7 @@ def equal_entries_threshold(entries: float) -> Draw:
 
 
 def candidates(
-    pilot: list[Tensor], unembedding: Tensor, budget: float
+    pilot: list[Tensor], unembedding: Tensor, budget: float, spatial: bool
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
     """(name, parameter, draw, the sampler whose codec stores it)."""
     systematic = fit_budget(Systematic(), pilot, budget)
@@ -118,7 +119,12 @@ def candidates(
     for exponent in (0.8, 1.2):
         other = fit_budget(Systematic(1, exponent), pilot, budget)
         yield f"systematic q=p^{exponent}", f"N={other.rounds}", other, other
-    for order in (random_order, by_probability, by_principal_direction):
+    orders = [random_order, by_probability, by_principal_direction]
+    if spatial:
+        orders += [by_local_direction, by_local_tree]
+        pivotal = LocalPivotal(systematic.rounds, unembedding)
+        yield "local pivotal", f"N={systematic.rounds}", pivotal, systematic
+    for order in orders:
         name = f"systematic, {order.__name__.replace('_', ' ')}"
         yield name, f"N={systematic.rounds}", in_order(systematic, order, unembedding), systematic
     tau = float(threshold.parameters()["tau"])
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--student", help="add adaptive samplers that follow this checkpoint")
+    parser.add_argument("--spatial", action="store_true", help="add the draws of spatial_draws.py")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="names that start with one of these"
     )
@@ -173,7 +180,7 @@ def main() -> None:
     pilot = [window[::8] for window in logits]
     rows = []
     for budget in arguments.budgets:
-        tried = list(candidates(pilot, unembedding, budget))
+        tried = list(candidates(pilot, unembedding, budget, arguments.spatial))
         if arguments.student:
             rounds = tried[1][3].rounds or 1
             tried += adaptive_candidates(arguments.student, tokens, logits, rounds)

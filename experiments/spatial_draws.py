@@ -1,0 +1,126 @@
+"""Draws that spread a position's rounds over the space of unembedding rows: candidates only.
+
+Systematic rounds let tokens that are neighbours in id order share one running sum, so their errors
+cancel as far as their unembedding rows are alike. Three ways to do that in the rows' own space
+instead, at a price no sampler could pay in earnest:
+
+- `by_local_direction`: systematic, the position's likely tokens along their own principal
+  direction (weighed by probability), the others in id order behind them;
+- `by_local_tree`: the same, cut in two along the principal direction again and again;
+- `LocalPivotal`: the local pivotal method (Grafström, Lundström, Schelin, Biometrics 2012) on the
+  fractional parts of N p: a token's fate is decided in a duel with its nearest neighbour.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits import SparseTargets
+from sparselogits.targets import offsets_from_lengths
+
+LIKELY = 1024  # tokens of a position that are arranged; the others hold a few per cent of the mass
+TREE_DEPTH = 6
+
+
+def by_local_direction(logits: Tensor, unembedding: Tensor) -> Tensor:
+    return _arranged(logits, unembedding, depth=1)
+
+
+def by_local_tree(logits: Tensor, unembedding: Tensor) -> Tensor:
+    return _arranged(logits, unembedding, depth=TREE_DEPTH)
+
+
+def _arranged(logits: Tensor, unembedding: Tensor, depth: int) -> Tensor:
+    """int64 [P, V]: an order of the vocabulary for each position."""
+    likely = min(LIKELY, logits.shape[1])
+    probabilities = logits.softmax(-1)
+    orders = []
+    for p in probabilities:
+        top = p.topk(likely).indices
+        rest = torch.ones_like(p, dtype=torch.bool)
+        rest[top] = False
+        tree = _bisect(top, p, unembedding, depth)
+        orders.append(torch.cat([tree, rest.nonzero()[:, 0]]))
+    return torch.stack(orders)
+
+
+def _bisect(ids: Tensor, p: Tensor, unembedding: Tensor, depth: int) -> Tensor:
+    if depth == 0 or len(ids) < 3:
+        return ids
+    weight = p[ids] / p[ids].sum()
+    rows = unembedding[ids]
+    centred = (rows - weight @ rows) * weight.sqrt()[:, None]
+    direction = centred[weight.argmax()] + 1e-6
+    for _ in range(4):  # power iteration: the direction need not be exact
+        direction = centred.T @ (centred @ direction)
+        direction = direction / direction.norm().clamp_min(1e-30)
+    order = (rows @ direction).argsort()
+    ids = ids[order]
+    middle = int((weight[order].cumsum(0) < 0.5).sum()) + 1
+    halves = ids[:middle], ids[middle:]
+    return torch.cat([_bisect(half, p, unembedding, depth - 1) for half in halves])
+
+
+class LocalPivotal:
+    """Counts floor(N p_i) or one more, chosen so that near tokens exclude each other.
+
+    Args:
+        rounds: N.
+        unembedding: [V, D], whose distances count.
+        seed: of its own random numbers; the uniforms it is called with are not used.
+    """
+
+    def __init__(self, rounds: int, unembedding: Tensor, seed: int = 0) -> None:
+        self.rounds, self.unembedding = rounds, unembedding
+        self.random = np.random.default_rng(seed)
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
+        """Draw; the counts of a position sum to N, as a systematic draw's do."""
+        rows = [self._draw(p) for p in logits.double().softmax(-1)]
+        ids = torch.cat([row[0] for row in rows])
+        counts = torch.cat([row[1] for row in rows])
+        lengths = torch.tensor([len(row[0]) for row in rows])
+        return SparseTargets(
+            ids,
+            counts.float() / self.rounds,
+            offsets_from_lengths(lengths),
+            logits.shape[1],
+            counts=counts.to(torch.int32),
+            rounds=self.rounds,
+        )
+
+    def _draw(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        expected = (p * self.rounds).numpy()
+        counts = np.floor(expected)
+        share = expected - counts
+        top = p.topk(min(LIKELY, len(p))).indices
+        rows = self.unembedding[top]
+        near = torch.cdist(rows, rows).fill_diagonal_(torch.inf).numpy()
+        share[top.numpy()] = self._duels(share[top.numpy()], near)
+        # what is left, one last likely token among it, in id order
+        left = (share.cumsum() + self.random.uniform(1e-9, 1 - 1e-9)) // 1
+        counts += np.diff(left, prepend=0.0)
+        kept = counts.nonzero()[0]
+        return torch.from_numpy(kept), torch.from_numpy(counts[kept])
+
+    def _duels(self, share: np.ndarray, near: np.ndarray) -> np.ndarray:
+        open_ = (share > 0) & (share < 1)
+        near = np.where(open_[None], near, np.inf)
+        for one in self.random.permutation(len(share)):
+            while open_[one] and open_.sum() > 1:
+                other = int(near[one].argmin())
+                share[one], share[other] = self._duel(share[one], share[other])
+                for settled in (one, other):
+                    if not 1e-12 < share[settled] < 1 - 1e-12:
+                        share[settled] = round(share[settled])
+                        open_[settled] = False
+                        near[:, settled] = np.inf
+        return share
+
+    def _duel(self, a: float, b: float) -> tuple[float, float]:
+        total, chance = a + b, self.random.random()
+        if total < 1:
+            return (total, 0.0) if chance * total < a else (0.0, total)
+        return (1.0, total - 1) if chance * (2 - total) < 1 - b else (total - 1, 1.0)

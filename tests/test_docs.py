@@ -1,0 +1,49 @@
+"""What the documents point at is there: tests by name, scripts and pages by path.
+
+pytest tests/test_docs.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPT = re.compile(r"`(?:python |)((?:tests|benchmarks|experiments|examples|docs)/[\w./-]+\.\w+)")
+TEST = re.compile(r"`(tests/[\w/]+\.py|)::(test_\w+)`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def joined(page: Path) -> str:
+    """The page, with names that a line break cuts in two put together again."""
+    return re.sub(r"(::|/)\n\s*", r"\1", page.read_text(encoding="utf-8"))
+
+
+def functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_tests_exist(page: Path) -> None:
+    file = ""
+    for path, name in TEST.findall(joined(page)):
+        file = path or file
+        assert (ROOT / file).is_file(), file
+        assert name in functions(ROOT / file), f"{page.name} names {file}::{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    for path in SCRIPT.findall(joined(page)):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for path in LINK.findall(joined(page)):
+        assert (page.parent / path).exists(), f"{page.name} links {path}"
+
+
+def test_the_theory_names_its_tests() -> None:
+    assert len(TEST.findall(joined(ROOT / "docs" / "theory.md"))) >= 15
