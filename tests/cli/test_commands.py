@@ -71,6 +71,25 @@ def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> No
     assert found["student"]["kl"] > found["teacher"]["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("sampler", ["threshold", "topk"])
+def test_a_budget_sets_what_the_sampler_has_instead_of_rounds(
+    teacher_folder: Path, short: Path, tmp_path: Path, sampler: str
+) -> None:
+    options = base(teacher_folder, short, tmp_path / "out")
+    options |= {"--sampler": sampler, "--budget": 6, "--window": 64}
+    words = [word for pair in options.items() for word in pair]
+    made = command("cache", *words, "--json")
+    facts = json.loads(made.stdout)
+    assert abs(facts["statistics"]["entries_per_position"] - 6) < 1
+    assert {"k", "tau"} & set(facts["identity"]["sampler"])
+    resumed = command("cache", *words, "--json")
+    assert json.loads(resumed.stdout) == facts
+    options["--budget"] = 9
+    refused = command("cache", *[word for pair in options.items() for word in pair])
+    assert refused.returncode == 2
+    assert "a budget of 6" in refused.stderr
+
+
 def base(teacher_folder: Path, short: Path, out: Path) -> dict[str, object]:
     return {"--teacher": teacher_folder, "--data": short, "--out": out, "--window": 32}
 
@@ -83,7 +102,9 @@ def base(teacher_folder: Path, short: Path, out: Path) -> dict[str, object]:
         ({"--window": 10_000_000}, "window"),
         ({"--budget": 0.5}, "at least 1"),
         ({"--budget": 5, "--rounds": 5}, "not both"),
-        ({"--sampler": "topk", "--rounds": 5}, "draws no rounds"),
+        ({"--sampler": "topk", "--rounds": 5}, "--k or --budget"),
+        ({"--sampler": "threshold", "--tau": 0.1, "--budget": 5}, "not both"),
+        ({"--sampler": "topp", "--budget": 5}, "--p and --max-entries"),
         ({"--windows": "x"}, "A:B"),
         ({"--sampler": "gumbel"}, "gumbel"),
     ],

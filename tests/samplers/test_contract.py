@@ -18,9 +18,9 @@ from sparselogits.samplers import (
     TopK,
     TopP,
     Uniform,
+    budget_parameter,
     fit_budget,
     from_parameters,
-    rounds_for_budget,
     thinning_starts,
     window_uniforms,
 )
@@ -206,18 +206,18 @@ def test_budget_is_met(sampler: Sampler, budget: float) -> None:
         for w in range(8)
     )
     assert drawn / 1200 == pytest.approx(budget, rel=0.04, abs=0.5)
-    if fitted.rounds is not None:
-        assert rounds_for_budget(sampler, [logits], budget) == fitted.rounds
+    changed = {k for k, v in fitted.parameters().items() if v != sampler.parameters()[k]}
+    assert changed <= {budget_parameter(sampler)}
 
 
 def test_budget_out_of_reach() -> None:
     for budget in (0.5, 501.0):
         with pytest.raises(InvalidArgumentError, match="out of reach"):
-            rounds_for_budget(Systematic(), [some_logits()], budget)
+            fit_budget(Systematic(), [some_logits()], budget)
     with pytest.raises(InvalidArgumentError, match="no pilot positions"):
-        rounds_for_budget(Systematic(), [], 5)
-    with pytest.raises(InvalidArgumentError, match="draws no rounds"):
-        rounds_for_budget(Threshold(), [some_logits()], 5)
+        fit_budget(Systematic(), [], 5)
+    with pytest.raises(InvalidArgumentError, match="own parameters"):
+        fit_budget(TopP(), [some_logits()], 5)
     assert thinning_choices(50, 15) == 10
 
 

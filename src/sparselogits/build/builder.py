@@ -23,7 +23,7 @@ from sparselogits.build.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.identity import Identity
-from sparselogits.samplers import Sampler, from_parameters
+from sparselogits.samplers import Sampler, budget_parameter, from_parameters
 from sparselogits.store import Cache, codec_for
 from sparselogits.teacher import Engine
 
@@ -40,8 +40,8 @@ class CacheRequest:
     Args:
         root: its directory.
         sampler: how entries are chosen.
-        budget: mean entries a position; sets the sampler's rounds from pilot windows. None keeps
-            the sampler as it is.
+        budget: mean entries a position; sets the sampler's rounds (k, tau) from pilot windows.
+            None keeps the sampler as it is.
         seed: of the uniforms.
         temperature: the teacher's logits are divided by it.
     """
@@ -173,12 +173,15 @@ def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
             "the same, or choose another output directory"
         )
     if request.budget is not None:
-        wanted["rounds"] = found.get("rounds")
+        settled = budget_parameter(request.sampler)
+        wanted[settled] = found.get(settled)
     return from_parameters(wanted)
 
 
 def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
-    return f"{parameters.get('rounds')} rounds" if budget is None else f"a budget of {budget:g}"
+    if budget is not None:
+        return f"a budget of {budget:g}"
+    return " and ".join(f"{name} {value}" for name, value in parameters.items())
 
 
 def _identity(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from sparselogits.build.plan import spread
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.errors import TeacherError
-from sparselogits.samplers import Multinomial, Sampler, Systematic, Uniform, rounds_for_budget
+from sparselogits.samplers import Sampler, fit_budget
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024
@@ -37,18 +36,16 @@ def pilot_windows(corpus: PackedCorpus) -> list[Window]:
 def resolve_budget(
     engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float, **how: Any
 ) -> Sampler:
-    """The same sampler with the number of rounds whose mean entries come closest to a budget.
+    """The same sampler with the rounds (k, tau) whose mean entries come closest to a budget.
 
     Args:
         engine: the teacher.
         windows: pilot windows.
-        sampler: one that draws in rounds.
+        sampler: one that a single parameter governs.
         budget: mean entries a position.
         how: temperature and reset_attention of the build.
     """
-    assert isinstance(sampler, Systematic | Multinomial | Uniform)
-    logits = _pilot_logits(engine, windows, **how)
-    return replace(sampler, rounds=rounds_for_budget(sampler, logits, budget))
+    return fit_budget(sampler, _pilot_logits(engine, windows, **how), budget)
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:

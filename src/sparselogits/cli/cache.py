@@ -46,10 +46,15 @@ def cache(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds a token, instead of a budget.")] = None,
     proposal_exponent: Annotated[float, typer.Option(help="Draw from p to this power.")] = 1.0,
-    k: Annotated[int, typer.Option(help="Entries a token, for topk.")] = 50,
+    k: Annotated[
+        int | None, typer.Option(help="Entries a token for topk, instead of a budget.")
+    ] = None,
     p: Annotated[float, typer.Option(help="Mass kept, for topp.")] = 0.95,
     max_entries: Annotated[int, typer.Option(help="Cap on entries a token, for topp.")] = 100,
-    tau: Annotated[float, typer.Option(help="Smallest probability kept exactly.")] = 0.05,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Smallest probability kept exactly by threshold, instead of a budget."),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -135,35 +140,35 @@ def _sampler_options(
     budget: float | None,
     rounds: int | None,
     exponent: float,
-    k: int,
+    k: int | None,
     p: float,
     max_entries: int,
-    tau: float,
+    tau: float | None,
 ) -> tuple[dict[str, Any], float | None]:
-    if budget is not None and rounds is not None:
-        raise InvalidArgumentError("give --budget or --rounds, not both")
-    if name in ("topk", "topp", "threshold"):
-        if budget is not None or rounds is not None:
+    """The sampler's parameters, and the budget that is yet to set one of them."""
+    if name == "topp":
+        if budget is not None:
+            raise InvalidArgumentError("--sampler topp takes --p and --max-entries, not --budget")
+        return {"name": name, "p": p, "max_entries": max_entries}, None
+    option = {"topk": "k", "threshold": "tau"}.get(name, "rounds")
+    given = {"k": k, "tau": tau, "rounds": rounds}
+    for other, value in given.items():
+        if other != option and value is not None:
             raise InvalidArgumentError(
-                f"--sampler {name} draws no rounds: drop --budget and --rounds, and set "
-                f"{ {'topk': '--k', 'topp': '--p', 'threshold': '--tau'}[name] } instead"
+                f"--sampler {name} takes --{option} or --budget, not --{other}"
             )
-        options: dict[str, dict[str, Any]] = {
-            "topk": {"k": k},
-            "topp": {"p": p, "max_entries": max_entries},
-            "threshold": {"tau": tau},
-        }
-        return {"name": name, **options[name]}, None
-    if budget is None and rounds is None:
+    if budget is not None and given[option] is not None:
+        raise InvalidArgumentError(f"give --budget or --{option}, not both")
+    if budget is None and given[option] is None:
         budget = DEFAULT_BUDGET
     if budget is not None and budget < 1:
         raise InvalidArgumentError(
             f"--budget is a mean number of entries, at least 1; got {budget}"
         )
     chosen: dict[str, Any] = {"name": name}
-    if rounds is not None:
-        chosen["rounds"] = rounds
-    if name != "uniform":
+    if given[option] is not None:
+        chosen[option] = given[option]
+    if name in ("systematic", "multinomial"):
         chosen["proposal_exponent"] = exponent
     return chosen, budget
 

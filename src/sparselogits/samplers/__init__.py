@@ -11,7 +11,7 @@ from typing import Any
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers.adaptive import Adaptive
-from sparselogits.samplers.budget import fit_budget, rounds_for_budget
+from sparselogits.samplers.budget import budget_parameter, fit_budget
 from sparselogits.samplers.heads import TopK, TopP
 from sparselogits.samplers.protocol import Sampler
 from sparselogits.samplers.rounds import Multinomial, Systematic, Uniform
@@ -55,9 +55,9 @@ __all__ = [
     "TopK",
     "TopP",
     "Uniform",
+    "budget_parameter",
     "fit_budget",
     "from_parameters",
-    "rounds_for_budget",
     "thinning_starts",
     "window_uniforms",
 ]

@@ -11,7 +11,7 @@ Cost: one float64 pass over the pilot logits, a few hundred positions; no random
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,36 +47,32 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
         InvalidArgumentError: for a budget below one or beyond reach, no pilot positions, or a
             sampler whose entries no single parameter governs.
     """
+    parameter = budget_parameter(sampler)
     if isinstance(sampler, TopK):
         return TopK(max(1, round(budget)))
+    exponent = getattr(sampler, "proposal_exponent", 1.0)
+    expected = _independent if isinstance(sampler, Multinomial | Uniform) else _systematic
+    histogram = _histogram(logits_slices, exponent)
+    rounds = _closest(lambda n: expected(histogram, n), budget)
+    # a threshold target includes a token as systematic rounds do, with tau in the place of 1 / N
+    return replace(sampler, **{parameter: 1 / rounds if parameter == "tau" else rounds})  # type: ignore[type-var]
+
+
+def budget_parameter(sampler: Sampler) -> str:
+    """The parameter that a budget sets: rounds, k or tau.
+
+    Raises:
+        InvalidArgumentError: for a sampler whose entries no single parameter governs.
+    """
+    if isinstance(sampler, TopK):
+        return "k"
     if isinstance(sampler, Threshold):
-        histogram = _histogram(logits_slices, 1.0)
-        return Threshold(1 / _closest(lambda n: _systematic(histogram, n), budget))
-    if isinstance(sampler, Systematic):
-        histogram = _histogram(logits_slices, sampler.proposal_exponent)
-        rounds = _closest(lambda n: _systematic(histogram, n), budget)
-        return Systematic(rounds, sampler.proposal_exponent)
-    if isinstance(sampler, Multinomial | Uniform):
-        histogram = _histogram(logits_slices, sampler.proposal_exponent)
-        rounds = _closest(lambda n: _independent(histogram, n), budget)
-        if isinstance(sampler, Uniform):
-            return Uniform(rounds)
-        return Multinomial(rounds, sampler.proposal_exponent)
+        return "tau"
+    if isinstance(sampler, Systematic | Multinomial | Uniform):
+        return "rounds"
     raise InvalidArgumentError(
         f"sampler {sampler.name!r} cannot be fitted to a budget; give its own parameters"
     )
-
-
-def rounds_for_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float) -> int:
-    """Rounds of `sampler` whose mean entries come closest to a budget; see `fit_budget`.
-
-    Raises:
-        InvalidArgumentError: as `fit_budget`, or for a sampler that draws no rounds.
-    """
-    fitted = fit_budget(sampler, logits_slices, budget).rounds
-    if fitted is None:
-        raise InvalidArgumentError(f"sampler {sampler.name!r} draws no rounds; use fit_budget")
-    return fitted
 
 
 def _histogram(logits_slices: Iterable[Tensor], exponent: float) -> _Histogram:
