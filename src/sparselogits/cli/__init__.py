@@ -16,6 +16,7 @@ from rich.markup import escape
 from sparselogits.cli.cache import cache
 from sparselogits.cli.demo import demo
 from sparselogits.cli.evaluate import evaluate_command
+from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
 from sparselogits.cli.store import export, merge, repair, verify
 from sparselogits.cli.train import train
@@ -46,6 +47,7 @@ app.command()(cache)
 app.command()(info)
 app.command()(train)
 app.command("eval")(evaluate_command)
+app.command()(gradients)
 app.command()(verify)
 app.command()(repair)
 app.command()(merge)

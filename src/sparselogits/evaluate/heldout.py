@@ -130,7 +130,7 @@ def _measure_window(
     logits_of = {name: learner.over(inputs) for name, learner in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]
     totals = {name: torch.zeros(4, dtype=torch.float64) for name in names}
-    for positions, taught in _teacher_slices(teacher, item):
+    for positions, taught in teacher_slices(teacher, item):
         wanted = labels[positions]
         counted = wanted != -100
         if not bool(counted.any()):
@@ -146,9 +146,10 @@ def _measure_window(
     return totals
 
 
-def _teacher_slices(
+def teacher_slices(
     teacher: Engine | None, item: dict[str, Any]
 ) -> Iterator[tuple[slice, Tensor | None]]:
+    """Runs of positions of one window, with the teacher's logits [P, V] if there is one."""
     length = len(item["input_ids"])
     if teacher is None:
         for start in range(0, length, _SLICE):

@@ -1,0 +1,270 @@
+"""`sparselogits gradients`: the paper's gradient table, on your teacher, student and text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.console import messages, stage
+from sparselogits.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparselogits.data import TextDataset
+    from sparselogits.evaluate import Estimate, GradientFidelity
+    from sparselogits.samplers import Sampler
+    from sparselogits.teacher import Engine
+
+PILOT_WINDOWS = 4
+PILOT_STRIDE = 4  # positions of a pilot window that are looked at: every fourth
+
+
+class Rule(StrEnum):
+    """What becomes of Top-K's missing mass."""
+
+    drop = "drop"
+    renormalise = "renormalise"
+    smooth = "smooth"
+    ghost = "ghost"
+    ground_truth = "ground_truth"
+
+
+def gradients(
+    students: Annotated[
+        list[str], typer.Argument(help="Folders of students, or of their runs.", metavar="STUDENT")
+    ],
+    teacher: Annotated[str, typer.Option(help="Model folder, GGUF file or hub name.")],
+    data: Annotated[str, typer.Option(help="Text that neither was trained on; see `cache`.")],
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens a batch; may be repeated [default: 1, 4 and 16 windows]."),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Batches of the largest size.")] = 2,
+    draws: Annotated[int, typer.Option(help="Of every random target, in each batch.")] = 4,
+    budget: Annotated[float, typer.Option(help="Entries a token of the unbiased targets.")] = 12.0,
+    top_k: Annotated[
+        list[int] | None, typer.Option(help="May be repeated [default: 12, 50, 300].")
+    ] = None,
+    missing_mass: Annotated[
+        list[Rule] | None, typer.Option(help="Of Top-K; may be repeated [default: drop].")
+    ] = None,
+    adaptive: Annotated[
+        str | None, typer.Option(help="Checkpoint whose learning signal a sampler follows.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option(help="Also the first student with its weights drawn anew.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws, and of --fresh.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
+    separator_id: Annotated[
+        int | None, typer.Option(help="Token between documents; end-of-text by default.")
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the results there, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Angle, norm, bias and noise of each target's gradient against full distillation's."""
+    from sparselogits.corpus import open_source, pack, packing_for
+    from sparselogits.data import TextDataset
+    from sparselogits.evaluate import measure_gradients, standard_targets
+    from sparselogits.evaluate.compared import PUBLISHED
+    from sparselogits.teacher import load_teacher
+    from sparselogits.teacher.loading import load_tokenizer
+
+    sizes = batch or [window, 4 * window, 16 * window]
+    source = open_source(data)
+    tokenizer = load_tokenizer(teacher)
+    packing = packing_for(tokenizer, window_length=window, separator_id=separator_id)
+    learners = _load_students(students, fresh, seed, device_named(device))
+    messages.print(f"loading the teacher {escape(teacher)}")
+    engine = load_teacher(teacher, tokenizer=tokenizer, dtype=dtype, device=device_named(device))
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / "corpus"
+        corpus = pack(source, tokenizer, packing, packed, vocab_size=engine.vocab_size)
+        windows = TextDataset(corpus, holdout=False, limit=batches * max(sizes) // window)
+        pilot = _pilot(engine, windows)
+        targets = standard_targets(
+            [logits for _, logits in pilot],
+            budget=budget,
+            top_k=top_k or (12, 50, 300),
+            missing_mass=[rule.value for rule in missing_mass or (Rule.drop,)],
+            adaptive=None if adaptive is None else _adaptive(adaptive, pilot, budget),
+        )
+        with stage("comparing gradients", "tokens", per_unit=window) as update:
+            rows = measure_gradients(
+                learners,
+                windows,
+                engine,
+                targets,
+                batch_tokens=sizes,
+                draws=draws,
+                seed=seed,
+                against=PUBLISHED,
+                progress=update,
+            )
+        result = {
+            "conditions": {
+                **_conditions(data, source.fingerprint, engine, learners),
+                "window": window,
+                "tokens": len(windows) // (max(sizes) // window) * max(sizes),
+                "draws": draws,
+                "seed": seed,
+                "targets": {
+                    target.name: None
+                    if target.sampler is None
+                    else {"name": target.sampler.name, **target.sampler.parameters()}
+                    for target in targets
+                },
+            },
+            "rows": [row.to_json() for row in rows],
+        }
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for name in learners:
+        _print_table(name, rows)
+
+
+def _load_students(
+    names: Sequence[str], fresh: bool, seed: int, device: str
+) -> dict[str, nn.Module]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sparselogits.teacher.loading import load_causal_lm
+
+    learners = {}
+    for name in names:
+        path = Path(name)
+        model = load_causal_lm(
+            str(path / "model") if (path / "model").is_dir() else name, dtype="float32"
+        )
+        learners[path.name] = model.to(device)
+    if len(learners) < len(names):
+        raise InvalidArgumentError(f"students need folder names of their own, found {names}")
+    if fresh:
+        torch.manual_seed(seed)
+        first: Any = next(iter(learners.values()))
+        learners["fresh"] = AutoModelForCausalLM.from_config(first.config, dtype=torch.float32).to(
+            device
+        )
+    return learners
+
+
+def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
+    """Tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
+    import torch
+
+    from sparselogits.build.plan import spread
+    from sparselogits.evaluate.heldout import teacher_slices
+
+    found = []
+    for index in spread(len(windows), PILOT_WINDOWS):
+        item = windows[index]
+        pieces = [logits for _, logits in teacher_slices(engine, item) if logits is not None]
+        found.append((item["input_ids"], torch.cat(pieces)[::PILOT_STRIDE]))
+    return found
+
+
+def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
+    """Rounds that the default would draw for the budget, where the signal has its pilot mean."""
+    from sparselogits.samplers import Adaptive, Systematic, rounds_for_budget
+
+    rounds = rounds_for_budget(Systematic(), [logits for _, logits in pilot], budget)
+    probe = Adaptive(student, rounds)
+    means = []
+    for tokens, logits in pilot:
+        here = probe.at(tokens, slice(0, len(tokens), PILOT_STRIDE))
+        means.append(float(here.signals(logits).mean()))
+    return Adaptive(student, rounds, reference=sum(means) / len(means))
+
+
+def _conditions(
+    data: str, fingerprint: str, engine: Engine, learners: dict[str, nn.Module]
+) -> dict[str, Any]:
+    import torch
+
+    from sparselogits.teacher.loading import module_fingerprint
+
+    path = Path(data)
+    digest = f"samples {fingerprint}"
+    if path.is_file():
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "teacher": engine.identity,
+        "text": path.name if path.exists() else data,
+        "text_sha256": digest,
+        "students": {
+            name: {
+                "architecture": type(model).__name__,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "weights": module_fingerprint(model),
+            }
+            for name, model in learners.items()
+        },
+        "torch": torch.__version__,
+    }
+
+
+def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
+    """All parameters at every batch size, then the largest batch in the other spaces."""
+    from sparselogits.evaluate.student_gradients import Space
+
+    own = [row for row in rows if row.student == student]
+    sizes = sorted({row.batch_tokens for row in own})
+    views = [("parameters", size) for size in sizes]
+    views += [(space, sizes[-1]) for space in get_args(Space) if space != "parameters"]
+    for space, size in views:
+        shown = [row for row in own if (row.space, row.batch_tokens) == (space, size)]
+        first = shown[0]
+        what = "all parameters" if space == "parameters" else space
+        table = Table(
+            *("target", "entries", "angle", "/ RS-KD's", "norm ratio", "bias", "noise"),
+            title=f"{student}: {what}, {first.angle.units} batches of {size:,} tokens",
+            title_justify="left",
+            box=SIMPLE,
+            caption="± half a 95 % t interval over batches; bias and noise relative to |full KD|",
+            caption_justify="left",
+        )
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in shown:
+            table.add_row(
+                row.target,
+                f"{row.entries:.1f}",
+                _plus_minus(row.angle, 1) + "°",
+                "-" if row.relative_angle is None else _plus_minus(row.relative_angle, 2),
+                _plus_minus(row.norm_ratio, 2),
+                _root(row.squared_bias),
+                f"{max(row.variance.mean, 0.0) ** 0.5:.3f}",
+            )
+        stdout().print(table)
+
+
+def _plus_minus(estimate: Estimate, digits: int) -> str:
+    if estimate.high is None:
+        return f"{estimate.mean:.{digits}f}"
+    return f"{estimate.mean:.{digits}f} ± {estimate.high - estimate.mean:.{digits}f}"
+
+
+def _root(squared: Estimate) -> str:
+    """The bias itself; below its interval's upper end where the interval reaches zero."""
+    if squared.low is not None and squared.high is not None and squared.low <= 0:
+        return f"< {max(squared.high, 0.0) ** 0.5:.3f}"
+    return f"{max(squared.mean, 0.0) ** 0.5:.3f}"
