@@ -234,9 +234,10 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
         shown = [row for row in own if (row.space, row.batch_tokens) == (space, size)]
         first = shown[0]
         what = "all parameters" if space == "parameters" else space
+        count = f"{first.angle.units} batch" + ("es" if first.angle.units > 1 else "")
         table = Table(
             *("target", "entries", "angle", "/ RS-KD's", "norm ratio", "bias", "noise"),
-            title=f"{student}: {what}, {first.angle.units} batches of {size:,} tokens",
+            title=f"{student}: {what}, {count} of {size:,} tokens",
             title_justify="left",
             box=SIMPLE,
             caption="± half a 95 % t interval over batches; bias and noise relative to |full KD|",

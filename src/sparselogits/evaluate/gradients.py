@@ -21,8 +21,9 @@ Each figure is a mean over batches (over draws first, within a batch) with a t i
 batches of consecutive windows, which are taken to be independent.
 
 Cost: the teacher's pass and the student's trunk once a window; for every target and draw one pass
-of the sampler and one backward pass of the trunk. Memory: logits of one slice of positions; one
-vector of all parameters for every target, draw and batch size of more than one window.
+of the sampler and one backward pass of the trunk. Memory: logits of one slice of positions; for
+every target and draw one tensor like the head's weight, and one vector of all parameters for each
+batch size of more than one window.
 """
 
 from __future__ import annotations
