@@ -132,7 +132,7 @@ def gradients(
             "rows": [row.to_json() for row in rows],
         }
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        _write(out, result)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -222,6 +222,13 @@ def _conditions(
     }
 
 
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """JSON with a row of the table on a line of the file."""
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    conditions = json.dumps(result["conditions"], indent=1)
+    path.write_text(f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
     """All parameters at every batch size, then the largest batch in the other spaces."""
     from sparselogits.evaluate.student_gradients import Space
@@ -236,15 +243,19 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
         what = "all parameters" if space == "parameters" else space
         count = f"{first.angle.units} batch" + ("es" if first.angle.units > 1 else "")
         table = Table(
-            *("target", "entries", "angle", "/ RS-KD's", "norm ratio", "bias", "noise"),
+            *("target", "entries", "angle", "/ RS-KD's", "norm", "bias", "noise"),
+            show_edge=False,
+            pad_edge=False,
+            collapse_padding=True,
             title=f"{student}: {what}, {count} of {size:,} tokens",
             title_justify="left",
             box=SIMPLE,
             caption="± half a 95 % t interval over batches; bias and noise relative to |full KD|",
             caption_justify="left",
         )
-        for column in table.columns[1:]:
-            column.justify = "right"
+        for column in table.columns:
+            column.no_wrap = True
+            column.justify = "left" if column is table.columns[0] else "right"
         for row in shown:
             table.add_row(
                 row.target,
@@ -261,11 +272,11 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
 def _plus_minus(estimate: Estimate, digits: int) -> str:
     if estimate.high is None:
         return f"{estimate.mean:.{digits}f}"
-    return f"{estimate.mean:.{digits}f} ± {estimate.high - estimate.mean:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}±{estimate.high - estimate.mean:.{digits}f}"
 
 
 def _root(squared: Estimate) -> str:
     """The bias itself; below its interval's upper end where the interval reaches zero."""
     if squared.low is not None and squared.high is not None and squared.low <= 0:
-        return f"< {max(squared.high, 0.0) ** 0.5:.3f}"
+        return f"<{max(squared.high, 0.0) ** 0.5:.3f}"
     return f"{max(squared.mean, 0.0) ** 0.5:.3f}"
