@@ -138,6 +138,7 @@ def gradients(
         return
     for name in learners:
         _print_table(name, rows)
+    stdout().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
 
 
 def _load_students(
@@ -250,8 +251,6 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
             title=f"{student}: {what}, {count} of {size:,} tokens",
             title_justify="left",
             box=SIMPLE,
-            caption="± half a 95 % t interval over batches; bias and noise relative to |full KD|",
-            caption_justify="left",
         )
         for column in table.columns:
             column.no_wrap = True
