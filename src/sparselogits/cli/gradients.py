@@ -275,7 +275,8 @@ def _plus_minus(estimate: Estimate, digits: int) -> str:
 
 
 def _root(squared: Estimate) -> str:
-    """The bias itself; below its interval's upper end where the interval reaches zero."""
+    """The bias itself, or what it is below where the interval of its square reaches zero."""
     if squared.low is not None and squared.high is not None and squared.low <= 0:
-        return f"<{max(squared.high, 0.0) ** 0.5:.3f}"
+        # a negative estimate is zero plus noise: its interval's half width bounds the square
+        return f"<{max(squared.high, squared.high - squared.mean) ** 0.5:.3f}"
     return f"{max(squared.mean, 0.0) ** 0.5:.3f}"
