@@ -184,9 +184,10 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
     """Rounds that the default would draw for the budget, where the signal has its pilot mean."""
-    from sparselogits.samplers import Adaptive, Systematic, rounds_for_budget
+    from sparselogits.samplers import Adaptive, Systematic, fit_budget
 
-    rounds = rounds_for_budget(Systematic(), [logits for _, logits in pilot], budget)
+    rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
+    assert rounds is not None  # the default draws rounds
     probe = Adaptive(student, rounds)
     means = []
     for tokens, logits in pilot:
