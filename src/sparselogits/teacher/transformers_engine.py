@@ -43,7 +43,7 @@ class TransformersTeacher:
         identity: dict[str, Any],
         slice_positions: int = SLICE_POSITIONS,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.device = next(model.parameters()).device
         self.identity = identity
         self.slice_positions = slice_positions
