@@ -177,7 +177,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return output
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        return self.accelerator.reduce(vector, reduction="sum")  # type: ignore[no-any-return]
+        # an unused meter is still on the CPU, where NCCL cannot add
+        there = vector.to(self.args.device)
+        return self.accelerator.reduce(there, reduction="sum")  # type: ignore[no-any-return]
 
 
 class _KeepOrder(TrainerCallback):  # type: ignore[misc]
