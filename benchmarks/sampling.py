@@ -1,6 +1,6 @@
 """What sampling costs, as a ratio to one softmax over the same logits in the same process.
 
-    python benchmarks/sampling.py [--vocabulary 128256] [--positions 2048] [--threads 1]
+    python benchmarks/sampling.py [--vocabulary 128256] [--positions 2048] --out sampling.json
 
 Prints JSON. Runs are interleaved (softmax, then each sampler, and again), and the ratio is that of
 the fastest runs, so that a busy machine disturbs both sides alike. `marginal_error` is the largest
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from measuring import machine
 from sparselogits.samplers import Multinomial, Systematic, Threshold, TopK, window_uniforms
 from sparselogits.samplers.distribution import Blocks
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logits = teacher_like(arguments.positions, arguments.vocabulary)
@@ -69,9 +71,8 @@ def main() -> None:
         runs[str(sampler)] = lambda sampler=sampler, uniforms=uniforms: sampler(logits, uniforms)
     seconds = fastest(runs, arguments.repeats)
     report = {
-        **vars(arguments),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
+        "settings": {k: v for k, v in vars(arguments).items() if k != "out"},
         "entropy_nats": float(entropy),
         "softmax_seconds": seconds["softmax"],
         "ratio_to_softmax": {
@@ -79,7 +80,10 @@ def main() -> None:
         },
         "marginal_error": marginal_error(logits[:64]),
     }
-    print(json.dumps(report, indent=1))
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

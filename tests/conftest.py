@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -73,3 +75,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in documents()))
     return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path) -> Path:
+    """A small cache to train from: windows of 32 tokens, 12 systematic rounds."""
+    folder = tmp_path_factory.mktemp("caches")
+    short = folder / "short.jsonl"
+    short.write_text("".join(line for line in text.open() if len(line) < 4000))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "sparselogits", "cache", "--device", "cpu"),
+            *("--teacher", str(teacher_folder), "--data", str(short)),
+            *("--out", str(folder / "cache"), "--window", "32", "--rounds", "12"),
+            *("--holdout", "0.2"),
+        ],
+        check=True,
+    )
+    return folder / "cache"

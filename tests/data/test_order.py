@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselogits.data import WindowOrder, WindowRequest, WindowSampler
+from sparselogits.data import Schedule, WindowOrder, WindowRequest, WindowSampler
 from sparselogits.errors import InvalidArgumentError
 
 
@@ -59,7 +59,9 @@ def test_going_on_with_other_ranks_visits_every_window_once(before: int, after: 
 
 def test_the_epoch_keys_the_noise_unless_frozen() -> None:
     order = WindowOrder(3)
-    fresh, frozen = (WindowSampler(order, rounds=2, fresh_noise=f) for f in (True, False))
+    fresh, frozen = (
+        WindowSampler(order, thinning=Schedule.constant(2, fresh_noise=f)) for f in (True, False)
+    )
     for sampler in (fresh, frozen):
         sampler.set_epoch(5)
     assert {request.epoch for request in fresh} == {5}

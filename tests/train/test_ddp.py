@@ -1,7 +1,8 @@
-"""Two DDP ranks step exactly like one process with both batches."""
+"""Two DDP ranks step like one process with both batches, and resume bit for bit."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,41 +12,69 @@ import pytest
 import torch
 
 SCRIPT = """
-import sys, torch
+import json, sys, torch
 from transformers import TrainingArguments
 from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.data import Schedule, Stage
 from tests.conftest import tiny_llama
 
-cache, out, per_device = sys.argv[1:4]
+cache, out, per_device, steps, resume = sys.argv[1:]
 model = tiny_llama(seed=9)
 args = TrainingArguments(
-    out, max_steps=4, per_device_train_batch_size=int(per_device), learning_rate=1e-2, seed=3,
-    optim="sgd", lr_scheduler_type="constant", report_to="none", use_cpu=True,
-    save_strategy="no", disable_tqdm=True, logging_steps=1,
+    out, max_steps=int(steps), per_device_train_batch_size=int(per_device), learning_rate=1e-2,
+    seed=3, optim="sgd", lr_scheduler_type="constant", report_to="none", use_cpu=True,
+    save_strategy="steps", save_steps=int(steps) - 2, disable_tqdm=True, logging_steps=1,
 )
-trainer = SparseKDTrainer(model, args, train_dataset=CacheDataset(cache), alpha=0.2)
-trainer.train()
+trainer = SparseKDTrainer(
+    model, args, train_dataset=CacheDataset(cache), alpha=0.2,
+    rounds=Schedule((Stage(5, until=0.5), Stage(12))),
+)
+trainer.train(resume_from_checkpoint=resume or None)
 if trainer.is_world_process_zero():
     torch.save(model.state_dict(), out + "/weights.pt")
+    lines = [x for x in trainer.state.log_history if "kd" in x]
+    with open(out + "/lines.json", "w") as file:
+        json.dump(lines, file)
 """
+
+
+def train(
+    cache: Path, out: Path, *, ranks: int, batch: int, steps: int, resume: Path | None = None
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    out.mkdir(exist_ok=True)
+    script = out / "train.py"
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    path = os.pathsep.join([str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    subprocess.run(
+        [
+            *(sys.executable, *launch, str(script), str(cache), str(out)),
+            *(str(batch), str(steps), str(resume or "")),
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    return weights, json.loads((out / "lines.json").read_text())
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process(cache: Path, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    weights = []
-    for ranks, per_device in ((1, 4), (2, 2)):
-        out = tmp_path / f"ranks-{ranks}"
-        out.mkdir()
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        subprocess.run(
-            [sys.executable, *launch, str(script), str(cache), str(out), str(per_device)],
-            check=True,
-            env=environment,
-            timeout=300,
-        )
-        weights.append(torch.load(out / "weights.pt", weights_only=True))
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    one, line = train(cache, tmp_path / "one", ranks=1, batch=4, steps=4)
+    two, same = train(cache, tmp_path / "two", ranks=2, batch=2, steps=4)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    for key in ("loss", "kd", "ce", "kl", "entries"):
+        assert [x[key] for x in same] == pytest.approx([x[key] for x in line], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_in_their_second_epoch(cache: Path, tmp_path: Path) -> None:
+    """284 windows are five steps of 64: the order of that epoch, not of the first."""
+    whole, _ = train(cache, tmp_path / "two", ranks=2, batch=32, steps=10)
+    again, _ = train(
+        cache, tmp_path / "two", ranks=2, batch=32, steps=10, resume=tmp_path / "two/checkpoint-8"
+    )
+    for name, weight in whole.items():
+        assert torch.equal(again[name], weight), name

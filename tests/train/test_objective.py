@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.teacher import TransformersTeacher
@@ -89,20 +96,74 @@ def test_without_labels_the_model_does_what_it_always_did() -> None:
     assert model.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
 
 
-def test_a_mixture_of_experts_keeps_its_auxiliary_loss() -> None:
+MIXTURES = {
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            **SMALL, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
+        )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SMALL,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            decoder_sparse_step=1,
+            output_router_logits=True,
+            router_aux_loss_coef=0.1,
+        )
+    ),
+}
+
+
+class MixtralOfElsewhere(MixtralForCausalLM):
+    """A mixture whose module does not say how it balances its experts."""
+
+
+def mixture_loss(model: torch.nn.Module, inputs: dict, alpha: float) -> torch.Tensor:
+    aux = model(input_ids=inputs["input_ids"]).aux_loss
+    return expected_loss(model, inputs, alpha) + model.router_aux_loss_coef * aux
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(name: str) -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        **SMALL, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
-    )
-    plain = MixtralForCausalLM(config).train()
+    plain = MIXTURES[name]().train()
+    bound = copy.deepcopy(plain)
+    bind(bound, Objective("sparse", alpha=0.3))
+    inputs = batch()
+    loss = bound(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
+    reference = mixture_loss(plain, inputs, 0.3)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    ours, theirs = gradients(bound, loss), gradients(plain, reference)
+    assert ours.keys() == theirs.keys()
+    assert any("gate" in key and bool(g.any()) for key, g in ours.items())
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_mixture_that_is_not_understood_falls_back_to_logits() -> None:
+    torch.manual_seed(0)
+    plain = MIXTURES["mixtral"]().train()
+    plain.__class__ = MixtralOfElsewhere
     bound = copy.deepcopy(plain)
     with pytest.warns(SparseLogitsWarning, match="cannot be run apart"):
-        bind(bound, Objective("ce"))
+        bind(bound, Objective("sparse", alpha=0.3))
     inputs = batch()
-    labels = torch.full_like(inputs["shift_labels"], -100)
-    labels[:, 1:] = inputs["shift_labels"][:, :-1]
-    expected = plain(input_ids=inputs["input_ids"], labels=labels).loss
-    torch.testing.assert_close(bound(**inputs).loss, expected)
+    loss = bound(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
+    torch.testing.assert_close(loss, mixture_loss(plain, inputs, 0.3), rtol=1e-5, atol=1e-6)
+
+
+def test_the_auxiliary_loss_is_not_added_once_a_micro_batch() -> None:
+    """In a batch of twice the positions, a micro-batch brings half of everything."""
+    torch.manual_seed(0)
+    model = MIXTURES["mixtral"]().train()
+    bind(model, Objective("ce"))
+    inputs = batch()
+    positions = (inputs["shift_labels"] != -100).sum()
+    torch.testing.assert_close(
+        model(**inputs, num_items_in_batch=2 * positions).loss, model(**inputs).loss / 2
+    )
 
 
 def test_an_adapter_on_the_head_falls_back_to_logits() -> None:
@@ -129,7 +190,121 @@ def test_logged_parts_are_means_over_positions() -> None:
     objective = Objective("sparse", alpha=0.25)
     bind(model, objective)
     inputs = batch()
-    loss = model(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
-    parts = objective.take()
-    assert abs(0.75 * parts["kd"] + 0.25 * parts["ce"] - float(loss)) < 1e-5
-    assert objective.take() == {}
+    entropy = torch.tensor([1.5, 2.0])
+    targets = {"target_ids": IDS, "target_weights": WEIGHTS, "teacher_entropy": entropy}
+    loss = model(**inputs, **targets).loss.item()
+    parts = objective.training.take()
+    assert abs(0.75 * parts["kd"] + 0.25 * parts["ce"] - loss) < 1e-5
+    assert abs(parts["kd"] - parts["kl"] - (1.5 * 10 + 2.0 * 11) / 21) < 1e-5
+    assert parts["entries"] == 3
+    assert objective.training.take() == {}
+
+
+def test_no_kl_is_reported_for_biased_targets() -> None:
+    model = tiny_llama()
+    objective = Objective("sparse", unbiased=False)
+    bind(model, objective)
+    targets = {"target_ids": IDS, "target_weights": WEIGHTS, "teacher_entropy": torch.ones(2)}
+    model(**batch(), **targets)
+    assert set(objective.training.take()) == {"kd", "ce", "entries"}
+
+
+def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher() -> None:
+    """Every id stored with its probability: cross-entropy less entropy is KL(p || s)."""
+    teacher, student = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
+    inputs = batch()
+    with torch.no_grad():
+        log_p = teacher(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+        log_s = student(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+    p, counted = log_p.exp(), inputs["shift_labels"] != -100
+    entropies = -(p * log_p).sum(-1)
+    expected = (p * (log_p - log_s)).sum(-1)[counted].mean().item()
+    objective = Objective("sparse")
+    bind(student, objective)
+    student(
+        **inputs,
+        target_ids=torch.arange(96).expand(2, 12, 96).contiguous(),
+        target_weights=p,
+        teacher_entropy=torch.stack([e[c].mean() for e, c in zip(entropies, counted, strict=True)]),
+    )
+    assert abs(objective.training.take()["kl"] - expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["full", "reverse_kl"])
+def test_online_methods_are_plain_autograd(method: str) -> None:
+    teacher, plain = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
+    bound = copy.deepcopy(plain)
+    taught = TransformersTeacher(teacher, identity={})
+    bind(bound, Objective(method, alpha=0.3, teacher_head=taught.head))
+    inputs = batch()
+    loss = bound(**inputs, teacher_hidden=taught.hidden(inputs["input_ids"])).loss
+    with torch.no_grad():
+        log_p = teacher(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+    log_s = plain(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+    labels = inputs["shift_labels"]
+    a, b = (log_p, log_s) if method == "full" else (log_s, log_p)
+    kd = (a.exp() * (a - b)).sum(-1)
+    ce = F.nll_loss(log_s.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    reference = (0.7 * kd + 0.3 * ce)[labels != -100].mean()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    ours, theirs = gradients(bound, loss), gradients(plain, reference)
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_without_gradients_the_loss_is_the_labels() -> None:
+    model = tiny_llama()
+    objective = Objective("sparse", alpha=0.25)
+    bind(model, objective)
+    inputs = batch()
+    with torch.no_grad():
+        loss = model(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss.item()
+        without = model(**inputs).loss.item()
+    assert loss == pytest.approx(without, abs=1e-6)
+    found = objective.evaluation.take()
+    assert found["ce"] == pytest.approx(loss, abs=1e-6)
+    assert objective.training.take() == {}
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain = tiny_llama().train()
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing_enable()
+    inputs = batch()
+    found = []
+    for model in (plain, saving):
+        bind(model, Objective("sparse", alpha=0.3))
+        loss = model(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
+        found.append(gradients(model, loss))
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, msg=key)
+
+
+def test_a_compiled_student_computes_the_same() -> None:
+    plain = tiny_llama().train()
+    other = copy.deepcopy(plain)
+    inputs = batch()
+    targets = {"target_ids": IDS, "target_weights": WEIGHTS, "teacher_entropy": torch.ones(2)}
+    found = []
+    for model, compiled in ((plain, False), (other, True)):
+        objective = Objective("sparse", alpha=0.3)
+        bind(model, objective)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(**inputs, **targets).loss
+        found.append((gradients(model, loss), objective.training.take()))
+    for key, gradient in found[0][0].items():
+        torch.testing.assert_close(found[1][0][key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_autocast_reaches_the_head() -> None:
+    """In bfloat16 the loss moves by its rounding, and not by more."""
+    model = tiny_llama().train()
+    bind(model, Objective("sparse", alpha=0.3))
+    inputs = {**batch(), "target_ids": IDS, "target_weights": WEIGHTS}
+    exact = model(**inputs).loss.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(**inputs).loss
+    rounded.backward()
+    assert 0 < abs(rounded.item() - exact) < 0.03 * exact
+    assert model.lm_head.weight.grad.dtype == torch.float32

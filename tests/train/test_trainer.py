@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.data import Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError, RecipeError
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
@@ -61,45 +62,119 @@ def test_accumulated_gradients_are_those_of_the_large_batch(cache: Path, tmp_pat
         torch.testing.assert_close(small[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_a_checkpoint_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
-    changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "num_train_epochs": 3}
-    options = {"rounds": 4, "alpha": 0.1}
+CURRICULUM = Schedule((Stage(3, until=0.3), Stage(5, until_step=5), Stage(12)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_checkpoint_resumes_bit_for_bit(cache: Path, tmp_path: Path, workers: int) -> None:
+    """Across an epoch and two stages of a curriculum: 284 windows are 9 steps of 2 x 16."""
+    changes = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 14,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": workers,
+    }
+    options = {"rounds": CURRICULUM, "alpha": 0.1}
     expected, weights = trained(cache, tmp_path, arguments=changes, **options)
-    _, resumed = trained(
-        cache, tmp_path, str(tmp_path / "checkpoint-3"), arguments=changes, **options
-    )
-    assert len(expected) == 7
-    for name, weight in weights.items():
-        assert torch.equal(resumed[name], weight), name
+    for step in (4, 12):
+        _, resumed = trained(
+            cache, tmp_path, str(tmp_path / f"checkpoint-{step}"), arguments=changes, **options
+        )
+        for name, weight in weights.items():
+            assert torch.equal(resumed[name], weight), name
+    assert len(expected) == 14
 
 
-def test_logs_split_the_loss(cache: Path, tmp_path: Path) -> None:
+def logged(cache: Path, out: Path, **options: object) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = []
 
     class Keep(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
             lines.append(dict(logs))
 
-    trained(cache, tmp_path, alpha=0.25, callbacks=[Keep()])
-    first = lines[0]
+    trained(cache, out, callbacks=[Keep()], **options)
+    return lines
+
+
+def test_the_curriculum_is_what_the_student_sees(cache: Path, tmp_path: Path) -> None:
+    """No position has more entries than the rounds of its step."""
+    changes = {"max_steps": 10, "gradient_accumulation_steps": 2}
+    lines = [x for x in logged(cache, tmp_path, rounds=CURRICULUM, arguments=changes) if "kd" in x]
+    entries = [line["entries"] for line in lines]
+    assert max(entries[:3]) <= 3 < min(entries[3:5])
+    assert max(entries[3:5]) <= 5 < min(entries[5:])
+
+
+def test_logs_split_the_loss(cache: Path, tmp_path: Path) -> None:
+    first = logged(cache, tmp_path, alpha=0.25)[0]
     assert abs(0.75 * first["kd"] + 0.25 * first["ce"] - first["loss"]) < 1e-4
     assert 5 < first["entries"] <= 12
+    entropy = CacheDataset(cache).cache.statistics().mean_teacher_entropy
+    assert abs(first["kd"] - first["kl"] - entropy) < 0.3  # of four windows, against all of them
+    assert first["tokens_per_second"] > 0
+    assert first["data_seconds"] > 0
 
 
 def test_evaluation_inside_training_reports_the_labels_loss(cache: Path, tmp_path: Path) -> None:
     dataset = CacheDataset(cache)
+    changes = {"eval_strategy": "steps", "eval_steps": 3}
     trainer = SparseKDTrainer(
-        tiny_llama(), arguments(tmp_path), train_dataset=dataset, eval_dataset=dataset, alpha=0.5
+        tiny_llama(),
+        arguments(tmp_path, **changes),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        alpha=0.5,
     )
-    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [3, 6]
+    model = trainer.model.eval()
+    losses, count = 0.0, 0
+    with torch.no_grad():
+        for window in map(dataset.__getitem__, range(len(dataset))):
+            labels = window["shift_labels"]
+            log_s = model(input_ids=window["input_ids"][None]).logits[0].log_softmax(-1)
+            kept = labels != -100
+            losses -= float(log_s[kept].gather(1, labels[kept][:, None]).sum())
+            count += int(kept.sum())
+    assert abs(lines[-1]["eval_loss"] - losses / count) < 1e-4
+    assert 0 < lines[-1]["eval_kl"] < lines[-1]["eval_kd"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=["checkpointing", "compiled"],
+)
+def test_what_saves_memory_or_time_changes_nothing(
+    cache: Path, tmp_path: Path, changes: dict
+) -> None:
+    losses, weights = trained(cache, tmp_path, alpha=0.1)
+    same, others = trained(cache, tmp_path, alpha=0.1, arguments=changes)
+    assert same == pytest.approx(losses, rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-2, atol=1e-4)
+
+
+def test_mixed_precision_trains_float32_weights(cache: Path, tmp_path: Path) -> None:
+    exact, _ = trained(cache, tmp_path, arguments={"max_steps": 12})
+    rounded, weights = trained(cache, tmp_path, arguments={"max_steps": 12, "bf16": True})
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rounds": 5}, "does not divide the cache's 12 rounds"),
+        ({"rounds": 13}, "the cache holds 12 rounds"),
         ({"missing_mass": "ghost"}, "would bias"),
-        ({"method": "full"}, "needs a teacher"),
+        ({"method": "full"}, "need a teacher"),
     ],
 )
 def test_contradictions_are_refused(cache: Path, tmp_path: Path, options: dict, said: str) -> None:
@@ -147,3 +222,46 @@ def test_another_recipe_does_not_overwrite_a_run(cache: Path, tmp_path: Path) ->
     run(small_recipe(cache, tmp_path / "run"), device="cpu")
     with pytest.raises(RecipeError, match="differ in alpha"):
         run(small_recipe(cache, tmp_path / "run", alpha=0.5), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "thinning", [{"rounds": 7}, {"budget": 3.0}, {"schedule": [{"until": 0.5, "rounds": 2}] * 1}]
+)
+def test_a_recipe_thins(cache: Path, tmp_path: Path, thinning: dict) -> None:
+    result = run(small_recipe(cache, tmp_path / "run", thinning=thinning), device="cpu")
+    assert result.steps > 1
+
+
+def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(
+    cache: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "thinning": {"schedule": [{"until": 0.5, "rounds": 3}, {"until": 1.0, "rounds": 12}]},
+        "epochs": 2.0,
+        "save_steps": 3,
+    }
+    whole = run(small_recipe(cache, tmp_path / "whole", **changes), device="cpu")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_late(done: int, total: int, line: dict[str, float]) -> None:
+        if done > total * 2 // 3:
+            raise StoppedError
+
+    recipe = small_recipe(cache, tmp_path / "broken", **changes)
+    with pytest.raises(StoppedError):
+        run(recipe, device="cpu", progress=stop_late)
+    resumed = run(recipe, device="cpu")
+    assert resumed.steps == whole.steps
+    first, second = (load_file(r.model_path / "model.safetensors") for r in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["full", "reverse_kl"])
+def test_a_recipe_with_the_teacher_online(
+    cache: Path, tmp_path: Path, teacher_folder: Path, method: str
+) -> None:
+    changes = {"method": method, "teacher": str(teacher_folder), "epochs": 3.0}
+    result = run(small_recipe(cache, tmp_path / "run", **changes), device="cpu")
+    assert result.curve[-1][1] < result.curve[0][1]

@@ -20,6 +20,7 @@ import transformers
 from sparselogits.build.pilot import check_teacher_on_text, pilot_windows, resolve_budget
 from sparselogits.build.plan import Range, shard_ranges
 from sparselogits.build.work import Draw, compute_range
+from sparselogits.build.writer import Writer
 from sparselogits.corpus import PackedCorpus, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.identity import Identity
@@ -113,15 +114,14 @@ def build_caches(
         for sampler, request in zip(samplers, requests, strict=True)
     ]
     reset = corpus.packing.reset_attention
-    for start, stop in missing:
-        windows = corpus.read(start, stop)
-        provenance = {"corpus": fingerprint(windows), **_provenance(engine, batch)}
-        made = compute_range(
-            engine, windows, draws, batch=batch, reset_attention=reset, progress=advance
-        )
-        for cache, records in zip(caches, made, strict=True):
-            if (start, stop) not in cache.finished():
-                cache.commit(records, provenance)
+    with Writer(caches) as writer:
+        for start, stop in missing:
+            windows = corpus.read(start, stop)
+            provenance = {"corpus": fingerprint(windows), **_provenance(engine, batch)}
+            made = compute_range(
+                engine, windows, draws, batch=batch, reset_attention=reset, progress=advance
+            )
+            writer.write((start, stop), made, provenance)
     return BuildReport(caches, total - found, found)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.corpus import Window
-from sparselogits.samplers import Sampler, window_uniforms
+from sparselogits.samplers import Figures, Sampler, draw_with_figures, window_uniforms
 from sparselogits.store import WindowRecord
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
@@ -110,36 +110,36 @@ def _take_slice(
     if not bool(kept.all()):
         logits = logits[kept.to(logits.device)]
     current.carried += len(logits)
-    log_p = logits.log_softmax(1)
-    _add_loss(current, log_p, positions, tokens, kept)
-    entropies = {1.0: _total_entropy(log_p)}
-    del log_p
+    figures: dict[float, Figures] = {}
     for column, draw in enumerate(draws):
-        scaled = logits if draw.temperature == 1.0 else logits / draw.temperature
-        if draw.temperature not in entropies:
-            entropies[draw.temperature] = _total_entropy(scaled.log_softmax(1))
-        current.entropies[column] += entropies[draw.temperature]
+        T = draw.temperature
+        scaled = logits if T == 1.0 else logits / T
         sampler = draw.sampler.at(tokens, positions)
-        drawn = sampler(scaled, uniforms[column][positions][kept].to(logits.device)).to("cpu")
-        current.targets[column].append(_spread_over(drawn, kept))
+        share = uniforms[column][positions][kept].to(logits.device)
+        if T in figures:
+            drawn = sampler(scaled, share)
+        else:
+            drawn, figures[T] = draw_with_figures(sampler, scaled, share)
+        current.targets[column].append(_spread_over(drawn.to("cpu"), kept))
+        current.entropies[column] += float(figures[T].entropy.sum())
+    plain = figures[1.0] if 1.0 in figures else Figures.of(logits)
+    _add_loss(current, logits, plain.log_normaliser, positions, tokens, kept)
 
 
 def _add_loss(
-    current: _WindowInProgress, log_p: Tensor, positions: slice, tokens: Tensor, kept: Tensor
+    current: _WindowInProgress,
+    logits: Tensor,
+    log_normaliser: Tensor,
+    positions: slice,
+    tokens: Tensor,
+    kept: Tensor,
 ) -> None:
     index = torch.arange(positions.start, positions.stop)[kept]
     labelled = index + 1 < len(tokens)  # the window's last position has no next token
-    labels = tokens[(index + 1).clamp_max(len(tokens) - 1)].to(log_p.device)
-    nll = -log_p.gather(1, labels[:, None]).squeeze(1).double()
+    labels = tokens[(index + 1).clamp_max(len(tokens) - 1)].to(logits.device)
+    nll = log_normaliser - logits.gather(1, labels[:, None]).squeeze(1).double()
     current.nll += float(nll[labelled.to(nll.device)].sum())
     current.labelled += int(labelled.sum())
-
-
-def _total_entropy(log_p: Tensor) -> float:
-    """Summed entropy in nats of float32 [P, V] log-probabilities, which are overwritten."""
-    p = log_p.exp()
-    log_p.clamp_min_(torch.finfo(log_p.dtype).min)  # 0 times -inf would be NaN, this is 0
-    return -float(torch.linalg.vecdot(p, log_p).double().sum())
 
 
 def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:

@@ -22,11 +22,11 @@ def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         convention: the token at the position itself, -100 where it is not to be predicted, so that
         `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` where windows have them, and for
         windows with targets `target_ids` int64 [B, L, K] and `target_weights` float32 [B, L, K],
-        whose padding weighs 0.
+        whose padding weighs 0, and `teacher_entropy` float32 [B].
     """
     batch: dict[str, Tensor] = {
         name: torch.stack([window[name] for window in windows])
-        for name in ("input_ids", "shift_labels", "position_ids")
+        for name in ("input_ids", "shift_labels", "position_ids", "teacher_entropy")
         if name in windows[0]
     }
     labels = torch.full_like(batch["shift_labels"], IGNORE_INDEX)

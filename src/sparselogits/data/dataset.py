@@ -18,12 +18,14 @@ from torch.utils.data import Dataset
 from sparselogits.causal_lm import restarting_positions
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.data.order import WindowRequest
-from sparselogits.errors import CacheError
+from sparselogits.data.thinning import Schedule
+from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, WindowRecord
 from sparselogits.targets import thinning_choices
 
 IGNORE_INDEX = -100
+_PILOT_WINDOWS = 8
 
 
 class CacheDataset(Dataset[dict[str, Any]]):
@@ -31,8 +33,9 @@ class CacheDataset(Dataset[dict[str, Any]]):
 
     `dataset[i]` is a dict with `input_ids` int64 [L], `shift_labels` int64 [L] (the next token;
     -100 where there is none: the window's last position, masked positions, and a document's end if
-    attention restarts there), `targets` (`SparseTargets` of L positions), and `position_ids` int64
-    [L] if the teacher's attention restarted at document starts.
+    attention restarts there), `targets` (`SparseTargets` of L positions), `teacher_entropy` float32
+    [] (nats, mean over the window's positions), and `position_ids` int64 [L] if the teacher's
+    attention restarted at document starts.
 
     Args:
         path: the cache's directory.
@@ -68,7 +71,9 @@ class CacheDataset(Dataset[dict[str, Any]]):
                 )
             targets = targets.thin(request.rounds, starts)
         reset = bool(self.identity.packing["reset_attention"])
-        return {**_inputs(record, reset_attention=reset), "targets": targets}
+        entropy = torch.tensor(record.teacher_entropy, dtype=torch.float32)
+        inputs = _inputs(record, reset_attention=reset)
+        return {**inputs, "targets": targets, "teacher_entropy": entropy}
 
 
 class TextDataset(Dataset[dict[str, Any]]):
@@ -96,6 +101,44 @@ class TextDataset(Dataset[dict[str, Any]]):
         read = self.corpus.read_holdout if self.holdout else self.corpus.read
         window = read(index, index + 1)[0]
         return _inputs(window, reset_attention=self.corpus.packing.reset_attention)
+
+
+def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
+    """The number of rounds whose thinned targets come closest to a mean number of entries.
+
+    Counted on windows spread over the cache; each position's start is random but fixed.
+
+    Args:
+        dataset: a cache drawn in rounds.
+        budget: mean entries a position.
+
+    Raises:
+        InvalidArgumentError: when the cache is not drawn in rounds, or holds fewer entries.
+    """
+    windows = len(dataset)
+    count = min(_PILOT_WINDOWS, windows)
+    chosen = [(2 * i + 1) * windows // (2 * count) for i in range(count)]
+    cached = dataset[chosen[0]]["targets"].rounds
+    if cached is None or budget < 1:
+        Schedule.constant(1).require_within(cached)
+        raise InvalidArgumentError(f"a budget is at least one entry a position, found {budget:g}")
+
+    def mean(rounds: int) -> float:
+        targets = [dataset[WindowRequest(i, 0, rounds)]["targets"] for i in chosen]
+        carrying = sum(int((t.entries_per_position > 0).sum()) for t in targets)
+        entries: int = sum(t.entries for t in targets)
+        return entries / max(1, carrying)
+
+    if budget > (most := mean(cached)):
+        raise InvalidArgumentError(
+            f"a budget of {budget:g} entries: the cache holds {most:.1f} a position; give less, "
+            "or leave thinning out"
+        )
+    low, high = 1, cached  # mean(high) >= budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if mean(middle) >= budget else (middle + 1, high)
+    return low if low == 1 or mean(low) - budget <= budget - mean(low - 1) else low - 1
 
 
 def shift_labels(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
+from sparselogits.data.thinning import Pace, Schedule
 from sparselogits.errors import InvalidArgumentError
 
 _FEISTEL_ROUNDS = 6
@@ -82,8 +83,12 @@ class WindowSampler(Sampler[WindowRequest]):
         order: the permutation.
         rank: this rank, when the caller divides the work itself (a Trainer divides it on its own).
         world_size: number of ranks.
-        rounds: thin targets to so many rounds.
-        fresh_noise: keep other rounds each epoch; otherwise those of epoch 0 always.
+        thinning: how many of the cached rounds to ask for; None asks for all.
+        pace: which optimiser step a place belongs to; needed where the rounds change over steps.
+
+    Raises:
+        InvalidArgumentError: a rank outside the world, or a schedule of several stages without a
+            pace.
     """
 
     def __init__(
@@ -92,14 +97,16 @@ class WindowSampler(Sampler[WindowRequest]):
         *,
         rank: int = 0,
         world_size: int = 1,
-        rounds: int | None = None,
-        fresh_noise: bool = True,
+        thinning: Schedule | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise InvalidArgumentError(f"rank {rank} does not lie in [0, {world_size})")
+        if thinning is not None and len(thinning.stages) > 1 and pace is None:
+            raise InvalidArgumentError("a thinning schedule of several stages needs a pace")
         self.order = order
         self.rank, self.world_size = rank, world_size
-        self.rounds, self.fresh_noise = rounds, fresh_noise
+        self.thinning, self.pace = thinning, pace
         self.epoch = 0
         self.next_position = 0
 
@@ -107,11 +114,19 @@ class WindowSampler(Sampler[WindowRequest]):
         return (self.order.windows - self.next_position) // self.world_size
 
     def __iter__(self) -> Iterator[WindowRequest]:
-        noise = self.epoch if self.fresh_noise else 0
         first = self.next_position
         for turn in range((self.order.windows - first) // self.world_size):
-            place = first + turn * self.world_size + self.rank
-            yield WindowRequest(self.order[self.epoch, place], noise, self.rounds)
+            yield self._request(first + turn * self.world_size + self.rank)
+
+    def _request(self, place: int) -> WindowRequest:
+        index = self.order[self.epoch, place]
+        if self.thinning is None:
+            return WindowRequest(index, self.epoch)
+        step, steps = 0, 1
+        if self.pace is not None:
+            step, steps = self.pace.step_of(self.epoch, place), self.pace.steps
+        noise = self.epoch if self.thinning.fresh_noise else 0
+        return WindowRequest(index, noise, self.thinning.rounds_at(step, steps))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; to the epoch already current, a no-op."""

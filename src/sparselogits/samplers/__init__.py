@@ -12,6 +12,7 @@ from typing import Any
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers.adaptive import Adaptive
 from sparselogits.samplers.budget import budget_parameter, fit_budget
+from sparselogits.samplers.figures import Figures, draw_with_figures
 from sparselogits.samplers.heads import TopK, TopP
 from sparselogits.samplers.protocol import Sampler
 from sparselogits.samplers.rounds import Multinomial, Systematic, Uniform
@@ -48,6 +49,7 @@ def from_parameters(identity: Mapping[str, Any]) -> Sampler:
 __all__ = [
     "SAMPLERS",
     "Adaptive",
+    "Figures",
     "Multinomial",
     "Sampler",
     "Systematic",
@@ -56,6 +58,7 @@ __all__ = [
     "TopP",
     "Uniform",
     "budget_parameter",
+    "draw_with_figures",
     "fit_budget",
     "from_parameters",
     "thinning_starts",

@@ -14,7 +14,7 @@ Accuracy: float32 exponentials err by about 3e-8, with mean zero; only what the 
 carries that error, which leaves marginals within 1e-9 of a float64 softmax (tests and
 benchmarks/sampling.py measure it). A token of zero width, a masked one above all, is never hit.
 
-Cost: less than one `torch.softmax` over the same logits. Memory beyond the logits, on CPU: 4 MiB
+Cost: less than one `torch.softmax` over the same logits. Memory beyond the logits, on CPU: 2 MiB
 of float32 weights whatever the vocabulary, and 24 bytes a block for 64 positions (0.4 bytes a
 position and id); a vocabulary that is no multiple of 64 is padded, 64 positions at a time.
 """
@@ -36,7 +36,8 @@ POSITIONS_AT_ONCE = 64  # positions whose block sums are alive together on a CPU
 # this: what lighter blocks get wrong moves no marginal by 1e-9.
 _REFINE = 2.0**-14
 _TINY = torch.finfo(torch.float64).tiny
-_SCRATCH = {"cpu": 2**20, "other": 2**26}  # float32 weights alive at once
+_NOTHING = -1e4  # exp of it is 0, and 0 times it no NaN
+_SCRATCH = {"cpu": 2**19, "other": 2**26}  # float32 weights alive at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ class Blocks:
         sums: float64 [R, B], weight in each block.
         exponent: e of the proposal.
         ceiling: float64 [R, 1]; tokens that weigh at least this much are left out. None keeps all.
+        moment: float64 [R], sum of w_i (z_i - shift) at exponent 1, for the entropy; None unless
+            it was asked for.
     """
 
     logits: Tensor
@@ -56,15 +59,24 @@ class Blocks:
     sums: Tensor
     exponent: float
     ceiling: Tensor | None = None
+    moment: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, exponent: float = 1.0, first_position: int = 0) -> Blocks:
+    def of(
+        cls,
+        logits: Tensor,
+        exponent: float = 1.0,
+        first_position: int = 0,
+        *,
+        with_moment: bool = False,
+    ) -> Blocks:
         """Sum the proposals of a few positions by block.
 
         Args:
             logits: float [R, V] of any floating dtype; -inf where the id is no token.
             exponent: e, of the teacher's probability in the proposal.
             first_position: what to add to a row in error messages.
+            with_moment: keep `moment` too; for exponent 1.
 
         Raises:
             InvalidLogitsError: NaN, +inf, or a row of -inf only.
@@ -76,7 +88,8 @@ class Blocks:
         # Subtracting an integer is exact for most logits; subtracting the peak itself would round
         # all of a row alike, by the peak's low bits.
         shift = peak.round()
-        coarse = cls(whole, shift, _coarse_sums(whole, shift, exponent), exponent)
+        sums, moment = _coarse_sums(whole, shift, exponent, with_moment=with_moment)
+        coarse = cls(whole, shift, sums, exponent, moment=moment)
         peak_weight = _proposal((peak - shift).double(), exponent)
         heavy = coarse.sums * peak_weight > _REFINE * coarse.total.square()
         rows, blocks = heavy.nonzero(as_tuple=True)
@@ -191,23 +204,31 @@ def _whole_blocks(logits: Tensor) -> Tensor:
     return logits.contiguous()
 
 
-def _coarse_sums(logits: Tensor, shift: Tensor, exponent: float) -> Tensor:
+def _coarse_sums(
+    logits: Tensor, shift: Tensor, exponent: float, *, with_moment: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Block sums float64 [P, B], and the moment [P] or None; see `Blocks`."""
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
     scratch = _SCRATCH.get(logits.device.type, _SCRATCH["other"])
     at_once = max(1, min(positions, scratch // vocabulary))
     weights = torch.empty(at_once, vocabulary, dtype=torch.float32, device=logits.device)
+    gaps = torch.empty_like(weights) if with_moment else weights
     sums = torch.empty(positions, blocks, dtype=torch.float64, device=logits.device)
+    moment = sums.new_empty(positions) if with_moment else None
     for start in range(0, positions, at_once):
         part = slice(start, min(start + at_once, positions))
-        gap = weights[: part.stop - start]
+        gap, weight = gaps[: part.stop - start], weights[: part.stop - start]
         torch.sub(logits[part], shift[part], out=gap)
-        if exponent == 0:
-            gap.copy_(_proposal(gap, exponent))
+        if moment is not None:
+            torch.exp(gap.clamp_min_(_NOTHING), out=weight)
+            moment[part] = torch.linalg.vecdot(weight, gap)
+        elif exponent == 0:
+            weight.copy_(_proposal(gap, exponent))
         else:
             _proposal(gap, exponent)
-        sums[part] = gap.view(-1, blocks, BLOCK).sum(-1)
-    return sums
+        sums[part] = weight.view(-1, blocks, BLOCK).sum(-1)
+    return sums, moment
 
 
 def _require_finite(logits: Tensor, peak: Tensor, first_position: int) -> None:

@@ -66,13 +66,30 @@ class _InRounds:
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
         """Draw; see `Sampler`."""
+        return self.draw(logits, uniforms)[0]
+
+    def draw(
+        self, logits: Tensor, uniforms: Tensor, *, with_moment: bool = False
+    ) -> tuple[SparseTargets, list[Blocks]]:
+        """Draw, and keep the distributions drawn from, a few positions each.
+
+        Args:
+            logits: see `Sampler`.
+            uniforms: see `Sampler`.
+            with_moment: see `Blocks.of`.
+
+        Raises:
+            InvalidLogitsError: see `Sampler`.
+        """
         uniforms = uniforms.to(logits.device, torch.float64)
-        return SparseTargets.cat(
-            [
-                _draw_few(self, logits[part], uniforms[part], part.start)
-                for part in position_slices(logits, uniforms, self.uniforms_per_position)
-            ]
-        )
+        targets, blocks = [], []
+        for part in position_slices(logits, uniforms, self.uniforms_per_position):
+            few = Blocks.of(
+                logits[part], self.proposal_exponent, part.start, with_moment=with_moment
+            )
+            targets.append(_draw_few(self, few, uniforms[part], logits.shape[1]))
+            blocks.append(few)
+        return SparseTargets.cat(targets), blocks
 
 
 @dataclass(frozen=True)
@@ -160,9 +177,8 @@ class Uniform(_Independent):
 
 
 def _draw_few(
-    sampler: _InRounds, logits: Tensor, uniforms: Tensor, first_position: int
+    sampler: _InRounds, blocks: Blocks, uniforms: Tensor, vocab_size: int
 ) -> SparseTargets:
-    blocks = Blocks.of(logits, sampler.proposal_exponent, first_position)
     edges, _ = blocks.edges()
     top = edges[:, -1:]
     levels = (sampler.points(uniforms) * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
@@ -175,7 +191,7 @@ def _draw_few(
         ids,
         weights.to(torch.float32),
         offsets,
-        logits.shape[1],
+        vocab_size,
         counts=counts,
         rounds=sampler.rounds,
         check=False,

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sparselogits.errors import RecipeError
+from sparselogits.data import Schedule, Stage
+from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
-from sparselogits.train.objective import Method
+from sparselogits.train.objective import DIVERGENCES, Method
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -42,11 +43,48 @@ class Student(_Strict):
         return self
 
 
-class Thinning(_Strict):
-    """Use fewer of the cached rounds."""
+class ThinningStage(_Strict):
+    """A stretch of training with one number of rounds."""
 
-    rounds: Count = Field(description="rounds to keep a position; a divisor of the cache's")
+    rounds: Count = Field(description="rounds to keep a position, at most the cache's")
+    until: float | None = Field(None, description="share of the steps at which it ends, (0, 1]")
+    until_step: int | None = Field(None, description="the step at which it ends, instead")
+
+
+class Thinning(_Strict):
+    """Use fewer of the cached rounds: `rounds`, `budget` or `schedule`, one of them."""
+
+    rounds: Count | None = Field(None, description="rounds to keep, at most the cache's")
+    budget: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="mean entries a position, turned into rounds on some cached windows"
+    )
+    schedule: tuple[ThinningStage, ...] | None = Field(
+        None, description="rounds as a function of the step: a list of rounds with until"
+    )
     fresh_noise: bool = Field(True, description="keep other rounds in each epoch")
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Thinning:
+        given = [n for n in ("rounds", "budget", "schedule") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give one of rounds, budget and schedule (found {found})")
+        try:
+            self.resolved(rounds=self.rounds or 1)
+        except InvalidArgumentError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def resolved(self, rounds: int) -> Schedule:
+        """As the Trainer takes it.
+
+        Args:
+            rounds: what `rounds` or `budget` come to.
+        """
+        if self.schedule is None:
+            return Schedule.constant(rounds, fresh_noise=self.fresh_noise)
+        stages = tuple(Stage(s.rounds, s.until, s.until_step) for s in self.schedule)
+        return Schedule(stages, self.fresh_noise)
 
 
 class Recipe(_Strict):
@@ -54,9 +92,13 @@ class Recipe(_Strict):
 
     cache: Path = Field(description="directory of the cache")
     out: Path = Field(description="directory of the run: model, metrics, checkpoints")
-    method: Method = Field("sparse", description="sparse, ce (no teacher) or full (teacher online)")
+    method: Method = Field(
+        "sparse", description="sparse, ce (no teacher), full or reverse_kl (teacher online)"
+    )
     student: Student = Student()
-    teacher: str | None = Field(None, description="for method full: folder, GGUF file or hub name")
+    teacher: str | None = Field(
+        None, description="for full and reverse_kl: folder, GGUF or hub name"
+    )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
     missing_mass: MissingMass = Field("drop", description="for biased targets (Top-K, Top-P)")
@@ -76,8 +118,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _teacher_fits_method(self) -> Recipe:
-        if (self.method == "full") != (self.teacher is not None):
-            raise ValueError("give a teacher with method: full, and only with it")
+        if (self.method in DIVERGENCES) != (self.teacher is not None):
+            raise ValueError("give a teacher with method: full or reverse_kl, and only with them")
         return self
 
 
@@ -125,8 +167,10 @@ def _in_words(detail: Any) -> str:
             "recipe": list(Recipe.model_fields),
             "student": list(Student.model_fields),
             "thinning": list(Thinning.model_fields),
+            "schedule": list(ThinningStage.model_fields),
         }
-        known = fields["recipe" if len(path) == 1 else path[0]]
+        owner = [part for part in path[:-1] if part in fields]
+        known = fields[owner[-1] if owner else "recipe"]
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
         return f"{name}: unknown key{hint}"

@@ -25,11 +25,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sparselogits.data import CacheDataset
+from sparselogits.data import CacheDataset, Schedule, rounds_for_entries
 from sparselogits.errors import IdentityMismatchError, RecipeError, TeacherError
 from sparselogits.identity import Identity
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.train.objective import DIVERGENCES
 from sparselogits.train.recipe import Recipe, Student
 from sparselogits.train.trainer import SparseKDTrainer
 
@@ -72,7 +73,7 @@ def run(
 
     Args:
         recipe: what to do.
-        teacher: for method full, if it is loaded already; else the recipe's is.
+        teacher: for methods with one online, if it is loaded already; else the recipe's is.
         device: where to train; the Trainer's choice when None, "cpu" to stay off accelerators.
         progress: called at every log line.
 
@@ -87,12 +88,13 @@ def run(
         return finished
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "recipe.json", described)
-    dataset = CacheDataset(recipe.cache)
-    if recipe.method == "full" and teacher is None:
+    dataset = CacheDataset(recipe.cache, seed=recipe.seed)
+    online = recipe.method in DIVERGENCES
+    if online and teacher is None:
         assert recipe.teacher is not None
         tokenizer = load_tokenizer(recipe.teacher)
         teacher = load_teacher(recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype)
-    if recipe.method == "full":
+    if online:
         assert teacher is not None
         require_same_teacher(teacher, dataset.identity)
     torch.manual_seed(recipe.seed)
@@ -104,9 +106,8 @@ def run(
         method=recipe.method,
         alpha=recipe.alpha,
         missing_mass=recipe.missing_mass,
-        rounds=None if recipe.thinning is None else recipe.thinning.rounds,
-        fresh_noise=recipe.thinning is None or recipe.thinning.fresh_noise,
-        teacher=teacher if recipe.method == "full" else None,
+        rounds=_thinning(recipe, dataset),
+        teacher=teacher if online else None,
         callbacks=[] if progress is None else [_Report(progress)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -144,6 +145,16 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         use_cache=False,
     )
     return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
+    wanted = recipe.thinning
+    if wanted is None:
+        return None
+    rounds = wanted.rounds or 1
+    if wanted.budget is not None:
+        rounds = rounds_for_entries(dataset, wanted.budget)
+    return wanted.resolved(rounds)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]

@@ -7,21 +7,30 @@ the collation; and the loss, which is bound into the student's own forward (see 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselogits.causal_lm import text_config
-from sparselogits.data import CacheDataset, TextDataset, WindowOrder, WindowSampler, collate
+from sparselogits.data import (
+    CacheDataset,
+    Pace,
+    Schedule,
+    TextDataset,
+    WindowOrder,
+    WindowSampler,
+    collate,
+)
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.train.objective import Method, Objective, bind
+from sparselogits.train.objective import DIVERGENCES, Method, Objective, bind
 
 
 class SparseKDTrainer(Trainer):  # type: ignore[misc]
@@ -31,14 +40,17 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         model: the student, a transformers causal language model.
         args: transformers' TrainingArguments.
         train_dataset: a cache.
-        method: "sparse" (the cached targets), "ce" (labels alone: the baseline without a teacher)
-            or "full" (the teacher's whole distribution, online: the expensive reference).
+        method: "sparse" (the cached targets), "ce" (labels alone: the baseline without a teacher),
+            "full" (the teacher's whole distribution, online: the expensive reference) or
+            "reverse_kl" (the same, minimising KL(student || teacher) as MiniLLM does).
         alpha: share of the labels' cross-entropy.
         missing_mass: what becomes of the mass that Top-K and Top-P targets lack.
-        rounds: thin the cached targets to so many rounds; a divisor of the cache's.
-        fresh_noise: with `rounds`, keep other cached rounds in each epoch.
-        teacher: for "full".
-        eval_dataset: held-out windows; their loss is the labels' cross-entropy.
+        rounds: thin the cached targets to so many rounds, any number up to the cache's; or a
+            `Schedule` that changes it over training.
+        fresh_noise: with a number of `rounds`, keep other cached rounds in each epoch.
+        teacher: for "full" and "reverse_kl".
+        eval_dataset: held-out windows; their loss is the labels' cross-entropy, and where they have
+            targets their KD part is reported beside it.
         others: any further argument of transformers' Trainer.
 
     Raises:
@@ -55,7 +67,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         method: Method = "sparse",
         alpha: float = 0.0,
         missing_mass: MissingMass = "drop",
-        rounds: int | None = None,
+        rounds: int | Schedule | None = None,
         fresh_noise: bool = True,
         teacher: TransformersTeacher | None = None,
         eval_dataset: TextDataset | CacheDataset | None = None,
@@ -65,22 +77,28 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         sampler = from_parameters(_without_budget(identity.sampler))
         if method == "sparse":
             require_rule_for(missing_mass, unbiased=sampler.unbiased)
-        if (method == "full") != (teacher is not None):
+        if (method in DIVERGENCES) != (teacher is not None):
             raise InvalidArgumentError(
-                'method="full" needs a teacher, and the other methods take none'
+                f"{' and '.join(map(repr, DIVERGENCES))} need a teacher online, the other methods "
+                f"take none; method is {method!r}"
             )
-        _require_rounds(rounds, sampler.rounds)
+        self._thinning = rounds if isinstance(rounds, Schedule) else None
+        if isinstance(rounds, int):
+            self._thinning = Schedule.constant(rounds, fresh_noise=fresh_noise)
+        if self._thinning is not None:
+            self._thinning.require_within(sampler.rounds)
         _require_vocabulary(model, identity.vocab_size)
         self.objective = Objective(
             method,
             alpha=alpha,
             missing_mass=missing_mass,
             temperature=identity.temperature,
+            unbiased=sampler.unbiased,
             teacher_head=None if teacher is None else teacher.head,
             teacher_tokens=_partial_mask(teacher),
         )
         self._teacher = teacher
-        self._rounds, self._fresh_noise = rounds, fresh_noise
+        self._order: WindowSampler | None = None
         bind(model, self.objective)
         args = args if args is not None else TrainingArguments("sparselogits-run")
         args.remove_unused_columns = False
@@ -96,12 +114,32 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         )
         # the bound forward divides by the items of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
+        self.add_callback(_KeepOrder(self))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = WindowOrder(len(dataset), seed)
-        return WindowSampler(order, rounds=self._rounds, fresh_noise=self._fresh_noise)
+        self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(len(dataset)))
+        return self._order
+
+    def _pace(self, windows: int) -> Pace:
+        """How the Trainer will divide an epoch into steps; checked when training begins."""
+        windows_per_step = self.get_total_train_batch_size(self.args)
+        together = windows_per_step // self.args.gradient_accumulation_steps
+        batches = windows // together
+        if not self.args.dataloader_drop_last:
+            batches = math.ceil(windows / together)
+        steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
+        return Pace(windows_per_step, steps_per_epoch, steps)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *others: Any) -> Any:
+        """The batches of one step, and how long it took to get them."""
+        with self.objective.training.waiting():
+            return super().get_batch_samples(epoch_iterator, *others)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
@@ -117,28 +155,62 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Log, with the KD and CE parts and the entries a position since the last line."""
+        """Log, with the figures of `LossMeter` since the last line."""
         if "loss" in logs:
-            logs = {**logs, **self.objective.take()}
+            logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
         super().log(logs, *arguments, **options)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Evaluate; `eval_loss` is the labels' cross-entropy, with `eval_kd` and `eval_kl` beside.
+
+        The last two for windows with targets, and for unbiased ones.
+        """
+        self.objective.evaluation.take(self._sum_over_ranks)
+        return super().evaluate(*arguments, **options)  # type: ignore[no-any-return]
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        """The Trainer's, with the KD part among its metrics."""
+        output = super().evaluation_loop(*arguments, **options)
+        found = self.objective.evaluation.take(self._sum_over_ranks)
+        prefix = options.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{k}": found[k] for k in ("kd", "kl") if k in found})
+        return output
+
+    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
+        # an unused meter is still on the CPU, where NCCL cannot add
+        there = vector.to(self.args.device)
+        return self.accelerator.reduce(there, reduction="sum")  # type: ignore[no-any-return]
+
+
+class _KeepOrder(TrainerCallback):  # type: ignore[misc]
+    """Keeps the order at the Trainer's epoch and at its number of steps.
+
+    Accelerate forwards an epoch to the sampler, but not through the wrappers with which it skips
+    batches on several ranks: a resumed run would go on in the order of epoch 0.
+    """
+
+    def __init__(self, trainer: SparseKDTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        order = self._trainer._order
+        assert order is not None
+        assert order.pace is not None
+        changing = order.thinning is not None and len(order.thinning.stages) > 1
+        if changing and order.pace.steps != state.max_steps:
+            raise InvalidArgumentError(
+                f"a thinning schedule over {order.pace.steps} steps, but the Trainer makes "
+                f"{state.max_steps}: batches are divided in a way that is not understood "
+                "(split_batches?)"
+            )
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        assert self._trainer._order is not None
+        self._trainer._order.set_epoch(int(state.epoch))
 
 
 def _without_budget(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name != "budget"}
-
-
-def _require_rounds(rounds: int | None, cached: int | None) -> None:
-    if rounds is None:
-        return
-    if cached is None:
-        raise InvalidArgumentError(
-            f"rounds={rounds}: this cache's entries are not drawn in rounds and cannot be thinned"
-        )
-    if rounds < 1 or cached % rounds:
-        divisors = [d for d in range(1, cached + 1) if cached % d == 0]
-        raise InvalidArgumentError(
-            f"rounds={rounds} does not divide the cache's {cached} rounds; choose one of {divisors}"
-        )
 
 
 def _require_vocabulary(model: nn.Module, teacher_vocabulary: int) -> None:

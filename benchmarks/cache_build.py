@@ -1,0 +1,118 @@
+"""Building a cache against the teacher's forward pass alone.
+
+    python benchmarks/cache_build.py [--teacher DIR --text FILE] --out benchmarks/cache_build.json
+
+    forward   the teacher's pass over the windows, head included, a slice of logits at a time, as a
+              build runs it; nothing is done with the logits
+    compute   the same with sampling and the window's figures (teacher's loss, entropy)
+    build     the same with encoding, reading back, writing and fsync: what `sparselogits cache`
+              does with one shard
+
+Runs are interleaved in one process, in random order; ratios are of runs of the same repetition,
+as median with 20th and 80th percentile. Without options the teacher is the demo's,
+SmolLM2-135M (V = 49 152), and the text CPython's language reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from material import corpus as packed
+from material import teacher as loaded
+from measuring import interleaved, machine, ratios, spread
+from sparselogits.build import CacheRequest, build_caches
+from sparselogits.build.work import Draw, compute_range
+from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+from sparselogits.samplers import Systematic
+from sparselogits.teacher import TransformersTeacher
+
+
+def forward(teacher: TransformersTeacher, corpus: PackedCorpus, windows: int, batch: int) -> None:
+    rows = corpus.read(0, windows)
+    for first in range(0, windows, batch):
+        tokens = np.stack([w.tokens for w in rows[first : first + batch]]).astype(np.int64)
+        for _ in teacher.logits(torch.from_numpy(tokens)):
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    teacher, tokenizer = loaded(args.teacher, args.dtype)
+    corpus = packed(tokenizer, teacher.vocab_size, args.text, args.windows, args.length)
+    sampler = Systematic(args.rounds)
+    how = {"batch": args.batch}
+    built = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        ready = Path(scratch) / "ready"
+        request = CacheRequest(ready, sampler)
+        hashed = tokenizer_fingerprint(tokenizer)
+        only = (0, args.windows)
+
+        def build() -> None:
+            nonlocal built
+            built += 1
+            root = Path(scratch) / str(built)
+            root.mkdir()
+            for name in ("cache.json", "README.md"):  # the pilot's pass is not the build's
+                (root / name).write_bytes((ready / name).read_bytes())
+            again = CacheRequest(root, sampler)
+            build_caches(
+                teacher, corpus, [again], tokenizer_hash=hashed, windows_per_shard=args.windows,
+                only=only, **how,
+            )  # fmt: skip
+
+        build_caches(
+            teacher, corpus, [request], tokenizer_hash=hashed, windows_per_shard=args.windows,
+            only=only, **how,
+        )  # fmt: skip
+        rows = corpus.read(0, args.windows)
+        seconds = interleaved(
+            {
+                "forward": lambda: forward(teacher, corpus, args.windows, args.batch),
+                "compute": lambda: compute_range(
+                    teacher, rows, [Draw(sampler, 0, 1.0)], reset_attention=False, **how
+                ),
+                "build": build,
+            },
+            args.repeats,
+            clock=args.clock,
+        )
+    tokens = args.windows * args.length
+    report = {
+        "machine": machine(),
+        "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
+        "vocabulary": teacher.vocab_size,
+        "forward_tokens_per_second": round(tokens / spread(seconds["forward"])["median"]),
+        "compute_over_forward": ratios(seconds, "compute", "forward"),
+        "build_over_forward": ratios(seconds, "build", "forward"),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What the benchmarks work on where a real teacher matters: the demo's, on the demo's text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
+from sparselogits.demo.material import SEPARATOR_ID, demo_teacher, demo_text
+from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.teacher.loading import load_tokenizer
+
+WORK = Path(__file__).parent / ".work"
+"""Where packed text and caches stay between runs; safe to delete."""
+
+
+def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
+    """A teacher and its tokenizer; SmolLM2-135M as the demo has it where no folder is given."""
+    name = str(folder or demo_teacher())
+    tokenizer = load_tokenizer(name)
+    return load_teacher(name, tokenizer=tokenizer, dtype=dtype), tokenizer
+
+
+def corpus(
+    tokenizer: Any, vocab_size: int, text: Path | None, windows: int, length: int
+) -> PackedCorpus:
+    """Packed text with at least so many windows."""
+    folder = WORK / f"corpus-{length}-{windows}"
+    source = (
+        text or demo_text(folder.with_name(f"text-{length}-{windows}"), 6 * windows * length).path
+    )
+    packing = packing_for(tokenizer, window_length=length, separator_id=SEPARATOR_ID)
+    return pack(open_source(str(source)), tokenizer, packing, folder, vocab_size=vocab_size)

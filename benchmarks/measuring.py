@@ -1,0 +1,72 @@
+"""What the benchmarks share: interleaved runs, medians with quantiles, the machine in words."""
+
+from __future__ import annotations
+
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that matter for a timing."""
+    return {
+        "processor": _processor(),
+        "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def spread(values: list[float], digits: int = 4) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    q = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return {name: round(q[i].item(), digits) for i, name in enumerate(("p20", "median", "p80"))}
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_up: int = 1,
+    clock: str = "wall",
+) -> dict[str, list[float]]:
+    """Seconds of every run, all of them once a repetition in random order.
+
+    Clock "cpu" counts the processor's seconds instead: steadier beside other work on the machine,
+    blind to waiting for a disk, and meaningful with one thread only.
+    """
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(warm_up + repeats):
+        for name in order.sample(list(runs), len(runs)):
+            started = now()
+            runs[name]()
+            taken = now() - started
+            if repetition >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
+    """Spread of one run's time over another's, both of the same repetition."""
+    return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,159 @@
+"""docs/benchmarks.md from the benchmarks' JSON files, whichever of them are there.
+
+    python benchmarks/report.py
+
+A file that is missing, or lacks what a table wants, is reported as not measured: figures come from
+runs, never from this script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+INTRODUCTION = """# Benchmarks
+
+Written by `python benchmarks/report.py` from the JSON files beside the scripts in `benchmarks/`;
+`make bench` runs them all and writes this page. Runs that are compared are interleaved in one
+process; ratios are of runs of the same repetition, as median with the 20th and 80th percentile in
+brackets. Seconds say something about the machine, ratios about the code.
+"""
+
+
+def number(value: Any) -> str:
+    """A figure as it stands in a table."""
+    if isinstance(value, dict) and "median" in value:
+        low, high = number(value.get("p20")), number(value.get("p80"))
+        return f"{number(value['median'])} ({low}-{high})"
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(number(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested values by their path; a median with its quantiles is one leaf."""
+    if isinstance(value, dict) and "median" not in value:
+        return [leaf for k, v in value.items() for leaf in flat(v, f"{path} / {k}" if path else k)]
+    return [(path, value)]
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """The machine and the settings of a run, in a line."""
+    machine = found.get("machine", "not recorded")
+    if isinstance(machine, dict):
+        machine = ", ".join(f"{k} {v}" for k, v in machine.items())
+    settings = found.get("settings") or {}
+    said = ", ".join(f"{k} {v}" for k, v in settings.items() if v not in (None, "None", False))
+    return f"Machine: {machine}." + (f" Settings: {said}." if said else "")
+
+
+def step(found: dict[str, Any]) -> str:
+    rows = []
+    for name, student in found["students"].items():
+        for method, ratio in student["over_ce"].items():
+            rows.append((name, method, ratio))
+    students = [
+        (name, s["trunk_parameters"], s["head_parameters"], s["ce_step_seconds"],
+         s["full_over_cache"], f"{100 * s['loading_share_of_a_step']:.2f} %")
+        for name, s in found["students"].items()
+    ]  # fmt: skip
+    shape = ("student", "trunk", "head", "CE step, s", "full KD / cache", "loading")
+    parts = [table(("student", "method", "over a CE step"), rows), table(shape, students)]
+    if loader := found.get("loader_microseconds_a_token"):
+        said = ", ".join(f"{name} {value:.2f}" for name, value in loader.items())
+        parts.append(
+            f"Reading and decoding alone, microseconds of one core a token: {said}; "
+            f"{found['entries_per_token']} entries a token."
+        )
+    parts.append("The paper's full KD takes 1.7 to 2.6 times its cached step.")
+    return "\n\n".join(parts)
+
+
+def cache_build(found: dict[str, Any]) -> str:
+    rows = [
+        ("forward + sampling, loss, entropy", found["compute_over_forward"]),
+        ("the whole build: + encoding, reading back, writing", found["build_over_forward"]),
+    ]
+    return (
+        table(("what", "over the forward pass"), rows)
+        + f"\n\nThe forward pass reads {found['forward_tokens_per_second']:,} tokens a second, "
+        f"V = {found['vocabulary']:,}."
+    )
+
+
+def loss(found: dict[str, Any]) -> str:
+    rows = found["results"]
+    methods = list(dict.fromkeys(m for row in rows for m in row["ratio_to_products"]))
+    shape = ("dtype", "D", "V", "K")
+
+    def cells(row: dict[str, Any]) -> list[Any]:
+        measured = row["ratio_to_products"]
+        return [*(str(row[k]) for k in shape), *(measured.get(m, "-") for m in methods)]
+
+    return table((*shape, *methods), map(cells, rows))
+
+
+def anything(found: dict[str, Any]) -> str:
+    """Every figure by its path: for scripts without a table of their own here."""
+    skipped = ("machine", "settings", "torch")
+    leaves = [leaf for k, v in found.items() if k not in skipped for leaf in flat(v, k)]
+    return table(("figure", "value"), leaves)
+
+
+def rows_of_results(found: dict[str, Any]) -> str:
+    rows = found["results"]
+    header = list(dict.fromkeys(k for row in rows for k in row))
+    return table(header, [[row.get(k, "-") for k in header] for row in rows])
+
+
+SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+    ("loss", "The loss, over the three matrix products it cannot avoid (at most 1.10)", loss),
+    ("memory", "Peak memory of the loss beyond its inputs and gradients", rows_of_results),
+    ("step", "A training step from the cache, over a step without a teacher (at most 1.02)", step),
+    ("cache_build", "Building a cache, over the teacher's forward pass (at most 1.05)",
+     cache_build),
+    ("sampling", "Sampling, over one softmax of the same logits (at most 1.5)", anything),
+    ("decode", "Reading a cache (30 M entries a second, 2 ms a random window)", anything),
+    ("size", "Size of a cache", anything),
+]  # fmt: skip
+
+
+def section(name: str, title: str, render: Callable[[dict[str, Any]], str]) -> str:
+    """One benchmark's part of the page."""
+    script = f"`benchmarks/{name}.py`"
+    files = sorted(HERE.glob(f"{name}.json")) + sorted(HERE.glob(f"{name}_*.json"))
+    parts = [f"## {title}", f"From {script}."]
+    for file in files:
+        if len(files) > 1:
+            parts.append(f"### {file.stem}")
+        found = json.loads(file.read_text())
+        try:
+            parts += [render(found), conditions(found)]
+        except (KeyError, TypeError, AttributeError) as error:
+            parts.append(f"Not measured: {file.name} lacks {error}; run the script again.")
+    if not files:
+        parts.append("Not measured.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    page = "\n\n".join([INTRODUCTION.strip(), *(section(*s) for s in SECTIONS)])
+    PAGE.write_text(page + "\n", encoding="utf-8")
+    print(f"{PAGE} written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""A training step from the cache against a step without a teacher, loading and decoding included.
+
+    python benchmarks/step.py [--teacher DIR --text FILE] --out benchmarks/step.json
+
+    ce            labels alone: the same loss code with the label as its target; windows come from
+                  the packed text, which holds no targets
+    cache         cached targets, read, decoded and padded in this process
+    cache thinned the same, thinned to a quarter of the rounds with fresh noise
+    cache worker  the same by one DataLoader worker
+    full          the teacher's whole distribution, its forward pass in the step
+
+One optimiser step each (AdamW, accumulating nothing), interleaved in random order; every method has
+its own copy of the student. Ratios are of steps of the same repetition, as median with 20th and
+80th percentile. Two students of the teacher's vocabulary: in "even" the trunk weighs as much as the
+head, in "head" the head dominates. `loader` says what reading alone costs: microseconds of one core
+a token, and its share of a step. Without options the teacher is the demo's SmolLM2-135M, with
+49 152 ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from material import WORK, teacher
+from material import corpus as packed
+from measuring import interleaved, machine, ratios, spread
+from sparselogits.build import CacheRequest, build_caches
+from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+from sparselogits.data import (
+    CacheDataset,
+    Schedule,
+    TextDataset,
+    WindowOrder,
+    WindowSampler,
+    collate,
+)
+from sparselogits.samplers import Systematic
+from sparselogits.teacher import TransformersTeacher
+from sparselogits.train.objective import Objective, bind
+
+STUDENTS = {"even": 16, "head": 2}
+"""Layers at width 256: sixteen weigh 12.6 M parameters like the head, two 1.6 M."""
+
+
+def student(layers: int, vocabulary: int, length: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def batches(dataset: Any, batch: int, workers: int, rounds: int | None) -> Iterator[dict]:
+    """Batches without end, a new order each epoch."""
+    thinning = None if rounds is None else Schedule.constant(rounds)
+    sampler: Any = WindowSampler(WindowOrder(len(dataset)), thinning=thinning)
+    places = sampler
+    if isinstance(dataset, TextDataset):
+        places = _IndicesOnly(sampler)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch,
+        sampler=places,
+        collate_fn=collate,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        yield from loader
+
+
+class _IndicesOnly:
+    """The same order for a dataset that knows nothing of rounds."""
+
+    def __init__(self, sampler: WindowSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return (request.index for request in self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def stepper(
+    model: nn.Module,
+    objective: Objective,
+    loader: Iterator[dict],
+    online: TransformersTeacher | None = None,
+) -> Callable[[], None]:
+    model = copy.deepcopy(model)
+    bind(model, objective)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        batch = next(loader)
+        if online is not None:
+            batch["teacher_hidden"] = online.hidden(batch["input_ids"])
+            del batch["target_ids"], batch["target_weights"]
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(
+    layers: int, cache: CacheDataset, text: TextDataset, online: TransformersTeacher, args: Any
+) -> dict[str, Any]:
+    model = student(layers, cache.identity.vocab_size, cache.identity.window_length)
+    quarter = max(1, args.rounds // 4)
+
+    def reading(workers: int = 0, rounds: int | None = None) -> Iterator[dict]:
+        return batches(cache, args.batch, workers, rounds)
+
+    runs = {
+        "ce": stepper(model, Objective("ce"), batches(text, args.batch, 0, None)),
+        "cache": stepper(model, Objective("sparse"), reading()),
+        "cache thinned": stepper(model, Objective("sparse"), reading(rounds=quarter)),
+        "cache worker": stepper(model, Objective("sparse"), reading(workers=1)),
+        "full": stepper(model, Objective("full", teacher_head=online.head), reading(), online),
+    }
+    seconds = interleaved(runs, args.repeats, warm_up=2, clock=args.clock)
+    trunk = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    return {
+        "trunk_parameters": trunk,
+        "head_parameters": model.lm_head.weight.numel(),
+        "ce_step_seconds": spread(seconds["ce"]),
+        "over_ce": {name: ratios(seconds, name, "ce") for name in runs if name != "ce"},
+        "full_over_cache": ratios(seconds, "full", "cache"),
+    }
+
+
+def loader_cost(cache: CacheDataset, text: TextDataset, args: Any) -> dict[str, Any]:
+    """Microseconds a token of reading alone, in this process; the least of ten batches."""
+
+    def least(dataset: Any, rounds: int | None = None) -> float:
+        found = batches(dataset, args.batch, 0, rounds)
+        taken = []
+        for _ in range(12):
+            started = time.process_time()
+            batch = next(found)
+            taken.append(time.process_time() - started)
+        return round(1e6 * min(taken[2:]) / batch["input_ids"].numel(), 3)
+
+    quarter = max(1, args.rounds // 4)
+    return {
+        "text": least(text),
+        "cache": least(cache),
+        "cache thinned": least(cache, quarter),
+    }
+
+
+def built(online: TransformersTeacher, tokenizer: Any, corpus: PackedCorpus, args: Any) -> Path:
+    """A cache of the corpus, kept between runs."""
+    root = WORK / f"cache-{args.length}-{args.windows}-{args.rounds}"
+    build_caches(
+        online,
+        corpus,
+        [CacheRequest(root, Systematic(args.rounds))],
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        batch=4,
+    )
+    return root
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--dtype", default="float32", help="of the teacher")
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--build-only", action="store_true", help="the cache, then stop")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    online, tokenizer = teacher(args.teacher, args.dtype)
+    corpus = packed(tokenizer, online.vocab_size, args.text, args.windows, args.length)
+    cache = CacheDataset(built(online, tokenizer, corpus, args))
+    if args.build_only:
+        return
+    text = TextDataset(corpus, holdout=False)
+    loader = loader_cost(cache, text, args)
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
+        "vocabulary": online.vocab_size,
+        "entries_per_token": round(cache.cache.statistics().entries_per_position, 2),
+        "loader_microseconds_a_token": loader,
+        "students": {},
+    }
+    tokens = args.batch * args.length
+    for name in args.students:
+        found = measure(STUDENTS[name], cache, text, online, args)
+        step = found["ce_step_seconds"]["median"]
+        extra = 1e-6 * tokens * (loader["cache"] - loader["text"])
+        found["loading_share_of_a_step"] = round(extra / step, 5)
+        report["students"][name] = found
+        print(json.dumps({name: found}), flush=True)
+        if args.out:  # after each student: a run that is cut off has measured something
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How many of a cache's rounds training uses, and when.
+
+One cache serves every smaller budget: a window's N cached rounds are thinned to fewer (see
+`SparseTargets.thin`), without bias for any number up to N, and a `Schedule` lets the number change
+over training. Which rounds are kept is keyed by (seed, epoch, window), and how many by the
+optimiser step that trains on the window. That step is computed from the window's place in the
+order, not taken from a counter, so workers that read ahead and runs that resume agree with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sparselogits.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with one number of rounds.
+
+    Args:
+        rounds: rounds to keep a position.
+        until: share of the optimiser steps at which the stage ends, in (0, 1].
+        until_step: the step at which it ends, instead of a share.
+    """
+
+    rounds: int
+    until: float | None = None
+    until_step: int | None = None
+
+    def ends(self, steps: int) -> float:
+        """The first step, of so many, that no longer belongs to the stage."""
+        if self.until_step is not None:
+            return self.until_step
+        return math.inf if self.until is None else self.until * steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rounds to keep, as a function of the optimiser step.
+
+    Args:
+        stages: in order. The last one lasts to the end of training, whatever its end says.
+        fresh_noise: keep other cached rounds in each epoch; otherwise those of epoch 0 always.
+
+    Raises:
+        InvalidArgumentError: for no stages, rounds below one, or ends that do not ascend.
+    """
+
+    stages: tuple[Stage, ...]
+    fresh_noise: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InvalidArgumentError("a thinning schedule needs at least one stage")
+        for stage in self.stages:
+            _require_sound(stage, last=stage is self.stages[-1])
+        for name in ("until", "until_step"):
+            ends = [e for stage in self.stages if (e := getattr(stage, name)) is not None]
+            if any(b <= a for a, b in pairwise(ends)):
+                raise InvalidArgumentError(
+                    f"the stages of a thinning schedule must end one after another; {name} is "
+                    f"{ends}"
+                )
+
+    @classmethod
+    def constant(cls, rounds: int, *, fresh_noise: bool = True) -> Schedule:
+        """The same number of rounds throughout."""
+        return cls((Stage(rounds),), fresh_noise)
+
+    def rounds_at(self, step: int, steps: int) -> int:
+        """Rounds to keep in an optimiser step, counted from 0, of so many."""
+        for stage in self.stages[:-1]:
+            if step < stage.ends(steps):
+                return stage.rounds
+        return self.stages[-1].rounds
+
+    def require_within(self, cached: int | None) -> None:
+        """Insist that a cache has the rounds.
+
+        Raises:
+            InvalidArgumentError: when its entries are not drawn in rounds, or there are too few.
+        """
+        wanted = max(stage.rounds for stage in self.stages)
+        if cached is None:
+            raise InvalidArgumentError(
+                f"rounds={wanted}: this cache's entries are not drawn in rounds and cannot be "
+                "thinned"
+            )
+        if wanted > cached:
+            raise InvalidArgumentError(
+                f"rounds={wanted}: the cache holds {cached} rounds a position; choose between 1 "
+                f"and {cached}"
+            )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Which optimiser step trains on which place of the order.
+
+    Args:
+        windows_per_step: windows an optimiser step takes, over all ranks and accumulated batches.
+        steps_per_epoch: optimiser steps an epoch.
+        steps: optimiser steps of the whole training.
+    """
+
+    windows_per_step: int
+    steps_per_epoch: int
+    steps: int
+
+    def step_of(self, epoch: int, place: int) -> int:
+        """The step, from 0, that trains on the window at a place of an epoch's order."""
+        within = min(place // self.windows_per_step, self.steps_per_epoch - 1)
+        return epoch * self.steps_per_epoch + within
+
+
+def _require_sound(stage: Stage, *, last: bool) -> None:
+    if stage.rounds < 1:
+        raise InvalidArgumentError(f"a stage keeps at least one round, found {stage.rounds}")
+    if stage.until is not None and stage.until_step is not None:
+        raise InvalidArgumentError("give a stage until or until_step, not both")
+    if not last and stage.until is None and stage.until_step is None:
+        raise InvalidArgumentError("only the last stage may leave its end out")
+    if stage.until is not None and not 0 < stage.until <= 1:
+        raise InvalidArgumentError(f"until is a share of training in (0, 1], found {stage.until}")
+    if stage.until_step is not None and stage.until_step < 1:
+        raise InvalidArgumentError(f"until_step is at least 1, found {stage.until_step}")

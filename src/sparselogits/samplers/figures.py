@@ -1,0 +1,74 @@
+"""Two figures of a distribution that come with sampling from it: log-normaliser and entropy.
+
+A build reports the teacher's loss and entropy beside its targets. Taken from log-probabilities they
+cost three passes over [P, V] and two tensors of that size, a tenth of the teacher's whole forward
+pass at 135 M parameters and V = 49 152; here they take one product while the weights of a sampler
+in rounds are in the processor's cache, a two-hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselogits.samplers.distribution import Blocks, position_slices
+from sparselogits.samplers.protocol import Sampler
+from sparselogits.samplers.rounds import Multinomial, Systematic
+from sparselogits.targets import SparseTargets
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """Of P positions.
+
+    Args:
+        log_normaliser: float64 [P], logsumexp of the logits.
+        entropy: float64 [P], of their softmax, in nats.
+    """
+
+    log_normaliser: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Figures:
+        """From logits [P, V]; -inf where an id is no token.
+
+        Raises:
+            InvalidLogitsError: see `Sampler`.
+        """
+        nothing = logits.new_empty(len(logits), 0)
+        slices = position_slices(logits, nothing, 0)
+        return cls._of_blocks(
+            [Blocks.of(logits[s], first_position=s.start, with_moment=True) for s in slices]
+        )
+
+    @classmethod
+    def _of_blocks(cls, parts: Sequence[Blocks]) -> Figures:
+        totals = torch.cat([part.total[:, 0] for part in parts])
+        shifts = torch.cat([part.shift[:, 0] for part in parts]).double()
+        moments = torch.cat([part.moment for part in parts if part.moment is not None])
+        return cls(totals.log() + shifts, totals.log() - moments / totals)
+
+
+def draw_with_figures(
+    sampler: Sampler, logits: Tensor, uniforms: Tensor
+) -> tuple[SparseTargets, Figures]:
+    """What the sampler draws, and the figures of the distribution it draws from.
+
+    One pass where rounds follow the distribution itself, two otherwise.
+
+    Args:
+        sampler: any.
+        logits: see `Sampler`.
+        uniforms: see `Sampler`.
+
+    Raises:
+        InvalidLogitsError: see `Sampler`.
+    """
+    if isinstance(sampler, Systematic | Multinomial) and sampler.proposal_exponent == 1:
+        targets, blocks = sampler.draw(logits, uniforms, with_moment=True)
+        return targets, Figures._of_blocks(blocks)
+    return sampler(logits, uniforms), Figures.of(logits)

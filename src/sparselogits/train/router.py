@@ -1,0 +1,66 @@
+"""The auxiliary loss that balances a mixture of experts, beside a fused loss.
+
+A mixture's own forward adds it from its router's logits, after the head. Run apart, the trunk
+still gives router logits, and the function that makes a loss of them stands under one name in
+every such model's module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselogits.causal_lm import PROBE_LENGTH, Parts, text_config
+
+BalancingLoss = Callable[[Any, Tensor | None], Tensor]
+"""From the trunk's output and the attention mask to the loss, its coefficient applied."""
+
+
+def balances_experts(model: nn.Module) -> bool:
+    """Whether the model is configured to add an auxiliary loss of its router."""
+    return bool(getattr(text_config(model.config), "output_router_logits", False))
+
+
+def coefficient(model: nn.Module) -> float:
+    """Weight of the auxiliary loss."""
+    return float(getattr(text_config(model.config), "router_aux_loss_coef", 0.0))
+
+
+def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
+    """The model's own auxiliary loss, computed from the trunk's output.
+
+    None where it cannot be told, or where on a few tokens it is not what the model itself gives.
+    """
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    experts = getattr(model, "num_experts", None)
+    chosen = getattr(model, "num_experts_per_tok", None)
+    if function is None or experts is None or chosen is None:
+        return None
+    scale = coefficient(model)
+
+    def loss(output: Any, attention_mask: Tensor | None) -> Tensor:
+        balance: Tensor = function(output.router_logits, experts, chosen, attention_mask)
+        return scale * balance
+
+    return loss if _agrees(model, parts, loss, scale) else None
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module, parts: Parts, loss: BalancingLoss, scale: float) -> bool:
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    device = parts.head.weight.device
+    probe = torch.arange(PROBE_LENGTH, device=device)[None] * 7919 % vocabulary  # type: ignore[arg-type]
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=probe, use_cache=False, output_router_logits=True).aux_loss
+        apart = loss(parts.trunk(input_ids=probe, use_cache=False, output_router_logits=True), None)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    finally:
+        model.train(was_training)
+    return own is not None and bool(torch.isclose(apart, scale * own, rtol=1e-3, atol=1e-6))
