@@ -70,6 +70,13 @@ class VocabularySlice:
         """See `Vocabulary`."""
         return self._reduce(logits.sum(1, keepdim=True), dist.ReduceOp.SUM)
 
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
+        """See `Vocabulary`."""
+        exponentials = logits.sub_(maximum).exp_()
+        largest = self.sum(exponentials).reciprocal()
+        exponentials.mul_(largest)
+        return largest
+
     def _local(self, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
         local = ids - self.first_id
         held = (local >= 0) & (local < width)
