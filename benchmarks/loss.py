@@ -54,20 +54,21 @@ def sparse_targets(rows: int, vocabulary: int, entries: int, device: str) -> tup
     return ids, weights / weights.sum(1, keepdim=True)
 
 
-def sparse_autograd(x: Tensor, W: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def sparse_autograd(x: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """DistillKit's sparse forward KL: teacher log probabilities against gathered student's."""
-    log_s = torch.log_softmax(F.linear(x, W).float(), 1).gather(1, ids)
+    log_s = torch.log_softmax(F.linear(x, head).float(), 1).gather(1, ids)
     return (weights * (weights.log() - log_s)).sum(1).mean()
 
 
-def dense(x: Tensor, W: Tensor) -> Tensor:
-    log_s = torch.log_softmax(F.linear(x, W).float(), 1)
+def dense(x: Tensor, head: Tensor) -> Tensor:
+    log_s = torch.log_softmax(F.linear(x, head).float(), 1)
     return F.kl_div(log_s, log_s.detach(), log_target=True, reduction="batchmean")
 
 
 def methods(
-    rows: int, D: int, V: int, entries: list[int], dtype: torch.dtype, device: str
+    rows: int, width: int, vocabulary: int, entries: list[int], dtype: torch.dtype, device: str
 ) -> dict[str, Step]:
+    D, V = width, vocabulary
     torch.manual_seed(0)
     x = torch.randn(rows, D, device=device).to(dtype).requires_grad_()
     W = (torch.randn(V, D, device=device) / D**0.5).to(dtype).requires_grad_()
@@ -102,13 +103,13 @@ def methods(
     return {"products": partial(products, x.detach(), W.detach())} | steps
 
 
-def products(x: Tensor, W: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[Tensor, Tensor]:  # noqa: B006
+def products(x: Tensor, head: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[Tensor, Tensor]:  # noqa: B006
     """The three that no loss of a linear head can do without."""
     z = buffer.get("logits")
-    if z is None or z.shape != (len(x), len(W)) or z.dtype != x.dtype or z.device != x.device:
-        z = buffer["logits"] = x.new_empty(len(x), len(W))
-    torch.mm(x, W.t(), out=z)
-    return z @ W, z.t() @ x
+    if z is None or z.shape != (len(x), len(head)) or z.dtype != x.dtype or z.device != x.device:
+        z = buffer["logits"] = x.new_empty(len(x), len(head))
+    torch.mm(x, head.t(), out=z)
+    return z @ head, z.t() @ x
 
 
 def seconds(run: Step, device: str, clock: Callable[[], float]) -> float:

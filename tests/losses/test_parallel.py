@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import (
+    Criterion,
     linear_sparse_cross_entropy,
     sequence_parallel_sparse_cross_entropy,
     vocabulary_parallel_sparse_cross_entropy,
@@ -69,14 +70,19 @@ def check_vocabulary_parallel(rank, ranks):
     mixes = [(0.0, 1.0), (0.3, 2.5)]
     for rule, (alpha, temperature) in itertools.product(RULES, mixes):
         options = {"missing_mass": rule, "alpha": alpha, "temperature": temperature}
-        options |= {"logit_softcap": 6.0, "chunk_rows": 5}
+        options |= {"logit_softcap": 6.0}
         p = problem()
         parts, grads = parts_and_gradients(
-            linear_sparse_cross_entropy, p, **options, return_parts=True
+            linear_sparse_cross_entropy, p, **options, chunk_rows=5, return_parts=True
         )
         p["linear_weight"], p["linear_bias"] = p["linear_weight"][own], p["linear_bias"][own]
         found, found_grads = parts_and_gradients(
-            vocabulary_parallel_sparse_cross_entropy, p, **options, first_id=first, vocab_size=V
+            vocabulary_parallel_sparse_cross_entropy,
+            p,
+            criterion=Criterion(**options),
+            first_id=first,
+            vocab_size=V,
+            chunk_rows=5,
         )
         assert_close(found, parts)
         assert_close(found_grads, [grads[0], grads[1][own], grads[2][own]])
@@ -86,8 +92,8 @@ def check_sequence_parallel(rank, ranks):
     first = sum(ROWS[ranks][:rank])
     own = slice(first, first + ROWS[ranks][rank])
     order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
-    for rule in RULES:
-        options = {"missing_mass": rule, "alpha": 0.3}
+    for rule, reduction in itertools.product(RULES, ("mean", "sum")):
+        options = {"missing_mass": rule, "alpha": 0.3, "reduction": reduction}
         p = problem()
         parts, grads = parts_and_gradients(
             linear_sparse_cross_entropy, p, **options, return_parts=True
@@ -96,7 +102,7 @@ def check_sequence_parallel(rank, ranks):
             k: v if k in ("linear_weight", "linear_bias") else v[order][own] for k, v in p.items()
         }
         found, found_grads = parts_and_gradients(
-            sequence_parallel_sparse_cross_entropy, mine, **options
+            sequence_parallel_sparse_cross_entropy, mine, criterion=Criterion(**options)
         )
         for share in found_grads[1:]:
             dist.all_reduce(share)

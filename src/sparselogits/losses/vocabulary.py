@@ -51,7 +51,7 @@ class _Whole:
     def sum(self, logits: Tensor) -> Tensor:
         return logits.sum(1, keepdim=True)
 
-    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:  # noqa: ARG002
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
         # a row is read before it is written, and on a CPU stays in its caches in between
         return torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
 
