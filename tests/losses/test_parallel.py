@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from problems import RULES, D, N, V, problem
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from sparselogits.errors import InvalidArgumentError
@@ -122,11 +122,15 @@ class Student(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens, ids, weights):
+        return self.loss(tokens, ids, weights)
+
+    def loss(self, tokens, ids, weights):
         hidden = self.layer(self.embedding(tokens)).tanh()
         return linear_sparse_cross_entropy(hidden, self.head.weight, ids, weights)
 
 
-def check_fully_shard(rank, ranks, tied):
+def check_fully_shard(rank, ranks, tied, registered):
+    """A plain loop; the loss in forward, or in a method that FSDP has been told of."""
     p = problem(torch.float32)
     rows = N // ranks
     tokens = p["target_ids"][: rows * ranks, 1]
@@ -142,8 +146,11 @@ def check_fully_shard(rank, ranks, tied):
     sharded = student()
     fully_shard(sharded.layer)
     fully_shard(sharded)
+    if registered:
+        register_fsdp_forward_method(sharded, "loss")
+    step = sharded.loss if registered else sharded
     for _ in range(2):  # twice: gradients accumulate, and the first step has built lazy state
-        sharded(*(t[own] for t in batch)).backward()
+        step(*(t[own] for t in batch)).backward()
     for (name, q), expected in zip(sharded.named_parameters(), alone.parameters(), strict=True):
         assert isinstance(q.grad, DTensor), name
         assert_close(q.grad.full_tensor(), 2 * expected.grad)
@@ -165,8 +172,8 @@ def main(ranks, rendezvous, rank):
     check_vocabulary_parallel(rank, ranks)
     check_sequence_parallel(rank, ranks)
     if ranks == 2:
-        for tied in (False, True):
-            check_fully_shard(rank, ranks, tied)
+        for tied, registered in itertools.product((False, True), repeat=2):
+            check_fully_shard(rank, ranks, tied, registered)
     dist.barrier()
     dist.destroy_process_group()
     print("all agree")
