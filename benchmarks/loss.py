@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,20 @@ def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object
     out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown of medians (20th to 80th percentile), one line a setting."""
+    names = list(dict.fromkeys(name for row in results for name in row["ratio_to_products"]))
+    lines = [f"| dtype | D | V | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for row in sorted(results, key=lambda row: (row["dtype"] != "float32", row["D"], row["V"])):
+        found = row["ratio_to_products"]
+        cells = [
+            f"{q['median']:.2f} ({q['p20']:.2f}-{q['p80']:.2f})" if q else ""
+            for q in (found.get(name) for name in names)
+        ]
+        lines.append(f"| {row['dtype']} | {row['D']} | {row['V']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def processor() -> str:
     """Its name, where the system tells."""
     info = Path("/proc/cpuinfo")
@@ -194,7 +209,13 @@ def main() -> None:
         help="cpu: processor seconds, steadier on a shared machine; meaningful with one thread",
     )
     parser.add_argument("--out", type=Path, help="JSON file to add to; printed in any case")
+    parser.add_argument(
+        "--show", action="store_true", help="print --out as a table, measure nothing"
+    )
     args = parser.parse_args()
+    if args.show:
+        print(table(json.loads(args.out.read_text())["results"]))
+        return
     torch.set_num_threads(args.threads)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     machine = {
