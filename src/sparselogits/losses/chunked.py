@@ -96,7 +96,7 @@ def loss_and_gradients(
         The sums, and gradients in the dtype of their tensors, or float32 for float16.
     """
     N, V = input.shape[0], weight.shape[0]
-    rows = _balanced(N, chunk_rows or default_chunk_rows(V, input.device, input.dtype))
+    rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, input.device, input.dtype))
     logits, g = _chunk_buffers(input, rows, V)
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
     kept = kept_dtype(input.dtype)
@@ -122,11 +122,14 @@ def loss_and_gradients(
             _product(gradient.t(), x, out=d_weight, add=start > 0, rounded=share)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=d_bias.dtype)
+    if d_weight is not None:
+        reused = share if share is not None and share.dtype == kept else None
+        d_weight = d_weight.to(kept) if reused is None else reused.copy_(d_weight)
     return LossAndGradients(
         kd,
         ce,
         d_input,
-        None if d_weight is None else d_weight.to(kept),
+        d_weight,
         None if d_bias is None else d_bias.to(kept),
     )
 
@@ -141,7 +144,7 @@ def logits_loss_and_gradients(
 ) -> LossAndGradients:
     """The same for logits [N, V] that exist already; their gradient is the only copy of them."""
     N, V = logits.shape
-    rows = _balanced(N, chunk_rows or default_chunk_rows(V, logits.device, logits.dtype))
+    rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, logits.device, logits.dtype))
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
     kept = kept_dtype(logits.dtype)
     d_logits = torch.empty_like(logits, dtype=kept) if needs_grad else None
@@ -200,19 +203,18 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def default_chunk_rows(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows whose logits exist at a time.
+def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows whose logits exist at a time, of `rows` in all.
 
     On an accelerator, as many float32 rows as take 1/64 of its memory, from 64 MiB to 1 GiB: large
-    enough for products at full speed. On CPU 32 MiB and at least 192 rows: smaller chunks add to
-    the weight's gradient too often, and larger buffers are given back to the system and taken anew
-    in every call (glibc's malloc keeps up to 32 MiB), page by page, which at D = 128 costs more
-    than the softmax. In low precision at least 512 rows: there each chunk's share of the weight's
-    gradient is a pass of its own.
+    enough for products at full speed. On CPU 64 MiB, but no more than half the rows: the system
+    hands out a buffer page by page, which only several chunks make up for (at D = 128 all rows at
+    once cost more than the softmax). And at least 192 rows, in low precision 512: each chunk adds
+    to the weight's gradient, in low precision by a pass of its own.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 192
-        return max(least, 32 * _MIB // (dtype.itemsize * vocab_size))
+        return max(least, min(64 * _MIB // (4 * vocab_size), -(-rows // 2)))
     budget = min(max(_accelerator_memory(device) // 64, 64 * _MIB), 1024 * _MIB)
     return max(1, budget // (4 * vocab_size))
 

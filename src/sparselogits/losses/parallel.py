@@ -151,7 +151,7 @@ def vocabulary_parallel_sparse_cross_entropy(
             call.row_weight,
             _SlicedLosses(targets, criterion, VocabularySlice(first_id, group)),
             needs=needs,
-            chunk_rows=chunk_rows or default_chunk_rows(share, x.device, x.dtype),
+            chunk_rows=chunk_rows or default_chunk_rows(x.shape[0], share, x.device, x.dtype),
         )
         if result.input is not None:  # each rank has the pull of its own columns
             dist.all_reduce(result.input, group=group)
