@@ -165,7 +165,9 @@ def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown of medians (20th to 80th percentile), one line a setting."""
-    names = list(dict.fromkeys(name for row in results for name in row["ratio_to_products"]))
+    found_names = dict.fromkeys(name for row in results for name in row["ratio_to_products"])
+    entries = sorted((n for n in found_names if n[5:].isdigit()), key=lambda n: int(n[5:]))
+    names = [*entries, *(n for n in found_names if n not in entries)]
     lines = [f"| dtype | D | V | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for row in sorted(results, key=lambda row: (row["dtype"] != "float32", row["D"], row["V"])):
         found = row["ratio_to_products"]
