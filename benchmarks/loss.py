@@ -1,17 +1,26 @@
 """Speed of the sparse loss against the matrix products it cannot avoid, and against its rivals.
 
-    python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 1024 --repeats 7 --out loss.json
+    python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 512 --repeats 7 --out loss.json
 
-All methods of a setting run interleaved in one process, forward and backward; each repetition's
-time is divided by that of the three bare products (x W^T, g W, g^T x) of the same repetition, and
-the median is printed with the 20th and 80th percentile. The order is shuffled each time.
+All methods of a setting run interleaved in one process, forward and backward, in an order shuffled
+each time; each repetition's time is divided by that of the three bare products of the same
+repetition, and the median is printed with the 20th and 80th percentile. The products (x W^T, g W,
+g^T x) write their logits into a buffer that exists already and allocate both gradients, as any
+backward must.
 
-    ours            linear_sparse_cross_entropy
-    ours_alpha      the same with alpha = 0.1 and labels
+    ours_K          linear_sparse_cross_entropy with K entries a row
+    ours_alpha      the same with the first K, alpha = 0.1 and labels
     cross_entropy   F.cross_entropy(F.linear(x, W), y): training without a teacher
-    torch_linear    torch.nn.functional.linear_cross_entropy, where torch has it
-    sparse_autograd log_softmax and gather by plain autograd, as sparse losses are usually written
+    torch_chunked   torch.nn.functional.linear_cross_entropy with its own choice of chunks
+    cut_torch       Cut Cross-Entropy's torch_compile path, where the package is there
+    distillkit      DistillKit's sparse KL as plain torch: logits, float32 log_softmax, gather
     dense           forward KL with the teacher's logits already there: the softmax work of full KD
+
+Rivals run for the sparse loss's first K only in name: their cost does not depend on it. Liger's
+kernels need a GPU, or Triton's interpreter, whose time says nothing: not here.
+
+A grid that takes long may be run in pieces: settings are added to those that `--out` holds, as long
+as machine and options are the same.
 """
 
 from __future__ import annotations
@@ -21,66 +30,90 @@ import itertools
 import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparselogits.losses import linear_sparse_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Step = Callable[[], object]
+
+
+def sparse_targets(rows: int, vocabulary: int, entries: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random ids [rows, entries], distinct within a row, and weights that sum to one."""
+    stride = vocabulary // (4 * entries)
+    ids = torch.rand(rows, 4 * entries, device=device).argsort(1)[:, :entries] * stride
+    weights = torch.rand(rows, entries, device=device)
+    return ids, weights / weights.sum(1, keepdim=True)
+
+
+def sparse_autograd(x: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """DistillKit's sparse forward KL: teacher log probabilities against gathered student's."""
+    log_s = torch.log_softmax(F.linear(x, head).float(), 1).gather(1, ids)
+    return (weights * (weights.log() - log_s)).sum(1).mean()
+
+
+def dense(x: Tensor, head: Tensor) -> Tensor:
+    log_s = torch.log_softmax(F.linear(x, head).float(), 1)
+    return F.kl_div(log_s, log_s.detach(), log_target=True, reduction="batchmean")
 
 
 def methods(
-    rows: int, width: int, vocabulary: int, entries: int, dtype: torch.dtype, device: str
-) -> dict:
-    D, V, K = width, vocabulary, entries
+    rows: int, width: int, vocabulary: int, entries: list[int], dtype: torch.dtype, device: str
+) -> dict[str, Step]:
+    D, V = width, vocabulary
     torch.manual_seed(0)
     x = torch.randn(rows, D, device=device).to(dtype).requires_grad_()
     W = (torch.randn(V, D, device=device) / D**0.5).to(dtype).requires_grad_()
-    ids = torch.rand(rows, min(V, 4 * K), device=device).argsort(1)[:, :K] * (V // (4 * K))
-    weights = torch.rand(rows, K, device=device)
-    weights /= weights.sum(1, keepdim=True)
-    labels = torch.randint(V, (rows,), device=device)
-
-    def products() -> None:
-        with torch.no_grad():
-            z = x @ W.t()
-            z @ W, z.t() @ x
-
-    def sparse_autograd() -> torch.Tensor:
-        log_s = torch.log_softmax(F.linear(x, W).float(), 1)
-        return -(weights * log_s.gather(1, ids)).sum(1).mean()
-
-    def dense() -> torch.Tensor:
-        log_s = torch.log_softmax(F.linear(x, W).float(), 1)
-        return F.kl_div(log_s, log_s.detach(), log_target=True, reduction="batchmean")
-
-    losses: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: linear_sparse_cross_entropy(x, W, ids, weights),
-        "ours_alpha": lambda: linear_sparse_cross_entropy(
-            x, W, ids, weights, labels=labels, alpha=0.1
-        ),
-        "cross_entropy": lambda: F.cross_entropy(F.linear(x, W), labels),
-        "sparse_autograd": sparse_autograd,
-        "dense": dense,
+    y = torch.randint(V, (rows,), device=device)
+    targets = {K: sparse_targets(rows, V, K, device) for K in entries}
+    first = targets[entries[0]]
+    losses: dict[str, Callable[[], Tensor]] = {
+        f"ours_{K}": partial(linear_sparse_cross_entropy, x, W, *targets[K]) for K in entries
+    }
+    losses |= {
+        "ours_alpha": partial(linear_sparse_cross_entropy, x, W, *first, labels=y, alpha=0.1),
+        "cross_entropy": lambda: F.cross_entropy(F.linear(x, W), y),
+        "distillkit": partial(sparse_autograd, x, W, *first),
+        "dense": partial(dense, x, W),
     }
     if hasattr(F, "linear_cross_entropy"):
-        losses["torch_linear"] = lambda: F.linear_cross_entropy(x, W, labels)
+        losses["torch_chunked"] = partial(
+            F.linear_cross_entropy, x, W, y, options=torch.nn.LinearCrossEntropyOptions()
+        )
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut
 
-    def step(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            x.grad = W.grad = None
-            loss().backward()
+        losses["cut_torch"] = partial(cut, x, W, y, impl="torch_compile")
+    except ImportError:
+        print("cut_cross_entropy is not installed: left out", file=sys.stderr)
 
-        return run
+    def step(loss: Callable[[], Tensor]) -> None:
+        x.grad = W.grad = None
+        loss().backward()
 
-    return {"products": products} | {name: step(loss) for name, loss in losses.items()}
+    steps: dict[str, Step] = {name: partial(step, loss) for name, loss in losses.items()}
+    return {"products": partial(products, x.detach(), W.detach())} | steps
 
 
-def seconds(run: Callable[[], None], device: str, clock: Callable[[], float]) -> float:
+def products(x: Tensor, head: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[Tensor, Tensor]:  # noqa: B006
+    """The three that no loss of a linear head can do without."""
+    z = buffer.get("logits")
+    if z is None or z.shape != (len(x), len(head)) or z.dtype != x.dtype or z.device != x.device:
+        z = buffer["logits"] = x.new_empty(len(x), len(head))
+    torch.mm(x, head.t(), out=z)
+    return z @ head, z.t() @ x
+
+
+def seconds(run: Step, device: str, clock: Callable[[], float]) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = clock()
@@ -90,7 +123,9 @@ def seconds(run: Callable[[], None], device: str, clock: Callable[[], float]) ->
     return clock() - start
 
 
-def measure(runs: dict, repeats: int, device: str, clock: Callable[[], float]) -> dict:
+def measure(
+    runs: dict[str, Step], repeats: int, device: str, clock: Callable[[], float]
+) -> dict[str, object]:
     for run in runs.values():
         run()
     ratios: dict[str, list[float]] = {name: [] for name in runs}
@@ -109,11 +144,51 @@ def quantiles(values: list[float]) -> dict[str, float]:
     q = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
-    return {
-        "p20": round(q[0].item(), 4),
-        "median": round(q[1].item(), 4),
-        "p80": round(q[2].item(), 4),
-    }
+    return {name: round(v.item(), 4) for name, v in zip(("p20", "median", "p80"), q, strict=True)}
+
+
+def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
+    """Write the results, keeping earlier ones of other settings on the same machine."""
+
+    def setting(row: dict[str, object]) -> tuple[object, ...]:
+        return tuple(row[name] for name in ("dtype", "D", "V", "rows"))
+
+    if out.exists():
+        before = json.loads(out.read_text())
+        if before["machine"] != machine:
+            raise SystemExit(f"{out} is of another machine or options: {before['machine']}")
+        new = {setting(row) for row in results}
+        results = [row for row in before["results"] if setting(row) not in new] + results
+    results.sort(key=lambda row: tuple(map(str, setting(row))))
+    out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown of medians (20th to 80th percentile), one line a setting."""
+    found_names = dict.fromkeys(name for row in results for name in row["ratio_to_products"])
+    entries = sorted((n for n in found_names if n[5:].isdigit()), key=lambda n: int(n[5:]))
+    names = [*entries, *(n for n in found_names if n not in entries)]
+    lines = [f"| dtype | D | V | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for row in sorted(results, key=lambda row: (row["dtype"] != "float32", row["D"], row["V"])):
+        found = row["ratio_to_products"]
+        cells = [
+            f"{q['median']:.2f} ({q['p20']:.2f}-{q['p80']:.2f})" if q else ""
+            for q in (found.get(name) for name in names)
+        ]
+        lines.append(f"| {row['dtype']} | {row['D']} | {row['V']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if line.count(":") == 1)
+        named = {k.strip(): v.strip() for k, v in fields.items()}
+        if "model name" in named:
+            return f"{named['model name']}, family {named['cpu family']} model {named['model']}"
+    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -124,8 +199,8 @@ def main() -> None:
     parser.add_argument("--v", type=int, nargs="+", default=[32000, 49152, 128256, 151936])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 12, 50])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="methods to run; all when left out")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -135,31 +210,32 @@ def main() -> None:
         choices=["wall", "cpu"],
         help="cpu: processor seconds, steadier on a shared machine; meaningful with one thread",
     )
-    parser.add_argument("--out", type=Path, help="JSON file; printed in any case")
+    parser.add_argument("--out", type=Path, help="JSON file to add to; printed in any case")
+    parser.add_argument(
+        "--show", action="store_true", help="print --out as a table, measure nothing"
+    )
     args = parser.parse_args()
+    if args.show:
+        print(table(json.loads(args.out.read_text())["results"]))
+        return
     torch.set_num_threads(args.threads)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
-    results = []
-    for dtype, D, V, K in itertools.product(args.dtype, args.d, args.v, args.k):
-        runs = methods(args.rows, D, V, K, DTYPES[dtype], args.device)
+    machine = {
+        "processor": processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "threads": args.threads,
+        "clock": args.clock,
+        "torch": torch.__version__,
+    }
+    for dtype, D, V in itertools.product(args.dtype, args.d, args.v):
+        runs = methods(args.rows, D, V, args.k, DTYPES[dtype], args.device)
         if args.only:
             runs = {name: run for name, run in runs.items() if name in {"products", *args.only}}
-        row = {"dtype": dtype, "D": D, "V": V, "K": K, "rows": args.rows}
+        row = {"dtype": dtype, "D": D, "V": V, "rows": args.rows, "repeats": args.repeats}
         row |= measure(runs, args.repeats, args.device, clock)
-        results.append(row)
         print(json.dumps(row), flush=True)
-    report = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "threads": args.threads,
-            "clock": args.clock,
-            "torch": torch.__version__,
-        },
-        "results": results,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        if args.out:
+            add_to(args.out, machine, [row])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float | str]:
     ids = torch.randint(args.v, (args.rows, args.k), device=device).sort(1).values
     weights = torch.full((args.rows, args.k), 1 / args.k, device=device)
     labels = ids[:, 0].clone()
-    chunk_rows = args.chunk_rows or default_chunk_rows(args.v, x.device)
+    chunk_rows = args.chunk_rows or default_chunk_rows(args.rows, args.v, x.device, x.dtype)
 
     def ours(**options: object) -> torch.Tensor:
         return linear_sparse_cross_entropy(

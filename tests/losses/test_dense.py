@@ -162,6 +162,43 @@ def test_nan_in_nan_out_except_in_ignored_rows(divergence):
         assert bool(torch.autograd.grad(loss, W)[0].isnan().any()) == is_nan
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_huge_logits(divergence):
+    """Teacher and student to +-1e4: the float32 result is the float64 one."""
+    generator = torch.Generator().manual_seed(0)
+    x, hidden = (torch.rand(4, 1, generator=generator) + 0.5 for _ in range(2))
+    W, head = (torch.rand(V, 1, generator=generator) * 1.3e4 - 6.5e3 for _ in range(2))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = (t.to(dtype).requires_grad_() for t in (x, W))
+        teacher = TeacherHead(hidden.to(dtype), head.to(dtype))
+        loss = linear_dense_kd(a, b, teacher, divergence=divergence).loss
+        results.append([t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (a, b)))])
+    assert results[0][0].isfinite()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_chunks_do_not_change_the_result(divergence):
+    (x, W, bias), teacher, labels, weights = problem()
+
+    def result(chunk_rows):
+        parts = linear_dense_kd(
+            x,
+            W,
+            TeacherHead(*teacher),
+            divergence=divergence,
+            labels=labels,
+            alpha=0.3,
+            linear_bias=bias,
+            position_weights=weights,
+            chunk_rows=chunk_rows,
+        )
+        return [*parts, *torch.autograd.grad(parts.loss, (x, W, bias))]
+
+    torch.testing.assert_close(result(3), result(N))
+
+
 def test_bad_arguments():
     (x, W, _), (hidden, weight, _), _, _ = problem()
     teacher = TeacherHead(hidden, weight)

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from problems import RULES, D, N, V, problem
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import (
+    Criterion,
     linear_sparse_cross_entropy,
     sequence_parallel_sparse_cross_entropy,
     vocabulary_parallel_sparse_cross_entropy,
@@ -69,14 +70,19 @@ def check_vocabulary_parallel(rank, ranks):
     mixes = [(0.0, 1.0), (0.3, 2.5)]
     for rule, (alpha, temperature) in itertools.product(RULES, mixes):
         options = {"missing_mass": rule, "alpha": alpha, "temperature": temperature}
-        options |= {"logit_softcap": 6.0, "chunk_rows": 5}
+        options |= {"logit_softcap": 6.0}
         p = problem()
         parts, grads = parts_and_gradients(
-            linear_sparse_cross_entropy, p, **options, return_parts=True
+            linear_sparse_cross_entropy, p, **options, chunk_rows=5, return_parts=True
         )
         p["linear_weight"], p["linear_bias"] = p["linear_weight"][own], p["linear_bias"][own]
         found, found_grads = parts_and_gradients(
-            vocabulary_parallel_sparse_cross_entropy, p, **options, first_id=first, vocab_size=V
+            vocabulary_parallel_sparse_cross_entropy,
+            p,
+            criterion=Criterion(**options),
+            first_id=first,
+            vocab_size=V,
+            chunk_rows=5,
         )
         assert_close(found, parts)
         assert_close(found_grads, [grads[0], grads[1][own], grads[2][own]])
@@ -86,8 +92,8 @@ def check_sequence_parallel(rank, ranks):
     first = sum(ROWS[ranks][:rank])
     own = slice(first, first + ROWS[ranks][rank])
     order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
-    for rule in RULES:
-        options = {"missing_mass": rule, "alpha": 0.3}
+    for rule, reduction in itertools.product(RULES, ("mean", "sum")):
+        options = {"missing_mass": rule, "alpha": 0.3, "reduction": reduction}
         p = problem()
         parts, grads = parts_and_gradients(
             linear_sparse_cross_entropy, p, **options, return_parts=True
@@ -96,7 +102,7 @@ def check_sequence_parallel(rank, ranks):
             k: v if k in ("linear_weight", "linear_bias") else v[order][own] for k, v in p.items()
         }
         found, found_grads = parts_and_gradients(
-            sequence_parallel_sparse_cross_entropy, mine, **options
+            sequence_parallel_sparse_cross_entropy, mine, criterion=Criterion(**options)
         )
         for share in found_grads[1:]:
             dist.all_reduce(share)
@@ -116,11 +122,15 @@ class Student(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens, ids, weights):
+        return self.loss(tokens, ids, weights)
+
+    def loss(self, tokens, ids, weights):
         hidden = self.layer(self.embedding(tokens)).tanh()
         return linear_sparse_cross_entropy(hidden, self.head.weight, ids, weights)
 
 
-def check_fully_shard(rank, ranks, tied):
+def check_fully_shard(rank, ranks, tied, registered):
+    """A plain loop; the loss in forward, or in a method that FSDP has been told of."""
     p = problem(torch.float32)
     rows = N // ranks
     tokens = p["target_ids"][: rows * ranks, 1]
@@ -136,8 +146,11 @@ def check_fully_shard(rank, ranks, tied):
     sharded = student()
     fully_shard(sharded.layer)
     fully_shard(sharded)
+    if registered:
+        register_fsdp_forward_method(sharded, "loss")
+    step = sharded.loss if registered else sharded
     for _ in range(2):  # twice: gradients accumulate, and the first step has built lazy state
-        sharded(*(t[own] for t in batch)).backward()
+        step(*(t[own] for t in batch)).backward()
     for (name, q), expected in zip(sharded.named_parameters(), alone.parameters(), strict=True):
         assert isinstance(q.grad, DTensor), name
         assert_close(q.grad.full_tensor(), 2 * expected.grad)
@@ -159,8 +172,8 @@ def main(ranks, rendezvous, rank):
     check_vocabulary_parallel(rank, ranks)
     check_sequence_parallel(rank, ranks)
     if ranks == 2:
-        for tied in (False, True):
-            check_fully_shard(rank, ranks, tied)
+        for tied, registered in itertools.product((False, True), repeat=2):
+            check_fully_shard(rank, ranks, tied, registered)
     dist.barrier()
     dist.destroy_process_group()
     print("all agree")

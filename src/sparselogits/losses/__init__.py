@@ -2,11 +2,8 @@
 
 from sparselogits.losses.criterion import Criterion, MissingMass, require_rule_for
 from sparselogits.losses.dense import Divergence, TeacherHead, linear_dense_kd
-from sparselogits.losses.functional import (
-    LossParts,
-    linear_sparse_cross_entropy,
-    sparse_cross_entropy,
-)
+from sparselogits.losses.function import LossParts
+from sparselogits.losses.functional import linear_sparse_cross_entropy, sparse_cross_entropy
 from sparselogits.losses.module import SparseKDLoss
 from sparselogits.losses.parallel import (
     sequence_parallel_sparse_cross_entropy,

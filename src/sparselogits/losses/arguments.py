@@ -1,23 +1,90 @@
-"""Checks and conversions of the arguments that several losses share; none waits for the device."""
+"""From a call's arguments to tensors that a loss can work on: checked, cast, one row a position.
+
+Nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
+from sparselogits.losses.chunked import accumulation_dtype
+from sparselogits.losses.criterion import Criterion, MissingMass, Reduction
+from sparselogits.losses.targets import RowTargets, place_missing_mass, row_weights
 
-Reduction = Literal["mean", "sum"]
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's tensors over its N rows.
+
+    Args:
+        input: hidden states [N, D], or logits [N, V] without a weight; cast as autocast would.
+        weight: the head [V, D], or a slice of it, likewise.
+        bias: [V] or None, likewise.
+        ids: int64 [N, K].
+        weights: [N, K], as given.
+        row_weight: [N] in the dtype to accumulate in, 0 where a row adds nothing.
+        label: int64 [N], 0 where ignored; None without labels.
+        factor: 0-dimensional, what sums over rows are multiplied by.
+    """
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    ids: Tensor
+    weights: Tensor
+    row_weight: Tensor
+    label: Tensor | None
+    factor: Tensor
+
+    def targets(self, rule: MissingMass, vocab_size: int) -> RowTargets:
+        """The targets, their missing mass placed among `vocab_size` ids."""
+        return place_missing_mass(
+            self.ids, self.weights, self.row_weight, self.label, rule, vocab_size
+        )
+
+
+def prepare(
+    input: Tensor,  # noqa: A002
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    position_weights: Tensor | None,
+    criterion: Criterion,
+) -> Arguments:
+    """Check and convert; shapes as in `linear_sparse_cross_entropy`, logits if no weight is given.
+
+    Raises:
+        InvalidArgumentError: what does not fit, or labels that the criterion needs and lacks.
+        InvalidTargetsError: targets of the wrong shape or dtype.
+    """
+    criterion.require_labels(labels is not None)
+    if weight is not None:
+        check_linear(input, weight, bias)
+    check_targets(input, ids, weights, labels, position_weights)
+    x, weight, bias = as_autocast_would(input, weight, bias)
+    x = x.flatten(0, -2)
+    row_weight, label = row_weights(
+        x,
+        None if labels is None else labels.flatten(),
+        None if position_weights is None else position_weights.flatten(),
+        criterion.ignore_index,
+        accumulation_dtype(x.dtype),
+    )
+    ids, weights = ids.flatten(0, -2), weights.flatten(0, -2)
+    factor = reduction_factor(row_weight, criterion.reduction)
+    return Arguments(x, weight, bias, ids, weights, row_weight, label, factor)
 
 
 def reduction_factor(row_weight: Tensor, reduction: Reduction) -> Tensor:
     """What sums over rows are multiplied by; where no row counts the sum is 0 already."""
     if reduction == "sum":
         return row_weight.new_ones(())
-    if reduction != "mean":
-        raise InvalidArgumentError(f"reduction must be 'mean' or 'sum', found {reduction!r}")
     total = row_weight.sum()
     return torch.where(total == 0, 1.0, total).reciprocal()
 

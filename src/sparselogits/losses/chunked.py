@@ -5,7 +5,8 @@ gradient that has taken the logits' place, dx = g W and dW += g^T x.
 
 Peak memory beyond the gradients: one chunk of logits, in the input's dtype (CPU) or float32
 (CUDA, with a copy in the input's dtype for the products), one block of rows of that chunk, and,
-for a low-precision head in more than one chunk, its weight gradient in float32 until the end.
+for a low-precision head in more than one chunk, its weight gradient in float32 until the end (on
+CPU with one more copy, in which a chunk's share is rounded).
 
 What accumulates where: float64 input in float64 and float32 input in float32, all through.
 bfloat16 and float16: softmax, sums and losses in float32 always; on CUDA the logits and the weight
@@ -33,7 +34,7 @@ from sparselogits.losses.targets import RowTargets
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _MIB = 2**20
-_BLOCK_ELEMENTS = 2**20  # rows go through the softmax in blocks that stay in a CPU's caches
+_BLOCK_ELEMENTS = 2**21  # 8 MiB: rows go through the softmax in blocks that a CPU's cache holds
 
 
 class ChunkLosses(Protocol):
@@ -95,12 +96,13 @@ def loss_and_gradients(
         The sums, and gradients in the dtype of their tensors, or float32 for float16.
     """
     N, V = input.shape[0], weight.shape[0]
-    rows = _balanced(N, chunk_rows or default_chunk_rows(V, input.device))
+    rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, input.device, input.dtype))
     logits, g = _chunk_buffers(input, rows, V)
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
     kept = kept_dtype(input.dtype)
     d_input = torch.empty_like(input, dtype=kept) if needs[0] else None
     d_weight = _weight_gradient(weight, kept, chunks=-(-N // rows)) if needs[1] else None
+    share = torch.empty_like(weight) if _rounds_shares(d_weight, weight) else None
     d_bias = row_weight.new_zeros(V) if needs[2] else None
     for start in range(0, N, rows):
         stop = min(start + rows, N)
@@ -117,14 +119,17 @@ def loss_and_gradients(
         if d_input is not None:
             _product(gradient, weight, out=d_input[start:stop])
         if d_weight is not None:
-            _product(gradient.t(), x, out=d_weight, add=start > 0)
+            _product(gradient.t(), x, out=d_weight, add=start > 0, rounded=share)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=d_bias.dtype)
+    if d_weight is not None:
+        reused = share if share is not None and share.dtype == kept else None
+        d_weight = d_weight.to(kept) if reused is None else reused.copy_(d_weight)
     return LossAndGradients(
         kd,
         ce,
         d_input,
-        None if d_weight is None else d_weight.to(kept),
+        d_weight,
         None if d_bias is None else d_bias.to(kept),
     )
 
@@ -139,7 +144,7 @@ def logits_loss_and_gradients(
 ) -> LossAndGradients:
     """The same for logits [N, V] that exist already; their gradient is the only copy of them."""
     N, V = logits.shape
-    rows = _balanced(N, chunk_rows or default_chunk_rows(V, logits.device))
+    rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, logits.device, logits.dtype))
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
     kept = kept_dtype(logits.dtype)
     d_logits = torch.empty_like(logits, dtype=kept) if needs_grad else None
@@ -198,15 +203,18 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows whose logits exist at a time.
+def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows whose logits exist at a time, of `rows` in all.
 
     On an accelerator, as many float32 rows as take 1/64 of its memory, from 64 MiB to 1 GiB: large
-    enough for products at full speed. On CPU 64 MiB and at least 192 rows: measured fastest, since
-    smaller chunks add to the weight's gradient too often and larger ones leave the caches.
+    enough for products at full speed. On CPU 64 MiB, but no more than half the rows: the system
+    hands out a buffer page by page, which only several chunks make up for (at D = 128 all rows at
+    once cost more than the softmax). And at least 192 rows, in low precision 512: each chunk adds
+    to the weight's gradient, in low precision by a pass of its own.
     """
     if device.type == "cpu":
-        return max(192, 64 * _MIB // (4 * vocab_size))
+        least = 512 if dtype in _LOW_PRECISION else 192
+        return max(least, min(64 * _MIB // (4 * vocab_size), -(-rows // 2)))
     budget = min(max(_accelerator_memory(device) // 64, 64 * _MIB), 1024 * _MIB)
     return max(1, budget // (4 * vocab_size))
 
@@ -246,8 +254,19 @@ def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32 if low else kept)
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
-    """out (+)= a b, with float32 out of low-precision factors where the device can."""
+def _rounds_shares(gradient: Tensor | None, weight: Tensor) -> bool:
+    """Whether a chunk's share of the weight's gradient leaves its product in low precision."""
+    on_cpu = weight.device.type == "cpu"
+    return gradient is not None and gradient.dtype != weight.dtype and on_cpu
+
+
+def _product(
+    a: Tensor, b: Tensor, *, out: Tensor, add: bool = False, rounded: Tensor | None = None
+) -> None:
+    """out (+)= a b, with float32 out of low-precision factors where the device can.
+
+    Where it cannot, the product is rounded, into `rounded` if that is there to be overwritten.
+    """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.device.type == "cuda" and out.dtype == torch.float32:
@@ -255,7 +274,6 @@ def _product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif add:
-        out += torch.mm(a, b)
     else:
-        out.copy_(torch.mm(a, b))
+        product = torch.mm(a, b) if rounded is None else torch.mm(a, b, out=rounded)
+        out.add_(product) if add else out.copy_(product)

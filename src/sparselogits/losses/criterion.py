@@ -1,4 +1,4 @@
-"""What one row of the loss is: the numbers that define it, checked once.
+"""What the loss is: the numbers that define it, checked once.
 
 With raw logits a = x W^T + b of one position, the criterion is
 
@@ -20,12 +20,13 @@ from typing import Literal, get_args
 
 from sparselogits.errors import InvalidArgumentError
 
+Reduction = Literal["mean", "sum"]
 MissingMass = Literal["drop", "renormalise", "smooth", "ghost", "ground_truth"]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """The loss of one position; see the module's docstring for the formula.
+    """The loss of one position, and how positions add up; see the module's docstring.
 
     Args:
         alpha: share of the label's cross-entropy, in [0, 1].
@@ -34,6 +35,9 @@ class Criterion:
         logit_softcap: bound of the logits, positive; None for none.
         temperature: divides the student's logits in the KD part only, positive. The loss is not
             multiplied by its square: do that outside if you want gradients of like size.
+        ignore_index: the label of rows that add nothing, their KD part included.
+        reduction: over rows, "mean" divides by the sum of the weights of rows that count, "sum" by
+            nothing.
 
     Raises:
         InvalidArgumentError: for a number outside its range or an unknown rule.
@@ -44,15 +48,18 @@ class Criterion:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     temperature: float = 1.0
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise InvalidArgumentError(f"alpha must lie in [0, 1], found {self.alpha}")
-        if self.missing_mass not in get_args(MissingMass):
-            raise InvalidArgumentError(
-                f"unknown missing_mass {self.missing_mass!r}: choose one of "
-                f"{', '.join(get_args(MissingMass))}"
-            )
+        for name, choices in (("missing_mass", MissingMass), ("reduction", Reduction)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise InvalidArgumentError(
+                    f"unknown {name} {value!r}: choose one of {', '.join(get_args(choices))}"
+                )
         if not math.isfinite(self.logit_scale):
             raise InvalidArgumentError(f"logit_scale must be finite, found {self.logit_scale}")
         for name in ("logit_softcap", "temperature"):

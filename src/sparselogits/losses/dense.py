@@ -26,18 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.losses.arguments import (
-    Reduction,
-    as_autocast_would,
-    check_linear,
-    reduction_factor,
-)
-from sparselogits.losses.chunked import accumulation_dtype, block_rows, loss_and_gradients
-from sparselogits.losses.criterion import Criterion
-from sparselogits.losses.function import finish, needed
-from sparselogits.losses.functional import LossParts
+from sparselogits.losses.arguments import prepare
+from sparselogits.losses.chunked import block_rows, loss_and_gradients
+from sparselogits.losses.criterion import Criterion, Reduction
+from sparselogits.losses.function import LossParts, finish, needed
 from sparselogits.losses.rows import row_losses_, transform_
-from sparselogits.losses.targets import RowTargets, row_weights
+from sparselogits.losses.targets import RowTargets
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -117,29 +111,22 @@ def linear_dense_kd(
         InvalidArgumentError: options out of range, or a teacher that does not fit.
     """
     criterion = Criterion(
-        alpha, logit_scale=logit_scale, logit_softcap=logit_softcap, temperature=temperature
+        alpha, "drop", logit_scale, logit_softcap, temperature, ignore_index, reduction
     )
-    criterion.require_labels(labels is not None)
-    check_linear(input, linear_weight, linear_bias)
+    none = input.new_zeros((*input.shape[:-1], 0))
+    call = prepare(
+        input, linear_weight, linear_bias, none.long(), none, labels, position_weights, criterion
+    )
     _check(input, linear_weight, teacher, divergence, beta)
-    x, head, bias = as_autocast_would(input, linear_weight, linear_bias)
+    x, head, bias = call.input, call.weight, call.bias
     assert head is not None
-    dtype = accumulation_dtype(x.dtype)
-    row_weight, label = row_weights(input, labels, position_weights, ignore_index, dtype)
     needs = needed(x, head, bias)  # asked before gradients are switched off
+    losses_of = _DenseLosses(teacher, divergence, beta, call.row_weight, call.label, criterion)
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         result = loss_and_gradients(
-            x,
-            head,
-            bias,
-            row_weight,
-            _DenseLosses(teacher, divergence, beta, row_weight, label, criterion),
-            needs=needs,
-            chunk_rows=chunk_rows,
+            x, head, bias, call.row_weight, losses_of, needs=needs, chunk_rows=chunk_rows
         )
-    factor = reduction_factor(row_weight, reduction)
-    loss, kd, ce = finish(result, alpha, factor, x, head, bias)
-    return LossParts(loss, kd, None if label is None else ce)
+    return finish(result, alpha, call.factor, x, head, bias, with_ce=call.label is not None)
 
 
 @dataclass(frozen=True)

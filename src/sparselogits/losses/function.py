@@ -6,13 +6,27 @@ the same graph finds the saved tensors changed, and autograd raises.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparselogits.losses.chunked import LossAndGradients
+
+
+class LossParts(NamedTuple):
+    """A loss and what it is made of, for logging; nothing here waits for the device.
+
+    Attributes:
+        loss: (1 - alpha) * kd + alpha * ce, with its gradient; 0-dimensional.
+        kd: cross-entropy to the target, reduced like the loss; detached.
+        ce: cross-entropy to the label, likewise, whatever alpha; None without labels.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor | None
 
 
 def needed(
@@ -35,7 +49,9 @@ def finish(
     input: Tensor,  # noqa: A002
     weight: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    with_ce: bool,
+) -> LossParts:
     """The loss, tied to the tensors that its gradients belong to.
 
     Args:
@@ -45,9 +61,10 @@ def finish(
         input: tensor of `result.input`.
         weight: tensor of `result.weight`.
         bias: tensor of `result.bias`.
+        with_ce: whether `result.ce` means anything.
 
     Returns:
-        loss, with a gradient where one was formed; kd and ce, without; all 0-dimensional.
+        loss, with a gradient where one was formed; kd and ce, without.
     """
     kd, ce = result.kd * factor, result.ce * factor
     # at alpha = 0 the label's part, computed for logging only, must not bring in its inf
@@ -56,7 +73,7 @@ def finish(
         loss = _Attach.apply(  # type: ignore[no-untyped-call]
             loss, factor, input, weight, bias, result.input, result.weight, result.bias
         )
-    return loss, kd, ce
+    return LossParts(loss, kd, ce if with_ce else None)
 
 
 class _Attach(torch.autograd.Function):

@@ -7,42 +7,20 @@ rows at a time; `sparse_cross_entropy` takes logits. Both mirror their namesakes
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.losses.arguments import (
-    Reduction,
-    as_autocast_would,
-    check_linear,
-    check_targets,
-    reduction_factor,
-)
-from sparselogits.losses.chunked import accumulation_dtype
-from sparselogits.losses.criterion import Criterion, MissingMass
-from sparselogits.losses.function import finish, needed
+from sparselogits.losses.arguments import Arguments, prepare
+from sparselogits.losses.criterion import Criterion, MissingMass, Reduction
+from sparselogits.losses.function import LossParts, finish, needed
 from sparselogits.losses.linear import Plan, sparse_loss
 from sparselogits.losses.reference import dense_losses
-from sparselogits.losses.targets import place_missing_mass, row_weights
 
 Implementation = Literal["auto", "chunked", "triton", "reference"]
-
-
-class LossParts(NamedTuple):
-    """A loss and what it is made of, for logging; nothing here waits for the device.
-
-    Attributes:
-        loss: (1 - alpha) * kd + alpha * ce, with its gradient; 0-dimensional.
-        kd: cross-entropy to the target, reduced like the loss; detached.
-        ce: cross-entropy to the label, likewise, whatever alpha; None without labels.
-    """
-
-    loss: Tensor
-    kd: Tensor
-    ce: Tensor | None
 
 
 class _Options(TypedDict, total=False):
@@ -151,9 +129,10 @@ def linear_sparse_cross_entropy(
         InvalidArgumentError: options out of range or in contradiction, shapes that do not fit.
         InvalidTargetsError: targets of the wrong shape or dtype.
     """
-    criterion = Criterion(alpha, missing_mass, logit_scale, logit_softcap, temperature)
-    check_linear(input, linear_weight, linear_bias)
-    return _loss(
+    criterion = Criterion(
+        alpha, missing_mass, logit_scale, logit_softcap, temperature, ignore_index, reduction
+    )
+    arguments = prepare(
         input,
         linear_weight,
         linear_bias,
@@ -162,12 +141,9 @@ def linear_sparse_cross_entropy(
         labels,
         position_weights,
         criterion,
-        ignore_index,
-        reduction,
-        impl,
-        chunk_rows,
-        return_parts,
     )
+    parts = loss_parts(arguments, criterion, impl, chunk_rows, with_ce=return_parts)
+    return parts if return_parts else parts.loss
 
 
 @overload
@@ -215,104 +191,73 @@ def sparse_cross_entropy(
     Costs one tensor like the logits, their gradient. All arguments as there; models that have
     applied their own softcap or scale need neither here.
     """
-    criterion = Criterion(alpha, missing_mass, logit_scale, logit_softcap, temperature)
-    return _loss(
-        logits,
-        None,
-        None,
-        target_ids,
-        target_weights,
-        labels,
-        position_weights,
-        criterion,
-        ignore_index,
-        reduction,
-        impl,
-        chunk_rows,
-        return_parts,
+    criterion = Criterion(
+        alpha, missing_mass, logit_scale, logit_softcap, temperature, ignore_index, reduction
     )
+    arguments = prepare(
+        logits, None, None, target_ids, target_weights, labels, position_weights, criterion
+    )
+    parts = loss_parts(arguments, criterion, impl, chunk_rows, with_ce=return_parts)
+    return parts if return_parts else parts.loss
 
 
-def _loss(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ids: Tensor,
-    weights: Tensor,
-    labels: Tensor | None,
-    position_weights: Tensor | None,
+def loss_parts(
+    arguments: Arguments,
     criterion: Criterion,
-    ignore_index: int,
-    reduction: Reduction,
-    impl: Implementation,
-    chunk_rows: int | None,
-    return_parts: bool,
-) -> Tensor | LossParts:
-    criterion.require_labels(labels is not None)
+    impl: Implementation = "auto",
+    chunk_rows: int | None = None,
+    *,
+    with_ce: bool = True,
+) -> LossParts:
+    """What both functions above, the module and the sequence-parallel form come down to.
+
+    Args:
+        arguments: the tensors.
+        criterion: the formula.
+        impl: as above.
+        chunk_rows: as above.
+        with_ce: compute the label's part even where alpha = 0, if there are labels.
+    """
     if chunk_rows is not None and chunk_rows < 1:
         raise InvalidArgumentError(f"chunk_rows must be positive, found {chunk_rows}")
-    check_targets(input, ids, weights, labels, position_weights)
-    input, weight, bias = as_autocast_would(input, weight, bias)  # noqa: A001
-    vocab_size = (input if weight is None else weight).shape[-1 if weight is None else 0]
-    input = input.flatten(0, -2)  # noqa: A001
-    ids, weights = ids.flatten(0, -2), weights.flatten(0, -2)
-    dtype = accumulation_dtype(input.dtype)
-    row_weight, label = row_weights(
-        input,
-        None if labels is None else labels.reshape(-1),
-        None if position_weights is None else position_weights.reshape(-1),
-        ignore_index,
-        dtype,
+    chosen = _choose(impl)
+    if chosen == "reference":
+        return _reference(arguments, criterion)
+    x, weight, bias = arguments.input, arguments.weight, arguments.bias
+    with_ce = arguments.label is not None and (with_ce or criterion.alpha > 0)
+    plan = Plan(
+        criterion.alpha,
+        criterion.logit_scale,
+        criterion.logit_softcap,
+        criterion.temperature,
+        with_ce,
+        *needed(x, weight, bias),
+        chunk_rows,
+        chosen,
     )
-    factor = reduction_factor(row_weight, reduction)
-    with_ce = label is not None and (criterion.alpha > 0 or return_parts)
-    if _choose(impl, input) == "reference":
-        loss, kd, ce = _reference(
-            input, weight, bias, ids, weights, row_weight, label, factor, criterion
-        )
-    else:
-        targets = place_missing_mass(
-            ids, weights, row_weight, label, criterion.missing_mass, vocab_size
-        )
-        plan = Plan(
-            criterion.alpha,
-            criterion.logit_scale,
-            criterion.logit_softcap,
-            criterion.temperature,
-            with_ce,
-            *needed(input, weight, bias),
-            chunk_rows,
-            _choose(impl, input),
-        )
-        result = sparse_loss(input, weight, bias, targets, plan)
-        loss, kd, ce = finish(result, criterion.alpha, factor, input, weight, bias)
-    return LossParts(loss, kd, ce if label is not None else None) if return_parts else loss
+    vocab_size = x.shape[1] if weight is None else weight.shape[0]
+    targets = arguments.targets(criterion.missing_mass, vocab_size)
+    result = sparse_loss(x, weight, bias, targets, plan)
+    return finish(result, criterion.alpha, arguments.factor, x, weight, bias, with_ce=with_ce)
 
 
-def _reference(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ids: Tensor,
-    weights: Tensor,
-    row_weight: Tensor,
-    label: Tensor | None,
-    factor: Tensor,
-    criterion: Criterion,
-) -> tuple[Tensor, Tensor, Tensor]:
-    counted = row_weight != 0
-    x = torch.where(counted[:, None], input, 0.0).to(row_weight.dtype)
-    if weight is not None:
-        x = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    weights = torch.where(counted[:, None], weights, 0.0)
-    kd_rows, ce_rows = dense_losses(x, ids, weights, label, criterion)
-    kd = (row_weight * kd_rows).sum() * factor
-    ce = kd.new_zeros(()) if ce_rows is None else (row_weight * ce_rows).sum() * factor
+def _reference(arguments: Arguments, criterion: Criterion) -> LossParts:
+    row_weight, bias = arguments.row_weight, arguments.bias
+    counted = (row_weight != 0)[:, None]
+    z = torch.where(counted, arguments.input, 0.0).to(row_weight.dtype)
+    if arguments.weight is not None:
+        z = F.linear(z, arguments.weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
+    weights = torch.where(counted, arguments.weights, 0.0)
+    kd_rows, ce_rows = dense_losses(z, arguments.ids, weights, arguments.label, criterion)
+    kd = (row_weight * kd_rows).sum() * arguments.factor
+    if ce_rows is None:
+        return LossParts(kd, kd.detach(), None)
+    ce = (row_weight * ce_rows).sum() * arguments.factor
     loss = kd if criterion.alpha == 0 else (1 - criterion.alpha) * kd + criterion.alpha * ce
-    return loss, kd.detach(), ce.detach()
+    return LossParts(loss, kd.detach(), ce.detach())
 
 
-def _choose(impl: Implementation, input: Tensor) -> Literal["chunked", "triton", "reference"]:  # noqa: A002
+def _choose(impl: Implementation) -> Literal["chunked", "triton", "reference"]:
     if impl == "auto":
         return "chunked"
     if impl not in ("chunked", "triton", "reference"):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparselogits.losses.arguments import Reduction
-from sparselogits.losses.criterion import Criterion, MissingMass
-from sparselogits.losses.functional import (
-    Implementation,
-    LossParts,
-    linear_sparse_cross_entropy,
-)
+from sparselogits.losses.arguments import prepare
+from sparselogits.losses.criterion import Criterion, MissingMass, Reduction
+from sparselogits.losses.function import LossParts
+from sparselogits.losses.functional import Implementation, loss_parts
 
 
 class SparseKDLoss(nn.Module):
@@ -45,9 +42,9 @@ class SparseKDLoss(nn.Module):
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.criterion = Criterion(alpha, missing_mass, logit_scale, logit_softcap, temperature)
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
+        self.criterion = Criterion(
+            alpha, missing_mass, logit_scale, logit_softcap, temperature, ignore_index, reduction
+        )
         self.impl: Implementation = impl
         self.chunk_rows = chunk_rows
 
@@ -63,26 +60,18 @@ class SparseKDLoss(nn.Module):
         position_weights: Tensor | None = None,
     ) -> LossParts:
         """The loss and its parts; arguments as in `linear_sparse_cross_entropy`."""
-        return linear_sparse_cross_entropy(
+        arguments = prepare(
             input,
             linear_weight,
+            linear_bias,
             target_ids,
             target_weights,
-            labels=labels,
-            alpha=self.criterion.alpha,
-            linear_bias=linear_bias,
-            logit_softcap=self.criterion.logit_softcap,
-            logit_scale=self.criterion.logit_scale,
-            temperature=self.criterion.temperature,
-            position_weights=position_weights,
-            ignore_index=self.ignore_index,
-            missing_mass=self.criterion.missing_mass,
-            reduction=self.reduction,
-            impl=self.impl,
-            chunk_rows=self.chunk_rows,
-            return_parts=True,
+            labels,
+            position_weights,
+            self.criterion,
         )
+        return loss_parts(arguments, self.criterion, self.impl, self.chunk_rows)
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        return f"{self.criterion}, reduction={self.reduction!r}, impl={self.impl!r}"
+        return f"{self.criterion}, impl={self.impl!r}"

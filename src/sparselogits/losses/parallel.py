@@ -17,7 +17,7 @@ vocabulary-parallel, the same rows and `chunk_rows`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,19 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.losses.arguments import (
-    Reduction,
-    as_autocast_would,
-    check_linear,
-    check_targets,
-    reduction_factor,
-)
-from sparselogits.losses.chunked import accumulation_dtype, default_chunk_rows, loss_and_gradients
-from sparselogits.losses.criterion import Criterion, MissingMass
-from sparselogits.losses.function import finish, needed
-from sparselogits.losses.functional import LossParts, linear_sparse_cross_entropy
+from sparselogits.losses.arguments import prepare, reduction_factor
+from sparselogits.losses.chunked import default_chunk_rows, loss_and_gradients
+from sparselogits.losses.criterion import Criterion
+from sparselogits.losses.function import LossParts, finish, needed
+from sparselogits.losses.functional import Implementation, loss_parts
 from sparselogits.losses.rows import row_losses_
-from sparselogits.losses.targets import RowTargets, place_missing_mass, row_weights
+from sparselogits.losses.targets import RowTargets
+
+PLAIN = Criterion()
+"""Cross-entropy to the target and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,13 @@ class VocabularySlice:
         """See `Vocabulary`."""
         return self._reduce(logits.sum(1, keepdim=True), dist.ReduceOp.SUM)
 
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
+        """See `Vocabulary`."""
+        exponentials = logits.sub_(maximum).exp_()
+        largest = self.sum(exponentials).reciprocal()
+        exponentials.mul_(largest)
+        return largest
+
     def _local(self, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
         local = ids - self.first_id
         held = (local >= 0) & (local < width)
@@ -90,15 +94,9 @@ def vocabulary_parallel_sparse_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
     labels: Tensor | None = None,
-    alpha: float = 0.0,
     linear_bias: Tensor | None = None,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
     position_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    missing_mass: MissingMass = "drop",
-    reduction: Reduction = "mean",
+    criterion: Criterion = PLAIN,
     chunk_rows: int | None = None,
 ) -> LossParts:
     """`linear_sparse_cross_entropy` with the head's rows spread over a process group.
@@ -112,15 +110,9 @@ def vocabulary_parallel_sparse_cross_entropy(
         vocab_size: V, the sum of all widths.
         group: process group; None for all ranks.
         labels: int64 [...], ids of the whole vocabulary.
-        alpha: as there, like all that follows.
         linear_bias: this rank's slice [W].
-        logit_softcap: as there.
-        logit_scale: as there.
-        temperature: as there.
-        position_weights: as there.
-        ignore_index: as there.
-        missing_mass: as there.
-        reduction: as there.
+        position_weights: float [...].
+        criterion: the options, under the names they have there.
         chunk_rows: as there; the same on every rank.
 
     Returns:
@@ -130,33 +122,24 @@ def vocabulary_parallel_sparse_cross_entropy(
         InvalidArgumentError: as there, or a slice that lies outside the vocabulary.
         InvalidTargetsError: as there.
     """
-    criterion = Criterion(alpha, missing_mass, logit_scale, logit_softcap, temperature)
-    criterion.require_labels(labels is not None)
-    check_linear(input, linear_weight, linear_bias)
-    check_targets(input, target_ids, target_weights, labels, position_weights)
+    call = prepare(
+        input,
+        linear_weight,
+        linear_bias,
+        target_ids,
+        target_weights,
+        labels,
+        position_weights,
+        criterion,
+    )
     last_id = first_id + linear_weight.shape[0]
     if not 0 <= first_id < last_id <= vocab_size:
         raise InvalidArgumentError(
             f"a slice of ids {first_id} to {last_id} is empty or outside {vocab_size} ids"
         )
-    x, head, bias = as_autocast_would(input, linear_weight, linear_bias)
+    x, head, bias = call.input, call.weight, call.bias
     assert head is not None
-    x = x.flatten(0, -2)
-    row_weight, label = row_weights(
-        x,
-        None if labels is None else labels.flatten(),
-        None if position_weights is None else position_weights.flatten(),
-        ignore_index,
-        accumulation_dtype(x.dtype),
-    )
-    targets = place_missing_mass(
-        target_ids.flatten(0, -2),
-        target_weights.flatten(0, -2),
-        row_weight,
-        label,
-        missing_mass,
-        vocab_size,
-    )
+    targets = call.targets(criterion.missing_mass, vocab_size)
     needs = needed(x, head, bias)
     # slices may differ in width, chunks must not: all choose by an even share
     share = -(-vocab_size // dist.get_world_size(group))
@@ -165,16 +148,16 @@ def vocabulary_parallel_sparse_cross_entropy(
             x,
             head,
             bias,
-            row_weight,
+            call.row_weight,
             _SlicedLosses(targets, criterion, VocabularySlice(first_id, group)),
             needs=needs,
-            chunk_rows=chunk_rows or default_chunk_rows(share, x.device),
+            chunk_rows=chunk_rows or default_chunk_rows(x.shape[0], share, x.device, x.dtype),
         )
         if result.input is not None:  # each rank has the pull of its own columns
             dist.all_reduce(result.input, group=group)
-    factor = reduction_factor(row_weight, reduction)
-    loss, kd, ce = finish(result, alpha, factor, x, head, bias)
-    return LossParts(loss, kd, None if label is None else ce)
+    return finish(
+        result, criterion.alpha, call.factor, x, head, bias, with_ce=call.label is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -213,11 +196,13 @@ def sequence_parallel_sparse_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     labels: Tensor | None = None,
+    linear_bias: Tensor | None = None,
     position_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    **options: Any,
+    criterion: Criterion = PLAIN,
+    impl: Implementation = "auto",
+    chunk_rows: int | None = None,
 ) -> LossParts:
-    """Mean loss over the positions of all ranks, each of which holds some of them.
+    """`linear_sparse_cross_entropy` over the positions of all ranks, each of which holds some.
 
     Args:
         input: this rank's rows [..., D]; their number may differ between ranks and be 0.
@@ -227,36 +212,31 @@ def sequence_parallel_sparse_cross_entropy(
         target_weights: float32 [..., K].
         group: process group; None for all ranks.
         labels: int64 [...] of this rank's rows.
+        linear_bias: [V]; its gradient is a share likewise.
         position_weights: float [...] of this rank's rows.
-        ignore_index: label of rows that add nothing.
-        options: further options of `linear_sparse_cross_entropy`, except `reduction`.
+        criterion: the options, under the names they have there; a mean is over all ranks' rows.
+        impl: as there.
+        chunk_rows: as there; ranks may differ.
 
     Returns:
         loss and its parts over all ranks' positions, the same on every rank.
     """
-    parts = linear_sparse_cross_entropy(
+    own_sum = replace(criterion, reduction="sum")
+    call = prepare(
         input,
         linear_weight,
+        linear_bias,
         target_ids,
         target_weights,
-        labels=labels,
-        position_weights=position_weights,
-        ignore_index=ignore_index,
-        reduction="sum",
-        return_parts=True,
-        **options,
+        labels,
+        position_weights,
+        own_sum,
     )
-    weight, _ = row_weights(
-        input.flatten(0, -2),
-        None if labels is None else labels.flatten(),
-        None if position_weights is None else position_weights.flatten(),
-        ignore_index,
-        parts.loss.dtype,
-    )
+    parts = loss_parts(call, own_sum, impl, chunk_rows)
     ce = torch.zeros_like(parts.kd) if parts.ce is None else parts.ce
-    sums = torch.stack([weight.sum(), parts.loss.detach(), parts.kd, ce])
+    sums = torch.stack([call.row_weight.sum(), parts.loss.detach(), parts.kd, ce])
     dist.all_reduce(sums, group=group)
-    factor = torch.where(sums[0] == 0, 1.0, sums[0]).reciprocal()
+    factor = reduction_factor(sums[:1], criterion.reduction)
     elsewhere = sums[1] - parts.loss.detach()
     return LossParts(
         (parts.loss + elsewhere) * factor,

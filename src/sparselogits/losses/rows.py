@@ -1,9 +1,11 @@
 """The loss of a block of rows, and its gradient, in the place of the logits.
 
-One softmax: maximum, subtract, exponentiate, sum, scale, then sparse corrections on the stored
-ids. Logits are compared only after the row's maximum is subtracted, so that logits of 1e4 lose
-nothing in float32. Beyond the block nothing of its size is allocated, except one copy with a
-softcap (its derivative) and one where target and label need softmaxes of different temperature.
+Four passes over the rows: maximum, softmax in place, maximum again, scale; then sparse corrections
+on the stored ids. The second maximum is the softmax at the largest logit, so minus its logarithm is
+the logsumexp relative to that logit: no exponential is taken twice, and logits are compared only
+after the row's maximum is subtracted, so that logits of 1e4 lose nothing in float32. Beyond the
+rows nothing of their size is allocated, except one copy with a softcap (its derivative) and one
+where target and label need softmaxes of different temperature.
 
 With s = softmax(u), t the target of mass M_t, m the mass of the ghost class and M the student's
 mass on it, the gradient of the KD part with respect to u is
@@ -96,16 +98,14 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Of R rows whose logits have become exp(u - pivot), stored ids left out for a ghost class.
+    """Of R rows whose logits have become a softmax, over all ids but those hidden by a ghost class.
 
     Logits here are relative to the row's maximum over all ids.
     """
 
     values: Tensor | None  # [R, E] logits of the stored ids; 0 at padding
     label_value: Tensor | None  # [R, 1] logit of the label
-    pivot: Tensor  # [R, 1] what was subtracted
-    rest: Tensor  # [R, 1] sum of what stands in the row
-    log_rest: Tensor  # [R, 1] its logarithm
+    log_rest: Tensor  # [R, 1] logsumexp over what stands in the row
     log_sum: Tensor  # [R, 1] logsumexp over the vocabulary
     total: Tensor | None  # [R, 1] sum of the logits (smooth)
     ghost: Tensor | None  # [R, 1] mass of the ghost class, 0 where all ids are stored
@@ -114,7 +114,7 @@ class _Softmax(NamedTuple):
 def _softmax_(
     u: Tensor, targets: RowTargets, vocabulary: Vocabulary, *, with_kd: bool, with_ce: bool
 ) -> _Softmax:
-    """Exponentiate the rows of u in place, keeping what the losses need."""
+    """Turn the rows of u into softmaxes in place, keeping what the losses need."""
     values = label_value = total = ghost = None
     stored = targets.weights != 0
     if with_kd:
@@ -126,26 +126,24 @@ def _softmax_(
         ghost = targets.ghost[:, None]
         out = torch.zeros_like(values).masked_fill_(stored, -torch.inf)
         vocabulary.add_at_(u, targets.ids, out)
-    pivot = top = vocabulary.max(u)
+    top = pivot = above = vocabulary.max(u)
     if values is not None and ghost is not None:
+        nothing_left = pivot == -torch.inf  # all ids stored
+        u.masked_fill_(nothing_left, 0.0)  # any finite row: it will be multiplied by 0
+        above = torch.where(nothing_left, 0.0, pivot)
         masked = values.masked_fill(~stored, -torch.inf)
         top = torch.cat([pivot, masked], 1).amax(1, keepdim=True)
-        pivot = torch.where(pivot == -torch.inf, top, pivot)  # all ids stored: avoid inf - inf
-    u.sub_(pivot)
     if with_kd and targets.spread is not None:
-        total = vocabulary.sum(u)
-    rest = vocabulary.sum(u.exp_())
-    log_rest = log_sum = rest.log()
-    pivot = pivot - top
+        total = vocabulary.sum(u.sub_(top))
+        above = torch.zeros_like(top)
+    log_rest = log_sum = vocabulary.softmax_(u, above).log().neg()
     if values is not None and ghost is not None:
-        log_rest = log_rest + pivot
+        log_rest = torch.where(nothing_left, -torch.inf, log_rest + (pivot - top))
         log_sum = torch.cat([log_rest, masked - top], 1).logsumexp(1, keepdim=True)
-        ghost = torch.where(rest == 0, 0.0, ghost)
+        ghost = torch.where(nothing_left, 0.0, ghost)
     return _Softmax(
         None if values is None else torch.where(stored, values - top, 0.0),
         None if label_value is None else label_value - top,
-        pivot,
-        rest,
         log_rest,
         log_sum,
         total,
@@ -186,16 +184,15 @@ def _gradient_(
     ce_share: float,
     vocabulary: Vocabulary,
 ) -> None:
-    """Turn the exponentials in u into row_weight * (kd_share dkd/du + ce_share dce/du)."""
+    """Turn the softmaxes in u into row_weight * (kd_share dkd/du + ce_share dce/du)."""
     weight = targets.row_weight[:, None]
     kd_weight = kd_share * weight
     whole = kd_weight * _target_mass(softmax, targets) + ce_share * weight
     if softmax.ghost is None:
-        u.mul_(whole / softmax.rest)
+        u.mul_(whole)
     else:
-        share_of_rest = (softmax.pivot - softmax.log_sum).exp()
-        pull = torch.where(softmax.ghost == 0, 0.0, softmax.ghost / softmax.rest)
-        u.mul_(whole * share_of_rest - kd_weight * pull)
+        share_of_rest = (softmax.log_rest - softmax.log_sum).exp()
+        u.mul_(whole * share_of_rest - kd_weight * softmax.ghost)
     if softmax.total is not None and targets.spread is not None:
         u.sub_(kd_weight * targets.spread[:, None])
     if softmax.values is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class Vocabulary(Protocol):
         """Sum over the vocabulary, [R, 1]."""
         ...
 
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
+        """Softmax of logits [R, V] in place, given their maximum; its own maximum, [R, 1]."""
+        ...
+
 
 class _Whole:
     """All columns in one tensor."""
@@ -45,6 +50,10 @@ class _Whole:
 
     def sum(self, logits: Tensor) -> Tensor:
         return logits.sum(1, keepdim=True)
+
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
+        # a row is read before it is written, and on a CPU stays in its caches in between
+        return torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
 
 
 WHOLE: Vocabulary = _Whole()

@@ -1,0 +1,20 @@
+"""The speeds that docs/loss.md prints are those of the committed run.
+
+pytest tests/losses/test_published.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_holds_the_table_of_the_committed_run():
+    spec = importlib.util.spec_from_file_location("loss_benchmark", ROOT / "benchmarks" / "loss.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    results = json.loads((ROOT / "benchmarks" / "loss.json").read_text())["results"]
+    assert benchmark.table(results) in (ROOT / "docs" / "loss.md").read_text()
