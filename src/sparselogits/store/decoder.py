@@ -9,6 +9,7 @@ targets or a `BlockError`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Bool = NDArray[np.bool_]
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
+
+
+_KEPT_FREE = 31 << 20  # bytes; glibc's threshold does not rise beyond 32 MiB
 
 
 class BlockError(ValueError):
@@ -53,6 +57,7 @@ class BlockDecoder:
             self._columns = {n: ColumnDecoder(dtype, tables[n]) for n, dtype in names.items()}
         except ColumnError as error:
             raise BlockError(str(error)) from error
+        _let_the_allocator_keep_what_is_freed()
 
     def decode(self, window: int, block: bytes, tokens: Array, present: Bool) -> SparseTargets:
         """The targets of one window, as `decode_run` gives those of several."""
@@ -117,6 +122,17 @@ class BlockDecoder:
         )
 
 
+@cache
+def _let_the_allocator_keep_what_is_freed() -> None:
+    """Have temporaries of a megabyte taken from the heap rather than mapped anew each time.
+
+    glibc's malloc maps large blocks one by one and unmaps them when they are freed, so that every
+    pass over a temporary faults on each of its pages: half of a decoder's time. The size from which
+    it does so rises to that of the largest such block ever freed; this is one, never touched.
+    """
+    np.empty(_KEPT_FREE, np.uint8)
+
+
 class _BlockPages:
     """The columns of several blocks, one column after another."""
 
@@ -179,5 +195,5 @@ def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> 
     told += np.uint32(1)
     counts = np.empty(len(sets.ids), np.int32)
     counts[~derived] = told.view(np.int32)
-    counts[derived] = rest
+    counts[np.flatnonzero(derived)] = rest
     return counts

@@ -13,6 +13,7 @@ No model of the vocabulary is fitted or stored: nothing to keep, mix up, or fit 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class Pages(Protocol):
         """The next `lengths[w]` numbers, uint32, of each window w, one window after another."""
         ...
 
-    def fill(self, column: str, out: Array, starts: Array, stops: Array) -> None:
+    def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
         """The same into `out[starts[w]:stops[w]]`."""
         ...
 
@@ -128,7 +129,7 @@ def join(
     positions[destinations] = order.astype(positions.dtype).take(places)
     positions[pairs:] = hits
     ids = np.empty(len(positions), np.uint32)
-    ids[:pairs] = np.repeat(listed, sizes)
+    ids[:pairs] = np.repeat(listed.astype(np.uint32), sizes)
     ids[pairs:] = following.take(hits)
     offsets = _exclusive_sums(np.bincount(positions, minlength=tokens.size))
     ids = ids.take(np.argsort(positions, kind="stable"))
@@ -156,7 +157,7 @@ def reading_order(tokens: Array, present: Bool) -> Array:
     if not everywhere:
         key[~present] = np.iinfo(key.dtype).max  # behind all others
     key.sort(axis=1)
-    order = (key & ((1 << shift) - 1)) + np.arange(windows)[:, None] * length
+    order: Array = (key & ((1 << shift) - 1)) + np.arange(windows)[:, None] * length
     if everywhere:
         return order.reshape(-1)
     carrying: Array = order[np.arange(length) < present.sum(1)[:, None]]
@@ -221,13 +222,14 @@ def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, B
 
 def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
     """int64 [D]: the ids of each window's lists."""
-    running = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
+    running: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
     stops = np.cumsum(lists)
     last = np.append(0, running)[stops]
     before = np.append(0, last[:-1])
     if bool((last - before > vocab_size).any()):
         raise ListsError(f"id {int((last - before).max()) - 1} is not below {vocab_size}")
-    return running - np.repeat(before + 1, lists)
+    running -= np.repeat(before + 1, lists)
+    return running
 
 
 def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
