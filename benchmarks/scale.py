@@ -3,10 +3,10 @@
     python benchmarks/scale.py --shards 100000 --out scale.json
 
 `opening` is over a folder of empty files with shards' names, for no shard is read by it: the first
-look at the folder in a process of its own, a second one, and what the list takes in memory. `reading`
-is over real shards, more of them than a reader keeps open, window after window in a shuffled order:
-resident memory after the first windows and after all of them, in one process and in the DataLoader's
-workers, forked and spawned (the largest of them).
+look at the folder in a process of its own, a second one, and what the list takes in memory.
+`reading` is over real shards, more of them than a reader keeps open, window after window in a
+shuffled order: resident memory after the first windows and after all of them, in one process and in
+the DataLoader's workers, forked and spawned (the largest of them).
 """
 
 from __future__ import annotations
