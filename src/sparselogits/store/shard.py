@@ -39,7 +39,6 @@ _NO_TARGETS = SparseTargets(
     check=False,
 )
 
-
 _Columns = Mapping[str, pa.Array]
 
 
@@ -101,7 +100,10 @@ class Shard:
             self._held = (group, self._read_group(group))
         columns = self._held[1]
         last = len(columns["window_index"]) if in_order else place + 1
-        records = self._decode(group, range(place, last), columns)
+        try:
+            records = self._decode(group, range(place, last), columns)
+        except CacheCorruptionError:  # of one that was not asked for, perhaps
+            records = self._decode(group, range(place, place + 1), columns)
         self._ahead = {record.window_index - self.start: record for record in records[1:]}
         return records[0]
 
@@ -113,7 +115,12 @@ class Shard:
     def read_group(self, group: int) -> list[WindowRecord]:
         """All windows of a row group, Parquet's own page checksums checked too."""
         columns = self._read_group(group, page_checksums=True)
-        return self._decode(group, range(len(columns["window_index"])), columns)
+        places = range(len(columns["window_index"]))
+        try:
+            return self._decode(group, places, columns)
+        except CacheCorruptionError:  # to say which one it is; and windows too large for one go
+            alone = (self._decode(group, range(p, p + 1), columns) for p in places)
+            return [record for records in alone for record in records]
 
     def read_bytes(self) -> bytes:
         """The whole file, every byte of it checked against the guard; nothing is decoded."""
@@ -139,10 +146,8 @@ class Shard:
                 np.stack([record.present() for record, _ in rows]),
             )
         except _FAILURES as error:
-            if len(places) > 1:  # to say which one it is; and windows too large for one go
-                alone = (range(place, place + 1) for place in places)
-                return [record for place in alone for record in self._decode(group, place, columns)]
-            where = f"row {first} (windows {self.start + first} to {self.start + first})"
+            window, last = self.start + first, self.start + first + len(places) - 1
+            where = f"row {first} (windows {window} to {last})"
             raise self._damaged(where, error) from error
         length = self._identity.window_length
         return [
