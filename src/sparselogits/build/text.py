@@ -72,6 +72,18 @@ def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
         )
 
 
+def windows_of_texts(cache: Path) -> int | None:
+    """How many windows the texts of a cache have together; None where they are not (all) here.
+
+    A cache that was merged, or fetched from elsewhere, comes without its packed texts.
+    """
+    folders = [cache / "corpus", *sorted(cache.glob("corpus-[0-9]*"))]
+    try:
+        return sum(PackedCorpus.open(folder).windows for folder in folders)
+    except CorpusError:
+        return None
+
+
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
     """Windows of a text by their numbers in the cache."""
     windows = corpus.read(start - first_window, stop - first_window)
