@@ -2,5 +2,14 @@
 
 from sparselogits.build.builder import BuildReport, CacheRequest, build_caches
 from sparselogits.build.plan import shard_ranges
+from sparselogits.build.text import Place, place_of_text, windows_of_texts
 
-__all__ = ["BuildReport", "CacheRequest", "build_caches", "shard_ranges"]
+__all__ = [
+    "BuildReport",
+    "CacheRequest",
+    "Place",
+    "build_caches",
+    "place_of_text",
+    "shard_ranges",
+    "windows_of_texts",
+]

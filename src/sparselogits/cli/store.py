@@ -22,11 +22,13 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read a cache and check every byte, checksum and invariant; exit code 2 if damaged."""
+    from sparselogits.build import windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
 
+    opened, windows = Cache.open(cache), windows_of_texts(cache)
     with stage("verifying", "shards") as update:
-        report = verify_cache(Cache.open(cache), sample=sample, progress=update)
+        report = verify_cache(opened, sample=sample, stop=windows, progress=update)
     damaged = [shard for shard in report.shards if shard.error is not None]
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
@@ -35,8 +37,8 @@ def verify(
             stdout().print(f"[red]damaged[/] {escape(shard.name)}: {escape(str(shard.error))}")
         for start, stop in report.missing:
             stdout().print(f"missing windows {start}:{stop}")
-        windows = sum(shard.checked for shard in report.shards)
-        stdout().print(f"{len(report.shards)} shards, {windows} windows read, {len(damaged)} bad")
+        read = sum(shard.checked for shard in report.shards)
+        stdout().print(f"{len(report.shards)} shards, {read} windows read, {len(damaged)} bad")
     if damaged:
         messages.print("`sparselogits repair` sets damaged shards aside; `cache` builds them again")
         raise typer.Exit(2)

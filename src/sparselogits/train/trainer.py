@@ -119,7 +119,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = WindowOrder(len(dataset), seed)
+        order = WindowOrder(len(dataset), seed, dataset.identity.fingerprint)
         self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(len(dataset)))
         return self._order
 
