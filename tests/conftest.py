@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.store.s3 import S3, Proxy, S3Server
 
 torch.set_num_threads(1)
 
@@ -73,3 +76,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in documents()))
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3:
+    return S3.reached(s3_server, monkeypatch.setenv)
+
+
+@pytest.fixture
+def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The same through a proxy that fails requests when it is told to."""
+    proxy = Proxy(s3_server.port)
+    yield S3.reached(s3_server, monkeypatch.setenv, proxy)
+    proxy.stop()

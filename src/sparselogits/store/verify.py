@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sparselogits.errors import CacheCorruptionError, InvalidTargetsError, SparseLogitsError
+from sparselogits.errors import (
+    CacheCorruptionError,
+    InvalidTargetsError,
+    SparseLogitsError,
+    StorageError,
+)
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range, missing_ranges, shard_name
 from sparselogits.store.records import WindowRecord
@@ -77,6 +82,9 @@ def verify(
 
     Returns:
         A report. Damage is reported, not raised.
+
+    Raises:
+        StorageError: a shard could not be reached; nothing is known about it.
     """
     ranges = cache.finished()
     reports = []
@@ -103,6 +111,8 @@ def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardRepo
                 checked += 1
         if checked == len(shard):
             records.require(shard)
+    except StorageError:  # a shard that cannot be reached is not a damaged one
+        raise
     except (SparseLogitsError, OSError) as error:
         return ShardReport(windows, name, checked, str(error))
     return ShardReport(windows, name, checked, None)
