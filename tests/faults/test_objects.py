@@ -134,6 +134,14 @@ def test_of_builds_that_differ_one_gets_the_prefix(s3: S3) -> None:
 def test_a_put_whose_answer_was_lost_finds_its_own_object(shaky_s3: S3) -> None:
     assert shaky_s3.proxy is not None
     storage = ObjectStorage(shaky_s3.url)
+    assert storage.create("shards/w", b"the first")
     shaky_s3.proxy.fail("PUT", DROP_AFTER)
     assert storage.create("shards/x", b"whole") is False
     assert storage.read("shards/x") == b"whole"
+
+
+def test_a_server_that_ignores_the_condition_is_refused(shaky_s3: S3) -> None:
+    assert shaky_s3.proxy is not None
+    shaky_s3.proxy.ignores_conditions = True
+    with pytest.raises(StorageError, match="ignores If-None-Match"):
+        Cache.create(shaky_s3.url, identity())

@@ -109,6 +109,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.requests: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.ignores_conditions = False
         self._plan: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, port))
@@ -159,15 +160,18 @@ def _handler(proxy: Proxy, port: int) -> type[BaseHTTPRequestHandler]:
 
         def carry_out(self, body: bytes, fault: str | None) -> None:
             server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            server.request(self.command, self.path, body, dict(self.headers))
+            headers = dict(self.headers)
+            if proxy.ignores_conditions:
+                headers.pop("If-None-Match", None)
+            server.request(self.command, self.path, body, headers)
             response = server.getresponse()
             data = response.read()
             server.close()
-            headers = dict(response.getheaders())
+            answered = dict(response.getheaders())
             if fault == DROP_AFTER:
                 self.close_connection = True
             else:
-                self.answer(response.status, headers, data, midway=fault == DROP_MIDWAY)
+                self.answer(response.status, answered, data, midway=fault == DROP_MIDWAY)
 
         def answer(
             self, status: int, headers: dict[str, str], data: bytes, *, midway: bool = False

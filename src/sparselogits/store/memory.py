@@ -8,12 +8,12 @@ class MemoryStorage:
 
     Args:
         files: contents by name; names use `/`.
+        location: where they come from, for messages.
     """
 
-    location = "memory"
-
-    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, files: dict[str, bytes] | None = None, location: str = "memory") -> None:
         self.files = {} if files is None else files
+        self.location = location
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files in a folder."""

@@ -56,6 +56,7 @@ class ObjectStorage:
         self.url = url.rstrip("/")
         self._options = options
         self._opened: tuple[int, Any, str] | None = None
+        self._honours_conditions = False
         self._open()
 
     @property
@@ -103,12 +104,27 @@ class ObjectStorage:
     def create(self, name: str, data: bytes) -> bool:
         """Put an object under a name that is free; one request (more above 100 MB).
 
+        The first put that succeeds is repeated, to see that it is refused: there are servers that
+        ignore the condition, and on those one writer would overwrite another.
+
         Returns:
             False where another writer had put one there before.
 
         Raises:
-            StorageError: it could not be put; nothing is there.
+            StorageError: it could not be put, and nothing is there; or the server cannot be
+                trusted to put only what is not there.
         """
+        created = self._create(name, data)
+        if created and not self._honours_conditions:
+            if self._create(name, data):
+                raise StorageError(
+                    f"the server of {self.url} ignores If-None-Match, so it cannot keep one writer "
+                    f"from overwriting another ({name} was put twice); use one that honours it"
+                )
+            self._honours_conditions = True
+        return created
+
+    def _create(self, name: str, data: bytes) -> bool:
         files, root = self._open()
 
         def put() -> bool:

@@ -17,6 +17,7 @@ from sparselogits.errors import (
     StorageError,
 )
 from sparselogits.store.cache import Cache
+from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.ranges import Range, missing_ranges, shard_name
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard import Shard
@@ -101,8 +102,9 @@ def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardRepo
     name, checked = shard_name(*windows), 0
     try:
         shard = Shard(cache.storage, name, cache.identity)
-        if sample is None:
-            shard.read_bytes()
+        if sample is None:  # read once, whole; then decoded from memory
+            held = MemoryStorage({name: shard.read_bytes()}, cache.storage.location)
+            shard = Shard(held, name, cache.identity)
         records = _Totals()
         for group in _spread(shard.groups, sample):
             for record in shard.read_group(group):
