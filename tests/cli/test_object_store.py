@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sparselogits.build import fetch_corpus, publish_corpus
+from sparselogits.build import fetch_texts, publish_text
 from sparselogits.cli import app
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.store import Cache
@@ -77,28 +77,29 @@ def pretend_corpus(folder: Path, content: bytes) -> None:
         path.write_bytes(name.encode() + content)
 
 
-def test_a_packed_corpus_is_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> None:
-    folder = fetch_corpus(s3.url, tmp_path / "a")
+def test_packed_texts_are_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> None:
+    folder = fetch_texts(s3.url, tmp_path / "a")
     assert not folder.exists()
-    pretend_corpus(folder, b"1")
-    publish_corpus(s3.url, tmp_path / "a")
+    for text in ("corpus", "corpus-0001"):
+        pretend_corpus(folder / text, b"1")
+        publish_text(s3.url, folder / text)
     before = s3.objects()
-    publish_corpus(s3.url, tmp_path / "a")
+    assert before == files(folder)
+    publish_text(s3.url, folder / "corpus")
     assert s3.objects() == before
-    assert files(fetch_corpus(s3.url, tmp_path / "b")) == files(folder)
+    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
     shutil.rmtree(folder)
-    pretend_corpus(folder, b"2")
-    with pytest.raises(IdentityMismatchError, match=r"corpus\.json differs"):
-        publish_corpus(s3.url, tmp_path / "a")
+    pretend_corpus(folder / "corpus-0001", b"2")
+    with pytest.raises(IdentityMismatchError, match=r"corpus-0001/corpus\.json"):
+        publish_text(s3.url, folder / "corpus-0001")
     assert s3.objects() == before
 
 
-def test_a_corpus_without_its_index_is_not_fetched(tmp_path: Path, s3: S3) -> None:
-    folder = fetch_corpus(s3.url, tmp_path / "a")
-    pretend_corpus(folder, b"1")
-    publish_corpus(s3.url, tmp_path / "a")
-    storage = storage_at(s3.url)
-    storage.move("corpus/index.json", "elsewhere")
-    assert not fetch_corpus(s3.url, tmp_path / "b").exists()
-    publish_corpus(s3.url, tmp_path / "a")
-    assert files(fetch_corpus(s3.url, tmp_path / "b")) == files(folder)
+def test_a_text_without_its_index_is_not_fetched(tmp_path: Path, s3: S3) -> None:
+    folder = fetch_texts(s3.url, tmp_path / "a")
+    pretend_corpus(folder / "corpus", b"1")
+    publish_text(s3.url, folder / "corpus")
+    storage_at(s3.url).move("corpus/index.json", "elsewhere")
+    assert not fetch_texts(s3.url, tmp_path / "b").exists()
+    publish_text(s3.url, folder / "corpus")
+    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)

@@ -1,14 +1,14 @@
 """Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
 
 from sparselogits.build.builder import BuildReport, CacheRequest, build_caches
-from sparselogits.build.corpus_copy import fetch_corpus, publish_corpus
 from sparselogits.build.plan import shard_ranges
+from sparselogits.build.texts_elsewhere import fetch_texts, publish_text
 
 __all__ = [
     "BuildReport",
     "CacheRequest",
     "build_caches",
-    "fetch_corpus",
-    "publish_corpus",
+    "fetch_texts",
+    "publish_text",
     "shard_ranges",
 ]

@@ -88,7 +88,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets a token."""
-    from sparselogits.build import CacheRequest, build_caches, fetch_corpus, publish_corpus
+    from sparselogits.build import CacheRequest, build_caches, fetch_texts, publish_text
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import from_parameters
     from sparselogits.teacher import load_teacher
@@ -120,12 +120,12 @@ def cache(
             source,
             tokenizer,
             packing,
-            fetch_corpus(out, work),
+            fetch_texts(out, work) / "corpus",
             vocab_size=engine.vocab_size,
             progress=update,
             processes=processes,
         )
-    publish_corpus(out, work)
+    publish_text(out, corpus.folder)
     with stage("caching", "tokens", per_unit=window) as update:
         report = build_caches(
             engine,

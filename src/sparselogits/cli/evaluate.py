@@ -26,7 +26,7 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure a student on the held-out text: loss, and how far it is from its teacher."""
-    from sparselogits.build import fetch_corpus
+    from sparselogits.build import fetch_texts
     from sparselogits.corpus import PackedCorpus
     from sparselogits.data import TextDataset
     from sparselogits.evaluate import evaluate
@@ -36,7 +36,7 @@ def evaluate_command(
     from sparselogits.train.run import require_same_teacher
 
     opened = Cache.open(cache)
-    windows = TextDataset(PackedCorpus.open(corpus or fetch_corpus(cache)), limit=limit)
+    windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
     path = Path(student)
     model = load_causal_lm(str(path / "model") if (path / "model").is_dir() else student)
     model.to(device_named(device))
