@@ -57,8 +57,9 @@ class CopyFolder:
         path = self._path(place, key)
         try:
             with path.open("rb") as file:
-                now = time.time_ns()
-                os.utime(file.fileno(), ns=(now, now))
+                with contextlib.suppress(OSError):  # a copy that may only be read
+                    now = time.time_ns()
+                    os.utime(file.fileno(), ns=(now, now))
                 return file.read()
         except OSError:  # most of all, that it is not there
             return None
