@@ -88,8 +88,8 @@ def cut_everywhere(root: Path, kind: str, *, every: int) -> int:
     whole = path.read_bytes()
     near = {edge + step for edge in boundaries(path) for step in (-1, 0, 1)}
     lengths = sorted(n for n in {*near, *range(0, len(whole), every)} if 0 <= n < len(whole))
-    for length in lengths:
-        path.write_bytes(whole[:length])
+    for length in reversed(lengths):
+        os.truncate(path, length)
         with pytest.raises(CacheCorruptionError, match=rf"{NAME}.*windows \d+ to \d+"):
             read_everything(root)
     path.write_bytes(whole)
