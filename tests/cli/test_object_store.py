@@ -103,3 +103,22 @@ def test_a_text_without_its_index_is_not_fetched(tmp_path: Path, s3: S3) -> None
     assert not fetch_texts(s3.url, tmp_path / "b").exists()
     publish_text(s3.url, folder / "corpus")
     assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
+
+
+@pytest.mark.slow
+def test_text_is_appended_from_another_machine(
+    tmp_path: Path, teacher_folder: Path, text: Path, s3: S3
+) -> None:
+    lines = [line for line in text.open() if len(line) < 4000]
+    texts = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for path, share in zip(texts, (lines[::2], lines[1::2]), strict=True):
+        path.write_text("".join(share))
+    words = ("cache", "--teacher", teacher_folder, "--window", 32, "--rounds", 20)
+    for place in (tmp_path / "cache", s3.url):
+        command(*words, "--data", texts[0], "--out", place, "--work", tmp_path / "one")
+        command(
+            *(*words, "--data", texts[1], "--out", place, "--append"),
+            *("--work", tmp_path / "another"),
+        )
+    assert s3.objects() == files(tmp_path / "cache")
+    assert "corpus-0001/index.json" in s3.objects()

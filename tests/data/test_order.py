@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -38,23 +40,39 @@ def test_a_position_in_a_vast_order_costs_no_memory() -> None:
     assert 0 <= order[3, 999_999_999_999] < 10**12
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 6), (8, 16), (4, 1)])
-def test_going_on_with_other_ranks_visits_every_window_once(before: int, after: int) -> None:
-    order, steps = WindowOrder(960, seed=3), 37
-    seen: Counter[int] = Counter()
-    state = {}
-    for rank in range(before):
-        sampler = WindowSampler(order, rank=rank, world_size=before)
-        taken = [request.index for request in list(sampler)[:steps]]
-        seen.update(taken)
-        state = sampler.state_dict(windows_taken=steps * before)
-    rest = 960 - steps * before
-    for rank in range(after):
-        sampler = WindowSampler(order, rank=rank, world_size=after)
-        sampler.load_state_dict(state)
-        seen.update(request.index for request in sampler)
-    assert set(seen.values()) == {1}
-    assert len(seen) == 960 - rest % after
+@pytest.mark.parametrize("windows", [960, 1009])
+@pytest.mark.parametrize(("before", "after"), [(8, 6), (8, 16), (4, 1), (1, 7)])
+def test_going_on_with_other_ranks_visits_every_window_once(
+    windows: int, before: int, after: int
+) -> None:
+    """Each epoch is interrupted on `before` ranks and ended on `after`."""
+    order, steps = WindowOrder(windows, seed=3, identity="f00d"), 37
+    for epoch in range(3):
+        seen: Counter[int] = Counter()
+        for rank in range(before):
+            sampler = WindowSampler(order, rank=rank, world_size=before, drop_last=False)
+            sampler.set_epoch(epoch)
+            seen.update(request.index for request in islice(sampler, steps))
+        state = json.loads(json.dumps(sampler.state_dict(windows_taken=steps * before)))
+        for rank in range(after):
+            sampler = WindowSampler(order, rank=rank, world_size=after, drop_last=False)
+            sampler.load_state_dict(state)
+            taken = [request.index for request in sampler]
+            assert len(taken) == len(sampler)
+            seen.update(taken)
+        assert seen == Counter(range(windows))
+
+
+@pytest.mark.parametrize("ranks", [1, 6, 8, 16])
+def test_ranks_that_wait_for_each_other_get_equally_many(ranks: int) -> None:
+    order = WindowOrder(1009, seed=3)
+    shares = [
+        [request.index for request in WindowSampler(order, rank=rank, world_size=ranks)]
+        for rank in range(ranks)
+    ]
+    assert {len(share) for share in shares} == {1009 // ranks}
+    seen = [window for share in shares for window in share]
+    assert len(set(seen)) == len(seen)  # none twice, at most ranks - 1 left out
 
 
 def test_the_epoch_keys_the_noise_unless_frozen() -> None:
@@ -69,8 +87,12 @@ def test_the_epoch_keys_the_noise_unless_frozen() -> None:
 
 def test_a_state_of_another_cache_is_refused() -> None:
     state = WindowSampler(WindowOrder(10)).state_dict()
-    with pytest.raises(InvalidArgumentError, match="over 10 windows"):
+    with pytest.raises(InvalidArgumentError, match="windows 10 there, 11 here"):
         WindowSampler(WindowOrder(11)).load_state_dict(state)
+    with pytest.raises(InvalidArgumentError, match="identity '' there, 'f00d' here"):
+        WindowSampler(WindowOrder(10, identity="f00d")).load_state_dict(state)
+    with pytest.raises(InvalidArgumentError, match="seed None there"):
+        WindowSampler(WindowOrder(10)).load_state_dict({})
 
 
 def test_an_empty_order_is_refused() -> None:

@@ -6,23 +6,29 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import multiprocessing
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader
 
+from sparselogits.data import CacheDataset, WindowOrder, WindowSampler
 from sparselogits.errors import (
     CacheCorruptionError,
     CacheError,
     IdentityMismatchError,
     InvalidTargetsError,
 )
-from sparselogits.store import Cache
+from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
+from sparselogits.store.guard import insert_guard
+from sparselogits.store.shard_writer import row_crc
 from sparselogits.store.storage import _host
 from tests.store.draws import KINDS, identity, record, records
 
@@ -171,6 +177,66 @@ def test_masked_positions_own_no_entries(tmp_path: Path) -> None:
     bad = dataclasses.replace(record("counts", 0), mask=mask)
     with pytest.raises(InvalidTargetsError, match="position 7 is masked out"):
         Cache.create(tmp_path, identity()).commit([bad], {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_order_of_reading_gives_the_same_windows(tmp_path: Path, kind: str) -> None:
+    """Windows read in order are decoded together, others alone; masked ones among them."""
+    cache = Cache.create(tmp_path, identity(kind))
+    for start in (0, 20):
+        cache.commit(records(kind, start, start + 20), {})
+    expected = records(kind, 0, 40)
+    chance = np.random.default_rng(0)
+    for order in (range(40), reversed(range(40)), [5, 6, 7, 8, 5, 30, 31, 8, 9, 39, 0, 1], None):
+        for i in chance.permutation(40) if order is None else order:
+            assert same_record(cache.read(int(i)), expected[i])
+
+
+def test_a_damaged_window_is_named_and_the_others_of_its_row_group_are_read(tmp_path: Path) -> None:
+    """Checksums that hold around a block that does not decode, among seven that do."""
+    written = records("counts", 0, 8)
+    cache = Cache.create(tmp_path, identity())
+    path = cache.commit(written, {})
+    table = pq.read_table(path)
+    blocks = table["targets"].to_pylist()
+    blocks[4] = blocks[4][:-1]
+    crc = [row_crc(r, block) for r, block in zip(written, blocks, strict=True)]
+    for name, column in (("targets", blocks), ("crc32c", crc)):
+        place = table.schema.get_field_index(name)
+        field = table.schema.field(place)
+        table = table.set_column(place, field, pa.array(column, field.type))
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, table.schema, store_schema=False) as writer:
+        writer.write_table(table, row_group_size=8)
+        writer.add_key_value_metadata(pq.read_metadata(path).metadata)
+    path.write_bytes(insert_guard(out.getvalue(), [0]))
+    reader = Cache.open(tmp_path)
+    for i in (0, 1, 2, 3, 5, 6, 7):
+        assert same_record(reader.read(i), written[i])
+    with pytest.raises(CacheCorruptionError, match=r"row 4 \(windows 4 to 4\)"):
+        reader.read(4)
+    assert "row 4 (windows 4 to 4)" in str(verify(reader).shards[0].error)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_data_loader_s_workers_read_safely(tmp_path: Path, method: str) -> None:
+    """Shards are open in the parent when the workers start."""
+    cache = Cache.create(tmp_path, identity(packing={"reset_attention": False}))
+    for start in range(0, 200, 20):
+        cache.commit(records("counts", start, start + 20), {})
+    dataset = CacheDataset(tmp_path)
+    first = [dataset[i]["targets"].ids.tolist() for i in (0, 1, 150)]
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=WindowSampler(WindowOrder(200, seed=1)),
+        num_workers=2,
+        multiprocessing_context=method,
+    )
+    seen = [item["input_ids"].tolist() for item in loader]
+    expected = [record("counts", i).tokens.tolist() for i in range(200)]
+    assert sorted(seen) == sorted(expected)
+    assert [dataset[i]["targets"].ids.tolist() for i in (0, 1, 150)] == first
 
 
 def _read_in_child(cache: Cache, i: int, queue: object) -> None:

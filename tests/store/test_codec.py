@@ -45,12 +45,22 @@ def require_round_trip(codec: TargetCodec, windows: list[Window]) -> None:
     decoder = codec.decoder(tables)
     for i, window in enumerate(windows):
         found = decoder.decode(i, blocks[i], window.tokens, window.present)
-        for part in ("ids", "weights", "offsets", "counts"):
-            expected = getattr(window.targets, part)
-            assert (expected is None) == (getattr(found, part) is None)
-            if expected is not None:
-                assert torch.equal(getattr(found, part), expected), part
-                assert getattr(found, part).dtype == expected.dtype
+        require_same(found, window.targets)
+    if len({len(window.tokens) for window in windows}) == 1:
+        tokens, present = (
+            np.stack([getattr(w, n) for w in windows]) for n in ("tokens", "present")
+        )
+        together = decoder.decode_run(0, blocks, tokens, present)
+        require_same(together, SparseTargets.cat([window.targets for window in windows]))
+
+
+def require_same(found: SparseTargets, expected: SparseTargets) -> None:
+    for part in ("ids", "weights", "offsets", "counts"):
+        a, b = getattr(found, part), getattr(expected, part)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.equal(a, b), part
+            assert a.dtype == b.dtype
 
 
 @pytest.mark.parametrize(("sampler", "weights"), SAMPLERS, ids=lambda v: str(v))

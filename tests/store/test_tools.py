@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from sparselogits.corpus import Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError, InvalidArgumentError
-from sparselogits.store import Cache, export, merge, repair, verify
+from sparselogits.store import Cache, WindowRecord, export, merge, repair, verify
 from sparselogits.store.cache import same_record
+from sparselogits.store.shard_writer import encode_shard
+from sparselogits.targets import SparseTargets
 from tests.store.draws import KINDS, identity, record, records
 
 
@@ -41,6 +46,52 @@ def test_a_sound_cache_verifies(tmp_path: Path, kind: str) -> None:
     assert report.ok
     assert [shard.checked for shard in report.shards] == [20, 20]
     assert calls == [(1, 2), (2, 2)]
+
+
+def forge(
+    root: Path, bad: WindowRecord, kind: str, provenance: dict[str, Any] | None = None
+) -> str:
+    """A shard whose checksums all hold around a window that is none; what `verify` says of it."""
+    cache = Cache.create(root, identity(kind))
+    name, data = encode_shard(cache.identity, [bad], provenance or {})
+    cache.storage.create(name, data)
+    report = verify(cache)
+    assert not report.ok
+    return str(report.damaged[0].error)
+
+
+def test_what_checksums_do_not_see_is_seen(tmp_path: Path) -> None:
+    whole = record("float32", 0)
+    first = int(whole.targets.offsets[1])
+    emptied = SparseTargets(
+        whole.targets.ids[first:],
+        whole.targets.weights[first:],
+        (whole.targets.offsets - first).clamp_min(0),
+        1000,
+    )
+    said = forge(tmp_path / "a", replace(whole, targets=emptied), "float32")
+    assert "position 0 carries a target but owns no entries" in said
+    beyond = replace(whole, tokens=whole.tokens + np.int32(1000))
+    assert "do not lie in the vocabulary of 1000" in forge(tmp_path / "b", beyond, "float32")
+    light = record("threshold", 0)
+    below = SparseTargets(
+        light.targets.ids, light.targets.weights * 0.9, light.targets.offsets, 1000
+    )
+    said = forge(tmp_path / "c", replace(light, targets=below), "threshold")
+    assert "below the threshold 0.05" in said
+    other = {"corpus": fingerprint([window_of(record("counts", 1))])}
+    assert "rows come to corpus" in forge(tmp_path / "d", record("counts", 0), "counts", other)
+
+
+def window_of(r: WindowRecord) -> Window:
+    return Window(r.window_index, r.tokens, r.document_starts, r.mask)
+
+
+def test_the_text_of_a_shard_is_what_its_provenance_says(tmp_path: Path) -> None:
+    cache = Cache.create(tmp_path, identity())
+    made = records("counts", 0, 20)
+    cache.commit(made, {"corpus": fingerprint([window_of(r) for r in made])})
+    assert verify(cache).ok
 
 
 def test_gaps_are_reported(tmp_path: Path) -> None:

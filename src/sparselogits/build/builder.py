@@ -18,6 +18,7 @@ import transformers
 
 from sparselogits.build.pilot import check_teacher_on_text, pilot_windows, resolve_budget
 from sparselogits.build.plan import Range, shard_ranges
+from sparselogits.build.text import read_windows
 from sparselogits.build.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
@@ -76,6 +77,7 @@ def build_caches(
     batch: int = 8,
     windows_per_shard: int = WINDOWS_PER_SHARD,
     only: Range | None = None,
+    first_window: int = 0,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Build, or go on building, one cache for each request.
@@ -88,15 +90,17 @@ def build_caches(
         batch: windows a forward pass.
         windows_per_shard: windows a shard covers.
         only: a range of windows to build, for builds divided by hand.
+        first_window: number of the corpus' first window in the caches, where it is appended to
+            text that is there already (see `build.text`).
         progress: called after every batch.
 
     Raises:
         IdentityMismatchError: when a directory holds a cache made otherwise, or from other text.
         TeacherError: when the teacher is worse than guessing on the text.
     """
-    ranges = shard_ranges(corpus.windows, windows_per_shard, only)
+    ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
     caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
-    missing = _missing(caches, ranges, corpus)
+    missing = _missing(caches, ranges, corpus, first_window)
     total = sum(stop - start for start, stop in ranges)
     done = found = total - sum(stop - start for start, stop in missing)
 
@@ -113,7 +117,7 @@ def build_caches(
     ]
     reset = corpus.packing.reset_attention
     for start, stop in missing:
-        windows = corpus.read(start, stop)
+        windows = read_windows(corpus, first_window, start, stop)
         provenance = {"corpus": fingerprint(windows), **_provenance(engine, batch)}
         made = compute_range(
             engine, windows, draws, batch=batch, reset_attention=reset, progress=advance
@@ -221,7 +225,9 @@ def _mask_fingerprint(engine: Engine) -> str:
     return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
 
-def _missing(caches: Sequence[Cache], ranges: Sequence[Range], corpus: PackedCorpus) -> list[Range]:
+def _missing(
+    caches: Sequence[Cache], ranges: Sequence[Range], corpus: PackedCorpus, first_window: int
+) -> list[Range]:
     """Ranges that at least one cache lacks; the others must come from this very text."""
     finished = [set(cache.finished()) for cache in caches]
     wanted = set(ranges)
@@ -236,7 +242,7 @@ def _missing(caches: Sequence[Cache], ranges: Sequence[Range], corpus: PackedCor
         holders = [c for c, have in zip(caches, finished, strict=True) if (start, stop) in have]
         if not holders:
             continue
-        expected = fingerprint(corpus.read(start, stop))
+        expected = fingerprint(read_windows(corpus, first_window, start, stop))
         for cache in holders:
             found = cache.provenance(start).get("corpus")
             if found != expected:

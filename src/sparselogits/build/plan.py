@@ -12,26 +12,34 @@ Range = tuple[int, int]
 """First window and one past the last."""
 
 
-def shard_ranges(windows: int, windows_per_shard: int, only: Range | None = None) -> list[Range]:
+def shard_ranges(
+    windows: int, windows_per_shard: int, only: Range | None = None, *, first_window: int = 0
+) -> list[Range]:
     """The shards of a corpus, or of a part of it.
 
     Args:
         windows: windows of the corpus.
         windows_per_shard: windows a shard covers; the corpus' last shard may cover fewer.
         only: a range of windows to build; its edges must be edges of shards.
+        first_window: number of the corpus' first window in the cache: where text is appended, the
+            windows before it.
 
     Raises:
         InvalidArgumentError: for a range outside the corpus or across a shard.
     """
-    first, stop = only if only is not None else (0, windows)
-    if not 0 <= first < stop <= windows:
+    end = first_window + windows
+    first, stop = only if only is not None else (first_window, end)
+    if not first_window <= first < stop <= end:
         raise InvalidArgumentError(
-            f"windows {first}:{stop} do not lie in the corpus, which has windows 0:{windows}"
+            f"windows {first}:{stop} do not lie in the corpus, which has windows "
+            f"{first_window}:{end}"
         )
-    if first % windows_per_shard or (stop % windows_per_shard and stop != windows):
+    cut = (first - first_window) % windows_per_shard, (stop - first_window) % windows_per_shard
+    if cut[0] or (cut[1] and stop != end):
+        after = f"{first_window} plus " if first_window else ""
         raise InvalidArgumentError(
-            f"windows {first}:{stop} cut through a shard; use multiples of {windows_per_shard} "
-            f"(or the corpus' end, {windows})"
+            f"windows {first}:{stop} cut through a shard; use {after}multiples of "
+            f"{windows_per_shard} (or the corpus' end, {end})"
         )
     return [
         (start, min(start + windows_per_shard, stop))

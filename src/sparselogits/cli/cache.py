@@ -64,6 +64,9 @@ def cache(
     batch: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
     windows: Annotated[str | None, typer.Option(help="Build only windows A:B.")] = None,
     windows_per_shard: Annotated[int, typer.Option(help="Windows a file.")] = 512,
+    append: Annotated[
+        bool, typer.Option(help="Add this text to the cache: new windows, nothing rewritten.")
+    ] = False,
     holdout: Annotated[float, typer.Option(help="Share of documents kept aside.")] = 0.0,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
@@ -88,7 +91,13 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets a token."""
-    from sparselogits.build import CacheRequest, build_caches, fetch_texts, publish_text
+    from sparselogits.build import (
+        CacheRequest,
+        build_caches,
+        fetch_texts,
+        place_of_text,
+        publish_text,
+    )
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import from_parameters
     from sparselogits.teacher import load_teacher
@@ -107,6 +116,7 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
+    place = place_of_text(fetch_texts(out, work), source, packing, append=append)
     messages.print(f"loading the teacher {escape(teacher)}")
     engine = load_teacher(
         teacher,
@@ -120,7 +130,7 @@ def cache(
             source,
             tokenizer,
             packing,
-            fetch_texts(out, work) / "corpus",
+            place.folder,
             vocab_size=engine.vocab_size,
             progress=update,
             processes=processes,
@@ -135,6 +145,7 @@ def cache(
             batch=batch,
             windows_per_shard=windows_per_shard,
             only=only,
+            first_window=place.first_window,
             progress=update,
         )
     if report.windows_found:

@@ -3,15 +3,16 @@
 The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
 (seed, epoch), walked until it lands inside the range (cycle walking; Black and Rogaway, "Ciphers
 with arbitrary finite domains", 2002). Memory is constant, any position can be looked up alone, and
-all ranks agree without talking. Its state is (seed, epoch, next position), so a run that stops on
-8 ranks can go on with 6 or 16 and still visit every window exactly once.
+all ranks agree without talking. Its state is (identity, seed, epoch, next position), so a run that
+stops on 8 ranks can go on with 6 or 16 and still visit every window exactly once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import Sampler
 
@@ -42,10 +43,12 @@ class WindowOrder:
     Args:
         windows: how many there are.
         seed: two seeds give unrelated orders.
+        identity: fingerprint of the cache the windows are of; a state of another one is refused.
     """
 
     windows: int
     seed: int = 0
+    identity: str = ""
 
     def __post_init__(self) -> None:
         if self.windows < 1:
@@ -75,13 +78,16 @@ class WindowOrder:
 class WindowSampler(Sampler[WindowRequest]):
     """The order as torch's DataLoader wants it, for one rank of several.
 
-    Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on; every rank gets
-    equally many, and at most R - 1 windows of an epoch are left out at its end.
+    Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on. Every rank gets
+    equally many, so that ranks that wait for each other at every step end together: up to R - 1
+    windows are left out at an epoch's end, others in each epoch. With `drop_last=False` none is:
+    every window is visited exactly once, and some ranks take one window more than others.
 
     Args:
         order: the permutation.
         rank: this rank, when the caller divides the work itself (a Trainer divides it on its own).
         world_size: number of ranks.
+        drop_last: leave out what does not divide by the ranks.
         rounds: thin targets to so many rounds.
         fresh_noise: keep other rounds each epoch; otherwise those of epoch 0 always.
     """
@@ -92,33 +98,37 @@ class WindowSampler(Sampler[WindowRequest]):
         *,
         rank: int = 0,
         world_size: int = 1,
+        drop_last: bool = True,
         rounds: int | None = None,
         fresh_noise: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
             raise InvalidArgumentError(f"rank {rank} does not lie in [0, {world_size})")
         self.order = order
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.rounds, self.fresh_noise = rounds, fresh_noise
         self.epoch = 0
         self.next_position = 0
 
     def __len__(self) -> int:
-        return (self.order.windows - self.next_position) // self.world_size
+        return len(self._places())
 
     def __iter__(self) -> Iterator[WindowRequest]:
         noise = self.epoch if self.fresh_noise else 0
-        first = self.next_position
-        for turn in range((self.order.windows - first) // self.world_size):
-            place = first + turn * self.world_size + self.rank
+        for place in self._places():
             yield WindowRequest(self.order[self.epoch, place], noise, self.rounds)
+
+    def _places(self) -> range:
+        left = self.order.windows - self.next_position
+        stop = self.order.windows - (left % self.world_size if self.drop_last else 0)
+        return range(self.next_position + self.rank, stop, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; to the epoch already current, a no-op."""
         if epoch != self.epoch:
             self.epoch, self.next_position = epoch, 0
 
-    def state_dict(self, windows_taken: int = 0) -> dict[str, int]:
+    def state_dict(self, windows_taken: int = 0) -> dict[str, int | str]:
         """Where the order stands, for a checkpoint.
 
         Args:
@@ -126,22 +136,27 @@ class WindowSampler(Sampler[WindowRequest]):
                 sampler was made or loaded. The sampler cannot know: workers read ahead.
         """
         return {
+            "identity": self.order.identity,
             "windows": self.order.windows,
             "seed": self.order.seed,
             "epoch": self.epoch,
             "next_position": self.next_position + windows_taken,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` stood, on any number of ranks.
 
         Raises:
-            InvalidArgumentError: when the state is of another cache or seed.
+            InvalidArgumentError: when the state is of another cache or seed, or no such state.
         """
-        here = (self.order.windows, self.order.seed)
-        if (state["windows"], state["seed"]) != here:
-            raise InvalidArgumentError(
-                f"the saved order is over {state['windows']} windows with seed {state['seed']}, "
-                f"this one over {here[0]} with seed {here[1]}; resume with the same cache and seed"
+        order = self.order
+        expected = {"identity": order.identity, "windows": order.windows, "seed": order.seed}
+        differing = {k: (state.get(k), v) for k, v in expected.items() if state.get(k) != v}
+        if differing:
+            told = ", ".join(
+                f"{k} {was!r} there, {now!r} here" for k, (was, now) in differing.items()
             )
-        self.epoch, self.next_position = state["epoch"], state["next_position"]
+            raise InvalidArgumentError(
+                f"the saved order is of another cache or seed: {told}; resume with the same ones"
+            )
+        self.epoch, self.next_position = int(state["epoch"]), int(state["next_position"])

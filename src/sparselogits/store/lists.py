@@ -13,9 +13,9 @@ No model of the vocabulary is fitted or stored: nothing to keep, mix up, or fit 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ SIZE_CLASSES = 8
 COLUMNS = ("hits", "ids", "sizes", *(f"places_{c}" for c in range(SIZE_CLASSES)))
 LARGEST_WINDOW = 1 << 24  # entries a window may hold: what bounds a decoder's memory
 
-
+_NONE = np.iinfo(np.uint32).max  # no id
 _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.uint8)
 
 
@@ -35,21 +35,33 @@ class ListsError(ValueError):
     """Lists that are no sets of ids at positions of the window."""
 
 
+class Pages(Protocol):
+    """The coded columns of a run of windows, read one after another."""
+
+    def read(self, column: str, lengths: Array) -> Array:
+        """The next `lengths[w]` numbers, uint32, of each window w, one window after another."""
+        ...
+
+    def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
+        """The same into `out[starts[w]:stops[w]]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sets:
-    """The sets of a window's positions.
+    """The sets of the P = W L positions of W windows.
 
     Args:
         ids: int64 [E], ascending within a position, positions in order.
-        lengths: int64 [L], entries of each position.
-        hits: int64, ascending: the entries whose id is the true next token.
-        hit_positions: int64: the positions of these.
+        offsets: int64 [P + 1]: position p owns entries offsets[p] to offsets[p + 1].
+        is_hit: bool [E]: whether the id is the true next token.
+        has_hit: bool [P]: whether a position has such an entry.
     """
 
     ids: Array
-    lengths: Array
-    hits: Array
-    hit_positions: Array
+    offsets: Array
+    is_hit: Bool
+    has_hit: Bool
 
 
 def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str, Array]:
@@ -64,11 +76,11 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
     Returns:
         uint32 arrays by the names in COLUMNS; "ids" has one number a list.
     """
-    order = reading_order(tokens, present)
+    order = reading_order(tokens[None], present[None])
     place_of = np.zeros(len(tokens), np.int64)
     place_of[order] = np.arange(len(order))
     owner = np.repeat(np.arange(len(tokens)), lengths)
-    hit = ids == next_tokens(tokens)[owner]
+    hit = ids == next_tokens(tokens[None])[owner]
     hits = np.zeros(len(order), np.uint32)
     hits[place_of[owner[hit]]] = 1
     pair_ids, pair_places = ids[~hit], place_of[owner[~hit]]
@@ -84,61 +96,83 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
 
 
 def join(
-    read: Callable[[str, int], Array],
-    lists: int,
-    tokens: Array,
-    present: Bool,
-    vocab_size: int,
-    limit: int = LARGEST_WINDOW,
+    pages: Pages, lists: Array, tokens: Array, present: Bool, vocab_size: int, limit: int
 ) -> Sets:
-    """The sets that `split` took apart.
+    """The sets that `split` took apart, of W windows at once.
+
+    Pairs are put in the order of their ids by arithmetic on whole lists; a stable radix sort by
+    position then leaves every position's ids ascending, and its hit, if it has one, behind them. No
+    comparison sort ever sees an entry.
 
     Args:
-        read: gives the next `length` numbers, uint32, of a column; called in COLUMNS' order.
-        lists: how many lists there are.
-        tokens: int32 [L].
-        present: bool [L].
-        vocab_size: ids lie below it.
-        limit: entries the window can have at most.
+        pages: gives the columns' numbers; read in COLUMNS' order.
+        lists: int64 [W], how many lists each window has.
+        tokens: int32 [W, L].
+        present: bool [W, L].
+        vocab_size: ids lie below it; at most 2^31.
+        limit: entries the windows together can have at most.
 
     Raises:
-        ListsError: what `read` gave are no such lists.
+        ListsError: what `pages` gave are no such lists.
     """
-    order = reading_order(tokens, present)
-    bits = _key_bits(len(tokens), vocab_size)
-    hit_keys = _keys_of_hits(read("hits", len(order)), order, tokens, vocab_size, bits)
-    listed = _ascending(read("ids", lists), vocab_size, "id")
-    sizes = read("sizes", lists).astype(np.int64) + 1
-    entries = int(sizes.sum()) + len(hit_keys)
-    if lists and (int(sizes.max()) > len(order) or entries > limit):
-        raise ListsError(f"{entries} entries in {lists} lists over {len(order)} positions")
-    keys = np.empty(entries, hit_keys.dtype)
-    _fill_keys(keys[: entries - len(hit_keys)], read, listed, sizes, order, bits)
-    keys[entries - len(hit_keys) :] = hit_keys
-    keys.sort()
-    if bool(((keys[1:] ^ keys[:-1]) <= 1).any()):
-        raise ListsError("an id stands twice at one position")
-    owner = (keys >> bits).astype(np.int64)
-    lengths = np.bincount(owner, minlength=len(tokens))
-    ids = ((keys & keys.dtype.type((1 << bits) - 1)) >> 1).astype(np.int64)
-    hits = np.flatnonzero(keys & 1)
-    return Sets(ids, lengths, hits, owner[hits])
+    order, carrying = reading_order(tokens, present), present.sum(1)
+    following = next_tokens(tokens)
+    hits = _hits(pages.read("hits", carrying), order, following, vocab_size)
+    listed = _ascending(pages.read("ids", lists), lists, vocab_size)
+    sizes = pages.read("sizes", lists).astype(np.int64)
+    sizes += 1
+    pairs = int(sizes.sum())
+    if pairs + len(hits) > limit:
+        raise ListsError(f"{pairs} pairs and {len(hits)} hits, where {limit} entries are possible")
+    positions = np.empty(pairs + len(hits), np.min_scalar_type(tokens.size))
+    destinations, places = _places(pages, lists, sizes, carrying)
+    positions[destinations] = order.astype(positions.dtype).take(places)
+    positions[pairs:] = hits
+    ids = np.empty(len(positions), np.uint32)
+    ids[:pairs] = np.repeat(listed.astype(np.uint32), sizes)
+    ids[pairs:] = following.take(hits)
+    offsets = _exclusive_sums(np.bincount(positions, minlength=tokens.size))
+    ids = ids.take(np.argsort(positions, kind="stable"))
+    has_hit = np.zeros(tokens.size, np.bool_)
+    has_hit[hits] = True
+    ids, is_hit = _hits_in_place(ids, offsets, np.where(has_hit, following, _NONE))
+    _require_ascending(ids, offsets)
+    return Sets(ids.astype(np.int64), offsets, is_hit, has_hit)
 
 
 def reading_order(tokens: Array, present: Bool) -> Array:
-    """int64 [Q]: the positions that carry a target, by (token, position)."""
-    shift = max(len(tokens) - 1, 1).bit_length()
-    key = tokens.astype(np.int64) << shift | np.arange(len(tokens))
-    key = np.sort(key if bool(present.all()) else key[present])
-    order: Array = key & ((1 << shift) - 1)
-    return order
+    """int64: the positions w L + p that carry a target, by (window w, token, position p).
+
+    Args:
+        tokens: int32 [W, L].
+        present: bool [W, L].
+    """
+    windows, length = tokens.shape
+    shift = max(length - 1, 1).bit_length()
+    largest, least = int(tokens.max(initial=0)), int(tokens.min(initial=0))
+    narrow = least >= 0 and (largest + 1) << shift <= 1 << 31
+    key = tokens.astype(np.int32 if narrow else np.int64) << shift
+    key |= np.arange(length, dtype=key.dtype)
+    everywhere = bool(present.all())
+    if not everywhere:
+        key[~present] = np.iinfo(key.dtype).max  # behind all others
+    key.sort(axis=1)
+    order: Array = (key & ((1 << shift) - 1)) + np.arange(windows)[:, None] * length
+    if everywhere:
+        return order.reshape(-1)
+    carrying: Array = order[np.arange(length) < present.sum(1)[:, None]]
+    return carrying
 
 
 def next_tokens(tokens: Array) -> Array:
-    """int64 [L]: each position's true next token; -1 at the last, whose next is not there."""
-    following = np.full(len(tokens), -1, np.int64)
-    following[:-1] = tokens[1:]
-    return following
+    """int64 [W L]: each position's true next token; -1 at a window's last, whose next is not there.
+
+    Args:
+        tokens: int32 [W, L].
+    """
+    following = np.full(tokens.shape, -1, np.int64)
+    following[:, :-1] = tokens[:, 1:]
+    return following.reshape(-1)
 
 
 def size_class(sizes: Array) -> Array:
@@ -146,63 +180,91 @@ def size_class(sizes: Array) -> Array:
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
 
 
-def _key_bits(length: int, vocab_size: int) -> int:
-    """A pair is sorted as the number position << bits | id << 1 | hit; uint32 where it fits."""
-    return max(vocab_size - 1, 1).bit_length() + 1
+def _exclusive_sums(lengths: Array) -> Array:
+    """int64 [n + 1]: where each of n runs starts, and where the last one ends."""
+    sums = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=sums[1:])
+    return sums
 
 
-def _keys_of_hits(hits: Array, order: Array, tokens: Array, vocab_size: int, bits: int) -> Array:
+def _hits(hits: Array, order: Array, following: Array, vocab_size: int) -> Array:
+    """int64: the positions whose next token is in their set."""
     if len(hits) and int(hits.max()) > 1:
         raise ListsError("a hit is neither 0 nor 1")
-    positions = order[hits != 0]
-    ids = next_tokens(tokens)[positions]
+    positions: Array = order[hits.astype(np.bool_)]
+    ids = following.take(positions)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ListsError("a hit stands where there is no next token within the vocabulary")
-    narrow = (len(tokens) << bits) <= 1 << 32
-    keys: Array = positions << bits | ids << 1 | 1
-    return keys.astype(np.uint32 if narrow else np.uint64)
+    return positions
 
 
-def _ascending(gaps: Array, stop: int, what: str) -> Array:
-    values: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(len(gaps))
-    if len(values) and int(values[-1]) >= stop:
-        raise ListsError(f"{what} {int(values[-1])} is not below {stop}")
-    return values
+def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
+    """Ids with each position's hit moved from behind the others to its place among them.
 
+    Inserting h into an ascending sequence a gives max(a[i - 1], min(a[i], h)) at every i.
 
-def _fill_keys(
-    keys: Array,
-    read: Callable[[str, int], Array],
-    listed: Array,
-    sizes: Array,
-    order: Array,
-    bits: int,
-) -> None:
-    """Keys of the listed pairs, list by list, lists by (class, id).
+    Args:
+        ids: uint32 [E].
+        offsets: int64 [P + 1].
+        hit_ids: int64 [P], _NONE where there is no hit.
 
-    Arithmetic is modulo the key's width throughout. A forged gap may wrap; what comes out is then
-    a wrong place, caught by its range, or by a key that stands twice.
+    Returns:
+        uint32 [E] and bool [E]: where the hits are now.
     """
-    classes = size_class(sizes)
+    inserted = np.repeat(hit_ids.astype(np.uint32), np.diff(offsets))
+    before = np.empty(len(ids) + 1, np.uint32)
+    before[1:] = ids
+    before[offsets] = 0
+    moved = np.minimum(ids, inserted)
+    np.maximum(moved, before[:-1], out=moved)
+    return moved, moved == inserted
+
+
+def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
+    """int64 [D]: the ids of each window's lists."""
+    running: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
+    stops = np.cumsum(lists)
+    last = np.append(0, running)[stops]
+    before = np.append(0, last[:-1])
+    if bool((last - before > vocab_size).any()):
+        raise ListsError(f"id {int((last - before).max()) - 1} is not below {vocab_size}")
+    running -= np.repeat(before + 1, lists)
+    return running
+
+
+def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
+    """Of every listed pair: where it belongs in the order of ids, and its place.
+
+    Pages hold a window's lists by (size class, id). Places are counted through all windows.
+    """
+    windows, window = len(lists), np.repeat(np.arange(len(lists)), lists)
+    classes = (window * SIZE_CLASSES + size_class(sizes)).astype(np.min_scalar_type(8 * windows))
     by_class = np.argsort(classes, kind="stable")
+    starts = _exclusive_sums(sizes)[by_class]
     sizes = sizes[by_class]
-    ends = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=ends[1:])
-    stops = ends[np.cumsum(np.bincount(classes, minlength=SIZE_CLASSES))].tolist()
-    start = 0
-    for c, stop in enumerate(stops):
-        keys[start:stop] = read(f"places_{c}", stop - start)
-        start = stop
-    if len(keys) == 0:
-        return
-    # running sums of gaps, less what came before a list, are places; ids are added on the way
-    keys += 1
-    np.cumsum(keys, dtype=keys.dtype, out=keys)
-    before = np.zeros(len(sizes), np.int64)
-    before[1:] = keys[ends[1:-1] - 1]
-    keys <<= keys.dtype.type(bits)
-    keys += np.repeat(((listed[by_class] << 1) - ((before + 1) << bits)).astype(keys.dtype), sizes)
-    places = (keys >> keys.dtype.type(bits)).astype(np.int64)
-    if int(places.max()) >= len(order):
-        raise ListsError(f"a gap leads beyond the {len(order)} positions")
-    keys += ((order - np.arange(len(order))) << bits).astype(keys.dtype).take(places, mode="clip")
+    bounds = _exclusive_sums(sizes)
+    runs = np.searchsorted(classes[by_class], np.arange(SIZE_CLASSES * windows + 1))
+    ends = bounds[runs].tolist()
+    gaps = np.empty(ends[-1], np.uint32)
+    for c in range(SIZE_CLASSES):
+        pages.fill(f"places_{c}", gaps, ends[c:-1:SIZE_CLASSES], ends[c + 1 :: SIZE_CLASSES])
+    # running sums of gaps, less what came before a list, are places
+    index = np.arange(len(gaps))
+    places = np.cumsum(gaps, dtype=np.int64)
+    places += index
+    stops = places.take(bounds[1:] - 1) + 1 if len(sizes) else bounds[1:]
+    before = np.append(0, stops)[:-1]
+    if bool((stops - before > carrying[window]).any()):
+        raise ListsError("a gap leads beyond the positions that carry a target")
+    places += np.repeat(_exclusive_sums(carrying)[window] - before, sizes)
+    index += np.repeat(starts - bounds[:-1], sizes)
+    return index, places
+
+
+def _require_ascending(ids: Array, offsets: Array) -> None:
+    """A hit that stands in a list too stands twice, side by side."""
+    ascends = np.empty(len(ids) + 1, np.bool_)
+    np.greater(ids[1:], ids[:-1], out=ascends[1:-1])
+    ascends[offsets] = True
+    if not bool(ascends.all()):
+        raise ListsError("an id stands twice at one position")

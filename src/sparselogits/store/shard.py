@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -37,7 +38,6 @@ _NO_TARGETS = SparseTargets(
     1,
     check=False,
 )
-
 
 _Columns = Mapping[str, pa.Array]
 
@@ -72,6 +72,8 @@ class Shard:
             raise self._damaged(f"footer ({_windows_named(name)})", error) from error
         self.start, self.stop = self.description["start"], self.description["stop"]
         self._held: tuple[int, _Columns] | None = None
+        self._ahead: dict[int, WindowRecord] = {}
+        self._next = 0
 
     def __len__(self) -> int:
         return int(self.stop - self.start)
@@ -84,11 +86,25 @@ class Shard:
         return sum(self.metadata.row_group(g).column(column).total_compressed_size for g in groups)
 
     def read(self, row: int) -> WindowRecord:
-        """A window with its targets decoded; `row` counts from 0 in the shard."""
+        """A window with its targets decoded; `row` counts from 0 in the shard.
+
+        Rows read in their order are decoded together, to the end of their row group: that is faster
+        by half. A row read by chance is decoded alone.
+        """
+        in_order, self._next = row == self._next, row + 1
+        if row in self._ahead:
+            return self._ahead.pop(row)
         group, place = divmod(row, ROWS_PER_GROUP)
         if self._held is None or self._held[0] != group:
             self._held = (group, self._read_group(group))
-        return self._decode(group, place, self._held[1])
+        columns = self._held[1]
+        last = len(columns["window_index"]) if in_order else place + 1
+        try:
+            records = self._decode(group, range(place, last), columns)
+        except CacheCorruptionError:  # of one that was not asked for, perhaps
+            records = self._decode(group, range(place, place + 1), columns)
+        self._ahead = {record.window_index - self.start: record for record in records[1:]}
+        return records[0]
 
     @property
     def groups(self) -> int:
@@ -98,8 +114,12 @@ class Shard:
     def read_group(self, group: int) -> list[WindowRecord]:
         """All windows of a row group, Parquet's own page checksums checked too."""
         columns = self._read_group(group, page_checksums=True)
-        rows = self.metadata.row_group(group).num_rows
-        return [self._decode(group, place, columns) for place in range(rows)]
+        places = range(len(columns["window_index"]))
+        try:
+            return self._decode(group, places, columns)
+        except CacheCorruptionError:  # to say which one it is; and windows too large for one go
+            alone = (self._decode(group, range(p, p + 1), columns) for p in places)
+            return [record for records in alone for record in records]
 
     def read_bytes(self) -> bytes:
         """The whole file, every byte of it checked against the guard; nothing is decoded."""
@@ -113,16 +133,26 @@ class Shard:
             raise self._damaged("pages", error) from error
         return data
 
-    def _decode(self, group: int, place: int, columns: _Columns) -> WindowRecord:
-        row = group * ROWS_PER_GROUP + place
+    def _decode(self, group: int, places: range, columns: _Columns) -> list[WindowRecord]:
+        """The windows at some places of a row group, decoded in one go."""
+        first = group * ROWS_PER_GROUP + places.start
         try:
-            record, block = self._row(row, place, columns)
-            present = record.present()
-            targets = self._decoder.decode(row, block, record.tokens, present)
+            rows = [self._row(first + i, place, columns) for i, place in enumerate(places)]
+            targets = self._decoder.decode_run(
+                first,
+                [block for _, block in rows],
+                np.stack([record.tokens for record, _ in rows]),
+                np.stack([record.present() for record, _ in rows]),
+            )
         except _FAILURES as error:
-            where = f"row {row} (windows {self.start + row} to {self.start + row})"
+            window, last = self.start + first, self.start + first + len(places) - 1
+            where = f"row {first} (windows {window} to {last})"
             raise self._damaged(where, error) from error
-        return replace(record, targets=targets)
+        length = self._identity.window_length
+        return [
+            replace(record, targets=targets[i * length : (i + 1) * length])
+            for i, (record, _) in enumerate(rows)
+        ]
 
     def _read_frame(self) -> tuple[Guard, bytes]:
         wanted = _FIRST_READ

@@ -1,8 +1,9 @@
 """Verification: read a cache as its sternest reader would, and say shard by shard what holds.
 
 Checked are the guard's checksum of every byte, Parquet's page checksums, each row's CRC, the
-decoding, the invariants of the targets (ids ascending and below V, rounds complete, weights
-consistent with the sampler), the totals in the footers, the identity, and which windows are there.
+decoding, the invariants of the targets (ids ascending and below V, every unmasked position there,
+rounds complete, weights consistent with the sampler), the totals in the footers, the fingerprint of
+the text, the identity, and which windows are there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
+from sparselogits.corpus import Window, fingerprint
 from sparselogits.errors import (
     CacheCorruptionError,
     InvalidTargetsError,
@@ -141,28 +145,52 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
         )
     except InvalidTargetsError as error:
         raise CacheCorruptionError(f"{where}: {error}") from error
-    lengths = targets.entries_per_position.numpy()
-    if lengths[~record.present()].any():
-        raise CacheCorruptionError(f"{where}: a position that is masked out owns entries")
+    has_entries = (targets.entries_per_position > 0).numpy()
+    wrong = np.flatnonzero(has_entries != record.present())
+    if len(wrong):
+        what = "is masked out but owns" if has_entries[wrong[0]] else "carries a target but owns no"
+        raise CacheCorruptionError(f"{where}: position {wrong[0]} {what} entries")
+    if not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < targets.vocab_size:
+        raise CacheCorruptionError(
+            f"{where}: tokens {record.tokens.min()} to {record.tokens.max()} do not lie in the "
+            f"vocabulary of {targets.vocab_size}"
+        )
     tau = cache.identity.codec.get("tau")
     if tau is not None and bool((targets.weights < targets.weights.new_tensor(tau)).any()):
         raise CacheCorruptionError(f"{where}: a weight is below the threshold {tau}")
 
 
 class _Totals:
-    """Running sums over the rows of a shard, to be compared with its footer."""
+    """What the rows of a shard come to together, to be compared with what its footer says."""
 
     def __init__(self) -> None:
         self.entries = self.positions = 0
+        self.losses: list[float] = []
+        self.entropies: list[float] = []
+        self.text: list[Window] = []
 
     def add(self, record: WindowRecord) -> None:
         self.entries += record.targets.entries
         self.positions += int(record.present().sum())
+        self.losses.append(record.teacher_loss)
+        self.entropies.append(record.teacher_entropy)
+        self.text.append(
+            Window(record.window_index, record.tokens, record.document_starts, record.mask)
+        )
 
     def require(self, shard: Shard) -> None:
-        for key in ("entries", "positions"):
-            found, told = getattr(self, key), shard.description[key]
-            if found != told:
+        told = dict(shard.description)
+        found: dict[str, object] = {
+            "entries": self.entries,
+            "positions": self.positions,
+            "teacher_loss": float(np.mean(np.array(self.losses, np.float32))),
+            "teacher_entropy": float(np.mean(np.array(self.entropies, np.float32))),
+        }
+        if "corpus" in told["provenance"]:
+            told["corpus"] = told["provenance"]["corpus"]
+            found["corpus"] = fingerprint(self.text)
+        for key, value in found.items():
+            if told[key] != value:
                 raise CacheCorruptionError(
-                    f"{shard.name}: its rows hold {found} {key}, its footer says {told}"
+                    f"{shard.name}: its rows come to {key} {value}, its footer says {told[key]}"
                 )

@@ -100,7 +100,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = WindowOrder(len(dataset), seed)
+        order = WindowOrder(len(dataset), seed, dataset.identity.fingerprint)
         return WindowSampler(order, rounds=self._rounds, fresh_noise=self._fresh_noise)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""The texts of a cache: the one it was begun with, and those appended later.
+
+    CACHE/corpus         the first text, packed
+    CACHE/corpus-0001    the next one, and so on
+
+A text's windows are numbered from where those of the text before it end; each text drops its own
+last partial window, and its own last shard may be short. So nothing that was written before is
+touched, read again or numbered anew, and each text can be built, resumed and checked by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from sparselogits.corpus import PackedCorpus, Packing, Source, Window
+from sparselogits.corpus.packed import Paths, read_json
+from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a text is packed, and the number its first window has in the cache."""
+
+    folder: Path
+    first_window: int
+
+
+def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> Place:
+    """Where a text belongs in a cache. A text takes its place when its packing begins.
+
+    Args:
+        cache: the cache's folder; need not exist.
+        source: the text.
+        packing: what it is to be packed with.
+        append: it comes on top of the texts that are there. If it is the first, or one that was
+            appended before, its own place is found again, so that an interrupted build goes on.
+
+    Raises:
+        CacheError: there is nothing to append to, or the text before is not packed to its end.
+        IdentityMismatchError: the texts that are there were packed otherwise; names the fields.
+    """
+    if not append:
+        return Place(cache / "corpus", 0)
+    first = 0
+    for number in count():
+        folder = cache / (f"corpus-{number:04d}" if number else "corpus")
+        made_from = Paths(folder).made_from
+        begun = made_from.exists() and read_json(made_from)["source"]["fingerprint"]
+        if begun == source.fingerprint or (number and not begun):
+            return Place(folder, first)
+        try:
+            before = PackedCorpus.open(folder)
+            first += before.windows
+        except CorpusError as error:
+            raise CacheError(
+                f"cannot append to {cache}: {error}. Where the new windows begin is known once the "
+                "texts before are packed: run the command that began them, then append"
+            ) from error
+        _require_equal(cache, before.packing, packing)
+    raise AssertionError("the numbers do not end")
+
+
+def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
+    there, here = before.to_json(), packing.to_json()
+    differing = [f"{k}: {here[k]} here, {there[k]} there" for k in here if here[k] != there[k]]
+    if differing:
+        raise IdentityMismatchError(
+            f"cannot append to {cache}: its texts were packed otherwise ({', '.join(differing)}). "
+            "Use the same settings, or choose another output directory"
+        )
+
+
+def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
+    """Windows of a text by their numbers in the cache."""
+    windows = corpus.read(start - first_window, stop - first_window)
+    return [replace(window, index=first_window + window.index) for window in windows]
