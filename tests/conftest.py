@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,6 +20,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.store.s3 import S3, Proxy, S3Server
 
 torch.set_num_threads(1)
 
@@ -93,3 +96,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: 
         check=True,
     )
     return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3:
+    return S3.reached(s3_server, monkeypatch.setenv)
+
+
+@pytest.fixture
+def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The same through a proxy that fails requests when it is told to."""
+    proxy = Proxy(s3_server.port)
+    yield S3.reached(s3_server, monkeypatch.setenv, proxy)
+    proxy.stop()

@@ -41,6 +41,10 @@ class CacheCorruptionError(CacheError):
     """Bytes on disk that are not what was written; names the file, the row and what is wrong."""
 
 
+class StorageError(CacheError):
+    """A disk or object store that cannot be reached, or refuses: it says nothing about the data."""
+
+
 class RecipeError(SparseLogitsError):
     """A training recipe with unknown keys, missing values, or values out of range."""
 

@@ -18,6 +18,12 @@ from typing import Any
 from sparselogits.errors import CacheError, IdentityMismatchError
 
 FORMAT_VERSION = 1
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("teacher", "packing", "sampler", "codec"), dict),
+    **dict.fromkeys(("tokenizer", "token_mask"), str),
+    **dict.fromkeys(("vocab_size", "window_length", "windows_per_shard", "seed"), int),
+    "temperature": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ class Identity:
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
             raise CacheError(f"the identity has missing or unknown fields: {', '.join(odd)}")
+        for name, kind in _KINDS.items():
+            if not isinstance(value[name], kind) or isinstance(value[name], bool):
+                raise CacheError(f"the identity's {name} is {value[name]!r}, which cannot be")
         return cls(**value)
 
     def _compared(self) -> dict[str, Any]:

@@ -20,9 +20,13 @@ WINDOWS = {r: records("counts", *r) for r in RANGES}
 STEPS = ("begin", "opened", "writing", "synced", "verified", "linked", "done")
 
 
-def build(root: Path, *, die_at: tuple[str, int] | None = None, reverse: bool = False) -> None:
-    """Build what is missing; `die_at` (step, n): SIGKILL itself when a step comes the n-th time."""
-    cache = Cache.create(root, identity())
+def build(
+    root: Path, *, die_at: tuple[str, int] | None = None, reverse: bool = False, seed: int = 0
+) -> None:
+    """Build what is missing; `die_at` (step, n): SIGKILL itself when a step comes the n-th time.
+
+    cache.json, the card and the three shards are the five files it writes, in this order.
+    """
     seen = dict.fromkeys(STEPS, 0)
 
     def step(name: str) -> None:
@@ -30,7 +34,7 @@ def build(root: Path, *, die_at: tuple[str, int] | None = None, reverse: bool = 
         if die_at == (name, seen[name]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cache.storage = LocalStorage(root, step=step)
+    cache = Cache.create(LocalStorage(root, step=step), identity(seed=seed))
     for r in sorted(set(RANGES) - set(cache.finished()), reverse=reverse):
         cache.commit(WINDOWS[r], {"batch": 4})
 

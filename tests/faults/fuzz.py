@@ -1,24 +1,27 @@
 """Hostile bytes against every decoder, under an address-space limit.
 
-    python -m tests.faults.fuzz --inputs 1000000 --out tests/faults/results/fuzz.json
+    python -m tests.faults.fuzz --first 0 --inputs 10000 --out piece.json
+    python -m tests.faults.run --only fuzz                  a million, in pieces that resume
 
-Four doors, taken in turn; each input is a sound original with some bytes changed, cut, repeated or
-inserted. An input passes when it decodes, or raises the library's typed error; it fails when
-anything else is raised, when it takes more than ten seconds, or when the process dies. Memory is
-bounded by RLIMIT_AS: what the process has mapped at the start plus `--memory-mib`.
+Six doors, taken in turn; each input is a sound original with some bytes changed, cut, repeated or
+inserted, a function of its number and the seed alone. An input passes when it decodes, or raises
+the library's typed error; it fails when anything else is raised, when it takes more than ten
+seconds, or when the process dies. Memory is bounded by RLIMIT_AS: what the process has mapped at
+the start plus `--memory-mib`. The highest it came is reported.
 
-    block   a window's coded targets, handed to the decoder without any checksum before it
-    tables  the coding tables of a shard, likewise
-    frame   a shard file as it is: guard and footer must refuse it
-    forged  a shard file whose guard was made to fit the changed bytes again, so that Parquet's own
-            parser sees them: the work of an adversary, not of a disk
+    block     a window's coded targets, handed to the decoder without any checksum before it
+    tables    the coding tables of a shard, likewise
+    footer    guard and footer of a shard, the guard made to fit the changed bytes
+    frame     a shard file as it is: guard and footer must refuse it
+    forged    a shard file whose guard was made to fit the changed bytes again, so that Parquet's
+              own parser sees them: the work of an adversary, not of a disk
+    identity  a cache.json, sometimes nested deeper than a parser may recurse
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import resource
 import signal
@@ -30,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import pyarrow as pa
 
-from sparselogits.errors import CacheCorruptionError
+from sparselogits.errors import CacheError
+from sparselogits.identity import canonical_json
+from sparselogits.store.cache import CACHE_JSON, read_identity
 from sparselogits.store.codec import BlockError, TargetCodec, Window
 from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.shard import Shard
@@ -40,6 +44,7 @@ from sparselogits.store.shard_writer import encode_shard
 from tests.store.draws import KINDS, identity, records
 
 SECONDS = 10
+MEMORY_MIB = 64
 
 
 class SlowError(Exception):
@@ -117,7 +122,31 @@ def doors() -> dict[str, Callable[[random.Random], None]]:
         name, data = made[kind][4]
         _read(kind, name, reseal(_mutate_inside(data, chance)))
 
-    return {"block": block, "tables": tables, "frame": frame, "forged": forged}
+    def footer(chance: random.Random) -> None:
+        kind = chance.choice(list(KINDS))
+        name, data = made[kind][4]
+        start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        _read(kind, name, reseal(_mutate_inside(data, chance, start)))
+
+    def identity_(chance: random.Random) -> None:
+        data = canonical_json(
+            {"fingerprint": identity().fingerprint, "identity": identity().to_json()}
+        )
+        if chance.random() < 0.05:
+            at = 1 + chance.choice([i for i, byte in enumerate(data) if byte == ord(":")])
+            data = data[:at] + chance.choice((b"[", b'{"a":')) * 100_000 + data[at:]
+        else:
+            data = mutate(data, chance)
+        read_identity(MemoryStorage({CACHE_JSON: data}))
+
+    return {
+        "block": block,
+        "tables": tables,
+        "footer": footer,
+        "frame": frame,
+        "forged": forged,
+        "identity": identity_,
+    }
 
 
 def _originals(kind: str) -> tuple[Any, ...]:
@@ -128,11 +157,11 @@ def _originals(kind: str) -> tuple[Any, ...]:
     return codec, tables, blocks, windows, encode_shard(identity(kind), made, {"a": 1})
 
 
-def _mutate_inside(data: bytes, chance: random.Random) -> bytes:
-    """Overwrite bytes of pages or footer, so that the guard's frame stays in its place."""
+def _mutate_inside(data: bytes, chance: random.Random, start: int = 0) -> bytes:
+    """Overwrite bytes from `start` on, lengths kept, so that the guard's frame stays in place."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4))):
-        at = chance.randrange(len(out) - 8)
+        at = chance.randrange(start, len(out) - 8)
         new = chance.choice((b"\xff\xff\xff\x7f", b"\xff", b"\0", bytes([chance.randrange(256)])))
         out[at : at + len(new)] = new
     return bytes(out)
@@ -144,64 +173,82 @@ def _read(kind: str, name: str, data: bytes) -> None:
         shard.read(row)
 
 
-def fuzz(inputs: int, seed: int) -> dict[str, Any]:
+def fuzz(first: int, inputs: int, seed: int) -> dict[str, dict[str, int]]:
     """Run; returns how each door answered. Raises what a door should not have raised."""
-    ways, answers = doors(), {}
+    ways = doors()
+    answers: dict[str, Counter[str]] = {door: Counter() for door in ways}
     signal.signal(signal.SIGALRM, _too_slow)
-    for number in range(inputs):
+    for number in range(first, first + inputs):
         door = list(ways)[number % len(ways)]
         chance = random.Random(f"{seed}/{number}")
         signal.alarm(SECONDS)
         try:
             ways[door](chance)
             answer = "decoded"
-        except (BlockError, CacheCorruptionError) as error:
-            answer = type(error).__name__
+        except (BlockError, CacheError) as error:
+            answer = type(error).__name__ + " for want of memory" * _wanted_memory(error)
         except BaseException as error:
             raise AssertionError(
                 f"input {number} of seed {seed}, door {door}: {error!r}"
             ) from error
         finally:
             signal.alarm(0)
-        answers.setdefault(door, Counter())[answer] += 1
+        answers[door][answer] += 1
     return {door: dict(sorted(count.items())) for door, count in answers.items()}
+
+
+def _wanted_memory(error: BaseException | None) -> bool:
+    """Whether the limit on memory is what refused an input."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 def _too_slow(*_: object) -> None:
     raise SlowError(f"more than {SECONDS} s")
 
 
-def limit_memory(mib: int) -> None:
-    """Bound the address space to what is mapped now and `mib` more."""
+def limit_memory(mib: int) -> int:
+    """Bound the address space to what is mapped now and `mib` more; returns what is mapped now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    bound = pages * resource.getpagesize() + (mib << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    mapped = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (mib << 20),) * 2)
+    return mapped
+
+
+def highest_mapped() -> int:
+    """The most the process has ever had mapped, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmPeak:")[1].split()[0]) << 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory-mib", type=int, default=512)
+    parser.add_argument("--memory-mib", type=int, default=MEMORY_MIB)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    doors()  # whatever is loaded on first use is loaded before the limit
-    limit_memory(options.memory_mib)
+    # whatever is loaded on first use, threads and their stacks too, is there before the limit
+    fuzz(0, 60, seed=-1)
+    mapped = limit_memory(options.memory_mib)
     start = time.monotonic()
+    answers = fuzz(options.first, options.inputs, options.seed)
     result = {
+        "first": options.first,
         "inputs": options.inputs,
         "seed": options.seed,
         "memory_mib": options.memory_mib,
-        "answers": fuzz(options.inputs, options.seed),
-        "seconds": round(time.monotonic() - start),
-        "failures": 0,
-        "python": platform.python_version(),
-        "pyarrow": pa.__version__,
+        "highest_mib": max(0, highest_mapped() - mapped) / (1 << 20),
+        "answers": answers,
+        "seconds": time.monotonic() - start,
     }
     text = json.dumps(result, indent=2)
     if options.out:
         options.out.write_text(text + "\n")
-    print(text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

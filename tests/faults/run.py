@@ -1,28 +1,31 @@
 """All fault runs in full; writes their results as JSON beside this file.
 
-python -m tests.faults.run [--only kills|flips|fuzz]
+python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from tests.faults.test_damage import flip_bits
+from tests.faults.pieces import fuzz_in_pieces
+from tests.faults.test_damage import cut_everywhere, flip_bits
 from tests.faults.test_kill import killed_at_random
+from tests.faults.test_objects import killed_on_s3_at_random
 from tests.store.draws import KINDS
+from tests.store.s3 import S3Server
 
 RESULTS = Path(__file__).parent / "results"
+WORK = Path(tempfile.gettempdir()) / "sparselogits-fuzz"
+FUZZED = 1_000_000
 
 
 def kills(folder: Path) -> dict[str, Any]:
@@ -36,32 +39,63 @@ def kills(folder: Path) -> dict[str, Any]:
     return hits | {"resumed_to_identical_bytes": "always"}
 
 
+def object_kills(_: Path) -> dict[str, Any]:
+    server, hits = S3Server(), {}
+    try:
+        for writers in (1, 4):
+            hits[f"{writers}_writers"] = {
+                "moments": 50,
+                "writers_killed_at_work": killed_on_s3_at_random(server, 50, writers, 10),
+            }
+    finally:
+        server.stop()
+    versions = {name: version(name) for name in ("s3fs", "moto")}
+    return hits | {"resumed_to_identical_objects": "always"} | versions
+
+
 def flips(folder: Path) -> dict[str, Any]:
     for kind in KINDS:
         flip_bits(folder / kind, kind, 2500, seed=2)
     return {"bits_flipped": 2500 * len(KINDS), "found_and_named": 2500 * len(KINDS)}
 
 
+def cuts(folder: Path) -> dict[str, Any]:
+    steps = {"counts": 1}  # every length of one kind, every boundary and every third of the others
+    lengths = {
+        kind: cut_everywhere(folder / kind, kind, every=steps.get(kind, 3)) for kind in KINDS
+    }
+    return {"lengths_tried": lengths, "found_and_named": sum(lengths.values())}
+
+
+def fuzz(_: Path) -> dict[str, Any]:
+    return fuzz_in_pieces(WORK, FUZZED)
+
+
+RUNS = (kills, object_kills, flips, cuts, fuzz)
+
+
 def record(name: str, run: Callable[[Path], dict[str, Any]]) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder))
-    versions = {"python": platform.python_version(), "pyarrow": pa.__version__}
-    result = found | {"seconds": round(time.monotonic() - start)} | versions
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(name, result, flush=True)
+    conditions = {
+        "seconds": round(time.monotonic() - start),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: version(package) for package in ("pyarrow", "pcodec", "numpy")},
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(found | conditions, indent=2) + "\n")
+    print(name, found, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("kills", "flips", "fuzz"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[run.__name__ for run in RUNS], nargs="+")
     only = parser.parse_args().only
-    for name, run in (("kills", kills), ("flips", flips)):
-        if only in (None, name):
-            record(name, run)
-    if only in (None, "fuzz"):  # in a process of its own, because it limits its memory
-        command = [sys.executable, "-m", "tests.faults.fuzz", "--out", str(RESULTS / "fuzz.json")]
-        subprocess.run(command, check=True)
+    for run in RUNS:
+        if only is None or run.__name__ in only:
+            record(run.__name__, run)
 
 
 if __name__ == "__main__":

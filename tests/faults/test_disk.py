@@ -1,20 +1,24 @@
-"""A disk that fills up, one that turns read-only, two builds that differ on one folder.
+"""A full disk, a read-only one, too many open files, builds that differ, a clock that jumps.
 
 The first two need root, for a small tmpfs, and are left out without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import resource
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sparselogits.errors import CacheError, IdentityMismatchError
-from sparselogits.store import Cache, verify
+from sparselogits.errors import CacheError, IdentityMismatchError, StorageError
+from sparselogits.store import Cache, repair, verify
 from tests.faults.builds import WINDOWS, build, files, undisturbed
 from tests.store.draws import identity
 
@@ -40,24 +44,22 @@ def fill(disk: Path, ballast: Path, *, leaving: int) -> None:
     ballast.write_bytes(b"x" * (free - leaving))
 
 
-def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path, small_disk: Path) -> None:
+@pytest.mark.parametrize("file", range(5))
+def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path, small_disk: Path, file: int) -> None:
+    """Full at cache.json, at the card, and at each of three shards."""
     root, ballast = small_disk / "c", small_disk / "ballast"
-    cache = Cache.create(root, identity())
-    fill(small_disk, ballast, leaving=len(undisturbed(tmp_path / "one")[FIRST]) + 4096)
-
-    def commit_all() -> None:
-        for windows in WINDOWS.values():
-            cache.commit(windows, {"batch": 4})
-
+    whole = undisturbed(tmp_path / "one")
+    sizes = [len(whole["cache.json"]), len(whole["README.md"]), *[len(whole[FIRST])] * 3]
+    pages = sum(-(-size // 4096) for size in sizes[:file])
+    fill(small_disk, ballast, leaving=4096 * pages + 2048)
     with pytest.raises(CacheError, match="No space left"):
-        commit_all()
-    finished = cache.finished()
-    assert len(finished) < 3
-    assert not [name for name in files(root) if ".tmp-" in name]
-    assert verify(cache, stop=finished[-1][1] if finished else 0).ok
+        build(root)
+    left = files(root) if root.exists() else {}
+    assert left.items() <= whole.items()
     ballast.unlink()
     build(root)
-    assert files(root) == undisturbed(tmp_path / "whole")
+    assert files(root) == whole
+    assert verify(Cache.open(root), stop=12).ok
 
 
 def test_a_disk_that_turns_read_only(tmp_path: Path, small_disk: Path) -> None:
@@ -74,10 +76,10 @@ def test_a_disk_that_turns_read_only(tmp_path: Path, small_disk: Path) -> None:
     assert files(root) == undisturbed(tmp_path / "whole")
 
 
-def _create(root: Path, seed: int, results: object) -> None:
+def _build_as(root: Path, seed: int, results: object) -> None:
     try:
-        Cache.create(root, identity(seed=seed))
-        results.put((seed, "created"))  # type: ignore[attr-defined]
+        build(root, seed=seed)
+        results.put((seed, "built"))  # type: ignore[attr-defined]
     except IdentityMismatchError as error:
         results.put((seed, str(error)))  # type: ignore[attr-defined]
 
@@ -85,12 +87,90 @@ def _create(root: Path, seed: int, results: object) -> None:
 def test_of_builds_that_differ_one_gets_the_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    children = [
-        context.Process(target=_create, args=(tmp_path, seed % 2, results)) for seed in range(6)
-    ]
-    for child in children:
-        child.start()
-    said = [results.get(timeout=60) for _ in children]
-    winner = Cache.open(tmp_path).identity.seed
-    assert {seed for seed, word in said if word == "created"} == {winner}
+    for seed in range(6):
+        context.Process(target=_build_as, args=(tmp_path / "c", seed % 2, results)).start()
+    said = [results.get(timeout=60) for _ in range(6)]
+    winner = Cache.open(tmp_path / "c").identity.seed
+    assert {seed for seed, word in said if word == "built"} == {winner}
     assert all("seed" in word for seed, word in said if seed != winner)
+    build(tmp_path / "whole", seed=winner)
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def test_a_shard_that_may_not_be_opened_is_not_a_damaged_one(tmp_path: Path) -> None:
+    build(tmp_path)
+    cache = Cache.open(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(tmp_path / "cache.json", os.O_RDONLY))
+        os.close(opened.pop())  # one for the listing
+        cache.finished()
+        opened.append(os.open(tmp_path / "cache.json", os.O_RDONLY))
+        with pytest.raises(StorageError, match="says nothing about the data"):
+            cache.read(0)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert repair(cache).set_aside == ()
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+static long jump(void) { static long n; return (++n % 2 ? 1 : -1) * (n * 179424673 % 1000000000); }
+int clock_gettime(clockid_t clock, struct timespec *at) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, at);
+    if (clock == CLOCK_REALTIME) at->tv_sec += jump();
+    return result;
+}
+time_t time(time_t *at) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (at) *at = now.tv_sec;
+    return now.tv_sec;
+}
+int gettimeofday(struct timeval *at, void *zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    at->tv_sec = now.tv_sec;
+    at->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+"""
+
+UNDER_A_CLOCK_THAT_JUMPS = """
+import sys, time
+from pathlib import Path
+from sparselogits.store import Cache, CopyFolder, verify
+from sparselogits.store.local_copy import LocalCopy
+from sparselogits.store.storage import LocalStorage
+from tests.faults.builds import build
+seen = [time.time() for _ in range(20)]
+assert max(seen) - min(seen) > 1e9, seen
+build(Path(sys.argv[1]))
+copied = Cache.open(LocalCopy(LocalStorage(sys.argv[1]), CopyFolder(sys.argv[2], 20_000)))
+assert [copied.read(i).window_index for i in (3, 11, 6, 3, 0)] == [3, 11, 6, 3, 0]
+assert verify(copied, stop=12).ok
+"""
+
+
+def test_a_clock_that_jumps_by_decades(tmp_path: Path) -> None:
+    """Forward and back at every look, for a whole build, a bounded copy, and a check of both."""
+    source, library, root = tmp_path / "clock.c", tmp_path / "clock.so", tmp_path / "c"
+    source.write_text(CLOCK)
+    if shutil.which("cc") is None:
+        pytest.skip("a clock is bent with a C compiler")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    command = [sys.executable, "-c", UNDER_A_CLOCK_THAT_JUMPS, str(root), str(tmp_path / "copy")]
+    bent = os.environ | {"LD_PRELOAD": str(library)}
+    subprocess.run(command, env=bent, cwd=Path(__file__).parents[2], check=True)
+    assert files(root) == undisturbed(tmp_path / "whole")

@@ -16,11 +16,11 @@ import pytest
 from tests.faults.builds import STEPS, build, files, start, undisturbed
 
 
-@pytest.mark.parametrize("occurrence", [1, 2, 3])
+@pytest.mark.parametrize("file", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_a_step_and_resumed(tmp_path: Path, step: str, occurrence: int) -> None:
+def test_killed_at_a_step_and_resumed(tmp_path: Path, step: str, file: int) -> None:
     expected = undisturbed(tmp_path / "whole")
-    child = start(tmp_path / "killed", die_at=(step, occurrence))
+    child = start(tmp_path / "killed", die_at=(step, file))
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     build(tmp_path / "killed")

@@ -111,9 +111,9 @@ def test_overlapping_shards_are_refused(tmp_path: Path) -> None:
 def test_no_cache_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="there is no cache"):
         Cache.open(tmp_path / "nowhere")
-    cache = Cache.create(tmp_path, identity())
-    edited = cache.json_path.read_text().replace('"seed":0', '"seed":7')
-    cache.json_path.write_text(edited)
+    Cache.create(tmp_path, identity())
+    edited = (tmp_path / "cache.json").read_text().replace('"seed":0', '"seed":7')
+    (tmp_path / "cache.json").write_text(edited)
     with pytest.raises(CacheCorruptionError, match="fingerprint"):
         Cache.open(tmp_path)
 

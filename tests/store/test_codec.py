@@ -24,6 +24,7 @@ from sparselogits.samplers import (
 )
 from sparselogits.store import codec_for
 from sparselogits.store.codec import BlockError, TargetCodec, Window
+from sparselogits.store.columns import ColumnDecoder, ColumnError, encode_column
 from sparselogits.targets import SparseTargets
 
 SAMPLERS: list[tuple[Sampler, str]] = [
@@ -157,3 +158,11 @@ def test_weights_that_are_not_counts_are_refused() -> None:
 def test_an_unknown_codec_is_refused() -> None:
     with pytest.raises(CacheError, match="install the version"):
         TargetCodec.from_identity({"name": "inverted-lists", "version": 2, "weights": "counts"}, 9)
+
+
+@pytest.mark.parametrize("mode", range(1, 256))
+def test_tables_of_another_mode_are_refused_before_pcodec_sees_them(mode: int) -> None:
+    (_, table), *_ = encode_column([np.arange(9, dtype=np.uint32)]).tables
+    ColumnDecoder(np.uint32, [(0, table)])
+    with pytest.raises(ColumnError, match="classic mode"):
+        ColumnDecoder(np.uint32, [(0, bytes([mode]) + table[1:])])

@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from sparselogits.corpus import PackedCorpus, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.identity import Identity
 from sparselogits.samplers import Sampler, budget_parameter, from_parameters
-from sparselogits.store import Cache, codec_for
+from sparselogits.store import Cache, Place, codec_for
 from sparselogits.teacher import Engine
 
 WINDOWS_PER_SHARD = 512
@@ -40,7 +39,7 @@ class CacheRequest:
     """One cache to build.
 
     Args:
-        root: its directory.
+        root: its directory or URL.
         sampler: how entries are chosen.
         budget: mean entries a position; sets the sampler's rounds (k, tau) from pilot windows.
             None keeps the sampler as it is.
@@ -48,7 +47,7 @@ class CacheRequest:
         temperature: the teacher's logits are divided by it.
     """
 
-    root: Path
+    root: Place
     sampler: Sampler
     budget: float | None = None
     seed: int = 0
@@ -165,7 +164,7 @@ def _open_caches(
 
 def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
     """The sampler a started build settled on, if it was asked for in the same words."""
-    if not (request.root / "cache.json").exists():
+    if not Cache.exists(request.root):
         return None
     found = dict(Cache.open(request.root).identity.sampler)
     wanted: dict[str, Any] = {"name": request.sampler.name, **request.sampler.parameters()}

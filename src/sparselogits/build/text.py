@@ -20,14 +20,14 @@ from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 
 
 @dataclass(frozen=True)
-class Place:
+class TextPlace:
     """Where a text is packed, and the number its first window has in the cache."""
 
     folder: Path
     first_window: int
 
 
-def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> Place:
+def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> TextPlace:
     """Where a text belongs in a cache. A text takes its place when its packing begins.
 
     Args:
@@ -42,14 +42,14 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
         IdentityMismatchError: the texts that are there were packed otherwise; names the fields.
     """
     if not append:
-        return Place(cache / "corpus", 0)
+        return TextPlace(cache / "corpus", 0)
     first = 0
     for number in count():
         folder = cache / (f"corpus-{number:04d}" if number else "corpus")
         made_from = Paths(folder).made_from
         begun = made_from.exists() and read_json(made_from)["source"]["fingerprint"]
         if begun == source.fingerprint or (number and not begun):
-            return Place(folder, first)
+            return TextPlace(folder, first)
         try:
             before = PackedCorpus.open(folder)
             first += before.windows

@@ -71,5 +71,5 @@ class Writer:
         self, span: Range, made: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
     ) -> None:
         for cache, records in zip(self._caches, made, strict=True):
-            if span not in cache.finished():
+            if not cache.holds(span):
                 cache.commit(records, provenance)

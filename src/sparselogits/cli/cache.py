@@ -37,7 +37,9 @@ class ExecutorName(StrEnum):
 def cache(
     teacher: Annotated[str, typer.Option(help="Model folder, GGUF file or hub name.")],
     data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, folder, or dataset.")],
-    out: Annotated[Path, typer.Option(help="Directory of the cache; resumed if it exists.")],
+    out: Annotated[
+        str, typer.Option(help="Directory or URL (s3://...) of the cache; resumed if it exists.")
+    ],
     sampler: Annotated[SamplerName, typer.Option(help="How entries are chosen.")] = (
         SamplerName.systematic
     ),
@@ -77,6 +79,10 @@ def cache(
     executor: Annotated[ExecutorName, typer.Option(help="Who runs the build.")] = (
         ExecutorName.local
     ),
+    work: Annotated[
+        Path | None,
+        typer.Option(help="For a URL: where text is packed [default: the user's cache folder]."),
+    ] = None,
     processes: Annotated[int, typer.Option(help="Processes that tokenise.")] = 1,
     device: Device = "auto",
     trust_remote_code: Annotated[
@@ -85,7 +91,13 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets a token."""
-    from sparselogits.build import CacheRequest, build_caches, place_of_text
+    from sparselogits.build import (
+        CacheRequest,
+        build_caches,
+        fetch_texts,
+        place_of_text,
+        publish_text,
+    )
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import from_parameters
     from sparselogits.teacher import load_teacher
@@ -104,7 +116,7 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
-    place = place_of_text(out, source, packing, append=append)
+    place = place_of_text(fetch_texts(out, work), source, packing, append=append)
     messages.print(f"loading the teacher {escape(teacher)}")
     engine = load_teacher(
         teacher,
@@ -123,6 +135,7 @@ def cache(
             progress=update,
             processes=processes,
         )
+    publish_text(out, corpus.folder)
     with stage("caching", "tokens", per_unit=window) as update:
         report = build_caches(
             engine,

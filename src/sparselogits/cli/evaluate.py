@@ -15,7 +15,7 @@ from sparselogits.console import stage
 
 def evaluate_command(
     student: Annotated[str, typer.Argument(help="Folder of a student, or its run.")],
-    cache: Annotated[Path, typer.Option(help="The cache with the held-out text.")],
+    cache: Annotated[str, typer.Option(help="Directory or URL with the held-out text.")],
     teacher: Annotated[str | None, typer.Option(help="For KL and agreement.")] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Packed corpus [default: the cache's own].")
@@ -26,6 +26,7 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Measure a student on the held-out text: loss, and how far it is from its teacher."""
+    from sparselogits.build import fetch_texts
     from sparselogits.corpus import PackedCorpus
     from sparselogits.data import TextDataset
     from sparselogits.evaluate import evaluate
@@ -35,7 +36,7 @@ def evaluate_command(
     from sparselogits.train.run import require_same_teacher
 
     opened = Cache.open(cache)
-    windows = TextDataset(PackedCorpus.open(corpus or cache / "corpus"), limit=limit)
+    windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
     path = Path(student)
     model = load_causal_lm(str(path / "model") if (path / "model").is_dir() else student)
     model.to(device_named(device))

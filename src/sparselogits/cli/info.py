@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,13 +14,14 @@ from sparselogits.cli.options import Json, stdout
 
 
 def info(
-    cache: Annotated[Path, typer.Argument(help="Directory of a cache.")], as_json: Json = False
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    as_json: Json = False,
 ) -> None:
     """Say what a cache holds and what it was made from."""
     print_info(cache, as_json)
 
 
-def print_info(root: Path, as_json: bool) -> None:
+def print_info(root: str, as_json: bool) -> None:
     """Print the facts of a cache, as a table or as JSON."""
     from sparselogits.store import Cache
 

@@ -15,7 +15,7 @@ from sparselogits.console import messages, stage
 
 
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Directory of a cache.")],
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
     sample: Annotated[
         int | None, typer.Option(help="Decode only so many row groups a shard, for a quick look.")
     ] = None,
@@ -45,7 +45,8 @@ def verify(
 
 
 def repair(
-    cache: Annotated[Path, typer.Argument(help="Directory of a cache.")], as_json: Json = False
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    as_json: Json = False,
 ) -> None:
     """Set damaged shards aside (nothing is deleted) and list the windows to build again."""
     from sparselogits.store import Cache
@@ -66,8 +67,8 @@ def repair(
 
 
 def merge(
-    caches: Annotated[list[Path], typer.Argument(help="Caches of one identity.")],
-    out: Annotated[Path, typer.Option(help="Directory of the merged cache.")],
+    caches: Annotated[list[str], typer.Argument(help="Directories or URLs of one identity.")],
+    out: Annotated[str, typer.Option(help="Directory or URL of the merged cache.")],
     as_json: Json = False,
 ) -> None:
     """Join caches whose windows were built apart."""
@@ -83,7 +84,7 @@ def merge(
 
 
 def export(
-    cache: Annotated[Path, typer.Argument(help="Directory of a cache.")],
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     form: Annotated[str, typer.Option("--format", help="lists, topk or datasets.")] = "lists",
     k: Annotated[int, typer.Option(help="Entries a token, for topk.")] = 50,

@@ -14,7 +14,7 @@ from sparselogits.console import messages, stage
 
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Directory of the cache.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Directory or URL of the cache.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run.")] = None,
     method: Annotated[str | None, typer.Option(help="sparse, ce, full or reverse_kl.")] = None,
     teacher: Annotated[str | None, typer.Option(help="For full and reverse_kl.")] = None,

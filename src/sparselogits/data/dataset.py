@@ -7,7 +7,6 @@ that token.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,9 @@ from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.samplers import thinning_starts
-from sparselogits.store import Cache, WindowRecord
+from sparselogits.store import Cache, CopyFolder, Place, WindowRecord
+from sparselogits.store.local_copy import LocalCopy
+from sparselogits.store.place import is_url, storage_at
 from sparselogits.targets import thinning_choices
 
 IGNORE_INDEX = -100
@@ -38,15 +39,20 @@ class CacheDataset(Dataset[dict[str, Any]]):
     attention restarted at document starts.
 
     Args:
-        path: the cache's directory.
+        path: the cache's directory or URL.
         seed: of the thinning, where a `WindowRequest` asks for fewer rounds.
+        copy: where what is read from a URL is kept, up to a limit; `CopyFolder.default()` when
+            None. A cache in a directory is read where it lies.
 
     Raises:
         CacheError: when there is no cache, or none with at least one window.
     """
 
-    def __init__(self, path: str | Path, *, seed: int = 0) -> None:
-        self.cache = Cache.open(path)
+    def __init__(self, path: Place, *, seed: int = 0, copy: CopyFolder | None = None) -> None:
+        storage = storage_at(path)
+        if is_url(path):
+            storage = LocalCopy(storage, copy or CopyFolder.default())
+        self.cache = Cache.open(storage)
         self.identity = self.cache.identity
         self.seed = seed
         if len(self.cache) == 0:

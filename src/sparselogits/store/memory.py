@@ -8,12 +8,12 @@ class MemoryStorage:
 
     Args:
         files: contents by name; names use `/`.
+        location: where they come from, for messages.
     """
 
-    location = "memory"
-
-    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, files: dict[str, bytes] | None = None, location: str = "memory") -> None:
         self.files = {} if files is None else files
+        self.location = location
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files in a folder."""
@@ -29,6 +29,11 @@ class MemoryStorage:
         """Bytes start to stop of a file."""
         return self._file(name)[start:stop]
 
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """Length of a file in bytes, and its last `length` bytes."""
+        data = self._file(name)
+        return len(data), data[max(0, len(data) - length) :]
+
     def create(self, name: str, data: bytes) -> bool:
         """Hold a file whose name is free."""
         if name in self.files:
@@ -39,6 +44,14 @@ class MemoryStorage:
     def move(self, name: str, to: str) -> None:
         """Give a file another name."""
         self.files[to] = self.files.pop(name)
+
+    def clean(self, folder: str) -> list[str]:
+        """Nothing to remove."""
+        return []
+
+    def forget(self, name: str) -> bool:
+        """Nothing is held."""
+        return False
 
     def _file(self, name: str) -> bytes:
         if name not in self.files:

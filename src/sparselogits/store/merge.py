@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from sparselogits.errors import CacheError
 from sparselogits.store.cache import Cache
+from sparselogits.store.place import Place
 from sparselogits.store.ranges import Range, shard_name
 from sparselogits.store.shard import Shard
 from sparselogits.store.verify import Progress
@@ -27,9 +27,7 @@ class MergeReport:
     kept: tuple[Range, ...]
 
 
-def merge(
-    sources: Sequence[Cache], out: str | Path, *, progress: Progress | None = None
-) -> MergeReport:
+def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = None) -> MergeReport:
     """Copy the shards of several caches into one, new or begun before.
 
     Every byte is checked on the way. Interrupted, it goes on where it stopped. Where two sources
@@ -37,7 +35,7 @@ def merge(
 
     Args:
         sources: at least one.
-        out: folder of the merged cache.
+        out: folder or URL of the merged cache.
         progress: called with (shards done, shards in all).
 
     Raises:

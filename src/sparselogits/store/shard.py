@@ -60,9 +60,8 @@ class Shard:
         self._identity = identity
         self._file = _HeldRange()
         try:
-            self.size = storage.size(name)
-            self._guard, self._file.data, self._file.start = self._read_frame()
-            self._file.size = self.size
+            self._guard, self._file.data = self._read_frame()
+            self._file.size, self._file.start = self.size, self.size - len(self._file.data)
             self._parquet = pq.ParquetFile(pa.PythonFile(self._file, "r"), pre_buffer=False)
             self.metadata: pq.FileMetaData = self._parquet.metadata
             self.description = self._read_description()
@@ -70,7 +69,7 @@ class Shard:
             tables = _tables_from_json(self.description["tables"])
             self._decoder: BlockDecoder = codec.decoder(tables)
         except _FAILURES as error:
-            raise self._damaged("footer", error) from error
+            raise self._damaged(f"footer ({_windows_named(name)})", error) from error
         self.start, self.stop = self.description["start"], self.description["stop"]
         self._held: tuple[int, _Columns] | None = None
         self._ahead: dict[int, WindowRecord] = {}
@@ -155,13 +154,13 @@ class Shard:
             for i, (record, _) in enumerate(rows)
         ]
 
-    def _read_frame(self) -> tuple[Guard, bytes, int]:
-        wanted = min(_FIRST_READ, self.size)
+    def _read_frame(self) -> tuple[Guard, bytes]:
+        wanted = _FIRST_READ
         while True:
-            tail = self._storage.read(self.name, self.size - wanted, self.size)
+            self.size, tail = self._storage.tail(self.name, wanted)
             guard = read_guard(tail, self.size)
             if isinstance(guard, Guard):
-                return guard, tail, self.size - wanted
+                return guard, tail
             wanted = guard
 
     def _read_description(self) -> dict[str, Any]:
@@ -259,6 +258,7 @@ _FAILURES = (
     LookupError,
     TypeError,
     MemoryError,
+    RecursionError,  # JSON nested deeper than its parser goes
 )
 
 
@@ -291,6 +291,14 @@ class _HeldRange(io.RawIOBase):
         part = self.data[first:] if size < 0 else self.data[first : first + size]
         self._at += len(part)
         return part
+
+
+def _windows_named(name: str) -> str:
+    try:
+        start, stop = parse_shard_name(name)
+    except ValueError:
+        return "of windows that its name does not tell"
+    return f"windows {start} to {stop - 1}"
 
 
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:

@@ -12,6 +12,7 @@ compared, and only then linked under their final name, whose folder is synced to
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -21,9 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-from sparselogits.errors import CacheCorruptionError, CacheError
+from sparselogits.errors import CacheCorruptionError, CacheError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
 class Storage(Protocol):
@@ -46,12 +48,24 @@ class Storage(Protocol):
         """Bytes start to stop of a file, fewer where it ends before. Raises FileNotFoundError."""
         ...
 
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """A file's length in bytes, and its last `length` bytes. Raises FileNotFoundError."""
+        ...
+
     def create(self, name: str, data: bytes) -> bool:
         """Write a new file, whole or not at all; False where the name is taken already."""
         ...
 
     def move(self, name: str, to: str) -> None:
         """Give a file another name, which must be free."""
+        ...
+
+    def clean(self, folder: str) -> list[str]:
+        """Remove what dead writers left in a folder; returns the names."""
+        ...
+
+    def forget(self, name: str) -> bool:
+        """Let go of a copy between here and where a file lives; whether there was one."""
         ...
 
 
@@ -86,10 +100,16 @@ class LocalStorage:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start to stop of a file."""
-        with (self.root / name).open("rb", buffering=0) as file:
+        with self._opened(name) as descriptor:
             if stop is None:
-                stop = os.fstat(file.fileno()).st_size
-            return _read_exactly(file.fileno(), start, stop)
+                stop = os.fstat(descriptor).st_size
+            return _read_exactly(descriptor, start, stop)
+
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """A file's length in bytes, and its last `length` bytes."""
+        with self._opened(name) as descriptor:
+            size = os.fstat(descriptor).st_size
+            return size, _read_exactly(descriptor, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file durably under a name that is free.
@@ -144,6 +164,26 @@ class LocalStorage:
                     path.unlink()
                     removed.append(path.name)
         return removed
+
+    def forget(self, name: str) -> bool:
+        """Nothing is held."""
+        return False
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        path = self.root / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in _REFUSED:
+                raise StorageError(
+                    f"cannot open {path}: {error.strerror}. This says nothing about the data there"
+                ) from error
+            raise
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _write_synced(self, path: Path, data: bytes) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

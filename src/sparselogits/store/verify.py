@@ -14,8 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparselogits.corpus import Window, fingerprint
-from sparselogits.errors import CacheCorruptionError, InvalidTargetsError, SparseLogitsError
+from sparselogits.errors import (
+    CacheCorruptionError,
+    InvalidTargetsError,
+    SparseLogitsError,
+    StorageError,
+)
 from sparselogits.store.cache import Cache
+from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.ranges import Range, missing_ranges, shard_name
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard import Shard
@@ -81,6 +87,9 @@ def verify(
 
     Returns:
         A report. Damage is reported, not raised.
+
+    Raises:
+        StorageError: a shard could not be reached; nothing is known about it.
     """
     ranges = cache.finished()
     reports = []
@@ -97,8 +106,9 @@ def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardRepo
     name, checked = shard_name(*windows), 0
     try:
         shard = Shard(cache.storage, name, cache.identity)
-        if sample is None:
-            shard.read_bytes()
+        if sample is None:  # read once, whole; then decoded from memory
+            held = MemoryStorage({name: shard.read_bytes()}, cache.storage.location)
+            shard = Shard(held, name, cache.identity)
         records = _Totals()
         for group in _spread(shard.groups, sample):
             for record in shard.read_group(group):
@@ -107,6 +117,8 @@ def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardRepo
                 checked += 1
         if checked == len(shard):
             records.require(shard)
+    except StorageError:  # a shard that cannot be reached is not a damaged one
+        raise
     except (SparseLogitsError, OSError) as error:
         return ShardReport(windows, name, checked, str(error))
     return ShardReport(windows, name, checked, None)

@@ -90,7 +90,7 @@ class Thinning(_Strict):
 class Recipe(_Strict):
     """One training run."""
 
-    cache: Path = Field(description="directory of the cache")
+    cache: Path | str = Field(description="directory or URL of the cache")
     out: Path = Field(description="directory of the run: model, metrics, checkpoints")
     method: Method = Field(
         "sparse", description="sparse, ce (no teacher), full or reverse_kl (teacher online)"

@@ -1,0 +1,223 @@
+"""An object store as a `Storage`: the same write-once files, as objects under a prefix.
+
+The driver is fsspec's: s3fs for `s3://`, and whatever else is installed for other URLs (`hf://` to
+read from a hub, `memory://` in tests). What the store asks of it is a put that only creates, ranged
+reads and a listing; a conditional put is atomic, so there are no temporaries, nothing to clean, and
+of two writers either may win.
+
+A put carries a checksum that the server compares before the object exists (botocore adds a CRC32
+by itself), so nothing is read back. Requests that fail are repeated with growing pauses; what fails
+for good is a `StorageError`, never taken for damage. A put whose answer was lost may find its own
+object when it is repeated: it reports the name as taken, which is as good, for a shard that is
+there is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sparselogits.errors import (
+    CacheError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    StorageError,
+)
+
+T = TypeVar("T")
+
+_ATTEMPTS = 8
+_TAKEN = {"PreconditionFailed", "412"}
+_CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_BEYOND_END = {"InvalidRange", "416"}
+
+
+class ObjectStorage:
+    """Objects under a prefix.
+
+    Credentials, region and endpoint of S3 come from the usual places (AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, an instance's role, ...);
+    AWS_RETRY_MODE and AWS_MAX_ATTEMPTS are heeded.
+
+    Safe in forked and spawned processes: each opens its own connections.
+
+    Args:
+        url: such as `s3://bucket/prefix`.
+        options: for the driver.
+
+    Raises:
+        InvalidArgumentError: a URL of a kind that nothing installed here knows.
+        MissingDependencyError: a URL whose driver is not installed.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.url = url.rstrip("/")
+        self._options = options
+        self._opened: tuple[int, Any, str] | None = None
+        self._honours_conditions = False
+        self._open()
+
+    @property
+    def location(self) -> str:
+        """The URL."""
+        return self.url
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the objects right under a prefix; a request a thousand."""
+        files, root = self._open()
+        path = f"{root}/{folder}".rstrip("/")
+        try:
+            found = self._ask("list", folder, lambda: files.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        names = (entry["name"].rstrip("/") for entry in found if entry["type"] == "file")
+        return sorted(name.rpartition("/")[2] for name in names if name != path)
+
+    def size(self, name: str) -> int:
+        """Length of an object in bytes; one request."""
+        files, root = self._open()
+        return int(self._ask("find", name, lambda: files.info(f"{root}/{name}"))["size"])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes start to stop of an object; one request."""
+        if stop is not None and stop <= start:
+            return b""
+        files, root = self._open()
+
+        def get() -> bytes:
+            try:
+                return bytes(files.cat_file(f"{root}/{name}", start=start, end=stop))
+            except OSError as error:
+                if _code(error) in _BEYOND_END:
+                    return b""
+                raise
+
+        return self._ask("read", name, get)
+
+    def tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """An object's length in bytes, and its last `length` bytes; two requests."""
+        size = self.size(name)
+        return size, self.read(name, max(0, size - length), size)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object under a name that is free; one request (more above 100 MB).
+
+        The first put that succeeds is repeated, to see that it is refused: there are servers that
+        ignore the condition, and on those one writer would overwrite another.
+
+        Returns:
+            False where another writer had put one there before.
+
+        Raises:
+            StorageError: it could not be put, and nothing is there; or the server cannot be
+                trusted to put only what is not there.
+        """
+        created = self._create(name, data)
+        if created and not self._honours_conditions:
+            if self._create(name, data):
+                raise StorageError(
+                    f"the server of {self.url} ignores If-None-Match, so it cannot keep one writer "
+                    f"from overwriting another ({name} was put twice); use one that honours it"
+                )
+            self._honours_conditions = True
+        return created
+
+    def _create(self, name: str, data: bytes) -> bool:
+        files, root = self._open()
+
+        def put() -> bool:
+            for attempt in range(_ATTEMPTS):
+                try:
+                    files.pipe_file(f"{root}/{name}", data, mode="create")
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if _code(error) in _TAKEN:
+                        return False
+                    if _code(error) not in _CONFLICT:
+                        raise
+                    time.sleep(0.05 * 2**attempt)  # another writer's put of this name is under way
+            raise OSError(f"{_ATTEMPTS} puts in a row met another writer's")
+
+        try:
+            return self._ask("write", name, put)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"cannot write {self.url}/{name}: the bucket does not exist ({error}); create it, "
+                "then start the same command again"
+            ) from error
+
+    def move(self, name: str, to: str) -> None:
+        """Give an object another name: put it there, then delete it here; three requests."""
+        if not self.create(to, self.read(name)):
+            raise CacheError(f"{self.url}/{to} exists already; move it away, then try again")
+        files, root = self._open()
+        self._ask("remove", name, lambda: files.rm_file(f"{root}/{name}"))
+
+    def clean(self, folder: str) -> list[str]:
+        """Nothing: a put that did not end has left nothing."""
+        return []
+
+    def forget(self, name: str) -> bool:
+        """Nothing is held."""
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are spawned: they open their own connections."""
+        return self.__dict__ | {"_opened": None}
+
+    def _open(self) -> tuple[Any, str]:
+        """The driver's file system and the root in it, of this very process."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), *_driver(self.url, self._options))
+        return self._opened[1:]
+
+    def _ask(self, verb: str, name: str, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # drivers raise their own, their client's and their socket's
+            raise StorageError(
+                f"cannot {verb} {self.url}/{name}: {type(error).__name__}: {error}. This says "
+                "nothing about the data there: check network, credentials (AWS_*) and endpoint, "
+                "then start the same command again"
+            ) from error
+
+
+def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    defaults: dict[str, Any] = {}
+    if scheme in ("s3", "s3a"):
+        retries = {
+            "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
+            "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
+        }
+        # the endpoint is named because fsspec hands out one driver, and its connections, for equal
+        # options in one process
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        defaults = {
+            "use_listings_cache": False,
+            "config_kwargs": {"retries": retries},
+            "endpoint_url": endpoint,
+        }
+    try:
+        files, root = fsspec.url_to_fs(url, **defaults | options)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{url}: {error}. For S3: pip install 'sparselogits[s3]'"
+        ) from error
+    except ValueError as error:
+        raise InvalidArgumentError(f"{url} is no URL that can be opened here: {error}") from error
+    return files, str(root).rstrip("/")
+
+
+def _code(error: BaseException) -> str:
+    """What an S3 server called an error."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))

@@ -1,0 +1,39 @@
+"""Places: a folder of this machine, or a URL of an object store; and the storage behind either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from sparselogits.store.objects import ObjectStorage
+from sparselogits.store.storage import LocalStorage, Storage
+
+Place: TypeAlias = str | Path
+"""A folder, or a URL such as `s3://bucket/prefix`. A URL is a string: a Path would lose a slash."""
+
+
+def is_url(place: Place) -> bool:
+    """Whether a place is not a folder of this machine."""
+    return isinstance(place, str) and "://" in place
+
+
+def storage_at(place: Place | Storage) -> Storage:
+    """The storage at a place; one that is made already is passed through.
+
+    Raises:
+        InvalidArgumentError: a URL of a kind that nothing installed here knows.
+        MissingDependencyError: a URL whose driver is not installed.
+    """
+    if not isinstance(place, str | Path):
+        return place
+    return ObjectStorage(str(place)) if is_url(place) else LocalStorage(place)
+
+
+def place_of(storage: Storage) -> Place:
+    """Where a storage is, as `storage_at` takes it."""
+    return Path(storage.location) if isinstance(storage, LocalStorage) else storage.location
+
+
+def inside(place: Place, name: str) -> Place:
+    """The place of a file in it."""
+    return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name

@@ -1,0 +1,124 @@
+"""The commands on a cache in an object store: the whole way, and the same bytes as in a folder.
+
+.venv/bin/pytest tests/cli/test_object_store.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparselogits.build import fetch_texts, publish_text
+from sparselogits.cli import app
+from sparselogits.errors import IdentityMismatchError
+from sparselogits.store import Cache
+from sparselogits.store.place import storage_at
+from tests.store.s3 import S3
+
+
+def command(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_the_whole_way_in_a_bucket(
+    tmp_path: Path, teacher_folder: Path, text: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    short = tmp_path / "pages.jsonl"
+    short.write_text("".join(line for line in text.open() if len(line) < 4000))
+    words = ("cache", "--teacher", teacher_folder, "--data", short, "--window", 32)
+    words = (*words, "--holdout", 0.2, "--rounds", 20, "--windows-per-shard", 16)
+    folder = tmp_path / "cache"
+    command(*words, "--out", folder)
+
+    command(*words, "--out", s3.url, "--windows", "0:32", "--work", tmp_path / "one")
+    assert len(Cache.open(s3.url).finished()) == 2
+    command(*words, "--out", s3.url, "--work", tmp_path / "another machine's")
+    assert s3.objects() == files(folder)
+    packed = [files(path) for path in tmp_path.glob("*/*/corpus")]
+    assert packed == [files(folder / "corpus")] * 2
+
+    assert json.loads(command("info", s3.url, "--json"))["path"] == s3.url
+    assert "0 bad" in command("verify", s3.url)
+    assert "nothing to repair" in command("repair", s3.url)
+    command("merge", s3.url, "--out", f"{s3.url}-merged")
+    assert Cache.open(f"{s3.url}-merged").finished() == Cache.open(folder).finished()
+    command("export", s3.url, "--out", tmp_path / "lists")
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"cache: {s3.url}\nout: {tmp_path / 'run'}\nbatch_windows: 16\nlog_steps: 1\n"
+        "student: {hidden_size: 16, layers: 1, heads: 2}\n"
+    )
+    train = ("train", recipe, "--device", "cpu", "--json")
+    from_bucket = json.loads(command(*train))["curve"]
+    local = ("--cache", folder, "--out", tmp_path / "local-run")
+    assert from_bucket == json.loads(command(*train, *local))["curve"]
+    found = json.loads(command("eval", tmp_path / "run", "--cache", s3.url, "--limit", 2, "--json"))
+    assert found["student"]["loss"] > 0
+    assert {p.name for p in (tmp_path / "home/sparselogits").iterdir()} == {"copy", "work"}
+
+
+def pretend_corpus(folder: Path, content: bytes) -> None:
+    for name in ("corpus.json", "frequencies.parquet", "index.json", "training/part-0.parquet"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode() + content)
+
+
+def test_packed_texts_are_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> None:
+    folder = fetch_texts(s3.url, tmp_path / "a")
+    assert not folder.exists()
+    for text in ("corpus", "corpus-0001"):
+        pretend_corpus(folder / text, b"1")
+        publish_text(s3.url, folder / text)
+    before = s3.objects()
+    assert before == files(folder)
+    publish_text(s3.url, folder / "corpus")
+    assert s3.objects() == before
+    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
+    shutil.rmtree(folder)
+    pretend_corpus(folder / "corpus-0001", b"2")
+    with pytest.raises(IdentityMismatchError, match=r"corpus-0001/corpus\.json"):
+        publish_text(s3.url, folder / "corpus-0001")
+    assert s3.objects() == before
+
+
+def test_a_text_without_its_index_is_not_fetched(tmp_path: Path, s3: S3) -> None:
+    folder = fetch_texts(s3.url, tmp_path / "a")
+    pretend_corpus(folder / "corpus", b"1")
+    publish_text(s3.url, folder / "corpus")
+    storage_at(s3.url).move("corpus/index.json", "elsewhere")
+    assert not fetch_texts(s3.url, tmp_path / "b").exists()
+    publish_text(s3.url, folder / "corpus")
+    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
+
+
+@pytest.mark.slow
+def test_text_is_appended_from_another_machine(
+    tmp_path: Path, teacher_folder: Path, text: Path, s3: S3
+) -> None:
+    lines = [line for line in text.open() if len(line) < 4000]
+    texts = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for path, share in zip(texts, (lines[::2], lines[1::2]), strict=True):
+        path.write_text("".join(share))
+    words = ("cache", "--teacher", teacher_folder, "--window", 32, "--rounds", 20)
+    for place in (tmp_path / "cache", s3.url):
+        command(*words, "--data", texts[0], "--out", place, "--work", tmp_path / "one")
+        command(
+            *(*words, "--data", texts[1], "--out", place, "--append"),
+            *("--work", tmp_path / "another"),
+        )
+    assert s3.objects() == files(tmp_path / "cache")
+    assert "corpus-0001/index.json" in s3.objects()
