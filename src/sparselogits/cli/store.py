@@ -25,8 +25,11 @@ def verify(
     from sparselogits.build import windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
+    from sparselogits.store.place import is_url
 
-    opened, windows = Cache.open(cache), windows_of_texts(cache)
+    # a cache in an object store would have to fetch its whole text to know where it ends
+    windows = None if is_url(cache) else windows_of_texts(Path(cache))
+    opened = Cache.open(cache)
     with stage("verifying", "shards") as update:
         report = verify_cache(opened, sample=sample, stop=windows, progress=update)
     damaged = [shard for shard in report.shards if shard.error is not None]
