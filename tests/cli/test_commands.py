@@ -168,6 +168,8 @@ def test_interrupted_says_how_to_go_on(teacher_folder: Path, text: Path, tmp_pat
         [sys.executable, "-m", "sparselogits", "cache", *map(str, words)],
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that runs the tests in the background has them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shards = out / "shards"
     deadline = time.monotonic() + 120
