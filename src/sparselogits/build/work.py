@@ -109,12 +109,13 @@ def _take_slice(
     kept = carries[positions]
     if not bool(kept.all()):
         logits = logits[kept.to(logits.device)]
+    carrying = torch.arange(positions.start, positions.stop)[kept]
     current.carried += len(logits)
     figures: dict[float, Figures] = {}
     for column, draw in enumerate(draws):
         T = draw.temperature
         scaled = logits if T == 1.0 else logits / T
-        sampler = draw.sampler.at(tokens, positions)
+        sampler = draw.sampler.at(tokens, carrying)
         share = uniforms[column][positions][kept].to(logits.device)
         if T in figures:
             drawn = sampler(scaled, share)
@@ -123,20 +124,18 @@ def _take_slice(
         current.targets[column].append(_spread_over(drawn.to("cpu"), kept))
         current.entropies[column] += float(figures[T].entropy.sum())
     plain = figures[1.0] if 1.0 in figures else Figures.of(logits)
-    _add_loss(current, logits, plain.log_normaliser, positions, tokens, kept)
+    _add_loss(current, logits, plain.log_normaliser, carrying, tokens)
 
 
 def _add_loss(
     current: _WindowInProgress,
     logits: Tensor,
     log_normaliser: Tensor,
-    positions: slice,
+    positions: Tensor,
     tokens: Tensor,
-    kept: Tensor,
 ) -> None:
-    index = torch.arange(positions.start, positions.stop)[kept]
-    labelled = index + 1 < len(tokens)  # the window's last position has no next token
-    labels = tokens[(index + 1).clamp_max(len(tokens) - 1)].to(logits.device)
+    labelled = positions + 1 < len(tokens)  # the window's last position has no next token
+    labels = tokens[(positions + 1).clamp_max(len(tokens) - 1)].to(logits.device)
     nll = log_normaliser - logits.gather(1, labels[:, None]).squeeze(1).double()
     current.nll += float(nll[labelled.to(nll.device)].sum())
     current.labelled += int(labelled.sum())

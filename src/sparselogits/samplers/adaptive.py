@@ -101,7 +101,7 @@ class Adaptive:
             "fingerprint": self.fingerprint,
         }
 
-    def at(self, tokens: Tensor, positions: slice) -> Adaptive:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> Adaptive:
         """The sampler with the student's hidden states of these positions of one window."""
         return _with_states(self, self._engine.hidden(tokens[None])[0, positions])
 
@@ -136,7 +136,8 @@ class Adaptive:
         rounds = self._rounds(logits)
         edges, _ = proposal.edges()
         top = edges[:, -1:]
-        ordinal = torch.arange(1, int(rounds.max()) + 1, device=logits.device).double()
+        most = int(rounds.max()) if len(rounds) else 0
+        ordinal = torch.arange(1, most + 1, device=logits.device).double()
         points = ((ordinal - uniforms) / rounds[:, None]).clamp_max(1)
         levels = (points * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
         tokens = proposal.tokens_at(edges, levels)

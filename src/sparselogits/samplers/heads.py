@@ -50,7 +50,7 @@ class TopK:
         """What rebuilds it, with its name."""
         return {"k": self.k}
 
-    def at(self, tokens: Tensor, positions: slice) -> TopK:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> TopK:
         """Itself: every position is treated alike."""
         return self
 
@@ -88,7 +88,7 @@ class TopP:
         """What rebuilds it, with its name."""
         return {"p": self.p, "max_entries": self.max_entries}
 
-    def at(self, tokens: Tensor, positions: slice) -> TopP:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> TopP:
         """Itself: every position is treated alike."""
         return self
 

@@ -36,12 +36,12 @@ class Sampler(Protocol):
         """JSON values that, with the name, rebuild the sampler; part of the cache's identity."""
         ...
 
-    def at(self, tokens: Tensor, positions: slice) -> Sampler:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> Sampler:
         """The sampler for these positions of one window.
 
         Args:
             tokens: int64 [L], the window's tokens.
-            positions: the run of positions whose logits come next.
+            positions: those whose logits come next: a run, or int64 indices where some are masked.
 
         Returns:
             Itself, unless the sampler spends its rounds by what a student knows of the window.

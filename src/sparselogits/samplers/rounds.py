@@ -60,7 +60,7 @@ class _InRounds:
         """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
         raise NotImplementedError
 
-    def at(self, tokens: Tensor, positions: slice) -> Self:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> Self:
         """Itself: every position is sampled alike."""
         return self
 

@@ -55,7 +55,7 @@ class Threshold:
         """What rebuilds it, with its name."""
         return {"tau": self.tau}
 
-    def at(self, tokens: Tensor, positions: slice) -> Threshold:
+    def at(self, tokens: Tensor, positions: slice | Tensor) -> Threshold:
         """Itself: every position is sampled alike."""
         return self
 
