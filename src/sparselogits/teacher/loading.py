@@ -90,6 +90,7 @@ def load_teacher(
         "engine": "transformers",
         "quantization": _quantization(name, model),
     }
+    model.requires_grad_(False)
     return TransformersTeacher(
         model,
         token_mask=token_mask(tokenizer, model),
