@@ -117,6 +117,18 @@ def test_an_appended_text_is_found_again_and_resumed(
     ]
 
 
+def test_another_text_without_append_is_refused_with_the_way_on(
+    tmp_path: Path, texts: list[Path], add: Add
+) -> None:
+    root = tmp_path / "cache"
+    add(root, texts[0], append=False)
+    before = shards(root)
+    with pytest.raises(IdentityMismatchError, match="--append"):
+        add(root, texts[1], append=False)
+    assert shards(root) == before
+    assert add(root, texts[0], append=False).windows_built == 0
+
+
 def test_equal_text_appended_draws_other_noise_than_before(
     tmp_path: Path, texts: list[Path], add: Add
 ) -> None:

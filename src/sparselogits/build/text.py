@@ -39,15 +39,21 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
 
     Raises:
         CacheError: there is nothing to append to, or the text before is not packed to its end.
-        IdentityMismatchError: the texts that are there were packed otherwise; names the fields.
+        IdentityMismatchError: the texts that are there were packed otherwise (names the fields);
+            or, without `append`, the cache was begun with another text.
     """
     if not append:
+        begun = _begun_with(cache / "corpus")
+        if begun not in (None, source.fingerprint):
+            raise IdentityMismatchError(
+                f"the cache at {cache} was begun with other text; give that text to go on with it, "
+                "--append to add this one to it, or another output directory"
+            )
         return TextPlace(cache / "corpus", 0)
     first = 0
     for number in count():
         folder = cache / (f"corpus-{number:04d}" if number else "corpus")
-        made_from = Paths(folder).made_from
-        begun = made_from.exists() and read_json(made_from)["source"]["fingerprint"]
+        begun = _begun_with(folder)
         if begun == source.fingerprint or (number and not begun):
             return TextPlace(folder, first)
         try:
@@ -60,6 +66,12 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
             ) from error
         _require_equal(cache, before.packing, packing)
     raise AssertionError("the numbers do not end")
+
+
+def _begun_with(folder: Path) -> str | None:
+    """Fingerprint of the text whose packing has begun in a folder."""
+    made_from = Paths(folder).made_from
+    return read_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
 
 
 def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
