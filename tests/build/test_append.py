@@ -151,7 +151,7 @@ def test_what_differs_is_refused(tmp_path: Path, texts: list[Path], add: Add) ->
         add(root, texts[1])
     add(root, texts[0], append=False)
     before = shards(root)
-    with pytest.raises(IdentityMismatchError, match="made from something else"):
+    with pytest.raises(IdentityMismatchError, match="--append"):
         add(root, texts[1], append=False)
     with pytest.raises(IdentityMismatchError, match="window_length"):
         add(root, texts[1], window=32)
