@@ -64,11 +64,14 @@ def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> No
     assert facts["curve"][-1][1] < facts["curve"][0][1]
     evaluated = command(
         *("eval", tmp_path / "run", "--cache", cache, "--teacher", teacher_folder),
-        *("--limit", 4, "--json"),
+        *("--limit", 4, "--draft", 2, "--json"),
     )
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout)
     assert found["student"]["kl"] > found["teacher"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    loss = found["student"]["intervals"]["loss"]
+    assert loss["low"] < found["student"]["loss"] < loss["high"]
+    assert found["student"]["drafting"]["drafts"] == 16
 
 
 @pytest.mark.parametrize("sampler", ["threshold", "topk"])

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from sparselogits.cli.options import Device, Json, device_named, stdout
 from sparselogits.console import stage
+from sparselogits.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from sparselogits.evaluate import Estimate, HeldOut
 
 
 def evaluate_command(
     student: Annotated[str, typer.Argument(help="Folder of a student, or its run.")],
     cache: Annotated[str, typer.Option(help="Directory or URL with the held-out text.")],
-    teacher: Annotated[str | None, typer.Option(help="For KL and agreement.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="For KL, agreement and acceptance.")] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Packed corpus [default: the cache's own].")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    draft: Annotated[
+        int, typer.Option(min=0, help="Also draft so many tokens at a time for the teacher.")
+    ] = 0,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the windows, for intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of resamples and drafts.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a student on the held-out text: loss, and how far it is from its teacher."""
+    """Measure a student on the held-out text: loss, calibration, how far it is from its teacher."""
     from sparselogits.build import fetch_texts
     from sparselogits.corpus import PackedCorpus
     from sparselogits.data import TextDataset
-    from sparselogits.evaluate import evaluate
+    from sparselogits.evaluate import draft_from_prefixes, evaluate
     from sparselogits.store import Cache
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
     from sparselogits.train.run import require_same_teacher
 
+    if draft and teacher is None:
+        raise InvalidArgumentError("--draft needs --teacher, which verifies what is drafted")
     opened = Cache.open(cache)
     windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
     path = Path(student)
@@ -47,18 +60,61 @@ def evaluate_command(
         )
         require_same_teacher(engine, opened.identity)
     with stage("evaluating", "windows") as update:
-        found = evaluate({"student": model}, windows, engine, progress=update)
+        found = evaluate(
+            {"student": model}, windows, engine, resamples=resamples, seed=seed, progress=update
+        )
+    drafting = None
+    if draft and engine is not None:
+        with stage("drafting", "windows") as update:
+            drafting = draft_from_prefixes(
+                model, windows, engine, draft=draft, seed=seed, progress=update
+            )
     if as_json:
-        typer.echo(json.dumps({name: row.to_json() for name, row in found.items()}, indent=2))
+        rows = {name: row.to_json() for name, row in found.items()}
+        if drafting is not None:
+            rows["student"]["drafting"] = drafting.to_json()
+        typer.echo(json.dumps(rows, indent=2))
         return
+    stdout().print(_table(found))
+    if drafting is not None:
+        stdout().print(
+            f"drafting {draft} at a time: {drafting.acceptance:.1%} of {drafting.verified:,} "
+            f"verified tokens accepted (expected there {drafting.expected:.1%}, standard error "
+            f"{drafting.error:.1%}), {drafting.tokens_per_pass:.2f} tokens a pass of the teacher"
+        )
     facts = opened.statistics()
-    table = Table("", "loss", "perplexity", "KL to teacher", "top-1 agreement")
-    for name, row in found.items():
-        kl = "-" if row.kl is None else f"{row.kl:.4f}"
-        agreement = "-" if row.agreement is None else f"{row.agreement:.1%}"
-        table.add_row(name, f"{row.loss:.4f}", f"{row.perplexity:.2f}", kl, agreement)
-    stdout().print(table)
+    measured = found["student"]
     stdout().print(
         f"cache: {facts.entries_per_position:.2f} entries and {facts.bytes_per_token:.2f} bytes a "
-        f"token; held-out: {next(iter(found.values())).positions:,} positions"
+        f"token; held-out: {measured.positions:,} positions in "
+        f"{len(measured.positions_by_window):,} windows; from, to: 95 % bootstrap over windows"
     )
+
+
+_Shown = Callable[[float], str]
+_COLUMNS: tuple[tuple[str, str, _Shown], ...] = (
+    ("loss", "loss", lambda x: f"{x:.4f}"),
+    ("perplexity", "loss", lambda x: f"{math.exp(min(x, 700.0)):.2f}"),
+    ("KL", "kl", lambda x: f"{x:.4f}"),
+    ("ECE %", "ece", lambda x: f"{100 * x:.2f}"),
+    ("acceptance %", "acceptance", lambda x: f"{100 * x:.1f}"),
+    ("agreement %", "agreement", lambda x: f"{100 * x:.1f}"),
+)
+
+
+def _table(found: dict[str, HeldOut]) -> Table:
+    """A line for every model, and below it the ends of its intervals."""
+    table = Table("", *(title for title, _, _ in _COLUMNS))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in found.items():
+        estimates = [(row.intervals.get(figure), shown) for _, figure, shown in _COLUMNS]
+        for label, end in ((name, "mean"), ("  from", "low"), ("  to", "high")):
+            cells = [_cell(estimate, end, shown) for estimate, shown in estimates]
+            table.add_row(label, *cells, style="" if label == name else "dim")
+    return table
+
+
+def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
+    value = None if estimate is None else getattr(estimate, end)
+    return "-" if value is None else shown(value)

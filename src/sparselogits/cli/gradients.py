@@ -172,7 +172,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
     import torch
 
     from sparselogits.build.plan import spread
-    from sparselogits.evaluate.heldout import teacher_slices
+    from sparselogits.evaluate.passes import teacher_slices
 
     found = []
     for index in spread(len(windows), PILOT_WINDOWS):

@@ -1,17 +1,32 @@
 """What a student learnt, and what it is taught: held-out figures, gradients beside full KD's."""
 
+from sparselogits.evaluate.calibration import Bin, Calibration, Reliability
 from sparselogits.evaluate.compared import Target, standard_targets
+from sparselogits.evaluate.drafting import Drafting, draft_from_prefixes
 from sparselogits.evaluate.gradients import GradientFidelity, measure_gradients
-from sparselogits.evaluate.heldout import HeldOut, evaluate
-from sparselogits.evaluate.intervals import Estimate, t_interval
+from sparselogits.evaluate.heldout import FIGURES, HeldOut, evaluate
+from sparselogits.evaluate.intervals import (
+    Estimate,
+    bootstrap_interval,
+    paired_interval,
+    t_interval,
+)
 
 __all__ = [
+    "FIGURES",
+    "Bin",
+    "Calibration",
+    "Drafting",
     "Estimate",
     "GradientFidelity",
     "HeldOut",
+    "Reliability",
     "Target",
+    "bootstrap_interval",
+    "draft_from_prefixes",
     "evaluate",
     "measure_gradients",
+    "paired_interval",
     "standard_targets",
     "t_interval",
 ]

@@ -39,9 +39,9 @@ from sparselogits.data import TextDataset
 from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.compared import Target
-from sparselogits.evaluate.heldout import teacher_slices
 from sparselogits.evaluate.intervals import Estimate, t_interval
 from sparselogits.evaluate.moments import Moments
+from sparselogits.evaluate.passes import teacher_slices
 from sparselogits.evaluate.student_gradients import Drawn, Learner, Space
 from sparselogits.samplers import Sampler, window_uniforms
 from sparselogits.teacher import Engine

@@ -1,51 +1,138 @@
 """Students on held-out windows, beside their teacher.
 
 One pass of the teacher serves every student. Logits exist one slice of positions at a time, the
-teacher's and one student's.
+teacher's and one student's; of every position one float32 a model stays, for calibration.
+
+What each figure is, and what the intervals mean: docs/evaluation.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import agrees_with_model, split
 from sparselogits.data import TextDataset
+from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.acceptance import expected_acceptance
+from sparselogits.evaluate.calibration import (
+    Calibration,
+    Reliability,
+    measure_calibration,
+    signed_confidence,
+)
+from sparselogits.evaluate.intervals import (
+    RESAMPLES,
+    Estimate,
+    Statistic,
+    bootstrap_interval,
+    paired_interval,
+    ratio,
+)
+from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
 from sparselogits.teacher import Engine
 
-_SLICE = 256
+_LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """A model on held-out text.
 
+    Windows are those with a position that has a label.
+
     Args:
         loss: mean negative log-likelihood of the next token, nats.
         kl: mean KL(teacher || student), nats; None without a teacher.
         agreement: share of positions whose likeliest token is the teacher's; None without one.
+        acceptance: mean probability that a token drafted by the model is accepted by the teacher,
+            sum_i min(p_i, s_i) at every position, both at temperature one; None without one.
+        calibration: of the next-token prediction; shares, in [0, 1].
         positions: how many positions the means are over.
-        loss_by_window: mean loss of each window, for intervals.
+        loss_by_window: mean loss of each window, nats.
         kl_by_window: likewise; empty without a teacher.
+        agreement_by_window: likewise.
+        acceptance_by_window: likewise.
+        positions_by_window: how many positions each window's means are over.
+        intervals: by name (`FIGURES`) each figure with its 95 % bootstrap interval over windows.
     """
 
     loss: float
     kl: float | None
     agreement: float | None
+    acceptance: float | None
+    calibration: Calibration
     positions: int
     loss_by_window: tuple[float, ...]
     kl_by_window: tuple[float, ...]
+    agreement_by_window: tuple[float, ...]
+    acceptance_by_window: tuple[float, ...]
+    positions_by_window: tuple[int, ...]
+    intervals: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
+
+    def interval(self, figure: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+        """One of `FIGURES` with its bootstrap interval over windows.
+
+        Raises:
+            InvalidArgumentError: for a figure there is not, as without a teacher.
+        """
+        units, statistic = self._sums(figure)
+        return bootstrap_interval(units, statistic, resamples=resamples, seed=seed)
+
+    def difference(
+        self, other: HeldOut, figure: str = "loss", *, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Estimate:
+        """This model's figure minus the other's, with the paired bootstrap interval over windows.
+
+        Args:
+            other: measured on the same windows; that they hold as many positions is checked.
+            figure: one of `FIGURES`.
+            resamples: of the windows.
+            seed: of the resamples.
+
+        Raises:
+            InvalidArgumentError: for other windows, or a figure that one of them has not.
+        """
+        if self.positions_by_window != other.positions_by_window:
+            raise InvalidArgumentError(
+                "a difference is between models on the same windows; these were measured on "
+                f"{self.positions:,} and {other.positions:,} positions, divided differently"
+            )
+        (first, statistic), (second, _) = self._sums(figure), other._sums(figure)
+        return paired_interval(first, second, statistic, resamples=resamples, seed=seed)
+
+    def _sums(self, figure: str) -> tuple[Tensor, Statistic]:
+        """float64 [W, C] over windows, and what forms the figure of their sums."""
+        count = torch.tensor(self.positions_by_window, dtype=torch.float64)[:, None]
+        by_window = {
+            "loss": self.loss_by_window,
+            "kl": self.kl_by_window,
+            "agreement": self.agreement_by_window,
+            "acceptance": self.acceptance_by_window,
+        }
+        if values := by_window.get(figure):
+            mean = torch.tensor(values, dtype=torch.float64)[:, None]
+            return torch.cat([mean * count, count], 1), ratio
+        binned: dict[str, tuple[Reliability, Statistic]] = {
+            "ece": (self.calibration.equal_width, _gap_size),
+            "ece_equal_mass": (self.calibration.equal_mass, _gap_size),
+            "overconfidence": (self.calibration.equal_width, _gap),
+        }
+        if figure not in binned:
+            known = [*(name for name, own in by_window.items() if own), *binned]
+            raise InvalidArgumentError(f"no figure is called {figure!r} here; there are {known}")
+        reliability, statistic = binned[figure]
+        return torch.cat([reliability.gaps, count], 1), statistic
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -54,10 +141,32 @@ class HeldOut:
             "perplexity": self.perplexity,
             "kl": self.kl,
             "agreement": self.agreement,
+            "acceptance": self.acceptance,
+            "calibration": self.calibration.to_json(),
             "positions": self.positions,
             "loss_by_window": list(self.loss_by_window),
             "kl_by_window": list(self.kl_by_window),
+            "agreement_by_window": list(self.agreement_by_window),
+            "acceptance_by_window": list(self.acceptance_by_window),
+            "positions_by_window": list(self.positions_by_window),
+            "intervals": {name: found.to_json() for name, found in self.intervals.items()},
         }
+
+
+ALONE = ("loss", "ece", "ece_equal_mass", "overconfidence")
+BESIDE_A_TEACHER = ("kl", "agreement", "acceptance")
+FIGURES = (*ALONE, *BESIDE_A_TEACHER)
+"""Names of the figures that have an interval; `ece` is that of bins of equal width."""
+
+
+def _gap_size(sums: Tensor) -> Tensor:
+    """ECE [R] of [R, B + 1]: gaps of the bins, positions."""
+    return sums[:, :-1].abs().sum(1) / sums[:, -1]
+
+
+def _gap(sums: Tensor) -> Tensor:
+    """Mean confidence minus accuracy, likewise."""
+    return sums[:, :-1].sum(1) / sums[:, -1]
 
 
 @torch.no_grad()
@@ -66,6 +175,8 @@ def evaluate(
     windows: TextDataset,
     teacher: Engine | None = None,
     *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, HeldOut]:
     """Measure students, and the teacher itself under the name "teacher" if there is one.
@@ -73,126 +184,128 @@ def evaluate(
     Args:
         students: transformers causal language models by name; put in eval mode and back.
         windows: held-out text, tokenised as teacher and students were.
-        teacher: for `kl` and `agreement`.
+        teacher: for `kl`, `agreement` and `acceptance`.
+        resamples: of the windows, for the intervals.
+        seed: of the resamples.
         progress: called with windows done and in all.
 
     Raises:
-        InvalidArgumentError: for no windows, or a student with fewer ids than the teacher.
+        InvalidArgumentError: for no windows, no resamples, or a student with fewer ids than the
+            teacher.
     """
     if len(windows) == 0:
         raise InvalidArgumentError(
             "there are no held-out windows; build the cache with --holdout 0.05, say"
         )
-    learners = {name: _Student(model) for name, model in students.items()}
+    learners = {name: StudentLogits(model) for name, model in students.items()}
     modes = {name: model.training for name, model in students.items()}
     for model in students.values():
         model.eval()
     names = [*(["teacher"] if teacher is not None else []), *students]
-    sums: dict[str, list[Tensor]] = {name: [] for name in names}
+    found: dict[str, list[_Measured]] = {name: [] for name in names}
     try:
         for done in range(len(windows)):
-            rows = _measure_window(windows[done], learners, teacher)
-            for name, row in rows.items():
-                sums[name].append(row)
+            measured = _measure_window(windows[done], learners, teacher)
+            for name, own in measured.items():
+                found[name].append(own)
             if progress is not None:
                 progress(done + 1, len(windows))
     finally:
         for name, model in students.items():
             model.train(modes[name])
-    return {name: _summarise(rows, with_teacher=teacher is not None) for name, rows in sums.items()}
+    return {
+        name: _summarise(own, with_teacher=teacher is not None, resamples=resamples, seed=seed)
+        for name, own in found.items()
+    }
 
 
-class _Student:
-    """A student's logits over a run of positions, from hidden states computed once a window."""
+@dataclass(frozen=True)
+class _Measured:
+    """A model on one window, or on a slice of it.
 
-    def __init__(self, model: nn.Module) -> None:
-        parts = split(model)
-        self.model = model
-        self.parts = parts if parts is not None and agrees_with_model(model, parts) else None
+    Args:
+        sums: float64 [5], of loss, KL, agreements, acceptances and positions.
+        confidence: float32 [P], see `signed_confidence`.
+    """
 
-    def over(self, inputs: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        device = next(self.model.parameters()).device
-        arguments = {k: v.to(device)[None] for k, v in inputs.items()} | {"use_cache": False}
-        if self.parts is None:
-            logits = self.model(**arguments).logits[0]
-            return lambda positions: logits[positions].float()
-        hidden = self.parts.trunk(**arguments).last_hidden_state[0]
-        head = self.parts.bound_head()
-        return lambda positions: head(hidden[positions])
+    sums: Tensor
+    confidence: Tensor
 
 
 def _measure_window(
-    item: dict[str, Any], learners: Mapping[str, _Student], teacher: Engine | None
-) -> dict[str, Tensor]:
-    """For each model float64 [4]: summed loss, summed KL, agreements, positions."""
+    item: dict[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
+) -> dict[str, _Measured]:
     labels = item["shift_labels"]
-    inputs = {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
-    logits_of = {name: learner.over(inputs) for name, learner in learners.items()}
+    logits_of = {name: own.over(model_inputs(item)) for name, own in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]
-    totals = {name: torch.zeros(4, dtype=torch.float64) for name in names}
+    slices: dict[str, list[_Measured]] = {name: [] for name in names}
     for positions, taught in teacher_slices(teacher, item):
         wanted = labels[positions]
-        counted = wanted != -100
+        counted = wanted != IGNORE_INDEX
         if not bool(counted.any()):
             continue
         wanted = wanted[counted]
         log_p = None
         if taught is not None:
             log_p = taught[counted.to(taught.device)].log_softmax(1)
-            totals["teacher"] += _against(log_p, wanted, log_p)
+            slices["teacher"].append(_against(log_p, wanted, log_p))
         for name, logits in logits_of.items():
             piece = logits(positions)
-            totals[name] += _against(piece[counted.to(piece.device)].log_softmax(1), wanted, log_p)
-    return totals
+            log_s = piece[counted.to(piece.device)].log_softmax(1)
+            slices[name].append(_against(log_s, wanted, log_p))
+    return {name: _joined(own) for name, own in slices.items()}
 
 
-def teacher_slices(
-    teacher: Engine | None, item: dict[str, Any]
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Runs of positions of one window, with the teacher's logits [P, V] if there is one."""
-    length = len(item["input_ids"])
-    if teacher is None:
-        for start in range(0, length, _SLICE):
-            yield slice(start, min(start + _SLICE, length)), None
-        return
-    starts = None
-    if "position_ids" in item:
-        starts = [(item["position_ids"] == 0).nonzero().flatten().numpy()]
-    for piece in teacher.logits(item["input_ids"][None], starts):
-        yield piece.positions, piece.logits
+def _joined(slices: list[_Measured]) -> _Measured:
+    none = torch.zeros(5, dtype=torch.float64)
+    sums = torch.stack([none, *(own.sums for own in slices)]).sum(0)
+    return _Measured(sums, torch.cat([torch.empty(0), *(own.confidence for own in slices)]))
 
 
-def _against(log_s: Tensor, labels: Tensor, log_p: Tensor | None) -> Tensor:
-    """Summed loss, summed KL(p || s), agreements, positions of float32 [P, V] log-probabilities."""
-    loss = -log_s.gather(1, labels.to(log_s.device)[:, None]).double().sum()
-    result = torch.tensor([float(loss), 0.0, 0.0, float(len(labels))], dtype=torch.float64)
+def _against(log_s: Tensor, labels: Tensor, log_p: Tensor | None) -> _Measured:
+    """A slice: log-probabilities float32 [P, V] of a model and of the teacher, if there is one."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    sums[_LOSS] = float(-log_s.gather(1, labels.to(log_s.device)[:, None]).double().sum())
+    sums[_POSITIONS] = len(labels)
     if log_p is not None:
         common = log_p.shape[1]
-        if log_s.shape[1] < common:
-            raise InvalidArgumentError(
-                f"the student's vocabulary has {log_s.shape[1]} ids, the teacher's {common}; "
-                "a student may have more ids than its teacher, not fewer"
-            )
+        require_ids(log_s.shape[1], common)
         log_p = log_p.to(log_s.device)
         p = log_p.exp()
         # where p = 0 the term is 0, also against log s = -inf
         gap = torch.where(p > 0, log_p - log_s[:, :common], 0.0)
-        result[1] = float((p * gap).sum(dtype=torch.float64))
-        result[2] = float((log_s.argmax(1) == log_p.argmax(1)).sum())
-    return result
+        sums[_KL] = float((p * gap).sum(dtype=torch.float64))
+        sums[_AGREEMENT] = float((log_s.argmax(1) == log_p.argmax(1)).sum())
+        sums[_ACCEPTANCE] = float(expected_acceptance(log_p, log_s).sum())
+    return _Measured(sums, signed_confidence(log_s, labels))
 
 
-def _summarise(rows: list[Tensor], *, with_teacher: bool) -> HeldOut:
-    table = torch.stack(rows)
-    total = table.sum(0)
-    count = float(total[3])
-    by_window = table[table[:, 3] > 0]
-    means = by_window[:, :2] / by_window[:, 3:]
-    return HeldOut(
-        loss=float(total[0]) / count,
-        kl=float(total[1]) / count if with_teacher else None,
-        agreement=float(total[2]) / count if with_teacher else None,
-        positions=int(count),
-        loss_by_window=tuple(means[:, 0].tolist()),
-        kl_by_window=tuple(means[:, 1].tolist()) if with_teacher else (),
+def _summarise(
+    measured: list[_Measured], *, with_teacher: bool, resamples: int, seed: int
+) -> HeldOut:
+    used = [own for own in measured if len(own.confidence)]
+    if not used:
+        raise InvalidArgumentError("no held-out position has a label; there is nothing to measure")
+    table = torch.stack([own.sums for own in used])
+    means = table / table[:, _POSITIONS:]
+    total = (table.sum(0) / table[:, _POSITIONS].sum()).tolist()
+
+    def by_window(column: int) -> tuple[float, ...]:
+        return tuple(means[:, column].tolist())
+
+    result = HeldOut(
+        loss=total[_LOSS],
+        kl=total[_KL] if with_teacher else None,
+        agreement=total[_AGREEMENT] if with_teacher else None,
+        acceptance=total[_ACCEPTANCE] if with_teacher else None,
+        calibration=measure_calibration([own.confidence for own in used]),
+        positions=int(table[:, _POSITIONS].sum()),
+        loss_by_window=by_window(_LOSS),
+        kl_by_window=by_window(_KL) if with_teacher else (),
+        agreement_by_window=by_window(_AGREEMENT) if with_teacher else (),
+        acceptance_by_window=by_window(_ACCEPTANCE) if with_teacher else (),
+        positions_by_window=tuple(len(own.confidence) for own in used),
     )
+    names = FIGURES if with_teacher else ALONE
+    intervals = {n: result.interval(n, resamples=resamples, seed=seed) for n in names}
+    return replace(result, intervals=intervals)

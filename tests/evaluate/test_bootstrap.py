@@ -1,0 +1,171 @@
+"""The bootstrap over windows: closed forms, coverage, and the pairing.
+
+pytest tests/evaluate/test_bootstrap.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparselogits.corpus import open_source, pack, packing_for
+from sparselogits.data import TextDataset
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate import FIGURES, HeldOut, evaluate
+from sparselogits.evaluate import intervals as module
+from sparselogits.evaluate.intervals import bootstrap_interval, paired_interval
+from sparselogits.teacher import load_teacher
+from tests.conftest import tiny_llama
+
+
+def of_means(values: Tensor) -> Tensor:
+    """Units of equal size."""
+    return torch.stack([values, torch.ones_like(values)], 1)
+
+
+@given(st.floats(-9, 9), st.lists(st.integers(1, 50), min_size=2, max_size=20))
+def test_units_that_agree_leave_no_doubt(mean: float, sizes: list[int]) -> None:
+    count = torch.tensor(sizes, dtype=torch.float64)
+    found = bootstrap_interval(torch.stack([mean * count, count], 1), resamples=50)
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    assert found.low == pytest.approx(mean, abs=1e-12)
+    assert found.high == pytest.approx(mean, abs=1e-12)
+    assert found.units == len(sizes)
+
+
+def test_two_units_have_the_three_resamples_of_a_coin() -> None:
+    """The mean of 0 and 1 resampled is 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
+    units = of_means(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    wide = bootstrap_interval(units, resamples=2000, confidence=0.6)  # quantiles 0.2 and 0.8
+    narrow = bootstrap_interval(units, resamples=2000, confidence=0.4)  # 0.3 and 0.7
+    assert (wide.low, wide.mean, wide.high) == (0, 0.5, 1)
+    assert (narrow.low, narrow.mean, narrow.high) == (0.5, 0.5, 0.5)
+
+
+def test_a_long_list_has_the_normal_interval() -> None:
+    """Of 4 000 resamples the half width is known to about 3 % (one standard deviation 1.4 %)."""
+    values = torch.randn(900, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = bootstrap_interval(of_means(values), resamples=4000)
+    assert found.low is not None
+    assert found.high is not None
+    half = NormalDist().inv_cdf(0.975) * float(values.std(correction=0)) / 30
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.07)
+
+
+@pytest.mark.parametrize(("units", "share"), [(10, 0.9), (80, 0.94)])
+def test_intervals_cover_as_often_as_is_said(units: int, share: float) -> None:
+    """1 000 normal samples. The percentile interval falls a little short of its 95 %, of few units
+    more; the count of hits is binomial, and the bounds are five standard deviations off: a
+    false-alarm rate of 1e-6 over fresh seeds.
+    """
+    generator = torch.Generator().manual_seed(1)
+    hits = 0
+    for seed in range(1000):
+        values = torch.randn(units, dtype=torch.float64, generator=generator)
+        found = bootstrap_interval(of_means(values), resamples=300, seed=seed)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 0 <= found.high
+    assert abs(hits / 1000 - share) < 5 * (share * (1 - share) / 1000) ** 0.5
+
+
+def test_the_seed_and_only_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = of_means(torch.arange(20, dtype=torch.float64))
+    found = bootstrap_interval(units, seed=3)
+    assert bootstrap_interval(units, seed=3) == found
+    assert bootstrap_interval(units, seed=4) != found
+    monkeypatch.setattr(module, "_NUMBERS", 64)  # many blocks
+    assert bootstrap_interval(units, seed=3) == found
+
+
+def test_what_both_share_cancels_in_pairs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hard = 10 * torch.rand(60, dtype=torch.float64, generator=generator)
+    gain = 0.1 + 0.01 * torch.rand(60, dtype=torch.float64, generator=generator)
+    first, second = of_means(hard + gain), of_means(hard)
+    found, plain = paired_interval(first, second), bootstrap_interval(of_means(gain))
+    assert found.mean == pytest.approx(plain.mean, abs=1e-12)
+    assert found.low == pytest.approx(plain.low, abs=1e-12)
+    assert found.high == pytest.approx(plain.high, abs=1e-12)
+    assert found.low is not None
+    assert found.low > 0.1
+    alone = bootstrap_interval(first)
+    assert alone.low is not None
+    assert alone.low < float(hard.mean())  # unpaired, the gain is lost in the windows' spread
+
+
+def test_one_window_has_no_interval_and_none_is_an_error() -> None:
+    one = of_means(torch.tensor([2.0], dtype=torch.float64))
+    found = bootstrap_interval(one)
+    assert (found.mean, found.low, found.high, found.units) == (2.0, None, None, 1)
+    with pytest.raises(InvalidArgumentError, match="0 units"):
+        bootstrap_interval(one[:0])
+    with pytest.raises(InvalidArgumentError, match="0 resamples"):
+        bootstrap_interval(one, resamples=0)
+    with pytest.raises(InvalidArgumentError, match="same windows"):
+        paired_interval(one, torch.cat([one, one]))
+
+
+# -- of held-out figures ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(
+    tmp_path_factory: Any, tokenizer: Any, text: Path, teacher_folder: Path
+) -> dict[str, HeldOut]:
+    packing = packing_for(tokenizer, window_length=24, holdout=0.2, reset_attention=True)
+    corpus = pack(
+        open_source(str(text)), tokenizer, packing, tmp_path_factory.mktemp("p"), vocab_size=520
+    )
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    students = {"a": tiny_llama(seed=4), "b": tiny_llama(seed=5)}
+    return evaluate(students, TextDataset(corpus, limit=12), teacher, resamples=200, seed=5)
+
+
+def test_every_figure_has_its_interval(found: dict[str, HeldOut]) -> None:
+    for own in found.values():
+        assert set(own.intervals) == set(FIGURES)
+        plain = {
+            "loss": own.loss,
+            "kl": own.kl,
+            "agreement": own.agreement,
+            "acceptance": own.acceptance,
+            "ece": own.calibration.equal_width.ece,
+            "ece_equal_mass": own.calibration.equal_mass.ece,
+            "overconfidence": own.calibration.overconfidence,
+        }
+        for name, value in plain.items():
+            interval = own.intervals[name]
+            assert interval.mean == pytest.approx(value, abs=1e-9), name
+            assert interval.units == 12
+            assert interval == own.interval(name, resamples=200, seed=5)
+        assert own.positions == sum(own.positions_by_window)
+    told = json.loads(json.dumps(found["a"].to_json()))
+    assert set(told["intervals"]) == set(FIGURES)
+    assert len(told["acceptance_by_window"]) == 12
+
+
+def test_differences_are_paired(found: dict[str, HeldOut]) -> None:
+    a, b = found["a"], found["b"]
+    for name in FIGURES:
+        there, back = a.difference(b, name), b.difference(a, name)
+        assert there.mean == pytest.approx(a.interval(name).mean - b.interval(name).mean)
+        assert there.low == pytest.approx(-back.high, abs=1e-9)
+        assert a.difference(a, name).high == 0
+    with pytest.raises(InvalidArgumentError, match="no figure is called 'bleu'"):
+        a.difference(b, "bleu")
+
+
+def test_a_difference_needs_the_same_windows(found: dict[str, HeldOut]) -> None:
+    other = replace(found["b"], positions_by_window=found["b"].positions_by_window[1:])
+    with pytest.raises(InvalidArgumentError, match="same windows"):
+        found["a"].difference(other)
