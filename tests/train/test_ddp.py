@@ -16,6 +16,7 @@ import json, sys, torch
 from transformers import TrainingArguments
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.data import Schedule, Stage
+from sparselogits.train import leave_process_group
 from tests.conftest import tiny_llama
 
 cache, out, per_device, steps, resume = sys.argv[1:]
@@ -35,6 +36,7 @@ if trainer.is_world_process_zero():
     lines = [x for x in trainer.state.log_history if "kd" in x]
     with open(out + "/lines.json", "w") as file:
         json.dump(lines, file)
+leave_process_group()
 """
 
 

@@ -1,7 +1,8 @@
 """Train students: from a cache, from labels alone, or beside the teacher."""
 
+from sparselogits.train.ranks import leave_process_group
 from sparselogits.train.recipe import Recipe, load_recipe
 from sparselogits.train.run import RunResult, run
 from sparselogits.train.trainer import SparseKDTrainer
 
-__all__ = ["Recipe", "RunResult", "SparseKDTrainer", "load_recipe", "run"]
+__all__ = ["Recipe", "RunResult", "SparseKDTrainer", "leave_process_group", "load_recipe", "run"]
