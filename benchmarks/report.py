@@ -97,7 +97,7 @@ def cache_build(found: dict[str, Any]) -> str:
 def loss(found: dict[str, Any]) -> str:
     rows = found["results"]
     methods = list(dict.fromkeys(m for row in rows for m in row["ratio_to_products"]))
-    shape = ("dtype", "D", "V", "K")
+    shape = ("dtype", "D", "V", "rows", "repeats")
 
     def cells(row: dict[str, Any]) -> list[Any]:
         measured = row["ratio_to_products"]
