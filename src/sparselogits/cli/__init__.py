@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from sparselogits.cli.cache import cache
+from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
@@ -48,6 +49,7 @@ app.command()(info)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)
+app.command()(compare)
 app.command()(verify)
 app.command()(repair)
 app.command()(merge)
