@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +18,9 @@ from sparselogits.console import messages, stage
 if TYPE_CHECKING:
     from sparselogits.compare import MethodRow, Results
     from sparselogits.compare.results import Figure
+
+WIDTH = 132
+"""Characters that a table may take where it is not printed to a terminal."""
 
 
 def compare(
@@ -40,26 +44,31 @@ def compare(
     if as_json:
         typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
         return
+    console = stdout()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     for table in _tables(results):
-        stdout().print(table)
-    stdout().print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
+        console.print(table)
+    console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
 
 
 def _tables(results: Results) -> list[Table]:
     """One for each student."""
-    titles = ("method", "seeds", "entries", "bytes/token", *(title for title, _ in _COLUMNS))
+    titles = ("method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS))
     students = dict.fromkeys(row.student for row in results.methods)
     tables = []
     for student in students:
-        table = Table(*titles, title=f"{results.title}: {student}", title_justify="left")
+        title = f"{results.title}: {student}"
+        table = Table(*titles, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+        table.columns[0].no_wrap = True
         for column in table.columns[1:]:
-            column.justify = "right"
+            column.justify, column.min_width = "right", 7
         for row in results.methods:
             if row.student == student:
                 table.add_row(escape(row.method), *_cells(row))
         table.caption = (
-            "±: half of the 95 % interval, bootstrap over windows and seeds; of the gap: (CE - "
-            "method) / (CE - full KD) in loss"
+            "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
+            "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
         )
         table.caption_justify = "left"
         tables.append(table)
@@ -89,11 +98,11 @@ def _figure(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
 _COLUMNS: tuple[tuple[str, Callable[[MethodRow], str]], ...] = (
     ("loss", _figure("loss", 1, 3)),
     ("- CE", lambda row: _with_half(row.minus_ce.get("loss"), 1, 3)),
-    ("of the gap %", lambda row: _with_half(row.gap_closed, 1, 0)),
+    ("gap %", lambda row: _with_half(row.gap_closed, 1, 0)),
     ("KL", _figure("kl", 1, 3)),
     ("ECE %", _figure("ece", 100, 1)),
-    ("overconf. %", _figure("overconfidence", 100, 1)),
-    ("accept. %", _figure("acceptance", 100, 1)),
+    ("over %", _figure("overconfidence", 100, 1)),
+    ("acc. %", _figure("acceptance", 100, 1)),
 )
 
 

@@ -243,10 +243,18 @@ def _read_finished(out: Path, described: dict[str, Any]) -> RunResult | None:
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The last one that is whole: the Trainer writes its state last, and a kill may come before."""
+    found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_whole(f)]
+    last = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
 
-    folder = out / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
