@@ -52,16 +52,6 @@ class ReliabilityBin(_Value):
     count: int
 
 
-class Angle(_Value):
-    """A target's gradient beside full distillation's, at one student."""
-
-    batch_tokens: int
-    angle: float = Field(description="degrees")
-    angle_low: float | None
-    angle_high: float | None
-    norm_ratio: float
-
-
 class Realised(_Value):
     """Drafting, over all seeds: what was accepted, and what had to be expected there."""
 
@@ -98,7 +88,6 @@ class MethodRow(_Value):
     realised: Realised | None
     tokens_per_second: float | None = Field(description="wall time, median over runs")
     tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
-    gradients: list[Angle] = []
 
 
 class RunRow(_Value):
