@@ -21,6 +21,7 @@ from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
 from sparselogits.cli.store import export, merge, repair, verify
 from sparselogits.cli.train import train
+from sparselogits.cli.view import view
 from sparselogits.console import messages, quiet_transformers
 from sparselogits.errors import SparseLogitsError, SparseLogitsWarning
 
@@ -46,6 +47,7 @@ def _options(
 
 app.command()(cache)
 app.command()(info)
+app.command()(view)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)
