@@ -8,16 +8,27 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check bench faults clean
+.PHONY: demo test test-fast check browser bench faults clean
 
 demo: .venv/.installed
 	$(BIN)/sparselogits demo --out demo-run
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest
 
-test-fast: check
+test-fast: check browser
 	$(BIN)/python -m pytest -m "not slow"
+
+# Chromium for the tests of the pages: the system's where root can install it, else playwright's own
+# (which does nothing when it is there already).
+browser: .venv/.installed
+	@test -n "$$SPARSELOGITS_BROWSER" || command -v chromium || command -v chromium-browser \
+	|| command -v google-chrome \
+	|| { test "$$(id -u)" = 0 && apt-get update -qq \
+	     && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	|| $(BIN)/playwright install chromium \
+	|| { echo "the tests of the pages need Chromium: apt-get install chromium, or name one in" \
+	     "SPARSELOGITS_BROWSER"; exit 1; }
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

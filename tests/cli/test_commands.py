@@ -50,6 +50,19 @@ def test_info_as_json(cache: Path) -> None:
     assert facts["identity"]["sampler"]["budget"] == 12.0
     assert abs(facts["statistics"]["entries_per_position"] - 12) < 1
     assert facts["statistics"]["bits_per_entry"] < 24
+    assert facts["sample"]["of"] == facts["statistics"]["windows"]
+
+
+def test_info_draws_in_a_pipe_within_a_screenful(cache: Path) -> None:
+    drawn = command("info", cache)
+    assert drawn.returncode == 0
+    assert drawn.stderr == ""
+    lines = drawn.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert "entries a position" in drawn.stdout
+    assert "\x1b" not in drawn.stdout
+    assert json.loads((cache / "cache.json").read_text())["fingerprint"] in drawn.stdout
 
 
 def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import FIGURES, HeldOut, evaluate
 from sparselogits.evaluate import intervals as module
-from sparselogits.evaluate.intervals import bootstrap_interval, paired_interval
+from sparselogits.evaluate.intervals import bootstrap_interval, over_seeds, paired_interval
 from sparselogits.teacher import load_teacher
 from tests.conftest import tiny_llama
 
@@ -169,3 +169,26 @@ def test_a_difference_needs_the_same_windows(found: dict[str, HeldOut]) -> None:
     other = replace(found["b"], positions_by_window=found["b"].positions_by_window[1:])
     with pytest.raises(InvalidArgumentError, match="same windows"):
         found["a"].difference(other)
+
+
+def test_equal_seeds_leave_only_the_windows() -> None:
+    units = torch.rand(1, 20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = over_seeds(units.expand(3, -1, -1))
+    alone = bootstrap_interval(units[0])
+    assert (found.mean, found.windows.low, found.windows.high) == pytest.approx(
+        (alone.mean, alone.low, alone.high)
+    )
+    assert (found.both.low, found.both.high) == pytest.approx((alone.low, alone.high))
+    assert (found.seeds.low, found.seeds.high) == pytest.approx((found.mean, found.mean))
+
+
+def test_seeds_that_differ_widen_the_interval_and_one_seed_has_none() -> None:
+    text = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.stack([text, text + 1, text + 2])
+    units = torch.stack([values, torch.ones_like(values)], 2)
+    found, one = over_seeds(units), over_seeds(units[:1])
+    assert found.mean == pytest.approx(float(values.mean()))
+    assert found.both.high - found.both.low > 1 > found.windows.high - found.windows.low
+    assert found.seeds.high - found.mean == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert (one.seeds.low, one.seeds.high) == (None, None)
+    assert one.both.low == one.windows.low

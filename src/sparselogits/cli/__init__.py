@@ -14,12 +14,14 @@ import typer
 from rich.markup import escape
 
 from sparselogits.cli.cache import cache
+from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
 from sparselogits.cli.store import export, merge, repair, verify
 from sparselogits.cli.train import train
+from sparselogits.cli.view import view
 from sparselogits.console import messages, quiet_transformers
 from sparselogits.errors import SparseLogitsError, SparseLogitsWarning
 
@@ -45,9 +47,11 @@ def _options(
 
 app.command()(cache)
 app.command()(info)
+app.command()(view)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)
+app.command()(compare)
 app.command()(verify)
 app.command()(repair)
 app.command()(merge)

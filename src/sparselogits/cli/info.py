@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,21 +14,30 @@ from rich.table import Table
 
 from sparselogits.cli.options import Json, stdout
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparselogits.store import CacheSample, Histogram
+
 
 def info(
     cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    sample: Annotated[
+        int, typer.Option(min=0, help="Row groups read for the histograms; 0: none.")
+    ] = 16,
     as_json: Json = False,
 ) -> None:
-    """Say what a cache holds and what it was made from."""
-    print_info(cache, as_json)
+    """Say what a cache holds and what it was made from, with histograms of a sample of it."""
+    print_info(cache, as_json, sampled=sample)
 
 
-def print_info(root: str, as_json: bool) -> None:
-    """Print the facts of a cache, as a table or as JSON."""
-    from sparselogits.store import Cache
+def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
+    """Print the facts of a cache, as a table or as JSON; histograms from `sampled` row groups."""
+    from sparselogits.store import Cache, sample_cache
 
     opened = Cache.open(root)
     facts = opened.statistics()
+    sample = sample_cache(opened, sampled) if sampled and facts.windows else None
     if as_json:
         shown = {
             "path": str(root),
@@ -39,13 +50,15 @@ def print_info(root: str, as_json: bool) -> None:
                 "bytes_per_token": facts.bytes_per_token,
             },
         }
+        if sample is not None:
+            shown["sample"] = asdict(sample)
         typer.echo(json.dumps(shown, indent=2))
         return
     identity = opened.identity
     sampler = ", ".join(f"{k} {v}" for k, v in identity.sampler.items() if k != "name")
-    table = Table(show_header=False, box=None, pad_edge=False)
+    console = stdout()
     for name, value in (
-        ("cache", escape(str(root))),
+        ("cache", str(root)),
         ("teacher", f"{identity.teacher['name']} ({identity.teacher['dtype']})"),
         ("sampler", f"{identity.sampler['name']} ({sampler})"),
         ("windows", f"{facts.windows:,} of {identity.window_length} tokens"),
@@ -58,5 +71,48 @@ def print_info(root: str, as_json: bool) -> None:
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),
     ):
-        table.add_row(f"[dim]{name}[/dim]", value)
-    stdout().print(table, soft_wrap=True)
+        # a line each, not a table: in a pipe nothing may be cut to the width of a terminal
+        console.print(f"[dim]{name:<18}[/dim] {escape(value)}", soft_wrap=True)
+    if sample is not None:
+        _draw(console, sample)
+
+
+def _draw(console: Console, sample: CacheSample) -> None:
+    """Three histograms side by side where the terminal is wide enough, else below each other."""
+    share = f"{sample.windows:,} of {sample.of:,} windows"
+    said = f"all {sample.of:,} windows" if sample.windows == sample.of else f"a sample, {share}"
+    console.print(f"\n[dim]from {said}[/dim]")
+    length = 8 if console.width < 100 else 14
+    block = "█" if console.encoding.lower().startswith("utf") else "#"
+
+    def lines(histogram: Histogram, label: Callable[[float, float], str]) -> str:
+        return "\n".join(_lines(histogram, label, block=block, length=length))
+
+    columns = {
+        "entries a position": lines(sample.entries, _whole),
+        "entries by weight": lines(sample.weights, lambda a, _: f"{10**a:.1g} +"),
+        "windows by entropy, nats": lines(sample.entropy, lambda a, _: f"{a:.2f} +"),
+    }
+    if console.width >= 78:
+        grid = Table(*columns, box=None, pad_edge=False)
+        grid.add_row(*columns.values())
+        console.print(grid)
+        return
+    for title, drawn in columns.items():
+        console.print(f"[bold]{title}[/bold]\n{drawn}")
+
+
+def _lines(
+    histogram: Histogram, label: Callable[[float, float], str], *, block: str, length: int
+) -> list[str]:
+    most, total = max(histogram.counts, default=0) or 1, sum(histogram.counts) or 1
+    labels = [label(a, b) for a, b in pairwise(histogram.edges)]
+    width = max(map(len, labels), default=0)
+    return [
+        f"{name:>{width}} {block * round(length * count / most):<{length}} {count / total:>4.0%}"
+        for name, count in zip(labels, histogram.counts, strict=True)
+    ]
+
+
+def _whole(first: float, past: float) -> str:
+    return f"{first:.0f}" if past - first == 1 else f"{first:.0f}-{past - 1:.0f}"

@@ -86,8 +86,9 @@ class HeldOut:
         Raises:
             InvalidArgumentError: for a figure there is not, as without a teacher.
         """
-        units, statistic = self._sums(figure)
-        return bootstrap_interval(units, statistic, resamples=resamples, seed=seed)
+        return bootstrap_interval(
+            self.sums(figure), statistic_of(figure), resamples=resamples, seed=seed
+        )
 
     def difference(
         self, other: HeldOut, figure: str = "loss", *, resamples: int = RESAMPLES, seed: int = 0
@@ -108,11 +109,15 @@ class HeldOut:
                 "a difference is between models on the same windows; these were measured on "
                 f"{self.positions:,} and {other.positions:,} positions, divided differently"
             )
-        (first, statistic), (second, _) = self._sums(figure), other._sums(figure)
-        return paired_interval(first, second, statistic, resamples=resamples, seed=seed)
+        first, second = self.sums(figure), other.sums(figure)
+        return paired_interval(first, second, statistic_of(figure), resamples=resamples, seed=seed)
 
-    def _sums(self, figure: str) -> tuple[Tensor, Statistic]:
-        """float64 [W, C] over windows, and what forms the figure of their sums."""
+    def sums(self, figure: str) -> Tensor:
+        """float64 [W, C]: what each window adds to the sums of which `statistic_of` forms a figure.
+
+        Raises:
+            InvalidArgumentError: for a figure there is not, as without a teacher.
+        """
         count = torch.tensor(self.positions_by_window, dtype=torch.float64)[:, None]
         by_window = {
             "loss": self.loss_by_window,
@@ -122,17 +127,16 @@ class HeldOut:
         }
         if values := by_window.get(figure):
             mean = torch.tensor(values, dtype=torch.float64)[:, None]
-            return torch.cat([mean * count, count], 1), ratio
-        binned: dict[str, tuple[Reliability, Statistic]] = {
-            "ece": (self.calibration.equal_width, _gap_size),
-            "ece_equal_mass": (self.calibration.equal_mass, _gap_size),
-            "overconfidence": (self.calibration.equal_width, _gap),
+            return torch.cat([mean * count, count], 1)
+        binned: dict[str, Reliability] = {
+            "ece": self.calibration.equal_width,
+            "ece_equal_mass": self.calibration.equal_mass,
+            "overconfidence": self.calibration.equal_width,
         }
         if figure not in binned:
             known = [*(name for name, own in by_window.items() if own), *binned]
             raise InvalidArgumentError(f"no figure is called {figure!r} here; there are {known}")
-        reliability, statistic = binned[figure]
-        return torch.cat([reliability.gaps, count], 1), statistic
+        return torch.cat([binned[figure].gaps, count], 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -167,6 +171,16 @@ def _gap_size(sums: Tensor) -> Tensor:
 def _gap(sums: Tensor) -> Tensor:
     """Mean confidence minus accuracy, likewise."""
     return sums[:, :-1].sum(1) / sums[:, -1]
+
+
+def statistic_of(figure: str) -> Statistic:
+    """What forms one of `FIGURES` of the sums over windows (see `HeldOut.sums`)."""
+    binned: dict[str, Statistic] = {
+        "ece": _gap_size,
+        "ece_equal_mass": _gap_size,
+        "overconfidence": _gap,
+    }
+    return binned.get(figure, ratio)
 
 
 @torch.no_grad()

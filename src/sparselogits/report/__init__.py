@@ -1,5 +1,20 @@
-"""Tables and curves as one self-contained HTML page."""
+"""Pages for people: a window of a cache, tables and curves; each one self-contained HTML file."""
 
+from sparselogits.report.document import write_whole
 from sparselogits.report.page import Curve, Page, Row, write_page
+from sparselogits.report.serve import PREFIX, PageServer
+from sparselogits.report.view import view_page
+from sparselogits.report.window import WindowView, WindowViewer
 
-__all__ = ["Curve", "Page", "Row", "write_page"]
+__all__ = [
+    "PREFIX",
+    "Curve",
+    "Page",
+    "PageServer",
+    "Row",
+    "WindowView",
+    "WindowViewer",
+    "view_page",
+    "write_page",
+    "write_whole",
+]

@@ -8,12 +8,15 @@ from sparselogits.store.merge import MergeReport, merge
 from sparselogits.store.place import Place
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.repair import RepairReport, repair
+from sparselogits.store.sample import CacheSample, Histogram, sample_cache
 from sparselogits.store.verify import ShardReport, VerifyReport, verify
 
 __all__ = [
     "Cache",
+    "CacheSample",
     "CacheStatistics",
     "CopyFolder",
+    "Histogram",
     "MergeReport",
     "Place",
     "RepairReport",
@@ -24,5 +27,6 @@ __all__ = [
     "export",
     "merge",
     "repair",
+    "sample_cache",
     "verify",
 ]

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest valid name, values out of range with w
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,19 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
         RecipeError: naming the file, the key, what is wrong and, for an unknown key, the nearest
             valid one.
     """
+    return parse_recipe(read_yaml(path, overrides), source=str(path))
+
+
+def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values.
+
+    Args:
+        path: YAML file.
+        overrides: values that win over the file's; None stands for "as in the file".
+
+    Raises:
+        RecipeError: when the file cannot be read or is no mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,8 +156,7 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
         raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} must be a mapping of keys to values")
-    values.update({k: v for k, v in overrides.items() if v is not None})
-    return parse_recipe(values, source=str(path))
+    return values | {k: v for k, v in overrides.items() if v is not None}
 
 
 def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
@@ -155,20 +168,28 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"  {_in_words(detail)}" for detail in error.errors())
+        lines = "\n".join(f"  {in_words(detail, _FIELDS)}" for detail in error.errors())
         raise RecipeError(f"{source} is not a valid recipe:\n{lines}") from error
 
 
-def _in_words(detail: Any) -> str:
+_FIELDS = {
+    "recipe": list(Recipe.model_fields),
+    "student": list(Student.model_fields),
+    "thinning": list(Thinning.model_fields),
+    "schedule": list(ThinningStage.model_fields),
+}
+
+
+def in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
+    """What pydantic found wrong with one value of a recipe, as a person would say it.
+
+    Args:
+        detail: one of `ValidationError.errors()`.
+        fields: known keys, by the key they stand under; "recipe" for the outermost.
+    """
     path = [str(part) for part in detail["loc"]]
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        fields = {
-            "recipe": list(Recipe.model_fields),
-            "student": list(Student.model_fields),
-            "thinning": list(Thinning.model_fields),
-            "schedule": list(ThinningStage.model_fields),
-        }
         owner = [part for part in path[:-1] if part in fields]
         known = fields[owner[-1] if owner else "recipe"]
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)

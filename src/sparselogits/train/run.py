@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ class RunResult:
         seconds: wall time of training; of this process alone where the run was resumed.
         steps: optimiser steps.
         curve: (step, training loss in nats) at every log line.
+        label_curve: likewise the labels' cross-entropy, which is comparable between methods.
+        entries: stored entries a position at the last log line, after thinning; None where the
+            method uses none.
         fresh: False where the run had been finished before.
     """
 
@@ -54,6 +57,8 @@ class RunResult:
     seconds: float
     steps: int
     curve: list[tuple[int, float]]
+    label_curve: list[tuple[int, float]]
+    entries: float | None
     fresh: bool
 
     @property
@@ -114,9 +119,7 @@ def run(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     seconds = time.perf_counter() - started
-    history = trainer.state.log_history
-    curve = [(int(line["step"]), float(line["loss"])) for line in history if "loss" in line]
-    return _finish(trainer, out, seconds, curve)
+    return _finish(trainer, out, seconds)
 
 
 def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
@@ -200,16 +203,25 @@ def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments
     )
 
 
-def _finish(
-    trainer: SparseKDTrainer, out: Path, seconds: float, curve: list[tuple[int, float]]
-) -> RunResult:
+def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
     model = trainer.accelerator.unwrap_model(trainer.model)
     del model.forward  # back to the class's own, without the loss
     model.save_pretrained(out / "model")
-    steps = int(trainer.state.global_step)
-    _write_json(out / "run.json", {"seconds": seconds, "steps": steps, "curve": curve})
+    history = trainer.state.log_history
+    facts: dict[str, Any] = {
+        "seconds": seconds,
+        "steps": int(trainer.state.global_step),
+        "curve": _curve(history, "loss"),
+        "label_curve": _curve(history, "ce"),
+        "entries": next((line["entries"] for line in reversed(history) if "entries" in line), None),
+    }
+    _write_json(out / "run.json", facts)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return RunResult(out, seconds, steps, curve, fresh=True)
+    return RunResult(out, **facts, fresh=True)
+
+
+def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(line["step"]), float(line[name])) for line in history if name in line]
 
 
 def _read_finished(out: Path, described: dict[str, Any]) -> RunResult | None:
@@ -225,15 +237,24 @@ def _read_finished(out: Path, described: dict[str, Any]) -> RunResult | None:
     if not (out / "run.json").exists():
         return None
     facts = json.loads((out / "run.json").read_text())
-    curve = [(int(step), float(loss)) for step, loss in facts["curve"]]
-    return RunResult(out, float(facts["seconds"]), int(facts["steps"]), curve, fresh=False)
+    for name in ("curve", "label_curve"):
+        facts[name] = [(int(step), float(value)) for step, value in facts.get(name, [])]
+    return RunResult(out, **{"entries": None} | facts, fresh=False)
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The last one that is whole: the Trainer writes its state last, and a kill may come before."""
+    found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_whole(f)]
+    last = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
 
-    folder = out / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:

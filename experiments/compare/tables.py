@@ -1,0 +1,95 @@
+"""The tables of docs/results.md, from a stored comparison.
+
+python experiments/compare/tables.py experiments/results/compare_small_teacher.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparselogits.compare import MethodRow, Results, read_results
+from sparselogits.compare.results import Ends, Figure
+
+HEAD = (
+    "| method | seeds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "
+    "overconf. % | acceptance % | agreement % |"
+)
+
+
+def said(figure: Figure | None, scale: float = 1, digits: int = 3) -> str:
+    return "-" if figure is None else f"{scale * figure.mean:.{digits}f}"
+
+
+def with_ends(figure: Figure | None, ends: str, scale: float = 1, digits: int = 3) -> str:
+    if figure is None:
+        return "-"
+    found: Ends = getattr(figure, ends)
+    if found.low is None or found.high is None:
+        return said(figure, scale, digits)
+    low, high = (f"{scale * end:.{digits}f}" for end in (found.low, found.high))
+    return f"{said(figure, scale, digits)} ({low} to {high})"
+
+
+def line(row: MethodRow) -> str:
+    if not row.seeds_done:
+        state = "failed" if row.seeds_failed else "not run"
+        return f"| {row.method} | {state} |" + " - |" * 10
+    own = row.figures
+    cells = [
+        row.method,
+        str(len(row.seeds_done)),
+        "-" if row.entries is None else f"{row.entries:.1f}",
+        "-" if row.bytes_per_token is None else f"{row.bytes_per_token:.1f}",
+        said(own.get("loss")),
+        with_ends(row.minus_ce.get("loss"), "both"),
+        with_ends(row.gap_closed, "both", digits=0),
+        said(own.get("kl")),
+        said(own.get("ece"), 100, 1),
+        with_ends(own.get("overconfidence"), "both", 100, 1),
+        said(own.get("acceptance"), 100, 1),
+        said(own.get("agreement"), 100, 1),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def seeds_table(results: Results) -> list[str]:
+    lines = ["| method | loss - CE, mean and t interval over seeds |", "|---|---|"]
+    for row in results.methods:
+        if len(row.seeds_done) > 1 and "loss" in row.minus_ce:
+            lines.append(f"| {row.method} | {with_ends(row.minus_ce['loss'], 'seeds')} |")
+    return lines
+
+
+def drafting_table(results: Results) -> list[str]:
+    lines = [
+        "| method | verified | realised % | expected there % | standard error % |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results.methods:
+        if (own := row.realised) is not None:
+            numbers = (100 * x for x in (own.acceptance, own.expected, own.error))
+            cells = " | ".join(f"{x:.1f}" for x in numbers)
+            lines.append(f"| {row.method} | {own.verified} | {cells} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    results = read_results(parser.parse_args().results)
+    print(HEAD)
+    print("|---" * 12 + "|")
+    print("\n".join(line(row) for row in results.methods))
+    if results.teacher is not None:
+        own = results.teacher.figures
+        print(
+            f"\nThe teacher itself: loss {own['loss']:.3f}, ECE {100 * own['ece']:.1f} %, "
+            f"overconfidence {100 * own['overconfidence']:.1f} %."
+        )
+    print("\n" + "\n".join(seeds_table(results)))
+    print("\n" + "\n".join(drafting_table(results)))
+
+
+if __name__ == "__main__":
+    main()

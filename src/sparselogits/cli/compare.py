@@ -1,0 +1,119 @@
+"""`sparselogits compare`: one table over methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.console import messages, stage
+
+if TYPE_CHECKING:
+    from sparselogits.compare import MethodRow, Results
+    from sparselogits.compare.results import Figure
+
+WIDTH = 132
+"""Characters that a table may take where it is not printed to a terminal."""
+
+
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of the comparison.")],
+    teacher: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Instead of the recipe's.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the same student with each method of a recipe; measure, compare and store."""
+    from sparselogits.compare import compare as carry_out
+    from sparselogits.compare import load_compare_recipe
+
+    loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
+    results = carry_out(loaded, device=device_named(device), stage=stage)
+    for run in results.runs:
+        if run.status == "failed":
+            what = f"{run.method}, {run.student}, seed {run.seed}"
+            messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
+    if as_json:
+        typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
+        return
+    console = stdout()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    for table in _tables(results):
+        console.print(table)
+    console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
+
+
+def _tables(results: Results) -> list[Table]:
+    """One for each student."""
+    titles = ("method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS))
+    students = dict.fromkeys(row.student for row in results.methods)
+    tables = []
+    for student in students:
+        title = f"{results.title}: {student}"
+        table = Table(*titles, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.justify, column.min_width = "right", 7
+        for row in results.methods:
+            if row.student == student:
+                table.add_row(escape(row.method), *_cells(row))
+        table.caption = (
+            "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
+            "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
+        )
+        table.caption_justify = "left"
+        tables.append(table)
+    if results.teacher is not None and tables:
+        figures = results.teacher.figures
+        tables[-1].caption = (
+            f"teacher: loss {figures['loss']:.3f}, ECE {100 * figures['ece']:.2f} %. "
+            f"{tables[-1].caption}"
+        )
+    return tables
+
+
+def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
+    if figure is None:
+        return "-"
+    said = f"{scale * figure.mean:.{digits}f}"
+    low, high = figure.both.low, figure.both.high
+    if low is None or high is None:
+        return said
+    return f"{said} ±{scale * (high - low) / 2:.{digits}f}"
+
+
+def _figure(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
+    return lambda row: _with_half(row.figures.get(name), scale, digits)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[MethodRow], str]], ...] = (
+    ("loss", _figure("loss", 1, 3)),
+    ("- CE", lambda row: _with_half(row.minus_ce.get("loss"), 1, 3)),
+    ("gap %", lambda row: _with_half(row.gap_closed, 1, 0)),
+    ("KL", _figure("kl", 1, 3)),
+    ("ECE %", _figure("ece", 100, 1)),
+    ("over %", _figure("overconfidence", 100, 1)),
+    ("acc. %", _figure("acceptance", 100, 1)),
+)
+
+
+def _cells(row: MethodRow) -> list[str]:
+    seeds = str(len(row.seeds_done))
+    if row.seeds_failed:
+        seeds += f" ({len(row.seeds_failed)} failed)"
+    if not row.seeds_done:
+        seeds = "not run" if not row.seeds_failed else "failed"
+    numbers = [
+        "-" if value is None else f"{value:.{digits}f}"
+        for value, digits in ((row.entries, 1), (row.bytes_per_token, 2))
+    ]
+    return [seeds, *numbers, *(cell(row) for _, cell in _COLUMNS)]

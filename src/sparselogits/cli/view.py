@@ -1,0 +1,97 @@
+"""`sparselogits view`: a window of a cache as a web page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from sparselogits.cli.options import Device, device_named, stdout
+from sparselogits.console import messages
+from sparselogits.errors import CacheError
+
+if TYPE_CHECKING:
+    from sparselogits.report import WindowViewer
+
+
+def view(
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    window: Annotated[int, typer.Option(min=0, help="Its number in the corpus.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The file [default: window-N.html, here].")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The cache's own, to show its whole distribution.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder of a student, or its run, to show beside.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is [default: the teacher's].")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve all windows on 127.0.0.1 instead.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0: any.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Show a window's text with the distribution that predicts each token, as a web page."""
+    from sparselogits.report import PREFIX, PageServer, view_page, write_whole
+
+    viewer = _viewer(cache, teacher, student, tokenizer, dtype, device_named(device))
+    rounds = viewer.dataset.identity.sampler.get("rounds")
+    if serve:
+        viewer.require(window)
+
+        def page(number: int) -> str:
+            return view_page(viewer.view(number), rounds=rounds, link=f"{PREFIX}{{}}")
+
+        with PageServer(page, first=window, port=port) as server:
+            stdout().print(f"{server.address}  (Ctrl-C ends it)", soft_wrap=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                messages.print()
+        return
+    path = out or Path(f"window-{window}.html")
+    text = view_page(viewer.view(window), rounds=rounds)
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written: {error.strerror}; choose --out") from error
+    stdout().print(escape(str(path)), soft_wrap=True)
+
+
+def _viewer(
+    cache: str,
+    teacher: str | None,
+    student: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    device: str,
+) -> WindowViewer:
+    from sparselogits.data import CacheDataset
+    from sparselogits.report import WindowViewer
+    from sparselogits.teacher import load_teacher
+    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+    from sparselogits.train.run import require_same_teacher
+
+    dataset = CacheDataset(cache)
+    named = tokenizer or teacher
+    words = None if named is None else load_tokenizer(named)
+    if words is None:
+        messages.print("tokens are shown by number; --tokenizer names the teacher's tokenizer")
+    engine, learner = None, None
+    if teacher is not None:
+        engine = load_teacher(
+            teacher, tokenizer=load_tokenizer(teacher), dtype=dtype, device=device
+        )
+        require_same_teacher(engine, dataset.identity)
+    if student is not None:
+        path = Path(student)
+        learner = load_causal_lm(str(path / "model") if (path / "model").is_dir() else student)
+        learner.to(device)
+    return WindowViewer(dataset, tokenizer=words, teacher=engine, student=learner)

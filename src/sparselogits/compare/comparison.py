@@ -1,0 +1,201 @@
+"""A recipe -> every run of it -> `results.json` and `results.csv`.
+
+    OUT/
+      corpus/         training and held-out windows, packed
+      caches/         one for each draw that a method needs, all from one pass of the teacher
+      draws.json      what budgets came to
+      runs/           see runs.py
+      teacher.json    the teacher on the held-out windows
+      results.json    see results.py; written anew after every run
+      results.csv
+
+Interrupted at any moment, the same command goes on: text, caches and runs that are there stay.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselogits.compare.caches import Setting, Stage, prepare, silent_stage
+from sparselogits.compare.recipe import CompareRecipe
+from sparselogits.compare.results import ReliabilityBin, Results, TeacherRow
+from sparselogits.compare.runs import carry_out, claimed, failure_of, figures_of, outcome_of, plan
+from sparselogits.compare.summary import Run, method_rows, run_rows
+from sparselogits.data import TextDataset
+from sparselogits.evaluate import evaluate
+
+
+def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent_stage) -> Results:
+    """Carry out what is left of a comparison.
+
+    Runs that failed before are tried again; runs another process has in hand are left to it.
+
+    Args:
+        recipe: the comparison.
+        device: of teacher and students.
+        stage: shows progress of a piece of work, see `console.stage`.
+
+    Returns:
+        What is known now, as stored in `recipe.out`.
+
+    Raises:
+        SparseLogitsError: for a teacher or text that cannot be used, or a directory that holds a
+            comparison of others. A run that fails raises nothing: it is recorded.
+    """
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    with (recipe.out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes: one prepares, the others wait for it
+        setting = prepare(recipe, device=device, stage=stage)
+        teacher = _teacher_row(recipe, setting)
+    planned = plan(recipe, setting)
+    with stage("training", "runs") as update:
+        for run in planned:
+            if run.folder is None or outcome_of(run) is not None:
+                continue
+            with claimed(run) as mine:
+                if not mine or outcome_of(run) is not None:
+                    continue
+                done = sum(outcome_of(other) is not None for other in planned)
+
+                def tell(step: int, steps: int, done: int = done, title: str = run.title) -> None:
+                    update(done, len(planned), f"{title}: step {step}/{steps}")
+
+                carry_out(run, recipe, setting, device=device, progress=tell)
+            write_results(recipe, setting, teacher)
+    return write_results(recipe, setting, teacher)
+
+
+def write_results(recipe: CompareRecipe, setting: Setting, teacher: TeacherRow | None) -> Results:
+    """Put together what is known now, and store it."""
+    runs = [Run(run, outcome_of(run), failure_of(run)) for run in plan(recipe, setting)]
+    results = Results(
+        title=recipe.title,
+        complete=all(run.outcome is not None for run in runs),
+        settings=_settings(recipe, setting, runs),
+        provenance=_provenance(),
+        teacher=teacher,
+        methods=method_rows(runs, recipe, setting),
+        runs=run_rows(runs, recipe),
+    )
+    text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
+    _replace(recipe.out / "results.json", text + "\n")
+    _replace(recipe.out / "results.csv", results.to_csv())
+    return results
+
+
+def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> dict[str, Any]:
+    corpus, teacher = setting.corpus, setting.teacher
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"methods"}, exclude_none=True),
+        "teacher": {
+            **{k: v for k, v in teacher.identity.items() if v is not None},
+            "parameters": sum(p.numel() for p in teacher.model.parameters()),
+            "vocabulary": teacher.vocab_size,
+        },
+        "corpus": {
+            "name": corpus.source_name,
+            "fingerprint": corpus.source_fingerprint,
+            "training_windows": corpus.windows,
+            "training_tokens": corpus.windows * recipe.window,
+            "heldout_windows": min(
+                corpus.holdout_windows, recipe.heldout_windows or corpus.holdout_windows
+            ),
+        },
+        "student_parameters": {name: _parameters(runs, name) for name in recipe.students},
+    }
+
+
+def _parameters(runs: Sequence[Run], student: str) -> int | None:
+    """Of a student, counted in the weights of a finished run."""
+    from safetensors import safe_open
+
+    for run in runs:
+        if run.outcome is None or run.planned.student != student or run.planned.folder is None:
+            continue
+        file = run.planned.folder / "model" / "model.safetensors"
+        if file.exists():
+            with safe_open(file, "pt") as weights:
+                shapes = [weights.get_slice(k).get_shape() for k in weights.keys()]  # noqa: SIM118
+                return int(sum(math.prod(shape) for shape in shapes))
+    return None
+
+
+def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
+    file = recipe.out / "teacher.json"
+    key = [setting.teacher.identity["weights"], setting.corpus.source_fingerprint]
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["of"] == [*key, recipe.heldout_windows]:
+            return TeacherRow.model_validate(kept["row"])
+    windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
+    found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
+    bins = found.calibration.to_json()["equal_width"]["bins"]
+    row = TeacherRow(
+        figures=figures_of(found),
+        reliability=[ReliabilityBin.model_validate(own) for own in bins],
+        positions=found.positions,
+        windows=len(found.positions_by_window),
+    )
+    kept = {"of": [*key, recipe.heldout_windows], "row": row.model_dump(mode="json")}
+    _replace(file, json.dumps(kept) + "\n")
+    return row
+
+
+def _provenance() -> dict[str, str]:
+    return {
+        "commit": _commit(),
+        "sparselogits": version("sparselogits"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+    }
+
+
+def _commit() -> str:
+    """Of the source tree this runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: what a figure of some thousand positions can hold, twice over."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(own) for key, own in value.items()}
+    return [_rounded(own) for own in value] if isinstance(value, list) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,217 @@
+"""What a comparison found, as it is stored: `results.json`, and the same without curves as CSV.
+
+The schema is these classes; `read_results` reads a file back. Numbers of one run stand in `runs`,
+those of a method over its seeds, with intervals, in `methods`. What the intervals are formed of
+(sums of every held-out window) stays with the runs, in `runs/ID/outcome.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparselogits.errors import CacheError
+
+FORMAT = 1
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Ends(_Value):
+    """The ends of a 95 % interval; None where there is too little to judge by."""
+
+    low: float | None
+    high: float | None
+
+
+class Figure(_Value):
+    """A figure of a method: the mean over its seeds, with three intervals.
+
+    docs/compare.md says what each holds and what it does not.
+    """
+
+    mean: float
+    windows: Ends = Field(description="bootstrap over held-out windows, students as they are")
+    seeds: Ends = Field(description="Student's t over seeds, text as it is")
+    both: Ends = Field(description="bootstrap over windows and seeds at once")
+
+
+class ReliabilityBin(_Value):
+    """A point of a reliability diagram, over the positions of all seeds."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    count: int
+
+
+class Realised(_Value):
+    """Drafting, over all seeds: what was accepted, and what had to be expected there."""
+
+    verified: int
+    accepted: int
+    acceptance: float
+    expected: float
+    error: float = Field(description="standard deviation of acceptance about expected")
+
+
+class MethodRow(_Value):
+    """A method with one student, over its seeds."""
+
+    method: str
+    student: str
+    family: str = Field(description="ce, full, reverse_kl, or the sampler's name")
+    spec: dict[str, Any] = Field(description="as in the recipe")
+    sampler: dict[str, Any] | None = Field(description="its parameters, a budget resolved")
+    unbiased: bool | None = Field(description="None without cached targets")
+    entries: float | None = Field(description="stored entries a position that training used")
+    bytes_per_token: float | None = Field(description="of the cache's targets, without the text")
+    seeds_done: list[int]
+    seeds_failed: list[int]
+    seeds_not_run: list[int]
+    figures: dict[str, Figure] = Field(description="loss, kl, ... (evaluate.FIGURES)")
+    minus_ce: dict[str, Figure] = Field(
+        description="the same less CE's, paired by seed and window; empty for CE or without it"
+    )
+    gap_closed: Figure | None = Field(
+        description="per cent of the way from CE's loss to full KD's, over seeds that all three "
+        "have; None where that gap is not distinguishable from zero"
+    )
+    reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
+    realised: Realised | None
+    tokens_per_second: float | None = Field(description="wall time, median over runs")
+    tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
+
+
+class RunRow(_Value):
+    """One student."""
+
+    method: str
+    student: str
+    seed: int
+    status: Literal["done", "failed", "not run"]
+    message: str | None = Field(None, description="why it failed")
+    folder: str | None = Field(None, description="inside the comparison's directory")
+    figures: dict[str, float] = Field(
+        default_factory=dict,
+        description="loss, perplexity, kl, agreement, acceptance, accuracy, confidence, "
+        "overconfidence, ece, ece_equal_mass",
+    )
+    gap_closed: float | None = Field(None, description="per cent, against this seed's CE and full")
+    realised: Realised | None = None
+    curve: list[tuple[int, float]] = Field(
+        default_factory=list, description="(step, training cross-entropy to the labels, nats)"
+    )
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = Field(None, description="of training; None where it was resumed")
+    cpu_seconds: float | None = Field(None, description="likewise, of all threads")
+
+
+class TeacherRow(_Value):
+    """The teacher on the same held-out windows."""
+
+    figures: dict[str, float]
+    reliability: list[ReliabilityBin]
+    positions: int
+    windows: int
+
+
+class Results(_Value):
+    """A comparison."""
+
+    format: int = FORMAT
+    title: str
+    complete: bool = Field(description="whether every run of the recipe is done")
+    settings: dict[str, Any] = Field(
+        description="recipe (as validated), teacher, corpus, students (parameters)"
+    )
+    provenance: dict[str, str] = Field(description="commit, versions, processor, threads, date")
+    teacher: TeacherRow | None
+    methods: list[MethodRow]
+    runs: list[RunRow]
+
+    def to_csv(self) -> str:
+        """A line for each method and student, and one for each run."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, _COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_method_line(row) for row in self.methods)
+        writer.writerows(_run_line(row) for row in self.runs)
+        return out.getvalue()
+
+
+def read_results(path: Path) -> Results:
+    """A stored comparison.
+
+    Args:
+        path: `results.json`, or the directory that holds it.
+
+    Raises:
+        CacheError: there is none, or it is of another format.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        found = Results.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise CacheError(
+            f"there are no results at {file} ({error.strerror}); `sparselogits compare` writes them"
+        ) from error
+    except ValueError as error:
+        raise CacheError(f"{file} holds no results this version can read: {error}") from error
+    if found.format != FORMAT:
+        raise CacheError(f"{file} has format {found.format}, this version reads {FORMAT}")
+    return found
+
+
+_FIGURES = ("loss", "kl", "ece", "ece_equal_mass", "overconfidence", "acceptance", "agreement")
+_COLUMNS = (
+    *("row", "method", "student", "seed", "status", "seeds", "entries", "bytes_per_token"),
+    *(name + end for name in _FIGURES for end in ("", "_low", "_high")),
+    *("loss_minus_ce", "loss_minus_ce_low", "loss_minus_ce_high"),
+    *("gap_closed", "gap_closed_low", "gap_closed_high", "tokens_per_cpu_second"),
+)
+
+
+def _method_line(row: MethodRow) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "row": "method",
+        "method": row.method,
+        "student": row.student,
+        "seeds": len(row.seeds_done),
+        "entries": row.entries,
+        "bytes_per_token": row.bytes_per_token,
+        "tokens_per_cpu_second": row.tokens_per_cpu_second,
+    }
+    for name in _FIGURES:
+        line |= _ends(name, row.figures.get(name))
+    line |= _ends("loss_minus_ce", row.minus_ce.get("loss"))
+    return line | _ends("gap_closed", row.gap_closed)
+
+
+def _ends(name: str, figure: Figure | None) -> dict[str, Any]:
+    if figure is None:
+        return {}
+    return {name: figure.mean, f"{name}_low": figure.both.low, f"{name}_high": figure.both.high}
+
+
+def _run_line(row: RunRow) -> dict[str, Any]:
+    figures = {name: row.figures.get(name) for name in _FIGURES}
+    speed = None if not row.cpu_seconds or row.tokens is None else row.tokens / row.cpu_seconds
+    return {
+        "row": "run",
+        "method": row.method,
+        "student": row.student,
+        "seed": row.seed,
+        "status": row.status,
+        **figures,
+        "gap_closed": row.gap_closed,
+        "tokens_per_cpu_second": speed,
+    }

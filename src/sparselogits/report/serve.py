@@ -1,0 +1,80 @@
+"""Pages on loopback: each is made when it is asked for, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+from sparselogits.errors import InvalidArgumentError, SparseLogitsError
+
+_HOST = "127.0.0.1"
+PREFIX = "/window/"
+
+
+class PageServer(HTTPServer):
+    """Serves `page(number)` at `/window/<number>` on 127.0.0.1, to nobody else.
+
+    A request that names another host is refused: a page of the web whose name was made to point at
+    this address could read the cache's text otherwise.
+
+    Args:
+        page: HTML of a window; a `SparseLogitsError` becomes a 404 that says it.
+        first: the window that `/` leads to.
+        port: 0 for any that is free.
+
+    Raises:
+        InvalidArgumentError: a port that cannot be had.
+    """
+
+    def __init__(self, page: Callable[[int], str], *, first: int, port: int = 0) -> None:
+        self.page, self.first = page, first
+        try:
+            super().__init__((_HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"port {port} cannot be had ({error}); choose another, or 0 for any that is free"
+            ) from error
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds the first window."""
+        return f"http://{_HOST}:{self.server_port}{PREFIX}{self.first}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: PageServer
+    timeout = 10
+
+    def do_GET(self) -> None:
+        port = self.server.server_port
+        if self.headers.get("Host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
+            self._answer(HTTPStatus.MISDIRECTED_REQUEST, "ask for 127.0.0.1", "text/plain")
+            return
+        if self.path == "/":
+            self.send_response(HTTPStatus.FOUND)
+            self.send_header("Location", f"{PREFIX}{self.server.first}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        number = self.path.removeprefix(PREFIX)
+        if not self.path.startswith(PREFIX) or not number.isdecimal() or len(number) > 18:
+            self._answer(HTTPStatus.NOT_FOUND, f"windows are at {PREFIX}NUMBER", "text/plain")
+            return
+        try:
+            self._answer(HTTPStatus.OK, self.server.page(int(number)), "text/html")
+        except SparseLogitsError as error:
+            self._answer(HTTPStatus.NOT_FOUND, str(error), "text/plain")
+
+    def _answer(self, status: HTTPStatus, text: str, kind: str) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Requests are not worth a line each."""

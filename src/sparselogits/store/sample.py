@@ -1,0 +1,104 @@
+"""A cache in histograms, from a few of its row groups: what `info` draws.
+
+A large cache is not read: at most so many row groups are decoded, of as many shards as that allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselogits.store.cache import Cache
+from sparselogits.store.ranges import shard_name
+from sparselogits.store.shard import Shard
+
+GROUPS = 16
+_DECADES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between edges.
+
+    Args:
+        edges: B + 1 numbers, ascending; a bin holds its lower edge, the last bin both.
+        counts: B.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheSample:
+    """What a few windows spread over a cache look like.
+
+    Args:
+        windows: read.
+        of: windows in the cache.
+        entries: entries a position that carries a target.
+        weights: entries by the decimal logarithm of their weight.
+        entropy: windows by the teacher's mean entropy, nats.
+    """
+
+    windows: int
+    of: int
+    entries: Histogram
+    weights: Histogram
+    entropy: Histogram
+
+
+def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
+    """Read at most `groups` row groups, spread over the shards and within each.
+
+    Raises:
+        CacheCorruptionError: a shard or row group that was read is damaged.
+    """
+    ranges = cache.finished()
+    count = min(groups, len(ranges))
+    chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * count)] for i in range(count)]
+    records = []
+    for place, shard_range in enumerate(chosen):
+        shard = Shard(cache.storage, shard_name(*shard_range), cache.identity)
+        # other places in every shard, so that it is not always a text's beginning that is read
+        at = range(place, groups - groups % count, count)
+        for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in at}):
+            records += shard.read_group(group)
+    none = torch.empty(0)
+    entries = [
+        record.targets.entries_per_position[torch.from_numpy(record.present())]
+        for record in records
+    ]
+    weights = torch.cat([none, *(record.targets.weights for record in records)])
+    return CacheSample(
+        windows=len(records),
+        of=sum(stop - start for start, stop in ranges),
+        entries=_whole_numbers(torch.cat([none, *entries])),
+        weights=_histogram(weights[weights > 0].log10(), _DECADES),
+        entropy=_histogram(torch.tensor([r.teacher_entropy for r in records]), None),
+    )
+
+
+def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
+    """Bins of equal width with whole edges, from 0 or 1 to one past the largest."""
+    first = int(values.min()) if len(values) else 0
+    last = int(values.max()) + 1 if len(values) else 1
+    width = max(1, -(-(last - first) // bins))
+    edges = list(range(first, last + width, width))
+    return _histogram(values, edges)
+
+
+def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> Histogram:
+    """Counts of float values; what lies outside goes into the outermost bins."""
+    if edges is None:
+        low = float(values.min()) if len(values) else 0.0
+        high = float(values.max()) if len(values) else 1.0
+        high = high if high > low else low + 1e-3
+        edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+    inner = torch.tensor(edges[1:-1], dtype=torch.float32)
+    found = torch.bucketize(values.float(), inner, right=True)
+    counts = torch.bincount(found, minlength=len(edges) - 1)
+    return Histogram(tuple(map(float, edges)), tuple(counts.tolist()))

@@ -1,0 +1,46 @@
+"""A comparison's recipe says what is wrong with it, and its lists stand for what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparselogits.compare import parse_compare_recipe
+from sparselogits.errors import RecipeError
+
+GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": []}, "methods: .*at least 1 item"),
+        ({"methods": ["topk"]}, "methods.0.method: .*'ce', 'sparse', 'full' or 'reverse_kl'"),
+        ({"methods": [{"sampler": "topk", "kay": 3}]}, "kay: unknown key; did you mean 'k'"),
+        ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
+        ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),
+        ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce takes no budget"),
+        ({"methods": [{"sampler": "topk", "rounds": 5}]}, "sampler 'topk'.*'rounds'"),
+        (
+            {"methods": [{"sampler": "systematic", "budget": 5, "missing_mass": "ghost"}]},
+            "unbiased",
+        ),
+        ({"methods": [{"sampler": "systematic", "budget": 5, "rounds": 5}]}, "not both"),
+        ({"methods": [{"sampler": "adaptive", "budget": 5}]}, "adaptive needs a student"),
+        ({"methods": ["ce", "ce"]}, "methods are there twice: CE"),
+        ({"seeds": [1, 1]}, "seeds are there twice: 1"),
+        ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),
+        ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"windo": 2}, "windo: unknown key; did you mean 'window'"),
+    ],
+)
+def test_mistakes_are_named(change: dict, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_compare_recipe(GOOD | change, source="recipe.yaml")
+
+
+def test_lists_stand_for_all_pairs() -> None:
+    lists = {"sampler": "topk", "k": [3, 12], "missing_mass": ["drop", "ghost"]}
+    recipe = parse_compare_recipe(GOOD | {"methods": ["full", lists]}, source="recipe.yaml")
+    assert [method.title for method in recipe.methods] == [
+        *("full KD", "Top-K 3", "Top-K 3, ghost", "Top-K 12", "Top-K 12, ghost")
+    ]
