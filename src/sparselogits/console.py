@@ -32,8 +32,8 @@ Update = Callable[..., None]
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Show progress of one piece of work.
 
-    On a terminal a bar; elsewhere (pipes, CI logs) one line every `LOG_SECONDS` and one at the
-    end.
+    On a terminal a bar; elsewhere (pipes, CI logs, notebooks) one line every `LOG_SECONDS` and one
+    at the end, without control characters.
 
     Args:
         what: the work, as a gerund ("packing text").
@@ -58,7 +58,7 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
                 parts.append(f"{_duration((total - done) / rate)} left")
         return " · ".join([*parts, note] if note else parts)
 
-    if messages.is_terminal:
+    if _draws():
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -86,6 +86,16 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
 
     yield log
     messages.print(f"{what}: {latest} · {_duration(time.monotonic() - started)}")
+
+
+def _draws() -> bool:
+    """Whether a bar can be drawn: on a terminal that moves its cursor, whatever FORCE_COLOR says.
+
+    In a notebook rich would want ipywidgets, and warn in place of the bar where it is missing.
+    """
+    if messages.is_jupyter or messages.is_dumb_terminal:
+        return False
+    return messages.file.isatty()
 
 
 def _duration(seconds: float) -> str:
