@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ def quiet_transformers() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "transformers" in sys.modules:  # it read the environment when it was imported
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 Update = Callable[..., None]
@@ -48,9 +53,11 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             first.append(done)
         elapsed = time.monotonic() - started
         rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
-        parts = [f"{done * per_unit:,.0f}"]
+        large = max(done, total or 0) * per_unit >= 10 or per_unit >= 1
+        digits = 0 if large else 2
+        parts = [f"{done * per_unit:,.{digits}f}"]
         if total:
-            parts[0] += f"/{total * per_unit:,.0f}"
+            parts[0] += f"/{total * per_unit:,.{digits}f}"
         parts[0] += f" {unit}"
         if rate > 0:
             parts.append(f"{rate * per_unit:,.0f}/s")
@@ -85,7 +92,7 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             messages.print(f"{what}: {latest}")
 
     yield log
-    messages.print(f"{what}: {latest} · {_duration(time.monotonic() - started)}")
+    messages.print(f"{what}: {latest or 'nothing to do'} · {_duration(time.monotonic() - started)}")
 
 
 def _draws() -> bool:

@@ -7,6 +7,7 @@ command line, shows the traceback of everything.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -33,6 +34,19 @@ _AFTERWARDS = {
     "export": "remove the unfinished folder before the next try",
 }
 _NOTHING = "nothing was changed"
+
+_ALLOW = "make it readable and writable for this user, or choose another place"
+_NEXT_STEPS = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "a file is in the way of a folder: move it, or choose another place",
+    errno.ENOTDIR: "a file is in the way of a folder: move it, or choose another place",
+    errno.EISDIR: "a folder is there where a file was expected: check the path",
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EROFS: _ALLOW,
+    errno.ENOSPC: "free some space there, then give the same command again",
+    errno.EDQUOT: "free some space there, then give the same command again",
+}
 
 
 def end_of(command_line: Callable[..., Any]) -> NoReturn:
@@ -73,10 +87,8 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, SparseLogitsError):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return (
-            f"{error.filename}: {error.strerror}; make it readable or writable, or free some "
-            "space there, then give the same command again (--debug shows where this happened)"
-        )
+        step = _NEXT_STEPS.get(error.errno or 0, "see to it, then give the same command again")
+        return f"{error.filename}: {error.strerror}; {step}"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         first = (str(error).strip() or "out of memory").splitlines()[0]
         return (
