@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check bench faults release clean
+.PHONY: demo test test-fast check bench docs faults release clean
 
 demo: .venv/.installed
 	$(BIN)/sparselogits demo --out demo-run
@@ -51,9 +51,13 @@ release: .venv/.installed
 	$(PIP) --editable '.[release]'
 	$(BIN)/python -m tests.packaging.release
 
+# The documentation in site/, without a network; a warning or a broken link is an error.
+docs: .venv/.installed
+	$(BIN)/zensical build --clean --strict
+
 # The long fault runs (random kills, bit flips, fuzzing); results in tests/faults/results.
 faults: .venv/.installed
 	$(BIN)/python -m tests.faults.run
 
 clean:
-	rm -rf .venv demo-run build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo-run build dist site .mypy_cache .pytest_cache .ruff_cache
