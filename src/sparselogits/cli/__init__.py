@@ -17,7 +17,7 @@ from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
-from sparselogits.cli.store import export, merge, repair, verify
+from sparselogits.cli.store import card, export, merge, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.console import quiet_transformers
 
@@ -59,6 +59,7 @@ app.command("eval")(evaluate_command)
 app.command()(gradients)
 app.command()(verify)
 app.command()(repair)
+app.command()(card)
 app.command()(merge)
 app.command()(export)
 app.command()(demo)
