@@ -2,13 +2,14 @@
 #   make demo    the whole way on a real teacher and real text
 #   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour or two)
 #   make test    formatter, linter, type checker, tests
+#   make release a release rehearsed: nothing is uploaded
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check browser bench faults clean
+.PHONY: demo test test-fast check browser bench docs faults release clean
 
 demo: .venv/.installed
 	$(BIN)/sparselogits demo --out demo-run
@@ -56,9 +57,18 @@ bench: .venv/.installed
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py
 
+# Builds, checks and installs a release in an empty environment, extra by extra; uploads nothing.
+release: .venv/.installed
+	$(PIP) --editable '.[release]'
+	$(BIN)/python -m tests.packaging.release
+
+# The documentation in site/, without a network; a warning or a broken link is an error.
+docs: .venv/.installed
+	$(BIN)/zensical build --clean --strict
+
 # The long fault runs (random kills, bit flips, fuzzing); results in tests/faults/results.
 faults: .venv/.installed
 	$(BIN)/python -m tests.faults.run
 
 clean:
-	rm -rf .venv demo-run build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo-run build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ def test_the_commands_and_the_python_example(
     paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
     short = tmp_path / "TEXT.jsonl"  # many documents, so that 5 % of them are some
     short.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs[:120]))
-    (commands,), (example,) = blocks("bash"), blocks("python")
+    (commands,), examples = blocks("bash"), blocks("python")
     for line in commands.strip().splitlines():
         words = line.replace("MODEL", str(teacher_folder)).replace("TEXT", str(short)).split()
         assert words[0] == "sparselogits"
@@ -34,7 +34,7 @@ def test_the_commands_and_the_python_example(
         subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, timeout=300)
     assert "DEMO" + "_OUTPUT" not in README
     script = tmp_path / "example.py"
-    script.write_text(example)
+    script.write_text("\n".join(examples))  # the second goes on from the first
     done = subprocess.run(
         [sys.executable, str(script)], check=True, cwd=tmp_path, timeout=300, capture_output=True
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ def quiet_transformers() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "transformers" in sys.modules:  # it read the environment when it was imported
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 Update = Callable[..., None]
@@ -32,8 +37,8 @@ Update = Callable[..., None]
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Show progress of one piece of work.
 
-    On a terminal a bar; elsewhere (pipes, CI logs) one line every `LOG_SECONDS` and one at the
-    end.
+    On a terminal a bar; elsewhere (pipes, CI logs, notebooks) one line every `LOG_SECONDS` and one
+    at the end, without control characters.
 
     Args:
         what: the work, as a gerund ("packing text").
@@ -48,9 +53,11 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             first.append(done)
         elapsed = time.monotonic() - started
         rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
-        parts = [f"{done * per_unit:,.0f}"]
+        large = max(done, total or 0) * per_unit >= 10 or per_unit >= 1
+        digits = 0 if large else 2
+        parts = [f"{done * per_unit:,.{digits}f}"]
         if total:
-            parts[0] += f"/{total * per_unit:,.0f}"
+            parts[0] += f"/{total * per_unit:,.{digits}f}"
         parts[0] += f" {unit}"
         if rate > 0:
             parts.append(f"{rate * per_unit:,.0f}/s")
@@ -58,7 +65,7 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
                 parts.append(f"{_duration((total - done) / rate)} left")
         return " · ".join([*parts, note] if note else parts)
 
-    if messages.is_terminal:
+    if _draws():
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -85,7 +92,17 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             messages.print(f"{what}: {latest}")
 
     yield log
-    messages.print(f"{what}: {latest} · {_duration(time.monotonic() - started)}")
+    messages.print(f"{what}: {latest or 'nothing to do'} · {_duration(time.monotonic() - started)}")
+
+
+def _draws() -> bool:
+    """Whether a bar can be drawn: on a terminal that moves its cursor, whatever FORCE_COLOR says.
+
+    In a notebook rich would want ipywidgets, and warn in place of the bar where it is missing.
+    """
+    if messages.is_jupyter or messages.is_dumb_terminal:
+        return False
+    return messages.file.isatty()
 
 
 def _duration(seconds: float) -> str:

@@ -110,40 +110,6 @@ def base(teacher_folder: Path, short: Path, out: Path) -> dict[str, object]:
     return {"--teacher": teacher_folder, "--data": short, "--out": out, "--window": 32}
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"--data": "/nowhere.txt"}, "nowhere.txt"),
-        ({"--teacher": "./nowhere"}, "no model folder"),
-        ({"--window": 10_000_000}, "window"),
-        ({"--budget": 0.5}, "at least 1"),
-        ({"--budget": 5, "--rounds": 5}, "not both"),
-        ({"--sampler": "topk", "--rounds": 5}, "--k or --budget"),
-        ({"--sampler": "threshold", "--tau": 0.1, "--budget": 5}, "not both"),
-        ({"--sampler": "topp", "--budget": 5}, "--p and --max-entries"),
-        ({"--windows": "x"}, "A:B"),
-        ({"--sampler": "gumbel"}, "gumbel"),
-    ],
-)
-def test_mistakes_end_in_one_message(
-    teacher_folder: Path, short: Path, tmp_path: Path, changes: dict, said: str
-) -> None:
-    options = base(teacher_folder, short, tmp_path / "out") | changes
-    failed = command("cache", *[word for pair in options.items() for word in pair])
-    assert failed.returncode == 2, failed.stderr
-    assert said in failed.stderr
-    assert "Traceback" not in failed.stderr
-
-
-def test_a_corpus_that_is_no_text(teacher_folder: Path, tmp_path: Path) -> None:
-    for name, content in (("empty.txt", b""), ("binary.txt", b"\xff\xfe\x00\x80" * 50)):
-        (tmp_path / name).write_bytes(content)
-        options = base(teacher_folder, tmp_path / name, tmp_path / "out")
-        failed = command("cache", *[word for pair in options.items() for word in pair])
-        assert failed.returncode == 2
-        assert name in failed.stderr
-
-
 def test_another_window_length_is_refused_and_harms_nothing(
     cache: Path, teacher_folder: Path, short: Path
 ) -> None:

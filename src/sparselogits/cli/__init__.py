@@ -1,29 +1,27 @@
 """The commands, thin: options in, one call, a result printed.
 
-Exit codes: 0 done, 2 a mistake that the message explains, 130 interrupted (and resumable), 1 a
-bug. Results go to standard output (JSON with `--json`), progress and remarks to standard error.
+Results go to standard output (JSON with `--json`), progress and remarks to standard error; exit
+codes and what is said at the end are in `endings`.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
+from sparselogits import __version__
 from sparselogits.cli.cache import cache
 from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
+from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
-from sparselogits.cli.store import export, merge, repair, verify
+from sparselogits.cli.store import card, export, merge, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.cli.view import view
-from sparselogits.console import messages, quiet_transformers
-from sparselogits.errors import SparseLogitsError, SparseLogitsWarning
+from sparselogits.console import quiet_transformers
 
 app = typer.Typer(
     name="sparselogits",
@@ -33,15 +31,26 @@ app = typer.Typer(
     "teacher targets.",
 )
 
-INTERRUPTED = 130
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sparselogits {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True),
+    ] = False,
 ) -> None:
-    context.obj = {"debug": debug}
+    state = context.ensure_object(dict)
+    state["command"] = context.invoked_subcommand
     quiet_transformers()
 
 
@@ -54,6 +63,7 @@ app.command()(gradients)
 app.command()(compare)
 app.command()(verify)
 app.command()(repair)
+app.command()(card)
 app.command()(merge)
 app.command()(export)
 app.command()(demo)
@@ -61,28 +71,4 @@ app.command()(demo)
 
 def main() -> None:
     """Entry point: run a command and turn what it raises into a message and an exit code."""
-    debug = "--debug" in sys.argv
-    warnings.showwarning = _show_warning
-    try:
-        app()
-    except SystemExit as stop:  # how typer ends, a usage error (2) or Ctrl-C (130) included
-        if stop.code == INTERRUPTED:
-            _say_interrupted()
-        raise
-    except KeyboardInterrupt:
-        _say_interrupted()
-        sys.exit(INTERRUPTED)
-    except SparseLogitsError as error:
-        if debug:
-            raise
-        messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-
-
-def _say_interrupted() -> None:
-    messages.print("\ninterrupted; what was finished is kept. The same command goes on from there.")
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, SparseLogitsWarning):
-        messages.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+    end_of(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,18 +59,25 @@ def cache(
         typer.Option(help="Smallest probability kept exactly by threshold, instead of a budget."),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     temperature: Annotated[float, typer.Option(help="Divides the teacher's logits.")] = 1.0,
-    batch: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     windows: Annotated[str | None, typer.Option(help="Build only windows A:B.")] = None,
-    windows_per_shard: Annotated[int, typer.Option(help="Windows a file.")] = 512,
+    windows_per_shard: Annotated[int, typer.Option(min=1, help="Windows a file.")] = 512,
     append: Annotated[
         bool, typer.Option(help="Add this text to the cache: new windows, nothing rewritten.")
     ] = False,
     holdout: Annotated[float, typer.Option(help="Share of documents kept aside.")] = 0.0,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    completion_only: Annotated[
+        bool,
+        typer.Option(
+            "--completion-only",
+            help="Records are prompt and completion; only completions are cached and learnt.",
+        ),
+    ] = False,
     separator_id: Annotated[
         int | None, typer.Option(help="Token between documents; end-of-text by default.")
     ] = None,
@@ -83,7 +91,7 @@ def cache(
         Path | None,
         typer.Option(help="For a URL: where text is packed [default: the user's cache folder]."),
     ] = None,
-    processes: Annotated[int, typer.Option(help="Processes that tokenise.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     device: Device = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
@@ -106,8 +114,13 @@ def cache(
     chosen, budget = _sampler_options(
         sampler.value, budget, rounds, proposal_exponent, k, p, max_entries, tau
     )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise InvalidArgumentError(f"--temperature divides logits: above 0, found {temperature}")
+    if budget is None:
+        from_parameters(chosen)  # out of range is said before the teacher is loaded
+    where = device_named(device)
     only = _window_range(windows)
-    source = open_source(data, text_field=text_field, split=split)
+    source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     packing = packing_for(
         tokenizer,
@@ -122,7 +135,7 @@ def cache(
         teacher,
         tokenizer=tokenizer,
         dtype=dtype,
-        device=device_named(device),
+        device=where,
         trust_remote_code=trust_remote_code,
     )
     with stage("packing text", "MB", per_unit=1e-6) as update:

@@ -26,7 +26,7 @@ def evaluate_command(
     corpus: Annotated[
         Path | None, typer.Option(help="Packed corpus [default: the cache's own].")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
     draft: Annotated[
         int, typer.Option(min=0, help="Also draft so many tokens at a time for the teacher.")
     ] = 0,

@@ -1,4 +1,4 @@
-"""`verify`, `repair`, `merge`, `export`: caches as they lie on disk."""
+"""`verify`, `repair`, `card`, `merge`, `export`: caches as they lie on disk."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def repair(
         stdout().print(f"to build: windows {ranges}; the `cache` command of this cache does it")
     else:
         stdout().print("nothing to repair")
+
+
+def card(
+    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+) -> None:
+    """Print a dataset card with the cache's figures, for its README.md when it is published."""
+    from sparselogits.store import Cache
+    from sparselogits.store.card import dataset_card
+
+    opened = Cache.open(cache)
+    typer.echo(dataset_card(opened.identity, opened.statistics()), nl=False)
 
 
 def merge(

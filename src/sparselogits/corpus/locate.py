@@ -49,10 +49,15 @@ def locate(data: str, split: str) -> list[SourceFile]:
         files = _matching(data)
     elif _HUB_NAME.fullmatch(data) and not _looks_like_file(path):
         files = _hub_dataset(data, split)
+    elif "://" in data:
+        raise CorpusError(
+            f"{data} is a URL; text is read from this machine or by a dataset's name on the hub: "
+            "download it first"
+        )
     else:
         raise CorpusError(f"{data} does not exist; check the path (working folder: {Path.cwd()})")
     if all(file.path.stat().st_size == 0 for file in files):
-        raise CorpusError(f"{data} is empty: no file in it holds a single byte of text")
+        raise CorpusError(f"{data} is empty: no file in it holds a single byte; name other text")
     return sorted(files, key=lambda file: file.name)
 
 

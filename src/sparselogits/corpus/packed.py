@@ -258,7 +258,9 @@ def _require_windows(training: Counts, holdout: Counts, packing: Packing) -> Non
     length, share = packing.window_length, packing.holdout
     documents = training.documents + holdout.documents
     if not documents:
-        raise CorpusError("the corpus holds no text: every document is empty or white space")
+        raise CorpusError(
+            "the corpus holds no text: every document is empty or white space; name other text"
+        )
     kept = f", after keeping {holdout.documents} of {documents} documents aside" if share else ""
     if training.tokens < length:
         raise CorpusError(

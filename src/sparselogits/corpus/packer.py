@@ -86,7 +86,7 @@ def pack(
     except OSError as error:
         raise CorpusError(
             f"cannot write to {paths.folder}: {error.strerror or error}. Finished parts are kept: "
-            "make room there, and run it again to go on."
+            "make room there or make it writable, then run it again; or choose another folder."
         ) from error
     return PackedCorpus.open(paths.folder)
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 
 from sparselogits.identity import Identity
+from sparselogits.store.records import CacheStatistics
 
 
-def dataset_card(identity: Identity) -> str:
-    """Markdown that says what the folder is, how to read it, and what it was made from."""
+def dataset_card(identity: Identity, figures: CacheStatistics | None = None) -> str:
+    """Markdown that says what the folder is, how to read it, and what it was made from.
+
+    Args:
+        identity: of the cache.
+        figures: what it holds, once it is built; the card that a build begins with has none.
+    """
+    held = "" if figures is None else _figures(identity, figures)
     settings = json.dumps(identity.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
     return f"""---
 configs:
@@ -29,8 +36,8 @@ from sparselogits import CacheDataset
 dataset = CacheDataset("path/to/this/folder")
 ```
 
-A row is a window; `tokens` can be read with any Parquet reader, `targets` is the coded form that
-the format specification of sparselogits describes.
+{held}A row is a window; `tokens` can be read with any Parquet reader, `targets` is the coded form
+that the format specification of sparselogits describes.
 
 Made from (fingerprint `{identity.fingerprint}`):
 
@@ -38,3 +45,22 @@ Made from (fingerprint `{identity.fingerprint}`):
 {settings}
 ```
 """
+
+
+def _figures(identity: Identity, found: CacheStatistics) -> str:
+    sampler = ", ".join(f"{name} {value}" for name, value in identity.sampler.items())
+    rows = {
+        "windows": f"{found.windows:,} of {identity.window_length} tokens",
+        "tokens": f"{found.tokens:,}, of which {found.positions:,} carry a target",
+        "sampler": sampler,
+        "entries a token": f"{found.entries_per_position:.2f}",
+        "bytes a token": f"{found.bytes_per_token:.2f}, the text's own tokens included",
+        "bits an entry": f"{found.bits_per_entry:.2f}",
+        "size": f"{found.bytes_on_disk:,} bytes in {found.shards} shards",
+        "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 `{identity.tokenizer[:16]}`",
+        "temperature": f"{identity.temperature:g}",
+        "teacher's loss on the text": f"{found.mean_teacher_loss:.3f} nats a token",
+        "teacher's mean entropy": f"{found.mean_teacher_entropy:.3f} nats a token",
+    }
+    lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"| | |\n|---|---|\n{lines}\n"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TypeAlias
 
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.store.objects import ObjectStorage
 from sparselogits.store.storage import LocalStorage, Storage
 
 Place: TypeAlias = str | Path
 """A folder, or a URL such as `s3://bucket/prefix`. A URL is a string: a Path would lose a slash."""
+
+_NOT_QUITE_A_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/).*|[a-z][a-z0-9+]+:///*")
+"""One slash, or nothing behind two."""
 
 
 def is_url(place: Place) -> bool:
@@ -26,6 +31,11 @@ def storage_at(place: Place | Storage) -> Storage:
     """
     if not isinstance(place, str | Path):
         return place
+    if _NOT_QUITE_A_URL.fullmatch(str(place)):
+        raise InvalidArgumentError(
+            f"{place} looks like a URL but is not one; write it as s3://bucket/prefix, as a string "
+            "(a Path loses a slash)"
+        )
     return ObjectStorage(str(place)) if is_url(place) else LocalStorage(place)
 
 

@@ -45,7 +45,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:
         raise TeacherError(
-            f"no tokenizer could be read from {name!r}: {_first_line(error)}"
+            f"no tokenizer could be read from {name!r}: {_first_line(error).rstrip(':. ')}. Give a "
+            "folder with tokenizer files, a GGUF file, or a hub name (which needs the network once)"
         ) from error
 
 
@@ -201,7 +202,7 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
             raise TeacherError(f"there is no GGUF file at {name!r}")
         return str(path.parent), {"gguf_file": path.name}
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise TeacherError(f"there is no model folder at {name!r}")
+        raise TeacherError(f"there is no model folder at {name!r}; check the path")
     return name, {}
 
 

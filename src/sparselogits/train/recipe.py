@@ -151,11 +151,15 @@ def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+        raise RecipeError(
+            f"the recipe {path} cannot be read: {error.strerror}; check the path"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"the recipe {path} must be a mapping of keys to values")
+        raise RecipeError(
+            f"the recipe {path} must be a mapping of keys to values, as in `cache: my-cache`"
+        )
     return values | {k: v for k, v in overrides.items() if v is not None}
 
 

@@ -26,7 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from transformers.trainer_callback import PrinterCallback
 
 from sparselogits.data import CacheDataset, Schedule, rounds_for_entries
-from sparselogits.errors import IdentityMismatchError, RecipeError, TeacherError
+from sparselogits.errors import (
+    IdentityMismatchError,
+    MissingDependencyError,
+    RecipeError,
+    TeacherError,
+)
 from sparselogits.identity import Identity
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
@@ -94,6 +99,12 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "recipe.json", described)
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
+    if len(dataset) < recipe.batch_windows:
+        raise RecipeError(
+            f"batch_windows={recipe.batch_windows}, but {recipe.cache} holds {len(dataset)} "
+            "windows: not one whole batch. Take fewer a batch, or build more of the cache"
+        )
+    _require_reporters(recipe.report_to)
     online = recipe.method in DIVERGENCES
     if online and teacher is None:
         assert recipe.teacher is not None
@@ -148,6 +159,22 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         use_cache=False,
     )
     return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def _require_reporters(names: list[str]) -> None:
+    """Insist that the Trainer can log to where the recipe says, before it does any work."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for kind in get_reporting_integration_callbacks([name]):
+                kind()
+        except ValueError as error:
+            raise RecipeError(f"report_to: {error}") from error
+        except (RuntimeError, ImportError) as error:
+            raise MissingDependencyError(
+                f"report_to: {name} is not installed: pip install {name}, or leave it out"
+            ) from error
 
 
 def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:

@@ -1,0 +1,250 @@
+"""Mistakes as a new user makes them: one message with the cause and the next step, no traceback.
+
+pytest tests/cli/test_messages.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparselogits.cli import main
+from sparselogits.console import messages, stage
+from tests.conftest import tiny_llama
+
+
+class Line:
+    """A command line, in this process: exit code and what it says on standard error."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def __call__(self, *words: object) -> tuple[int, str]:
+        self._monkeypatch.setattr(sys, "argv", ["sparselogits", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        code = stop.value.code
+        return (0 if code is None else int(code)), self._capsys.readouterr().err
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Line:
+    return Line(capsys, monkeypatch)
+
+
+CACHE = "cache --teacher {teacher} --data {text} --out {new} --window 32"
+MISTAKES = {
+    # command: the cause, the next step
+    "info /nowhere": ("no cache at /nowhere", "check the path"),
+    "info {teacher}": ("it has no cache.json", "sparselogits cache"),
+    "info {newer}": ("format version 9", "install the version"),
+    "info {torn}": ("cache.json is damaged", "restore it from a copy"),
+    "info s3:/bucket/x": ("looks like a url", "s3://bucket/prefix"),
+    "info s3://": ("looks like a url", "s3://bucket/prefix"),
+    "info nowhere9://x/y": ("no url that can be opened", "protocol not known"),
+    "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
+    "train": ("cache: missing", "out: missing"),
+    "train {recipe:cach: x}": ("cach: unknown key", "did you mean 'cache'"),
+    "train {recipe:[1]}": ("must be a mapping", "as in `cache"),
+    "train {recipe:a: [}": ("is not yaml", "line 1"),
+    "train --cache /nowhere --out {new}": ("no cache at /nowhere", "check the path"),
+    "train --cache {cache} --out {text}": ("pages.jsonl", "a file is in the way"),
+    "train --cache {cache} --out {new} --alpha 2": ("alpha", "less than or equal to 1"),
+    "train --cache {cache} --out {new} --method full": ("teacher", "only with them"),
+    "train --cache {cache} --out {new} --method gkd": ("found 'gkd'", "'ce', 'sparse'"),
+    "train --cache {cache} --out {new} --device tpu": ("--device tpu", "choose auto or cpu"),
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{path: {small}}}}": (
+        "400 ids",
+        "give the student at least as many",
+    ),
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{path: /no/student}}}": (
+        "no model folder at '/no/student'",
+        "check the path",
+    ),
+    "train {recipe:cache: {cache}\nout: {new}\nthinning: {{rounds: 99}}}": (
+        "the cache holds 12 rounds",
+        "choose between 1 and 12",
+    ),
+    "train {recipe:cache: {cache}\nout: {new}\nbatch_windows: 9999}": (
+        "not one whole batch",
+        "take fewer",
+    ),
+    "train {recipe:cache: {cache}\nout: {new}\nreport_to: [tensorbord]}": (
+        "tensorbord is not supported",
+        "only",
+    ),
+    CACHE + " --budget 0.1": ("at least 1", "--budget"),
+    CACHE + " --budget 5 --rounds 5": ("--budget or --rounds", "not both"),
+    CACHE + " --sampler topk --rounds 5": ("topk takes", "--k or --budget"),
+    CACHE + " --sampler threshold --tau 0.1 --budget 5": ("--tau", "not both"),
+    CACHE + " --sampler topp --budget 5": ("topp takes", "--p and --max-entries"),
+    CACHE + " --sampler gumbel": ("gumbel", "'systematic'"),
+    CACHE + " --windows x": ("got 'x'", "takes a:b"),
+    CACHE + "000000": ("window", "use more text or a shorter window"),
+    CACHE + " --rounds 0": ("rounds must lie in [1", "found 0"),
+    CACHE + " --sampler topk --k 0": ("k must be at least 1", "found 0"),
+    CACHE + " --temperature 0": ("--temperature", "above 0"),
+    CACHE + " --batch 0": ("--batch", "greater than or equal to 1"),
+    CACHE + " --windows-per-shard 0": ("--windows-per-shard", "greater than or equal to 1"),
+    CACHE + " --window 0": ("found window_length=0", "at least 2"),
+    CACHE + " --holdout 1.5": ("found 1.5", "[0, 1)"),
+    CACHE + " --dtype int4": ("unknown dtype 'int4'", "choose auto"),
+    CACHE + " --device tpu": ("--device tpu", "choose auto or cpu"),
+    CACHE + " --text-field body": ("has no field `body`", "name the field"),
+    "cache --teacher {text} --data {text} --out {new}": ("no tokenizer", "hub name"),
+    "cache --teacher ./no --data {text} --out {new}": ("no model folder", "check the path"),
+    "cache --teacher {small} --data {text} --out {new}": ("no tokenizer", "give a folder"),
+    "cache --teacher {teacher} --data http://x/y.txt --out {new}": ("is a url", "download it"),
+    "cache --teacher {teacher} --data /nowhere.txt --out {new}": (
+        "/nowhere.txt does not exist",
+        "check the path",
+    ),
+    "cache --teacher {teacher} --data {bytes} --out {new}": ("bytes.txt", "utf-8"),
+    "cache --teacher {teacher} --data {void} --out {new}": ("empty", "name other text"),
+    "cache --teacher {teacher} --data {blank} --out {new}": ("holds no text", "name other text"),
+    "cache --teacher {teacher} --data {text} --out /proc/x --window 32": (
+        "cannot write to /proc/x",
+        "choose another folder",
+    ),
+    "cache --teacher {teacher} --data {text} --out gs://bucket/x": ("gcsfs", "install"),
+    "eval /no/student --cache {cache}": ("no model folder", "check the path"),
+    "eval {teacher} --cache {cache} --draft 3": ("--draft needs --teacher", "verifies"),
+    "eval {teacher} --cache {cache} --limit 0": ("--limit", "greater than or equal to 1"),
+    "export {cache} --out {teacher}": ("is not empty", "choose a new folder"),
+    "export {cache} --out {new} --format csv": ("'csv'", "choose one of lists"),
+    "merge {cache} /nowhere --out {new}": ("no cache at /nowhere", "check the path"),
+    "trian": ("no such command 'trian'", "did you mean 'train'"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path, cache: Path
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mistakes")
+    for name, before, after in (
+        ("newer", '"format_version":1', '"format_version":9'),
+        ("torn", "{", ""),
+    ):
+        shutil.copytree(cache, root / name)
+        file = root / name / "cache.json"
+        file.write_text(file.read_text().replace(before, after, 1))
+    tiny_llama(vocab_size=400).save_pretrained(root / "small")
+    (root / "void.txt").write_text("")
+    (root / "blank.txt").write_text(" \n\n ")
+    (root / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
+    return {
+        **{name: root / name for name in ("newer", "torn", "small")},
+        **{name: root / f"{name}.txt" for name in ("void", "blank", "bytes")},
+        **{"teacher": teacher_folder, "text": text, "cache": cache},
+    }
+
+
+def words(pattern: str, places: dict[str, Path], folder: Path) -> list[str]:
+    command, _, recipe = pattern.partition(" {recipe:")
+    for name, path in {**places, "new": folder / "new"}.items():
+        command, recipe = (s.replace(f"{{{name}}}", str(path)) for s in (command, recipe))
+    if not recipe:
+        return command.split()
+    file = folder / "recipe.yaml"
+    file.write_text(recipe[:-1].replace("{{", "{").replace("}}", "}"))
+    return [*command.split(), str(file)]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.replace("\n", ", "))
+def test_a_mistake_is_told_with_its_next_step(
+    mistake: str, line: Line, places: dict[str, Path], tmp_path: Path
+) -> None:
+    code, said = line(*words(mistake, places, tmp_path))
+    assert code == 2, said
+    cause, step = MISTAKES[mistake]
+    assert cause in said.lower(), said
+    assert step in said.lower(), said
+    assert "Traceback" not in said
+    assert not any(c in said for c in "\r\x1b"), "control characters where there is no terminal"
+
+
+def test_a_folder_without_permission(line: Line, places: dict[str, Path], tmp_path: Path) -> None:
+    """Root may write everywhere, so the mount's own refusal stands in: /proc takes no folder."""
+    code, said = line("train", "--cache", places["cache"], "--out", "/proc/run")
+    assert (code, "/proc/run" in said) == (2, True)
+    assert "check the path" in said or "another place" in said
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(line: Line, where: str) -> None:
+    given = ["--debug", "info", "/nowhere"] if where == "first" else ["info", "/nowhere", "--debug"]
+    code, said = line(*given)
+    assert code == 2
+    assert "Traceback" in said
+    assert "error: there is no cache at /nowhere" in said
+
+
+def test_a_pipe_gets_lines_without_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services set it
+    monkeypatch.setattr("sparselogits.console.LOG_SECONDS", 0.0)
+    with stage("reading", "pages") as update:
+        for done in range(3):
+            update(done + 1, 3)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert "\x1b" not in said
+    assert said.splitlines()[-1].startswith("reading: 3/3 pages")
+    assert len(said.splitlines()) == 4
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
+        monkeypatch.setattr(messages, "_file", terminal)
+        with stage("reading", "pages") as update:
+            update(3, 3)
+        terminal.flush()
+        shown = os.read(screen.fileno(), 1 << 16).decode()
+    assert "reading" in shown
+    assert "\x1b" in shown
+
+
+def test_a_dumb_terminal_and_a_notebook_get_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with stage("reading", "pages") as update:
+        update(3, 3)
+    assert capsys.readouterr().err.startswith("reading: 3/3 pages")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "command", ["train --cache {cache} --out {new} --epochs 99", "verify {cache}"]
+)
+def test_ctrl_c_is_clean_at_any_moment(
+    command: str, seconds: float, places: dict[str, Path], tmp_path: Path
+) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sparselogits", *words(command, places, tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode in (130, -signal.SIGINT, 0), said  # 0: it was done before
+    assert "Traceback" not in said
+    assert "ignored" not in said
+    if run.returncode == 130:
+        assert "interrupted" in said
