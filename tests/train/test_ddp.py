@@ -80,3 +80,29 @@ def test_two_ranks_resume_in_their_second_epoch(cache: Path, tmp_path: Path) -> 
     )
     for name, weight in whole.items():
         assert torch.equal(again[name], weight), name
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path) -> None:
+    """One student, one report, and the step of a batch from both ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    recipe = {
+        "cache": str(cache),
+        "out": str(tmp_path / "run"),
+        "student": {"hidden_size": 32, "layers": 1, "heads": 2},
+        "batch_windows": 32,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = subprocess.run(
+        [
+            *(sys.executable, *launch, "-m", "sparselogits", "train"),
+            *(str(tmp_path / "recipe.yaml"), "--device", "cpu", "--json"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert json.loads(done.stdout)["steps"] == 4  # 284 windows, 64 a step, the rest left out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"recipe.json", "run.json", "model"}

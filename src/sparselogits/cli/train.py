@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,8 @@ def train(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a student, from a recipe or from options alone."""
-    from sparselogits.train import load_recipe, run
+    """Train a student, from a recipe or from options alone; under torchrun, on all its ranks."""
+    from sparselogits.train import leave_process_group, load_recipe, run
     from sparselogits.train.recipe import parse_recipe
 
     options = {
@@ -44,6 +45,10 @@ def train(
     else:
         given = {k: v for k, v in options.items() if v is not None}
         loaded = parse_recipe(given, source="the command line")
+    if os.environ.get("RANK", "0") != "0":  # the first of torchrun's ranks speaks for all
+        run(loaded, device=device_named(device))
+        leave_process_group()
+        return
     with stage("training", "steps") as update:
         result = run(
             loaded,
@@ -52,6 +57,7 @@ def train(
                 done, total, f"loss {line['loss']:.3f}" if "loss" in line else ""
             ),
         )
+    leave_process_group()
     if not result.fresh:
         messages.print("this run was finished before; nothing was done")
     if as_json:

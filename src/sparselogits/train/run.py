@@ -233,7 +233,6 @@ def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments
 def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
     model = trainer.accelerator.unwrap_model(trainer.model)
     del model.forward  # back to the class's own, without the loss
-    model.save_pretrained(out / "model")
     history = trainer.state.log_history
     facts: dict[str, Any] = {
         "seconds": seconds,
@@ -242,8 +241,10 @@ def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
         "label_curve": _curve(history, "ce"),
         "entries": next((line["entries"] for line in reversed(history) if "entries" in line), None),
     }
-    _write_json(out / "run.json", facts)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out / "model")
+        _write_json(out / "run.json", facts)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return RunResult(out, **facts, fresh=True)
 
 
