@@ -30,7 +30,7 @@ from sparselogits.corpus import (
     packing_for,
     tokenizer_fingerprint,
 )
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, SparseLogitsError
 from sparselogits.identity import canonical_json
 from sparselogits.samplers import Adaptive, Sampler, from_parameters, window_uniforms
 from sparselogits.targets import SparseTargets
@@ -171,7 +171,7 @@ def _fitted(
                 continue
             pilot = pilot or pilot_windows(corpus)
             samplers[key] = _fit(draw, teacher, pilot)
-        except InvalidArgumentError as error:
+        except SparseLogitsError as error:
             failures[key] = str(error)
             continue
         kept["parameters"][key] = {"name": samplers[key].name, **samplers[key].parameters()}

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +28,6 @@ from typing import Any
 from sparselogits.compare.caches import Draw, Setting, slug
 from sparselogits.compare.recipe import CompareRecipe, MethodSpec
 from sparselogits.data import TextDataset
-from sparselogits.errors import SparseLogitsError
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
 from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
@@ -179,9 +179,10 @@ def carry_out(
     assert planned.folder is not None
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
-    except (SparseLogitsError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the other runs are not lost to it
         reason = str(error).strip() or type(error).__name__
-        _write(planned.folder / "failure.json", {"error": type(error).__name__, "message": reason})
+        found = {"message": reason, "traceback": traceback.format_exc()}
+        _write(planned.folder / "failure.json", found)
         return None
     _write(planned.folder / "outcome.json", asdict(outcome))
     (planned.folder / "failure.json").unlink(missing_ok=True)
