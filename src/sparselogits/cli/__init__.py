@@ -18,6 +18,7 @@ from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
+from sparselogits.cli.report import report
 from sparselogits.cli.store import card, export, merge, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.cli.view import view
@@ -61,6 +62,7 @@ app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)
 app.command()(compare)
+app.command()(report)
 app.command()(verify)
 app.command()(repair)
 app.command()(card)

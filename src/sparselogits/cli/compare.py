@@ -34,9 +34,11 @@ def compare(
     """Train the same student with each method of a recipe; measure, compare and store."""
     from sparselogits.compare import compare as carry_out
     from sparselogits.compare import load_compare_recipe
+    from sparselogits.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
     results = carry_out(loaded, device=device_named(device), stage=stage)
+    page = write_report(results, loaded.out)
     for run in results.runs:
         if run.status == "failed":
             what = f"{run.method}, {run.student}, seed {run.seed}"
@@ -50,6 +52,7 @@ def compare(
     for table in _tables(results):
         console.print(table)
     console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
+    console.print(f"page: {escape(str(page))}", soft_wrap=True)
 
 
 def _tables(results: Results) -> list[Table]:

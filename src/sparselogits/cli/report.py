@@ -1,0 +1,26 @@
+"""`sparselogits report`: the page of a comparison, made again from its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sparselogits.cli.options import stdout
+
+
+def report(
+    comparison: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page and figures go [default: there].")
+    ] = None,
+) -> None:
+    """Make a comparison's page and figures from its results.json, finished or not."""
+    from sparselogits.compare import read_results
+    from sparselogits.report import write_report
+
+    folder = comparison if comparison.is_dir() else comparison.parent
+    page = write_report(read_results(comparison), out or folder)
+    stdout().print(escape(str(page)), soft_wrap=True)

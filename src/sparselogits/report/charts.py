@@ -1,0 +1,223 @@
+"""Charts as values, drawn twice: as SVG in the page's own colours, and by matplotlib as PNG.
+
+The SVG is small enough to be read on a phone without being shrunk, and takes its colours from the
+page's style sheet by class, so that it follows light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from sparselogits.errors import MissingDependencyError
+
+COLOURS = 8
+"""Classes `c0` to `c7` of report.css; further series start over, dotted and with open marks."""
+
+_WIDTH, _HEIGHT = 460, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 42
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point, and where an interval is known its ends on the y axis."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points under one name, joined by a line."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a figure shows.
+
+    Args:
+        key: its file's name.
+        title: above it.
+        x_label: with unit.
+        y_label: with unit.
+        series: each in a colour.
+        levels: (name, y) of horizontal lines.
+        log_x: whether the x axis is logarithmic.
+        marks: whether points are drawn, not the line alone.
+        diagonal: whether y = x is drawn, from 0 to 1 on both axes.
+    """
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    levels: tuple[tuple[str, float], ...] = ()
+    log_x: bool = False
+    marks: bool = True
+    diagonal: bool = False
+
+
+def draw_svg(chart: Chart) -> str:
+    """A `figure` element: title, drawing, legend. All text is escaped."""
+    x_ticks, y_ticks, across, up = _axes(chart)
+    parts = []
+    for value in x_ticks:
+        x = across(value)
+        parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 15, f"{value:g}", "middle"))
+    for value in y_ticks:
+        y = up(value)
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, y + 4, f"{value:g}", "end"))
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(_text(middle, _HEIGHT - 6, chart.x_label, "middle"))
+    height = (_TOP + _HEIGHT - _BOTTOM) / 2
+    turned = f'transform="rotate(-90 12 {height:.0f})"'
+    parts.append(_text(12, height, chart.y_label, "middle", turned))
+    if chart.diagonal:
+        ends = f"M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"
+        parts.append(f'<path class="level" d="{ends}"/>')
+    for name, value in chart.levels:
+        y = up(value)
+        parts.append(f'<path class="level" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_WIDTH - _RIGHT - 2, y - 4, name, "end"))
+    for index, series in enumerate(chart.series):
+        parts += _drawn(series, index, chart.marks, across, up)
+    legend = "".join(
+        f'<li class="{_class(i)}"><i></i>{escape(series.name)}</li>'
+        for i, series in enumerate(chart.series)
+    )
+    label = escape(f"{chart.title}: {chart.y_label} against {chart.x_label}")
+    return (
+        f'<figure id="{escape(chart.key)}"><figcaption>{escape(chart.title)}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
+        f'{"".join(parts)}</svg><ul class="legend">{legend}</ul></figure>'
+    )
+
+
+def draw_png(chart: Chart, path: Path) -> None:
+    """The same chart as a file.
+
+    Raises:
+        MissingDependencyError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "figures as PNG need matplotlib: pip install 'sparselogits[report]'"
+        ) from error
+    figure = Figure(figsize=(7, 4.6), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for series in chart.series:
+        xs, ys = [p.x for p in series.points], [p.y for p in series.points]
+        (line,) = axes.plot(xs, ys, marker="o" if chart.marks else None, label=series.name)
+        for point in series.points:
+            if point.low is not None and point.high is not None:
+                axes.vlines(point.x, point.low, point.high, color=line.get_color(), alpha=0.6)
+    for name, value in chart.levels:
+        axes.axhline(value, color="0.4", linestyle="--", linewidth=1)
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    if chart.diagonal:
+        axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
+    if chart.log_x:
+        axes.set_xscale("log")
+    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.grid(alpha=0.25)
+    if chart.series:
+        axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _drawn(
+    series: Series,
+    index: int,
+    marks: bool,
+    across: Callable[[float], float],
+    up: Callable[[float], float],
+) -> list[str]:
+    places = [(across(p.x), up(p.y), p) for p in series.points]
+    line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
+    colour = _class(index)
+    parts = [f'<path class="line {colour}" d="{line}"/>'] if len(places) > 1 else []
+    for x, y, point in places if marks else ():
+        if point.low is not None and point.high is not None:
+            ends = f"M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}"
+            parts.append(f'<path class="line {colour}" d="{ends}"/>')
+        said = escape(f"{point.name or series.name}: {point.x:.4g}, {point.y:.4g}")
+        parts.append(
+            f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{said}</title>'
+            "</circle>"
+        )
+    return parts
+
+
+def _class(index: int) -> str:
+    return f"s{index} c{index % COLOURS}" + (" again" if index >= COLOURS else "")
+
+
+def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
+
+
+_Map = Callable[[float], float]
+
+
+def _axes(chart: Chart) -> tuple[list[float], list[float], _Map, _Map]:
+    """Ticks of both axes, and what takes values to places in the drawing."""
+    points = [p for series in chart.series for p in series.points]
+    ys = [y for p in points for y in (p.low, p.y, p.high) if y is not None]
+    ys += [level for _, level in chart.levels]
+    xs = [p.x for p in points if p.x > 0 or not chart.log_x]
+    if chart.diagonal:
+        xs, ys = [*xs, 0.0, 1.0], [*ys, 0.0, 1.0]
+    x_low, x_high = _widened(xs, 0 if chart.diagonal else 0.04, chart.log_x)
+    y_low, y_high = _widened(ys, 0 if chart.diagonal else 0.06, False)
+    scale: _Map = math.log if chart.log_x else float
+    left, right = scale(x_low), scale(x_high)
+
+    def across(value: float) -> float:
+        share = (scale(max(value, x_low) if chart.log_x else value) - left) / (right - left)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(value: float) -> float:
+        share = (value - y_low) / (y_high - y_low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    ticks = _log_ticks(x_low, x_high) if chart.log_x else _ticks(x_low, x_high)
+    return ticks, _ticks(y_low, y_high), across, up
+
+
+def _widened(values: Sequence[float], margin: float, log: bool) -> tuple[float, float]:
+    low, high = (min(values), max(values)) if values else (1.0, 2.0)
+    if log:
+        ends = _widened([math.log(low), math.log(high)], margin, False)
+        return math.exp(ends[0]), math.exp(ends[1])
+    spread = (high - low) or max(abs(low), 1.0) * 0.1
+    return low - margin * spread, high + margin * spread
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Five or so round numbers."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= 6)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten; the powers alone over many decades."""
+    steps = (1, 2, 5) if high / low < 1e4 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [10.0**power * f for power in powers for f in steps if low <= 10.0**power * f <= high]
