@@ -1,14 +1,18 @@
 """Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
 
-from sparselogits.build.builder import BuildReport, CacheRequest, build_caches
-from sparselogits.build.plan import shard_ranges
+from sparselogits.build.builder import BuildReport, CacheRequest, begin_job, build_caches
+from sparselogits.build.job import Job
+from sparselogits.build.plan import Share, shard_ranges
 from sparselogits.build.text import TextPlace, place_of_text, windows_of_texts
 from sparselogits.build.texts_elsewhere import fetch_texts, publish_text
 
 __all__ = [
     "BuildReport",
     "CacheRequest",
+    "Job",
+    "Share",
     "TextPlace",
+    "begin_job",
     "build_caches",
     "fetch_texts",
     "place_of_text",

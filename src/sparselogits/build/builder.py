@@ -7,22 +7,17 @@ fingerprint is compared with the corpus before any work is done.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-import torch
-import transformers
-
+from sparselogits.build.job import Job
 from sparselogits.build.pilot import check_teacher_on_text, pilot_windows, resolve_budget
-from sparselogits.build.plan import Range, shard_ranges
-from sparselogits.build.text import read_windows
-from sparselogits.build.work import Draw, compute_range
+from sparselogits.build.plan import WHOLE, Range, Share, shard_ranges, windows_in
+from sparselogits.build.work import Draw
 from sparselogits.build.writer import Writer
-from sparselogits.corpus import PackedCorpus, fingerprint
-from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.corpus import PackedCorpus
+from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
 from sparselogits.samplers import Sampler, budget_parameter, from_parameters
 from sparselogits.store import Cache, Place, codec_for
@@ -79,6 +74,7 @@ def build_caches(
     windows_per_shard: int = WINDOWS_PER_SHARD,
     only: Range | None = None,
     first_window: int = 0,
+    share: Share = WHOLE,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Build, or go on building, one cache for each request.
@@ -93,6 +89,7 @@ def build_caches(
         only: a range of windows to build, for builds divided by hand.
         first_window: number of the corpus' first window in the caches, where it is appended to
             text that is there already (see `build.text`).
+        share: which of the ranges this process takes, where several divide them.
         progress: called after every batch.
 
     Raises:
@@ -100,10 +97,19 @@ def build_caches(
         TeacherError: when the teacher is worse than guessing on the text.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
-    caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
-    missing = _missing(caches, ranges, corpus, first_window)
-    total = sum(stop - start for start, stop in ranges)
-    done = found = total - sum(stop - start for start, stop in missing)
+    job = begin_job(
+        engine,
+        corpus,
+        requests,
+        tokenizer_hash=tokenizer_hash,
+        batch=batch,
+        windows_per_shard=windows_per_shard,
+        first_window=first_window,
+    )
+    ranges = share.of(ranges)
+    missing = job.missing(ranges)
+    total = windows_in(ranges)
+    done = found = total - windows_in(missing)
 
     def advance(windows: int) -> None:
         nonlocal done
@@ -112,20 +118,32 @@ def build_caches(
             progress(done, total)
 
     advance(0)
+    with Writer(job.caches) as writer:
+        for span in missing:
+            writer.write(span, *job.compute(engine, span, advance))
+    return BuildReport(job.caches, total - found, found)
+
+
+def begin_job(
+    engine: Engine,
+    corpus: PackedCorpus,
+    requests: Sequence[CacheRequest],
+    *,
+    tokenizer_hash: str,
+    batch: int,
+    windows_per_shard: int,
+    first_window: int = 0,
+) -> Job:
+    """Settle the samplers and begin the caches, or find them as they were begun.
+
+    Arguments and errors are those of `build_caches`.
+    """
+    caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
     draws = [
         Draw(sampler, request.seed, request.temperature)
         for sampler, request in zip(samplers, requests, strict=True)
     ]
-    reset = corpus.packing.reset_attention
-    with Writer(caches) as writer:
-        for start, stop in missing:
-            windows = read_windows(corpus, first_window, start, stop)
-            provenance = {"corpus": fingerprint(windows), **_provenance(engine, batch)}
-            made = compute_range(
-                engine, windows, draws, batch=batch, reset_attention=reset, progress=advance
-            )
-            writer.write((start, stop), made, provenance)
-    return BuildReport(caches, total - found, found)
+    return Job(corpus, first_window, caches, draws, batch)
 
 
 def _open_caches(
@@ -197,7 +215,7 @@ def _identity(
 ) -> Identity:
     described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
     if request.budget is not None:
-        described["budget"] = request.budget
+        described["budget"] = float(request.budget)
     packing = corpus.packing.to_json()
     return Identity(
         teacher=engine.identity,
@@ -223,44 +241,3 @@ def _mask_fingerprint(engine: Engine) -> str:
     if mask.all():
         return "all"
     return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
-
-
-def _missing(
-    caches: Sequence[Cache], ranges: Sequence[Range], corpus: PackedCorpus, first_window: int
-) -> list[Range]:
-    """Ranges that at least one cache lacks; the others must come from this very text."""
-    finished = [set(cache.finished()) for cache in caches]
-    wanted = set(ranges)
-    for cache, have in zip(caches, finished, strict=True):
-        for start, stop in sorted(have):
-            if (start, stop) not in wanted and any(a < stop and start < b for a, b in ranges):
-                raise CacheError(
-                    f"{cache.root} holds windows {start}:{stop}, which do not match the shards of "
-                    "this corpus; was text added or removed? Build into another directory"
-                )
-    for start, stop in ranges:
-        holders = [c for c, have in zip(caches, finished, strict=True) if (start, stop) in have]
-        if not holders:
-            continue
-        expected = fingerprint(read_windows(corpus, first_window, start, stop))
-        for cache in holders:
-            found = cache.provenance(start).get("corpus")
-            if found != expected:
-                raise IdentityMismatchError(
-                    f"windows {start}:{stop} of {cache.root} were made from other text than the "
-                    "corpus given now; use the same text, or choose another output directory"
-                )
-    return [r for r in ranges if any(r not in have for have in finished)]
-
-
-def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
-    device = getattr(engine, "device", torch.device("cpu"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "sparselogits": version("sparselogits"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": f"{device.type} {name}",
-        "threads": torch.get_num_threads(),
-        "batch": batch,
-    }

@@ -6,10 +6,33 @@ can divide them without talking to each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from sparselogits.errors import InvalidArgumentError
 
 Range = tuple[int, int]
 """First window and one past the last."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One worker's part of the work, where workers divide it without talking to each other.
+
+    Args:
+        index: which of the workers, from 0.
+        count: how many there are.
+    """
+
+    index: int
+    count: int
+
+    def of(self, ranges: Sequence[Range]) -> list[Range]:
+        """Every count-th range. It does not depend on which are finished, so none is left out."""
+        return list(ranges[self.index :: self.count])
+
+
+WHOLE = Share(0, 1)
 
 
 def shard_ranges(
@@ -45,6 +68,11 @@ def shard_ranges(
         (start, min(start + windows_per_shard, stop))
         for start in range(first, stop, windows_per_shard)
     ]
+
+
+def windows_in(ranges: Sequence[Range]) -> int:
+    """How many windows ranges cover together."""
+    return sum(stop - start for start, stop in ranges)
 
 
 def spread(windows: int, count: int) -> list[int]:

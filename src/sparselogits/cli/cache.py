@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from sparselogits.cli.crew import crew_of
 from sparselogits.cli.info import print_info
-from sparselogits.cli.options import Device, Json, device_named
+from sparselogits.cli.options import Device, Json
 from sparselogits.console import messages, stage
 from sparselogits.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from sparselogits.build import TextPlace
 
 DEFAULT_BUDGET = 12.0
 
@@ -33,6 +38,8 @@ class ExecutorName(StrEnum):
     """Who runs the build."""
 
     local = "local"
+    torchrun = "torchrun"
+    ray = "ray"
 
 
 def cache(
@@ -92,6 +99,17 @@ def cache(
         typer.Option(help="For a URL: where text is packed [default: the user's cache folder]."),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Torch threads a worker; the same number gives the same bytes."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="For ray: workers at most [default: as the cluster has room]."),
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="For ray: GPUs a worker, fractions included.")
+    ] = None,
     device: Device = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
@@ -99,13 +117,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets a token."""
-    from sparselogits.build import (
-        CacheRequest,
-        build_caches,
-        fetch_texts,
-        place_of_text,
-        publish_text,
-    )
+    from sparselogits.build import CacheRequest, fetch_texts, place_of_text, publish_text
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import from_parameters
     from sparselogits.teacher import load_teacher
@@ -118,8 +130,8 @@ def cache(
         raise InvalidArgumentError(f"--temperature divides logits: above 0, found {temperature}")
     if budget is None:
         from_parameters(chosen)  # out of range is said before the teacher is loaded
-    where = device_named(device)
     only = _window_range(windows)
+    crew = crew_of(executor.value, threads, workers, gpus, device)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     packing = packing_for(
@@ -129,15 +141,20 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
-    place = place_of_text(fetch_texts(out, work), source, packing, append=append)
+
+    def find_place() -> TextPlace:
+        return place_of_text(fetch_texts(out, work), source, packing, append=append)
+
+    place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
     messages.print(f"loading the teacher {escape(teacher)}")
-    engine = load_teacher(
+    load = partial(
+        load_teacher,
         teacher,
         tokenizer=tokenizer,
         dtype=dtype,
-        device=where,
         trust_remote_code=trust_remote_code,
     )
+    engine = load(device=crew.device)
     with stage("packing text", "MB", per_unit=1e-6) as update:
         corpus = pack(
             source,
@@ -150,7 +167,8 @@ def cache(
         )
     publish_text(out, corpus.folder)
     with stage("caching", "tokens", per_unit=window) as update:
-        report = build_caches(
+        report = crew.build(
+            load,
             engine,
             corpus,
             [CacheRequest(out, from_parameters(chosen), budget, seed, temperature)],
@@ -163,7 +181,8 @@ def cache(
         )
     if report.windows_found:
         messages.print(f"{report.windows_found} windows were there already")
-    print_info(out, as_json)
+    if crew.is_first:
+        print_info(out, as_json)
 
 
 def _sampler_options(

@@ -1,0 +1,103 @@
+"""A build that has begun: all that a worker needs beside a teacher to make any of its ranges.
+
+Where the caches stand, what is drawn for each, and the text. A job can be sent to another process
+or machine that sees the same folders.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from sparselogits.build.plan import Range
+from sparselogits.build.text import read_windows
+from sparselogits.build.work import Draw, compute_range
+from sparselogits.corpus import PackedCorpus, Window, fingerprint
+from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.store import Cache, WindowRecord
+from sparselogits.teacher import Engine
+
+
+@dataclass(frozen=True)
+class Job:
+    """A build that has begun.
+
+    Args:
+        corpus: the text.
+        first_window: number of its first window in the caches.
+        caches: created, and of the identity that the build settled on.
+        draws: what each of them asks of the teacher.
+        batch: windows a forward pass.
+    """
+
+    corpus: PackedCorpus
+    first_window: int
+    caches: list[Cache]
+    draws: list[Draw]
+    batch: int
+
+    def missing(self, ranges: Sequence[Range]) -> list[Range]:
+        """Ranges that at least one cache lacks; the others must come from this very text.
+
+        Raises:
+            CacheError: a shard that is there cuts through a range.
+            IdentityMismatchError: one was made from other text.
+        """
+        finished = [set(cache.finished()) for cache in self.caches]
+        wanted = set(ranges)
+        for cache, have in zip(self.caches, finished, strict=True):
+            for start, stop in sorted(have):
+                if (start, stop) not in wanted and any(a < stop and start < b for a, b in ranges):
+                    raise CacheError(
+                        f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
+                        "of this corpus; was text added or removed? Build into another directory"
+                    )
+        for start, stop in ranges:
+            holders = [
+                c for c, have in zip(self.caches, finished, strict=True) if (start, stop) in have
+            ]
+            if not holders:
+                continue
+            expected = fingerprint(self._windows((start, stop)))
+            for cache in holders:
+                found = cache.provenance(start).get("corpus")
+                if found != expected:
+                    raise IdentityMismatchError(
+                        f"windows {start}:{stop} of {cache.root} were made from other text than "
+                        "the corpus given now; use the same text, or another output directory"
+                    )
+        return [r for r in ranges if any(r not in have for have in finished)]
+
+    def compute(
+        self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
+    ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
+        """One range: its records for each cache, and the provenance they are committed with."""
+        windows = self._windows(span)
+        provenance = {"corpus": fingerprint(windows), **_provenance(engine, self.batch)}
+        reset = self.corpus.packing.reset_attention
+        made = compute_range(
+            engine, windows, self.draws, batch=self.batch, reset_attention=reset, progress=progress
+        )
+        return made, provenance
+
+    def _windows(self, span: Range) -> list[Window]:
+        return read_windows(self.corpus, self.first_window, *span)
+
+
+def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
+    device = getattr(engine, "device", torch.device("cpu"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "sparselogits": version("sparselogits"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+    }

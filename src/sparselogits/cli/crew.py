@@ -1,0 +1,123 @@
+"""Which executor runs `sparselogits cache`, and what this process is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sparselogits.cli.options import device_named
+from sparselogits.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from sparselogits.build import BuildReport, CacheRequest, Share, TextPlace
+    from sparselogits.build.executors import Workers
+    from sparselogits.corpus import PackedCorpus
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This process's part in a build.
+
+    Args:
+        device: where its teacher runs.
+        share: its ranges.
+        workers: the Ray actors it is to engage; None where it works itself.
+    """
+
+    device: str
+    share: Share
+    workers: Workers | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it packs the text, begins the cache and prints the result."""
+        return self.share.index == 0
+
+    def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
+        """Where the first rank has packed the text, once it has, and has begun the cache."""
+        from sparselogits.build.executors import wait_for_first_rank
+        from sparselogits.corpus.packed import Paths
+        from sparselogits.store import Cache
+
+        wait_for_first_rank(
+            lambda: Cache.exists(out) and Paths(find().folder).index.exists(),
+        )
+        return find()
+
+    def build(
+        self,
+        load: Callable[..., Any],
+        engine: Any,
+        corpus: PackedCorpus,
+        requests: Sequence[CacheRequest],
+        *,
+        only: tuple[int, int] | None,
+        windows_per_shard: int,
+        first_window: int,
+        progress: Callable[[int, int], None],
+        **how: Any,
+    ) -> BuildReport:
+        """`build_caches` by this executor; `load` makes another teacher, on the device given."""
+        from sparselogits.build import begin_job, build_caches, shard_ranges
+        from sparselogits.build.executors import build_caches_on_ray
+
+        text = {"windows_per_shard": windows_per_shard, "first_window": first_window}
+        if self.workers is None:
+            return build_caches(
+                *(engine, corpus, requests),
+                **(text | how),
+                only=only,
+                share=self.share,
+                progress=progress,
+            )
+        ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
+        job = begin_job(engine, corpus, requests, **(text | how))
+        device = "cuda" if self.workers.gpus else "cpu"
+        return build_caches_on_ray(
+            partial(load, device=device), job, ranges, self.workers, progress=progress
+        )
+
+
+def crew_of(
+    executor: str, threads: int | None, workers: int | None, gpus: float | None, device: str
+) -> Crew:
+    """What the options and the environment make of this process; sets its thread count.
+
+    Raises:
+        InvalidArgumentError: options of another executor, numbers out of range, or no ranks in the
+            environment.
+        MissingDependencyError: Ray is not installed.
+    """
+    import torch
+
+    from sparselogits.build.executors import Workers, connect, rank_from_environment
+    from sparselogits.build.plan import WHOLE
+
+    if executor != "ray" and (workers is not None or gpus is not None):
+        raise InvalidArgumentError("--workers and --gpus are for --executor ray")
+    if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
+        raise InvalidArgumentError("--threads and --workers are at least 1, --gpus at least 0")
+    rank = rank_from_environment(os.environ) if executor == "torchrun" else None
+    if threads is None and rank is not None:  # torchrun would leave it at one
+        threads = max(1, len(os.sched_getaffinity(0)) // rank.local_count)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = device_named(device)
+    if rank is not None:
+        if device == "cuda":
+            device = f"cuda:{rank.local % torch.cuda.device_count()}"
+        return Crew(device, rank.share)
+    if executor == "local":
+        return Crew(device, WHOLE)
+    ray = connect()
+    if gpus is None:
+        gpus = 1.0 if device.startswith("cuda") else 0.0
+    threads = torch.get_num_threads()
+    if workers is None:
+        room = ray.cluster_resources()
+        fit = room.get("GPU", 0) / gpus if gpus else room.get("CPU", 0) / threads
+        workers = max(1, int(fit))
+    return Crew(device, WHOLE, Workers(workers, threads, gpus))
