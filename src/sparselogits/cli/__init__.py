@@ -18,6 +18,7 @@ from sparselogits.cli.demo import demo
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
+from sparselogits.cli.plan import plan
 from sparselogits.cli.store import export, merge, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.console import messages, quiet_transformers
@@ -45,6 +46,7 @@ def _options(
 
 app.command()(cache)
 app.command()(info)
+app.command()(plan)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)
