@@ -100,6 +100,11 @@ def test_hours_bytes_and_rates_agree() -> None:
     assert found.read_bytes_per_second_per_rank * found.student_hours * 3600 == pytest.approx(1e10)
     assert found.read_bytes_per_second == 4 * found.read_bytes_per_second_per_rank
     assert (found.windows, found.shards) == (976_563, 1908)
+    assert found.shard_hours * found.shards == pytest.approx(found.teacher_hours)
+    assert found.lost_hours == pytest.approx(found.failures * found.shard_hours / 2)
+    pass_seconds = found.student_hours * 3600 / 4
+    assert found.shuffled_requests_per_second * pass_seconds == pytest.approx(3 * found.windows)
+    assert found.list_requests == 2
 
 
 def test_a_small_teacher_beside_a_large_student_needs_no_cache() -> None:

@@ -126,6 +126,21 @@ def _one(settings: Settings, found: Plan) -> Table:
             f"{_bytes(found.read_bytes_per_second)} a second, "
             f"{_bytes(found.read_bytes_per_second_per_rank)} a rank",
         ),
+        (
+            "requests",
+            f"{found.list_requests:,} to list all, "
+            f"{found.put_requests_per_second:.3g} writes a second",
+        ),
+        (
+            "  wholly shuffled",
+            f"{found.shuffled_requests_per_second:,.0f} requests and "
+            f"{_bytes(found.shuffled_bytes_per_second)} a second, nothing kept locally",
+        ),
+        (
+            "failures",
+            f"{found.failures:.2g} expected, {found.lost_hours:.2g} device hours lost, "
+            f"{found.shard_hours * 60:.3g} min a file",
+        ),
     ]
     if s.device_price > 0:
         rows.append(("cost", f"{found.cached_cost:,.0f}, online teacher {found.online_cost:,.0f}"))

@@ -25,6 +25,15 @@ TEXT_BYTES = 1.49
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
 """Bits an entry, systematic N = 21, by vocabulary: benchmarks/size.json. The second is of made-up
 targets in a shard of four windows, so the line through both leans to the safe side."""
+ROW_GROUP = 8
+"""Windows in a row group, the least that is fetched: docs/format.md."""
+LIST_PAGE = 1000
+"""Names in a page of a listing: benchmarks/object_store.json, and S3's own limit."""
+COLD_REQUESTS = 3
+"""HEAD and two GET for a window of a shard that is not open: benchmarks/object_store.json."""
+HOURS_BETWEEN_FAILURES = 50_700.0
+"""Of one device: Llama 3 405B met 419 unexpected interruptions in 54 days on 16 384 devices
+(arXiv 2407.21783, section 3.3.4)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class Settings:
     storage_price: float = 0.0
     """Of a terabyte (1e12 bytes) for a month."""
     months: float = 1.0
+    hours_between_failures: float = HOURS_BETWEEN_FAILURES
+    """Of one device."""
 
     def __post_init__(self) -> None:
         for name in ("teacher_params", "student_params", "tokens", "passes"):
@@ -87,6 +98,8 @@ class Settings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("teacher_utilisation", "student_utilisation"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]: 0.4")
+        hours = self.hours_between_failures
+        _require(hours > 0, "hours between failures", hours, "more than 0")
         _require(self.device.flops > 0, "device flops", self.device.flops, "more than 0")
         for name in ("build_overhead", "step_overhead", "device_price", "storage_price", "months"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -125,6 +138,20 @@ class Plan:
     read_bytes_per_second_per_rank: float
     write_bytes_per_second: float
     """What all workers write together."""
+    list_requests: int
+    """Of one whole listing."""
+    put_requests_per_second: float
+    """All workers, one a shard."""
+    shuffled_requests_per_second: float
+    """All ranks, every window out of a shard that is not open: the worst order."""
+    shuffled_bytes_per_second: float
+    """The same in bytes: a whole row group is fetched for each window."""
+    shard_hours: float
+    """A worker's time for one shard, the most that its death costs."""
+    failures: float
+    """Expected among the workers during the teacher's pass."""
+    lost_hours: float
+    """Device hours of the teacher that they cost, half a shard each; restarts left out."""
 
 
 def plan(settings: Settings) -> Plan:
@@ -134,17 +161,20 @@ def plan(settings: Settings) -> Plan:
     per_token = s.storage.bytes_per_token
     forward = _hours(FORWARD * s.teacher_params, s.tokens, s.device, s.teacher_utilisation)
     ce = _hours(TRAINING * s.student_params, s.tokens, s.device, s.student_utilisation)
-    teacher, student, online = forward * (1 + s.build_overhead), ce * (1 + s.step_overhead), 0.0
+    teacher, student = forward * (1 + s.build_overhead), ce * (1 + s.step_overhead)
     online = ce + forward
     stored = s.tokens * per_token / 1e12 * s.storage_price * s.months
     saved = online - student
     fixed = teacher * s.device_price + stored
     rank = per_token * s.tokens / (student * 3600)
+    shards = math.ceil(windows / s.windows_per_shard)
+    windows_read = windows / (student * 3600) * s.ranks
+    failures, shard_hours = teacher / s.hours_between_failures, teacher / shards
     return Plan(
         bytes=s.tokens * per_token,
         bytes_per_token=per_token,
         windows=windows,
-        shards=math.ceil(windows / s.windows_per_shard),
+        shards=shards,
         shard_bytes=per_token * s.window * min(windows, s.windows_per_shard),
         teacher_hours=teacher,
         student_hours=student,
@@ -159,6 +189,13 @@ def plan(settings: Settings) -> Plan:
         read_bytes_per_second=rank * s.ranks,
         read_bytes_per_second_per_rank=rank,
         write_bytes_per_second=per_token * s.tokens / (teacher * 3600) * s.workers,
+        list_requests=math.ceil(shards / LIST_PAGE),
+        put_requests_per_second=shards / (teacher * 3600) * s.workers,
+        shuffled_requests_per_second=COLD_REQUESTS * windows_read,
+        shuffled_bytes_per_second=rank * s.ranks * ROW_GROUP,
+        shard_hours=shard_hours,
+        failures=failures,
+        lost_hours=failures * shard_hours / 2,
     )
 
 
