@@ -18,6 +18,7 @@ from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.info import info
+from sparselogits.cli.plan import plan
 from sparselogits.cli.report import report
 from sparselogits.cli.store import card, export, merge, repair, verify
 from sparselogits.cli.train import train
@@ -58,6 +59,7 @@ def _options(
 app.command()(cache)
 app.command()(info)
 app.command()(view)
+app.command()(plan)
 app.command()(train)
 app.command("eval")(evaluate_command)
 app.command()(gradients)

@@ -1,7 +1,16 @@
 """A model's forward pass over windows, its logits handed over a slice of positions at a time."""
 
+from sparselogits.teacher.conformance import check_engine
 from sparselogits.teacher.engine import Engine, LogitsSlice
 from sparselogits.teacher.loading import load_teacher
+from sparselogits.teacher.module_engine import ModuleTeacher
 from sparselogits.teacher.transformers_engine import TransformersTeacher
 
-__all__ = ["Engine", "LogitsSlice", "TransformersTeacher", "load_teacher"]
+__all__ = [
+    "Engine",
+    "LogitsSlice",
+    "ModuleTeacher",
+    "TransformersTeacher",
+    "check_engine",
+    "load_teacher",
+]

@@ -29,8 +29,9 @@ class LogitsSlice:
 class Engine(Protocol):
     """Something that turns windows of tokens into logits, slice by slice.
 
-    To add an engine: implement these four names; `TransformersTeacher` is the example. Results
-    must not depend on which windows share a batch beyond rounding.
+    To add an engine: implement these four names, run `check_engine` on it, and hand it to
+    `build.build_caches`; `ModuleTeacher` is the shortest example. Results must not depend on which
+    windows share a batch beyond rounding.
     """
 
     vocab_size: int

@@ -1,0 +1,180 @@
+"""`sparselogits plan`: what a cache will cost, before anything is run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sparselogits.cli.options import Json, stdout
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.planning import Plan, Settings, Storage, device_kind, parameters_of, quantity
+from sparselogits.planning import plan as work_out
+from sparselogits.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
+from sparselogits.planning.grid import draw, grid
+
+
+def plan(
+    teacher_params: Annotated[str, typer.Option(help="Parameters (8B), or a folder's config.")],
+    student_params: Annotated[str, typer.Option(help="The same of the student.")] = "1B",
+    tokens: Annotated[str, typer.Option(help="Tokens of text: 100B.")] = "100B",
+    vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 128_256,
+    budget: Annotated[float, typer.Option(help="Mean entries a token.")] = 12.0,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits an entry; by default those of our codec.")
+    ] = None,
+    text_bytes: Annotated[
+        float | None, typer.Option(help="Bytes a token of the text kept beside the targets.")
+    ] = None,
+    passes: Annotated[float, typer.Option(help="Students times epochs times restarts.")] = 1.0,
+    device: Annotated[str, typer.Option(help="a100, h100, h200, l4, mi300x, or any other.")] = (
+        "h100"
+    ),
+    device_flops: Annotated[
+        str | None, typer.Option(help="Dense bfloat16 operations a second of another device: 500T.")
+    ] = None,
+    teacher_utilisation: Annotated[float, typer.Option(help="Share of it reached.")] = UTILISATION,
+    student_utilisation: Annotated[float, typer.Option(help="The same.")] = UTILISATION,
+    workers: Annotated[int, typer.Option(help="Devices that run the teacher.")] = 1,
+    ranks: Annotated[int, typer.Option(help="Devices that train one student.")] = 1,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    windows_per_shard: Annotated[int, typer.Option(help="Windows a file.")] = 512,
+    build_overhead: Annotated[
+        float, typer.Option(help="Of a build over the teacher's forward pass.")
+    ] = BUILD_OVERHEAD,
+    step_overhead: Annotated[
+        float, typer.Option(help="Of a step from the cache over a CE step.")
+    ] = STEP_OVERHEAD,
+    price: Annotated[float, typer.Option(help="Of a device for an hour.")] = 0.0,
+    storage_price: Annotated[float, typer.Option(help="Of a terabyte for a month.")] = 0.0,
+    months: Annotated[float, typer.Option(help="The cache is kept.")] = 1.0,
+    sizes: Annotated[
+        bool, typer.Option("--grid", help="300M to 13B students, 1B to 10T tokens.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the grid as this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a cache will cost: bytes, files, hours, money, and when it beats no cache."""
+    if vocab < 2:
+        raise InvalidArgumentError(f"the vocabulary has {vocab} tokens; give --vocab 128256, say")
+    storage = Storage.ours(vocab, budget)
+    if bits is not None:
+        storage = replace(storage, bits_per_entry=bits)
+    if text_bytes is not None:
+        storage = replace(storage, text_bytes=text_bytes)
+    settings = Settings(
+        parameters_of(teacher_params, "--teacher-params"),
+        parameters_of(student_params, "--student-params"),
+        quantity(tokens, "--tokens"),
+        storage,
+        passes,
+        device_kind(
+            device, None if device_flops is None else quantity(device_flops, "--device-flops")
+        ),
+        teacher_utilisation,
+        student_utilisation,
+        workers,
+        ranks,
+        window,
+        windows_per_shard,
+        build_overhead,
+        step_overhead,
+        price,
+        storage_price,
+        months,
+    )
+    found = work_out(settings)
+    if plot is not None:
+        draw(settings, plot)
+    if as_json:
+        typer.echo(json.dumps(_as_json(settings, found, sizes), indent=2))
+        return
+    stdout().print(_one(settings, found))
+    if sizes:
+        stdout().print(_table(settings))
+
+
+def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:
+    shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(found)}
+    if sizes:
+        shown["grid"] = [
+            {"student": student, "tokens": amount} | asdict(entry)
+            for (student, amount), entry in grid(settings).items()
+        ]
+    return shown
+
+
+def _one(settings: Settings, found: Plan) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    even = found.break_even_passes
+    s = settings
+    rows = [
+        ("size", f"{_bytes(found.bytes)}, {found.bytes_per_token:.2f} bytes a token"),
+        ("files", f"{found.shards:,} of {_bytes(found.shard_bytes)}"),
+        ("teacher", _clock(found.teacher_hours, s.workers, s.device.name)),
+        ("a student", _clock(found.student_hours, s.ranks, s.device.name)),
+        ("  without a teacher", _clock(found.ce_hours, s.ranks, s.device.name)),
+        ("  teacher beside it", _clock(found.online_hours, s.ranks, s.device.name)),
+        ("break-even", "never" if even is None else f"from {even:.2f} passes over the text"),
+        ("writing", f"{_bytes(found.write_bytes_per_second)} a second, all workers"),
+        (
+            "reading",
+            f"{_bytes(found.read_bytes_per_second)} a second, "
+            f"{_bytes(found.read_bytes_per_second_per_rank)} a rank",
+        ),
+        (
+            "requests",
+            f"{found.list_requests:,} to list all, "
+            f"{found.put_requests_per_second:.3g} writes a second",
+        ),
+        (
+            "  wholly shuffled",
+            f"{found.shuffled_requests_per_second:,.0f} requests and "
+            f"{_bytes(found.shuffled_bytes_per_second)} a second, nothing kept locally",
+        ),
+        (
+            "failures",
+            f"{found.failures:.2g} expected, {found.lost_hours:.2g} device hours lost, "
+            f"{found.shard_hours * 60:.3g} min a file",
+        ),
+    ]
+    if s.device_price > 0:
+        rows.append(("cost", f"{found.cached_cost:,.0f}, online teacher {found.online_cost:,.0f}"))
+        paid = found.break_even_cost_passes
+        rows.append(("  break-even", "never" if paid is None else f"from {paid:.2f} passes"))
+    for name, value in rows:
+        table.add_row(f"[dim]{name}[/dim]", value)
+    return table
+
+
+def _table(settings: Settings) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("student", "tokens", "size", "files", "teacher h", "student h", "online h"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("break-even", justify="right", no_wrap=True)
+    for (student, amount), found in grid(settings).items():
+        even = found.break_even_passes
+        hours = (found.teacher_hours, found.student_hours, found.online_hours)
+        table.add_row(
+            *(student, amount, _bytes(found.bytes), f"{found.shards:,}"),
+            *(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in hours),
+            "never" if even is None else f"{even:.2f}",
+        )
+    return table
+
+
+def _clock(hours: float, devices: int, name: str) -> str:
+    said = f"{hours:,.1f} {name} hours"
+    return said if devices == 1 else f"{said}, {hours / devices:,.1f} h on {devices:,}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 1000 else f"{count / 1000:,.3g} PB"

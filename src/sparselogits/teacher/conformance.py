@@ -1,0 +1,90 @@
+"""Whether an engine keeps the protocol: run it on yours before a long build."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparselogits.errors import TeacherError
+from sparselogits.identity import canonical_json
+from sparselogits.teacher.engine import Engine
+
+IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
+
+
+def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
+    """Check an engine on windows [B, L] of int64 token ids, with B and L at least 2.
+
+    Checked: names and shapes; slices that cover every position once and in order; -inf at what is
+    no token and nowhere else; slices that may be overwritten; equal logits from equal tokens;
+    logits that do not depend on later tokens or on the other windows of a batch.
+
+    Args:
+        engine: what is checked.
+        tokens: windows of real text, or any ids that are tokens.
+        tolerance: largest difference of two logits that count as equal; batches of another shape
+            may round differently, so half precision needs more.
+
+    Raises:
+        TeacherError: naming what does not hold.
+    """
+    if tokens.ndim != 2 or min(tokens.shape) < 2:
+        raise TeacherError(f"tokens have shape {tuple(tokens.shape)}; give [B, L], both 2 or more")
+    mask = engine.token_mask
+    if mask.dtype != torch.bool or mask.shape != (engine.vocab_size,):
+        raise TeacherError(
+            f"token_mask is {mask.dtype} {tuple(mask.shape)}; expected bool ({engine.vocab_size},)"
+        )
+    lacking = [key for key in IDENTITY if key not in engine.identity]
+    if lacking:
+        raise TeacherError(f"the identity lacks {', '.join(lacking)}; expected {IDENTITY}")
+    canonical_json(engine.identity)
+    whole = _logits(engine, tokens)
+    not_tokens = ~mask.cpu()
+    if not bool((whole[..., not_tokens] == -torch.inf).all()):
+        raise TeacherError("an id that is no token holds a logit; set it to -inf")
+    if not bool(whole[..., ~not_tokens].isfinite().all()):
+        raise TeacherError("a token's logit is NaN or infinite")
+    _same("twice the same tokens", whole, _logits(engine, tokens), tolerance)
+    alone = torch.cat([_logits(engine, row[None]) for row in tokens])
+    _same("windows alone and in a batch", whole, alone, tolerance)
+    changed = tokens.clone()
+    changed[:, -1] = tokens[:, 0].where(tokens[:, 0] != tokens[:, -1], tokens[:, 1])
+    earlier = _logits(engine, changed)[:, :-1]
+    _same("windows that differ in their last token", whole[:, :-1], earlier, tolerance)
+
+
+def _logits(engine: Engine, tokens: Tensor) -> Tensor:
+    """Float32 [B, L, V] on the CPU; each slice is spoiled once it is copied."""
+    rows, length = tokens.shape
+    found = torch.empty(rows, length, engine.vocab_size)
+    expected = (0, 0)
+    for piece in engine.logits(tokens):
+        row, start, stop = piece.row, piece.positions.start, piece.positions.stop
+        if (row, start) != expected or not start < stop <= length:
+            raise TeacherError(
+                f"a slice holds positions {start}:{stop} of window {row}; expected it to go on "
+                f"at position {expected[1]} of window {expected[0]}, up to {length}"
+            )
+        shape = (stop - start, engine.vocab_size)
+        if piece.logits.dtype != torch.float32 or piece.logits.shape != shape:
+            raise TeacherError(
+                f"logits are {piece.logits.dtype} {tuple(piece.logits.shape)}; "
+                f"expected float32 {shape}"
+            )
+        found[row, start:stop] = piece.logits.cpu()
+        piece.logits.fill_(7.0)
+        expected = (row, stop) if stop < length else (row + 1, 0)
+    if expected != (rows, 0):
+        raise TeacherError(
+            f"slices end at position {expected[1]} of window {expected[0]}; "
+            f"expected all {length} positions of {rows} windows"
+        )
+    return found
+
+
+def _same(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
+    finite = one.isfinite()
+    apart = float((one[finite] - other[finite]).abs().max())
+    if not apart <= tolerance:
+        raise TeacherError(f"{what} differ by {apart:.2g} in a logit; expected {tolerance:g}")
