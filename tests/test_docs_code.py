@@ -56,6 +56,7 @@ def desk(
     shutil.copytree(cache, tmp_path / "my-cache")
     shutil.copytree(teacher_folder, tmp_path / "my-teacher")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
+    shutil.copytree(tmp_path / "my-student", tmp_path / "my-run" / "model")
     (tmp_path / "pages").mkdir()
     pages = [json.loads(line)["text"] for line in text.open()]
     paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
@@ -127,9 +128,14 @@ def test_the_code_of_a_page_runs(
 
 
 def check_recipe(code: str) -> None:
-    """A piece of a recipe is a valid one, given the two places every recipe names."""
+    """A comparison's recipe is a valid one; so is a piece of a run's, given cache and out."""
+    from sparselogits.compare.recipe import load_compare_recipe
     from sparselogits.train.recipe import parse_recipe
 
+    if "methods:" in code:
+        Path("comparison.yaml").write_text(code)
+        load_compare_recipe(Path("comparison.yaml"))
+        return
     given = {"cache": "my-cache", "out": "my-run"}
     parse_recipe({**given, **yaml.safe_load(code)}, source="the page")
 

@@ -86,6 +86,9 @@ def test_wheel_and_sdist_work_away_from_here(tmp_path: Path) -> None:
     version = sparselogits.__version__
     assert tops == {"sparselogits", f"sparselogits-{version}.dist-info"}
     assert "sparselogits/py.typed" in names
+    inside = Path(SOURCE) / "sparselogits"
+    for file in inside.rglob("static/*"):  # what the pages are made of
+        assert f"sparselogits/{file.relative_to(inside).as_posix()}" in names
     assert f"sparselogits-{version}.dist-info/licenses/LICENSE" in names
     facts = metadata(wheel)
     assert facts["License-Expression"] == ["Apache-2.0"]
