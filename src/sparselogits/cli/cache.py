@@ -85,6 +85,9 @@ def cache(
     ] = None,
     processes: Annotated[int, typer.Option(help="Processes that tokenise.")] = 1,
     device: Device = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread the teacher over devices, memory and disk.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
     ] = False,
@@ -123,6 +126,7 @@ def cache(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device_named(device),
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
     with stage("packing text", "MB", per_unit=1e-6) as update:
