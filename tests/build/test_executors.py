@@ -66,6 +66,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short:
     return out
 
 
+@pytest.mark.slow
 def test_two_torchrun_ranks(tmp_path: Path, teacher_folder: Path, short: Path, alone: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     told = words(teacher_folder, short, tmp_path / "cache", "--executor", "torchrun")
@@ -73,6 +74,7 @@ def test_two_torchrun_ranks(tmp_path: Path, teacher_folder: Path, short: Path, a
     assert shards(tmp_path / "cache") == shards(alone)
 
 
+@pytest.mark.slow
 def test_tasks_of_a_slurm_array(
     tmp_path: Path, teacher_folder: Path, short: Path, alone: Path
 ) -> None:
@@ -206,6 +208,7 @@ class KilledOnce:
         return self._engine.logits(*arguments)
 
 
+@pytest.mark.slow
 def test_ray_with_workers_killed(
     ray: Any, job: Job, tmp_path: Path, teacher_folder: Path, alone: Path
 ) -> None:
@@ -256,6 +259,7 @@ def descends(process: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_ray_says_what_a_worker_raised(ray: Any, job: Job, tmp_path: Path) -> None:
     load = partial(load_nothing, str(tmp_path / "no-teacher"))
     ranges = shard_ranges(job.corpus.windows, SHARD)
