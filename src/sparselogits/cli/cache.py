@@ -111,6 +111,9 @@ def cache(
         float | None, typer.Option(help="For ray: GPUs a worker, fractions included.")
     ] = None,
     device: Device = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread the teacher over devices, memory and disk.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
     ] = False,
@@ -152,6 +155,7 @@ def cache(
         teacher,
         tokenizer=tokenizer,
         dtype=dtype,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
     engine = load(device=crew.device)

@@ -56,7 +56,8 @@ def load_teacher(
     tokenizer: Any,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
     slice_positions: int = SLICE_POSITIONS,
 ) -> TransformersTeacher:
@@ -68,6 +69,7 @@ def load_teacher(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where it runs, unless `device_map` spreads it over several.
         device_map: passed to transformers ("auto" for a teacher larger than a device).
+        max_memory: passed on with it, bytes a device; what fits nowhere is read from disk.
         trust_remote_code: run modelling code that comes with the model.
         slice_positions: rows of logits that exist at a time.
 
@@ -80,6 +82,7 @@ def load_teacher(
         name,
         dtype=dtype,
         device_map=device_map,
+        max_memory=max_memory,
         trust_remote_code=trust_remote_code,
     )
     if device_map is None:
@@ -104,7 +107,8 @@ def load_causal_lm(
     name: str,
     *,
     dtype: str = "auto",
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal language model whose every weight came from the checkpoint.
@@ -129,6 +133,7 @@ def load_causal_lm(
             source,
             dtype=DTYPES.get(dtype, "auto"),
             device_map=device_map,
+            max_memory=max_memory,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **arguments,

@@ -44,7 +44,7 @@ class TransformersTeacher:
         slice_positions: int = SLICE_POSITIONS,
     ) -> None:
         self.model = model.eval()
-        self.device = next(model.parameters()).device
+        self.device = _entrance(model)
         self.identity = identity
         self.slice_positions = slice_positions
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()
@@ -118,7 +118,8 @@ class TransformersTeacher:
             yield slice(start, min(start + self.slice_positions, length))
 
     def _masked(self, logits: Tensor) -> Tensor:
-        return logits.index_fill_(1, self._not_tokens, -torch.inf)
+        # a model spread over devices ends on another one than it starts on
+        return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
 
     def _arguments(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
@@ -128,3 +129,12 @@ class TransformersTeacher:
             positions = restarting_positions(tokens.shape[1], document_starts)
             arguments["position_ids"] = positions.to(self.device)
         return arguments
+
+
+def _entrance(model: nn.Module) -> torch.device:
+    """Where tokens go: the first weights that are in a memory; offloaded ones are on "meta"."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    hook = getattr(model, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
