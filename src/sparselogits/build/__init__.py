@@ -1,6 +1,7 @@
 """Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
 
 from sparselogits.build.builder import BuildReport, CacheRequest, begin_job, build_caches
+from sparselogits.build.collected import ImportReport, import_collected
 from sparselogits.build.job import Job
 from sparselogits.build.plan import Share, shard_ranges
 from sparselogits.build.text import TextPlace, place_of_text, windows_of_texts
@@ -9,12 +10,14 @@ from sparselogits.build.texts_elsewhere import fetch_texts, publish_text
 __all__ = [
     "BuildReport",
     "CacheRequest",
+    "ImportReport",
     "Job",
     "Share",
     "TextPlace",
     "begin_job",
     "build_caches",
     "fetch_texts",
+    "import_collected",
     "place_of_text",
     "publish_text",
     "shard_ranges",

@@ -17,6 +17,7 @@ from sparselogits.cli.demo import demo
 from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.gradients import gradients
+from sparselogits.cli.import_ import import_command
 from sparselogits.cli.info import info
 from sparselogits.cli.plan import plan
 from sparselogits.cli.report import report
@@ -57,6 +58,7 @@ def _options(
 
 
 app.command()(cache)
+app.command("import")(import_command)
 app.command()(info)
 app.command()(view)
 app.command()(plan)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparselogits.corpus.pieces import Piece
-from sparselogits.corpus.records import Fields, record_pieces
+from sparselogits.corpus.records import Fields, Where, record_pieces
 from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
 
@@ -53,6 +54,26 @@ def parquet_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterato
             for batch in _batches(reader, group, columns, name):
                 yield from _batch_pieces(batch, columns, f"{name}, row group {group}", row, fields)
                 row += batch.num_rows
+
+
+def parquet_rows(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where]]:
+    """Every row of a file with all of its columns, one at a time, and what names its place.
+
+    Raises:
+        CorpusError: for a file that is no Parquet, or damaged.
+    """
+    with _parquet(path, name) as reader:
+        columns = reader.schema_arrow.names
+        for group in range(reader.metadata.num_row_groups):
+            number = 0
+            for batch in _batches(reader, group, columns, name):
+                for row in range(batch.num_rows):
+
+                    def where(group: int = group, number: int = number) -> str:
+                        return f"{name}, row group {group}, row {number}"
+
+                    yield batch.slice(row, 1).to_pylist()[0], where
+                    number += 1
 
 
 def _batches(

@@ -34,13 +34,19 @@ def spans(path: Path, file: int, span_bytes: int) -> Iterator[Span]:
 
 
 def pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[Piece]:
-    """The documents of the lines that begin within a span.
+    """The documents of the lines that begin within a span. Errors are those of `records`."""
+    for record, where, size in records(path, name, span):
+        yield from record_pieces(record, fields, where, size)
+
+
+def records(path: Path, name: str, span: Span) -> Iterator[tuple[dict[str, Any], Where, int]]:
+    """The lines that begin within a span: the record, what names its place, bytes read for it.
 
     Raises:
-        CorpusError: naming file and line, for a line that is no JSON object or lacks the field.
+        CorpusError: naming file and line, for a line that is no JSON object.
     """
     if path.suffix in _COMPRESSION:
-        yield from _compressed_pieces(path, name, fields)
+        yield from _compressed_records(path, name)
         return
     with path.open("rb") as handle:
         handle.seek(max(span.start - 1, 0))
@@ -53,10 +59,10 @@ def pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[Piece]
                 return f"{name}, line {_line_number(path, offset)}"
 
             if not line.isspace():
-                yield from record_pieces(_record(line, where), fields, where, len(line))
+                yield _record(line, where), where, len(line)
 
 
-def _compressed_pieces(path: Path, name: str, fields: Fields) -> Iterator[Piece]:
+def _compressed_records(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where, int]]:
     done = 0
     with path.open("rb") as raw:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), _COMPRESSION[path.suffix])
@@ -71,7 +77,7 @@ def _compressed_pieces(path: Path, name: str, fields: Fields) -> Iterator[Piece]
                 return f"{name}, line {number}"
 
             if not line.isspace():
-                yield from record_pieces(_record(line, where), fields, where, size)
+                yield _record(line, where), where, size
 
 
 def _compressed_line(lines: io.BufferedReader, name: str) -> bytes:
