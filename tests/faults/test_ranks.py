@@ -122,8 +122,6 @@ def test_a_killed_rank_and_a_restart_on_fewer(cache: Path, tmp_path: Path) -> No
     assert curve == pytest.approx(list(undisturbed.values()), rel=1e-5)
     assert max(curve[-20:]) < min(curve[:5]), "it learns, so lost weights would show"
     expected, found = (load_file(f / "model" / "model.safetensors") for f in (whole, out))
-    for (
-        name,
-        weight,
-    ) in expected.items():  # a fifth of one step: AdamW enlarges rounding in rare rows
+    # a fifth of one step: AdamW enlarges the rounding of tokens that hardly occur
+    for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-3, msg=name)
