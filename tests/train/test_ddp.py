@@ -40,17 +40,21 @@ leave_process_group()
 """
 
 
+def torchrun(ranks: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    return [sys.executable, *launcher, f"--nproc-per-node={ranks}"]
+
+
 def train(
     cache: Path, out: Path, *, ranks: int, batch: int, steps: int, resume: Path | None = None
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     out.mkdir(exist_ok=True)
     script = out / "train.py"
     script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     path = os.pathsep.join([str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     subprocess.run(
         [
-            *(sys.executable, *launch, str(script), str(cache), str(out)),
+            *(*torchrun(ranks), str(script), str(cache), str(out)),
             *(str(batch), str(steps), str(resume or "")),
         ],
         check=True,
@@ -85,7 +89,6 @@ def test_two_ranks_resume_in_their_second_epoch(cache: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path) -> None:
     """One student, one report, and the step of a batch from both ranks."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     recipe = {
         "cache": str(cache),
         "out": str(tmp_path / "run"),
@@ -95,7 +98,7 @@ def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     done = subprocess.run(
         [
-            *(sys.executable, *launch, "-m", "sparselogits", "train"),
+            *(*torchrun(2), "-m", "sparselogits", "train"),
             *(str(tmp_path / "recipe.yaml"), "--device", "cpu", "--json"),
         ],
         check=True,

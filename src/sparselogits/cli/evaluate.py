@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import Device, Json, device_named, stdout
 from sparselogits.console import stage
 from sparselogits.errors import InvalidArgumentError
@@ -42,23 +43,16 @@ def evaluate_command(
     from sparselogits.data import TextDataset
     from sparselogits.evaluate import draft_from_prefixes, evaluate
     from sparselogits.store import Cache
-    from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
-    from sparselogits.train.run import require_same_teacher
 
     if draft and teacher is None:
         raise InvalidArgumentError("--draft needs --teacher, which verifies what is drafted")
     opened = Cache.open(cache)
     windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
-    path = Path(student)
-    model = load_causal_lm(str(path / "model") if (path / "model").is_dir() else student)
-    model.to(device_named(device))
+    where = device_named(device)
+    model = load_student(student, where)
     engine = None
     if teacher is not None:
-        engine = load_teacher(
-            teacher, tokenizer=load_tokenizer(teacher), dtype=dtype, device=device_named(device)
-        )
-        require_same_teacher(engine, opened.identity)
+        engine = load_own_teacher(teacher, opened.identity, where, dtype=dtype)
     with stage("evaluating", "windows") as update:
         found = evaluate(
             {"student": model}, windows, engine, resamples=resamples, seed=seed, progress=update

@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from sparselogits.cli.models import load_student
 from sparselogits.cli.options import Device, Json, device_named, stdout
 from sparselogits.console import messages, stage
 from sparselogits.errors import InvalidArgumentError
@@ -147,15 +148,9 @@ def _load_students(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sparselogits.teacher.loading import load_causal_lm
-
     learners = {}
     for name in names:
-        path = Path(name)
-        model = load_causal_lm(
-            str(path / "model") if (path / "model").is_dir() else name, dtype="float32"
-        )
-        learners[path.name] = model.to(device)
+        learners[Path(name).name] = load_student(name, device, dtype="float32")
     if len(learners) < len(names):
         raise InvalidArgumentError(f"students need folder names of their own, found {names}")
     if fresh:

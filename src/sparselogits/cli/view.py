@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import Device, device_named, stdout
 from sparselogits.console import messages
 from sparselogits.errors import CacheError
@@ -39,7 +40,8 @@ def view(
     device: Device = "auto",
 ) -> None:
     """Show a window's text with the distribution that predicts each token, as a web page."""
-    from sparselogits.report import PREFIX, PageServer, view_page, write_whole
+    from sparselogits.files import write_whole
+    from sparselogits.report import PREFIX, PageServer, view_page
 
     viewer = _viewer(cache, teacher, student, tokenizer, dtype, device_named(device))
     rounds = viewer.dataset.identity.sampler.get("rounds")
@@ -75,9 +77,7 @@ def _viewer(
 ) -> WindowViewer:
     from sparselogits.data import CacheDataset
     from sparselogits.report import WindowViewer
-    from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
-    from sparselogits.train.run import require_same_teacher
+    from sparselogits.teacher.loading import load_tokenizer
 
     dataset = CacheDataset(cache)
     named = tokenizer or teacher
@@ -86,12 +86,7 @@ def _viewer(
         messages.print("tokens are shown by number; --tokenizer names the teacher's tokenizer")
     engine, learner = None, None
     if teacher is not None:
-        engine = load_teacher(
-            teacher, tokenizer=load_tokenizer(teacher), dtype=dtype, device=device
-        )
-        require_same_teacher(engine, dataset.identity)
+        engine = load_own_teacher(teacher, dataset.identity, device, dtype=dtype)
     if student is not None:
-        path = Path(student)
-        learner = load_causal_lm(str(path / "model") if (path / "model").is_dir() else student)
-        learner.to(device)
+        learner = load_student(student, device)
     return WindowViewer(dataset, tokenizer=words, teacher=engine, student=learner)

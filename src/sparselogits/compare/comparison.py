@@ -34,6 +34,7 @@ from sparselogits.compare.runs import carry_out, claimed, failure_of, figures_of
 from sparselogits.compare.summary import Run, method_rows, run_rows
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import evaluate
+from sparselogits.files import write_whole
 
 
 def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent_stage) -> Results:
@@ -89,8 +90,8 @@ def write_results(recipe: CompareRecipe, setting: Setting, teacher: TeacherRow |
         runs=run_rows(runs, recipe),
     )
     text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
-    _replace(recipe.out / "results.json", text + "\n")
-    _replace(recipe.out / "results.csv", results.to_csv())
+    write_whole(recipe.out / "results.json", text + "\n")
+    write_whole(recipe.out / "results.csv", results.to_csv())
     return results
 
 
@@ -148,7 +149,7 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
         windows=len(found.positions_by_window),
     )
     kept = {"of": [*key, recipe.heldout_windows], "row": row.model_dump(mode="json")}
-    _replace(file, json.dumps(kept) + "\n")
+    write_whole(file, json.dumps(kept) + "\n")
     return row
 
 
@@ -193,9 +194,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(own) for key, own in value.items()}
     return [_rounded(own) for own in value] if isinstance(value, list) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -17,13 +17,13 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparselogits.errors import InvalidArgumentError, RecipeError
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
 from sparselogits.train.objective import DIVERGENCES, Method
-from sparselogits.train.recipe import Count, Share, Student, Thinning, in_words, read_yaml
+from sparselogits.train.recipe import Count, Share, Student, Thinning, read_yaml, validated
 
 SamplerName = Literal[
     "systematic", "multinomial", "uniform", "topk", "topp", "threshold", "adaptive"
@@ -211,11 +211,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
     methods = values.get("methods")
     if isinstance(methods, list):
         values = {**values, "methods": [one for own in methods for one in expanded(own)]}
-    try:
-        return CompareRecipe.model_validate(values)
-    except ValidationError as error:
-        lines = "\n".join(f"  {in_words(detail, _FIELDS)}" for detail in error.errors())
-        raise RecipeError(f"{source} is not a valid comparison:\n{lines}") from error
+    return validated(CompareRecipe, values, _FIELDS, f"{source} is not a valid comparison")
 
 
 def expanded(method: Any) -> list[Any]:

@@ -29,6 +29,7 @@ from sparselogits.compare.caches import Draw, Setting, slug
 from sparselogits.compare.recipe import CompareRecipe, MethodSpec
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
+from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
 from sparselogits.teacher.loading import load_causal_lm
@@ -182,9 +183,9 @@ def carry_out(
     except Exception as error:  # whatever it is, the other runs are not lost to it
         reason = str(error).strip() or type(error).__name__
         found = {"message": reason, "traceback": traceback.format_exc()}
-        _write(planned.folder / "failure.json", found)
+        write_whole(planned.folder / "failure.json", json.dumps(found) + "\n")
         return None
-    _write(planned.folder / "outcome.json", asdict(outcome))
+    write_whole(planned.folder / "outcome.json", json.dumps(asdict(outcome)) + "\n")
     (planned.folder / "failure.json").unlink(missing_ok=True)
     return outcome
 
@@ -277,9 +278,3 @@ def _entries(method: MethodSpec, setting: Setting, result: RunResult) -> float |
     if method.thinning is not None:
         return result.entries
     return Cache.open(setting.caches[Draw.of(method).key]).statistics().entries_per_position
-
-
-def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    partial.replace(path)

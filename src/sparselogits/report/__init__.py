@@ -1,7 +1,6 @@
 """Pages for people: a window of a cache, tables and curves; each one self-contained HTML file."""
 
 from sparselogits.report.comparison import write_report
-from sparselogits.report.document import write_whole
 from sparselogits.report.page import Curve, Page, Row, write_page
 from sparselogits.report.serve import PREFIX, PageServer
 from sparselogits.report.view import view_page
@@ -18,5 +17,4 @@ __all__ = [
     "view_page",
     "write_page",
     "write_report",
-    "write_whole",
 ]

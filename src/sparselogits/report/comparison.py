@@ -20,8 +20,9 @@ from typing import Any
 
 from sparselogits.compare.results import Figure, MethodRow, Results, RunRow
 from sparselogits.errors import SparseLogitsWarning
+from sparselogits.files import write_whole
 from sparselogits.report.charts import Chart, Point, Series, draw_png, draw_svg
-from sparselogits.report.document import document, write_whole
+from sparselogits.report.document import document
 
 _BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
 _FAMILIES = {"topk": "Top-K", "multinomial": "RS-KD", "topp": "Top-P"}

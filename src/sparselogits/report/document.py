@@ -10,10 +10,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 _PAGE = """<!doctype html>
@@ -58,18 +56,6 @@ def document(title: str, body: str, *, styles: list[str], script: str, data: Any
 def static(name: str) -> str:
     """A file of `static/`, as it stands there."""
     return files("sparselogits.report").joinpath("static", name).read_text(encoding="utf-8")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, its folder included.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _hash(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.errors import MissingDependencyError
+from sparselogits.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,7 @@ def write_page(page: Page, path: Path) -> None:
         raise _missing() from error
     template = Environment(autoescape=True).from_string(_TEMPLATE)
     html = template.render(page=page, figure=_figure(page))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, html)
 
 
 def _missing() -> MissingDependencyError:

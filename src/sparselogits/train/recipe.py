@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
 from sparselogits.train.objective import DIVERGENCES, Method
 
+_Model = TypeVar("_Model", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -169,11 +170,28 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
     Raises:
         RecipeError: see `load_recipe`.
     """
+    return validated(Recipe, values, _FIELDS, f"{source} is not a valid recipe")
+
+
+def validated(
+    model: type[_Model], values: dict[str, Any], fields: Mapping[str, Sequence[str]], wrong: str
+) -> _Model:
+    """Plain values as a model.
+
+    Args:
+        model: what they should be.
+        values: as read.
+        fields: known keys, by the key they stand under; "recipe" for the outermost.
+        wrong: how the message begins where they are not.
+
+    Raises:
+        RecipeError: a line for each key that is wrong.
+    """
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"  {in_words(detail, _FIELDS)}" for detail in error.errors())
-        raise RecipeError(f"{source} is not a valid recipe:\n{lines}") from error
+        lines = "\n".join(f"  {_in_words(detail, fields)}" for detail in error.errors())
+        raise RecipeError(f"{wrong}:\n{lines}") from error
 
 
 _FIELDS = {
@@ -184,7 +202,7 @@ _FIELDS = {
 }
 
 
-def in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
+def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
     """What pydantic found wrong with one value of a recipe, as a person would say it.
 
     Args:

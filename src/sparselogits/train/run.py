@@ -12,7 +12,6 @@ A run that is finished is not repeated; one that was interrupted goes on from it
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from sparselogits.errors import (
     RecipeError,
     TeacherError,
 )
+from sparselogits.files import write_whole
 from sparselogits.identity import Identity
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
@@ -97,7 +97,7 @@ def run(
     if finished is not None:
         return finished
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "recipe.json", described)
+    write_whole(out / "recipe.json", _json(described))
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
     if len(dataset) < recipe.batch_windows:
         raise RecipeError(
@@ -243,7 +243,7 @@ def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
     }
     if trainer.is_world_process_zero():
         model.save_pretrained(out / "model")
-        _write_json(out / "run.json", facts)
+        write_whole(out / "run.json", _json(facts))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return RunResult(out, **facts, fresh=True)
 
@@ -314,7 +314,5 @@ def _require_same_tokenizer(path: str, identity: Identity) -> None:
         )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
