@@ -93,7 +93,9 @@ class Job:
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    together = getattr(engine, "ranks", 1)  # sums over ranks round in another order
     return {
+        **({"ranks": together} if together > 1 else {}),
         "sparselogits": version("sparselogits"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
