@@ -53,6 +53,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
 	$(BIN)/python benchmarks/decode.py --out benchmarks/decode.json
 	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json
+	$(BIN)/python benchmarks/forward_share.py --out benchmarks/forward_share.json
+	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json
 	$(BIN)/python benchmarks/step.py --out benchmarks/step.json
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py

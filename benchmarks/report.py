@@ -94,6 +94,16 @@ def cache_build(found: dict[str, Any]) -> str:
     )
 
 
+def forward_share(found: dict[str, Any]) -> str:
+    parts = ("forward", "sampling", "rest")
+    rows = [
+        (r["dtype"], r["threads"], r["tokens_per_second"], *(r[f"{part}_share"] for part in parts))
+        for r in found["results"]
+    ]
+    header = ("dtype", "threads", "tokens a second", *(f"{part}, of wall time" for part in parts))
+    return table(header, rows)
+
+
 def loss(found: dict[str, Any]) -> str:
     rows = found["results"]
     methods = list(dict.fromkeys(m for row in rows for m in row["ratio_to_products"]))
@@ -125,6 +135,9 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("step", "A training step from the cache, over a step without a teacher (at most 1.02)", step),
     ("cache_build", "Building a cache, over the teacher's forward pass (at most 1.05)",
      cache_build),
+    ("forward_share", "Share of a build's wall time in the teacher's forward pass (at least 0.95)",
+     forward_share),
+    ("packing", "Tokenising and packing, and reading packed text again", anything),
     ("sampling", "Sampling, over one softmax of the same logits (at most 1.5)", anything),
     ("decode", "Reading a cache (30 M entries a second, 2 ms a random window)", anything),
     ("size", "Size of a cache", anything),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 PROBE_LENGTH = 16
 
@@ -29,16 +30,21 @@ class Head:
         bias: [V] or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: c in c * tanh(logits / c) (Gemma's `final_logit_softcapping`), or None.
+        module: makes the product where the weight is spread over ranks, which all of them call.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    module: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V] of hidden states [..., D]; the product in the weight's dtype."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.module is None:
+            logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        else:
+            logits = self.module(hidden).float()
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -57,14 +63,16 @@ class Parts:
 
     def bound_head(self) -> Head:
         """The head with the weights as they are now; call it where hooks have gathered them."""
-        return Head(self.head.weight, self.head.bias, self.scale, self.softcap)  # type: ignore[arg-type]
+        weight: Any = self.head.weight
+        module = self.head if isinstance(weight, DTensor) else None
+        return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
 
 
 def split(model: nn.Module) -> Parts | None:
     """The parts of a transformers causal language model, or None where they cannot be told.
 
-    A head that is not a plain linear layer (LoRA on it, tensor-parallel, quantised) has no weight
-    that could be multiplied from outside, and counts as not told.
+    A head that is not a plain linear layer (LoRA on it, quantised) has no weight that could be
+    multiplied from outside, and counts as not told.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     trunk = getattr(model, "get_decoder", lambda: None)()

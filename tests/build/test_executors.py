@@ -260,6 +260,22 @@ def descends(process: int) -> bool:
 
 
 @pytest.mark.slow
+def test_the_ray_command(
+    ray: Any, tmp_path: Path, teacher_folder: Path, short: Path, alone: Path
+) -> None:
+    """It joins the cluster of RAY_ADDRESS, and the process that it runs in builds nothing."""
+    told = words(teacher_folder, short, tmp_path / "cache", "--executor", "ray", "--workers", 2)
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run(
+        [sys.executable, *told, "--gpus", "0"],
+        check=True,
+        env=environment(RAY_ADDRESS=address),
+        timeout=200,
+    )
+    assert shards(tmp_path / "cache") == shards(alone)
+
+
+@pytest.mark.slow
 def test_ray_says_what_a_worker_raised(ray: Any, job: Job, tmp_path: Path) -> None:
     load = partial(load_nothing, str(tmp_path / "no-teacher"))
     ranges = shard_ranges(job.corpus.windows, SHARD)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparselogits.build.work import Draw, compute_range
@@ -80,6 +82,50 @@ def test_both_engines_draw_the_same_from_one_model() -> None:
     )
     assert torch.equal(one.ids, other.ids)
     assert torch.equal(one.weights, other.weights)
+
+
+class Elsewhere(nn.Module):
+    """States that another program left in files, layer upon layer, before the last norm."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        super().__init__()
+        self.folder, self.engine = folder, [model]  # in a list: its weights are not this module's
+
+    def serve(self, tokens: Tensor, path: Path) -> None:
+        states: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda *given: states.append(given[2][0]))
+            for layer in self.engine[0].model.layers
+        ]
+        self.engine[0](tokens[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        save_file({"token_ids": tokens, "hidden_states": torch.stack(states, dim=1)}, path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = []
+        for number, row in enumerate(tokens):
+            path = self.folder / f"{number}.safetensors"
+            self.serve(row, path)
+            answer = load_file(path)
+            assert torch.equal(answer["token_ids"], row)
+            rows.append(answer["hidden_states"][:, -1])
+        return torch.stack(rows)
+
+
+def test_a_trunk_that_asks_another_program(tmp_path: Path) -> None:
+    """As inference engines hand over hidden states: norm and head are ours, the rest is theirs."""
+    model = tiny_llama()
+    mask = torch.arange(520) < 512
+    engine = ModuleTeacher(
+        *(Elsewhere(tmp_path, model), nn.Sequential(model.model.norm, model.lm_head)),
+        **{"token_mask": mask, "name": "x", "architecture": "llama", "weights": "hub:x@1"},
+    )
+    assert engine.identity["weights"] == "hub:x@1"
+    check_engine(engine, TOKENS)
+    found = torch.cat([piece.logits for piece in engine.logits(TOKENS)])
+    expected = model(TOKENS).logits.flatten(0, 1)
+    torch.testing.assert_close(found[:, :512], expected[:, :512])
 
 
 def test_other_weights_are_another_teacher() -> None:

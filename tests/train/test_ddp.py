@@ -1,4 +1,4 @@
-"""Two DDP ranks step like one process with both batches, and resume bit for bit."""
+"""Two DDP ranks step like one process with both batches, and resume bit for bit, or on one rank."""
 
 from __future__ import annotations
 
@@ -73,6 +73,19 @@ def test_two_ranks_are_one_process(cache: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6, msg=name)
     for key in ("loss", "kd", "ce", "kl", "entries"):
         assert [x[key] for x in same] == pytest.approx([x[key] for x in line], rel=1e-4), key
+
+    # what two ranks began goes on with one: the same windows a step, in the same order
+    fewer, line_of_fewer = train(
+        *(cache, tmp_path / "fewer"),
+        ranks=1,
+        batch=4,
+        steps=4,
+        resume=tmp_path / "two/checkpoint-2",
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(fewer[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    for key in ("loss", "kd", "ce", "kl", "entries"):
+        assert [x[key] for x in line_of_fewer] == pytest.approx([x[key] for x in line], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Build caches from a packed corpus: one forward pass of the teacher serves any number of them.
 
 Interrupted at any moment, a build goes on with the first shard that is not there; a shard that is
-there is complete. What is already on disk must come from the same text: every finished shard's
-fingerprint is compared with the corpus before any work is done.
+there is complete. What is already on disk must come from the same text: fingerprints of finished
+shards are compared with the corpus before any work is done (`job.CHECKED_SHARDS`).
 """
 
 from __future__ import annotations

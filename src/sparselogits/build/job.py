@@ -15,13 +15,17 @@ from typing import Any
 import torch
 import transformers
 
-from sparselogits.build.plan import Range
+from sparselogits.build.plan import Range, spread
 from sparselogits.build.text import read_windows
 from sparselogits.build.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.store import Cache, WindowRecord
 from sparselogits.teacher import Engine
+
+CHECKED_SHARDS = 256
+"""Finished shards whose text is compared before a build goes on: all of them, or so many spread
+over them, so that to go on with a very large build does not mean to read its text again."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Job:
     def missing(self, ranges: Sequence[Range]) -> list[Range]:
         """Ranges that at least one cache lacks; the others must come from this very text.
 
+        That is looked at in `CHECKED_SHARDS` of them.
+
         Raises:
             CacheError: a shard that is there cuts through a range.
             IdentityMismatchError: one was made from other text.
@@ -58,26 +64,29 @@ class Job:
                         f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
                         "of this corpus; was text added or removed? Build into another directory"
                     )
-        for start, stop in ranges:
-            holders = [
-                c for c, have in zip(self.caches, finished, strict=True) if (start, stop) in have
-            ]
-            if not holders:
-                continue
-            expected = fingerprint(self._windows((start, stop)))
-            for cache in holders:
-                found = cache.provenance(start).get("corpus")
-                if found != expected:
-                    raise IdentityMismatchError(
-                        f"windows {start}:{stop} of {cache.root} were made from other text than "
-                        "the corpus given now; use the same text, or another output directory"
-                    )
+        done = [r for r in ranges if any(r in have for have in finished)]
+        for place in spread(len(done), CHECKED_SHARDS):
+            span = done[place]
+            holders = [c for c, have in zip(self.caches, finished, strict=True) if span in have]
+            self._require_same_text(span, holders)
         return [r for r in ranges if any(r not in have for have in finished)]
+
+    def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
+        expected = fingerprint(self._windows(span))
+        for cache in holders:
+            if cache.provenance(span[0]).get("corpus") != expected:
+                raise IdentityMismatchError(
+                    f"windows {span[0]}:{span[1]} of {cache.root} were made from other text than "
+                    "the corpus given now; use the same text, or another output directory"
+                )
 
     def compute(
         self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
-        """One range: its records for each cache, and the provenance they are committed with."""
+        """One range: its records for each cache, and the provenance they are committed with.
+
+        The text is read once: what the teacher reads is what the provenance's fingerprint is of.
+        """
         windows = self._windows(span)
         provenance = {"corpus": fingerprint(windows), **_provenance(engine, self.batch)}
         reset = self.corpus.packing.reset_attention
@@ -93,7 +102,9 @@ class Job:
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    together = getattr(engine, "ranks", 1)  # sums over ranks round in another order
     return {
+        **({"ranks": together} if together > 1 else {}),
         "sparselogits": version("sparselogits"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

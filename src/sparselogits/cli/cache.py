@@ -114,6 +114,10 @@ def cache(
     device_map: Annotated[
         str | None, typer.Option(help="auto: spread the teacher over devices, memory and disk.")
     ] = None,
+    tp_plan: Annotated[
+        str | None,
+        typer.Option(help="auto: split each layer of the teacher over the ranks of torchrun."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that comes with the model.")
     ] = False,
@@ -134,9 +138,21 @@ def cache(
     if budget is None:
         from_parameters(chosen)  # out of range is said before the teacher is loaded
     only = _window_range(windows)
-    crew = crew_of(executor.value, threads, workers, gpus, device)
+    crew = crew_of(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
+    load = partial(
+        load_teacher,
+        teacher,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device_map=device_map,
+        tp_plan=tp_plan,
+        trust_remote_code=trust_remote_code,
+    )
+    if crew.follows:
+        crew.follow(load())
+        return
     packing = packing_for(
         tokenizer,
         window_length=window,
@@ -150,39 +166,31 @@ def cache(
 
     place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
     messages.print(f"loading the teacher {escape(teacher)}")
-    load = partial(
-        load_teacher,
-        teacher,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    engine = load(device=crew.device)
-    with stage("packing text", "MB", per_unit=1e-6) as update:
-        corpus = pack(
-            source,
-            tokenizer,
-            packing,
-            place.folder,
-            vocab_size=engine.vocab_size,
-            progress=update,
-            processes=processes,
-        )
-    publish_text(out, corpus.folder)
-    with stage("caching", "tokens", per_unit=window) as update:
-        report = crew.build(
-            load,
-            engine,
-            corpus,
-            [CacheRequest(out, from_parameters(chosen), budget, seed, temperature)],
-            tokenizer_hash=tokenizer_fingerprint(tokenizer),
-            batch=batch,
-            windows_per_shard=windows_per_shard,
-            only=only,
-            first_window=place.first_window,
-            progress=update,
-        )
+    with crew.leading(load(device=crew.device)) as engine:
+        with stage("packing text", "MB", per_unit=1e-6) as update:
+            corpus = pack(
+                source,
+                tokenizer,
+                packing,
+                place.folder,
+                vocab_size=engine.vocab_size,
+                progress=update,
+                processes=processes,
+            )
+        publish_text(out, corpus.folder)
+        with stage("caching", "tokens", per_unit=window) as update:
+            report = crew.build(
+                load,
+                engine,
+                corpus,
+                [CacheRequest(out, from_parameters(chosen), budget, seed, temperature)],
+                tokenizer_hash=tokenizer_fingerprint(tokenizer),
+                batch=batch,
+                windows_per_shard=windows_per_shard,
+                only=only,
+                first_window=place.first_window,
+                progress=update,
+            )
     if report.windows_found:
         messages.print(f"{report.windows_found} windows were there already")
     if crew.is_first:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,44 @@ class Crew:
         device: where its teacher runs.
         share: its ranges.
         workers: the Ray actors it is to engage; None where it works itself.
+        rank: among the processes that run one teacher together; None where each has its own.
     """
 
     device: str
     share: Share
     workers: Workers | None = None
+    rank: int | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether it packs the text, begins the cache and prints the result."""
         return self.share.index == 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether it does nothing but its part of another's forward passes."""
+        return bool(self.rank)
+
+    def follow(self, engine: Any) -> None:
+        """Run the first rank's passes until it is done."""
+        from sparselogits.teacher.tensor_parallel import follow
+        from sparselogits.train import leave_process_group
+
+        follow(engine)
+        leave_process_group()
+
+    @contextmanager
+    def leading(self, engine: Any) -> Iterator[Any]:
+        """The engine to build with, and the end of those that follow, if there are any."""
+        if self.rank is None:
+            yield engine
+            return
+        from sparselogits.teacher.tensor_parallel import Leader
+        from sparselogits.train import leave_process_group
+
+        with Leader(engine) as leader:
+            yield leader
+        leave_process_group()
 
     def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
         """Where the first rank has packed the text, once it has, and has begun the cache."""
@@ -82,9 +111,17 @@ class Crew:
 
 
 def crew_of(
-    executor: str, threads: int | None, workers: int | None, gpus: float | None, device: str
+    executor: str,
+    threads: int | None,
+    workers: int | None,
+    gpus: float | None,
+    device: str,
+    *,
+    split: bool = False,
 ) -> Crew:
     """What the options and the environment make of this process; sets its thread count.
+
+    With `split` the ranks of torchrun run one teacher together, and are one worker.
 
     Raises:
         InvalidArgumentError: options of another executor, numbers out of range, or no ranks in the
@@ -100,11 +137,21 @@ def crew_of(
         raise InvalidArgumentError("--workers and --gpus are for --executor ray")
     if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
         raise InvalidArgumentError("--threads and --workers are at least 1, --gpus at least 0")
-    rank = rank_from_environment(os.environ) if executor == "torchrun" else None
+    if split and executor != "local":
+        raise InvalidArgumentError(
+            f"--tp-plan makes one worker of the ranks of torchrun; --executor {executor} is for "
+            "workers with a teacher each: leave it out, and divide the text by --windows"
+        )
+    launched: Mapping[str, str] = os.environ
+    if split:  # of torchrun alone: a Slurm array has nothing to do with who runs a teacher together
+        launched = {k: v for k, v in launched.items() if not k.startswith("SLURM_")}
+    rank = rank_from_environment(launched) if split or executor == "torchrun" else None
     if threads is None and rank is not None:  # torchrun would leave it at one
         threads = max(1, len(os.sched_getaffinity(0)) // rank.local_count)
     if threads is not None:
         torch.set_num_threads(threads)
+    if split and rank is not None:  # transformers takes the device of the local rank
+        return Crew("auto", WHOLE, rank=rank.share.index)
     device = device_named(device)
     if rank is not None:
         if device == "cuda":

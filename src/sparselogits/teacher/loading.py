@@ -23,7 +23,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
+_VOLATILE = {
+    *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"),
+    "distributed_config",  # where the weights are, not what they are
+}
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -58,6 +61,7 @@ def load_teacher(
     device: str | torch.device = "cpu",
     device_map: str | dict[str, Any] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
+    tp_plan: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
     slice_positions: int = SLICE_POSITIONS,
 ) -> TransformersTeacher:
@@ -70,6 +74,9 @@ def load_teacher(
         device: where it runs, unless `device_map` spreads it over several.
         device_map: passed to transformers ("auto" for a teacher larger than a device).
         max_memory: passed on with it, bytes a device; what fits nowhere is read from disk.
+        tp_plan: "auto" or a plan of transformers' own: the ranks of torchrun hold a slice of each
+            layer and must run every pass together (see `tensor_parallel`). It is transformers
+            that begins the process group, if nobody has.
         trust_remote_code: run modelling code that comes with the model.
         slice_positions: rows of logits that exist at a time.
 
@@ -83,16 +90,17 @@ def load_teacher(
         dtype=dtype,
         device_map=device_map,
         max_memory=max_memory,
+        tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
     )
-    if device_map is None:
+    if device_map is None and tp_plan is None:
         model.to(device)
     identity = {
         "name": Path(name).name if Path(name).exists() else name,
         "weights": weights_fingerprint(name, model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "engine": "transformers",
-        "quantization": _quantization(name, model),
+        "quantization": quantization(name, model),
     }
     model.requires_grad_(False)
     return TransformersTeacher(
@@ -109,6 +117,7 @@ def load_causal_lm(
     dtype: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     max_memory: dict[int | str, int | str] | None = None,
+    tp_plan: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal language model whose every weight came from the checkpoint.
@@ -119,6 +128,7 @@ def load_causal_lm(
         MissingDependencyError: a GGUF file without the gguf package.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.distributed import DistributedConfig
 
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
@@ -128,6 +138,8 @@ def load_causal_lm(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
+    if tp_plan is not None:
+        arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -211,7 +223,13 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _quantization(name: str, model: nn.Module) -> str | None:
+def quantization(name: str, model: nn.Module) -> str | None:
+    """How a teacher's weights are quantised, in words for the identity; None where they are not.
+
+    A GGUF file says itself; a folder's `quantization_config` is named by its method (torchao,
+    bitsandbytes, gptq, ...) and by what kind of numbers the weights are. All its other settings
+    are in the fingerprint of the weights.
+    """
     if name.lower().endswith(".gguf"):
         from gguf import GGUFReader
         from gguf.constants import LlamaFileType
@@ -223,7 +241,23 @@ def _quantization(name: str, model: nn.Module) -> str | None:
     if config is None:
         return getattr(model.config, "dequantized_from", None)
     described = config if isinstance(config, dict) else config.to_dict()
-    return str(described.get("quant_method", "unknown"))
+    method = described.get("quant_method", "unknown")
+    return f"{getattr(method, 'value', method)} {_numbers(described)}".rstrip()
+
+
+def _numbers(described: dict[str, Any]) -> str:
+    """The kind of numbers a quantization_config makes of weights, as its method calls it."""
+    if described.get("load_in_4bit") or described.get("_load_in_4bit"):
+        return str(described.get("bnb_4bit_quant_type", "4 bits"))
+    if described.get("load_in_8bit") or described.get("_load_in_8bit"):
+        return "int8"
+    kind = described.get("quant_type")
+    if isinstance(kind, dict):  # torchao's, nested: {"default": {"_type": name, "_data": ...}}
+        kind = next(iter(kind.values()), None)
+        kind = kind.get("_type") if isinstance(kind, dict) else kind
+    if kind is not None:
+        return str(kind)
+    return f"{described['bits']} bits" if "bits" in described else ""
 
 
 def _require_gguf(name: str) -> None:

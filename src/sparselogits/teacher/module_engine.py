@@ -29,6 +29,8 @@ class ModuleTeacher:
         name: shown to people; the identity rests on the weights. Two models of equal weights and
             another architecture need another `architecture`.
         architecture: anything that tells the modules' code from another's.
+        weights: what all weights are, where some are not in these modules because the trunk asks
+            an inference engine: a hub revision, a hash of files (`weights_fingerprint`).
         slice_positions: rows of logits that exist at a time.
 
     Raises:
@@ -43,6 +45,7 @@ class ModuleTeacher:
         token_mask: Tensor,
         name: str,
         architecture: str,
+        weights: str | None = None,
         slice_positions: int = SLICE_POSITIONS,
     ) -> None:
         self.trunk, self.head = trunk.eval(), head.eval()
@@ -56,7 +59,7 @@ class ModuleTeacher:
         self.slice_positions = slice_positions
         self.identity: dict[str, Any] = {
             "name": name,
-            "weights": module_fingerprint(both),
+            "weights": weights or module_fingerprint(both),
             "dtype": str(first.dtype).removeprefix("torch."),
             "engine": f"module: {architecture}",
             "quantization": None,

@@ -1,0 +1,134 @@
+"""Tokenising and packing: the tokenizer's threads against processes, and checking a text again.
+
+    python benchmarks/packing.py [--teacher DIR --text FILE] --out benchmarks/packing.json
+
+    threads N     one process, whose tokenizer uses N threads of its own
+    processes N   so many processes, a thread each, as `--processes N`
+
+Every run is a process of its own and packs the same text into an empty folder; loading is not
+counted, starting the processes is. `read again` is what going on with a build does for each
+finished shard that it checks: its windows read and their fingerprint made, by one thread.
+
+Without options the tokenizer is the demo teacher's, and the text CPython's language reference over
+and over, each time with another number in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from measuring import machine, spread
+from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
+from sparselogits.demo.material import SEPARATOR_ID, demo_teacher
+from sparselogits.teacher.loading import load_tokenizer
+
+LENGTH, SHARD = 1024, 512
+WAYS = {
+    "threads 1": {"threads": 1, "processes": 1},
+    "threads 2": {"threads": 2, "processes": 1},
+    "processes 2": {"threads": 1, "processes": 2},
+}
+
+
+def write_text(path: Path, size: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for turn in range(1 << 30):
+            for name in sorted(topics):
+                file.write(json.dumps({"text": f"{turn} {topics[name]}"}) + "\n")
+                if file.tell() >= size:
+                    return
+
+
+def packed(teacher: str, text: Path, out: Path, processes: int, part_bytes: int) -> dict[str, Any]:
+    """Pack, in this process, and read the windows again."""
+    tokenizer = load_tokenizer(teacher)
+    packing = packing_for(tokenizer, window_length=LENGTH, separator_id=SEPARATOR_ID)
+    started = time.perf_counter()
+    corpus = pack(
+        open_source(str(text)), tokenizer, packing, out,
+        vocab_size=len(tokenizer), processes=processes, part_bytes=part_bytes,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    corpus, started = PackedCorpus.open(out), time.perf_counter()
+    for first in range(0, corpus.windows, SHARD):
+        fingerprint(corpus.read(first, min(first + SHARD, corpus.windows)))
+    again = time.perf_counter() - started
+    tokens = corpus.windows * LENGTH
+    return {"tokens": tokens, "packing": tokens / seconds, "read again": tokens / again}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--megabytes", type=int, default=16)
+    parser.add_argument("--parts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        teacher, text, out, processes, part_bytes = args.one
+        found = packed(teacher, Path(text), Path(out), int(processes), int(part_bytes))
+        print(json.dumps(found))
+        return
+
+    teacher = str(args.teacher or demo_teacher())
+    order, runs = random.Random(0), {way: list[dict[str, float]]() for way in WAYS}
+    with tempfile.TemporaryDirectory() as scratch:
+        text = args.text or Path(scratch) / "text.jsonl"
+        if args.text is None:
+            write_text(text, args.megabytes << 20)
+        part = str(text.stat().st_size // args.parts + 1)
+        for repetition in range(args.repeats):
+            for way in order.sample(list(WAYS), len(WAYS)):
+                out = Path(scratch) / f"{way}-{repetition}"
+                how = WAYS[way]
+                environment = {**os.environ, "RAYON_NUM_THREADS": str(how["threads"])}
+                environment["TOKENIZERS_PARALLELISM"] = "true"
+                asked = (teacher, str(text), str(out), str(how["processes"]), part)
+                done = subprocess.run(
+                    [sys.executable, __file__, "--one", *asked],
+                    check=True, capture_output=True, text=True, env=environment,
+                )  # fmt: skip
+                runs[way].append(json.loads(done.stdout))
+        size = text.stat().st_size
+    alone = runs["threads 1"]
+    report = {
+        "machine": {k: v for k, v in machine().items() if k != "threads"}
+        | {"cores": len(os.sched_getaffinity(0))},
+        "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "one")},
+        "text_bytes": size,
+        "tokens": alone[0]["tokens"],
+        "tokens_per_second": {
+            way: spread([run["packing"] for run in found], 0) for way, found in runs.items()
+        },
+        "over_one_thread": {
+            way: spread([a["packing"] / b["packing"] for a, b in zip(found, alone, strict=True)])
+            for way, found in runs.items()
+            if way != "threads 1"
+        },
+        "read_again_tokens_per_second": spread(
+            [run["read again"] for found in runs.values() for run in found], 0
+        ),
+    }
+    said = json.dumps(report, indent=2)
+    print(said)
+    if args.out:
+        args.out.write_text(said + "\n")
+
+
+if __name__ == "__main__":
+    main()
