@@ -150,7 +150,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "accelerate"])
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers"])
 def test_ctrl_c_while_loading(module: str, tmp_path: Path) -> None:
     """At the moment a module is about to be imported, in a process of its own to its very end."""
     words = ["train", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
