@@ -45,5 +45,20 @@ def test_named_files_exist(page: Path) -> None:
         assert (page.parent / path).exists(), f"{page.name} links {path}"
 
 
+URL = re.compile(r"https?://[^\s)>`\"'|]+")
+REVIEWED = [
+    # each was looked up when it was added, which a test without a network cannot do again
+    re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(/(issues|pull)/\d+)?"),
+    re.compile(r"https://aclanthology\.org/2025\.acl-long\.885/"),
+    re.compile(r"https://s3fs\.readthedocs\.io"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_elsewhere_are_of_a_reviewed_form(page: Path) -> None:
+    for url in URL.findall(page.read_text(encoding="utf-8")):
+        assert any(form.fullmatch(url) for form in REVIEWED), f"{page.name}: {url}"
+
+
 def test_the_theory_names_its_tests() -> None:
     assert len(TEST.findall(joined(ROOT / "docs" / "theory.md"))) >= 15

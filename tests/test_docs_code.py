@@ -1,8 +1,7 @@
 """Every block of code in docs/ runs, page by page, and the site is built without a remote load.
 
-A block that needs what a test has not (a cluster, a bucket, a package) stands below a line
-`<!-- not run: why -->`; one that is part of something that another test runs, below
-`<!-- run by: tests/... -->`.
+What a mark above a block may say is in pages.py; a block without one that cannot run, a mark that
+does not hold, and a command that hides outside a block fail here.
 
 pytest tests/test_docs_code.py
 """
@@ -10,6 +9,7 @@ pytest tests/test_docs_code.py
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,31 +17,18 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+import typer
 import yaml
 
-from sparselogits.cli import main
+from sparselogits.cli import app, main
 from tests.conftest import tiny_llama
+from tests.pages import DOCS, PAGES, ROOT, RUN, Block, blocks, blocks_of, outside_blocks
+from tests.store.s3 import S3
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-BLOCK = re.compile(r"(?:<!-- (not run|run by): ([^>]+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
-LANGUAGES = {"python", "bash", "yaml"}
-
-
-class Block(NamedTuple):
-    mark: str
-    why: str
-    language: str
-    code: str
-
-
-def blocks(page: Path) -> list[Block]:
-    found = [Block(*groups) for groups in BLOCK.findall(page.read_text(encoding="utf-8"))]
-    return [block for block in found if block.language in LANGUAGES]
+PROGRAM = typer.main.get_command(app)
 
 
 @pytest.fixture
@@ -81,18 +68,30 @@ def desk(
 NAMES = {"MODEL": "my-teacher", "STUDENT": "my-student", "TEXT": "text.jsonl", "CHAT": "chat.jsonl"}
 NAMES |= {"CACHE": "my-cache"}
 SMALL = {"cache": ["--window", "64"]}  # for the tiny teacher
+SHELL = {"&&", "||", "|", ";", ">"}
 
 
-def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [NAMES.get(word, word) for word in shlex.split(command)]
-    assert words[0] == "sparselogits", command
+def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [NAMES.get(word, word) for word in words]
+    assert words[0] == "sparselogits", words
     for name, small in SMALL.items():
         if words[1] == name and small[0] not in words:
             words += small
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code in (0, None), command
+    assert stop.value.code in (0, None), words
+
+
+def run_shell(line: str) -> None:
+    """A line that needs a shell, with the command where an installation has it."""
+    command = Path("bin") / "sparselogits"
+    if not command.exists():
+        command.parent.mkdir()
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m sparselogits "$@"\n')
+        command.chmod(0o755)
+    path = f"{command.parent.resolve()}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-euc", line], check=True, env={**os.environ, "PATH": path})
 
 
 def step() -> dict[str, object]:
@@ -105,26 +104,36 @@ def step() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in DOCS if blocks(p)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(
-    page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    desk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = step() if page.name == "loss.md" else {}
     for block in blocks(page):
-        if block.mark == "run by":
-            assert (ROOT / block.why.strip()).is_file(), block.why
-        elif block.mark == "not run":
-            assert block.why.startswith("needs "), block.why
-            if block.language == "python":
-                compile(block.code, page.name, "exec")
-        elif block.language == "python":
+        if block.mark:
+            continue
+        if block.language == "python":
             exec(compile(block.code, page.name, "exec"), names)
         elif block.language == "yaml":
             check_recipe(block.code)
         else:
-            for command in block.code.replace("\\\n", " ").strip().splitlines():
-                run_command(command, monkeypatch)
+            run_bash(block, monkeypatch, request)
     capsys.readouterr()
+
+
+def run_bash(block: Block, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    for words in block.commands:
+        if SHELL & set(words):
+            run_shell(" ".join(words))
+            continue
+        if any(word.startswith("s3://") for word in words):
+            own: S3 = request.getfixturevalue("s3")
+            words = [word.replace("s3://bucket", f"s3://{own.bucket}") for word in words]
+        run_command(words, monkeypatch)
 
 
 def check_recipe(code: str) -> None:
@@ -138,6 +147,99 @@ def check_recipe(code: str) -> None:
         return
     given = {"cache": "my-cache", "out": "my-run"}
     parse_recipe({**given, **yaml.safe_load(code)}, source="the page")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_a_block_runs_or_says_why_not(page: Path) -> None:
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        if not block.mark:
+            assert block.language in RUN, (
+                f"{where}: mark it (tests/pages.py), or make it one of {RUN}"
+            )
+            assert page in DOCS or page.name == "README.md", f"{where}: nothing runs this page"
+        elif block.mark == "run by":
+            assert_run_by(block, ROOT / block.why, where)
+        else:
+            assert block.why.startswith("needs "), where
+            assert_well_formed(block, where)
+
+
+def assert_run_by(block: Block, test: Path, where: str) -> None:
+    """The test runs blocks of the page, or names what the block imports or calls, to the option."""
+    text = test.read_text(encoding="utf-8")
+    told = re.findall(r"(?m)^from sparselogits[\w.]* import (.+)$", block.code)
+    names = {name.strip() for line in told for name in line.split(",")}
+    if block.language == "bash":
+        for words in block.commands:
+            assert_command(words, where)
+            names |= {w.split("=")[0] for w in words if w.startswith("--")}
+            names |= {Path(w).name for w in words if w.endswith((".py", ".yaml")) and "/" in w}
+            names |= {w for w in words[1:2] if words[0] in ("sparselogits", "make")}
+    missing = {name for name in names if name not in text}
+    reads_it = where.split(":")[0] in text and "blocks(" in text
+    assert reads_it or not missing, f"{where}: {test.name} does not run {sorted(missing)}"
+    assert names or block.language == "text", where
+
+
+def assert_well_formed(block: Block, where: str) -> None:
+    """As much of a block that is not run as can be checked."""
+    if block.language == "python":
+        compile(block.code, where, "exec")
+    elif block.language == "bash":
+        done = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
+        assert done.returncode == 0, f"{where}: {done.stderr}"
+        for words in block.commands:
+            assert_command(words, where)
+
+
+def assert_command(words: list[str], where: str) -> None:
+    """What a command names exists: subcommand and options, make's target, a script."""
+    if "sparselogits" in words:
+        own = words[words.index("sparselogits") + 1 :]
+        if not own or own[0].startswith("-"):
+            return
+        assert own[0] in PROGRAM.commands, f"{where}: no command {own[0]}"
+        known = {
+            name for p in PROGRAM.commands[own[0]].params for name in p.opts + p.secondary_opts
+        }
+        asked = {w.split("=")[0].rstrip(".,") for w in own if w.startswith("--")}
+        assert asked <= known | {"--help", "--debug"}, f"{where}: {asked - known} in {words}"
+    if words[0] == "make":
+        targets = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
+        assert words[1] in targets, f"{where}: no target {words[1]}"
+    for word in words:
+        if re.fullmatch(r"(tests|benchmarks|experiments|examples)/[\w./-]+\.\w+", word):
+            assert (ROOT / word).exists(), f"{where}: no {word}"
+
+
+INLINE = re.compile(r"(?<!`)`((?:sparselogits|make) [^`]+)`(?!`)")
+HIDDEN = re.compile(
+    r"(?m)^(?: {4}|\t)(?:\$ )?(?:make|pip|sparselogits|python|torchrun|hf|ray|#!)\b.*"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_text_exist(page: Path) -> None:
+    text = outside_blocks(page)
+    assert not HIDDEN.findall(text), "commands that no test sees: put them into a fenced block"
+    for code in INLINE.findall(text):
+        assert_command(code.replace("\n", " ").split(), f"{page.name}: `{code}`")
+
+
+def test_no_block_is_overlooked() -> None:
+    """What the pages' tests rest on: a block is seen however it is written."""
+    found = blocks_of(
+        "```bash\nls\n```\n- x\n\n    ~~~\n    a\n    ~~~\n<!-- not run: needs y -->\n````text\n"
+        "```\n````\n"
+    )
+    assert [(b.mark, b.why, b.language, b.code) for b in found] == [
+        ("", "", "bash", "ls\n"),
+        ("", "", "", "    a\n"),
+        ("not run", "needs y", "text", "```\n"),
+    ]
+    with pytest.raises(AssertionError, match="line 1 does not end"):
+        blocks_of("```python\nx\n")
 
 
 class Loads(HTMLParser):
@@ -168,7 +270,7 @@ def test_the_site_builds_strictly_and_loads_nothing_remote(tmp_path: Path) -> No
     )
     assert built.returncode == 0, built.stdout + built.stderr
     pages = list((tmp_path / "site").glob("*.html"))
-    assert {page.stem for page in PAGES} <= {page.stem for page in pages}
+    assert {page.stem for page in DOCS} <= {page.stem for page in pages}
     for page in pages:
         html = page.read_text(encoding="utf-8")
         loads = Loads(html).found
@@ -184,5 +286,5 @@ def test_the_site_builds_strictly_and_loads_nothing_remote(tmp_path: Path) -> No
 
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    for page in PAGES:
+    for page in DOCS:
         assert f" {page.name}" in text, f"{page.name} is missing from mkdocs.yml"

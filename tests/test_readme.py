@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+from tests.pages import ROOT, blocks
 
 
 @pytest.mark.slow
@@ -25,16 +20,16 @@ def test_the_commands_and_the_python_example(
     paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
     short = tmp_path / "TEXT.jsonl"  # many documents, so that 5 % of them are some
     short.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs[:120]))
-    (commands,), examples = blocks("bash"), blocks("python")
-    for line in commands.strip().splitlines():
-        words = line.replace("MODEL", str(teacher_folder)).replace("TEXT", str(short)).split()
+    run = [block for block in blocks(ROOT / "README.md") if not block.mark]
+    names = {"MODEL": str(teacher_folder), "TEXT": str(short)}
+    for words in (words for block in run if block.language == "bash" for words in block.commands):
+        words = [names.get(word, word) for word in words]
         assert words[0] == "sparselogits"
         if words[1] == "cache":
             words += ["--window", "64"]  # the tiny teacher reads no more at once
         subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, timeout=300)
-    assert "DEMO" + "_OUTPUT" not in README
-    script = tmp_path / "example.py"
-    script.write_text("\n".join(examples))  # the second goes on from the first
+    script = tmp_path / "example.py"  # the second goes on from the first
+    script.write_text("\n".join(block.code for block in run if block.language == "python"))
     done = subprocess.run(
         [sys.executable, str(script)], check=True, cwd=tmp_path, timeout=300, capture_output=True
     )

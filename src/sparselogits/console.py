@@ -15,6 +15,7 @@ messages = Console(stderr=True, highlight=False)
 """Progress and remarks; results go to standard output."""
 
 LOG_SECONDS = 15.0
+NOTEBOOK_SECONDS = 0.5
 
 
 def quiet_transformers() -> None:
@@ -37,8 +38,8 @@ Update = Callable[..., None]
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Show progress of one piece of work.
 
-    On a terminal a bar; elsewhere (pipes, CI logs, notebooks) one line every `LOG_SECONDS` and one
-    at the end, without control characters.
+    On a terminal a bar; in a notebook one line, written over twice a second; elsewhere (pipes, CI
+    logs) a line every `LOG_SECONDS` and one at the end, without control characters.
 
     Args:
         what: the work, as a gerund ("packing text").
@@ -83,16 +84,30 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             yield draw
         return
     last_line, latest = started, ""
+    pause, say = (
+        (NOTEBOOK_SECONDS, _write_over) if messages.is_jupyter else (LOG_SECONDS, messages.print)
+    )
 
     def log(done: float, total: float | None = None, note: str = "") -> None:
         nonlocal last_line, latest
         latest = describe(done, total, note)
-        if time.monotonic() - last_line >= LOG_SECONDS:
+        if time.monotonic() - last_line >= pause:
             last_line = time.monotonic()
-            messages.print(f"{what}: {latest}")
+            say(f"{what}: {latest}")
 
     yield log
-    messages.print(f"{what}: {latest or 'nothing to do'} · {_duration(time.monotonic() - started)}")
+    say(f"{what}: {latest or 'nothing to do'} · {_duration(time.monotonic() - started)}")
+    if messages.is_jupyter:
+        sys.stderr.write("\n")
+
+
+def _write_over(line: str) -> None:
+    """In a notebook: in place of the line before it, which may have been longer.
+
+    Printed through rich, each line would be an output of its own, a block of HTML.
+    """
+    sys.stderr.write(f"\r{line:<100}")
+    sys.stderr.flush()
 
 
 def _draws() -> bool:

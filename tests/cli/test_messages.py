@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -216,35 +213,28 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" in shown
 
 
-def test_a_dumb_terminal_and_a_notebook_get_lines(
+def test_a_notebook_gets_one_line_written_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in an executed notebook as well; a front end shows what follows the last return."""
+    monkeypatch.setattr(messages, "is_jupyter", True)
+    monkeypatch.setattr("sparselogits.console.NOTEBOOK_SECONDS", 0.0)
+    with stage("reading", "pages") as update:
+        update(2, 3, "a note that makes the line longer")
+        update(3, 3)
+    said = capsys.readouterr().err
+    first, *written, last = said.split("\r")
+    assert first == ""
+    assert len(written) == 2
+    assert last.startswith("reading: 3/3 pages")
+    assert last.endswith("\n")
+    assert len(last.rstrip("\n")) >= max(map(len, written)), "a rest of the longer line is seen"
+
+
+def test_a_dumb_terminal_gets_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with stage("reading", "pages") as update:
         update(3, 3)
     assert capsys.readouterr().err.startswith("reading: 3/3 pages")
-
-
-@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.5])
-@pytest.mark.parametrize(
-    "command", ["train --cache {cache} --out {new} --epochs 99", "verify {cache}"]
-)
-def test_ctrl_c_is_clean_at_any_moment(
-    command: str, seconds: float, places: dict[str, Path], tmp_path: Path
-) -> None:
-    run = subprocess.Popen(
-        [sys.executable, "-m", "sparselogits", *words(command, places, tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell that runs the tests in the background has them ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    time.sleep(seconds)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode in (130, -signal.SIGINT, 0), said  # 0: it was done before
-    assert "Traceback" not in said
-    assert "ignored" not in said
-    if run.returncode == 130:
-        assert "interrupted" in said

@@ -5,23 +5,21 @@ pytest tests/losses/test_layouts.py
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from tests.pages import ROOT, blocks
 
 from sparselogits.losses import linear_sparse_cross_entropy
 
-PAGE = Path(__file__).parents[2] / "docs" / "loss.md"
+PAGE = ROOT / "docs" / "loss.md"
 D, V, K, ROWS, BATCH = 6, 13, 3, 8, 2  # two sequences of eight positions
 
 
 def shown(word: str) -> str:
     """The code of the page that holds this word."""
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if word in c)
-    return str(code)
+    (code,) = (block.code for block in blocks(PAGE) if word in block.code)
+    return code
 
 
 @pytest.fixture

@@ -24,16 +24,19 @@ from sparselogits.errors import SparseLogitsError, SparseLogitsWarning
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 
 _KEPT = "what was finished is kept, and the same command goes on from there"
+_UNFINISHED = "remove the unfinished folder before the next try"
 _AFTERWARDS = {
     "cache": _KEPT,
+    "compare": _KEPT,
     "demo": _KEPT,
     "merge": _KEPT,
     "repair": "shards already set aside stay so; the same command looks at the rest",
     "train": "with save_steps in its recipe the same command goes on from the last checkpoint, "
     "else it starts again",
-    "export": "remove the unfinished folder before the next try",
+    "export": _UNFINISHED,
+    "import": _UNFINISHED,
 }
-_NOTHING = "nothing was changed"
+_NOTHING = "nothing was changed, and the same command starts again"
 
 _ALLOW = "make it readable and writable for this user, or choose another place"
 _NEXT_STEPS = {

@@ -1,0 +1,155 @@
+"""Commands run whole, each with a real Ctrl-C at a moment that is named, in forks of one process.
+
+    python -m tests.cli.interruptible < cases.json
+
+A moment is the n-th call of a function, `module:function:n`, counted by a profile function in the
+main thread that then raises SIGINT as a terminal would. So no test waits for a time, and each
+moment is hit on a fast machine and on a slow one. The parent has loaded everything and never runs
+anything itself: a fork costs nothing and finds no thread.
+
+`any:n` is the n-th call of whatever function it is, to interrupt a command all over:
+
+    python -m tests.cli.interruptible --sweep 40 sparselogits verify CACHE
+
+prints the moments after which something else was seen than a clean end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypedDict
+
+ANY = "any"
+PASSED = 77
+"""Exit code of a command that ended before its moment came."""
+
+
+class Case(TypedDict):
+    """A command's words, the folder it runs in, its moment, and where its output goes."""
+
+    words: list[str]
+    folder: str
+    moment: str
+    said: str
+
+
+def load() -> None:
+    """Everything the commands import, so that forks share it."""
+    import torch
+    import transformers.trainer  # noqa: F401
+
+    import sparselogits.build
+    import sparselogits.cli
+    import sparselogits.compare
+    import sparselogits.demo
+    import sparselogits.evaluate
+    import sparselogits.report
+    import sparselogits.train  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+class Interruption:
+    """A profile function that raises SIGINT at a moment, once."""
+
+    def __init__(self, moment: str) -> None:
+        *place, nth = moment.split(":")
+        self.nth, self.seen = int(nth), 0
+        self._name = None if place == [ANY] else place[-1]
+        file = place[0].replace(".", "/")
+        self._ends = (f"/{file}.py", f"/{file}/__init__.py")
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event != "call":
+            return
+        if self._name is not None:
+            code = frame.f_code
+            if code.co_name != self._name or not code.co_filename.endswith(self._ends):
+                return
+        self.seen += 1
+        if self.seen == self.nth:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+
+def run(case: Case) -> NoReturn:
+    """The command, in this process, which ends with it."""
+    os.chdir(case["folder"])
+    out = os.open(case["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["sparselogits", *case["words"]]
+    interruption = Interruption(case["moment"])
+    code: Any = 1
+    try:
+        from sparselogits.__main__ import main
+
+        sys.setprofile(interruption)
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.setprofile(None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if interruption.seen < interruption.nth:
+            Path(f"{case['said']}.calls").write_text(str(interruption.seen))
+            os._exit(PASSED)
+        os._exit(code or 0)
+
+
+def carry_out(case: Case) -> int:
+    """A case in a fork; its exit code, or minus the signal it died of."""
+    child = os.fork()
+    if child == 0:
+        run(case)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def sweep(times: int, words: list[str]) -> None:
+    """Interrupt a command at so many moments, evenly spread; `{out}` is a new name each time."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def carried_out(number: int, nth: int) -> tuple[int, str]:
+            told = [word.replace("{out}", f"{folder}/{number}") for word in words]
+            said = Path(folder) / "said"
+            case = Case(words=told, folder=".", moment=f"{ANY}:{nth}", said=str(said))
+            return carry_out(case), said.read_text()
+
+        carried_out(0, sys.maxsize)
+        calls = int((Path(folder) / "said.calls").read_text())
+        clean = 0
+        for number in range(1, times + 1):
+            nth = round(calls * (number - 0.5) / times)
+            code, said = carried_out(number, nth)
+            if code == 130 and "interrupted; " in said and "Traceback" not in said:
+                clean += 1
+            else:
+                print(f"--- call {nth} of {calls}: exit code {code}\n{said}", flush=True)
+        print(f"{clean} of {times} ended cleanly: {' '.join(words)}", flush=True)
+
+
+def main() -> None:
+    """Cases from standard input, a line each; exit codes to standard output, a line each."""
+    load()
+    if sys.argv[1:2] == ["--sweep"]:
+        sweep(int(sys.argv[2]), sys.argv[4:])
+        return
+    for line in sys.stdin:
+        print(carry_out(json.loads(line)), flush=True)
+    os._exit(0)  # taking all that was loaded apart takes seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Ctrl-C while a command works: exit code 130, no traceback, and a line that says how to go on.
+
+pytest tests/cli/test_interrupted.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from tests.cli.interruptible import Case
+from tests.conftest import tiny_llama
+from tests.pages import ROOT
+
+Interrupt = Callable[[list[str], str], "Ended"]
+
+
+class Ended(NamedTuple):
+    """How a command ended, and all it said."""
+
+    code: int
+    said: str
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, cache: Path, text: Path
+) -> Path:
+    """A folder with what the commands take."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    for name, place in {"MODEL": teacher_folder, "CACHE": cache}.items():
+        (folder / name).symlink_to(place)
+    (folder / "TEXT").mkdir()
+    short = "".join(line for line in text.open() if len(line) < 4000)
+    (folder / "TEXT" / "pages.jsonl").write_text(short)
+    tiny_llama(seed=3).save_pretrained(folder / "STUDENT")
+    recipe = {
+        "window": 32,
+        "holdout": 0.25,
+        "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
+        "training": {"batch_windows": 8},
+        "methods": ["ce", {"sampler": "systematic", "budget": 6}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupt(desk: Path) -> Iterator[Interrupt]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.interruptible"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def asked(words: list[str], moment: str) -> Ended:
+        said = desk / "said"
+        case = Case(words=words, folder=str(desk), moment=moment, said=str(said))
+        stdin.write(json.dumps(case) + "\n")
+        stdin.flush()
+        return Ended(int(stdout.readline()), said.read_text())
+
+    yield asked
+    stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+CACHE = (
+    "cache --teacher MODEL --data TEXT --window 32 --windows-per-shard 16 --rounds 8 --out {out}"
+)
+COMPARE = "compare recipe.yaml --teacher MODEL --data TEXT --out {out}"
+TRAIN = "train --cache CACHE --epochs 50 --out {out}"
+GOES_ON = "the same command goes on"
+MOMENTS = {
+    # command: {moment: what is said of going on}
+    CACHE: {
+        "sparselogits.teacher.loading:load_teacher:1": GOES_ON,
+        "sparselogits.corpus.packer:pack:1": GOES_ON,
+        "sparselogits.build.work:compute_range:1": GOES_ON,
+        "sparselogits.build.work:_finish:100": GOES_ON,
+    },
+    TRAIN: {
+        "sparselogits.train.run:make_student:1": "goes on from the last checkpoint",
+        "sparselogits.train.trainer:_prepare_inputs:3": "goes on from the last checkpoint",
+    },
+    COMPARE: {
+        "sparselogits.compare.caches:prepare:1": GOES_ON,
+        "sparselogits.build.work:compute_range:1": GOES_ON,
+        "sparselogits.train.trainer:_prepare_inputs:3": GOES_ON,
+    },
+    "eval STUDENT --cache CACHE --teacher MODEL --draft 2": {
+        "sparselogits.cli.models:load_student:1": "starts again",
+        "sparselogits.evaluate.heldout:_measure_window:5": "starts again",
+        "sparselogits.evaluate.drafting:_draft_once:3": "starts again",
+    },
+    "view CACHE --window 3 --teacher MODEL --student STUDENT --out {out}": {
+        "sparselogits.cli.models:load_student:1": "starts again",
+        "sparselogits.report.view:view_page:1": "starts again",
+    },
+    "gradients STUDENT --teacher MODEL --data TEXT --window 32 --out {out}": {
+        "sparselogits.corpus.packer:pack:1": "starts again",
+    },
+    "demo --out {out}": {"sparselogits.demo.material:demo_teacher:1": GOES_ON},
+    "verify CACHE": {"sparselogits.store.verify:verify:1": "starts again"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"), [(command, moment) for command in MOMENTS for moment in MOMENTS[command]]
+)
+def test_ctrl_c_ends_with_how_to_go_on(
+    command: str, moment: str, interrupt: Interrupt, desk: Path, tmp_path: Path
+) -> None:
+    ended = interrupt(command.format(out=tmp_path / "out").split(), moment)
+    assert ended.code == 130, ended.said
+    lines = [line for line in ended.said.splitlines() if "interrupted" in line]
+    assert len(lines) == 1, ended.said
+    assert MOMENTS[command][moment] in lines[0], ended.said
+    assert "Traceback" not in ended.said
+    assert "ignored" not in ended.said
+
+
+WHILE_LOADING = """
+import signal, sys
+
+module = sys.argv.pop(1)
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == module:
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(interrupt)
+from sparselogits.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers"])
+def test_ctrl_c_while_loading(module: str, tmp_path: Path) -> None:
+    """At the moment a module is about to be imported, in a process of its own to its very end."""
+    words = ["train", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", WHILE_LOADING, module, *words], capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
