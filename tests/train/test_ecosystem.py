@@ -1,25 +1,20 @@
-"""What people bring with them: LoRA students, callbacks, TensorBoard, caches on a hub.
+"""What people bring with them: LoRA students, callbacks, TensorBoard.
 
 pytest tests/train/test_ecosystem.py
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
-from sparselogits.store import CopyFolder
 from tests.conftest import tiny_llama
 
 
@@ -91,31 +86,3 @@ def test_tensorboard_by_its_usual_flag(
     board = EventAccumulator(str(event.parent)).Reload()
     assert {"train/loss", "train/kd", "train/kl", "train/entries"} <= set(board.Tags()["scalars"])
     assert len(board.Scalars("train/kl")) == 3
-
-
-class StandIn(DirFileSystem):
-    """The hub's file system in this folder: what `hf://datasets/ORG/NAME/FILE` is on the hub."""
-
-    protocol = "hf"
-    hub: Path
-
-    def __init__(self, **_: Any) -> None:
-        super().__init__(path=str(self.hub), fs=LocalFileSystem())
-
-
-def test_a_cache_is_loaded_from_a_hub_by_its_name(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(StandIn, "hub", tmp_path / "hub", raising=False)
-    known = dict(fsspec.registry)
-    fsspec.register_implementation("hf", StandIn, clobber=True)
-    try:
-        # what `hf upload ORG/NAME FOLDER --repo-type dataset` does: the folder as it is
-        shutil.copytree(cache, tmp_path / "hub" / "datasets" / "org" / "name")
-        there = CacheDataset("hf://datasets/org/name", copy=CopyFolder(tmp_path / "copy", 1 << 20))
-        here = CacheDataset(cache)
-        assert len(there) == len(here)
-        assert torch.equal(there[5]["targets"].ids, here[5]["targets"].ids)
-        assert torch.equal(there[5]["targets"].weights, here[5]["targets"].weights)
-    finally:
-        fsspec.register_implementation("hf", known.get("hf", StandIn), clobber=True)
