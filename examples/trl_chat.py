@@ -125,7 +125,7 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     teacher = load_teacher(folder, tokenizer=tokenizer, device=device)
     corpus = pack(
-        open_source(chats, completion_only=True),
+        open_source(chats, completion_only=True, work=arguments.out),
         tokenizer,
         packing_for(tokenizer, window_length=arguments.window, holdout=0.1),
         arguments.out / "cache" / "corpus",

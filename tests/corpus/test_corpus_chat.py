@@ -6,6 +6,7 @@ pytest tests/corpus/test_corpus_chat.py
 from __future__ import annotations
 
 import json
+import pickle
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path, tokenizer: Any, s
     whole = tokenizer.encode(rendered, add_special_tokens=False)
     assert first.tokens[: len(whole)].tolist() == whole
     assert first.tokens[len(whole)] == packing.separator_id
+    read = source.read_by(tokenizer)
+    assert pickle.loads(pickle.dumps(read)) == read  # for the processes that tokenise
     said = f"A run of tokens.<|im_end|>\nAs long as you say.<|im_end|>\n{END}"
     assert learnt_text(tokenizer, corpus).startswith(said * 2)
 
