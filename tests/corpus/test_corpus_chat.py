@@ -177,6 +177,14 @@ def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistak
     assert "talk.jsonl, line " in str(found.value)
 
 
+def test_the_end_after_a_question_is_not_learnt(tmp_path: Path, tokenizer: Any) -> None:
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK[:4]}] * 20)
+    source = open_source(path, completion_only=True)
+    packing = packing_for(tokenizer, window_length=200)
+    corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=len(tokenizer))
+    assert learnt_text(tokenizer, corpus).startswith("A run of tokens.<|im_end|>\n" * 2)
+
+
 def test_a_conversation_without_an_answer_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
     records = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": []}, {"messages": None}]
     path = written(tmp_path / "talk.jsonl", records)
