@@ -62,6 +62,7 @@ def desk(
         )
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Small files of text that are whole or absent."""
+"""Small files of text that are whole or absent, and the folder for what can be made again."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def user_cache() -> Path:
+    """The folder of this user for what can be made or fetched again."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "sparselogits"

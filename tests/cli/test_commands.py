@@ -44,6 +44,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short:
     return out
 
 
+def test_the_module_is_the_command() -> None:
+    script = Path(sys.executable).with_name("sparselogits")
+    named = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=240)
+    module = command("--version")
+    assert (module.returncode, module.stdout) == (named.returncode, named.stdout)
+    assert module.stdout.startswith("sparselogits ")
+    assert "python -m sparselogits [OPTIONS] COMMAND" in command("--help").stdout
+
+
 def test_info_as_json(cache: Path) -> None:
     facts = json.loads(command("info", cache, "--json").stdout)
     assert facts["identity"]["sampler"]["name"] == "systematic"

@@ -47,6 +47,8 @@ MISTAKES = {
     "info s3:/bucket/x": ("looks like a url", "s3://bucket/prefix"),
     "info s3://": ("looks like a url", "s3://bucket/prefix"),
     "info nowhere9://x/y": ("no url that can be opened", "protocol not known"),
+    "push {cache} {new}": ("is no url", "hf://datasets/org/name"),
+    "push {cache} nowhere9://x/y": ("no url that can be opened", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
     "train": ("cache: missing", "out: missing"),
     "train {recipe:cach: x}": ("cach: unknown key", "did you mean 'cache'"),

@@ -1,25 +1,24 @@
-"""What people bring with them: LoRA students, callbacks, TensorBoard, caches on a hub.
+"""What people bring with them: LoRA students, callbacks, TensorBoard, TRL.
 
 pytest tests/train/test_ecosystem.py
 """
 
 from __future__ import annotations
 
-import shutil
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
-from sparselogits.store import CopyFolder
+from sparselogits.errors import InvalidArgumentError
 from tests.conftest import tiny_llama
 
 
@@ -93,29 +92,133 @@ def test_tensorboard_by_its_usual_flag(
     assert len(board.Scalars("train/kl")) == 3
 
 
-class StandIn(DirFileSystem):
-    """The hub's file system in this folder: what `hf://datasets/ORG/NAME/FILE` is on the hub."""
-
-    protocol = "hf"
-    hub: Path
-
-    def __init__(self, **_: Any) -> None:
-        super().__init__(path=str(self.hub), fs=LocalFileSystem())
+EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_chat.py"
 
 
-def test_a_cache_is_loaded_from_a_hub_by_its_name(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory: pytest.TempPathFactory, example: dict[str, Any]) -> Path:
+    """The example, as it is run by hand, with fewer steps."""
+    out = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(EXAMPLE), "--out", str(out), "--steps", "6"])
+        patch.setenv("XDG_CACHE_HOME", str(out / "user"))
+        example["main"]()
+    return out
+
+
+def test_the_chat_example_caches_and_learns_answers_alone(chat_run: Path) -> None:
+    cache = CacheDataset(chat_run / "cache")
+    windows = [cache[i] for i in range(len(cache))]
+    learnt = torch.stack([window["shift_labels"] != -100 for window in windows])
+    stored = torch.stack([window["targets"].entries_per_position for window in windows])
+    assert 0.2 < learnt.float().mean() < 0.95
+    assert stored[~learnt].sum() == 0
+    assert (stored[learnt] > 0).all()
+    assert (chat_run / "student" / "model.safetensors").exists()
+
+
+def test_what_is_learnt_is_what_trl_would_train_on(
+    tmp_path: Path, chat_run: Path, example: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(StandIn, "hub", tmp_path / "hub", raising=False)
-    known = dict(fsspec.registry)
-    fsspec.register_implementation("hf", StandIn, clobber=True)
-    try:
-        # what `hf upload ORG/NAME FOLDER --repo-type dataset` does: the folder as it is
-        shutil.copytree(cache, tmp_path / "hub" / "datasets" / "org" / "name")
-        there = CacheDataset("hf://datasets/org/name", copy=CopyFolder(tmp_path / "copy", 1 << 20))
-        here = CacheDataset(cache)
-        assert len(there) == len(here)
-        assert torch.equal(there[5]["targets"].ids, here[5]["targets"].ids)
-        assert torch.equal(there[5]["targets"].weights, here[5]["targets"].weights)
-    finally:
-        fsspec.register_implementation("hf", known.get("hf", StandIn), clobber=True)
+    """Token for token; TRL knows no separator between conversations, we learn it as an end."""
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    from sparselogits.corpus import open_source, pack, packing_for
+
+    chats = example["chats_from_python"]().select(range(40))
+    tokenizer = AutoTokenizer.from_pretrained(chat_run / "teacher")
+    trainer = SFTTrainer(
+        example["new_model"](len(tokenizer), width=16),
+        example["settings"](tmp_path, 1, "cpu", assistant_only_loss=True),
+        train_dataset=chats,
+        processing_class=tokenizer,
+    )
+    packing = packing_for(tokenizer, window_length=64)
+    source = open_source(chats, completion_only=True, work=tmp_path / "work")
+    corpus = pack(source, tokenizer, packing, tmp_path / "packed", vocab_size=len(tokenizer))
+    tokens, learnt = [], []
+    for i in range(len(chats)):
+        row = trainer.train_dataset[i]
+        tokens += [*row["input_ids"], packing.separator_id]
+        learnt += [*(label != -100 for label in row["labels"]), True]
+    assert corpus.windows == len(tokens) // 64
+    for window in corpus.read(0, corpus.windows):
+        first, stop = 64 * window.index, 64 * (window.index + 1)
+        assert window.tokens.tolist() == tokens[first:stop]
+        assert window.mask.tolist() == [*learnt[first + 1 : stop], False]
+
+
+def test_trl_arguments_and_callbacks(tmp_path: Path, chat_run: Path, cache: Path) -> None:
+    from trl import BEMACallback, SFTConfig
+
+    def config(**changes: Any) -> SFTConfig:
+        settings: dict[str, Any] = {
+            **{"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False},
+            **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
+        }
+        return SFTConfig(str(tmp_path), **(settings | changes))
+
+    averages = BEMACallback(update_freq=1)
+    trainer = SparseKDTrainer(
+        tiny_llama(seed=2, vocab_size=1200, max_position_embeddings=256),
+        config(completion_only_loss=True, learning_rate=1e-2),  # gradients are checkpointed
+        train_dataset=CacheDataset(chat_run / "cache"),
+        callbacks=[averages],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    everything = CacheDataset(cache)
+    for asked in ({"completion_only_loss": True}, {"assistant_only_loss": True}):
+        with pytest.raises(InvalidArgumentError, match="--completion-only"):
+            SparseKDTrainer(tiny_llama(seed=2), config(**asked), train_dataset=everything)
+    with pytest.raises(InvalidArgumentError, match="loss_type='dft'"):
+        SparseKDTrainer(tiny_llama(seed=2), config(loss_type="dft"), train_dataset=everything)
+
+
+def test_tokenised_rows_of_a_dataset_evaluate(tmp_path: Path, cache: Path) -> None:
+    """Of any length, with labels in the usual convention: as the student's own loss on them."""
+    tokens = PackedCorpus.open(cache / "corpus").read(0, 3)
+    lengths = (32, 20, 11)
+    rows = [{"input_ids": w.tokens[:n].tolist()} for w, n in zip(tokens, lengths, strict=True)]
+    labelled = [row | {"labels": [-100] * 5 + row["input_ids"][5:]} for row in rows]
+    student = tiny_llama(seed=2)
+    expected = []
+    for given in (rows, labelled):
+        total = count = 0
+        for row in given:
+            labels = torch.tensor([row.get("labels", row["input_ids"])])
+            positions = int((labels[:, 1:] != -100).sum())
+            with torch.no_grad():
+                loss = student(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+            total, count = total + float(loss) * positions, count + positions
+        expected.append(total / count)
+    trainer = SparseKDTrainer(
+        student,
+        arguments(tmp_path, per_device_eval_batch_size=3),
+        train_dataset=CacheDataset(cache),
+        eval_dataset={"whole": Dataset.from_list(rows), "ends": Dataset.from_list(labelled)},
+    )
+    found = trainer.evaluate()
+    assert found["eval_whole_loss"] == pytest.approx(expected[0], rel=1e-5)
+    assert found["eval_ends_loss"] == pytest.approx(expected[1], rel=1e-5)
+    again = trainer.evaluate(Dataset.from_list(rows))
+    assert again["eval_loss"] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_datasets_that_cannot_be_used(tmp_path: Path, cache: Path) -> None:
+    plain = Dataset.from_list([{"text": "words"}])
+    run = arguments(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="open_source"):
+        SparseKDTrainer(tiny_llama(seed=2), run, train_dataset=plain)
+    for given in (plain, Dataset.from_list([{"input_ids": [1, 2]}]).to_iterable_dataset()):
+        with pytest.raises(InvalidArgumentError, match="input_ids"):
+            SparseKDTrainer(
+                tiny_llama(seed=2), run, train_dataset=CacheDataset(cache), eval_dataset=given
+            )

@@ -96,6 +96,12 @@ def windows_of_texts(cache: Path) -> int | None:
         return None
 
 
+def packed_texts(cache: Path) -> list[Path]:
+    """The folders of a cache's texts that are packed to their end, in order."""
+    folders = [cache / "corpus", *sorted(cache.glob("corpus-[0-9]*"))]
+    return [folder for folder in folders if Paths(folder).index.exists()]
+
+
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
     """Windows of a text by their numbers in the cache."""
     windows = corpus.read(start - first_window, stop - first_window)

@@ -16,7 +16,7 @@ from pathlib import Path
 from sparselogits.corpus.packed import Paths
 from sparselogits.corpus.streams import write_atomically
 from sparselogits.errors import CorpusError, IdentityMismatchError
-from sparselogits.store.copy_folder import user_cache
+from sparselogits.files import user_cache
 from sparselogits.store.place import Place, is_url, storage_at
 from sparselogits.store.storage import Storage
 

@@ -21,7 +21,7 @@ from sparselogits.cli.import_ import import_command
 from sparselogits.cli.info import info
 from sparselogits.cli.plan import plan
 from sparselogits.cli.report import report
-from sparselogits.cli.store import card, export, merge, repair, verify
+from sparselogits.cli.store import card, export, merge, push, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.cli.view import view
 from sparselogits.console import quiet_transformers
@@ -70,6 +70,7 @@ app.command()(report)
 app.command()(verify)
 app.command()(repair)
 app.command()(card)
+app.command()(push)
 app.command()(merge)
 app.command()(export)
 app.command()(demo)

@@ -82,7 +82,7 @@ def cache(
         bool,
         typer.Option(
             "--completion-only",
-            help="Records are prompt and completion; only completions are cached and learnt.",
+            help="Records are prompt and completion, or messages; only answers are learnt.",
         ),
     ] = False,
     separator_id: Annotated[

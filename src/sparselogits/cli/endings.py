@@ -30,6 +30,7 @@ _AFTERWARDS = {
     "compare": _KEPT,
     "demo": _KEPT,
     "merge": _KEPT,
+    "push": _KEPT,
     "repair": "shards already set aside stay so; the same command looks at the rest",
     "train": "with save_steps in its recipe the same command goes on from the last checkpoint, "
     "else it starts again",

@@ -1,4 +1,4 @@
-"""`verify`, `repair`, `card`, `merge`, `export`: caches as they lie on disk."""
+"""`verify`, `repair`, `card`, `push`, `merge`, `export`: caches as they lie on disk."""
 
 from __future__ import annotations
 
@@ -78,6 +78,32 @@ def card(
 
     opened = Cache.open(cache)
     typer.echo(dataset_card(opened.identity, opened.statistics()), nl=False)
+
+
+def push(
+    cache: Annotated[str, typer.Argument(help="Directory of a cache.")],
+    url: Annotated[str, typer.Argument(help="hf://datasets/ORG/NAME, s3://bucket/prefix, ...")],
+    without_text: Annotated[
+        bool, typer.Option("--without-text", help="Leave out the packed text, held-out documents.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a cache, with a dataset card, where others load it by its name."""
+    from sparselogits.build import publish_text
+    from sparselogits.build.text import packed_texts
+    from sparselogits.store import Cache
+    from sparselogits.store import push as push_cache
+
+    with stage("pushing", "shards") as update:
+        report = push_cache(Cache.open(cache), url, progress=update)
+    if not without_text:
+        for folder in packed_texts(Path(cache)):
+            publish_text(url, folder)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+        return
+    stdout().print(f"{len(report.copied)} shards put, {len(report.kept)} were there")
+    stdout().print(f'read it with CacheDataset("{escape(url)}")', soft_wrap=True)
 
 
 def merge(

@@ -35,11 +35,13 @@ def parquet_spans(
     """
     with _parquet(path, name) as reader:
         columns = fields.chosen(reader.schema_arrow.names, lambda: name)
-        _require_text(reader.schema_arrow, columns, name)
+        _require_text(reader.schema_arrow, columns, name, fields)
         metadata, start, size = reader.metadata, 0, 0
         for group in range(metadata.num_row_groups):
             chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
-            size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
+            size += sum(
+                c.total_uncompressed_size for c in chunks if _within(c.path_in_schema, columns)
+            )
             if size >= span_bytes or group == metadata.num_row_groups - 1:
                 yield Span(file, start, group + 1, size)
                 start, size = group + 1, 0
@@ -76,6 +78,11 @@ def parquet_rows(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where]
                     number += 1
 
 
+def _within(path: str, columns: list[str]) -> bool:
+    """Whether a chunk's path lies in one of the columns: messages have `messages.list...role`."""
+    return path in columns or path.partition(".")[0] in columns
+
+
 def _batches(
     reader: pq.ParquetFile, group: int, columns: list[str], name: str
 ) -> Iterator[pa.RecordBatch]:
@@ -108,7 +115,7 @@ def arrow_spans(
     start = size = number = 0
     for number, batch in enumerate(_arrow_batches(path, name), start=1):
         columns = fields.chosen(batch.schema.names, lambda: name)
-        _require_text(batch.schema, columns, name)
+        _require_text(batch.schema, columns, name, fields)
         size += sum(batch.column(column).nbytes for column in columns)
         if size >= span_bytes:
             yield Span(file, start, number, size)
@@ -131,6 +138,19 @@ def arrow_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[
         row += batch.num_rows
 
 
+def arrow_rows(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where]]:
+    """Every row of a file, as `parquet_rows` gives them."""
+    number = 0
+    for batch in _arrow_batches(path, name):
+        for row in range(batch.num_rows):
+
+            def where(number: int = number) -> str:
+                return f"{name}, row {number}"
+
+            yield batch.slice(row, 1).to_pylist()[0], where
+            number += 1
+
+
 def _arrow_batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
     # mapped, so that batches of other spans and other columns are never read
     try:
@@ -140,7 +160,9 @@ def _arrow_batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
         raise CorpusError(f"{name} is no readable Arrow file ({error}); save it anew") from error
 
 
-def _require_text(schema: pa.Schema, columns: list[str], name: str) -> None:
+def _require_text(schema: pa.Schema, columns: list[str], name: str, fields: Fields) -> None:
+    if fields.chat is not None:
+        return  # lists of messages are looked at record by record
     for column in columns:
         kind = schema.field(column).type
         if pa.types.is_dictionary(kind):

@@ -50,7 +50,7 @@ def pack(
 
     Args:
         source: from `open_source`.
-        tokenizer: the teacher's, a transformers tokenizer.
+        tokenizer: the teacher's, a transformers tokenizer; its chat template reads messages.
         packing: usually from `packing_for`.
         out: a folder of its own.
         vocab_size: ids the teacher knows; larger ones are refused.
@@ -66,7 +66,7 @@ def pack(
     _check_ids(packing, vocab_size)
     if processes < 1 or part_bytes < 1:
         raise InvalidArgumentError(f"processes={processes}, part_bytes={part_bytes}: at least 1")
-    paths = Paths(Path(out))
+    paths, source = Paths(Path(out)), source.read_by(tokenizer)
     made_from = {
         "format": FORMAT,
         "source": source.to_json(),

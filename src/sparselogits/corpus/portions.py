@@ -83,7 +83,8 @@ def _append(writer: PartWriter, piece: Piece, ids: NDArray[np.int64], packing: P
             writer.append(np.array([packing.bos_id]), learnt=False)
     writer.append(ids, learnt=piece.carries_target)
     if piece.closes:
-        writer.append(np.array([packing.separator_id]), learnt=True)
+        # the end of what is learnt; a question without an answer has none
+        writer.append(np.array([packing.separator_id]), learnt=piece.carries_target)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

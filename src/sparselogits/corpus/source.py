@@ -7,6 +7,7 @@
     open_source("web-00000.parquet")         Parquet
     open_source("saved/")                    a dataset saved with `datasets`' save_to_disk
     open_source("org/dataset:config")        a dataset on the Hugging Face hub, downloaded once
+    open_source(dataset)                     a `datasets` object, or any iterable of dicts
 
 Documents come in a stable order: files by their relative path, in each file from its beginning.
 The source is divided into portions that depend on nothing but the source and the size asked for;
@@ -18,15 +19,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sparselogits.corpus import columns, jsonlines, text
+from sparselogits.corpus.chat import ChatTemplate
+from sparselogits.corpus.given import Records, chosen_split, write_down
 from sparselogits.corpus.locate import SourceFile, locate
 from sparselogits.corpus.pieces import Piece
-from sparselogits.corpus.records import Fields
+from sparselogits.corpus.records import Fields, Where, is_conversation
 from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
 from sparselogits.identity import canonical_json
@@ -77,12 +80,25 @@ class Source:
 
     def to_json(self) -> dict[str, Any]:
         """What packed windows record of it, the name included."""
-        return {
+        described = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "text_field": self.fields.text,
             "completion_only": self.fields.completion_only,
         }
+        if self.fields.chat is not None:
+            described["chat_template"] = self.fields.chat.fingerprint
+        return described
+
+    def read_by(self, tokenizer: Any) -> Source:
+        """The same source as this tokenizer's model reads it.
+
+        Where records hold messages, the tokenizer's chat template makes text of them and stands in
+        `to_json`; everywhere else this is the source itself. `pack` does it.
+        """
+        if not _holds_messages(self):
+            return self
+        return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
         """The source in runs of about `portion_bytes`, in order."""
@@ -141,32 +157,66 @@ _PIECES = {
 
 
 def open_source(
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Records,
     *,
     text_field: str = "text",
     split: str = "train",
     completion_only: bool = False,
+    work: Path | None = None,
 ) -> Source:
-    """Find the text that `data` names.
+    """Find the text that `data` names, or is.
 
     Args:
         data: a file, a folder, a pattern, a saved dataset, or a dataset's name on the hub (used
-            only where nothing of that name is on disk; `name:config` picks a configuration).
+            only where nothing of that name is on disk; `name:config` picks a configuration). Or
+            the records themselves: a `datasets.Dataset`, `IterableDataset` or `DatasetDict`, or an
+            iterable of dicts; they are written down first, see `given`.
         text_field: the field or column of records that holds their text.
         split: of a dataset that has several.
-        completion_only: records are `prompt` and `completion`, and only completions are learnt.
+        completion_only: records are `prompt` and `completion`, or `messages`, and only completions
+            (what the assistant says) are learnt.
+        work: folder to write given records to; one in the user's cache folder when None.
 
     Raises:
         CorpusError: nothing there, a folder without text, or files that cannot be read.
     """
-    data = os.fspath(data)
-    files = locate(data, split)
+    fields = Fields(text_field, completion_only)
+    if isinstance(data, str | os.PathLike):
+        name = os.fspath(data)
+        files = locate(name, split)
+    else:
+        records = chosen_split(data, split)
+        name = f"records of a {type(records).__name__}"
+        files = [write_down(records, fields, work)]
     if completion_only and any(file.kind == "text" for file in files):
         raise CorpusError(
-            f"{data} holds plain text, which has no completions; use JSON lines or Parquet with "
+            f"{name} holds plain text, which has no completions; use JSON lines or Parquet with "
             "`prompt` and `completion`, or leave out completion_only"
         )
-    return Source(data, tuple(files), Fields(text_field, completion_only))
+    return Source(name, tuple(files), fields)
+
+
+def _holds_messages(source: Source) -> bool:
+    """Whether the first record is a conversation; what cannot be read is found out by packing."""
+    for file in source.files:
+        try:
+            for record, where in _records(file):
+                return is_conversation(record, source.fields, where)
+        except (CorpusError, OSError):
+            return False
+    return False
+
+
+def _records(file: SourceFile) -> Iterator[tuple[dict[str, Any], Where]]:
+    if file.kind == "json":
+        whole = Span(0, 0, file.path.stat().st_size, 0)
+        return (
+            (record, where) for record, where, _ in jsonlines.records(file.path, file.name, whole)
+        )
+    if file.kind == "text":
+        return iter(())
+    rows = columns.parquet_rows if file.kind == "parquet" else columns.arrow_rows
+    return rows(file.path, file.name)
 
 
 def _sampled(path: Path) -> bytes:

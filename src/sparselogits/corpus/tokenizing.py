@@ -124,7 +124,7 @@ def packing_for(
     """
     if separator_id is None:
         separator_id = _separator(tokenizer)
-    bos = _bos(tokenizer)
+    bos = bos_id(tokenizer)
     return Packing(window_length, separator_id, bos, reset_attention, holdout)
 
 
@@ -144,7 +144,12 @@ def _separator(tokenizer: Any) -> int:
     return int(eos_id)
 
 
-def _bos(tokenizer: Any) -> int | None:
+def bos_id(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before text by itself; None where it puts none.
+
+    Raises:
+        CorpusError: it puts more than one.
+    """
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
     extra = len(full) - len(plain)

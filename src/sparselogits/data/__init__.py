@@ -3,6 +3,7 @@
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries
 from sparselogits.data.order import WindowOrder, WindowRequest, WindowSampler
+from sparselogits.data.rows import TokenisedRows, as_windows
 from sparselogits.data.thinning import Pace, Schedule, Stage
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Schedule",
     "Stage",
     "TextDataset",
+    "TokenisedRows",
     "WindowOrder",
     "WindowRequest",
     "WindowSampler",
+    "as_windows",
     "collate",
     "rounds_for_entries",
 ]

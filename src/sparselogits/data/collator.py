@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparselogits.data.dataset import IGNORE_INDEX
+
+_FILLERS = {"shift_labels": IGNORE_INDEX}
 
 
 def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack windows and pad their targets to the widest position of the batch.
 
+    Windows without targets may differ in length: the shorter ones are padded on the right with id 0
+    and without labels, where nothing that counts can see it.
+
     Args:
-        windows: items of a `CacheDataset` or `TextDataset`.
+        windows: items of a `CacheDataset`, a `TextDataset` or `TokenisedRows`.
 
     Returns:
         `input_ids`, `shift_labels`, `labels` int64 [B, L] (`labels` in the Hugging Face
@@ -25,7 +31,7 @@ def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         whose padding weighs 0, and `teacher_entropy` float32 [B].
     """
     batch: dict[str, Tensor] = {
-        name: torch.stack([window[name] for window in windows])
+        name: _stacked([window[name] for window in windows], filler=_FILLERS.get(name, 0))
         for name in ("input_ids", "shift_labels", "position_ids", "teacher_entropy")
         if name in windows[0]
     }
@@ -39,3 +45,9 @@ def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch["target_ids"] = torch.stack([ids for ids, _ in padded])
         batch["target_weights"] = torch.stack([weights for _, weights in padded])
     return batch
+
+
+def _stacked(rows: Sequence[Tensor], *, filler: int) -> Tensor:
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(list(rows))
+    return pad_sequence(list(rows), batch_first=True, padding_value=filler)

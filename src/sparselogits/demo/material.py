@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from sparselogits.errors import MissingDependencyError
-from sparselogits.store.copy_folder import user_cache
+from sparselogits.files import user_cache
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
 SEPARATOR_ID = 0

@@ -6,6 +6,7 @@ from sparselogits.store.copy_folder import CopyFolder
 from sparselogits.store.export import export
 from sparselogits.store.merge import MergeReport, merge
 from sparselogits.store.place import Place
+from sparselogits.store.push import push
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.repair import RepairReport, repair
 from sparselogits.store.sample import CacheSample, Histogram, sample_cache
@@ -26,6 +27,7 @@ __all__ = [
     "codec_for",
     "export",
     "merge",
+    "push",
     "repair",
     "sample_cache",
     "verify",

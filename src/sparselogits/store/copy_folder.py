@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.files import user_cache
 
 LIMIT = 10 << 30
 _LOCK, _TEMPORARY = ".lock", ".tmp"
@@ -126,12 +127,6 @@ class CopyFolder:
             path.unlink(missing_ok=True)
             total -= size
         return total
-
-
-def user_cache() -> Path:
-    """The folder of this user for what can be made or fetched again."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sparselogits"
 
 
 def _total(lock: int) -> int:

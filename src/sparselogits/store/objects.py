@@ -1,9 +1,10 @@
 """An object store as a `Storage`: the same write-once files, as objects under a prefix.
 
 The driver is fsspec's: s3fs for `s3://`, and whatever else is installed for other URLs (`hf://` to
-read from a hub, `memory://` in tests). What the store asks of it is a put that only creates, ranged
-reads and a listing; a conditional put is atomic, so there are no temporaries, nothing to clean, and
-of two writers either may win.
+publish on a hub and read from it, `memory://` in tests). What the store asks of it is a put that
+only creates, ranged reads and a listing; a conditional put is atomic, so there are no temporaries,
+nothing to clean, and of two writers either may win. (Drivers without a conditional put look first
+and put then, `hf://` among them: there one writer at a time.)
 
 A put carries a checksum that the server compares before the object exists (botocore adds a CRC32
 by itself), so nothing is read back. Requests that fail are repeated with growing pauses; what fails
@@ -146,9 +147,14 @@ class ObjectStorage:
             return self._ask("write", name, put)
         except FileNotFoundError as error:
             raise StorageError(
-                f"cannot write {self.url}/{name}: the bucket does not exist ({error}); create it, "
-                "then start the same command again"
+                f"cannot write {self.url}/{name}: the bucket or repository does not exist "
+                f"({error}); create it, then start the same command again"
             ) from error
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put an object whether or not the name is taken: for the card alone, never for data."""
+        files, root = self._open()
+        self._ask("write", name, lambda: files.pipe_file(f"{root}/{name}", data))
 
     def move(self, name: str, to: str) -> None:
         """Give an object another name: put it there, then delete it here; three requests."""

@@ -21,9 +21,9 @@ from sparselogits.data import (
     CacheDataset,
     Pace,
     Schedule,
-    TextDataset,
     WindowOrder,
     WindowSampler,
+    as_windows,
     collate,
 )
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
@@ -38,7 +38,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: the student, a transformers causal language model.
-        args: transformers' TrainingArguments.
+        args: transformers' TrainingArguments, or TRL's SFTConfig. What the latter says about
+            preparing data (`max_length`, `packing`, ...) was settled when the cache was built.
         train_dataset: a cache.
         method: "sparse" (the cached targets), "ce" (labels alone: the baseline without a teacher),
             "full" (the teacher's whole distribution, online: the expensive reference) or
@@ -50,7 +51,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         fresh_noise: with a number of `rounds`, keep other cached rounds in each epoch.
         teacher: for "full" and "reverse_kl".
         eval_dataset: held-out windows; their loss is the labels' cross-entropy, and where they have
-            targets their KD part is reported beside it.
+            targets their KD part is reported beside it. Or a `datasets.Dataset` of tokenised rows
+            (`input_ids`, perhaps `labels`), or several by name.
         others: any further argument of transformers' Trainer.
 
     Raises:
@@ -70,9 +72,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         rounds: int | Schedule | None = None,
         fresh_noise: bool = True,
         teacher: TransformersTeacher | None = None,
-        eval_dataset: TextDataset | CacheDataset | None = None,
+        eval_dataset: Any = None,
         **others: Any,
     ) -> None:
+        _require_cache(train_dataset)
         identity = train_dataset.identity
         sampler = from_parameters(_without_budget(identity.sampler))
         if method == "sparse":
@@ -101,6 +104,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         self._order: WindowSampler | None = None
         bind(model, self.objective)
         args = args if args is not None else TrainingArguments("sparselogits-run")
+        _require_what_args_ask(args, train_dataset)
         args.remove_unused_columns = False
         args.prediction_loss_only = True
         args.label_names = ["shift_labels"]
@@ -108,7 +112,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=as_windows(eval_dataset),
             data_collator=others.pop("data_collator", collate),
             **others,
         )
@@ -160,13 +164,16 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
         super().log(logs, *arguments, **options)
 
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, *arguments: Any, **options: Any
+    ) -> dict[str, float]:
         """Evaluate; `eval_loss` is the labels' cross-entropy, with `eval_kd` and `eval_kl` beside.
 
         The last two for windows with targets, and for unbiased ones.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
-        return super().evaluate(*arguments, **options)  # type: ignore[no-any-return]
+        given = as_windows(eval_dataset)
+        return super().evaluate(given, *arguments, **options)  # type: ignore[no-any-return]
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """The Trainer's, with the KD part among its metrics."""
@@ -207,6 +214,29 @@ class _KeepOrder(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         assert self._trainer._order is not None
         self._trainer._order.set_epoch(int(state.epoch))
+
+
+def _require_cache(dataset: Any) -> None:
+    if not hasattr(dataset, "identity"):
+        raise InvalidArgumentError(
+            f"a student is trained from a CacheDataset, not from a {type(dataset).__name__}: let "
+            "the teacher read the text first (open_source(dataset), pack, build_caches; or "
+            "`sparselogits cache`)"
+        )
+
+
+def _require_what_args_ask(args: TrainingArguments, dataset: CacheDataset) -> None:
+    """Refuse what TRL's arguments ask for beside training, where the cache cannot give it."""
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        if getattr(args, name, None) and dataset.cache.read(0).mask is None:
+            raise InvalidArgumentError(
+                f"{name}=True, but the cache at {dataset.cache.root} was built to learn every "
+                "token; build it with --completion-only (completion_only=True in Python)"
+            )
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise InvalidArgumentError(
+            f"loss_type={args.loss_type!r}: the loss is that of `method` and `alpha`; leave it out"
+        )
 
 
 def _without_budget(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Records that a program holds, `datasets` objects among them, written down as a file to be packed.
+
+Packing reads its source from several processes, and again when it goes on after an interruption;
+a build is resumed days later by a program that makes its records anew. So what is given is written
+once, as JSON lines of the fields that hold the text, under a name that is the hash of its content:
+the same records are the same source, whatever object they come from and whatever its library says
+its fingerprint is, and other records are another.
+
+Costs one pass over the records and their text once more on disk. A dataset that lies unchanged on
+disk or on the hub is better named than handed over: its files are then read where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparselogits.corpus.locate import SourceFile
+from sparselogits.corpus.records import Fields
+from sparselogits.errors import CorpusError
+from sparselogits.files import user_cache
+
+Records = Iterable[Mapping[str, Any]]
+"""A `datasets.Dataset` or `IterableDataset`, a list of dicts, or anything that yields dicts."""
+
+
+def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
+    """The file of records that were given as an object.
+
+    Args:
+        records: passed over once.
+        fields: which of their fields are kept.
+        folder: where the file is put; `records` in the user's cache folder when None.
+
+    Raises:
+        CorpusError: a record without text, or with what is no text; nothing there at all; or a
+            folder that cannot be written to.
+    """
+    folder = folder or user_cache() / "records"
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            digest = _write(_plain(records), fields, temporary)
+            path = folder / f"records-{digest}.jsonl"
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CorpusError(
+            f"cannot write records to {folder}: {error.strerror or error}; make room there or make "
+            "it writable, or name another folder (work)"
+        ) from error
+    return SourceFile(path, path.name, "json")
+
+
+def chosen_split(records: Any, split: str) -> Any:
+    """One split of a `datasets.DatasetDict`; anything else as it is.
+
+    Raises:
+        CorpusError: no such split.
+    """
+    if not isinstance(records, Mapping):
+        return records
+    if split not in records:
+        names = ", ".join(map(str, records)) or "none"
+        raise CorpusError(f"the dataset has no split `{split}`; its splits are {names}")
+    return records[split]
+
+
+def _plain(records: Any) -> Records:
+    """Rows as Python values, where a dataset is set to give tensors or arrays."""
+    if hasattr(records, "with_format"):
+        return records.with_format(None)  # type: ignore[no-any-return]
+    if isinstance(records, Iterable) and not isinstance(records, bytes | bytearray):
+        return records
+    raise CorpusError(
+        f"cannot read text from a {type(records).__name__}; give a path, a dataset, or records "
+        "(an iterable of dicts)"
+    )
+
+
+def _write(records: Records, fields: Fields, path: Path) -> str:
+    digest, number = hashlib.sha256(), -1
+    with path.open("wb") as handle:
+        for number, record in enumerate(records):
+
+            def where(number: int = number) -> str:
+                return f"record {number}"
+
+            if not isinstance(record, Mapping):
+                raise CorpusError(
+                    f"{where()} is a {type(record).__name__}, not a dict of named fields"
+                )
+            chosen = {name: record[name] for name in fields.chosen(list(record), where)}
+            try:
+                line = json.dumps(chosen, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+            except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
+                raise CorpusError(f"{where()} holds what is no text: {error}") from error
+            digest.update(line)
+            handle.write(line)
+    if number < 0:
+        raise CorpusError("the dataset is empty: it holds no record; give one with text")
+    return digest.hexdigest()

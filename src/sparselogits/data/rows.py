@@ -1,0 +1,59 @@
+"""Rows of tokens that others made, `datasets` objects of TRL and transformers, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from sparselogits.data.dataset import IGNORE_INDEX
+from sparselogits.errors import InvalidArgumentError
+
+
+class TokenisedRows(Dataset[dict[str, Any]]):
+    """Rows with `input_ids`, and `labels` where not every token is to be learnt.
+
+    Of any length; items are those of a `TextDataset`.
+
+    Args:
+        rows: a `datasets.Dataset`, whose rows are read by number. `labels` are in the Hugging Face
+            convention (the token at the position itself, -100 where it is not to be predicted).
+
+    Raises:
+        InvalidArgumentError: no such column, or rows that can only be passed over.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        columns = list(rows.column_names or ())
+        if "input_ids" not in columns or not hasattr(rows, "__len__"):
+            raise InvalidArgumentError(
+                f"a {type(rows).__name__} with the columns {', '.join(columns) or 'unknown'} "
+                "cannot be evaluated on: rows are read by number and hold `input_ids`. Tokenise "
+                "them (TRL's SFTTrainer does: its eval_dataset), or pack the text and give "
+                "TextDataset(corpus)"
+            )
+        kept = [name for name in ("input_ids", "labels") if name in columns]
+        self._rows = rows.select_columns(kept).with_format(None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
+        labels = torch.tensor(row.get("labels", row["input_ids"]), dtype=torch.int64)
+        following = torch.full_like(tokens, IGNORE_INDEX)
+        following[:-1] = labels[1:]
+        return {"input_ids": tokens, "shift_labels": following}
+
+
+def as_windows(dataset: Any) -> Any:
+    """What evaluation reads: `datasets` objects as `TokenisedRows`, anything else as it is.
+
+    A mapping of names to data sets is done one by one.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: as_windows(part) for name, part in dataset.items()}
+    return TokenisedRows(dataset) if hasattr(dataset, "column_names") else dataset
