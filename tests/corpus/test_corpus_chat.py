@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,20 @@ def test_a_beginning_of_text_is_not_written_twice() -> None:
     text = "{{ bos_token }}" + CHATML
     assert template(text, implied="<s>").parts(TALK)[0][0].startswith("<|im_start|>system")
     assert template(text).parts(TALK)[0][0].startswith("<s><|im_start|>system")
+
+
+def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any) -> None:
+    tokenizer.chat_template = (TEMPLATES / "llama3_2.jinja").read_text(encoding="utf-8")
+    try:
+        chat = ChatTemplate.of(tokenizer)
+        today = tokenizer.apply_chat_template(TALK, tokenize=False)
+    finally:
+        tokenizer.chat_template = CHATML
+    assert chat is not None
+    text = "".join(part for part, _ in chat.parts(TALK))
+    assert "Today Date: 26 Jul 2024\n" in text
+    dated = r"Today Date: .*\n"
+    assert re.sub(dated, "", text) == re.sub(dated, "", today)
 
 
 def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> None:

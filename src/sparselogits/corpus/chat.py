@@ -25,6 +25,14 @@ Part = tuple[str, bool]
 """Text, and whether it is to be learnt."""
 
 
+_SAME_DAY = (
+    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') "
+    "| replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') }}{% endmacro +%}"
+)
+"""For templates that write today's date, so that text is packed to the same tokens every day: the
+date that Llama 3's own templates fall back to."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """What makes text of messages; plain values, so cheap to send to another process."""
@@ -42,6 +50,8 @@ class ChatTemplate:
         if not getattr(tokenizer, "chat_template", None):
             return None
         template: str = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _SAME_DAY + template
         special = tuple(sorted(tokenizer.special_tokens_map.items()))
         implied = tokenizer.bos_token if bos_id(tokenizer) is not None else ""
         return cls(template, special, implied or "")
