@@ -52,8 +52,8 @@ def view(
             return view_page(viewer.view(number), rounds=rounds, link=f"{PREFIX}{{}}")
 
         with PageServer(page, first=window, port=port) as server:
-            stdout().print(f"{server.address}  (Ctrl-C ends it)", soft_wrap=True)
             try:
+                stdout().print(f"{server.address}  (Ctrl-C ends it)", soft_wrap=True)
                 server.serve_forever()
             except KeyboardInterrupt:
                 messages.print()
