@@ -166,11 +166,17 @@ def test_a_block_runs_or_says_why_not(page: Path) -> None:
             assert_well_formed(block, where)
 
 
+SOURCE = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+DEFINED = set(re.findall(r"(?m)^(?:def|class) (\w+)", SOURCE))
+
+
 def assert_run_by(block: Block, test: Path, where: str) -> None:
     """The test runs blocks of the page, or names what the block imports or calls, to the option."""
     text = test.read_text(encoding="utf-8")
     told = re.findall(r"(?m)^from sparselogits[\w.]* import (.+)$", block.code)
     names = {name.strip() for line in told for name in line.split(",")}
+    if block.language == "python":
+        names |= set(re.findall(r"\b(\w+)\(", block.code)) & DEFINED
     if block.language == "bash":
         for words in block.commands:
             assert_command(words, where)
@@ -208,7 +214,8 @@ def assert_command(words: list[str], where: str) -> None:
         assert asked <= known | {"--help", "--debug"}, f"{where}: {asked - known} in {words}"
     if words[0] == "make":
         targets = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
-        assert words[1] in targets, f"{where}: no target {words[1]}"
+        asked = {word for word in words[1:] if "=" not in word}
+        assert asked <= set(targets), f"{where}: no target {asked - set(targets)}"
     for word in words:
         if re.fullmatch(r"(tests|benchmarks|experiments|examples)/[\w./-]+\.\w+", word):
             assert (ROOT / word).exists(), f"{where}: no {word}"
