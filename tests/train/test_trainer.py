@@ -87,6 +87,16 @@ def test_a_checkpoint_resumes_bit_for_bit(cache: Path, tmp_path: Path, workers: 
     assert len(expected) == 14
 
 
+def test_a_checkpoint_of_other_steps_is_refused(cache: Path, tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trained(cache, tmp_path, arguments=changes)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    changes |= {"per_device_train_batch_size": 3, "max_steps": 3}
+    with pytest.raises(InvalidArgumentError, match="4 windows a step, this run takes 3"):
+        trained(cache, tmp_path, checkpoint, arguments=changes)
+    trained(cache, tmp_path, checkpoint, arguments=changes | {"ignore_data_skip": True})
+
+
 def logged(cache: Path, out: Path, **options: object) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = []
 

@@ -7,14 +7,17 @@ the collation; and the loss, which is bound into the student's own forward (see 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparselogits.causal_lm import text_config
 from sparselogits.data import (
@@ -27,6 +30,7 @@ from sparselogits.data import (
     collate,
 )
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
+from sparselogits.files import write_whole
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import TransformersTeacher
@@ -140,6 +144,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             steps = math.ceil(self.args.num_train_epochs * steps_per_epoch)
         return Pace(windows_per_step, steps_per_epoch, steps)
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, *arguments: Any, **options: Any
+    ) -> None:
+        if not self.args.ignore_data_skip:
+            _require_same_step(
+                Path(resume_from_checkpoint), self.get_total_train_batch_size(self.args)
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, *arguments, **options)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *others: Any) -> Any:
         """The batches of one step, and how long it took to get them."""
         with self.objective.training.waiting():
@@ -190,7 +203,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
 
 class _KeepOrder(TrainerCallback):  # type: ignore[misc]
-    """Keeps the order at the Trainer's epoch and at its number of steps.
+    """Keeps the order at the Trainer's epoch and at its number of steps, and in its checkpoints.
 
     Accelerate forwards an epoch to the sampler, but not through the wrappers with which it skips
     batches on several ranks: a resumed run would go on in the order of epoch 0.
@@ -214,6 +227,30 @@ class _KeepOrder(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         assert self._trainer._order is not None
         self._trainer._order.set_epoch(int(state.epoch))
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            step = {"windows_per_step": self._trainer.get_total_train_batch_size(args)}
+            write_whole(checkpoint / _STEP_FILE, json.dumps(step) + "\n")
+
+
+_STEP_FILE = "sparselogits.json"
+
+
+def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
+    """The Trainer counts steps, so another number of windows in each would be another place."""
+    try:
+        before = json.loads((checkpoint / _STEP_FILE).read_text())["windows_per_step"]
+    except FileNotFoundError:
+        return  # a run killed before it was written
+    if before != windows_per_step:
+        raise InvalidArgumentError(
+            f"{checkpoint} was trained with {before} windows a step, this run takes "
+            f"{windows_per_step} (ranks x batch x accumulation) and would go on at another place "
+            f"in the text: make it {before} again, or begin anew in another folder. "
+            "ignore_data_skip=True starts the text from its beginning with the weights so far"
+        )
 
 
 def _require_cache(dataset: Any) -> None:
