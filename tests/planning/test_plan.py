@@ -69,7 +69,7 @@ def test_constants_are_those_of_the_benchmarks() -> None:
     assert pytest.approx(real["text_bytes_per_token"], abs=0.005) == TEXT_BYTES
     page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
     assert f"writing | {1 + BUILD_OVERHEAD:g} (" in page
-    assert f"| even | cache worker | {1 + STEP_OVERHEAD:g} (" in page
+    assert f"| even | cache | {1 + STEP_OVERHEAD:g} (" in page
 
 
 @given(
