@@ -16,7 +16,6 @@ SmolLM2-135M (V = 49 152), and the text CPython's language reference.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 
 from material import corpus as packed
 from material import teacher as loaded
-from measuring import interleaved, machine, ratios, spread
+from measuring import interleaved, machine, publish, ratios, spread
 from sparselogits.build import CacheRequest, build_caches
 from sparselogits.build.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
@@ -108,10 +107,7 @@ def main() -> None:
         "compute_over_forward": ratios(seconds, "compute", "forward"),
         "build_over_forward": ratios(seconds, "build", "forward"),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(report, args.out)
 
 
 if __name__ == "__main__":

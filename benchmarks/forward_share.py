@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import tempfile
 import time
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from material import corpus as packed
 from material import teacher as loaded
-from measuring import machine, spread
+from measuring import machine, publish, spread
 from sparselogits.build import CacheRequest, begin_job, build_caches
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
@@ -135,10 +134,7 @@ def main() -> None:
             for (dtype, threads), runs in found.items()
         ],
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(report, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import time
@@ -61,6 +62,14 @@ def interleaved(
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
     """Spread of one run's time over another's, both of the same repetition."""
     return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
+
+
+def publish(report: Mapping[str, Any], out: Path | None) -> None:
+    """Print a finished report as JSON, and write it where `--out` says."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
 
 
 def _processor() -> str:

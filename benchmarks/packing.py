@@ -30,7 +30,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from measuring import machine, spread
+from measuring import machine, publish, spread
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
 from sparselogits.demo.material import SEPARATOR_ID, demo_teacher
 from sparselogits.teacher.loading import load_tokenizer
@@ -143,10 +143,7 @@ def main() -> None:
             for way, found in runs.items()
             if way != "threads 1"
         }
-    said = json.dumps(report, indent=2)
-    print(said)
-    if args.out:
-        args.out.write_text(said + "\n")
+    publish(report, args.out)
 
 
 if __name__ == "__main__":

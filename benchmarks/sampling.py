@@ -10,7 +10,6 @@ difference between the block-wise distribution the sampler draws from and a floa
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from measuring import machine
+from measuring import machine, publish
 from sparselogits.samplers import Multinomial, Systematic, Threshold, TopK, window_uniforms
 from sparselogits.samplers.distribution import Blocks
 
@@ -80,10 +79,7 @@ def main() -> None:
         },
         "marginal_error": marginal_error(logits[:64]),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

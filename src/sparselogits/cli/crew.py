@@ -46,8 +46,8 @@ class Crew:
 
     def follow(self, engine: Any) -> None:
         """Run the first rank's passes until it is done."""
+        from sparselogits.process_group import leave_process_group
         from sparselogits.teacher.tensor_parallel import follow
-        from sparselogits.train import leave_process_group
 
         follow(engine)
         leave_process_group()
@@ -58,8 +58,8 @@ class Crew:
         if self.rank is None:
             yield engine
             return
+        from sparselogits.process_group import leave_process_group
         from sparselogits.teacher.tensor_parallel import Leader
-        from sparselogits.train import leave_process_group
 
         with Leader(engine) as leader:
             yield leader

@@ -6,7 +6,7 @@ page of a Parquet column, or the largest records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,20 @@ def parquet_rows(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where]
     with _parquet(path, name) as reader:
         columns = reader.schema_arrow.names
         for group in range(reader.metadata.num_row_groups):
-            number = 0
-            for batch in _batches(reader, group, columns, name):
-                for row in range(batch.num_rows):
+            batches = _batches(reader, group, columns, name)
+            yield from _rows(batches, f"{name}, row group {group}")
 
-                    def where(group: int = group, number: int = number) -> str:
-                        return f"{name}, row group {group}, row {number}"
 
-                    yield batch.slice(row, 1).to_pylist()[0], where
-                    number += 1
+def _rows(batches: Iterable[pa.RecordBatch], place: str) -> Iterator[tuple[dict[str, Any], Where]]:
+    number = 0
+    for batch in batches:
+        for row in range(batch.num_rows):
+
+            def where(number: int = number) -> str:
+                return f"{place}, row {number}"
+
+            yield batch.slice(row, 1).to_pylist()[0], where
+            number += 1
 
 
 def _within(path: str, columns: list[str]) -> bool:
@@ -140,15 +145,7 @@ def arrow_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[
 
 def arrow_rows(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where]]:
     """Every row of a file, as `parquet_rows` gives them."""
-    number = 0
-    for batch in _arrow_batches(path, name):
-        for row in range(batch.num_rows):
-
-            def where(number: int = number) -> str:
-                return f"{name}, row {number}"
-
-            yield batch.slice(row, 1).to_pylist()[0], where
-            number += 1
+    return _rows(_arrow_batches(path, name), name)
 
 
 def _arrow_batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:

@@ -211,7 +211,7 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
     hands out a buffer page by page, which only several chunks make up for (at D = 128 all rows at
     once cost more than the softmax). And at least 256 rows, in low precision 512: each chunk packs
     the weight for its products anew and adds to the weight's gradient, in low precision by a pass
-    of its own (at V = 151 936, D = 512 chunks of 171 rows cost 4 % more than of 256).
+    of its own.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256

@@ -16,7 +16,6 @@ So only the first rank samples, encodes and writes, and a build knows nothing of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -43,12 +42,7 @@ class Leader:
     def __enter__(self) -> Leader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _from_the_first(None)
 
     def logits(

@@ -1,6 +1,6 @@
 """Train students: from a cache, from labels alone, or beside the teacher."""
 
-from sparselogits.train.ranks import leave_process_group
+from sparselogits.process_group import leave_process_group
 from sparselogits.train.recipe import Recipe, load_recipe
 from sparselogits.train.run import RunResult, run
 from sparselogits.train.trainer import SparseKDTrainer
