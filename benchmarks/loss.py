@@ -1,6 +1,7 @@
 """Speed of the sparse loss against the matrix products it cannot avoid, and against its rivals.
 
     python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 512 --repeats 7 --out loss.json
+    python benchmarks/loss.py --threads 1 --clock cpu --rivals-v 49152 --anew --out loss.json
 
 All methods of a setting run interleaved in one process, forward and backward, in an order shuffled
 each time; each repetition's time is divided by that of the three bare products of the same
@@ -20,7 +21,8 @@ Rivals run for the sparse loss's first K only in name: their cost does not depen
 kernels need a GPU, or Triton's interpreter, whose time says nothing: not here.
 
 A grid that takes long may be run in pieces: settings are added to those that `--out` holds, as long
-as machine and options are the same.
+as machine and options are the same; `--anew` forgets them first, so that what is there then is of
+one run. `--rivals-v` spares the rivals the rest of the grid.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import random
 import sys
 import time
@@ -41,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from measuring import processor, spread
 from sparselogits.losses import linear_sparse_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -136,15 +138,8 @@ def measure(
         times.append(taken["products"])
         for name in runs:
             ratios[name].append(taken[name] / taken["products"])
-    summary = {name: quantiles(values) for name, values in ratios.items() if name != "products"}
-    return {"products_seconds": quantiles(times), "ratio_to_products": summary}
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    q = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return {name: round(v.item(), 4) for name, v in zip(("p20", "median", "p80"), q, strict=True)}
+    summary = {name: spread(values) for name, values in ratios.items() if name != "products"}
+    return {"products_seconds": spread(times), "ratio_to_products": summary}
 
 
 def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
@@ -179,18 +174,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """Its name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if line.count(":") == 1)
-        named = {k.strip(): v.strip() for k, v in fields.items()}
-        if "model name" in named:
-            return f"{named['model name']}, family {named['cpu family']} model {named['model']}"
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -203,6 +186,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="methods to run; all when left out")
+    parser.add_argument(
+        "--rivals-v",
+        type=int,
+        nargs="+",
+        help="vocabularies where all methods run; elsewhere ours_K and cross_entropy alone",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--clock",
@@ -211,6 +200,7 @@ def main() -> None:
         help="cpu: processor seconds, steadier on a shared machine; meaningful with one thread",
     )
     parser.add_argument("--out", type=Path, help="JSON file to add to; printed in any case")
+    parser.add_argument("--anew", action="store_true", help="forget what --out holds")
     parser.add_argument(
         "--show", action="store_true", help="print --out as a table, measure nothing"
     )
@@ -227,10 +217,15 @@ def main() -> None:
         "clock": args.clock,
         "torch": torch.__version__,
     }
+    if args.out and args.anew:
+        args.out.unlink(missing_ok=True)
+    everywhere = {*(f"ours_{K}" for K in args.k), "cross_entropy"}
     for dtype, D, V in itertools.product(args.dtype, args.d, args.v):
         runs = methods(args.rows, D, V, args.k, DTYPES[dtype], args.device)
-        if args.only:
-            runs = {name: run for name, run in runs.items() if name in {"products", *args.only}}
+        wanted = set(args.only or runs)
+        if args.rivals_v is not None and V not in args.rivals_v:
+            wanted &= everywhere
+        runs = {name: run for name, run in runs.items() if name in {"products", *wanted}}
         row = {"dtype": dtype, "D": D, "V": V, "rows": args.rows, "repeats": args.repeats}
         row |= measure(runs, args.repeats, args.device, clock)
         print(json.dumps(row), flush=True)

@@ -16,7 +16,7 @@ import torch
 def machine() -> dict[str, Any]:
     """The machine and the versions that matter for a timing."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -72,10 +72,18 @@ def publish(report: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(text + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, where the system tells; with family and model, which a cloud's names leave out."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines}
+        if "model name" in fields:
+            more = [f"{key} {fields[own]}" for key, own in _MORE.items() if own in fields]
+            return (
+                ", ".join([fields["model name"], " ".join(more)]) if more else fields["model name"]
+            )
     return platform.processor() or platform.machine()
+
+
+_MORE = {"family": "cpu family", "model": "model"}

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from measuring import machine
 from sparselogits.losses import linear_sparse_cross_entropy
 from sparselogits.losses.chunked import default_chunk_rows
 
@@ -107,7 +108,7 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
     if args.out:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
-        report = {"torch": torch.__version__, "settings": settings, "results": results}
+        report = {"machine": machine(), "settings": settings, "results": results}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
