@@ -1,7 +1,7 @@
 """The figure of README.md: storage against held-out loss, from a stored comparison.
 
-It shows one seed, the one that most methods have: a mean over other seeds for some methods alone
-would put differences between seeds, which are as large as those between good methods, on show.
+Losses are means over the seeds that all methods shown have: a mean over other seeds for some would
+put differences between seeds, which are as large as those between good methods, on show.
 
 python experiments/compare/figure.py experiments/results/compare_small_teacher.json \
     --out docs/figures/storage_against_loss.png
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,15 +38,25 @@ def family(row: MethodRow) -> str:
     return head.rsplit(" ", 1)[0] + comma + remedy
 
 
-def draw(results: Results, seed: int, path: Path) -> None:
+def mean_losses(results: Results) -> dict[str, float]:
+    """By method, over the seeds that all of those shown have."""
+    by_method: dict[str, dict[int, float]] = {}
+    shown = {row.method for row in results.methods if family(row) in FAMILIES}
+    shown |= {row.method for row in results.methods if row.family in ("ce", "full")}
+    for run in results.runs:
+        if run.status == "done" and run.method in shown:
+            by_method.setdefault(run.method, {})[run.seed] = run.figures["loss"]
+    common = set.intersection(*(set(own) for own in by_method.values()))
+    if not common:
+        raise SystemExit("no seed is done for all methods that have one; run the comparison on")
+    return {name: fmean(own[seed] for seed in common) for name, own in by_method.items()}
+
+
+def draw(results: Results, path: Path) -> None:
     """The methods of `FAMILIES`, and CE and full KD, which store nothing, as lines."""
     figure = Figure(figsize=(7.6, 4.4), layout="constrained", dpi=130)
     axes = figure.add_subplot()
-    losses = {
-        run.method: run.figures["loss"]
-        for run in results.runs
-        if run.seed == seed and run.status == "done"
-    }
+    losses = mean_losses(results)
     done = [row for row in results.methods if row.method in losses]
     for name, title in FAMILIES.items():
         points = sorted(
@@ -104,9 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    draw(read_results(given.results), given.seed, given.out)
+    draw(read_results(given.results), given.out)
 
 
 if __name__ == "__main__":
