@@ -57,6 +57,8 @@ bench: .venv/.installed
 	$(PIP) --editable '.[bench]'
 	$(LOSS) --only ours_1 ours_5 $(RIVALS) ours_50 --rivals-v 49152 --anew
 	$(LOSS) --only $(RIVALS) --dtype bfloat16 --d 512 --v 49152
+	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_two_threads.json --threads 2 --anew \
+		--d 128 512 --v 49152 --k 12 --only ours_12 cross_entropy cut_torch
 	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
 	$(BIN)/python benchmarks/decode.py --out benchmarks/decode.json
