@@ -5,7 +5,7 @@ hand, `agreement` about sentences of a small grammar. Each is a YAML file of thi
 reads them, and its data are one file of JSON lines, which `write_tasks` makes.
 """
 
-from sparselogits.evaluate.tasks.local import LOCAL_TASKS, write_tasks
+from sparselogits.evaluate.tasks.local import LIMIT, LOCAL_TASKS, write_tasks
 from sparselogits.evaluate.tasks.running import TaskScore, require_lm_eval, run_tasks
 
-__all__ = ["LOCAL_TASKS", "TaskScore", "require_lm_eval", "run_tasks", "write_tasks"]
+__all__ = ["LIMIT", "LOCAL_TASKS", "TaskScore", "require_lm_eval", "run_tasks", "write_tasks"]
