@@ -20,8 +20,13 @@ import torch
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TaskError
-from sparselogits.evaluate.tasks import LOCAL_TASKS, TaskScore, run_tasks, write_tasks
-from sparselogits.evaluate.tasks.harness import check_task
+from sparselogits.evaluate.tasks import (
+    LOCAL_TASKS,
+    TaskScore,
+    check_task,
+    run_tasks,
+    write_tasks,
+)
 from tests.conftest import documents, tiny_llama
 
 COUNT = 30

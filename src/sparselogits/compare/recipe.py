@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
 from sparselogits.train.objective import DIVERGENCES, Method
@@ -146,6 +147,21 @@ class Training(_Strict):
     log_steps: Count = Field(10, description="steps between points of the curve")
 
 
+class TaskNames(_Strict):
+    """Zero-shot tasks that every student and the teacher are scored on."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="continuation, last_word, agreement, or what lm-eval knows"
+    )
+    limit: Count = Field(LIMIT, description="samples a task, at most")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> TaskNames:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"a task is there twice: {', '.join(self.names)}")
+        return self
+
+
 class CompareRecipe(_Strict):
     """Everything a comparison depends on."""
 
@@ -174,6 +190,7 @@ class CompareRecipe(_Strict):
         0, description="also draft so many tokens at a time for the teacher"
     )
     draft_windows: Count = Field(16, description="held-out windows to draft from")
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     resamples: Count = Field(1000, description="of windows and seeds, for the intervals")
     methods: tuple[MethodSpec, ...] = Field(min_length=1, description="in order of importance")
 
@@ -232,6 +249,7 @@ _FIELDS = {
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
     "training": list(Training.model_fields),
+    "tasks": list(TaskNames.model_fields),
     "thinning": list(Thinning.model_fields),
 }
 

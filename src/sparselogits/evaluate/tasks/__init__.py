@@ -6,6 +6,21 @@ reads them, and its data are one file of JSON lines, which `write_tasks` makes.
 """
 
 from sparselogits.evaluate.tasks.local import LIMIT, LOCAL_TASKS, write_tasks
-from sparselogits.evaluate.tasks.running import TaskScore, require_lm_eval, run_tasks
+from sparselogits.evaluate.tasks.running import (
+    TaskScore,
+    check_task,
+    is_perplexity,
+    require_lm_eval,
+    run_tasks,
+)
 
-__all__ = ["LIMIT", "LOCAL_TASKS", "TaskScore", "require_lm_eval", "run_tasks", "write_tasks"]
+__all__ = [
+    "LIMIT",
+    "LOCAL_TASKS",
+    "TaskScore",
+    "check_task",
+    "is_perplexity",
+    "require_lm_eval",
+    "run_tasks",
+    "write_tasks",
+]

@@ -79,14 +79,10 @@ def score(
     return _scores(found)
 
 
-def check_task(name: str) -> None:
-    """Insist that a task's data can be had, without running it.
-
-    Raises:
-        TaskError: it is not known, or its data cannot be fetched.
-    """
+def fetch(name: str) -> None:
+    """See `check_task`."""
     if name not in LOCAL_TASKS:
-        with _quiet():
+        with _quiet(), _randomness_kept():
             _task(name, None)
 
 

@@ -77,6 +77,19 @@ def require_lm_eval() -> None:
         )
 
 
+def check_task(name: str) -> None:
+    """Insist that a task's data can be had, without running it; local ones are made here.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+        TaskError: nobody knows it, or its data cannot be fetched.
+    """
+    require_lm_eval()
+    from sparselogits.evaluate.tasks.harness import fetch
+
+    fetch(name)
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
