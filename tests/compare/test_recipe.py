@@ -30,6 +30,9 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"seeds": [1, 1]}, "seeds are there twice: 1"),
         ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),
         ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"tasks": {"name": ["agreement"]}}, "tasks.name: unknown key; did you mean 'names'"),
+        ({"tasks": {"names": []}}, "tasks.names: .*at least 1 item"),
+        ({"tasks": {"names": ["a", "a"]}}, "a task is there twice: a, a"),
         ({"windo": 2}, "windo: unknown key; did you mean 'window'"),
     ],
 )

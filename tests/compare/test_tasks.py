@@ -139,6 +139,7 @@ def test_results_without_tasks_are_read_and_show_none(tmp_path: Path) -> None:
     assert "Zero-shot" not in report_page(old)
 
 
+@pytest.mark.slow
 def test_nothing_is_scored_twice_and_another_limit_anew(
     values: dict[str, Any], results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_nothing_is_scored_twice_and_another_limit_anew(
     assert [list(run.tasks) for run in fewer.runs] == [["agreement/acc"]] * 4
 
 
+@pytest.mark.slow
 def test_what_fails_is_recorded_and_loses_nothing(
     values: dict[str, Any], results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.evaluator import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def score(
 ) -> list[TaskScore]:
     """See `run_tasks`, which has checked what can be checked without lm-eval."""
     was_training = model.training
-    with _quiet() as aloud, _randomness_kept():
+    with _quiet() as aloud, _randomness_kept(), _no_survey():
 
         def tell(done: int, total: int) -> None:
             if progress is not None:
@@ -64,7 +64,7 @@ def score(
                 logits_cache=False,
             )
             student.tell = tell
-            found = simple_evaluate(
+            found = evaluator.simple_evaluate(
                 student,
                 tasks=loaded,
                 limit=limit,
@@ -191,3 +191,14 @@ def _randomness_kept() -> Iterator[None]:
         finally:
             random.setstate(own)
             np.random.set_state(numpys)
+
+
+@contextmanager
+def _no_survey() -> Iterator[None]:
+    """lm-eval does not list the installed packages, for which it would run pip: some seconds."""
+    survey = evaluator.add_env_info
+    evaluator.add_env_info = lambda storage: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = survey

@@ -22,7 +22,7 @@ from sparselogits.errors import TaskError
 PASSAGE_WORDS = 32
 """Of a passage; three quarters of the words of a window where that is less."""
 ENDINGS = 4
-_FEWEST_WORDS = 8
+_FEWEST_WORDS = 4  # so that its last quarter is one
 _WINDOWS_AN_ITEM = 2  # read at most, so that a large hold-out is not decoded whole
 _LOST = "\ufffd"  # what decoding makes of half a character
 _LAST_WORD = re.compile(r"([^\W\d_]{3,})\W*")
