@@ -129,8 +129,13 @@ def log_likelihood(
 
 
 def test_scores_are_those_of_a_plain_computation(
-    data: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+    data: Path,
+    tokenizer: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where git has nothing to tell
     model = tiny_llama(seed=5).train()
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     padding = tokenizer.pad_token_id

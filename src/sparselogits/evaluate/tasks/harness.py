@@ -195,10 +195,14 @@ def _randomness_kept() -> Iterator[None]:
 
 @contextmanager
 def _no_survey() -> Iterator[None]:
-    """lm-eval does not list the installed packages, for which it would run pip: some seconds."""
-    survey = evaluator.add_env_info
+    """lm-eval asks neither pip what is installed, which takes seconds, nor git where it runs.
+
+    Outside a repository git complains on the terminal, past any redirection.
+    """
+    kept = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda storage: None
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        evaluator.add_env_info = survey
+        evaluator.add_env_info, evaluator.get_git_commit_hash = kept
