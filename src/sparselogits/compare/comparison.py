@@ -3,10 +3,10 @@
     OUT/
       corpus/         training and held-out windows, packed
       caches/         one for each draw that a method needs, all from one pass of the teacher
+      tasks/          zero-shot tasks, where the recipe has them; see task_scores.py
       draws.json      what budgets came to
       runs/           see runs.py
       teacher.json    the teacher on the held-out windows
-      tasks/          zero-shot tasks, where the recipe has them; see task_scores.py
       results.json    see results.py; written anew after every run
       results.csv
 

@@ -132,21 +132,6 @@ class MethodSpec(_Strict):
         return title + (f", alpha {self.alpha:g}" if self.alpha else "")
 
 
-class Training(_Strict):
-    """How every student is trained, whatever the method."""
-
-    epochs: Positive = 1.0
-    batch_windows: Count = Field(8, description="windows a step")
-    accumulate: Count = Field(1, description="batches an optimiser step")
-    learning_rate: Positive = 1e-3
-    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    max_grad_norm: Positive = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    save_steps: Count | None = Field(None, description="steps between checkpoints")
-    log_steps: Count = Field(10, description="steps between points of the curve")
-
-
 class TaskNames(_Strict):
     """Zero-shot tasks that every student and the teacher are scored on."""
 
@@ -160,6 +145,21 @@ class TaskNames(_Strict):
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"a task is there twice: {', '.join(self.names)}")
         return self
+
+
+class Training(_Strict):
+    """How every student is trained, whatever the method."""
+
+    epochs: Positive = 1.0
+    batch_windows: Count = Field(8, description="windows a step")
+    accumulate: Count = Field(1, description="batches an optimiser step")
+    learning_rate: Positive = 1e-3
+    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    max_grad_norm: Positive = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_steps: Count | None = Field(None, description="steps between checkpoints")
+    log_steps: Count = Field(10, description="steps between points of the curve")
 
 
 class CompareRecipe(_Strict):
@@ -186,11 +186,11 @@ class CompareRecipe(_Strict):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2), description="of the student's first weights and of the order"
     )
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     draft: Annotated[int, Field(ge=0)] = Field(
         0, description="also draft so many tokens at a time for the teacher"
     )
     draft_windows: Count = Field(16, description="held-out windows to draft from")
-    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     resamples: Count = Field(1000, description="of windows and seeds, for the intervals")
     methods: tuple[MethodSpec, ...] = Field(min_length=1, description="in order of importance")
 
@@ -246,10 +246,10 @@ def expanded(method: Any) -> list[Any]:
 
 _FIELDS = {
     "recipe": list(CompareRecipe.model_fields),
+    "tasks": list(TaskNames.model_fields),
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
     "training": list(Training.model_fields),
-    "tasks": list(TaskNames.model_fields),
     "thinning": list(Thinning.model_fields),
 }
 

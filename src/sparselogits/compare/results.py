@@ -85,13 +85,13 @@ class MethodRow(_Value):
         "have; None where that gap is not distinguishable from zero"
     )
     reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
-    realised: Realised | None
-    tokens_per_second: float | None = Field(description="wall time, median over runs")
-    tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
     tasks: dict[str, Figure] = Field(
         default_factory=dict,
         description="by TASK/METRIC, zero-shot; `windows` and `both` are over a task's samples",
     )
+    realised: Realised | None
+    tokens_per_second: float | None = Field(description="wall time, median over runs")
+    tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
 
 
 class RunRow(_Value):

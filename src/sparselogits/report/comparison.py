@@ -117,6 +117,23 @@ def _table(rows: Sequence[MethodRow], results: Results) -> str:
     return _grid(heads, lines)
 
 
+def _runs(runs: Sequence[RunRow]) -> str:
+    heads = ["method", "student", "seed", "status", "loss", "steps", "seconds"]
+    lines = [
+        [
+            run.method,
+            run.student,
+            str(run.seed),
+            run.status + (f": {run.message}" if run.message else ""),
+            _plain(run.figures.get("loss"), 4),
+            "-" if run.steps is None else str(run.steps),
+            _plain(run.seconds, 1),
+        ]
+        for run in runs
+    ]
+    return _grid(heads, lines)
+
+
 def _tasks(rows: Sequence[MethodRow], results: Results) -> str:
     """Zero-shot tasks, where there are any, and why some are missing."""
     failed = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
@@ -142,23 +159,6 @@ def _tasks(rows: Sequence[MethodRow], results: Results) -> str:
     )
     table = _grid(["method", *(head for _, head, _, _ in columns)], lines)
     return f"<h3>Zero-shot tasks</h3><p>{said}</p>{table}{notes}"
-
-
-def _runs(runs: Sequence[RunRow]) -> str:
-    heads = ["method", "student", "seed", "status", "loss", "steps", "seconds"]
-    lines = [
-        [
-            run.method,
-            run.student,
-            str(run.seed),
-            run.status + (f": {run.message}" if run.message else ""),
-            _plain(run.figures.get("loss"), 4),
-            "-" if run.steps is None else str(run.steps),
-            _plain(run.seconds, 1),
-        ]
-        for run in runs
-    ]
-    return _grid(heads, lines)
 
 
 def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
