@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparselogits.compare import MethodRow, Results, read_results
 from sparselogits.compare.results import Ends, Figure
+from sparselogits.compare.task_scores import column_of
 
 HEAD = (
     "| method | seeds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "
@@ -74,6 +75,25 @@ def drafting_table(results: Results) -> list[str]:
     return lines
 
 
+def tasks_table(results: Results) -> list[str]:
+    names = list(dict.fromkeys(name for row in results.methods for name in row.tasks))
+    if not names:
+        return []
+    columns = [(name, *column_of(name)) for name in names]
+    lines = [f"| method | {' | '.join(head for _, head, _, _ in columns)} |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for row in results.methods:
+        cells = (
+            with_ends(row.tasks.get(n), "both", scale, digits) for n, _, scale, digits in columns
+        )
+        lines.append(f"| {row.method} | {' | '.join(cells)} |")
+    if results.teacher is not None:
+        known = results.teacher.tasks
+        own = (f"{scale * known[n]:.{d}f}" if n in known else "-" for n, _, scale, d in columns)
+        lines.append(f"| (the teacher) | {' | '.join(own)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
@@ -89,6 +109,8 @@ def main() -> None:
         )
     print("\n" + "\n".join(seeds_table(results)))
     print("\n" + "\n".join(drafting_table(results)))
+    if tasks := tasks_table(results):
+        print("\n" + "\n".join(tasks))
 
 
 if __name__ == "__main__":

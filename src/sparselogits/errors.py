@@ -49,6 +49,10 @@ class RecipeError(SparseLogitsError):
     """A training recipe with unknown keys, missing values, or values out of range."""
 
 
+class TaskError(SparseLogitsError):
+    """A zero-shot task that nobody knows, or whose data cannot be had or made."""
+
+
 class MissingDependencyError(SparseLogitsError):
     """An optional package that this operation needs; the message carries the install command."""
 

@@ -96,6 +96,39 @@ def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> No
     assert found["student"]["drafting"]["drafts"] == 16
 
 
+@pytest.mark.slow
+def test_eval_scores_tasks(tmp_path: Path, teacher_folder: Path, short: Path) -> None:
+    from tests.conftest import tiny_llama
+
+    cache = tmp_path / "cache"
+    options = base(teacher_folder, short, cache) | {"--window": 64, "--holdout": 0.3}
+    assert command("cache", *[word for pair in options.items() for word in pair]).returncode == 0
+    tiny_llama(seed=3).save_pretrained(tmp_path / "student")
+    words = ["eval", tmp_path / "student", "--cache", cache, "--limit", 2, "--task-limit", 9]
+    words += ["--tasks", "agreement", "--tasks", "last_word"]
+    shown = command(*words, "--tokenizer", teacher_folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "last_word" in shown.stdout
+    assert "perplexity" in shown.stdout
+    assert all(
+        "evaluating" in line or "tasks, student" in line for line in shown.stderr.split("\n")[:-1]
+    )
+    found = json.loads(command(*words, "--teacher", teacher_folder, "--json").stdout)
+    for name in ("student", "teacher"):
+        scores = {(own["task"], own["metric"]): own for own in found[name]["tasks"]}
+        assert list(scores) == [
+            *(("agreement", "acc"), ("last_word", "perplexity"), ("last_word", "acc"))
+        ]
+        own = scores["agreement", "acc"]
+        assert own["value"] == pytest.approx(sum(own["values"]) / 9)
+        assert own["samples"] == len(own["values"]) == 9
+    refused = command(*words)
+    assert refused.returncode == 2
+    assert "name the teacher's folder with --teacher or --tokenizer" in " ".join(
+        refused.stderr.split()
+    )
+
+
 @pytest.mark.parametrize("sampler", ["threshold", "topk"])
 def test_a_budget_sets_what_the_sampler_has_instead_of_rounds(
     teacher_folder: Path, short: Path, tmp_path: Path, sampler: str

@@ -87,7 +87,8 @@ def test_wheel_and_sdist_work_away_from_here(tmp_path: Path) -> None:
     assert tops == {"sparselogits", f"sparselogits-{version}.dist-info"}
     assert "sparselogits/py.typed" in names
     inside = Path(SOURCE) / "sparselogits"
-    for file in inside.rglob("static/*"):  # what the pages are made of
+    # what the pages and the zero-shot tasks are made of
+    for file in (*inside.rglob("static/*"), *inside.rglob("*.yaml")):
         assert f"sparselogits/{file.relative_to(inside).as_posix()}" in names
     assert f"sparselogits-{version}.dist-info/licenses/LICENSE" in names
     facts = metadata(wheel)

@@ -43,6 +43,9 @@ def compare(
         if run.status == "failed":
             what = f"{run.method}, {run.student}, seed {run.seed}"
             messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
+    missing = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
+    for message in missing:
+        messages.print(f"[yellow]task not measured:[/] {escape(message)}")
     if as_json:
         typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
         return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,10 +16,14 @@ from rich.table import Table
 from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import Device, Json, device_named, stdout
 from sparselogits.console import stage
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, TeacherError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from sparselogits.corpus import PackedCorpus
     from sparselogits.evaluate import Estimate, HeldOut
+    from sparselogits.evaluate.tasks import TaskScore
 
 
 def evaluate_command(
@@ -31,6 +37,19 @@ def evaluate_command(
     draft: Annotated[
         int, typer.Option(min=0, help="Also draft so many tokens at a time for the teacher.")
     ] = 0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also score a zero-shot task: continuation, last_word, agreement, or one that "
+            "lm-eval knows. May be given several times."
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples a task [default: 200].")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For --tasks [default: the teacher's, or the student's].")
+    ] = None,
     resamples: Annotated[int, typer.Option(min=1, help="Of the windows, for intervals.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of resamples and drafts.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
@@ -47,6 +66,9 @@ def evaluate_command(
     if draft and teacher is None:
         raise InvalidArgumentError("--draft needs --teacher, which verifies what is drafted")
     opened = Cache.open(cache)
+    words = None
+    if tasks:
+        words = _tokenizer(tokenizer or teacher or student, opened.identity.tokenizer)
     windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
     where = device_named(device)
     model = load_student(student, where)
@@ -63,8 +85,14 @@ def evaluate_command(
             drafting = draft_from_prefixes(
                 model, windows, engine, draft=draft, seed=seed, progress=update
             )
+    scores: dict[str, list[TaskScore]] = {}
+    if tasks:
+        models = {"student": model} | ({} if engine is None else {"teacher": engine.model})
+        scores = _scores(models, words, windows.corpus, tasks, task_limit)
     if as_json:
         rows = {name: row.to_json() for name, row in found.items()}
+        for name, own in scores.items():
+            rows[name]["tasks"] = [asdict(score) for score in own]
         if drafting is not None:
             rows["student"]["drafting"] = drafting.to_json()
         typer.echo(json.dumps(rows, indent=2))
@@ -76,6 +104,8 @@ def evaluate_command(
             f"verified tokens accepted (expected there {drafting.expected:.1%}, standard error "
             f"{drafting.error:.1%}), {drafting.tokens_per_pass:.2f} tokens a pass of the teacher"
         )
+    if scores:
+        stdout().print(_task_table(scores))
     facts = opened.statistics()
     measured = found["student"]
     stdout().print(
@@ -112,3 +142,67 @@ def _table(found: dict[str, HeldOut]) -> Table:
 def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
     value = None if estimate is None else getattr(estimate, end)
     return "-" if value is None else shown(value)
+
+
+def _tokenizer(name: str, expected: str) -> Any:
+    """The tokenizer for the tasks' text, which has to be the one the cache was made with."""
+    from sparselogits.corpus import tokenizer_fingerprint
+    from sparselogits.evaluate.tasks import require_lm_eval
+    from sparselogits.teacher.loading import load_tokenizer
+
+    require_lm_eval()
+    trained = Path(name) / "model"
+    try:
+        found = load_tokenizer(str(trained) if trained.is_dir() else name)
+    except TeacherError as error:
+        raise TeacherError(
+            f"--tasks needs the tokenizer, and {name} has none that can be read; name the "
+            "teacher's folder with --teacher or --tokenizer"
+        ) from error
+    if tokenizer_fingerprint(found) != expected:
+        raise IdentityMismatchError(
+            f"the tokenizer at {name} is not the one the cache was made with; give the teacher's"
+        )
+    return found
+
+
+def _scores(
+    models: dict[str, nn.Module],
+    tokenizer: Any,
+    corpus: PackedCorpus,
+    tasks: Sequence[str],
+    limit: int | None,
+) -> dict[str, list[TaskScore]]:
+    from sparselogits.evaluate.tasks import LIMIT, LOCAL_TASKS, run_tasks, write_tasks
+
+    limit = limit or LIMIT
+    local = [name for name in tasks if name in LOCAL_TASKS]
+    with tempfile.TemporaryDirectory(prefix="sparselogits-tasks-") as data:
+        write_tasks(Path(data), local, corpus=corpus, tokenizer=tokenizer, count=limit)
+        found = {}
+        for name, model in models.items():
+            with stage(f"tasks, {name}", "sequences") as update:
+                found[name] = run_tasks(
+                    model,
+                    tokenizer,
+                    tasks,
+                    limit=limit,
+                    data=Path(data),
+                    prefix_token_id=corpus.packing.first_id,
+                    progress=lambda done, total, _: update(done, total),
+                )
+    return found
+
+
+def _task_table(scores: dict[str, list[TaskScore]]) -> Table:
+    """A line for every figure of every task; ± is its standard error over the samples."""
+    table = Table("task", "figure", "samples", *scores)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for same in zip(*scores.values(), strict=True):
+        cells = [
+            f"{own.value:.4g}" + ("" if own.stderr is None else f" ± {own.stderr:.2g}")
+            for own in same
+        ]
+        table.add_row(same[0].task, same[0].metric, f"{same[0].samples:,}", *cells)
+    return table

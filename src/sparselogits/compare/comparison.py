@@ -3,6 +3,7 @@
     OUT/
       corpus/         training and held-out windows, packed
       caches/         one for each draw that a method needs, all from one pass of the teacher
+      tasks/          zero-shot tasks, where the recipe has them; see task_scores.py
       draws.json      what budgets came to
       runs/           see runs.py
       teacher.json    the teacher on the held-out windows
@@ -32,6 +33,8 @@ from sparselogits.compare.recipe import CompareRecipe
 from sparselogits.compare.results import ReliabilityBin, Results, TeacherRow
 from sparselogits.compare.runs import carry_out, claimed, failure_of, figures_of, outcome_of, plan
 from sparselogits.compare.summary import Run, method_rows, run_rows
+from sparselogits.compare.task_scores import with_tasks
+from sparselogits.compare.tasks import measure_missing_tasks, measure_tasks, prepare_tasks
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
@@ -51,14 +54,16 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
         What is known now, as stored in `recipe.out`.
 
     Raises:
-        SparseLogitsError: for a teacher or text that cannot be used, or a directory that holds a
-            comparison of others. A run that fails raises nothing: it is recorded.
+        SparseLogitsError: for a teacher or text that cannot be used, a directory that holds a
+            comparison of others, or tasks without lm-eval. A run or a task that fails raises
+            nothing: it is recorded.
     """
     recipe.out.mkdir(parents=True, exist_ok=True)
     with (recipe.out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes: one prepares, the others wait for it
         setting = prepare(recipe, device=device, stage=stage)
         teacher = _teacher_row(recipe, setting)
+        tasks = prepare_tasks(recipe, setting, stage=stage)
     planned = plan(recipe, setting)
     with stage("training", "runs") as update:
         for run in planned:
@@ -73,7 +78,9 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
                     update(done, len(planned), f"{title}: step {step}/{steps}")
 
                 carry_out(run, recipe, setting, device=device, progress=tell)
+                measure_tasks(run, tasks, device=device)
             write_results(recipe, setting, teacher)
+    measure_missing_tasks(planned, tasks, device=device, stage=stage)
     return write_results(recipe, setting, teacher)
 
 
@@ -89,6 +96,7 @@ def write_results(recipe: CompareRecipe, setting: Setting, teacher: TeacherRow |
         methods=method_rows(runs, recipe, setting),
         runs=run_rows(runs, recipe),
     )
+    results = with_tasks(results, recipe)
     text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
     write_whole(recipe.out / "results.json", text + "\n")
     write_whole(recipe.out / "results.csv", results.to_csv())

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
 from sparselogits.train.objective import DIVERGENCES, Method
@@ -131,6 +132,21 @@ class MethodSpec(_Strict):
         return title + (f", alpha {self.alpha:g}" if self.alpha else "")
 
 
+class TaskNames(_Strict):
+    """Zero-shot tasks that every student and the teacher are scored on."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="continuation, last_word, agreement, or what lm-eval knows"
+    )
+    limit: Count = Field(LIMIT, description="samples a task, at most")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> TaskNames:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"a task is there twice: {', '.join(self.names)}")
+        return self
+
+
 class Training(_Strict):
     """How every student is trained, whatever the method."""
 
@@ -170,6 +186,7 @@ class CompareRecipe(_Strict):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2), description="of the student's first weights and of the order"
     )
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     draft: Annotated[int, Field(ge=0)] = Field(
         0, description="also draft so many tokens at a time for the teacher"
     )
@@ -229,6 +246,7 @@ def expanded(method: Any) -> list[Any]:
 
 _FIELDS = {
     "recipe": list(CompareRecipe.model_fields),
+    "tasks": list(TaskNames.model_fields),
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
     "training": list(Training.model_fields),

@@ -85,6 +85,10 @@ class MethodRow(_Value):
         "have; None where that gap is not distinguishable from zero"
     )
     reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
+    tasks: dict[str, Figure] = Field(
+        default_factory=dict,
+        description="by TASK/METRIC, zero-shot; `windows` and `both` are over a task's samples",
+    )
     realised: Realised | None
     tokens_per_second: float | None = Field(description="wall time, median over runs")
     tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
@@ -113,6 +117,8 @@ class RunRow(_Value):
     tokens: int | None = None
     seconds: float | None = Field(None, description="of training; None where it was resumed")
     cpu_seconds: float | None = Field(None, description="likewise, of all threads")
+    tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
+    tasks_failed: dict[str, str] = Field(default_factory=dict, description="by task, why")
 
 
 class TeacherRow(_Value):
@@ -122,6 +128,8 @@ class TeacherRow(_Value):
     reliability: list[ReliabilityBin]
     positions: int
     windows: int
+    tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
+    tasks_failed: dict[str, str] = Field(default_factory=dict, description="by task, why")
 
 
 class Results(_Value):
@@ -141,7 +149,9 @@ class Results(_Value):
     def to_csv(self) -> str:
         """A line for each method and student, and one for each run."""
         out = io.StringIO()
-        writer = csv.DictWriter(out, _COLUMNS, restval="", lineterminator="\n")
+        tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
+        columns = [*_COLUMNS, *(name + end for name in tasks for end in ("", "_low", "_high"))]
+        writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(_method_line(row) for row in self.methods)
         writer.writerows(_run_line(row) for row in self.runs)
@@ -190,6 +200,8 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
         "bytes_per_token": row.bytes_per_token,
         "tokens_per_cpu_second": row.tokens_per_cpu_second,
     }
+    for name, figure in row.tasks.items():
+        line |= _ends(name, figure)
     for name in _FIGURES:
         line |= _ends(name, row.figures.get(name))
     line |= _ends("loss_minus_ce", row.minus_ce.get("loss"))

@@ -140,13 +140,13 @@ def _method_row(
     figures, minus_ce = {}, {}
     for name in FIGURES:
         if done:
-            figures[name] = _figure(
+            figures[name] = as_figure(
                 over_seeds(_units(name, [done.values()]), statistic_of(name), **how)
             )
         if with_ce and method.title != lines.ce and name in PAIRED:
             pairs = [[done[seed] for seed in with_ce], with_ce.values()]
             statistic = _difference(name)
-            minus_ce[name] = _figure(over_seeds(_units(name, pairs), statistic, **how))
+            minus_ce[name] = as_figure(over_seeds(_units(name, pairs), statistic, **how))
     cache = setting.caches.get(Draw.of(method).key) if method.sampler else None
     statistics_of = None if cache is None else Cache.open(cache).statistics()
     sampler = None if cache is None else dict(Cache.open(cache).identity.sampler)
@@ -225,10 +225,12 @@ def _gap_closed(
     whole = over_seeds(_units("loss", [ce, full]), gap, **how).both
     if whole.mean <= 0 or (whole.low is not None and whole.low <= 0):
         return None
-    return _figure(over_seeds(_units("loss", [own, ce, full]), closed, **how))
+    return as_figure(over_seeds(_units("loss", [own, ce, full]), closed, **how))
 
 
-def _figure(found: SeedEstimate) -> Figure:
+def as_figure(found: SeedEstimate) -> Figure:
+    """An estimate over seeds, as it is stored."""
+
     def ends(estimate: Estimate) -> Ends:
         return Ends(low=estimate.low, high=estimate.high)
 

@@ -53,6 +53,11 @@ class Packing:
                 f"bos_id={self.bos_id}"
             )
 
+    @property
+    def first_id(self) -> int:
+        """What a document's first token is predicted from: bos, or the separator before it."""
+        return self.separator_id if self.bos_id is None else self.bos_id
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for an identity."""
         return {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.compare.results import Figure, MethodRow, Results, RunRow
+from sparselogits.compare.task_scores import column_of
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.files import write_whole
 from sparselogits.report.charts import Chart, Point, Series, draw_png, draw_svg
@@ -61,6 +62,7 @@ def report_page(results: Results) -> str:
         parts += [f"<h2>{escape(student)}</h2>", _table(rows, results)]
         drawn = "".join(draw_svg(chart) for chart in _charts(results, student))
         parts.append(f'<div class="figures">{drawn}</div>')
+        parts.append(_tasks(rows, results))
     runs = (
         f"<details><summary>all {len(results.runs)} runs</summary>{_runs(results.runs)}</details>"
     )
@@ -130,6 +132,33 @@ def _runs(runs: Sequence[RunRow]) -> str:
         for run in runs
     ]
     return _grid(heads, lines)
+
+
+def _tasks(rows: Sequence[MethodRow], results: Results) -> str:
+    """Zero-shot tasks, where there are any, and why some are missing."""
+    failed = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
+    notes = "".join(f"<p>Not measured: {escape(message)}</p>" for message in failed)
+    names = list(dict.fromkeys(name for row in rows for name in row.tasks))
+    if not names:
+        return notes
+    columns = [(name, *column_of(name)) for name in names]
+    lines = [
+        [
+            row.method,
+            *(_estimate(row.tasks.get(n), scale, digits) for n, _, scale, digits in columns),
+        ]
+        for row in rows
+    ]
+    if results.teacher is not None:
+        known = results.teacher.tasks
+        cells = (_plain(known.get(n), digits, scale) for n, _, scale, digits in columns)
+        lines.append(["(the teacher)", *cells])
+    said = (
+        "± is half of the 95 % interval (bootstrap over a task's samples and seeds). By chance a "
+        "quarter of continuation and half of agreement is right."
+    )
+    table = _grid(["method", *(head for _, head, _, _ in columns)], lines)
+    return f"<h3>Zero-shot tasks</h3><p>{said}</p>{table}{notes}"
 
 
 def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,119 @@
+"""English minimal pairs, made as BLiMP's are (Warstadt et al. 2020): by a small grammar.
+
+Two sentences differ in one word, which makes one of them ungrammatical. Singular and plural occur
+equally often in each phenomenon, so that a preference for one form of a word gains nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparselogits.errors import TaskError
+
+MOST = 3000
+"""Pairs that can be asked for; the words at hand make somewhat more than that."""
+
+_Words = tuple[tuple[str, str], ...]
+"""(singular, plural)"""
+
+_NOUNS: _Words = (
+    *(("man", "men"), ("woman", "women"), ("child", "children"), ("boy", "boys")),
+    *(("girl", "girls"), ("friend", "friends"), ("doctor", "doctors"), ("sister", "sisters")),
+    *(("brother", "brothers"), ("king", "kings"), ("soldier", "soldiers"), ("lady", "ladies")),
+    *(("servant", "servants"), ("stranger", "strangers"), ("teacher", "teachers")),
+    *(("writer", "writers"), ("dog", "dogs"), ("horse", "horses"), ("bird", "birds")),
+)
+_PLACES: _Words = (
+    *(("house", "houses"), ("table", "tables"), ("window", "windows"), ("tree", "trees")),
+    *(("door", "doors"), ("river", "rivers"), ("ship", "ships"), ("garden", "gardens")),
+)
+_THINGS: _Words = (
+    *(("book", "books"), ("letter", "letters"), ("picture", "pictures"), ("room", "rooms")),
+    *(("question", "questions"), ("story", "stories"), ("song", "songs"), ("word", "words")),
+)
+_VERBS: _Words = (
+    *(("was", "were"), ("is", "are"), ("has been", "have been"), ("seems", "seem")),
+    *(("looks", "look"), ("remains", "remain")),
+)
+_STATES = ("old", "happy", "young", "quiet", "ready", "very tired", "afraid", "alone")
+_DETERMINERS: _Words = (("this", "these"), ("that", "those"))
+_SUBJECTS = ("he", "she", "they", "the man", "the woman", "the children")
+_SAW = ("saw", "liked", "remembered", "found", "wanted")
+_BESIDE = ("near", "behind", "beside")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences that differ in one word.
+
+    Args:
+        phenomenon: what the difference is about.
+        good: grammatical.
+        bad: not.
+    """
+
+    phenomenon: str
+    good: str
+    bad: str
+
+
+def minimal_pairs(count: int, *, seed: int = 0) -> list[Pair]:
+    """Pairs in turn from each phenomenon and number, all different.
+
+    Phenomena: `subject_verb` (The boys are / is quiet.), `subject_verb_attractor` (a noun of the
+    other number in between: The boys near the tree are / is quiet.), `determiner_noun` (She saw
+    these / this boys.).
+
+    Args:
+        count: how many.
+        seed: of the words that are drawn.
+
+    Raises:
+        TaskError: for more than the words at hand make.
+    """
+    if not 0 <= count <= MOST:
+        raise TaskError(f"agreement has at most {MOST} pairs of sentences, {count} asked for")
+    rng = random.Random(f"pairs {seed}")
+    turns = itertools.cycle(itertools.product(_PHENOMENA, (0, 1)))
+    found: dict[str, Pair] = {}
+    while len(found) < count:
+        make, number = next(turns)
+        pair = make(rng, number)
+        while pair.good in found:
+            pair = make(rng, number)
+        found[pair.good] = pair
+    return list(found.values())
+
+
+def _subject_verb(rng: random.Random, number: int) -> Pair:
+    noun = rng.choice(_NOUNS)[number]
+    return _verb_pair("subject_verb", f"The {noun}", rng, number)
+
+
+def _attractor(rng: random.Random, number: int) -> Pair:
+    noun, other = rng.choice(_NOUNS)[number], rng.choice(_PLACES)[1 - number]
+    subject = f"The {noun} {rng.choice(_BESIDE)} the {other}"
+    return _verb_pair("subject_verb_attractor", subject, rng, number)
+
+
+def _verb_pair(phenomenon: str, subject: str, rng: random.Random, number: int) -> Pair:
+    verb, state = rng.choice(_VERBS), rng.choice(_STATES)
+    good, bad = (f"{subject} {verb[own]} {state}." for own in (number, 1 - number))
+    return Pair(phenomenon, good, bad)
+
+
+def _determiner_noun(rng: random.Random, number: int) -> Pair:
+    determiner, noun = rng.choice(_DETERMINERS), rng.choice(_NOUNS + _THINGS)[number]
+    who, saw = rng.choice(_SUBJECTS).capitalize(), rng.choice(_SAW)
+    good, bad = (f"{who} {saw} {determiner[own]} {noun}." for own in (number, 1 - number))
+    return Pair("determiner_noun", good, bad)
+
+
+_PHENOMENA: tuple[Callable[[random.Random, int], Pair], ...] = (
+    _subject_verb,
+    _attractor,
+    _determiner_noun,
+)
