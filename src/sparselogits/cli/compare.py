@@ -43,6 +43,10 @@ def compare(
         if run.status == "failed":
             what = f"{run.method}, {run.student}, seed {run.seed}"
             messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
+    failures = ((row.student, row.gradient_failure) for row in results.methods)
+    for student, message in dict.fromkeys(failures):
+        if message is not None:
+            messages.print(f"[yellow]no gradients:[/] {escape(f'{student}: {message}')}")
     if as_json:
         typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
         return
@@ -57,7 +61,9 @@ def compare(
 
 def _tables(results: Results) -> list[Table]:
     """One for each student."""
-    titles = ("method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS))
+    titles = ["method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS)]
+    measured = any(row.gradient for row in results.methods)
+    titles += ["angle °"] if measured else []
     students = dict.fromkeys(row.student for row in results.methods)
     tables = []
     for student in students:
@@ -68,11 +74,14 @@ def _tables(results: Results) -> list[Table]:
             column.justify, column.min_width = "right", 7
         for row in results.methods:
             if row.student == student:
-                table.add_row(escape(row.method), *_cells(row))
+                angle = [_angle(row)] if measured else []
+                table.add_row(escape(row.method), *_cells(row), *angle)
         table.caption = (
             "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
             "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
         )
+        if measured:
+            table.caption += "; angle: of the targets' gradient to full KD's"
         table.caption_justify = "left"
         tables.append(table)
     if results.teacher is not None and tables:
@@ -92,6 +101,10 @@ def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
     if low is None or high is None:
         return said
     return f"{said} ±{scale * (high - low) / 2:.{digits}f}"
+
+
+def _angle(row: MethodRow) -> str:
+    return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"
 
 
 def _figure(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:

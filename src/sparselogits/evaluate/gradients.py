@@ -83,6 +83,12 @@ class GradientFidelity:
         """Plain JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> GradientFidelity:
+        """Read what `to_json` wrote."""
+        estimates = {k: Estimate(**v) for k, v in value.items() if isinstance(v, dict)}
+        return cls(**{**value, **estimates})
+
     @property
     def bias(self) -> float | None:
         """Root of the squared bias; None where it cannot be told from zero."""
