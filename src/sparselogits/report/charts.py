@@ -142,7 +142,10 @@ def draw_png(chart: Chart, path: Path) -> None:
         axes.minorticks_off()
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axes.grid(alpha=0.25)
-    if chart.series:
+    if len(chart.series) > COLOURS:  # beside the drawing, of which it would cover half
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.set_figwidth(9.5)
+    elif chart.series:
         axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
