@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from sparselogits.compare import MethodRow, Results, read_results
-from sparselogits.compare.results import Ends, Figure
+from sparselogits.compare.results import Ends, Figure, OfBatches
 from sparselogits.compare.task_scores import column_of
 
 HEAD = (
@@ -94,6 +94,46 @@ def tasks_table(results: Results) -> list[str]:
     return lines
 
 
+def gradient_table(results: Results) -> list[str]:
+    """Angles in batches of every size; norm, bias and noise in the largest. Empty if there is none.
+
+    The angle's interval is Student's t over batches.
+    """
+    measured = [row for row in results.methods if row.gradient is not None]
+    if not measured:
+        return []
+    assert measured[0].gradient is not None
+    on, sizes = measured[0].gradient, [own.batch_tokens for own in measured[0].gradient.sizes]
+    angles = " | ".join(f"angle, {size:,} tokens" for size in sizes)
+    lines = [
+        f"Gradients beside full KD's, of the student that {on.student_method}, seed "
+        f"{on.student_seed}, left:",
+        "",
+        f"| method | entries | {angles} | norm ratio | bias | noise |",
+        "|---" * (5 + len(sizes)) + "|",
+    ]
+    for row in results.methods:
+        if (own := row.gradient) is None:
+            lines.append(f"| {row.method} |" + " - |" * (4 + len(sizes)))
+            continue
+        largest = own.sizes[-1]
+        cells = [
+            row.method,
+            "-" if own.entries is None else f"{own.entries:.1f}",
+            *(over_batches(size.angle, 1) for size in own.sizes),
+            f"{largest.norm_ratio.mean:.2f}",
+            f"<{largest.bias_below:.3f}" if largest.bias is None else f"{largest.bias:.3f}",
+            f"{largest.noise:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def over_batches(figure: OfBatches, digits: int) -> str:
+    said = f"{figure.mean:.{digits}f}"
+    return said if figure.high is None else f"{said} ± {figure.high - figure.mean:.{digits}f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
@@ -111,6 +151,8 @@ def main() -> None:
     print("\n" + "\n".join(drafting_table(results)))
     if tasks := tasks_table(results):
         print("\n" + "\n".join(tasks))
+    if table := gradient_table(results):
+        print("\n" + "\n".join(table))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import yaml
 from safetensors.torch import load_file
 
 from sparselogits.compare import Results, compare, parse_compare_recipe, read_results
+from sparselogits.compare.caches import prepare
 from sparselogits.compare.runs import Planned
+from sparselogits.compare.standing import Standing
 from sparselogits.data import CacheDataset, WindowRequest
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
@@ -125,6 +127,33 @@ def test_rows_are_of_their_runs(results: Results) -> None:
     assert other.minus_ce["loss"].mean == pytest.approx(
         other.figures["loss"].mean - ce.figures["loss"].mean, rel=1e-5, abs=1e-9
     )
+
+
+def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
+    results: Results, values: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(values["out"], out)
+    recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
+    setting = prepare(recipe)
+    folders = {(run.method, run.seed): out / str(run.folder) for run in results.runs}
+    away = [folders["Top-K 5", 1] / "outcome.json", folders["CE", 0] / "outcome.json"]
+    for file in away:
+        file.rename(file.with_suffix(".away"))
+    standing = Standing(recipe, setting)
+    first = standing.method_rows(standing.runs())
+    assert first[2].seeds_done == [0]
+    assert [a is b for a, b in zip(first, standing.method_rows(standing.runs()), strict=True)] == (
+        [True] * 7
+    )
+    away[0].with_suffix(".away").rename(away[0])
+    second = standing.method_rows(standing.runs())
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True] * 2 + [False] + [True] * 4
+    away[1].with_suffix(".away").rename(away[1])
+    third = standing.method_rows(standing.runs())
+    fresh = Standing(recipe, setting)
+    assert third == fresh.method_rows(fresh.runs())
+    assert third[4].minus_ce != second[4].minus_ce  # CE's outcome is in all of them
 
 
 def test_csv_and_json_agree(results: Results, values: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"seeds": [1, 1]}, "seeds are there twice: 1"),
         ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),
         ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"gradients": {"draw": 4}}, "gradients.draw: unknown key; did you mean 'draws'"),
+        ({"gradients": {"draws": 1}}, "gradients.draws: .*greater than or equal to 2"),
+        ({"gradients": {"batch_windows": []}}, "batch_windows: .*at least 1 item"),
+        ({"gradients": {"windows": 2}}, "gradients: 2 windows do not fill a batch of 4"),
         ({"windo": 2}, "windo: unknown key; did you mean 'window'"),
     ],
 )

@@ -32,8 +32,10 @@ from sparselogits.samplers import (
     Threshold,
     TopK,
     Uniform,
+    thinning_starts,
     window_uniforms,
 )
+from sparselogits.targets import thinning_choices
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
 
@@ -112,7 +114,12 @@ def test_a_slice_is_what_autograd_finds(rule: MissingMass, kind: str) -> None:
 
 
 def plain_gradients(
-    student: nn.Module, item: dict[str, Tensor], weights: Tensor, ids: Tensor, rule: MissingMass
+    student: nn.Module,
+    item: dict[str, Tensor],
+    weights: Tensor,
+    ids: Tensor,
+    rule: MissingMass = "drop",
+    alpha: float = 0.0,
 ) -> dict[str, Tensor]:
     """Gradients of the summed sparse loss on one window, in the five spaces, by autograd."""
     student.zero_grad()
@@ -125,7 +132,13 @@ def plain_gradients(
     head_input[0].retain_grad()
     labels = item["shift_labels"]
     sparse_cross_entropy(
-        logits[0], ids, weights, labels=labels, missing_mass=rule, reduction="sum"
+        logits[0],
+        ids,
+        weights,
+        labels=labels,
+        missing_mass=rule,
+        alpha=alpha,
+        reduction="sum",
     ).backward()
     of_logits, of_hidden = logits.grad[0], head_input[0].grad[0]
     return {
@@ -147,6 +160,9 @@ def targets_on(
     logits = whole_logits(teacher, item)
     uniforms = window_uniforms(seed, window, len(labels), target.sampler.uniforms_per_position)
     drawn = target.sampler.at(item["input_ids"], slice(0, len(labels)))(logits, uniforms)
+    if target.rounds is not None:
+        choices = thinning_choices(drawn.rounds or 0, target.rounds)
+        drawn = drawn.thin(target.rounds, thinning_starts(seed, 0, window, len(labels), choices))
     return drawn.padded()
 
 
@@ -170,10 +186,11 @@ def plain_windows(
         item = windows[index]
         everything = whole_logits(teacher, item).double().softmax(1)
         ids = torch.arange(everything.shape[1]).expand_as(everything)
-        own = [plain_gradients(student, item, everything, ids, "drop")]
+        own = [plain_gradients(student, item, everything, ids)]
         for draw in range(draws):
             ids, weights = targets_on(target, teacher, item, index, seed=7 + draw)
-            own.append(plain_gradients(student, item, weights, ids, target.missing_mass))
+            how = target.missing_mass, target.alpha
+            own.append(plain_gradients(student, item, weights, ids, *how))
         found.append(own)
     return found
 
@@ -196,8 +213,13 @@ def batches(found: list[list[dict[str, Tensor]]], space: str, size: int) -> Iter
         Target("a", Systematic(9)),
         Target("a", Threshold(0.2)),
         Target("a", None),
+        Target("a", Systematic(9), alpha=0.3),
+        Target("a", TopK(5), "ground_truth", alpha=0.3),
+        Target("a", TopK(5), "smooth", alpha=0.3),
+        Target("a", Systematic(9), rounds=3),
+        Target("a", Multinomial(9), alpha=0.5, rounds=4),
     ],
-    ids=lambda target: f"{target.sampler} {target.missing_mass}",
+    ids=lambda t: f"{t.sampler} {t.missing_mass} {t.alpha} {t.rounds}",
 )
 @pytest.mark.parametrize(
     ("student", "windows"),
@@ -435,6 +457,12 @@ def test_mistakes_say_what_to_do(windows: TextDataset, teacher: TransformersTeac
 
     with pytest.raises(InvalidArgumentError, match="would bias"):
         Target("a", Systematic(3), "renormalise")
+    with pytest.raises(InvalidArgumentError, match="share in"):
+        Target("a", TopK(3), alpha=1.5)
+    with pytest.raises(InvalidArgumentError, match="cannot be thinned"):
+        Target("a", TopK(3), rounds=2)
+    with pytest.raises(InvalidArgumentError, match="choose between 1 and 3"):
+        Target("a", Systematic(3), rounds=4)
     with pytest.raises(InvalidArgumentError, match="multiples of the window"):
         measure(batch_tokens=[LENGTH + 1])
     with pytest.raises(InvalidArgumentError, match="more text"):

@@ -18,10 +18,14 @@ from playwright.sync_api import Browser
 from sparselogits.compare.results import (
     Ends,
     Figure,
+    Gradient,
+    GradientSize,
     MethodRow,
+    OfBatches,
     ReliabilityBin,
     Results,
     RunRow,
+    TeacherRow,
 )
 from sparselogits.report import write_report
 from sparselogits.report.charts import Chart, Point, Series, draw_svg
@@ -33,6 +37,29 @@ HOSTILE = "<img src=x onerror=document.title=1>"
 def figure(mean: float) -> Figure:
     ends = Ends(low=mean - 0.1, high=mean + 0.1)
     return Figure(mean=mean, windows=ends, seeds=Ends(low=None, high=None), both=ends)
+
+
+def gradient(entries: float | None, angle: float) -> Gradient:
+    def size(tokens: int, mean: float) -> GradientSize:
+        over = OfBatches(mean=mean, low=mean - 3.5, high=mean + 3.5)
+        return GradientSize(
+            batch_tokens=tokens,
+            batches=4,
+            angle=over,
+            norm_ratio=OfBatches(mean=1.0, low=None, high=None),
+            bias=None,
+            bias_below=0.1,
+            noise=0.2,
+        )
+
+    return Gradient(
+        student_method="CE",
+        student_seed=0,
+        student_folder="runs/ce",
+        entries=entries,
+        draws=2,
+        sizes=[size(256, 1.6 * angle), size(1024, angle)],
+    )
 
 
 def method(name: str, family: str, loss: float | None, entries: float | None) -> MethodRow:
@@ -131,6 +158,46 @@ def test_it_renders(
     assert pictures == ["calibration-0.png", "loss-0.png", "storage-0.png", "training-0.png"]
 
 
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "dark"), (PHONE, "light")])
+def test_gradients_have_a_column_and_a_chart(
+    results: Results, browser: Browser, tmp_path: Path, size: dict[str, int], scheme: str
+) -> None:
+    angles = {"CE": (None, 32.1), "RS-KD 5": (5.2, 12.8), "RS-KD 12": (12.3, 3.0)}
+    angles |= {"never run": (7.0, 5.0)}
+    rows = [
+        row.model_copy(update={"gradient": gradient(*angles[row.method])})
+        if row.method in angles
+        else row.model_copy(update={"gradient_failure": HOSTILE if "<" in row.method else None})
+        for row in results.methods
+    ]
+    teacher = TeacherRow(figures={"loss": 3.5}, reliability=[], positions=10, windows=1)
+    full = results.model_copy(update={"methods": rows, "teacher": teacher})
+    path = write_report(full, tmp_path)
+    with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
+        lines = page.locator("table").first.locator("tr").all()
+        cells = [line.locator("th, td").all_inner_texts() for line in lines]
+        assert {len(line) for line in cells} == {len(cells[0])}  # the teacher's row included
+        last = {line[0]: line[-1] for line in cells}
+        assert last["method"] == "gradient angle °"
+        assert last["CE"] == "32.1 ±3.5"
+        assert last["RS-KD 12"] == "3.0 ±3.5"
+        assert last["full KD"] == "-"
+        words = page.inner_text("main")
+        assert "4 batches of 1,024 held-out tokens" in words
+        assert f"Gradients not measured: {HOSTILE}" in words
+        assert page.locator("#gradient-0 circle").count() == 3
+        assert page.locator("#gradient-0 .level").count() == 1
+        # on a logarithmic axis a third is as far down whatever it is a third of
+        heights = page.locator("#gradient-0 circle").evaluate_all(
+            "all => all.map(c => [c.textContent, +c.getAttribute('cy')])"
+        )
+        at = {name.split(":")[0]: y for name, y in heights}
+        per_e_fold = (at["RS-KD 12"] - at["never run"]) / math.log(5.0 / 3.0)
+        expected = at["RS-KD 12"] - per_e_fold * math.log(12.8 / 3.0)
+        assert at["RS-KD 5"] == pytest.approx(expected, abs=0.5)
+    assert (tmp_path / "figures" / "gradient-0.png").stat().st_size > 10_000
+
+
 def test_nothing_run_yet(results: Results, tmp_path: Path) -> None:
     rows = [method("CE", "ce", None, None)]
     empty = results.model_copy(update={"methods": rows, "runs": results.runs[-1:]})
@@ -142,10 +209,18 @@ def test_nothing_run_yet(results: Results, tmp_path: Path) -> None:
 numbers = st.floats(1e-3, 1e5)
 
 
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6), st.booleans())
-def test_every_point_lies_within_the_drawing(points: list[tuple[float, float]], log: bool) -> None:
-    series = Series("s", tuple(Point(x, y, y * 0.9, y * 1.1) for x, y in points))
-    svg = draw_svg(Chart("k", "t", "x", "y", (series,), log_x=log))
+@given(
+    st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_point_lies_within_the_drawing(
+    points: list[tuple[float, float]], log_x: bool, log_y: bool
+) -> None:
+    # an interval may go below zero, which a logarithm cannot show
+    series = Series("s", tuple(Point(x, y, -y if log_y else y * 0.9, y * 1.1) for x, y in points))
+    svg = draw_svg(Chart("k", "t", "x", "y", (series,), log_x=log_x, log_y=log_y))
+    assert "nan" not in svg
     places = re.findall(r'cx="([-\d.naif]+)" cy="([-\d.naif]+)"', svg)
     assert len(places) == len(points)
     for x, y in places:

@@ -46,6 +46,10 @@ def compare(
     missing = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
     for message in missing:
         messages.print(f"[yellow]task not measured:[/] {escape(message)}")
+    failures = ((row.student, row.gradient_failure) for row in results.methods)
+    for student, why in dict.fromkeys(failures):
+        if why is not None:
+            messages.print(f"[yellow]no gradients:[/] {escape(f'{student}: {why}')}")
     if as_json:
         typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
         return
@@ -60,7 +64,9 @@ def compare(
 
 def _tables(results: Results) -> list[Table]:
     """One for each student."""
-    titles = ("method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS))
+    titles = ["method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS)]
+    measured = any(row.gradient for row in results.methods)
+    titles += ["angle °"] if measured else []
     students = dict.fromkeys(row.student for row in results.methods)
     tables = []
     for student in students:
@@ -71,11 +77,14 @@ def _tables(results: Results) -> list[Table]:
             column.justify, column.min_width = "right", 7
         for row in results.methods:
             if row.student == student:
-                table.add_row(escape(row.method), *_cells(row))
+                angle = [_angle(row)] if measured else []
+                table.add_row(escape(row.method), *_cells(row), *angle)
         table.caption = (
             "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
             "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
         )
+        if measured:
+            table.caption += "; angle: of the targets' gradient to full KD's"
         table.caption_justify = "left"
         tables.append(table)
     if results.teacher is not None and tables:
@@ -95,6 +104,10 @@ def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
     if low is None or high is None:
         return said
     return f"{said} ±{scale * (high - low) / 2:.{digits}f}"
+
+
+def _angle(row: MethodRow) -> str:
+    return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"
 
 
 def _figure(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:

@@ -258,8 +258,8 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
                 _plus_minus(row.angle, 1) + "°",
                 "-" if row.relative_angle is None else _plus_minus(row.relative_angle, 2),
                 _plus_minus(row.norm_ratio, 2),
-                _root(row.squared_bias),
-                f"{max(row.variance.mean, 0.0) ** 0.5:.3f}",
+                f"<{row.bias_below:.3f}" if row.bias is None else f"{row.bias:.3f}",
+                f"{row.noise:.3f}",
             )
         stdout().print(table)
 
@@ -268,11 +268,3 @@ def _plus_minus(estimate: Estimate, digits: int) -> str:
     if estimate.high is None:
         return f"{estimate.mean:.{digits}f}"
     return f"{estimate.mean:.{digits}f}±{estimate.high - estimate.mean:.{digits}f}"
-
-
-def _root(squared: Estimate) -> str:
-    """The bias itself, or what it is below where the interval of its square reaches zero."""
-    if squared.low is not None and squared.high is not None and squared.low <= 0:
-        # a negative estimate is zero plus noise: its interval's half width bounds the square
-        return f"<{max(squared.high, squared.high - squared.mean) ** 0.5:.3f}"
-    return f"{max(squared.mean, 0.0) ** 0.5:.3f}"

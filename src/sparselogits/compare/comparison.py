@@ -7,6 +7,7 @@
       draws.json      what budgets came to
       runs/           see runs.py
       teacher.json    the teacher on the held-out windows
+      gradients.json  gradients of the targets, where the recipe asks for them; see gradients.py
       results.json    see results.py; written anew after every run
       results.csv
 
@@ -29,10 +30,12 @@ from typing import Any
 import torch
 
 from sparselogits.compare.caches import Setting, Stage, prepare, silent_stage
+from sparselogits.compare.gradients import measure_missing, with_gradients
 from sparselogits.compare.recipe import CompareRecipe
 from sparselogits.compare.results import ReliabilityBin, Results, TeacherRow
-from sparselogits.compare.runs import carry_out, claimed, failure_of, figures_of, outcome_of, plan
-from sparselogits.compare.summary import Run, method_rows, run_rows
+from sparselogits.compare.runs import carry_out, claimed, figures_of
+from sparselogits.compare.standing import Standing
+from sparselogits.compare.summary import Run, run_rows
 from sparselogits.compare.task_scores import with_tasks
 from sparselogits.compare.tasks import measure_missing_tasks, measure_tasks, prepare_tasks
 from sparselogits.data import TextDataset
@@ -64,36 +67,38 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
         setting = prepare(recipe, device=device, stage=stage)
         teacher = _teacher_row(recipe, setting)
         tasks = prepare_tasks(recipe, setting, stage=stage)
-    planned = plan(recipe, setting)
+    standing = Standing(recipe, setting)
     with stage("training", "runs") as update:
-        for run in planned:
-            if run.folder is None or outcome_of(run) is not None:
+        for run in standing.planned:
+            if run.folder is None or standing.outcome(run) is not None:
                 continue
             with claimed(run) as mine:
-                if not mine or outcome_of(run) is not None:
+                if not mine or standing.outcome(run) is not None:
                     continue
-                done = sum(outcome_of(other) is not None for other in planned)
+                done = sum(standing.outcome(other) is not None for other in standing.planned)
 
                 def tell(step: int, steps: int, done: int = done, title: str = run.title) -> None:
-                    update(done, len(planned), f"{title}: step {step}/{steps}")
+                    update(done, len(standing.planned), f"{title}: step {step}/{steps}")
 
                 carry_out(run, recipe, setting, device=device, progress=tell)
                 measure_tasks(run, tasks, device=device)
-            write_results(recipe, setting, teacher)
-    measure_missing_tasks(planned, tasks, device=device, stage=stage)
-    return write_results(recipe, setting, teacher)
+            write_results(standing, teacher)
+    measure_missing_tasks(standing.planned, tasks, device=device, stage=stage)
+    measure_missing(recipe, setting, standing.runs(), device=device, stage=stage)
+    return write_results(standing, teacher)
 
 
-def write_results(recipe: CompareRecipe, setting: Setting, teacher: TeacherRow | None) -> Results:
+def write_results(standing: Standing, teacher: TeacherRow | None) -> Results:
     """Put together what is known now, and store it."""
-    runs = [Run(run, outcome_of(run), failure_of(run)) for run in plan(recipe, setting)]
+    recipe, setting, runs = standing.recipe, standing.setting, standing.runs()
+    rows = standing.method_rows(runs)
     results = Results(
         title=recipe.title,
         complete=all(run.outcome is not None for run in runs),
         settings=_settings(recipe, setting, runs),
         provenance=_provenance(),
         teacher=teacher,
-        methods=method_rows(runs, recipe, setting),
+        methods=with_gradients(rows, recipe, setting, runs),
         runs=run_rows(runs, recipe),
     )
     results = with_tasks(results, recipe)

@@ -162,6 +162,25 @@ class Training(_Strict):
     log_steps: Count = Field(10, description="steps between points of the curve")
 
 
+class Gradients(_Strict):
+    """How the gradients of methods' targets are measured beside full distillation's."""
+
+    windows: Count = Field(
+        8, description="held-out windows, at most; as many as fill batches of the largest size"
+    )
+    batch_windows: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (1, 4), description="windows a batch; several sizes are measured at once"
+    )
+    draws: Annotated[int, Field(ge=2)] = Field(4, description="of random targets, in each batch")
+
+    @model_validator(mode="after")
+    def _fill_a_batch(self) -> Gradients:
+        largest = max(self.batch_windows)
+        if largest > self.windows:
+            raise ValueError(f"{self.windows} windows do not fill a batch of {largest}")
+        return self
+
+
 class CompareRecipe(_Strict):
     """Everything a comparison depends on."""
 
@@ -191,6 +210,9 @@ class CompareRecipe(_Strict):
         0, description="also draft so many tokens at a time for the teacher"
     )
     draft_windows: Count = Field(16, description="held-out windows to draft from")
+    gradients: Gradients | None = Field(
+        None, description="also compare targets' gradients with full KD's; not when absent"
+    )
     resamples: Count = Field(1000, description="of windows and seeds, for the intervals")
     methods: tuple[MethodSpec, ...] = Field(min_length=1, description="in order of importance")
 
@@ -250,6 +272,7 @@ _FIELDS = {
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
     "training": list(Training.model_fields),
+    "gradients": list(Gradients.model_fields),
     "thinning": list(Thinning.model_fields),
 }
 

@@ -62,6 +62,42 @@ class Realised(_Value):
     error: float = Field(description="standard deviation of acceptance about expected")
 
 
+class OfBatches(_Value):
+    """A figure's mean over batches of one size, with Student's t at 95 % over them."""
+
+    mean: float
+    low: float | None = Field(description="None where there is one batch")
+    high: float | None
+
+
+class GradientSize(_Value):
+    """A target's gradient of all the student's parameters, in batches of one size."""
+
+    batch_tokens: int
+    batches: int
+    angle: OfBatches = Field(description="to full distillation's, degrees")
+    norm_ratio: OfBatches = Field(description="to full distillation's")
+    bias: float | None = Field(
+        description="over the norm of full distillation's; None where it cannot be told from zero"
+    )
+    bias_below: float | None = Field(description="what the bias is below, in that case")
+    noise: float = Field(description="over the norm of full distillation's")
+
+
+class Gradient(_Value):
+    """How the gradient of a method's targets compares with full distillation's.
+
+    Measured on one trained student of the comparison, alike for all methods (docs/compare.md).
+    """
+
+    student_method: str = Field(description="what the student it is measured on was trained with")
+    student_seed: int
+    student_folder: str = Field(description="of that run, inside the comparison's directory")
+    entries: float | None = Field(description="a position, on this text; None for labels alone")
+    draws: int = Field(description="in each batch; one where nothing is random")
+    sizes: list[GradientSize] = Field(description="ascending in tokens a batch")
+
+
 class MethodRow(_Value):
     """A method with one student, over its seeds."""
 
@@ -92,6 +128,8 @@ class MethodRow(_Value):
     realised: Realised | None
     tokens_per_second: float | None = Field(description="wall time, median over runs")
     tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
+    gradient: Gradient | None = Field(None, description="None where it was not measured")
+    gradient_failure: str | None = Field(None, description="why it could not be measured")
 
 
 class RunRow(_Value):
@@ -187,6 +225,7 @@ _COLUMNS = (
     *(name + end for name in _FIGURES for end in ("", "_low", "_high")),
     *("loss_minus_ce", "loss_minus_ce_low", "loss_minus_ce_high"),
     *("gap_closed", "gap_closed_low", "gap_closed_high", "tokens_per_cpu_second"),
+    *("gradient_angle", "gradient_angle_low", "gradient_angle_high", "gradient_batch_tokens"),
 )
 
 
@@ -205,6 +244,14 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
     for name in _FIGURES:
         line |= _ends(name, row.figures.get(name))
     line |= _ends("loss_minus_ce", row.minus_ce.get("loss"))
+    if row.gradient is not None:
+        largest = row.gradient.sizes[-1]
+        line |= {
+            "gradient_angle": largest.angle.mean,
+            "gradient_angle_low": largest.angle.low,
+            "gradient_angle_high": largest.angle.high,
+            "gradient_batch_tokens": largest.batch_tokens,
+        }
     return line | _ends("gap_closed", row.gap_closed)
 
 

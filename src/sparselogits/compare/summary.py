@@ -51,15 +51,31 @@ def run_rows(runs: Sequence[Run], recipe: CompareRecipe) -> list[RunRow]:
     return [_run_row(run, losses, lines, recipe) for run in runs]
 
 
-def method_rows(runs: Sequence[Run], recipe: CompareRecipe, setting: Setting) -> list[MethodRow]:
-    """A row for every method and student, over the seeds that are done."""
+def method_rows(
+    runs: Sequence[Run],
+    recipe: CompareRecipe,
+    setting: Setting,
+    kept: dict[tuple[object, ...], MethodRow],
+) -> list[MethodRow]:
+    """A row for every method and student, over the seeds that are done.
+
+    Args:
+        runs: all of the recipe.
+        recipe: the comparison.
+        setting: see `caches.prepare`.
+        kept: rows formed before for this recipe and setting, by what they rest on; found here
+            instead of being formed again, and new ones put here.
+    """
     outcomes = {run.place: run.outcome for run in runs if run.outcome}
     lines = _reference_lines(recipe)
     rows = []
     for student in recipe.students:
         for method in recipe.methods:
-            own = [r for r in runs if r.place[:2] == (method.title, student)]
-            rows.append(_method_row(method, student, own, outcomes, lines, recipe, setting))
+            key = (method.title, student, *_rests_on(method, student, runs, lines))
+            if key not in kept:
+                own = [r for r in runs if r.place[:2] == (method.title, student)]
+                kept[key] = _method_row(method, student, own, outcomes, lines, recipe, setting)
+            rows.append(kept[key])
     return rows
 
 
@@ -77,6 +93,16 @@ def _reference_lines(recipe: CompareRecipe) -> _Lines:
         return next(found, None)
 
     return _Lines(plain("ce"), plain("full"))
+
+
+def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: _Lines) -> list[object]:
+    """Which runs of the method, CE and full KD are done, and which have failed."""
+    titles = (method.title, lines.ce, lines.full)
+    return [
+        (run.planned.fingerprint, run.outcome is not None, run.failure is not None)
+        for run in runs
+        if run.planned.student == student and run.planned.method.title in titles
+    ]
 
 
 def _run_row(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparselogits.data import Schedule
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import (
     Multinomial,
@@ -30,18 +32,29 @@ class Target:
         name: of the row.
         sampler: what makes the target; None for the label itself, cross-entropy without a teacher.
         missing_mass: the loss's rule for what a biased target lacks.
+        alpha: share of the labels' cross-entropy, as in the loss. What it is compared with remains
+            full distillation without labels.
+        rounds: of those drawn, how many are kept, thinned as in training; None for all.
 
     Raises:
-        InvalidArgumentError: for a rule that would bias an unbiased sampler's target.
+        InvalidArgumentError: for a rule that would bias an unbiased sampler's target, a share
+            outside [0, 1], or more rounds than are drawn.
     """
 
     name: str
     sampler: Sampler | None
     missing_mass: MissingMass = "drop"
+    alpha: float = 0.0
+    rounds: int | None = None
 
     def __post_init__(self) -> None:
         biased = self.sampler is None or not self.sampler.unbiased
         require_rule_for(self.missing_mass, unbiased=not biased)
+        if not 0 <= self.alpha <= 1:
+            raise InvalidArgumentError(f"alpha is a share in [0, 1], found {self.alpha}")
+        if self.rounds is not None:
+            drawn = None if self.sampler is None else self.sampler.rounds
+            Schedule.constant(self.rounds).require_within(drawn)
 
     def draws(self, wanted: int) -> int:
         """How many draws it takes: one where nothing is random."""

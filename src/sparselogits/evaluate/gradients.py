@@ -28,6 +28,7 @@ batch size of more than one window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,7 +44,8 @@ from sparselogits.evaluate.intervals import Estimate, t_interval
 from sparselogits.evaluate.moments import Moments
 from sparselogits.evaluate.passes import teacher_slices
 from sparselogits.evaluate.student_gradients import Drawn, Learner, Space
-from sparselogits.samplers import Sampler, window_uniforms
+from sparselogits.samplers import Sampler, thinning_starts, window_uniforms
+from sparselogits.targets import thinning_choices
 from sparselogits.teacher import Engine
 
 
@@ -80,6 +82,33 @@ class GradientFidelity:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> GradientFidelity:
+        """Read what `to_json` wrote."""
+        estimates = {k: Estimate(**v) for k, v in value.items() if isinstance(v, dict)}
+        return cls(**{**value, **estimates})
+
+    @property
+    def bias(self) -> float | None:
+        """Root of the squared bias; None where it cannot be told from zero."""
+        low = self.squared_bias.low
+        told = low is None or low > 0
+        return math.sqrt(max(self.squared_bias.mean, 0.0)) if told else None
+
+    @property
+    def bias_below(self) -> float | None:
+        """What the bias is below, where it cannot be told from zero."""
+        own = self.squared_bias
+        if own.low is None or own.high is None or own.low > 0:
+            return None
+        # a negative estimate is zero plus noise: its interval's half width bounds the square
+        return math.sqrt(max(own.high, own.high - own.mean))
+
+    @property
+    def noise(self) -> float:
+        """Root of the variance."""
+        return math.sqrt(max(self.variance.mean, 0.0))
 
 
 def measure_gradients(
@@ -120,8 +149,7 @@ def measure_gradients(
     length = windows.corpus.packing.window_length
     sizes = _window_counts(batch_tokens, length, len(windows))
     wanted = _draws(targets, draws, against)
-    rules = [target.missing_mass for target in targets]
-    learners = {name: Learner(model, rules, wanted, sizes) for name, model in students.items()}
+    learners = {name: Learner(model, targets, wanted, sizes) for name, model in students.items()}
     used = len(windows) // max(sizes) * max(sizes)
     entries = torch.zeros(len(targets), dtype=torch.float64)
     positions = 0
@@ -182,7 +210,7 @@ class _Maker:
         self.tokens, self.labels, self.part = tokens, labels, part
         self.logits, self.window, self.seed = logits, window, seed
         self.counted = labels != IGNORE_INDEX
-        self.made: dict[tuple[int, int], Drawn] = {}
+        self.made: dict[tuple[int, int | None, int], Drawn] = {}
 
     def draws(self, target: Target, count: int) -> list[Drawn]:
         """So many draws of a target, at the positions that count."""
@@ -191,18 +219,23 @@ class _Maker:
             return [Drawn(ids, torch.ones(ids.shape))]
         found = []
         for draw in range(count):
-            key = id(target.sampler), draw
+            key = id(target.sampler), target.rounds, draw
             if key not in self.made:
-                self.made[key] = self._draw(target.sampler, draw)
+                self.made[key] = self._draw(target.sampler, target.rounds, draw)
             found.append(self.made[key])
         return found
 
-    def _draw(self, sampler: Sampler, draw: int) -> Drawn:
+    def _draw(self, sampler: Sampler, rounds: int | None, draw: int) -> Drawn:
         length, per_position = len(self.tokens), sampler.uniforms_per_position
         uniforms = window_uniforms(self.seed + draw, self.window, length, per_position)
         own = uniforms[self.part].to(self.logits.device)
         # all positions, as a sampler that follows a student expects; then those that count
-        ids, weights = sampler.at(self.tokens, self.part)(self.logits, own).padded()
+        made = sampler.at(self.tokens, self.part)(self.logits, own)
+        if rounds is not None:
+            choices = thinning_choices(made.rounds or 0, rounds)
+            starts = thinning_starts(self.seed + draw, 0, self.window, length, choices)
+            made = made.thin(rounds, starts[self.part].to(made.ids.device))
+        ids, weights = made.padded()
         counted = self.counted.to(ids.device)
         return Drawn(ids[counted], weights[counted])
 

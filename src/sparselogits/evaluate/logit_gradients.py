@@ -59,6 +59,17 @@ class LogitGradient:
             values = values + pull[:, None] * stored
         return LogitGradient(share, targets.spread, ids, _merge_last(ids, values))
 
+    def with_labels(self, labels: Tensor, alpha: float) -> LogitGradient:
+        """(1 - alpha) of this and alpha of the labels' cross-entropy; labels int64 [P]."""
+        if alpha == 0:
+            return self
+        rest = 1 - alpha
+        ids = torch.cat([self.ids, labels[:, None]], 1)
+        label = torch.full_like(self.share, -alpha)[:, None]
+        values = torch.cat([rest * self.values, label], 1)
+        spread = None if self.spread is None else rest * self.spread
+        return LogitGradient(rest * self.share + alpha, spread, ids, _merge_last(ids, values))
+
 
 def _merge_last(ids: Tensor, values: Tensor) -> Tensor:
     """Values with the last column's added where its id stands earlier (a label among the stored).

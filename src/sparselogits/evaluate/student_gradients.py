@@ -16,9 +16,9 @@ from torch.func import functional_call
 
 from sparselogits.causal_lm import Parts, agrees_with_model, split
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.compared import Target
 from sparselogits.evaluate.logit_gradients import LogitGradient, Positions
 from sparselogits.evaluate.moments import Moments
-from sparselogits.losses import MissingMass
 from sparselogits.losses.chunked import accumulation_dtype
 from sparselogits.losses.targets import place_missing_mass
 
@@ -38,11 +38,11 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        rules: Sequence[MissingMass],
+        targets: Sequence[Target],
         draws: Sequence[int],
         sizes: Sequence[int],
     ) -> None:
-        self.model, self.rules, self.draws = model, rules, draws
+        self.model, self.targets, self.draws = model, targets, draws
         self.parts = _require_parts(model)
         # leaves of their own over the student's storage: nothing of the student is touched
         trunk, head = self.parts.trunk, self.parts.head
@@ -106,13 +106,14 @@ class Learner:
         self.full.logits.add_(here.sum_of_full())
         ones = torch.ones(len(rows), dtype=dtype, device=device)
         wanted = labels[counted].to(device)
-        for index, (rule, own) in enumerate(zip(self.rules, drawn, strict=True)):
+        for index, (target, own) in enumerate(zip(self.targets, drawn, strict=True)):
+            rule, alpha = target.missing_mass, target.alpha
             gradients = []
             for window, (ids, weights) in zip(self.own[index], own, strict=True):
                 placed = place_missing_mass(
                     ids.to(device), weights.to(device), ones, wanted, rule, vocabulary
                 )
-                gradient = LogitGradient.of(placed, here.student)
+                gradient = LogitGradient.of(placed, here.student).with_labels(wanted, alpha)
                 window.hidden[rows] = here.hidden(gradient)
                 here.weight_(gradient, window.weight)
                 window.logits.add_(here.sum(gradient))

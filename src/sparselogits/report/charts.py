@@ -52,6 +52,7 @@ class Chart:
         series: each in a colour.
         levels: (name, y) of horizontal lines.
         log_x: whether the x axis is logarithmic.
+        log_y: whether the y axis is; then every y of a point is above zero.
         marks: whether points are drawn, not the line alone.
         diagonal: whether y = x is drawn, from 0 to 1 on both axes.
     """
@@ -63,6 +64,7 @@ class Chart:
     series: tuple[Series, ...]
     levels: tuple[tuple[str, float], ...] = ()
     log_x: bool = False
+    log_y: bool = False
     marks: bool = True
     diagonal: bool = False
 
@@ -132,9 +134,18 @@ def draw_png(chart: Chart, path: Path) -> None:
         axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
     if chart.log_x:
         axes.set_xscale("log")
+    if chart.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        lowest, highest = axes.get_ylim()
+        axes.set_yticks(_log_ticks(lowest, highest))
+        axes.minorticks_off()
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     axes.grid(alpha=0.25)
-    if chart.series:
+    if len(chart.series) > COLOURS:  # beside the drawing, of which it would cover half
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        figure.set_figwidth(9.5)
+    elif chart.series:
         axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -179,24 +190,31 @@ def _axes(chart: Chart) -> tuple[list[float], list[float], _Map, _Map]:
     points = [p for series in chart.series for p in series.points]
     ys = [y for p in points for y in (p.low, p.y, p.high) if y is not None]
     ys += [level for _, level in chart.levels]
+    if chart.log_y:  # an interval may reach zero
+        ys = [y for y in ys if y > 0]
     xs = [p.x for p in points if p.x > 0 or not chart.log_x]
     if chart.diagonal:
         xs, ys = [*xs, 0.0, 1.0], [*ys, 0.0, 1.0]
     x_low, x_high = _widened(xs, 0 if chart.diagonal else 0.04, chart.log_x)
-    y_low, y_high = _widened(ys, 0 if chart.diagonal else 0.06, False)
-    scale: _Map = math.log if chart.log_x else float
-    left, right = scale(x_low), scale(x_high)
+    y_low, y_high = _widened(ys, 0 if chart.diagonal else 0.06, chart.log_y)
+    along_x, along_y = _share(x_low, x_high, chart.log_x), _share(y_low, y_high, chart.log_y)
 
     def across(value: float) -> float:
-        share = (scale(max(value, x_low) if chart.log_x else value) - left) / (right - left)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + along_x(value) * (_WIDTH - _LEFT - _RIGHT)
 
     def up(value: float) -> float:
-        share = (value - y_low) / (y_high - y_low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return _HEIGHT - _BOTTOM - along_y(value) * (_HEIGHT - _TOP - _BOTTOM)
 
-    ticks = _log_ticks(x_low, x_high) if chart.log_x else _ticks(x_low, x_high)
-    return ticks, _ticks(y_low, y_high), across, up
+    x_ticks = _log_ticks(x_low, x_high) if chart.log_x else _ticks(x_low, x_high)
+    y_ticks = _log_ticks(y_low, y_high) if chart.log_y else _ticks(y_low, y_high)
+    return x_ticks, y_ticks, across, up
+
+
+def _share(low: float, high: float, log: bool) -> _Map:
+    """From a value to its share of the way along an axis; on a logarithmic one 0 below the low."""
+    if not log:
+        return lambda value: (value - low) / (high - low)
+    return lambda value: math.log(max(value, low) / low) / math.log(high / low)
 
 
 def _widened(values: Sequence[float], margin: float, log: bool) -> tuple[float, float]:

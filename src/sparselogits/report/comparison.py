@@ -22,11 +22,9 @@ from sparselogits.compare.results import Figure, MethodRow, Results, RunRow
 from sparselogits.compare.task_scores import column_of
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.files import write_whole
-from sparselogits.report.charts import Chart, Point, Series, draw_png, draw_svg
+from sparselogits.report.charts import draw_png, draw_svg
+from sparselogits.report.comparison_charts import charts_of, in_words, students_of
 from sparselogits.report.document import document
-
-_BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
-_FAMILIES = {"topk": "Top-K", "multinomial": "RS-KD", "topp": "Top-P"}
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -38,7 +36,7 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    charts = {student: _charts(results, student) for student in _students(results)}
+    charts = {student: charts_of(results, student) for student in students_of(results)}
     page = folder / "report.html"
     write_whole(page, report_page(results))
     if find_spec("matplotlib") is None:
@@ -57,10 +55,10 @@ def write_report(results: Results, folder: Path) -> Path:
 def report_page(results: Results) -> str:
     """The page alone."""
     parts = [f"<h1>{escape(results.title)}</h1>", _lead(results)]
-    for student in _students(results):
+    for student in students_of(results):
         rows = [row for row in results.methods if row.student == student]
-        parts += [f"<h2>{escape(student)}</h2>", _table(rows, results)]
-        drawn = "".join(draw_svg(chart) for chart in _charts(results, student))
+        parts += [f"<h2>{escape(student)}</h2>", _table(rows, results), _on_gradients(rows)]
+        drawn = "".join(draw_svg(chart) for chart in charts_of(results, student))
         parts.append(f'<div class="figures">{drawn}</div>')
         parts.append(_tasks(rows, results))
     runs = (
@@ -73,10 +71,6 @@ def report_page(results: Results) -> str:
         styles=["theme.css", "report.css"],
         script="report.js",
     )
-
-
-def _students(results: Results) -> list[str]:
-    return list(dict.fromkeys(row.student for row in results.methods))
 
 
 def _lead(results: Results) -> str:
@@ -108,13 +102,42 @@ def _table(rows: Sequence[MethodRow], results: Results) -> str:
         + [_estimate(of(row), scale, digits) for _, of, scale, digits in _COLUMNS]
         for row in rows
     ]
+    if any(row.gradient for row in rows):
+        heads.append("gradient angle °")
+        lines = [[*line, _angle(row)] for line, row in zip(lines, rows, strict=True)]
     if results.teacher is not None:
         known = results.teacher.figures
         lines.append(
             ["(the teacher)", "", "", "", _plain(known.get("loss"), 3), "", "", ""]
             + [_plain(known.get(name), 1, 100) for name in ("ece", "overconfidence", "acceptance")]
         )
+        lines[-1] += [""] * (len(heads) - len(lines[-1]))
     return _grid(heads, lines)
+
+
+def _angle(row: MethodRow) -> str:
+    if row.gradient is None:
+        return "-"
+    own = row.gradient.sizes[-1].angle
+    said = f"{own.mean:.1f}"
+    return said if own.low is None or own.high is None else f"{said} ±{own.high - own.mean:.1f}"
+
+
+def _on_gradients(rows: Sequence[MethodRow]) -> str:
+    """What the column of angles is, and why angles are missing."""
+    said = []
+    measured = next((row.gradient for row in rows if row.gradient), None)
+    if measured is not None:
+        size = measured.sizes[-1]
+        said.append(
+            f"Gradient angle: between the gradient of a method's targets and full KD's, of all "
+            f"parameters of the student that {measured.student_method}, seed "
+            f"{measured.student_seed}, left; {size.batches} batches of {size.batch_tokens:,} "
+            "held-out tokens, ± half of a t interval over them."
+        )
+    failures = dict.fromkeys(row.gradient_failure for row in rows if row.gradient_failure)
+    said += [f"Gradients not measured: {message}" for message in failures]
+    return "".join(f"<p>{escape(words)}</p>" for words in said)
 
 
 def _runs(runs: Sequence[RunRow]) -> str:
@@ -176,18 +199,13 @@ def _settings(results: Results) -> str:
     facts: dict[str, Any] = dict(results.provenance)
     facts |= {k: v for k, v in results.settings.items() if k != "recipe"}
     items = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(_said(value))}</dd>" for name, value in facts.items()
+        f"<dt>{escape(name)}</dt><dd>{escape(in_words(value))}</dd>"
+        for name, value in facts.items()
     )
     recipe = json.dumps(results.settings.get("recipe", {}), indent=2, ensure_ascii=False)
     return (
         f"<dl>{items}</dl><details><summary>recipe</summary><pre>{escape(recipe)}</pre></details>"
     )
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_said(own)}" for name, own in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _seeds(row: MethodRow) -> str:
@@ -208,90 +226,3 @@ def _estimate(figure: Figure | None, scale: float, digits: int) -> str:
     if ends.low is None or ends.high is None:
         return said
     return f"{said} ±{scale * (ends.high - ends.low) / 2:.{digits}f}"
-
-
-def _charts(results: Results, student: str) -> list[Chart]:
-    rows = [r for r in results.methods if r.student == student and "loss" in r.figures]
-    number = _students(results).index(student)
-
-    def key(name: str) -> str:
-        return f"{name}-{number}"
-
-    plain = {"ce": "CE", "full": "full KD"}
-    levels = tuple((plain[r.family], r.figures["loss"].mean) for r in rows if r.family in plain)
-    loss = "held-out loss (nats)"
-    charts = [
-        Chart(
-            key("loss"),
-            "Loss against entries a token",
-            "entries a token",
-            loss,
-            _families(rows, lambda row: row.entries),
-            levels,
-            log_x=True,
-        ),
-        Chart(
-            key("storage"),
-            "Storage against loss",
-            "bytes a token, targets alone",
-            loss,
-            _families(rows, lambda row: row.bytes_per_token),
-            levels,
-            log_x=True,
-        ),
-        Chart(
-            key("calibration"),
-            "Calibration, 15 bins of equal width",
-            "confidence",
-            "accuracy",
-            tuple(
-                Series(r.method, tuple(Point(b.confidence, b.accuracy) for b in r.reliability))
-                for r in rows
-            ),
-            marks=False,
-            diagonal=True,
-        ),
-        Chart(
-            key("training"),
-            "Training curves, first seed done",
-            "optimiser steps",
-            "training loss on labels (nats)",
-            _curves(results.runs, student),
-            marks=False,
-        ),
-    ]
-    return [chart for chart in charts if chart.series]
-
-
-def _families(
-    rows: Sequence[MethodRow], of: Callable[[MethodRow], float | None]
-) -> tuple[Series, ...]:
-    """Methods that differ by their budget alone, as one series."""
-    found: dict[str, list[Point]] = {}
-    for row in rows:
-        x = of(row)
-        if x is None or x <= 0:
-            continue
-        figure = row.figures["loss"]
-        point = Point(x, figure.mean, figure.both.low, figure.both.high, row.method)
-        found.setdefault(_family(row), []).append(point)
-    return tuple(Series(n, tuple(sorted(p, key=lambda q: q.x))) for n, p in found.items())
-
-
-def _family(row: MethodRow) -> str:
-    name = _FAMILIES.get(row.family, row.family)
-    more = [
-        f"{k} {_said(v)}".replace("_", " ")
-        for k, v in sorted(row.spec.items())
-        if k not in _BUDGETS
-    ]
-    return ", ".join([name, *more])
-
-
-def _curves(runs: Sequence[RunRow], student: str) -> tuple[Series, ...]:
-    found: dict[str, Series] = {}
-    for run in runs:
-        if run.student == student and run.curve:
-            points = tuple(Point(step, loss) for step, loss in run.curve if math.isfinite(loss))
-            found.setdefault(run.method, Series(run.method, points))
-    return tuple(found.values())

@@ -117,7 +117,7 @@ def _task(name: str, data: Path | None) -> list[Any]:
     manager = _all_tasks()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [*LOCAL_TASKS, *manager.all_tasks], n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
+        meant = f"; did you mean {near[0]!r}?" if near else "."
         raise TaskError(
             f"nobody knows a task {name!r}{meant} There are {', '.join(LOCAL_TASKS)}, which need "
             "no network, and what `lm-eval ls tasks` lists"
