@@ -47,18 +47,20 @@ check: .venv/.installed
 	touch $@
 
 # Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:
-# steadiest on a machine that others use too. torch's chunked loss is left to a run by hand: it takes
-# seven to eighteen times the products. Sizes need text that the demo does not bring:
-# make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+# steadiest on a machine that others use too; at D = 2048 the products dominate and three repetitions
+# do. torch's chunked loss, at seven to eighteen times the products, is left to a run by hand. Sizes
+# need text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
 STEADY := --threads 1 --clock cpu
-LOSS := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) --repeats 3
-RIVALS := ours_12 ours_alpha cross_entropy distillkit dense cut_torch
+GRID := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) \
+	--only ours_1 ours_5 ours_12 ours_50 cross_entropy
+RIVALS := --d 128 512 --v 49152 --k 12 --anew --only ours_12 ours_alpha cross_entropy cut_torch
 bench: .venv/.installed
 	$(PIP) --editable '.[bench]'
-	$(LOSS) --only ours_1 ours_5 $(RIVALS) ours_50 --rivals-v 49152 --anew
-	$(LOSS) --only $(RIVALS) --dtype bfloat16 --d 512 --v 49152
-	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_two_threads.json --threads 2 --anew \
-		--d 128 512 --v 49152 --k 12 --only ours_12 cross_entropy cut_torch
+	$(GRID) --d 128 512 --repeats 7 --anew
+	$(GRID) --d 2048 --repeats 3
+	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_rivals.json $(STEADY) $(RIVALS) \
+		distillkit dense --dtype float32 bfloat16
+	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_two_threads.json --threads 2 $(RIVALS)
 	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
 	$(BIN)/python benchmarks/decode.py --out benchmarks/decode.json

@@ -1,7 +1,7 @@
 """Speed of the sparse loss against the matrix products it cannot avoid, and against its rivals.
 
     python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 512 --repeats 7 --out loss.json
-    python benchmarks/loss.py --threads 1 --clock cpu --rivals-v 49152 --anew --out loss.json
+    python benchmarks/loss.py --threads 1 --clock cpu --anew --out loss.json
 
 All methods of a setting run interleaved in one process, forward and backward, in an order shuffled
 each time; each repetition's time is divided by that of the three bare products of the same
@@ -22,7 +22,7 @@ kernels need a GPU, or Triton's interpreter, whose time says nothing: not here.
 
 A grid that takes long may be run in pieces: settings are added to those that `--out` holds, as long
 as machine and options are the same; `--anew` forgets them first, so that what is there then is of
-one run. `--rivals-v` spares the rivals the rest of the grid.
+one run.
 """
 
 from __future__ import annotations
@@ -186,12 +186,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="methods to run; all when left out")
-    parser.add_argument(
-        "--rivals-v",
-        type=int,
-        nargs="+",
-        help="vocabularies where all methods run; elsewhere ours_K and cross_entropy alone",
-    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--clock",
@@ -219,13 +213,10 @@ def main() -> None:
     }
     if args.out and args.anew:
         args.out.unlink(missing_ok=True)
-    everywhere = {*(f"ours_{K}" for K in args.k), "cross_entropy"}
     for dtype, D, V in itertools.product(args.dtype, args.d, args.v):
         runs = methods(args.rows, D, V, args.k, DTYPES[dtype], args.device)
-        wanted = set(args.only or runs)
-        if args.rivals_v is not None and V not in args.rivals_v:
-            wanted &= everywhere
-        runs = {name: run for name, run in runs.items() if name in {"products", *wanted}}
+        if args.only:
+            runs = {name: run for name, run in runs.items() if name in {"products", *args.only}}
         row = {"dtype": dtype, "D": D, "V": V, "rows": args.rows, "repeats": args.repeats}
         row |= measure(runs, args.repeats, args.device, clock)
         print(json.dumps(row), flush=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from sparselogits.compare import MethodRow, Results, read_results
 from sparselogits.compare.results import Ends, Figure, OfBatches
 from sparselogits.compare.task_scores import column_of
+from sparselogits.evaluate.intervals import t_interval
 
 HEAD = (
     "| method | seeds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "
@@ -60,6 +61,42 @@ def seeds_table(results: Results) -> list[str]:
         if len(row.seeds_done) > 1 and "loss" in row.minus_ce:
             lines.append(f"| {row.method} | {with_ends(row.minus_ce['loss'], 'seeds')} |")
     return lines
+
+
+PAIRS = [
+    *((f"systematic {b}", f"RS-KD {b}") for b in ("2.4", "5", "12")),
+    *((f"{m} {b}", f"systematic {b}") for m in ("threshold", "adaptive") for b in ("5", "12")),
+    *((m, "full KD") for m in ("RS-KD 12", "systematic 12", "RS-KD 25", "RS-KD 57")),
+    *((f"RS-KD 12, alpha {a}", "RS-KD 12") for a in ("0.1", "0.3", "0.5")),
+    *((f"RS-KD 12, exponent {x}", "RS-KD 12") for x in ("0.5", "0.8", "1.2")),
+    *((f"Top-K {k}, smooth", f"Top-K {k}, ghost") for k in (5, 12, 50, 100)),
+    ("systematic 12, thinned to 4, fresh", "systematic 12, thinned to 4, frozen"),
+]
+"""Methods whose difference docs/results.md speaks of; those a comparison lacks are left out."""
+
+
+def pairs_table(results: Results) -> list[str]:
+    """Differences of loss, paired by seed: Student's t over the seeds that both have."""
+    losses: dict[tuple[str, str], dict[int, float]] = {}
+    for run in results.runs:
+        if run.status == "done":
+            losses.setdefault((run.student, run.method), {})[run.seed] = run.figures["loss"]
+    lines = []
+    for student in dict.fromkeys(row.student for row in results.methods):
+        for one, other in PAIRS:
+            first, second = (losses.get((student, name), {}) for name in (one, other))
+            differences = [first[seed] - second[seed] for seed in first if seed in second]
+            if not differences:
+                continue
+            found = t_interval(differences)
+            said = f"{found.mean:+.3f}"
+            if found.low is not None and found.high is not None:
+                said += f" ({found.low:+.3f} to {found.high:+.3f})"
+            by_seed = ", ".join(f"{own:+.3f}" for own in differences)
+            lines.append(f"| {one} | {other} | {said} | {by_seed} |")
+    if not lines:
+        return []
+    return ["| method | less | loss, t interval over seeds | each seed |", "|---" * 4 + "|", *lines]
 
 
 def drafting_table(results: Results) -> list[str]:
@@ -148,6 +185,7 @@ def main() -> None:
             f"overconfidence {100 * own['overconfidence']:.1f} %."
         )
     print("\n" + "\n".join(seeds_table(results)))
+    print("\n" + "\n".join(pairs_table(results)))
     print("\n" + "\n".join(drafting_table(results)))
     if tasks := tasks_table(results):
         print("\n" + "\n".join(tasks))
