@@ -109,7 +109,7 @@ def drafting_table(results: Results) -> list[str]:
             numbers = (100 * x for x in (own.acceptance, own.expected, own.error))
             cells = " | ".join(f"{x:.1f}" for x in numbers)
             lines.append(f"| {row.method} | {own.verified} | {cells} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def tasks_table(results: Results) -> list[str]:
@@ -185,12 +185,9 @@ def main() -> None:
             f"overconfidence {100 * own['overconfidence']:.1f} %."
         )
     print("\n" + "\n".join(seeds_table(results)))
-    print("\n" + "\n".join(pairs_table(results)))
-    print("\n" + "\n".join(drafting_table(results)))
-    if tasks := tasks_table(results):
-        print("\n" + "\n".join(tasks))
-    if table := gradient_table(results):
-        print("\n" + "\n".join(table))
+    for table in (pairs_table, drafting_table, tasks_table, gradient_table):
+        if lines := table(results):
+            print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

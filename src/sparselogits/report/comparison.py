@@ -97,9 +97,11 @@ _COLUMNS: tuple[tuple[str, Callable[[MethodRow], Figure | None], float, int], ..
 
 def _table(rows: Sequence[MethodRow], results: Results) -> str:
     heads = ["method", "seeds", "entries", "bytes a token", *(name for name, *_ in _COLUMNS)]
+    heads.append("tokens/s of a core")
     lines = [
         [row.method, _seeds(row), _plain(row.entries, 1), _plain(row.bytes_per_token, 2)]
         + [_estimate(of(row), scale, digits) for _, of, scale, digits in _COLUMNS]
+        + [_plain(row.tokens_per_cpu_second, 0)]
         for row in rows
     ]
     if any(row.gradient for row in rows):
