@@ -60,7 +60,7 @@ def seeds_table(results: Results) -> list[str]:
     for row in results.methods:
         if len(row.seeds_done) > 1 and "loss" in row.minus_ce:
             lines.append(f"| {row.method} | {with_ends(row.minus_ce['loss'], 'seeds')} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 PAIRS = [
@@ -171,10 +171,13 @@ def over_batches(figure: OfBatches, digits: int) -> str:
     return said if figure.high is None else f"{said} ± {figure.high - figure.mean:.{digits}f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
-    results = read_results(parser.parse_args().results)
+def of_student(results: Results, student: str) -> Results:
+    rows = [row for row in results.methods if row.student == student]
+    runs = [run for run in results.runs if run.student == student]
+    return results.model_copy(update={"methods": rows, "runs": runs})
+
+
+def show(results: Results) -> None:
     print(HEAD)
     print("|---" * 12 + "|")
     print("\n".join(line(row) for row in results.methods))
@@ -184,10 +187,20 @@ def main() -> None:
             f"\nThe teacher itself: loss {own['loss']:.3f}, ECE {100 * own['ece']:.1f} %, "
             f"overconfidence {100 * own['overconfidence']:.1f} %."
         )
-    print("\n" + "\n".join(seeds_table(results)))
-    for table in (pairs_table, drafting_table, tasks_table, gradient_table):
+    for table in (seeds_table, pairs_table, drafting_table, tasks_table, gradient_table):
         if lines := table(results):
             print("\n" + "\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    results = read_results(parser.parse_args().results)
+    students = list(dict.fromkeys(row.student for row in results.methods))
+    for student in students:
+        if len(students) > 1:
+            print(f"\n{student}:\n")
+        show(of_student(results, student))
 
 
 if __name__ == "__main__":
