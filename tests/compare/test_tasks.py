@@ -134,7 +134,14 @@ def test_they_are_in_every_form(
 
 
 def test_results_without_tasks_are_read_and_show_none(tmp_path: Path) -> None:
-    old = read_results(ROOT / "experiments" / "results" / "compare_small_teacher.json")
+    stored = json.loads(
+        (ROOT / "experiments" / "results" / "compare_small_teacher.json").read_text()
+    )
+    for row in [*stored["methods"], *stored["runs"], stored["teacher"]]:
+        del row["tasks"]
+        row.pop("tasks_failed", None)
+    (tmp_path / "results.json").write_text(json.dumps(stored))
+    old = read_results(tmp_path)
     assert all(row.tasks == {} for row in old.methods)
     assert "Zero-shot" not in report_page(old)
 
