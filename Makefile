@@ -1,6 +1,6 @@
 # These commands do everything on a machine with Python 3.11, make and a package index:
 #   make demo    the whole way on a real teacher and real text
-#   make bench   every benchmark, and docs/benchmarks.md from what they find (about an hour)
+#   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour, perhaps)
 #   make test    formatter, linter, type checker, tests
 #   make release a release rehearsed: nothing is uploaded
 

@@ -59,3 +59,8 @@ class MissingDependencyError(SparseLogitsError):
 
 class SparseLogitsWarning(UserWarning):
     """A fallback was taken that costs memory or time but not correctness."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return str(error).strip() or type(error).__name__

@@ -38,23 +38,8 @@ METHODS: list[Any] = [
 
 
 @pytest.fixture(scope="module")
-def values(teacher_folder: Path, text: Path, tmp_path_factory: Any) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("compare")
-    pages = folder / "pages.jsonl"
-    pages.write_text("".join(line for line in text.open() if len(line) < 2500))
-    return {
-        "teacher": str(teacher_folder),
-        "data": str(pages),
-        "out": str(folder / "out"),
-        "window": 32,
-        "holdout": 0.25,
-        "heldout_windows": 8,
-        "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
-        "training": {"batch_windows": 8, "log_steps": 1},
-        "seeds": [0, 1],
-        "resamples": 50,
-        "methods": METHODS,
-    }
+def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    return tiny(tmp_path_factory.mktemp("compare"), heldout_windows=8, methods=METHODS)
 
 
 @pytest.fixture(scope="module")

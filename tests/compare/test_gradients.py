@@ -43,24 +43,10 @@ RECORD = Path(__file__).parents[2] / "experiments" / "results" / "compare_small_
 
 
 @pytest.fixture(scope="module")
-def values(teacher_folder: Path, text: Path, tmp_path_factory: Any) -> dict[str, Any]:
+def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    own = {"training": {"batch_windows": 8}, "seeds": [0], "resamples": 20}
     folder = tmp_path_factory.mktemp("gradients")
-    pages = folder / "pages.jsonl"
-    pages.write_text("".join(line for line in text.open() if len(line) < 2500))
-    return {
-        "teacher": str(teacher_folder),
-        "data": str(pages),
-        "out": str(folder / "out"),
-        "window": 32,
-        "holdout": 0.25,
-        "heldout_windows": 4,
-        "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
-        "training": {"batch_windows": 8},
-        "seeds": [0],
-        "resamples": 20,
-        "gradients": GRADIENTS,
-        "methods": METHODS,
-    }
+    return tiny(folder, gradients=GRADIENTS, methods=METHODS, **own)
 
 
 def compared(values: dict[str, Any], **changes: Any) -> Results:

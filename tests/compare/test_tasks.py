@@ -30,23 +30,9 @@ FIGURES += ["last_word/acc", "last_word/perplexity"]
 
 
 @pytest.fixture(scope="module")
-def values(teacher_folder: Path, text: Path, tmp_path_factory: Any) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("compare")
-    pages = folder / "pages.jsonl"
-    pages.write_text("".join(line for line in text.open() if len(line) < 4000))
-    return {
-        "teacher": str(teacher_folder),
-        "data": str(pages),
-        "out": str(folder / "out"),
-        "window": 64,
-        "holdout": 0.4,
-        "heldout_windows": 4,
-        "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
-        "training": {"batch_windows": 8, "log_steps": 1},
-        "seeds": [0, 1],
-        "resamples": 50,
-        "methods": ["ce", {"sampler": "topk", "k": 5}],
-    }
+def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    folder, methods = tmp_path_factory.mktemp("tasks"), ["ce", {"sampler": "topk", "k": 5}]
+    return tiny(folder, longest=4000, window=64, holdout=0.4, methods=methods)
 
 
 def carried_out(values: dict[str, Any], **changes: Any) -> Results:

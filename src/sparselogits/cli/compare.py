@@ -43,8 +43,7 @@ def compare(
         if run.status == "failed":
             what = f"{run.method}, {run.student}, seed {run.seed}"
             messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
-    missing = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
-    for message in missing:
+    for message in results.tasks_not_measured:
         messages.print(f"[yellow]task not measured:[/] {escape(message)}")
     failures = ((row.student, row.gradient_failure) for row in results.methods)
     for student, why in dict.fromkeys(failures):

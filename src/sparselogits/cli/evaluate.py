@@ -16,7 +16,7 @@ from rich.table import Table
 from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import Device, Json, device_named, stdout
 from sparselogits.console import stage
-from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, TeacherError
+from sparselogits.errors import InvalidArgumentError, TeacherError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +146,7 @@ def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
 
 def _tokenizer(name: str, expected: str) -> Any:
     """The tokenizer for the tasks' text, which has to be the one the cache was made with."""
-    from sparselogits.corpus import tokenizer_fingerprint
+    from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate.tasks import require_lm_eval
     from sparselogits.teacher.loading import load_tokenizer
 
@@ -159,10 +159,7 @@ def _tokenizer(name: str, expected: str) -> Any:
             f"--tasks needs the tokenizer, and {name} has none that can be read; name the "
             "teacher's folder with --teacher or --tokenizer"
         ) from error
-    if tokenizer_fingerprint(found) != expected:
-        raise IdentityMismatchError(
-            f"the tokenizer at {name} is not the one the cache was made with; give the teacher's"
-        )
+    require_tokenizer(found, expected)
     return found
 
 

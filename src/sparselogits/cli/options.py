@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import InvalidArgumentError, reason_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
@@ -26,7 +26,7 @@ def device_named(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = reason_of(error).splitlines()[0]
         raise InvalidArgumentError(
             f"--device {name} cannot be used here ({first}); choose auto or cpu, or install a "
             "torch that was built for that device"

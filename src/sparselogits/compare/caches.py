@@ -86,12 +86,14 @@ class Setting:
     Args:
         corpus: training and held-out windows.
         teacher: loaded.
+        tokenizer: the teacher's.
         caches: by the key of a draw.
         failures: by the key of a draw, why there is no cache.
     """
 
     corpus: PackedCorpus
     teacher: TransformersTeacher
+    tokenizer: Any
     caches: dict[str, Path]
     failures: dict[str, str]
 
@@ -145,7 +147,7 @@ def prepare(
             windows_per_shard=WINDOWS_PER_SHARD,
             progress=update,
         )
-    return Setting(corpus, teacher, caches, failures)
+    return Setting(corpus, teacher, tokenizer, caches, failures)
 
 
 def slug(text: str) -> str:

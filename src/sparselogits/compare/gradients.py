@@ -31,6 +31,7 @@ from sparselogits.compare.recipe import CompareRecipe, Gradients, MethodSpec
 from sparselogits.compare.results import Gradient, GradientSize, MethodRow, OfBatches
 from sparselogits.compare.summary import Run
 from sparselogits.data import CacheDataset, TextDataset, rounds_for_entries
+from sparselogits.errors import reason_of
 from sparselogits.evaluate import Estimate, GradientFidelity, Target, measure_gradients
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
@@ -84,7 +85,7 @@ def measure_missing(
             try:
                 _measure(missing.values(), recipe, recipe.gradients, setting, kept, device, stage)
             except Exception as error:  # whatever it is, nothing else is lost to it
-                kept.failures |= dict.fromkeys(missing, _reason(error))
+                kept.failures |= dict.fromkeys(missing, reason_of(error))
             kept.write(recipe.out)
 
 
@@ -213,7 +214,7 @@ def _measure(
         try:
             targets.append(_target(own, setting, samplers))
         except Exception as error:  # a sampler that cannot be had again does not stop the others
-            kept.failures[own.fingerprint] = _reason(error)
+            kept.failures[own.fingerprint] = reason_of(error)
     if not targets:
         return
     assert on is not None
@@ -283,7 +284,3 @@ def _gradient(asked: Asked, kept: Sequence[dict[str, Any]], out: Path) -> Gradie
 
 def _of_batches(estimate: Estimate) -> OfBatches:
     return OfBatches(mean=estimate.mean, low=estimate.low, high=estimate.high)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__

@@ -184,6 +184,12 @@ class Results(_Value):
     methods: list[MethodRow]
     runs: list[RunRow]
 
+    @property
+    def tasks_not_measured(self) -> list[str]:
+        """Tasks that runs lack, each with why, once for all runs that say the same."""
+        said = (f"{n}: {why}" for run in self.runs for n, why in run.tasks_failed.items())
+        return list(dict.fromkeys(said))
+
     def to_csv(self) -> str:
         """A line for each method and student, and one for each run."""
         out = io.StringIO()

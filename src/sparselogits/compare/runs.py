@@ -28,6 +28,7 @@ from typing import Any
 from sparselogits.compare.caches import Draw, Setting, slug
 from sparselogits.compare.recipe import CompareRecipe, MethodSpec
 from sparselogits.data import TextDataset
+from sparselogits.errors import reason_of
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
@@ -181,8 +182,7 @@ def carry_out(
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
     except Exception as error:  # whatever it is, the other runs are not lost to it
-        reason = str(error).strip() or type(error).__name__
-        found = {"message": reason, "traceback": traceback.format_exc()}
+        found = {"message": reason_of(error), "traceback": traceback.format_exc()}
         write_whole(planned.folder / "failure.json", json.dumps(found) + "\n")
         return None
     write_whole(planned.folder / "outcome.json", json.dumps(asdict(outcome)) + "\n")

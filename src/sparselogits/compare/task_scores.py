@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def with_tasks(results: Results, recipe: CompareRecipe) -> Results:
     if teacher is not None:
         kept = read(recipe.out / "tasks" / "teacher.json")
         of = teacher_of(results.settings["teacher"])
-        own = {score.name: score for score in _current(kept, wanted, of)}
+        own = {score.name: score for score in _current(kept, fingerprints(recipe, of))}
         teacher = teacher.model_copy(update=_summary(own, failed, kept, recipe))
     return results.model_copy(update={"runs": runs, "methods": methods, "teacher": teacher})
 
@@ -70,8 +71,13 @@ def column_of(name: str) -> tuple[str, float, int]:
     return f"{task} {metric} %", 100, 1
 
 
-def fingerprints(recipe: CompareRecipe) -> dict[str, str]:
-    """By task, what determines its scores besides the model; without those that have no data."""
+def fingerprints(recipe: CompareRecipe, of: str = "") -> dict[str, str]:
+    """By task, what determines its scores; without those that have no data.
+
+    Args:
+        recipe: the comparison.
+        of: what stands for the model where scores do not lie in its own folder.
+    """
     assert recipe.tasks is not None
     failed = read(recipe.out / "tasks" / "failures.json")
     found = {}
@@ -89,7 +95,8 @@ def fingerprints(recipe: CompareRecipe) -> dict[str, str]:
             "limit": recipe.tasks.limit,
             "lm_eval": version("lm_eval"),
         }
-        found[name] = hashlib.sha256(canonical_json(determined)).hexdigest()
+        digest = hashlib.sha256(canonical_json(determined)).hexdigest()
+        found[name] = f"{digest} {of}".strip()
     return found
 
 
@@ -104,13 +111,11 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _current(
-    kept: Mapping[str, Any], wanted: Mapping[str, str], of: str = ""
-) -> Iterator[TaskScore]:
+def _current(kept: Mapping[str, Any], wanted: Mapping[str, str]) -> Iterator[TaskScore]:
     """The scores that are kept of the tasks as they are wanted now."""
     for name, fingerprint in wanted.items():
         own = kept.get("scores", {}).get(name)
-        if own is not None and own["fingerprint"] == f"{fingerprint} {of}".strip():
+        if own is not None and own["fingerprint"] == fingerprint:
             for score in own["scores"]:
                 yield TaskScore(**{**score, "values": tuple(score["values"])})
 
@@ -132,10 +137,11 @@ def _summary(
 def _figures(seeds: Sequence[Mapping[str, TaskScore]], resamples: int) -> dict[str, Figure]:
     """Means over seeds of what all of them have, with intervals over samples, seeds and both."""
     names = [name for name in (seeds[0] if seeds else {}) if all(name in own for own in seeds)]
-    return {name: _figure([own[name] for own in seeds], resamples) for name in names}
+    return {name: _figure(tuple(own[name] for own in seeds), resamples) for name in names}
 
 
-def _figure(scores: Sequence[TaskScore], resamples: int) -> Figure:
+@lru_cache(maxsize=4096)  # results are put together after every run, and most scores are as before
+def _figure(scores: tuple[TaskScore, ...], resamples: int) -> Figure:
     if not all(score.stderr is not None for score in scores):
         over = t_interval([score.value for score in scores])
         none = Ends(low=None, high=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparselogits.compare.caches import Setting, Stage
 from sparselogits.compare.recipe import CompareRecipe
 from sparselogits.compare.runs import Planned, claimed, outcome_of
 from sparselogits.compare.task_scores import fingerprints, read, teacher_of
+from sparselogits.errors import reason_of
 from sparselogits.evaluate.tasks import (
     LOCAL_TASKS,
     check_task,
@@ -27,7 +28,7 @@ from sparselogits.evaluate.tasks import (
 )
 from sparselogits.evaluate.tasks.running import Progress
 from sparselogits.files import write_whole
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_causal_lm
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def prepare_tasks(recipe: CompareRecipe, setting: Setting, *, stage: Stage) -> T
     if recipe.tasks is None:
         return None
     require_lm_eval()
-    tokenizer, folder = load_tokenizer(recipe.teacher), recipe.out / "tasks"
+    tokenizer, folder = setting.tokenizer, recipe.out / "tasks"
     failures = {}
     for name in recipe.tasks.names:
         try:
@@ -73,15 +74,16 @@ def prepare_tasks(recipe: CompareRecipe, setting: Setting, *, stage: Stage) -> T
             else:
                 check_task(name)
         except Exception as error:  # whatever it is, the other tasks are not lost to it
-            failures[name] = _said(error)
+            failures[name] = reason_of(error)
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
     write_whole(folder / "failures.json", json.dumps(failures) + "\n")
     first = setting.corpus.packing.first_id
     own = TaskSetting(folder, recipe.tasks.limit, fingerprints(recipe), tokenizer, first)
-    file, of = folder / "teacher.json", teacher_of(setting.teacher.identity)
-    if _missing(file, own, of):
+    of_teacher = fingerprints(recipe, teacher_of(setting.teacher.identity))
+    file, teachers = folder / "teacher.json", replace(own, wanted=of_teacher)
+    if _missing(file, teachers):
         with stage("tasks, teacher", "sequences") as update:
-            _score(setting.teacher.model, file, own, of, lambda done, of, _: update(done, of))
+            _score(setting.teacher.model, file, teachers, lambda done, all_, _: update(done, all_))
     return own
 
 
@@ -98,7 +100,7 @@ def measure_tasks(run: Planned, tasks: TaskSetting | None, *, device: str = "cpu
     try:
         model = load_causal_lm(str(run.folder / "model"), dtype="float32").to(device)
     except Exception as error:
-        _keep(file, {}, dict.fromkeys(_missing(file, tasks), _said(error)))
+        _keep(file, {}, dict.fromkeys(_missing(file, tasks), reason_of(error)))
         return
     _score(model, file, tasks)
 
@@ -138,11 +140,10 @@ def _score(
     model: nn.Module,
     file: Path,
     tasks: TaskSetting,
-    of: str = "",
     progress: Progress | None = None,
 ) -> None:
     """Score a model on what its file lacks, and keep it there."""
-    names = _missing(file, tasks, of)
+    names = _missing(file, tasks)
     local = [name for name in names if name in LOCAL_TASKS]
     # lm-eval's own one by one: a name may stand for many, and one may fail
     for together in [*([local] if local else []), *([n] for n in names if n not in local)]:
@@ -157,14 +158,13 @@ def _score(
                 progress=progress,
             )
         except Exception as error:  # whatever it is, nothing else is lost to it
-            _keep(file, {}, dict.fromkeys(together, _said(error)))
+            _keep(file, {}, dict.fromkeys(together, reason_of(error)))
             continue
         scores: dict[str, list[Any]] = {name: [] for name in together}
         for score in found:
             scores[score.task if together is local else together[0]].append(asdict(score))
         own = {
-            name: {"fingerprint": f"{tasks.wanted[name]} {of}".strip(), "scores": scores[name]}
-            for name in together
+            name: {"fingerprint": tasks.wanted[name], "scores": scores[name]} for name in together
         }
         _keep(file, own, {})
 
@@ -177,14 +177,10 @@ def _keep(file: Path, scores: Mapping[str, Any], failures: Mapping[str, str]) ->
     write_whole(file, json.dumps(kept) + "\n")
 
 
-def _missing(file: Path, tasks: TaskSetting, of: str = "") -> list[str]:
+def _missing(file: Path, tasks: TaskSetting) -> list[str]:
     kept = read(file).get("scores", {})
     return [
         name
         for name, fingerprint in tasks.wanted.items()
-        if kept.get(name, {}).get("fingerprint") != f"{fingerprint} {of}".strip()
+        if kept.get(name, {}).get("fingerprint") != fingerprint
     ]
-
-
-def _said(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__

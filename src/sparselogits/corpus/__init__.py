@@ -3,7 +3,7 @@
 from sparselogits.corpus.packed import CorpusSummary, PackedCorpus
 from sparselogits.corpus.packer import pack
 from sparselogits.corpus.source import Source, open_source
-from sparselogits.corpus.tokenizing import packing_for, tokenizer_fingerprint
+from sparselogits.corpus.tokenizing import packing_for, require_tokenizer, tokenizer_fingerprint
 from sparselogits.corpus.windows import Packing, Window, fingerprint
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "open_source",
     "pack",
     "packing_for",
+    "require_tokenizer",
     "tokenizer_fingerprint",
 ]

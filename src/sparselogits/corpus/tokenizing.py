@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.windows import Packing
-from sparselogits.errors import CorpusError
+from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.identity import canonical_json
 
 if TYPE_CHECKING:
@@ -182,6 +182,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         described["vocabulary"] = tokenizer.get_vocab()
         described["files"] = _vocabulary_files(tokenizer)
     return hashlib.sha256(canonical_json(described)).hexdigest()
+
+
+def require_tokenizer(tokenizer: Any, expected: str) -> None:
+    """Insist that a tokenizer is the one a cache was made with.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        expected: the cache's, as `tokenizer_fingerprint` has it.
+
+    Raises:
+        IdentityMismatchError: it is another.
+    """
+    found = tokenizer_fingerprint(tokenizer)
+    if found != expected:
+        raise IdentityMismatchError(
+            f"the tokenizer given ({found[:12]}...) is not the cache's ({expected[:12]}...): its "
+            "ids mean other tokens. Give --tokenizer the folder or name of the cache's teacher"
+        )
 
 
 def _vocabulary_files(tokenizer: Any) -> dict[str, str]:

@@ -161,8 +161,8 @@ def _runs(runs: Sequence[RunRow]) -> str:
 
 def _tasks(rows: Sequence[MethodRow], results: Results) -> str:
     """Zero-shot tasks, where there are any, and why some are missing."""
-    failed = {f"{n}: {why}": None for run in results.runs for n, why in run.tasks_failed.items()}
-    notes = "".join(f"<p>Not measured: {escape(message)}</p>" for message in failed)
+    missing = results.tasks_not_measured
+    notes = "".join(f"<p>Not measured: {escape(message)}</p>" for message in missing)
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return notes

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselogits.corpus import require_tokenizer
 from sparselogits.data import CacheDataset
 from sparselogits.data.dataset import IGNORE_INDEX
-from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.errors import CacheError
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
 from sparselogits.report.tokens import TokenTexts
 from sparselogits.targets import SparseTargets
@@ -131,7 +132,7 @@ class WindowViewer:
         student: nn.Module | None = None,
     ) -> None:
         if tokenizer is not None:
-            _require_tokenizer(tokenizer, dataset.identity.tokenizer)
+            require_tokenizer(tokenizer, dataset.identity.tokenizer)
         self.dataset, self.tokenizer, self.teacher = dataset, tokenizer, teacher
         self.student = None if student is None else StudentLogits(student.eval())
 
@@ -351,14 +352,3 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
             start = joined.pop()[0]
         joined.append((start, stop))
     return joined
-
-
-def _require_tokenizer(tokenizer: Any, expected: str) -> None:
-    from sparselogits.corpus import tokenizer_fingerprint
-
-    found = tokenizer_fingerprint(tokenizer)
-    if found != expected:
-        raise IdentityMismatchError(
-            f"the tokenizer given ({found[:12]}...) is not the cache's ({expected[:12]}...): its "
-            "ids mean other tokens. Give --tokenizer the folder or name of the cache's teacher"
-        )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.errors import MissingDependencyError, TeacherError
+from sparselogits.errors import MissingDependencyError, TeacherError, reason_of
 from sparselogits.identity import canonical_json
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher
 
@@ -278,4 +278,4 @@ def _plain(value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return reason_of(error).splitlines()[0]

@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
-from sparselogits.errors import TaskError
+from sparselogits.errors import TaskError, reason_of
 from sparselogits.evaluate.tasks.local import LOCAL_TASKS
 from sparselogits.evaluate.tasks.running import Progress, TaskScore
 
@@ -165,7 +165,7 @@ def _batch(model: nn.Module) -> int:
 
 
 def _said(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return reason_of(error).splitlines()[0].rstrip(".")
 
 
 @contextmanager

@@ -1,0 +1,33 @@
+"""A comparison of tiny models, for tests that carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(teacher_folder: Path, text: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny(folder, longest=LINE, **values)`: a recipe's values, all but the methods."""
+
+    def values(folder: Path, *, longest: int = 2500, **own: Any) -> dict[str, Any]:
+        pages = folder / "pages.jsonl"
+        pages.write_text("".join(line for line in text.open() if len(line) < longest))
+        return {
+            "teacher": str(teacher_folder),
+            "data": str(pages),
+            "out": str(folder / "out"),
+            "window": 32,
+            "holdout": 0.25,
+            "heldout_windows": 4,
+            "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
+            "training": {"batch_windows": 8, "log_steps": 1},
+            "seeds": [0, 1],
+            "resamples": 50,
+            **own,
+        }
+
+    return values
