@@ -16,9 +16,9 @@ from sparselogits.planning.devices import DEVICES, DeviceKind
 FORWARD, TRAINING = 2, 6
 UTILISATION = 0.4
 """Assumed, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4)."""
-BUILD_OVERHEAD = 0.052
+BUILD_OVERHEAD = 0.046
 """The whole build over the teacher's forward pass, less one: benchmarks/cache_build.json."""
-STEP_OVERHEAD = 0.019
+STEP_OVERHEAD = 0.006
 """A step from the cache over a CE step, less one: benchmarks/step.json, student 'even'."""
 TEXT_BYTES = 1.49
 """Bytes a token for the tokens themselves: benchmarks/size.json, V = 49 152."""
