@@ -200,6 +200,30 @@ def test_gradients_have_a_column_and_a_chart(
     assert (tmp_path / "figures" / "gradient-0.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("behind", [True, False])
+def test_says_when_the_teacher_is_no_better_than_its_student(
+    results: Results, tmp_path: Path, behind: bool
+) -> None:
+    ce = next(row for row in results.methods if row.family == "ce").figures["loss"].mean
+    loss = ce + 0.1 if behind else ce - 0.1
+    teacher = TeacherRow(figures={"loss": loss}, reliability=[], positions=10, windows=1)
+    found = results.model_copy(update={"teacher": teacher})
+    page = write_report(found, tmp_path).read_text(encoding="utf-8")
+    assert ("The teacher is no better" in page) == behind
+    assert (f"the teacher has {loss:.3f} on the same windows" in page) == behind
+
+
+def test_says_what_the_teacher_alone_was_not_scored_on(results: Results, tmp_path: Path) -> None:
+    failed = {"agreement": "no space left"}
+    teacher = TeacherRow(
+        figures={"loss": 3.5}, reliability=[], positions=10, windows=1, tasks_failed=failed
+    )
+    found = results.model_copy(update={"teacher": teacher})
+    assert found.tasks_not_measured == ["agreement: no space left"]
+    page = write_report(found, tmp_path).read_text(encoding="utf-8")
+    assert "Not measured: agreement: no space left" in page
+
+
 def test_nothing_run_yet(results: Results, tmp_path: Path) -> None:
     rows = [method("CE", "ce", None, None)]
     empty = results.model_copy(update={"methods": rows, "runs": results.runs[-1:]})

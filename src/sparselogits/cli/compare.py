@@ -45,6 +45,8 @@ def compare(
             messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
     for message in results.tasks_not_measured:
         messages.print(f"[yellow]task not measured:[/] {escape(message)}")
+    for message in results.outgrown_teacher:
+        messages.print(f"[yellow]the teacher is no better:[/] {escape(message)}")
     failures = ((row.student, row.gradient_failure) for row in results.methods)
     for student, why in dict.fromkeys(failures):
         if why is not None:

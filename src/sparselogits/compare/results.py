@@ -186,9 +186,24 @@ class Results(_Value):
 
     @property
     def tasks_not_measured(self) -> list[str]:
-        """Tasks that runs lack, each with why, once for all runs that say the same."""
-        said = (f"{n}: {why}" for run in self.runs for n, why in run.tasks_failed.items())
-        return list(dict.fromkeys(said))
+        """Tasks that runs or the teacher lack, each with why, once for all that say the same."""
+        failed = [run.tasks_failed for run in self.runs]
+        failed += [self.teacher.tasks_failed] if self.teacher else []
+        return list(dict.fromkeys(f"{n}: {why}" for own in failed for n, why in own.items()))
+
+    @property
+    def outgrown_teacher(self) -> list[str]:
+        """Students that learn more from the text alone than the teacher knows, in words."""
+        if self.teacher is None:
+            return []
+        known = self.teacher.figures["loss"]
+        return [
+            f"{row.student}: {row.method} reached a loss of {own.mean:.3f}, the teacher has "
+            f"{known:.3f} on the same windows. It is not good enough to teach this student; take a "
+            "better one, or compare on less text"
+            for row in self.methods
+            if row.family == "ce" and (own := row.figures.get("loss")) and own.mean <= known
+        ]
 
     def to_csv(self) -> str:
         """A line for each method and student, and one for each run."""

@@ -78,9 +78,13 @@ def _lead(results: Results) -> str:
     said = f"{done} of {len(results.runs)} runs done."
     if not results.complete:
         said += " This comparison is not complete: what was not run says so."
+    outgrown = "".join(
+        f"<p><strong>The teacher is no better</strong>: {escape(words)}.</p>"
+        for words in results.outgrown_teacher
+    )
     return (
         f'<p>{said} ± is half of the 95 % interval (bootstrap over windows and seeds, "both" '
-        "in results.json).</p>"
+        f"in results.json).</p>{outgrown}"
     )
 
 
