@@ -24,6 +24,7 @@ from sparselogits.compare.caches import prepare
 from sparselogits.compare.runs import Planned
 from sparselogits.compare.standing import Standing
 from sparselogits.data import CacheDataset, WindowRequest
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
 
@@ -232,6 +233,16 @@ def test_the_command_prints_json(results: Results, values: dict[str, Any], tmp_p
     printed = Results.model_validate(json.loads(done.stdout))
     assert len(printed.runs) == 14
     assert "uniform 2000, tiny, seed 1" in done.stderr
+
+
+def test_a_models_folder_is_no_place_for_a_comparison(
+    values: dict[str, Any], teacher_folder: Path
+) -> None:
+    before = sorted(teacher_folder.iterdir())
+    recipe = parse_compare_recipe({**values, "out": str(teacher_folder)}, source="test")
+    with pytest.raises(InvalidArgumentError, match="is a model's folder; give --out"):
+        compare(recipe)
+    assert sorted(teacher_folder.iterdir()) == before
 
 
 def test_a_run_in_another_hand_is_left_to_it(tmp_path: Path) -> None:

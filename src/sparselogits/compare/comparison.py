@@ -39,6 +39,7 @@ from sparselogits.compare.summary import Run, run_rows
 from sparselogits.compare.task_scores import with_tasks
 from sparselogits.compare.tasks import measure_missing_tasks, measure_tasks, prepare_tasks
 from sparselogits.data import TextDataset
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
 
@@ -58,9 +59,13 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
 
     Raises:
         SparseLogitsError: for a teacher or text that cannot be used, a directory that holds a
-            comparison of others, or tasks without lm-eval. A run or a task that fails raises
-            nothing: it is recorded.
+            model or a comparison of others, or tasks without lm-eval. A run or a task that fails
+            raises nothing: it is recorded.
     """
+    if (recipe.out / "config.json").exists():
+        raise InvalidArgumentError(
+            f"{recipe.out} is a model's folder; give --out (in the recipe: out) one of its own"
+        )
     recipe.out.mkdir(parents=True, exist_ok=True)
     with (recipe.out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes: one prepares, the others wait for it
