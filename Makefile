@@ -48,8 +48,8 @@ check: .venv/.installed
 
 # Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:
 # steadiest on a machine that others use too; at D = 2048 the products dominate and three repetitions
-# do. torch's chunked loss, at seven to eighteen times the products, is left to a run by hand. Sizes
-# need text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+# do. Sizes need text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt";
+# scale.py and object_store.py are of a folder and a server, and are run by hand.
 STEADY := --threads 1 --clock cpu
 GRID := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) \
 	--only ours_1 ours_5 ours_12 ours_50 cross_entropy
@@ -59,7 +59,7 @@ bench: .venv/.installed
 	$(GRID) --d 128 512 --repeats 7 --anew
 	$(GRID) --d 2048 --repeats 3
 	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_rivals.json $(STEADY) $(RIVALS) \
-		distillkit dense --dtype float32 bfloat16
+		distillkit full_kd torch_chunked --dtype float32 bfloat16
 	$(BIN)/python benchmarks/loss.py --out benchmarks/loss_two_threads.json --threads 2 $(RIVALS)
 	$(BIN)/python benchmarks/memory.py --out benchmarks/memory.json
 	$(BIN)/python benchmarks/sampling.py --out benchmarks/sampling.json
@@ -67,7 +67,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/cache_build.py --out benchmarks/cache_build.json $(STEADY)
 	$(BIN)/python benchmarks/forward_share.py --out benchmarks/forward_share.json
 	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json --megabytes 6 --processor
-	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 9
+	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 21
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py
 

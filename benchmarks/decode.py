@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from measuring import machine
 from sparselogits.data import CacheDataset
 from sparselogits.identity import Identity
 from sparselogits.store import Cache, WindowRecord
@@ -196,7 +196,7 @@ def main() -> None:
     clock = CLOCKS[options.clock]
     torch.set_num_threads(1)
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "clock": options.clock,
         "decoding": {f"N={n}": decoding(n, options.repeats) for n in (21, 50)},
         "reading": reading(max(2, options.repeats // 4)),

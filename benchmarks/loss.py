@@ -9,13 +9,15 @@ repetition, and the median is printed with the 20th and 80th percentile. The pro
 g^T x) write their logits into a buffer that exists already and allocate both gradients, as any
 backward must.
 
-    ours_K          linear_sparse_cross_entropy with K entries a row
+    ours_K          linear_sparse_cross_entropy with K entries a row, in chunks of torch operations
+    triton_K        the same by the Triton kernels (on a GPU)
     ours_alpha      the same with the first K, alpha = 0.1 and labels
     cross_entropy   F.cross_entropy(F.linear(x, W), y): training without a teacher
     torch_chunked   torch.nn.functional.linear_cross_entropy with its own choice of chunks
     cut_torch       Cut Cross-Entropy's torch_compile path, where the package is there
     distillkit      DistillKit's sparse KL as plain torch: logits, float32 log_softmax, gather
-    dense           forward KL with the teacher's logits already there: the softmax work of full KD
+    full_kd         linear_dense_kd, full KD in chunks: the teacher's hidden states, of the same
+                    width, are there already; its head's product, the fourth, is not
 
 Rivals run for the sparse loss's first K only in name: their cost does not depend on it. Liger's
 kernels need a GPU, or Triton's interpreter, whose time says nothing: not here.
@@ -43,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from measuring import processor, spread
-from sparselogits.losses import linear_sparse_cross_entropy
+from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[], object]
@@ -63,9 +65,8 @@ def sparse_autograd(x: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Te
     return (weights * (weights.log() - log_s)).sum(1).mean()
 
 
-def dense(x: Tensor, head: Tensor) -> Tensor:
-    log_s = torch.log_softmax(F.linear(x, head).float(), 1)
-    return F.kl_div(log_s, log_s.detach(), log_target=True, reduction="batchmean")
+def full_kd(x: Tensor, head: Tensor, teacher: TeacherHead) -> Tensor:
+    return linear_dense_kd(x, head, teacher).loss
 
 
 def methods(
@@ -78,14 +79,18 @@ def methods(
     y = torch.randint(V, (rows,), device=device)
     targets = {K: sparse_targets(rows, V, K, device) for K in entries}
     first = targets[entries[0]]
+    teacher = TeacherHead(torch.randn_like(x.detach()), torch.randn_like(W.detach()) / D**0.5)
+    kernels = {"ours": "chunked"} | ({"triton": "triton"} if device == "cuda" else {})
     losses: dict[str, Callable[[], Tensor]] = {
-        f"ours_{K}": partial(linear_sparse_cross_entropy, x, W, *targets[K]) for K in entries
+        f"{name}_{K}": partial(linear_sparse_cross_entropy, x, W, *targets[K], impl=kernel)
+        for name, kernel in kernels.items()
+        for K in entries
     }
     losses |= {
         "ours_alpha": partial(linear_sparse_cross_entropy, x, W, *first, labels=y, alpha=0.1),
         "cross_entropy": lambda: F.cross_entropy(F.linear(x, W), y),
         "distillkit": partial(sparse_autograd, x, W, *first),
-        "dense": partial(dense, x, W),
+        "full_kd": partial(full_kd, x, W, teacher),
     }
     if hasattr(F, "linear_cross_entropy"):
         losses["torch_chunked"] = partial(

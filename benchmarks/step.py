@@ -6,7 +6,8 @@
                   the packed text, which holds no targets
     cache         cached targets, read, decoded and padded in this process
     cache thinned the same, thinned to a quarter of the rounds with fresh noise
-    cache worker  the same by one DataLoader worker
+    cache worker  the same by one DataLoader worker; with --clock cpu what the worker computes is
+                  not counted, nor is, in any method, waiting for a disk
     full          the teacher's whole distribution, its forward pass in the step
 
 One optimiser step each (AdamW, accumulating nothing), interleaved in random order, on one student

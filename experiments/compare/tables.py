@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from sparselogits.compare import MethodRow, Results, read_results
 from sparselogits.compare.results import Ends, Figure, OfBatches
 from sparselogits.compare.task_scores import column_of
@@ -70,6 +72,11 @@ PAIRS = [
     *((f"RS-KD 12, alpha {a}", "RS-KD 12") for a in ("0.1", "0.3", "0.5")),
     *((f"RS-KD 12, exponent {x}", "RS-KD 12") for x in ("0.5", "0.8", "1.2")),
     *((f"Top-K {k}, smooth", f"Top-K {k}, ghost") for k in (5, 12, 50, 100)),
+    *(
+        (f"Top-K {k}, {rule}", f"Top-K {k}")
+        for rule in ("smooth", "ghost", "ground truth")
+        for k in (5, 12, 50, 100)
+    ),
     ("systematic 12, thinned to 4, fresh", "systematic 12, thinned to 4, frozen"),
 ]
 """Methods whose difference docs/results.md speaks of; those a comparison lacks are left out."""
@@ -109,7 +116,28 @@ def drafting_table(results: Results) -> list[str]:
             numbers = (100 * x for x in (own.acceptance, own.expected, own.error))
             cells = " | ".join(f"{x:.1f}" for x in numbers)
             lines.append(f"| {row.method} | {own.verified} | {cells} |")
-    return lines if len(lines) > 2 else []
+    if len(lines) == 2:
+        return []
+    drafted = [row.realised for row in results.methods if row.realised is not None]
+    within = sum(abs(own.acceptance - own.expected) <= 2 * own.error for own in drafted)
+    below = sum(own.acceptance < own.expected for own in drafted)
+    said = (
+        f"Within two standard errors: {within} of {len(drafted)}; below what is expected: {below}."
+    )
+    return [*lines, "", said]
+
+
+def order_of_acceptance(results: Results) -> list[str]:
+    """Whether acceptance orders the methods as the loss does: Spearman's rank correlation."""
+    done = [row.figures for row in results.methods if row.seeds_done]
+    if len(done) < 3:
+        return []
+    loss, acceptance = (
+        np.argsort(np.argsort([sign * own[name].mean for own in done]))
+        for name, sign in (("loss", -1), ("acceptance", 1))
+    )
+    rho = float(np.corrcoef(loss, acceptance)[0, 1])
+    return [f"Acceptance against loss, rank correlation over {len(done)} methods: {rho:.2f}."]
 
 
 def tasks_table(results: Results) -> list[str]:
@@ -187,7 +215,8 @@ def show(results: Results) -> None:
             f"\nThe teacher itself: loss {own['loss']:.3f}, ECE {100 * own['ece']:.1f} %, "
             f"overconfidence {100 * own['overconfidence']:.1f} %."
         )
-    for table in (seeds_table, pairs_table, drafting_table, tasks_table, gradient_table):
+    tables = (seeds_table, pairs_table, order_of_acceptance, drafting_table, tasks_table)
+    for table in (*tables, gradient_table):
         if lines := table(results):
             print("\n" + "\n".join(lines))
 

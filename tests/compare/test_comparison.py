@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from safetensors.torch import load_file
 
 from sparselogits.compare import Results, compare, parse_compare_recipe, read_results
 from sparselogits.compare.caches import prepare
+from sparselogits.compare.results import Figure, Realised
 from sparselogits.compare.runs import Planned
 from sparselogits.compare.standing import Standing
 from sparselogits.data import CacheDataset, WindowRequest
@@ -145,13 +149,73 @@ def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
 def test_csv_and_json_agree(results: Results, values: dict[str, Any]) -> None:
     stored = read_results(Path(values["out"]))
     lines = list(csv.DictReader(io.StringIO((Path(values["out"]) / "results.csv").read_text())))
-    methods = [line for line in lines if line["row"] == "method"]
-    assert len(lines) == len(stored.methods) + len(stored.runs)
-    for row, line in zip(stored.methods, methods, strict=True):
-        assert line["method"] == row.method
-        if "loss" in row.figures:
-            assert float(line["loss"]) == pytest.approx(row.figures["loss"].mean, rel=1e-5)
-            assert float(line["loss_low"]) == pytest.approx(row.figures["loss"].both.low, rel=1e-5)
+    # the recipe has no drafts; rows that have them get them here
+    drafts = Realised(verified=147, accepted=61, acceptance=0.4149, expected=0.46, error=0.04)
+    drafted = stored.model_copy(
+        update={
+            "methods": [row.model_copy(update={"realised": drafts}) for row in stored.methods],
+            "runs": [row.model_copy(update={"realised": drafts}) for row in stored.runs],
+        }
+    )
+    with_drafts = list(csv.DictReader(io.StringIO(drafted.to_csv())))
+    assert stored.teacher is not None
+    names = ["loss", "kl", "ece", "ece_equal_mass", "overconfidence", "acceptance", "agreement"]
+
+    def same(line: dict[str, str], expected: dict[str, object]) -> None:
+        known = {name: value for name, value in expected.items() if value is not None}
+        assert {name for name, cell in line.items() if cell} == known.keys()
+        for name, value in known.items():
+            if isinstance(value, float):  # six digits of it in the JSON
+                assert float(line[name]) == pytest.approx(value, rel=2e-5), name
+            else:
+                assert line[name] == str(value)
+
+    def ends(name: str, figure: Figure | None) -> dict[str, object]:
+        if figure is None:
+            return {}
+        return {name: figure.mean, f"{name}_low": figure.both.low, f"{name}_high": figure.both.high}
+
+    realised = {"realised_acceptance": 0.4149, "realised_expected": 0.46, "realised_error": 0.04}
+    realised["realised_verified"] = 147
+    for table, more in ((lines, {}), (with_drafts, realised)):
+        assert [line["row"] for line in table] == (
+            ["method"] * len(stored.methods) + ["run"] * len(stored.runs) + ["teacher"]
+        )
+        for row, line in zip(stored.methods, table, strict=False):
+            expected: dict[str, object] = {
+                "row": "method",
+                "method": row.method,
+                "student": row.student,
+                "seeds": len(row.seeds_done),
+                "entries": row.entries,
+                "bytes_per_token": row.bytes_per_token,
+                "tokens_per_cpu_second": row.tokens_per_cpu_second,
+            }
+            for name in names:
+                expected |= ends(name, row.figures.get(name))
+            expected |= ends("perplexity", row.perplexity)
+            expected |= ends("loss_minus_ce", row.minus_ce.get("loss"))
+            same(line, expected | ends("gap_closed", row.gap_closed) | more)
+        for run, line in zip(stored.runs, table[len(stored.methods) :], strict=False):
+            per_second = run.tokens / run.cpu_seconds if run.tokens and run.cpu_seconds else None
+            expected = {
+                "row": "run",
+                "method": run.method,
+                "student": run.student,
+                "seed": run.seed,
+                "status": run.status,
+                "gap_closed": run.gap_closed,
+                "tokens_per_cpu_second": per_second,
+            }
+            expected |= {name: run.figures.get(name) for name in [*names, "perplexity"]}
+            same(line, expected | more)
+        figures = stored.teacher.figures
+        same(table[-1], {"row": "teacher"} | {n: figures[n] for n in [*names, "perplexity"]})
+    # CE's row lacks none of them, and its perplexity is what the word means
+    assert all(lines[0][name + end] for name in names for end in ("", "_low", "_high"))
+    for end in ("", "_low", "_high"):
+        perplexity = math.exp(float(lines[0]["loss" + end]))
+        assert float(lines[0]["perplexity" + end]) == pytest.approx(perplexity, rel=1e-9)
 
 
 def test_finished_runs_are_not_repeated(
@@ -196,7 +260,10 @@ def test_a_run_that_breaks_is_recorded_and_tried_again(
 def test_killed_in_a_run_it_goes_on_to_the_same_students(
     results: Results, values: dict[str, Any], tmp_path: Path
 ) -> None:
-    """SIGKILL between two checkpoints; the students come out as those of a run that was not."""
+    """SIGKILL between two checkpoints: it goes on from the last, and ends with the same students.
+
+    The same weights alone would not do: a run that began again from scratch has them too.
+    """
     out = tmp_path / "out"
     shutil.copytree(Path(values["out"]) / "caches", out / "caches")
     own = values | {"out": str(out), "seeds": [0], "methods": ["ce", METHODS[4]]}
@@ -208,12 +275,28 @@ def test_killed_in_a_run_it_goes_on_to_the_same_students(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob("runs/*/checkpoints/checkpoint-*")) and process.poll() is None:
+    checkpoints = "runs/*/checkpoints/checkpoint-*"
+    # what our Trainer writes when the checkpoint is whole, and no sooner
+    while not list(out.glob(f"{checkpoints}/sparselogits.json")) and process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         time.sleep(0.005)
+    assert process.poll() is None, "it was over before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    finished = compare(parse_compare_recipe(own, source="test"))
+    assert process.wait() == -signal.SIGKILL
+    steps: dict[str, list[int]] = {}  # of the whole checkpoints, by run
+    for state in out.glob(f"{checkpoints}/trainer_state.json"):
+        with suppress(OSError, ValueError):  # cut short
+            step = json.loads(state.read_text())["global_step"]
+            steps.setdefault(state.parents[2].name, []).append(step)
+    assert len(steps) == 1, "it was not killed in a run, but between two"
+
+    told: list[str] = []
+
+    @contextmanager
+    def watched(*_: Any, **__: Any) -> Iterator[Any]:
+        yield lambda done, total, note="": told.append(note)
+
+    finished = compare(parse_compare_recipe(own, source="test"), stage=watched)
     assert finished.complete
     for run in finished.runs:
         first = next(r for r in results.runs if (r.method, r.seed) == (run.method, run.seed))
@@ -223,6 +306,15 @@ def test_killed_in_a_run_it_goes_on_to_the_same_students(
         )
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
         assert first.folder == run.folder  # checkpoints do not change what a run is
+        here = [note for note in told if note.startswith(f"{run.method}, tiny, seed 0: step ")]
+        if not here:
+            continue  # finished before the kill
+        last = max(steps.get(Path(str(run.folder)).name, [0]))
+        assert here[0].endswith(f" {last}/{run.steps}")
+        assert here[-1].endswith(f" {run.steps}/{run.steps}")
+        assert (run.seconds is None) == (last > 0)
+        assert (run.cpu_seconds is None) == (last > 0)
+        assert [step for step, _ in run.curve] == [step for step, _ in first.curve]
 
 
 def test_the_command_prints_json(results: Results, values: dict[str, Any], tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from playwright.sync_api import Browser
+from matplotlib.image import imread
+from playwright.sync_api import Browser, Page
 
 from sparselogits.compare.results import (
     Ends,
@@ -22,16 +25,23 @@ from sparselogits.compare.results import (
     GradientSize,
     MethodRow,
     OfBatches,
+    Realised,
     ReliabilityBin,
     Results,
     RunRow,
     TeacherRow,
+    read_results,
 )
 from sparselogits.report import write_report
-from sparselogits.report.charts import Chart, Point, Series, draw_svg
+from sparselogits.report.charts import COLOURS, Chart, Point, Series, draw_png, draw_svg
+from sparselogits.report.comparison import report_page
+from sparselogits.report.comparison_charts import charts_of
+from sparselogits.report.document import static
 from tests.report.browser import DESKTOP, PHONE, chromium, opened
 
 HOSTILE = "<img src=x onerror=document.title=1>"
+RECORD = Path(__file__).parents[2] / "experiments" / "results" / "compare_small_teacher.json"
+DRAWN = ".panel > svg .mark"  # not those of the legend
 
 
 def figure(mean: float) -> Figure:
@@ -78,7 +88,7 @@ def method(name: str, family: str, loss: float | None, entries: float | None) ->
         seeds_done=[] if loss is None else [0],
         seeds_failed=[],
         seeds_not_run=[],
-        figures={} if loss is None else {"loss": figure(loss)},
+        figures={} if loss is None else {"loss": figure(loss), "ece_equal_mass": figure(0.2)},
         minus_ce={},
         gap_closed=None,
         reliability=[] if loss is None else bins,
@@ -98,6 +108,8 @@ def results() -> Results:
         method(HOSTILE, "topk", 4.5, 5.0),
         method("never run", "systematic", None, 7.0),
     ]
+    drafts = Realised(verified=147, accepted=61, acceptance=0.41497, expected=0.46, error=0.04014)
+    rows[2] = rows[2].model_copy(update={"realised": drafts})
     runs = [
         RunRow(
             method=row.method,
@@ -143,19 +155,185 @@ def test_it_renders(
             "training-0",
         ]
         # two families with entries, CE and full KD as lines
-        assert page.locator("#loss-0 circle").count() == 3
+        assert page.locator(f"#loss-0 {DRAWN}").count() == 3
         assert page.locator("#loss-0 .level").count() == 2
         assert "abc1234" in page.inner_text("dl")
-        marks = page.locator("#loss-0 circle").first
-        stroke = marks.evaluate("mark => getComputedStyle(mark).stroke")
-        assert stroke not in ("none", "rgb(0, 0, 0)")  # the style sheet's colours are in force
         # pointing at a name dims the others
         page.locator("#loss-0 .legend li").first.hover()
-        dimmed = page.locator("#loss-0 circle").evaluate_all("all => all.map(c => c.style.opacity)")
+        dimmed = page.locator(f"#loss-0 {DRAWN}").evaluate_all(
+            "all => all.map(mark => mark.style.opacity)"
+        )
         assert dimmed == ["", "", "0.12"]
+        assert_nothing_is_cut_off(page)
+        if size == PHONE:  # figures that are wider than the screen can be reached
+            wide = page.locator(".wide").first
+            assert wide.evaluate("e => { e.scrollLeft = 9999; return e.scrollLeft; }") > 100
         assert len(page.screenshot(full_page=True)) > 20_000
-    pictures = sorted(found.name for found in (tmp_path / "figures").iterdir())
-    assert pictures == ["calibration-0.png", "loss-0.png", "storage-0.png", "training-0.png"]
+
+
+def assert_nothing_is_cut_off(page: Page) -> None:
+    """Everything lies within the width of the screen, but for what scrolls by itself."""
+    outside = page.evaluate(
+        """() => {
+          document.querySelectorAll("details").forEach((each) => { each.open = true; });
+          return [...document.querySelectorAll("main, main *")]
+            .filter((each) => !each.parentElement.closest(".wide, pre"))
+            .filter((each) => {
+              const box = each.getBoundingClientRect();
+              return box.left < -0.5 || box.right > innerWidth + 0.5;
+            })
+            .map((each) => each.outerHTML.slice(0, 200));
+        }"""
+    )
+    assert outside == []
+
+
+def test_the_figures_beside_the_page_have_their_curves_in_colour(
+    results: Results, tmp_path: Path
+) -> None:
+    write_report(results, tmp_path)
+    pictures = {found.name: colours_of(found) for found in (tmp_path / "figures").iterdir()}
+    counts = {"calibration-0.png": 5, "loss-0.png": 2, "storage-0.png": 2, "training-0.png": 5}
+    assert pictures.keys() == counts.keys()
+    for name, count in counts.items():
+        assert set(hues()[:count]) <= pictures[name], name
+        assert not set(hues()[count:]) & pictures[name], name
+
+
+def hues(scheme: str = "light") -> list[str]:
+    """The colours of series, in order, as theme.css has them: light ones first."""
+    all_of = re.findall(r"--c\d: (#\w{6});", static("theme.css"))
+    assert len(set(all_of)) == 2 * COLOURS
+    return all_of[:COLOURS] if scheme == "light" else all_of[COLOURS:]
+
+
+def colours_of(picture: Path) -> set[str]:
+    pixels = (imread(picture)[..., :3] * 255).round().astype(np.uint32)
+    height, width, _ = pixels.shape
+    assert width > 600
+    assert height > 400
+    found = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], np.uint32))
+    return {f"#{colour:06x}" for colour in found.tolist()}
+
+
+def test_light_and_dark_are_two_themes(results: Results, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(report_page(results), encoding="utf-8")
+    shown: dict[str, dict[str, list[int]]] = {}
+    for scheme in ("light", "dark"):
+        with opened(browser, path.as_uri(), size=DESKTOP, scheme=scheme) as page:
+            of = {
+                "paper": ("body", "backgroundColor"),
+                "first column": ("td", "backgroundColor"),
+                "ink": ("body", "color"),
+                "cell": ("td", "color"),
+                "axis": ("figure text", "fill"),
+                "grid": ("figure .grid", "stroke"),
+                "level": ("figure .level", "stroke"),
+                "curve": ("#training-0 .line", "stroke"),
+                "mark": (DRAWN, "fill"),
+            }
+            shown[scheme] = {
+                name: [int(part) for part in re.findall(r"\d+", said)[:3]]
+                for name, (element, style) in of.items()
+                if (
+                    said := page.locator(element).first.evaluate(
+                        "(element, style) => getComputedStyle(element)[style]", style
+                    )
+                )
+            }
+    light, dark = shown["light"], shown["dark"]
+    assert light.keys() == dark.keys()
+    assert [name for name in light if light[name] == dark[name]] == []
+    assert sum(light["paper"]) > 600 > 200 > sum(dark["paper"])
+    for own in (light, dark):  # read on its own paper
+        for name in ("ink", "cell", "axis", "curve", "mark"):
+            assert contrast(own[name], own["paper"]) > 3, name
+
+
+def contrast(one: list[int], other: list[int]) -> float:
+    """As WCAG 2.2 defines it; it asks for 3 of graphics and 4.5 of text."""
+
+    def luminance(colour: list[int]) -> float:
+        parts = [value / 255 for value in colour]
+        red, green, blue = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+def test_no_two_curves_of_a_drawing_look_alike(
+    browser: Browser, tmp_path: Path, size: dict[str, int], scheme: str
+) -> None:
+    """A comparison of 35 methods; what is looked at is what Chromium makes of the style sheet."""
+    stored = read_results(RECORD)
+    path = tmp_path / "report.html"
+    path.write_text(report_page(stored), encoding="utf-8")
+    methods = {row.method for row in stored.methods}
+    with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
+        looks: list[dict[str, Any]] = page.locator(".panel").evaluate_all(
+            """panels => panels.map((panel) => {
+              const style = (each) => {
+                const { stroke, strokeDasharray, fill } = getComputedStyle(each);
+                const shape = each.matches(".mark") ? each.getAttribute("d") : "";
+                const whose = [...each.classList].find((name) => /^s[0-9]/.test(name));
+                return [whose, shape ? "" : strokeDasharray, stroke, fill, shape].join();
+              };
+              // the ends of an interval are a line of their own, never dashed
+              const seen = (all) => [...all].filter((e) => !/^M[^L]*V/.test(e.getAttribute("d")))
+                .map((each) => style(each));
+              return {
+                figure: panel.closest("figure").id,
+                drawn: seen(panel.querySelectorAll(":scope > svg :is(.line, .mark)")),
+                legend: seen(panel.querySelectorAll(".swatch *")),
+                names: [...panel.querySelectorAll("li")].map((each) => each.innerText.trim()),
+              };
+            })"""
+        )
+        assert_nothing_is_cut_off(page)
+    shown: dict[str, set[str]] = {}
+    for look in looks:
+        assert set(look["drawn"]) == set(look["legend"])  # and which is whose is the same
+        kinds: dict[str, set[str]] = {}
+        for said in look["legend"]:
+            own, _, style = said.partition(",")
+            kinds.setdefault(own, set()).add(style)
+        assert len(kinds) == len(look["names"])
+        # not one piece of a curve's look is another's
+        assert sum(map(len, kinds.values())) == len(set().union(*kinds.values()))
+        shown.setdefault(look["figure"], set()).update(look["names"])
+        if look["figure"] in ("calibration-0", "training-0"):
+            assert len(look["names"]) <= COLOURS
+            assert look["names"][:2] == ["CE", "full KD"]  # in every panel
+    assert shown["calibration-0"] == shown["training-0"] == methods
+    assert len(shown["loss-0"]) == 14
+
+
+def test_a_figure_in_panels_has_all_colours_too(tmp_path: Path) -> None:
+    stored = read_results(RECORD)
+    charts = charts_of(stored, stored.methods[0].student)
+    chart = next(chart for chart in charts if chart.panels)
+    draw_png(chart, tmp_path / "figure.png")
+    assert set(hues()) <= colours_of(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("count", [6, 7, 40])
+def test_methods_that_differ_by_budget_alone_stay_together(results: Results, count: int) -> None:
+    lines = results.methods[:2]
+    many = [method(f"Top-K {k}", "topk", 5 - k / 100, float(k)) for k in range(count, 0, -1)]
+    rows = [*lines, results.methods[2], *many, results.methods[3]]
+    charts = charts_of(results.model_copy(update={"methods": rows}), "small")
+    chart = next(chart for chart in charts if chart.key == "calibration-0")
+    panels = [[series.name for series in panel] for panel in chart.drawings]
+    assert all(panel[:2] == ["CE", "full KD"] for panel in panels)
+    assert all(len(panel) <= COLOURS for panel in panels)
+    rest = [name for panel in panels for name in panel[2:]]
+    assert rest == ["RS-KD 5", "RS-KD 12", *(f"Top-K {k}" for k in range(1, count + 1))]
+    assert panels[0][2:] == ["RS-KD 5", "RS-KD 12"]
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "dark"), (PHONE, "light")])
@@ -170,7 +348,8 @@ def test_gradients_have_a_column_and_a_chart(
         else row.model_copy(update={"gradient_failure": HOSTILE if "<" in row.method else None})
         for row in results.methods
     ]
-    teacher = TeacherRow(figures={"loss": 3.5}, reliability=[], positions=10, windows=1)
+    known = {"loss": 3.5, "perplexity": 33.1, "ece_equal_mass": 0.021}
+    teacher = TeacherRow(figures=known, reliability=[], positions=10, windows=1)
     full = results.model_copy(update={"methods": rows, "teacher": teacher})
     path = write_report(full, tmp_path)
     with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
@@ -184,14 +363,21 @@ def test_gradients_have_a_column_and_a_chart(
         assert last["CE"] == "32.1 ±3.5"
         assert last["RS-KD 12"] == "3.0 ±3.5"
         assert last["full KD"] == "-"
+        columns = dict(zip(cells[0], zip(*cells[1:], strict=True), strict=True))
+        assert columns["perplexity"][0] == f"{math.exp(4.321):.1f} ±7.5"
+        assert columns["perplexity"][-1] == "33.1"
+        assert columns["ECE % (equal mass)"][0] == "20.0 ±10.0"
+        assert columns["ECE % (equal mass)"][-1] == "2.1"
+        assert columns["realised % (SE)"] == ("-", "-", "41.5 (4.0)", "-", "-", "-", "")
         words = page.inner_text("main")
+        assert "in brackets the standard error" in words
         assert "4 batches of 1,024 held-out tokens" in words
         assert f"Gradients not measured: {HOSTILE}" in words
-        assert page.locator("#gradient-0 circle").count() == 3
+        assert page.locator(f"#gradient-0 {DRAWN}").count() == 3
         assert page.locator("#gradient-0 .level").count() == 1
         # on a logarithmic axis a third is as far down whatever it is a third of
-        heights = page.locator("#gradient-0 circle").evaluate_all(
-            "all => all.map(c => [c.textContent, +c.getAttribute('cy')])"
+        heights = page.locator(f"#gradient-0 {DRAWN}").evaluate_all(
+            "all => all.map(mark => [mark.textContent, mark.transform.baseVal[0].matrix.f])"
         )
         at = {name.split(":")[0]: y for name, y in heights}
         per_e_fold = (at["RS-KD 12"] - at["never run"]) / math.log(5.0 / 3.0)
@@ -247,7 +433,8 @@ def test_every_point_lies_within_the_drawing(
     series = Series("s", tuple(Point(x, y, -y if log_y else y * 0.9, y * 1.1) for x, y in points))
     svg = draw_svg(Chart("k", "t", "x", "y", (series,), log_x=log_x, log_y=log_y))
     assert "nan" not in svg
-    places = re.findall(r'cx="([-\d.naif]+)" cy="([-\d.naif]+)"', svg)
+    drawing, _, _ = svg.partition('<ul class="legend">')
+    places = re.findall(r"translate\(([-\d.naif]+) ([-\d.naif]+)\)", drawing)
     assert len(places) == len(points)
     for x, y in places:
         assert 52 <= float(x) <= 448

@@ -80,6 +80,7 @@ def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
     here = sampler.at(TOKENS, slice(4, 20))
     logits = teacher_logits()[4:20]
     signals = here.signals(logits)
+    assert not signals.requires_grad  # a graph would keep every slice's logits alive
     targets = here(logits, window_uniforms(0, 0, 16, 1))
     targets.__post_init__(True)
     # without importance weights every weight is a multiple of 1 / rounds

@@ -16,21 +16,15 @@ Interrupted at any moment, the same command goes on: text, caches and runs that 
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import json
 import math
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from sparselogits.compare.caches import Setting, Stage, prepare, silent_stage
 from sparselogits.compare.gradients import measure_missing, with_gradients
+from sparselogits.compare.provenance import provenance
 from sparselogits.compare.recipe import CompareRecipe
 from sparselogits.compare.results import ReliabilityBin, Results, TeacherRow
 from sparselogits.compare.runs import carry_out, claimed, figures_of
@@ -101,7 +95,7 @@ def write_results(standing: Standing, teacher: TeacherRow | None) -> Results:
         title=recipe.title,
         complete=all(run.outcome is not None for run in runs),
         settings=_settings(recipe, setting, runs),
-        provenance=_provenance(),
+        provenance=provenance(),
         teacher=teacher,
         methods=with_gradients(rows, recipe, setting, runs),
         runs=run_rows(runs, recipe),
@@ -169,40 +163,6 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
     kept = {"of": [*key, recipe.heldout_windows], "row": row.model_dump(mode="json")}
     write_whole(file, json.dumps(kept) + "\n")
     return row
-
-
-def _provenance() -> dict[str, str]:
-    return {
-        "commit": _commit(),
-        "sparselogits": version("sparselogits"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-    }
-
-
-def _commit() -> str:
-    """Of the source tree this runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _rounded(value: Any) -> Any:

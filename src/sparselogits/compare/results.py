@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +132,27 @@ class MethodRow(_Value):
     gradient: Gradient | None = Field(None, description="None where it was not measured")
     gradient_failure: str | None = Field(None, description="why it could not be measured")
 
+    @property
+    def perplexity(self) -> Figure | None:
+        """exp of the loss and of its ends: of the mean loss, not a mean of perplexities.
+
+        It follows from what is stored, so that results of every age have it.
+        """
+        loss = self.figures.get("loss")
+        if loss is None:
+            return None
+
+        def ends(own: Ends) -> Ends:
+            low, high = (None if end is None else _exp(end) for end in (own.low, own.high))
+            return Ends(low=low, high=high)
+
+        return Figure(
+            mean=_exp(loss.mean),
+            windows=ends(loss.windows),
+            seeds=ends(loss.seeds),
+            both=ends(loss.both),
+        )
+
 
 class RunRow(_Value):
     """One student."""
@@ -153,8 +175,11 @@ class RunRow(_Value):
     )
     steps: int | None = None
     tokens: int | None = None
-    seconds: float | None = Field(None, description="of training; None where it was resumed")
+    seconds: float | None = Field(
+        None, description="of training; None where it had been begun before"
+    )
     cpu_seconds: float | None = Field(None, description="likewise, of all threads")
+    commit: str | None = Field(None, description="of the source tree it was trained from")
     tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
     tasks_failed: dict[str, str] = Field(default_factory=dict, description="by task, why")
 
@@ -206,14 +231,19 @@ class Results(_Value):
         ]
 
     def to_csv(self) -> str:
-        """A line for each method and student, and one for each run."""
+        """A line for each method and student, one for each run, and one for the teacher."""
         out = io.StringIO()
         tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
+        tasks |= dict.fromkeys(name for row in self.runs for name in row.tasks)
+        tasks |= dict.fromkeys(self.teacher.tasks if self.teacher else ())
         columns = [*_COLUMNS, *(name + end for name in tasks for end in ("", "_low", "_high"))]
+        columns += _LATER_COLUMNS
         writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(_method_line(row) for row in self.methods)
         writer.writerows(_run_line(row) for row in self.runs)
+        if self.teacher is not None:
+            writer.writerow({"row": "teacher", **_plain_figures(self.teacher)})
         return out.getvalue()
 
 
@@ -249,6 +279,11 @@ _COLUMNS = (
     *("gradient_angle", "gradient_angle_low", "gradient_angle_high", "gradient_batch_tokens"),
 )
 
+_LATER_COLUMNS = (  # after all others, which keep their places
+    *("perplexity", "perplexity_low", "perplexity_high"),
+    *("realised_acceptance", "realised_expected", "realised_error", "realised_verified"),
+)
+
 
 def _method_line(row: MethodRow) -> dict[str, Any]:
     line: dict[str, Any] = {
@@ -264,6 +299,7 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
         line |= _ends(name, figure)
     for name in _FIGURES:
         line |= _ends(name, row.figures.get(name))
+    line |= _ends("perplexity", row.perplexity) | _drafts(row.realised)
     line |= _ends("loss_minus_ce", row.minus_ce.get("loss"))
     if row.gradient is not None:
         largest = row.gradient.sizes[-1]
@@ -276,14 +312,30 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
     return line | _ends("gap_closed", row.gap_closed)
 
 
+def _exp(loss: float) -> float:
+    """Finite also for a student that has diverged, as `HeldOut.perplexity` is."""
+    return math.exp(min(loss, 700.0))
+
+
 def _ends(name: str, figure: Figure | None) -> dict[str, Any]:
     if figure is None:
         return {}
     return {name: figure.mean, f"{name}_low": figure.both.low, f"{name}_high": figure.both.high}
 
 
+def _drafts(realised: Realised | None) -> dict[str, Any]:
+    if realised is None:
+        return {}
+    names = ("acceptance", "expected", "error", "verified")
+    return {f"realised_{name}": getattr(realised, name) for name in names}
+
+
+def _plain_figures(row: RunRow | TeacherRow) -> dict[str, Any]:
+    """Figures and task scores of one model, without intervals."""
+    return {name: row.figures.get(name) for name in (*_FIGURES, "perplexity")} | row.tasks
+
+
 def _run_line(row: RunRow) -> dict[str, Any]:
-    figures = {name: row.figures.get(name) for name in _FIGURES}
     speed = None if not row.cpu_seconds or row.tokens is None else row.tokens / row.cpu_seconds
     return {
         "row": "run",
@@ -291,7 +343,8 @@ def _run_line(row: RunRow) -> dict[str, Any]:
         "student": row.student,
         "seed": row.seed,
         "status": row.status,
-        **figures,
+        **_plain_figures(row),
+        **_drafts(row.realised),
         "gap_closed": row.gap_closed,
         "tokens_per_cpu_second": speed,
     }

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.compare.caches import Draw, Setting, slug
+from sparselogits.compare.provenance import commit
 from sparselogits.compare.recipe import CompareRecipe, MethodSpec
 from sparselogits.data import TextDataset
 from sparselogits.errors import reason_of
@@ -80,8 +81,9 @@ class Outcome:
         entries: stored entries a position that training used; None where it uses none.
         steps: of the optimiser.
         tokens: of the student's training.
-        seconds: wall time of training; None where it was resumed.
+        seconds: wall time of training; None where it had been begun before.
         cpu_seconds: likewise, of all threads of the process.
+        commit: of the source tree it was trained from; None where older than this field.
     """
 
     fingerprint: str
@@ -95,6 +97,7 @@ class Outcome:
     tokens: int
     seconds: float | None
     cpu_seconds: float | None
+    commit: str | None = None
 
 
 def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
@@ -234,6 +237,7 @@ def _train_and_measure(
         tokens=tokens,
         seconds=None if resumed else result.seconds,
         cpu_seconds=None if resumed else cpu_seconds,
+        commit=commit(),
     )
 
 

@@ -144,6 +144,7 @@ def _run_row(
         tokens=own.tokens,
         seconds=own.seconds,
         cpu_seconds=own.cpu_seconds,
+        commit=own.commit,
     )
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,8 @@ def report_page(results: Results) -> str:
     parts = [f"<h1>{escape(results.title)}</h1>", _lead(results)]
     for student in students_of(results):
         rows = [row for row in results.methods if row.student == student]
-        parts += [f"<h2>{escape(student)}</h2>", _table(rows, results), _on_gradients(rows)]
+        parts += [f"<h2>{escape(student)}</h2>", _table(rows, results)]
+        parts += [_on_drafts(rows), _on_gradients(rows)]
         drawn = "".join(draw_svg(chart) for chart in charts_of(results, student))
         parts.append(f'<div class="figures">{drawn}</div>')
         parts.append(_tasks(rows, results))
@@ -88,37 +90,76 @@ def _lead(results: Results) -> str:
     )
 
 
-_COLUMNS: tuple[tuple[str, Callable[[MethodRow], Figure | None], float, int], ...] = (
-    ("loss", lambda row: row.figures.get("loss"), 1, 3),
-    ("- CE", lambda row: row.minus_ce.get("loss"), 1, 3),
-    ("gap closed %", lambda row: row.gap_closed, 1, 0),
-    ("KL", lambda row: row.figures.get("kl"), 1, 3),
-    ("ECE %", lambda row: row.figures.get("ece"), 100, 1),
-    ("overconf. %", lambda row: row.figures.get("overconfidence"), 100, 1),
-    ("acceptance %", lambda row: row.figures.get("acceptance"), 100, 1),
+@dataclass(frozen=True)
+class _Column:
+    """A figure as the table shows it; `teacher` is its name among the teacher's, if it has it."""
+
+    head: str
+    of: Callable[[MethodRow], Figure | None]
+    teacher: str | None
+    scale: float = 1
+    digits: int = 3
+
+
+def _share(head: str, name: str) -> _Column:
+    """A figure between 0 and 1, in per cent."""
+    return _Column(head, lambda row: row.figures.get(name), name, 100, 1)
+
+
+_COLUMNS = (
+    _Column("loss", lambda row: row.figures.get("loss"), "loss"),
+    _Column("perplexity", lambda row: row.perplexity, "perplexity", digits=1),
+    _Column("- CE", lambda row: row.minus_ce.get("loss"), None),
+    _Column("gap closed %", lambda row: row.gap_closed, None, digits=0),
+    _Column("KL", lambda row: row.figures.get("kl"), None),
+    _share("ECE %", "ece"),
+    _share("ECE % (equal mass)", "ece_equal_mass"),
+    _share("overconf. %", "overconfidence"),
+    _share("acceptance %", "acceptance"),
 )
 
 
 def _table(rows: Sequence[MethodRow], results: Results) -> str:
-    heads = ["method", "seeds", "entries", "bytes a token", *(name for name, *_ in _COLUMNS)]
-    heads.append("tokens/s of a core")
+    """A student's methods and the teacher; drafts and gradients where they were measured."""
+    heads = ["method", "seeds", "entries", "bytes a token", *(column.head for column in _COLUMNS)]
     lines = [
         [row.method, _seeds(row), _plain(row.entries, 1), _plain(row.bytes_per_token, 2)]
-        + [_estimate(of(row), scale, digits) for _, of, scale, digits in _COLUMNS]
-        + [_plain(row.tokens_per_cpu_second, 0)]
+        + [_estimate(column.of(row), column.scale, column.digits) for column in _COLUMNS]
         for row in rows
     ]
+    last: list[tuple[str, Callable[[MethodRow], str]]] = []
+    if any(row.realised for row in rows):
+        last.append(("realised % (SE)", _realised))
+    last.append(("tokens/s of a core", lambda row: _plain(row.tokens_per_cpu_second, 0)))
     if any(row.gradient for row in rows):
-        heads.append("gradient angle °")
-        lines = [[*line, _angle(row)] for line, row in zip(lines, rows, strict=True)]
+        last.append(("gradient angle °", _angle))
+    for head, cell in last:
+        heads.append(head)
+        lines = [[*line, cell(row)] for line, row in zip(lines, rows, strict=True)]
     if results.teacher is not None:
         known = results.teacher.figures
-        lines.append(
-            ["(the teacher)", "", "", "", _plain(known.get("loss"), 3), "", "", ""]
-            + [_plain(known.get(name), 1, 100) for name in ("ece", "overconfidence", "acceptance")]
+        cells = (
+            _plain(known.get(column.teacher), column.digits, column.scale) if column.teacher else ""
+            for column in _COLUMNS
         )
-        lines[-1] += [""] * (len(heads) - len(lines[-1]))
+        lines.append(["(the teacher)", "", "", "", *cells, *("" for _ in last)])
     return _grid(heads, lines)
+
+
+def _realised(row: MethodRow) -> str:
+    own = row.realised
+    return "-" if own is None else f"{100 * own.acceptance:.1f} ({100 * own.error:.1f})"
+
+
+def _on_drafts(rows: Sequence[MethodRow]) -> str:
+    """What the column of realised acceptance is, where there is one."""
+    if not any(row.realised for row in rows):
+        return ""
+    return (
+        "<p>Realised: drafted tokens that the teacher accepted, of all that it verified, over all "
+        "seeds; in brackets the standard error that so many tokens leave. It is measured on the "
+        "models' own continuations, acceptance on the held-out text.</p>"
+    )
 
 
 def _angle(row: MethodRow) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from sparselogits.compare.results import MethodRow, Results, RunRow
 from sparselogits.report.charts import Chart, Point, Series
 
 _BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
+_LINES = {"ce": "CE", "full": "full KD"}
 _FAMILIES = {"topk": "Top-K", "multinomial": "RS-KD", "topp": "Top-P"}
 
 
@@ -35,8 +38,7 @@ def charts_of(results: Results, student: str) -> list[Chart]:
     def key(name: str) -> str:
         return f"{name}-{number}"
 
-    plain = {"ce": "CE", "full": "full KD"}
-    levels = tuple((plain[r.family], r.figures["loss"].mean) for r in rows if r.family in plain)
+    levels = tuple((_LINES[r.family], r.figures["loss"].mean) for r in rows if r.family in _LINES)
     loss = "held-out loss (nats)"
     charts = [
         Chart(
@@ -88,7 +90,8 @@ def charts_of(results: Results, student: str) -> list[Chart]:
             marks=False,
         ),
     ]
-    return [chart for chart in charts if chart.series]
+    kinds = {row.method: _kind(row) for row in own} | {_family(row): _kind(row) for row in own}
+    return [_in_panels(chart, kinds) for chart in charts if chart.series]
 
 
 _WithEnds = tuple[float, float | None, float | None]
@@ -140,6 +143,59 @@ def _family(row: MethodRow) -> str:
         if k not in _BUDGETS
     ]
     return ", ".join([name, *more])
+
+
+_Kind = tuple[str, tuple[str, ...], str, float]
+
+
+def _kind(row: MethodRow) -> _Kind:
+    """Family, which options it has, which values of them, and entries: what belongs together."""
+    options = tuple(sorted(row.spec.keys() - _BUDGETS))
+    return row.family, options, _family(row), row.entries or 0
+
+
+def _in_panels(chart: Chart, kinds: Mapping[str, _Kind]) -> Chart:
+    """The chart, in panels of what belongs together if it has too many series for one drawing.
+
+    CE and full KD, where they are series, are in every panel, to compare with.
+    """
+    if len(chart.series) <= chart.most:
+        return chart
+    lines: dict[str, Series] = {}
+    for series in chart.series:
+        if (family := kinds[series.name][0]) in _LINES:
+            lines.setdefault(family, series)
+    rest = [series for series in chart.series if series not in lines.values()]
+    seen: dict[tuple[object, ...], int] = {}  # families and the like in order of their first
+    for series in rest:
+        for depth in (1, 2, 3):
+            seen.setdefault(kinds[series.name][:depth], len(seen))
+
+    def order(series: Series) -> tuple[float, ...]:
+        kind = kinds[series.name]
+        return *(seen[kind[:depth]] for depth in (1, 2, 3)), kind[3]
+
+    room = chart.most - len(lines)
+    panels: list[list[Series]] = [[]]
+    for group in _groups(sorted(rest, key=order), kinds, room):
+        if len(panels[-1]) + len(group) > room:
+            panels.append([])
+        panels[-1] += group
+    return replace(chart, panels=tuple((*lines.values(), *panel) for panel in panels))
+
+
+def _groups(
+    series: Sequence[Series], kinds: Mapping[str, _Kind], room: int, depth: int = 2
+) -> Iterator[Sequence[Series]]:
+    """What is to stay in one panel: alike in its options, or else also in their values."""
+    for _, alike in groupby(series, key=lambda each: kinds[each.name][:depth]):
+        group = list(alike)
+        if len(group) <= room:
+            yield group
+        elif depth == 2:
+            yield from _groups(group, kinds, room, depth=3)
+        else:
+            yield from (group[start : start + room] for start in range(0, len(group), room))
 
 
 def _curves(runs: Sequence[RunRow], student: str) -> tuple[Series, ...]:

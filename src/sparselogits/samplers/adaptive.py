@@ -105,6 +105,7 @@ class Adaptive:
         """The sampler with the student's hidden states of these positions of one window."""
         return _with_states(self, self._engine.hidden(tokens[None])[0, positions])
 
+    @torch.no_grad()  # the student's head wants a gradient, and its graph would hold all logits
     def signals(self, logits: Tensor) -> Tensor:
         """float64 [P]: the signal at these positions, for choosing `reference`."""
         teacher = logits.float().softmax(-1)
