@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 N, D, V, K = 13, 6, 11, 4
@@ -35,3 +38,51 @@ def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tens
         "labels": labels,
         "position_weights": torch.rand(N, generator=generator) + 0.1,
     }
+
+
+TARGETS = ["one-hot", "sparse"]
+
+
+def errors_in_low_precision(
+    dtype: torch.dtype, targets: str, alpha: float, loss_of: Callable[..., Tensor]
+) -> Iterator[tuple[float, float]]:
+    """Errors of loss and gradients: ours, and torch's own with its logits rounded once.
+
+    Both against float64 on the same rounded numbers.
+
+    Args:
+        dtype: of the input.
+        targets: "one-hot" at the labels, or "sparse": twelve entries of mass 0.8 to 1.2.
+        alpha: share of the labels.
+        loss_of: ours, of input, head, ids and weights, with keywords `labels` and `alpha`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, width, vocabulary, entries = 48, 64, 300, 12
+    x = torch.randn(rows, width, generator=generator)
+    W = torch.randn(vocabulary, width, generator=generator) / 8
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    ids, weights = labels[:, None], torch.ones(rows, 1)
+    if targets == "sparse":
+        drawn = torch.rand(rows, vocabulary, generator=generator)
+        ids = drawn.topk(entries).indices
+        weights = torch.rand(rows, entries, generator=generator).softmax(1)
+        weights *= 0.8 + 0.4 * torch.rand(rows, 1, generator=generator)
+
+    def gradients(computed: torch.dtype, loss: Callable[..., Tensor]) -> list[Tensor]:
+        a, b = (t.to(dtype).to(computed).requires_grad_() for t in (x, W))
+        value = loss(a, b)
+        return [value.detach(), *torch.autograd.grad(value, (a, b))]
+
+    def dense(a: Tensor, b: Tensor) -> Tensor:
+        logits = F.linear(a, b)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        t = torch.zeros(rows, vocabulary).scatter(1, ids, weights).to(logits.dtype)
+        kd = -(t * logits.log_softmax(1)).sum(1).mean()
+        return (1 - alpha) * kd + alpha * F.cross_entropy(logits, labels)
+
+    exact, torchs = gradients(torch.float64, dense), gradients(dtype, dense)
+    ours = gradients(dtype, lambda a, b: loss_of(a, b, ids, weights, labels=labels, alpha=alpha))
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == ours[2].dtype == dtype
+    for mine, theirs, truth in zip(ours, torchs, exact, strict=True):
+        yield float((mine.double() - truth).norm()), float((theirs.double() - truth).norm())

@@ -1,4 +1,4 @@
-"""The dense baselines against independent formulas, autograd and TRL's definitions.
+"""The dense baselines against independent formulas, autograd and TRL.
 
 pytest tests/losses/test_dense.py
 """
@@ -91,35 +91,26 @@ def test_matches_textbook_formula(divergence, alpha, temperature, dtype, toleran
     )
 
 
-def trl_generalized_jsd(student_logits, teacher_logits, beta):
-    """GKDTrainer.generalized_jsd_loss, its published definition, batchmean over rows."""
-    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    if beta == 0:
-        jsd = F.kl_div(student, teacher, reduction="none", log_target=True)
-    elif beta == 1:
-        jsd = F.kl_div(teacher, student, reduction="none", log_target=True)
-    else:
-        b = torch.tensor(beta, dtype=student.dtype)
-        mixture = torch.logsumexp(
-            torch.stack([student + torch.log1p(-b), teacher + torch.log(b)]), dim=0
-        )
-        to_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
-        to_student = F.kl_div(mixture, student, reduction="none", log_target=True)
-        jsd = b * to_teacher + (1 - b) * to_student
-    return jsd.sum() / student_logits.shape[0]
-
-
 @pytest.mark.parametrize(
     ("divergence", "beta"),
     [("forward_kl", 0), ("reverse_kl", 1), ("jensen_shannon", 0.2), ("jensen_shannon", 0.5)],
 )
-def test_matches_trl(divergence, beta):
-    (x, W, _), (hidden, _, _), _, _ = problem()
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_matches_trl(divergence, beta, temperature):
+    """TRL's own function, with its mean over the tokens that have a label."""
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
+    (x, W, _), (hidden, _, _), labels, _ = problem()
     weight = torch.randn(V, DT, dtype=torch.float64)
     found = linear_dense_kd(
-        x, W, TeacherHead(hidden, weight), divergence=divergence, beta=beta if 0 < beta < 1 else 0.5
+        *(x, W, TeacherHead(hidden, weight)),
+        divergence=divergence,
+        beta=beta if 0 < beta < 1 else 0.5,
+        labels=labels,
+        temperature=temperature,
     ).loss
-    expected = trl_generalized_jsd(x @ W.t(), hidden @ weight.t(), beta)
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
+        x @ W.t(), hidden @ weight.t(), labels=labels, beta=beta, temperature=temperature
+    )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         torch.autograd.grad(found, (x, W)), torch.autograd.grad(expected, (x, W))

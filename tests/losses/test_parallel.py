@@ -89,6 +89,104 @@ def check_vocabulary_parallel(rank, ranks):
         assert_close(found_grads, [grads[0], grads[1][own], grads[2][own]])
 
 
+def reductions(call):
+    """How many times a call reduces over the group."""
+    counted, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *tensors, **options: counted.append(1) or reduce(*tensors, **options)
+    try:
+        call()
+    finally:
+        dist.all_reduce = reduce
+    return len(counted)
+
+
+def check_reductions(rank, ranks):
+    """What `parallel.py` says a chunk costs, and one more for the input's gradient at the end."""
+    first = sum(WIDTHS[ranks][:rank])
+    own = slice(first, first + WIDTHS[ranks][rank])
+    p = problem()
+    p["linear_weight"] = p["linear_weight"][own].detach().requires_grad_()
+    p["linear_bias"] = p["linear_bias"][own].detach().requires_grad_()
+    bare = {**p, "labels": None}
+    hot = {"temperature": 2.5}
+    cases = [
+        (bare, {}, 3),
+        (bare, {"missing_mass": "ghost"}, 3),
+        (bare, {"missing_mass": "smooth"}, 4),
+        (bare, hot, 3),
+        (p, {}, 4),
+        (p, {"alpha": 0.3}, 4),
+        (p, {"alpha": 0.3, "missing_mass": "ground_truth"}, 4),
+        (p, {"alpha": 0.3, "missing_mass": "smooth"}, 5),
+        (p, {"alpha": 0.3, **hot}, 6),
+        (p, {"alpha": 0.3, "missing_mass": "smooth", **hot}, 7),
+    ]
+    for tensors, options, of_a_chunk in cases:
+
+        def call(tensors=tensors, options=options):
+            return vocabulary_parallel_sparse_cross_entropy(
+                **tensors,
+                criterion=Criterion(**options),
+                first_id=first,
+                vocab_size=V,
+                chunk_rows=5,
+            ).loss
+
+        chunks = -(-N // 5)
+        assert reductions(lambda call=call: call().backward()) == of_a_chunk * chunks + 1, options
+        with torch.no_grad():
+            assert reductions(call) == of_a_chunk * chunks, options
+
+
+def check_low_precision(rank, ranks):
+    """Scaled logits, to +-1e4 too, and rows that hold NaN: as near the truth as one process is."""
+    first = sum(WIDTHS[ranks][:rank])
+    own = slice(first, first + WIDTHS[ranks][rank])
+    generator = torch.Generator().manual_seed(0)
+    exact = problem()
+    # small whole numbers: every product is exact, so that 1e4 does not magnify rounding
+    for name in LEAVES:
+        exact[name] = torch.randint(-3, 4, exact[name].shape, generator=generator).double()
+    exact["linear_weight"][1] = 3.0
+    exact["input"][2], exact["input"][3] = 3.0, -3.0  # logits of +-54 and a bias, times the scale
+    exact["target_weights"] = exact["target_weights"].float()
+    settings = itertools.product(
+        (torch.float32, torch.bfloat16), (0.13, 185.0), ("drop", "ghost", "smooth")
+    )
+    for dtype, scale, rule in settings:
+        options = {"missing_mass": rule, "alpha": 0.3, "logit_scale": scale}
+        truth = parts_and_gradients(
+            linear_sparse_cross_entropy, exact, **options, return_parts=True, impl="reference"
+        )
+        p = {k: v.to(dtype) if k in LEAVES else v for k, v in exact.items()}
+        p["input"][0], p["target_weights"] = torch.nan, p["target_weights"].clone()
+        p["target_weights"][7] = torch.nan  # the labels of rows 0 and 7 are ignored
+        alone = parts_and_gradients(
+            linear_sparse_cross_entropy, p, **options, chunk_rows=5, return_parts=True
+        )
+        p["linear_weight"], p["linear_bias"] = p["linear_weight"][own], p["linear_bias"][own]
+        sliced = {"criterion": Criterion(**options), "first_id": first, "vocab_size": V}
+        found = parts_and_gradients(
+            vocabulary_parallel_sparse_cross_entropy, p, **sliced, chunk_rows=5
+        )
+        assert_close_in(dtype, found[0], truth[0], alone[0])
+        for result in (truth[1], alone[1]):
+            result[1:] = [g[own] for g in result[1:]]
+        assert_close_in(dtype, found[1], truth[1], alone[1])
+        if rank == ranks - 1:  # NaN in one rank's slice reaches the loss of all
+            p["linear_weight"][0] = torch.nan
+        poisoned = vocabulary_parallel_sparse_cross_entropy(**p, **sliced)
+        assert poisoned.loss.isnan()
+
+
+def assert_close_in(dtype, found, truth, alone):
+    """Twice the error of one process, and a few roundings of the result: shares are added."""
+    for a, exact, one in zip(found, truth, alone, strict=True):
+        rounding = 4 * torch.finfo(torch.float32 if a.dim() == 0 else dtype).eps
+        allowed = 2 * (one.double() - exact).norm() + rounding * exact.norm() + 1e-7
+        assert (a.double() - exact).norm() <= allowed
+
+
 def check_sequence_parallel(rank, ranks):
     first = sum(ROWS[ranks][:rank])
     own = slice(first, first + ROWS[ranks][rank])
@@ -171,6 +269,8 @@ def main(ranks, rendezvous, rank):
         timeout=timedelta(seconds=60),
     )
     check_vocabulary_parallel(rank, ranks)
+    check_reductions(rank, ranks)
+    check_low_precision(rank, ranks)
     check_sequence_parallel(rank, ranks)
     if ranks == 2:
         for tied, registered in itertools.product((False, True), repeat=2):

@@ -15,11 +15,8 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton")
-
-FLAGS = ["WITH_GRAD", "WITH_CE", "HAS_GHOST", "HAS_SPREAD", "HAS_CAP", "TWO_TEMPERATURES"]
 
 
 @pytest.mark.slow
@@ -32,63 +29,126 @@ def test_matches_reference_under_the_interpreter():
     assert "cases agree" in done.stdout
 
 
+class Launches:
+    """Stands in for the kernel: keeps what it would be launched with."""
+
+    def __init__(self) -> None:
+        self.arguments: list[object] = []
+        self.options: dict[str, int | bool] = {}
+
+    def __getitem__(self, grid: tuple[int]) -> Launches:
+        return self
+
+    def __call__(self, *arguments: object, **options: int | bool) -> None:
+        self.arguments, self.options = list(arguments), options
+
+
+TYPES = {
+    **{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"},
+    **{torch.int64: "*i64", int: "i32", float: "fp32"},
+}
+
+
+def launched(monkeypatch, logits, gradient, entries, vocabulary, options):
+    """The signature, constants, alignments and warps with which the launcher calls the kernel."""
+    from sparselogits.losses import triton_rows
+    from sparselogits.losses.criterion import Criterion
+    from sparselogits.losses.targets import place_missing_mass
+
+    launches, rows = Launches(), 2
+    monkeypatch.setattr(triton_rows, "row_loss_kernel", launches)
+    criterion = Criterion(**options)
+    ids, weights = torch.zeros(rows, entries, dtype=torch.int64), torch.zeros(rows, entries)
+    label = torch.zeros(rows, dtype=torch.int64)
+    rule = criterion.missing_mass
+    targets = place_missing_mass(ids, weights, torch.ones(rows), label, rule, vocabulary)
+    losses_of = triton_rows.TritonLosses(targets, criterion, with_ce=criterion.alpha > 0)
+    z = torch.empty(rows, vocabulary, dtype=logits)
+    losses_of(z, None if gradient is None else z.to(gradient), slice(0, rows))
+    return launches
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
-    ("dtype", "gradient", "flags"),
-    [
-        ("fp32", "bf16", "WITH_GRAD WITH_CE"),
-        ("fp32", "fp32", "WITH_GRAD WITH_CE HAS_GHOST HAS_CAP TWO_TEMPERATURES"),
-        ("bf16", "bf16", "HAS_SPREAD"),
+    ("logits", "gradient", "entries", "vocabulary", "options"),
+    [  # a head in bfloat16, float16 and float32 on CUDA has float32 logits
+        (torch.float32, torch.bfloat16, 12, 128_256, {"alpha": 0.1}),
+        (torch.float32, torch.bfloat16, 50, 32_000, {"missing_mass": "ground_truth"}),
+        (torch.float32, torch.float16, 50, 32_000, {"alpha": 0.1, "temperature": 2.0}),
+        (
+            *(torch.float32, torch.float32, 50, 151_936),
+            {"alpha": 0.1, "missing_mass": "ghost", "temperature": 2.0, "logit_softcap": 30.0},
+        ),
+        (torch.float32, torch.float32, 12, 1000, {"missing_mass": "ghost"}),
+        (torch.bfloat16, torch.bfloat16, 50, 32_000, {"missing_mass": "smooth"}),  # of logits
+        (torch.float32, None, 12, 32_000, {"alpha": 0.1}),  # without gradients
+        (torch.float32, torch.float32, 1, 1, {}),
+        (torch.float32, torch.float32, 0, 32_000, {"alpha": 1.0}),
     ],
 )
-def test_compiles_ahead_of_time(capability, dtype, gradient, flags):
+def test_compiles_what_is_launched(
+    capability, logits, gradient, entries, vocabulary, options, monkeypatch
+):
+    """Ahead of time: the launcher's sizes, warps and types, specialised as Triton would."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     from sparselogits.losses.triton_kernel import row_loss_kernel
 
-    scalars = {"logits_stride": "i64", "gradient_stride": "i64", "V": "i32", "E": "i32"}
-    pointers = {"logits_ptr": f"*{dtype}", "gradient_ptr": f"*{gradient}"}
-    pointers |= {"ids_ptr": "*i64", "label_ptr": "*i64"}
-    constants = {flag: flag in flags.split() for flag in FLAGS} | {"BLOCK_V": 8192, "BLOCK_E": 16}
-    signature = {}
-    for name in row_loss_kernel.arg_names:
-        default = "constexpr" if name in constants else "*fp32" if name.endswith("_ptr") else "fp32"
-        signature[name] = (scalars | pointers).get(name, default)
-    source = triton.compiler.ASTSource(row_loss_kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    launches = launched(monkeypatch, logits, gradient, entries, vocabulary, options)
+    constants = dict(launches.options)
+    warps = constants.pop("num_warps")
+    assert constants["BLOCK_E"] >= max(16, entries)
+    assert 1 <= warps <= 16
+    names = row_loss_kernel.arg_names
+    signature, aligned = {}, {}
+    for at, (name, value) in enumerate(zip(names, launches.arguments, strict=False)):
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value)
+        signature[name] = TYPES[kind]
+        if kind is int and value == 1:  # Triton makes a constant of it
+            signature[name], constants[name] = "constexpr", 1
+        elif isinstance(value, torch.Tensor) or (kind is int and value % 16 == 0):
+            aligned[at,] = [["tt.divisibility", 16]]
+    for name in names[len(launches.arguments) :]:
+        signature[name] = "constexpr"
+    assert set(names) == set(signature)
+    source = triton.compiler.ASTSource(row_loss_kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    assert compiled.metadata.num_warps == warps
     assert len(compiled.asm["cubin"]) > 1000
 
 
-def check_error_of_low_precision(dtype: torch.dtype) -> None:
-    """Against float64 on the same rounded numbers, at most twice the error of torch's own loss."""
+def check_error_of_low_precision(dtype: torch.dtype, targets: str, alpha: float) -> None:
+    from problems import errors_in_low_precision
+
     from sparselogits.losses import linear_sparse_cross_entropy
 
-    torch.manual_seed(0)
-    rows, width, vocabulary = 24, 32, 300
-    x, head = torch.randn(rows, width).to(dtype), (torch.randn(vocabulary, width) / 6).to(dtype)
-    labels = torch.randint(vocabulary, (rows,))
-    targets = (labels[:, None], torch.ones(rows, 1))
+    def loss_of(*tensors, **options):
+        return linear_sparse_cross_entropy(*tensors, **options, impl="triton", chunk_rows=32)
 
-    def gradients(dtype, loss):
-        a, b = (t.to(dtype).requires_grad_() for t in (x, head))
-        value = loss(a, b)
-        return [value.detach(), *torch.autograd.grad(value, (a, b))]
+    for ours, torchs in errors_in_low_precision(dtype, targets, alpha, loss_of):
+        assert ours <= 2 * torchs
 
-    def dense(a, b):
-        return F.cross_entropy(F.linear(a, b), labels)
 
-    def ours(a, b):
-        return linear_sparse_cross_entropy(a, b, *targets, impl="triton", chunk_rows=8)
-
-    exact, torchs, found = (
-        gradients(torch.float64, dense),
-        gradients(dtype, dense),
-        gradients(dtype, ours),
-    )
-    for mine, theirs, truth in zip(found, torchs, exact, strict=True):
-        assert (mine.double() - truth).norm() <= 2 * (theirs.double() - truth).norm()
+def degenerate(p: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
+    """A problem with nothing in it, in one way or another."""
+    if case == "all rows ignored":
+        return {**p, "labels": torch.full_like(p["labels"], -100)}
+    if case == "no entries":
+        rows = p["input"].shape[0]
+        ids, weights = torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, 0)
+        return {**p, "target_ids": ids, "target_weights": weights}
+    if case == "one id":
+        whole = {k: p[k][:1].detach().requires_grad_() for k in ("linear_weight", "linear_bias")}
+        labels = p["labels"].clamp(max=0)
+        ids, weights = p["target_ids"][:, :1] * 0, p["target_weights"][:, :1]
+        return {**p, **whole, "labels": labels, "target_ids": ids, "target_weights": weights}
+    assert case == "no rows"
+    of_rows = {k: v[:0].detach() for k, v in p.items() if not k.startswith("linear")}
+    of_rows["input"].requires_grad_()
+    return {**p, **of_rows}
 
 
 def check_huge_logits(rule: str) -> None:
@@ -109,7 +169,7 @@ def check_huge_logits(rule: str) -> None:
 
 
 def check_everything() -> int:
-    from problems import RULES, problem
+    from problems import RULES, TARGETS, problem
 
     from sparselogits.errors import InvalidArgumentError
     from sparselogits.losses import linear_sparse_cross_entropy
@@ -129,8 +189,17 @@ def check_everything() -> int:
         found, expected = (run(p, **options, impl=i) for i in ("triton", "reference"))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         cases += 1
-    for dtype in (torch.bfloat16, torch.float16):
-        check_error_of_low_precision(dtype)
+    empty = ("no rows", "no entries", "one id", "all rows ignored")
+    for case, rule in itertools.product(empty, RULES):
+        results = []
+        for impl in ("triton", "reference"):
+            p = degenerate(problem(torch.float32), case)
+            results.append(run(p, missing_mass=rule, alpha=0.3, impl=impl))
+        assert all(value.isfinite().all() for value in results[0]), (case, rule)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5, msg=f"{case}, {rule}")
+        cases += 1
+    for dtype, targets in itertools.product((torch.bfloat16, torch.float16), TARGETS):
+        check_error_of_low_precision(dtype, targets, alpha=0.3)
         cases += 1
     for rule in RULES:
         check_huge_logits(rule)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -41,9 +43,12 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def expected_loss(model: torch.nn.Module, inputs: dict, alpha: float) -> torch.Tensor:
-    log_s = model(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
-    kd = -(log_s.gather(2, IDS) * WEIGHTS).sum(-1)
+def expected_loss(
+    model: torch.nn.Module, inputs: dict, alpha: float, temperature: float = 1.0
+) -> torch.Tensor:
+    logits = model(input_ids=inputs["input_ids"]).logits
+    kd = -((logits / temperature).log_softmax(-1).gather(2, IDS) * WEIGHTS).sum(-1)
+    log_s = logits.log_softmax(-1)  # the label's part knows no temperature
     labels = inputs["shift_labels"]
     ce = F.nll_loss(log_s.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     counted = labels != -100
@@ -51,15 +56,17 @@ def expected_loss(model: torch.nn.Module, inputs: dict, alpha: float) -> torch.T
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_loss_and_gradients_are_those_of_plain_autograd(name: str, alpha: float) -> None:
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.0, 2.5), (0.3, 2.5)])
+def test_loss_and_gradients_are_those_of_plain_autograd(
+    name: str, alpha: float, temperature: float
+) -> None:
     torch.manual_seed(0)
     plain = MODELS[name]().train()
     bound = copy.deepcopy(plain)
-    bind(bound, Objective("sparse", alpha=alpha))
+    bind(bound, Objective("sparse", alpha=alpha, temperature=temperature))
     inputs = batch()
     loss = bound(**inputs, target_ids=IDS, target_weights=WEIGHTS).loss
-    reference = expected_loss(plain, inputs, alpha)
+    reference = expected_loss(plain, inputs, alpha, temperature)
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
     ours, theirs = gradients(bound, loss), gradients(plain, reference)
     assert ours.keys() == theirs.keys()
@@ -231,19 +238,22 @@ def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher() -> 
 
 
 @pytest.mark.parametrize("method", ["full", "reverse_kl"])
-def test_online_methods_are_plain_autograd(method: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_online_methods_are_plain_autograd(method: str, temperature: float) -> None:
     teacher, plain = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
     bound = copy.deepcopy(plain)
     taught = TransformersTeacher(teacher, identity={})
-    bind(bound, Objective(method, alpha=0.3, teacher_head=taught.head))
+    bind(bound, Objective(method, alpha=0.3, temperature=temperature, teacher_head=taught.head))
     inputs = batch()
     loss = bound(**inputs, teacher_hidden=taught.hidden(inputs["input_ids"])).loss
     with torch.no_grad():
-        log_p = teacher(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
-    log_s = plain(input_ids=inputs["input_ids"]).logits.log_softmax(-1)
+        log_p = (teacher(input_ids=inputs["input_ids"]).logits / temperature).log_softmax(-1)
+    logits = plain(input_ids=inputs["input_ids"]).logits
+    log_s = (logits / temperature).log_softmax(-1)
     labels = inputs["shift_labels"]
     a, b = (log_p, log_s) if method == "full" else (log_s, log_p)
     kd = (a.exp() * (a - b)).sum(-1)
+    log_s = logits.log_softmax(-1)
     ce = F.nll_loss(log_s.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     reference = (0.7 * kd + 0.3 * ce)[labels != -100].mean()
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
@@ -280,8 +290,24 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(found[1][key], gradient, msg=key)
 
 
-def test_a_compiled_student_computes_the_same() -> None:
-    plain = tiny_llama().train()
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    shutil.which(os.environ.get("CXX", "g++")) is None,
+                    reason="inductor compiles C++",
+                ),
+            ],
+        ),
+    ],
+)
+def test_a_compiled_student_computes_the_same(backend: str) -> None:
+    plain = tiny_llama(num_hidden_layers=1).train()
     other = copy.deepcopy(plain)
     inputs = batch()
     targets = {"target_ids": IDS, "target_weights": WEIGHTS, "teacher_entropy": torch.ones(2)}
@@ -289,7 +315,7 @@ def test_a_compiled_student_computes_the_same() -> None:
     for model, compiled in ((plain, False), (other, True)):
         objective = Objective("sparse", alpha=0.3)
         bind(model, objective)
-        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run = torch.compile(model, backend=backend) if compiled else model
         loss = run(**inputs, **targets).loss
         found.append((gradients(model, loss), objective.training.take()))
     for key, gradient in found[0][0].items():

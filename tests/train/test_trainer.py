@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
-from sparselogits.data import Schedule, Stage
+from sparselogits.data import Schedule, Stage, WindowOrder, collate
 from sparselogits.errors import InvalidArgumentError, InvalidTargetsError, RecipeError
+from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
 from tests.conftest import tiny_llama
+from tests.train.conftest import HOT
 
 
 def arguments(out: Path, **changes: object) -> TrainingArguments:
@@ -46,6 +49,14 @@ def trained(cache: Path, out: Path, resume: str | None = None, **options: object
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+class KeepLogs(TrainerCallback):
+    def __init__(self, lines: list[dict[str, float]]) -> None:
+        self.lines = lines
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.lines.append(dict(logs))
+
+
 def test_the_loss_falls_and_repeats(cache: Path, tmp_path: Path) -> None:
     first, weights = trained(cache, tmp_path, arguments={"max_steps": 30})
     again, same = trained(cache, tmp_path, arguments={"max_steps": 30})
@@ -60,6 +71,128 @@ def test_accumulated_gradients_are_those_of_the_large_batch(cache: Path, tmp_pat
     _, small = trained(cache, tmp_path, arguments=changes)
     for name, weight in large.items():
         torch.testing.assert_close(small[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def label_counts(cache: Path) -> list[int]:
+    dataset = CacheDataset(cache)
+    return [int((dataset[i]["shift_labels"] != -100).sum()) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_accumulation_weighs_labels_not_micro_batches(
+    answers: dict[float, Path], tmp_path: Path, alpha: float
+) -> None:
+    """Windows of 0 to 31 labels: a mean over micro-batches of their means would be another step.
+
+    Without clipping, which would hide a factor.
+    """
+    counts = label_counts(answers[1.0])
+    assert min(counts) == 0
+    assert max(counts) == 31
+    plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    lines, found = [], []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        changes = plain | {"per_device_train_batch_size": batch}
+        changes |= {"gradient_accumulation_steps": accumulate}
+        run: list[dict[str, float]] = []
+        found.append(
+            trained(
+                *(answers[1.0], tmp_path),
+                alpha=alpha,
+                arguments=changes,
+                callbacks=[KeepLogs(run)],
+            )
+        )
+        lines.append([line for line in run if "kd" in line])
+    (losses, large), *others = found
+    for (same, small), figures in zip(others, lines[1:], strict=True):
+        assert same == pytest.approx(losses, rel=1e-4)
+        for name, weight in large.items():
+            torch.testing.assert_close(small[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        for key in ("kd", "ce", "kl", "entries"):
+            expected = [line[key] for line in lines[0]]
+            assert [line[key] for line in figures] == pytest.approx(expected, rel=1e-4), key
+    means = [line["kd"] * (1 - alpha) + line["ce"] * alpha for line in lines[0]]
+    assert losses == pytest.approx(means, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_a_label_changes_nothing(
+    answers: dict[float, Path], tmp_path: Path, accumulate: int
+) -> None:
+    """Prompts longer than a window fill whole batches; their loss is 0, not 0 / 0."""
+    dataset = CacheDataset(answers[1.0])
+    blank = [i for i, count in enumerate(label_counts(answers[1.0])) if count == 0]
+
+    class Prompts(CacheDataset):
+        def __getitem__(self, request):
+            return dataset[blank[request.index % len(blank)]]
+
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulate}
+    model = tiny_llama(seed=9)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = SparseKDTrainer(
+        model,
+        arguments(tmp_path, optim="sgd", max_steps=2, **changes),
+        train_dataset=Prompts(answers[1.0]),
+        alpha=0.3,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses == [0.0, 0.0]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def loss_by_formula(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    teacher: TransformersTeacher | None,
+    alpha: float,
+    temperature: float,
+) -> torch.Tensor:
+    """Sparse cross-entropy, or KL(p || s) with the teacher; the label's part at temperature 1."""
+    logits, labels = model(input_ids=batch["input_ids"]).logits, batch["shift_labels"]
+    log_s = (logits / temperature).log_softmax(-1)
+    if teacher is None:
+        kd = -(log_s.gather(2, batch["target_ids"]) * batch["target_weights"]).sum(-1)
+    else:
+        slices = [part.logits.clone() for part in teacher.logits(batch["input_ids"])]
+        p = (torch.cat(slices).view_as(logits) / temperature).softmax(-1)
+        kd = (torch.special.xlogy(p, p) - p * log_s).sum(-1)
+    ce = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return ((1 - alpha) * kd + alpha * ce)[labels != -100].mean()
+
+
+@pytest.mark.parametrize("method", ["sparse", "full"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_a_step_is_taken_at_the_temperature_of_the_cache(
+    answers: dict[float, Path],
+    teacher_folder: Path,
+    tokenizer: object,
+    tmp_path: Path,
+    method: str,
+    alpha: float,
+) -> None:
+    """Loss and gradient of one step of plain descent, against the formula."""
+    cache, teacher = answers[HOT], None
+    if method == "full":
+        teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    dataset = CacheDataset(cache)
+    order = WindowOrder(len(dataset), 3, dataset.identity.fingerprint)
+    batch = collate([dataset[order[0, i]] for i in range(4)])
+    plain = tiny_llama(seed=9)
+    expected = loss_by_formula(plain, batch, teacher, alpha, HOT)
+    expected.backward()
+    rate = 0.5
+    changes = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": rate, "max_steps": 1}
+    losses, weights = trained(
+        cache, tmp_path, method=method, alpha=alpha, teacher=teacher, arguments=changes
+    )
+    assert losses == pytest.approx([expected.item()], rel=1e-5)
+    for name, p in plain.named_parameters():
+        stepped = p.detach() - rate * p.grad
+        torch.testing.assert_close(weights[name], stepped, rtol=1e-5, atol=1e-5, msg=name)
 
 
 CURRICULUM = Schedule((Stage(3, until=0.3), Stage(5, until_step=5), Stage(12)))
@@ -99,12 +232,7 @@ def test_a_checkpoint_of_other_steps_is_refused(cache: Path, tmp_path: Path) -> 
 
 def logged(cache: Path, out: Path, **options: object) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = []
-
-    class Keep(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            lines.append(dict(logs))
-
-    trained(cache, out, callbacks=[Keep()], **options)
+    trained(cache, out, callbacks=[KeepLogs(lines)], **options)
     return lines
 
 

@@ -206,12 +206,12 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """Rows whose logits exist at a time, of `rows` in all.
 
-    On an accelerator, as many float32 rows as take 1/64 of its memory, from 64 MiB to 1 GiB: large
-    enough for products at full speed. On CPU 64 MiB, but no more than half the rows: the system
-    hands out a buffer page by page, which only several chunks make up for (at D = 128 all rows at
-    once cost more than the softmax). And at least 256 rows, in low precision 512: each chunk packs
-    the weight for its products anew and adds to the weight's gradient, in low precision by a pass
-    of its own.
+    On an accelerator, as many float32 rows as take 1/64 of its memory (of 16 GiB where it is not
+    CUDA's), from 64 MiB to 1 GiB: large enough for products at full speed. On CPU 64 MiB, but no
+    more than half the rows: the system hands out a buffer page by page, which only several chunks
+    make up for (at D = 128 all rows at once cost more than the softmax). And at least 256 rows, in
+    low precision 512: each chunk packs the weight for its products anew and adds to the weight's
+    gradient, in low precision by a pass of its own.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256

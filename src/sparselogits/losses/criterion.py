@@ -30,7 +30,7 @@ class Criterion:
 
     Args:
         alpha: share of the label's cross-entropy, in [0, 1].
-        missing_mass: what becomes of the mass that a biased target lacks; see `missing_mass.py`.
+        missing_mass: what becomes of the mass that a biased target lacks; see `targets.py`.
         logit_scale: factor of the raw logits.
         logit_softcap: bound of the logits, positive; None for none.
         temperature: divides the student's logits in the KD part only, positive. The loss is not

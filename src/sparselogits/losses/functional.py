@@ -119,7 +119,8 @@ def linear_sparse_cross_entropy(
             "sum" by nothing.
         impl: "chunked" (any device), "triton" (CUDA), "reference" (plain autograd, whole logits)
             or "auto", which is "chunked".
-        chunk_rows: rows whose logits exist at a time; chosen by the device's memory when None.
+        chunk_rows: rows whose logits exist at a time. When None, chosen from shapes and dtype, and
+            from an accelerator's total memory, never from what is free.
         return_parts: also return kd and ce, reduced and detached, for logging.
 
     Returns:

@@ -2,7 +2,8 @@
 
 Vocabulary-parallel (tensor-parallel trainers): each rank holds a slice of the head, of any width,
 and the same rows. A chunk costs three reductions of a few numbers a row over the group (stored
-logits, maximum, sum; one more for labels, one for smoothing), and the input's gradient one sum of
+logits, maximum, sum; one more for labels, one for smoothing, and two, another maximum and sum,
+where labels stand beside a target of another temperature), and the input's gradient one sum of
 [N, D] at the end, as any column-parallel layer does.
 
 Sequence-parallel and context-parallel: each rank holds some of the positions and the whole head.

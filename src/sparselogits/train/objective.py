@@ -148,7 +148,8 @@ def _loss_output(
         tokens=labels.numel(),
     )
     loss = found.loss if training or found.ce is None else found.ce
-    items = positions.clamp_min(1) if num_items is None else num_items
+    items = positions if num_items is None else torch.as_tensor(num_items)
+    items = torch.where(items == 0, 1, items)  # a batch of prompts alone has nothing to learn
     loss = loss / items
     if aux is not None:  # over micro-batches and ranks a mean, weighted as the loss is
         loss = loss + aux * (positions / items)

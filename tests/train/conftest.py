@@ -1,0 +1,48 @@
+"""Caches whose windows hold very different numbers of labels, at two temperatures."""
+
+from __future__ import annotations
+
+import json
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from sparselogits.build import CacheRequest, build_caches
+from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+from sparselogits.samplers import Systematic
+from sparselogits.teacher import load_teacher
+from tests.conftest import documents
+
+HOT = 2.0
+"""Temperature of the second cache."""
+LENGTHS = [(300, 20), (10, 200), (150, 5), (20, 90), (5, 250)]
+"""Characters of prompts and completions, in turn: windows of 0 to 31 labels."""
+
+
+@pytest.fixture(scope="session")
+def answers(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tokenizer: object
+) -> dict[float, Path]:
+    """By its temperature, a cache of completions alone; one pass of the teacher made both."""
+    folder = tmp_path_factory.mktemp("answers")
+    text, at, records = "".join(documents())[:24_000], 0, []
+    for prompt, completion in cycle(LENGTHS):
+        if at + prompt + completion > len(text):
+            break
+        middle, at, start = at + prompt, at + prompt + completion, at
+        records.append({"prompt": text[start:middle], "completion": text[middle:at]})
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    packing = packing_for(tokenizer, window_length=32, separator_id=0)
+    source = open_source(str(path), completion_only=True)
+    corpus = pack(source, tokenizer, packing, folder / "corpus", vocab_size=teacher.vocab_size)
+    caches = {t: folder / f"cache-{t:g}" for t in (1.0, HOT)}
+    build_caches(
+        teacher,
+        corpus,
+        [CacheRequest(root, Systematic(12), temperature=t) for t, root in caches.items()],
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+    )
+    return caches
