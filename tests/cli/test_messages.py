@@ -50,7 +50,6 @@ MISTAKES = {
     "push {cache} {new}": ("is no url", "hf://datasets/org/name"),
     "push {cache} nowhere9://x/y": ("no url that can be opened", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
-    "train": ("cache: missing", "out: missing"),
     "train {recipe:cach: x}": ("cach: unknown key", "did you mean 'cache'"),
     "train {recipe:[1]}": ("must be a mapping", "as in `cache"),
     "train {recipe:a: [}": ("is not yaml", "line 1"),

@@ -6,6 +6,7 @@ codes and what is said at the end are in `endings`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -45,11 +46,13 @@ def _say_version(asked: bool) -> None:
 def _options(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; anywhere on the line.")
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
     ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_say_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     state = context.ensure_object(dict)
@@ -57,23 +60,41 @@ def _options(
     quiet_transformers()
 
 
-app.command()(cache)
-app.command("import")(import_command)
-app.command()(info)
-app.command()(view)
-app.command()(plan)
-app.command()(train)
-app.command("eval")(evaluate_command)
-app.command()(gradients)
-app.command()(compare)
-app.command()(report)
-app.command()(verify)
-app.command()(repair)
-app.command()(card)
-app.command()(push)
-app.command()(merge)
-app.command()(export)
-app.command()(demo)
+_MAKE, _KEEP = "Make a cache", "Look after a cache"
+_USE, _STUDY = "Train and evaluate", "Study"
+
+# in the order of `sparselogits --help`; a command's example is what its help page ends with
+_COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
+    ("cache", cache, _MAKE, "--teacher demo --data notes.txt --out my-cache --holdout 0.05"),
+    (
+        "import",
+        import_command,
+        _MAKE,
+        "logprobs.jsonl --tokenizer MODEL --vocab-size 128256 --out my-cache",
+    ),
+    ("plan", plan, _MAKE, "--teacher-params 8B --student-params 1B --tokens 10B"),
+    ("demo", demo, _MAKE, "--out demo-run"),
+    ("train", train, _USE, "--cache my-cache --out my-run"),
+    ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
+    ("info", info, _KEEP, "my-cache"),
+    ("view", view, _KEEP, "my-cache --window 3 --teacher demo"),
+    ("verify", verify, _KEEP, "my-cache"),
+    ("repair", repair, _KEEP, "my-cache"),
+    ("merge", merge, _KEEP, "part-1 part-2 --out my-cache"),
+    ("export", export, _KEEP, "my-cache --out plain --format lists"),
+    ("card", card, _KEEP, "my-cache"),
+    ("push", push, _KEEP, "my-cache hf://datasets/me/my-cache"),
+    ("compare", compare, _STUDY, "comparison.yaml"),
+    ("report", report, _STUDY, "my-comparison"),
+    ("gradients", gradients, _STUDY, "my-run --teacher demo --data other.txt"),
+)
+for _name, _function, _panel, _example in _COMMANDS:
+    app.command(
+        _name,
+        rich_help_panel=_panel,
+        no_args_is_help=_name != "demo",
+        epilog=f"Example: sparselogits {_name} {_example}",
+    )(_function)
 
 
 def main() -> None:

@@ -13,7 +13,21 @@ from rich.markup import escape
 
 from sparselogits.cli.crew import crew_of
 from sparselogits.cli.info import print_info
-from sparselogits.cli.options import Device, Json
+from sparselogits.cli.options import (
+    DATA,
+    DISTRIBUTED,
+    MODEL,
+    OUTPUT,
+    PERFORMANCE,
+    TARGETS,
+    Device,
+    Dtype,
+    Json,
+    SeparatorId,
+    Teacher,
+    TrustRemoteCode,
+    WindowsPerShard,
+)
 from sparselogits.console import messages, stage
 from sparselogits.errors import InvalidArgumentError
 
@@ -43,87 +57,224 @@ class ExecutorName(StrEnum):
 
 
 def cache(
-    teacher: Annotated[str, typer.Option(help="Model folder, GGUF file or hub name.")],
-    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, folder, or dataset.")],
-    out: Annotated[
-        str, typer.Option(help="Directory or URL (s3://...) of the cache; resumed if it exists.")
+    *,
+    teacher: Teacher,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Number that the teacher's logits are divided by before sampling.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 1.0,
+    trust_remote_code: TrustRemoteCode = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text to distil on: a text, JSON lines or Parquet file, a folder of such files, "
+            "or the name of a dataset on the Hugging Face hub.",
+            rich_help_panel=DATA,
+        ),
     ],
-    sampler: Annotated[SamplerName, typer.Option(help="How entries are chosen.")] = (
-        SamplerName.systematic
-    ),
-    budget: Annotated[
-        float | None, typer.Option(help=f"Mean entries a token [default: {DEFAULT_BUDGET:g}].")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds a token, instead of a budget.")] = None,
-    proposal_exponent: Annotated[float, typer.Option(help="Draw from p to this power.")] = 1.0,
-    k: Annotated[
-        int | None, typer.Option(help="Entries a token for topk, instead of a budget.")
-    ] = None,
-    p: Annotated[float, typer.Option(help="Mass kept, for topp.")] = 0.95,
-    max_entries: Annotated[int, typer.Option(help="Cap on entries a token, for topp.")] = 100,
-    tau: Annotated[
-        float | None,
-        typer.Option(help="Smallest probability kept exactly by threshold, instead of a budget."),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    temperature: Annotated[float, typer.Option(help="Divides the teacher's logits.")] = 1.0,
-    batch: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
-    windows: Annotated[str | None, typer.Option(help="Build only windows A:B.")] = None,
-    windows_per_shard: Annotated[int, typer.Option(min=1, help="Windows a file.")] = 512,
-    append: Annotated[
-        bool, typer.Option(help="Add this text to the cache: new windows, nothing rewritten.")
-    ] = False,
-    holdout: Annotated[float, typer.Option(help="Share of documents kept aside.")] = 0.0,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    window: Annotated[
+        int,
+        typer.Option(
+            help="Tokens per window. The text is packed into windows of this length.",
+            rich_help_panel=DATA,
+        ),
+    ] = 1024,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            help="Share of the text that is kept aside for `sparselogits eval`, as in 0.05.",
+            rich_help_panel=DATA,
+        ),
+    ] = 0.0,
+    text_field: Annotated[
+        str,
+        typer.Option(
+            help="Field (JSON lines) or column (Parquet, dataset) that holds the text.",
+            rich_help_panel=DATA,
+        ),
+    ] = "text",
+    split: Annotated[
+        str, typer.Option(help="Split of a dataset to read.", rich_help_panel=DATA)
+    ] = "train",
     completion_only: Annotated[
         bool,
         typer.Option(
             "--completion-only",
-            help="Records are prompt and completion, or messages; only answers are learnt.",
+            help="Cache targets for answers only. Records hold either `messages` or `prompt` and "
+            "`completion`.",
+            rich_help_panel=DATA,
         ),
     ] = False,
-    separator_id: Annotated[
-        int | None, typer.Option(help="Token between documents; end-of-text by default.")
-    ] = None,
+    separator_id: SeparatorId = None,
     reset_attention: Annotated[
-        bool, typer.Option(help="Keep documents of one window from seeing each other.")
+        bool,
+        typer.Option(
+            "--reset-attention",
+            help="Prevent documents that share a window from attending to each other.",
+            rich_help_panel=DATA,
+        ),
     ] = False,
-    executor: Annotated[ExecutorName, typer.Option(help="Who runs the build.")] = (
-        ExecutorName.local
-    ),
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add this text to an existing cache as new windows; nothing is rewritten.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean number of entries to store per token.",
+            show_default=f"{DEFAULT_BUDGET:g}",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    sampler: Annotated[
+        SamplerName,
+        typer.Option(
+            help="Method that chooses the entries. All but topk and topp are unbiased.",
+            rich_help_panel=TARGETS,
+        ),
+    ] = SamplerName.systematic,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed for sampling.", rich_help_panel=TARGETS)
+    ] = 0,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Sampling rounds per token, in place of --budget.",
+            show_default="from --budget",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    proposal_exponent: Annotated[
+        float,
+        typer.Option(
+            help="Power of the teacher's probabilities to draw from, for systematic and "
+            "multinomial.",
+            rich_help_panel=TARGETS,
+        ),
+    ] = 1.0,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            help="Entries per token for topk, in place of --budget.",
+            show_default="from --budget",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    p: Annotated[
+        float,
+        typer.Option(help="Probability mass to keep per token, for topp.", rich_help_panel=TARGETS),
+    ] = 0.95,
+    max_entries: Annotated[
+        int,
+        typer.Option(
+            help="Largest number of entries per token, for topp.", rich_help_panel=TARGETS
+        ),
+    ] = 100,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="Smallest probability that threshold keeps exactly, in place of --budget.",
+            show_default="from --budget",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URL (s3://bucket/prefix) of the cache. A cache that is already there "
+            "is resumed.",
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    windows_per_shard: WindowsPerShard = 512,
     work: Annotated[
         Path | None,
-        typer.Option(help="For a URL: where text is packed [default: the user's cache folder]."),
+        typer.Option(
+            help="Local folder where the text is packed when --out is a URL.",
+            show_default="the user's cache folder",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
+    as_json: Json = False,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Windows per forward pass of the teacher. Lower it if memory runs out.",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = 8,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that tokenise the text.", rich_help_panel=PERFORMANCE),
+    ] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(help="Torch threads a worker; the same number gives the same bytes."),
+        typer.Option(
+            help="PyTorch threads per worker. The same number gives the same bytes.",
+            show_default="PyTorch's own choice; under torchrun, the cores divided by the ranks",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: spread the teacher's layers over all devices, memory and disk.",
+            show_default="the whole teacher on --device",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = None,
+    executor: Annotated[
+        ExecutorName,
+        typer.Option(
+            help="What runs the build: this process, the ranks of torchrun, or a Ray cluster.",
+            rich_help_panel=DISTRIBUTED,
+        ),
+    ] = ExecutorName.local,
+    windows: Annotated[
+        str | None,
+        typer.Option(
+            help="Build only windows A to B - 1, written A:B as in 0:512.",
+            show_default="all windows",
+            rich_help_panel=DISTRIBUTED,
+        ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="For ray: workers at most [default: as the cluster has room]."),
+        typer.Option(
+            help="Largest number of Ray workers.",
+            show_default="as many as the cluster has room for",
+            rich_help_panel=DISTRIBUTED,
+        ),
     ] = None,
     gpus: Annotated[
-        float | None, typer.Option(help="For ray: GPUs a worker, fractions included.")
-    ] = None,
-    device: Device = "auto",
-    device_map: Annotated[
-        str | None, typer.Option(help="auto: spread the teacher over devices, memory and disk.")
+        float | None,
+        typer.Option(
+            help="GPUs per Ray worker; may be a fraction.",
+            show_default="1 with a CUDA device, else 0",
+            rich_help_panel=DISTRIBUTED,
+        ),
     ] = None,
     tp_plan: Annotated[
         str | None,
-        typer.Option(help="auto: split each layer of the teacher over the ranks of torchrun."),
+        typer.Option(
+            help="auto: split each layer of the teacher over the ranks of torchrun "
+            "(tensor parallelism).",
+            show_default="not split",
+            rich_help_panel=DISTRIBUTED,
+        ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run code that comes with the model.")
-    ] = False,
-    as_json: Json = False,
 ) -> None:
-    """Run the teacher once over a text and cache a few unbiased targets a token."""
+    """Run the teacher once over a text and cache a few unbiased targets per token."""
     from sparselogits.build import CacheRequest, fetch_texts, place_of_text, publish_text
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import from_parameters

@@ -12,7 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    MODEL_NAMES,
+    OUTPUT,
+    Device,
+    Json,
+    device_named,
+    stdout,
+)
 from sparselogits.console import messages, stage
 
 if TYPE_CHECKING:
@@ -25,13 +34,28 @@ WIDTH = 132
 
 def compare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of the comparison.")],
-    teacher: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
-    data: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Instead of the recipe's.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Teacher model: {MODEL_NAMES}.",
+            show_default="the recipe's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to distil on.", show_default="the recipe's", rich_help_panel=DATA),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the comparison.", show_default="the recipe's", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train the same student with each method of a recipe; measure, compare and store."""
+    """Train the same student with each method of a recipe, and compare the results."""
     from sparselogits.compare import compare as carry_out
     from sparselogits.compare import load_compare_recipe
     from sparselogits.report import write_report

@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import Json, stdout
+from sparselogits.cli.options import OUTPUT, Json, stdout
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory of everything it makes.")] = Path("demo-run"),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of everything that the demo makes.", rich_help_panel=OUTPUT),
+    ] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:
-    """The whole way on a real teacher and real text, on a laptop, without a hub."""
+    """Cache, train five students and compare them, on a real teacher and text, without a hub."""
     from sparselogits.demo import run_demo
 
     result = run_demo(out)

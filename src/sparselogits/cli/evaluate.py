@@ -14,7 +14,17 @@ import typer
 from rich.table import Table
 
 from sparselogits.cli.models import load_own_teacher, load_student
-from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.cli.options import (
+    DATA,
+    MEASUREMENTS,
+    MODEL,
+    MODEL_NAMES,
+    Device,
+    Dtype,
+    Json,
+    device_named,
+    stdout,
+)
 from sparselogits.console import stage
 from sparselogits.errors import InvalidArgumentError, TeacherError
 
@@ -27,36 +37,94 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    student: Annotated[str, typer.Argument(help="Folder of a student, or its run.")],
-    cache: Annotated[str, typer.Option(help="Directory or URL with the held-out text.")],
-    teacher: Annotated[str | None, typer.Option(help="For KL, agreement and acceptance.")] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Packed corpus [default: the cache's own].")
+    student: Annotated[
+        str,
+        typer.Argument(help="Student to measure: a run's folder, a model folder, or a hub name."),
+    ],
+    *,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}.",
+            show_default="no teacher: loss and calibration only",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URL of the cache whose held-out text is read.", rich_help_panel=DATA
+        ),
+    ],
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of another packed corpus to read the held-out text from.",
+            show_default="the cache's own",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest number of windows to read.",
+            show_default="all held-out windows",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     draft: Annotated[
-        int, typer.Option(min=0, help="Also draft so many tokens at a time for the teacher.")
+        int,
+        typer.Option(
+            min=0,
+            help="Also measure speculative decoding: the student drafts this many tokens at a time "
+            "and the teacher verifies them. 0 leaves it out.",
+            rich_help_panel=MEASUREMENTS,
+        ),
     ] = 0,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also score a zero-shot task: continuation, last_word, agreement, or one that "
-            "lm-eval knows. May be given several times."
+            help="Also score a zero-shot task: continuation, last_word, agreement, or any task of "
+            "lm-eval. May be repeated.",
+            show_default="no tasks",
+            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
     task_limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many samples a task [default: 200].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest number of samples per task.",
+            show_default="200",
+            rich_help_panel=MEASUREMENTS,
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="For --tasks [default: the teacher's, or the student's].")
+        str | None,
+        typer.Option(
+            help="Tokenizer for --tasks: a model folder, GGUF file or hub name.",
+            show_default="the teacher's, else the student's",
+            rich_help_panel=MEASUREMENTS,
+        ),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Of the windows, for intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of resamples and drafts.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
-    device: Device = "auto",
+    resamples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Bootstrap resamples of the windows, for the intervals.",
+            rich_help_panel=MEASUREMENTS,
+        ),
+    ] = 1000,
+    seed: Annotated[
+        int,
+        typer.Option(help="Random seed for resampling and drafting.", rich_help_panel=MEASUREMENTS),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a student on the held-out text: loss, calibration, how far it is from its teacher."""
+    """Measure a student on held-out text: loss, calibration, and distance to its teacher."""
     from sparselogits.build import fetch_texts
     from sparselogits.corpus import PackedCorpus
     from sparselogits.data import TextDataset

@@ -16,7 +16,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparselogits.cli.models import load_student
-from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    TARGETS,
+    Device,
+    Dtype,
+    Json,
+    SeparatorId,
+    Teacher,
+    device_named,
+    stdout,
+)
 from sparselogits.console import messages, stage
 from sparselogits.errors import InvalidArgumentError
 
@@ -44,40 +56,96 @@ class Rule(StrEnum):
 
 def gradients(
     students: Annotated[
-        list[str], typer.Argument(help="Folders of students, or of their runs.", metavar="STUDENT")
+        list[str],
+        typer.Argument(
+            help="Students to measure: folders of runs, model folders or hub names.",
+            metavar="STUDENT...",
+        ),
     ],
-    teacher: Annotated[str, typer.Option(help="Model folder, GGUF file or hub name.")],
-    data: Annotated[str, typer.Option(help="Text that neither was trained on; see `cache`.")],
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    *,
+    teacher: Teacher,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Also measure the first student with random weights.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text that neither teacher nor student was trained on, as for `sparselogits "
+            "cache --data`.",
+            rich_help_panel=DATA,
+        ),
+    ],
+    window: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=DATA)] = 512,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens a batch; may be repeated [default: 1, 4 and 16 windows]."),
+        typer.Option(
+            help="Tokens per batch. May be repeated.",
+            show_default="1, 4 and 16 windows",
+            rich_help_panel=DATA,
+        ),
     ] = None,
-    batches: Annotated[int, typer.Option(help="Batches of the largest size.")] = 2,
-    draws: Annotated[int, typer.Option(help="Of every random target, in each batch.")] = 4,
-    budget: Annotated[float, typer.Option(help="Entries a token of the unbiased targets.")] = 12.0,
+    batches: Annotated[
+        int,
+        typer.Option(help="Number of batches of the largest size.", rich_help_panel=DATA),
+    ] = 2,
+    separator_id: SeparatorId = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Mean number of entries per token of the unbiased targets.",
+            rich_help_panel=TARGETS,
+        ),
+    ] = 12.0,
     top_k: Annotated[
-        list[int] | None, typer.Option(help="May be repeated [default: 12, 50, 300].")
+        list[int] | None,
+        typer.Option(
+            help="K of the Top-K targets to compare with. May be repeated.",
+            show_default="12, 50 and 300",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
     missing_mass: Annotated[
-        list[Rule] | None, typer.Option(help="Of Top-K; may be repeated [default: drop].")
+        list[Rule] | None,
+        typer.Option(
+            help="What Top-K targets do with the probability they leave out. May be repeated.",
+            show_default="drop",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
     adaptive: Annotated[
-        str | None, typer.Option(help="Checkpoint whose learning signal a sampler follows.")
+        str | None,
+        typer.Option(
+            help="Student whose learning signal the adaptive sampler follows.",
+            show_default="no adaptive sampler",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option(help="Also the first student with its weights drawn anew.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the draws, and of --fresh.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
-    separator_id: Annotated[
-        int | None, typer.Option(help="Token between documents; end-of-text by default.")
+    draws: Annotated[
+        int,
+        typer.Option(help="Draws of each random target per batch.", rich_help_panel=TARGETS),
+    ] = 4,
+    seed: Annotated[
+        int,
+        typer.Option(help="Random seed for sampling and for --fresh.", rich_help_panel=TARGETS),
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file to write the results to.",
+            show_default="printed only",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    device: Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the results there, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Angle, norm, bias and noise of each target's gradient against full distillation's."""
+    """Compare each target's gradient with full distillation's: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for
     from sparselogits.data import TextDataset
     from sparselogits.evaluate import measure_gradients, standard_targets

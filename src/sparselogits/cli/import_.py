@@ -7,29 +7,70 @@ from typing import Annotated
 import typer
 
 from sparselogits.cli.info import print_info
-from sparselogits.cli.options import Json
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    MODEL_NAMES,
+    OUTPUT,
+    TARGETS,
+    Json,
+    TrustRemoteCode,
+    WindowsPerShard,
+)
 from sparselogits.console import messages, stage
 
 
 def import_command(
-    data: Annotated[str, typer.Argument(help="JSONL or Parquet: a file, folder or pattern.")],
-    tokenizer: Annotated[str, typer.Option(help="The teacher's: folder, GGUF file or hub name.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Columns of the teacher's head.")],
-    out: Annotated[str, typer.Option(help="A new or empty folder.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's name, to be recorded.")] = "imported",
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="JSON lines or Parquet with tokens and Top-K log-probabilities: a file, a folder "
+            "or a pattern."
+        ),
+    ],
+    *,
+    tokenizer: Annotated[
+        str,
+        typer.Option(help=f"Tokenizer of the teacher: {MODEL_NAMES}.", rich_help_panel=MODEL),
+    ],
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Vocabulary size of the teacher: the number of logits per token.",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    teacher: Annotated[
+        str,
+        typer.Option(help="Name of the teacher to record in the cache.", rich_help_panel=MODEL),
+    ] = "imported",
+    trust_remote_code: TrustRemoteCode = False,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window [default: the rows' one length].")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens per window.",
+            show_default="the length of the rows, if all have the same",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     k: Annotated[
-        int | None, typer.Option(min=1, help="Entries a token [default: the first row's].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Entries per token.",
+            show_default="as many as the first row has",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
-    windows_per_shard: Annotated[int, typer.Option(min=1, help="Windows a file.")] = 512,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run code that comes with the tokenizer.")
-    ] = False,
+    out: Annotated[
+        str, typer.Option(help="Folder of the new cache; new or empty.", rich_help_panel=OUTPUT)
+    ],
+    windows_per_shard: WindowsPerShard = 512,
     as_json: Json = False,
 ) -> None:
-    """Make a (biased) cache of Top-K logprobs that vLLM or another trainer collected."""
+    """Make a cache (biased) from Top-K log-probabilities that vLLM or another tool collected."""
     from sparselogits.build import import_collected
     from sparselogits.teacher.loading import load_tokenizer
 

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sparselogits.cli.options import Json, stdout
+from sparselogits.cli.options import CacheArgument, Json, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 def info(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    cache: CacheArgument,
     sample: Annotated[
-        int, typer.Option(min=0, help="Row groups read for the histograms; 0: none.")
+        int,
+        typer.Option(min=0, help="Row groups to read for the histograms. 0 leaves them out."),
     ] = 16,
     as_json: Json = False,
 ) -> None:
-    """Say what a cache holds and what it was made from, with histograms of a sample of it."""
+    """Show what a cache holds and what it was made from, with histograms."""
     print_info(cache, as_json, sampled=sample)
 
 

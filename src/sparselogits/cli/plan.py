@@ -10,55 +10,154 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sparselogits.cli.options import Json, stdout
+from sparselogits.cli.options import (
+    DATA,
+    DISTRIBUTED,
+    MODEL,
+    OUTPUT,
+    PERFORMANCE,
+    TARGETS,
+    Json,
+    stdout,
+)
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.planning import Plan, Settings, Storage, device_kind, parameters_of, quantity
 from sparselogits.planning import plan as work_out
 from sparselogits.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
 from sparselogits.planning.grid import draw, grid
 
+COST = "Cost"
+
 
 def plan(
-    teacher_params: Annotated[str, typer.Option(help="Parameters (8B), or a folder's config.")],
-    student_params: Annotated[str, typer.Option(help="The same of the student.")] = "1B",
-    tokens: Annotated[str, typer.Option(help="Tokens of text: 100B.")] = "100B",
-    vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 128_256,
-    budget: Annotated[float, typer.Option(help="Mean entries a token.")] = 12.0,
+    teacher_params: Annotated[
+        str,
+        typer.Option(
+            help="Parameters of the teacher, as in 8B, or a model folder to count them in.",
+            rich_help_panel=MODEL,
+        ),
+    ],
+    student_params: Annotated[
+        str,
+        typer.Option(
+            help="Parameters of the student, as in 1B, or a model folder.", rich_help_panel=MODEL
+        ),
+    ] = "1B",
+    vocab: Annotated[
+        int, typer.Option(help="Vocabulary size of the teacher.", rich_help_panel=MODEL)
+    ] = 128_256,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of text, as in 100B.", rich_help_panel=DATA)
+    ] = "100B",
+    window: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=DATA)] = 1024,
+    passes: Annotated[
+        float,
+        typer.Option(
+            help="Passes over the cache: students times epochs times restarts.",
+            rich_help_panel=DATA,
+        ),
+    ] = 1.0,
+    budget: Annotated[
+        float,
+        typer.Option(help="Mean number of entries per token.", rich_help_panel=TARGETS),
+    ] = 12.0,
     bits: Annotated[
-        float | None, typer.Option(help="Bits an entry; by default those of our codec.")
+        float | None,
+        typer.Option(
+            help="Bits per entry on disk.",
+            show_default="measured for this codec at that budget",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
     text_bytes: Annotated[
-        float | None, typer.Option(help="Bytes a token of the text kept beside the targets.")
+        float | None,
+        typer.Option(
+            help="Bytes per token of the text that is stored beside the targets.",
+            show_default="measured for this format",
+            rich_help_panel=TARGETS,
+        ),
     ] = None,
-    passes: Annotated[float, typer.Option(help="Students times epochs times restarts.")] = 1.0,
-    device: Annotated[str, typer.Option(help="a100, h100, h200, l4, mi300x, or any other.")] = (
-        "h100"
-    ),
+    windows_per_shard: Annotated[
+        int, typer.Option(help="Windows per file of the cache.", rich_help_panel=OUTPUT)
+    ] = 512,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Kind of accelerator: a100, h100, h200, l4, mi300x, or any other name together "
+            "with --device-flops.",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = "h100",
     device_flops: Annotated[
-        str | None, typer.Option(help="Dense bfloat16 operations a second of another device: 500T.")
+        str | None,
+        typer.Option(
+            help="Dense bfloat16 operations per second of the device, as in 500T.",
+            show_default="known for the names above",
+            rich_help_panel=PERFORMANCE,
+        ),
     ] = None,
-    teacher_utilisation: Annotated[float, typer.Option(help="Share of it reached.")] = UTILISATION,
-    student_utilisation: Annotated[float, typer.Option(help="The same.")] = UTILISATION,
-    workers: Annotated[int, typer.Option(help="Devices that run the teacher.")] = 1,
-    ranks: Annotated[int, typer.Option(help="Devices that train one student.")] = 1,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    windows_per_shard: Annotated[int, typer.Option(help="Windows a file.")] = 512,
+    teacher_utilisation: Annotated[
+        float,
+        typer.Option(
+            help="Share of the device's peak that the teacher reaches.",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = UTILISATION,
+    student_utilisation: Annotated[
+        float,
+        typer.Option(
+            help="Share of the device's peak that the student reaches.",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = UTILISATION,
     build_overhead: Annotated[
-        float, typer.Option(help="Of a build over the teacher's forward pass.")
+        float,
+        typer.Option(
+            help="Time of a build divided by that of the teacher's forward passes.",
+            rich_help_panel=PERFORMANCE,
+        ),
     ] = BUILD_OVERHEAD,
     step_overhead: Annotated[
-        float, typer.Option(help="Of a step from the cache over a CE step.")
+        float,
+        typer.Option(
+            help="Time of a training step from the cache divided by that of a cross-entropy step.",
+            rich_help_panel=PERFORMANCE,
+        ),
     ] = STEP_OVERHEAD,
-    price: Annotated[float, typer.Option(help="Of a device for an hour.")] = 0.0,
-    storage_price: Annotated[float, typer.Option(help="Of a terabyte for a month.")] = 0.0,
-    months: Annotated[float, typer.Option(help="The cache is kept.")] = 1.0,
+    workers: Annotated[
+        int, typer.Option(help="Devices that run the teacher.", rich_help_panel=DISTRIBUTED)
+    ] = 1,
+    ranks: Annotated[
+        int, typer.Option(help="Devices that train one student.", rich_help_panel=DISTRIBUTED)
+    ] = 1,
+    price: Annotated[
+        float, typer.Option(help="Price per device-hour.", rich_help_panel=COST)
+    ] = 0.0,
+    storage_price: Annotated[
+        float, typer.Option(help="Price per terabyte-month of storage.", rich_help_panel=COST)
+    ] = 0.0,
+    months: Annotated[
+        float, typer.Option(help="Months that the cache is stored.", rich_help_panel=COST)
+    ] = 1.0,
     sizes: Annotated[
-        bool, typer.Option("--grid", help="300M to 13B students, 1B to 10T tokens.")
+        bool,
+        typer.Option(
+            "--grid",
+            help="Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the grid as this PNG.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw that table as a PNG file at this path.",
+            show_default="no picture",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a cache will cost: bytes, files, hours, money, and when it beats no cache."""
+    """Estimate what a cache will cost in bytes, hours and money, and when it pays."""
     if vocab < 2:
         raise InvalidArgumentError(f"the vocabulary has {vocab} tokens; give --vocab 128256, say")
     storage = Storage.ours(vocab, budget)

@@ -12,12 +12,15 @@ from sparselogits.cli.options import stdout
 
 
 def report(
-    comparison: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
+    comparison: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the page and figures go [default: there].")
+        Path | None,
+        typer.Option(
+            help="Folder for the page and its pictures.", show_default="the comparison's own"
+        ),
     ] = None,
 ) -> None:
-    """Make a comparison's page and figures from its results.json, finished or not."""
+    """Write a comparison's page again from its results.json, also while it is running."""
     from sparselogits.compare import read_results
     from sparselogits.report import write_report
 

@@ -10,18 +10,23 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from sparselogits.cli.options import Json, stdout
+from sparselogits.cli.options import OUTPUT, CacheArgument, Json, stdout
 from sparselogits.console import messages, stage
 
 
 def verify(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    cache: CacheArgument,
     sample: Annotated[
-        int | None, typer.Option(help="Decode only so many row groups a shard, for a quick look.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Row groups to decode per file, for a quick look.",
+            show_default="all of them",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a cache and check every byte, checksum and invariant; exit code 2 if damaged."""
+    """Check every byte, checksum and invariant of a cache; exit with 2 if it is damaged."""
     from sparselogits.build import windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
@@ -48,10 +53,10 @@ def verify(
 
 
 def repair(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    cache: CacheArgument,
     as_json: Json = False,
 ) -> None:
-    """Set damaged shards aside (nothing is deleted) and list the windows to build again."""
+    """Set damaged files of a cache aside, without deleting them, and list what to build again."""
     from sparselogits.store import Cache
     from sparselogits.store import repair as repair_cache
 
@@ -70,9 +75,9 @@ def repair(
 
 
 def card(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
+    cache: CacheArgument,
 ) -> None:
-    """Print a dataset card with the cache's figures, for its README.md when it is published."""
+    """Print a dataset card with the cache's statistics, for its README.md."""
     from sparselogits.store import Cache
     from sparselogits.store.card import dataset_card
 
@@ -81,14 +86,24 @@ def card(
 
 
 def push(
-    cache: Annotated[str, typer.Argument(help="Directory of a cache.")],
-    url: Annotated[str, typer.Argument(help="hf://datasets/ORG/NAME, s3://bucket/prefix, ...")],
+    cache: Annotated[str, typer.Argument(help="Folder of a cache.", metavar="CACHE")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Where to publish it: hf://datasets/ORG/NAME, s3://bucket/prefix, ...",
+            metavar="URL",
+        ),
+    ],
     without_text: Annotated[
-        bool, typer.Option("--without-text", help="Leave out the packed text, held-out documents.")
+        bool,
+        typer.Option(
+            "--without-text",
+            help="Leave out the packed text, which includes the held-out documents.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a cache, with a dataset card, where others load it by its name."""
+    """Publish a cache with a dataset card on a hub or in an object store."""
     from sparselogits.build import publish_text
     from sparselogits.build.text import packed_texts
     from sparselogits.store import Cache
@@ -107,11 +122,19 @@ def push(
 
 
 def merge(
-    caches: Annotated[list[str], typer.Argument(help="Directories or URLs of one identity.")],
-    out: Annotated[str, typer.Option(help="Directory or URL of the merged cache.")],
+    caches: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or URLs of caches that were built with the same settings.",
+            metavar="CACHE...",
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder or URL of the merged cache.", rich_help_panel=OUTPUT)
+    ],
     as_json: Json = False,
 ) -> None:
-    """Join caches whose windows were built apart."""
+    """Join caches that hold different windows of the same text."""
     from sparselogits.store import Cache
     from sparselogits.store import merge as merge_caches
 
@@ -124,12 +147,25 @@ def merge(
 
 
 def export(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
-    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
-    form: Annotated[str, typer.Option("--format", help="lists, topk or datasets.")] = "lists",
-    k: Annotated[int, typer.Option(help="Entries a token, for topk.")] = 50,
+    cache: CacheArgument,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write to; new or empty.", rich_help_panel=OUTPUT)
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="lists: Parquet, with lists of ids and weights per token. topk: Parquet, with the "
+            "heaviest ids per token and their log-weights. datasets: a folder for "
+            "datasets.load_from_disk, with the columns of lists.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "lists",
+    k: Annotated[
+        int, typer.Option(help="Entries per token, for topk.", rich_help_panel=OUTPUT)
+    ] = 50,
 ) -> None:
-    """Write a cache in a form that other tools read."""
+    """Write a cache in a format that other tools read without sparselogits."""
     from sparselogits.store import Cache
     from sparselogits.store import export as export_cache
 

@@ -9,24 +9,90 @@ from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import Device, Json, device_named, stdout
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    MODEL_NAMES,
+    OUTPUT,
+    TRAINING,
+    Device,
+    Json,
+    device_named,
+    stdout,
+)
 from sparselogits.console import messages, stage
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Directory or URL of the cache.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the run.")] = None,
-    method: Annotated[str | None, typer.Option(help="sparse, ce, full or reverse_kl.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="For full and reverse_kl.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Share of the labels' loss.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the cache.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and order.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            help="YAML recipe of the run; options take precedence over it.",
+            show_default="options only",
+        ),
+    ] = None,
+    *,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Loss: sparse (from the cache), ce (labels only), full or reverse_kl (teacher "
+            "online).",
+            show_default="sparse",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Teacher of the cache, for full and reverse_kl: {MODEL_NAMES}.",
+            show_default="no teacher",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     device: Device = "auto",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or URL of the cache to train from.",
+            show_default="the recipe's",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the cache.", show_default="1", rich_help_panel=TRAINING),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the loss on the labels, between 0 and 1.",
+            show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Random seed for initial weights and data order.",
+            show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run.", show_default="the recipe's", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a student, from a recipe or from options alone; under torchrun, on all its ranks."""
+    """Train a student from a recipe or from options; under torchrun, on all its ranks."""
     from sparselogits.train import leave_process_group, load_recipe, run
     from sparselogits.train.recipe import parse_recipe
 

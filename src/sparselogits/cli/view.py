@@ -9,7 +9,17 @@ import typer
 from rich.markup import escape
 
 from sparselogits.cli.models import load_own_teacher, load_student
-from sparselogits.cli.options import Device, device_named, stdout
+from sparselogits.cli.options import (
+    DATA,
+    MODEL,
+    MODEL_NAMES,
+    OUTPUT,
+    CacheArgument,
+    Device,
+    Dtype,
+    device_named,
+    stdout,
+)
 from sparselogits.console import messages
 from sparselogits.errors import CacheError
 
@@ -18,26 +28,57 @@ if TYPE_CHECKING:
 
 
 def view(
-    cache: Annotated[str, typer.Argument(help="Directory or URL of a cache.")],
-    window: Annotated[int, typer.Option(min=0, help="Its number in the corpus.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The file [default: window-N.html, here].")
-    ] = None,
+    cache: CacheArgument,
+    window: Annotated[
+        int, typer.Option(min=0, help="Number of the window to show.", rich_help_panel=DATA)
+    ] = 0,
     teacher: Annotated[
-        str | None, typer.Option(help="The cache's own, to show its whole distribution.")
+        str | None,
+        typer.Option(
+            help=f"Teacher of the cache, to show its whole distribution: {MODEL_NAMES}.",
+            show_default="cached entries only",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="Folder of a student, or its run, to show beside.")
+        str | None,
+        typer.Option(
+            help="Student to show beside the teacher: a run's folder, a model folder or a hub "
+            "name.",
+            show_default="no student",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Where the tokenizer is [default: the teacher's].")
+        str | None,
+        typer.Option(
+            help="Tokenizer that turns ids into text: a model folder, GGUF file or hub name.",
+            show_default="the teacher's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML file to write.", show_default="window-N.html", rich_help_panel=OUTPUT
+        ),
     ] = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Serve all windows on 127.0.0.1 instead.")
+        bool,
+        typer.Option(
+            "--serve",
+            help="Serve pages of all windows on 127.0.0.1 in place of writing a file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0: any.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the teacher.")] = "auto",
-    device: Device = "auto",
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Port for --serve; 0 takes a free one.", rich_help_panel=OUTPUT
+        ),
+    ] = 0,
 ) -> None:
     """Show a window's text with the distribution that predicts each token, as a web page."""
     from sparselogits.files import write_whole

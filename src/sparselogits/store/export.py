@@ -8,7 +8,7 @@ datasets   a folder that `datasets.load_from_disk` reads, with the columns of `l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,17 @@ def _export_parquet(
 
 
 def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> Path:
+    """Save the columns of `lists` as a `datasets` folder.
+
+    By way of Parquet files: `Dataset.from_generator` would pickle the generator to name its cache,
+    and with it whatever the caller's progress display holds.
+    """
     from datasets import Dataset  # heavy, and needed here only
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for i in range(len(cache)):
-            yield _lists(cache.read(i)).to_pylist()[0]
-            if progress is not None:
-                progress(i + 1, len(cache))
-
-    Dataset.from_generator(rows, cache_dir=str(folder / ".work")).save_to_disk(str(folder))
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
+        parts = _export_parquet(cache, Path(work), "lists", 0, progress)
+        made = Dataset.from_parquet([str(part) for part in parts], cache_dir=f"{work}/arrow")
+        made.save_to_disk(str(folder))
     return folder
 
 

@@ -1,0 +1,62 @@
+"""`sparselogits export` as a user types it, in every format.
+
+pytest tests/cli/test_export.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sparselogits import CacheDataset
+from sparselogits.cli import main
+
+
+@pytest.fixture(params=["pipe", "terminal"])
+def shown_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where progress goes: the display on a terminal holds locks that lines in a pipe do not."""
+    if request.param == "terminal":
+        monkeypatch.setattr("sparselogits.console._draws", lambda: True)
+    return request.param
+
+
+def exported(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, out: Path, form: str, *more: str
+) -> None:
+    words = ["sparselogits", "export", str(cache), "--out", str(out), "--format", form, *more]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+
+
+@pytest.mark.usefixtures("shown_on")
+@pytest.mark.parametrize("form", ["lists", "topk", "datasets"])
+def test_a_format_is_written_and_read_back(
+    form: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "unused"))
+    out = tmp_path / "out"
+    exported(monkeypatch, cache, out, form)
+    expected = CacheDataset(cache)
+    if form == "datasets":
+        from datasets import load_from_disk
+
+        rows = load_from_disk(str(out)).to_list()
+        assert not list(out.glob(".work*")), "an intermediate copy was left behind"
+    else:
+        rows = [row for path in sorted(out.iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert len(rows) == len(expected)
+    targets = expected[3]["targets"]
+    assert rows[3]["tokens"] == expected[3]["input_ids"].tolist()
+    first = targets[0:1]
+    if form == "topk":
+        heaviest = sorted(np.exp(rows[3]["top_logprobs"][0]), reverse=True)[: first.entries]
+        assert np.allclose(heaviest, sorted(first.weights.tolist(), reverse=True))
+    else:
+        assert rows[3]["ids"][0] == first.ids.tolist()
+        assert np.float32(rows[3]["weights"][0]).tolist() == first.weights.tolist()
