@@ -1,18 +1,61 @@
-"""What a person sees while something long runs: rate and time left, on a terminal or in a log."""
+"""What a person sees: results, and while something long runs its rate and the time left.
+
+Names, paths and errors may come from a file of unknown origin, and a terminal executes control
+characters (it changes its title, writes the clipboard, clears what stood there). So the consoles
+made here show all text with control characters escaped, whoever printed it, and read no markup out
+of a string: style comes from `styled`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
 
-messages = Console(stderr=True, highlight=False)
+from sparselogits.untrusted import printable
+
+
+class EscapingConsole(Console):
+    """A console whose text holds no control characters: what a string has of them is escaped."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string, escaped before it is measured."""
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as rich does, and escape the text of each segment."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else segment._replace(text=text)
+
+
+def _console(**options: Any) -> Console:
+    return EscapingConsole(highlight=False, markup=False, emoji=False, **options)
+
+
+messages = _console(stderr=True)
 """Progress and remarks; results go to standard output."""
+
+
+def results() -> Console:
+    """Return the console on which results are printed; progress and remarks go to `messages`."""
+    return _console()
+
+
+def styled(label: str, style: str, rest: str = "") -> Text:
+    """Return a styled label with plain text behind it."""
+    return Text.assemble((label, style), printable(rest))
+
 
 LOG_SECONDS = 15.0
 NOTEBOOK_SECONDS = 0.5
@@ -69,9 +112,9 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     if _draws():
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[said]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=messages, transient=False) as bar:

@@ -4,9 +4,22 @@ A message says what was found, what was expected, and what to do next. The comma
 each of these into one message and exit code 2; anything else that escapes is a bug.
 """
 
+from __future__ import annotations
+
+from sparselogits.untrusted import printable
+
+_LONGEST = 8000  # characters of a message; a name in a file may have a million
+
 
 class SparseLogitsError(Exception):
-    """Root of every error raised on purpose."""
+    """Root of every error raised on purpose.
+
+    A message may quote names and values out of a file of unknown origin: it reads with control
+    characters escaped, and cut in the middle where it is very long.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), _LONGEST)
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sparselogits.cli.crew import crew_of
 from sparselogits.cli.info import print_info
@@ -316,7 +315,7 @@ def cache(
         return place_of_text(fetch_texts(out, work), source, packing, append=append)
 
     place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
-    messages.print(f"loading the teacher {escape(teacher)}")
+    messages.print(f"loading the teacher {teacher}")
     with crew.leading(load(device=crew.device)) as engine:
         with stage("packing text", "MB", per_unit=1e-6) as update:
             corpus = pack(

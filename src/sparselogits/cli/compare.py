@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from sparselogits.cli.options import (
@@ -20,9 +18,10 @@ from sparselogits.cli.options import (
     Device,
     Json,
     device_named,
+    say_json,
     stdout,
 )
-from sparselogits.console import messages, stage
+from sparselogits.console import messages, stage, styled
 
 if TYPE_CHECKING:
     from sparselogits.compare import MethodRow, Results
@@ -66,17 +65,17 @@ def compare(
     for run in results.runs:
         if run.status == "failed":
             what = f"{run.method}, {run.student}, seed {run.seed}"
-            messages.print(f"[yellow]failed:[/] {escape(f'{what}: {run.message}')}")
+            messages.print(styled("failed:", "yellow", f" {what}: {run.message}"))
     for message in results.tasks_not_measured:
-        messages.print(f"[yellow]task not measured:[/] {escape(message)}")
+        messages.print(styled("task not measured:", "yellow", f" {message}"))
     for message in results.outgrown_teacher:
-        messages.print(f"[yellow]the teacher is no better:[/] {escape(message)}")
+        messages.print(styled("the teacher is no better:", "yellow", f" {message}"))
     failures = ((row.student, row.gradient_failure) for row in results.methods)
     for student, why in dict.fromkeys(failures):
         if why is not None:
-            messages.print(f"[yellow]no gradients:[/] {escape(f'{student}: {why}')}")
+            messages.print(styled("no gradients:", "yellow", f" {student}: {why}"))
     if as_json:
-        typer.echo(json.dumps(results.model_dump(mode="json"), indent=2))
+        say_json(results.model_dump(mode="json"))
         return
     console = stdout()
     if not console.is_terminal:
@@ -84,7 +83,7 @@ def compare(
     for table in _tables(results):
         console.print(table)
     console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
-    console.print(f"page: {escape(str(page))}", soft_wrap=True)
+    console.print(f"page: {page}", soft_wrap=True)
 
 
 def _tables(results: Results) -> list[Table]:
@@ -103,7 +102,7 @@ def _tables(results: Results) -> list[Table]:
         for row in results.methods:
             if row.student == student:
                 angle = [_angle(row)] if measured else []
-                table.add_row(escape(row.method), *_cells(row), *angle)
+                table.add_row(row.method, *_cells(row), *angle)
         table.caption = (
             "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
             "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import OUTPUT, Json, stdout
+from sparselogits.cli.options import OUTPUT, Json, say_json, stdout
 
 
 def demo(
@@ -23,7 +22,7 @@ def demo(
 
     result = run_demo(out)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+        say_json(result.to_json())
     else:
         stdout().print(result.table())
         stdout().print(result.remark(), soft_wrap=True)

@@ -1,8 +1,9 @@
 """How a command ends: with its result, with one message, or interrupted; without a traceback.
 
 Exit codes: 0 done, 2 a mistake or a refusal that the message explains, 130 interrupted, 1 a bug of
-ours, whose traceback is shown because the run may have been long. `--debug`, anywhere on the
-command line, shows the traceback of everything.
+ours. A bug is one message too: its traceback goes to a file, because the run may have been long and
+because what it quotes may be a stranger's. `--debug`, anywhere on the command line, shows the
+traceback of everything.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.markup import escape
-
-from sparselogits.console import messages
-from sparselogits.errors import SparseLogitsError, SparseLogitsWarning
+from sparselogits.console import messages, styled
+from sparselogits.errors import SparseLogitsError, SparseLogitsWarning, reason_of
+from sparselogits.files import user_cache, write_whole
+from sparselogits.untrusted import printable
 
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 
@@ -67,22 +70,22 @@ def end_of(command_line: Callable[..., Any]) -> NoReturn:
         if stop.code == INTERRUPTED:
             _say_interrupted(state)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
-            traceback.print_exc()
+            messages.print("".join(traceback.format_exception(error)), soft_wrap=True)
         _say_interrupted(state)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        if debug:
+            messages.print("".join(traceback.format_exception(error)), soft_wrap=True)
         said = explanation(error)
         if said is None:
-            messages.print("[bold red]a bug of sparselogits:[/] please report what follows")
-            raise
-        if debug:
-            traceback.print_exc()
-        messages.print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
+            messages.print(styled("bug:", "bold red", f" {_report_of(error)}"), soft_wrap=True)
+            sys.exit(BUG)
+        messages.print(styled("error:", "bold red", f" {said}"), soft_wrap=True)
         sys.exit(MISTAKE)
 
 
@@ -102,6 +105,22 @@ def explanation(error: BaseException) -> str | None:
     return None
 
 
+def _report_of(error: BaseException) -> str:
+    """Say what an unexpected error is, and where its traceback is to be found."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "sparselogits" in Path(frame.filename).parts]
+    place = ours[-1] if ours else frames[-1]
+    what = f"{type(error).__name__}: {reason_of(error).splitlines()[0]}"
+    where = f"{Path(place.filename).name}, line {place.lineno}, in {place.name}"
+    said = f"sparselogits failed in a way it does not foresee: {printable(what, 500)} ({where})."
+    file = user_cache() / "bugs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        write_whole(file, printable("".join(traceback.format_exception(error))))
+    except OSError:
+        return f"{said} Please report this, with the command and what --debug shows"
+    return f"{said} Please report this, with the command and the traceback in {file}"
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -119,7 +138,7 @@ def _say_interrupted(state: dict[str, Any]) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, SparseLogitsWarning):
-        messages.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
+        messages.print(styled("note:", "yellow", f" {message}"), soft_wrap=True)
 
 
 def _before_dashes(words: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from sparselogits.cli.options import (
     Dtype,
     Json,
     device_named,
+    say_json,
     stdout,
 )
 from sparselogits.console import stage
@@ -163,7 +163,7 @@ def evaluate_command(
             rows[name]["tasks"] = [asdict(score) for score in own]
         if drafting is not None:
             rows["student"]["drafting"] = drafting.to_json()
-        typer.echo(json.dumps(rows, indent=2))
+        say_json(rows)
         return
     stdout().print(_table(found))
     if drafting is not None:

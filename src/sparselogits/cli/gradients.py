@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.box import SIMPLE
-from rich.markup import escape
 from rich.table import Table
 
 from sparselogits.cli.models import load_student
@@ -27,6 +26,7 @@ from sparselogits.cli.options import (
     SeparatorId,
     Teacher,
     device_named,
+    say_json,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -158,7 +158,7 @@ def gradients(
     tokenizer = load_tokenizer(teacher)
     packing = packing_for(tokenizer, window_length=window, separator_id=separator_id)
     learners = _load_students(students, fresh, seed, device_named(device))
-    messages.print(f"loading the teacher {escape(teacher)}")
+    messages.print(f"loading the teacher {teacher}")
     engine = load_teacher(teacher, tokenizer=tokenizer, dtype=dtype, device=device_named(device))
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "corpus"
@@ -203,7 +203,7 @@ def gradients(
     if out is not None:
         _write(out, result)
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        say_json(result)
         return
     for name in learners:
         _print_table(name, rows)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from sparselogits.cli.options import CacheArgument, Json, stdout
+from sparselogits.cli.options import CacheArgument, Json, say_json, stdout
+from sparselogits.console import styled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +52,7 @@ def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
         }
         if sample is not None:
             shown["sample"] = asdict(sample)
-        typer.echo(json.dumps(shown, indent=2))
+        say_json(shown)
         return
     identity = opened.identity
     sampler = ", ".join(f"{k} {v}" for k, v in identity.sampler.items() if k != "name")
@@ -73,7 +72,7 @@ def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
         ("identity", identity.fingerprint),
     ):
         # a line each, not a table: in a pipe nothing may be cut to the width of a terminal
-        console.print(f"[dim]{name:<18}[/dim] {escape(value)}", soft_wrap=True)
+        console.print(styled(f"{name:<18}", "dim", f" {value}"), soft_wrap=True)
     if sample is not None:
         _draw(console, sample)
 
@@ -82,7 +81,7 @@ def _draw(console: Console, sample: CacheSample) -> None:
     """Three histograms side by side where the terminal is wide enough, else below each other."""
     share = f"{sample.windows:,} of {sample.of:,} windows"
     said = f"all {sample.of:,} windows" if sample.windows == sample.of else f"a sample, {share}"
-    console.print(f"\n[dim]from {said}[/dim]")
+    console.print(styled(f"\nfrom {said}", "dim"))
     length = 8 if console.width < 100 else 14
     block = "█" if console.encoding.lower().startswith("utf") else "#"
 
@@ -100,7 +99,7 @@ def _draw(console: Console, sample: CacheSample) -> None:
         console.print(grid)
         return
     for title, drawn in columns.items():
-        console.print(f"[bold]{title}[/bold]\n{drawn}")
+        console.print(styled(title, "bold", f"\n{drawn}"))
 
 
 def _lines(

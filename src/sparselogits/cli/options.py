@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparselogits.console import results
 from sparselogits.errors import InvalidArgumentError, reason_of
+from sparselogits.untrusted import json_text
 
 MODEL, DATA, TARGETS = "Model", "Data", "Targets"
 OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
@@ -91,5 +93,10 @@ def device_named(name: str) -> str:
 
 
 def stdout() -> Console:
-    """Where results are printed; progress and remarks go to standard error."""
-    return Console(highlight=False)
+    """Return the console of results; progress and remarks go to standard error."""
+    return results()
+
+
+def say_json(value: object) -> None:
+    """Print a result as JSON that every parser reads: ASCII, null for what is no finite number."""
+    typer.echo(json_text(value))

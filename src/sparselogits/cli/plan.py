@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +17,10 @@ from sparselogits.cli.options import (
     PERFORMANCE,
     TARGETS,
     Json,
+    say_json,
     stdout,
 )
+from sparselogits.console import styled
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.planning import Plan, Settings, Storage, device_kind, parameters_of, quantity
 from sparselogits.planning import plan as work_out
@@ -190,7 +191,7 @@ def plan(
     if plot is not None:
         draw(settings, plot)
     if as_json:
-        typer.echo(json.dumps(_as_json(settings, found, sizes), indent=2))
+        say_json(_as_json(settings, found, sizes))
         return
     stdout().print(_one(settings, found))
     if sizes:
@@ -246,7 +247,7 @@ def _one(settings: Settings, found: Plan) -> Table:
         paid = found.break_even_cost_passes
         rows.append(("  break-even", "never" if paid is None else f"from {paid:.2f} passes"))
     for name, value in rows:
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(styled(name, "dim"), value)
     return table
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from sparselogits.cli.options import stdout
 
@@ -26,4 +25,4 @@ def report(
 
     folder = comparison if comparison.is_dir() else comparison.parent
     page = write_report(read_results(comparison), out or folder)
-    stdout().print(escape(str(page)), soft_wrap=True)
+    stdout().print(str(page), soft_wrap=True)

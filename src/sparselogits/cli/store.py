@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from sparselogits.cli.options import OUTPUT, CacheArgument, Json, stdout
-from sparselogits.console import messages, stage
+from sparselogits.cli.options import OUTPUT, CacheArgument, Json, say_json, stdout
+from sparselogits.console import messages, stage, styled
 
 
 def verify(
@@ -39,10 +37,10 @@ def verify(
         report = verify_cache(opened, sample=sample, stop=windows, progress=update)
     damaged = [shard for shard in report.shards if shard.error is not None]
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        say_json(asdict(report))
     else:
         for shard in damaged:
-            stdout().print(f"[red]damaged[/] {escape(shard.name)}: {escape(str(shard.error))}")
+            stdout().print(styled("damaged", "red", f" {shard.name}: {shard.error}"))
         for start, stop in report.missing:
             stdout().print(f"missing windows {start}:{stop}")
         read = sum(shard.checked for shard in report.shards)
@@ -63,10 +61,10 @@ def repair(
     with stage("verifying", "shards") as update:
         report = repair_cache(Cache.open(cache), progress=update)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        say_json(asdict(report))
         return
     for before, after in report.set_aside:
-        stdout().print(f"moved {escape(before)} to {escape(after)}")
+        stdout().print(f"moved {before} to {after}")
     if report.rebuild:
         ranges = ", ".join(f"{start}:{stop}" for start, stop in report.rebuild)
         stdout().print(f"to build: windows {ranges}; the `cache` command of this cache does it")
@@ -115,10 +113,10 @@ def push(
         for folder in packed_texts(Path(cache)):
             publish_text(url, folder)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        say_json(asdict(report))
         return
     stdout().print(f"{len(report.copied)} shards put, {len(report.kept)} were there")
-    stdout().print(f'read it with CacheDataset("{escape(url)}")', soft_wrap=True)
+    stdout().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
 
 
 def merge(
@@ -141,7 +139,7 @@ def merge(
     with stage("merging", "shards") as update:
         report = merge_caches([Cache.open(path) for path in caches], out, progress=update)
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        say_json(asdict(report))
     else:
         stdout().print(f"{len(report.copied)} shards copied, {len(report.kept)} were there")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from sparselogits.cli.options import (
     Device,
     Json,
     device_named,
+    say_json,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -128,7 +128,7 @@ def train(
         messages.print("this run was finished before; nothing was done")
     if as_json:
         facts = {"out": str(result.out), "seconds": result.seconds, "steps": result.steps}
-        typer.echo(json.dumps(facts | {"curve": result.curve}, indent=2))
+        say_json(facts | {"curve": result.curve})
     else:
         last = f", last loss {result.curve[-1][1]:.3f}" if result.curve else ""
         stdout().print(f"student in {result.model_path}: {result.steps} steps{last}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import (
@@ -105,7 +104,7 @@ def view(
         write_whole(path, text)
     except OSError as error:
         raise CacheError(f"{path} cannot be written: {error.strerror}; choose --out") from error
-    stdout().print(escape(str(path)), soft_wrap=True)
+    stdout().print(str(path), soft_wrap=True)
 
 
 def _viewer(

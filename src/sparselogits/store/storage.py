@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sparselogits.errors import CacheCorruptionError, CacheError, StorageError
+from sparselogits.untrusted import NotRegularError, open_regular
 
 TEMPORARY_PREFIX = ".tmp-"
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
@@ -173,7 +174,12 @@ class LocalStorage:
     def _opened(self, name: str) -> Iterator[int]:
         path = self.root / name
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_regular(path)
+        except NotRegularError as error:
+            raise CacheCorruptionError(
+                f"{path}: {error.strerror}. Move it away, then build its windows again or restore "
+                "it from a copy"
+            ) from error
         except OSError as error:
             if error.errno in _REFUSED:
                 raise StorageError(
