@@ -127,15 +127,6 @@ def test_too_little_text_leaves_nothing_in_the_way(
     assert packed(tokenizer, path, window=tokens).windows == 1
 
 
-def test_one_document_cannot_be_split(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text(TEXT)
-    with pytest.raises(CorpusError, match=r"hold-out is too short: holdout=0\.05 kept 0 of 1 doc"):
-        packed(tokenizer, path, holdout=0.05)
-    with pytest.raises(CorpusError, match=r"0 tokens, after keeping 1 of 1 documents aside"):
-        packed(tokenizer, path, holdout=1 - 2**-50)
-
-
 def test_a_tokenizer_of_another_teacher(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text(TEXT)

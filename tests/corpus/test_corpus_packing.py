@@ -78,10 +78,17 @@ def test_windows_are_the_documents(
     corpus = pack(
         source, tokenizer, packing, tmp_path / "out", vocab_size=VOCAB, part_bytes=part_bytes
     )
-    aside = [text for text in stories if packing.holds_out(document_key(text.encode()))]
-    rest = [text for text in stories if text not in aside]
+    # whole documents in the order of their keys, until they fill the windows of the share
+    wanted = round(0.3 * len(stream(tokenizer, stories, bos)) / WINDOW)
+    by_key = sorted(stories, key=lambda text: document_key(text.encode()))
+    ends = np.cumsum([len(stream(tokenizer, [text], bos)) for text in by_key])
+    chosen = by_key[: int(np.searchsorted(ends, wanted * WINDOW)) + 1]
+    aside = [text for text in stories if text in chosen]
+    rest = [text for text in stories if text not in chosen]
     assert 0.2 < len(aside) / len(stories) < 0.4
+    assert corpus.holdout_windows == wanted
     summary = corpus.summary
+    assert summary.dropped_tokens < WINDOW
     for texts, windows, dropped, documents, characters in [
         (
             rest,
@@ -100,7 +107,7 @@ def test_windows_are_the_documents(
     ]:
         expected = stream(tokenizer, texts, bos)
         assert flat(windows) == expected[: len(expected) - dropped]
-        assert dropped == len(expected) % WINDOW
+        assert dropped == len(expected) - len(windows) * WINDOW
         assert (documents, characters) == (len(texts), sum(map(len, texts)))
         assert [window.index for window in windows] == list(range(len(windows)))
         starts = np.cumsum([0] + [len(stream(tokenizer, [text], bos)) for text in texts[:-1]])
@@ -315,9 +322,15 @@ def test_whatever_the_documents_no_token_is_lost(
         assert not (folder / "out").exists()
         return
     kept = [text for text in texts if text.strip()]
-    rest = [text for text in kept if not packing.holds_out(document_key(text.encode()))]
-    expected = stream(tokenizer, rest, None)
+    expected = stream(tokenizer, kept, None)
     found = flat(corpus.read(0, corpus.windows))
-    assert found == expected[: len(expected) // 2 * 2]
-    assert corpus.summary.blank_documents == len(texts) - len(kept)
-    assert corpus.summary.holdout_documents == len(kept) - len(rest)
+    if not holdout:
+        assert found == expected[: len(expected) // 2 * 2]
+    summary = corpus.summary
+    assert summary.blank_documents == len(texts) - len(kept)
+    assert summary.documents + summary.holdout_documents == len(kept)
+    assert summary.tokens + summary.holdout_tokens == len(expected)
+    aside = flat(corpus.read_holdout(0, corpus.holdout_windows))
+    left = summary.dropped_tokens + summary.holdout_dropped_tokens
+    assert len(found) + len(aside) + left == len(expected)
+    # which tokens are where: test_corpus_holdout

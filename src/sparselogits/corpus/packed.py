@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sparselogits.corpus.holdout import (
+    SelectedStream,
+    Split,
+    choose_split,
+    divide,
+    document_counts,
+)
 from sparselogits.corpus.streams import (
     Counts,
     TokenStream,
@@ -29,7 +36,17 @@ from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.identity import canonical_json
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""Formats that are read: 1, and 2 where something is held out (see docs/corpus.md).
+
+Format 1 held documents out by their hash alone, each side in a stream of its own.
+"""
+_BLOCK = 1 << 20
+
+
+def format_of(packing: Packing) -> int:
+    """Return the format in which a packing is written."""
+    return 2 if packing.holdout else 1
 
 
 @dataclass(frozen=True)
@@ -40,22 +57,22 @@ class Paths:
 
     @property
     def made_from(self) -> Path:
-        """What it is packed from."""
+        """Path of corpus.json, which says what the corpus is packed from."""
         return self.folder / "corpus.json"
 
     @property
     def index(self) -> Path:
-        """Its lengths; there once it is complete."""
+        """Path of index.json; written last, so its presence marks completion."""
         return self.folder / "index.json"
 
     @property
     def training(self) -> Path:
-        """Parts of the stream of training documents."""
+        """Folder of the parts of the token stream."""
         return self.folder / "training"
 
     @property
     def holdout(self) -> Path:
-        """Parts of the stream of documents kept aside."""
+        """Folder of the table of each part's documents (format 1: of the held-out tokens)."""
         return self.folder / "holdout"
 
     @property
@@ -81,26 +98,31 @@ class Paths:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What became of the text.
+    """Counts what became of the text.
 
-    Tokens count separators and beginning-of-text tokens, and include the dropped ones.
+    Tokens count separators and beginning-of-text tokens, and include the dropped ones. Where the
+    hold-out is by windows, documents count on the side on which they begin.
     """
 
     documents: int
     characters: int
     tokens: int
     dropped_tokens: int
-    """Of the last partial training window."""
+    """Tokens of the last partial training window, and of the gap before a hold-out by windows."""
     holdout_documents: int
     holdout_characters: int
     holdout_tokens: int
     holdout_dropped_tokens: int
-    """Of the last partial hold-out window."""
+    """Tokens held out beyond the last held-out window."""
     blank_documents: int
-    """Left out, because they hold no text."""
+    """Documents that were left out because they hold no text."""
+    holdout_rule: str | None = None
+    """"documents" or "windows", see `holdout`; None where nothing is held out."""
+    split_documents: int = 0
+    """Documents that stand in part on either side of the hold-out."""
 
-    def to_json(self) -> dict[str, int]:
-        """Plain JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
         return asdict(self)
 
 
@@ -110,6 +132,9 @@ class PackedCorpus:
     Safe to share between threads, and to pickle: a copy opens the files anew.
     """
 
+    holdout_windows: int
+    """Number of windows held out for evaluation."""
+
     def __init__(self, folder: Path, made_from: dict[str, Any], index: dict[str, Any]) -> None:
         self.folder = folder
         self.packing = Packing(**made_from["packing"])
@@ -118,9 +143,20 @@ class PackedCorpus:
         self.tokenizer_fingerprint: str = made_from["tokenizer"]
         self.vocab_size: int = made_from["vocab_size"]
         self.summary = CorpusSummary(**index["summary"])
-        paths = Paths(folder)
-        self._training = TokenStream(paths.training, index["training"])
-        self._holdout = TokenStream(paths.holdout, index["holdout"])
+        self.format: int = made_from["format"]
+        self._training: TokenStream | SelectedStream
+        self._holdout: TokenStream | SelectedStream
+        paths, lengths = Paths(folder), [int(length) for length in index["training"]]
+        self._training, length = TokenStream(paths.training, lengths), self.packing.window_length
+        if self.format == 1:
+            self._holdout = TokenStream(paths.holdout, index["holdout"])
+            self.holdout_windows = self._holdout.tokens // length
+            return
+        split = Split.from_json(index["holdout"])
+        self._training, self._holdout = divide(
+            self._training, lengths, paths.holdout, split, length
+        )
+        self.holdout_windows = min(split.windows, self._holdout.tokens // length)
 
     @classmethod
     def open(cls, path: Path | str) -> PackedCorpus:
@@ -133,16 +169,22 @@ class PackedCorpus:
         if not paths.made_from.exists():
             raise CorpusError(f"{path} holds no packed corpus; pack one there first")
         made_from = read_json(paths.made_from)
-        if made_from.get("format") != FORMAT:
+        if made_from.get("format") not in FORMATS:
             raise CorpusError(
                 f"the packed corpus at {path} has format {made_from.get('format')!r}, this "
-                f"library reads {FORMAT}; pack it again"
+                f"library reads {' and '.join(map(str, FORMATS))}; pack it again"
             )
         if not paths.index.exists():
             raise CorpusError(
                 f"the packed corpus at {path} is not finished; pack it again to go on"
             )
-        return cls(paths.folder, made_from, read_json(paths.index))
+        try:
+            return cls(paths.folder, made_from, read_json(paths.index))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CorpusError(
+                f"the packed corpus at {path} is damaged: corpus.json or index.json has another "
+                f"form ({type(error).__name__}: {error}). Delete it and pack the text again"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedCorpus.open, (self.folder,)
@@ -151,11 +193,6 @@ class PackedCorpus:
     def windows(self) -> int:
         """Number of training windows."""
         return self._training.tokens // self.packing.window_length
-
-    @property
-    def holdout_windows(self) -> int:
-        """Number of windows kept aside."""
-        return self._holdout.tokens // self.packing.window_length
 
     def read(self, start: int, stop: int) -> list[Window]:
         """The training windows [start, stop).
@@ -185,7 +222,9 @@ class PackedCorpus:
             raise CorpusError(f"{path} is damaged ({error}); pack the corpus again") from error
         return counts
 
-    def _read(self, stream: TokenStream, start: int, stop: int, windows: int) -> list[Window]:
+    def _read(
+        self, stream: TokenStream | SelectedStream, start: int, stop: int, windows: int
+    ) -> list[Window]:
         if not 0 <= start <= stop <= windows:
             raise InvalidArgumentError(
                 f"windows {start}:{stop} asked for, but {self.folder} has windows 0:{windows}"
@@ -205,41 +244,71 @@ class PackedCorpus:
 
 
 def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> None:
-    """Add up what the parts hold, and complete the corpus.
+    """Add up what the parts hold, choose what is held out, and complete the corpus.
 
     Raises:
-        CorpusError: when a stream does not fill one window, or a part is damaged.
+        CorpusError: the text does not fill the windows that are needed, or a part is damaged.
     """
-    training, lengths, frequencies = _totals(paths.training, parts, vocab_size)
-    kept_aside = parts if packing.holdout else 0
-    holdout, holdout_lengths, _ = _totals(paths.holdout, kept_aside, vocab_size)
+    total, lengths, frequencies = _totals(paths.training, parts, vocab_size)
+    length, split = packing.window_length, None
     try:
-        _require_windows(training, holdout, packing)
+        if packing.holdout:
+            split = choose_split(paths.holdout, lengths, length, packing.holdout)
+        _require_windows(total, packing, split)
     except CorpusError:
         # nothing here is worth keeping, and it would stand in the way of better settings
         paths.remove()
         raise
-    dropped = training.tokens % packing.window_length
-    if dropped:
-        stream = TokenStream(paths.training, lengths)
-        tail = stream.read(training.tokens - dropped, training.tokens)
-        frequencies -= np.bincount(tail.ids, minlength=vocab_size)
+    stream = TokenStream(paths.training, lengths)
+    dropped = total.tokens % length
     summary = CorpusSummary(
-        documents=training.documents,
-        characters=training.characters,
-        tokens=training.tokens,
+        documents=total.documents,
+        characters=total.characters,
+        tokens=total.tokens,
         dropped_tokens=dropped,
-        holdout_documents=holdout.documents,
-        holdout_characters=holdout.characters,
-        holdout_tokens=holdout.tokens,
-        holdout_dropped_tokens=holdout.tokens % packing.window_length,
-        blank_documents=training.blank_documents + holdout.blank_documents,
+        holdout_documents=0,
+        holdout_characters=0,
+        holdout_tokens=0,
+        holdout_dropped_tokens=0,
+        blank_documents=total.blank_documents,
     )
+    index: dict[str, Any] = {"training": lengths, "holdout": []}
+    if split is None:
+        frequencies -= _counted(stream, total.tokens - dropped, total.tokens, vocab_size)
+    else:
+        training, holdout = divide(stream, lengths, paths.holdout, split, length)
+        used = training.tokens // length * length
+        frequencies = _counted(training, 0, used, vocab_size)
+        documents, characters = document_counts(paths.holdout, lengths, split, length)
+        summary = replace(
+            summary,
+            documents=total.documents - documents,
+            characters=total.characters - characters,
+            tokens=total.tokens - holdout.tokens,
+            dropped_tokens=total.tokens - holdout.tokens - used,
+            holdout_documents=documents,
+            holdout_characters=characters,
+            holdout_tokens=holdout.tokens,
+            holdout_dropped_tokens=holdout.tokens - split.windows * length,
+            holdout_rule=split.rule,
+            split_documents=_split_documents(stream, split, length),
+        )
+        index["holdout"] = split.to_json()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
     write_atomically(paths.frequencies, sink.getvalue().to_pybytes())
-    index = {"summary": summary.to_json(), "training": lengths, "holdout": holdout_lengths}
-    write_atomically(paths.index, canonical_json(index))
+    described = summary.to_json()
+    if split is None:  # as format 1 has it
+        del described["holdout_rule"], described["split_documents"]
+    write_atomically(paths.index, canonical_json({"summary": described, **index}))
+
+
+def _split_documents(stream: TokenStream, split: Split, length: int) -> int:
+    """How many documents (one at most) stand both before the gap of a hold-out and after it."""
+    if split.rule == "documents":
+        return 0
+    between = stream.read(split.training_windows * length, split.first * length + 1)
+    return int(not between.starts.any())
 
 
 def _totals(
@@ -254,37 +323,46 @@ def _totals(
     return total, lengths, frequencies
 
 
-def _require_windows(training: Counts, holdout: Counts, packing: Packing) -> None:
+def _counted(
+    stream: TokenStream | SelectedStream, start: int, stop: int, vocab_size: int
+) -> NDArray[np.int64]:
+    """How often each id occurs among the tokens [start, stop) of a stream."""
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(start, stop, _BLOCK):
+        tokens = stream.read(begin, min(begin + _BLOCK, stop))
+        counts += np.bincount(tokens.ids, minlength=vocab_size)
+    return counts
+
+
+def _require_windows(total: Counts, packing: Packing, split: Split | None) -> None:
     length, share = packing.window_length, packing.holdout
-    documents = training.documents + holdout.documents
-    if not documents:
+    if not total.documents:
         raise CorpusError(
             "the corpus holds no text: every document is empty or white space; name other text"
         )
-    kept = f", after keeping {holdout.documents} of {documents} documents aside" if share else ""
-    if training.tokens < length:
+    if total.tokens < length:
         raise CorpusError(
-            f"the text is too short: {training.tokens} tokens{kept}, and one window needs "
-            f"{length}. Use more text or a shorter window (--window)."
+            f"the text is too short: {total.tokens} tokens, and one window needs {length}. Use "
+            "more text or a shorter window (--window)."
         )
-    if share and holdout.tokens < length:
+    if share and split is None:
         raise CorpusError(
-            f"the hold-out is too short: holdout={share} kept {holdout.documents} of {documents} "
-            f"documents aside, {holdout.tokens} tokens, and one window needs {length}. Raise the "
-            "share, use a shorter window, or divide the text into more documents: whole documents "
-            "are kept aside, and a text file is one document unless lines of <|endoftext|> "
-            "divide it."
+            f"the text is too short to hold a part of it out: {total.tokens} tokens, and two "
+            f"windows, one to train on and one to hold out (holdout={share}), need {2 * length}. "
+            f"Use more text, a window of at most {total.tokens // 2} (--window), or no hold-out."
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a packed corpus.
+    """Return the JSON object in a file of a packed corpus.
 
     Raises:
-        CorpusError: when it cannot be read.
+        CorpusError: the file cannot be read, or holds something else.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"{path} cannot be read ({error}); pack the corpus again") from error
     return value

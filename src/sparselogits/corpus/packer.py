@@ -2,13 +2,13 @@
 
     OUT/
       corpus.json                     what it is made from; written first
-      training/part-00000000.parquet  the token stream of the training documents, in parts
-      holdout/part-00000000.parquet   that of the documents kept aside, if any are
+      training/part-00000000.parquet  the token stream of all documents, in parts
+      holdout/part-00000000.parquet   with a hold-out: keys and lengths of a part's documents
       frequencies.parquet             how often each id occurs in the training windows
-      index.json                      lengths of the parts and totals; written last
+      index.json                      lengths, totals, what is held out; written last
 
 The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of
-each stream. Portions depend on the source alone, so the bytes on disk do not depend on the number
+the stream. Portions depend on the source alone, so the bytes on disk do not depend on the number
 of processes, nor on how often the work was interrupted: what was not finished is done again, at
 most one portion a process. Memory is bounded by the batch of text being tokenised and one row
 group of tokens. A packed corpus takes about two bytes a token.
@@ -20,7 +20,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparselogits.corpus.packed import FORMAT, PackedCorpus, Paths, read_json, write_index
+from sparselogits.corpus.packed import (
+    FORMATS,
+    PackedCorpus,
+    Paths,
+    format_of,
+    read_json,
+    write_index,
+)
 from sparselogits.corpus.portions import Job, Progress, make_parts
 from sparselogits.corpus.source import Source
 from sparselogits.corpus.streams import write_atomically
@@ -68,7 +75,7 @@ def pack(
         raise InvalidArgumentError(f"processes={processes}, part_bytes={part_bytes}: at least 1")
     paths, source = Paths(Path(out)), source.read_by(tokenizer)
     made_from = {
-        "format": FORMAT,
+        "format": format_of(packing),
         "source": source.to_json(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocab_size,
@@ -107,8 +114,12 @@ def _claim(paths: Paths, made_from: Mapping[str, Any]) -> None:
     A folder in which no part is finished (a first attempt that failed at once) is claimed anew.
     """
     if paths.made_from.exists():
-        ignored = {"source.name"} | ({"part_bytes"} if paths.index.exists() else set())
-        differing = _differing("", read_json(paths.made_from), made_from)
+        there_from, ignored = read_json(paths.made_from), {"source.name"}
+        if paths.index.exists():
+            ignored.add("part_bytes")
+            if there_from.get("format") in FORMATS:
+                ignored.add("format")  # a finished corpus is read whichever rule it was made by
+        differing = _differing("", there_from, made_from)
         found = [field for field in differing if field[0] not in ignored]
         if found and any(paths.training.glob("part-*")):
             lines = "\n".join(f"  {n}: {a!r} there, {b!r} asked for" for n, a, b in found)

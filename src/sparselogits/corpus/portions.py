@@ -1,4 +1,4 @@
-"""The work of packing: each portion of a source becomes one part of each token stream.
+"""The work of packing: each portion of a source becomes one part of the token stream.
 
 Portions are independent of one another, so they are done in any order, by one process or several,
 and one that is finished is never done again.
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselogits.corpus.holdout import DocumentTable
 from sparselogits.corpus.packed import Paths
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.source import Portion, Source
@@ -46,45 +47,48 @@ class Job:
 
 
 def _pack_portion(job: Job, portion: Portion, number: int, advance: Callable[[int], None]) -> None:
-    """Write the part of each stream that a portion becomes.
+    """Write the part that a portion becomes, and the table of its documents if some are held out.
 
-    The part of the training stream is committed last: once it exists, both do.
+    The part is committed last: once it exists, both do.
     """
     name = part_name(number)
-    masked = job.source.masked
     with ExitStack() as stack:
-        training = PartWriter(job.paths.training / name, job.vocab_size, masked=masked)
-        stack.enter_context(training)
-        holdout = None
+        writer = stack.enter_context(
+            PartWriter(job.paths.training / name, job.vocab_size, masked=job.source.masked)
+        )
+        table = None
         if job.packing.holdout:
-            holdout = PartWriter(job.paths.holdout / name, job.vocab_size, masked=masked)
-            stack.enter_context(holdout)
+            table = stack.enter_context(DocumentTable(job.paths.holdout / name))
         left = sum(span.size for span in portion)
         for batch in _batches(job.source.pieces(portion)):
             for piece, ids in zip(batch, job.encoder.encode(batch), strict=True):
-                writer = training
-                if holdout is not None and job.packing.holds_out(piece.key):
-                    writer = holdout
-                _append(writer, piece, ids, job.packing)
+                if piece.blank:
+                    writer.counts.blank_documents += 1
+                    continue
+                tokens = _append(writer, piece, ids, job.packing)
+                if table is not None:
+                    table.add(piece, tokens)
             done = min(left, sum(piece.size for piece in batch))
             left -= done
             advance(done)
         advance(left)
 
 
-def _append(writer: PartWriter, piece: Piece, ids: NDArray[np.int64], packing: Packing) -> None:
-    if piece.blank:
-        writer.counts.blank_documents += 1
-        return
+def _append(writer: PartWriter, piece: Piece, ids: NDArray[np.int64], packing: Packing) -> int:
+    """Write the tokens of a piece; return how many they are."""
     writer.counts.characters += piece.stop - piece.start
+    tokens = len(ids)
     if piece.opens:
         writer.begin_document()
         if packing.bos_id is not None:
             writer.append(np.array([packing.bos_id]), learnt=False)
+            tokens += 1
     writer.append(ids, learnt=piece.carries_target)
     if piece.closes:
         # the end of what is learnt; a question without an answer has none
         writer.append(np.array([packing.separator_id]), learnt=piece.carries_target)
+        tokens += 1
+    return tokens
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -67,25 +67,15 @@ def part_name(number: int) -> str:
     return f"part-{number:08d}.parquet"
 
 
-class PartWriter:
-    """Writes one part of a stream in memory that does not grow with it.
+class PartFile:
+    """Writes a Parquet file under a temporary name, and renames it once it is whole."""
 
-    Used as a context: leaving it in order commits the part, leaving it by an exception removes
-    what was written.
-    """
-
-    def __init__(self, path: Path, vocab_size: int, *, masked: bool) -> None:
-        self.counts = Counts()
-        self._path, self._masked = path, masked
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path, self._schema = path, schema
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        self._frequencies = np.zeros(vocab_size, np.int64)
-        names = [("token", pa.int32()), ("document_start", pa.bool_())]
-        self._schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
-        self._parts: list[Tokens] = []
-        self._waiting = 0
-        self._begins = False
 
-    def __enter__(self) -> PartWriter:
+    def open(self) -> None:
+        """Begin the temporary file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = self._temporary.open("wb")
         self._writer = pq.ParquetWriter(
@@ -97,17 +87,64 @@ class PartWriter:
             write_page_checksum=True,
             store_schema=False,
         )
-        return self
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+    def write(self, table: pa.Table, row_group_size: int) -> None:
+        """Append rows."""
+        self._writer.write_table(table, row_group_size=row_group_size)
+
+    def describe(self, metadata: dict[str, str]) -> None:
+        """Add key-values to the footer."""
+        self._writer.add_key_value_metadata(metadata)
+
+    def close(self, finish: Callable[[], None] | None) -> None:
+        """Run `finish` and commit the file, or remove it where `finish` is None or fails."""
         try:
-            if failure is None:
+            if finish is not None:
+                finish()
                 self._commit()
         finally:
             with suppress(Exception):  # already closed, unless what went wrong came before
                 self._writer.close()
             self._handle.close()
             self._temporary.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        self._writer.close()
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        try:
+            self._temporary.rename(self._path)
+        except FileNotFoundError:
+            # another packer of the same folder has finished everything, and tidied up
+            if not self._path.exists():
+                raise
+        sync_folder(self._path.parent)
+
+
+class PartWriter:
+    """Writes one part of a stream in memory that does not grow with it.
+
+    Used as a context: leaving it in order commits the part, leaving it by an exception removes
+    what was written.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, *, masked: bool) -> None:
+        self.counts = Counts()
+        self._masked = masked
+        self._frequencies = np.zeros(vocab_size, np.int64)
+        names = [("token", pa.int32()), ("document_start", pa.bool_())]
+        self._schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
+        self._file = PartFile(path, self._schema)
+        self._parts: list[Tokens] = []
+        self._waiting = 0
+        self._begins = False
+
+    def __enter__(self) -> PartWriter:
+        self._file.open()
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._file.close(self._finish if failure is None else None)
 
     def begin_document(self) -> None:
         """The next token, whenever it comes, is the first of a document."""
@@ -142,33 +179,23 @@ class PartWriter:
         self._frequencies += np.bincount(tokens.ids[:length], minlength=len(self._frequencies))
         columns = [column[:length] for column in tokens if column is not None]
         table = pa.Table.from_arrays([pa.array(c) for c in columns], schema=self._schema)
-        self._writer.write_table(table, row_group_size=GROUP_TOKENS)
+        self._file.write(table, GROUP_TOKENS)
         # copies, since a view would keep the whole block alive
         rest = (None if column is None else column[length:].copy() for column in tokens)
         self._parts = [Tokens(*rest)]  # type: ignore[arg-type]
         self._waiting -= length
         self.counts.tokens += length
 
-    def _commit(self) -> None:
+    def _finish(self) -> None:
         if self._waiting:
             self._flush(self._waiting)
         packed = pa.compress(self._frequencies.astype("<i8").tobytes(), codec="zstd", asbytes=True)
-        self._writer.add_key_value_metadata(
+        self._file.describe(
             {
                 _COUNTS_KEY: canonical_json(asdict(self.counts)).decode(),
                 _FREQUENCIES_KEY: base64.b64encode(packed).decode(),
             }
         )
-        self._writer.close()
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        try:
-            self._temporary.rename(self._path)
-        except FileNotFoundError:
-            # another packer of the same folder has finished everything, and tidied up
-            if not self._path.exists():
-                raise
-        sync_folder(self._path.parent)
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -193,7 +220,7 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
         raw = pa.decompress(packed, 8 * vocab_size, codec="zstd", asbytes=True)
         return counts, np.frombuffer(raw, "<i8").astype(np.int64)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 class TokenStream:
@@ -216,8 +243,16 @@ class TokenStream:
         """Length of the stream."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def begin(self, part: int) -> int:
+        """Return the number of the first token of a part."""
+        return int(self._ends[part - 1]) if part else 0
+
+    def path(self, part: int) -> Path:
+        """Return the file of a part."""
+        return self._folder / part_name(part)
+
     def read(self, start: int, stop: int) -> Tokens:
-        """The tokens [start, stop) of the stream.
+        """Return the tokens [start, stop) of the stream.
 
         Raises:
             CorpusError: for a damaged part.
@@ -255,9 +290,9 @@ class TokenStream:
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
         except (OSError, pa.ArrowException, KeyError, ValueError, IndexError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):
-            raise _damaged(path, f"row group {group} holds {len(tokens.ids)} tokens")
+            raise damaged(path, f"row group {group} holds {len(tokens.ids)} tokens")
         return tokens
 
 
@@ -284,7 +319,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _damaged(path: Path, error: Any) -> CorpusError:
+def damaged(path: Path, error: Any) -> CorpusError:
+    """Return the error for a file of a packed corpus that cannot be read."""
     return CorpusError(
         f"{path} is damaged ({error}): packed windows are lost with it. Delete the packed corpus "
         f"({path.parents[1]}) and pack it again from its text."

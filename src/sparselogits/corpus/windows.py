@@ -35,7 +35,7 @@ class Packing:
     reset_attention: bool = False
     """Whether attention is to start anew at document starts; recorded, packs the same tokens."""
     holdout: float = 0.0
-    """Share of the documents kept aside, drawn by the hash of a document's content."""
+    """Share of the tokens held out for evaluation, see `holdout`."""
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -45,7 +45,7 @@ class Packing:
             )
         if not 0 <= self.holdout < 1:
             raise InvalidArgumentError(
-                f"holdout is a share of the documents in [0, 1), found {self.holdout}"
+                f"holdout is the share of the text to hold out, in [0, 1); found {self.holdout}"
             )
         if self.separator_id < 0 or (self.bos_id is not None and self.bos_id < 0):
             raise InvalidArgumentError(
@@ -67,10 +67,6 @@ class Packing:
             "reset_attention": self.reset_attention,
             "holdout": self.holdout,
         }
-
-    def holds_out(self, key: int) -> bool:
-        """Whether the document with this key (see `pieces.document_key`) is kept aside."""
-        return key < int(self.holdout * 2**64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,365 @@
+"""Choose the windows that are held out for evaluation, and read the two sides of a packed text.
+
+All documents are packed into one stream of tokens. Which of them are held out is decided when every
+length is known, so that the share asked for is met within one window:
+
+- *documents*: whole documents, in the order of their keys (a salted hash of the content), until
+  they fill the windows asked for. The rest of the last document is dropped.
+- *windows*: where the documents are too few or too long for that, the last windows of the text,
+  after a gap of one window. The document in which the gap lies may then stand on both sides.
+
+Nothing is rewritten. A side is a selection of the stream; the table of a part's documents, stored
+beside the part, says where its documents begin and end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sparselogits.corpus.pieces import Piece
+from sparselogits.corpus.streams import (
+    PartFile,
+    Tokens,
+    TokenStream,
+    concatenate,
+    damaged,
+    part_name,
+)
+
+Rule = Literal["documents", "windows"]
+Extents = NDArray[np.int64]
+"""[N, 2]: ranges of tokens of one part, ascending and disjoint."""
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("tokens", pa.int64()),
+        ("characters", pa.int64()),
+        ("opens", pa.bool_()),
+    ]
+)
+_ROWS = 1 << 14
+_BIN_BITS = 16
+_PARTS_KEPT = 4
+_WINDOWS_FOR_A_GAP = 10
+_DROPPED_SHARE = 0.02
+
+
+class DocumentTable:
+    """Writes one row per document of a part: its key, its tokens and its characters.
+
+    A document that continues from the part before has a row in each; `opens` marks the first.
+    Used as a context, like `streams.PartWriter`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = PartFile(path, _SCHEMA)
+        self._rows: list[tuple[int, int, int, bool]] = []
+
+    def __enter__(self) -> DocumentTable:
+        self._file.open()
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._file.close(self._flush if failure is None else None)
+
+    def add(self, piece: Piece, tokens: int) -> None:
+        """Count the tokens that a piece became; pieces of a document follow one another."""
+        characters = piece.stop - piece.start
+        if piece.opens or not self._rows:
+            if len(self._rows) >= _ROWS:
+                self._flush()
+            self._rows.append((piece.key, tokens, characters, piece.opens))
+        else:
+            key, before, seen, opens = self._rows[-1]
+            self._rows[-1] = (key, before + tokens, seen + characters, opens)
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(c, field.type) for c, field in zip(columns, _SCHEMA, strict=True)]
+            self._file.write(pa.Table.from_arrays(arrays, schema=_SCHEMA), _ROWS)
+            self._rows = []
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which tokens of a stream are trained on and which are held out.
+
+    Args:
+        rule: see the module.
+        windows: number of windows held out.
+        up_to: rule "documents": the largest key of a document that is held out.
+        held: rule "documents": tokens of each part that belong to such documents.
+        training_windows: rule "windows": the first windows of the stream are trained on.
+        first: rule "windows": the first window of the stream that is held out.
+    """
+
+    rule: Rule
+    windows: int
+    up_to: int = 0
+    held: tuple[int, ...] = ()
+    training_windows: int = 0
+    first: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, as they stand in index.json."""
+        if self.rule == "documents":
+            return {
+                "rule": self.rule,
+                "windows": self.windows,
+                "up_to": f"{self.up_to:016x}",
+                "held": list(self.held),
+            }
+        return {
+            "rule": self.rule,
+            "windows": self.windows,
+            "training_windows": self.training_windows,
+            "first": self.first,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Split:
+        """Return the split that `to_json` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: the value has another form.
+        """
+        windows = int(value["windows"])
+        if value["rule"] == "documents":
+            up_to, held = int(value["up_to"], 16), tuple(int(n) for n in value["held"])
+            if not (0 <= up_to < 1 << 64 and windows >= 0 and min(held, default=0) >= 0):
+                raise ValueError("a number in the hold-out is out of range")
+            return cls("documents", windows, up_to=up_to, held=held)
+        if value["rule"] != "windows":
+            raise ValueError("unknown rule of the hold-out")
+        training_windows, first = int(value["training_windows"]), int(value["first"])
+        if not (0 <= training_windows <= first and windows >= 0):
+            raise ValueError("a number in the hold-out is out of range")
+        return cls("windows", windows, training_windows=training_windows, first=first)
+
+
+def choose_split(
+    tables: Path, lengths: Sequence[int], window_length: int, share: float
+) -> Split | None:
+    """Choose what is held out; None for a text of fewer than two windows.
+
+    Args:
+        tables: folder of the document tables, one per part.
+        lengths: tokens of each part.
+        window_length: tokens per window, L.
+        share: of the tokens, in (0, 1).
+
+    Raises:
+        CorpusError: a table is damaged.
+    """
+    total = sum(lengths)
+    available = total // window_length
+    if available < 2:
+        return None
+    wanted = min(max(round(share * total / window_length), 1), available - 1)
+    up_to = _largest_key(tables, len(lengths), wanted * window_length)
+    held = tuple(
+        int(_covered(_held(tables, part, length, up_to))) for part, length in enumerate(lengths)
+    )
+    surplus = sum(held) - wanted * window_length
+    affordable = max(window_length, int(_DROPPED_SHARE * total))
+    if surplus <= affordable and total - sum(held) >= window_length:
+        return Split("documents", wanted, up_to=up_to, held=held)
+    gap = int(available >= _WINDOWS_FOR_A_GAP and wanted < available - 1)
+    first = available - wanted
+    return Split("windows", wanted, training_windows=first - gap, first=first)
+
+
+class SelectedStream:
+    """Some of the tokens of a stream, as a stream; safe to share between threads.
+
+    Args:
+        stream: all of the tokens.
+        lengths: selected tokens of each part.
+        extents: which tokens of a part are selected.
+    """
+
+    def __init__(
+        self, stream: TokenStream, lengths: Sequence[int], extents: Callable[[int], Extents]
+    ) -> None:
+        self._stream, self._choose = stream, extents
+        self._ends = np.cumsum(np.array(lengths, np.int64))
+        self._extents: dict[int, Extents] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def tokens(self) -> int:
+        """Number of selected tokens."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Return the selected tokens [start, stop).
+
+        Raises:
+            CorpusError: a part or its document table is damaged.
+        """
+        ranges = []
+        while start < stop:
+            part = int(np.searchsorted(self._ends, start, side="right"))
+            own = start - (int(self._ends[part - 1]) if part else 0)
+            extents = self._of(part)
+            ends = np.cumsum(extents[:, 1] - extents[:, 0])
+            at = int(np.searchsorted(ends, own, side="right"))
+            begin = int(extents[at, 0]) + own - (int(ends[at - 1]) if at else 0)
+            length = min(int(extents[at, 1]) - begin, stop - start)
+            begin += self._stream.begin(part)
+            ranges.append(self._stream.read(begin, begin + length))
+            start += length
+        return concatenate(ranges)
+
+    def _of(self, part: int) -> Extents:
+        with self._lock:
+            if part not in self._extents:
+                found = self._choose(part)
+                expected = self._ends[part] - (self._ends[part - 1] if part else 0)
+                if _covered(found) != expected:
+                    raise damaged(
+                        self._stream.path(part), f"{_covered(found)} of {expected} tokens selected"
+                    )
+                if len(self._extents) >= _PARTS_KEPT:
+                    self._extents.pop(next(iter(self._extents)))
+                self._extents[part] = found
+            return self._extents[part]
+
+
+def divide(
+    stream: TokenStream, lengths: Sequence[int], tables: Path, split: Split, window_length: int
+) -> tuple[SelectedStream, SelectedStream]:
+    """Return the training side and the held-out side of a stream."""
+    if split.rule == "documents":
+        if len(split.held) != len(lengths):
+            raise ValueError(f"{len(split.held)} parts in the split, {len(lengths)} in the stream")
+        rest = [length - held for length, held in zip(lengths, split.held, strict=True)]
+
+        def held(part: int) -> Extents:
+            return _held(tables, part, lengths[part], split.up_to)
+
+        def trained(part: int) -> Extents:
+            return _complement(held(part), lengths[part])
+
+        return SelectedStream(stream, rest, trained), SelectedStream(stream, split.held, held)
+    before = (0, split.training_windows * window_length)
+    after = (split.first * window_length, stream.tokens)
+    sides = []
+    for side in (before, after):
+        choose = partial(_within, stream, lengths, side)
+        selected = [int(_covered(choose(part))) for part in range(len(lengths))]
+        sides.append(SelectedStream(stream, selected, choose))
+    return sides[0], sides[1]
+
+
+def document_counts(
+    tables: Path, lengths: Sequence[int], split: Split, window_length: int
+) -> tuple[int, int]:
+    """Return the documents and the characters that are held out.
+
+    With the rule "windows" a document counts where it begins, and its characters where the parts
+    of the document begin.
+
+    Raises:
+        CorpusError: a table is damaged.
+    """
+    documents = characters = begin = 0
+    for part, length in enumerate(lengths):
+        for key, tokens, chars, opens in _rows(tables, part):
+            starts = begin + np.cumsum(tokens) - tokens
+            begin += int(tokens.sum())
+            if split.rule == "documents":
+                chosen = key <= np.uint64(split.up_to)
+            else:
+                chosen = starts >= split.first * window_length
+            documents += int((opens & chosen).sum())
+            characters += int(chars[chosen].sum())
+        if begin != sum(lengths[: part + 1]):
+            raise damaged(tables / part_name(part), f"it counts {begin} tokens of {length}")
+    return documents, characters
+
+
+def _largest_key(tables: Path, parts: int, tokens: int) -> int:
+    """The key up to which documents, in the order of their keys, hold at least so many tokens.
+
+    Two passes over the tables, the first by the leading bits of the key, so that memory does not
+    grow with the number of documents.
+    """
+    shift = np.uint64(64 - _BIN_BITS)
+    by_bin = np.zeros(1 << _BIN_BITS, np.int64)
+    for part in range(parts):
+        for key, count, _, _ in _rows(tables, part):
+            np.add.at(by_bin, (key >> shift).astype(np.int64), count)
+    ends = np.cumsum(by_bin)
+    chosen = int(np.searchsorted(ends, tokens))
+    keys, counts = [], []
+    for part in range(parts):
+        for key, count, _, _ in _rows(tables, part):
+            inside = (key >> shift).astype(np.int64) == chosen
+            distinct, inverse = np.unique(key[inside], return_inverse=True)  # copies count once
+            keys.append(distinct)
+            counts.append(np.bincount(inverse, count[inside], len(distinct)).astype(np.int64))
+    key, count = np.concatenate(keys), np.concatenate(counts)
+    order = np.argsort(key, kind="stable")
+    reached = ends[chosen] - by_bin[chosen] + np.cumsum(count[order])
+    return int(key[order][int(np.searchsorted(reached, tokens))])
+
+
+def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
+    """Tokens of a part that belong to documents whose key is at most `up_to`."""
+    found, begin = [np.empty((0, 2), np.int64)], 0
+    for key, tokens, _, _ in _rows(tables, part):
+        stops = begin + np.cumsum(tokens)
+        begin = int(stops[-1])
+        chosen = (key <= np.uint64(up_to)) & (tokens > 0)
+        found.append(np.stack([(stops - tokens)[chosen], stops[chosen]], 1))
+    if begin != length:
+        raise damaged(tables / part_name(part), f"it counts {begin} tokens of {length}")
+    return np.concatenate(found)
+
+
+def _complement(extents: Extents, length: int) -> Extents:
+    edges = np.stack([np.append(0, extents[:, 1]), np.append(extents[:, 0], length)], 1)
+    return edges[edges[:, 0] < edges[:, 1]]
+
+
+def _within(
+    stream: TokenStream, lengths: Sequence[int], tokens: tuple[int, int], part: int
+) -> Extents:
+    begin = stream.begin(part)
+    start, stop = max(tokens[0] - begin, 0), min(tokens[1] - begin, lengths[part])
+    return np.array([[start, stop]] if start < stop else [], np.int64).reshape(-1, 2)
+
+
+def _covered(extents: Extents) -> int:
+    return int((extents[:, 1] - extents[:, 0]).sum())
+
+
+def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Columns of a part's table, a batch at a time: key, tokens, characters, opens."""
+    path = tables / part_name(part)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(_SCHEMA):
+                raise damaged(path, f"its columns are {file.schema_arrow.names}")
+            for batch in file.iter_batches(_ROWS):
+                columns = tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns)
+                if not len(columns[1]):
+                    continue
+                if columns[1].min() < 0:
+                    raise damaged(path, "a document has fewer than zero tokens")
+                yield columns
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, error) from error
