@@ -304,7 +304,7 @@ def test_a_bad_answer_of_a_server_is_named(
 def test_what_is_there_is_left_alone(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, imported: Cache
 ) -> None:
-    with pytest.raises(CacheError, match="not empty"):
+    with pytest.raises(InvalidArgumentError, match="not empty"):
         import_collected(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "c", vocab_size=V)
     assert verify(imported).ok
 

@@ -16,7 +16,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, Packing, open_source, pack
-from sparselogits.errors import CorpusError
+from sparselogits.errors import CorpusError, StorageError
 
 TEXT = "There is nothing like a good sentence. " * 50
 
@@ -141,7 +141,7 @@ def test_an_output_that_is_a_file(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(CorpusError, match=r"cannot write to .*/out: Not a directory"):
+    with pytest.raises(StorageError, match=r"cannot write .*/out: Not a directory"):
         packed(tokenizer, path)
 
 

@@ -25,11 +25,11 @@ from sparselogits.errors import (
     IdentityMismatchError,
     InvalidTargetsError,
 )
+from sparselogits.files import temporary_name
 from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
 from sparselogits.store.guard import insert_guard
 from sparselogits.store.shard_writer import row_crc
-from sparselogits.store.storage import _host
 from tests.store.draws import KINDS, identity, record, records
 
 
@@ -123,9 +123,10 @@ def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path: Path) -> 
     process = multiprocessing.get_context("spawn").Process(target=int)
     process.start()
     process.join()
-    dead = tmp_path / f"shards/.tmp-{_host()}-{process.pid}-00"
-    alive = tmp_path / f"shards/.tmp-{_host()}-{os.getpid()}-00"
-    foreign = tmp_path / "shards/.tmp-000000000000-1-00"
+    alive = temporary_name(tmp_path / "shards/alive")
+    words = alive.name.split("-")
+    dead = alive.with_name("-".join([*words[:2], str(process.pid), *words[3:]]))
+    foreign = tmp_path / "shards/.tmp-000000000000-1-1-000000000000"
     for path in (dead, alive, foreign):
         path.write_bytes(b"half a shard")
     cache = Cache.create(tmp_path, identity())

@@ -192,7 +192,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     cache = build(tmp_path / "c", 0)
     with pytest.raises(InvalidArgumentError, match="choose one of"):
         export(cache, tmp_path / "out", "csv")
-    with pytest.raises(CacheError, match="not empty"):
+    with pytest.raises(InvalidArgumentError, match="not empty"):
         export(cache, tmp_path / "c", "lists")
 
 

@@ -7,8 +7,6 @@ engine are not known, so nothing that must come from the same teacher will take 
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +25,7 @@ from sparselogits.corpus.jsonlines import spans as json_spans
 from sparselogits.corpus.locate import locate
 from sparselogits.corpus.records import Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
+from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
 from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
@@ -85,8 +84,10 @@ def import_collected(
     Raises:
         InvalidTargetsError: naming file and row, for a row that is none.
         CorpusError: data that cannot be read, or is too short for a window.
-        CacheError: there is something at `out`, or it is a URL.
-        InvalidArgumentError: a size out of range, or a vocabulary smaller than the tokenizer's.
+        CacheError: `out` is a URL.
+        StorageError: `out` cannot be written.
+        InvalidArgumentError: something is at `out`; a size out of range, or a vocabulary
+            smaller than the tokenizer's.
     """
     _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
     folder = _new_folder(out)
@@ -103,17 +104,11 @@ def import_collected(
     sequences = (
         (read_row(row, where, vocab_size, sampler.k), where) for row, where in chain([first], rows)
     )
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
         _commit_all(cache, cutter.windows(sequences), windows_per_shard, progress)
         if not len(cache):
             raise CorpusError(f"{data} holds {cutter.left} tokens, too few for one of {length}")
-        partial.rename(folder)
-    except OSError as error:
-        raise CacheError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
 
 
@@ -269,8 +264,7 @@ def _new_folder(out: str | Path) -> Path:
             f"{out} is a URL; import into a folder, then `sparselogits merge` it there"
         )
     folder = Path(out).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CacheError(f"{folder} is there already and not empty; import into a new folder")
+    require_new_folder(folder)
     return folder
 
 

@@ -14,9 +14,8 @@ from itertools import count
 from pathlib import Path
 
 from sparselogits.corpus.packed import Paths
-from sparselogits.corpus.streams import write_atomically
 from sparselogits.errors import CorpusError, IdentityMismatchError
-from sparselogits.files import user_cache
+from sparselogits.files import user_cache, write_whole
 from sparselogits.store.place import Place, is_url, storage_at
 from sparselogits.store.storage import Storage
 
@@ -48,9 +47,8 @@ def fetch_texts(cache: Place, work: Path | None = None) -> Path:
             return folder
         for file in files:
             path = folder / text / file
-            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_atomically(path, storage.read(f"{text}/{file}"))
+                write_whole(path, storage.read(f"{text}/{file}"))
     raise AssertionError("the numbers do not end")
 
 

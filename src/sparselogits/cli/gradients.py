@@ -31,6 +31,7 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import messages, stage
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.files import require_file_or_nothing, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -153,6 +154,8 @@ def gradients(
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer
 
+    if out is not None:
+        require_file_or_nothing(out)
     sizes = batch or [window, 4 * window, 16 * window]
     source = open_source(data)
     tokenizer = load_tokenizer(teacher)
@@ -291,7 +294,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     """JSON with a row of the table on a line of the file."""
     rows = ",\n".join(json.dumps(row) for row in result["rows"])
     conditions = json.dumps(result["conditions"], indent=1)
-    path.write_text(f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    write_whole(path, f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n')
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:

@@ -20,7 +20,6 @@ from sparselogits.cli.options import (
     stdout,
 )
 from sparselogits.console import messages
-from sparselogits.errors import CacheError
 
 if TYPE_CHECKING:
     from sparselogits.report import WindowViewer
@@ -80,9 +79,12 @@ def view(
     ] = 0,
 ) -> None:
     """Show a window's text with the distribution that predicts each token, as a web page."""
-    from sparselogits.files import write_whole
+    from sparselogits.files import require_file_or_nothing, write_whole
     from sparselogits.report import PREFIX, PageServer, view_page
 
+    path = out or Path(f"window-{window}.html")
+    if not serve:
+        require_file_or_nothing(path)
     viewer = _viewer(cache, teacher, student, tokenizer, dtype, device_named(device))
     rounds = viewer.dataset.identity.sampler.get("rounds")
     if serve:
@@ -98,12 +100,8 @@ def view(
             except KeyboardInterrupt:
                 messages.print()
         return
-    path = out or Path(f"window-{window}.html")
     text = view_page(viewer.view(window), rounds=rounds)
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise CacheError(f"{path} cannot be written: {error.strerror}; choose --out") from error
+    write_whole(path, text)
     stdout().print(str(path), soft_wrap=True)
 
 

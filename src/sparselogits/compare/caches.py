@@ -31,6 +31,7 @@ from sparselogits.corpus import (
     tokenizer_fingerprint,
 )
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError
+from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.samplers import Adaptive, Sampler, from_parameters, window_uniforms
 from sparselogits.targets import SparseTargets
@@ -177,7 +178,7 @@ def _fitted(
             failures[key] = str(error)
             continue
         kept["parameters"][key] = {"name": samplers[key].name, **samplers[key].parameters()}
-    file.write_text(json.dumps(kept, indent=1) + "\n")
+    write_whole(file, json.dumps(kept, indent=1) + "\n")
     return samplers, failures
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,14 @@ from typing import Any
 from sparselogits.corpus.locate import SourceFile
 from sparselogits.corpus.records import Fields
 from sparselogits.errors import CorpusError
-from sparselogits.files import user_cache
+from sparselogits.files import (
+    clean_leftovers,
+    disk_errors,
+    sync,
+    sync_folder,
+    temporary_name,
+    user_cache,
+)
 
 Records = Iterable[Mapping[str, Any]]
 """A `datasets.Dataset` or `IterableDataset`, a list of dicts, or anything that yields dicts."""
@@ -37,24 +43,21 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
         folder: where the file is put; `records` in the user's cache folder when None.
 
     Raises:
-        CorpusError: a record without text, or with what is no text; nothing there at all; or a
-            folder that cannot be written to.
+        CorpusError: a record without text, or with what is no text; or nothing there at all.
+        StorageError: the folder cannot be written.
     """
     folder = folder or user_cache() / "records"
-    temporary = folder / f".{secrets.token_hex(8)}.tmp"
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(folder)
+        temporary = temporary_name(folder / "records")
         try:
             digest = _write(_plain(records), fields, temporary)
             path = folder / f"records-{digest}.jsonl"
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise CorpusError(
-            f"cannot write records to {folder}: {error.strerror or error}; make room there or make "
-            "it writable, or name another folder (work)"
-        ) from error
+        sync_folder(folder)
     return SourceFile(path, path.name, "json")
 
 
@@ -103,6 +106,8 @@ def _write(records: Records, fields: Fields, path: Path) -> str:
                 raise CorpusError(f"{where()} holds what is no text: {error}") from error
             digest.update(line)
             handle.write(line)
+        handle.flush()
+        sync(handle.fileno())
     if number < 0:
         raise CorpusError("the dataset is empty: it holds no record; give one with text")
     return digest.hexdigest()

@@ -30,10 +30,10 @@ from sparselogits.corpus.streams import (
     TokenStream,
     part_name,
     read_footer,
-    write_atomically,
 )
 from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
+from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 
 FORMATS = (1, 2)
@@ -296,11 +296,11 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
         index["holdout"] = split.to_json()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
-    write_atomically(paths.frequencies, sink.getvalue().to_pybytes())
+    write_whole(paths.frequencies, sink.getvalue().to_pybytes())
     described = summary.to_json()
     if split is None:  # as format 1 has it
         del described["holdout_rule"], described["split_documents"]
-    write_atomically(paths.index, canonical_json({"summary": described, **index}))
+    write_whole(paths.index, canonical_json({"summary": described, **index}))
 
 
 def _split_documents(stream: TokenStream, split: Split, length: int) -> int:

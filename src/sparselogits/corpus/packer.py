@@ -30,10 +30,10 @@ from sparselogits.corpus.packed import (
 )
 from sparselogits.corpus.portions import Job, Progress, make_parts
 from sparselogits.corpus.source import Source
-from sparselogits.corpus.streams import write_atomically
 from sparselogits.corpus.tokenizing import Encoder, tokenizer_fingerprint
 from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
+from sparselogits.files import TEMPORARY_PREFIX, clean_leftovers, disk_errors, write_whole
 from sparselogits.identity import canonical_json
 
 PART_BYTES = 32 << 20
@@ -69,6 +69,7 @@ def pack(
         CorpusError: text that cannot be read, is empty, or does not fill a window; ids outside
             the vocabulary; a folder that holds something else.
         IdentityMismatchError: `out` was packed from other text, or otherwise; names the fields.
+        StorageError: the folder cannot be written; finished parts are kept.
     """
     _check_ids(packing, vocab_size)
     if processes < 1 or part_bytes < 1:
@@ -82,19 +83,16 @@ def pack(
         "packing": packing.to_json(),
         "part_bytes": part_bytes,
     }
-    try:
+    with disk_errors(paths.folder):
         _claim(paths, made_from)
+        for folder in (paths.folder, paths.training, paths.holdout):
+            clean_leftovers(folder)
         if paths.index.exists():
             return PackedCorpus.open(paths.folder)
         job = Job(source, Encoder(tokenizer), packing, paths, vocab_size)
         portions = source.portions(part_bytes)
         make_parts(job, portions, processes, progress)
         write_index(paths, len(portions), packing, vocab_size)
-    except OSError as error:
-        raise CorpusError(
-            f"cannot write to {paths.folder}: {error.strerror or error}. Finished parts are kept: "
-            "make room there or make it writable, then run it again; or choose another folder."
-        ) from error
     return PackedCorpus.open(paths.folder)
 
 
@@ -130,12 +128,15 @@ def _claim(paths: Paths, made_from: Mapping[str, Any]) -> None:
         if not found:
             return
     there = paths.folder.iterdir() if paths.folder.exists() else ()
-    if any(path.name not in paths.names and not path.name.endswith(".tmp") for path in there):
+    if any(
+        path.name not in paths.names and not path.name.startswith(TEMPORARY_PREFIX)
+        for path in there
+    ):
         raise CorpusError(
             f"{paths.folder} is not empty and holds no packed corpus; choose a folder of its own"
         )
     paths.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.made_from, canonical_json(made_from))
+    write_whole(paths.made_from, canonical_json(made_from))
 
 
 def _differing(

@@ -134,8 +134,6 @@ def make_parts(
             _pack_portion(job, portions[number], number, advance)
     else:
         _in_processes(job, portions, todo, min(processes, len(todo)), report)
-    for leftover in job.paths.folder.glob("*/.part-*.tmp"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
 
 
 def _in_processes(

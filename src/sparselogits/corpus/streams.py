@@ -7,19 +7,17 @@ and windows need no second pass over the tokens. Parts are compressed by zstd in
 
 Columns: `token` int32; `document_start` bool; `learnt` bool, only where some tokens are not to be
 learnt. The footer holds what the part counted, as JSON, and how often each id occurs. A part is
-written under a temporary name, flushed, and renamed: a part that exists is complete.
+written whole (`sparselogits.files`): a part that exists is complete.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparselogits.errors import CorpusError
+from sparselogits.files import writing_whole
 from sparselogits.identity import canonical_json
 
 GROUP_TOKENS = 1 << 14
@@ -72,14 +71,13 @@ class PartFile:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path, self._schema = path, schema
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
     def open(self) -> None:
         """Begin the temporary file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = self._temporary.open("wb")
+        self._file = ExitStack()
+        handle = self._file.enter_context(writing_whole(self._path))
         self._writer = pq.ParquetWriter(
-            self._handle,
+            handle,
             self._schema,
             compression="zstd",
             use_dictionary=False,
@@ -98,27 +96,19 @@ class PartFile:
 
     def close(self, finish: Callable[[], None] | None) -> None:
         """Run `finish` and commit the file, or remove it where `finish` is None or fails."""
-        try:
-            if finish is not None:
+        with suppress(_AbandonedError), self._file:
+            try:
+                if finish is None:
+                    raise _AbandonedError
                 finish()
-                self._commit()
-        finally:
-            with suppress(Exception):  # already closed, unless what went wrong came before
                 self._writer.close()
-            self._handle.close()
-            self._temporary.unlink(missing_ok=True)
+            finally:
+                with suppress(Exception):  # already closed, unless what went wrong came before
+                    self._writer.close()
 
-    def _commit(self) -> None:
-        self._writer.close()
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        try:
-            self._temporary.rename(self._path)
-        except FileNotFoundError:
-            # another packer of the same folder has finished everything, and tidied up
-            if not self._path.exists():
-                raise
-        sync_folder(self._path.parent)
+
+class _AbandonedError(Exception):
+    """A file is not to be committed."""
 
 
 class PartWriter:
@@ -294,29 +284,6 @@ class TokenStream:
         if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):
             raise damaged(path, f"row group {group} holds {len(tokens.ids)} tokens")
         return tokens
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damaged(path: Path, error: Any) -> CorpusError:

@@ -31,6 +31,7 @@ from sparselogits.demo.material import (
     demo_text,
 )
 from sparselogits.evaluate import HeldOut, evaluate
+from sparselogits.files import write_whole
 from sparselogits.report import Curve, Page, Row, write_page
 from sparselogits.samplers import Multinomial, Systematic, TopK
 from sparselogits.store import Cache
@@ -306,4 +307,4 @@ def _write(result: DemoResult, out: Path) -> None:
         conditions=result.conditions,
     )
     write_page(page, result.report)
-    (out / "results.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    write_whole(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")

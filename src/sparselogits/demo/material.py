@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sparselogits.errors import MissingDependencyError
-from sparselogits.files import user_cache
+from sparselogits.files import user_cache, whole_folder, write_whole
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
 SEPARATOR_ID = 0
@@ -44,7 +43,6 @@ def demo_text(out: Path, characters: int) -> DemoText:
     """Write about so many characters of CPython's language reference, whole pages each."""
     from pydoc_data.topics import topics
 
-    out.mkdir(parents=True, exist_ok=True)
     lines, written = [], 0
     for name, text in sorted(topics.items(), key=lambda item: _shuffled(item[0])):
         if written >= characters:
@@ -53,7 +51,7 @@ def demo_text(out: Path, characters: int) -> DemoText:
         written += len(text)
     content = ("\n".join(lines) + "\n").encode()
     path = out / "language-reference.jsonl"
-    path.write_bytes(content)
+    write_whole(path, content)
     digest = hashlib.sha256(content).hexdigest()[:16]
     said = (
         f"{len(lines)} of {len(topics)} pages of CPython {platform.python_version()}'s language "
@@ -80,15 +78,14 @@ def demo_teacher() -> Path:
     folder = user_cache() / f"smollm2-135m-instruct-{digest}"
     if (folder / "config.json").exists():
         return folder
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     tokenizer = load_tokenizer(str(gguf))
     model = load_causal_lm(str(gguf), dtype="bfloat16")
     model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
-    model.save_pretrained(partial)  # type: ignore[operator]
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
+    if folder.exists():  # without config.json: of a version that did not write it whole
         shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
     return folder
 
 

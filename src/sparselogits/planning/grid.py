@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 from sparselogits.errors import MissingDependencyError
+from sparselogits.files import write_whole
 from sparselogits.planning.cost import Plan, Settings, plan
 
 STUDENTS = {"300M": 3e8, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
@@ -26,6 +28,7 @@ def draw(settings: Settings, path: Path) -> None:
 
     Raises:
         MissingDependencyError: without matplotlib.
+        StorageError: the path cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -46,4 +49,6 @@ def draw(settings: Settings, path: Path) -> None:
     axes.set_ylabel(f"hours of one {settings.device.name}")
     axes.set_title(f"{settings.passes:g} passes: cache (solid), online teacher (dashed)")
     axes.legend(title="student")
-    figure.savefig(path, format="png", dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_whole(path, image.getvalue())

@@ -11,6 +11,7 @@ panels of at most eight, charts with marks in panels of at most sixteen (`Chart.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparselogits.errors import MissingDependencyError
+from sparselogits.files import write_whole
 from sparselogits.report.document import static
 
 if TYPE_CHECKING:
@@ -147,8 +149,9 @@ def draw_png(chart: Chart, path: Path) -> None:
     figure.suptitle(chart.title)
     figure.supxlabel(chart.x_label, fontsize="medium")
     figure.supylabel(chart.y_label, fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def _plot(chart: Chart, panel: Sequence[Series], axes: Axes) -> None:

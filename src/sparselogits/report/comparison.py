@@ -35,7 +35,7 @@ def write_report(results: Results, folder: Path) -> Path:
         The page.
 
     Raises:
-        OSError: it cannot be written.
+        StorageError: it cannot be written.
     """
     charts = {student: charts_of(results, student) for student in students_of(results)}
     page = folder / "report.html"

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.verify import Progress
@@ -40,46 +41,48 @@ def export(
         The files written, or the folder of a `datasets` export.
 
     Raises:
-        InvalidArgumentError: an unknown form, or k < 1.
-        CacheError: the folder is not empty, or the cache is.
+        InvalidArgumentError: an unknown form, k < 1, or a folder that is not empty.
+        CacheError: the cache is empty.
+        StorageError: the folder cannot be written; nothing is left behind.
     """
     folder = Path(out)
     if form not in FORMATS or k < 1:
         raise InvalidArgumentError(
             f"cannot export as {form!r} with k={k}; choose one of {', '.join(FORMATS)} and k >= 1"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise CacheError(f"{folder} is not empty; choose a new folder")
+    require_new_folder(folder)
     if not len(cache):
         raise CacheError(f"{cache.root} holds no windows yet; build some first")
-    folder.mkdir(parents=True, exist_ok=True)
-    if form == "datasets":
-        return [_export_dataset(cache, folder, progress)]
-    return _export_parquet(cache, folder, form, k, progress)
+    with whole_folder(folder) as partial:
+        if form == "datasets":
+            _export_dataset(cache, partial, progress)
+            return [folder]
+        names = _export_parquet(cache, partial, form, k, progress)
+        return [folder / name for name in names]
 
 
 def _export_parquet(
     cache: Cache, folder: Path, form: str, k: int, progress: Progress | None
-) -> list[Path]:
-    paths, done = [], 0
+) -> list[str]:
+    names, done = [], 0
     for start, stop in cache.finished():
-        path = folder / f"windows-{start:012d}-{stop:012d}.parquet"
+        name = f"windows-{start:012d}-{stop:012d}.parquet"
         writer = None
         for _ in range(start, stop):
             record = cache.read(done)
             table = _lists(record) if form == "lists" else _top(record, k)
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer = writer or pq.ParquetWriter(folder / name, table.schema, compression="zstd")
             writer.write_table(table)
             done += 1
             if progress is not None:
                 progress(done, len(cache))
         if writer is not None:
             writer.close()
-        paths.append(path)
-    return paths
+        names.append(name)
+    return names
 
 
-def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> Path:
+def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> None:
     """Save the columns of `lists` as a `datasets` folder.
 
     By way of Parquet files: `Dataset.from_generator` would pickle the generator to name its cache,
@@ -88,10 +91,10 @@ def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> Pa
     from datasets import Dataset  # heavy, and needed here only
 
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-        parts = _export_parquet(cache, Path(work), "lists", 0, progress)
-        made = Dataset.from_parquet([str(part) for part in parts], cache_dir=f"{work}/arrow")
+        names = _export_parquet(cache, Path(work), "lists", 0, progress)
+        parts = [f"{work}/{name}" for name in names]
+        made = Dataset.from_parquet(parts, cache_dir=f"{work}/arrow")
         made.save_to_disk(str(folder))
-    return folder
 
 
 def _lists(record: WindowRecord) -> pa.Table:

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import secrets
-import socket
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from sparselogits.errors import CacheCorruptionError, CacheError, StorageError
+from sparselogits.files import (
+    TEMPORARY_PREFIX,
+    clean_leftovers,
+    disk_errors,
+    sync,
+    sync_folder,
+    temporary_name,
+)
 from sparselogits.untrusted import NotRegularError, open_regular
 
-TEMPORARY_PREFIX = ".tmp-"
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
@@ -119,13 +122,13 @@ class LocalStorage:
             False where another writer had put a complete file there before.
 
         Raises:
-            CacheError: the disk is full, the folder is read-only, or the like; nothing is left.
+            StorageError: the disk is full, the folder is read-only, or the like; nothing is left.
             CacheCorruptionError: the disk gave back other bytes than were written.
         """
         path = self.root / name
-        temporary = path.with_name(f"{TEMPORARY_PREFIX}{_writer()}-{secrets.token_hex(6)}")
+        temporary = temporary_name(path)
         self._step("begin")
-        try:
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _removed_at_last(temporary):
                 self._write_synced(temporary, data)
@@ -133,12 +136,7 @@ class LocalStorage:
                 self._step("verified")
                 created = _link(temporary, path)
                 self._step("linked")
-        except OSError as error:
-            raise CacheError(
-                f"cannot write {path}: {error.strerror or error}; nothing was left behind. Make "
-                "room or make the folder writable, then start the same command again"
-            ) from error
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         self._step("done")
         return created
 
@@ -149,22 +147,14 @@ class LocalStorage:
         if not _link(source, target):
             raise CacheError(f"{target} exists already; move it away, then try again")
         source.unlink()
-        _sync_folder(source.parent)
+        sync_folder(source.parent)
 
     def clean(self, folder: str) -> list[str]:
         """Remove temporaries of writers on this machine that are dead; returns their names.
 
         Those of other machines, and of processes still alive, are left alone.
         """
-        removed = []
-        host = f"{TEMPORARY_PREFIX}{_host()}-"
-        for path in (self.root / folder).glob(f"{host}*"):
-            pid = path.name.removeprefix(host).partition("-")[0]
-            if pid.isdecimal() and not _alive(int(pid)):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    removed.append(path.name)
-        return removed
+        return clean_leftovers(self.root / folder)
 
     def forget(self, name: str) -> bool:
         """Nothing is held."""
@@ -199,7 +189,7 @@ class LocalStorage:
             while view:  # a write may be cut short, by a signal or a nearly full disk
                 view = view[os.write(descriptor, view[: max(half, 1)]) :]
                 self._step("writing")
-            os.fsync(descriptor)
+            sync(descriptor)
             self._step("synced")
             if hasattr(os, "posix_fadvise"):  # so that the reading back reaches the disk
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -251,37 +241,3 @@ def _read_exactly(descriptor: int, start: int, stop: int) -> bytes:
         parts.append(part)
         start += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot, and need not
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@lru_cache(maxsize=1)
-def _host() -> str:
-    """A name for the set of processes whose pids mean something here: host, boot, pid namespace."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
-
-
-def _writer() -> str:
-    return f"{_host()}-{os.getpid()}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
