@@ -66,6 +66,10 @@ class TaskError(SparseLogitsError):
     """A zero-shot task that nobody knows, or whose data cannot be had or made."""
 
 
+class ShrinkError(SparseLogitsError):
+    """A model that cannot be pruned as asked: sizes out of range, or a structure not understood."""
+
+
 class MissingDependencyError(SparseLogitsError):
     """An optional package that this operation needs; the message carries the install command."""
 

@@ -22,6 +22,7 @@ from sparselogits.cli.import_ import import_command
 from sparselogits.cli.info import info
 from sparselogits.cli.plan import plan
 from sparselogits.cli.report import report
+from sparselogits.cli.shrink import shrink
 from sparselogits.cli.store import card, export, merge, push, repair, verify
 from sparselogits.cli.train import train
 from sparselogits.cli.view import view
@@ -75,6 +76,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ("plan", plan, _MAKE, "--teacher-params 8B --student-params 1B --tokens 10B"),
     ("demo", demo, _MAKE, "--out demo-run"),
     ("train", train, _USE, "--cache my-cache --out my-run"),
+    ("shrink", shrink, _USE, "demo --layers 24 --cache my-cache --out student"),
     ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
     ("info", info, _KEEP, "my-cache"),
     ("view", view, _KEEP, "my-cache --window 3 --teacher demo"),

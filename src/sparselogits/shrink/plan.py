@@ -1,0 +1,150 @@
+"""State what is kept of a model: blocks, MLP channels, groups of heads, hidden channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparselogits.errors import ShrinkError
+from sparselogits.shrink.layout import Layout, Sizes
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sizes that a student should have; None keeps the teacher's.
+
+    Args:
+        layers: number of transformer blocks.
+        drop_layers: numbers of the blocks to remove, instead of a number to keep.
+        channels: MLP channels per layer (`intermediate_size`).
+        heads: query heads per layer (`num_attention_heads`); heads that share keys and values
+            are removed together, so a multiple of their number.
+        hidden: width of the residual stream (`hidden_size`).
+    """
+
+    layers: int | None = None
+    drop_layers: tuple[int, ...] | None = None
+    channels: int | None = None
+    heads: int | None = None
+    hidden: int | None = None
+
+    def require_possible(self, layout: Layout, architecture: str) -> Target:
+        """Check the sizes against a model, and complete those that follow from others.
+
+        Returns:
+            The target; for models whose hidden size and heads are coupled, with both.
+
+        Raises:
+            ShrinkError: for sizes out of range, or that this architecture cannot have.
+        """
+        sizes = layout.sizes
+        if self.layers is not None and self.drop_layers is not None:
+            raise ShrinkError("both layers and drop_layers are given; give one of them")
+        _require_within("layers", self.layers, sizes.layers)
+        _require_within("channels", self.channels, sizes.channels)
+        _require_within("heads", self.heads, sizes.heads)
+        _require_within("hidden", self.hidden, sizes.hidden)
+        dropped = self.drop_layers or ()
+        wrong = [n for n in dropped if not 0 <= n < sizes.layers]
+        if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= sizes.layers:
+            raise ShrinkError(
+                f"drop_layers={list(dropped)}: expected different numbers from 0 to "
+                f"{sizes.layers - 1}, and at least one block left"
+            )
+        target = self._coupled(sizes) if layout.coupled else self
+        if target.heads is not None and target.heads % sizes.heads_per_group:
+            raise ShrinkError(
+                f"heads={target.heads}: in {architecture} {sizes.heads_per_group} heads share "
+                f"keys and values and are removed together; give a multiple of "
+                f"{sizes.heads_per_group}"
+            )
+        for value, size, name in (
+            (target.channels, "channels", "MLP channels"),
+            (target.heads, "groups", "attention heads"),
+            (target.hidden, "hidden", "the hidden size"),
+        ):
+            if value is not None and not layout.follows(size):  # type: ignore[arg-type]
+                raise ShrinkError(
+                    f"{architecture}: how its tensors follow {name} could not be found, so they "
+                    "cannot be pruned. Prune its layers only, or use a tool made for its "
+                    "architecture"
+                )
+        return target
+
+    def _coupled(self, sizes: Sizes) -> Target:
+        hidden, heads = self.hidden, self.heads
+        if hidden is None and heads is None:
+            return self
+        if hidden is None:
+            assert heads is not None
+            hidden = heads * sizes.head_dim
+        if heads is None:
+            heads = hidden // sizes.head_dim
+        if heads * sizes.head_dim != hidden:
+            raise ShrinkError(
+                f"hidden={hidden} with heads={heads}: in this architecture the hidden size is "
+                f"heads * {sizes.head_dim}; give one of them, or values that agree"
+            )
+        return replace(self, hidden=hidden, heads=heads)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Numbers of what is kept, ascending.
+
+    Args:
+        layers: the blocks.
+        channels: int64 [channels] for each kept block; None keeps all.
+        groups: int64 [groups] of heads for each kept block; None keeps all.
+        hidden: int64 [hidden] channels of the residual stream; None keeps all.
+    """
+
+    layers: tuple[int, ...]
+    channels: tuple[Tensor, ...] | None = None
+    groups: tuple[Tensor, ...] | None = None
+    hidden: Tensor | None = None
+
+    def first(self, layers: int) -> Kept:
+        """Return the same for the first few kept blocks alone."""
+        return Kept(
+            self.layers[:layers],
+            None if self.channels is None else self.channels[:layers],
+            None if self.groups is None else self.groups[:layers],
+            self.hidden,
+        )
+
+    def sizes(self, layout: Layout) -> dict[str, int]:
+        """Return the sizes of the configuration that change."""
+        found = {}
+        if self.channels is not None:
+            found["channels"] = len(self.channels[0])
+        if self.groups is not None:
+            found["groups"] = len(self.groups[0])
+            found["heads"] = found["groups"] * layout.sizes.heads_per_group
+        if self.hidden is not None:
+            found["hidden"] = len(self.hidden)
+        return found
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Return the numbers of the `count` largest scores, ascending; ties keep the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return order[:count].sort().values
+
+
+def kept_layers(target: Target, total: int, influence: Sequence[float] | None) -> tuple[int, ...]:
+    """Return the numbers of the blocks to keep, ascending."""
+    if target.drop_layers is not None:
+        return tuple(n for n in range(total) if n not in target.drop_layers)
+    if target.layers is None or target.layers == total:
+        return tuple(range(total))
+    assert influence is not None
+    return tuple(largest(torch.tensor(influence), target.layers).tolist())
+
+
+def _require_within(name: str, value: int | None, most: int) -> None:
+    if value is not None and not 1 <= value <= most:
+        raise ShrinkError(f"{name}={value}: expected a number from 1 to the teacher's {most}")

@@ -1,0 +1,59 @@
+"""Write a shrunk student as an ordinary transformers folder, with a card that says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparselogits.files import write_whole
+from sparselogits.shrink.shrink import Shrunk
+
+_NAMES = {
+    "layers": "transformer blocks (`num_hidden_layers`)",
+    "hidden": "hidden size (`hidden_size`)",
+    "channels": "MLP channels (`intermediate_size`)",
+    "heads": "attention heads (`num_attention_heads`)",
+    "groups": "key-value heads (`num_key_value_heads`)",
+}
+
+
+def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
+    """Write a student's weights, configuration, tokenizer and model card.
+
+    Args:
+        shrunk: the student.
+        out: its folder; made if it does not exist.
+        tokenizer: the teacher's, which the student shares; None leaves it out.
+        teacher: name of the teacher, for the card.
+    """
+    shrunk.model.save_pretrained(out)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    write_whole(out / "README.md", card(shrunk, teacher))
+
+
+def card(shrunk: Shrunk, teacher: str) -> str:
+    """Return the model card of a student, in Markdown."""
+    rows = "\n".join(
+        f"| {title} | {shrunk.before[name]:,} | {shrunk.after[name]:,} |"
+        for name, title in _NAMES.items()
+    )
+    dropped = ", ".join(map(str, shrunk.dropped_layers)) or "none"
+    name = teacher.replace("|", "").replace("\n", " ")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, sparselogits]
+---
+# {name}, pruned
+
+Made from the weights of {name} by removing parts of it (`sparselogits shrink`). It was not trained
+afterwards unless another card says so: heal it by distillation from its teacher before use.
+
+| | teacher | student |
+|---|---|---|
+{rows}
+| parameters | {shrunk.parameters_before:,} | {shrunk.parameters_after:,} |
+
+Removed blocks of the teacher, counted from 0: {dropped}.
+"""

@@ -1,0 +1,202 @@
+"""Measure on calibration text how much each part of a model matters.
+
+- Blocks: block influence, one minus the cosine of a block's input and output, mean over positions
+  (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
+- MLP channels and groups of attention heads: root mean square over positions of what each adds to
+  the residual stream, which is its activation times the norm of its column in the output
+  projection (Minitron, arXiv 2407.14679, ranks by the activations alone).
+- Channels of the residual stream: root mean square of the normalised activations, over positions
+  and normalisations (Minitron).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparselogits.errors import ShrinkError
+from sparselogits.shrink.layout import Layout
+from sparselogits.shrink.slicing import norms_of
+
+LayerScore = Literal["influence", "loss"]
+Progress = Callable[[int, int], None]
+"""Called with passes done and passes in all."""
+
+
+@torch.no_grad()
+def layer_influence(
+    model: nn.Module, layout: Layout, windows: Tensor, *, progress: Progress | None = None
+) -> list[float]:
+    """Return the block influence of each block.
+
+    Args:
+        model: a causal language model.
+        layout: see `layout_of`.
+        windows: int64 [N, L] calibration tokens.
+        progress: called after each window.
+    """
+    sums = torch.zeros(layout.sizes.layers, dtype=torch.float64)
+    handles = []
+    for number, block in enumerate(_blocks(model, layout)):
+
+        def compare(
+            _: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
+        ) -> None:
+            before = (args[0] if args else kwargs["hidden_states"]).float()
+            after = (output[0] if isinstance(output, tuple) else output).float()
+            sums[number] += float((1 - F.cosine_similarity(before, after, dim=-1)).mean())
+
+        handles.append(block.register_forward_hook(compare, with_kwargs=True))
+    try:
+        _run(model, windows, progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (sums / len(windows)).tolist()
+
+
+@torch.no_grad()
+def layer_losses(
+    model: nn.Module, layout: Layout, windows: Tensor, *, progress: Progress | None = None
+) -> list[float]:
+    """Return, for each block, the loss in nats per token on the text without that block.
+
+    The arguments are those of `layer_influence`. Costs as many passes as the model has blocks.
+    """
+    losses = []
+    for number, block in enumerate(_blocks(model, layout)):
+
+        def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return (given, *output[1:]) if isinstance(output, tuple) else given
+
+        handle = block.register_forward_hook(skip, with_kwargs=True)
+        try:
+            losses.append(loss_of(model, windows))
+        finally:
+            handle.remove()
+        if progress is not None:
+            progress(number + 1, layout.sizes.layers)
+    return losses
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, windows: Tensor) -> float:
+    """Return the mean negative log-likelihood of the windows' tokens, in nats per token."""
+    total = 0.0
+    for window in windows:
+        tokens = window[None].to(next(model.parameters()).device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        total += float(F.cross_entropy(logits, tokens[0, 1:]))
+    return total / len(windows)
+
+
+@torch.no_grad()
+def width_scores(
+    model: nn.Module,
+    layout: Layout,
+    windows: Tensor,
+    sizes: Sequence[str],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Return the scores of channels, groups of heads and hidden channels.
+
+    Args:
+        model: a causal language model.
+        layout: see `layout_of`.
+        windows: int64 [N, L] calibration tokens.
+        sizes: which of "channels", "groups" and "hidden" are wanted.
+        progress: called after each window.
+
+    Returns:
+        By size: float64 [layers, channels], [layers, groups], [hidden].
+    """
+    model_sizes, modules = layout.sizes, dict(model.named_modules())
+    scores: dict[str, Tensor] = {}
+    handles = []
+    for size in ("channels", "groups"):
+        if size not in sizes:
+            continue
+        count = model_sizes.channels if size == "channels" else model_sizes.groups
+        scores[size] = torch.zeros(model_sizes.layers, count, dtype=torch.float64)
+        projections = _output_projections(layout, modules, size)
+        if sorted(layer for _, _, layer in projections) != list(range(model_sizes.layers)):
+            raise ShrinkError(
+                f"{type(model).__name__}: its blocks do not have one output projection each for "
+                f"{'MLP channels' if size == 'channels' else 'attention heads'}, so these cannot "
+                "be scored. Prune its layers only, or use a tool made for its architecture"
+            )
+        for name, weight_dim, layer in projections:
+            handles.append(
+                modules[name].register_forward_pre_hook(
+                    _contribution(scores[size][layer], modules[name], weight_dim)
+                )
+            )
+    if "hidden" in sizes:
+        scores["hidden"] = torch.zeros(model_sizes.hidden, dtype=torch.float64)
+        for name in norms_of(model, layout):
+
+            def add(_: nn.Module, __: Any, output: Tensor) -> None:
+                scores["hidden"] += output.double().square().flatten(0, -2).mean(0).cpu()
+
+            handles.append(modules[name].register_forward_hook(add))
+    try:
+        _run(model, windows, progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {size: value.div(len(windows)).sqrt() for size, value in scores.items()}
+
+
+def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Callable[..., None]:
+    """Return a hook that adds the mean square of what each unit adds to the residual stream."""
+    count = len(into)
+    weight: Any = projection.weight
+    by_unit: Tensor = weight.detach().movedim(weight_dim, 0).float()  # [inputs, D]
+
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        states = args[0].flatten(0, -2).float()  # [positions, inputs]
+        if states.shape[1] == count:  # one input per unit: |x|^2 |w|^2
+            into.add_((states.square().mean(0) * by_unit.square().sum(1)).double().cpu())
+            return
+        units = states.reshape(len(states), count, -1).transpose(0, 1)  # [units, positions, inputs]
+        added = torch.bmm(units, by_unit.reshape(count, -1, by_unit.shape[1]))
+        into.add_(added.square().sum(-1).mean(1).double().cpu())
+
+    return add
+
+
+def _output_projections(
+    layout: Layout, modules: dict[str, nn.Module], size: str
+) -> list[tuple[str, int, int]]:
+    """(module, dimension of its weight, block) of the projections whose inputs follow a size."""
+    found = []
+    for name, dimensions in layout.dimensions.items():
+        module = modules.get(name.removesuffix(".weight"))
+        if not name.endswith(".weight") or module is None:
+            continue
+        inputs = 1 if isinstance(module, nn.Linear) else 0  # GPT-2's Conv1D is [inputs, outputs]
+        weight: Any = module.weight
+        if weight.ndim == 2 and any(d.size == size and d.dim == inputs for d in dimensions):
+            layer = layout.layer_of(name)
+            found.append((name.removesuffix(".weight"), inputs, -1 if layer is None else layer))
+    return found
+
+
+def _blocks(model: nn.Module, layout: Layout) -> nn.ModuleList:
+    return model.get_submodule(layout.layers)  # type: ignore[return-value]
+
+
+def _run(model: nn.Module, windows: Tensor, progress: Progress | None) -> None:
+    device = next(model.parameters()).device
+    language_model: Any = model
+    decoder = language_model.get_decoder() if hasattr(model, "get_decoder") else model
+    for number, window in enumerate(windows):
+        decoder(input_ids=window[None].to(device), use_cache=False)
+        if progress is not None:
+            progress(number + 1, len(windows))

@@ -1,0 +1,170 @@
+"""Make a student from a teacher: fewer blocks, MLP channels, attention heads, hidden channels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparselogits.errors import InvalidArgumentError, ShrinkError
+from sparselogits.shrink.layout import layout_of, sizes_of
+from sparselogits.shrink.plan import Kept, Target, kept_layers, largest
+from sparselogits.shrink.scores import (
+    LayerScore,
+    Progress,
+    layer_influence,
+    layer_losses,
+    width_scores,
+)
+from sparselogits.shrink.slicing import Slicer, build, order_of
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A smaller model and how it was made.
+
+    Args:
+        model: the student, an ordinary transformers model in the teacher's dtype.
+        dropped_layers: numbers of the teacher's blocks that were removed.
+        layer_scores: score per block of the teacher, where blocks were chosen by scores.
+        before: the teacher's sizes.
+        after: the student's sizes.
+        parameters_before: number of the teacher's parameters.
+        parameters_after: number of the student's parameters.
+    """
+
+    model: nn.Module
+    dropped_layers: tuple[int, ...]
+    layer_scores: tuple[float, ...] | None
+    before: dict[str, int]
+    after: dict[str, int]
+    parameters_before: int
+    parameters_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the model as plain JSON values."""
+        return {k: v for k, v in vars(self).items() if k != "model"}
+
+
+def shrink(
+    model: nn.Module,
+    *,
+    layers: int | None = None,
+    drop_layers: tuple[int, ...] | None = None,
+    channels: int | None = None,
+    heads: int | None = None,
+    hidden: int | None = None,
+    windows: Tensor | None = None,
+    layer_score: LayerScore = "influence",
+    progress: Progress | None = None,
+) -> Shrunk:
+    """Return a smaller model with a model's own weights.
+
+    Blocks are chosen first; channels, heads and the hidden size are scored on the model without
+    the removed blocks. The result is verified on a few tokens: it must compute what the larger
+    model computes without the removed parts.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        layers: number of blocks to keep.
+        drop_layers: numbers of the blocks to remove, instead of `layers`.
+        channels: MLP channels to keep per layer (`intermediate_size`).
+        heads: attention heads to keep per layer; heads that share keys and values go together.
+        hidden: hidden size to keep.
+        windows: int64 [N, L] calibration tokens, N >= 1, L >= 2. Needed unless only named blocks
+            are removed.
+        layer_score: "influence" (one pass over the windows) or "loss" (one pass per block).
+        progress: called with passes done and passes in all.
+
+    Raises:
+        ShrinkError: for sizes the model cannot have, or an architecture that is not understood.
+        InvalidArgumentError: without calibration windows where they are needed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> teacher = LlamaForCausalLM(
+        ...     LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...                 num_hidden_layers=3, num_attention_heads=2)
+        ... )
+        >>> student = shrink(teacher, drop_layers=(1,)).model
+        >>> student.config.num_hidden_layers
+        2
+    """
+    layout = layout_of(model)
+    target = Target(layers, drop_layers, channels, heads, hidden)
+    target = target.require_possible(layout, type(model).__name__)
+    if target == Target():
+        raise ShrinkError("nothing to prune: give layers, drop_layers, channels, heads or hidden")
+    chosen_by_score = target.layers is not None and target.layers < layout.sizes.layers
+    wide = [
+        size
+        for size, value in (
+            ("channels", channels),
+            ("groups", target.heads),
+            ("hidden", target.hidden),
+        )
+        if value is not None
+    ]
+    if (chosen_by_score or wide) and (windows is None or windows.ndim != 2 or not len(windows)):
+        raise InvalidArgumentError(
+            "choosing what to prune needs calibration windows, int64 [N, L]; give some, or name "
+            "the layers to drop"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        scores = None
+        if chosen_by_score:
+            assert windows is not None
+            measure = layer_influence if layer_score == "influence" else layer_losses
+            scores = measure(model, layout, windows, progress=progress)
+        kept = Kept(kept_layers(target, layout.sizes.layers, scores))
+        if wide:
+            assert windows is not None
+            kept = _kept_width(model, target, kept, windows, wide, progress)
+        order = order_of(model, layout, kept)
+        student = build(model, Slicer(layout, kept, order))
+    finally:
+        model.train(was_training)
+    return Shrunk(
+        model=student,
+        dropped_layers=tuple(n for n in range(layout.sizes.layers) if n not in kept.layers),
+        layer_scores=None if scores is None else tuple(scores),
+        before=asdict(layout.sizes),
+        after=asdict(sizes_of(student)),
+        parameters_before=_parameters(model),
+        parameters_after=_parameters(student),
+    )
+
+
+def _kept_width(
+    model: nn.Module,
+    target: Target,
+    kept: Kept,
+    windows: Tensor,
+    wide: list[str],
+    progress: Progress | None,
+) -> Kept:
+    """Score widths on the model without the removed blocks, and choose."""
+    layout = layout_of(model)
+    shallow = model
+    if len(kept.layers) < layout.sizes.layers:
+        shallow = build(model, Slicer(layout, kept, "concatenated"))
+        shallow.to(next(model.parameters()).device)
+    scores = width_scores(shallow, layout_of(shallow), windows, wide, progress=progress)
+    per_layer: dict[str, tuple[Tensor, ...]] = {}
+    for size, count in (("channels", target.channels), ("groups", target.heads)):
+        if size in scores:
+            assert count is not None
+            units = count if size == "channels" else count // layout.sizes.heads_per_group
+            per_layer[size] = tuple(largest(row, units) for row in scores[size])
+    hidden = None
+    if "hidden" in scores:
+        assert target.hidden is not None
+        hidden = largest(scores["hidden"], target.hidden)
+    return Kept(kept.layers, per_layer.get("channels"), per_layer.get("groups"), hidden)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

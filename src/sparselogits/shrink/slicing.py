@@ -1,0 +1,339 @@
+"""Build the smaller model from the larger one, and verify that nothing else changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselogits.causal_lm import PROBE_LENGTH
+from sparselogits.errors import ShrinkError
+from sparselogits.shrink.layout import Layout, Order, resized, sizes_of
+from sparselogits.shrink.plan import Kept
+
+_ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
+_TOLERANCE = 1e-3
+"""Largest difference of logits left to rounding in float32, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Slicer:
+    """Which indices of which tensor are kept.
+
+    Args:
+        layout: how the model's tensors follow its sizes.
+        kept: what is kept.
+        order: order of rows in fused projections of queries, keys and values.
+    """
+
+    layout: Layout
+    kept: Kept
+    order: Order
+
+    def index(self, name: str) -> list[tuple[int, Tensor]]:
+        """Return (dimension, kept indices) for each dimension of a tensor that is pruned."""
+        found = []
+        layer = self.layout.layer_of(name)
+        place = self.kept.layers.index(layer) if layer in self.kept.layers else None
+        for dimension in self.layout.dimensions.get(name, ()):
+            own: Tensor | None = None
+            if dimension.size == "hidden" and self.kept.hidden is not None:
+                own = _blocks_of(self.kept.hidden, self.layout.sizes.hidden, dimension.repeats)
+            elif place is not None and dimension.size == "channels" and self.kept.channels:
+                own = _blocks_of(
+                    self.kept.channels[place], self.layout.sizes.channels, dimension.repeats
+                )
+            elif place is not None and dimension.size == "groups" and self.kept.groups:
+                own = self._group_rows(name, self.kept.groups[place], dimension.repeats)
+            if own is not None:
+                found.append((dimension.dim, own))
+        return found
+
+    def _group_rows(self, name: str, groups: Tensor, repeats: int) -> Tensor:
+        if name in self.layout.fused and self.order == "concatenated":
+            sizes = self.layout.sizes
+            queries = sizes.heads_per_group * sizes.head_dim
+            keys_at = sizes.groups * queries
+            values_at = keys_at + sizes.groups * sizes.head_dim
+            return torch.cat(
+                [
+                    _runs(groups, queries),
+                    keys_at + _runs(groups, sizes.head_dim),
+                    values_at + _runs(groups, sizes.head_dim),
+                ]
+            )
+        return _runs(groups, repeats)
+
+    def new_name(self, name: str) -> str | None:
+        """Return a tensor's name in the smaller model; None for tensors of removed blocks."""
+        layer = self.layout.layer_of(name)
+        if layer is None:
+            return name
+        if layer not in self.kept.layers:
+            return None
+        prefix = self.layout.layers + "."
+        rest = name.removeprefix(prefix).partition(".")[2]
+        return f"{prefix}{self.kept.layers.index(layer)}.{rest}"
+
+
+def build(model: nn.Module, slicer: Slicer) -> nn.Module:
+    """Return the smaller model, in the larger one's dtype, on the CPU."""
+    from transformers.initialization import no_init_weights
+
+    sizes = slicer.kept.sizes(slicer.layout)
+    config = resized(model, sizes, layers=list(slicer.kept.layers))
+    dtype = next(model.parameters()).dtype
+    with no_init_weights():
+        student: nn.Module = type(model)(config).to(dtype)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        new = slicer.new_name(name)
+        if new is None:
+            continue
+        sliced = tensor.detach().cpu()
+        for dim, index in slicer.index(name):
+            sliced = sliced.index_select(dim, index)
+        state[new] = sliced.clone()
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise ShrinkError(
+            f"{type(model).__name__}: its tensors do not follow its configuration as expected "
+            f"({str(error).splitlines()[-1].strip()}), so it cannot be pruned this way. Prune its "
+            "layers only, or use a tool made for its architecture"
+        ) from error
+    student.tie_weights()  # type: ignore[operator]
+    student.eval()
+    if slicer.kept.hidden is not None:
+        _keep_scales(model, student, slicer)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        student.generation_config = generation
+    return student
+
+
+def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
+    """Verify on two blocks that the model is understood, and find the order of fused rows.
+
+    The pruned model, with its tensors put back into the larger one's shapes and zeros in place of
+    what was removed, must give the same logits.
+
+    Raises:
+        ShrinkError: naming the architecture, when it does not.
+    """
+    few = kept.first(2)
+    reason: Exception | None = None
+    for order in _ORDERS if layout.fused and kept.groups else _ORDERS[:1]:
+        try:
+            if _is_understood(model, Slicer(layout, few, order)):
+                return order
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = error
+    raise ShrinkError(
+        f"{type(model).__name__}: a model pruned this way does not compute what the larger one "
+        "computes without the removed parts, so its structure is not understood. Prune its "
+        "layers only, or use a tool made for its architecture"
+    ) from reason
+
+
+@torch.no_grad()
+def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
+    student = build(model, slicer).float()
+    whole = build(model, Slicer(slicer.layout, Kept(slicer.kept.layers), slicer.order)).float()
+    index_of = {slicer.new_name(name): slicer.index(name) for name in model.state_dict()}
+    small = student.state_dict()
+    padded = {}
+    for name, tensor in whole.state_dict().items():
+        inside = small[name]
+        for dim, index in index_of[name]:
+            shape = list(inside.shape)
+            shape[dim] = tensor.shape[dim]
+            inside = torch.zeros(shape, dtype=inside.dtype).index_copy_(dim, index, inside)
+        padded[name] = inside
+    whole.load_state_dict(padded)
+    probe = _probe(student)
+    expected = student(input_ids=probe, use_cache=False).logits
+    hidden = slicer.kept.hidden
+    if hidden is None:
+        found = whole(input_ids=probe, use_cache=False).logits
+    else:
+        with _norms_over(hidden, whole, student, slicer.layout), _inputs_of(whole, student, hidden):
+            found = whole(input_ids=probe, use_cache=False).logits
+    limit = _TOLERANCE * float(expected.abs().max().clamp(min=1.0))
+    return bool((found - expected).abs().max() <= limit)
+
+
+@contextmanager
+def _norms_over(
+    hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
+) -> Iterator[None]:
+    """Let the larger model normalise over the kept channels alone, as the smaller one does."""
+    small, large = dict(student.named_modules()), dict(whole.named_modules())
+    handles = []
+    for name in norms_of(whole, layout):
+
+        def over_kept(
+            _: nn.Module, given: tuple[Tensor, ...], out: Tensor, norm: nn.Module = small[name]
+        ) -> Tensor:
+            kept = norm(given[0][..., hidden])
+            return torch.zeros_like(out).index_copy_(-1, hidden, kept)
+
+        handles.append(large[name].register_forward_hook(over_kept))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _inputs_of(whole: nn.Module, student: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Give the larger model's first block the smaller one's input.
+
+    Embeddings that are multiplied by a function of the hidden size were rescaled in the smaller
+    model (`_keep_scales`) and are not to be multiplied twice.
+    """
+    states = _first_inputs(student, _probe(student))
+
+    def replaced(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wide = torch.zeros(*states.shape[:-1], sizes_of(whole).hidden)
+        wide.index_copy_(-1, hidden, states)
+        if args:
+            return (wide, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": wide}
+
+    handle = _first_block(whole).register_forward_pre_hook(replaced, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def norms_of(model: nn.Module, layout: Layout) -> list[str]:
+    """Return the names of the normalisations over the hidden size, those in blocks first.
+
+    Args:
+        model: the model that the layout describes, or a smaller one made from it.
+        layout: which tensors follow the hidden size.
+    """
+    names = []
+    for name, module in model.named_modules():
+        own = layout.dimensions.get(f"{name}.weight", ())
+        weight = getattr(module, "weight", None)
+        is_norm = isinstance(weight, Tensor) and weight.ndim == 1 and "norm" in _kind(module)
+        if is_norm and any(d.size == "hidden" for d in own):
+            names.append(name)
+    return sorted(names, key=lambda name: layout.layer_of(name) is None)
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__.lower()
+
+
+@torch.no_grad()
+def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
+    """Undo what a smaller hidden size changes besides the removed channels.
+
+    A normalisation divides by the root of the mean square over D channels. Over D' of them it
+    divides by more, by sqrt(D / D') where the removed ones were zero, which its weight makes up
+    for. Some models (Gemma) multiply embeddings by a function of D; the factor between the two
+    models is measured, and goes into the embedding (out of the last normalisation again where
+    the head is the embedding).
+    """
+    hidden = slicer.kept.hidden
+    assert hidden is not None
+    growth = (slicer.layout.sizes.hidden / len(hidden)) ** 0.5
+    modules = dict(student.named_modules())
+    names = norms_of(student, slicer.layout)
+    for name in names:
+        _multiply_norm(modules[name], growth)
+    probe = _probe(student)
+    wide = _first_inputs(model, probe)[..., hidden.to(_device(model))].cpu().float()
+    narrow = _first_inputs(student, probe).float()
+    factor = float((wide * narrow).sum() / (narrow * narrow).sum())
+    if not torch.allclose(wide, factor * narrow, rtol=2e-2, atol=1e-3 * float(wide.abs().max())):
+        raise ShrinkError(
+            f"{type(model).__name__}: what its embedding gives does not scale with the hidden "
+            "size, so that size cannot be pruned. Prune layers, heads or channels"
+        )
+    if abs(factor - 1.0) < 1e-3:
+        return
+    embedding: Any = student.get_input_embeddings()  # type: ignore[operator]
+    head: Any = student.get_output_embeddings()  # type: ignore[operator]
+    embedding.weight.mul_(factor)
+    if head.weight is embedding.weight:
+        _multiply_norm(modules[names[-1]], 1.0 / factor)
+
+
+def _multiply_norm(norm: nn.Module, factor: float) -> None:
+    weight: Any = norm.weight
+    if _adds_one(norm):
+        weight.add_(1.0).mul_(factor).sub_(1.0)
+    else:
+        weight.mul_(factor)
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Whether a normalisation multiplies by 1 + weight (Gemma) rather than by its weight."""
+    weight: Any = norm.weight
+    before = weight.clone()
+    x = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]
+    weight.zero_()
+    without = norm(x)
+    if getattr(norm, "bias", None) is not None:
+        without = without - norm.bias
+    weight.copy_(before)
+    return bool(without.abs().max() > 0)
+
+
+class _FoundError(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def _first_inputs(model: nn.Module, probe: Tensor) -> Tensor:
+    """Return what the first block of a model is given, [1, L, D]."""
+    found: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _FoundError
+
+    handle = _first_block(model).register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        model(input_ids=probe.to(_device(model)), use_cache=False)
+    except _FoundError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _first_block(model: nn.Module) -> nn.Module:
+    layers = sizes_of(model).layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module[0]
+    raise AssertionError("layout_of found the blocks before")
+
+
+def _probe(model: nn.Module) -> Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return (torch.arange(PROBE_LENGTH) * 7919 % vocabulary)[None]  # type: ignore[no-any-return]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _runs(numbers: Tensor, length: int) -> Tensor:
+    """Return the indices of runs of `length`, one per number."""
+    return (numbers[:, None] * length + torch.arange(length)).flatten()
+
+
+def _blocks_of(numbers: Tensor, total: int, repeats: int) -> Tensor:
+    """Return the numbers in each of `repeats` consecutive blocks of `total`."""
+    return torch.cat([numbers + block * total for block in range(repeats)])
