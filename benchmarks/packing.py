@@ -32,7 +32,8 @@ from typing import Any
 
 from measuring import machine, publish, spread
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
-from sparselogits.demo.material import SEPARATOR_ID, demo_teacher
+from sparselogits.demo.material import SEPARATOR_ID
+from sparselogits.teacher.demo_model import demo_model
 from sparselogits.teacher.loading import load_tokenizer
 
 LENGTH, SHARD = 1024, 512
@@ -96,7 +97,7 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    teacher = str(args.teacher or demo_teacher())
+    teacher = str(args.teacher or demo_model())
     order, runs = random.Random(0), {way: list[dict[str, float]]() for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         text = args.text or Path(scratch) / "text.jsonl"

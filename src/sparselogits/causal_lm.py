@@ -9,11 +9,9 @@ that does something else to its logits fails the check, and the caller takes the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -88,6 +86,11 @@ def split(model: nn.Module) -> Parts | None:
     return Parts(trunk, head, scale, None if softcap is None else float(softcap))
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many ids a model's input embedding has; wrapped embeddings included."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
 def text_config(config: Any) -> Any:
     """The language part of a configuration that may describe several modalities."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -101,8 +104,7 @@ def agrees_with_model(model: nn.Module, parts: Parts) -> bool:
     scale, a softcap or a norm that was overlooked.
     """
     weight = parts.head.weight
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    probe = torch.arange(PROBE_LENGTH, device=weight.device) * 7919 % vocabulary  # type: ignore[arg-type]
+    probe = torch.arange(PROBE_LENGTH, device=weight.device) * 7919 % embedding_rows(model)  # type: ignore[arg-type]
     was_training = model.training
     model.eval()
     try:
@@ -118,19 +120,3 @@ def agrees_with_model(model: nn.Module, parts: Parts) -> bool:
     # a few units in the last place of the dtype, relative to the largest logit
     tolerance = 16 * torch.finfo(weight.dtype).eps * float(whole.abs().max())  # type: ignore[arg-type]
     return bool((whole - sliced).abs().max() <= tolerance)
-
-
-def restarting_positions(length: int, document_starts: Sequence[np.ndarray]) -> Tensor:
-    """int64 [B, L] position ids that start anew at every document.
-
-    transformers' attention reads packed sequences off such positions and keeps documents apart.
-
-    Args:
-        length: L.
-        document_starts: for each of B windows, the positions at which a document starts.
-    """
-    rows = np.broadcast_to(np.arange(length), (len(document_starts), length)).copy()
-    for row, starts in zip(rows, document_starts, strict=True):
-        for start in starts:
-            row[start:] = np.arange(length - start)
-    return torch.from_numpy(rows)

@@ -21,6 +21,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from sparselogits.untrusted import printable
+from sparselogits.wording import duration, rate, significant
 
 
 class EscapingConsole(Console):
@@ -58,6 +59,9 @@ def styled(label: str, style: str, rest: str = "") -> Text:
 
 
 LOG_SECONDS = 15.0
+MEASURABLE_SECONDS = 0.2
+"""A rate over less than this says nothing."""
+
 NOTEBOOK_SECONDS = 0.5
 
 
@@ -86,27 +90,25 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
 
     Args:
         what: the work, as a gerund ("packing text").
-        unit: of the counts shown ("tokens").
+        unit: name of what is counted, in the plural ("tokens").
         per_unit: units in one step of the counts that `update` is given.
     """
     started = time.monotonic()
-    first: list[float] = []
+    first: list[tuple[float, float]] = []  # when, and what was there already
 
     def describe(done: float, total: float | None, note: str) -> str:
+        now = time.monotonic()
         if not first:
-            first.append(done)
-        elapsed = time.monotonic() - started
-        rate = (done - first[0]) / elapsed if elapsed > 0 else 0.0
-        large = max(done, total or 0) * per_unit >= 10 or per_unit >= 1
-        digits = 0 if large else 2
-        parts = [f"{done * per_unit:,.{digits}f}"]
-        if total:
-            parts[0] += f"/{total * per_unit:,.{digits}f}"
-        parts[0] += f" {unit}"
-        if rate > 0:
-            parts.append(f"{rate * per_unit:,.0f}/s")
+            first.append((now, done))
+        elapsed, gained = now - first[0][0], done - first[0][1]
+        amounts = [amount * per_unit for amount in ([done] if total is None else [done, total])]
+        one = unit.removesuffix("s")
+        said = "/".join(map(significant, amounts)) + f" {one if amounts[-1] == 1 else unit}"
+        parts = [said]
+        if gained > 0 and elapsed >= MEASURABLE_SECONDS:
+            parts.append(rate(gained * per_unit / elapsed, unit))
             if total and done < total:
-                parts.append(f"{_duration((total - done) / rate)} left")
+                parts.append(f"{duration((total - done) * elapsed / gained)} left")
         return " · ".join([*parts, note] if note else parts)
 
     if _draws():
@@ -139,7 +141,7 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             say(f"{what}: {latest}")
 
     yield log
-    say(f"{what}: {latest or 'nothing to do'} · {_duration(time.monotonic() - started)}")
+    say(f"{what}: {latest or 'nothing to do'} · {duration(time.monotonic() - started)}")
     if messages.is_jupyter:
         sys.stderr.write("\n")
 
@@ -161,11 +163,3 @@ def _draws() -> bool:
     if messages.is_jupyter or messages.is_dumb_terminal:
         return False
     return messages.file.isatty()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

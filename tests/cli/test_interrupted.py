@@ -114,7 +114,7 @@ MOMENTS = {
     "gradients STUDENT --teacher MODEL --data TEXT --window 32 --out {out}": {
         "sparselogits.corpus.packer:pack:1": "starts again",
     },
-    "demo --out {out}": {"sparselogits.demo.material:demo_teacher:1": GOES_ON},
+    "demo --out {out}": {"sparselogits.teacher.demo_model:demo_model:1": GOES_ON},
     "verify CACHE": {"sparselogits.store.verify:verify:1": "starts again"},
 }
 

@@ -18,6 +18,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Cache, train five students and compare them, on a real teacher and text, without a hub."""
+    from sparselogits.extras import require_demo
+
+    require_demo()  # before the seconds that importing torch takes
     from sparselogits.demo import run_demo
 
     result = run_demo(out)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sparselogits.causal_lm import restarting_positions
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
+from sparselogits.documents import restarting_positions
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, CopyFolder, Place, WindowRecord

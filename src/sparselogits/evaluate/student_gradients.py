@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparselogits.causal_lm import Parts, agrees_with_model, split
+from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.compared import Target
 from sparselogits.evaluate.logit_gradients import LogitGradient, Positions
@@ -58,15 +60,17 @@ class Learner:
     def begin(self, item: dict[str, Any]) -> None:
         """Run the trunk over a window."""
         device = self.parts.head.weight.device
-        inputs = {k: v.to(device)[None] for k, v in item.items() if k != "shift_labels"}
+        tokens = item["input_ids"].to(device)[None]
+        positions = item.get("position_ids")
         was_training = self.model.training
         self.model.eval()
         with torch.enable_grad():
-            output = functional_call(
-                self.parts.trunk, self.trunk_leaves, (), {**inputs, "use_cache": False}
-            )
+            if positions is None or int((positions == 0).sum()) == 1:
+                states = self._run(input_ids=tokens)
+            else:
+                states = self.documents.run(self._run, tokens, positions[None])
         self.model.train(was_training)
-        self.states: Tensor = output.last_hidden_state[0]
+        self.states: Tensor = states[0]
         head = self.parts.bound_head()
         dtype = accumulation_dtype(self.states.dtype)
         self.weight = head.weight.detach().to(dtype)
@@ -77,6 +81,17 @@ class Learner:
             for draws in self.draws
         ]
         self.moments = [Moments.zero(draws) for draws in self.draws]
+
+    @cached_property
+    def documents(self) -> Documents:
+        """How the student runs packed windows; probed when it is first asked for."""
+        return Documents.probe(self.model, self._run)
+
+    def _run(self, **inputs: Any) -> Tensor:
+        arguments = {**inputs, "use_cache": False}
+        output = functional_call(self.parts.trunk, self.trunk_leaves, (), arguments)
+        states: Tensor = output.last_hidden_state
+        return states
 
     @torch.no_grad()
     def take(

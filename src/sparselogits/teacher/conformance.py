@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparselogits.errors import TeacherError
+from sparselogits.errors import SparseLogitsError, TeacherError
 from sparselogits.identity import canonical_json
 from sparselogits.teacher.engine import Engine
 
@@ -17,7 +20,9 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
 
     Checked: names and shapes; slices that cover every position once and in order; -inf at what is
     no token and nowhere else; slices that may be overwritten; equal logits from equal tokens;
-    logits that do not depend on later tokens or on the other windows of a batch.
+    logits that do not depend on later tokens or on the other windows of a batch. Where windows are
+    given with document starts: a document's logits are those of the document alone, and do not
+    change with the document before it. An engine that refuses document starts passes.
 
     Args:
         engine: what is checked.
@@ -52,14 +57,34 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     changed[:, -1] = tokens[:, 0].where(tokens[:, 0] != tokens[:, -1], tokens[:, 1])
     earlier = _logits(engine, changed)[:, :-1]
     _same("windows that differ in their last token", whole[:, :-1], earlier, tolerance)
+    if tokens.shape[1] >= 4:
+        _check_documents(engine, tokens, tolerance)
 
 
-def _logits(engine: Engine, tokens: Tensor) -> Tensor:
+def _check_documents(engine: Engine, tokens: Tensor, tolerance: float) -> None:
+    """Check that documents of one window do not see each other."""
+    middle = tokens.shape[1] // 2
+    starts = [np.array([0, middle], np.int32)] * len(tokens)
+    try:
+        packed = _logits(engine, tokens, starts)
+    except SparseLogitsError:
+        return  # it says that it cannot, and builds that reset attention are refused
+    alone = _logits(engine, tokens[:, middle:].contiguous())
+    what = "a document in a window with document_starts and the same document alone"
+    _same(what, packed[:, middle:], alone, tolerance)
+    changed = tokens.clone()
+    changed[:, :middle] = tokens[:, :middle].flip(1).roll(1, 1)
+    moved = _logits(engine, changed, starts)
+    what = "documents after another document, although document_starts separate them,"
+    _same(what, packed[:, middle:], moved[:, middle:], tolerance)
+
+
+def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None = None) -> Tensor:
     """Float32 [B, L, V] on the CPU; each slice is spoiled once it is copied."""
     rows, length = tokens.shape
     found = torch.empty(rows, length, engine.vocab_size)
     expected = (0, 0)
-    for piece in engine.logits(tokens):
+    for piece in engine.logits(tokens, starts):
         row, start, stop = piece.row, piece.positions.start, piece.positions.stop
         if (row, start) != expected or not start < stop <= length:
             raise TeacherError(

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.errors import MissingDependencyError, TeacherError, reason_of
+from sparselogits.errors import TeacherError, reason_of
+from sparselogits.extras import require
 from sparselogits.identity import canonical_json
+from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher
 
 DTYPES = {
@@ -33,7 +35,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a teacher.
 
     Args:
-        name: local folder, GGUF file or hub name.
+        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
         trust_remote_code: run tokenizer code that comes with the model.
 
     Raises:
@@ -41,7 +43,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source, arguments = _where(name)
+    source, arguments = _where(model_named(name))
     try:
         return AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **arguments
@@ -68,7 +70,7 @@ def load_teacher(
     """Load a causal language model as a teacher.
 
     Args:
-        name: local folder, GGUF file or hub name.
+        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
         tokenizer: the teacher's own, see `load_tokenizer`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where it runs, unless `device_map` spreads it over several.
@@ -85,6 +87,7 @@ def load_teacher(
             tokenizer.
         MissingDependencyError: a GGUF file without the gguf package.
     """
+    name = model_named(name)
     model = load_causal_lm(
         name,
         dtype=dtype,
@@ -132,7 +135,7 @@ def load_causal_lm(
 
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
-    source, arguments = _where(name)
+    source, arguments = _where(model_named(name))
     if "gguf_file" in arguments:
         _require_gguf(name)
         arguments["quantization_config"] = GgufConfig(dequantize=True)
@@ -261,12 +264,7 @@ def _numbers(described: dict[str, Any]) -> str:
 
 
 def _require_gguf(name: str) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {Path(name).name} needs the gguf package: pip install 'sparselogits[demo]'"
-        ) from error
+    require(f"reading {Path(name).name}", "gguf")
 
 
 def _plain(value: Any) -> Any:

