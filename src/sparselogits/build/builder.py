@@ -17,6 +17,7 @@ from sparselogits.build.plan import WHOLE, Range, Share, shard_ranges, windows_i
 from sparselogits.build.work import Draw
 from sparselogits.build.writer import Writer
 from sparselogits.corpus import PackedCorpus
+from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
 from sparselogits.samplers import Sampler, budget_parameter, from_parameters
@@ -143,7 +144,8 @@ def begin_job(
         Draw(sampler, request.seed, request.temperature)
         for sampler, request in zip(samplers, requests, strict=True)
     ]
-    return Job(corpus, first_window, caches, draws, batch)
+    told = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
+    return Job(corpus, first_window, caches, draws, batch, told)
 
 
 def _open_caches(
@@ -219,7 +221,7 @@ def _identity(
     packing = corpus.packing.to_json()
     return Identity(
         teacher=engine.identity,
-        tokenizer=tokenizer_hash,
+        tokenizer=str(tokenizer_hash),
         vocab_size=engine.vocab_size,
         token_mask=_mask_fingerprint(engine),
         window_length=packing.pop("window_length"),

@@ -97,8 +97,16 @@ def import_collected(
         raise CorpusError(f"{data} holds no rows; name files of collected logprobs")
     sampler = TopK(k or entries_a_position(*first))
     length = window or tokens_of(*first)
+    named = tokenizer_fingerprint(tokenizer)
     identity = _identity(
-        tokenizer, sampler, vocab_size, teacher, length, window is not None, windows_per_shard
+        tokenizer,
+        str(named),
+        sampler,
+        vocab_size,
+        teacher,
+        length,
+        window is not None,
+        windows_per_shard,
     )
     cutter = _Cutter(length, whole_rows=window is None)
     sequences = (
@@ -106,7 +114,8 @@ def import_collected(
     )
     with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
-        _commit_all(cache, cutter.windows(sequences), windows_per_shard, progress)
+        windows = cutter.windows(sequences)
+        _commit_all(cache, windows, windows_per_shard, named.record(), progress)
         if not len(cache):
             raise CorpusError(f"{data} holds {cutter.left} tokens, too few for one of {length}")
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
@@ -143,13 +152,18 @@ def _commit_all(
     cache: Cache,
     windows: Iterator[Collected],
     windows_per_shard: int,
+    named: dict[str, Any],
     progress: Callable[[int], None] | None,
 ) -> None:
     records: list[WindowRecord] = []
 
     def commit() -> None:
         text = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
-        made = {"corpus": fingerprint(text), "sparselogits": version("sparselogits")}
+        made = {
+            "corpus": fingerprint(text),
+            "sparselogits": version("sparselogits"),
+            "tokenizer": named,
+        }
         cache.commit(records, made)
         records.clear()
 
@@ -226,6 +240,7 @@ def _rows(data: str) -> Rows:
 
 def _identity(
     tokenizer: Any,
+    fingerprint_of_tokenizer: str,
     sampler: TopK,
     vocab_size: int,
     teacher: str,
@@ -244,7 +259,7 @@ def _identity(
             "dtype": _UNKNOWN,
             "quantization": _UNKNOWN,
         },
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        tokenizer=fingerprint_of_tokenizer,
         vocab_size=vocab_size,
         token_mask=_UNKNOWN,
         window_length=window_length,

@@ -38,6 +38,7 @@ class Job:
         caches: created, and of the identity that the build settled on.
         draws: what each of them asks of the teacher.
         batch: windows a forward pass.
+        tokenizer: what the shards record about the tokenizer, see `TokenizerFingerprint.record`.
     """
 
     corpus: PackedCorpus
@@ -45,6 +46,7 @@ class Job:
     caches: list[Cache]
     draws: list[Draw]
     batch: int
+    tokenizer: dict[str, Any] | None = None
 
     def missing(self, ranges: Sequence[Range]) -> list[Range]:
         """Ranges that at least one cache lacks; the others must come from this very text.
@@ -89,6 +91,8 @@ class Job:
         """
         windows = self._windows(span)
         provenance = {"corpus": fingerprint(windows), **_provenance(engine, self.batch)}
+        if self.tokenizer is not None:
+            provenance["tokenizer"] = self.tokenizer
         reset = self.corpus.packing.reset_attention
         made = compute_range(
             engine, windows, self.draws, batch=self.batch, reset_attention=reset, progress=progress

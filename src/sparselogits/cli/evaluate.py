@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sparselogits.corpus import PackedCorpus
     from sparselogits.evaluate import Estimate, HeldOut
     from sparselogits.evaluate.tasks import TaskScore
+    from sparselogits.store import Cache
 
 
 def evaluate_command(
@@ -136,7 +137,7 @@ def evaluate_command(
     opened = Cache.open(cache)
     words = None
     if tasks:
-        words = _tokenizer(tokenizer or teacher or student, opened.identity.tokenizer)
+        words = _tokenizer(tokenizer or teacher or student, opened)
     windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
     where = device_named(device)
     model = load_student(student, where)
@@ -212,7 +213,7 @@ def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
     return "-" if value is None else shown(value)
 
 
-def _tokenizer(name: str, expected: str) -> Any:
+def _tokenizer(name: str, cache: Cache) -> Any:
     """The tokenizer for the tasks' text, which has to be the one the cache was made with."""
     from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate.tasks import require_lm_eval
@@ -227,7 +228,7 @@ def _tokenizer(name: str, expected: str) -> Any:
             f"--tasks needs the tokenizer, and {name} has none that can be read; name the "
             "teacher's folder with --teacher or --tokenizer"
         ) from error
-    require_tokenizer(found, expected)
+    require_tokenizer(found, cache.identity.tokenizer, cache.recorded_tokenizer())
     return found
 
 

@@ -3,7 +3,8 @@
 from sparselogits.corpus.packed import CorpusSummary, PackedCorpus
 from sparselogits.corpus.packer import pack
 from sparselogits.corpus.source import Source, open_source
-from sparselogits.corpus.tokenizing import packing_for, require_tokenizer, tokenizer_fingerprint
+from sparselogits.corpus.tokenizer_identity import require_tokenizer, tokenizer_fingerprint
+from sparselogits.corpus.tokenizing import packing_for
 from sparselogits.corpus.windows import Packing, Window, fingerprint
 
 __all__ = [

@@ -30,7 +30,8 @@ from sparselogits.corpus.packed import (
 )
 from sparselogits.corpus.portions import Job, Progress, make_parts
 from sparselogits.corpus.source import Source
-from sparselogits.corpus.tokenizing import Encoder, tokenizer_fingerprint
+from sparselogits.corpus.tokenizer_identity import tokenizer_fingerprint
+from sparselogits.corpus.tokenizing import Encoder
 from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
 from sparselogits.files import TEMPORARY_PREFIX, clean_leftovers, disk_errors, write_whole
@@ -78,7 +79,7 @@ def pack(
     made_from = {
         "format": format_of(packing),
         "source": source.to_json(),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": str(tokenizer_fingerprint(tokenizer)),
         "vocab_size": vocab_size,
         "packing": packing.to_json(),
         "part_bytes": part_bytes,

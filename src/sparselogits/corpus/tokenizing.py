@@ -7,13 +7,9 @@ with `split_special_tokens=True`.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +17,13 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.windows import Packing
-from sparselogits.errors import CorpusError, IdentityMismatchError
-from sparselogits.identity import canonical_json
+from sparselogits.errors import CorpusError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
 """Names under which tokenizers keep a token that ends a document, the commonest first."""
-
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class Encoder:
@@ -160,49 +153,3 @@ def bos_id(tokenizer: Any) -> int | None:
             "begun by one at most: make a Packing(...) that says which"
         )
     return int(full[0]) if leading else None
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256, in hex, of everything that decides which ids a text becomes.
-
-    For fast tokenizers the canonical JSON of the compiled tokenizer, without the state of its last
-    call (truncation, padding), with the ids of the special tokens; for slow ones their vocabulary
-    and its files. Saving and loading a tokenizer keeps the fingerprint.
-    """
-    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
-    split = bool(getattr(tokenizer, "split_special_tokens", False))
-    described: dict[str, Any] = {"special": special, "split_special_tokens": split}
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        described["backend"] = {
-            key: value for key, value in state.items() if key not in ("truncation", "padding")
-        }
-    else:
-        described["class"] = type(tokenizer).__name__
-        described["vocabulary"] = tokenizer.get_vocab()
-        described["files"] = _vocabulary_files(tokenizer)
-    return hashlib.sha256(canonical_json(described)).hexdigest()
-
-
-def require_tokenizer(tokenizer: Any, expected: str) -> None:
-    """Insist that a tokenizer is the one a cache was made with.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        expected: the cache's, as `tokenizer_fingerprint` has it.
-
-    Raises:
-        IdentityMismatchError: it is another.
-    """
-    found = tokenizer_fingerprint(tokenizer)
-    if found != expected:
-        raise IdentityMismatchError(
-            f"the tokenizer given ({found[:12]}...) is not the cache's ({expected[:12]}...): its "
-            "ids mean other tokens. Give --tokenizer the folder or name of the cache's teacher"
-        )
-
-
-def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(path) for path in tokenizer.save_vocabulary(folder) if path]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

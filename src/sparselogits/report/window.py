@@ -132,7 +132,8 @@ class WindowViewer:
         student: nn.Module | None = None,
     ) -> None:
         if tokenizer is not None:
-            require_tokenizer(tokenizer, dataset.identity.tokenizer)
+            recorded = dataset.cache.recorded_tokenizer()
+            require_tokenizer(tokenizer, dataset.identity.tokenizer, recorded)
         self.dataset, self.tokenizer, self.teacher = dataset, tokenizer, teacher
         self.student = None if student is None else StudentLogits(student.eval())
 

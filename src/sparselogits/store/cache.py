@@ -143,6 +143,10 @@ class Cache:
         """What `commit` was told about the shard that holds window `start`."""
         return dict(self._shard(self._range_of(start)).description["provenance"])
 
+    def recorded_tokenizer(self) -> object:
+        """Return what the first shard says about the tokenizer; None where it says nothing."""
+        return self.provenance(self.window_index(0)).get("tokenizer") if len(self) else None
+
     def __len__(self) -> int:
         """Windows present, as of the last listing."""
         self._listed()

@@ -141,7 +141,7 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
     """
     if student.path is not None:
         model = load_causal_lm(student.path, dtype="float32")
-        _require_same_tokenizer(student.path, dataset.identity)
+        _require_same_tokenizer(student.path, dataset)
         return model
     width = student.hidden_size
     config = LlamaConfig(
@@ -299,19 +299,17 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
         )
 
 
-def _require_same_tokenizer(path: str, identity: Identity) -> None:
-    from sparselogits.corpus import tokenizer_fingerprint
+def _require_same_tokenizer(path: str, dataset: CacheDataset) -> None:
+    from sparselogits.corpus import require_tokenizer
 
     try:
         tokenizer = load_tokenizer(path)
     except TeacherError:
         return  # a student without a tokenizer takes the cache's
-    found = tokenizer_fingerprint(tokenizer)
-    if found != identity.tokenizer:
-        raise IdentityMismatchError(
-            f"the student at {path} has another tokenizer ({found[:12]}...) than the cache "
-            f"({identity.tokenizer[:12]}...): its ids mean other tokens"
-        )
+    expected, recorded = dataset.identity.tokenizer, dataset.cache.recorded_tokenizer()
+    require_tokenizer(
+        tokenizer, expected, recorded, whose=f"the tokenizer of the student at {path}"
+    )
 
 
 def _json(value: Any) -> str:

@@ -1,0 +1,51 @@
+"""Refusals that a user who knows better can lift, each by its name.
+
+On the command line `--allow NAME`, in a recipe `allow: [NAME]`, in Python `allow=["NAME"]`. What is
+dangerous (pickle, files outside a model's folder) or cannot work has no name here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+
+from sparselogits.errors import InvalidArgumentError, SparseLogitsError, SparseLogitsWarning
+
+ALLOWANCES = {
+    "worse-than-guessing": "a teacher whose loss on the text is worse than guessing",
+    "other-tokenizer": "a tokenizer whose ids mean other tokens than the cache's",
+    "other-teacher": "a teacher whose weights are not those that the cache was made by",
+    "missing-weights": "a checkpoint that lacks weights of its model, which stay random",
+    "tokens-without-rows": "a tokenizer with ids that the model's head or embedding lacks",
+    "long-windows": "windows longer than the positions that a model has",
+}
+"""What each name allows."""
+
+
+def require_known(allow: Collection[str]) -> None:
+    """Validate names of allowances.
+
+    Raises:
+        InvalidArgumentError: for a name that does not exist.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise InvalidArgumentError(
+            f"unknown allowance {unknown[0]!r}; available: {', '.join(ALLOWANCES)}"
+        )
+
+
+def refuse(error: SparseLogitsError, name: str, allow: Collection[str]) -> None:
+    """Raise an error, or warn in its place where it is allowed.
+
+    Args:
+        error: what was found, what was expected, what to do.
+        name: the allowance that lifts it, a key of `ALLOWANCES`.
+        allow: what the user allows.
+    """
+    require_known(allow)
+    message = str(error).rstrip(". ")
+    if name in allow:
+        warnings.warn(f"{message} (allowed: {name})", SparseLogitsWarning, stacklevel=3)
+        return
+    raise type(error)(f"{message}. Or go on all the same: --allow {name}") from error.__cause__
