@@ -23,10 +23,14 @@ import stat
 import time
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, StorageError
+
+fcntl: Any = import_module("fcntl") if os.name == "posix" else None
+"""Locks of the kernel; None on Windows, which has others."""
 
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
@@ -40,7 +44,7 @@ _FULL_ELSEWHERE = re.compile(
 """How safetensors and torch, which raise no `OSError`, say that a write failed."""
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
     """Write a small file whole or not at all; its folder is made where it is missing.
 
     Processes may write the same file at the same time: the last one to finish wins.
@@ -48,17 +52,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Args:
         path: the file; what is there must be a regular file.
         content: text is written as UTF-8.
+        replace: whether a file that is there is replaced; else it stays, and this one is dropped.
 
     Raises:
         StorageError: it cannot be written; what stood there before is unchanged.
         InvalidArgumentError: something other than a regular file is there.
     """
-    with writing_whole(path) as handle:
+    with writing_whole(path, replace=replace) as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
+def writing_whole(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when the block ends without an exception.
 
     Args and errors are those of `write_whole`. An `OSError` inside the block counts as a failure to
@@ -81,11 +86,60 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
             finally:
                 with contextlib.suppress(OSError):  # closing flushes again what did not fit
                     handle.close()
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                take_name(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         sync_folder(path.parent)
+
+
+def take_name(source: Path, target: Path) -> bool:
+    """Give a file a name, unless that is taken; returns whether it was free.
+
+    Afterwards the file may be there under its old name as well. Exclusive where the file system
+    has hard links, and where it has not, among processes that use this function on one machine.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:  # exFAT, SMB and others have no hard links
+        with _folder_lock(target.parent):
+            if os.path.lexists(target):
+                return False
+            source.rename(target)
+    return True
+
+
+def move(source: Path, target: Path) -> bool:
+    """Rename a file, or whatever stands there, to a name that is free; returns whether it was.
+
+    Raises:
+        FileNotFoundError: there is nothing to move.
+    """
+    with _folder_lock(target.parent):
+        if os.path.lexists(target):
+            return False
+        source.rename(target)
+    sync_folder(target.parent)
+    sync_folder(source.parent)
+    return True
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the same block for this folder, where it can be locked itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # network file systems lock no folders
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

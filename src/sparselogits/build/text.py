@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from sparselogits.corpus import PackedCorpus, Packing, Source, Window
+from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 
@@ -44,7 +45,8 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
     """
     if not append:
         begun = _begun_with(cache / "corpus")
-        if begun not in (None, source.fingerprint):
+        foreign = begun not in (None, source.fingerprint)
+        if foreign and not is_abandoned(Paths(cache / "corpus")):
             raise IdentityMismatchError(
                 f"the cache at {cache} was begun with other text; give that text to go on with it, "
                 "--append to add this one to it, or another output directory"
@@ -55,6 +57,8 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
         folder = cache / (f"corpus-{number:04d}" if number else "corpus")
         begun = _begun_with(folder)
         if begun == source.fingerprint or (number and not begun):
+            return TextPlace(folder, first)
+        if number and is_abandoned(Paths(folder)):
             return TextPlace(folder, first)
         try:
             before = PackedCorpus.open(folder)

@@ -6,6 +6,7 @@ the size of the corpus, and opening reads two small JSON files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -81,18 +82,28 @@ class Paths:
         return self.folder / "frequencies.parquet"
 
     @property
-    def names(self) -> set[str]:
-        """All that a packed corpus's folder holds."""
-        files = (self.made_from, self.index, self.training, self.holdout, self.frequencies)
-        return {file.name for file in files}
+    def lock(self) -> Path:
+        """Lock file, there while the corpus is packed; see `claims`."""
+        return self.folder / "lock"
 
-    def remove(self) -> None:
-        """Remove a packed corpus, and its folder if nothing else is in it."""
+    @property
+    def names(self) -> set[str]:
+        """Names of all that a packed corpus's folder holds."""
+        files = (self.made_from, self.index, self.training, self.holdout, self.frequencies)
+        return {file.name for file in (*files, self.lock)}
+
+    def clear(self) -> None:
+        """Remove what was packed, and last what it was packed from."""
         for stream in (self.training, self.holdout):
             shutil.rmtree(stream, ignore_errors=True)
         for file in (self.index, self.frequencies, self.made_from):
             file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+
+    def remove(self) -> None:
+        """Remove a packed corpus, and its folder if nothing else is in it."""
+        self.clear()
+        self.lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # most of all, that it is not empty
             self.folder.rmdir()
 
 
@@ -251,14 +262,9 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
     """
     total, lengths, frequencies = _totals(paths.training, parts, vocab_size)
     length, split = packing.window_length, None
-    try:
-        if packing.holdout:
-            split = choose_split(paths.holdout, lengths, length, packing.holdout)
-        _require_windows(total, packing, split)
-    except CorpusError:
-        # nothing here is worth keeping, and it would stand in the way of better settings
-        paths.remove()
-        raise
+    if packing.holdout:
+        split = choose_split(paths.holdout, lengths, length, packing.holdout)
+    _require_windows(total, packing, split)
     stream = TokenStream(paths.training, lengths)
     dropped = total.tokens % length
     summary = CorpusSummary(
@@ -334,19 +340,23 @@ def _counted(
     return counts
 
 
+class NoWindowsError(CorpusError):
+    """A text that does not fill one window: nothing of what was packed is worth keeping."""
+
+
 def _require_windows(total: Counts, packing: Packing, split: Split | None) -> None:
     length, share = packing.window_length, packing.holdout
     if not total.documents:
-        raise CorpusError(
+        raise NoWindowsError(
             "the corpus holds no text: every document is empty or white space; name other text"
         )
     if total.tokens < length:
-        raise CorpusError(
+        raise NoWindowsError(
             f"the text is too short: {total.tokens} tokens, and one window needs {length}. Use "
             "more text or a shorter window (--window)."
         )
     if share and split is None:
-        raise CorpusError(
+        raise NoWindowsError(
             f"the text is too short to hold a part of it out: {total.tokens} tokens, and two "
             f"windows, one to train on and one to hold out (holdout={share}), need {2 * length}. "
             f"Use more text, a window of at most {total.tokens // 2} (--window), or no hold-out."

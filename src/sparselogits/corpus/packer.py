@@ -16,16 +16,15 @@ group of tokens. A packed corpus takes about two bytes a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparselogits.corpus.claims import claimed
 from sparselogits.corpus.packed import (
-    FORMATS,
+    NoWindowsError,
     PackedCorpus,
     Paths,
     format_of,
-    read_json,
     write_index,
 )
 from sparselogits.corpus.portions import Job, Progress, make_parts
@@ -33,9 +32,8 @@ from sparselogits.corpus.source import Source
 from sparselogits.corpus.tokenizer_identity import tokenizer_fingerprint
 from sparselogits.corpus.tokenizing import Encoder
 from sparselogits.corpus.windows import Packing
-from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
-from sparselogits.files import TEMPORARY_PREFIX, clean_leftovers, disk_errors, write_whole
-from sparselogits.identity import canonical_json
+from sparselogits.errors import CorpusError, InvalidArgumentError
+from sparselogits.files import clean_leftovers, disk_errors
 
 PART_BYTES = 32 << 20
 """Text that becomes one part: what an interruption costs a process, ten seconds or so."""
@@ -84,16 +82,18 @@ def pack(
         "packing": packing.to_json(),
         "part_bytes": part_bytes,
     }
-    with disk_errors(paths.folder):
-        _claim(paths, made_from)
+    with disk_errors(paths.folder), claimed(paths, made_from) as claim:
         for folder in (paths.folder, paths.training, paths.holdout):
             clean_leftovers(folder)
-        if paths.index.exists():
-            return PackedCorpus.open(paths.folder)
-        job = Job(source, Encoder(tokenizer), packing, paths, vocab_size)
-        portions = source.portions(part_bytes)
-        make_parts(job, portions, processes, progress)
-        write_index(paths, len(portions), packing, vocab_size)
+        if not paths.index.exists():
+            job = Job(source, Encoder(tokenizer), packing, paths, vocab_size)
+            portions = source.portions(part_bytes)
+            make_parts(job, portions, processes, progress)
+            try:
+                write_index(paths, len(portions), packing, vocab_size)
+            except NoWindowsError:  # it would stand in the way of better settings
+                claim.abandon()
+                raise
     return PackedCorpus.open(paths.folder)
 
 
@@ -105,47 +105,3 @@ def _check_ids(packing: Packing, vocab_size: int) -> None:
                 f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids: the "
                 "tokenizer does not belong to this teacher, or the id is wrong"
             )
-
-
-def _claim(paths: Paths, made_from: Mapping[str, Any]) -> None:
-    """Say what the folder is packed from, or insist that it is what it was begun with.
-
-    A folder in which no part is finished (a first attempt that failed at once) is claimed anew.
-    """
-    if paths.made_from.exists():
-        there_from, ignored = read_json(paths.made_from), {"source.name"}
-        if paths.index.exists():
-            ignored.add("part_bytes")
-            if there_from.get("format") in FORMATS:
-                ignored.add("format")  # a finished corpus is read whichever rule it was made by
-        differing = _differing("", there_from, made_from)
-        found = [field for field in differing if field[0] not in ignored]
-        if found and any(paths.training.glob("part-*")):
-            lines = "\n".join(f"  {n}: {a!r} there, {b!r} asked for" for n, a, b in found)
-            raise IdentityMismatchError(
-                f"the packed corpus at {paths.folder} was made from something else:\n{lines}\n"
-                "Choose another folder, or delete this one to pack it anew."
-            )
-        if not found:
-            return
-    there = paths.folder.iterdir() if paths.folder.exists() else ()
-    if any(
-        path.name not in paths.names and not path.name.startswith(TEMPORARY_PREFIX)
-        for path in there
-    ):
-        raise CorpusError(
-            f"{paths.folder} is not empty and holds no packed corpus; choose a folder of its own"
-        )
-    paths.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(paths.made_from, canonical_json(made_from))
-
-
-def _differing(
-    prefix: str, there: Mapping[str, Any], asked: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(set(there) | set(asked)):
-        a, b = there.get(key), asked.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from _differing(f"{prefix}{key}.", a, b)
-        elif a != b:
-            yield f"{prefix}{key}", a, b

@@ -75,7 +75,7 @@ class PartFile:
     def open(self) -> None:
         """Begin the temporary file."""
         self._file = ExitStack()
-        handle = self._file.enter_context(writing_whole(self._path))
+        handle = self._file.enter_context(writing_whole(self._path, replace=False))
         self._writer = pq.ParquetWriter(
             handle,
             self._schema,

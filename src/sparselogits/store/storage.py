@@ -23,8 +23,10 @@ from sparselogits.files import (
     TEMPORARY_PREFIX,
     clean_leftovers,
     disk_errors,
+    move,
     sync,
     sync_folder,
+    take_name,
     temporary_name,
 )
 from sparselogits.untrusted import NotRegularError, open_regular
@@ -134,7 +136,7 @@ class LocalStorage:
                 self._write_synced(temporary, data)
                 _require_same(temporary, data)
                 self._step("verified")
-                created = _link(temporary, path)
+                created = take_name(temporary, path)
                 self._step("linked")
         sync_folder(path.parent)
         self._step("done")
@@ -143,11 +145,10 @@ class LocalStorage:
     def move(self, name: str, to: str) -> None:
         """Rename a file to a free name."""
         source, target = self.root / name, self.root / to
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not _link(source, target):
-            raise CacheError(f"{target} exists already; move it away, then try again")
-        source.unlink()
-        sync_folder(source.parent)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not move(source, target):
+                raise CacheError(f"{target} exists already; move it away, then try again")
 
     def clean(self, folder: str) -> list[str]:
         """Remove temporaries of writers on this machine that are dead; returns their names.
@@ -217,19 +218,6 @@ def _require_same(path: Path, data: bytes) -> None:
                 f"{path}: the disk gave back other bytes than were written; check the disk (dmesg, "
                 "smartctl), then start the same command again"
             )
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Give a file a second name, if that is free."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: a rename is atomic too, if not exclusive
-        if target.exists():
-            return False
-        source.rename(target)
-    return True
 
 
 def _read_exactly(descriptor: int, start: int, stop: int) -> bytes:
