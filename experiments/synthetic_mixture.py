@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 from torch import Tensor
 
+from sparselogits.report.charts import Drawing, curve_chart, draw_png, looks_of
 from sparselogits.samplers import (
     Multinomial,
     Sampler,
@@ -104,7 +104,7 @@ def main() -> None:
         "threshold": fit_budget(Threshold(), pilot, BUDGET),
     }
     rows = []
-    figure, axes = plt.subplots(figsize=(5, 5))
+    points: list[dict[str, object]] = []
     for name, sampler in methods.items():
         student = train(sampler, mixture, x, labels)(test_x).detach().log_softmax(-1)
         error, table = calibration(student.exp(), test_labels)
@@ -118,12 +118,11 @@ def main() -> None:
             }
         )
         print(rows[-1])
-        axes.plot(table[:, 0], table[:, 1], "o-", ms=3, lw=1, label=name)
-    axes.plot([0, 1], [0, 1], "k--", lw=1)
-    axes.set(xlabel="confidence", ylabel="accuracy")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "synthetic_mixture.png", dpi=120)
+        points += [{"method": name, "x": sure, "y": right} for sure, right in table.tolist()]
+    looks = looks_of({name: name for name in methods})
+    chart = curve_chart(points, looks, x="confidence", y="accuracy", diagonal=True, marks=True)
+    drawing = Drawing("mixture", "Calibration, bins of equal mass", chart)
+    draw_png(drawing, RESULTS / "synthetic_mixture.png", scale=1.5)
     conditions = {
         "classes": CLASSES,
         "dimensions": DIMENSIONS,

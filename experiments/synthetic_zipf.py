@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 from torch import Tensor
 
+from sparselogits.report.charts import Drawing, curve_chart, draw_png, looks_of
 from sparselogits.samplers import (
     Multinomial,
     Sampler,
@@ -48,6 +48,12 @@ def train(sampler: Sampler | None, teacher: Tensor) -> Tensor:
     return logits.detach().double().softmax(-1)
 
 
+def curve(name: str, probabilities: Tensor) -> list[dict[str, object]]:
+    """Points of a line: probability by rank, as far as a chart down to 1e-8 shows them."""
+    values = enumerate(probabilities.tolist(), 1)
+    return [{"method": name, "x": rank, "y": value} for rank, value in values if value >= 1e-8]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     teacher = -torch.arange(1, VOCABULARY + 1).double().log()
@@ -61,7 +67,7 @@ def main() -> None:
         "threshold": fit_budget(Threshold(), [teacher[None]], BUDGET),
     }
     rows = []
-    figure, axes = plt.subplots(figsize=(6, 4))
+    points = curve("teacher", p)
     for name, sampler in methods.items():
         student = train(sampler, teacher)
         rows.append(
@@ -74,12 +80,17 @@ def main() -> None:
             }
         )
         print(rows[-1])
-        axes.loglog(torch.arange(1, VOCABULARY + 1), student.clamp_min(1e-9), label=name, lw=1)
-    axes.loglog(torch.arange(1, VOCABULARY + 1), p, "k--", label="teacher", lw=1)
-    axes.set(xlabel="rank of the token", ylabel="student's probability", ylim=(1e-8, 1))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "synthetic_zipf.png", dpi=120)
+        points += curve(name, student)
+    names = ["teacher", *methods]
+    chart = curve_chart(
+        points,
+        looks_of({name: name for name in names}),
+        x="rank of the token",
+        y="student's probability",
+        logarithmic=True,
+    )
+    drawing = Drawing("zipf", "What a student learns of a Zipf teacher", chart)
+    draw_png(drawing, RESULTS / "synthetic_zipf.png", scale=1.5)
     conditions = {
         "vocabulary": VOCABULARY,
         "budget": BUDGET,

@@ -13,11 +13,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-
 from sparselogits.compare import MethodRow, Results, read_results
+from sparselogits.report.charts import Drawing, budget_chart, draw_png, looks_of
 
 FAMILIES = {
     "RS-KD": "RS-KD (independent rounds)",
@@ -29,7 +26,7 @@ FAMILIES = {
 }
 """What is drawn, without the budget in the method's name; docs/results.md has the rest."""
 
-TICKS = (5, 10, 20, 50, 100, 200, 400)
+LEVELS = {"ce": "cross-entropy, no teacher", "full": "full KD, nothing cached"}
 
 
 def family(row: MethodRow) -> str:
@@ -52,63 +49,33 @@ def mean_losses(results: Results) -> dict[str, float]:
     return {name: fmean(own[seed] for seed in common) for name, own in by_method.items()}
 
 
-def draw(results: Results, path: Path) -> None:
+def drawing(results: Results) -> Drawing:
     """The methods of `FAMILIES`, and CE and full KD, which store nothing, as lines."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained", dpi=130)
-    axes = figure.add_subplot()
     losses = mean_losses(results)
     done = [row for row in results.methods if row.method in losses]
-    for name, title in FAMILIES.items():
-        points = sorted(
-            (row.bytes_per_token, losses[row.method], row.method.split(",")[0].split()[-1])
-            for row in done
-            if family(row) == name and row.bytes_per_token is not None
-        )
-        if points:
-            draw_family(axes, points, title, named=name in ("RS-KD", "Top-K"))
+    points = []
     for row in done:
-        if row.family in ("ce", "full"):
-            draw_level(axes, losses[row.method], above=row.family == "ce")
-    axes.set_xscale("log")
-    axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
-    axes.minorticks_off()
-    axes.margins(x=0.07, y=0.09)
-    axes.set(xlabel="cached targets, bytes a token", ylabel="student's held-out loss, nats")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def draw_family(
-    axes: Axes, points: list[tuple[float, float, str]], title: str, *, named: bool
-) -> None:
-    """A line through (bytes, loss, budget), with the budgets written above it if `named`."""
-    (line,) = axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=5, label=title)
-    for x, y, budget in points if named else ():
-        axes.annotate(
-            budget,
-            (x, y),
-            (9, 5),
-            textcoords="offset points",
-            ha="center",
-            color=line.get_color(),
-            path_effects=[withStroke(linewidth=4, foreground="white")],
-        )
-
-
-def draw_level(axes: Axes, loss: float, *, above: bool) -> None:
-    """CE, named above its line at the left, or full KD, below its line at the right."""
-    axes.axhline(loss, color="0.35", linestyle="--", linewidth=1, zorder=1)
-    axes.annotate(
-        "cross-entropy, no teacher" if above else "full KD, nothing cached",
-        (0 if above else 1, loss),
-        (4 if above else -4, 3 if above else -4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="left" if above else "right",
-        va="bottom" if above else "top",
+        if family(row) in FAMILIES and row.bytes_per_token is not None:
+            point = {
+                "series": FAMILIES[family(row)],
+                "method": row.method,
+                "low": None,
+                "high": None,
+            }
+            point |= {"x": row.bytes_per_token, "y": losses[row.method]}
+            if family(row) in ("RS-KD", "Top-K"):
+                point["label"] = row.method.split(",")[0].split()[-1]
+            points.append(point)
+    levels = [(LEVELS[row.family], losses[row.method]) for row in done if row.family in LEVELS]
+    shown = [title for title in FAMILIES.values() if any(p["series"] == title for p in points)]
+    chart = budget_chart(
+        points,
+        looks_of({title: title for title in shown}),
+        x="cached targets, bytes per token",
+        y="student's held-out loss, nats",
+        levels=levels,
     )
+    return Drawing("storage", "Storage against held-out loss", chart)
 
 
 def main() -> None:
@@ -116,7 +83,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    draw(read_results(given.results), given.out)
+    draw_png(drawing(read_results(given.results)), given.out, width=620, scale=1.25)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """The pictures of docs/results.md, from a stored comparison: those of its page, as PNG.
 
 python experiments/compare/pictures.py experiments/results/compare_small_teacher.json \
-    --out docs/figures/small_teacher loss-0 calibration-0 gradient-0 training-0
+    --out docs/figures/small_teacher loss-0 gradient-0
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
-from PIL import Image
-
 from sparselogits.compare import read_results
-from sparselogits.report import write_report
+from sparselogits.report.charts import draw_png
+from sparselogits.report.comparison_charts import drawings_of, only, students_of
 
 
 def main() -> None:
@@ -21,14 +19,15 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("charts", nargs="+", help="names of figures, without .png")
+    parser.add_argument("--methods", nargs="+", help="methods to show [default: all]")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_report(read_results(given.results), Path(scratch))
-        for name in given.charts:
-            with Image.open(Path(scratch) / "figures" / f"{name}.png") as picture:
-                few = picture.convert("RGB").quantize(96)  # a fifth of the bytes
-                few.save(given.out / f"{name}.png", optimize=True)
+    results = read_results(given.results)
+    if given.methods:
+        results = only(results, given.methods)
+    drawings = [d for student in students_of(results) for d in drawings_of(results, student)]
+    by_name = {drawing.key: drawing for drawing in drawings}
+    for name in given.charts:
+        draw_png(by_name[name], given.out / f"{name}.png", width=560, scale=1.25)
 
 
 if __name__ == "__main__":

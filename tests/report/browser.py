@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -21,6 +22,8 @@ MISSING = (
     "these tests need Chromium: `make browser`, or `apt-get install chromium`, or "
     "`playwright install chromium`, or name one in SPARSELOGITS_BROWSER"
 )
+CONTRAST = 4.5
+"""What WCAG 2.2 asks of text (1.4.3, level AA)."""
 
 
 @contextmanager
@@ -40,18 +43,123 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(
-    browser: Browser, address: str, *, size: dict[str, int], scheme: str = "light"
+    browser: Browser,
+    address: str,
+    *,
+    size: dict[str, int],
+    scheme: str = "light",
+    own: str | None = None,
+    expected: str | None = None,
 ) -> Iterator[Page]:
-    """A page; at the end nothing was logged as an error and nothing else was asked for."""
+    """A page; at the end nothing was logged as an error or warning and nothing else was asked for.
+
+    Args:
+        browser: that opens it.
+        address: of the page.
+        size: of the screen.
+        scheme: light or dark.
+        own: what the addresses of all requests begin with; by default the page's own address.
+        expected: part of messages that are no fault.
+    """
     page = browser.new_page(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
     errors: list[str] = []
     asked: list[str] = []
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    bad = ("error", "warning")
+    page.on("console", lambda said: errors.append(said.text) if said.type in bad else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
+    if page.locator(".chart").count():
+        page.wait_for_function("document.documentElement.dataset.ready === 'yes'")
     yield page
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
-    assert errors == []
-    assert {url.partition("#")[0] for url in asked} == {address.partition("#")[0]}
+    assert [error for error in errors if expected is None or expected not in error] == []
+    if own is None:
+        assert {url.partition("#")[0] for url in asked} == {address.partition("#")[0]}
+    else:
+        assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
+
+
+def cut_off(page: Page) -> list[str]:
+    """What lies outside the screen's width, but for what scrolls by itself; all details open."""
+    found: list[str] = page.evaluate(
+        """() => {
+          document.querySelectorAll("details").forEach((each) => { each.open = true; });
+          const scrolls = (each) => ["auto", "scroll"].includes(getComputedStyle(each).overflowX);
+          const inside = (each) => {
+            for (let up = each.parentElement; up && up !== document.body; up = up.parentElement)
+              if (scrolls(up)) return true;
+            return false;
+          };
+          return [...document.querySelectorAll("body *")]
+            .filter((each) => each.checkVisibility({ visibilityProperty: true }) && !inside(each))
+            .filter((each) => {
+              const box = each.getBoundingClientRect();
+              return box.width > 0 && (box.left < -0.5 || box.right > innerWidth + 0.5);
+            })
+            .map((each) => each.outerHTML.slice(0, 200));
+        }"""
+    )
+    return found
+
+
+def faint_texts(page: Page) -> list[dict[str, Any]]:
+    """Every text that is seen with less contrast than `CONTRAST` to what lies behind it."""
+    found: list[dict[str, Any]] = page.evaluate(
+        """(least) => {
+          const canvas = new OffscreenCanvas(1, 1);
+          const brush = canvas.getContext("2d", { willReadFrequently: true });
+          const known = new Map();
+          const rgba = (colour) => {  // whatever the syntax; [r, g, b, alpha]
+            if (!known.has(colour)) {
+              brush.clearRect(0, 0, 1, 1);
+              brush.fillStyle = colour;
+              brush.fillRect(0, 0, 1, 1);
+              const [r, g, b, a] = brush.getImageData(0, 0, 1, 1).data;
+              known.set(colour, [r, g, b, a / 255]);
+            }
+            return known.get(colour);
+          };
+          const over = (top, alpha, below) => below.map((c, i) => alpha * top[i] + (1 - alpha) * c);
+          const behind = (each) => {
+            const layers = [];
+            for (let up = each; up; up = up.parentElement) {
+              const [r, g, b, a] = rgba(getComputedStyle(up).backgroundColor);
+              if (a > 0) layers.push([[r, g, b], a]);
+              if (a === 1) break;
+            }
+            const mix = (below, [top, a]) => over(top, a, below);
+            return layers.reverse().reduce(mix, [255, 255, 255]);
+          };
+          const bright = (colour) => {
+            const [r, g, b] = colour.map((c) => c / 255)
+              .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const faint = [];
+          let texts = 0;
+          const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+          for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+            const each = node.parentElement;
+            if (!node.data.trim() || each.closest("script, style, noscript, option")) continue;
+            if (!each.checkVisibility({ visibilityProperty: true })) continue;
+            texts += 1;
+            const style = getComputedStyle(each);
+            const ink = each instanceof SVGElement ? style.fill : style.color;
+            let [r, g, b, a] = rgba(ink);
+            for (let up = each; up; up = up.parentElement)
+              a *= Number(getComputedStyle(up).opacity);
+            if (a === 0) continue;  // a label that would overlap another one is there, not seen
+            const paper = behind(each);
+            const both = [bright(over([r, g, b], a, paper)), bright(paper)];
+            const ratio = (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+            if (ratio < least)
+              faint.push({ text: node.data.trim().slice(0, 40), ratio, ink, paper });
+          }
+          if (texts === 0) faint.push({ text: "the page shows no text" });
+          return faint;
+        }""",
+        CONTRAST,
+    )
+    return found

@@ -5,136 +5,42 @@ pytest tests/report/test_comparison.py
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.image import imread
 from playwright.sync_api import Browser, Page
 
-from sparselogits.compare.results import (
-    Ends,
-    Figure,
-    Gradient,
-    GradientSize,
-    MethodRow,
-    OfBatches,
-    Realised,
-    ReliabilityBin,
-    Results,
-    RunRow,
-    TeacherRow,
-    read_results,
-)
-from sparselogits.report import write_report
-from sparselogits.report.charts import COLOURS, Chart, Point, Series, draw_png, draw_svg
+from sparselogits.compare.results import Results, TeacherRow, read_results
+from sparselogits.errors import SparseLogitsWarning
+from sparselogits.report import comparison, write_report
+from sparselogits.report.charts import COLOURS, DASHES, SHAPES, light_colours, log_ticks, looks_of
 from sparselogits.report.comparison import report_page
-from sparselogits.report.comparison_charts import charts_of
+from sparselogits.report.comparison_charts import ALL_SHOWN, drawings_of, hidden_at_first
 from sparselogits.report.document import static
-from tests.report.browser import DESKTOP, PHONE, chromium, opened
-
-HOSTILE = "<img src=x onerror=document.title=1>"
-RECORD = Path(__file__).parents[2] / "experiments" / "results" / "compare_small_teacher.json"
-DRAWN = ".panel > svg .mark"  # not those of the legend
-
-
-def figure(mean: float) -> Figure:
-    ends = Ends(low=mean - 0.1, high=mean + 0.1)
-    return Figure(mean=mean, windows=ends, seeds=Ends(low=None, high=None), both=ends)
-
-
-def gradient(entries: float | None, angle: float) -> Gradient:
-    def size(tokens: int, mean: float) -> GradientSize:
-        over = OfBatches(mean=mean, low=mean - 3.5, high=mean + 3.5)
-        return GradientSize(
-            batch_tokens=tokens,
-            batches=4,
-            angle=over,
-            norm_ratio=OfBatches(mean=1.0, low=None, high=None),
-            bias=None,
-            bias_below=0.1,
-            noise=0.2,
-        )
-
-    return Gradient(
-        student_method="CE",
-        student_seed=0,
-        student_folder="runs/ce",
-        entries=entries,
-        draws=2,
-        sizes=[size(256, 1.6 * angle), size(1024, angle)],
-    )
-
-
-def method(name: str, family: str, loss: float | None, entries: float | None) -> MethodRow:
-    budget = {"k": 5} if family == "topk" else {"budget": entries}
-    bins = [ReliabilityBin(low=0, high=0.5, confidence=0.3, accuracy=0.2, count=10)]
-    bins += [ReliabilityBin(low=0.5, high=1, confidence=0.8, accuracy=0.7, count=10)]
-    return MethodRow(
-        method=name,
-        student="small",
-        family=family,
-        spec={"sampler": family, **budget},
-        sampler=None,
-        unbiased=None,
-        entries=entries,
-        bytes_per_token=None if entries is None else 1.5 * entries,
-        seeds_done=[] if loss is None else [0],
-        seeds_failed=[],
-        seeds_not_run=[],
-        figures={} if loss is None else {"loss": figure(loss), "ece_equal_mass": figure(0.2)},
-        minus_ce={},
-        gap_closed=None,
-        reliability=[] if loss is None else bins,
-        realised=None,
-        tokens_per_second=None,
-        tokens_per_cpu_second=7719.4,
-    )
+from tests.report.browser import DESKTOP, PHONE, opened
+from tests.report.material import HOSTILE, RECORD, gradient, method
+from tests.report.material import comparison as made_up
 
 
 @pytest.fixture
 def results() -> Results:
-    rows = [
-        method("CE", "ce", 4.321, None),
-        method("full KD", "full", 3.987, None),
-        method("RS-KD 5", "multinomial", 4.1, 5.0),
-        method("RS-KD 12", "multinomial", 4.0, 12.0),
-        method(HOSTILE, "topk", 4.5, 5.0),
-        method("never run", "systematic", None, 7.0),
-    ]
-    drafts = Realised(verified=147, accepted=61, acceptance=0.41497, expected=0.46, error=0.04014)
-    rows[2] = rows[2].model_copy(update={"realised": drafts})
-    runs = [
-        RunRow(
-            method=row.method,
-            student="small",
-            seed=0,
-            status="done" if row.figures else "not run",
-            curve=[(1, 6.0), (2, 5.0)] if row.figures else [],
-        )
-        for row in rows
-    ]
-    return Results(
-        title=f"a comparison {HOSTILE}",
-        complete=False,
-        settings={"recipe": {"window": 32}, "teacher": {"name": "t", "parameters": 1234}},
-        provenance={"commit": "abc1234"},
-        teacher=None,
-        methods=rows,
-        runs=runs,
-    )
+    return made_up()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
+CELLS = "all => all.map((each) => each.textContent.trim())"  # also of columns that are not shown
+
+
+def texts(page: Page, chart: str, kind: str) -> list[str]:
+    """What Vega wrote in one chart: labels of an axis, titles, names of lines."""
+    return page.locator(f"#{chart} svg .{kind} text").all_text_contents()
+
+
+def shown_marks(page: Page, chart: str) -> int:
+    return page.locator(f"#{chart} svg .mark-symbol.role-mark > path").count()
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
@@ -144,196 +50,206 @@ def test_it_renders(
     path = write_report(results, tmp_path)
     with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
         table = page.locator("table").first.inner_text()
-        for said in ("4.321 ±0.100", "3.987 ±0.100", "never run\tnot run", HOSTILE):
+        for said in ("4.321 ±0.100", "3.987 ±0.100", HOSTILE):
             assert said in table
         assert page.locator("img").count() == 0
-        figures = page.locator("figure")
-        assert [f.get_attribute("id") for f in figures.all()] == [
+        assert [each.get_attribute("id") for each in page.locator("figure").all()] == [
             "loss-0",
             "storage-0",
             "calibration-0",
             "training-0",
         ]
-        # two families with entries, CE and full KD as lines
-        assert page.locator(f"#loss-0 {DRAWN}").count() == 3
-        assert page.locator("#loss-0 .level").count() == 2
-        assert "abc1234" in page.inner_text("dl")
-        # pointing at a name dims the others
-        page.locator("#loss-0 .legend li").first.hover()
-        dimmed = page.locator(f"#loss-0 {DRAWN}").evaluate_all(
-            "all => all.map(mark => mark.style.opacity)"
-        )
-        assert dimmed == ["", "", "0.12"]
-        assert_nothing_is_cut_off(page)
-        if size == PHONE:  # figures that are wider than the screen can be reached
-            wide = page.locator(".wide").first
-            assert wide.evaluate("e => { e.scrollLeft = 9999; return e.scrollLeft; }") > 100
+        assert texts(page, "loss-0", "mark-text.role-mark") == ["CE", "full KD"]
+        assert shown_marks(page, "loss-0") == 3  # two families with entries
+        assert "abc1234" in page.locator("dl").first.inner_text()
         assert len(page.screenshot(full_page=True)) > 20_000
+    names = {found.name for found in (tmp_path / "figures").iterdir()}
+    assert names == {"calibration-0.png", "loss-0.png", "storage-0.png", "training-0.png"}
+    for found in (tmp_path / "figures").iterdir():
+        assert found.read_bytes().startswith(b"\x89PNG")
 
 
-def assert_nothing_is_cut_off(page: Page) -> None:
-    """Everything lies within the width of the screen, but for what scrolls by itself."""
-    outside = page.evaluate(
-        """() => {
-          document.querySelectorAll("details").forEach((each) => { each.open = true; });
-          return [...document.querySelectorAll("main, main *")]
-            .filter((each) => !each.parentElement.closest(".wide, pre"))
-            .filter((each) => {
-              const box = each.getBoundingClientRect();
-              return box.left < -0.5 || box.right > innerWidth + 0.5;
-            })
-            .map((each) => each.outerHTML.slice(0, 200));
-        }"""
-    )
-    assert outside == []
-
-
-def test_the_figures_beside_the_page_have_their_curves_in_colour(
-    results: Results, tmp_path: Path
+def test_a_method_can_be_switched_off_and_on(
+    results: Results, browser: Browser, tmp_path: Path
 ) -> None:
-    write_report(results, tmp_path)
-    pictures = {found.name: colours_of(found) for found in (tmp_path / "figures").iterdir()}
-    counts = {"calibration-0.png": 5, "loss-0.png": 2, "storage-0.png": 2, "training-0.png": 5}
-    assert pictures.keys() == counts.keys()
-    for name, count in counts.items():
-        assert set(hues()[:count]) <= pictures[name], name
-        assert not set(hues()[count:]) & pictures[name], name
-
-
-def hues(scheme: str = "light") -> list[str]:
-    """The colours of series, in order, as theme.css has them: light ones first."""
-    all_of = re.findall(r"--c\d: (#\w{6});", static("theme.css"))
-    assert len(set(all_of)) == 2 * COLOURS
-    return all_of[:COLOURS] if scheme == "light" else all_of[COLOURS:]
-
-
-def colours_of(picture: Path) -> set[str]:
-    pixels = (imread(picture)[..., :3] * 255).round().astype(np.uint32)
-    height, width, _ = pixels.shape
-    assert width > 600
-    assert height > 400
-    found = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], np.uint32))
-    return {f"#{colour:06x}" for colour in found.tolist()}
-
-
-def test_light_and_dark_are_two_themes(results: Results, browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(report_page(results), encoding="utf-8")
-    shown: dict[str, dict[str, list[int]]] = {}
-    for scheme in ("light", "dark"):
-        with opened(browser, path.as_uri(), size=DESKTOP, scheme=scheme) as page:
-            of = {
-                "paper": ("body", "backgroundColor"),
-                "first column": ("td", "backgroundColor"),
-                "ink": ("body", "color"),
-                "cell": ("td", "color"),
-                "axis": ("figure text", "fill"),
-                "grid": ("figure .grid", "stroke"),
-                "level": ("figure .level", "stroke"),
-                "curve": ("#training-0 .line", "stroke"),
-                "mark": (DRAWN, "fill"),
-            }
-            shown[scheme] = {
-                name: [int(part) for part in re.findall(r"\d+", said)[:3]]
-                for name, (element, style) in of.items()
-                if (
-                    said := page.locator(element).first.evaluate(
-                        "(element, style) => getComputedStyle(element)[style]", style
-                    )
-                )
-            }
-    light, dark = shown["light"], shown["dark"]
-    assert light.keys() == dark.keys()
-    assert [name for name in light if light[name] == dark[name]] == []
-    assert sum(light["paper"]) > 600 > 200 > sum(dark["paper"])
-    for own in (light, dark):  # read on its own paper
-        for name in ("ink", "cell", "axis", "curve", "mark"):
-            assert contrast(own[name], own["paper"]) > 3, name
+    # Vega says so of an axis that has nothing to show
+    with opened(browser, path.as_uri(), size=DESKTOP, expected="Infinite extent") as page:
+
+        def settled(chart: str, marks: int) -> None:
+            page.wait_for_function(
+                "([id, n]) => document.querySelectorAll("
+                "`#${id} svg .mark-symbol.role-mark > path`).length === n",
+                arg=[chart, marks],
+                timeout=5000,
+            )
+
+        settled("loss-0", 3)
+        row = page.locator("tbody tr", has_text=HOSTILE).first
+        row.locator("button.toggle").click()  # its own line of the table
+        settled("loss-0", 2)
+        assert row.locator("button.toggle").get_attribute("aria-pressed") == "false"
+        page.locator(".switches button", has_text="RS-KD").click()  # two methods at once
+        settled("loss-0", 0)
+        page.locator("[data-all=on]").first.click()
+        settled("loss-0", 3)
+        page.locator("[data-all=off]").first.click()
+        settled("storage-0", 0)
+        lines = "#training-0 svg .mark-line path"
+        page.wait_for_function(f"document.querySelectorAll('{lines}').length === 0", timeout=5000)
 
 
-def contrast(one: list[int], other: list[int]) -> float:
-    """As WCAG 2.2 defines it; it asks for 3 of graphics and 4.5 of text."""
-
-    def luminance(colour: list[int]) -> float:
-        parts = [value / 255 for value in colour]
-        red, green, blue = (
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
-        )
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
-def test_no_two_curves_of_a_drawing_look_alike(
-    browser: Browser, tmp_path: Path, size: dict[str, int], scheme: str
+def test_a_table_is_sorted_and_its_columns_are_chosen(
+    results: Results, browser: Browser, tmp_path: Path
 ) -> None:
-    """A comparison of 35 methods; what is looked at is what Chromium makes of the style sheet."""
-    stored = read_results(RECORD)
     path = tmp_path / "report.html"
-    path.write_text(report_page(stored), encoding="utf-8")
-    methods = {row.method for row in stored.methods}
-    with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
-        looks: list[dict[str, Any]] = page.locator(".panel").evaluate_all(
-            """panels => panels.map((panel) => {
-              const style = (each) => {
-                const { stroke, strokeDasharray, fill } = getComputedStyle(each);
-                const shape = each.matches(".mark") ? each.getAttribute("d") : "";
-                const whose = [...each.classList].find((name) => /^s[0-9]/.test(name));
-                return [whose, shape ? "" : strokeDasharray, stroke, fill, shape].join();
-              };
-              // the ends of an interval are a line of their own, never dashed
-              const seen = (all) => [...all].filter((e) => !/^M[^L]*V/.test(e.getAttribute("d")))
-                .map((each) => style(each));
-              return {
-                figure: panel.closest("figure").id,
-                drawn: seen(panel.querySelectorAll(":scope > svg :is(.line, .mark)")),
-                legend: seen(panel.querySelectorAll(".swatch *")),
-                names: [...panel.querySelectorAll("li")].map((each) => each.innerText.trim()),
-              };
-            })"""
-        )
-        assert_nothing_is_cut_off(page)
-    shown: dict[str, set[str]] = {}
-    for look in looks:
-        assert set(look["drawn"]) == set(look["legend"])  # and which is whose is the same
-        kinds: dict[str, set[str]] = {}
-        for said in look["legend"]:
-            own, _, style = said.partition(",")
-            kinds.setdefault(own, set()).add(style)
-        assert len(kinds) == len(look["names"])
-        # not one piece of a curve's look is another's
-        assert sum(map(len, kinds.values())) == len(set().union(*kinds.values()))
-        shown.setdefault(look["figure"], set()).update(look["names"])
-        if look["figure"] in ("calibration-0", "training-0"):
-            assert len(look["names"]) <= COLOURS
-            assert look["names"][:2] == ["CE", "full KD"]  # in every panel
-    assert shown["calibration-0"] == shown["training-0"] == methods
-    assert len(shown["loss-0"]) == 14
+    path.write_text(report_page(results), encoding="utf-8")
+
+    def names(page: Page) -> list[str]:
+        return page.locator("#methods-0 tbody .name").all_inner_texts()
+
+    with opened(browser, path.as_uri(), size=DESKTOP) as page:
+        head = page.locator("#methods-0 thead th", has_text=re.compile("^loss$"))
+        head.locator("button").click()
+        losses = [4.0, 4.1, 4.321, 4.5]
+        by_loss = ["full KD", "RS-KD 12", "RS-KD 5", "CE", HOSTILE, "never run"]
+        assert names(page) == by_loss
+        assert head.get_attribute("aria-sort") == "ascending"
+        head.locator("button").click()  # the other way; what has no value stays last
+        assert names(page) == [*by_loss[:5][::-1], "never run"]
+        assert losses == sorted(losses)
+    with opened(browser, path.as_uri(), size=PHONE) as page:
+        heads = page.locator("#methods-0 thead th").filter(visible=True)
+        assert heads.all_inner_texts() == ["method", "entries", "loss", "gap closed %"]
+        page.locator("summary", has_text="Columns").click()
+        page.locator(".choices label", has_text="perplexity").locator("input").check()
+        assert "perplexity" in heads.all_inner_texts()
+        page.locator(".choices label", has_text="entries").locator("input").uncheck()
+        assert "entries" not in heads.all_inner_texts()
+        # the names stay where they are while the rest is scrolled
+        name = page.locator("#methods-0 tbody .name").first
+        before = name.bounding_box()
+        page.locator(".wide").first.evaluate("each => { each.scrollLeft = 500; }")
+        after = name.bounding_box()
+        assert before is not None
+        assert after is not None
+        assert before["x"] == after["x"]
 
 
-def test_a_figure_in_panels_has_all_colours_too(tmp_path: Path) -> None:
+def test_the_best_value_is_that_of_a_student_without_a_teacher(results: Results) -> None:
+    rows = {row.method: row for row in results.methods}
+    found = re.findall(r'<td data-value="([\d.]+)" class="best"', report_page(results))
+    assert str(rows["RS-KD 12"].figures["loss"].mean) in found  # not full KD's, which is lower
+    assert str(rows["full KD"].figures["loss"].mean) not in found
+
+
+def test_headline(results: Results) -> None:
+    page = report_page(results)
+    said = re.search(r'<p class="headline">(.*?)</p>', page, re.DOTALL)
+    assert said is not None
+    assert "RS-KD 12 has the lowest held-out loss" in said[1]
+    assert "4.000 nats from 12.0 entries (18.0 bytes) per token" in said[1]
+    assert "CE without a teacher 4.321 and full KD with the teacher online 3.987" in said[1]
+    assert "not distinguishable from noise" in said[1]  # no gap was given
+
+
+def test_headlines_of_stored_comparisons() -> None:
+    stored = read_results(RECORD.with_name("compare_small_teacher_converged.json"))
+    page = report_page(stored)
+    assert "systematic 12 has the lowest held-out loss" in page
+    assert "It closes 80 % of the gap between them (95 % interval 78 to 83 %)" in page
+    alone = read_results(RECORD.with_name("compare_small_teacher_convergence.json"))
+    assert "CE has the lowest held-out loss" in report_page(alone)
+
+
+def test_labels_of_logarithmic_axes(browser: Browser, tmp_path: Path) -> None:
+    """Also where all methods have nearly the same budget, and for a single one."""
+    stored = read_results(RECORD.with_name("compare_small_teacher_converged.json"))
+    single = stored.model_copy(update={"methods": [stored.methods[0], stored.methods[2]]})
+    path = tmp_path / "report.html"
+    for found in (stored, single):
+        path.write_text(report_page(found), encoding="utf-8")
+        for size in (DESKTOP, PHONE):
+            with opened(browser, path.as_uri(), size=size) as page:
+                for chart in ("loss-0", "storage-0", "gradient-0"):
+                    labels = texts(page, chart, "role-axis-label")
+                    assert len(labels) >= 4, (chart, labels)  # two of each axis
+                    boxes = [
+                        box
+                        for label in page.locator(f"#{chart} svg .role-axis-label text").all()
+                        if (box := label.bounding_box())
+                    ]
+                    bottom = max(box["y"] for box in boxes)
+                    along = sorted(
+                        (box["x"], box["x"] + box["width"])
+                        for box in boxes
+                        if box["y"] > bottom - 2
+                    )
+                    pairs = itertools.pairwise(along)
+                    assert all(end < start for (_, end), (start, _) in pairs), chart
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(11.5, 12.4), (3, 6), (1, 100), (0.5, 3e6), (12, 12.001), (1e9, 1e13)]
+)
+def test_ticks_lie_within_and_are_few(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 12
+    assert all(low <= tick <= high for tick in ticks)
+    assert ticks == sorted(set(ticks))
+
+
+def test_one_bin_per_method_draws_its_point(
+    results: Results, browser: Browser, tmp_path: Path
+) -> None:
+    rows = [row.model_copy(update={"reliability": row.reliability[:1]}) for row in results.methods]
+    runs = [run.model_copy(update={"curve": run.curve[:1]}) for run in results.runs]
+    path = tmp_path / "report.html"
+    found = results.model_copy(update={"methods": rows, "runs": runs})
+    path.write_text(report_page(found), encoding="utf-8")
+    with opened(browser, path.as_uri(), size=DESKTOP) as page:
+        for chart in ("calibration-0", "training-0"):
+            points = page.locator(f"#{chart} svg .mark-symbol.role-mark > path")
+            seen = points.evaluate_all(
+                "all => all.filter((e) => Number(e.getAttribute('opacity') ?? 1) > 0.5).length"
+            )
+            assert seen == 5, chart
+
+
+def test_light_and_dark_are_two_themes() -> None:
+    names = [f"--c{number}" for number in range(COLOURS)]
+    light, _, dark = static("theme.css").partition("@media")
+    for half in (light, dark):
+        hues = [found[1] for name in names if (found := re.search(rf"{name}: (#\w+)", half))]
+        assert len(set(hues)) == COLOURS
+    assert set(light_colours()) >= {*names, "--paper", "--ink", "--soft", "--line"}
+
+
+def test_no_two_methods_look_alike() -> None:
     stored = read_results(RECORD)
-    charts = charts_of(stored, stored.methods[0].student)
-    chart = next(chart for chart in charts if chart.panels)
-    draw_png(chart, tmp_path / "figure.png")
-    assert set(hues()) <= colours_of(tmp_path / "figure.png")
+    assert len(stored.methods) > ALL_SHOWN
+    student = stored.methods[0].student
+    specs = {d.key: json.dumps(d.spec()) for d in drawings_of(stored, student)}
+    from sparselogits.report.comparison_charts import looks_of_methods
+
+    looks = looks_of_methods(stored)
+    assert len(set(looks.values())) == len(looks) == len(stored.methods)
+    for name in looks:
+        assert json.dumps(name) in specs["training-0"]
+        assert json.dumps(name) in specs["calibration-0"]
+    hidden = set(hidden_at_first(stored))
+    assert {"CE", "full KD", "RS-KD 12", "systematic 12", "Top-K 12"}.isdisjoint(hidden)
+    assert "Top-K 12, smooth" in hidden
 
 
-@pytest.mark.parametrize("count", [6, 7, 40])
-def test_methods_that_differ_by_budget_alone_stay_together(results: Results, count: int) -> None:
-    lines = results.methods[:2]
-    many = [method(f"Top-K {k}", "topk", 5 - k / 100, float(k)) for k in range(count, 0, -1)]
-    rows = [*lines, results.methods[2], *many, results.methods[3]]
-    charts = charts_of(results.model_copy(update={"methods": rows}), "small")
-    chart = next(chart for chart in charts if chart.key == "calibration-0")
-    panels = [[series.name for series in panel] for panel in chart.drawings]
-    assert all(panel[:2] == ["CE", "full KD"] for panel in panels)
-    assert all(len(panel) <= COLOURS for panel in panels)
-    rest = [name for panel in panels for name in panel[2:]]
-    assert rest == ["RS-KD 5", "RS-KD 12", *(f"Top-K {k}" for k in range(1, count + 1))]
-    assert panels[0][2:] == ["RS-KD 5", "RS-KD 12"]
+def test_looks_of_methods_in_groups() -> None:
+    looks = looks_of({"a 1": "a", "b 1": "b", "a 2": "a"})
+    assert looks["a 1"].colour == looks["a 2"].colour != looks["b 1"].colour
+    assert looks["a 1"].dash != looks["a 2"].dash
+    many = looks_of({f"{g} {n}": g for g in map(str, range(20)) for n in range(len(DASHES))})
+    assert len(set(many.values())) == len(many)
+    assert {look.shape for look in many.values()} == set(range(len(SHAPES)))
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "dark"), (PHONE, "light")])
@@ -354,7 +270,7 @@ def test_gradients_have_a_column_and_a_chart(
     path = write_report(full, tmp_path)
     with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
         lines = page.locator("table").first.locator("tr").all()
-        cells = [line.locator("th, td").all_inner_texts() for line in lines]
+        cells = [line.locator("th, td").evaluate_all(CELLS) for line in lines]
         assert {len(line) for line in cells} == {len(cells[0])}  # the teacher's row included
         last = {line[0]: line[-1] for line in cells}
         assert last["method"] == "gradient angle °"
@@ -373,16 +289,15 @@ def test_gradients_have_a_column_and_a_chart(
         assert "in brackets the standard error" in words
         assert "4 batches of 1,024 held-out tokens" in words
         assert f"Gradients not measured: {HOSTILE}" in words
-        assert page.locator(f"#gradient-0 {DRAWN}").count() == 3
-        assert page.locator("#gradient-0 .level").count() == 1
+        assert shown_marks(page, "gradient-0") == 3
+        assert texts(page, "gradient-0", "mark-text.role-mark") == ["CE"]
         # on a logarithmic axis a third is as far down whatever it is a third of
-        heights = page.locator(f"#gradient-0 {DRAWN}").evaluate_all(
-            "all => all.map(mark => [mark.textContent, mark.transform.baseVal[0].matrix.f])"
+        places = page.locator("#gradient-0 svg .mark-symbol.role-mark > path").evaluate_all(
+            "all => all.map(mark => mark.transform.baseVal[0].matrix).map(at => [at.e, at.f])"
         )
-        at = {name.split(":")[0]: y for name, y in heights}
-        per_e_fold = (at["RS-KD 12"] - at["never run"]) / math.log(5.0 / 3.0)
-        expected = at["RS-KD 12"] - per_e_fold * math.log(12.8 / 3.0)
-        assert at["RS-KD 5"] == pytest.approx(expected, abs=0.5)
+        first, second, third = (y for _, y in sorted(places))  # 5.2, 7 and 12.3 entries
+        per_e_fold = (third - second) / math.log(5.0 / 3.0)
+        assert first == pytest.approx(third - per_e_fold * math.log(12.8 / 3.0), abs=0.5)
     assert (tmp_path / "figures" / "gradient-0.png").stat().st_size > 10_000
 
 
@@ -407,7 +322,7 @@ def test_says_what_the_teacher_alone_was_not_scored_on(results: Results, tmp_pat
     found = results.model_copy(update={"teacher": teacher})
     assert found.tasks_not_measured == ["agreement: no space left"]
     page = write_report(found, tmp_path).read_text(encoding="utf-8")
-    assert "Not measured: agreement: no space left" in page
+    assert "Not measured: <bdi>agreement: no space left</bdi>" in page
 
 
 def test_nothing_run_yet(results: Results, tmp_path: Path) -> None:
@@ -418,25 +333,18 @@ def test_nothing_run_yet(results: Results, tmp_path: Path) -> None:
     assert "<figure" not in text
 
 
-numbers = st.floats(1e-3, 1e5)
-
-
-@given(
-    st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6),
-    st.booleans(),
-    st.booleans(),
-)
-def test_every_point_lies_within_the_drawing(
-    points: list[tuple[float, float]], log_x: bool, log_y: bool
+@pytest.mark.parametrize("missing", ["altair", "vl_convert"])
+def test_without_the_packages_that_draw(
+    results: Results, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # an interval may go below zero, which a logarithm cannot show
-    series = Series("s", tuple(Point(x, y, -y if log_y else y * 0.9, y * 1.1) for x, y in points))
-    svg = draw_svg(Chart("k", "t", "x", "y", (series,), log_x=log_x, log_y=log_y))
-    assert "nan" not in svg
-    drawing, _, _ = svg.partition('<ul class="legend">')
-    places = re.findall(r"translate\(([-\d.naif]+) ([-\d.naif]+)\)", drawing)
-    assert len(places) == len(points)
-    for x, y in places:
-        assert 52 <= float(x) <= 448
-        assert 10 <= float(y) <= 268
-        assert math.isfinite(float(x))
+    import sparselogits.report.charts as charts
+
+    known = charts.find_spec
+    monkeypatch.setattr(charts, "find_spec", lambda name: None if name == missing else known(name))
+    with pytest.warns(SparseLogitsWarning, match=r"pip install 'sparselogits\[report\]'"):
+        path = comparison.write_report(results, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert "4.321 ±0.100" in text
+    assert "Charts need two more packages" in text
+    assert len(text) < 100_000
+    assert not (tmp_path / "figures").exists()

@@ -8,62 +8,22 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from playwright.sync_api import Browser
+from typer.testing import CliRunner
 
-from sparselogits.build import CacheRequest, build_caches
-from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
-from sparselogits.data import CacheDataset
+from sparselogits.cli import app
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.report import PREFIX, PageServer, WindowViewer, view_page
 from sparselogits.report.tokens import TokenTexts
 from sparselogits.report.window import LIKELIEST, targets_entropy
-from sparselogits.samplers import Systematic
-from sparselogits.teacher import load_teacher
 from tests.conftest import tiny_llama
-from tests.report.browser import DESKTOP, PHONE, chromium, opened
-
-HOSTILE = '</script><img src=x onerror="document.title=1"> <!-- & \u2028 naïve 東京 😀\n\tend. '
-LENGTH = 48
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def viewer(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tokenizer: object
-) -> WindowViewer:
-    folder = tmp_path_factory.mktemp("viewed")
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": HOSTILE * 3}) + "\n" for _ in range(3))
-    )
-    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
-    packing = packing_for(tokenizer, window_length=LENGTH, separator_id=0)
-    source = open_source(str(folder / "text.jsonl"))
-    corpus = pack(source, tokenizer, packing, folder / "corpus", vocab_size=teacher.vocab_size)
-    build_caches(
-        teacher,
-        corpus,
-        [CacheRequest(folder / "cache", Systematic(12))],
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-    )
-    return WindowViewer(
-        CacheDataset(folder / "cache"),
-        tokenizer=tokenizer,
-        teacher=teacher,
-        student=tiny_llama(seed=3),
-    )
+from tests.report.browser import DESKTOP, PHONE, opened
+from tests.report.conftest import LENGTH, TEXT
 
 
 def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> None:
@@ -102,10 +62,10 @@ def test_the_entries_entropy_lies_within_its_bounds(viewer: WindowViewer) -> Non
 
 
 def test_running_text_is_the_windows_own(viewer: WindowViewer, tokenizer: object) -> None:
-    tokens = tokenizer(HOSTILE * 2)["input_ids"]  # type: ignore[operator]
+    tokens = tokenizer(TEXT * 2)["input_ids"]  # type: ignore[operator]
     texts = TokenTexts(tokenizer, tokens).running()
     assert len(texts) == len(tokens)
-    assert "".join(texts) == HOSTILE * 2
+    assert "".join(texts) == TEXT * 2
     assert "" in texts  # a character of several tokens
 
 
@@ -214,9 +174,8 @@ def test_what_cannot_be_shown_is_said(viewer: WindowViewer) -> None:
 def test_the_command_without_models(viewer: WindowViewer, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     words = ["view", str(viewer.dataset.cache.root), "--window", "1", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "sparselogits", *words], capture_output=True, text=True, check=True
-    )
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(out)
     assert "--tokenizer" in done.stderr
     data = re.search(r'id="data">(.*?)</script>', out.read_text(encoding="utf-8"), re.DOTALL)

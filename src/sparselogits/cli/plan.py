@@ -25,7 +25,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.planning import Plan, Settings, Storage, device_kind, parameters_of, quantity
 from sparselogits.planning import plan as work_out
 from sparselogits.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
-from sparselogits.planning.grid import draw, grid
+from sparselogits.planning.grid import grid
 
 COST = "Cost"
 
@@ -189,7 +189,9 @@ def plan(
     )
     found = work_out(settings)
     if plot is not None:
-        draw(settings, plot)
+        from sparselogits.report.plan_chart import draw_plan
+
+        draw_plan(settings, plot)
     if as_json:
         say_json(_as_json(settings, found, sizes))
         return

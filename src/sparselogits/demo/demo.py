@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,11 @@ from sparselogits.demo.material import (
     demo_dtype,
     demo_text,
 )
+from sparselogits.demo.story import PROMPTS, Told, continuations, write_story, write_window
 from sparselogits.evaluate import HeldOut, evaluate
 from sparselogits.extras import require_demo
 from sparselogits.files import write_whole
-from sparselogits.report import Curve, Page, Row, write_page
+from sparselogits.report import Continuation
 from sparselogits.samplers import Multinomial, Systematic, TopK
 from sparselogits.store import Cache
 from sparselogits.teacher import TransformersTeacher, load_teacher
@@ -74,20 +76,26 @@ CAPTION = "loss on held-out pages, KL(teacher || student) there, entries and byt
 
 
 @dataclass(frozen=True)
+class Row:
+    """One line of the table in the terminal: its name and cells, as shown."""
+
+    name: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything the demo found.
 
     Args:
         rows: table cells by method, in order.
         heldout: measurements by method, the teacher's among them.
-        curves: training curves by method.
         conditions: settings and versions.
         report: path of the page.
     """
 
     rows: list[Row]
     heldout: dict[str, HeldOut]
-    curves: list[Curve]
     conditions: list[tuple[str, str]]
     report: Path
 
@@ -138,13 +146,30 @@ def run_demo(out: Path) -> DemoResult:
     corpus = pack(source, tokenizer, packing, out / "corpus", vocab_size=teacher.vocab_size)
     build_seconds, built = _build(teacher, corpus, tokenizer_fingerprint(tokenizer), out)
     results = {way.key: _train(way, teacher, out) for way in WAYS}
-    heldout = _evaluate(results, teacher, corpus)
+    students = {key: load_causal_lm(str(found.model_path)) for key, found in results.items()}
+    heldout = _evaluate(students, teacher, corpus)
     conditions = _conditions(text, corpus, teacher, build_seconds, built)
     rows = [_teacher_row(heldout["teacher"])]
     rows += [_row(way, heldout[way.key], results[way.key], out) for way in WAYS]
-    curves = [Curve(way.name, results[way.key].curve) for way in WAYS]
-    result = DemoResult(rows, heldout, curves, conditions, out / "report.html")
-    _write(result, out)
+    result = DemoResult(rows, heldout, conditions, out / "report.html")
+    with _spoken("samples of text and the report"):
+        samples = _samples(students, teacher, corpus, tokenizer)
+        systematic = out / "caches" / "systematic"
+        window = write_window(out, systematic, tokenizer, teacher, students["systematic"])
+        told = [_told(way, results[way.key], out) for way in WAYS]
+        parameters = sum(p.numel() for p in students["ce"].parameters())
+        write_story(
+            result.report,
+            told,
+            heldout,
+            headline=_headline(told, heldout, corpus, parameters, build_seconds, built),
+            caution=_remark(heldout),
+            continuations=samples,
+            window=window,
+            next_steps=_next_steps(out),
+            conditions=conditions,
+        )
+        write_whole(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
     messages.print(f"demo finished in {time.perf_counter() - started:.0f} s")
     return result
 
@@ -202,9 +227,8 @@ def _train(way: _Way, teacher: TransformersTeacher, out: Path) -> RunResult:
 
 
 def _evaluate(
-    results: dict[str, RunResult], teacher: TransformersTeacher, corpus: PackedCorpus
+    students: dict[str, Any], teacher: TransformersTeacher, corpus: PackedCorpus
 ) -> dict[str, HeldOut]:
-    students = {key: load_causal_lm(str(found.model_path)) for key, found in results.items()}
     windows = TextDataset(corpus, limit=HELDOUT_WINDOWS)
     with stage("evaluating on held-out pages", "windows") as update:
         return evaluate(students, windows, teacher, progress=update)
@@ -297,16 +321,64 @@ def _conditions(
     ]
 
 
-def _write(result: DemoResult, out: Path) -> None:
-    page = Page(
-        title="sparselogits demo",
-        summary=[f"Columns: {CAPTION}.", result.remark()],
-        columns=COLUMNS,
-        rows=result.rows,
-        curves=result.curves,
-        x_label="optimiser steps",
-        y_label="training loss (nats; each method's own)",
-        conditions=result.conditions,
+def _samples(
+    students: dict[str, Any], teacher: TransformersTeacher, corpus: PackedCorpus, tokenizer: Any
+) -> list[Continuation]:
+    """Continue two held-out windows with the teacher and two students."""
+    windows = TextDataset(corpus, limit=HELDOUT_WINDOWS)
+    first = [windows[i] for i in range(0, len(windows), max(1, len(windows) // PROMPTS))][:PROMPTS]
+    names = {way.key: way.name for way in WAYS}
+    models = {"the teacher": teacher.model} | {
+        names[key]: students[key] for key in ("systematic", "ce")
+    }
+    return continuations(models, tokenizer, first, SEED)
+
+
+def _told(way: _Way, trained: RunResult, out: Path) -> Told:
+    entries, size = None, None
+    if way.method == "sparse":
+        facts = Cache.open(out / "caches" / way.cache).statistics()
+        entries, size = facts.entries_per_position, facts.bytes_per_token
+    online = way.method == "full"
+    curve = trained.label_curve or trained.curve
+    return Told(way.key, way.name, entries, size, trained.seconds, curve, online)
+
+
+def _headline(
+    told: Sequence[Told],
+    heldout: dict[str, HeldOut],
+    corpus: PackedCorpus,
+    parameters: int,
+    build_seconds: float,
+    built: BuildReport,
+) -> str:
+    """Say what was distilled, what it cost and what it shows."""
+    by_key = {one.key: one for one in told}
+    cached, online = by_key["systematic"], by_key["full"]
+    passed = f" of {build_seconds:.0f} s" if built.windows_built else ""
+    return (
+        f"SmolLM2-135M-Instruct taught a student of {parameters / 1e6:.1f} M parameters from "
+        f"{corpus.windows * WINDOW:,} tokens: one teacher pass{passed} left "
+        f"{cached.bytes_per_token:.1f} bytes per token, training from them took "
+        f"{cached.seconds:.0f} s where full KD took {online.seconds:.0f} s, and held-out loss "
+        f"ended at {heldout['systematic'].loss:.3f} ({cached.name}), {heldout['full'].loss:.3f} "
+        f"(full KD) and {heldout['ce'].loss:.3f} (no teacher)."
     )
-    write_page(page, result.report)
-    write_whole(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+
+
+def _next_steps(out: Path) -> list[tuple[str, str]]:
+    systematic = shlex.quote(str(out / "caches" / "systematic"))
+    student = shlex.quote(str(out / "runs" / "systematic"))
+    mine = shlex.quote(str(out / "mine"))
+    return [
+        ("See what the cache holds:", f"sparselogits info {systematic}"),
+        ("Train another student from it:", f"sparselogits train --cache {systematic} --out {mine}"),
+        (
+            "Look at another window, with the trained student:",
+            f"sparselogits view {systematic} --window 3 --student {student}",
+        ),
+        (
+            "Cache your own text:",
+            "sparselogits cache --teacher demo --data TEXT --out my-cache --holdout 0.05",
+        ),
+    ]

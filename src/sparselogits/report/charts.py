@@ -1,346 +1,428 @@
-"""Charts as values, drawn twice: as SVG in the page's own colours, and by matplotlib as PNG.
+"""Charts of pages and of the documentation, as Vega-Lite specifications built by Altair.
 
-The SVG is small enough to be read on a phone without being shrunk, and takes its colours from the
-page's style sheet by class, so that it follows light and dark; the PNG has the light ones.
-
-Series are told apart by colour, and without it by dashes and the shape of marks: of the eight
-colours those four apart, which share a dash and a shape, differ most to eyes that confuse red and
-green or blue and yellow. The second eight have open marks; lines without marks therefore come in
-panels of at most eight, charts with marks in panels of at most sixteen (`Chart.most`).
+In a page, Vega draws them as SVG in the page's own colours: a colour is written `var(--c0)` and
+resolved by the style sheet, so that charts follow light and dark. As PNG, for documents that
+cannot run scripts, vl-convert draws the same specification in the light colours.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparselogits.errors import MissingDependencyError
 from sparselogits.files import write_whole
 from sparselogits.report.document import static
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import altair as alt
 
-COLOURS = 8
-"""`--c0` to `--c7` of theme.css."""
-
-_STROKE = 1.8  # of `.line` in report.css; dashes are in widths of a line
-_DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.8), (1.1, 1.5), (5, 1.4, 1.1, 1.4))
-_SHAPES = (  # a disc, square, triangle and diamond; their names in matplotlib
-    ("M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z", "o"),
-    ("M-3.2-3.2h6.4v6.4h-6.4z", "s"),
-    ("M0-4.4L4.2 3.2H-4.2z", "^"),
-    ("M0-4.6L4.6 0L0 4.6L-4.6 0z", "D"),
+COLOURS = 16
+"""Number of colours for series: `--c0` to `--c15` of theme.css."""
+DASHES: tuple[tuple[float, ...], ...] = (
+    (1, 0),  # Vega draws it solid
+    (7, 3),
+    (2, 2.5),
+    (8, 2.5, 2, 2.5),
+    (12, 3),
+    (3, 5),
 )
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 
-_WIDTH, _HEIGHT = 460, 310
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 42
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point, and where an interval is known its ends on the y axis."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
-    name: str = ""
+WIDTH, HEIGHT = 460, 290
+"""Pixels of a chart drawn as PNG; in a page the width is that of the column."""
 
 
 @dataclass(frozen=True)
-class Series:
-    """Points under one name, joined by a line."""
-
-    name: str
-    points: tuple[Point, ...]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """What a figure shows.
+class Look:
+    """How a method is drawn.
 
     Args:
-        key: its file's name.
-        title: above it.
-        x_label: with unit.
-        y_label: with unit.
-        series: each in a style of its own.
-        levels: (name, y) of horizontal lines.
-        log_x: whether the x axis is logarithmic.
-        log_y: whether the y axis is; then every y of a point is above zero.
-        marks: whether points are drawn, not the line alone.
-        diagonal: whether y = x is drawn, from 0 to 1 on both axes.
-        panels: the series anew, some perhaps in each, where they are too many for one drawing; all
-            panels have the same axes.
+        colour: index of a colour of theme.css.
+        dash: index into `DASHES`.
+        shape: index into `SHAPES`.
+    """
+
+    colour: int
+    dash: int = 0
+    shape: int = 0
+
+    @property
+    def css(self) -> str:
+        """The colour as the style sheet knows it."""
+        return f"var(--c{self.colour})"
+
+
+def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
+    """Assign a look to every method.
+
+    Args:
+        groups: the group of each method, in order; methods of one group share a colour and differ
+            in their dashes.
+    """
+    names = list(dict.fromkeys(groups.values()))
+    ranks: dict[str, int] = {}
+    found = {}
+    for method, group in groups.items():
+        number, rank = names.index(group), ranks.get(group, 0)
+        ranks[group] = rank + 1
+        found[method] = Look(number % COLOURS, rank % len(DASHES), number % len(SHAPES))
+    return found
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with the words around it.
+
+    Args:
+        key: name of the file and of the element in the page.
+        title: what the chart shows.
+        chart: Altair chart; a parameter `hidden` lists the methods that are not drawn.
+        note: how to read the chart, where that is not obvious.
     """
 
     key: str
     title: str
-    x_label: str
-    y_label: str
-    series: tuple[Series, ...]
-    levels: tuple[tuple[str, float], ...] = ()
-    log_x: bool = False
-    log_y: bool = False
-    marks: bool = True
-    diagonal: bool = False
-    panels: tuple[tuple[Series, ...], ...] = ()
+    chart: alt.LayerChart = field(repr=False)
+    note: str = ""
 
-    @property
-    def most(self) -> int:
-        """How many series of a drawing can be told apart."""
-        return 2 * COLOURS if self.marks else COLOURS
-
-    @property
-    def drawings(self) -> tuple[tuple[Series, ...], ...]:
-        """The panels, or all series as the only one."""
-        return self.panels or (self.series,)
+    def spec(self) -> dict[str, Any]:
+        """The Vega-Lite specification of the page's chart."""
+        return _configured(self.chart, still=False)
 
 
-def draw_svg(chart: Chart) -> str:
-    """A `figure` element: title, and for each panel a drawing and its legend. Text is escaped."""
-    panels = "".join(
-        f'<div class="panel">{_drawing(chart, series, number)}{_legend(chart, series)}</div>'
-        for number, series in enumerate(chart.drawings, 1)
-    )
-    several = ' class="several"' if len(chart.drawings) > 1 else ""
-    return (
-        f'<figure id="{escape(chart.key)}"{several}><figcaption>{escape(chart.title)}</figcaption>'
-        f'<div class="panels">{panels}</div></figure>'
-    )
+def can_draw() -> bool:
+    """Whether the packages that draw charts are installed."""
+    return find_spec("altair") is not None and find_spec("vl_convert") is not None
 
 
-def draw_png(chart: Chart, path: Path) -> None:
-    """The same chart as a file.
+def require_drawing() -> None:
+    """Raise MissingDependencyError unless charts can be drawn."""
+    if not can_draw():
+        raise MissingDependencyError(
+            "charts need altair and vl-convert-python: pip install 'sparselogits[report]'"
+        )
+
+
+@lru_cache(maxsize=1)
+def vega_script() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, from vl-convert's own copy; no network."""
+    import altair as alt
+    import vl_convert
+
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version))
+
+
+def draw_png(drawing: Drawing, path: Path, *, width: int = WIDTH, scale: float = 2) -> None:
+    """Draw the chart of a page, with a legend, as a PNG file.
 
     Raises:
-        MissingDependencyError: without matplotlib.
+        MissingDependencyError: altair or vl-convert is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "figures as PNG need matplotlib: pip install 'sparselogits[report]'"
-        ) from error
-    panels = chart.drawings
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    size = (7, 4.6) if len(panels) == 1 else (4.6 * columns, 3.7 * rows)
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for number, axes in enumerate(grid):
-        if number >= len(panels):
-            axes.remove()
-            continue
-        _plot(chart, panels[number], axes)
-        axes.tick_params(labelbottom=True)  # also above a place that has no panel
-        if len(panels) == 1 and len(chart.series) > COLOURS:  # it would cover half the drawing
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
-            figure.set_figwidth(9.5)
-        elif panels[number]:
-            axes.legend(frameon=False, fontsize=8, handlelength=3)
-    figure.suptitle(chart.title)
-    figure.supxlabel(chart.x_label, fontsize="medium")
-    figure.supylabel(chart.y_label, fontsize="medium")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+    require_drawing()
+    chart = drawing.chart.properties(width=width, height=HEIGHT, title=drawing.title)
+    write_png(_configured(chart, still=True), path, scale=scale)
 
 
-def _plot(chart: Chart, panel: Sequence[Series], axes: Axes) -> None:
-    hues = _light_hues()
-    for index, series in enumerate(panel):
-        hue, own = hues[index % COLOURS], index % len(_DASHES)
-        dashes = (0, _DASHES[own]) if _DASHES[own] else "-"
-        axes.plot(
-            [p.x for p in series.points],
-            [p.y for p in series.points],
-            color=hue,
-            linestyle=dashes if len(series.points) > 1 else "none",
-            marker=_SHAPES[own][1] if chart.marks else None,
-            markerfacecolor="none" if index >= COLOURS else hue,
-            markersize=5.5,
-            label=series.name,
-        )
-        for point in series.points:
-            if point.low is not None and point.high is not None:
-                axes.vlines(point.x, point.low, point.high, color=hue, alpha=0.6)
-    for name, value in chart.levels:
-        axes.axhline(value, color="0.4", linestyle="--", linewidth=1)
-        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    if chart.diagonal:
-        axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
-    if chart.log_x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xticks(_log_ticks(*axes.get_xlim()))
-    if chart.log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_yticks(_log_ticks(*axes.get_ylim()))
-    axes.minorticks_off()
-    axes.grid(alpha=0.25)
+def write_png(spec: Mapping[str, Any], path: Path, *, scale: float = 2) -> None:
+    """Draw a specification in the light colours of theme.css as a PNG file."""
+    import vl_convert
+
+    text = json.dumps(spec)
+    for name, colour in light_colours().items():
+        text = text.replace(f"var({name})", colour)
+    write_whole(path, bytes(vl_convert.vegalite_to_png(text, scale=scale)))
 
 
-def _light_hues() -> list[str]:
-    """`--c0` to `--c7` as theme.css first says them, which is for light pages."""
-    return re.findall(r"--c\d: *(#\w+)", static("theme.css"))[:COLOURS]
+def light_colours() -> dict[str, str]:
+    """The colours of light pages by their names in theme.css."""
+    light, _, _ = static("theme.css").partition("@media")
+    return dict(re.findall(r"(--\w+): *(#\w+)", light))
 
 
-def _drawing(chart: Chart, panel: Sequence[Series], number: int) -> str:
-    x_ticks, y_ticks, across, up = _axes(chart)
-    parts = []
-    for value in x_ticks:
-        x = across(value)
-        parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-        parts.append(_text(x, _HEIGHT - _BOTTOM + 15, f"{value:g}", "middle"))
-    for value in y_ticks:
-        y = up(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, f"{value:g}", "end"))
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(_text(middle, _HEIGHT - 6, chart.x_label, "middle"))
-    height = (_TOP + _HEIGHT - _BOTTOM) / 2
-    turned = f'transform="rotate(-90 12 {height:.0f})"'
-    parts.append(_text(12, height, chart.y_label, "middle", turned))
-    if chart.diagonal:
-        ends = f"M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"
-        parts.append(f'<path class="level" d="{ends}"/>')
-    for _, value in chart.levels:
-        y = up(value)
-        parts.append(f'<path class="level" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-    for index, series in enumerate(panel):
-        parts += _drawn(series, index, chart.marks, across, up)
-    parts += [
-        _text(_WIDTH - _RIGHT - 2, up(value) - 4, name, "end", 'class="over"')
-        for name, value in chart.levels
+def budget_chart(
+    points: Sequence[Mapping[str, Any]],
+    looks: Mapping[str, Look],
+    *,
+    x: str,
+    y: str,
+    levels: Sequence[tuple[str, float]] = (),
+    log_y: bool = False,
+) -> alt.LayerChart:
+    """Chart a metric against a budget on a logarithmic axis, one line per series.
+
+    Args:
+        points: rows with `series`, `method`, `x`, `y`, `low` and `high`; text of `label`, where
+            a row has one, is written above its point.
+        looks: by series.
+        x: title of the horizontal axis.
+        y: title of the vertical axis.
+        levels: (name, value) of methods without a budget, drawn as horizontal lines.
+        log_y: whether the vertical axis is logarithmic too.
+    """
+    import altair as alt
+
+    with_points = {point["series"] for point in points}
+    looks = {name: look for name, look in looks.items() if name in with_points}
+    upwards: dict[str, Any] = {"title": y, "scale": alt.Scale(zero=False, nice=True)}
+    if log_y:
+        values = [end for p in points for end in (p["y"], p["low"], p["high"]) if end is not None]
+        upwards = _log_axis([*values, *(value for _, value in levels)], y)
+        bottom = upwards["scale"].domain[0]
+        # an interval may reach zero, which a logarithmic axis does not have
+        points = [p | {"low": p["low"] and max(p["low"], bottom)} for p in map(dict, points)]
+    base = _base(points, "series", looks).encode(
+        x=alt.X("x:Q", **_log_axis([p["x"] for p in points], x)), y=alt.Y("y:Q", **upwards)
+    )
+    lines = base.mark_line(strokeWidth=2).encode(detail="series:N")
+    ends = base.mark_rule(strokeWidth=1.4, opacity=0.55).encode(y="low:Q", y2="high:Q")
+    marks = base.mark_point(filled=True, size=70, opacity=1).encode(
+        shape=_shapes(looks, "series"), tooltip=_tooltip(x, y)
+    )
+    layers: list[Any] = [*_levels(levels), ends, lines, marks]
+    if any("label" in point for point in points):
+        named = base.transform_filter("isValid(datum.label)")
+        layers.append(named.mark_text(dx=9, dy=-10, fontSize=11).encode(text="label:N"))
+    return _finished(layers)
+
+
+def curve_chart(
+    points: Sequence[Mapping[str, Any]],
+    looks: Mapping[str, Look],
+    *,
+    x: str,
+    y: str,
+    ends: Sequence[Mapping[str, Any]] = (),
+    diagonal: bool = False,
+    marks: bool = False,
+    logarithmic: bool = False,
+) -> alt.LayerChart:
+    """Chart one line per method; pointing at a line dims the others.
+
+    Args:
+        points: rows with `method`, `x` and `y`.
+        looks: by method.
+        x: title of the horizontal axis.
+        y: title of the vertical axis.
+        ends: rows of the same kind, drawn as large open marks.
+        diagonal: whether to draw y = x from 0 to 1.
+        marks: whether to draw the points; a method with a single point always shows it.
+        logarithmic: whether both axes are.
+    """
+    import altair as alt
+
+    counts: dict[str, int] = {}
+    for point in points:
+        counts[point["method"]] = counts.get(point["method"], 0) + 1
+    shown = [dict(p, alone=marks or counts[p["method"]] == 1) for p in points]
+    pointed = alt.selection_point(
+        name="pointed", on="pointerover", clear="pointerout", fields=["method"], nearest=True
+    )
+    faded = alt.condition(pointed, alt.value(1), alt.value(0.12))
+    axes: list[dict[str, Any]] = [
+        {"title": x, "scale": alt.Scale(zero=False, nice=False)},
+        {"title": y, "scale": alt.Scale(zero=False, nice=True)},
     ]
-    said = f"{chart.title}: {chart.y_label} against {chart.x_label}"
-    if len(chart.drawings) > 1:
-        said += f", {number} of {len(chart.drawings)}"
+    if diagonal:
+        axes = [{"title": title, "scale": alt.Scale(domain=[0, 1])} for title in (x, y)]
+    elif logarithmic:
+        axes = [_log_axis([p[name] for p in points], title) for name, title in (("x", x), ("y", y))]
+    base = _base(shown, "method", looks).encode(
+        x=alt.X("x:Q", **axes[0]), y=alt.Y("y:Q", **axes[1])
+    )
+    lines = base.mark_line(strokeWidth=2, clip=True).encode(
+        detail="method:N", strokeDash=_dashes(looks), opacity=faded
+    )
+    catching = base.mark_point(size=160, opacity=0).encode(tooltip=_tooltip(x, y))
+    layers: list[Any] = [lines, catching.add_params(pointed)]
+    if any(point["alone"] for point in shown):
+        visible = base.transform_filter("datum.alone").mark_point(filled=True, size=34)
+        layers.insert(1, visible.encode(opacity=faded))
+    if diagonal:
+        line = alt.Chart(_rows([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
+        layers.insert(
+            0, line.mark_line(strokeDash=[5, 4], color="var(--soft)").encode(x="x:Q", y="y:Q")
+        )
+    if ends:
+        last = _base(ends, "method", looks).mark_point(
+            filled=True, shape="diamond", size=130, stroke="var(--paper)", strokeWidth=1.2
+        )
+        layers.append(
+            last.encode(x="x:Q", y="y:Q", opacity=faded, tooltip=_tooltip(x, "held-out loss"))
+        )
+    return _finished(layers)
+
+
+def dot_chart(
+    points: Sequence[Mapping[str, Any]], looks: Mapping[str, Look], *, x: str
+) -> alt.LayerChart:
+    """Chart one value with its interval per method, one method per line.
+
+    Args:
+        points: rows with `method`, `x`, `low` and `high`, in the order to draw them.
+        looks: by method.
+        x: title of the horizontal axis.
+    """
+    import altair as alt
+
+    base = _base(points, "method", looks).encode(
+        y=alt.Y("method:N", sort=None, title=None, axis=alt.Axis(labelLimit=150, domain=False)),
+        x=alt.X("x:Q", title=x, scale=alt.Scale(zero=False, nice=True)),
+    )
+    ends = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x="low:Q", x2="high:Q")
+    marks = base.mark_point(filled=True, size=110, opacity=1).encode(
+        tooltip=[
+            alt.Tooltip("method:N"),
+            alt.Tooltip("x:Q", title=x, format=".4~g"),
+            alt.Tooltip("low:Q", title="from", format=".4~g"),
+            alt.Tooltip("high:Q", title="to", format=".4~g"),
+        ]
+    )
+    return _finished([ends, marks])
+
+
+def _rows(points: Iterable[Mapping[str, Any]]) -> alt.InlineData:
+    import altair as alt
+
+    return alt.InlineData(values=[dict(point) for point in points])
+
+
+def _base(points: Iterable[Mapping[str, Any]], name: str, looks: Mapping[str, Look]) -> alt.Chart:
+    import altair as alt
+
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(said)}">'
-        f"{''.join(parts)}</svg>"
+        alt.Chart(_rows(points))
+        .transform_filter("indexof(hidden, datum.method) < 0")
+        .encode(
+            color=alt.Color(
+                f"{name}:N",
+                scale=alt.Scale(domain=list(looks), range=[look.css for look in looks.values()]),
+            )
+        )
     )
 
 
-def _legend(chart: Chart, panel: Sequence[Series]) -> str:
-    """Names, each after a piece of its line with its mark."""
-    names = []
-    for index, series in enumerate(panel):
-        piece = _line(index, "M1 6H37") if len(series.points) > 1 else ""
-        piece += _mark(index, 19, 6) if chart.marks else ""
-        swatch = f'<svg class="swatch" viewBox="0 0 38 12" aria-hidden="true">{piece}</svg>'
-        names.append(f'<li class="s{index}">{swatch}{escape(series.name)}</li>')
-    return f'<ul class="legend">{"".join(names)}</ul>'
+def _shapes(looks: Mapping[str, Look], name: str) -> alt.Shape:
+    import altair as alt
+
+    shapes = [SHAPES[look.shape] for look in looks.values()]
+    return alt.Shape(f"{name}:N", scale=alt.Scale(domain=list(looks), range=shapes))
 
 
-def _drawn(
-    series: Series,
-    index: int,
-    marks: bool,
-    across: Callable[[float], float],
-    up: Callable[[float], float],
-) -> list[str]:
-    places = [(across(p.x), up(p.y), p) for p in series.points]
-    line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in places)
-    parts = [_line(index, line)] if len(places) > 1 else []
-    for x, y, point in places if marks else ():
-        if point.low is not None and point.high is not None:
-            ends = f"M{x:.1f} {up(point.low):.1f}V{up(point.high):.1f}"
-            parts.append(f'<path class="line {_class(index)}" d="{ends}"/>')
-        said = f"{point.name or series.name}: {point.x:.4g}, {point.y:.4g}"
-        parts.append(_mark(index, x, y, said))
-    return parts
+def _dashes(looks: Mapping[str, Look]) -> alt.StrokeDash:
+    import altair as alt
+
+    dashes = [list(DASHES[look.dash]) for look in looks.values()]
+    return alt.StrokeDash("method:N", scale=alt.Scale(domain=list(looks), range=dashes))
 
 
-def _line(index: int, path: str) -> str:
-    lengths = _DASHES[index % len(_DASHES)]
-    # an attribute: the page allows no style outside its style sheet
-    dashes = " ".join(f"{_STROKE * length:.1f}" for length in lengths)
-    more = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<path class="line {_class(index)}" d="{path}"{more}/>'
+def _tooltip(x: str, y: str) -> list[alt.Tooltip]:
+    import altair as alt
+
+    return [
+        alt.Tooltip("method:N"),
+        alt.Tooltip("x:Q", title=x, format=".4~g"),
+        alt.Tooltip("y:Q", title=y, format=".4~g"),
+    ]
 
 
-def _mark(index: int, x: float, y: float, said: str = "") -> str:
-    shape, _ = _SHAPES[index % len(_SHAPES)]
-    title = f"<title>{escape(said)}</title>" if said else ""
-    return (
-        f'<path class="mark {_class(index)}" transform="translate({x:.1f} {y:.1f})" d="{shape}">'
-        f"{title}</path>"
-    )
+def _levels(levels: Sequence[tuple[str, float]]) -> list[alt.Chart]:
+    """Horizontal lines; the highest has its name above its left end, others below their right."""
+    import altair as alt
+
+    ordered = sorted(levels, key=lambda level: -level[1])
+    layers = []
+    for number, (name, value) in enumerate(ordered):
+        base = alt.Chart(_rows([{"name": name, "y": value}])).encode(y="y:Q")
+        layers.append(base.mark_rule(strokeDash=[5, 4], color="var(--soft)", strokeWidth=1.3))
+        first = number == 0
+        text = base.mark_text(
+            align="left" if first else "right",
+            dx=4 if first else -4,
+            dy=-7 if first else 9,
+            color="var(--soft)",
+            fontSize=12,
+        )
+        layers.append(text.encode(text="name:N", x=alt.value(0 if first else "width")))
+    return layers
 
 
-def _class(index: int) -> str:
-    """Its own, that of its colour, and whether its marks are open."""
-    return f"s{index} c{index % COLOURS}" + (" open" if index >= COLOURS else "")
+def _finished(layers: Sequence[Any]) -> alt.LayerChart:
+    import altair as alt
+
+    return alt.LayerChart(layer=list(layers)).add_params(alt.param(name="hidden", value=[]))
 
 
-def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
+def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
+    """The specification in the colours of the page.
+
+    Args:
+        chart: what to draw.
+        still: whether the chart is a picture: with a legend, which a page has outside the chart.
+    """
+    if not still:
+        chart = chart.properties(width="container", height=HEIGHT)
+    soft, ink, line = "var(--soft)", "var(--ink)", "var(--line)"
+    spec: dict[str, Any] = chart.configure(
+        background="var(--paper)" if still else "transparent",
+        font="system-ui, sans-serif",
+        padding={"left": 2, "right": 6, "top": 6, "bottom": 2},
+        view={"stroke": None},
+        title={"color": ink, "fontSize": 14, "anchor": "start", "offset": 12},
+        axis={
+            **{"labelColor": soft, "titleColor": ink, "gridColor": line, "tickColor": line},
+            **{"domainColor": line, "labelFontSize": 12, "titleFontSize": 12},
+            **{"titleFontWeight": "normal", "titlePadding": 8, "labelPadding": 5},
+        },
+        legend={
+            **{"disable": not still, "title": None, "labelColor": ink, "labelFontSize": 12},
+            **{"symbolSize": 90, "symbolStrokeWidth": 2, "labelLimit": 0, "symbolLimit": 0},
+            **{"symbolType": "stroke"},
+        },
+    ).to_dict()
+    return spec
 
 
-_Map = Callable[[float], float]
+def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+    """A logarithmic axis that holds all values above zero and has at least two labelled ticks."""
+    import altair as alt
+
+    above = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    low, high = min(above), max(above)
+    margin = max((high / low) ** 0.05, 1.12)
+    low, high = low / margin, high * margin
+    axis = alt.Axis(values=log_ticks(low, high), format="~g", labelOverlap=False)
+    if high > 1e5:  # billions, not the gigas of the SI
+        axis.labelExpr = "replace(format(datum.value, '~s'), 'G', 'B')"
+    return {
+        "title": title,
+        "scale": alt.Scale(type="log", domain=[low, high], nice=False),
+        "axis": axis,
+    }
 
 
-def _axes(chart: Chart) -> tuple[list[float], list[float], _Map, _Map]:
-    """Ticks of both axes, and what takes values to places in the drawing."""
-    points = [p for series in chart.series for p in series.points]
-    ys = [y for p in points for y in (p.low, p.y, p.high) if y is not None]
-    ys += [level for _, level in chart.levels]
-    if chart.log_y:  # an interval may reach zero
-        ys = [y for y in ys if y > 0]
-    xs = [p.x for p in points if p.x > 0 or not chart.log_x]
-    if chart.diagonal:
-        xs, ys = [*xs, 0.0, 1.0], [*ys, 0.0, 1.0]
-    x_low, x_high = _widened(xs, 0 if chart.diagonal else 0.04, chart.log_x)
-    y_low, y_high = _widened(ys, 0 if chart.diagonal else 0.06, chart.log_y)
-    along_x, along_y = _share(x_low, x_high, chart.log_x), _share(y_low, y_high, chart.log_y)
-
-    def across(value: float) -> float:
-        return _LEFT + along_x(value) * (_WIDTH - _LEFT - _RIGHT)
-
-    def up(value: float) -> float:
-        return _HEIGHT - _BOTTOM - along_y(value) * (_HEIGHT - _TOP - _BOTTOM)
-
-    x_ticks = _log_ticks(x_low, x_high) if chart.log_x else _ticks(x_low, x_high)
-    y_ticks = _log_ticks(y_low, y_high) if chart.log_y else _ticks(y_low, y_high)
-    return x_ticks, y_ticks, across, up
-
-
-def _share(low: float, high: float, log: bool) -> _Map:
-    """From a value to its share of the way along an axis; on a logarithmic one 0 below the low."""
-    if not log:
-        return lambda value: (value - low) / (high - low)
-    return lambda value: math.log(max(value, low) / low) / math.log(high / low)
-
-
-def _widened(values: Sequence[float], margin: float, log: bool) -> tuple[float, float]:
-    low, high = (min(values), max(values)) if values else (1.0, 2.0)
-    if log:
-        ends = _widened([math.log(low), math.log(high)], margin, False)
-        return math.exp(ends[0]), math.exp(ends[1])
-    spread = (high - low) or max(abs(low), 1.0) * 0.1
-    return low - margin * spread, high + margin * spread
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Five or so round numbers."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= 6)
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two ends: powers of ten over many decades, more within one."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 2, 3, 5, 7),
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8),
+    ):
+        ticks = [10.0**p * f for p in powers for f in steps if low <= 10.0**p * f <= high]
+        if len(ticks) >= 3:
+            return ticks
+    step = 10 ** math.floor(math.log10((high - low) / 2))  # a narrow range: linear steps
+    step *= next(f for f in (5, 2, 1) if (high - low) / (step * f) >= 2)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten; the powers alone over many decades."""
-    steps = (1, 2, 5) if high / low < 1e4 else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [10.0**power * f for power in powers for f in steps if low <= 10.0**power * f <= high]

@@ -1,10 +1,11 @@
-"""The report of a comparison: tables, figures, settings, as one page; the figures as PNG beside it.
+"""The page of a comparison: a headline, a table, charts and settings; the charts as PNG beside it.
 
     OUT/report.html      needs nothing else and loads nothing
-    OUT/figures/*.png    the same figures, where matplotlib is installed
+    OUT/figures/*.png    the charts, of the methods that the page shows at first
 
-The numbers stand beside it as JSON and CSV (`compare/results.py`). A cell that no run has filled
-says so.
+The numbers stand beside the page as JSON and CSV (`compare/results.py`). A cell that no run has
+filled says so. Without the packages that draw charts the page has its tables and says what to
+install.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +22,82 @@ from sparselogits.compare.results import Figure, MethodRow, Results, RunRow
 from sparselogits.compare.task_scores import column_of
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.files import write_whole
-from sparselogits.report.charts import draw_png, draw_svg
-from sparselogits.report.comparison_charts import charts_of, in_words, students_of
-from sparselogits.report.document import document
+from sparselogits.report.charts import can_draw, draw_png
+from sparselogits.report.comparison_charts import (
+    drawings_of,
+    hidden_at_first,
+    in_words,
+    looks_of_methods,
+    only,
+    series_of,
+    students_of,
+)
+from sparselogits.report.headline import headline
+from sparselogits.report.page import Cell, Column, Methods, Panel, Table, render_page
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write a comparison's page, and its figures where matplotlib is installed.
+    """Write a comparison's page and its charts as PNG.
+
+    Without the packages that draw charts, a SparseLogitsWarning says what to install and the page
+    has its tables alone.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
     """
-    charts = {student: charts_of(results, student) for student in students_of(results)}
-    page = folder / "report.html"
-    write_whole(page, report_page(results))
-    if find_spec("matplotlib") is None:
+    path = folder / "report.html"
+    write_whole(path, report_page(results))
+    if not can_draw():
         warnings.warn(
-            "the report has no PNG figures: pip install 'sparselogits[report]'",
+            "the report has no charts: altair or vl-convert-python is not installed; "
+            "pip install 'sparselogits[report]', then run `sparselogits report` on this folder",
             SparseLogitsWarning,
             stacklevel=2,
         )
-        return page
-    for own in charts.values():
-        for chart in own:
-            draw_png(chart, folder / "figures" / f"{chart.key}.png")
-    return page
+        return path
+    hidden = hidden_at_first(results)
+    shown = only(results, {row.method for row in results.methods} - set(hidden))
+    for student in students_of(shown):
+        for drawing in drawings_of(shown, student):
+            draw_png(drawing, folder / "figures" / f"{drawing.key}.png")
+    return path
 
 
 def report_page(results: Results) -> str:
-    """The page alone."""
-    parts = [f"<h1>{escape(results.title)}</h1>", _lead(results)]
+    """Return the page alone."""
+    panels = []
     for student in students_of(results):
         rows = [row for row in results.methods if row.student == student]
-        parts += [f"<h2>{escape(student)}</h2>", _table(rows, results)]
-        parts += [_on_drafts(rows), _on_gradients(rows)]
-        drawn = "".join(draw_svg(chart) for chart in charts_of(results, student))
-        parts.append(f'<div class="figures">{drawn}</div>')
-        parts.append(_tasks(rows, results))
-    runs = (
-        f"<details><summary>all {len(results.runs)} runs</summary>{_runs(results.runs)}</details>"
+        panels.append(
+            Panel(
+                title=student,
+                headline=headline(results, student),
+                table=_table(rows, results),
+                notes=[*_on_drafts(rows), *_on_gradients(rows)],
+                drawings=drawings_of(results, student) if can_draw() else [],
+                more=_tasks(rows, results),
+            )
+        )
+    methods = Methods(
+        looks=looks_of_methods(results),
+        groups={row.method: series_of(row) for row in results.methods},
+        hidden=hidden_at_first(results),
     )
-    parts += ["<h2>Runs</h2>", runs, "<h2>Settings</h2>", _settings(results)]
-    return document(
-        results.title,
-        f"<main>{''.join(parts)}</main>",
-        styles=["theme.css", "report.css"],
-        script="report.js",
+    return render_page(
+        "comparison.html",
+        title=results.title,
+        panels=panels,
+        methods=methods,
+        charts_drawn=can_draw(),
+        lead=_lead(results),
+        outgrown=results.outgrown_teacher,
+        not_measured=results.tasks_not_measured,
+        runs=_runs(results.runs),
+        facts=_facts(results),
+        recipe=json.dumps(results.settings.get("recipe", {}), indent=2, ensure_ascii=False),
     )
 
 
@@ -79,99 +105,165 @@ def _lead(results: Results) -> str:
     done = sum(run.status == "done" for run in results.runs)
     said = f"{done} of {len(results.runs)} runs done."
     if not results.complete:
-        said += " This comparison is not complete: what was not run says so."
-    outgrown = "".join(
-        f"<p><strong>The teacher is no better</strong>: {escape(words)}.</p>"
-        for words in results.outgrown_teacher
-    )
-    return (
-        f'<p>{said} ± is half of the 95 % interval (bootstrap over windows and seeds, "both" '
-        f"in results.json).</p>{outgrown}"
-    )
+        said += " This comparison is not complete: a method that was not run says so."
+    return said
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A figure as the table shows it; `teacher` is its name among the teacher's, if it has it."""
+class _Metric:
+    """A metric of the table.
 
-    head: str
+    Args:
+        column: how it is shown.
+        of: returns a method's value.
+        teacher: name of the metric among the teacher's, if the teacher has it.
+        scale: factor from the stored value to the shown one.
+        digits: after the decimal point.
+    """
+
+    column: Column
     of: Callable[[MethodRow], Figure | None]
     teacher: str | None
     scale: float = 1
     digits: int = 3
 
 
-def _share(head: str, name: str) -> _Column:
-    """A figure between 0 and 1, in per cent."""
-    return _Column(head, lambda row: row.figures.get(name), name, 100, 1)
+def _stored(name: str) -> Callable[[MethodRow], Figure | None]:
+    return lambda row: row.figures.get(name)
 
 
-_COLUMNS = (
-    _Column("loss", lambda row: row.figures.get("loss"), "loss"),
-    _Column("perplexity", lambda row: row.perplexity, "perplexity", digits=1),
-    _Column("- CE", lambda row: row.minus_ce.get("loss"), None),
-    _Column("gap closed %", lambda row: row.gap_closed, None, digits=0),
-    _Column("KL", lambda row: row.figures.get("kl"), None),
-    _share("ECE %", "ece"),
-    _share("ECE % (equal mass)", "ece_equal_mass"),
-    _share("overconf. %", "overconfidence"),
-    _share("acceptance %", "acceptance"),
+_METRICS = (
+    _Metric(
+        Column("loss", best="low", main=True, help="held-out cross-entropy, nats per token"),
+        _stored("loss"),
+        "loss",
+    ),
+    _Metric(
+        Column("perplexity", best="low", help="exp of the loss"),
+        lambda row: row.perplexity,
+        "perplexity",
+        digits=1,
+    ),
+    _Metric(
+        Column("- CE", best="low", help="loss less that of CE, paired by seed and window"),
+        lambda row: row.minus_ce.get("loss"),
+        None,
+    ),
+    _Metric(
+        Column(
+            "gap closed %",
+            best="high",
+            main=True,
+            help="share of the way from CE's loss to full KD's",
+        ),
+        lambda row: row.gap_closed,
+        None,
+        digits=0,
+    ),
+    _Metric(Column("KL", best="low", help="KL(teacher || student), nats"), _stored("kl"), None),
+    _Metric(
+        Column("ECE %", best="low", help="expected calibration error, bins of equal width"),
+        _stored("ece"),
+        "ece",
+        100,
+        1,
+    ),
+    _Metric(
+        Column("ECE % (equal mass)", best="low", help="the same, bins of equal mass"),
+        _stored("ece_equal_mass"),
+        "ece_equal_mass",
+        100,
+        1,
+    ),
+    _Metric(
+        Column("overconf. %", best="zero", help="mean confidence less accuracy"),
+        _stored("overconfidence"),
+        "overconfidence",
+        100,
+        1,
+    ),
+    _Metric(
+        Column("acceptance %", best="high", help="expected acceptance of speculative drafts"),
+        _stored("acceptance"),
+        "acceptance",
+        100,
+        1,
+    ),
 )
 
 
-def _table(rows: Sequence[MethodRow], results: Results) -> str:
-    """A student's methods and the teacher; drafts and gradients where they were measured."""
-    heads = ["method", "seeds", "entries", "bytes a token", *(column.head for column in _COLUMNS)]
+def _table(rows: Sequence[MethodRow], results: Results) -> Table:
+    """Return a student's table, with drafts and gradients where they were measured."""
+    columns = [
+        Column("seeds"),
+        Column("entries", main=True, help="stored entries per token"),
+        Column("bytes per token", help="of the targets, without the text"),
+        *(metric.column for metric in _METRICS),
+    ]
+    more: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
+    if any(row.realised for row in rows):
+        more.append((Column("realised % (SE)", best="high"), _realised))
+    speed = Column("tokens/s of a core", help="of training, by processor time")
+    more.append((speed, lambda row: _plain(row.tokens_per_cpu_second, 0)))
+    if any(row.gradient for row in rows):
+        more.append((Column("gradient angle °", best="low", help="to full KD's gradient"), _angle))
+    columns += [column for column, _ in more]
     lines = [
-        [row.method, _seeds(row), _plain(row.entries, 1), _plain(row.bytes_per_token, 2)]
-        + [_estimate(column.of(row), column.scale, column.digits) for column in _COLUMNS]
+        (
+            row.method,
+            [
+                _seeds(row),
+                _plain(row.entries, 1),
+                _plain(row.bytes_per_token, 2),
+                *(_estimate(metric.of(row), metric.scale, metric.digits) for metric in _METRICS),
+                *(cell(row) for _, cell in more),
+            ],
+        )
         for row in rows
     ]
-    last: list[tuple[str, Callable[[MethodRow], str]]] = []
-    if any(row.realised for row in rows):
-        last.append(("realised % (SE)", _realised))
-    last.append(("tokens/s of a core", lambda row: _plain(row.tokens_per_cpu_second, 0)))
-    if any(row.gradient for row in rows):
-        last.append(("gradient angle °", _angle))
-    for head, cell in last:
-        heads.append(head)
-        lines = [[*line, cell(row)] for line, row in zip(lines, rows, strict=True)]
+    last: list[Cell] = []
     if results.teacher is not None:
         known = results.teacher.figures
-        cells = (
-            _plain(known.get(column.teacher), column.digits, column.scale) if column.teacher else ""
-            for column in _COLUMNS
-        )
-        lines.append(["(the teacher)", "", "", "", *cells, *("" for _ in last)])
-    return _grid(heads, lines)
+        last = [Cell("")] * 3 + [
+            _plain(known.get(m.teacher), m.digits, m.scale) if m.teacher else Cell("")
+            for m in _METRICS
+        ]
+        last += [Cell("")] * len(more)
+    # a student that runs its teacher in every step is the aim, not a rival
+    rivals = {row.method for row in rows if row.family not in ("full", "reverse_kl")}
+    return Table("method", columns, lines, last).with_best(rivals)
 
 
-def _realised(row: MethodRow) -> str:
+def _realised(row: MethodRow) -> Cell:
     own = row.realised
-    return "-" if own is None else f"{100 * own.acceptance:.1f} ({100 * own.error:.1f})"
+    if own is None:
+        return Cell("-")
+    return Cell(f"{100 * own.acceptance:.1f} ({100 * own.error:.1f})", own.acceptance)
 
 
-def _on_drafts(rows: Sequence[MethodRow]) -> str:
-    """What the column of realised acceptance is, where there is one."""
+def _on_drafts(rows: Sequence[MethodRow]) -> list[str]:
+    """Say what the column of realised acceptance is, where there is one."""
     if not any(row.realised for row in rows):
-        return ""
-    return (
-        "<p>Realised: drafted tokens that the teacher accepted, of all that it verified, over all "
+        return []
+    return [
+        "Realised: drafted tokens that the teacher accepted, of all that it verified, over all "
         "seeds; in brackets the standard error that so many tokens leave. It is measured on the "
-        "models' own continuations, acceptance on the held-out text.</p>"
-    )
+        "models' own continuations, acceptance on the held-out text."
+    ]
 
 
-def _angle(row: MethodRow) -> str:
+def _angle(row: MethodRow) -> Cell:
     if row.gradient is None:
-        return "-"
+        return Cell("-")
     own = row.gradient.sizes[-1].angle
     said = f"{own.mean:.1f}"
-    return said if own.low is None or own.high is None else f"{said} ±{own.high - own.mean:.1f}"
+    if own.low is not None and own.high is not None:
+        said += f" ±{own.high - own.mean:.1f}"
+    return Cell(said, own.mean)
 
 
-def _on_gradients(rows: Sequence[MethodRow]) -> str:
-    """What the column of angles is, and why angles are missing."""
+def _on_gradients(rows: Sequence[MethodRow]) -> list[str]:
+    """Say what the column of angles is, and why angles are missing."""
     said = []
     measured = next((row.gradient for row in rows if row.gradient), None)
     if measured is not None:
@@ -183,93 +275,69 @@ def _on_gradients(rows: Sequence[MethodRow]) -> str:
             "held-out tokens, ± half of a t interval over them."
         )
     failures = dict.fromkeys(row.gradient_failure for row in rows if row.gradient_failure)
-    said += [f"Gradients not measured: {message}" for message in failures]
-    return "".join(f"<p>{escape(words)}</p>" for words in said)
+    return said + [f"Gradients not measured: {message}" for message in failures]
 
 
-def _runs(runs: Sequence[RunRow]) -> str:
-    heads = ["method", "student", "seed", "status", "loss", "steps", "seconds"]
+def _runs(runs: Sequence[RunRow]) -> Table:
+    columns = [Column(name) for name in ("student", "seed", "status", "loss", "steps", "seconds")]
     lines = [
-        [
+        (
             run.method,
-            run.student,
-            str(run.seed),
-            run.status + (f": {run.message}" if run.message else ""),
-            _plain(run.figures.get("loss"), 4),
-            "-" if run.steps is None else str(run.steps),
-            _plain(run.seconds, 1),
-        ]
+            [
+                Cell(run.student),
+                Cell(str(run.seed), run.seed),
+                Cell(run.status + (f": {run.message}" if run.message else "")),
+                _plain(run.figures.get("loss"), 4),
+                Cell("-") if run.steps is None else Cell(str(run.steps), run.steps),
+                _plain(run.seconds, 1),
+            ],
+        )
         for run in runs
     ]
-    return _grid(heads, lines)
+    return Table("method", columns, lines)
 
 
-def _tasks(rows: Sequence[MethodRow], results: Results) -> str:
-    """Zero-shot tasks, where there are any, and why some are missing."""
-    missing = results.tasks_not_measured
-    notes = "".join(f"<p>Not measured: {escape(message)}</p>" for message in missing)
+def _tasks(rows: Sequence[MethodRow], results: Results) -> Table | None:
+    """Return the table of zero-shot tasks, where there are any."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
-        return notes
-    columns = [(name, *column_of(name)) for name in names]
+        return None
+    shown = [(name, *column_of(name)) for name in names]
     lines = [
-        [
-            row.method,
-            *(_estimate(row.tasks.get(n), scale, digits) for n, _, scale, digits in columns),
-        ]
+        (row.method, [_estimate(row.tasks.get(n), scale, d) for n, _, scale, d in shown])
         for row in rows
     ]
+    last: list[Cell] = []
     if results.teacher is not None:
         known = results.teacher.tasks
-        cells = (_plain(known.get(n), digits, scale) for n, _, scale, digits in columns)
-        lines.append(["(the teacher)", *cells])
-    said = (
-        "± is half of the 95 % interval (bootstrap over a task's samples and seeds). By chance a "
-        "quarter of continuation and half of agreement is right."
-    )
-    table = _grid(["method", *(head for _, head, _, _ in columns)], lines)
-    return f"<h3>Zero-shot tasks</h3><p>{said}</p>{table}{notes}"
+        last = [_plain(known.get(n), digits, scale) for n, _, scale, digits in shown]
+    return Table("method", [Column(head) for _, head, _, _ in shown], lines, last)
 
 
-def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
-    )
-    return (
-        '<div class="wide" tabindex="0"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _settings(results: Results) -> str:
+def _facts(results: Results) -> list[tuple[str, str]]:
     facts: dict[str, Any] = dict(results.provenance)
     facts |= {k: v for k, v in results.settings.items() if k != "recipe"}
-    items = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(in_words(value))}</dd>"
-        for name, value in facts.items()
-    )
-    recipe = json.dumps(results.settings.get("recipe", {}), indent=2, ensure_ascii=False)
-    return (
-        f"<dl>{items}</dl><details><summary>recipe</summary><pre>{escape(recipe)}</pre></details>"
-    )
+    return [(name.replace("_", " "), in_words(value)) for name, value in facts.items()]
 
 
-def _seeds(row: MethodRow) -> str:
+def _seeds(row: MethodRow) -> Cell:
+    done = len(row.seeds_done)
     failed = f"{len(row.seeds_failed)} failed" if row.seeds_failed else ""
-    if not row.seeds_done:
-        return failed or "not run"
-    return f"{len(row.seeds_done)} ({failed})" if failed else str(len(row.seeds_done))
+    if not done:
+        return Cell(failed or "not run", 0)
+    return Cell(f"{done} ({failed})" if failed else str(done), done)
 
 
-def _plain(value: float | None, digits: int, scale: float = 1) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{scale * value:.{digits}f}"
+def _plain(value: float | None, digits: int, scale: float = 1) -> Cell:
+    if value is None or not math.isfinite(value):
+        return Cell("-")
+    return Cell(f"{scale * value:.{digits}f}", scale * value)
 
 
-def _estimate(figure: Figure | None, scale: float, digits: int) -> str:
+def _estimate(figure: Figure | None, scale: float, digits: int) -> Cell:
     if figure is None:
-        return "-"
+        return Cell("-")
     said, ends = f"{scale * figure.mean:.{digits}f}", figure.both
-    if ends.low is None or ends.high is None:
-        return said
-    return f"{said} ±{scale * (ends.high - ends.low) / 2:.{digits}f}"
+    if ends.low is not None and ends.high is not None:
+        said += f" ±{scale * (ends.high - ends.low) / 2:.{digits}f}"
+    return Cell(said, scale * figure.mean if math.isfinite(figure.mean) else None)

@@ -1,8 +1,8 @@
-"""One HTML file that needs nothing else: styles, script and data inside, and no request allowed.
+"""One HTML file that needs nothing else: styles, scripts and data inside, and no request allowed.
 
-The content security policy allows exactly the style and the script that stand in the file, by
-their hashes, and no request at all. Text is escaped here (`escape`) or reaches the page as JSON,
-from which the script makes text nodes, never markup.
+Pages are Jinja templates with escaping on. The content security policy allows exactly the style
+and the scripts that stand in the file, by their hashes, and no request at all. Data reach a page as
+JSON, from which its script makes text nodes, never markup.
 """
 
 from __future__ import annotations
@@ -10,52 +10,63 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from html import escape
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def document(title: str, body: str, *, styles: list[str], script: str, data: Any = None) -> str:
-    """A self-contained page.
+def render(
+    template: str,
+    *,
+    title: str,
+    styles: list[str],
+    scripts: list[str],
+    data: Any = None,
+    **values: Any,
+) -> str:
+    """Render a self-contained page.
 
     Args:
+        template: file in `static/` that extends `base.html`.
         title: plain text.
-        body: markup; whoever makes it escapes what is not theirs.
-        styles: names of files in `static/`, joined.
-        script: the same, one.
-        data: JSON values that the script reads from the element `data`.
+        styles: files in `static/`, joined.
+        scripts: sources of the page's scripts, in order.
+        data: JSON values that a script reads from the element `data`.
+        values: what the template shows; text is escaped there.
     """
-    style, code = "\n".join(static(name) for name in styles), static(script)
+    style = "\n".join(static(name) for name in styles)
+    allowed = " ".join(f"'{_hash(script)}'" for script in scripts)
     policy = (
-        f"default-src 'none'; script-src '{_hash(code)}'; style-src '{_hash(style)}'; "
+        f"default-src 'none'; script-src {allowed}; style-src '{_hash(style)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return _PAGE.format(
-        policy=policy, title=escape(title), style=style, body=body, script=code, data=_inert(data)
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            **values, policy=policy, title=title, style=style, scripts=scripts, data=_inert(data)
+        )
     )
+    # half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark
+    return page.encode("utf-8", "replace").decode()
 
 
 def static(name: str) -> str:
-    """A file of `static/`, as it stands there."""
+    """Return the text of a file of `static/`."""
     return files("sparselogits.report").joinpath("static", name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("sparselogits.report", "static"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _hash(text: str) -> str:
@@ -64,7 +75,7 @@ def _hash(text: str) -> str:
 
 
 def _inert(data: Any) -> str:
-    """JSON in which no HTML parser finds a tag or a comment."""
+    """Return JSON in which no HTML parser finds a tag or a comment."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

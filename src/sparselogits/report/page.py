@@ -1,152 +1,157 @@
-"""One HTML page with a table and curves, that opens from disk and loads nothing.
+"""What pages with tables and charts are made of, and how they become a file.
 
-Figures are drawn by matplotlib as SVG with text as text, in the page's own colours, so that they
-follow light and dark. Everything else is one Jinja template with escaping on.
+A table can be sorted, its columns can be chosen, the best value of a column is marked; a method can
+be switched on and off in all charts at once (`static/report.js`).
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from sparselogits.errors import MissingDependencyError
-from sparselogits.files import write_whole
+from sparselogits.report.charts import DASHES, Drawing, Look, vega_script
+from sparselogits.report.document import render, static
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: its name and cells, as shown."""
-
-    name: str
-    cells: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line: points (x, y), and its name in the legend."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What a report says.
+class Cell:
+    """One value of a table.
 
     Args:
-        title: of the page.
-        summary: paragraphs under the title.
-        columns: headings of the table, the first one of the names.
-        rows: the table.
-        curves: training curves.
-        x_label: of the curves, with unit.
-        y_label: of the curves, with unit.
-        conditions: (name, value) pairs: settings, versions, hashes.
+        text: as shown.
+        value: by which the column is sorted; None sorts last.
+        best: whether the value is marked as the best of its column.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        head: its heading.
+        best: which value is the best: the lowest, the highest or the one nearest to zero.
+        main: whether the column is shown on a narrow screen before columns are chosen.
+        help: what the column holds.
+    """
+
+    head: str
+    best: Literal["low", "high", "zero"] | None = None
+    main: bool = False
+    help: str = ""
+
+
+Line = tuple[str, Sequence[Cell]]
+"""A line of a table: its name and one cell per column."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column holds names.
+
+    Args:
+        head: heading of the first column.
+        columns: the others.
+        lines: in order.
+        last: cells of the teacher, below all lines in any order; empty without a teacher.
+    """
+
+    head: str
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    last: Sequence[Cell] = ()
+
+    def with_best(self, rivals: Collection[str]) -> Table:
+        """Mark the best value of each column among the lines named in `rivals`."""
+        lines = [(name, list(cells)) for name, cells in self.lines]
+        for at, column in enumerate(self.columns):
+            if column.best is None:
+                continue
+            found = [
+                (_rank(cells[at].value or 0.0, column.best), number)
+                for number, (name, cells) in enumerate(lines)
+                if name in rivals and cells[at].value is not None
+            ]
+            if len(found) > 1:
+                cells = lines[min(found)[1]][1]
+                cells[at] = replace(cells[at], best=True)
+        return replace(self, lines=lines)
+
+
+def _rank(value: float, best: str) -> float:
+    return {"low": value, "high": -value, "zero": abs(value)}[best]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of a page: a headline, a table, the charts that belong to it.
+
+    Args:
+        title: heading; empty for none.
+        headline: the result in a sentence or two.
+        table: the numbers.
+        notes: how to read them.
+        drawings: charts; empty where charts cannot be drawn.
+        more: a second table.
     """
 
     title: str
-    summary: Sequence[str]
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    curves: Sequence[Curve]
-    x_label: str
-    y_label: str
-    conditions: Sequence[tuple[str, str]]
+    headline: str
+    table: Table
+    notes: Sequence[str] = ()
+    drawings: Sequence[Drawing] = ()
+    more: Table | None = None
 
 
-def write_page(page: Page, path: Path) -> None:
-    """Write a page as one file.
+@dataclass(frozen=True)
+class Methods:
+    """The methods that a page can switch on and off.
 
-    Raises:
-        MissingDependencyError: without matplotlib and jinja2.
+    Args:
+        looks: by method.
+        groups: the group of each method, which is switched as a whole.
+        hidden: methods that are off when the page opens.
     """
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise _missing() from error
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
-    html = template.render(page=page, figure=_figure(page))
-    write_whole(path, html)
+
+    looks: Mapping[str, Look]
+    groups: Mapping[str, str]
+    hidden: Sequence[str] = field(default=())
+
+    def by_group(self) -> dict[str, list[str]]:
+        """Return the methods of each group."""
+        found: dict[str, list[str]] = {}
+        for method, group in self.groups.items():
+            found.setdefault(group, []).append(method)
+        return found
 
 
-def _missing() -> MissingDependencyError:
-    return MissingDependencyError("reports need matplotlib: pip install 'sparselogits[report]'")
+def render_page(
+    template: str, *, title: str, panels: Sequence[Panel], methods: Methods, **values: Any
+) -> str:
+    """Render a page with tables and charts.
 
-
-def _figure(page: Page) -> str:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise _missing() from error
-    from matplotlib.figure import Figure
-
-    settings: dict[str, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "sparselogits",
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for curve in page.curves:
-            axes.plot(*zip(*curve.points, strict=True), label=curve.name, linewidth=1.6)
-        axes.set_xlabel(page.x_label)
-        axes.set_ylabel(page.y_label)
-        axes.grid(alpha=0.2)
-        if page.curves:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r'\1width="100%"', svg, count=1)
-    # black ink becomes the page's ink, so that the figure can be read in the dark
-    return svg.replace("#000000", "currentColor").replace(
-        '<text style="', '<text style="fill: currentColor; '
+    Args:
+        template: file in `static/`.
+        title: plain text.
+        panels: its parts.
+        methods: what can be switched on and off.
+        values: what else the template shows.
+    """
+    charts = {drawing.key: drawing.spec() for panel in panels for drawing in panel.drawings}
+    scripts = [vega_script()] if charts else []
+    return render(
+        template,
+        title=title,
+        styles=["theme.css", "report.css"],
+        scripts=[*scripts, static("report.js")],
+        data={"charts": charts, "hidden": list(methods.hidden)},
+        panels=panels,
+        methods=methods,
+        dashes=[" ".join(str(part) for part in dash) for dash in DASHES],
+        **values,
     )
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ page.title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
-dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }
-svg { height: auto; }
-</style>
-</head>
-<body>
-<h1>{{ page.title }}</h1>
-{% for paragraph in page.summary %}<p>{{ paragraph }}</p>
-{% endfor %}
-<div class="wide"><table>
-<thead><tr>{% for column in page.columns %}
-<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in page.rows %}<tr><td>{{ row.name }}</td>
-{%- for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-<h2>Training curves</h2>
-<div class="wide">{{ figure | safe }}</div>
-<h2>Conditions</h2>
-<dl>{% for name, value in page.conditions %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
-</body>
-</html>
-"""

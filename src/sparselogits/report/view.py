@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
-from sparselogits.report.document import document
+from sparselogits.report.document import render, static
 from sparselogits.report.window import MEASURES, Position, WindowView
-
-_BODY = """<main>
-<header>
-<h1>{title}</h1>
-<details><summary>{summary}</summary><dl>{facts}</dl></details>
-<nav aria-label="Window">
-<label>Colour: <select id="measure"></select></label>
-<span class="scale">0 <i></i> <span id="most"></span></span>
-{links}
-<span class="soft">arrow keys, Home, End; c changes the colour</span>
-</nav>
-</header>
-<div id="text" role="listbox" tabindex="0" aria-label="Tokens of the window"></div>
-<aside id="panel" aria-live="polite" aria-label="The selected token"></aside>
-</main>
-<noscript>This page draws the window with its own script, which is switched off.</noscript>"""
 
 
 def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) -> str:
@@ -34,30 +17,21 @@ def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) 
         link: with a place for the number (`/window/{}`), where other windows are to be had.
     """
     title = f"Window {view.index}"
-    facts = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in view.facts
-    )
-    body = _BODY.format(
-        title=escape(title),
-        summary=escape(f"{len(view.tokens)} tokens of {view.facts[0][1]}"),
-        facts=facts,
-        links="" if link is None else _links(view, link),
-    )
-    return document(
-        f"{title} of {view.facts[0][1]}",
-        body,
-        styles=["theme.css", "view.css"],
-        script="view.js",
-        data=_data(view, rounds),
-    )
-
-
-def _links(view: WindowView, link: str) -> str:
     near = (("← before", view.previous, "prev"), ("next →", view.following, "next"))
-    return " ".join(
-        f'<a rel="{relation}" href="{escape(link.format(window))}">{name}</a>'
-        for name, window, relation in near
-        if window is not None
+    return render(
+        "view.html",
+        title=f"{title} of {view.facts[0][1]}",
+        styles=["theme.css", "view.css"],
+        scripts=[static("view.js")],
+        data=_data(view, rounds),
+        heading=title,
+        summary=f"{len(view.tokens)} tokens of {view.facts[0][1]}",
+        facts=view.facts,
+        links=[
+            (relation, link.format(window), name)
+            for name, window, relation in near
+            if link is not None and window is not None
+        ],
     )
 
 
