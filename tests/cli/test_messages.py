@@ -93,7 +93,7 @@ MISTAKES = {
     CACHE + " --batch 0": ("--batch", "greater than or equal to 1"),
     CACHE + " --windows-per-shard 0": ("--windows-per-shard", "greater than or equal to 1"),
     CACHE + " --window 0": ("found window_length=0", "at least 2"),
-    CACHE + " --holdout 1.5": ("found 1.5", "[0, 1)"),
+    CACHE + " --holdout 1.5": ("found 1.5", "from 0 to below 1"),
     CACHE + " --dtype int4": ("unknown dtype 'int4'", "choose auto"),
     CACHE + " --device tpu": ("--device tpu", "choose auto or cpu"),
     CACHE + " --text-field body": ("has no field `body`", "name the field"),

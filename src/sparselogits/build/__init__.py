@@ -1,6 +1,12 @@
 """Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
 
-from sparselogits.build.builder import BuildReport, CacheRequest, begin_job, build_caches
+from sparselogits.build.builder import (
+    BuildReport,
+    CacheRequest,
+    begin_job,
+    build_caches,
+    check_request,
+)
 from sparselogits.build.collected import ImportReport, import_collected
 from sparselogits.build.job import Job
 from sparselogits.build.plan import Share, shard_ranges
@@ -16,6 +22,7 @@ __all__ = [
     "TextPlace",
     "begin_job",
     "build_caches",
+    "check_request",
     "fetch_texts",
     "import_collected",
     "place_of_text",

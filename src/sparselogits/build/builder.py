@@ -8,15 +8,16 @@ shards are compared with the corpus before any work is done (`job.CHECKED_SHARDS
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparselogits.build.job import Job
 from sparselogits.build.pilot import check_teacher_on_text, pilot_windows, resolve_budget
 from sparselogits.build.plan import WHOLE, Range, Share, shard_ranges, windows_in
+from sparselogits.build.text import require_room
 from sparselogits.build.work import Draw
 from sparselogits.build.writer import Writer
-from sparselogits.corpus import PackedCorpus
+from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
@@ -125,6 +126,35 @@ def build_caches(
     return BuildReport(job.caches, total - found, found)
 
 
+def check_request(
+    request: CacheRequest, packing: Packing, tokenizer_hash: str, windows_per_shard: int
+) -> None:
+    """Check what can be checked about a cache without its teacher and its text.
+
+    Raises:
+        CacheError: a file stands at its path, or a folder that holds something else.
+        IdentityMismatchError: the cache that is there was begun with other settings.
+    """
+    if not Cache.exists(request.root):
+        require_room(request.root)
+        return
+    sampler = _sampler_of_existing(request) or request.sampler
+    there = Cache.open(request.root).identity
+    packed = packing.to_json()
+    here = replace(
+        there,
+        tokenizer=str(tokenizer_hash),
+        window_length=packed.pop("window_length"),
+        windows_per_shard=windows_per_shard,
+        packing=packed,
+        sampler=_described(request, sampler),
+        seed=request.seed,
+        temperature=request.temperature,
+        codec=codec_for(sampler),
+    )
+    here.require_equal(there, here="this build", there=f"the cache at {request.root}")
+
+
 def begin_job(
     engine: Engine,
     corpus: PackedCorpus,
@@ -215,9 +245,6 @@ def _identity(
     tokenizer_hash: str,
     windows_per_shard: int,
 ) -> Identity:
-    described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
-    if request.budget is not None:
-        described["budget"] = float(request.budget)
     packing = corpus.packing.to_json()
     return Identity(
         teacher=engine.identity,
@@ -227,11 +254,18 @@ def _identity(
         window_length=packing.pop("window_length"),
         windows_per_shard=windows_per_shard,
         packing=packing,
-        sampler=described,
+        sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
         codec=codec_for(sampler),
     )
+
+
+def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
+    if request.budget is not None:
+        described["budget"] = float(request.budget)
+    return described
 
 
 def _mask_fingerprint(engine: Engine) -> str:

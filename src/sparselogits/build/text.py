@@ -10,6 +10,7 @@ touched, read again or numbered anew, and each text can be built, resumed and ch
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,10 @@ from sparselogits.corpus import PackedCorpus, Packing, Source, Window
 from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
+from sparselogits.store.place import Place, is_url
+
+_OWN = re.compile(r"corpus(-\d+)?|shards|README\.md|.*\.(tmp|partial)")
+"""Names in a cache's folder that may be there before its cache.json."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,32 @@ class TextPlace:
 
     folder: Path
     first_window: int
+
+
+def require_room(cache: Place) -> None:
+    """Check that a new cache can be begun in a folder: it is empty, or holds packed text only.
+
+    Raises:
+        CacheError: a file stands at the path, or the folder holds something else.
+    """
+    if is_url(cache):
+        return
+    folder = Path(cache)
+    try:
+        there = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CacheError(
+            f"{folder} cannot hold a cache: {error.strerror or error}; choose another "
+            "folder (--out)"
+        ) from error
+    other = [n for n in there if not (n.startswith(".") or _OWN.fullmatch(n))]
+    if other:
+        raise CacheError(
+            f"{folder} holds no cache, but other files ({', '.join(other[:3])}"
+            f"{', ...' if len(other) > 3 else ''}); choose an empty or a new folder (--out)"
+        )
 
 
 def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> TextPlace:

@@ -28,10 +28,11 @@ from sparselogits.cli.options import (
     WindowsPerShard,
 )
 from sparselogits.console import messages, stage
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from sparselogits.build import TextPlace
+    from sparselogits.corpus import PackedCorpus
 
 DEFAULT_BUDGET = 12.0
 
@@ -274,19 +275,31 @@ def cache(
     ] = None,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets per token."""
-    from sparselogits.build import CacheRequest, fetch_texts, place_of_text, publish_text
+    from sparselogits.build import (
+        CacheRequest,
+        check_request,
+        fetch_texts,
+        place_of_text,
+        publish_text,
+        shard_ranges,
+    )
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+    from sparselogits.corpus.packed import recorded_vocabulary
     from sparselogits.samplers import from_parameters
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.vocabulary import vocabulary_size
 
     chosen, budget = _sampler_options(
         sampler.value, budget, rounds, proposal_exponent, k, p, max_entries, tau
     )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise InvalidArgumentError(f"--temperature divides logits: above 0, found {temperature}")
-    if budget is None:
-        from_parameters(chosen)  # out of range is said before the teacher is loaded
+    if not 0 <= holdout < 1:
+        raise InvalidArgumentError(
+            f"--holdout is the share of the text to hold out, from 0 to below 1; found {holdout:g}"
+        )
+    drawn = from_parameters(chosen)
     only = _window_range(windows)
     crew = crew_of(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
@@ -300,9 +313,6 @@ def cache(
         tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
     )
-    if crew.follows:
-        crew.follow(load())
-        return
     packing = packing_for(
         tokenizer,
         window_length=window,
@@ -310,31 +320,60 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
+    request = CacheRequest(out, drawn, budget, seed, temperature)
+    tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
     def find_place() -> TextPlace:
         return place_of_text(fetch_texts(out, work), source, packing, append=append)
 
-    place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
-    messages.print(f"loading the teacher {teacher}")
-    with crew.leading(load(device=crew.device)) as engine:
+    def pack_text(place: TextPlace, vocab_size: int) -> PackedCorpus:
         with stage("packing text", "MB", per_unit=1e-6) as update:
-            corpus = pack(
+            packed = pack(
                 source,
                 tokenizer,
                 packing,
                 place.folder,
-                vocab_size=engine.vocab_size,
+                vocab_size=vocab_size,
                 progress=update,
                 processes=processes,
             )
+        messages.print(packed.in_words())
+        shard_ranges(packed.windows, windows_per_shard, only, first_window=place.first_window)
+        return packed
+
+    # what needs no weights comes first: a teacher takes minutes to load
+    if crew.follows:
+        crew.wait_for_packing(find_place)
+        crew.follow(load())
+        return
+    check_request(request, packing, tokenizer_hash, windows_per_shard)
+    place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
+    vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
+        teacher, trust_remote_code=trust_remote_code
+    )
+    corpus = None
+    if vocab_size is not None:
+        corpus = pack_text(place, vocab_size)
         publish_text(out, corpus.folder)
+    messages.print(f"loading the teacher {teacher}")
+    with crew.leading(load(device=crew.device)) as engine:
+        if corpus is None:
+            corpus = pack_text(place, engine.vocab_size)
+            publish_text(out, corpus.folder)
+        if engine.vocab_size != corpus.vocab_size:
+            raise IdentityMismatchError(
+                f"the text in {place.folder} was packed for {corpus.vocab_size} token ids, but the "
+                f"teacher has {engine.vocab_size}: it is not the teacher that the cache was begun "
+                "with, or its configuration names another size. Delete that folder to pack the "
+                "text again, or choose another --out"
+            )
         with stage("caching", "tokens", per_unit=window) as update:
             report = crew.build(
                 load,
                 engine,
                 corpus,
-                [CacheRequest(out, from_parameters(chosen), budget, seed, temperature)],
-                tokenizer_hash=tokenizer_fingerprint(tokenizer),
+                [request],
+                tokenizer_hash=tokenizer_hash,
                 batch=batch,
                 windows_per_shard=windows_per_shard,
                 only=only,

@@ -76,6 +76,13 @@ class Crew:
         )
         return find()
 
+    def wait_for_packing(self, find: Callable[[], TextPlace]) -> None:
+        """Wait until the first rank has packed the text."""
+        from sparselogits.build.executors import wait_for_first_rank
+        from sparselogits.corpus.packed import Paths
+
+        wait_for_first_rank(lambda: Paths(find().folder).index.exists())
+
     def build(
         self,
         load: Callable[..., Any],

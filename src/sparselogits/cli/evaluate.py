@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from sparselogits.cli.evaluated_text import OtherText, text_to_evaluate, tokenizer_of
 from sparselogits.cli.models import load_own_teacher, load_student
 from sparselogits.cli.options import (
     DATA,
@@ -21,12 +23,13 @@ from sparselogits.cli.options import (
     Device,
     Dtype,
     Json,
+    SeparatorId,
     device_named,
     say_json,
     stdout,
 )
 from sparselogits.console import stage
-from sparselogits.errors import InvalidArgumentError, TeacherError
+from sparselogits.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from sparselogits.corpus import PackedCorpus
     from sparselogits.evaluate import Estimate, HeldOut
     from sparselogits.evaluate.tasks import TaskScore
-    from sparselogits.store import Cache
 
 
 def evaluate_command(
@@ -54,11 +56,56 @@ def evaluate_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     cache: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Folder or URL of the cache whose held-out text is read.", rich_help_panel=DATA
+            help="Folder or URL of the cache whose held-out text is read. With --data, the cache "
+            "says how text is packed.",
+            show_default="none: --data names the text",
+            rich_help_panel=DATA,
         ),
-    ],
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on this text in place of held-out text: a text, JSON lines or Parquet "
+            "file, a folder of such files, or the name of a dataset.",
+            show_default="the cache's held-out text",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window, for --data.",
+            show_default="the cache's, else 1024",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str,
+        typer.Option(help="Field or column that holds the text, for --data.", rich_help_panel=DATA),
+    ] = "text",
+    split: Annotated[
+        str, typer.Option(help="Split of a dataset, for --data.", rich_help_panel=DATA)
+    ] = "train",
+    completion_only: Annotated[
+        bool,
+        typer.Option(
+            "--completion-only",
+            help="Measure only completions and what assistants say, for --data.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    reset_attention: Annotated[
+        bool | None,
+        typer.Option(
+            "--reset-attention/--no-reset-attention",
+            help="Keep documents of one window from seeing each other, for --data.",
+            show_default="as in the cache, else no",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    separator_id: SeparatorId = None,
     corpus: Annotated[
         Path | None,
         typer.Option(
@@ -106,7 +153,7 @@ def evaluate_command(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer for --tasks: a model folder, GGUF file or hub name.",
+            help="Tokenizer for --data and --tasks: a model folder, GGUF file or hub name.",
             show_default="the teacher's, else the student's",
             rich_help_panel=MEASUREMENTS,
         ),
@@ -125,39 +172,77 @@ def evaluate_command(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a student on held-out text: loss, calibration, and distance to its teacher."""
+    """Measure a student on text: loss, calibration, and distance to its teacher."""
     from sparselogits.build import fetch_texts
-    from sparselogits.corpus import PackedCorpus
-    from sparselogits.data import TextDataset
+    from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate import draft_from_prefixes, evaluate
+    from sparselogits.evaluate.tasks import require_lm_eval
     from sparselogits.store import Cache
+    from sparselogits.teacher.loading import locate_model
 
     if draft and teacher is None:
         raise InvalidArgumentError("--draft needs --teacher, which verifies what is drafted")
-    opened = Cache.open(cache)
-    words = None
-    if tasks:
-        words = _tokenizer(tokenizer or teacher or student, opened)
-    windows = TextDataset(PackedCorpus.open(corpus or fetch_texts(cache) / "corpus"), limit=limit)
-    where = device_named(device)
-    model = load_student(student, where)
-    engine = None
-    if teacher is not None:
-        engine = load_own_teacher(teacher, opened.identity, where, dtype=dtype)
-    with stage("evaluating", "windows") as update:
-        found = evaluate(
-            {"student": model}, windows, engine, resamples=resamples, seed=seed, progress=update
+    if cache is None and data is None:
+        raise InvalidArgumentError(
+            "the text to measure on is missing: give --cache CACHE for a cache's held-out text, or "
+            "--data FILE for any other"
         )
-    drafting = None
-    if draft and engine is not None:
-        with stage("drafting", "windows") as update:
-            drafting = draft_from_prefixes(
-                model, windows, engine, draft=draft, seed=seed, progress=update
+    if data is not None and corpus is not None:
+        raise InvalidArgumentError("--data and --corpus both name a text; give one of them")
+    other = None
+    if data is not None:
+        other = OtherText(
+            data,
+            text_field=text_field,
+            split=split,
+            completion_only=completion_only,
+            window=window,
+            reset_attention=reset_attention,
+            separator_id=separator_id,
+        )
+    else:
+        _require_no_data_options(
+            window, text_field, split, completion_only, reset_attention, separator_id
+        )
+    for name in (student, teacher, tokenizer):
+        if name is not None:
+            locate_model(name)  # a path that is not there is said before anything is read
+    opened = None if cache is None else Cache.open(cache)
+    words = None
+    if tasks or other is not None:
+        if tasks:
+            require_lm_eval()
+        named = [tokenizer] if tokenizer else [*([teacher] if teacher else []), student]
+        words = tokenizer_of(named, student, purpose="--tasks" if tasks else "--data")
+        if opened is not None:
+            require_tokenizer(words, opened.identity.tokenizer, opened.recorded_tokenizer())
+    with ExitStack() as stack:
+        packed = corpus
+        if packed is None and cache is not None:
+            packed = fetch_texts(cache) / "corpus"
+        windows = stack.enter_context(
+            text_to_evaluate(student, opened, packed, other, tokenizer=words, limit=limit)
+        )
+        where = device_named(device)
+        model = load_student(student, where)
+        engine = None
+        if teacher is not None:
+            identity = None if opened is None else opened.identity
+            engine = load_own_teacher(teacher, identity, where, dtype=dtype)
+        with stage("evaluating", "windows") as update:
+            found = evaluate(
+                {"student": model}, windows, engine, resamples=resamples, seed=seed, progress=update
             )
-    scores: dict[str, list[TaskScore]] = {}
-    if tasks:
-        models = {"student": model} | ({} if engine is None else {"teacher": engine.model})
-        scores = _scores(models, words, windows.corpus, tasks, task_limit)
+        drafting = None
+        if draft and engine is not None:
+            with stage("drafting", "windows") as update:
+                drafting = draft_from_prefixes(
+                    model, windows, engine, draft=draft, seed=seed, progress=update
+                )
+        scores: dict[str, list[TaskScore]] = {}
+        if tasks:
+            models = {"student": model} | ({} if engine is None else {"teacher": engine.model})
+            scores = _scores(models, words, windows.corpus, tasks, task_limit)
     if as_json:
         rows = {name: row.to_json() for name, row in found.items()}
         for name, own in scores.items():
@@ -175,13 +260,42 @@ def evaluate_command(
         )
     if scores:
         stdout().print(_task_table(scores))
-    facts = opened.statistics()
     measured = found["student"]
-    stdout().print(
-        f"cache: {facts.entries_per_position:.2f} entries and {facts.bytes_per_token:.2f} bytes a "
-        f"token; held-out: {measured.positions:,} positions in "
+    said = (
+        f"{'held-out' if other is None else data}: {measured.positions:,} positions in "
         f"{len(measured.positions_by_window):,} windows; from, to: 95 % bootstrap over windows"
     )
+    if opened is not None and other is None:
+        facts = opened.statistics()
+        said = (
+            f"cache: {facts.entries_per_position:.2f} entries and {facts.bytes_per_token:.2f} "
+            f"bytes a token; {said}"
+        )
+    stdout().print(said)
+
+
+def _require_no_data_options(
+    window: int | None,
+    text_field: str,
+    split: str,
+    completion_only: bool,
+    reset_attention: bool | None,
+    separator_id: int | None,
+) -> None:
+    given = {
+        "--window": window is not None,
+        "--text-field": text_field != "text",
+        "--split": split != "train",
+        "--completion-only": completion_only,
+        "--reset-attention": reset_attention is not None,
+        "--separator-id": separator_id is not None,
+    }
+    named = [option for option, there in given.items() if there]
+    if named:
+        raise InvalidArgumentError(
+            f"{', '.join(named)}: for text that is named by --data; a cache's held-out text is "
+            "packed already. Name the text with --data, or leave the option out"
+        )
 
 
 _Shown = Callable[[float], str]
@@ -211,25 +325,6 @@ def _table(found: dict[str, HeldOut]) -> Table:
 def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
     value = None if estimate is None else getattr(estimate, end)
     return "-" if value is None else shown(value)
-
-
-def _tokenizer(name: str, cache: Cache) -> Any:
-    """The tokenizer for the tasks' text, which has to be the one the cache was made with."""
-    from sparselogits.corpus import require_tokenizer
-    from sparselogits.evaluate.tasks import require_lm_eval
-    from sparselogits.teacher.loading import load_tokenizer
-
-    require_lm_eval()
-    trained = Path(name) / "model"
-    try:
-        found = load_tokenizer(str(trained) if trained.is_dir() else name)
-    except TeacherError as error:
-        raise TeacherError(
-            f"--tasks needs the tokenizer, and {name} has none that can be read; name the "
-            "teacher's folder with --teacher or --tokenizer"
-        ) from error
-    require_tokenizer(found, cache.identity.tokenizer, cache.recorded_tokenizer())
-    return found
 
 
 def _scores(

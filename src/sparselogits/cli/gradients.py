@@ -153,6 +153,7 @@ def gradients(
     from sparselogits.evaluate.compared import PUBLISHED
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.vocabulary import vocabulary_size
 
     if out is not None:
         require_file_or_nothing(out)
@@ -160,13 +161,27 @@ def gradients(
     source = open_source(data)
     tokenizer = load_tokenizer(teacher)
     packing = packing_for(tokenizer, window_length=window, separator_id=separator_id)
-    learners = _load_students(students, fresh, seed, device_named(device))
-    messages.print(f"loading the teacher {teacher}")
-    engine = load_teacher(teacher, tokenizer=tokenizer, dtype=dtype, device=device_named(device))
+    _require_students(students)
     with tempfile.TemporaryDirectory() as folder:
-        packed = Path(folder) / "corpus"
-        corpus = pack(source, tokenizer, packing, packed, vocab_size=engine.vocab_size)
+        corpus = pack(
+            source,
+            tokenizer,
+            packing,
+            Path(folder) / "corpus",
+            vocab_size=vocabulary_size(teacher) or max(tokenizer.get_vocab().values()) + 1,
+        )
         windows = TextDataset(corpus, holdout=False, limit=batches * max(sizes) // window)
+        if len(windows) * window < max(sizes):
+            raise InvalidArgumentError(
+                f"the text fills {len(windows)} windows of {window} tokens, which is less than one "
+                f"batch of {max(sizes)} tokens; give more text, or smaller batches (--batch)"
+            )
+        # what needs no weights has been checked
+        messages.print(f"loading the teacher {teacher}")
+        learners = _load_students(students, fresh, seed, device_named(device))
+        engine = load_teacher(
+            teacher, tokenizer=tokenizer, dtype=dtype, device=device_named(device)
+        )
         pilot = _pilot(engine, windows)
         targets = standard_targets(
             [logits for _, logits in pilot],
@@ -213,6 +228,16 @@ def gradients(
     stdout().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
 
 
+def _require_students(names: Sequence[str]) -> None:
+    """Check the students' names: paths that are there, with folder names of their own."""
+    from sparselogits.teacher.loading import locate_model
+
+    for name in names:
+        locate_model(name)
+    if len({Path(name).name for name in names}) < len(names):
+        raise InvalidArgumentError(f"students need folder names of their own, found {names}")
+
+
 def _load_students(
     names: Sequence[str], fresh: bool, seed: int, device: str
 ) -> dict[str, nn.Module]:
@@ -222,8 +247,6 @@ def _load_students(
     learners = {}
     for name in names:
         learners[Path(name).name] = load_student(name, device, dtype="float32")
-    if len(learners) < len(names):
-        raise InvalidArgumentError(f"students need folder names of their own, found {names}")
     if fresh:
         torch.manual_seed(seed)
         first: Any = next(iter(learners.values()))

@@ -21,9 +21,9 @@ def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
 
 
 def load_own_teacher(
-    name: str, identity: Identity, device: str, *, dtype: str
+    name: str, identity: Identity | None, device: str, *, dtype: str
 ) -> TransformersTeacher:
-    """The teacher that made a cache.
+    """Load the teacher that made a cache; any teacher where no identity of a cache is given.
 
     Raises:
         IdentityMismatchError: another one is named.
@@ -33,5 +33,6 @@ def load_own_teacher(
     from sparselogits.train.run import require_same_teacher
 
     engine = load_teacher(name, tokenizer=load_tokenizer(name), dtype=dtype, device=device)
-    require_same_teacher(engine, identity)
+    if identity is not None:
+        require_same_teacher(engine, identity)
     return engine

@@ -85,10 +85,9 @@ def view(
     path = out or Path(f"window-{window}.html")
     if not serve:
         require_file_or_nothing(path)
-    viewer = _viewer(cache, teacher, student, tokenizer, dtype, device_named(device))
+    viewer = _viewer(cache, window, teacher, student, tokenizer, dtype, device_named(device))
     rounds = viewer.dataset.identity.sampler.get("rounds")
     if serve:
-        viewer.require(window)
 
         def page(number: int) -> str:
             return view_page(viewer.view(number), rounds=rounds, link=f"{PREFIX}{{}}")
@@ -107,6 +106,7 @@ def view(
 
 def _viewer(
     cache: str,
+    window: int,
     teacher: str | None,
     student: str | None,
     tokenizer: str | None,
@@ -115,9 +115,13 @@ def _viewer(
 ) -> WindowViewer:
     from sparselogits.data import CacheDataset
     from sparselogits.report import WindowViewer
-    from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.loading import load_tokenizer, locate_model
 
     dataset = CacheDataset(cache)
+    WindowViewer(dataset, tokenizer=None).require(window)
+    for name in (teacher, student):
+        if name is not None:
+            locate_model(name)  # before either is loaded
     named = tokenizer or teacher
     words = None if named is None else load_tokenizer(named)
     if words is None:

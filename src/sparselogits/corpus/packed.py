@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -198,7 +199,41 @@ class PackedCorpus:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedCorpus.open, (self.folder,)
+        return _reopen, (self.folder, self._holdout is self._training)
+
+    def held_out_whole(self) -> PackedCorpus:
+        """Return the same text with all of its training windows as held-out windows.
+
+        For text that is packed for evaluation alone.
+        """
+        other = copy(self)
+        other._holdout, other.holdout_windows = self._training, self.windows
+        return other
+
+    def in_words(self) -> str:
+        """Say how the text became windows, and which of them are held out, for a person."""
+        summary, length = self.summary, self.packing.window_length
+        documents = summary.documents + summary.holdout_documents
+        said = (
+            f"{_count(documents, 'document')}, {_count(self.windows, 'window')} of {length} tokens"
+        )
+        if summary.blank_documents:
+            said += f"; {_count(summary.blank_documents, 'document')} without text left out"
+        if not self.packing.holdout:
+            return said
+        total = summary.tokens + summary.holdout_tokens
+        share = self.holdout_windows * length / max(total, 1)
+        said += (
+            f"; held out for evaluation: {_count(self.holdout_windows, 'window')} ({share:.1%}), "
+        )
+        if summary.holdout_rule != "windows":
+            return said + _count(summary.holdout_documents, "whole document")
+        said += "the last of the text"
+        if summary.dropped_tokens >= length:
+            said += ", after a gap of one window"
+        if summary.split_documents:
+            said += "; one document stands in part on either side"
+        return said
 
     @property
     def windows(self) -> int:
@@ -252,6 +287,11 @@ class PackedCorpus:
                 mask = np.append(tokens.learnt[own][1:], False)
             result.append(Window(index, tokens.ids[own].copy(), starts, mask))
         return result
+
+
+def _reopen(folder: Path, whole: bool) -> PackedCorpus:
+    corpus = PackedCorpus.open(folder)
+    return corpus.held_out_whole() if whole else corpus
 
 
 def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> None:
@@ -361,6 +401,21 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
             f"windows, one to train on and one to hold out (holdout={share}), need {2 * length}. "
             f"Use more text, a window of at most {total.tokens // 2} (--window), or no hold-out."
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def recorded_vocabulary(folder: Path) -> int | None:
+    """Return the vocabulary size that a folder's text is packed for; None where none is begun.
+
+    Raises:
+        CorpusError: its corpus.json cannot be read.
+    """
+    made_from = Paths(folder).made_from
+    size = read_json(made_from).get("vocab_size") if made_from.exists() else None
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -215,6 +215,15 @@ def _weight_files(path: Path) -> Iterator[Path]:
     yield from [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
+def locate_model(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what transformers' `from_pretrained` takes for a model's name, and its arguments.
+
+    Raises:
+        TeacherError: a path at which there is nothing.
+    """
+    return _where(model_named(name))
+
+
 def _where(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     if path.suffix.lower() == ".gguf":

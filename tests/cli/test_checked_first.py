@@ -1,0 +1,192 @@
+"""What needs no weights is checked before any are loaded; text of any kind gives a hold-out.
+
+pytest tests/cli/test_checked_first.py
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from sparselogits.cli import main
+from sparselogits.corpus import PackedCorpus
+from tests.conftest import tiny_llama
+
+Line = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Line:
+    """A command line, in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparselogits", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model's weights ends the command."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError("weights were loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path, cache: Path
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("first")
+    tiny_llama(seed=3).save_pretrained(root / "student")
+    (root / "other").mkdir()
+    (root / "other/thesis.tex").write_text("years of work")
+    (root / "latin.txt").write_bytes("Se\xf1or, the text.\n".encode("latin-1") * 400)
+    (root / "short.txt").write_text("Hardly a window of text.")
+    found = {path.stem: path for path in root.iterdir()}
+    return found | {"teacher": teacher_folder, "text": text, "cache": cache}
+
+
+CACHE = "cache --teacher {teacher} --data {text} --window 32"
+BEGUN = "cache --teacher {teacher} --data {text} --out {cache} --window 32 --rounds 12"
+MISTAKES = {
+    CACHE + " --out {new} --holdout 1": ("found 1", "below 1"),
+    CACHE + " --out {new} --windows 0:99999999": ("do not lie in the corpus", "windows 0:"),
+    CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
+    CACHE + " --out {new} --append": ("cannot append", "run the command that began"),
+    CACHE + " --out {other}": ("holds no cache", "choose an empty"),
+    CACHE + " --out {latin}": ("latin.txt", "choose another folder"),
+    BEGUN: ("packing.holdout: 0.0 in this build, 0.2", "use the same settings"),
+    BEGUN + " --holdout 0.2": ("was begun with other text", "--append"),
+    BEGUN + " --holdout 0.3": ("packing.holdout: 0.3 in this build, 0.2", "use the same settings"),
+    BEGUN + " --holdout 0.2 --seed 4": ("seed: 4 in this build, 0 in", "use the same settings"),
+    BEGUN + " --holdout 0.2 --temperature 2": ("temperature", "another output"),
+    BEGUN + " --holdout 0.2 --sampler multinomial": ("sampler.name", "another output"),
+    BEGUN + " --holdout 0.2 --windows-per-shard 3": ("windows_per_shard", "another output"),
+    "cache --teacher {teacher} --data {latin} --out {new}": ("byte 0xf1 at offset 2", "iconv"),
+    "cache --teacher {teacher} --data {short} --out {new}": ("too short", "--window"),
+    "cache --teacher {teacher} --data {short} --out {new} --window 16 --holdout 0.1": (
+        "too short to hold a part of it out",
+        "window of at most",
+    ),
+    "eval {student}": ("--cache cache", "--data file"),
+    "eval {student} --cache {cache} --window 16": ("--window", "name the text with --data"),
+    "eval {student} --data {text} --corpus {cache}": ("both name a text", "one of them"),
+    "eval {student} --data {text}": ("--data needs the tokenizer", "--tokenizer"),
+    "eval {student} --data {latin} --tokenizer {teacher}": ("byte 0xf1", "iconv"),
+    "eval {student} --data {short} --tokenizer {teacher}": ("too short", "--window"),
+    "eval {student} --cache {cache} --teacher /no/teacher": ("no model folder", "check the path"),
+    "gradients {student} --teacher {teacher} --data {latin}": ("byte 0xf1", "iconv"),
+    "gradients {student} --teacher {teacher} --data {short}": ("too short", "--window"),
+    "view {cache} --window 999999 --student {student} --teacher {teacher}": ("999999", "window"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_no_weights_are_loaded_for_a_mistake(
+    mistake: str, line: Line, places: dict[str, Path], tmp_path: Path, no_weights: None
+) -> None:
+    names = places | {"new": tmp_path / "new"}
+    code, _, said = line(*(word.format(**names) for word in mistake.split()))
+    assert code == 2, said
+    told = " ".join(said.lower().split())
+    assert all(part.lower() in told for part in MISTAKES[mistake]), said
+
+
+def unequal(count: int) -> list[dict[str, Any]]:
+    rng = random.Random(count)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
+    return [
+        {"text": " ".join(rng.choices(words, k=int(rng.lognormvariate(3.5, 1)) + 5))}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["one text file", 3, 13, 100, "a folder"])
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_the_first_command_holds_out_what_it_is_asked_for(
+    kind: str | int, share: float, line: Line, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """As in the README, on the kinds of text that it names; up to the teacher's pass."""
+    if kind == "one text file":
+        data = tmp_path / "book.txt"
+        data.write_text("\n".join(row["text"] for row in unequal(60)))
+    elif kind == "a folder":
+        data = tmp_path / "pages"
+        data.mkdir()
+        for number, row in enumerate(unequal(20)):
+            (data / f"{number}.md").write_text(row["text"])
+    else:
+        data = tmp_path / "pages.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in unequal(int(kind))))
+    out = tmp_path / "cache"
+    code, _, said = line(
+        *("cache", "--teacher", teacher_folder, "--data", data, "--out", out, "--window", 16),
+        *("--holdout", share, "--rounds", 5, "--device", "cpu"),
+        *("--windows-per-shard", 8, "--windows", "0:8"),
+    )
+    assert code == 0, said
+    corpus = PackedCorpus.open(out / "corpus")
+    total = corpus.summary.tokens + corpus.summary.holdout_tokens
+    assert abs(corpus.holdout_windows * 16 - share * total) <= 16
+    assert corpus.in_words() in said
+    rule = corpus.summary.holdout_rule
+    assert "whole document" in said if rule == "documents" else "the last of the text" in said
+
+
+def test_eval_on_any_text(line: Line, places: dict[str, Path], tmp_path: Path) -> None:
+    """Equal to the held-out text where that is the text; nothing of the cache is needed."""
+    rows = unequal(40)
+    data, same = tmp_path / "pages.jsonl", tmp_path / "same.jsonl"
+    data.write_text("".join(json.dumps({"body": row["text"]}) + "\n" for row in rows))
+    words = ["eval", places["student"], "--data", data, "--text-field", "body", "--json"]
+    words += ["--tokenizer", places["teacher"], "--device", "cpu"]
+    code, out, said = line(*words, "--window", 32, "--tasks", "last_word", "--task-limit", 3)
+    assert code == 0, said
+    alone = json.loads(out)["student"]
+    assert alone["positions"] == 31 * len(alone["loss_by_window"]) > 0
+    assert alone["kl"] is None
+    assert alone["tasks"]
+    # with the cache: its packing, its teacher
+    same.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", places["student"], "--data", same, "--cache", places["cache"], "--json"]
+    code, out, said = line(*words, "--teacher", places["teacher"], "--device", "cpu")
+    assert code == 0, said
+    found = json.loads(out)
+    assert found["student"]["loss"] == pytest.approx(alone["loss"])
+    assert found["student"]["kl"] > 0 == pytest.approx(found["teacher"]["kl"])
+    # the whole of the text, every window of it
+    assert found["student"]["loss_by_window"] == pytest.approx(alone["loss_by_window"])
+
+
+def test_a_student_of_another_tokenizer_is_refused(
+    line: Line, places: dict[str, Path], tmp_path: Path, no_weights: None
+) -> None:
+    folder = tmp_path / "student"
+    tiny_llama(seed=3).save_pretrained(folder)
+    for file in places["teacher"].glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    described = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    words = ("eval", folder, "--data", places["text"], "--tokenizer", places["teacher"])
+    code, _, said = line(*words)
+    assert code == 2
+    assert "2 tokens have other ids" in said
+    assert "--tokenizer" in said
