@@ -62,6 +62,10 @@ class RecipeError(SparseLogitsError):
     """A training recipe with unknown keys, missing values, or values out of range."""
 
 
+class TrainingError(SparseLogitsError):
+    """Training that cannot go on: a loss that is not finite, a folder that another run holds."""
+
+
 class TaskError(SparseLogitsError):
     """A zero-shot task that nobody knows, or whose data cannot be had or made."""
 

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_other_steps_is_refused(cache: Path, tmp_path: Path) -> 
     trained(cache, tmp_path, arguments=changes)
     checkpoint = str(tmp_path / "checkpoint-2")
     changes |= {"per_device_train_batch_size": 3, "max_steps": 3}
-    with pytest.raises(InvalidArgumentError, match="4 windows a step, this run takes 3"):
+    with pytest.raises(InvalidArgumentError, match="4 windows per step, this run takes 3"):
         trained(cache, tmp_path, checkpoint, arguments=changes)
     trained(cache, tmp_path, checkpoint, arguments=changes | {"ignore_data_skip": True})
 

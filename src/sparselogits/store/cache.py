@@ -113,6 +113,11 @@ class Cache:
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
 
+    @property
+    def ranges(self) -> list[Range]:
+        """Sorted (start, stop) of the shards that this reader knows, listed at its first use."""
+        return list(self._listed())
+
     def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Place:
         """Write one shard, whole or not at all.
 

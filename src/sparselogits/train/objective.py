@@ -8,11 +8,14 @@ synchronisation without an error.
 
 from __future__ import annotations
 
+import copyreg
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from inspect import unwrap
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +55,8 @@ class Objective:
         unbiased: whether the targets are, so that a KL can be reported.
         teacher_head: with the teacher online, its head; its hidden states come with each batch.
         teacher_tokens: likewise, bool [V], which ids are tokens.
+        label_smoothing: share of the uniform distribution in the labels' part of the loss.
+        with_logits: return the student's logits with a loss that is not trained on.
     """
 
     method: Method
@@ -61,31 +66,65 @@ class Objective:
     unbiased: bool = True
     teacher_head: Head | None = None
     teacher_tokens: Tensor | None = None
+    label_smoothing: float = 0.0
+    with_logits: bool = False
     training: LossMeter = field(default_factory=LossMeter)
     """Figures of training since the last log line."""
     evaluation: LossMeter = field(default_factory=LossMeter)
     """Figures of an evaluation."""
 
 
-class _Wiring(NamedTuple):
-    """A student, ready to compute an objective: parts and balancing are None where not told."""
+@dataclass(frozen=True)
+class Wiring:
+    """How one student computes an objective.
 
-    plain_forward: Callable[..., Any]
+    Args:
+        objective: what is computed.
+        trunk: name of the trunk among the student's modules; None where the loss has to be
+            computed on the logits of the student's own forward.
+        head: name of the head.
+        parts: the parts at the time of binding, of which only scale and softcap are used later.
+        balancing: auxiliary loss of a mixture of experts, from the trunk's output.
+        router_coefficient: weight of the auxiliary loss.
+    """
+
+    objective: Objective
+    trunk: str | None
+    head: str | None
     parts: Parts | None
     balancing: BalancingLoss | None
     router_coefficient: float
-    objective: Objective
+
+    def parts_of(self, model: nn.Module) -> Parts | None:
+        """Return the parts of `model` itself, which may be a replica of the student that was bound.
+
+        Looked up by name at each call: parts kept from the time of binding would make a copy of
+        the student compute the loss with the weights of the original.
+        """
+        if self.parts is None or self.trunk is None or self.head is None:
+            return None
+        trunk, head = model.get_submodule(self.trunk), model.get_submodule(self.head)
+        return replace(self.parts, trunk=trunk, head=head)
 
 
-def bind(model: nn.Module, objective: Objective) -> None:
+def bind(model: nn.Module, objective: Objective) -> Wiring:
     """Give this instance of a student a forward that computes the objective.
 
     Called with `shift_labels`, the model returns a loss and no logits: the objective where
     gradients are recorded, the labels' cross-entropy where they are not (evaluation). Otherwise it
-    does what it always did. A model whose parts cannot be told apart computes its own logits first.
+    does what it always did: its class is replaced by a subclass of the same name, and a copy or a
+    pickle of it is of the class before. A model whose parts cannot be told apart computes its own
+    logits first.
+
+    Returns:
+        what `attach` takes to bind the model again after `unbind`.
     """
+    unbind(model)
     parts = split(model)
     if parts is not None and not agrees_with_model(model, parts):
+        parts = None
+    names = {id(module): name for name, module in model.named_modules()}
+    if parts is not None and not {id(parts.trunk), id(parts.head)} <= names.keys():
         parts = None
     balancing = None
     if parts is not None and balances_experts(model):
@@ -99,32 +138,138 @@ def bind(model: nn.Module, objective: Objective) -> None:
             SparseLogitsWarning,
             stacklevel=2,
         )
-    wiring = _Wiring(model.forward, parts, balancing, coefficient(model), objective)
+    wiring = Wiring(
+        objective,
+        trunk=None if parts is None else names[id(parts.trunk)],
+        head=None if parts is None else names[id(parts.head)],
+        parts=parts,
+        balancing=balancing,
+        router_coefficient=coefficient(model),
+    )
+    attach(model, wiring)
+    return wiring
 
-    def forward(
-        self: nn.Module,
-        input_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        **inputs: Any,
-    ) -> Any:
-        if shift_labels is None or input_ids is None:
-            return wiring.plain_forward(input_ids=input_ids, **inputs)
-        return _loss_output(wiring, input_ids, shift_labels, inputs)
 
-    model.forward = types.MethodType(forward, model)
+def attach(model: nn.Module, wiring: Wiring) -> None:
+    """Make a student compute the objective of a wiring that `bind` returned for it."""
+    if not isinstance(model, _Bound):
+        model.__class__ = _bound_class(type(model))  # type: ignore[arg-type]
+    model.__dict__[_WIRING] = wiring
+    own = model.__dict__.get("forward")  # set by a library that hooks or patches one instance
+    if own is not None and not _computes(own):
+        function = getattr(own, "__func__", None) or _without_self(own)
+        model.__dict__[_PATCHED] = own
+        model.__dict__["forward"] = types.MethodType(_computing(function), model)
+
+
+def unbind(model: nn.Module) -> None:
+    """Undo `bind`; a model that is not bound is left as it is."""
+    if isinstance(model, _Bound):
+        model.__dict__.pop(_WIRING, None)
+        if _PATCHED in model.__dict__:
+            model.__dict__["forward"] = model.__dict__.pop(_PATCHED)
+        if _PLAIN in vars(type(model)):  # else another library, like FSDP2, has subclassed it since
+            model.__class__ = vars(type(model))[_PLAIN]
+
+
+_WIRING, _PATCHED = "_sparselogits_wiring", "_sparselogits_patched_forward"
+_PLAIN, _MARK = "_sparselogits_plain_class", "_sparselogits_computes_objective"
+
+
+class _Bound:
+    """Marks the classes that `_bound_class` makes."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Describe an instance for `copy` and `pickle` as one of the class it had before."""
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        function, arguments, state, *others = reduced
+        plain = getattr(type(self), _PLAIN)
+        if function is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
+            # pickle refuses `__newobj__` of any class but the instance's own
+            function, arguments = object.__new__, (plain, *arguments[1:])
+        if isinstance(state, dict):
+            state = {k: v for k, v in state.items() if k not in (_WIRING, _PATCHED)}
+            if _PATCHED in self.__dict__:
+                state["forward"] = self.__dict__[_PATCHED]
+        return (function, arguments, state, *others)
+
+
+@cache
+def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass that looks like `plain` and whose forward computes the objective.
+
+    A class, not a function on the instance: replicas and copies of the model bind a method of a
+    class to themselves, while a function on the instance would stay bound to the original.
+    """
+    return type(
+        plain.__name__,
+        (_Bound, plain),
+        {
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+            "forward": _computing(plain.forward),
+            _PLAIN: plain,
+        },
+    )
+
+
+def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that computes the objective where labels are given, else calls `plain`.
+
+    The signature stays that of `plain`: transformers reads from it whether a model takes an
+    attention mask, and generates wrongly in padded batches where it finds none.
+    """
+
+    @wraps(plain)
+    def forward(self: nn.Module, *arguments: Any, **inputs: Any) -> Any:
+        wiring = self.__dict__.get(_WIRING)
+        if wiring is None or inputs.get("shift_labels") is None:
+            return plain(self, *arguments, **inputs)
+        if arguments:
+            inputs["input_ids"] = arguments[0]
+        if inputs.get("input_ids") is None:
+            return plain(self, **inputs)
+        return _loss_output(self, plain, wiring, inputs)
+
+    setattr(forward, _MARK, True)
+    return forward
+
+
+def _computes(function: Callable[..., Any]) -> bool:
+    """Whether a forward leads to one of ours, as accelerate's for mixed precision does."""
+    innermost = unwrap(function, stop=lambda f: getattr(f, _MARK, False))
+    return getattr(innermost, _MARK, False)
+
+
+def _without_self(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def forward(_: nn.Module, *arguments: Any, **inputs: Any) -> Any:
+        return function(*arguments, **inputs)
+
+    return forward
 
 
 def _loss_output(
-    wiring: _Wiring, input_ids: Tensor, labels: Tensor, inputs: dict[str, Any]
+    model: nn.Module, plain: Callable[..., Any], wiring: Wiring, inputs: dict[str, Any]
 ) -> CausalLMOutputWithPast:
     objective = wiring.objective
+    labels = inputs.pop("shift_labels")
     target_ids = inputs.pop("target_ids", None)
     target_weights = inputs.pop("target_weights", None)
     teacher_hidden = inputs.pop("teacher_hidden", None)
     entropy = inputs.pop("teacher_entropy", None)
     num_items = inputs.pop("num_items_in_batch", None)
     inputs.pop("labels", None)
-    states, head, aux = _run(wiring, input_ids, inputs)
+    states, head, aux = _run(model, plain, wiring, inputs)
+    if states.shape[:2] != labels.shape:
+        raise InvalidArgumentError(
+            f"the student gave {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "
+            "labels: it adds or removes positions (as prompt tuning does), where each position "
+            "needs the teacher's target for it; train it with LoRA or in full instead"
+        )
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
     positions = counted.sum()
@@ -148,28 +293,58 @@ def _loss_output(
         tokens=labels.numel(),
     )
     loss = found.loss if training or found.ce is None else found.ce
+    label_share = objective.alpha if distil or online else 1.0
+    if training and objective.label_smoothing and label_share:
+        surplus = _label_surplus(states, head, labels, counted)
+        loss = loss + label_share * objective.label_smoothing * surplus
     items = positions if num_items is None else torch.as_tensor(num_items)
+    items = items.reshape(())  # nn.DataParallel hands each replica a row of it
     items = torch.where(items == 0, 1, items)  # a batch of prompts alone has nothing to learn
     loss = loss / items
     if aux is not None:  # over micro-batches and ranks a mean, weighted as the loss is
         loss = loss + aux * (positions / items)
-    return CausalLMOutputWithPast(loss=loss)
+    logits = None
+    if objective.with_logits and not training:
+        logits = states if head is None else head(states)
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: Tensor) -> Tensor:
+    """Sum over positions of the label's logit less the mean logit.
+
+    Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
+    this sum: both have the same log-partition, and only the logits that are averaged differ.
+    """
+    rows, taken = states[counted], labels[counted]
+    if head is None or head.softcap is not None:
+        logits = rows.float()
+        if head is not None:
+            logits = nn.functional.linear(rows, head.weight, head.bias).float() * head.scale
+            logits = head.softcap * (logits / head.softcap).tanh()  # type: ignore[operator]
+        return (logits.gather(1, taken[:, None])[:, 0] - logits.mean(-1)).sum()
+    difference = head.weight[taken] - head.weight.mean(0)
+    surplus = (rows.float() * difference.float()).sum()
+    if head.bias is not None:
+        surplus = surplus + (head.bias[taken] - head.bias.mean()).float().sum()
+    return surplus * head.scale
 
 
 def _run(
-    wiring: _Wiring, input_ids: Tensor, inputs: dict[str, Any]
+    model: nn.Module, plain: Callable[..., Any], wiring: Wiring, inputs: dict[str, Any]
 ) -> tuple[Tensor, Head | None, Tensor | None]:
-    """Hidden states and head, or logits and None; and a mixture's auxiliary loss."""
-    if wiring.parts is None:
-        output = wiring.plain_forward(input_ids=input_ids, use_cache=False, **inputs)
+    """Return hidden states and head, or logits and None; and a mixture's auxiliary loss."""
+    inputs["use_cache"] = False
+    parts = wiring.parts_of(model)
+    if parts is None:
+        output = plain(model, **inputs)
         aux = getattr(output, "aux_loss", None)
         return output.logits, None, None if aux is None else aux * wiring.router_coefficient
     routed = {} if wiring.balancing is None else {"output_router_logits": True}
-    output = wiring.parts.trunk(input_ids=input_ids, use_cache=False, **routed, **inputs)
+    output = parts.trunk(**routed, **inputs)
     aux = None
     if wiring.balancing is not None:
         aux = wiring.balancing(output, inputs.get("attention_mask"))
-    return output.last_hidden_state, wiring.parts.bound_head(), aux
+    return output.last_hidden_state, parts.bound_head(), aux
 
 
 def _sparse(

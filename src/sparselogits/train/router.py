@@ -51,7 +51,7 @@ def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
 
 @torch.no_grad()
 def _agrees(model: nn.Module, parts: Parts, loss: BalancingLoss, scale: float) -> bool:
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     device = parts.head.weight.device
     probe = torch.arange(PROBE_LENGTH, device=device)[None] * 7919 % vocabulary  # type: ignore[arg-type]
     was_training = model.training

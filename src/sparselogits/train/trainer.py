@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from sparselogits.causal_lm import text_config
 from sparselogits.data import (
@@ -29,19 +31,35 @@ from sparselogits.data import (
     as_windows,
     collate,
 )
-from sparselogits.errors import InvalidArgumentError, InvalidTargetsError
+from sparselogits.errors import (
+    InvalidArgumentError,
+    InvalidTargetsError,
+    SparseLogitsWarning,
+    TrainingError,
+)
 from sparselogits.files import write_whole
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.train.objective import DIVERGENCES, Method, Objective, bind
+from sparselogits.train.arguments import require_known, require_objective
+from sparselogits.train.finite import FiniteGuard
+from sparselogits.train.objective import (
+    Method,
+    Objective,
+    Wiring,
+    attach,
+    bind,
+    unbind,
+)
 
 
 class SparseKDTrainer(Trainer):  # type: ignore[misc]
     """Distil a student from a cache of sparse targets.
 
     Args:
-        model: the student, a transformers causal language model.
+        model: the student, a transformers causal language model. Its forward computes the loss
+            while this trainer trains or evaluates; at other times, and for every call without
+            `shift_labels`, the model is what it was before.
         args: transformers' TrainingArguments, or TRL's SFTConfig. What the latter says about
             preparing data (`max_length`, `packing`, ...) was settled when the cache was built.
         train_dataset: a cache.
@@ -57,16 +75,21 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: held-out windows; their loss is the labels' cross-entropy, and where they have
             targets their KD part is reported beside it. Or a `datasets.Dataset` of tokenised rows
             (`input_ids`, perhaps `labels`), or several by name.
-        others: any further argument of transformers' Trainer.
+        others: any further argument of transformers' Trainer. docs/training.md lists what each
+            argument of the Trainer and of TrainingArguments does here, and which are refused.
 
     Raises:
-        InvalidArgumentError: options that contradict each other or the cache.
+        InvalidArgumentError: options that contradict each other or the cache, or that would have
+            no effect here.
         InvalidTargetsError: a student with fewer ids than the targets use.
     """
 
+    _student: nn.Module
+    _wiring: Wiring
+
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *,
         train_dataset: CacheDataset,
@@ -80,21 +103,26 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         _require_cache(train_dataset)
+        require_objective(method, alpha, missing_mass, rounds, fresh_noise, teacher is not None)
         identity = train_dataset.identity
         sampler = from_parameters(_without_budget(identity.sampler))
         if method == "sparse":
             require_rule_for(missing_mass, unbiased=sampler.unbiased)
-        if (method in DIVERGENCES) != (teacher is not None):
-            raise InvalidArgumentError(
-                f"{' and '.join(map(repr, DIVERGENCES))} need a teacher online, the other methods "
-                f"take none; method is {method!r}"
-            )
         self._thinning = rounds if isinstance(rounds, Schedule) else None
         if isinstance(rounds, int):
             self._thinning = Schedule.constant(rounds, fresh_noise=fresh_noise)
         if self._thinning is not None:
             self._thinning.require_within(sampler.rounds)
-        _require_vocabulary(model, identity.vocab_size)
+        args = args if args is not None else TrainingArguments("sparselogits-run")
+        require_known(args, others)
+        _require_what_args_ask(args, train_dataset)
+        if args.label_smoothing_factor and method != "ce" and not alpha:
+            warnings.warn(
+                f"label_smoothing_factor={args.label_smoothing_factor:g} smooths the labels' part "
+                "of the loss, and alpha=0 gives it no share: it has no effect on this run",
+                SparseLogitsWarning,
+                stacklevel=2,
+            )
         self.objective = Objective(
             method,
             alpha=alpha,
@@ -103,32 +131,103 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             unbiased=sampler.unbiased,
             teacher_head=None if teacher is None else teacher.head,
             teacher_tokens=_partial_mask(teacher),
+            label_smoothing=args.label_smoothing_factor,
         )
         self._teacher = teacher
+        self._vocabulary = identity.vocab_size
         self._order: WindowSampler | None = None
-        bind(model, self.objective)
-        args = args if args is not None else TrainingArguments("sparselogits-run")
-        _require_what_args_ask(args, train_dataset)
-        args.remove_unused_columns = False
-        args.prediction_loss_only = True
-        args.label_names = ["shift_labels"]
+        self._windows = len(train_dataset)
+        self._guard = FiniteGuard()
+        self._uses = 0
+        if model is not None:
+            self._adopt(model)
+        elif others.get("model_init") is None:
+            raise InvalidArgumentError("give a student: a model, or model_init=... that makes one")
+        collator = others.pop("data_collator", None)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=as_windows(eval_dataset),
-            data_collator=others.pop("data_collator", collate),
+            data_collator=collate if collator is None else collator,
             **others,
         )
+        if not args.use_cache and self._used_cache is not None:
+            # the Trainer turns it off for good, which the bound forward has no need of
+            self._student.config.use_cache = self._used_cache  # type: ignore[union-attr]
+        self.label_names = ["labels"]
+        self.label_smoother = None  # part of the objective, where logits exist in chunks alone
         # the bound forward divides by the items of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.add_callback(_KeepOrder(self))
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a student with `model_init`, and check it as one that is given."""
+        model: nn.Module = super().call_model_init(trial)
+        self._adopt(model)
+        return model
+
+    def _adopt(self, model: nn.Module) -> None:
+        if not hasattr(model, "config"):
+            raise InvalidArgumentError(
+                f"the student is a {type(model).__name__} without a configuration; give a causal "
+                "language model of transformers, or one of PEFT around it"
+            )
+        _require_vocabulary(model, self._vocabulary)
+        self._used_cache = getattr(model.config, "use_cache", None)
+        if self._uses:
+            unbind(self._student)
+        self._student = model
+        self._wiring = bind(model, self.objective)
+        if not self._uses:
+            unbind(model)
+
+    @contextmanager
+    def _bound(self) -> Iterator[None]:
+        """Let the student compute the objective inside, and be an ordinary model afterwards."""
+        if not self._uses:
+            attach(self._student, self._wiring)
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+            if not self._uses:
+                unbind(self._student)
+
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **options: Any) -> Any:
+        """Train, see transformers' Trainer.
+
+        Raises:
+            InvalidArgumentError: a checkpoint of another cache, or of other steps.
+            TrainingError: a loss or weights that are not finite.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._windows = len(self.train_dataset)
+        if checkpoint and not self.args.ignore_data_skip:
+            self._windows = _windows_of(Path(checkpoint), self.train_dataset)
+        with self._bound():
+            output = super().train(resume_from_checkpoint, *arguments, **options)
+            self._require_finite(weights=True)
+            return output
+
+    def _inner_training_loop(self, *arguments: Any, **options: Any) -> Any:
+        self._guard.clear()
+        self.objective.training.take()  # what a run that was stopped left behind
+        return super()._inner_training_loop(*arguments, **options)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable[..., Any], description: str | None = None
+    ) -> Callable[..., Any]:
+        return data_collator  # targets are no columns, and are needed beside the inputs
+
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = WindowOrder(len(dataset), seed, dataset.identity.fingerprint)
-        self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(len(dataset)))
+        order = WindowOrder(self._windows, seed, dataset.identity.fingerprint)
+        self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(self._windows))
         return self._order
 
     def _pace(self, windows: int) -> Pace:
@@ -158,6 +257,38 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         with self.objective.training.waiting():
             return super().get_batch_samples(epoch_iterator, *others)
 
+    def training_step(self, model: nn.Module, inputs: Any, *others: Any, **options: Any) -> Tensor:
+        """Take a batch forward and backward, and remember its loss until the next log line."""
+        loss: Tensor = super().training_step(model, inputs, *others, **options)
+        if self._guard.add(self.state.global_step, loss):
+            self._require_finite()
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        """Compute the objective in the student's own forward."""
+        if inputs.get("shift_labels") is None:
+            raise InvalidArgumentError(
+                f"a batch has {', '.join(inputs)}, and no shift_labels: a data_collator calls "
+                "sparselogits.data.collate and changes what it returns"
+            )
+        with self._bound():
+            return super().compute_loss(model, inputs, *arguments, **options)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        *others: Any,
+        **options: Any,
+    ) -> Any:
+        """Evaluate a batch; with logits where `compute_metrics` or `predict` wants them."""
+        self.objective.with_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *others, **options)
+        finally:
+            self.objective.with_logits = False
+
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if self._teacher is not None and self.model.training:
@@ -172,10 +303,54 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Log, with the figures of `LossMeter` since the last line."""
+        """Log, with the figures of `LossMeter` since the last line.
+
+        Raises:
+            TrainingError: when a loss since the last line is not finite.
+        """
         if "loss" in logs:
             logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
+            super().log(logs, *arguments, **options)
+            self._require_finite()
+            return
         super().log(logs, *arguments, **options)
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        self._require_finite(weights=True)
+        super()._save_checkpoint(*arguments, **options)
+
+    def _require_finite(self, *, weights: bool = False) -> None:
+        found = self._guard.look(self._sum_over_ranks, self._student if weights else None)
+        if found is None:
+            return
+        advice = (
+            "Nothing of it was saved, and earlier checkpoints are as they were. Lower the learning "
+            "rate or max_grad_norm, train in bfloat16 rather than float16, or look at the data"
+        )
+        if found.step is None:
+            raise TrainingError(
+                f"step {self.state.global_step}: the student's weights, or the loss on another "
+                f"rank, are not finite. {advice} (`sparselogits verify CACHE`)"
+            )
+        windows = self._windows_of_batch(found.step, found.batch)
+        some = ", ".join(map(str, windows[:16])) + (", ..." if len(windows) > 16 else "")
+        raise TrainingError(
+            f"step {found.step + 1}: the loss is {found.loss}, not a finite number, on the "
+            f"window{'s' if len(windows) > 1 else ''} {some} of the cache. {advice} "
+            f"(`sparselogits view CACHE --window {windows[0] if windows else 0}`)"
+        )
+
+    def _windows_of_batch(self, step: int, batch: int) -> list[int]:
+        """Return the numbers of the windows that this rank took as one of a step's batches."""
+        assert self._order is not None
+        assert self._order.pace is not None
+        pace, size = self._order.pace, self._train_batch_size
+        epoch, within = divmod(step, pace.steps_per_epoch)
+        first = within * pace.windows_per_step
+        first += (batch * self.args.world_size + self.args.process_index) * size
+        order, dataset = self._order.order, self.train_dataset
+        places = range(first, min(first + size, order.windows))
+        return [dataset.cache.window_index(order[epoch, place]) for place in places]
 
     def evaluate(
         self, eval_dataset: Any = None, *arguments: Any, **options: Any
@@ -190,7 +365,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """The Trainer's, with the KD part among its metrics."""
-        output = super().evaluation_loop(*arguments, **options)
+        with self._bound():
+            output = super().evaluation_loop(*arguments, **options)
         found = self.objective.evaluation.take(self._sum_over_ranks)
         prefix = options.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": found[k] for k in ("kd", "kl") if k in found})
@@ -231,7 +407,12 @@ class _KeepOrder(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            step = {"windows_per_step": self._trainer.get_total_train_batch_size(args)}
+            dataset = self._trainer.train_dataset
+            step = {
+                "windows_per_step": self._trainer.get_total_train_batch_size(args),
+                "cache": dataset.identity.fingerprint,
+                "ranges": _joined(dataset.cache.ranges, self._trainer._windows),
+            }
             write_whole(checkpoint / _STEP_FILE, json.dumps(step) + "\n")
 
 
@@ -239,18 +420,83 @@ _STEP_FILE = "sparselogits.json"
 
 
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
-    """The Trainer counts steps, so another number of windows in each would be another place."""
-    try:
-        before = json.loads((checkpoint / _STEP_FILE).read_text())["windows_per_step"]
-    except FileNotFoundError:
-        return  # a run killed before it was written
+    """Refuse other steps: the Trainer counts steps, and would go on elsewhere in the order."""
+    before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
         raise InvalidArgumentError(
-            f"{checkpoint} was trained with {before} windows a step, this run takes "
+            f"{checkpoint} was trained with {before} windows per step, this run takes "
             f"{windows_per_step} (ranks x batch x accumulation) and would go on at another place "
             f"in the text: make it {before} again, or begin anew in another folder. "
             "ignore_data_skip=True starts the text from its beginning with the weights so far"
         )
+
+
+def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
+    """Return how many of the cache's windows the order of a checkpoint is over.
+
+    A cache that has grown since keeps the windows that the checkpoint knew in front: the run goes
+    on over those.
+
+    Raises:
+        InvalidArgumentError: another cache, or one in which those windows are elsewhere.
+    """
+    step = _read_step_file(checkpoint)
+    if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
+        raise InvalidArgumentError(
+            f"{checkpoint} was trained from a cache of fingerprint {step['cache'][:12]}..., the "
+            f"cache at {dataset.cache.root} has {dataset.identity.fingerprint[:12]}...: give the "
+            "same cache, or begin anew in another folder"
+        )
+    known = step.get("ranges")
+    if known is None:
+        return len(dataset)
+    windows: int = sum(stop - start for start, stop in known)
+    if windows > len(dataset) or _joined(dataset.cache.ranges, windows) != known:
+        raise InvalidArgumentError(
+            f"{checkpoint} was trained on {windows} windows ({_said(known)}), and the cache at "
+            f"{dataset.cache.root} now holds {_said(_joined(dataset.cache.ranges))}: the run "
+            "cannot go on in the order it had. Restore those windows, or begin anew in another "
+            "folder; "
+            "ignore_data_skip=True starts the text from its beginning with the weights so far"
+        )
+    if windows < len(dataset):
+        warnings.warn(
+            f"the cache at {dataset.cache.root} has grown from {windows} to {len(dataset)} windows "
+            f"since {checkpoint}: this run goes on over the {windows} it began with. A new run "
+            "takes all",
+            SparseLogitsWarning,
+            stacklevel=3,
+        )
+    return windows
+
+
+def _read_step_file(checkpoint: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((checkpoint / _STEP_FILE).read_text())
+    except FileNotFoundError:
+        return {}  # a run killed before it was written
+    return found
+
+
+def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> list[list[int]]:
+    """The first so many windows of a cache, as ranges of their numbers with neighbours joined."""
+    found: list[list[int]] = []
+    left = sum(stop - start for start, stop in ranges) if windows is None else windows
+    for start, stop in ranges:
+        stop = min(stop, start + left)
+        if stop <= start:
+            break
+        left -= stop - start
+        if found and found[-1][1] == start:
+            found[-1][1] = stop
+        else:
+            found.append([start, stop])
+    return found
+
+
+def _said(ranges: list[list[int]]) -> str:
+    some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:3])
+    return some + (", ..." if len(ranges) > 3 else "")
 
 
 def _require_cache(dataset: Any) -> None:

@@ -1,0 +1,124 @@
+"""What each argument of transformers' Trainer and TrainingArguments does to a `SparseKDTrainer`.
+
+Every one either does here what transformers says it does, or is refused by name before anything
+else happens. A test goes through the fields of the transformers that is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, get_args
+
+from transformers import TrainingArguments
+
+from sparselogits.data import Schedule
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.losses import MissingMass
+from sparselogits.train.objective import DIVERGENCES, Method
+
+_LOSS = "the loss is that of `method` and `alpha`"
+
+
+def _split_or_dispatched(value: Any) -> bool:
+    settings = value if isinstance(value, Mapping) else vars(value) if value is not None else {}
+    return bool(settings.get("split_batches") or settings.get("dispatch_batches"))
+
+
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "train_sampling_strategy": (
+        lambda value: value != "random",
+        "the order of the windows is computed from the seed, so that a run resumes exactly and "
+        "every window is read once per epoch; windows all have one length. Leave it at 'random'",
+    ),
+    "use_liger_kernel": (
+        bool,
+        "it replaces the student's forward, and with it the loss. Patch the student before it is "
+        "given to the trainer, without a loss: apply_liger_kernel_to_llama(model=student, "
+        "fused_linear_cross_entropy=False, cross_entropy=False) and its like",
+    ),
+    "label_names": (
+        lambda value: value is not None,
+        "the labels are those of the cache's windows. Leave it out",
+    ),
+    "deepspeed": (
+        lambda value: value is not None,
+        "the loss reads the head's weight inside the student's forward, where DeepSpeed's stage 3 "
+        "has taken it away, and no stage is tested. Use torchrun (DDP), or FSDP2 as in "
+        "examples/fsdp2.py",
+    ),
+    "accelerator_config": (
+        _split_or_dispatched,
+        "split_batches and dispatch_batches divide the windows over ranks otherwise than the "
+        "order that checkpoints and thinning are computed from. Leave both out",
+    ),
+}
+"""By field of TrainingArguments: which values are refused, and why."""
+
+REFUSED_OF_TRAINER: dict[str, str] = {
+    "compute_loss_func": f"{_LOSS}. For a loss of your own bind nothing: call "
+    "sparselogits.linear_sparse_cross_entropy in a Trainer of yours",
+}
+"""Arguments of the Trainer itself that are refused, and why."""
+
+
+def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
+    """Refuse arguments that would do nothing here, or something else than they say.
+
+    Raises:
+        InvalidArgumentError: naming the argument and what to do instead.
+    """
+    for name, (refused, why) in REFUSED.items():
+        value = getattr(args, name, None)
+        if refused(value):
+            raise InvalidArgumentError(f"{name}={_cut(value)} cannot be used here: {why}")
+    for name, why in REFUSED_OF_TRAINER.items():
+        if others.get(name) is not None:
+            raise InvalidArgumentError(f"{name} cannot be used here: {why}")
+
+
+def require_objective(
+    method: Any, alpha: Any, missing_mass: Any, rounds: Any, fresh_noise: Any, online: bool
+) -> None:
+    """Validate what a student is to be trained on, before anything is made of it.
+
+    Raises:
+        InvalidArgumentError: naming the argument, what it is, and what it may be.
+    """
+    if method not in get_args(Method):
+        raise InvalidArgumentError(
+            f"method must be one of {_listed(Method)}, found {method!r}: "
+            "'sparse' trains on the cache's targets, 'full' on the whole distribution of a teacher "
+            "that is given"
+        )
+    number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+    if not number or not math.isfinite(alpha) or not 0 <= alpha <= 1:
+        raise InvalidArgumentError(
+            f"alpha is the labels' share of the loss, a number in [0, 1], found {alpha!r}"
+        )
+    if missing_mass not in get_args(MissingMass):
+        raise InvalidArgumentError(
+            f"missing_mass must be one of {_listed(MissingMass)}, found {missing_mass!r}"
+        )
+    whole = isinstance(rounds, int) and not isinstance(rounds, bool)
+    if rounds is not None and not isinstance(rounds, Schedule) and not whole:
+        raise InvalidArgumentError(
+            f"rounds must be an integer, a Schedule, or None for all rounds, found {rounds!r}"
+        )
+    if not isinstance(fresh_noise, bool):
+        raise InvalidArgumentError(f"fresh_noise must be True or False, found {fresh_noise!r}")
+    if (method in DIVERGENCES) != online:
+        raise InvalidArgumentError(
+            f"{' and '.join(map(repr, DIVERGENCES))} need a teacher online, the other methods "
+            f"take none; method is {method!r}"
+        )
+
+
+def _listed(choices: Any) -> str:
+    return ", ".join(map(repr, get_args(choices)))
+
+
+def _cut(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else said[:57] + "..."
