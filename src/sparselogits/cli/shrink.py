@@ -21,7 +21,8 @@ from sparselogits.cli.options import (
     stdout,
 )
 from sparselogits.console import messages, stage
-from sparselogits.errors import CacheError, InvalidArgumentError, ShrinkError
+from sparselogits.errors import InvalidArgumentError, ShrinkError
+from sparselogits.files import require_new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,8 +157,7 @@ def shrink(
             "what to prune is chosen on calibration text: give either --cache or --data (only "
             "--drop-layers alone needs none)"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidArgumentError(f"{out} exists and is not an empty folder; choose another --out")
+    require_new_folder(out)
     where = device_named(device)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     messages.print(f"loading the model {teacher}", markup=False)
@@ -219,15 +219,13 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return int64 [N, L] tokens of windows spread over a cache, made with the same tokenizer."""
     import torch
 
-    from sparselogits.corpus import tokenizer_fingerprint
+    from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
 
     cache = CacheDataset(name)
-    if cache.identity.tokenizer != tokenizer_fingerprint(tokenizer):
-        raise CacheError(
-            f"the cache {name} was made with another tokenizer than the model's: its tokens are "
-            "no calibration text for it. Give a cache of this model, or --data"
-        )
+    require_tokenizer(
+        tokenizer, cache.identity.tokenizer, cache.cache.recorded_tokenizer(), whose="the model's"
+    )
     return torch.stack([cache[i]["input_ids"] for i in _spread(len(cache), count)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparselogits.files import write_whole
+from sparselogits.files import whole_folder
 from sparselogits.shrink.shrink import Shrunk
 
 _NAMES = {
@@ -18,18 +18,23 @@ _NAMES = {
 
 
 def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
-    """Write a student's weights, configuration, tokenizer and model card.
+    """Write a student's weights, configuration, tokenizer and model card: the whole folder or none.
 
     Args:
         shrunk: the student.
-        out: its folder; made if it does not exist.
+        out: folder of the student; missing or empty.
         tokenizer: the teacher's, which the student shares; None leaves it out.
         teacher: name of the teacher, for the card.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; nothing is left behind.
+        InvalidArgumentError: the folder is not empty.
     """
-    shrunk.model.save_pretrained(out)  # type: ignore[operator]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    write_whole(out / "README.md", card(shrunk, teacher))
+    with whole_folder(out) as folder:
+        shrunk.model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card(shrunk, teacher), encoding="utf-8")
 
 
 def card(shrunk: Shrunk, teacher: str) -> str:

@@ -1,0 +1,159 @@
+"""Quantise a student: fake quantisation while it is trained, real quantisation in the end.
+
+Quantisation-aware training rounds weights (and activations, where the format has them) in the
+forward pass and passes gradients through the rounding, so that the student learns with the error
+it will have. torchao does both steps; what is here names its formats and leaves out the head, which
+most runtimes keep in full precision (and which may be tied to the embedding).
+
+The order matters: `prepare` a model, train it, save it (its weights are still in full precision),
+then `load_quantized` rounds them once and for all. The quantised model computes what the
+fake-quantised one computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from sparselogits.errors import InvalidArgumentError, MissingDependencyError
+
+Format = Literal[
+    "int8-weight-only", "int4-weight-only", "int3-weight-only", "int2-weight-only",
+    "int8-dynamic-int8", "int8-dynamic-int4",
+]  # fmt: skip
+"""Bits of the weights, after bits of the activations where these are quantised too (per token,
+ranges taken from the data)."""
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A format of torchao.
+
+    Args:
+        format: see `Format`.
+        group_size: consecutive inputs of a linear layer whose weights share a scale; None shares
+            one scale per output channel.
+
+    Raises:
+        InvalidArgumentError: for an unknown format or a group size below 1.
+
+    Example:
+        >>> Quantization("int4-weight-only", group_size=32).described
+        'int4-weight-only, groups of 32'
+    """
+
+    format: Format
+    group_size: int | None = 32
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InvalidArgumentError(
+                f"unknown quantisation format {self.format!r}; available: {', '.join(FORMATS)}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise InvalidArgumentError(
+                f"group_size={self.group_size}: expected a number from 1, or none for one scale "
+                "per output channel"
+            )
+
+    @property
+    def described(self) -> str:
+        """The format in words."""
+        size = self.group_size
+        return f"{self.format}, {'one scale per channel' if size is None else f'groups of {size}'}"
+
+    def torchao_config(self) -> Any:
+        """Return torchao's configuration of the format.
+
+        Raises:
+            MissingDependencyError: torchao is not installed.
+        """
+        try:
+            import torch
+            from torchao.quantization import (
+                Int8DynamicActivationIntxWeightConfig,
+                IntxWeightOnlyConfig,
+                PerAxis,
+                PerGroup,
+            )
+        except ImportError as error:
+            raise MissingDependencyError(
+                "quantised students need torchao: pip install 'sparselogits[quantize]'"
+            ) from error
+        scales = PerAxis(0) if self.group_size is None else PerGroup(self.group_size)
+        weights, _, kind = self.format.removeprefix("int8-dynamic-").partition("-")
+        dtype = getattr(torch, weights)
+        if kind == "weight-only":
+            return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=scales)
+        return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=scales)
+
+
+def prepare(model: nn.Module, quantization: Quantization) -> None:
+    """Put fake quantisation into a model's linear layers, in place; the head stays as it is.
+
+    Weights keep their names and their precision, so checkpoints and optimisers are unaffected.
+
+    Args:
+        model: a transformers causal language model.
+        quantization: the format.
+
+    Raises:
+        InvalidArgumentError: the group size does not divide the inputs of a layer, or the model is
+            quantised already.
+        MissingDependencyError: torchao is not installed.
+    """
+    config = quantization.torchao_config()
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    layers = _linear_layers(model)
+    if not layers:
+        raise InvalidArgumentError(
+            f"{type(model).__name__} has no linear layers besides its head that could be "
+            "quantised; give a model in full precision"
+        )
+    size = quantization.group_size
+    for name, layer in layers.items():
+        if size is not None and layer.in_features % size:
+            raise InvalidArgumentError(
+                f"group_size={size} does not divide the {layer.in_features} inputs of {name}; "
+                "choose a divisor, or none for one scale per output channel"
+            )
+    quantize_(model, QATConfig(config, step="prepare"), lambda _, name: name in layers)
+
+
+def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
+    """Load a model saved in full precision with its weights quantised.
+
+    `save_pretrained` of the result writes the quantised weights, in a form that transformers loads
+    without further arguments.
+
+    Args:
+        folder: a transformers folder; of a model that `prepare` changed and that was trained since,
+            or of any other, which makes this post-training quantisation.
+        quantization: the format.
+
+    Raises:
+        MissingDependencyError: torchao is not installed.
+    """
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    settings = TorchAoConfig(quantization.torchao_config())
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, use_safetensors=True
+    )
+    return model
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
