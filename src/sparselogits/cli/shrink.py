@@ -182,10 +182,10 @@ def shrink(
             progress=update,
         )
     save(shrunk, out, tokenizer, teacher=Path(teacher).name)
-    _say(shrunk, out, as_json)
+    _say(shrunk, out, cache, as_json)
 
 
-def _say(shrunk: Shrunk, out: Path, as_json: bool) -> None:
+def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"out": str(out), **shrunk.to_json()}, indent=2))
         return
@@ -198,9 +198,9 @@ def _say(shrunk: Shrunk, out: Path, as_json: bool) -> None:
     if shrunk.dropped_layers:
         stdout().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
     messages.print(
-        f"Next: heal it from a cache of its teacher, sparselogits train --cache CACHE --student "
-        f"{out} --out RUN",
+        f"Next: heal it, sparselogits train --cache {cache or 'CACHE'} --student {out} --out RUN",
         markup=False,
+        soft_wrap=True,
     )
 
 
