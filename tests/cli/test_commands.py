@@ -65,11 +65,11 @@ def test_info_as_json(cache: Path) -> None:
 def test_info_draws_in_a_pipe_within_a_screenful(cache: Path) -> None:
     drawn = command("info", cache)
     assert drawn.returncode == 0
-    assert drawn.stderr == ""
+    assert drawn.stderr.startswith("Next: sparselogits train --cache ")
     lines = drawn.stdout.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
-    assert "entries a position" in drawn.stdout
+    assert "entries per position" in drawn.stdout
     assert "\x1b" not in drawn.stdout
     assert json.loads((cache / "cache.json").read_text())["fingerprint"] in drawn.stdout
 

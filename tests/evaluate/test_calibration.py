@@ -91,7 +91,7 @@ def test_the_sign_tells_too_sure_from_too_modest() -> None:
 
 def test_confidence_is_the_largest_probability_and_its_sign_says_hit() -> None:
     p = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.1, 0.6]])
-    found = signed_confidence(p.log(), torch.tensor([0, 1]))
+    found = signed_confidence(*p.log().max(1), torch.tensor([0, 1]))
     torch.testing.assert_close(found, torch.tensor([0.7, -0.6]))
 
 

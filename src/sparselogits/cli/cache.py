@@ -26,9 +26,12 @@ from sparselogits.cli.options import (
     Teacher,
     TrustRemoteCode,
     WindowsPerShard,
+    say_next,
+    say_train,
 )
 from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
+from sparselogits.wording import counted
 
 if TYPE_CHECKING:
     from sparselogits.build import TextPlace
@@ -381,9 +384,17 @@ def cache(
                 progress=update,
             )
     if report.windows_found:
-        messages.print(f"{report.windows_found} windows were there already")
+        there = "was" if report.windows_found == 1 else "were"
+        messages.print(f"{counted(report.windows_found, 'window')} {there} in the cache already")
     if crew.is_first:
         print_info(out, as_json)
+        if not as_json and only is None:
+            say_train(out)
+        elif not as_json:
+            say_next(
+                otherwise="build the other windows, then check that all are there: "
+                + f"sparselogits verify {out}"
+            )
 
 
 def _sampler_options(

@@ -19,6 +19,7 @@ from sparselogits.cli.options import (
     Json,
     device_named,
     say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import messages, stage, styled
@@ -84,6 +85,7 @@ def compare(
         console.print(table)
     console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
     console.print(f"page: {page}", soft_wrap=True)
+    say_next(otherwise=f"open {page} in a browser")
 
 
 def _tables(results: Results) -> list[Table]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import OUTPUT, Json, say_json, stdout
+from sparselogits.cli.options import OUTPUT, Json, say_json, say_next, stdout
+from sparselogits.console import messages
 
 
 def demo(
@@ -30,3 +31,7 @@ def demo(
         stdout().print(result.table())
         stdout().print(result.remark(), soft_wrap=True)
         stdout().print(f"report: {result.report}", soft_wrap=True)
+        messages.print(f"Next: open {result.report} in a browser; then distil text of your own:")
+        say_next(
+            "cache", "--teacher", "demo", "--data", "TEXT", "--out", "my-cache", "--holdout", "0.05"
+        )

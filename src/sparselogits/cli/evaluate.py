@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from sparselogits.cli.evaluated_text import OtherText, text_to_evaluate, tokenizer_of
@@ -26,10 +27,12 @@ from sparselogits.cli.options import (
     SeparatorId,
     device_named,
     say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import stage
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -229,7 +232,8 @@ def evaluate_command(
         if teacher is not None:
             identity = None if opened is None else opened.identity
             engine = load_own_teacher(teacher, identity, where, dtype=dtype)
-        with stage("evaluating", "windows") as update:
+        length = windows.corpus.packing.window_length
+        with stage("evaluating", "tokens", per_unit=length) as update:
             found = evaluate(
                 {"student": model}, windows, engine, resamples=resamples, seed=seed, progress=update
             )
@@ -252,26 +256,29 @@ def evaluate_command(
         say_json(rows)
         return
     stdout().print(_table(found))
+    measured = found["student"]
+    stdout().print(
+        f"{counted(measured.positions, 'position')} in "
+        f"{counted(len(measured.positions_by_window), 'window')} of "
+        f"{'held-out text' if other is None else data}; "
+        "±: half of the 95 % bootstrap interval over windows",
+        soft_wrap=True,
+    )
     if drafting is not None:
         stdout().print(
-            f"drafting {draft} at a time: {drafting.acceptance:.1%} of {drafting.verified:,} "
-            f"verified tokens accepted (expected there {drafting.expected:.1%}, standard error "
-            f"{drafting.error:.1%}), {drafting.tokens_per_pass:.2f} tokens a pass of the teacher"
+            f"drafting {draft} at a time: {drafting.acceptance:.1%} of "
+            f"{counted(drafting.verified, 'verified token')} accepted (expected "
+            f"{drafting.expected:.1%}, standard error {drafting.error:.1%}), "
+            f"{drafting.tokens_per_pass:.2f} tokens per pass of the teacher",
+            soft_wrap=True,
         )
     if scores:
         stdout().print(_task_table(scores))
-    measured = found["student"]
-    said = (
-        f"{'held-out' if other is None else data}: {measured.positions:,} positions in "
-        f"{len(measured.positions_by_window):,} windows; from, to: 95 % bootstrap over windows"
-    )
-    if opened is not None and other is None:
-        facts = opened.statistics()
-        said = (
-            f"cache: {facts.entries_per_position:.2f} entries and {facts.bytes_per_token:.2f} "
-            f"bytes a token; {said}"
-        )
-    stdout().print(said)
+    if engine is None:
+        text = ("--cache", cache) if cache is not None else ("--data", data)
+        say_next("eval", student, *text, "--teacher", "MODEL")
+    elif cache is not None:
+        say_next("view", cache, "--teacher", teacher, "--student", student)
 
 
 def _require_no_data_options(
@@ -299,32 +306,44 @@ def _require_no_data_options(
 
 
 _Shown = Callable[[float], str]
-_COLUMNS: tuple[tuple[str, str, _Shown], ...] = (
-    ("loss", "loss", lambda x: f"{x:.4f}"),
-    ("perplexity", "loss", lambda x: f"{math.exp(min(x, 700.0)):.2f}"),
-    ("KL", "kl", lambda x: f"{x:.4f}"),
-    ("ECE %", "ece", lambda x: f"{100 * x:.2f}"),
-    ("acceptance %", "acceptance", lambda x: f"{100 * x:.1f}"),
-    ("agreement %", "agreement", lambda x: f"{100 * x:.1f}"),
+_METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
+    ("loss", "↓", "loss", lambda x: f"{x:.4f}"),
+    ("perplexity", "↓", "loss", lambda x: f"{math.exp(min(x, 700.0)):.2f}"),
+    ("KL to the teacher", "↓", "kl", lambda x: f"{max(x, 0.0):.4f}"),
+    ("calibration error (ECE) %", "↓", "ece", lambda x: f"{100 * x:.2f}"),
+    ("speculative acceptance %", "↑", "acceptance", lambda x: f"{100 * x:.1f}"),
+    ("agreement with the teacher %", "↑", "agreement", lambda x: f"{100 * x:.1f}"),
 )
 
 
 def _table(found: dict[str, HeldOut]) -> Table:
-    """A line for every model, and below it the ends of its intervals."""
-    table = Table("", *(title for title, _, _ in _COLUMNS))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, row in found.items():
-        estimates = [(row.intervals.get(figure), shown) for _, figure, shown in _COLUMNS]
-        for label, end in ((name, "mean"), ("  from", "low"), ("  to", "high")):
-            cells = [_cell(estimate, end, shown) for estimate, shown in estimates]
-            table.add_row(label, *cells, style="" if label == name else "dim")
+    """Return a row per metric: the student's value with its ±, and the teacher's beside it."""
+    table = Table("metric", "", box=MARKDOWN)
+    rows = dict(sorted(found.items(), key=lambda item: item[0] == "teacher"))
+    for name in rows:
+        table.add_column(name, justify="right")
+        table.add_column("±", justify="right")
+    for title, direction, metric, shown in _METRICS:
+        estimates = [row.intervals.get(metric) for row in rows.values()]
+        if any(estimate is not None for estimate in estimates):
+            cells = [cell for estimate in estimates for cell in _cells(estimate, shown)]
+            table.add_row(title, direction, *cells)
     return table
 
 
-def _cell(estimate: Estimate | None, end: str, shown: _Shown) -> str:
-    value = None if estimate is None else getattr(estimate, end)
-    return "-" if value is None else shown(value)
+def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
+    """A value and half of its interval, both as the metric is shown."""
+    if estimate is None:
+        return "-", "-"
+    if estimate.low is None or estimate.high is None:
+        return shown(estimate.mean), "-"
+    return shown(estimate.mean), _half(shown, estimate.low, estimate.high)
+
+
+def _half(shown: _Shown, low: float, high: float) -> str:
+    """Half of an interval, with the digits of its ends."""
+    first, last = shown(low), shown(high)
+    return f"{(float(last) - float(first)) / 2:.{len(last.partition('.')[2])}f}"
 
 
 def _scores(
@@ -356,8 +375,8 @@ def _scores(
 
 
 def _task_table(scores: dict[str, list[TaskScore]]) -> Table:
-    """A line for every figure of every task; ± is its standard error over the samples."""
-    table = Table("task", "figure", "samples", *scores)
+    """Return a row per metric of each task; ± is its standard error over the samples."""
+    table = Table("task", "metric", "samples", *scores, box=MARKDOWN)
     for column in table.columns[2:]:
         column.justify = "right"
     for same in zip(*scores.values(), strict=True):

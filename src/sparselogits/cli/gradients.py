@@ -27,6 +27,7 @@ from sparselogits.cli.options import (
     Teacher,
     device_named,
     say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -226,6 +227,17 @@ def gradients(
     for name in learners:
         _print_table(name, rows)
     stdout().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
+    say_next(
+        "cache",
+        "--teacher",
+        teacher,
+        "--data",
+        "TEXT",
+        "--out",
+        "my-cache",
+        "--budget",
+        f"{budget:g}",
+    )
 
 
 def _require_students(names: Sequence[str]) -> None:

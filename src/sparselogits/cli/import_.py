@@ -16,8 +16,10 @@ from sparselogits.cli.options import (
     Json,
     TrustRemoteCode,
     WindowsPerShard,
+    say_train,
 )
 from sparselogits.console import messages, stage
+from sparselogits.wording import counted
 
 
 def import_command(
@@ -86,8 +88,11 @@ def import_command(
             windows_per_shard=windows_per_shard,
             progress=update,
         )
-    dropped = f"; the last {report.tokens_dropped} tokens fill no window" * bool(
-        report.tokens_dropped
-    )
-    messages.print(f"{report.rows} rows read{dropped}")
+    said = f"{counted(report.rows, 'row')} read"
+    if report.tokens_dropped:
+        verb = "fills" if report.tokens_dropped == 1 else "fill"
+        said += f"; the last {counted(report.tokens_dropped, 'token')} {verb} no window"
+    messages.print(said)
     print_info(out, as_json)
+    if not as_json:
+        say_train(out)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparselogits.cli.options import CacheArgument, Json, say_json, stdout
+from sparselogits.cli.options import CacheArgument, Json, say_json, say_train, stdout
 from sparselogits.console import styled
+from sparselogits.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,8 @@ def info(
 ) -> None:
     """Show what a cache holds and what it was made from, with histograms."""
     print_info(cache, as_json, sampled=sample)
+    if not as_json:
+        say_train(cache)
 
 
 def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
@@ -61,12 +64,15 @@ def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
         ("cache", str(root)),
         ("teacher", f"{identity.teacher['name']} ({identity.teacher['dtype']})"),
         ("sampler", f"{identity.sampler['name']} ({sampler})"),
-        ("windows", f"{facts.windows:,} of {identity.window_length} tokens"),
+        (
+            "windows",
+            f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens",
+        ),
         ("tokens", f"{facts.tokens:,}"),
-        ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} a token"),
-        ("size", f"{facts.bytes_on_disk:,} bytes in {facts.shards} shards"),
-        ("bits an entry", f"{facts.bits_per_entry:.2f}"),
-        ("bytes a token", f"{facts.bytes_per_token:.2f}, the text's own tokens included"),
+        ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
+        ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),
+        ("bits per entry", f"{facts.bits_per_entry:.2f}"),
+        ("bytes per token", f"{facts.bytes_per_token:.2f}, the text's own tokens included"),
         ("teacher's loss", f"{facts.mean_teacher_loss:.3f} nats"),
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),
@@ -79,8 +85,10 @@ def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
 
 def _draw(console: Console, sample: CacheSample) -> None:
     """Three histograms side by side where the terminal is wide enough, else below each other."""
-    share = f"{sample.windows:,} of {sample.of:,} windows"
-    said = f"all {sample.of:,} windows" if sample.windows == sample.of else f"a sample, {share}"
+    of = counted(sample.of, "window")
+    said = (
+        f"all of {of}" if sample.windows == sample.of else f"a sample, {sample.windows:,} of {of}"
+    )
     console.print(styled(f"\nfrom {said}", "dim"))
     length = 8 if console.width < 100 else 14
     block = "█" if console.encoding.lower().startswith("utf") else "#"
@@ -89,7 +97,7 @@ def _draw(console: Console, sample: CacheSample) -> None:
         return "\n".join(_lines(histogram, label, block=block, length=length))
 
     columns = {
-        "entries a position": lines(sample.entries, _whole),
+        "entries per position": lines(sample.entries, _whole),
         "entries by weight": lines(sample.weights, lambda a, _: f"{10**a:.1g} +"),
         "windows by entropy, nats": lines(sample.entropy, lambda a, _: f"{a:.2f} +"),
     }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
-    """A student by its folder, its hub name, or the directory of the run that trained it."""
+    """Load a student by its folder, its hub name, or the folder of the run that trained it."""
     from sparselogits.teacher.loading import load_causal_lm
 
     trained = Path(name) / "model"

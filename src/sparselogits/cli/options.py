@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sparselogits.console import results
+from sparselogits.console import messages, results
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.untrusted import json_text
 
@@ -95,6 +96,22 @@ def device_named(name: str) -> str:
 def stdout() -> Console:
     """Return the console of results; progress and remarks go to standard error."""
     return results()
+
+
+def say_next(*words: object, otherwise: str = "") -> None:
+    """Print the next command to give, ready to be copied, on standard error.
+
+    Args:
+        words: the words of the command behind `sparselogits`.
+        otherwise: what to say in its place where the next step is no command of ours.
+    """
+    command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
+    messages.print(f"Next: {command}", soft_wrap=True)
+
+
+def say_train(cache: object) -> None:
+    """Print the command that trains a student from a cache."""
+    say_next("train", "--cache", cache, "--out", "my-run")
 
 
 def say_json(value: object) -> None:

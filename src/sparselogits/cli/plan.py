@@ -18,6 +18,7 @@ from sparselogits.cli.options import (
     TARGETS,
     Json,
     say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import styled
@@ -198,6 +199,17 @@ def plan(
     stdout().print(_one(settings, found))
     if sizes:
         stdout().print(_table(settings))
+    say_next(
+        "cache",
+        "--teacher",
+        "MODEL",
+        "--data",
+        "TEXT",
+        "--out",
+        "my-cache",
+        "--budget",
+        f"{budget:g}",
+    )
 
 
 def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import stdout
+from sparselogits.cli.options import say_next, stdout
 
 
 def report(
@@ -26,3 +26,4 @@ def report(
     folder = comparison if comparison.is_dir() else comparison.parent
     page = write_report(read_results(comparison), out or folder)
     stdout().print(str(page), soft_wrap=True)
+    say_next(otherwise=f"open {page} in a browser")

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparselogits.cli.options import OUTPUT, CacheArgument, Json, say_json, stdout
+from sparselogits.cli.options import (
+    OUTPUT,
+    CacheArgument,
+    Json,
+    say_json,
+    say_next,
+    say_train,
+    stdout,
+)
 from sparselogits.console import messages, stage, styled
+from sparselogits.wording import counted
+
+if TYPE_CHECKING:
+    from sparselogits.store import MergeReport
 
 
 def verify(
@@ -44,9 +56,13 @@ def verify(
         for start, stop in report.missing:
             stdout().print(f"missing windows {start}:{stop}")
         read = sum(shard.checked for shard in report.shards)
-        stdout().print(f"{len(report.shards)} shards, {read} windows read, {len(damaged)} bad")
+        shards, found = counted(len(report.shards), "shard"), len(damaged) or "none"
+        stdout().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
     if damaged:
         messages.print("`sparselogits repair` sets damaged shards aside; `cache` builds them again")
+    if not as_json:
+        say_next("repair", cache) if damaged else say_train(cache)
+    if damaged:
         raise typer.Exit(2)
 
 
@@ -67,9 +83,13 @@ def repair(
         stdout().print(f"moved {before} to {after}")
     if report.rebuild:
         ranges = ", ".join(f"{start}:{stop}" for start, stop in report.rebuild)
-        stdout().print(f"to build: windows {ranges}; the `cache` command of this cache does it")
+        stdout().print(f"windows to build again: {ranges}")
+        say_next(
+            otherwise="the `sparselogits cache` command that built it, which builds these only"
+        )
     else:
         stdout().print("nothing to repair")
+        say_train(cache)
 
 
 def card(
@@ -81,6 +101,7 @@ def card(
 
     opened = Cache.open(cache)
     typer.echo(dataset_card(opened.identity, opened.statistics()), nl=False)
+    say_next("push", cache, "hf://datasets/ORG/NAME")
 
 
 def push(
@@ -115,8 +136,9 @@ def push(
     if as_json:
         say_json(asdict(report))
         return
-    stdout().print(f"{len(report.copied)} shards put, {len(report.kept)} were there")
+    stdout().print(_moved(report, "pushed"))
     stdout().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
+    say_train(url)
 
 
 def merge(
@@ -141,7 +163,8 @@ def merge(
     if as_json:
         say_json(asdict(report))
     else:
-        stdout().print(f"{len(report.copied)} shards copied, {len(report.kept)} were there")
+        stdout().print(_moved(report, "copied"))
+        say_next("verify", out)
 
 
 def export(
@@ -169,4 +192,14 @@ def export(
 
     with stage("exporting", "windows") as update:
         written = export_cache(Cache.open(cache), out, form, k=k, progress=update)
-    stdout().print(f"{len(written)} written to {out}", soft_wrap=True)
+    if form == "datasets":
+        stdout().print(f"a datasets folder written to {out}", soft_wrap=True)
+        say_next(otherwise=f'datasets.load_from_disk("{out}") in Python')
+    else:
+        stdout().print(f"{counted(len(written), 'file')} written to {out}", soft_wrap=True)
+        say_next(otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader')
+
+
+def _moved(report: MergeReport, done: str) -> str:
+    copied, kept = counted(len(report.copied), "shard"), len(report.kept)
+    return f"{copied} {done}, {kept} {'was' if kept == 1 else 'were'} there already"

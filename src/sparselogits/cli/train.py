@@ -18,9 +18,11 @@ from sparselogits.cli.options import (
     Json,
     device_named,
     say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import messages, stage
+from sparselogits.wording import counted
 
 
 def train(
@@ -131,4 +133,10 @@ def train(
         say_json(facts | {"curve": result.curve})
     else:
         last = f", last loss {result.curve[-1][1]:.3f}" if result.curve else ""
-        stdout().print(f"student in {result.model_path}: {result.steps} steps{last}")
+        steps = counted(result.steps, "step")
+        stdout().print(f"student in {result.model_path}: {steps}{last}", soft_wrap=True)
+        say_next("eval", result.out, "--cache", loaded.cache, *_teacher_of(loaded.teacher))
+
+
+def _teacher_of(name: str | None) -> list[str]:
+    return [] if name is None else ["--teacher", name]

@@ -17,6 +17,7 @@ from sparselogits.cli.options import (
     Device,
     Dtype,
     device_named,
+    say_next,
     stdout,
 )
 from sparselogits.console import messages
@@ -102,6 +103,7 @@ def view(
     text = view_page(viewer.view(window), rounds=rounds)
     write_whole(path, text)
     stdout().print(str(path), soft_wrap=True)
+    say_next(otherwise=f"open {path} in a browser")
 
 
 def _viewer(

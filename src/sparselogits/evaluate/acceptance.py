@@ -58,9 +58,9 @@ def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
         log_s: float [P, V'] of the other; where one has more ids, the other gives them nothing.
     """
     common = min(log_p.shape[1], log_s.shape[1])
-    smaller = torch.minimum(log_p[:, :common], log_s[:, :common])
+    smaller = torch.minimum(log_p[:, :common], log_s[:, :common]).exp_()
     # the rounding of the two softmaxes may add up to a little more than certainty
-    return smaller.exp().sum(1, dtype=torch.float64).clamp_(max=1.0)
+    return smaller.sum(1).double().clamp_(max=1.0)
 
 
 def draft_and_verify(

@@ -100,14 +100,14 @@ class Calibration:
         }
 
 
-def signed_confidence(log_s: Tensor, labels: Tensor) -> Tensor:
-    """float32 [P] on the CPU: the largest probability, negative where its token is not the label.
+def signed_confidence(largest: Tensor, likeliest: Tensor, labels: Tensor) -> Tensor:
+    """Return float32 [P] on the CPU: the confidence, negative where its token is not the label.
 
     Args:
-        log_s: float [P, V], the model's log-probabilities.
+        largest: float [P], the largest log-probability per position.
+        likeliest: int64 [P], its token.
         labels: int64 [P], the true next tokens.
     """
-    largest, likeliest = log_s.max(1)
     confidence = largest.exp().float().clamp_(max=1.0)
     return torch.where(likeliest == labels.to(likeliest.device), confidence, -confidence).cpu()
 

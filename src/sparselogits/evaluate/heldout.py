@@ -9,7 +9,7 @@ What each figure is, and what the intervals mean: docs/evaluation.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ from sparselogits.evaluate.intervals import (
 )
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
 from sparselogits.teacher import Engine
+
+BLOCK_ROWS = 32
+"""Positions that are measured at a time on a CPU."""
 
 _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
@@ -252,46 +255,102 @@ def _measure_window(
     labels = item["shift_labels"]
     logits_of = {name: own.over(model_inputs(item)) for name, own in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]
-    slices: dict[str, list[_Measured]] = {name: [] for name in names}
+    pieces: dict[str, list[_Measured]] = {name: [] for name in names}
     for positions, taught in teacher_slices(teacher, item):
-        wanted = labels[positions]
-        counted = wanted != IGNORE_INDEX
-        if not bool(counted.any()):
-            continue
-        wanted = wanted[counted]
-        log_p = None
-        if taught is not None:
-            log_p = taught[counted.to(taught.device)].log_softmax(1)
-            slices["teacher"].append(_against(log_p, wanted, log_p))
-        for name, logits in logits_of.items():
-            piece = logits(positions)
-            log_s = piece[counted.to(piece.device)].log_softmax(1)
-            slices[name].append(_against(log_s, wanted, log_p))
-    return {name: _joined(own) for name, own in slices.items()}
+        for rows in _blocks(positions, taught):
+            wanted = labels[rows]
+            counted = wanted != IGNORE_INDEX
+            if not bool(counted.any()):
+                continue
+            wanted = wanted[counted]
+            known = None
+            if taught is not None:
+                here = slice(rows.start - positions.start, rows.stop - positions.start)
+                known = _Taught.of(_log_softmax(taught[here], counted))
+                pieces["teacher"].append(_of_teacher(known, wanted))
+            for name, logits in logits_of.items():
+                log_s = _log_softmax(logits(rows), counted)
+                pieces[name].append(_of_student(log_s, wanted, known))
+    return {name: _joined(own) for name, own in pieces.items()}
+
+
+def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
+    """Divide a run of positions so that what is as wide as the vocabulary stays small on a CPU.
+
+    A fresh tensor of tens of megabytes is mapped by the system page by page, which costs more than
+    the arithmetic on it; a small one comes from memory that was used a moment ago.
+    """
+    rows = positions.stop - positions.start
+    if taught is None or taught.device.type == "cpu":
+        rows = BLOCK_ROWS
+    for start in range(positions.start, positions.stop, rows):
+        yield slice(start, min(start + rows, positions.stop))
+
+
+def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
+    """Log-probabilities of the rows that have a label."""
+    if not bool(counted.all()):
+        logits = logits[counted.to(logits.device)]
+    return logits.log_softmax(1)
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """The teacher on some positions, computed once for every student.
+
+    Args:
+        log_p: float32 [P, V], log-probabilities.
+        p: their exponentials.
+        largest: float32 [P], the largest log-probability.
+        likeliest: int64 [P], its id.
+    """
+
+    log_p: Tensor
+    p: Tensor
+    largest: Tensor
+    likeliest: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor) -> _Taught:
+        """Compute everything from the log-probabilities."""
+        largest, likeliest = log_p.max(1)
+        return cls(log_p, log_p.exp(), largest, likeliest)
+
+
+def _of_teacher(known: _Taught, labels: Tensor) -> _Measured:
+    """Measure the teacher against the labels; beside itself it agrees everywhere."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    sums[_LOSS] = _loss(known.log_p, labels)
+    sums[_AGREEMENT] = sums[_ACCEPTANCE] = sums[_POSITIONS] = len(labels)
+    return _Measured(sums, signed_confidence(known.largest, known.likeliest, labels))
+
+
+def _of_student(log_s: Tensor, labels: Tensor, known: _Taught | None) -> _Measured:
+    """Measure a student, float32 [P, V'], against the labels and the teacher, if there is one."""
+    largest, likeliest = log_s.max(1)
+    sums = torch.zeros(5, dtype=torch.float64)
+    sums[_LOSS] = _loss(log_s, labels)
+    sums[_POSITIONS] = len(labels)
+    if known is not None:
+        common = known.log_p.shape[1]
+        require_ids(log_s.shape[1], common)
+        p, log_p = known.p.to(log_s.device), known.log_p.to(log_s.device)
+        # where p = 0 the term is 0, also against log s = -inf
+        terms = (log_p - log_s[:, :common]).mul_(p).masked_fill_(p == 0, 0.0)
+        sums[_KL] = float(terms.sum(1).double().sum())
+        sums[_AGREEMENT] = float((likeliest == known.likeliest.to(likeliest.device)).sum())
+        sums[_ACCEPTANCE] = float(expected_acceptance(log_p, log_s).sum())
+    return _Measured(sums, signed_confidence(largest, likeliest, labels))
+
+
+def _loss(log_s: Tensor, labels: Tensor) -> float:
+    return float(-log_s.gather(1, labels.to(log_s.device)[:, None]).double().sum())
 
 
 def _joined(slices: list[_Measured]) -> _Measured:
     none = torch.zeros(5, dtype=torch.float64)
     sums = torch.stack([none, *(own.sums for own in slices)]).sum(0)
     return _Measured(sums, torch.cat([torch.empty(0), *(own.confidence for own in slices)]))
-
-
-def _against(log_s: Tensor, labels: Tensor, log_p: Tensor | None) -> _Measured:
-    """A slice: log-probabilities float32 [P, V] of a model and of the teacher, if there is one."""
-    sums = torch.zeros(5, dtype=torch.float64)
-    sums[_LOSS] = float(-log_s.gather(1, labels.to(log_s.device)[:, None]).double().sum())
-    sums[_POSITIONS] = len(labels)
-    if log_p is not None:
-        common = log_p.shape[1]
-        require_ids(log_s.shape[1], common)
-        log_p = log_p.to(log_s.device)
-        p = log_p.exp()
-        # where p = 0 the term is 0, also against log s = -inf
-        gap = torch.where(p > 0, log_p - log_s[:, :common], 0.0)
-        sums[_KL] = float((p * gap).sum(dtype=torch.float64))
-        sums[_AGREEMENT] = float((log_s.argmax(1) == log_p.argmax(1)).sum())
-        sums[_ACCEPTANCE] = float(expected_acceptance(log_p, log_s).sum())
-    return _Measured(sums, signed_confidence(log_s, labels))
 
 
 def _summarise(

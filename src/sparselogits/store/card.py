@@ -6,6 +6,7 @@ import json
 
 from sparselogits.identity import Identity
 from sparselogits.store.records import CacheStatistics
+from sparselogits.wording import counted
 
 
 def dataset_card(identity: Identity, figures: CacheStatistics | None = None) -> str:
@@ -56,7 +57,7 @@ def _figures(identity: Identity, found: CacheStatistics) -> str:
         "entries a token": f"{found.entries_per_position:.2f}",
         "bytes a token": f"{found.bytes_per_token:.2f}, the text's own tokens included",
         "bits an entry": f"{found.bits_per_entry:.2f}",
-        "size": f"{found.bytes_on_disk:,} bytes in {found.shards} shards",
+        "size": f"{found.bytes_on_disk:,} bytes in {counted(found.shards, 'shard')}",
         "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 `{identity.tokenizer[:16]}`",
         "temperature": f"{identity.temperature:g}",
         "teacher's loss on the text": f"{found.mean_teacher_loss:.3f} nats a token",

@@ -49,6 +49,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             source, trust_remote_code=trust_remote_code, **arguments
         )
     except Exception as error:
+        _require_folder(name, error)
         raise TeacherError(
             f"no tokenizer could be read from {name!r}: {_first_line(error).rstrip(':. ')}. Give a "
             "folder with tokenizer files, a GGUF file, or a hub name (which needs the network once)"
@@ -154,6 +155,7 @@ def load_causal_lm(
             **arguments,
         )
     except Exception as error:
+        _require_folder(name, error)
         raise TeacherError(
             f"{name!r} could not be loaded as a causal language model: {_first_line(error)}"
         ) from error
@@ -233,6 +235,22 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise TeacherError(f"there is no model folder at {name!r}; check the path")
     return name, {}
+
+
+def _require_folder(name: str, error: Exception) -> None:
+    """Say that there is no such folder, where the name can hardly be meant for the hub."""
+    path = Path(name)
+    if not path.exists() and "/" not in name:
+        raise TeacherError(
+            f"there is no folder {name!r} here ({Path.cwd()}), and no model of that name could be "
+            f"loaded from the Hugging Face hub: {_first_line(error)} Check the path, or give a hub "
+            "name as in HuggingFaceTB/SmolLM2-135M"
+        ) from error
+    if path.is_dir() and not (path / "config.json").exists():
+        raise TeacherError(
+            f"the folder {name} holds no model: it has no config.json. Give the folder that a "
+            "model was saved to, or the folder of a run of `sparselogits train`"
+        ) from error
 
 
 def quantization(name: str, model: nn.Module) -> str | None:

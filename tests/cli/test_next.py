@@ -1,0 +1,100 @@
+"""Each command ends with the next step to take, which can be given as it stands.
+
+pytest tests/cli/test_next.py
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparselogits.cli import main
+from tests.conftest import tiny_llama
+from tests.test_docs_code import assert_command
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path, teacher_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    shutil.copytree(cache, tmp_path / "my-cache")
+    shutil.copytree(teacher_folder, tmp_path / "my teacher")
+    tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def command(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparselogits", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None)
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return command
+
+
+NEXT = {
+    "info my-cache": "train --cache my-cache",
+    "verify my-cache": "train --cache my-cache",
+    "repair my-cache": "train --cache my-cache",
+    "merge my-cache --out whole": "verify whole",
+    "card my-cache": "push my-cache hf://datasets/ORG/NAME",
+    "plan --teacher-params 8B": "cache --teacher MODEL --data TEXT --out my-cache --budget 12",
+    "eval my-student --cache my-cache --limit 2": (
+        "eval my-student --cache my-cache --teacher MODEL"
+    ),
+    "eval my-student --cache my-cache --limit 2 --teacher 'my teacher'": (
+        "view my-cache --teacher 'my teacher' --student my-student"
+    ),
+    "export my-cache --out plain": 'polars.read_parquet("plain/*.parquet")',
+    "view my-cache": "open window-0.html in a browser",
+}
+
+
+@pytest.mark.parametrize("command", NEXT)
+def test_a_command_ends_with_the_next_step(command: str, run: Run) -> None:
+    out, err = run(*shlex.split(command))
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("Next: ")
+    assert NEXT[command] in last
+    assert "Next:" not in out
+    if last.startswith("Next: sparselogits"):
+        assert_command(shlex.split(last.removeprefix("Next: ")), command)
+    assert not re.search(r"\b1 (shards|windows|entries|rows|files|tokens)\b", out + err)
+    assert not re.search(r"\b0(\.0)?( \w+)?/s\b", err)
+
+
+@pytest.mark.parametrize("command", ["info my-cache", "eval my-student --cache my-cache --limit 2"])
+def test_not_where_a_machine_reads(command: str, run: Run) -> None:
+    assert "Next:" not in "".join(run(*shlex.split(command), "--json"))
+
+
+def test_eval_prints_a_table_like_that_of_lm_eval(run: Run) -> None:
+    """Pipes, a row per metric, value and ±, the teacher beside the student."""
+    command = "eval my-student --cache my-cache --limit 8 --teacher"
+    out, _ = run(*command.split(), "my teacher")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in out.splitlines()
+        if line.startswith("|")
+    ]
+    header, _, *body = rows
+    assert sorted(header[2:]) == ["student", "teacher", "±", "±"]
+    assert [row[0] for row in body][:3] == ["loss", "perplexity", "KL to the teacher"]
+    for row in body:
+        assert all(re.fullmatch(r"-?\d+(\.\d+)?|-", cell) for cell in row[2:]), row
+    loss = dict(zip(header, body[0], strict=True))
+    assert float(loss["student"]) > 4
+    assert float(body[0][3]) > 0
