@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.untrusted import shown
 
 FORMAT_VERSION = 1
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -75,16 +76,16 @@ class Identity:
         version = value.get("format_version")
         if version != FORMAT_VERSION:
             raise CacheError(
-                f"the cache has format version {version!r}, this library reads "
+                f"the cache has format version {shown(version)}, this library reads "
                 f"{FORMAT_VERSION}; install the version of sparselogits that wrote it"
             )
         names = {field.name for field in fields(cls)}
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
-            raise CacheError(f"the identity has missing or unknown fields: {', '.join(odd)}")
+            raise CacheError(f"the identity has missing or unknown fields: {shown(odd)}")
         for name, kind in _KINDS.items():
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
-                raise CacheError(f"the identity's {name} is {value[name]!r}, which cannot be")
+                raise CacheError(f"the identity's {name} is {shown(value[name])}, which cannot be")
         return cls(**value)
 
     def _compared(self) -> dict[str, Any]:
@@ -115,7 +116,8 @@ class Identity:
         found = self.differences(other)
         if found:
             lines = "\n".join(
-                f"  {name}: {a!r} in {here}, {b!r} in {there}" for name, a, b in found
+                f"  {name}: {shown(a)} in {here}, {shown(b)} in {there}"
+                for name, a, b in found[:20]
             )
             raise IdentityMismatchError(
                 f"{here} and {there} were not made alike:\n{lines}\n"

@@ -14,7 +14,6 @@ A reader keeps a few shards open and one row group of each in memory, whatever t
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -24,9 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from sparselogits.errors import CacheCorruptionError, CacheError, InvalidTargetsError
+from sparselogits.errors import (
+    CacheCorruptionError,
+    CacheError,
+    InvalidTargetsError,
+    reason_of,
+)
 from sparselogits.identity import Identity, canonical_json
+from sparselogits.store.bounds import LARGEST_CACHE_JSON, require_bounds
 from sparselogits.store.card import dataset_card
+from sparselogits.store.codec import TargetCodec
 from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.place import Place, inside, place_of, storage_at
 from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
@@ -34,6 +40,7 @@ from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.shard import Shard
 from sparselogits.store.shard_writer import encode_shard
 from sparselogits.store.storage import Storage
+from sparselogits.untrusted import parse_json
 
 CACHE_JSON = "cache.json"
 OPEN_SHARDS = 8
@@ -69,6 +76,7 @@ class Cache:
             IdentityMismatchError: the cache that is there was made otherwise.
             CacheError: the folder cannot be written.
         """
+        require_bounds(identity, f"the cache to be made at {root}")
         storage = storage_at(root)
         storage.clean("")
         storage.clean(SHARDS)
@@ -181,26 +189,29 @@ class Cache:
 
     def statistics(self) -> CacheStatistics:
         """The cache in figures, from the shards' footers: nothing is decoded."""
-        shards = [self._open(r) for r in self.finished()]
-        windows = sum(map(len, shards))
-
-        def total(key: str) -> int:
-            return sum(int(shard.description[key]) for shard in shards)
-
-        def mean(key: str) -> float:
-            whole = sum(len(shard) * float(shard.description[key]) for shard in shards)
-            return whole / windows if windows else float("nan")
-
+        ranges = self.finished()
+        totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
+        sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
+        for found in ranges:
+            shard = self._open(found)  # one at a time: a footer in memory takes half a megabyte
+            for key in ("positions", "entries"):
+                totals[key] += shard.description[key]
+            for key in sums:
+                sums[key] += len(shard) * shard.description[key]
+            totals["bytes"] += shard.size
+            totals["text"] += shard.text_bytes
+        windows = sum(stop - start for start, stop in ranges)
+        means = {key: whole / windows if windows else float("nan") for key, whole in sums.items()}
         return CacheStatistics(
-            shards=len(shards),
+            shards=len(ranges),
             windows=windows,
             tokens=windows * self.identity.window_length,
-            positions=total("positions"),
-            entries=total("entries"),
-            bytes_on_disk=sum(shard.size for shard in shards),
-            text_bytes=sum(shard.text_bytes for shard in shards),
-            mean_teacher_loss=mean("teacher_loss"),
-            mean_teacher_entropy=mean("teacher_entropy"),
+            positions=totals["positions"],
+            entries=totals["entries"],
+            bytes_on_disk=totals["bytes"],
+            text_bytes=totals["text"],
+            mean_teacher_loss=means["teacher_loss"],
+            mean_teacher_entropy=means["teacher_entropy"],
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,6 +280,13 @@ def read_identity(storage: Storage) -> Identity:
         CacheCorruptionError: it is damaged.
     """
     try:
+        size = storage.size(CACHE_JSON)
+        if size > LARGEST_CACHE_JSON:
+            raise CacheCorruptionError(
+                f"{storage.location}/{CACHE_JSON} has {size:,} bytes, expected "
+                f"{LARGEST_CACHE_JSON:,} at most: it is not what this library wrote; restore it "
+                "from a copy"
+            )
         raw = storage.read(CACHE_JSON)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(
@@ -276,18 +294,21 @@ def read_identity(storage: Storage) -> Identity:
             "make a cache there with `sparselogits cache --out`"
         ) from error
     try:
-        content = json.loads(raw)
+        content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} is damaged ({error}); restore it from a copy"
+            f"{storage.location}/{CACHE_JSON} is damaged ({reason_of(error)}); restore it from a "
+            "copy"
         ) from error
     if not sound:
         raise CacheCorruptionError(
             f"{storage.location}/{CACHE_JSON}: the identity does not match its fingerprint; it was "
             "edited or damaged: restore it from a copy"
         )
+    require_bounds(identity, f"{storage.location}/{CACHE_JSON}")
+    TargetCodec.of(identity)
     return identity
 
 

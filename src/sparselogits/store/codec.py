@@ -7,6 +7,7 @@ column coded by a library (store/columns.py). Reading them back is store/decoder
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidTargetsError
+from sparselogits.identity import Identity
 from sparselogits.samplers.protocol import Sampler
 from sparselogits.store import lists
+from sparselogits.store.bounds import (
+    LARGEST_WINDOW,
+    MOST_ROUNDS,
+    entries_bound,
+    mass_bound,
+)
 from sparselogits.store.columns import encode_column
 from sparselogits.store.decoder import BlockDecoder, BlockError, Tables
-from sparselogits.store.lists import LARGEST_WINDOW
 from sparselogits.store.weights import (
     COUNTS,
     COUNTS_AND_FLOATS,
@@ -31,6 +38,7 @@ from sparselogits.store.weights import (
     weights_of_counts,
 )
 from sparselogits.targets import SparseTargets
+from sparselogits.untrusted import shown
 
 Array = NDArray[Any]
 Bool = NDArray[np.bool_]
@@ -50,7 +58,7 @@ def codec_for(sampler: Sampler) -> dict[str, Any]:
     if sampler.rounds is None:
         tau = parameters.get("tau") if sampler.name == "threshold" else None
         return codec | ({"weights": FLOATS} if tau is None else {"weights": THRESHOLD, "tau": tau})
-    if sampler.rounds >= 1 << 20:
+    if sampler.rounds > MOST_ROUNDS:
         raise CacheError(f"{sampler.rounds} rounds a position; the cache carries fewer than 2^20")
     plain = sampler.name in ("systematic", "multinomial") and (
         parameters.get("proposal_exponent", 1.0) == 1.0
@@ -82,28 +90,49 @@ class TargetCodec:
         vocab_size: ids lie below it.
         rounds: of every position that carries a target, where the sampler draws rounds.
         tau: of a threshold sampler.
+        most_mass: what the weights of a position may sum to.
     """
 
     weights: str
     vocab_size: int
     rounds: int | None = None
     tau: float | None = None
+    most_mass: float = math.inf
 
     @classmethod
-    def from_identity(cls, codec: Mapping[str, Any], vocab_size: int) -> TargetCodec:
+    def from_identity(
+        cls, codec: Mapping[str, Any], vocab_size: int, sampler: Mapping[str, Any] | None = None
+    ) -> TargetCodec:
         """The codec an identity names.
+
+        Args:
+            codec: its name and parameters.
+            vocab_size: V.
+            sampler: its name and parameters, which bound the weights.
 
         Raises:
             CacheError: one that this library does not know.
         """
-        if (codec.get("name"), codec.get("version")) != (NAME, VERSION) or codec.get(
-            "weights"
-        ) not in WEIGHT_COLUMNS:
+        weights, rounds, tau = (codec.get(key) for key in ("weights", "rounds", "tau"))
+        known = (codec.get("name"), codec.get("version")) == (NAME, VERSION)
+        if not known or not isinstance(weights, str) or weights not in WEIGHT_COLUMNS:
             raise CacheError(
                 f"this library reads targets coded by {NAME} {VERSION}, the cache names "
-                f"{dict(codec)!r}; install the version of sparselogits that wrote it"
+                f"{shown(dict(codec))}; install the version of sparselogits that wrote it"
             )
-        return cls(codec["weights"], vocab_size, codec.get("rounds"), codec.get("tau"))
+        has_rounds, has_tau = weights in (COUNTS, COUNTS_AND_FLOATS), weights == THRESHOLD
+        if (rounds is not None, tau is not None) != (has_rounds, has_tau):
+            raise CacheError(
+                f"the codec of weights {weights!r} has {'' if has_rounds else 'no '}rounds and "
+                f"{'' if has_tau else 'no '}tau, the cache names {shown(dict(codec))}; restore "
+                "cache.json from a copy"
+            )
+        return cls(weights, vocab_size, rounds, tau, mass_bound(sampler or {}, weights, vocab_size))
+
+    @classmethod
+    def of(cls, identity: Identity) -> TargetCodec:
+        """The codec of the cache of an identity. Raises CacheError."""
+        return cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -126,6 +155,13 @@ class TargetCodec:
             + b"".join(column.pages[index] for column in columns.values())
             for index, arrays in enumerate(split)
         ]
+        for window, block in zip(windows, blocks, strict=True):
+            if window.targets.entries > entries_bound(len(block)):
+                raise InvalidTargetsError(
+                    f"{window.targets.entries} entries of a window take {len(block)} bytes; a "
+                    f"reader expects {entries_bound(len(block))} entries of them at most: use "
+                    "shorter windows or a smaller budget"
+                )
         return {name: column.tables for name, column in columns.items()}, blocks
 
     def decoder(self, tables: Tables) -> BlockDecoder:
@@ -160,6 +196,13 @@ class TargetCodec:
                 f"targets over {targets.vocab_size} ids in {targets.rounds} rounds; the cache "
                 f"holds {self.vocab_size} ids and {self.rounds} rounds"
             )
+        if len(targets.weights) and self.weights != COUNTS:
+            mass = float(targets.mass().max())
+            if not mass <= self.most_mass:
+                raise InvalidTargetsError(
+                    f"a position's weights sum to {mass:g}; those of this sampler sum to "
+                    f"{self.most_mass:g} at most"
+                )
         if targets.entries > LARGEST_WINDOW:
             raise InvalidTargetsError(
                 f"{targets.entries} entries in a window, more than {LARGEST_WINDOW}: use shorter "

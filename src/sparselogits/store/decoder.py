@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from sparselogits.store import lists
+from sparselogits.store.bounds import entries_bound
 from sparselogits.store.columns import ColumnDecoder, ColumnError
-from sparselogits.store.lists import LARGEST_WINDOW, ListsError, Sets
+from sparselogits.store.lists import ListsError, Sets
 from sparselogits.store.weights import COUNTS, THRESHOLD, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
@@ -85,7 +86,9 @@ class BlockDecoder:
             if int(listed.max()) > codec.vocab_size:
                 raise BlockError(f"{listed.max()} lists over a vocabulary of {codec.vocab_size}")
             most = min(codec.vocab_size, codec.rounds or codec.vocab_size)
-            limit = min(LARGEST_WINDOW, int(present.sum()) * most)
+            limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
+            if int(listed.sum()) > limit:
+                raise BlockError(f"{listed.sum()} lists, where {limit} entries are possible")
             sets = lists.join(pages, listed, tokens, present, codec.vocab_size, limit)
             targets = self._weigh(sets, present, pages)
         except (ColumnError, ListsError) as error:
@@ -102,15 +105,18 @@ class BlockDecoder:
             assert counts is not None
             weights = weights_of_counts(counts, codec.rounds or 1)
         elif codec.weights == THRESHOLD:
-            heavy = pages.read("heavy", np.diff(entries)) != 0
+            told_heavy = pages.read("heavy", np.diff(entries))
+            if int(told_heavy.max(initial=0)) > 1:
+                raise BlockError("a column of flags holds other numbers than 0 and 1")
+            heavy = told_heavy.astype(np.bool_)
             told = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
             told[entries[1:] == entries[:-1]] = 0
             weights = np.full(len(heavy), codec.tau, np.float32)
             weights[heavy] = pages.read("weights", told)
         else:
             weights = pages.read("weights", np.diff(entries))
-        if codec.weights != COUNTS and not bool((np.isfinite(weights) & (weights >= 0)).all()):
-            raise BlockError("a weight is negative or not finite")
+        if codec.weights != COUNTS:
+            _require_weights(weights, sets.offsets, codec)
         return SparseTargets(
             torch.from_numpy(sets.ids),
             torch.from_numpy(weights),
@@ -173,6 +179,22 @@ class _BlockPages:
         for block, at in zip(self._blocks, self._at, strict=True):
             if at != len(block):
                 raise BlockError(f"{len(block)} bytes, of which {at} are used")
+
+
+def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None:
+    """Raises BlockError unless all weights, and their sums by position, are within bounds."""
+    if not len(weights):
+        return
+    least = float(np.float32(codec.tau or 0.0)) if codec.weights == THRESHOLD else 0.0
+    found = float(weights.min()), float(weights.max())  # NaN where there is one
+    if not (least <= found[0] and found[1] <= codec.most_mass):
+        raise BlockError(
+            f"weights from {found[0]:g} to {found[1]:g}, expected {least:g} to {codec.most_mass:g}"
+        )
+    starts = offsets[:-1][offsets[1:] > offsets[:-1]]
+    mass = float(np.add.reduceat(weights, starts, dtype=np.float64).max())
+    if mass > codec.most_mass:
+        raise BlockError(f"a position's weights sum to {mass:g}, expected {codec.most_mass:g}")
 
 
 def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> NDArray[np.int32]:

@@ -25,7 +25,6 @@ Bool = NDArray[np.bool_]
 
 SIZE_CLASSES = 8
 COLUMNS = ("hits", "ids", "sizes", *(f"places_{c}" for c in range(SIZE_CLASSES)))
-LARGEST_WINDOW = 1 << 24  # entries a window may hold: what bounds a decoder's memory
 
 _NONE = np.iinfo(np.uint32).max  # no id
 _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidTargetsError
+from sparselogits.store.bounds import LARGEST_LOSS, ROUNDING
 from sparselogits.targets import SparseTargets
 
 Int32: TypeAlias = NDArray[np.int32]
@@ -43,7 +45,7 @@ class WindowRecord:
         return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
 
     def validate(self, window_length: int) -> None:
-        """Insist that the parts fit each other.
+        """Check that the parts fit each other and lie within their bounds.
 
         Raises:
             InvalidTargetsError: naming the window and the part.
@@ -70,6 +72,21 @@ class WindowRecord:
             (
                 len(self.targets) == window_length,
                 f"targets have {len(self.targets)} positions, not {window_length}",
+            ),
+            (
+                len(self.tokens) == 0
+                or 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < self.targets.vocab_size,
+                f"tokens do not lie in the vocabulary of {self.targets.vocab_size} ids",
+            ),
+            (
+                -ROUNDING <= self.teacher_loss <= LARGEST_LOSS,
+                f"the teacher's loss is {self.teacher_loss}, expected 0 to {LARGEST_LOSS:g} nats. "
+                "The text may hold a token that the teacher cannot predict",
+            ),
+            (
+                -ROUNDING <= self.teacher_entropy <= math.log(self.targets.vocab_size) + 0.01,
+                f"the teacher's entropy is {self.teacher_entropy}, which no distribution over "
+                f"{self.targets.vocab_size} ids has",
             ),
         ):
             if not good:

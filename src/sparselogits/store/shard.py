@@ -1,16 +1,17 @@
 """Reading a shard: a row group at a time, and nothing parsed before it is checked.
 
-What Parquet does not check, this does: every byte read is compared
-with a CRC32C of the guard before it is parsed (store/guard.py), the footer's claims with the
-file's name and the cache's identity, and each row with a CRC32C of its own, which stays with the
-row wherever other tools carry it.
+What Parquet does not check, this does: every byte read is compared with a CRC32C of the guard
+before it is parsed (store/guard.py), the footer's claims with the file's name and size and with the
+cache's identity, the pages' claims with both (store/row_group.py), and each row with a CRC32C of
+its own, which stays with the row wherever other tools carry it. Checksums tell damage, not intent:
+what a stranger wrote is bounded before it is allocated (store/bounds.py).
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,13 +23,23 @@ import torch
 
 from sparselogits.errors import CacheCorruptionError
 from sparselogits.identity import FORMAT_VERSION, Identity
+from sparselogits.store.bounds import (
+    FREE_ENTRIES,
+    LARGEST_LOSS,
+    ROUNDING,
+    description_bound,
+    footer_bound,
+)
 from sparselogits.store.codec import BlockDecoder, BlockError, TargetCodec
 from sparselogits.store.guard import Guard, GuardError, read_guard
 from sparselogits.store.ranges import parse_shard_name
 from sparselogits.store.records import WindowRecord
+from sparselogits.store.row_group import Rows, require_pages, rows_of
 from sparselogits.store.shard_writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
 from sparselogits.store.storage import Storage
+from sparselogits.store.thrift import CompactReader
 from sparselogits.targets import SparseTargets
+from sparselogits.untrusted import parse_json, shown
 
 _FIRST_READ = 1 << 16
 _NO_TARGETS = SparseTargets(
@@ -39,7 +50,11 @@ _NO_TARGETS = SparseTargets(
     check=False,
 )
 
-_Columns = Mapping[str, pa.Array]
+_WALKED = 1 << 17
+"""Bytes of a footer above which its structures are counted before Parquet's parser sees them: it
+allocates some three hundred bytes for each byte of an empty column chunk."""
+
+_VALUES_PER_GROUP = 512  # numbers, strings and lists that describe a row group; 200 are usual
 
 
 class Shard:
@@ -60,18 +75,23 @@ class Shard:
         self._identity = identity
         self._file = _HeldRange()
         try:
+            self.start, self.stop = parse_shard_name(name)
             self._guard, self._file.data = self._read_frame()
             self._file.size, self._file.start = self.size, self.size - len(self._file.data)
-            self._parquet = pq.ParquetFile(pa.PythonFile(self._file, "r"), pre_buffer=False)
+            self._require_modest_footer()
+            self._parquet = pq.ParquetFile(
+                pa.PythonFile(self._file, "r"),
+                pre_buffer=False,
+                thrift_container_size_limit=max(64, len(self._guard.ranges)),
+            )
             self.metadata: pq.FileMetaData = self._parquet.metadata
             self.description = self._read_description()
-            codec = TargetCodec.from_identity(identity.codec, identity.vocab_size)
+            codec = TargetCodec.of(identity)
             tables = _tables_from_json(self.description["tables"])
             self._decoder: BlockDecoder = codec.decoder(tables)
         except _FAILURES as error:
             raise self._damaged(f"footer ({_windows_named(name)})", error) from error
-        self.start, self.stop = self.description["start"], self.description["stop"]
-        self._held: tuple[int, _Columns] | None = None
+        self._held: tuple[int, Rows] | None = None
         self._ahead: dict[int, WindowRecord] = {}
         self._next = 0
 
@@ -80,10 +100,19 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the file that hold the text's own tokens."""
-        column = SCHEMA.get_field_index("tokens")
-        groups = range(self.metadata.num_row_groups)
-        return sum(self.metadata.row_group(g).column(column).total_compressed_size for g in groups)
+        """Bytes of the file that hold the text's own tokens.
+
+        Raises:
+            CacheCorruptionError: the footer claims more than the file has.
+        """
+        column, total = SCHEMA.get_field_index("tokens"), 0
+        for group, (_, length, _) in enumerate(self._guard.ranges):
+            size = self.metadata.row_group(group).column(column).total_compressed_size
+            if not 0 <= size <= length:
+                error = _DamageError(f"row group {group} claims {size} bytes of tokens")
+                raise self._damaged(f"footer ({_windows_named(self.name)})", error)
+            total += size
+        return total
 
     def read(self, row: int) -> WindowRecord:
         """A window with its targets decoded; `row` counts from 0 in the shard.
@@ -97,12 +126,12 @@ class Shard:
         group, place = divmod(row, ROWS_PER_GROUP)
         if self._held is None or self._held[0] != group:
             self._held = (group, self._read_group(group))
-        columns = self._held[1]
-        last = len(columns["window_index"]) if in_order else place + 1
+        rows = self._held[1]
+        last = min(len(rows), place + self._together) if in_order else place + 1
         try:
-            records = self._decode(group, range(place, last), columns)
+            records = self._decode(group, range(place, last), rows)
         except CacheCorruptionError:  # of one that was not asked for, perhaps
-            records = self._decode(group, range(place, place + 1), columns)
+            records = self._decode(group, range(place, place + 1), rows)
         self._ahead = {record.window_index - self.start: record for record in records[1:]}
         return records[0]
 
@@ -113,12 +142,14 @@ class Shard:
 
     def read_group(self, group: int) -> list[WindowRecord]:
         """All windows of a row group, Parquet's own page checksums checked too."""
-        columns = self._read_group(group, page_checksums=True)
-        places = range(len(columns["window_index"]))
+        rows = self._read_group(group, page_checksums=True)
+        places = range(len(rows))
         try:
-            return self._decode(group, places, columns)
-        except CacheCorruptionError:  # to say which one it is; and windows too large for one go
-            alone = (self._decode(group, range(p, p + 1), columns) for p in places)
+            if len(rows) > self._together:
+                raise BlockError("windows too long to be decoded together")
+            return self._decode(group, places, rows)
+        except (BlockError, CacheCorruptionError):  # to say which one it is
+            alone = (self._decode(group, range(p, p + 1), rows) for p in places)
             return [record for records in alone for record in records]
 
     def read_bytes(self) -> bytes:
@@ -133,25 +164,30 @@ class Shard:
             raise self._damaged("pages", error) from error
         return data
 
-    def _decode(self, group: int, places: range, columns: _Columns) -> list[WindowRecord]:
-        """The windows at some places of a row group, decoded in one go."""
-        first = group * ROWS_PER_GROUP + places.start
+    @property
+    def _together(self) -> int:
+        """Windows that are decoded in one go: as many as keep its temporaries small."""
+        return max(1, FREE_ENTRIES // self._identity.window_length)
+
+    def _decode(self, group: int, places: range, rows: Rows) -> list[WindowRecord]:
+        """Return the windows at some places of a row group, decoded in one go."""
+        first, length = group * ROWS_PER_GROUP + places.start, self._identity.window_length
         try:
-            rows = [self._row(first + i, place, columns) for i, place in enumerate(places)]
+            records = [self._record(place, rows) for place in places]
+            chosen = slice(places.start, places.stop)
             targets = self._decoder.decode_run(
                 first,
-                [block for _, block in rows],
-                np.stack([record.tokens for record, _ in rows]),
-                np.stack([record.present() for record, _ in rows]),
+                rows.blocks[chosen],
+                rows.tokens[chosen],
+                np.stack([record.present() for record in records]),
             )
         except _FAILURES as error:
             window, last = self.start + first, self.start + first + len(places) - 1
             where = f"row {first} (windows {window} to {last})"
             raise self._damaged(where, error) from error
-        length = self._identity.window_length
         return [
             replace(record, targets=targets[i * length : (i + 1) * length])
-            for i, (record, _) in enumerate(rows)
+            for i, record in enumerate(records)
         ]
 
     def _read_frame(self) -> tuple[Guard, bytes]:
@@ -163,35 +199,63 @@ class Shard:
                 return guard, tail
             wanted = guard
 
+    def _require_modest_footer(self) -> None:
+        """Check what the footer claims before Parquet's parser allocates it."""
+        guard, named = self._guard, -(-(self.stop - self.start) // ROWS_PER_GROUP)
+        if len(guard.ranges) != named:
+            raise _DamageError(
+                f"its name claims {self.stop - self.start} windows, which is {named} row groups; "
+                f"its guard covers {len(guard.ranges)}"
+            )
+        footer = self._file.data[guard.footer_start - self._file.start :]
+        allowed = footer_bound(named, description_bound(self.size))
+        if len(footer) > allowed:
+            raise _DamageError(
+                f"its footer has {len(footer):,} bytes, expected {allowed:,} at most for {named} "
+                f"row groups in {self.size:,} bytes"
+            )
+        # Arrow's own schema would be parsed, and extension types made of it
+        if b"ARROW:" in footer:
+            raise _DamageError("its footer carries a schema of Arrow's, which no shard does")
+        if len(footer) > _WALKED:
+            reader = CompactReader(footer, most=(1 << 14) + _VALUES_PER_GROUP * named)
+            for _, kind in reader.fields():
+                reader.skip(kind)
+
     def _read_description(self) -> dict[str, Any]:
-        metadata, (start, stop) = self.metadata, parse_shard_name(self.name)
+        metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(SCHEMA):
-            raise _DamageError(f"its columns are {self._parquet.schema_arrow.names}")
-        description = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
+            raise _DamageError(f"its columns are {shown(self._parquet.schema_arrow.names)}")
+        text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
+        description = parse_json(
+            text, largest=description_bound(self.size), most=description_bound(self.size)
+        )
         if not isinstance(description, dict):
             raise _DamageError("its key-values lack the description of a shard")
         found = {key: description.get(key) for key in ("format_version", "start", "stop")}
         expected = {"format_version": FORMAT_VERSION, "start": start, "stop": stop}
         if found != expected:
-            raise _DamageError(f"it describes itself as {found}, its name says {expected}")
+            raise _DamageError(f"it describes itself as {shown(found)}, its name says {expected}")
         if description.get("fingerprint") != self._identity.fingerprint:
             raise _DamageError(
-                f"it belongs to a cache of fingerprint {description.get('fingerprint')}, not "
-                f"{self._identity.fingerprint}"
+                f"it belongs to a cache of fingerprint {shown(description.get('fingerprint'))}, "
+                f"not {self._identity.fingerprint}"
             )
+        _require_totals(description, stop - start, self._identity)
         rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         whole, rest = divmod(stop - start, ROWS_PER_GROUP)
         if rows != [ROWS_PER_GROUP] * whole + [rest] * (rest > 0):
-            raise _DamageError(f"its row groups hold {rows} rows")
-        if len(self._guard.ranges) != len(rows):
-            raise _DamageError(f"its guard covers {len(self._guard.ranges)} row groups")
+            raise _DamageError(f"its row groups hold {shown(rows)} rows")
         return description
 
-    def _read_group(self, group: int, *, page_checksums: bool = False) -> _Columns:
+    def _read_group(self, group: int, *, page_checksums: bool = False) -> Rows:
         first, length, _ = self._guard.ranges[group]
+        first_window = self.start + group * ROWS_PER_GROUP
         data = self._storage.read(self.name, first, first + length)
         try:
             self._guard.require(group, data)
+            window_length = self._identity.window_length
+            require_pages(self.metadata.row_group(group), first, data, window_length)
             self._file.start, self._file.data = first, data
             parquet = self._parquet
             if page_checksums:
@@ -202,40 +266,27 @@ class Shard:
                     page_checksum_verification=True,
                 )
             table = parquet.read_row_group(group, use_threads=False)
-            return {name: table.column(name).chunk(0) for name in SCHEMA.names}
+            return rows_of(table, first_window, window_length, self._identity.vocab_size)
         except _FAILURES as error:
+            last = min(first_window + ROWS_PER_GROUP, self.stop) - 1
             first_row = group * ROWS_PER_GROUP
-            windows = (
-                self.start + first_row,
-                min(self.start + first_row + ROWS_PER_GROUP, self.stop),
-            )
-            where = f"rows from {first_row} on (windows {windows[0]} to {windows[1] - 1})"
+            where = f"rows from {first_row} on (windows {first_window} to {last})"
             raise self._damaged(where, error) from error
 
-    def _row(self, row: int, place: int, columns: _Columns) -> tuple[WindowRecord, bytes]:
-        """A row's parts, its targets still coded."""
-        mask = columns["mask"][place].values
+    def _record(self, place: int, rows: Rows) -> WindowRecord:
+        """Return a row's parts without its targets, which are still coded."""
         record = WindowRecord(
-            columns["window_index"][place].as_py(),
-            columns["tokens"][place].values.to_numpy(),
-            columns["document_starts"][place].values.to_numpy(),
-            None if mask is None else mask.to_numpy(zero_copy_only=False),
+            rows.window_index[place],
+            rows.tokens[place],
+            rows.document_starts[place],
+            rows.masks[place],
             _NO_TARGETS,
-            columns["teacher_loss"][place].as_py(),
-            columns["teacher_entropy"][place].as_py(),
+            rows.teacher_loss[place],
+            rows.teacher_entropy[place],
         )
-        block = columns["targets"][place].as_py()
-        self._require_row(row, record, block, columns["crc32c"][place].as_py())
-        return record, block
-
-    def _require_row(self, row: int, record: WindowRecord, block: bytes, crc: int) -> None:
-        if record.window_index != self.start + row:
-            raise _DamageError(f"row {row} holds window {record.window_index}")
-        length = self._identity.window_length
-        if len(record.tokens) != length or len(record.present()) != length:
-            raise _DamageError(f"row {row} holds {len(record.tokens)} tokens, not {length}")
-        if row_crc(record, block) != crc:
-            raise _DamageError(f"row {row} fails its checksum")
+        if row_crc(record, rows.blocks[place]) != rows.crc32c[place]:
+            raise _DamageError(f"row {record.window_index - self.start} fails its checksum")
+        return record
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
         return CacheCorruptionError(
@@ -258,7 +309,8 @@ _FAILURES = (
     LookupError,
     TypeError,
     MemoryError,
-    RecursionError,  # JSON nested deeper than its parser goes
+    ArithmeticError,
+    AttributeError,
 )
 
 
@@ -301,8 +353,36 @@ def _windows_named(name: str) -> str:
     return f"windows {start} to {stop - 1}"
 
 
+def _require_totals(description: Mapping[str, Any], windows: int, identity: Identity) -> None:
+    """Check the types and the bounds of what a footer says about its rows."""
+    positions = windows * identity.window_length
+    for name, kinds, least, most in (
+        ("positions", int, 0, positions),
+        ("entries", int, 0, positions * identity.vocab_size),
+        ("teacher_loss", (int, float), -ROUNDING, LARGEST_LOSS),
+        ("teacher_entropy", (int, float), -ROUNDING, math.log(identity.vocab_size) + 0.01),
+    ):
+        value = description.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            raise _DamageError(f"its {name} are {shown(value)}, expected {least:g} to {most:g}")
+    for name in ("tables", "provenance"):
+        if not isinstance(description.get(name), dict):
+            raise _DamageError(f"its {name} are {shown(description.get(name))}, not an object")
+
+
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
-    return {
-        name: [(int(start), base64.b64decode(table, validate=True)) for start, table in column]
-        for name, column in value.items()
-    }
+    tables: dict[str, list[tuple[int, bytes]]] = {}
+    for name, column in value.items():
+        if not isinstance(column, list):
+            raise _DamageError(f"its coding tables of {shown(name)} are {shown(column)}")
+        tables[name] = []
+        for entry in column:
+            if not (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and isinstance(entry[0], int)
+                and isinstance(entry[1], str)
+            ):
+                raise _DamageError(f"a coding table of {shown(name)} is {shown(entry)}")
+            tables[name].append((entry[0], base64.b64decode(entry[1], validate=True)))
+    return tables

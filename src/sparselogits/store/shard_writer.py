@@ -56,7 +56,7 @@ def encode_shard(
         InvalidTargetsError: records that do not fit the identity or each other.
     """
     first, stop = records[0].window_index, records[0].window_index + len(records)
-    codec = TargetCodec.from_identity(identity.codec, identity.vocab_size)
+    codec = TargetCodec.of(identity)
     tables, blocks = codec.encode([Window(r.targets, r.tokens, r.present()) for r in records])
     description = {
         "format_version": FORMAT_VERSION,

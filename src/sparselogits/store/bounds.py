@@ -1,0 +1,128 @@
+"""What a cache may claim: the bounds of every size and value in it, as docs/format.md states them.
+
+Caches come from strangers. A size is compared with its bound before anything of that size is
+allocated, and a value before a student is trained on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparselogits.errors import CacheError
+from sparselogits.identity import Identity
+from sparselogits.untrusted import shown
+
+LARGEST_CACHE_JSON = 1 << 20
+"""Bytes of cache.json."""
+
+LARGEST_VOCABULARY = 1 << 24
+LONGEST_WINDOW = 1 << 20
+MOST_ROUNDS = (1 << 20) - 1
+LEAST_TAU = 2.0**-20
+
+LARGEST_WINDOW = 1 << 24
+"""Entries of a window."""
+
+FREE_ENTRIES = 1 << 20
+ENTRIES_PER_BYTE = 16
+"""Entries of the windows that are decoded together: so many, and so many per byte of their blocks.
+
+Real targets take 8 bits per entry or more. Constant ones (a teacher that was never trained, all of
+its tokens equally likely) take next to none, which is what the free ones are for.
+"""
+
+LARGEST_LOSS = 1e6
+ROUNDING = 1e-3
+"""Teacher's figures and masses may err by so much: they are sums of float32 numbers."""
+
+
+def entries_bound(block_bytes: int) -> int:
+    """Return how many entries blocks of so many bytes may decode to."""
+    return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
+
+
+def description_bound(file_bytes: int) -> int:
+    """Return how many bytes the JSON in a footer may have: tables are shared by many windows."""
+    return (1 << 18) + file_bytes // 8
+
+
+def footer_bound(groups: int, description: int) -> int:
+    """Return how many bytes a footer may have beside its JSON: its row groups are described."""
+    return (1 << 14) + (1 << 11) * groups + description
+
+
+def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
+    """Return what the weights of a position may come to, and so what a single one may be.
+
+    Args:
+        sampler: its name and parameters, from the identity.
+        weights: kind of the codec's weights.
+        vocab_size: V.
+    """
+    name, exponent = sampler.get("name"), sampler.get("proposal_exponent", 1.0)
+    ids = float(vocab_size)
+    if weights == "counts":
+        return 1 + ROUNDING
+    if weights == "threshold":
+        # heavy entries are probabilities; the others weigh tau, and as many as fit in the rest
+        return 2 + ROUNDING
+    if name in ("topk", "topp"):
+        return 1 + 2 * ROUNDING  # logprobs collected in half precision come to a little more
+    if name == "uniform":
+        exponent = 0.0
+    if name in ("systematic", "multinomial", "uniform") and _is_number(exponent):
+        if 0 <= exponent <= 1:
+            # importance weights are p ** (1 - a) * sum(p ** a), which Hoelder's inequality bounds
+            return float(ids ** (1 - exponent)) * (1 + ROUNDING)
+        if exponent <= 2:
+            # unbounded in principle; more than this has not been drawn in 10^15 positions
+            return max(2.0, float(ids ** (4 * (exponent - 1))))
+    return float(ids**4)
+
+
+def require_bounds(identity: Identity, where: str) -> None:
+    """Check the sizes that an identity claims.
+
+    Args:
+        identity: of a cache, from its cache.json or about to be written.
+        where: the cache, for the message.
+
+    Raises:
+        CacheError: naming the field, what it is and what it may be.
+    """
+    codec, sampler = identity.codec, identity.sampler
+    for name, value, least, most in (
+        ("vocab_size", identity.vocab_size, 1, LARGEST_VOCABULARY),
+        ("window_length", identity.window_length, 1, LONGEST_WINDOW),
+        ("windows_per_shard", identity.windows_per_shard, 1, 1 << 40),
+        ("seed", identity.seed, -(1 << 63), (1 << 64) - 1),
+        ("temperature", identity.temperature, 1e-6, 1e6),
+        ("codec.rounds", codec.get("rounds", 1), 1, MOST_ROUNDS),
+        ("codec.tau", codec.get("tau", 1), LEAST_TAU, 1),
+    ):
+        whole = name not in ("temperature", "codec.tau")
+        if not (_is_number(value) and (isinstance(value, int) or not whole)) or not (
+            least <= value <= most
+        ):
+            raise CacheError(
+                f"{where}: {name} is {shown(value)}, where {'a whole' if whole else 'a'} number "
+                f"from {least:,} to {most:,} is expected. The cache was not written by this "
+                "library, or was damaged: restore cache.json from a copy"
+            )
+    for name in ("rounds", "tau"):
+        if name in sampler and name in codec and sampler[name] != codec[name]:
+            raise CacheError(
+                f"{where}: its sampler has {name} {shown(sampler[name])}, its codec "
+                f"{shown(codec[name])}; one is the other's in every cache that this library "
+                "writes: restore cache.json from a copy"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or math.isfinite(value))
+    )
