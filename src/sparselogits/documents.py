@@ -86,6 +86,7 @@ class Documents:
         position_ids: Tensor,
         *,
         one_call: bool = False,
+        mask_padding: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Run packed windows and return states (or logits) [B, L, D], differentiable.
@@ -96,6 +97,8 @@ class Documents:
             position_ids: int64 [B, L], zero where a document starts.
             one_call: run all documents in one call, padded to the longest, because other ranks
                 wait for as many calls (sharded weights).
+            mask_padding: tell the model by `attention_mask` what is padding, for a loss that it
+                forms over all tokens of a call.
             inputs: further inputs; tensors [B, L] are divided as `input_ids` are.
 
         Raises:
@@ -114,6 +117,8 @@ class Documents:
             return run(input_ids=input_ids, position_ids=position_ids.to(where), **inputs)
         beyond = self.same_length_beyond
         equal = beyond is not None and length > beyond
+        if mask_padding and "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones_like(input_ids)
         return _run_apart(run, input_ids, position_ids, equal=equal, one_call=one_call, **inputs)
 
 
@@ -158,6 +163,8 @@ def _run_apart(
             else value
             for name, value in inputs.items()
         }
+        if "attention_mask" in divided:
+            divided["attention_mask"] = divided["attention_mask"] * own
         states = run(input_ids=input_ids.flatten()[places], **divided)
         # a prompt that the model puts before the text has states of its own
         states = states[:, states.shape[1] - places.shape[1] :]

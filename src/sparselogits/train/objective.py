@@ -18,11 +18,13 @@ from inspect import unwrap
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparselogits.causal_lm import Head, Parts, agrees_with_model, split
 from sparselogits.data.dataset import IGNORE_INDEX
+from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.losses import (
     Divergence,
@@ -86,6 +88,7 @@ class Wiring:
         parts: the parts at the time of binding, of which only scale and softcap are used later.
         balancing: auxiliary loss of a mixture of experts, from the trunk's output.
         router_coefficient: weight of the auxiliary loss.
+        documents: how the student runs packed windows whose attention restarts.
     """
 
     objective: Objective
@@ -94,6 +97,7 @@ class Wiring:
     parts: Parts | None
     balancing: BalancingLoss | None
     router_coefficient: float
+    documents: Documents
 
     def parts_of(self, model: nn.Module) -> Parts | None:
         """Return the parts of `model` itself, which may be a replica of the student that was bound.
@@ -138,6 +142,15 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
             SparseLogitsWarning,
             stacklevel=2,
         )
+    plain = model.forward
+
+    def run(**given: Any) -> Tensor:
+        if parts is None:
+            logits: Tensor = plain(use_cache=False, **given).logits
+            return logits
+        states: Tensor = parts.trunk(use_cache=False, **given).last_hidden_state
+        return states
+
     wiring = Wiring(
         objective,
         trunk=None if parts is None else names[id(parts.trunk)],
@@ -145,6 +158,7 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
         parts=parts,
         balancing=balancing,
         router_coefficient=coefficient(model),
+        documents=Documents.probe(model, run),
     )
     attach(model, wiring)
     return wiring
@@ -335,16 +349,34 @@ def _run(
     """Return hidden states and head, or logits and None; and a mixture's auxiliary loss."""
     inputs["use_cache"] = False
     parts = wiring.parts_of(model)
-    if parts is None:
-        output = plain(model, **inputs)
-        aux = getattr(output, "aux_loss", None)
-        return output.logits, None, None if aux is None else aux * wiring.router_coefficient
-    routed = {} if wiring.balancing is None else {"output_router_logits": True}
-    output = parts.trunk(**routed, **inputs)
-    aux = None
-    if wiring.balancing is not None:
-        aux = wiring.balancing(output, inputs.get("attention_mask"))
-    return output.last_hidden_state, parts.bound_head(), aux
+    aux: list[Tensor | None] = []
+
+    def run(**given: Any) -> Tensor:
+        if parts is None:
+            output = plain(model, **given)
+            own = getattr(output, "aux_loss", None)
+            aux.append(None if own is None else own * wiring.router_coefficient)
+            logits: Tensor = output.logits
+            return logits
+        routed = {} if wiring.balancing is None else {"output_router_logits": True}
+        output = parts.trunk(**routed, **given)
+        if wiring.balancing is not None:
+            aux.append(wiring.balancing(output, given.get("attention_mask")))
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    positions = inputs.get("position_ids")
+    if positions is not None and int((positions == 0).sum()) > len(positions):
+        del inputs["position_ids"]
+        # one call where other ranks wait for as many, and where experts are balanced over a call
+        experts = balances_experts(model)
+        together = experts or (dist.is_initialized() and dist.get_world_size() > 1)
+        ids = inputs.pop("input_ids")
+        states = wiring.documents.run(
+            run, ids, positions, one_call=together, mask_padding=experts, **inputs
+        )
+    else:
+        states = run(**inputs)
+    return states, None if parts is None else parts.bound_head(), aux[0] if aux else None
 
 
 def _sparse(
