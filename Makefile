@@ -82,7 +82,10 @@ release: .venv/.installed
 	$(PIP) --editable '.[release]'
 	$(BIN)/python -m tests.packaging.release
 
-# The documentation in site/, without a network; a warning or a broken link is an error.
+# The documentation in site/, without a network; a warning or a broken link is an error. Its link to
+# the repository is this clone's remote, as an address that a browser opens.
+docs: export REPOSITORY_URL ?= $(shell git config --get remote.origin.url \
+	| sed -e 's|^git@\([^:]*\):|https://\1/|' -e 's|\.git$$||' | grep '^https://')
 docs: .venv/.installed
 	$(BIN)/zensical build --clean --strict
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,3 +117,24 @@ def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     proxy = Proxy(s3_server.port)
     yield S3.reached(s3_server, monkeypatch.setenv, proxy)
     proxy.stop()
+
+
+REPOSITORY = "https://github.com/someone/sparselogits"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as `make docs` builds it in a clone of `REPOSITORY`."""
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("documentation")
+    for name in ("docs", "src", "overrides"):
+        shutil.copytree(root / name, folder / name)
+    shutil.copy(root / "mkdocs.yml", folder)
+    built = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--clean", "--strict"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"REPOSITORY_URL": REPOSITORY},
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "site"

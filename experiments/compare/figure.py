@@ -83,7 +83,10 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    draw_png(drawing(read_results(given.results)), given.out, width=620, scale=1.25)
+    drawn = drawing(read_results(given.results))
+    draw_png(drawn, given.out, width=620, scale=1.25)
+    dark = given.out.with_name(f"{given.out.stem}_dark{given.out.suffix}")
+    draw_png(drawn, dark, width=620, scale=1.25, dark=True)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def cut_off(page: Page) -> list[str]:
             .filter((each) => each.checkVisibility({ visibilityProperty: true }) && !inside(each))
             .filter((each) => {
               const box = each.getBoundingClientRect();
-              return box.width > 0 && (box.left < -0.5 || box.right > innerWidth + 0.5);
+              if (box.width === 0 || box.right <= 0) return false;  // wholly outside: a drawer
+              return box.left < -0.5 || box.right > innerWidth + 0.5;
             })
             .map((each) => each.outerHTML.slice(0, 200));
         }"""

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page
 from sparselogits.compare.results import Results, TeacherRow, read_results
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.report import comparison, write_report
-from sparselogits.report.charts import COLOURS, DASHES, SHAPES, light_colours, log_ticks, looks_of
+from sparselogits.report.charts import COLOURS, DASHES, SHAPES, colours, log_ticks, looks_of
 from sparselogits.report.comparison import report_page
 from sparselogits.report.comparison_charts import ALL_SHOWN, drawings_of, hidden_at_first
 from sparselogits.report.document import static
@@ -223,7 +223,8 @@ def test_light_and_dark_are_two_themes() -> None:
     for half in (light, dark):
         hues = [found[1] for name in names if (found := re.search(rf"{name}: (#\w+)", half))]
         assert len(set(hues)) == COLOURS
-    assert set(light_colours()) >= {*names, "--paper", "--ink", "--soft", "--line"}
+    for scheme in (False, True):
+        assert set(colours(dark=scheme)) >= {*names, "--paper", "--ink", "--soft", "--line"}
 
 
 def test_no_two_methods_look_alike() -> None:

@@ -121,31 +121,35 @@ def vega_script() -> str:
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version))
 
 
-def draw_png(drawing: Drawing, path: Path, *, width: int = WIDTH, scale: float = 2) -> None:
+def draw_png(
+    drawing: Drawing, path: Path, *, width: int = WIDTH, scale: float = 2, dark: bool = False
+) -> None:
     """Draw the chart of a page, with a legend, as a PNG file.
+
+    Args:
+        drawing: the chart.
+        path: of the file.
+        width: pixels of the chart itself.
+        scale: pixels of the file per pixel.
+        dark: whether in the colours of dark pages.
 
     Raises:
         MissingDependencyError: altair or vl-convert is not installed.
     """
     require_drawing()
     chart = drawing.chart.properties(width=width, height=HEIGHT, title=drawing.title)
-    write_png(_configured(chart, still=True), path, scale=scale)
-
-
-def write_png(spec: Mapping[str, Any], path: Path, *, scale: float = 2) -> None:
-    """Draw a specification in the light colours of theme.css as a PNG file."""
     import vl_convert
 
-    text = json.dumps(spec)
-    for name, colour in light_colours().items():
+    text = json.dumps(_configured(chart, still=True))
+    for name, colour in colours(dark=dark).items():
         text = text.replace(f"var({name})", colour)
     write_whole(path, bytes(vl_convert.vegalite_to_png(text, scale=scale)))
 
 
-def light_colours() -> dict[str, str]:
-    """The colours of light pages by their names in theme.css."""
-    light, _, _ = static("theme.css").partition("@media")
-    return dict(re.findall(r"(--\w+): *(#\w+)", light))
+def colours(*, dark: bool) -> dict[str, str]:
+    """Return the colours of light or dark pages by their names in theme.css."""
+    light, _, other = static("theme.css").partition("@media")
+    return dict(re.findall(r"(--\w+): *(#\w+)", other if dark else light))
 
 
 def budget_chart(
