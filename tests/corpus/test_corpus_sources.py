@@ -126,9 +126,12 @@ def test_a_pattern_reads_files_of_any_suffix(tmp_path: Path) -> None:
 
 def test_beside_records_text_files_are_not_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["record"])
-    write_parquet(tmp_path / "b.parquet", ["row"])
+    write_jsonl(tmp_path / "b.ndjson", ["row"])
     (tmp_path / "README.md").write_text("about them")
-    assert list(open_source(str(tmp_path)).documents()) == ["record", "row"]
+    (tmp_path / "notes.txt").write_text("more about them")
+    source = open_source(str(tmp_path))
+    assert list(source.documents()) == ["record", "row"]
+    assert [own.names for own in source.left_out] == [("README.md", "notes.txt")]
 
 
 def test_splits_of_a_dataset(tmp_path: Path) -> None:

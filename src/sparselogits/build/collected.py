@@ -224,7 +224,7 @@ def _figures(window: Collected) -> tuple[float, float]:
 
 
 def _rows(data: str) -> Rows:
-    for number, file in enumerate(locate(data, "train")):
+    for number, file in enumerate(locate(data, "train").files):
         try:
             if file.kind == "parquet":
                 yield from parquet_rows(file.path, file.name)

@@ -306,6 +306,8 @@ def cache(
     only = _window_range(windows)
     crew = crew_of(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
+    if crew.is_first:
+        messages.print(source.in_words())
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     load = partial(
         load_teacher,
@@ -340,7 +342,8 @@ def cache(
                 progress=update,
                 processes=processes,
             )
-        messages.print(packed.in_words())
+        if crew.is_first:
+            messages.print(packed.in_words())
         shard_ranges(packed.windows, windows_per_shard, only, first_window=place.first_window)
         return packed
 
@@ -387,7 +390,8 @@ def cache(
         there = "was" if report.windows_found == 1 else "were"
         messages.print(f"{counted(report.windows_found, 'window')} {there} in the cache already")
     if crew.is_first:
-        print_info(out, as_json)
+        text = source.selection() | {"summary": corpus.summary.to_json()}
+        print_info(out, as_json, text=text)
         if not as_json and only is None:
             say_train(out)
         elif not as_json:

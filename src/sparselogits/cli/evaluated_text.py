@@ -86,6 +86,7 @@ def text_to_evaluate(
         split=other.split,
         completion_only=other.completion_only,
     )
+    messages.print(source.in_words())
     vocab_size = vocabulary_size(student) or max(tokenizer.get_vocab().values()) + 1
     if cache is not None:
         vocab_size = max(vocab_size, cache.identity.vocab_size)

@@ -34,8 +34,17 @@ def info(
         say_train(cache)
 
 
-def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
-    """Print the facts of a cache, as a table or as JSON; histograms from `sampled` row groups."""
+def print_info(
+    root: str, as_json: bool, *, sampled: int = 0, text: dict[str, object] | None = None
+) -> None:
+    """Print the facts of a cache, as a table or as JSON.
+
+    Args:
+        root: folder or URL of the cache.
+        as_json: print JSON.
+        sampled: row groups that the histograms are made from; 0 for none.
+        text: what is known of the text that was read, for the JSON.
+    """
     from sparselogits.store import Cache, sample_cache
 
     opened = Cache.open(root)
@@ -55,6 +64,8 @@ def print_info(root: str, as_json: bool, *, sampled: int = 0) -> None:
         }
         if sample is not None:
             shown["sample"] = asdict(sample)
+        if text is not None:
+            shown["text"] = text
         say_json(shown)
         return
     identity = opened.identity

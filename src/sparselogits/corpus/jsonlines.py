@@ -1,33 +1,30 @@
 """JSON lines, plain or compressed: a line is a record.
 
 A plain file is divided into ranges of bytes that are read independently; a line belongs to the
-range in which it begins. A compressed file (.gz, .zst) cannot be entered in the middle: it is one
-span, read by one process. Memory is bounded by the longest line.
+range in which it begins. A compressed file (.gz, .bz2, .xz, .zst) cannot be entered in the middle:
+it is one span, read by one process. Memory is bounded by the longest line.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pyarrow as pa
-
+from sparselogits.corpus.compressed import COMPRESSION, LONGEST_LINE, open_lines
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.records import Fields, Where, record_pieces
 from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def spans(path: Path, file: int, span_bytes: int) -> Iterator[Span]:
     """Byte ranges of a file of JSON lines; a compressed file is one range."""
     size = path.stat().st_size
-    step = max(size, 1) if path.suffix in _COMPRESSION else span_bytes
+    step = max(size, 1) if path.suffix.lower() in COMPRESSION else span_bytes
     for start in range(0, size, step):
         stop = min(start + step, size)
         yield Span(file, start, stop, stop - start)
@@ -45,7 +42,7 @@ def records(path: Path, name: str, span: Span) -> Iterator[tuple[dict[str, Any],
     Raises:
         CorpusError: naming file and line, for a line that is no JSON object.
     """
-    if path.suffix in _COMPRESSION:
+    if path.suffix.lower() in COMPRESSION:
         yield from _compressed_records(path, name)
         return
     with path.open("rb") as handle:
@@ -65,10 +62,9 @@ def records(path: Path, name: str, span: Span) -> Iterator[tuple[dict[str, Any],
 def _compressed_records(path: Path, name: str) -> Iterator[tuple[dict[str, Any], Where, int]]:
     done = 0
     with path.open("rb") as raw:
-        stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), _COMPRESSION[path.suffix])
-        lines = io.BufferedReader(cast(Any, stream), buffer_size=1 << 20)
+        lines = open_lines(path, name, raw)
         number = 0
-        while line := _compressed_line(lines, name):
+        while line := lines.readline(LONGEST_LINE):
             number += 1
             # compressed bytes read since the last record
             size, done = raw.tell() - done, raw.tell()
@@ -76,15 +72,13 @@ def _compressed_records(path: Path, name: str) -> Iterator[tuple[dict[str, Any],
             def where(number: int = number) -> str:
                 return f"{name}, line {number}"
 
+            if len(line) == LONGEST_LINE:
+                raise CorpusError(
+                    f"{where()} is longer than {LONGEST_LINE >> 20} MiB; each line must hold one "
+                    "JSON object, so divide it into several"
+                )
             if not line.isspace():
                 yield _record(line, where), where, size
-
-
-def _compressed_line(lines: io.BufferedReader, name: str) -> bytes:
-    try:
-        return lines.readline()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorpusError(f"{name} cannot be decompressed ({error}); fetch it anew") from error
 
 
 def _record(line: bytes, where: Where) -> dict[str, Any]:

@@ -17,6 +17,7 @@ they are what packing distributes over processes and resumes by.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,12 +28,11 @@ from typing import Any
 from sparselogits.corpus import columns, jsonlines, text
 from sparselogits.corpus.chat import ChatTemplate
 from sparselogits.corpus.given import Records, chosen_split, write_down
-from sparselogits.corpus.locate import SourceFile, locate
+from sparselogits.corpus.locate import LeftOut, Located, SourceFile, locate
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.records import Fields, Where, is_conversation
 from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
-from sparselogits.identity import canonical_json
 
 Portion = tuple[Span, ...]
 """Spans, in order, that one process packs into one part."""
@@ -53,6 +53,10 @@ class Source:
     """For people; not part of the fingerprint."""
     files: tuple[SourceFile, ...]
     fields: Fields
+    left_out: tuple[LeftOut, ...] = ()
+    """Files beside them that are not read, by the reason; for people."""
+    shared: tuple[LeftOut, ...] = ()
+    """Files among them whose names say another split as well; for people."""
 
     @property
     def masked(self) -> bool:
@@ -74,14 +78,18 @@ class Source:
         """
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(canonical_json([file.name, file.kind]) + b"\n")
+            # a name may hold bytes that are no UTF-8
+            described = json.dumps(
+                [file.name, file.kind], ensure_ascii=False, separators=(",", ":")
+            )
+            digest.update(described.encode("utf-8", "surrogateescape") + b"\n")
             digest.update(_sampled(file.path))
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """What packed windows record of it, the name included."""
         described = {
-            "name": self.name,
+            "name": self.name.encode("utf-8", "backslashreplace").decode(),
             "fingerprint": self.fingerprint,
             "text_field": self.fields.text,
             "completion_only": self.fields.completion_only,
@@ -89,6 +97,23 @@ class Source:
         if self.fields.chat is not None:
             described["chat_template"] = self.fields.chat.fingerprint
         return described
+
+    def in_words(self) -> str:
+        """Say which files are read and which are left out, for a person."""
+        names = [file.name for file in self.files]
+        few = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        said = f"reading {few}" if len(names) == 1 else f"reading {len(names):,} files ({few})"
+        left = "; ".join(own.in_words() for own in self.left_out)
+        both = [own.in_words(" read here is", " read here are") for own in self.shared]
+        return "; ".join([said, *([f"left out: {left}"] if left else []), *both])
+
+    def selection(self) -> dict[str, Any]:
+        """Return which files are read and which are left out, as plain JSON values."""
+        return {
+            "files": [file.name for file in self.files],
+            "left_out": {own.reason: list(own.names) for own in self.left_out},
+            "also_of_another_split": [name for own in self.shared for name in own.names],
+        }
 
     def read_by(self, tokenizer: Any) -> Source:
         """The same source as this tokenizer's model reads it.
@@ -183,17 +208,17 @@ def open_source(
     fields = Fields(text_field, completion_only)
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
-        files = locate(name, split)
+        located = locate(name, split)
     else:
         records = chosen_split(data, split)
         name = f"records of a {type(records).__name__}"
-        files = [write_down(records, fields, work)]
-    if completion_only and any(file.kind == "text" for file in files):
+        located = Located((write_down(records, fields, work),))
+    if completion_only and any(file.kind == "text" for file in located.files):
         raise CorpusError(
             f"{name} holds plain text, which has no completions; use JSON lines or Parquet with "
             "`prompt` and `completion`, or leave out completion_only"
         )
-    return Source(name, tuple(files), fields)
+    return Source(name, located.files, fields, located.left_out, located.shared)
 
 
 def _holds_messages(source: Source) -> bool:

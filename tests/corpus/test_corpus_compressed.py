@@ -1,0 +1,147 @@
+"""Compressed JSON lines of every kind that tools write, cut off, padded and hostile.
+
+pytest tests/corpus/test_corpus_compressed.py
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from sparselogits.corpus import open_source
+from sparselogits.errors import CorpusError
+
+RNG = random.Random(3)
+TEXTS = [f"{n} " + "".join(RNG.choices("abcdefgh \n", k=RNG.randint(1, 4000))) for n in range(300)]
+LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+
+
+def zstd_long(data: bytes) -> bytes:
+    """A frame with a window of 1 GiB and no size in its header, as of `zstd --long=30`."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=30)
+    made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return made.compress(data) + made.flush()
+
+
+def skippable(data: bytes) -> bytes:
+    """Frames that pzstd and seekable formats put between those of data."""
+    frame = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"index"
+    return frame + zstandard.compress(data) + frame
+
+
+COMPRESS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "gzip": (".gz", gzip.compress),
+    "bzip2": (".bz2", bz2.compress),
+    "xz": (".xz", lzma.compress),
+    "lzma, the old format": (".xz", lambda data: lzma.compress(data, lzma.FORMAT_ALONE)),
+    "zstd": (".zst", zstandard.compress),
+    "zstd --long": (".zst", zstd_long),
+    "zstd with skippable frames": (".zst", skippable),
+}
+
+
+def read(path: Path) -> list[str]:
+    return list(open_source(str(path)).documents())
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("padding", [b"", b"\0" * 1000])
+def test_what_tools_write_is_read(kind: str, members: int, padding: bytes, tmp_path: Path) -> None:
+    suffix, compress = COMPRESS[kind]
+    if kind.startswith("lzma") and (members > 1 or padding):
+        pytest.skip("one stream, unpadded")
+    # members end anywhere, within a line as well
+    cuts = [len(LINES) * n // members for n in range(members + 1)]
+    parts = [compress(LINES[a:b]) + padding for a, b in pairwise(cuts)]
+    path = tmp_path / f"pages.jsonl{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert read(path) == TEXTS
+    upper = path.rename(tmp_path / f"pages.jsonl{suffix.upper()}")
+    assert read(upper) == TEXTS
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_file_that_was_cut_off_is_refused(kind: str, tmp_path: Path) -> None:
+    """At any byte: what decompressors read up to there is no whole text."""
+    suffix, compress = COMPRESS[kind]
+    whole = compress(LINES)
+    path = tmp_path / f"pages.jsonl{suffix}"
+    for cut in (3, len(whole) // 3, len(whole) // 2, len(whole) - 9, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        if kind.endswith("skippable frames") and cut < 10:
+            continue
+        with pytest.raises(CorpusError, match=r"pages\.jsonl.*etch it anew"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_is_no_compressed_data_is_named(suffix: str, tmp_path: Path) -> None:
+    compress = next(own for name, own in COMPRESS.values() if name == suffix)
+    path = tmp_path / f"pages.jsonl{suffix}"
+    path.write_bytes(LINES)
+    with pytest.raises(CorpusError, match=rf"cannot be decompressed as \{suffix} before byte \d+"):
+        read(path)
+    path.write_bytes(compress(LINES) + b"trailing words of another tool")
+    with pytest.raises(CorpusError, match=r"something else behind 1 whole part\(s\).*cut it off"):
+        read(path)
+    damaged = bytearray(compress(LINES))
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CorpusError, match=r"pages\.jsonl"):
+        read(path)
+    path.write_bytes(b"")
+    with pytest.raises(CorpusError, match="is empty"):
+        read(path)
+
+
+BOMB = """
+import resource, sys
+from sparselogits.corpus import open_source
+from sparselogits.errors import CorpusError
+bytes_now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (bytes_now + (200 << 20),) * 2)
+try:
+    print(sum(len(text) for text in open_source(sys.argv[1]).documents()))
+except CorpusError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_memory_does_not_follow_what_is_unpacked(
+    suffix: str, tmp_path: Path, library_environment: dict[str, str]
+) -> None:
+    """Hundreds of megabytes of blank lines in a few kilobytes, with 200 MB of address space."""
+    line = b" " * ((1 << 20) - 1) + b"\n"
+    path = tmp_path / f"pages.jsonl{suffix}"
+    openers: dict[str, Callable[[io.BufferedWriter], io.IOBase]] = {
+        ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1),
+        ".bz2": lambda raw: bz2.BZ2File(raw, "wb", compresslevel=1),
+        ".xz": lambda raw: lzma.LZMAFile(raw, "wb", preset=0),  # noqa: SIM115
+        ".zst": lambda raw: zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False),
+    }
+    with path.open("wb") as raw, openers[suffix](raw) as stream:
+        for _ in range(300 if suffix in (".bz2", ".xz") else 900):
+            stream.write(line)
+        stream.write(b'{"text": "the end"}\n')
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB, str(path)],
+        env=library_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "7\n", done.stderr

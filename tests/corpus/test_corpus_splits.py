@@ -1,0 +1,258 @@
+"""A folder is divided into splits as `datasets` divides it, which is the oracle here.
+
+pytest tests/corpus/test_corpus_splits.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sparselogits.corpus import Packing, open_source, pack
+from sparselogits.errors import CorpusError
+
+ROW = json.dumps({"text": "words"}) + "\n"
+
+
+def lay_out(folder: Path, names: list[str], card: str = "") -> Path:
+    """A folder of records whose text is the name of their file."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = name if name.endswith((".txt", ".md")) else json.dumps({"text": name})
+        path.write_text("{}" if name.endswith("info.json") else text)
+    if card:
+        (folder / "README.md").write_text(card)
+    return folder
+
+
+def expected(folder: Path, configuration: str | None = None) -> dict[str, list[str]]:
+    """What `datasets` would read, by split."""
+    builder = datasets.load_dataset_builder(str(folder), configuration)
+    found = {}
+    for split, paths in builder.config.data_files.items():
+        # it reads a file twice that two patterns of its split match; here it is read once
+        found[str(split)] = sorted({Path(path).relative_to(folder).as_posix() for path in paths})
+    return found
+
+
+def read(folder: Path | str, splits: list[str]) -> dict[str, list[str]]:
+    found = {}
+    for split in splits:
+        try:
+            found[split] = [file.name for file in open_source(str(folder), split=split).files]
+        except CorpusError as error:
+            assert f"no split `{split}`" in str(error) or "of the split" in str(error)  # noqa: PT017
+    return found
+
+
+ALL = ["train", "validation", "test", "random"]
+LAYOUTS = [
+    [
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+        "data/test-00000-of-00001.jsonl",
+    ],
+    ["data/random-00000-of-00001.jsonl", "data/train-00000-of-00001.jsonl"],
+    ["data/train-00000-of-00001-abcdef.jsonl", "data/validation-00000-of-00001-abcdef.jsonl"],
+    ["train.jsonl", "test.jsonl", "validation.jsonl"],
+    ["train.jsonl", "dev.jsonl", "extra.jsonl"],
+    ["train_0.jsonl", "train_1.jsonl", "valid_0.jsonl"],
+    ["my-train-file.jsonl", "my-eval-file.jsonl"],
+    ["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
+    ["train/test.jsonl", "train/other.jsonl"],
+    ["test/train.jsonl", "train/x.jsonl"],
+    ["data/training/a.jsonl", "data/val/a.jsonl", "data/evaluation/b.jsonl"],
+    ["a.jsonl", "b.jsonl"],
+    ["www_farodevigo_es.jsonl", "latest.jsonl", "trainer.jsonl"],  # keywords within words
+    ["Train.jsonl", "Test.jsonl"],
+    ["train.v1.jsonl", "test.v1.jsonl", "notes.txt"],
+    ["split=train/a.jsonl", "split=test/a.jsonl"],
+    ["train2.jsonl", "test 2.jsonl"],
+    ["train.jsonl", "__MACOSX/train.jsonl", ".git/test.jsonl", "test.jsonl"],
+    ["train.json", "test.json"],
+    ["only.json"],
+    ["train.txt", "test.txt", "other.txt"],
+    ["test.jsonl"],
+    ["cfg/train.jsonl", "cfg/test.jsonl", "dataset_info.json"],
+    ["eval.jsonl", "a.jsonl"],
+    ["one.jsonl", "two.jsonl", "three.json"][:2],
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=", ".join)
+def test_folders_are_divided_as_datasets_divides_them(names: list[str], tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", names)
+    assert read(folder, ALL) == expected(folder)
+
+
+def test_random_folders_are_divided_alike(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    words = ["train", "test", "val", "dev", "data", "x", "trained", "evaluation", "2", "part"]
+    for trial in range(25):
+        names = set()
+        for _ in range(rng.randint(1, 6)):
+            parts = [
+                rng.choice(["", "-", "_", "."]).join(rng.choices(words, k=rng.randint(1, 2)))
+                for _ in range(rng.randint(1, 3))
+            ]
+            name = "/".join(part.strip("._") or "x" for part in parts)
+            names.add(name + ".jsonl")
+        folder = lay_out(tmp_path / str(trial) / "pages", sorted(names))
+        assert read(folder, ALL) == expected(folder), names
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: [part1/*.jsonl, part2/*]
+  - split: held
+    path: "part3/**"
+- config_name: small
+  data_dir: part3
+- config_name: bad
+  data_files: ["../secret.jsonl", "/etc/hosts", "part1/a.jsonl"]
+---
+# Pages
+"""
+
+
+def test_the_card_of_a_dataset_names_files(tmp_path: Path) -> None:
+    names = ["part1/a.jsonl", "part1/b.jsonl", "part2/a.jsonl", "part3/deep/x.jsonl", "y.jsonl"]
+    folder = lay_out(tmp_path / "pages", names, CARD)
+    lay_out(tmp_path, ["secret.jsonl"])
+    assert read(folder, ["train", "held"]) == expected(folder)
+    assert read(f"{folder}:small", ["train"]) == expected(folder, "small")
+    # no pattern leads out of the folder
+    assert read(f"{folder}:bad", ["train"]) == {"train": ["part1/a.jsonl"]}
+    source = open_source(str(folder))
+    assert "1 file of the split `held` (part3/deep/x.jsonl)" in source.in_words()
+    assert "of no split (README.md, y.jsonl)" in source.in_words()
+    with pytest.raises(CorpusError, match=r"no configuration 'large'; README.md names default, sm"):
+        open_source(f"{folder}:large")
+    folder.joinpath("README.md").write_text(CARD.replace("name: default", "name: other"))
+    with pytest.raises(CorpusError, match=r"several configurations \(other, small, bad\) and no"):
+        open_source(str(folder))
+    folder.joinpath("README.md").write_text("---\na: &a [x]\nb: *a\n---\n")  # not a card of ours
+    assert len(open_source(str(folder)).files) == 5
+
+
+@pytest.mark.parametrize("names", [["a.md", "testing.md", "train.rst"], ["a.txt", "b.txt"]])
+def test_pages_of_text_are_all_read(names: list[str], tmp_path: Path) -> None:
+    """Documentation is not divided because a page of it is called testing.md."""
+    folder = lay_out(tmp_path / "pages", names)
+    assert [file.name for file in open_source(str(folder)).files] == sorted(names)
+    with pytest.raises(CorpusError, match="no split `test`: nothing in the names"):
+        open_source(str(folder), split="test")
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", ["test.jsonl", "valid.jsonl", "z.jsonl"])
+    with pytest.raises(CorpusError, match=r"no files of the split `train`.*validation \(1\), test"):
+        open_source(str(folder))
+    by_pattern = open_source(f"{folder}/*.jsonl")
+    assert len(by_pattern.files) == 3
+
+
+def test_a_file_of_two_splits_is_named(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", ["train/eval.jsonl", "train/test/a.jsonl", "test/a.jsonl"])
+    source = open_source(str(folder))
+    assert [file.name for file in source.files] == ["train/eval.jsonl", "train/test/a.jsonl"]
+    assert "1 file read here is also of the split `test` (train/test/a.jsonl)" in source.in_words()
+
+
+def test_one_format_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", ["a.jsonl", "b.jsonl", "notes.md", "picture.png"])
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(folder / "a.parquet")
+    source = open_source(str(folder))
+    assert [file.name for file in source.files] == ["a.jsonl", "b.jsonl"]
+    assert {own.names: own.reason for own in source.left_out} == {
+        ("a.parquet", "notes.md"): "of another format than .jsonl",
+        ("picture.png",): "that are no text by their names",
+    }
+
+
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    shards = lay_out(tmp_path / "elsewhere", ["a.jsonl", "deep/b.jsonl"])
+    folder = lay_out(tmp_path / "pages", ["c.jsonl"])
+    (folder / "linked").symlink_to(shards)
+    (folder / "again").symlink_to(shards)
+    (shards / "deep" / "loop").symlink_to(shards)
+    (shards / "up").symlink_to(folder)
+    (folder / "d.jsonl").symlink_to(shards / "a.jsonl")  # as the hub's cache stands
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    source = open_source(str(folder))
+    names = [file.name for file in source.files]
+    assert len(names) == 4
+    assert {"c.jsonl", "d.jsonl"} < set(names)
+    assert sorted(source.documents()) == ["a.jsonl", "a.jsonl", "c.jsonl", "deep/b.jsonl"]
+    said = source.in_words()
+    assert "4 files that link to a folder that is read already" in said or "3 files that" in said
+    assert "1 file that link to nothing (gone.jsonl)" in said
+    with pytest.raises(CorpusError, match=r"is a link to .*/nothing, which does not exist"):
+        open_source(str(folder / "gone.jsonl"))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe in a folder is named and not opened; alone it is refused, and nothing hangs."""
+    folder = lay_out(tmp_path / "pages", ["a.jsonl"])
+    os.mkfifo(folder / "pipe.jsonl")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / "s.jsonl"))
+        source = open_source(str(folder))
+        assert [file.name for file in source.files] == ["a.jsonl"]
+        assert "2 files that are no regular files (pipe.jsonl, s.jsonl)" in source.in_words()
+        with pytest.raises(CorpusError, match=r"is a socket; only regular files"):
+            open_source(str(folder / "s.jsonl"))
+    with pytest.raises(
+        CorpusError, match=r"is a named pipe; only regular files.*Write its content"
+    ):
+        open_source(str(folder / "pipe.jsonl"))
+    with pytest.raises(CorpusError, match="is a device"):
+        open_source("/dev/zero")
+
+
+def test_names_of_any_bytes(tokenizer: object, tmp_path: Path) -> None:
+    """Latin-1, markup, line breaks and escapes in names do no harm."""
+    folder = os.fsencode(tmp_path) + b"/p\xe4ges"
+    Path(os.fsdecode(folder)).mkdir()
+    for name in (b"caf\xe9.jsonl", b"[bold]x[red].jsonl", b"a\nb.jsonl", b"\x1b]0;t\x07.jsonl"):
+        Path(os.fsdecode(folder + b"/" + name)).write_text(ROW * 20)
+    source = open_source(os.fsdecode(folder))
+    assert len(source.files) == 4
+    packing = Packing(8, 0, None, holdout=0.2)
+    corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=600)
+    assert corpus.summary.documents + corpus.summary.holdout_documents == 80
+    assert corpus.source_name.endswith("p\\udce4ges")
+    again = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=600)
+    assert again.source_fingerprint == corpus.source_fingerprint
+    bad = Path(os.fsdecode(folder + b"/caf\xe9.jsonl"))
+    bad.write_text("{")
+    with pytest.raises(CorpusError) as raised:
+        pack(open_source(str(bad)), tokenizer, packing, tmp_path / "bad", vocab_size=600)
+    str(raised.value).encode()  # can be printed
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", ["a.txt"])
+    (folder / "a.txt").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    )
+    with pytest.raises(CorpusError, match=r"a.txt is a Git LFS pointer.*git lfs pull"):
+        open_source(str(folder))
+
+
+def test_fingerprints_of_plain_names_are_as_before(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One text.")
+    assert open_source(str(tmp_path / "a.txt")).fingerprint == (
+        "874c8100895fe2614c7e68fa106b7336cd8832dd772448bbc746e6e12eec76be"
+    )
