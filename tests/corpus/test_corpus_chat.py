@@ -1,4 +1,4 @@
-"""Conversations: the template's own text, of which the assistant's turns are learnt.
+"""Conversations are the tokens that transformers' `apply_chat_template` gives, and so is the mask.
 
 pytest tests/corpus/test_corpus_chat.py
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
-from importlib.util import find_spec
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +15,60 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from trained_tokenizers import END, train_byte_level
-from transformers import PreTrainedTokenizerFast
+from chat_templates import CHATML, FAMILIES, TEMPLATES, chat_tokenizer, published
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
-from sparselogits.corpus import Packing, open_source, pack, packing_for
-from sparselogits.corpus.chat import ChatTemplate
-from sparselogits.errors import CorpusError, IdentityMismatchError
+from sparselogits.corpus import Packing, open_source, pack, packing_for, records
+from sparselogits.errors import IdentityMismatchError
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SHOUTING = CHATML.replace("message.content", "message.content | upper")
-FORGETFUL = CHATML.replace(
-    "{{ message.content }}",
-    "{% if loop.last or message.role != 'assistant' %}{{ message.content }}{% endif %}",
-)
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is a window?"},
     {"role": "assistant", "content": "A run of tokens."},
-    {"role": "user", "content": "How long?"},
+    {"role": "user", "content": "How long?\n\nIn tokens."},
     {"role": "assistant", "content": "As long as you say."},
 ]
-TRL = find_spec("trl")  # which brings the templates of many models; importing it is slow
-assert TRL is not None
-assert TRL.origin is not None
-TEMPLATES = Path(TRL.origin).parent / "chat_templates"
+THOUGHTS = [
+    *TALK[:2],
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA run of tokens."},
+    TALK[3],
+    {"role": "assistant", "content": "As long as you say.", "reasoning_content": "well"},
+]
+WEATHER = {"name": "weather", "arguments": {"when": "today", "city": "Oslo", "again": None}}
+CALLS = [
+    {"role": "user", "content": "Weather in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": WEATHER}]},
+    {"role": "tool", "name": "weather", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Bye."},
+]
+_CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Ask.", "parameters": _CITY},
+}
+NO_TOOLS = ("smollm", "mistral", "zephyr", "marked", "llama 3", "gemma", "phi 3")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=train_byte_level(), eos_token=END)
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    return {family: chat_tokenizer(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def tokenizer(tokenizers: dict[str, PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    made = tokenizers["byte-level"]
     made.chat_template = CHATML
     return made
 
 
-def template(text: str, implied: str = "") -> ChatTemplate:
-    tokens = (("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>"))
-    return ChatTemplate(text, tokens, implied)
-
-
-def learnt_text(tokenizer: Any, corpus: Any) -> str:
-    """What the windows of a corpus ask for, position after position."""
-    ids: list[int] = []
-    for window in corpus.read(0, corpus.windows):
-        ids += window.tokens[np.flatnonzero(window.mask) + 1].tolist()
-    return str(tokenizer.decode(ids))
+@pytest.fixture(autouse=True)
+def _same_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let templates that write the date find the day of every corpus."""
+    day = type("Day", (), {"now": staticmethod(lambda: datetime(2024, 7, 26, 12, 0))})
+    monkeypatch.setattr(chat_template_utils, "datetime", day)
 
 
 def written(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -74,6 +79,139 @@ def written(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
+def packed(
+    folder: Path, record: dict[str, Any], tokenizer: Any, tokens: int, *, masked: bool = False
+) -> tuple[list[int], list[bool] | None]:
+    """Return the tokens of a record's only window, without the separator, and which are learnt."""
+    path = written(folder / "one.jsonl", [record])
+    packing = packing_for(tokenizer, window_length=tokens + 1)
+    source = open_source(path, completion_only=masked)
+    corpus = pack(source, tokenizer, packing, folder / "out", vocab_size=len(tokenizer))
+    [window] = corpus.read(0, 1)
+    assert window.tokens[-1] == packing.separator_id
+    mask = None if window.mask is None else [False, *window.mask[:-1].tolist()][:-1]
+    return window.tokens[:-1].tolist(), mask
+
+
+def ends_itself(tokenizer: Any, ids: list[int]) -> bool:
+    return bool(ids[-1] == packing_for(tokenizer, window_length=8).separator_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_are_those_of_apply_chat_template(
+    tmp_path: Path, tokenizers: dict[str, Any], name: str, family: str
+) -> None:
+    tokenizer = tokenizers[family]
+    tokenizer.chat_template = TEMPLATES[name]
+    records = [{"messages": TALK if name != "gemma" else TALK[1:]}]
+    if name in ("qwen 3", "deepseek v3", "gpt-oss"):
+        records.append({"messages": THOUGHTS})
+    if name not in NO_TOOLS:
+        records.append({"messages": CALLS, "tools": [TOOL]})
+        if name == "deepseek v3":  # reads arguments as text
+            calls = json.loads(json.dumps(CALLS))
+            calls[1]["tool_calls"][0]["function"]["arguments"] = json.dumps(WEATHER["arguments"])
+            records[-1]["messages"] = calls
+    for number, record in enumerate(records):
+        want = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"))
+        want = want["input_ids"]
+        # a text that ends with the separator by itself is not ended twice
+        whole = len(want) - ends_itself(tokenizer, want)
+        (tmp_path / str(number)).mkdir()
+        assert packed(tmp_path / str(number), record, tokenizer, whole)[0] == want[:whole]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["llama3", "gemma", "phi3", "cohere", "qwen3_instruct_2507"])
+def test_what_is_learnt_is_what_marks_would_say(
+    tmp_path: Path, tokenizers: dict[str, Any], name: str, family: str
+) -> None:
+    """TRL publishes these templates twice: as they are, and with `{% generation %}` marks."""
+    tokenizer = tokenizers[family]
+    talk = TALK[1:] if name == "gemma" else TALK
+    learnt: list[list[bool]] = []
+    for number, text in enumerate((published(name), published(f"{name}_training"))):
+        tokenizer.chat_template = text
+        want = tokenizer.apply_chat_template(talk)["input_ids"]
+        whole = len(want) - ends_itself(tokenizer, want)
+        (tmp_path / str(number)).mkdir()
+        ids, mask = packed(
+            tmp_path / str(number), {"messages": talk}, tokenizer, whole, masked=True
+        )
+        assert ids == want[:whole]
+        assert mask is not None
+        learnt.append(mask)
+        if number:
+            marks = tokenizer.apply_chat_template(
+                talk, return_dict=True, return_assistant_tokens_mask=True
+            )["assistant_masks"]
+            assert mask == [mark == 1 for mark in marks[:whole]]
+    if name != "phi3":  # whose last turn has two marks
+        assert learnt[0] == learnt[1]
+    assert "run of tokens" in tokenizer.decode(np.array(ids)[learnt[0]])
+
+
+def learnt_text(folder: Path, record: dict[str, Any], tokenizer: Any) -> list[str]:
+    """Return the runs of a record's text that are learnt, the separator left out."""
+    path = written(folder / "talk.jsonl", [record] * 2)
+    source = open_source(path, completion_only=True)
+    packing = packing_for(tokenizer, window_length=8)
+    corpus = pack(source, tokenizer, packing, folder / "out", vocab_size=len(tokenizer))
+    tokens = np.concatenate([window.tokens for window in corpus.read(0, corpus.windows)])
+    stream = corpus._training.read(0, len(tokens))
+    assert stream.learnt is not None
+    first = stream.learnt[: int(np.flatnonzero(stream.starts)[1])]
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], first, [False]]).astype(int)))
+    runs = [tokenizer.decode(tokens[a:b]) for a, b in edges.reshape(-1, 2)]
+    end = tokenizer.decode([packing.separator_id])
+    return [run.removesuffix(end) for run in runs if run != end]
+
+
+QWEN3 = {
+    "a thought of an earlier turn is left out": (
+        THOUGHTS,
+        [
+            "A run of tokens.<|im_end|>\n",
+            "<think>\nwell\n</think>\n\nAs long as you say.<|im_end|>\n",
+        ],
+    ),
+    "an answer that begins as the thought would": (
+        [TALK[1], {"role": "assistant", "content": "<this> is one."}, *TALK[3:]],
+        ["<this> is one.<|im_end|>\n", "<think>\n\n</think>\n\nAs long as you say.<|im_end|>\n"],
+    ),
+    "calls of a tool in an earlier turn": (
+        CALLS,
+        [
+            '<tool_call>\n{"name": "weather", "arguments": {"when": "today", "city": "Oslo", '
+            '"again": null}}\n</tool_call><|im_end|>\n',
+            "It rains.<|im_end|>\n",
+            "<think>\n\n</think>\n\nBye.<|im_end|>\n",
+        ],
+    ),
+    "the same words in every turn": (
+        [TALK[1], {"role": "assistant", "content": "assistant"}] * 3,
+        ["assistant<|im_end|>\n"] * 2 + ["<think>\n\n</think>\n\nassistant<|im_end|>\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", QWEN3)
+def test_a_template_that_rewrites_earlier_turns(tmp_path: Path, tokenizer: Any, what: str) -> None:
+    talk, said = QWEN3[what]
+    tokenizer.chat_template = TEMPLATES["qwen 3"]
+    assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == said
+
+
+def test_turns_that_end_otherwise_when_they_are_the_last(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATES["gpt-oss"]
+    assert learnt_text(tmp_path, {"messages": THOUGHTS[1:]}, tokenizer) == [
+        "<|channel|>final<|message|><think>\nhm\n</think>\n\nA run of tokens.<|end|>",
+        "<|channel|>analysis<|message|>well<|end|><|start|>assistant"
+        "<|channel|>final<|message|>As long as you say.<|return|>",
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path, tokenizer: Any, suffix: str) -> None:
     path = written(tmp_path / f"talk.{suffix}", [{"messages": TALK}] * 20)
@@ -81,123 +219,29 @@ def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path, tokenizer: Any, s
     source = open_source(path, completion_only=True)
     corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=len(tokenizer))
     first = corpus.read(0, 1)[0]
-    rendered = tokenizer.apply_chat_template(TALK, tokenize=False)
-    whole = tokenizer.encode(rendered, add_special_tokens=False)
+    whole = tokenizer.apply_chat_template(TALK)["input_ids"]
     assert first.tokens[: len(whole)].tolist() == whole
     assert first.tokens[len(whole)] == packing.separator_id
     read = source.read_by(tokenizer)
     assert pickle.loads(pickle.dumps(read)) == read  # for the processes that tokenise
-    said = f"A run of tokens.<|im_end|>\nAs long as you say.<|im_end|>\n{END}"
-    assert learnt_text(tokenizer, corpus).startswith(said * 2)
+    said = "A run of tokens.<|im_end|>\nAs long as you say.<|im_end|>\n</s>"
+    ids = first.tokens[np.flatnonzero(first.mask) + 1]
+    assert str(tokenizer.decode(ids)).startswith(said * 2)
 
 
-def test_messages_as_prompt_and_completion_are_read_alike(tmp_path: Path, tokenizer: Any) -> None:
-    records = [{"prompt": TALK[:4], "completion": TALK[4:]}] * 20
-    path = written(tmp_path / "talk.jsonl", records)
-    source = open_source(path, completion_only=True)
-    packing = packing_for(tokenizer, window_length=200)
-    corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=len(tokenizer))
-    said = f"As long as you say.<|im_end|>\n{END}"
-    assert learnt_text(tokenizer, corpus).startswith(said * 2)
+def test_messages_as_prompt_and_completion(tmp_path: Path, tokenizer: Any) -> None:
+    record = {"prompt": TALK[:4], "completion": TALK[4:]}
+    assert learnt_text(tmp_path, record, tokenizer) == ["As long as you say.<|im_end|>\n"]
     # all of it is learnt where that is not asked for
-    source = open_source(path)
+    source = open_source(tmp_path / "talk.jsonl")
+    packing = packing_for(tokenizer, window_length=16)
     corpus = pack(source, tokenizer, packing, tmp_path / "all", vocab_size=len(tokenizer))
     assert corpus.read(0, 1)[0].mask is None
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2_5", "qwen3_instruct_2507", "llama3", "gemma", "gemma3", "phi3", "cohere"]
-)
-def test_published_templates(name: str) -> None:
-    """The parts are the template's text, and each turn's end belongs to what is learnt."""
-    talk = TALK[1:] if name.startswith("gemma") else TALK
-    chat = template((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-    parts = chat.parts(talk)
-    assert "".join(text for text, _ in parts) == chat._render(talk)
-    said = [text for text, learnt in parts if learnt]
-    for text, turn in zip(said, (TALK[2], TALK[4]), strict=True):
-        assert turn["content"] in text
-        assert text.strip() != turn["content"]  # with the end of the turn
-        assert "How long?" not in text
-
-
-def test_a_beginning_of_text_is_not_written_twice() -> None:
-    text = "{{ bos_token }}" + CHATML
-    assert template(text, implied="<s>").parts(TALK)[0][0].startswith("<|im_start|>system")
-    assert template(text).parts(TALK)[0][0].startswith("<s><|im_start|>system")
-
-
-def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any) -> None:
-    tokenizer.chat_template = (TEMPLATES / "llama3_2.jinja").read_text(encoding="utf-8")
-    try:
-        chat = ChatTemplate.of(tokenizer)
-        today = tokenizer.apply_chat_template(TALK, tokenize=False)
-    finally:
-        tokenizer.chat_template = CHATML
-    assert chat is not None
-    text = "".join(part for part, _ in chat.parts(TALK))
-    assert "Today Date: 26 Jul 2024\n" in text
-    dated = r"Today Date: .*\n"
-    assert re.sub(dated, "", text) == re.sub(dated, "", today)
-
-
-def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> None:
-    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}] * 20)
-    source, out = open_source(path, completion_only=True), tmp_path / "out"
-    pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
-    tokenizer.chat_template = SHOUTING
-    try:
-        with pytest.raises(IdentityMismatchError, match=r"source\.chat_template"):
-            pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
-    finally:
-        tokenizer.chat_template = CHATML
-    pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
-
-
-MISTAKES = {
-    "forgetful template": (FORGETFUL, {"messages": TALK}, "does not keep what it wrote"),
-    "no template": (None, {"messages": TALK}, "give a tokenizer that has a chat template"),
-    "template that refuses": (
-        "{{ raise_exception('no system turns here') }}",
-        {"messages": TALK},
-        "no system turns here",
-    ),
-    "text": (CHATML, {"messages": "hello"}, "holds no messages"),
-    "strings": (CHATML, {"messages": ["hello"]}, "holds no messages"),
-    "half text": (
-        CHATML,
-        {"prompt": TALK[:4], "completion": "x"},
-        "`completion` holds no messages",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistake: str) -> None:
-    text, record, said = MISTAKES[mistake]
-    first = {"messages": TALK[:3]} if mistake not in ("no template",) else record
-    path = written(tmp_path / "talk.jsonl", [first, record])
-    tokenizer.chat_template = text
-    try:
-        with pytest.raises(CorpusError, match=said) as found:
-            pack(
-                open_source(path, completion_only=True),
-                tokenizer,
-                Packing(8, 0, None),
-                tmp_path / "out",
-                vocab_size=len(tokenizer),
-            )
-    finally:
-        tokenizer.chat_template = CHATML
-    assert "talk.jsonl, line " in str(found.value)
-
-
 def test_the_end_after_a_question_is_not_learnt(tmp_path: Path, tokenizer: Any) -> None:
-    path = written(tmp_path / "talk.jsonl", [{"messages": TALK[:4]}] * 20)
-    source = open_source(path, completion_only=True)
-    packing = packing_for(tokenizer, window_length=200)
-    corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=len(tokenizer))
-    assert learnt_text(tokenizer, corpus).startswith("A run of tokens.<|im_end|>\n" * 2)
+    said = learnt_text(tmp_path, {"messages": TALK[:4]}, tokenizer)
+    assert said == ["A run of tokens.<|im_end|>\n"]
 
 
 def test_a_conversation_without_an_answer_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -206,3 +250,71 @@ def test_a_conversation_without_an_answer_is_left_out(tmp_path: Path, tokenizer:
     source = open_source(path, completion_only=True)
     corpus = pack(source, tokenizer, Packing(16, 0, None), tmp_path / "o", vocab_size=9999)
     assert (corpus.summary.documents, corpus.summary.blank_documents) == (1, 3)
+
+
+def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> None:
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}] * 20)
+    source, out = open_source(path, completion_only=True), tmp_path / "out"
+    pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
+    tokenizer.chat_template = CHATML.replace("message.content", "message.content | upper")
+    with pytest.raises(IdentityMismatchError, match=r"source\.chat_template"):
+        pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
+    tokenizer.chat_template = CHATML
+    pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
+
+
+def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = published("llama3_2")
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    [text] = open_source(path).read_by(tokenizer).documents()
+    assert "Today Date: 26 Jul 2024\n" in text
+    assert text == tokenizer.apply_chat_template(TALK, tokenize=False)  # on that day, see _same_day
+
+
+def test_text_that_was_rendered_before_is_not_begun_or_ended_twice(
+    tmp_path: Path, tokenizers: dict[str, Any]
+) -> None:
+    tokenizer = tokenizers["sentencepiece"]
+    tokenizer.chat_template = TEMPLATES["mistral"]
+    text = tokenizer.apply_chat_template(TALK[1:], tokenize=False)
+    assert text.startswith("<s>")
+    assert text.endswith("</s>")
+    want = tokenizer(text, add_special_tokens=False)["input_ids"]
+    packing = packing_for(tokenizer, window_length=len(want))
+    assert (packing.bos_id, packing.separator_id) == (want[0], want[-1])
+    answer = text.index(" A run")
+    records = [{"text": text}, {"prompt": text[:answer], "completion": text[answer:]}]
+    for number, record in enumerate(records):
+        path = written(tmp_path / f"{number}.jsonl", [record])
+        out = tmp_path / str(number)
+        corpus = pack(open_source(path), tokenizer, packing, out, vocab_size=len(tokenizer))
+        ids = corpus.read(0, 1)[0].tokens.tolist()
+        assert (ids[0], ids.count(want[0])) == (want[0], 1)
+        if number == 0:
+            assert ids == want
+
+
+def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML
+    want = tokenizer.apply_chat_template(TALK)["input_ids"]
+    ids, mask = packed(tmp_path, {"messages": TALK}, tokenizer, len(want), masked=True)
+    assert ids == want
+    said = bytes(i - 3 for i, learnt in zip(ids, mask or [], strict=True) if learnt).decode()
+    assert said == "A run of tokens.<|im_end|>\nAs long as you say.<|im_end|>\n"
+
+
+def test_a_conversation_longer_than_is_tokenised_at_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "\n".join(f"Line {number} of a long answer." for number in range(3000))
+    talk = [TALK[1], {"role": "assistant", "content": lines}, *TALK[3:]]
+    want = tokenizer.apply_chat_template(talk)["input_ids"]
+    whole = []
+    for number, size in enumerate((4 << 20, 100)):
+        monkeypatch.setattr(records, "CONVERSATION_BYTES", size)
+        (tmp_path / str(number)).mkdir()
+        record = {"messages": talk}
+        whole.append(packed(tmp_path / str(number), record, tokenizer, len(want), masked=True))
+    assert whole[0] == whole[1]
+    assert whole[0][0] == want

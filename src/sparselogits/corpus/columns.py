@@ -6,7 +6,10 @@ page of a Parquet column, or the largest records.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import datetime
+import decimal
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ from sparselogits.errors import CorpusError
 _BATCH_ROWS = 64
 
 _IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_IS_LIST = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 
 # Parquet: spans are runs of row groups
 
@@ -34,7 +41,7 @@ def parquet_spans(
         CorpusError: for a file that is no Parquet, or lacks the column.
     """
     with _parquet(path, name) as reader:
-        columns = fields.chosen(reader.schema_arrow.names, lambda: name)
+        columns = fields.columns(reader.schema_arrow.names, lambda: name)
         _require_text(reader.schema_arrow, columns, name, fields)
         metadata, start, size = reader.metadata, 0, 0
         for group in range(metadata.num_row_groups):
@@ -50,7 +57,7 @@ def parquet_spans(
 def parquet_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[Piece]:
     """The documents of a run of row groups, one a row."""
     with _parquet(path, name) as reader:
-        columns = fields.chosen(reader.schema_arrow.names, lambda: name)
+        columns = fields.columns(reader.schema_arrow.names, lambda: name)
         for group in range(span.start, span.stop):
             row = 0
             for batch in _batches(reader, group, columns, name):
@@ -119,7 +126,7 @@ def arrow_spans(
     """
     start = size = number = 0
     for number, batch in enumerate(_arrow_batches(path, name), start=1):
-        columns = fields.chosen(batch.schema.names, lambda: name)
+        columns = fields.columns(batch.schema.names, lambda: name)
         _require_text(batch.schema, columns, name, fields)
         size += sum(batch.column(column).nbytes for column in columns)
         if size >= span_bytes:
@@ -134,7 +141,7 @@ def arrow_pieces(path: Path, name: str, span: Span, fields: Fields) -> Iterator[
     row = 0
     for number, batch in enumerate(_arrow_batches(path, name)):
         if span.start <= number < span.stop:
-            columns = fields.chosen(batch.schema.names, lambda: name)
+            columns = fields.columns(batch.schema.names, lambda: name)
             for begin in range(0, batch.num_rows, _BATCH_ROWS):
                 part = batch.slice(begin, _BATCH_ROWS)
                 yield from _batch_pieces(part, columns, name, row + begin, fields)
@@ -158,17 +165,56 @@ def _arrow_batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _require_text(schema: pa.Schema, columns: list[str], name: str, fields: Fields) -> None:
-    if fields.chat is not None:
-        return  # lists of messages are looked at record by record
+    """Refuse a column of text that holds something else, before any of it is read."""
     for column in columns:
+        if column != fields.text or fields.completion_only:
+            continue  # messages, and what may be either, are looked at record by record
         kind = schema.field(column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        if not any(is_text(kind) for is_text in _IS_TEXT):
+        # a file in which every value is null says nothing about the type
+        if not (any(is_text(kind) for is_text in _IS_TEXT) or pa.types.is_null(kind)):
             raise CorpusError(
                 f"{name}: the column `{column}` holds {kind}, not text; name the column that holds "
                 f"the text (text_field); the columns are {', '.join(schema.names)}"
             )
+
+
+def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
+    """Return a value of a column as JSON has it.
+
+    Arrow gives every object of a column the fields of all of them, null where an object has none:
+    such fields are left out again. What `datasets` keeps as JSON text (its `Json` feature) is
+    decoded, and nulls in it stay, since they were written.
+
+    Args:
+        value: as `to_pylist` gives it.
+        kind: its type.
+        decoded: whether JSON text was decoded before, as the rows of `datasets` are.
+    """
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return value if decoded or not isinstance(value, str) else json.loads(value)
+    if pa.types.is_struct(kind):
+        if not isinstance(value, Mapping):
+            return value
+        inner = {field.name: field.type for field in kind}
+        return {
+            name: plain(item, inner[name], decoded=decoded) if name in inner else item
+            for name, item in value.items()
+            if item is not None
+        }
+    if pa.types.is_map(kind):
+        items = value.items() if isinstance(value, Mapping) else value
+        return {name: plain(item, kind.item_type, decoded=decoded) for name, item in items}
+    if any(is_list(kind) for is_list in _IS_LIST):
+        if not isinstance(value, list | tuple):
+            return value
+        return [plain(item, kind.value_type, decoded=decoded) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal) else value
 
 
 def _batch_pieces(
@@ -176,9 +222,14 @@ def _batch_pieces(
 ) -> Iterator[Piece]:
     size = sum(batch.column(column).nbytes for column in columns) // max(batch.num_rows, 1)
     values = [batch.column(column).to_pylist() for column in columns]
-    for number, texts in enumerate(zip(*values, strict=True), start=row):
+    kinds = [batch.schema.field(column).type for column in columns]
+    for number, cells in enumerate(zip(*values, strict=True), start=row):
 
         def where(number: int = number) -> str:
             return f"{place}, row {number}"
 
-        yield from record_pieces(dict(zip(columns, texts, strict=True)), fields, where, size)
+        try:
+            record = dict(zip(columns, map(plain, cells, kinds), strict=True))
+        except ValueError as error:
+            raise CorpusError(f"{where()} holds text that is not the JSON of its column") from error
+        yield from record_pieces(record, fields, where, size)

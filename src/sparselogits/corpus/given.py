@@ -18,6 +18,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from sparselogits.corpus.columns import plain
 from sparselogits.corpus.locate import SourceFile
 from sparselogits.corpus.records import Fields
 from sparselogits.errors import CorpusError
@@ -52,7 +55,7 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
         clean_leftovers(folder)
         temporary = temporary_name(folder / "records")
         try:
-            digest = _write(_plain(records), fields, temporary)
+            digest = _write(*_plain(records), fields, temporary)
             path = folder / f"records-{digest}.jsonl"
             temporary.replace(path)
         finally:
@@ -75,19 +78,21 @@ def chosen_split(records: Any, split: str) -> Any:
     return records[split]
 
 
-def _plain(records: Any) -> Records:
-    """Rows as Python values, where a dataset is set to give tensors or arrays."""
-    if hasattr(records, "with_format"):
-        return records.with_format(None)  # type: ignore[no-any-return]
+def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
+    """Return rows as Python values, and the types of their columns where a dataset has them."""
+    if hasattr(records, "with_format"):  # a dataset may be set to give tensors or arrays
+        features = getattr(records, "features", None)
+        return records.with_format(None), features.arrow_schema if features else None
     if isinstance(records, Iterable) and not isinstance(records, bytes | bytearray):
-        return records
+        return records, None
     raise CorpusError(
         f"cannot read text from a {type(records).__name__}; give a path, a dataset, or records "
         "(an iterable of dicts)"
     )
 
 
-def _write(records: Records, fields: Fields, path: Path) -> str:
+def _write(records: Records, schema: pa.Schema | None, fields: Fields, path: Path) -> str:
+    kinds = {field.name: field.type for field in schema} if schema is not None else {}
     digest, number = hashlib.sha256(), -1
     with path.open("wb") as handle:
         for number, record in enumerate(records):
@@ -99,9 +104,12 @@ def _write(records: Records, fields: Fields, path: Path) -> str:
                 raise CorpusError(
                     f"{where()} is a {type(record).__name__}, not a dict of named fields"
                 )
-            chosen = {name: record[name] for name in fields.chosen(list(record), where)}
+            chosen = fields.kept(record, where)
+            for name in kinds.keys() & chosen.keys():
+                chosen[name] = plain(chosen[name], kinds[name], decoded=True)
             try:
-                line = json.dumps(chosen, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+                # keys stay in order: templates write tool calls as they are given
+                line = json.dumps(chosen, ensure_ascii=False).encode() + b"\n"
             except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
                 raise CorpusError(f"{where()} holds what is no text: {error}") from error
             digest.update(line)

@@ -58,6 +58,11 @@ class Piece:
     """Whether its tokens are to be learnt (false in the prompt of a prompt and completion)."""
     size: int
     """Bytes of the source that it stands for, for progress."""
+    learnt: tuple[tuple[int, int], ...] | None = None
+    """Ranges of `text`'s characters whose tokens carry targets, ascending; None where
+    `carries_target` says it of all."""
+    rendered: bool = False
+    """Whether a chat template made the text: then no beginning-of-text token is put before it."""
 
     @property
     def whole(self) -> bool:

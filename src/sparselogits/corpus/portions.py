@@ -18,14 +18,13 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparselogits.corpus.holdout import DocumentTable
 from sparselogits.corpus.packed import Paths
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.source import Portion, Source
 from sparselogits.corpus.streams import PartWriter, part_name
-from sparselogits.corpus.tokenizing import Encoder
+from sparselogits.corpus.tokenizing import Encoded, Encoder
 from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError
 
@@ -61,11 +60,11 @@ def _pack_portion(job: Job, portion: Portion, number: int, advance: Callable[[in
             table = stack.enter_context(DocumentTable(job.paths.holdout / name))
         left = sum(span.size for span in portion)
         for batch in _batches(job.source.pieces(portion)):
-            for piece, ids in zip(batch, job.encoder.encode(batch), strict=True):
+            for piece, encoded in zip(batch, job.encoder.encode(batch), strict=True):
                 if piece.blank:
                     writer.counts.blank_documents += 1
                     continue
-                tokens = _append(writer, piece, ids, job.packing)
+                tokens = _append(writer, piece, encoded, job.packing)
                 if table is not None:
                     table.add(piece, tokens)
             done = min(left, sum(piece.size for piece in batch))
@@ -74,19 +73,23 @@ def _pack_portion(job: Job, portion: Portion, number: int, advance: Callable[[in
         advance(left)
 
 
-def _append(writer: PartWriter, piece: Piece, ids: NDArray[np.int64], packing: Packing) -> int:
+def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing) -> int:
     """Write the tokens of a piece; return how many they are."""
     writer.counts.characters += piece.stop - piece.start
+    ids, learnt = encoded
     tokens = len(ids)
     if piece.opens:
         writer.begin_document()
-        if packing.bos_id is not None:
+        # text that begins so by itself was written for a model: it is not begun twice
+        begun = piece.rendered or (len(ids) > 0 and ids[0] == packing.bos_id)
+        if packing.bos_id is not None and not begun:
             writer.append(np.array([packing.bos_id]), learnt=False)
             tokens += 1
-    writer.append(ids, learnt=piece.carries_target)
-    if piece.closes:
+    writer.append(ids, learnt=learnt)
+    if piece.closes and not (len(ids) > 0 and ids[-1] == packing.separator_id):
         # the end of what is learnt; a question without an answer has none
-        writer.append(np.array([packing.separator_id]), learnt=piece.carries_target)
+        end = learnt if isinstance(learnt, bool) else bool(len(learnt) and learnt[-1])
+        writer.append(np.array([packing.separator_id]), learnt=end)
         tokens += 1
     return tokens
 

@@ -1,25 +1,32 @@
 """A record with named fields is one document, wherever it comes from.
 
-A record holds its text in one field, or a `prompt` and a `completion`, or `messages`. Prompt and
-completion are tokenised each for itself, as they are when the model is used, and where only
-completions are to be learnt the prompt's tokens carry no target. Messages (a `prompt` and a
-`completion` may be messages, too) become text by a chat template, and what the assistant says is
-the completion, turn by turn. A record without any text (null, empty or white space only, or an
-empty completion where only completions count) becomes a blank piece, to be left out and counted.
+A record holds its text in one field, or a `prompt` and a `completion`, or a conversation. Of
+several that are there, the first that is not empty counts, in this order, so that records of
+different forms may stand in one file. Prompt and completion are tokenised each for itself, as they
+are when the model is used, and where only completions are to be learnt the prompt's tokens carry
+no target. A conversation (`prompt` and `completion` may be messages, too) becomes one text by a
+chat template and is tokenised at once, as transformers' `apply_chat_template` does; its completions
+are the assistant's turns. A record without any text (null, empty or white space only, or without a
+completion where only completions count) becomes a blank piece, to be left out and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sparselogits.corpus.chat import ChatTemplate, Part
+from sparselogits.corpus.chat import ChatTemplate, Rendered
+from sparselogits.corpus.conversation import EXTRAS, MESSAGES, conversation_of, holds_messages
 from sparselogits.corpus.pieces import PIECE_BYTES, Piece, cut_pieces, document_key
 from sparselogits.errors import CorpusError
 
 Where = Callable[[], str]
 """Names a record's place for an error; called only if there is one."""
+
+CONVERSATION_BYTES = 4 << 20
+"""Size up to which a conversation is tokenised at once; longer ones are cut into pieces, as long
+documents are."""
 
 
 @dataclass(frozen=True)
@@ -27,56 +34,90 @@ class Fields:
     """Which fields of a record hold its text."""
 
     text: str = "text"
-    """The field of plain text; records without it may hold `prompt` and `completion`."""
+    """The field of plain text."""
     completion_only: bool = False
     """Only completions carry targets; every record must then hold one."""
     chat: ChatTemplate | None = None
-    """Makes text of messages; None where records hold none."""
+    """Makes text of conversations; None where the tokenizer has no chat template."""
 
-    def chosen(self, found: Collection[str], where: Where) -> list[str]:
-        """The fields to read among those found.
+    def columns(self, found: Collection[str], where: Where) -> list[str]:
+        """Return the columns to read among those that a table has.
+
+        Raises:
+            CorpusError: no column could hold text; names the place and the columns that are there.
+        """
+        forms = self._forms(found)
+        if not forms:
+            raise self._nothing(found, where)
+        wanted = [name for form in forms for name in form]
+        if any(name != self.text for name in wanted):
+            wanted += [name for name in EXTRAS if name in found]
+        if self.completion_only and self.text in found:
+            wanted.append(self.text)  # to tell a record of plain text from an empty one
+        return list(dict.fromkeys(wanted))
+
+    def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
+        """Return the names of the fields that hold a record's text.
 
         Raises:
             CorpusError: naming the place and the fields that are there.
         """
-        if self.text in found and not self.completion_only:
-            return [self.text]
-        if "prompt" in found and "completion" in found:
-            return ["prompt", "completion"]
-        if "messages" in found:
-            return ["messages"]
-        wanted = "`prompt` and `completion`, nor `messages`"
+        forms = self._forms(record)
+        for form in forms:
+            if any(record[name] not in (None, "", []) for name in form):
+                return form
+        if not forms or (self.completion_only and record.get(self.text)):
+            raise self._nothing([name for name in record if record[name] is not None], where)
+        return forms[0]
+
+    def kept(self, record: Mapping[str, Any], where: Where) -> dict[str, Any]:
+        """Return the fields of a record that decide what it becomes. Errors as for `chosen`."""
+        names = self.chosen(record, where)
+        if is_conversation(record, names):
+            names = [*names, *(name for name in EXTRAS if record.get(name) is not None)]
+        return {name: record[name] for name in names}
+
+    def _forms(self, found: Collection[str]) -> list[list[str]]:
+        forms = [["prompt", "completion"], *([name] for name in MESSAGES)]
+        if not self.completion_only:
+            forms = [[self.text], *forms]
+        return [form for form in forms if all(name in found for name in form)]
+
+    def _nothing(self, found: Collection[str], where: Where) -> CorpusError:
+        wanted = "`prompt` and `completion`, nor `messages` (or `conversations`)"
         if not self.completion_only:
             wanted = f"`{self.text}`, nor {wanted}"
         advice = "" if self.completion_only else ". Name the field that holds the text (text_field)"
+        if self.completion_only and self.text in found:
+            advice = ". Plain text has no completions: leave it out, or learn all tokens"
         names = ", ".join(f"`{name}`" for name in found) or "none"
-        raise CorpusError(f"{where()} has no field {wanted}; its fields are {names}{advice}")
+        return CorpusError(f"{where()} has no field {wanted}; its fields are {names}{advice}")
 
 
-def is_conversation(record: Mapping[str, Any], fields: Fields, where: Where) -> bool:
-    """Whether a record's text is to be made of messages. Errors are those of `Fields.chosen`."""
-    return _is_conversation({name: record[name] for name in fields.chosen(record, where)})
-
-
-def _is_conversation(chosen: Mapping[str, Any]) -> bool:
-    if "prompt" in chosen and "completion" in chosen:
-        return any(isinstance(value, list) for value in chosen.values())
-    return "messages" in chosen
+def is_conversation(record: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether the chosen fields of a record hold messages."""
+    if names[0] in MESSAGES:
+        return True
+    return len(names) > 1 and any(holds_messages(record[name]) for name in names)
 
 
 def record_pieces(
     record: Mapping[str, Any], fields: Fields, where: Where, size: int
 ) -> Iterator[Piece]:
-    """The pieces of one record; none if it holds no text.
+    """Yield the pieces of one record; a blank one if it holds no text.
 
     Raises:
-        CorpusError: for a missing field, one that holds no text, or messages without a template.
+        CorpusError: for a missing field, one that holds no text, or a conversation that the chat
+            template cannot write.
     """
     names = fields.chosen(record, where)
-    parts = _parts({name: record[name] for name in names}, fields, where)
+    if is_conversation(record, names):
+        yield from _conversation_pieces(record, names, fields, where, size)
+        return
+    parts = [(_text(record[name], name, where), name != "prompt") for name in names]
     wanted = "".join(text for text, learnt in parts if learnt or not fields.completion_only)
     if not wanted.strip():
-        yield Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
+        yield _blank(size)
         return
     encoded = [
         (raw, learnt)
@@ -95,29 +136,70 @@ def record_pieces(
         )
 
 
-def _parts(chosen: Mapping[str, Any], fields: Fields, where: Where) -> list[Part]:
-    if not _is_conversation(chosen):
-        return [(_text(value, name, where), name != "prompt") for name, value in chosen.items()]
-    if all(value is None for value in chosen.values()):
-        return []
-    for name, value in chosen.items():
-        if not (isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)):
-            raise CorpusError(
-                f"{where()}: the field `{name}` holds no messages, which are a list of objects "
-                "with `role` and `content`"
-            )
-    if fields.chat is None:
-        raise CorpusError(
-            f"{where()} holds messages, and nothing that makes text of them: give a tokenizer that "
-            "has a chat template (of a base model, set one that writes turns as the student is to "
-            "read them), or write text into the records"
+def _conversation_pieces(
+    record: Mapping[str, Any], names: Sequence[str], fields: Fields, where: Where, size: int
+) -> Iterator[Piece]:
+    rendered = _rendered(record, names, fields, where)
+    if rendered is None:
+        yield _blank(size)
+        return
+    learnt = tuple(rendered.learnt) if fields.completion_only else None
+    raw = _encoded(rendered.text, "`, `".join(names), where)
+    key = document_key(raw)
+    if len(raw) <= CONVERSATION_BYTES:
+        text = rendered.text
+        yield Piece(
+            *(text, 0, len(text), key),
+            opens=True,
+            closes=True,
+            carries_target=True,
+            size=size,
+            learnt=learnt,
+            rendered=True,
         )
+        return
+    done = 0
+    for piece in _field_pieces(raw, key, opens=True, closes=True, carries_target=True, size=size):
+        first = done - piece.start  # the whole text's character with which the piece's text begins
+        done += piece.stop - piece.start
+        yield replace(piece, rendered=True, learnt=_within(learnt, first, len(piece.text)))
+
+
+def _within(
+    spans: tuple[tuple[int, int], ...] | None, first: int, length: int
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the parts of ranges that lie in `length` characters from `first` on."""
+    if spans is None:
+        return None
+    cut = [(max(start - first, 0), min(stop - first, length)) for start, stop in spans]
+    return tuple((start, stop) for start, stop in cut if start < stop)
+
+
+def _rendered(
+    record: Mapping[str, Any], names: Sequence[str], fields: Fields, where: Where
+) -> Rendered | None:
+    """Return a conversation's text; None if it holds nothing to be learnt."""
     try:
-        if "messages" in chosen:
-            return fields.chat.parts(chosen["messages"])
-        return fields.chat.answered(chosen["prompt"], chosen["completion"])
+        conversation = conversation_of(record, names)
+        if not conversation.messages:
+            return None
+        if fields.chat is None:
+            raise CorpusError(
+                "it holds messages, and nothing that makes text of them: give a tokenizer that "
+                "has a chat template (of a base model, set one that writes turns as the student "
+                "is to read them), or write text into the records"
+            )
+        rendered = fields.chat.rendered(conversation, masked=fields.completion_only)
     except CorpusError as error:
         raise CorpusError(f"{where()}: {error}") from error
+    if fields.completion_only:
+        said = "".join(rendered.text[start:stop] for start, stop in rendered.learnt)
+        return rendered if said.strip() else None
+    return rendered if rendered.text.strip() else None
+
+
+def _blank(size: int) -> Piece:
+    return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
 
 
 def _field_pieces(

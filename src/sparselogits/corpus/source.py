@@ -30,7 +30,7 @@ from sparselogits.corpus.chat import ChatTemplate
 from sparselogits.corpus.given import Records, chosen_split, write_down
 from sparselogits.corpus.locate import LeftOut, Located, SourceFile, locate
 from sparselogits.corpus.pieces import Piece
-from sparselogits.corpus.records import Fields, Where, is_conversation
+from sparselogits.corpus.records import Fields
 from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
 
@@ -118,10 +118,10 @@ class Source:
     def read_by(self, tokenizer: Any) -> Source:
         """The same source as this tokenizer's model reads it.
 
-        Where records hold messages, the tokenizer's chat template makes text of them and stands in
-        `to_json`; everywhere else this is the source itself. `pack` does it.
+        The tokenizer's chat template makes text of the records that hold conversations, and stands
+        in `to_json`; of text files this is the source itself. `pack` does it.
         """
-        if not _holds_messages(self):
+        if all(file.kind == "text" for file in self.files):
             return self
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
@@ -219,29 +219,6 @@ def open_source(
             "`prompt` and `completion`, or leave out completion_only"
         )
     return Source(name, located.files, fields, located.left_out, located.shared)
-
-
-def _holds_messages(source: Source) -> bool:
-    """Whether the first record is a conversation; what cannot be read is found out by packing."""
-    for file in source.files:
-        try:
-            for record, where in _records(file):
-                return is_conversation(record, source.fields, where)
-        except (CorpusError, OSError):
-            return False
-    return False
-
-
-def _records(file: SourceFile) -> Iterator[tuple[dict[str, Any], Where]]:
-    if file.kind == "json":
-        whole = Span(0, 0, file.path.stat().st_size, 0)
-        return (
-            (record, where) for record, where, _ in jsonlines.records(file.path, file.name, whole)
-        )
-    if file.kind == "text":
-        return iter(())
-    rows = columns.parquet_rows if file.kind == "parquet" else columns.arrow_rows
-    return rows(file.path, file.name)
 
 
 def _sampled(path: Path) -> bytes:

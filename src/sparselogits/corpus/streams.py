@@ -141,7 +141,7 @@ class PartWriter:
         self.counts.documents += 1
         self._begins = True
 
-    def append(self, ids: NDArray[np.int64], *, learnt: bool) -> None:
+    def append(self, ids: NDArray[np.int64], *, learnt: NDArray[np.bool_] | bool) -> None:
         """Add tokens of one document.
 
         Raises:

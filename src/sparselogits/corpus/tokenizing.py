@@ -7,10 +7,12 @@ with `split_special_tokens=True`.
 
 from __future__ import annotations
 
+import threading
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
 """Names under which tokenizers keep a token that ends a document, the commonest first."""
+
+BATCH_SECONDS = 60
+"""Time that a batch of about a megabyte may take to tokenise; it usually takes one second."""
+
+
+class Encoded(NamedTuple):
+    """Tokens of a piece."""
+
+    ids: NDArray[np.int64]
+    learnt: NDArray[np.bool_] | bool
+    """Whether each token carries a target, or all of them do."""
 
 
 class Encoder:
@@ -54,24 +67,35 @@ class Encoder:
         fast.encode_special_tokens = self._split_special
         return fast
 
-    def encode(self, pieces: Sequence[Piece]) -> list[NDArray[np.int64]]:
-        """The tokens that belong to each piece, int64, without any the tokenizer adds by itself."""
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """Return the tokens that belong to each piece, without any the tokenizer adds by itself.
+
+        Raises:
+            CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
+        """
         if self._slow is not None:
-            own = [piece.text[piece.start : piece.stop] for piece in pieces]
-            return [_ids(self._slow.encode(text, add_special_tokens=False)) for text in own]
-        tokens: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(pieces)
-        for whole in (True, False):
-            chosen = [i for i, piece in enumerate(pieces) if piece.whole is whole]
-            # the fast variant leaves out where tokens stand, which only margins need
-            encode = self._fast.encode_batch_fast if whole else self._fast.encode_batch
+            return [_slowly(self._slow, piece) for piece in pieces]
+        encoded: list[Encoded] = [Encoded(np.empty(0, np.int64), False)] * len(pieces)
+        for places in (True, False):
+            chosen = [i for i, piece in enumerate(pieces) if _needs_places(piece) is places]
+            # the fast variant leaves out where tokens stand, which only margins and masks need
+            encode = self._fast.encode_batch if places else self._fast.encode_batch_fast
             texts = [pieces[i].text for i in chosen]
-            for i, encoding in zip(chosen, encode(texts, add_special_tokens=False), strict=True):
-                tokens[i] = _ids(encoding.ids if whole else _own_ids(encoding, pieces[i]))
-        return tokens
+            for i, encoding in zip(chosen, _watched(encode, texts), strict=True):
+                encoded[i] = _own(encoding, pieces[i]) if places else _all(encoding, pieces[i])
+        return encoded
 
 
-def _own_ids(encoding: Encoding, piece: Piece) -> list[int]:
-    """Ids of the tokens that start within the piece's own text."""
+def _needs_places(piece: Piece) -> bool:
+    return not piece.whole or piece.learnt is not None
+
+
+def _all(encoding: Encoding, piece: Piece) -> Encoded:
+    return Encoded(_ids(encoding.ids), piece.carries_target)
+
+
+def _own(encoding: Encoding, piece: Piece) -> Encoded:
+    """Return the tokens that start within the piece's own text."""
     offsets = encoding.offsets
     first = bisect_left(offsets, piece.start, key=lambda span: span[0])
     last = bisect_left(offsets, piece.stop, key=lambda span: span[0])
@@ -79,11 +103,98 @@ def _own_ids(encoding: Encoding, piece: Piece) -> list[int]:
         first = 0
     if piece.stop == len(piece.text):
         last = len(offsets)
-    return encoding.ids[first:last]
+    ids = _ids(encoding.ids[first:last])
+    if piece.learnt is None:
+        return Encoded(ids, piece.carries_target)
+    return Encoded(ids, _touched(offsets[first:last], piece.learnt))
+
+
+def _touched(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> NDArray[np.bool_]:
+    """Return, for each token, whether it belongs to one of the ranges of characters.
+
+    As in transformers' `assistant_masks`, a range's tokens go from the first that holds its first
+    character to the first that holds its last one. Where no token holds a character (tokenizers
+    leave out white space), the next or the last token within the range takes its place.
+    """
+    learnt = np.zeros(len(offsets), np.bool_)
+    if not len(offsets):
+        return learnt
+    begins, ends = np.array(offsets, dtype=np.int64).T
+    ends = np.maximum.accumulate(ends)
+    for start, stop in spans:
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop - 1, side="right"))
+        beyond = last == len(ends) or begins[last] >= stop
+        learnt[first : last if beyond else last + 1] = True
+    return learnt
+
+
+def _slowly(tokenizer: Any, piece: Piece) -> Encoded:
+    """Return a piece's tokens by a tokenizer that does not say where tokens stand."""
+    text = piece.text[piece.start : piece.stop]
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if piece.learnt is None:
+        return Encoded(_ids(ids), piece.carries_target)
+    learnt = np.zeros(len(ids), np.bool_)
+    for start, stop in piece.learnt:
+        edges = (max(start - piece.start, 0), max(stop - piece.start, 0))
+        first, last = (_tokens_before(tokenizer, text[:edge], ids) for edge in edges)
+        learnt[first[0] : last[1]] = True
+    return Encoded(_ids(ids), learnt)
+
+
+def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
+    """Return how many tokens of a longer text stand before its beginning's end, and reach it."""
+    before = tokenizer.encode(text, add_special_tokens=False)
+    pairs = enumerate(zip(before, ids, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))
+    return same, min(len(ids), same + (same < len(before)))
 
 
 def _ids(ids: list[int]) -> NDArray[np.int64]:
     return np.array(ids, dtype=np.int64)
+
+
+def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
+    """Return the encodings of texts; a tokenizer's expression may fail, or never come to an end.
+
+    Expressions are the tokenizer's, which is a stranger's file. Python cannot stop one that runs:
+    its thread is given up, and ends with the process.
+    """
+    if not texts:
+        return []
+    results: list[list[Encoding]] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(encode(texts, add_special_tokens=False))
+        except BaseException as error:  # a panic of compiled code is no Exception
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    began, used = time.monotonic(), time.process_time()
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+        # processor time as well, so that a machine that is busy with other things is no reason
+        if min(time.monotonic() - began, time.process_time() - used) > BATCH_SECONDS:
+            break
+    if results:
+        return results[0]
+    reason = f"does not come to an end within {BATCH_SECONDS} s"
+    if failures:
+        if not isinstance(failures[0], Exception) and "Panic" not in type(failures[0]).__name__:
+            raise failures[0]
+        reason = f"fails ({failures[0]})"
+    start = f", which begins {texts[0][:60]!r}" if len(texts) == 1 else ""
+    raise CorpusError(
+        f"the tokenizer {reason} on a batch of {len(texts)} texts{start}: probably an expression "
+        "in its tokenizer.json backtracks. Use the tokenizer that the model's publisher gives, or "
+        "leave out texts with very long runs of one kind of character"
+    )
 
 
 def packing_for(

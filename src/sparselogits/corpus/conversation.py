@@ -1,0 +1,228 @@
+"""Read a conversation from a record: its messages, and what else a chat template is given.
+
+People store conversations in several forms, and all of them become messages as chat templates read
+them: objects with `role` and `content` (OpenAI, TRL), objects with `from` and `value` (ShareGPT),
+one object of lists (what older versions of `datasets` make of a list of objects), and each of these
+as JSON text. Tool calls and tools keep the order of their keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparselogits.errors import CorpusError
+
+MESSAGES = ("messages", "conversations", "conversation")
+"""Fields that hold a conversation, in the order in which they are looked for."""
+
+EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
+"""Fields beside a conversation that its template is given; `system` in ShareGPT's form alone."""
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_SAYS_SOMETHING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields that a message may have instead of content."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Validated messages in the form that chat templates read, and the template's other inputs."""
+
+    messages: list[dict[str, Any]]
+    prompt: int | None = None
+    """Number of leading messages that are the prompt; None where the record names none."""
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the template, from `chat_template_kwargs`."""
+
+
+def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
+    """Read the conversation that a record holds.
+
+    Args:
+        record: the whole record.
+        names: fields that hold the messages: one of `MESSAGES`, or `prompt` and `completion`.
+
+    Raises:
+        CorpusError: messages without a role or content, or of the wrong types; says which message.
+    """
+    parts = [_messages(record[name], name) for name in names]
+    messages = [message for part in parts for message in part]
+    system = record.get("system")
+    if (
+        isinstance(system, str)
+        and system
+        and names[0] == "conversations"
+        and messages
+        and messages[0]["role"] != "system"
+    ):
+        messages = [{"role": "system", "content": system}, *messages]
+    variables = _decoded(record.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not isinstance(variables, dict | None):
+        raise CorpusError(
+            f"`chat_template_kwargs` holds {_kind(variables)}; expected an object of the "
+            "template's variables"
+        )
+    return Conversation(
+        messages,
+        len(parts[0]) if len(parts) > 1 else None,
+        _objects(record.get("tools"), "tools"),
+        _objects(record.get("documents"), "documents"),
+        variables or {},
+    )
+
+
+def holds_messages(value: object) -> bool:
+    """Whether a field's value has the form of messages, valid or not; plain text has not."""
+    return isinstance(value, list | tuple | Mapping)
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    wrong = CorpusError(
+        f"the field `{name}` holds no messages but {_kind(value)}; expected a list of objects "
+        "with `role` and `content`"
+    )
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise wrong from None
+    if isinstance(value, Mapping):
+        value = _transposed(value)
+    if not isinstance(value, list | tuple):
+        raise wrong
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if isinstance(message, str):
+            try:
+                message = json.loads(message)
+            except ValueError:
+                raise wrong from None
+        if not isinstance(message, Mapping):
+            raise wrong
+        place = f"message {number} of `{name}`"
+        messages.append(
+            _message(message, place, sharegpt=name in ("conversations", "conversation"))
+        )
+    return messages
+
+
+def _transposed(columns: Mapping[str, Any]) -> Any:
+    """Return the objects of an object of equally long lists; None if it is anything else."""
+    lists = list(columns.values())
+    if not lists or not all(isinstance(column, list | tuple) for column in lists):
+        return None
+    if len({len(column) for column in lists}) != 1:
+        return None
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[str, Any]:
+    # fields that are null are left out, as transformers does: templates would write "None"
+    message = {str(name): value for name, value in given.items() if value is not None}
+    role, content = message.pop("role", None), message.pop("content", None)
+    if sharegpt and role is None and "from" in message:
+        role = message.pop("from")
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if sharegpt and content is None and "value" in message:
+        content = message.pop("value")
+    if not isinstance(role, str) or not role.strip():
+        found = "no `role`" if role is None else f"the role {str(role)[:40]!r}"
+        advice = ""
+        if "from" in given and not sharegpt:
+            advice = ". ShareGPT's form (`from`, `value`) is read from a field `conversations`"
+        raise CorpusError(
+            f"{place} has {found} (its fields: {_names(given)}); expected a role such as 'user' or "
+            f"'assistant'{advice}"
+        )
+    if sharegpt and role == "function_call" and isinstance(content, str):
+        return _sharegpt_call(content)
+    if content is None and not any(name in message for name in _SAYS_SOMETHING):
+        raise CorpusError(
+            f"{place} has no `content` (its fields: {_names(given)}); expected text, a list of "
+            "parts, or tool calls"
+        )
+    if content is None:
+        return {"role": role, **message}
+    return {"role": role, "content": _content(content, role, place), **message}
+
+
+def _content(content: Any, role: str, place: str) -> Any:
+    if isinstance(content, str):
+        return content
+    if role == "tool" and isinstance(content, Mapping | list | tuple | int | float):
+        return content  # what a tool gave back
+    if not isinstance(content, list | tuple):
+        raise CorpusError(
+            f"{place} has content of type {_kind(content)}; expected text or a list of parts"
+        )
+    parts = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+            continue
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+            raise CorpusError(
+                f"{place} has a part of content that is {str(kind)[:40]!r}, not text; only text "
+                "can be packed: remove the part or the record"
+            )
+        parts.append({name: value for name, value in part.items() if value is not None})
+    return parts
+
+
+def _sharegpt_call(content: str) -> dict[str, Any]:
+    """Return the message of a ShareGPT `function_call`: tool calls if it is JSON of one or more."""
+    try:
+        calls = json.loads(content)
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        functions = [{"type": "function", "function": call} for call in calls]
+        return {"role": "assistant", "content": "", "tool_calls": functions}
+    return {"role": "assistant", "content": content}
+
+
+def _objects(value: Any, name: str) -> list[Any] | None:
+    value = _decoded(value, name)
+    if value is None:
+        return None
+    items = [_decoded(item, name) for item in value] if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, Mapping) for item in items):
+        raise CorpusError(f"`{name}` holds {_kind(value)}; expected a list of objects")
+    return items
+
+
+def _decoded(value: Any, name: str) -> Any:
+    """Return a value that may be given as JSON text."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise CorpusError(f"`{name}` is text that is not JSON ({error})") from None
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _names(message: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{str(name)[:40]}`" for name in list(message)[:12]) or "none"

@@ -1,0 +1,496 @@
+"""Render a conversation with its chat template, and find in the text what the assistant says.
+
+The text is the template's of the whole conversation. What is learnt of it are ranges of its
+characters, found by the first of these that applies:
+
+- **Marks.** A template with `{% generation %}` blocks says itself what the assistant generates.
+- **Growth.** Most templates write turns one after another: the text of the first messages begins
+  the text of all. What an assistant's turn adds to the conversation before it, opened for an
+  answer (`add_generation_prompt`), is learnt, the end of the turn included.
+- **Place.** Templates of reasoning models rewrite earlier turns (they leave out earlier thoughts),
+  so that the text of the first messages does not begin the whole text. There a message is found in
+  the whole text by a mark: digits inserted into the message, which the template carries to where it
+  writes the message. What follows the message up to the end of its turn, and what precedes its
+  answer, are taken from the renderings of the first messages.
+
+Runs in a process of its own, see `render_process`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+OUTPUT_CHARACTERS = 4 << 20
+OUTPUT_FACTOR = 16
+"""A rendering may have `OUTPUT_CHARACTERS` characters, and as many times its input's."""
+
+_MESSAGE_CHARACTERS = 600
+_OPTIONS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversations",
+    "return_assistant_tokens_mask",
+)
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_SAME_DAY = (
+    "{% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') "
+    "| replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') "
+    "| replace('%y', '24') | replace('%j', '208') | replace('%A', 'Friday') "
+    "| replace('%a', 'Fri') | replace('%H', '12') | replace('%I', '12') | replace('%p', 'PM') "
+    "| replace('%M', '00') | replace('%S', '00') }}{% endmacro +%}"
+)
+"""For templates that write today's date, so that text is packed to the same tokens every day: the
+date that Llama 3's own templates fall back to."""
+
+_MARK = "7391826450918273645"
+_ADVICE = (
+    "Mark what is generated with {% generation %} in the template, give records of `prompt` and "
+    "`completion`, or learn all tokens (without completion-only)"
+)
+
+
+class RenderError(Exception):
+    """What a chat template cannot render, said for the person whose record it is."""
+
+
+class Renderer:
+    """Renders conversations with one chat template.
+
+    Args:
+        template: the fields of a `chat.ChatTemplate`.
+    """
+
+    def __init__(self, template: Mapping[str, Any]) -> None:
+        texts = (template["template"], template["with_tools"])
+        self._texts = [_SAME_DAY + t if "strftime_now" in t else t for t in texts]
+        self._special = dict(template["special_tokens"])
+        closing = {str(token) for token in template["closing"] if token}
+        self._closing = sorted(closing, key=len, reverse=True)
+        self._eos = str(self._special.get("eos_token") or "")
+        self._wraps_strings: bool | None = None
+
+    def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[Span]]:
+        """Return a conversation's text and the ranges of its characters that are learnt.
+
+        Args:
+            request: the fields of a `conversation.Conversation`, and `masked`: whether ranges are
+                asked for.
+
+        Raises:
+            RenderError: the template refuses the messages, or does not show what is learnt.
+        """
+        render = _Bound(self, request)
+        messages = self._readable(render, request["messages"])
+        if not request["masked"]:
+            return render.text(messages), []
+        prompt = request["prompt"]
+        if prompt is not None:
+            text = render.text(messages)
+            return text, self._completion(render, messages, prompt, text)
+        if _GENERATION.search(render.template):
+            return render.marked(messages)
+        text = render.text(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [span for i in turns if (span := self._turn(render, messages, i, text))]
+        return text, _joined(spans)
+
+    def _turn(
+        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+    ) -> Span | None:
+        """Return where an assistant's turn stands in the text; None if the text leaves it out."""
+        told = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
+        if told is None:
+            raise RenderError(
+                f"the chat template has no form for the first {number + 1} messages alone, so what "
+                f"message {number + 1} adds is unknown. {_ADVICE}"
+            )
+        end: int | None = None
+        if text.startswith(told):
+            end = len(told)
+        elif self._eos and text.startswith(told.removesuffix(self._eos)):
+            end = len(told.removesuffix(self._eos))
+        else:
+            end = self._end(render, messages, number, text, told)
+        return None if end is None else (self._start(render, messages, number, text, end), end)
+
+    def _completion(
+        self, render: _Bound, messages: Sequence[Message], prompt: int, text: str
+    ) -> list[Span]:
+        """Return the range of a completion: all that follows the prompt."""
+        if prompt == len(messages):
+            return []
+        opened = messages[prompt]["role"] == "assistant"
+        start = self._start(render, messages, prompt, text, len(text), opened=opened)
+        return [(start, len(text))]
+
+    def _end(
+        self, render: _Bound, messages: Sequence[Message], number: int, text: str, told: str
+    ) -> int | None:
+        """Return where the turn of a message ends in the text; None if the text leaves it out."""
+        until = messages[: number + 1]
+        known = shown = False
+        for marked in _markings(messages[number]):
+            inside = render.place([*until[:-1], marked], told)
+            at = render.place([*messages[:number], marked, *messages[number + 1 :]], text)
+            known, shown = known or inside is not None, shown or at is not None
+            if inside is None or at is None:
+                continue
+            rest, closing = text[at:], told[inside:]
+            for ending in dict.fromkeys((closing, closing.removesuffix(self._eos or " "))):
+                if rest.startswith(ending):
+                    return at + len(ending)
+            # the last turn may end with another token than earlier ones (<|return|> and <|end|>)
+            last = next((token for token in self._closing if closing.endswith(token)), None)
+            if last is not None and rest.startswith(closing.removesuffix(last)):
+                end = at + len(closing) - len(last)
+                for token in self._closing:
+                    if text.startswith(token, end):
+                        return end + len(token)
+        if known and not shown:
+            return None
+        raise RenderError(
+            f"the chat template rewrites earlier turns, and where the turn of message {number + 1} "
+            f"ends in the whole text cannot be told. {_ADVICE}"
+        )
+
+    def _start(
+        self,
+        render: _Bound,
+        messages: Sequence[Message],
+        number: int,
+        text: str,
+        end: int,
+        *,
+        opened: bool = True,
+    ) -> int:
+        """Return where an answer starts in the text: after what asks for it."""
+        history = messages[:number]
+        asked = render.attempt(history, opened=opened)
+        if asked is not None and text.startswith(asked):
+            return len(asked)
+        before = render.attempt(history)
+        if asked is not None and before is not None and text.startswith(before):
+            return min(end, max(len(before), self._common(asked, text)))
+        if asked is not None and history:
+            for marked in _markings(history[-1]):
+                at = render.place([*history[:-1], marked, *messages[number:]], text)
+                inside = render.place([*history[:-1], marked], asked, opened=opened)
+                if at is not None and inside is not None:
+                    return min(end, at + self._common(asked[inside:], text[at:]))
+        raise RenderError(
+            f"the chat template rewrites earlier turns, and where the answer of message "
+            f"{number + 1} starts in the whole text cannot be told. {_ADVICE}"
+        )
+
+    def _common(self, asked: str, text: str) -> int:
+        """Return the length of what a request for an answer and a text have in common.
+
+        The request may go on where the text does not (`<think>` of a thought that is left out); an
+        answer that happens to begin with the same letters is not part of it.
+        """
+        if text.startswith(asked):
+            return len(asked)
+        length = next(i for i in range(len(asked)) if asked[i] != text[i : i + 1])
+        while length and not asked[length - 1].isspace():
+            if any(asked.endswith(token, 0, length) for token in self._closing):
+                break
+            length -= 1
+        return length
+
+    def _readable(self, render: _Bound, messages: Sequence[Message]) -> list[Message]:
+        """Return messages whose content the template writes as text.
+
+        Content may be text or a list of parts, and templates exist that know one form only: the
+        other they print as Python writes it, or not at all. What a template prints so is given to
+        it in the form that it knows.
+        """
+        given = list(messages)
+        if any(not isinstance(m.get("content", ""), str) or m.get("tool_calls") for m in given):
+            given = _without_python(render, given)
+        if self._wraps_strings is None:
+            self._wraps_strings = _wants_parts(render)
+        return [_in_parts(m) for m in given] if self._wraps_strings else given
+
+
+class _Bound:
+    """A template with the tools and variables of one conversation."""
+
+    def __init__(self, renderer: Renderer, request: Mapping[str, Any]) -> None:
+        self.template = renderer._texts[request["tools"] is not None]
+        self._given = {"tools": request["tools"], "documents": request["documents"]}
+        self._variables = {**renderer._special, **request["variables"]}
+        for name in ("messages", "tools", "documents", *_OPTIONS):
+            self._variables.pop(name, None)
+        size = len(json.dumps([request["messages"], self._given, self._variables]))
+        self._limit = OUTPUT_CHARACTERS + OUTPUT_FACTOR * size
+
+    def text(self, messages: Sequence[Message], *, opened: bool = False) -> str:
+        """Return the rendering of messages, opened for an answer if asked for."""
+        return self._render(messages, add_generation_prompt=opened)[0]
+
+    def marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """Return the rendering of messages and what its `{% generation %}` blocks wrote."""
+        text, marks = self._render(messages, return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in marks[0] if start < stop <= len(text)]
+
+    def attempt(self, messages: Sequence[Message], *, opened: bool = False) -> str | None:
+        """Return the rendering of messages; None where the template has no form for them."""
+        if not messages and not opened:
+            return ""
+        with suppress(RenderError):
+            return self.text(messages, opened=opened)
+        return None
+
+    def place(self, messages: Sequence[Message], plain: str, *, opened: bool = False) -> int | None:
+        """Return where the mark in one of the messages stands in the rendering without it."""
+        text = self.attempt(messages, opened=opened)
+        if text is None or text.count(_MARK) != 1 or _MARK in plain:
+            return None
+        at = text.index(_MARK)
+        return at if text[:at] + text[at + len(_MARK) :] == plain else None
+
+    def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, Any]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _start_clock()
+        try:
+            rendered, marks = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.template,
+                **self._given,
+                **options,
+                **self._variables,
+            )
+        except MemoryError:
+            raise RenderError("the chat template takes more memory than it may") from None
+        except (TemplateError, ArithmeticError, LookupError, AttributeError) as error:
+            raise RenderError(f"the chat template refuses it: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RenderError(f"the chat template refuses it: {error}") from error
+        text = str(rendered[0])
+        if len(text) > self._limit:
+            raise RenderError(
+                f"the chat template writes {len(text)} characters of it, more than the "
+                f"{self._limit} that it may; look at the template's loops"
+            )
+        return text, marks
+
+
+def _without_python(render: _Bound, messages: Sequence[Message]) -> list[Message]:
+    """Return messages of which the template writes nothing as Python would print it.
+
+    Raises:
+        RenderError: the template refuses the messages in every form.
+    """
+    given = list(messages)
+    flat = [_in_text(message) for message in given]
+    called = [_calls_in_text(message) for message in flat]
+    text = render.attempt(given)
+    if text is None:
+        return next((m for m in (flat, called) if render.attempt(m) is not None), given)
+    for number, others in [(n, o) for o in (flat, called) for n in range(len(given))]:
+        changed = others[number]
+        if changed == given[number] or not _misprinted(given[number], changed, text):
+            continue
+        attempt = [*given[:number], changed, *given[number + 1 :]]
+        told = render.attempt(attempt)
+        if told is not None and _clearer(given[number], text, told):
+            given, text = attempt, told
+    return given
+
+
+def _misprinted(message: Message, changed: Message, text: str) -> bool:
+    """Whether a text may show a message in Python's form, or lack its words."""
+    words = [
+        part for _, part in _texts(changed) if changed.get("content") != message.get("content")
+    ]
+    return any(word.strip() not in text for word in words) or _python(message, text) > 0
+
+
+def _clearer(message: Message, text: str, told: str) -> bool:
+    """Whether a second rendering shows what the first did not, or less in Python's form."""
+    parts = message.get("content")
+    words = [p["text"].strip() for p in parts if "text" in p] if isinstance(parts, list) else []
+    lost = [sum(word not in rendering for word in words) for rendering in (text, told)]
+    return lost[1] < lost[0] or _python(message, told) < _python(message, text)
+
+
+def _python(message: Message, text: str) -> int:
+    """Count the values of a message that stand in a text as Python prints them."""
+    values = [message.get("content"), *(inner.get("arguments") for inner in _functions(message))]
+    count = 0
+    for value in values:
+        if isinstance(value, dict | list) and str(value) != _json(value):
+            count += text.lower().count(str(value).lower())
+    return count
+
+
+def _in_text(message: Message) -> Message:
+    """Return a message with content that is text: parts in lines of their own, else JSON."""
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return message
+    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    return {**message, "content": _json(content)}
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _calls_in_text(message: Message) -> Message:
+    """Return a message whose tool calls have their arguments as JSON text."""
+    changed = copy.deepcopy(message)
+    for function in _functions(changed):
+        if isinstance(function.get("arguments"), dict | list):
+            function["arguments"] = _json(function["arguments"])
+    return changed
+
+
+def _functions(message: Message) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    found = [c.get("function", c) for c in calls if isinstance(c, dict)] if calls else []
+    return [function for function in found if isinstance(function, dict)]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _wants_parts(render: _Bound) -> bool:
+    """Whether a template leaves out content that is text, and writes content that is parts."""
+    probe = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    plain = render.attempt(probe)
+    if plain is not None and plain.count(_MARK) >= len(probe):
+        return False
+    parts = render.attempt([_in_parts(message) for message in probe])
+    if parts is None or "'text'" in parts:
+        return False
+    return parts.count(_MARK) > (plain.count(_MARK) if plain is not None else 0)
+
+
+def _markings(message: Message) -> Iterator[Message]:
+    """Yield copies of a message with the mark in one of its texts."""
+    for path, text in _texts(message):
+        start, stop = len(text) - len(text.lstrip()), len(text.rstrip())
+        for at in dict.fromkeys((stop, (start + stop) // 2, start)):
+            marked = copy.deepcopy(message)
+            holder: Any = marked
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = text[:at] + _MARK + text[at:]
+            yield marked
+
+
+def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
+    """Yield the texts of a message that templates write, with the way to each."""
+    content = message.get("content")
+    if isinstance(content, str) and content.strip():
+        yield ["content"], content
+    if isinstance(content, list):
+        for number in reversed(range(len(content))):
+            part = content[number]
+            if isinstance(part, dict) and str(part.get("text") or "").strip():
+                yield ["content", number, "text"], part["text"]
+    for number, call in enumerate(message.get("tool_calls") or []):
+        function = call.get("function") if isinstance(call, dict) else None
+        inner = function if isinstance(function, dict) else call
+        way = ["tool_calls", number, *(["function"] if isinstance(function, dict) else [])]
+        if isinstance(inner, dict):
+            arguments = inner.get("arguments")
+            if isinstance(arguments, dict):
+                for name, value in arguments.items():
+                    if isinstance(value, str) and value.strip():
+                        yield [*way, "arguments", name], value
+            if isinstance(inner.get("name"), str):
+                yield [*way, "name"], inner["name"]
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            yield [name], message[name]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Return ranges in order, those that touch or overlap as one, empty ones left out."""
+    joined: list[Span] = []
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+# the process: a request a line, an answer a line
+
+_cpu_seconds = 0
+
+
+def _start_clock() -> None:
+    """Give a rendering its processor time; where it is exceeded, the process ends."""
+    if _cpu_seconds:
+        signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
+
+
+def serve(cpu_seconds: int, memory_bytes: int) -> None:
+    """Answer requests on standard input until it ends.
+
+    Args:
+        cpu_seconds: processor time per rendering.
+        memory_bytes: memory on top of what the process takes at its start.
+    """
+    global _cpu_seconds
+    import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if hasattr(signal, "setitimer"):
+        _cpu_seconds = cpu_seconds
+    _limit_memory(memory_bytes)
+    renderer: Renderer | None = None
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if "template" in request:
+            renderer, answer = Renderer(request["template"]), {}
+        else:
+            assert renderer is not None
+            answer = _answer(renderer, request)
+        if _cpu_seconds:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(json.dumps(answer or {"ready": True}).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        text, learnt = renderer.rendered(request)
+    except RenderError as error:
+        return {"error": str(error)[:_MESSAGE_CHARACTERS]}
+    except (MemoryError, RecursionError) as error:
+        return {"error": f"the chat template fails on it ({type(error).__name__})"}
+    return {"text": text, "learnt": learnt}
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

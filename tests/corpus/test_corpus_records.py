@@ -1,0 +1,371 @@
+"""Records in the forms that people store conversations in, valid and not.
+
+pytest tests/corpus/test_corpus_records.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chat_templates import CHATML, TEMPLATES, TOOLS, chat_tokenizer, published
+from transformers import PreTrainedTokenizerFast
+
+from sparselogits.corpus import Packing, open_source, pack, render_process
+from sparselogits.errors import CorpusError
+
+QUESTION = {"role": "user", "content": "What is a window?"}
+ANSWER = {"role": "assistant", "content": "A run of tokens."}
+TALK = [QUESTION, ANSWER]
+LLAMA3 = (  # prints a list of parts as Python does
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+EITHER = PARTS.replace(
+    "{% for p in", "{% if m.content is string %}{{ m.content }}{% else %}{% for p in"
+).replace("{% endif %}{% endfor %}<", "{% endif %}{% endfor %}{% endif %}<")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture(scope="module")
+def made() -> PreTrainedTokenizerFast:
+    return chat_tokenizer("byte-level")
+
+
+@pytest.fixture
+def tokenizer(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    made.chat_template = CHATML
+    return made
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    if path.suffix != ".jsonl":  # tables have every column in every row
+        columns = dict.fromkeys(name for row in rows for name in row)
+        rows = [{name: row.get(name) for name in columns} for row in rows]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def texts(data: Any, tokenizer: Any, **options: Any) -> list[str]:
+    return list(open_source(data, **options).read_by(tokenizer).documents())
+
+
+def parts(*said: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in said]
+
+
+SHAREGPT = [
+    {"from": "human", "value": QUESTION["content"]},
+    {"from": "gpt", "value": ANSWER["content"]},
+]
+FORMS: dict[str, dict[str, Any]] = {
+    "openai": {"messages": TALK},
+    "sharegpt": {"conversations": SHAREGPT},
+    "sharegpt of lmsys": {"conversation": TALK},
+    "openai under sharegpt's name": {"conversations": TALK},
+    "json text": {"messages": json.dumps(TALK)},
+    "json texts": {"messages": [json.dumps(turn) for turn in TALK]},
+    "object of lists": {"messages": {key: [t[key] for t in TALK] for key in ("role", "content")}},
+    "prompt and completion": {"prompt": [QUESTION], "completion": [ANSWER]},
+    "parts": {"messages": [{**turn, "content": parts(turn["content"])} for turn in TALK]},
+    "strings in a list": {"messages": [{**turn, "content": [turn["content"]]} for turn in TALK]},
+    "empty text beside it": {"text": "", "messages": TALK},
+    "no text beside it": {"text": None, "messages": TALK},
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_conversations(tmp_path: Path, tokenizer: Any, form: str, suffix: str) -> None:
+    want = tokenizer.apply_chat_template(TALK, tokenize=False)
+    path = written(tmp_path / f"talk.{suffix}", [FORMS[form]])
+    assert texts(path, tokenizer) == [want]
+    assert texts(path, tokenizer, completion_only=True) == [want]
+    assert texts([FORMS[form]], tokenizer, work=tmp_path / "w") == [want]
+
+
+def test_roles_of_sharegpt(tmp_path: Path, tokenizer: Any) -> None:
+    call = {"name": "weather", "arguments": {"when": "today", "city": "Oslo"}}
+    turns = [("human", "Rain?"), ("function_call", json.dumps(call)), ("observation", "yes")]
+    record = {
+        "conversations": [
+            {"from": role, "value": said} for role, said in [*turns, ("gpt", "Yes.")]
+        ],
+        "system": "Be brief.",
+        "tools": json.dumps([{"name": "weather"}]),
+    }
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": call}],
+        },
+        {"role": "tool", "content": "yes"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    tokenizer.chat_template = TOOLS
+    want = tokenizer.apply_chat_template(messages, tools=[{"name": "weather"}], tokenize=False)
+    assert texts(written(tmp_path / "a.jsonl", [record]), tokenizer) == [want]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, PARTS, EITHER, published("smolvlm")])
+def test_content_is_never_printed_as_python(tmp_path: Path, tokenizer: Any, template: str) -> None:
+    """Text and parts come out alike, whichever of them the template knows."""
+    tokenizer.chat_template = template
+    talks = [TALK, [{**turn, "content": parts(turn["content"])} for turn in TALK]]
+    found = texts(written(tmp_path / "a.jsonl", [{"messages": t} for t in talks]), tokenizer)
+    assert found[0] == found[1]
+    assert "{'" not in found[0]
+    assert QUESTION["content"] in found[0]
+    assert ANSWER["content"] in found[0]
+    knows = talks[1] if template in (PARTS, published("smolvlm")) else talks[0]
+    assert found[0] == tokenizer.apply_chat_template(knows, tokenize=False)
+
+
+def test_several_parts(tmp_path: Path, tokenizer: Any) -> None:
+    record = {"messages": [{"role": "user", "content": parts("One.", "Two.")}, ANSWER]}
+    path = written(tmp_path / "a.jsonl", [record])
+    tokenizer.chat_template = EITHER
+    assert texts(path, tokenizer) == [
+        tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    ]
+    tokenizer.chat_template = LLAMA3
+    assert "One.\nTwo." in texts(path, tokenizer)[0]
+
+
+def calls(*functions: tuple[str, Any]) -> list[dict[str, Any]]:
+    made = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in functions]
+    return [QUESTION, {"role": "assistant", "content": None, "tool_calls": made}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
+def test_tool_calls_keep_their_order_and_gain_no_nulls(
+    tmp_path: Path, tokenizer: Any, suffix: str
+) -> None:
+    tokenizer.chat_template = TOOLS
+    schema = {"type": "object", "properties": {"when": {"type": "string"}, "a": {"type": "string"}}}
+    rows = [
+        {"messages": calls(("weather", {"when": "today", "city": "Oslo"})), "tools": [schema]},
+        {"messages": calls(("add", {"b": [{"z": 1}], "a": 3})), "tools": None},
+        {"messages": calls(("now", {})), "tools": [{"type": "none"}]},
+    ]
+    if suffix == "saved":
+        rows[2]["messages"] = calls(("now", {"zone": "UTC"}))  # Arrow keeps no empty object
+    want = [
+        tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
+        for row in rows
+    ]
+    # Arrow has one order for all rows: that of the first
+    if suffix != "jsonl":
+        want[1] = want[1].replace('{"b": [{"z": 1}], "a": 3}', '{"b": [{"z": 1}], "a": 3}')
+    path = written(tmp_path / f"calls.{suffix}", rows)
+    assert texts(path, tokenizer) == want
+    given = rows if suffix != "saved" else datasets.Dataset.from_list(rows)
+    assert texts(given, tokenizer, work=tmp_path / "w") == want
+
+
+def test_null_that_was_written_stays(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    rows = [{"messages": calls(("weather", {"when": None, "city": "Oslo"}))}]
+    for data in (written(tmp_path / "a.jsonl", rows), rows):
+        [text] = texts(data, tokenizer, work=tmp_path / "w")
+        assert '{"when": null, "city": "Oslo"}' in text
+
+
+def test_the_json_feature_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    rows = [
+        {"messages": calls(("weather", {"when": "today", "x": None}))},
+        {"messages": calls(("at", {"when": 1690876800, "city": "Oslo"}))},
+    ]
+    want = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    file = str(written(tmp_path / "calls.jsonl", rows))
+    dataset = datasets.load_dataset(
+        "json", data_files=file, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert "Json" in str(dataset.features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "calls.parquet")
+    for data in (dataset, tmp_path / "saved", tmp_path / "calls.parquet"):
+        assert texts(data, tokenizer, work=tmp_path / "w") == want
+    mixed = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    mixed.save_to_disk(tmp_path / "mixed")
+    for data in (mixed, tmp_path / "mixed"):
+        assert texts(data, tokenizer, work=tmp_path / "w") == want
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("files", [1, 2])
+def test_text_and_conversations_together(
+    tmp_path: Path, tokenizer: Any, suffix: str, files: int
+) -> None:
+    rows = [{"text": "Plain text."}, {"prompt": "a", "completion": " b"}, {"messages": TALK}]
+    want = ["Plain text.", "a b", tokenizer.apply_chat_template(TALK, tokenize=False)]
+    if files == 1:
+        assert texts(written(tmp_path / f"a.{suffix}", rows), tokenizer) == want
+    elif suffix != "saved":
+        (tmp_path / "folder").mkdir()
+        for number, row in enumerate(rows):
+            written(tmp_path / "folder" / f"{number}.{suffix}", [row])
+        assert texts(tmp_path / "folder", tokenizer) == want
+
+
+def test_a_column_of_nulls_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate((None, "Some text.")):
+        table = pa.table({"text": [text] * 3, "id": [1, 2, 3], "when": [None] * 3})
+        pq.write_table(table, tmp_path / "folder" / f"{number}.parquet")
+    assert texts(tmp_path / "folder", tokenizer) == ["Some text."] * 3
+    table = pa.table({"text": pa.nulls(1), "messages": [TALK]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    [text] = texts(tmp_path / "a.parquet", tokenizer)
+    assert "A run of tokens." in text
+
+
+def test_variables_of_the_template(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATES["qwen 3"] + "{{ mode }}{{ documents }}"
+    documents = [{"title": "t", "text": "x"}]
+    record = {
+        "messages": TALK,
+        "documents": documents,
+        "chat_template_kwargs": {"mode": "quick", "add_generation_prompt": True},
+    }
+    [text] = texts(written(tmp_path / "a.jsonl", [record]), tokenizer)
+    assert text == tokenizer.apply_chat_template(
+        TALK, documents=documents, mode="quick", tokenize=False
+    )
+
+
+def test_a_second_template_for_tools(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = {"default": CHATML, "tool_use": TOOLS}
+    rows = [{"messages": TALK}, {"messages": TALK, "tools": [{"name": "weather"}]}]
+    want = [
+        tokenizer.apply_chat_template(TALK, tools=row.get("tools"), tokenize=False) for row in rows
+    ]
+    assert texts(written(tmp_path / "a.jsonl", rows), tokenizer) == want
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(CorpusError, match="multiple chat templates with no default"):
+        texts(tmp_path / "a.jsonl", tokenizer)
+
+
+BACKWARDS = "{{ messages | length }}{% for m in messages %}{{ m.content | reverse }}{% endfor %}"
+MISTAKES: dict[str, tuple[str | None, Any, str]] = {
+    "no template": (None, TALK, "give a tokenizer that has a chat template"),
+    "template that refuses": ("{{ raise_exception('no talk') }}", TALK, "no talk"),
+    "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "refuses it"),
+    "text": (CHATML, "hello", "holds no messages but str"),
+    "strings": (CHATML, ["hello"], "holds no messages but list"),
+    "number": (CHATML, 7, "holds no messages but int"),
+    "from and value": (CHATML, SHAREGPT, "message 1 of `messages` has no `role` .*`from`, `value`"),
+    "no role": (CHATML, [QUESTION, {"content": "x"}], "message 2 of `messages` has no `role`"),
+    "empty role": (CHATML, [{"role": "", "content": "x"}], "message 1 .* has the role ''"),
+    "role of a number": (CHATML, [{"role": 3, "content": "x"}], "message 1 .* has the role '3'"),
+    "no content": (CHATML, [{"role": "user"}], "message 1 .* has no `content`"),
+    "null content": (CHATML, [{"role": "user", "content": None}], "has no `content`"),
+    "content of a number": (CHATML, [{"role": "user", "content": 5}], "content of type int"),
+    "content of an object": (
+        CHATML,
+        [{"role": "user", "content": {"a": 1}}],
+        "content of type dict",
+    ),
+    "an image": (
+        CHATML,
+        [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+        "message 1 .* has a part of content that is 'image'",
+    ),
+    "half a surrogate pair": (
+        CHATML,
+        [{"role": "user", "content": "a\ud800"}, ANSWER],
+        "surrogate",
+    ),
+    "template that changes what it wrote": (BACKWARDS, [*TALK, *TALK], r"{% generation %}"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistake: str) -> None:
+    template, messages, said = MISTAKES[mistake]
+    path = written(tmp_path / "talk.jsonl", [{"messages": []}, {"messages": messages}])
+    tokenizer.chat_template = template
+    with pytest.raises(CorpusError, match=said) as found:
+        pack(
+            open_source(path, completion_only=True),
+            tokenizer,
+            Packing(8, 0, None),
+            tmp_path / "out",
+            vocab_size=len(tokenizer),
+        )
+    assert "talk.jsonl, line 2" in str(found.value)
+
+
+def test_wrong_extras_name_the_record(tmp_path: Path, tokenizer: Any) -> None:
+    for name, value in (("tools", "{"), ("tools", [3]), ("chat_template_kwargs", [1])):
+        path = written(tmp_path / "talk.jsonl", [{"messages": TALK, name: value}])
+        with pytest.raises(CorpusError, match=rf"talk\.jsonl, line 1: `{name}`"):
+            texts(path, tokenizer)
+
+
+def test_plain_text_where_completions_are_asked_for(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"messages": TALK}, {"text": "Plain."}]
+    for suffix in ("jsonl", "parquet"):
+        path = written(tmp_path / f"a.{suffix}", rows)
+        with pytest.raises(CorpusError, match="Plain text has no completions"):
+            texts(path, tokenizer, completion_only=True)
+
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{% set x = 'a' * 9999999999 %}{{ x | length }}",
+    "output": "{% for a in range(90) %}{{ 'a' * 999999 }}{% endfor %}",
+    "growth": "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(60) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "python": "{{ messages.__class__.__mro__ }}",
+    "syntax": "{% for %}",
+}
+
+
+@pytest.fixture(scope="module")
+def hurried() -> Iterator[None]:
+    """A process for templates with a limit of one second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render_process, "CPU_SECONDS", 1)
+        render_process.shut_down()
+        yield
+    render_process.shut_down()
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_template_costs_an_error(tmp_path: Path, tokenizer: Any, attack: str) -> None:
+    tokenizer.chat_template = HOSTILE[attack]
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    with pytest.raises(CorpusError, match=r"talk\.jsonl, line 1: the chat template"):
+        texts(path, tokenizer)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_after_a_hostile_template_the_next_is_served(tmp_path: Path, tokenizer: Any) -> None:
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    assert len(texts(path, tokenizer)) == 1
