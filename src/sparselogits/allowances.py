@@ -17,6 +17,7 @@ ALLOWANCES = {
     "other-teacher": "a teacher whose weights are not those that the cache was made by",
     "missing-weights": "a checkpoint that lacks weights of its model, which stay random",
     "tokens-without-rows": "a tokenizer with ids that the model's head or embedding lacks",
+    "linked-weights": "weight files that are links to files outside of the model's folder",
     "long-windows": "windows longer than the positions that a model has",
 }
 """What each name allows."""

@@ -62,7 +62,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model = tiny_llama()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(TeacherError, match="could not be loaded"):
+    with pytest.raises(TeacherError, match=r"pickle \(pytorch_model.bin\)"):
         load_causal_lm(str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def test_a_missing_model(name: str, said: str) -> None:
 
 
 def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="no tokenizer"):
+    with pytest.raises(TeacherError, match="holds no model"):
         load_tokenizer(str(tmp_path))
 
 

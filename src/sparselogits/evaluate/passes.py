@@ -59,7 +59,8 @@ class StudentLogits:
     def _run(self, **inputs: Any) -> Tensor:
         if self.parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            return logits
+            # a prompt that an adapter puts before the text has logits of its own
+            return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         states: Tensor = self.parts.trunk(**inputs, use_cache=False).last_hidden_state
         return states
 

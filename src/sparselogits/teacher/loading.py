@@ -7,18 +7,31 @@ runs unless the caller asks for it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparselogits.errors import TeacherError, reason_of
+from sparselogits.allowances import refuse
+from sparselogits.causal_lm import embedding_rows
+from sparselogits.errors import MissingDependencyError, TeacherError, reason_of
 from sparselogits.extras import require
 from sparselogits.identity import canonical_json
+from sparselogits.teacher.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    adapter_fingerprint,
+    bounded_by,
+    file_sha256,
+    find_checkpoint,
+    require_plausible,
+)
 from sparselogits.teacher.demo_model import model_named
-from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher
+from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher, entrance
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,7 +56,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source, arguments = _where(model_named(name))
+    name = model_named(name)
+    source, arguments = _where(name)
+    folder = Path(source)
+    if folder.is_dir():
+        beside = tuple(sorted(folder.glob("*.safetensors"))) if not arguments else ()
+        require_plausible(Checkpoint(name, source, folder, weights=beside))
+    if (folder / ADAPTER_CONFIG).exists() and not any(folder.glob("tokenizer*")):
+        found = find_checkpoint(name)
+        if found.base is not None:
+            return load_tokenizer(found.base.source, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, **arguments
@@ -67,6 +89,7 @@ def load_teacher(
     tp_plan: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
     slice_positions: int = SLICE_POSITIONS,
+    allow: Collection[str] = (),
 ) -> TransformersTeacher:
     """Load a causal language model as a teacher.
 
@@ -82,34 +105,44 @@ def load_teacher(
             that begins the process group, if nobody has.
         trust_remote_code: run modelling code that comes with the model.
         slice_positions: rows of logits that exist at a time.
+        allow: names of `ALLOWANCES`, refusals that become warnings.
 
     Raises:
-        TeacherError: a model that cannot be read, has no trained head, or does not fit the
-            tokenizer.
-        MissingDependencyError: a GGUF file without the gguf package.
+        TeacherError: a model that cannot be read, has no trained head, does not fit the tokenizer,
+            or changes on disk while it is read.
+        MissingDependencyError: a GGUF file without the gguf package, an adapter without peft.
     """
     name = model_named(name)
-    model = load_causal_lm(
-        name,
+    found = find_checkpoint(name, allow=allow)
+    before = found.stamp()
+    model = _load(
+        found,
         dtype=dtype,
         device_map=device_map,
         max_memory=max_memory,
         tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
+        trainable=False,
+        allow=allow,
     )
     if device_map is None and tp_plan is None:
         model.to(device)
     identity = {
         "name": Path(name).name if Path(name).exists() else name,
-        "weights": weights_fingerprint(name, model),
+        "weights": _fingerprint(found, model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "engine": "transformers",
-        "quantization": quantization(name, model),
+        "quantization": quantization(found.root.name, model),
     }
+    if found.stamp() != before:
+        raise TeacherError(
+            f"files of {name!r} changed while they were read, so the weights in memory may not be "
+            "those that were hashed; try again once nothing writes to them"
+        )
     model.requires_grad_(False)
     return TransformersTeacher(
         model,
-        token_mask=token_mask(tokenizer, model),
+        token_mask=token_mask(tokenizer, model, allow=allow),
         identity=identity,
         slice_positions=slice_positions,
     )
@@ -123,85 +156,182 @@ def load_causal_lm(
     max_memory: dict[int | str, int | str] | None = None,
     tp_plan: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
+    trainable: bool = False,
+    allow: Collection[str] = (),
 ) -> nn.Module:
-    """A causal language model whose every weight came from the checkpoint.
+    """Load a causal language model whose every weight came from the checkpoint.
+
+    The folder of a PEFT adapter gives the base model with the adapter in it, as PEFT loads it.
+
+    Args:
+        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device_map: passed to transformers.
+        max_memory: passed on with it.
+        tp_plan: see `load_teacher`.
+        trust_remote_code: run modelling code that comes with the model.
+        trainable: an adapter's weights, and those alone, are to be trained.
+        allow: names of `ALLOWANCES`, refusals that become warnings.
 
     Raises:
         TeacherError: unreadable, not a causal language model, or weights missing (a head that
             would be left at random).
-        MissingDependencyError: a GGUF file without the gguf package.
+        MissingDependencyError: a GGUF file without the gguf package, an adapter without peft.
     """
+    return _load(
+        find_checkpoint(model_named(name), allow=allow),
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        tp_plan=tp_plan,
+        trust_remote_code=trust_remote_code,
+        trainable=trainable,
+        allow=allow,
+    )
+
+
+def _load(
+    found: Checkpoint, *, dtype: str, trainable: bool, allow: Collection[str], **how: Any
+) -> nn.Module:
+    if found.base is not None:
+        base = _load(found.base, dtype=dtype, trainable=False, allow=allow, **how)
+        return _with_adapter(found, base, trainable)
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.distributed import DistributedConfig
 
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
-    source, arguments = _where(model_named(name))
-    if "gguf_file" in arguments:
+    name, arguments = found.name, dict(how)
+    if found.gguf is not None:
         _require_gguf(name)
+        arguments["gguf_file"] = found.gguf.name
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
-    if tp_plan is not None:
+    if found.commit is not None:
+        arguments["revision"] = found.commit
+    if (tp_plan := arguments.pop("tp_plan")) is not None:
         arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES.get(dtype, "auto"),
-            device_map=device_map,
-            max_memory=max_memory,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        with bounded_by(found):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                found.source,
+                dtype=DTYPES.get(dtype, "auto"),
+                output_loading_info=True,
+                **arguments,
+            )
+    except TeacherError:
+        raise
     except Exception as error:
-        _require_folder(name, error)
         raise TeacherError(
             f"{name!r} could not be loaded as a causal language model: {_first_line(error)}"
         ) from error
     missing = sorted(info.get("missing_keys", ()))
     if missing:
-        raise TeacherError(
+        lacking = TeacherError(
             f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...); "
             "a checkpoint without a language-model head cannot teach: use the causal language "
             "model's checkpoint, not the bare encoder's or decoder's"
         )
+        refuse(lacking, "missing-weights", allow)
     return model  # type: ignore[no-any-return]
 
 
-def token_mask(tokenizer: Any, model: nn.Module) -> Tensor:
-    """bool [V]: rows of the head that are tokens of the tokenizer.
+def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Module:
+    """Put an adapter into its base model, as PEFT does."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading the adapter {found.name} needs the peft package: pip install peft"
+        ) from error
+    try:
+        with bounded_by(found):
+            model: nn.Module = PeftModel.from_pretrained(
+                base, str(found.folder), is_trainable=trainable
+            )
+    except TeacherError:
+        raise
+    except Exception as error:
+        raise TeacherError(
+            f"the adapter at {found.name!r} could not be put into its base "
+            f"{found.base.name if found.base else ''!r}: {_first_line(error)}. Check that it was "
+            "made for this base and that the installed peft knows its kind"
+        ) from error
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=entrance(model)))
+    except Exception as error:
+        raise TeacherError(
+            f"the model with the adapter at {found.name!r} cannot be run on tokens alone: "
+            f"{_first_line(error)}. Merge the adapter into its base with PEFT"
+        ) from error
+    return model
+
+
+def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
+    """Return bool [V]: which rows of the head are tokens of the tokenizer.
 
     Raises:
         TeacherError: when the tokenizer has ids that the head or the embedding lacks.
     """
-    rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    rows = min(rows, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    head_rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows = min(head_rows, embedding_rows(model))
     ids = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.int64)
     if ids.numel() == 0 or int(ids[-1]) >= rows:
         largest = int(ids[-1]) if ids.numel() else None
-        raise TeacherError(
+        error = TeacherError(
             f"the tokenizer does not belong to the teacher: its largest id is {largest}, the "
             f"teacher's vocabulary has {rows} rows; pass the teacher's own tokenizer"
         )
-    mask = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)  # type: ignore[operator]
+        refuse(error, "tokens-without-rows", allow)
+        ids = ids[ids < rows]
+    mask = torch.zeros(head_rows, dtype=torch.bool)
     mask[ids] = True
     return mask
 
 
 def weights_fingerprint(name: str, model: nn.Module) -> str:
-    """What the weights are: a hub revision, or sha256 over the weight files and configuration."""
+    """Return what determines a model's logits: a hub commit, or sha256 over files and settings.
+
+    It covers the weights that are loaded, the configuration, an adapter with its base, and
+    modelling code that comes with the model.
+    """
+    return _fingerprint(find_checkpoint(model_named(name)), model)
+
+
+def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
+    if found.base is not None:
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        return adapter_fingerprint(found, _fingerprint(found.base, inner))
+    code = _remote_code(model)
+    if found.commit is not None:
+        # code in the same repository is of the same commit
+        elsewhere = "--" in json.dumps(getattr(model.config, "auto_map", None) or {})
+        pinned = f"+code:{hashlib.sha256(code).hexdigest()}" if code and elsewhere else ""
+        return f"hub:{found.name}@{found.commit}{pinned}"
     config: Any = model.config
-    commit = getattr(config, "_commit_hash", None)
-    if commit and not Path(name).exists():
-        return f"hub:{name}@{commit}"
     stable = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
     digest = hashlib.sha256(canonical_json(_plain(stable)))
-    for file in _weight_files(Path(name)):
+    root = sorted(found.folder.glob("*.safetensors")) if found.gguf is None else [found.gguf]
+    for file in found.hashed():
+        if file not in root:  # named by an index: where it lies matters as well
+            digest.update(str(file.relative_to(found.folder)).encode())
         digest.update(file.suffix.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file_sha256(file))
+    if found.gguf is None and (found.folder / ADAPTER_CONFIG).exists():
+        digest.update(bytes.fromhex(adapter_fingerprint(found, "").removeprefix("sha256:")))
+    digest.update(code)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _remote_code(model: nn.Module) -> bytes:
+    """Return the modelling code that came with a model; nothing for a class of transformers'."""
+    module = sys.modules.get(type(model).__module__)
+    if not type(model).__module__.startswith("transformers_modules") or module is None:
+        return b""
+    folder = Path(str(module.__file__)).parent
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
 
 
 def module_fingerprint(model: nn.Module) -> str:
@@ -213,27 +343,27 @@ def module_fingerprint(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _weight_files(path: Path) -> Iterator[Path]:
-    yield from [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-
-
 def locate_model(name: str) -> tuple[str, dict[str, Any]]:
     """Return what transformers' `from_pretrained` takes for a model's name, and its arguments.
 
+    A folder's files are validated; nothing is fetched.
+
     Raises:
-        TeacherError: a path at which there is nothing.
+        TeacherError: a path at which there is nothing, or files that are refused.
     """
-    return _where(model_named(name))
+    name = model_named(name)
+    if Path(name).is_dir():
+        find_checkpoint(name)
+    return _where(name)
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise TeacherError(f"there is no GGUF file at {name!r}")
-        return str(path.parent), {"gguf_file": path.name}
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise TeacherError(f"there is no model folder at {name!r}; check the path")
+    local = path.suffix.lower() == ".gguf" or path.is_absolute() or name.startswith((".", "~"))
+    if local and not path.is_dir():
+        found = find_checkpoint(name)
+        assert found.gguf is not None
+        return found.source, {"gguf_file": found.gguf.name}
     return name, {}
 
 

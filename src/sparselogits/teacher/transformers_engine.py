@@ -46,7 +46,7 @@ class TransformersTeacher:
         slice_positions: int = SLICE_POSITIONS,
     ) -> None:
         self.model = model.eval()
-        self.device = _entrance(model)
+        self.device = entrance(model)
         self.identity = identity
         self.slice_positions = slice_positions
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()
@@ -131,7 +131,8 @@ class TransformersTeacher:
     def _run(self, **inputs: Any) -> Tensor:
         if self._parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            return logits
+            # a prompt that an adapter puts before the text has logits of its own
+            return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         states: Tensor = self._parts.trunk(**inputs, use_cache=False).last_hidden_state
         return states
 
@@ -144,8 +145,8 @@ class TransformersTeacher:
         return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
 
 
-def _entrance(model: nn.Module) -> torch.device:
-    """Where tokens go: the first weights that are in a memory; offloaded ones are on "meta"."""
+def entrance(model: nn.Module) -> torch.device:
+    """Return the device that tokens go to: that of the first weights, unless they are offloaded."""
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device
