@@ -5,14 +5,19 @@ pytest tests/corpus/test_corpus_splits.py
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
+import zstandard
 
 from sparselogits.corpus import Packing, open_source, pack
 from sparselogits.errors import CorpusError
@@ -135,8 +140,8 @@ def test_the_card_of_a_dataset_names_files(tmp_path: Path) -> None:
     # no pattern leads out of the folder
     assert read(f"{folder}:bad", ["train"]) == {"train": ["part1/a.jsonl"]}
     source = open_source(str(folder))
-    assert "1 file of the split `held` (part3/deep/x.jsonl)" in source.in_words()
-    assert "of no split (README.md, y.jsonl)" in source.in_words()
+    assert "1 file (of the split `held`: part3/deep/x.jsonl)" in source.in_words()
+    assert "(of no split: README.md, y.jsonl)" in source.in_words()
     with pytest.raises(CorpusError, match=r"no configuration 'large'; README.md names default, sm"):
         open_source(f"{folder}:large")
     folder.joinpath("README.md").write_text(CARD.replace("name: default", "name: other"))
@@ -167,7 +172,7 @@ def test_a_file_of_two_splits_is_named(tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "pages", ["train/eval.jsonl", "train/test/a.jsonl", "test/a.jsonl"])
     source = open_source(str(folder))
     assert [file.name for file in source.files] == ["train/eval.jsonl", "train/test/a.jsonl"]
-    assert "1 file read here is also of the split `test` (train/test/a.jsonl)" in source.in_words()
+    assert "1 file that is read (also of the split `test`: train/test/a.jsonl)" in source.in_words()
 
 
 def test_one_format_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
@@ -177,7 +182,7 @@ def test_one_format_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
     assert [file.name for file in source.files] == ["a.jsonl", "b.jsonl"]
     assert {own.names: own.reason for own in source.left_out} == {
         ("a.parquet", "notes.md"): "of another format than .jsonl",
-        ("picture.png",): "that are no text by their names",
+        ("picture.png",): "no text by name",
     }
 
 
@@ -196,8 +201,8 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
     assert {"c.jsonl", "d.jsonl"} < set(names)
     assert sorted(source.documents()) == ["a.jsonl", "a.jsonl", "c.jsonl", "deep/b.jsonl"]
     said = source.in_words()
-    assert "4 files that link to a folder that is read already" in said or "3 files that" in said
-    assert "1 file that link to nothing (gone.jsonl)" in said
+    assert "files (link to a folder that is read already: " in said
+    assert "1 file (link to nothing: gone.jsonl)" in said
     with pytest.raises(CorpusError, match=r"is a link to .*/nothing, which does not exist"):
         open_source(str(folder / "gone.jsonl"))
 
@@ -210,7 +215,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         bound.bind(str(folder / "s.jsonl"))
         source = open_source(str(folder))
         assert [file.name for file in source.files] == ["a.jsonl"]
-        assert "2 files that are no regular files (pipe.jsonl, s.jsonl)" in source.in_words()
+        assert "2 files (no regular file: pipe.jsonl, s.jsonl)" in source.in_words()
         with pytest.raises(CorpusError, match=r"is a socket; only regular files"):
             open_source(str(folder / "s.jsonl"))
     with pytest.raises(
@@ -256,3 +261,43 @@ def test_fingerprints_of_plain_names_are_as_before(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "a.txt")).fingerprint == (
         "874c8100895fe2614c7e68fa106b7336cd8832dd772448bbc746e6e12eec76be"
     )
+
+
+def test_patterns_pass_over_hidden_copies(tmp_path: Path) -> None:
+    """Jupyter and Git keep copies of files in hidden folders."""
+    names = ["a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/a.jsonl", "deep/b.jsonl"]
+    folder = lay_out(tmp_path / ".cache" / "pages", names)  # hidden folders above it do not count
+    assert len(open_source(f"{folder}/**/*.jsonl").files) == 2
+    assert len(open_source(f"{folder}/../pages/*.jsonl").files) == 1
+    assert len(open_source(f"{folder}/../../.cache/pages").files) == 2
+    assert len(open_source(f"{folder}/.ipynb_checkpoints/*.jsonl").files) == 1
+
+
+@pytest.mark.parametrize("name", ["pages.jsonl", "pages.txt", "pages"])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.compress),
+    ],
+)
+def test_a_download_whose_name_lost_its_suffix(
+    name: str, suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(compress(ROW.encode() * 9))
+    with pytest.raises(CorpusError, match=rf"holds \{suffix} data, which .* it {name}\{suffix} if"):
+        open_source(str(tmp_path / name))
+
+
+def test_a_fourth_split_folder_and_shards_of_spark(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "pages", [f"{s}/a.jsonl" for s in ("train", "test", "custom")])
+    (folder / "train" / "_SUCCESS").write_text("")
+    (folder / "train" / ".a.jsonl.crc").write_bytes(b"crc\0")
+    source = open_source(str(folder))
+    assert [file.name for file in source.files] == ["train/a.jsonl"]
+    said = source.in_words()
+    assert "1 file (of no split: custom/a.jsonl)" in said
+    assert "1 file (of the split `test`: test/a.jsonl)" in said
+    assert "1 file (no text by name: train/_SUCCESS)" in said

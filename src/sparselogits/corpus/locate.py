@@ -24,8 +24,16 @@ _KINDS: dict[str, Kind] = {
 }
 _NAMED_KINDS: dict[str, Kind] = {".json": "json", ".arrow": "arrow"}
 _RECORDS = tuple(suffix for suffix, kind in _KINDS.items() if kind != "text")
+_HIDDEN = (".", "__")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024
+_MAGIC = {
+    b"\x1f\x8b\x08": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ\0": ".xz",
+    b"BZh91AY&SY": ".bz2",
+    b"PK\x03\x04": ".zip",
+    b"PAR1\x15": ".parquet",
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -47,10 +55,10 @@ class LeftOut:
     names: tuple[str, ...]
 
     def in_words(self, one: str = "", several: str = "") -> str:
-        """Say how many they are, which, and why; with a verb before the reason, if given."""
+        """Say how many they are, why, and which; with a clause behind the number, if given."""
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
-        return f"{files} {self.reason} ({few})"
+        return f"{files} ({self.reason}: {few})"
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,18 @@ def locate(data: str, split: str) -> Located:
     if all(file.path.stat().st_size == 0 for file in files):
         raise CorpusError(f"{data} is empty: no file in it holds a single byte; name other text")
     for file in files:
-        _refuse_pointer(file)
+        _refuse_disguised(file)
     ordered = tuple(sorted(files, key=lambda file: file.name))
     return Located(ordered, tuple(left_out), tuple(shared))
 
 
-def _refuse_pointer(file: SourceFile) -> None:
-    """Refuse what Git leaves in a file's place where LFS is not installed: it reads as text."""
+def _refuse_disguised(file: SourceFile) -> None:
+    """Refuse files that are something else than their names say.
+
+    What Git leaves in a file's place where LFS is not installed reads as text; a download may be
+    compressed although its name does not say so.
+    """
     try:
-        if file.path.stat().st_size > _POINTER_BYTES:
-            return
         with file.path.open("rb") as handle:
             head = handle.read(len(_POINTER))
     except OSError:
@@ -123,6 +133,14 @@ def _refuse_pointer(file: SourceFile) -> None:
             f"{file.name} is a Git LFS pointer, not the file itself; fetch the files with "
             "`git lfs pull` in the folder of the repository"
         )
+    if file.kind not in ("text", "json") or file.path.suffix.lower() in COMPRESSION:
+        return
+    for magic, suffix in _MAGIC.items():
+        if head.startswith(magic):
+            raise CorpusError(
+                f"{file.name} holds {suffix} data, which its name does not say; name it "
+                f"{Path(file.name).name}{suffix} if it is JSON lines, or unpack it"
+            )
 
 
 def _what_it_is(path: Path) -> str:
@@ -199,7 +217,7 @@ def _folder(
     chosen = _of_one_kind([name for name in names if kinds[name]], kinds)
     for name in names:
         if kinds[name] is None:
-            reasons.setdefault(name, "that are no text by their names")
+            reasons.setdefault(name, "no text by name")
         elif name not in chosen:
             reasons.setdefault(name, f"of another format than {_extension(chosen[0])}")
     files = [SourceFile(folder / name, name, kinds[name]) for name in chosen]  # type: ignore[arg-type]
@@ -242,19 +260,19 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.name.startswith("__"):
+                if entry.name.startswith(_HIDDEN):
                     continue
                 if (identity := _identity(path)) in entered:
-                    passed_over[name] = "that link to a folder that is read already"
+                    passed_over[name] = "link to a folder that is read already"
                     continue
                 entered.add(identity)
                 waiting.append(path)
             elif entry.is_file():
                 found.append(name)
             elif entry.is_symlink() and not path.exists():
-                passed_over[name] = "that link to nothing"
+                passed_over[name] = "link to nothing"
             else:
-                passed_over[name] = "that are no regular files"
+                passed_over[name] = "no regular file"
     return sorted(found), passed_over
 
 
@@ -297,7 +315,14 @@ def _matching(pattern: str) -> list[SourceFile]:
     parts = Path(pattern).expanduser().parts
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     root = Path(*parts[:fixed])
-    found = [path for path in root.glob(str(Path(*parts[fixed:]))) if path.is_file()]
+    # hidden files only where the pattern names them, as in `datasets` (.ipynb_checkpoints, .git)
+    named = sum(part.startswith(_HIDDEN) for part in parts[fixed:])
+    found = [
+        path
+        for path in root.glob(str(Path(*parts[fixed:])))
+        if path.is_file()
+        and sum(part.startswith(_HIDDEN) for part in path.relative_to(root).parts) == named
+    ]
     if not found:
         raise CorpusError(f"no file matches {pattern}; quote the pattern, and check the path")
     return [

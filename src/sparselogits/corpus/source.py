@@ -104,7 +104,7 @@ class Source:
         few = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
         said = f"reading {few}" if len(names) == 1 else f"reading {len(names):,} files ({few})"
         left = "; ".join(own.in_words() for own in self.left_out)
-        both = [own.in_words(" read here is", " read here are") for own in self.shared]
+        both = [own.in_words(" that is read", " that are read") for own in self.shared]
         return "; ".join([said, *([f"left out: {left}"] if left else []), *both])
 
     def selection(self) -> dict[str, Any]:
