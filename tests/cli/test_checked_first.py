@@ -61,6 +61,11 @@ def places(
     return found | {"teacher": teacher_folder, "text": text, "cache": cache}
 
 
+_RECIPE = ["teacher: {teacher}", "out: {new}", "window: 32", "methods: [{{method: ce}}]"]
+RECIPES = {
+    "latin_recipe": ["data: {latin}", *_RECIPE],
+    "short_recipe": ["data: {short}", *_RECIPE],
+}
 CACHE = "cache --teacher {teacher} --data {text} --window 32"
 BEGUN = "cache --teacher {teacher} --data {text} --out {cache} --window 32 --rounds 12"
 MISTAKES = {
@@ -92,6 +97,8 @@ MISTAKES = {
     "eval {student} --cache {cache} --teacher /no/teacher": ("no model folder", "check the path"),
     "gradients {student} --teacher {teacher} --data {latin}": ("byte 0xf1", "iconv"),
     "gradients {student} --teacher {teacher} --data {short}": ("too short", "--window"),
+    "compare {latin_recipe}": ("byte 0xf1", "iconv"),
+    "compare {short_recipe}": ("too short", "--window"),
     "view {cache} --window 999999 --student {student} --teacher {teacher}": ("999999", "window"),
 }
 
@@ -101,6 +108,9 @@ def test_no_weights_are_loaded_for_a_mistake(
     mistake: str, line: Line, places: dict[str, Path], tmp_path: Path, no_weights: None
 ) -> None:
     names = places | {"new": tmp_path / "new"}
+    for key, lines in RECIPES.items():
+        names[key] = tmp_path / f"{key}.yaml"
+        names[key].write_text("\n".join(lines).format(**names))
     code, _, said = line(*(word.format(**names) for word in mistake.split()))
     assert code == 2, said
     told = " ".join(said.lower().split())

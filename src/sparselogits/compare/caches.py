@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from sparselogits.corpus import (
     packing_for,
     tokenizer_fingerprint,
 )
-from sparselogits.errors import InvalidArgumentError, SparseLogitsError
+from sparselogits.corpus.packed import recorded_vocabulary
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, SparseLogitsError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.samplers import Adaptive, Sampler, from_parameters, window_uniforms
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import load_tokenizer
+from sparselogits.teacher.vocabulary import vocabulary_size
 
 WINDOWS_PER_SHARD = 64
 _FEW_WINDOWS = 4  # an adaptive sampler is fitted on
@@ -116,24 +119,31 @@ def prepare(
         SparseLogitsError: for a teacher or text that cannot be used, or a directory that holds a
             comparison of others.
     """
+    source = open_source(recipe.data, text_field=recipe.text_field)
     tokenizer = load_tokenizer(recipe.teacher)
-    teacher = load_teacher(
-        recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype, device=device
-    )
     split = packing_for(
         tokenizer,
         window_length=recipe.window,
         separator_id=recipe.separator_id,
         holdout=recipe.holdout,
     )
+    load = partial(
+        load_teacher, recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype, device=device
+    )
+    # what needs no weights comes first
+    folder, teacher = recipe.out / "corpus", None
+    vocab_size = recorded_vocabulary(folder) or vocabulary_size(recipe.teacher)
+    if vocab_size is None:
+        teacher = load()
+        vocab_size = teacher.vocab_size
     with stage("packing text", "MB", per_unit=1e-6) as update:
-        corpus = pack(
-            open_source(recipe.data, text_field=recipe.text_field),
-            tokenizer,
-            split,
-            recipe.out / "corpus",
-            vocab_size=teacher.vocab_size,
-            progress=update,
+        corpus = pack(source, tokenizer, split, folder, vocab_size=vocab_size, progress=update)
+    teacher = teacher or load()
+    if teacher.vocab_size != corpus.vocab_size:
+        raise IdentityMismatchError(
+            f"the text in {folder} was packed for {corpus.vocab_size} token ids, but the teacher "
+            f"has {teacher.vocab_size}: it is another teacher, or its configuration names another "
+            "size. Delete that folder to pack the text again, or choose another out"
         )
     draws = {draw.key: draw for draw in (Draw.of(method) for method in recipe.methods)}
     samplers, failures = _fitted(recipe.out / "draws.json", draws, teacher, corpus)
