@@ -146,7 +146,7 @@ def check_recipe(code: str) -> None:
         Path("comparison.yaml").write_text(code)
         load_compare_recipe(Path("comparison.yaml"))
         return
-    given = {"cache": "my-cache", "out": "my-run"}
+    given = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
     parse_recipe({**given, **yaml.safe_load(code)}, source="the page")
 
 

@@ -171,7 +171,7 @@ def test_training_with_another_teacher_is_refused(cache: Path, tmp_path: Path) -
     for file in cache.parent.parent.rglob("teacher*/tokenizer*"):
         (other / file.name).write_bytes(file.read_bytes())
     failed = command(
-        *("train", "--cache", cache, "--out", tmp_path / "run"),
+        *("train", "--cache", cache, "--student-config", "tiny", "--out", tmp_path / "run"),
         *("--method", "full", "--teacher", other),
     )
     assert failed.returncode == 2

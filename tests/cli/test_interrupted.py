@@ -83,7 +83,7 @@ CACHE = (
     "cache --teacher MODEL --data TEXT --window 32 --windows-per-shard 16 --rounds 8 --out {out}"
 )
 COMPARE = "compare recipe.yaml --teacher MODEL --data TEXT --out {out}"
-TRAIN = "train --cache CACHE --epochs 50 --out {out}"
+TRAIN = "train --cache CACHE --student-config tiny --epochs 50 --out {out}"
 GOES_ON = "the same command goes on"
 MOMENTS = {
     # command: {moment: what is said of going on}
@@ -94,7 +94,7 @@ MOMENTS = {
         "sparselogits.build.work:_finish:100": GOES_ON,
     },
     TRAIN: {
-        "sparselogits.train.run:make_student:1": "goes on from the last checkpoint",
+        "sparselogits.train.student:make_student:1": "goes on from the last checkpoint",
         "sparselogits.train.trainer:_prepare_inputs:3": "goes on from the last checkpoint",
     },
     COMPARE: {
@@ -154,6 +154,7 @@ main()
 def test_ctrl_c_while_loading(module: str, tmp_path: Path) -> None:
     """At the moment a module is about to be imported, in a process of its own to its very end."""
     words = ["train", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
+    words += ["--student-config", "tiny"]
     done = subprocess.run(
         [sys.executable, "-c", WHILE_LOADING, module, *words], capture_output=True, text=True
     )

@@ -50,15 +50,47 @@ MISTAKES = {
     "push {cache} {new}": ("is no url", "hf://datasets/org/name"),
     "push {cache} nowhere9://x/y": ("no url that can be opened", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
+    "train --cache {cache} --out {new}": ("name the student to train", "--student-config 30m"),
+    "train --cache {cache} --out {new} --student a --student-config tiny": (
+        "--student goes on with a model",
+        "give one of them",
+    ),
+    "train --cache {cache} --out {new} --lora 4": ("--lora", "name it with --student"),
+    "train --cache {cache} --out {new} --student-config nope": (
+        "'nope' is neither a size",
+        "layers=12,width=768",
+    ),
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: tiny}}\ntrainer: {{seed: 3}}}": (
+        "trainer.seed",
+        "set seed of the recipe instead",
+    ),
     "train {recipe:cach: x}": ("cach: unknown key", "did you mean 'cache'"),
     "train {recipe:[1]}": ("must be a mapping", "as in `cache"),
     "train {recipe:a: [}": ("is not yaml", "line 1"),
-    "train --cache /nowhere --out {new}": ("no cache at /nowhere", "check the path"),
-    "train --cache {cache} --out {text}": ("pages.jsonl", "a file is in the way"),
-    "train --cache {cache} --out {new} --alpha 2": ("alpha", "less than or equal to 1"),
-    "train --cache {cache} --out {new} --method full": ("teacher", "only with them"),
-    "train --cache {cache} --out {new} --method gkd": ("found 'gkd'", "'ce', 'sparse'"),
-    "train --cache {cache} --out {new} --device tpu": ("--device tpu", "choose auto or cpu"),
+    "train --cache /nowhere --out {new} --student-config tiny": (
+        "no cache at /nowhere",
+        "check the path",
+    ),
+    "train --cache {cache} --out {text} --student-config tiny": (
+        "pages.jsonl",
+        "a file is in the way",
+    ),
+    "train --cache {cache} --out {new} --student-config tiny --alpha 2": (
+        "alpha",
+        "less than or equal to 1",
+    ),
+    "train --cache {cache} --out {new} --student-config tiny --method full": (
+        "teacher",
+        "only with them",
+    ),
+    "train --cache {cache} --out {new} --student-config tiny --method gkd": (
+        "found 'gkd'",
+        "'ce', 'sparse'",
+    ),
+    "train --cache {cache} --out {new} --student-config tiny --device tpu": (
+        "--device tpu",
+        "choose auto or cpu",
+    ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{path: {small}}}}": (
         "400 ids",
         "give the student at least as many",
@@ -67,15 +99,15 @@ MISTAKES = {
         "no model folder at '/no/student'",
         "check the path",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nthinning: {{rounds: 99}}}": (
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nthinning: {{rounds: 99}}}": (
         "the cache holds 12 rounds",
         "choose between 1 and 12",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nbatch_windows: 9999}": (
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\nbatch_windows: 9999}": (
         "not one whole batch",
         "take fewer",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nreport_to: [tensorbord]}": (
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nreport_to: [tensorbord]}": (
         "tensorbord is not supported",
         "only",
     ),
@@ -175,7 +207,9 @@ def test_a_mistake_is_told_with_its_next_step(
 
 def test_a_folder_without_permission(line: Line, places: dict[str, Path], tmp_path: Path) -> None:
     """Root may write everywhere, so the mount's own refusal stands in: /proc takes no folder."""
-    code, said = line("train", "--cache", places["cache"], "--out", "/proc/run")
+    code, said = line(
+        *("train", "--student-config", "tiny", "--cache", places["cache"], "--out", "/proc/run")
+    )
     assert (code, "/proc/run" in said) == (2, True)
     assert "check the path" in said or "another place" in said
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sparselogits.errors import RecipeError
+from sparselogits.safe_yaml import parse_yaml
 from sparselogits.train import load_recipe
-from sparselogits.train.recipe import parse_recipe
+from sparselogits.train.recipe import SIZES, Student, parse_recipe, student_of
+from sparselogits.train.recipe_text import recipe_table, recipe_text
 
-GOOD = {"cache": "c", "out": "o"}
+GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
 
 
 @pytest.mark.parametrize(
@@ -35,17 +38,31 @@ GOOD = {"cache": "c", "out": "o"}
         ),
         ({"method": "full"}, "give a teacher with method: full"),
         ({"student": {"hidden_size": 30, "heads": 4}}, "does not divide"),
+        ({"student": {"heads": 4, "kv_heads": 3}}, "kv_heads=3 does not divide"),
+        ({"student": {"size": "huge"}}, "unknown size 'huge'; choose tiny, 3m"),
+        ({"student": {"size": "tiny", "layers": 9}}, "found size and layers"),
+        ({"student": {"path": "a", "config": "b"}}, "found path and config"),
+        ({"student": {"size": "tiny", "lora": {}}}, "give its path"),
+        ({"student": {"path": "a", "lora": {"rang": 3}}}, "lora.rang: unknown key; .*'rank'"),
+        ({"student": {}}, "student: missing; name the student.*--student MODEL"),
+        ({"student": None}, "student: missing; name the student"),
+        ({"learning_rate": float("inf")}, "learning_rate: .*finite number"),
+        ({"epochs": float("nan")}, "epochs"),
+        ({"alpha": [0] * 9999}, r"alpha: .*\(found \[0, 0, 0, 0, 0, 0, 0, 0, \.\.\.\]\)"),
+        ({"\x1b[2J": 1}, r"^recipe.yaml is not a valid recipe:\n  \\x1b\[2J: unknown key"),
         ({"zzz": 1}, "zzz: unknown key; known: cache"),
     ],
 )
 def test_mistakes_are_named(change: dict, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=re.compile(said, re.DOTALL)):
         parse_recipe(GOOD | change, source="recipe.yaml")
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(RecipeError, match="cache: missing"):
-        parse_recipe({"out": "o"}, source="recipe.yaml")
+        parse_recipe({"out": "o", "student": {"size": "tiny"}}, source="recipe.yaml")
+    with pytest.raises(RecipeError, match="--student-config 30m"):
+        parse_recipe({"cache": "c", "out": "o"}, source="recipe.yaml")
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
@@ -71,3 +88,150 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
     path.write_text("cache: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(RecipeError, match="not YAML"):
         load_recipe(path)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (BOMB, "anchors .* are not read: repeat the value .line 1, column 4"),
+        ("a: 1\na: 2", "the key 'a' is there twice .line 2"),
+        ("1: 2", "the key '1' is not a text: put it in quotes"),
+        ("a: " + "[" * 5000, "nested deeper than 32"),
+        ("a: " + "9" * 5000, "has 5000 digits"),
+        ("a: !!timestamp 2020-01-01", "could not determine a constructor"),
+        ("a: !!set {b}", "could not determine a constructor"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("a: \x07", "not YAML"),
+        ("x" * (2 << 20), "more than the 1,048,576 that are read"),
+        ("", "it holds nothing"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_yaml_that_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=said) as refused:
+        load_recipe(path)
+    assert len(str(refused.value)) < 1000
+
+
+def test_scalars_are_those_of_yaml_1_2() -> None:
+    text = "{a: 1e-3, b: no, c: 1:30, d: 2020-01-01, e: 0x1f, f: 1_0, g: .5, h: -7, i: ~, j: true}"
+    assert parse_yaml(text, "it") == {
+        **{"a": 1e-3, "b": "no", "c": "1:30", "d": "2020-01-01", "e": "0x1f", "f": "1_0"},
+        **{"g": 0.5, "h": -7, "i": None, "j": True},
+    }
+
+
+def test_dates_and_pipes_are_named(tmp_path: Path) -> None:
+    import os
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text("cache: 2020-01-01\nout: o\nstudent: {size: tiny}\nepochs: 2020-01-01\n")
+    with pytest.raises(RecipeError, match=r"epochs: .*number.*\(found '2020-01-01'\)"):
+        load_recipe(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="pipe"):
+        load_recipe(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        ("30m", {"size": "30m"}),
+        ("layers=12,width=768", {"layers": 12, "hidden_size": 768, "heads": 12}),
+        ("width=48", {"hidden_size": 48, "heads": 1}),
+        (
+            "layers=2, width=96,heads=4,kv_heads=2,mlp=200,tied=false",
+            {"layers": 2, "hidden_size": 96, "heads": 4, "kv_heads": 2, "intermediate_size": 200}
+            | {"tied": "false"},
+        ),
+        ("some/config.json", {"config": "some/config.json"}),
+    ],
+)
+def test_a_student_by_size_or_numbers(said: str, fields: dict) -> None:
+    assert student_of(said) == fields
+    assert parse_recipe(GOOD | {"student": fields}, source="x").student.is_new
+
+
+@pytest.mark.parametrize("said", ["layer=3", "layers=many", "layers=", "width=0"])
+def test_sizes_that_are_none(said: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_recipe(GOOD | {"student": student_of(said)}, source="x")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_name_of_a_size_is_its_number_of_parameters(name: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width, heads = SIZES[name]
+    assert width % heads == 0
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=8,
+                hidden_size=width,
+                intermediate_size=round(width * 8 / 3 / 8) * 8,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+            )
+        )
+    found = sum(p.numel() for p in model.parameters())
+    named = {"tiny": 0.8e6, "m": 1e6, "b": 1e9}
+    expected = named["tiny"] if name == "tiny" else float(name[:-1]) * named[name[-1]]
+    assert found == pytest.approx(expected, rel=0.07)
+
+
+def test_the_default_learning_rate_is_that_of_the_kind_of_student() -> None:
+    rates = [
+        parse_recipe(GOOD | {"student": student}, source="x").peak_learning_rate
+        for student in ({"size": "tiny"}, {"path": "a", "lora": {}}, {"path": "a"})
+    ]
+    assert rates[0] > rates[1] > rates[2] > 0
+    assert parse_recipe(GOOD | {"learning_rate": 0.5}, source="x").peak_learning_rate == 0.5
+
+
+def test_old_students_are_described_as_before() -> None:
+    """Runs of comparisons are known by a hash of this."""
+    assert set(Student(layers=2).model_dump(mode="json")) == {
+        *("path", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "tied")
+    }
+    assert Student(size="tiny").model_dump(mode="json")["size"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {
+            "cache": "s3://b/c d",
+            "out": "/a/b",
+            "student": {"path": "org/name", "lora": {"rank": 4}},
+        },
+        {"student": {"layers": 3, "hidden_size": 64}, "alpha": 0.25, "learning_rate": 1e-5}
+        | {"thinning": {"rounds": 3}, "report_to": ["tensorboard"], "trainer": {"optim": "sgd"}},
+        {"cache": "it's: #1", "out": "2020", "student": {"size": "30m"}, "tokenizer": "true"},
+    ],
+)
+def test_a_printed_recipe_loads_again(given: dict) -> None:
+    text = recipe_text(given)
+    read = parse_recipe(parse_yaml(text, "it"), source="it")
+    start = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
+    assert read == parse_recipe(start | given, source="given")
+    for model in (type(read), Student):
+        for name, field in model.model_fields.items():
+            assert re.search(rf"^ *(# )?{name}:", text, re.MULTILINE), name
+            assert field.description, name
+
+
+def test_the_docs_have_every_key() -> None:
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    begin, end = "<!-- recipe -->\n", "<!-- end of recipe -->\n"
+    written = page.read_text().partition(begin)[2].partition(end)[0]
+    assert written == recipe_table(), "copy it: python -m sparselogits.train.recipe_text"

@@ -21,7 +21,7 @@ from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.store.place import Place, is_url
 
-_OWN = re.compile(r"corpus(-\d+)?|shards|README\.md|.*\.(tmp|partial)")
+_OWN = re.compile(r"corpus(-\d+)?|shards|tokenizer|README\.md|.*\.(tmp|partial)")
 """Names in a cache's folder that may be there before its cache.json."""
 
 

@@ -75,7 +75,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ),
     ("plan", plan, _MAKE, "--teacher-params 8B --student-params 1B --tokens 10B"),
     ("demo", demo, _MAKE, "--out demo-run"),
-    ("train", train, _USE, "--cache my-cache --out my-run"),
+    ("train", train, _USE, "--cache my-cache --student-config tiny --out my-run"),
     ("shrink", shrink, _USE, "demo --layers 24 --cache my-cache --out student"),
     ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
     ("info", info, _KEEP, "my-cache"),

@@ -289,8 +289,9 @@ def cache(
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.corpus.packed import recorded_vocabulary
     from sparselogits.samplers import from_parameters
+    from sparselogits.store.place import is_url
     from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import load_tokenizer
+    from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     chosen, budget = _sampler_options(
@@ -354,6 +355,8 @@ def cache(
         return
     check_request(request, packing, tokenizer_hash, windows_per_shard)
     place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
+    if crew.is_first and not is_url(out):
+        keep_tokenizer(tokenizer, out)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code
     )

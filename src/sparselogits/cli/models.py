@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
     """Load a student by its folder, its hub name, or the folder of the run that trained it."""
     from sparselogits.teacher.loading import load_causal_lm
+    from sparselogits.train.student import require_finite_weights
 
     trained = Path(name) / "model"
-    return load_causal_lm(str(trained) if trained.is_dir() else name, dtype=dtype).to(device)
+    model = load_causal_lm(str(trained) if trained.is_dir() else name, dtype=dtype).to(device)
+    require_finite_weights(model, f"the student at {name}")
+    return model
 
 
 def load_own_teacher(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from sparselogits.cli.options import (
     DATA,
@@ -22,7 +24,12 @@ from sparselogits.cli.options import (
     stdout,
 )
 from sparselogits.console import messages, stage
-from sparselogits.wording import counted
+from sparselogits.errors import RecipeError
+from sparselogits.untrusted import printable
+from sparselogits.wording import counted, rate
+
+if TYPE_CHECKING:
+    from sparselogits.train import PlannedRun, Recipe, RunResult
 
 
 def train(
@@ -34,6 +41,34 @@ def train(
         ),
     ] = None,
     *,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Student to go on with: a folder (of `sparselogits shrink`, say), a name on the "
+            "Hugging Face hub, or `demo`.",
+            show_default="the recipe's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    student_config: Annotated[
+        str | None,
+        typer.Option(
+            help="New student with random weights: a size (tiny, 3m, 10m, 30m, 100m, 300m, 1b), "
+            "numbers (layers=12,width=768,heads=12,kv_heads=4,mlp=2048,tied=false), or a "
+            "config.json.",
+            show_default="the recipe's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train an adapter (LoRA) of this rank for --student; it is merged at the end.",
+            show_default="all weights",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +86,14 @@ def train(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer to save with the student: a model folder, GGUF file or hub name.",
+            show_default="the student's, the cache's or the teacher's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     device: Device = "auto",
     cache: Annotated[
         str | None,
@@ -64,6 +107,12 @@ def train(
         float | None,
         typer.Option(help="Passes over the cache.", show_default="1", rich_help_panel=TRAINING),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Windows per step and device.", show_default="8", rich_help_panel=TRAINING
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -75,7 +124,26 @@ def train(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of AdamW.", show_default="0.001", rich_help_panel=TRAINING
+            help="Peak learning rate of AdamW.",
+            show_default="0.001 for a new student, 5e-05 for --student, 0.0002 with --lora",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of the computation: float32 or bfloat16.",
+            show_default="float32",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between checkpoints, from which an interrupted run goes on.",
+            show_default="no checkpoints",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     seed: Annotated[
@@ -92,31 +160,65 @@ def train(
             help="Folder of the run.", show_default="the recipe's", rich_help_panel=OUTPUT
         ),
     ] = None,
+    save_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of the saved student: float32, bfloat16, float16, or auto for "
+            "that of --student (float32 for a new one).",
+            show_default="auto",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    print_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--print-recipe",
+            help="Print a commented recipe with every setting, these options filled in, and stop.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a student from a recipe or from options; under torchrun, on all its ranks."""
-    from sparselogits.train import leave_process_group, load_recipe, run
-    from sparselogits.train.recipe import parse_recipe
+    from sparselogits.train import leave_process_group, run
+    from sparselogits.train.recipe import parse_recipe, read_yaml
 
-    options = {
+    options: dict[str, Any] = {
         "cache": cache,
-        "out": out,
+        "out": None if out is None else str(out),
+        "student": _student(student, student_config, lora),
         "method": method,
         "teacher": teacher,
-        "alpha": alpha,
+        "tokenizer": tokenizer,
         "epochs": epochs,
+        "batch_windows": batch,
+        "alpha": alpha,
         "learning_rate": learning_rate,
+        "precision": precision,
+        "save_steps": save_steps,
         "seed": seed,
+        "save_dtype": save_dtype,
     }
+    given = {k: v for k, v in options.items() if v is not None}
+    if print_recipe:
+        from sparselogits.train.recipe_text import recipe_text
+
+        typer.echo(recipe_text(given if recipe is None else read_yaml(recipe, given)), nl=False)
+        return
     if recipe is not None:
-        loaded = load_recipe(recipe, **options)
+        loaded = parse_recipe(read_yaml(recipe, given), source=str(recipe))
     else:
-        given = {k: v for k, v in options.items() if v is not None}
         loaded = parse_recipe(given, source="the command line")
     if os.environ.get("RANK", "0") != "0":  # the first of torchrun's ranks speaks for all
         run(loaded, device=device_named(device))
         leave_process_group()
         return
+    planned: list[PlannedRun] = []
+
+    def announce(plan: PlannedRun) -> None:
+        planned.append(plan)
+        messages.print(_plan_table(plan))
+
     with stage("training", "steps") as update:
         result = run(
             loaded,
@@ -124,6 +226,7 @@ def train(
             progress=lambda done, total, line: update(
                 done, total, f"loss {line['loss']:.3f}" if "loss" in line else ""
             ),
+            announce=announce,
         )
     leave_process_group()
     if not result.fresh:
@@ -132,11 +235,76 @@ def train(
         facts = {"out": str(result.out), "seconds": result.seconds, "steps": result.steps}
         say_json(facts | {"curve": result.curve})
     else:
-        last = f", last loss {result.curve[-1][1]:.3f}" if result.curve else ""
-        steps = counted(result.steps, "step")
-        stdout().print(f"student in {result.model_path}: {steps}{last}", soft_wrap=True)
+        tokens = planned[0].tokens if planned else None
+        stdout().print(_summary(loaded, result, tokens))
         say_next("eval", result.out, "--cache", loaded.cache, *_teacher_of(loaded.teacher))
 
 
 def _teacher_of(name: str | None) -> list[str]:
     return [] if name is None else ["--teacher", name]
+
+
+def _student(path: str | None, config: str | None, lora: int | None) -> dict[str, Any] | None:
+    """Return the recipe's `student` as the options name it; None where they do not."""
+    from sparselogits.train.recipe import student_of
+
+    if path is not None and config is not None:
+        raise RecipeError(
+            "--student goes on with a model, --student-config makes a new one: give one of them"
+        )
+    if lora is not None and path is None:
+        raise RecipeError("--lora trains an adapter of an existing model: name it with --student")
+    if config is not None:
+        return student_of(config)
+    if path is None:
+        return None
+    trained = Path(path) / "model"  # a run's folder stands for the student in it
+    chosen: dict[str, Any] = {"path": str(trained) if trained.is_dir() else path}
+    return chosen if lora is None else chosen | {"lora": {"rank": lora}}
+
+
+def _table(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(printable(value)))
+    return table
+
+
+def _plan_table(plan: PlannedRun) -> Table:
+    parameters = f"{_millions(plan.parameters)} parameters"
+    if plan.trained != plan.parameters:
+        parameters += f", {_millions(plan.trained)} of them trained"
+    rows = {
+        "student": f"{plan.student}, {parameters}",
+        "numbers": f"{plan.dtype} on {plan.device}; saved in {plan.saved}",
+        "data": f"{counted(plan.windows, 'window')}, {counted(plan.steps, 'step')}, "
+        f"{counted(plan.tokens, 'token')}",
+        "loss": plan.loss,
+        "learning rate": f"{plan.learning_rate:g} at its peak",
+    }
+    if plan.goes_on_from is not None:
+        rows["goes on from"] = plan.goes_on_from
+    return _table(rows)
+
+
+def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
+    rows = {"student": str(result.model_path), "steps": counted(result.steps, "step")}
+    rows["steps"] += f" in {result.seconds:,.0f} s"
+    if tokens is not None and result.seconds > 0 and result.fresh:
+        rows["steps"] += f", {rate(tokens / result.seconds, 'tokens')}"
+    for name, curve in (("loss", result.curve), ("loss on labels", result.label_curve)):
+        if curve:
+            first, last = curve[0], curve[-1]
+            begin = f"{first[1]:.3f} at step {first[0]}"
+            rows[name] = f"{last[1]:.3f} nats per token at step {last[0]} ({begin})"
+    if recipe.student.lora is not None:
+        rows["adapter"] = str(result.out / "adapter")
+    return _table(rows)
+
+
+def _millions(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} B"
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"

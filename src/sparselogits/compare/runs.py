@@ -272,6 +272,7 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
         missing_mass=method.missing_mass,
         thinning=method.thinning,
         seed=planned.seed,
+        save_dtype="float32",  # what is measured is what was trained
         **recipe.training.model_dump(),
     )
 

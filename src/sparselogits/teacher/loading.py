@@ -20,6 +20,7 @@ from sparselogits.allowances import refuse
 from sparselogits.causal_lm import embedding_rows
 from sparselogits.errors import MissingDependencyError, TeacherError, reason_of
 from sparselogits.extras import require
+from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
@@ -76,6 +77,22 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             f"no tokenizer could be read from {name!r}: {_first_line(error).rstrip(':. ')}. Give a "
             "folder with tokenizer files, a GGUF file, or a hub name (which needs the network once)"
         ) from error
+
+
+TOKENIZER_FOLDER = "tokenizer"
+"""In a cache: the tokenizer of its teacher, which trained students are saved with."""
+
+
+def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
+    """Save a tokenizer into a cache's folder, unless one is there.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    folder = Path(cache) / TOKENIZER_FOLDER
+    if not folder.exists():
+        with whole_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
 
 
 def load_teacher(

@@ -2,7 +2,15 @@
 
 from sparselogits.process_group import leave_process_group
 from sparselogits.train.recipe import Recipe, load_recipe
-from sparselogits.train.run import RunResult, run
+from sparselogits.train.run import PlannedRun, RunResult, run
 from sparselogits.train.trainer import SparseKDTrainer
 
-__all__ = ["Recipe", "RunResult", "SparseKDTrainer", "leave_process_group", "load_recipe", "run"]
+__all__ = [
+    "PlannedRun",
+    "Recipe",
+    "RunResult",
+    "SparseKDTrainer",
+    "leave_process_group",
+    "load_recipe",
+    "run",
+]

@@ -10,39 +10,174 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from sparselogits.data import Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
+from sparselogits.safe_yaml import read_mapping
 from sparselogits.train.objective import DIVERGENCES, Method
+from sparselogits.untrusted import printable, shown
 
 _Model = TypeVar("_Model", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+RATES = {"new": 1e-3, "pretrained": 5e-5, "lora": 2e-4}
+"""Default peak learning rate: a pretrained student forgets at the rate that a new one needs."""
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (4, 128, 4),
+    "3m": (4, 256, 4),
+    "10m": (8, 320, 5),
+    "30m": (10, 512, 8),
+    "100m": (12, 832, 13),
+    "300m": (19, 1152, 18),
+    "1b": (24, 1856, 29),
+}
+"""Layers, width and heads by name; names are numbers of parameters, without embeddings."""
+
+HOW_TO_NAME_A_STUDENT = f"""\
+name the student to train, in one of these ways:
+  --student MODEL               go on with a model: a folder, a hub name, `demo`
+  --student MODEL --lora 16     train an adapter of rank 16 for it, its own weights frozen
+  --student-config 30m          a new model by size: {", ".join(SIZES)}
+  --student-config layers=12,width=768
+                                a new model by numbers
+  --student-config config.json  a new model of any architecture, by its configuration
+In a recipe: `student: {{path: MODEL}}` or `student: {{size: 30m}}`. `sparselogits shrink` makes a \
+student
+from the teacher, and `sparselogits train --print-recipe` shows every setting."""
+
+
+class Lora(_Strict):
+    """An adapter of low rank that is trained in place of the student's own weights."""
+
+    rank: Count = Field(16, description="rank of the adapter's matrices")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the adapter's scale is alpha / rank; twice the rank when absent"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before it")
+    targets: str | list[str] = Field(
+        "all-linear", description="modules that get an adapter: all-linear, or a list of names"
+    )
 
 
 class Student(_Strict):
-    """A student: an existing model to go on from, or a new one of a Llama-like shape."""
+    """A student: an existing model to go on from, or a new one with random weights."""
 
-    path: str | None = Field(None, description="local folder or hub name of a model to train on")
-    hidden_size: Count = Field(128, description="width D")
-    layers: Count = Field(4, description="transformer blocks")
-    heads: Count = Field(4, description="attention heads; divides hidden_size")
+    path: str | None = Field(
+        None, description="model to go on from: a folder, a hub name, or `demo`"
+    )
+    lora: Lora | None = Field(None, description="train an adapter of that model (see student.lora)")
+    config: str | None = Field(
+        None, description="config.json (or a folder with one) of a new model, of any architecture"
+    )
+    size: str | None = Field(
+        None, description=f"size of a new Llama-like model: {', '.join(SIZES)}"
+    )
+    hidden_size: Count = Field(128, description="width D of a new model; see also size")
+    layers: Count = Field(4, description="transformer blocks of a new model")
+    heads: Count = Field(4, description="attention heads of a new model; divides hidden_size")
     kv_heads: Count | None = Field(None, description="key-value heads; heads when absent")
     intermediate_size: Count | None = Field(None, description="MLP width; 8/3 D when absent")
     tied: bool = Field(True, description="share embedding and head")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Student:
+    def _one_way(self) -> Student:
+        shape = {"hidden_size", "layers", "heads", "kv_heads", "intermediate_size"}
+        ways = [name for name in ("path", "config", "size") if getattr(self, name) is not None]
+        numbers = sorted(name for name in shape & self.model_fields_set if self._differs(name))
+        if len(ways) > 1 or (ways and numbers):
+            found = " and ".join([*ways, *numbers])
+            raise ValueError(f"give one of path, config, size or numbers (found {found})")
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(f"unknown size {shown(self.size)}; choose {', '.join(SIZES)}")
+        if self.lora is not None and self.path is None:
+            raise ValueError("lora trains an adapter of an existing model: give its path")
         if self.hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} does not divide heads={self.heads}")
         return self
+
+    def _differs(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is absent and did not exist before: runs are known by a hash of this."""
+        values: dict[str, Any] = handler(self)
+        for name in ("lora", "config", "size"):
+            if values.get(name) is None:
+                values.pop(name, None)
+        return values
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the weights are random."""
+        return self.path is None
+
+
+def student_of(config: str) -> dict[str, Any]:
+    """Return the fields of a student from what `--student-config` says.
+
+    Args:
+        config: the name of a size, numbers as `layers=12,width=768`, or a path to a config.json.
+
+    Raises:
+        RecipeError: a number or a name that is none of these.
+    """
+    if config in SIZES:
+        return {"size": config}
+    if "=" not in config:
+        return {"config": config}
+    values: dict[str, Any] = {}
+    for part in config.split(","):
+        key, _, value = part.partition("=")
+        name = _SHORT.get(key.strip(), key.strip())
+        if name not in _SHORT.values():
+            near = difflib.get_close_matches(name, [*_SHORT, *_SHORT.values()], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_SHORT)}"
+            raise RecipeError(f"--student-config {shown(config)}: unknown {shown(name)}; {hint}")
+        if name == "tied":
+            values[name] = value.strip().lower()
+            continue
+        try:
+            values[name] = int(value)
+        except ValueError as error:
+            raise RecipeError(
+                f"--student-config {shown(config)}: {name} is a whole number, found {shown(value)}"
+            ) from error
+    width = values.get("hidden_size")
+    if width is not None and "heads" not in values:
+        values["heads"] = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+    return values
+
+
+_SHORT = {
+    "layers": "layers",
+    "width": "hidden_size",
+    "heads": "heads",
+    "kv_heads": "kv_heads",
+    "mlp": "intermediate_size",
+    "tied": "tied",
+}
 
 
 class ThinningStage(_Strict):
@@ -92,37 +227,89 @@ class Thinning(_Strict):
 class Recipe(_Strict):
     """One training run."""
 
-    cache: Path | str = Field(description="directory or URL of the cache")
-    out: Path = Field(description="directory of the run: model, metrics, checkpoints")
+    cache: Path | str = Field(description="folder or URL of the cache")
+    out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
+    student: Student = Field(description="what is trained (see student)")
     method: Method = Field(
-        "sparse", description="sparse, ce (no teacher), full or reverse_kl (teacher online)"
+        "sparse",
+        description="loss: sparse (the cache's targets), ce (labels only), full or reverse_kl "
+        "(teacher online)",
     )
-    student: Student = Student()
     teacher: str | None = Field(
-        None, description="for full and reverse_kl: folder, GGUF or hub name"
+        None, description="the cache's teacher, for full and reverse_kl: folder, GGUF or hub name"
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of that teacher; auto: as it is stored"
+    )
     alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
-    missing_mass: MissingMass = Field("drop", description="for biased targets (Top-K, Top-P)")
-    thinning: Thinning | None = None
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    batch_windows: Count = Field(8, description="windows a step and device")
-    accumulate: Count = Field(1, description="batches an optimiser step")
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    missing_mass: MissingMass = Field(
+        "drop",
+        description="for biased targets (Top-K, Top-P): drop, renormalise, smooth, ghost or "
+        "ground_truth",
+    )
+    thinning: Thinning | None = Field(
+        None, description="use fewer of the cached rounds (see thinning)"
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the cache")
+    batch_windows: Count = Field(8, description="windows per step and device")
+    accumulate: Count = Field(1, description="batches per optimiser step")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description=f"peak learning rate of AdamW; {RATES['new']:g} for a new student, "
+        f"{RATES['pretrained']:g} for one to go on from, {RATES['lora']:g} for an adapter",
+    )
     warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(0, ge=0, description="of the student's initial weights and of the order")
-    save_steps: Count | None = Field(None, description="steps between checkpoints")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="norm to which gradients are clipped"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of the computation; weights stay float32"
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="number format of the saved student; auto: that of the model it went on from, "
+        "float32 for a new one",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="tokenizer to save with the student; the student's own, the cache's or the "
+        "teacher's when absent",
+    )
+    seed: int = Field(0, ge=0, description="seed of the initial weights and of the data order")
+    save_steps: Count | None = Field(
+        None, description="steps between checkpoints, from which an interrupted run goes on"
+    )
     log_steps: Count = Field(10, description="steps between log lines")
-    report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard]")
+    report_to: list[str] = Field(
+        default_factory=list, description="where to log to, as [tensorboard]: see OUT/logs"
+    )
+    trainer: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further fields of transformers' TrainingArguments, as {optim: adafactor}",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_a_student(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("student", "") in ({}, None):
+            return {name: value for name, value in values.items() if name != "student"}
+        return values
 
     @model_validator(mode="after")
     def _teacher_fits_method(self) -> Recipe:
         if (self.method in DIVERGENCES) != (self.teacher is not None):
             raise ValueError("give a teacher with method: full or reverse_kl, and only with them")
         return self
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or its default for this kind of student."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.student.is_new:
+            return RATES["new"]
+        return RATES["pretrained" if self.student.lora is None else "lora"]
 
 
 def load_recipe(path: Path, **overrides: Any) -> Recipe:
@@ -149,18 +336,7 @@ def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: when the file cannot be read or is no mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"the recipe {path} cannot be read: {error.strerror}; check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"the recipe {path} must be a mapping of keys to values, as in `cache: my-cache`"
-        )
+    values = read_mapping(path, "the recipe")
     return values | {k: v for k, v in overrides.items() if v is not None}
 
 
@@ -197,6 +373,7 @@ def validated(
 _FIELDS = {
     "recipe": list(Recipe.model_fields),
     "student": list(Student.model_fields),
+    "lora": list(Lora.model_fields),
     "thinning": list(Thinning.model_fields),
     "schedule": list(ThinningStage.model_fields),
 }
@@ -216,10 +393,14 @@ def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
         known = fields[owner[-1] if owner else "recipe"]
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-        return f"{name}: unknown key{hint}"
+        return f"{printable(name, 80)}: unknown key{hint}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
+        if name == "student":
+            return f"student: missing; {HOW_TO_NAME_A_STUDENT}"
         return f"{name}: missing"
     return f"{name or 'recipe'}: {message}" + (
-        f" (found {detail['input']!r})" if name and not isinstance(detail["input"], dict) else ""
+        f" (found {shown(detail['input'])})"
+        if name and not isinstance(detail["input"], dict)
+        else ""
     )

@@ -1,43 +1,68 @@
 """A recipe -> a trained student, its curve and its figures, in one directory.
 
     OUT/
-      recipe.json     the recipe, as validated
-      model/          the student (safetensors, configuration)
+      recipe.json     the recipe, as validated, and which cache it was carried out on
+      model/          the student, as transformers and others load it
+      adapter/        where an adapter was trained: the adapter alone, in PEFT's format
+      logs/           what report_to asked for
       run.json        losses by step, seconds; written last, so a run without it is unfinished
       checkpoints/    the Trainer's, while the run is unfinished
 
-A run that is finished is not repeated; one that was interrupted goes on from its last checkpoint.
+A run that is finished is not repeated; one that was interrupted goes on from its last checkpoint. A
+cache that was moved is recognised by what it was made from.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import errno
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from sparselogits.data import CacheDataset, Schedule, rounds_for_entries
+from sparselogits.corpus import PackedCorpus
+from sparselogits.data import CacheDataset, Schedule, TextDataset, rounds_for_entries
 from sparselogits.errors import (
+    CacheError,
     IdentityMismatchError,
     MissingDependencyError,
     RecipeError,
-    TeacherError,
+    SparseLogitsWarning,
+    TrainingError,
+    reason_of,
 )
-from sparselogits.files import write_whole
+from sparselogits.files import disk_errors, write_whole
 from sparselogits.identity import Identity
+from sparselogits.locks import Held, lock_file
+from sparselogits.store.place import is_url
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_tokenizer
+from sparselogits.train.arguments import require_known
 from sparselogits.train.objective import DIVERGENCES
-from sparselogits.train.recipe import Recipe, Student
+from sparselogits.train.recipe import Recipe
+from sparselogits.train.saving import model_card, save_student
+from sparselogits.train.student import (
+    find_tokenizer,
+    give_tokens,
+    make_student,
+    parameters_of,
+    saved_dtype,
+)
 from sparselogits.train.trainer import SparseKDTrainer
+from sparselogits.untrusted import printable
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps in all, and the latest log line."""
@@ -72,12 +97,46 @@ class RunResult:
         return self.out / "model"
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run is about to do.
+
+    Args:
+        student: class of the student and where its weights come from.
+        parameters: of the student.
+        trained: those of them that are trained.
+        dtype: number format of the weights and of the computation.
+        saved: number format of the saved student.
+        device: where it is trained.
+        windows: windows of the cache.
+        steps: optimiser steps.
+        tokens: tokens that the student reads, over all steps and ranks.
+        learning_rate: peak learning rate.
+        loss: what is minimised.
+        goes_on_from: checkpoint of a run that was interrupted.
+    """
+
+    student: str
+    parameters: int
+    trained: int
+    dtype: str
+    saved: str
+    device: str
+    windows: int
+    steps: int
+    tokens: int
+    learning_rate: float
+    loss: str
+    goes_on_from: str | None
+
+
 def run(
     recipe: Recipe,
     *,
     teacher: TransformersTeacher | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    announce: Callable[[PlannedRun], None] | None = None,
 ) -> RunResult:
     """Carry out a recipe, or find that it has been.
 
@@ -86,39 +145,88 @@ def run(
         teacher: for methods with one online, if it is loaded already; else the recipe's is.
         device: where to train; the Trainer's choice when None, "cpu" to stay off accelerators.
         progress: called at every log line.
+        announce: called before the first step with what will be done.
 
     Raises:
-        RecipeError: when `out` holds a run of another recipe.
+        RecipeError: when `out` holds a run of another recipe, or a setting that cannot be.
+        TrainingError: when another process trains in `out`, or the loss is not finite.
         IdentityMismatchError: when the teacher is not the one the cache was made by.
+        StorageError: when the folder cannot be written.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return _run(recipe, teacher, device, progress, announce)
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise RecipeError(
+            f"out: {recipe.out} is no folder, and a run makes one: a file is in the way. Choose "
+            "another out, or move the file"
+        )
+    with lock_file(recipe.out / ".training") as lock:
+        if lock.held is Held.TAKEN:
+            raise TrainingError(
+                f"another process is training in {recipe.out}: wait for it, or choose another "
+                "folder with --out (out: in the recipe)"
+            )
+        with _full_disk_said(recipe.out):
+            return _run(recipe, teacher, device, progress, announce)
+
+
+@contextmanager
+def _full_disk_said(out: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises, deep in a library, into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        with disk_errors(out):
+            raise
+    except Exception:
+        with disk_errors(out):
+            raise
+
+
+def _run(
+    recipe: Recipe,
+    teacher: TransformersTeacher | None,
+    device: str | None,
+    progress: Progress | None,
+    announce: Callable[[PlannedRun], None] | None,
+) -> RunResult:
     out = recipe.out
-    described = recipe.model_dump(mode="json")
-    finished = _read_finished(out, described)
+    described = _described(recipe)
+    finished = _read_finished(out, described, recipe)
     if finished is not None:
         return finished
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "recipe.json", _json(described))
+    arguments = _training_arguments(recipe, device)
+    _require_reporters(recipe.report_to)
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
     if len(dataset) < recipe.batch_windows:
         raise RecipeError(
             f"batch_windows={recipe.batch_windows}, but {recipe.cache} holds {len(dataset)} "
-            "windows: not one whole batch. Take fewer a batch, or build more of the cache"
+            "windows: not one whole batch. Take fewer per batch, or build more of the cache"
         )
-    _require_reporters(recipe.report_to)
+    evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
+    tokenizer = find_tokenizer(recipe, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset)}))
     online = recipe.method in DIVERGENCES
     if online and teacher is None:
         assert recipe.teacher is not None
-        tokenizer = load_tokenizer(recipe.teacher)
-        teacher = load_teacher(recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype)
+        teacher = load_teacher(
+            recipe.teacher, tokenizer=load_tokenizer(recipe.teacher), dtype=recipe.teacher_dtype
+        )
     if online:
         assert teacher is not None
         require_same_teacher(teacher, dataset.identity)
     torch.manual_seed(recipe.seed)
     model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
+    if recipe.student.is_new and tokenizer is not None:
+        give_tokens(model, tokenizer)
     trainer = SparseKDTrainer(
         model,
-        _training_arguments(recipe, device),
+        arguments,
         train_dataset=dataset,
+        eval_dataset=evaluated,
         method=recipe.method,
         alpha=recipe.alpha,
         missing_mass=recipe.missing_mass,
@@ -127,38 +235,63 @@ def run(
         callbacks=[] if progress is None else [_Report(progress)],
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(out / "logs")
+    checkpoint = _last_checkpoint(out)
+    if announce is not None:
+        announce(_planned(recipe, trainer, checkpoint))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
-    return _finish(trainer, out, seconds)
+    return _finish(trainer, recipe, tokenizer, seconds)
 
 
-def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
-    """The student a recipe describes; a new one takes its weights from torch's current seed.
-
-    Raises:
-        TeacherError: when a student to go on from cannot be loaded.
-    """
-    if student.path is not None:
-        model = load_causal_lm(student.path, dtype="float32")
-        _require_same_tokenizer(student.path, dataset)
-        return model
-    width = student.hidden_size
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=student.intermediate_size or max(1, round(width * 8 / 3 / 8)) * 8,
-        num_hidden_layers=student.layers,
-        num_attention_heads=student.heads,
-        num_key_value_heads=student.kv_heads or student.heads,
-        max_position_embeddings=dataset.identity.window_length,
-        tie_word_embeddings=student.tied,
-        bos_token_id=None,
-        eos_token_id=dataset.identity.packing["separator_id"],
-        pad_token_id=None,
-        use_cache=False,
+def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -> PlannedRun:
+    dataset = trainer.train_dataset
+    pace = trainer.pace()
+    student = type(trainer.model).__name__
+    if recipe.student.path is not None:
+        student = f"{recipe.student.path} ({student})"
+    else:
+        student += ", new with random weights"
+    targets = {
+        "sparse": "cross-entropy to the cache's targets",
+        "ce": "cross-entropy to the labels",
+        "full": "KL(teacher || student), teacher online",
+        "reverse_kl": "KL(student || teacher), teacher online",
+    }
+    loss = targets[recipe.method]
+    if recipe.alpha and recipe.method != "ce":
+        loss = f"{1 - recipe.alpha:g} x {loss} + {recipe.alpha:g} x cross-entropy to the labels"
+    return PlannedRun(
+        student=student,
+        **parameters_of(trainer.model),
+        dtype=f"float32 weights, computed in {recipe.precision}",
+        saved=str(saved_dtype(recipe)).removeprefix("torch."),
+        device=str(trainer.args.device),
+        windows=len(dataset),
+        steps=pace.steps,
+        tokens=pace.steps * pace.windows_per_step * dataset.identity.window_length,
+        learning_rate=recipe.peak_learning_rate,
+        loss=loss,
+        goes_on_from=checkpoint,
     )
-    return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def _heldout(recipe: Recipe) -> TextDataset:
+    """The windows that were held out when the cache was built."""
+    folder = Path(str(recipe.cache)) / "corpus"
+    heldout = None
+    if not is_url(recipe.cache) and folder.is_dir():
+        heldout = TextDataset(PackedCorpus.open(folder))
+    if not heldout:
+        raise RecipeError(
+            f"trainer: eval_strategy needs held-out text, and {recipe.cache} has none here: build "
+            "the cache with --holdout 0.05 in a folder, or leave eval_strategy out and use "
+            "`sparselogits eval` afterwards"
+        )
+    return heldout
 
 
 def _require_reporters(names: list[str]) -> None:
@@ -204,33 +337,82 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         self.progress(state.global_step, state.max_steps, line)
 
 
+_OF_THE_RECIPE = {
+    "output_dir": "out",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_windows",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "--device",
+    "seed": "seed",
+    "logging_steps": "log_steps",
+    "save_steps": "save_steps",
+    "report_to": "report_to",
+}
+"""Fields of TrainingArguments that a recipe sets by keys of its own."""
+
+
 def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(recipe.out / "checkpoints"),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_windows,
-        gradient_accumulation_steps=recipe.accumulate,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=recipe.warmup,
-        lr_scheduler_type="cosine",
-        weight_decay=recipe.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.precision == "bfloat16",
-        use_cpu=device == "cpu",
-        seed=recipe.seed,
-        logging_steps=recipe.log_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="no" if recipe.save_steps is None else "steps",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=2,
-        report_to=recipe.report_to or "none",
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-    )
+    """Return the Trainer's arguments, those under `trainer` in the recipe included.
+
+    Raises:
+        RecipeError: naming a field that does not exist, that the recipe has a key for, or whose
+            value the Trainer refuses.
+    """
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for name in recipe.trainer:
+        if name in _OF_THE_RECIPE:
+            raise RecipeError(f"trainer.{name}: set {_OF_THE_RECIPE[name]} of the recipe instead")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see transformers' TrainingArguments"
+            raise RecipeError(f"trainer.{printable(name, 80)}: unknown field; {hint}")
+    settings: dict[str, Any] = {
+        "output_dir": str(recipe.out / "checkpoints"),
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": recipe.batch_windows,
+        "gradient_accumulation_steps": recipe.accumulate,
+        "learning_rate": recipe.peak_learning_rate,
+        "warmup_steps": recipe.warmup,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": recipe.weight_decay,
+        "adam_beta2": 0.95,
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.precision == "bfloat16",
+        "use_cpu": device == "cpu",
+        "seed": recipe.seed,
+        "logging_steps": recipe.log_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no" if recipe.save_steps is None else "steps",
+        "save_steps": recipe.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": recipe.report_to or "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+    }
+    try:
+        arguments = TrainingArguments(**(settings | recipe.trainer))
+        require_known(arguments, {})
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        if not recipe.trainer:
+            raise
+        given = ", ".join(recipe.trainer)
+        raise RecipeError(
+            f"trainer: the Trainer refuses these settings ({printable(given, 200)}): "
+            f"{printable(reason_of(error), 400)}"
+        ) from error
+    return arguments
 
 
-def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
+def _finish(
+    trainer: SparseKDTrainer, recipe: Recipe, tokenizer: Any | None, seconds: float
+) -> RunResult:
+    out, identity = recipe.out, trainer.train_dataset.identity
     model = trainer.accelerator.unwrap_model(trainer.model)
     history = trainer.state.log_history
     facts: dict[str, Any] = {
@@ -241,27 +423,92 @@ def _finish(trainer: SparseKDTrainer, out: Path, seconds: float) -> RunResult:
         "entries": next((line["entries"] for line in reversed(history) if "entries" in line), None),
     }
     if trainer.is_world_process_zero():
-        model.save_pretrained(out / "model")
+        figures = {"steps": facts["steps"]} | {
+            f"last training {name}": f"{value:.4f} nats per token"
+            for name in ("loss", "kd", "ce", "kl")
+            if (value := _last(history, name)) is not None
+        }
+        evaluated = _last(history, "eval_loss")
+        if evaluated is not None:
+            figures["held-out loss"] = f"{evaluated:.4f} nats per token"
+        card = model_card(recipe, identity, figures)
+        if tokenizer is None:
+            warnings.warn(
+                f"no tokenizer is saved with the student: the cache at {recipe.cache} keeps none; "
+                "name the teacher's with --tokenizer (tokenizer: in the recipe)",
+                SparseLogitsWarning,
+                stacklevel=2,
+            )
+        save_student(model, out, tokenizer=tokenizer, dtype=saved_dtype(recipe), card=card)
+        _keep_logs(out)
         write_whole(out / "run.json", _json(facts))
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return RunResult(out, **facts, fresh=True)
+
+
+def _keep_logs(out: Path) -> None:
+    """Remove the checkpoints of a finished run, and move what loggers wrote beside them."""
+    for left in (out / "checkpoints").glob("*"):
+        if left.name.startswith("checkpoint-"):
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            (out / "logs").mkdir(exist_ok=True)
+            shutil.move(left, out / "logs" / left.name)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def _last(history: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return next((float(line[name]) for line in reversed(history) if name in line), None)
 
 
 def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(int(line["step"]), float(line[name])) for line in history if name in line]
 
 
-def _read_finished(out: Path, described: dict[str, Any]) -> RunResult | None:
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values as recipe.json keeps them, with the learning rate that is used."""
+    return recipe.model_dump(mode="json") | {"learning_rate": recipe.peak_learning_rate}
+
+
+def _made_from(dataset: CacheDataset) -> dict[str, Any]:
+    """Say which cache this is, wherever it lies: its identity, and the text of its first shard."""
+    first = dataset.cache.window_index(0)
+    return {
+        "cache": dataset.identity.fingerprint,
+        "text": dataset.cache.provenance(first).get("corpus"),
+    }
+
+
+def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
+    """Return the result that is there already, None where there is none yet.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe, or from another cache.
+    """
     if not (out / "recipe.json").exists():
         return None
     before = json.loads((out / "recipe.json").read_text())
-    if before != described:
-        changed = sorted(k for k in {*before, *described} if before.get(k) != described.get(k))
+    made_from = before.pop("made_from", None)
+    # folders may be moved, and keys that are new since hold their defaults
+    defaults: dict[str, Any] = {"save_dtype": "auto", "tokenizer": None, "trainer": {}}
+    told = {key: value for key, value in described.items() if key not in ("cache", "out")}
+    changed = sorted(k for k in told if before.get(k, defaults.get(k)) != told[k])
+    done = (out / "run.json").exists()
+    try:
+        now = _made_from(CacheDataset(recipe.cache, seed=recipe.seed))
+    except CacheError:
+        if not done or before.get("cache") != described["cache"]:
+            raise
+        now = made_from  # a finished run outlives its cache
+    if made_from is None:
+        changed += ["cache"] if before.get("cache") != described["cache"] else []
+    elif now != made_from:
+        changed.append("cache")
+    if changed:
         raise RecipeError(
             f"{out} holds a run of another recipe (they differ in {', '.join(changed)}); "
             "choose another out, or move that folder away"
         )
-    if not (out / "run.json").exists():
+    if not done:
         return None
     facts = json.loads((out / "run.json").read_text())
     for name in ("curve", "label_curve"):
@@ -296,19 +543,6 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
             f"the cache was made by {identity.teacher['name']} ({theirs}), the teacher given is "
             f"{teacher.identity['name']} ({mine}); give the cache's own teacher"
         )
-
-
-def _require_same_tokenizer(path: str, dataset: CacheDataset) -> None:
-    from sparselogits.corpus import require_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(path)
-    except TeacherError:
-        return  # a student without a tokenizer takes the cache's
-    expected, recorded = dataset.identity.tokenizer, dataset.cache.recorded_tokenizer()
-    require_tokenizer(
-        tokenizer, expected, recorded, whose=f"the tokenizer of the student at {path}"
-    )
 
 
 def _json(value: Any) -> str:

@@ -230,6 +230,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(self._windows))
         return self._order
 
+    def pace(self) -> Pace:
+        """How many windows an optimiser step takes, and how many steps there will be."""
+        return self._pace(self._windows)
+
     def _pace(self, windows: int) -> Pace:
         """How the Trainer will divide an epoch into steps; checked when training begins."""
         windows_per_step = self.get_total_train_batch_size(self.args)

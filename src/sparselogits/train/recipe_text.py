@@ -1,0 +1,112 @@
+"""A recipe as text for people: a commented file to start from, and the table of the docs."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sparselogits.train.recipe import Lora, Recipe, Student, Thinning, ThinningStage
+
+_NESTED: dict[str, type[BaseModel]] = {"student": Student, "lora": Lora, "thinning": Thinning}
+_EXAMPLES = {
+    "thinning": "thinning: {rounds: 5}",
+    "lora": "lora: {rank: 16}",
+    "trainer": "trainer: {optim: adafactor, dataloader_num_workers: 4}",
+    "report_to": "report_to: [tensorboard]",
+}
+_START: dict[str, Any] = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
+_WIDTH = 98
+
+
+def recipe_text(values: Mapping[str, Any]) -> str:
+    """Return a commented recipe with every setting, as YAML that `load_recipe` reads.
+
+    Args:
+        values: what stands there already, as `parse_recipe` takes it; the rest are defaults, and
+            `cache`, `out` and `student` examples.
+    """
+    merged = {**_START, **values}
+    lines = [
+        "# A training run: sparselogits train recipe.yaml",
+        "# Every setting stands here with its default; those that are not set are comments.",
+    ]
+    for name, field in Recipe.model_fields.items():
+        lines += ["", *_comment(field), *_entry(name, field, merged)]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Iterator[str]:
+    given = name in values
+    value = values[name] if given else _default(field)
+    if name == "student":
+        yield "student:"
+        own = value if isinstance(value, Mapping) else {}
+        for inner, inner_field in Student.model_fields.items():
+            yield from (f"  {line}" for line in _comment(inner_field))
+            if inner in own:
+                yield f"  {inner}: {_scalar(own[inner])}"
+            else:
+                example = _EXAMPLES.get(inner, f"{inner}: {_scalar(_default(inner_field))}")
+                yield f"  # {example}"
+        return
+    if value in (None, [], {}) and not given:
+        yield f"# {_EXAMPLES.get(name, f'{name}:')}"
+    else:
+        yield f"{name}: {_scalar(value)}"
+
+
+def _comment(field: FieldInfo) -> list[str]:
+    text = field.description or ""
+    return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML; JSON is YAML, and quotes what has to be quoted."""
+    if isinstance(value, bool | int | float) or value is None:
+        return json.dumps(value)
+    plain = str(value)
+    if isinstance(value, list | tuple | Mapping):
+        return json.dumps(value)
+    word = re.fullmatch(r"[A-Za-z_/][\w./-]*", plain) is not None
+    return plain if word and plain.lower() not in ("true", "false", "null") else json.dumps(plain)
+
+
+def _default(field: FieldInfo) -> Any:
+    if field.default_factory is not None:
+        return field.default_factory()  # type: ignore[call-arg]
+    return None if field.default is PydanticUndefined else field.default
+
+
+def recipe_table() -> str:
+    """Return the tables of docs/training.md: every key of a recipe, its default, what it does."""
+    parts = []
+    models: dict[str, type[BaseModel]] = {
+        "": Recipe,
+        "student.": Student,
+        "student.lora.": Lora,
+        "thinning.": Thinning,
+    }
+    models["thinning.schedule[]."] = ThinningStage
+    for prefix, model in models.items():
+        parts.append("| key | default | meaning |\n|---|---|---|")
+        for name, field in model.model_fields.items():
+            default = "required" if field.is_required() else _shown(_default(field))
+            meaning = (field.description or "").replace("|", "\\|")
+            parts.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _shown(value: Any) -> str:
+    return "" if value in (None, [], {}) else f"`{_scalar(value)}`"
+
+
+if __name__ == "__main__":
+    print(recipe_table(), end="")

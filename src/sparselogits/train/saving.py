@@ -1,0 +1,112 @@
+"""A trained student as a folder that other programs load as it is.
+
+Weights in safetensors, configuration, generation settings, tokenizer with its chat template, and a
+model card that says what it was trained from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparselogits.files import whole_folder, write_whole
+from sparselogits.identity import Identity
+from sparselogits.train.recipe import Recipe
+from sparselogits.train.recipe_text import recipe_text
+
+
+def save_student(
+    model: nn.Module,
+    out: Path,
+    *,
+    tokenizer: Any | None,
+    dtype: torch.dtype,
+    card: str,
+) -> None:
+    """Write OUT/model, and OUT/adapter where an adapter was trained; each whole or not at all.
+
+    Args:
+        model: the student; one of PEFT is merged into its base afterwards.
+        out: folder of the run.
+        tokenizer: saved with the student; None for none.
+        dtype: number format of the saved weights.
+        card: text of the model card.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    if hasattr(model, "merge_and_unload"):
+        _replace(out / "adapter", lambda folder: model.save_pretrained(folder))  # type: ignore[operator]
+        model = model.merge_and_unload()  # type: ignore[operator]
+    model.to(dtype)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_whole(folder / "README.md", card)
+
+    _replace(out / "model", save)
+
+
+def _replace(folder: Path, save: Any) -> None:
+    if folder.exists():  # of a run that was stopped before it was finished
+        shutil.rmtree(folder)
+    with whole_folder(folder) as temporary:
+        save(temporary)
+
+
+def model_card(recipe: Recipe, identity: Identity, facts: Mapping[str, Any]) -> str:
+    """Return the model card of a trained student.
+
+    Args:
+        recipe: of the run.
+        identity: of the cache.
+        facts: figures of the run, by name.
+    """
+    teacher = identity.teacher
+    base = recipe.student.path
+    front = {"library_name": "transformers", "tags": ["distillation", "sparselogits"]}
+    if base is not None:
+        front["base_model"] = base
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+{json.dumps(front, indent=2)}
+---
+
+# Student of {_inline(teacher["name"])}
+
+Distilled with [sparselogits](https://pypi.org/project/sparselogits/) from a cache of the teacher's
+targets.
+
+| | |
+|---|---|
+| teacher | `{_inline(teacher["name"])}` |
+| teacher's weights | `{_inline(teacher["weights"])}` |
+| cache fingerprint | `{identity.fingerprint}` |
+| sampler | `{_inline(json.dumps(identity.sampler))}` |
+{rows}
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", "PATH/TO/THIS/FOLDER")
+```
+
+## Recipe
+
+```yaml
+{recipe_text(given).strip().replace("```", "")}
+```
+"""
+
+
+def _inline(text: Any) -> str:
+    return " ".join(str(text).split()).replace("`", "").replace("|", "/")[:200]

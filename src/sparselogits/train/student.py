@@ -1,0 +1,203 @@
+"""Make the student of a recipe, an existing model or a new one, and find its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+from sparselogits.data import CacheDataset
+from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
+from sparselogits.store.place import is_url
+from sparselogits.teacher.loading import (
+    DTYPES,
+    TOKENIZER_FOLDER,
+    load_causal_lm,
+    load_tokenizer,
+)
+from sparselogits.train.recipe import SIZES, Lora, Recipe, Student
+from sparselogits.untrusted import shown
+
+MOST_LAYERS = 1024
+"""Blocks of a configuration that a new student is made from: each is a Python object."""
+
+
+def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
+    """Make the student that a recipe describes; new weights are drawn by torch's current seed.
+
+    Raises:
+        TeacherError: a model to go on from cannot be loaded.
+        RecipeError: a configuration that no model can be made of, or an adapter that does not fit.
+    """
+    if student.path is not None:
+        model = load_causal_lm(student.path, dtype="float32")
+        require_finite_weights(model, f"the student at {student.path}")
+        return model if student.lora is None else _with_adapter(model, student.lora)
+    config: Any
+    if student.config is not None:
+        config = _configuration(student.config)
+    else:
+        layers, width, heads = student.layers, student.hidden_size, student.heads
+        if student.size is not None:
+            layers, width, heads = SIZES[student.size]
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=student.intermediate_size or max(1, round(width * 8 / 3 / 8)) * 8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=student.kv_heads or heads,
+            max_position_embeddings=dataset.identity.window_length,
+            tie_word_embeddings=student.tied,
+            bos_token_id=None,
+            eos_token_id=dataset.identity.packing["separator_id"],
+            pad_token_id=None,
+        )
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise RecipeError(
+            f"student: no causal language model can be made of {shown(student.config)}: "
+            f"{reason_of(error).splitlines()[0]}"
+        ) from error
+
+
+def _configuration(path: str) -> Any:
+    if not Path(path).exists():
+        raise RecipeError(
+            f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor numbers as "
+            "layers=12,width=768, nor a config.json or a folder with one"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise RecipeError(
+            f"student: {shown(path)} is no configuration of a transformers model: "
+            f"{reason_of(error).splitlines()[0]}"
+        ) from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise RecipeError(
+            f"student: {shown(path)} asks for {layers:,} layers, at most {MOST_LAYERS:,} are made"
+        )
+    return config
+
+
+def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingDependencyError(
+            "student.lora needs the peft package: pip install peft, or leave lora out to train "
+            "all weights"
+        ) from error
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"student.lora: {reason_of(error).splitlines()[0]}") from error
+
+
+def require_finite_weights(model: nn.Module, what: str) -> None:
+    """Refuse a model with weights that are not finite numbers.
+
+    Raises:
+        TeacherError: naming the first such weight, and how many there are.
+    """
+    wrong = [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not bool(p.detach().isfinite().all())
+    ]
+    if wrong:
+        raise TeacherError(
+            f"{what} has values that are not finite (NaN or infinity) in {len(wrong)} of its "
+            f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Take an "
+            "earlier checkpoint, or train it again with a lower learning rate"
+        )
+
+
+def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
+    """Find the tokenizer to save with the student; None where nobody names one.
+
+    The recipe's, the student's own, the one kept with the cache, or the online teacher's: whichever
+    comes first. Its ids must mean what they mean in the cache.
+
+    Raises:
+        TeacherError: the recipe's cannot be read.
+        IdentityMismatchError: ids that mean other tokens.
+    """
+    from sparselogits.corpus import require_tokenizer
+
+    kept = None
+    if not is_url(recipe.cache):
+        folder = Path(recipe.cache) / TOKENIZER_FOLDER
+        kept = str(folder) if folder.is_dir() else None
+    named = {
+        "the recipe's tokenizer": recipe.tokenizer,
+        f"the tokenizer of the student at {recipe.student.path}": recipe.student.path,
+        "the tokenizer kept with the cache": kept,
+        f"the tokenizer of {recipe.teacher}": recipe.teacher,
+    }
+    for whose, name in named.items():
+        if name is None:
+            continue
+        try:
+            tokenizer = load_tokenizer(name)
+        except TeacherError:
+            if name == recipe.tokenizer:
+                raise
+            continue  # a student's folder may lack one
+        expected, recorded = dataset.identity.tokenizer, dataset.cache.recorded_tokenizer()
+        require_tokenizer(tokenizer, expected, recorded, whose=whose)
+        return tokenizer
+    return None
+
+
+def give_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Tell a new model its special tokens, so that generation ends where a text ends."""
+    ids = {
+        name: getattr(tokenizer, name, None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    config: Any = model.config
+    for name, value in ids.items():
+        if value is not None:
+            setattr(config, name, value)
+    model.generation_config = GenerationConfig.from_model_config(config)
+
+
+def saved_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the number format to save the student in."""
+    if recipe.save_dtype != "auto":
+        return DTYPES[recipe.save_dtype]
+    if recipe.student.path is None:
+        return torch.float32
+    from sparselogits.teacher.demo_model import model_named
+
+    try:
+        config = AutoConfig.from_pretrained(model_named(recipe.student.path))
+    except (OSError, ValueError):  # a GGUF file
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    name = str(stored).removeprefix("torch.")
+    return DTYPES.get(name, torch.float32)
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, int]:
+    """Count a model's parameters: in all, and those that are trained."""
+    found = {id(p): p for p in model.parameters()}.values()
+    return {
+        "parameters": sum(p.numel() for p in found),
+        "trained": sum(p.numel() for p in found if p.requires_grad),
+    }
