@@ -125,7 +125,7 @@ def test_command_with_a_grid_and_a_plot(tmp_path: Path) -> None:
     assert len(shown["grid"]) == 25  # type: ignore[arg-type]
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = CliRunner().invoke(app, ["plan", *map(str, options), "--grid", "--price", "2"])
-    assert "3.6 TB, 36.00 bytes a token" in table.stdout
+    assert "3.6 TB, 36.00 bytes per token" in table.stdout
     assert "360 TB" in table.stdout
 
 

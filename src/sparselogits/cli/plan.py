@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,20 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import styled
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.planning import Plan, Settings, Storage, device_kind, parameters_of, quantity
+from sparselogits.planning import (
+    MemoryOf,
+    Plan,
+    Settings,
+    Shape,
+    Storage,
+    device_kind,
+    fewest_devices,
+    largest_batch,
+    pass_memory,
+    quantity,
+    size_of,
+    training_memory,
+)
 from sparselogits.planning import plan as work_out
 from sparselogits.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
 from sparselogits.planning.grid import grid
@@ -51,6 +65,13 @@ def plan(
     tokens: Annotated[
         str, typer.Option(help="Tokens of text, as in 100B.", rich_help_panel=DATA)
     ] = "100B",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Data type of the teacher's weights: bfloat16, float32, int8 or int4.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "bfloat16",
     window: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=DATA)] = 1024,
     passes: Annotated[
         float,
@@ -85,8 +106,8 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            help="Kind of accelerator: a100, h100, h200, l4, mi300x, or any other name together "
-            "with --device-flops.",
+            help="Kind of accelerator: a100-80gb, a100-40gb, h100, h200, b200, l4, l40s, rtx4090, "
+            "mi300x and others, or any name together with --device-flops.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = "h100",
@@ -98,6 +119,34 @@ def plan(
             rich_help_panel=PERFORMANCE,
         ),
     ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of the device in bytes, as in 80G.",
+            show_default="known for the names above",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Windows per forward pass of the teacher.", rich_help_panel=PERFORMANCE
+        ),
+    ] = 8,
+    student_batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Windows per training step and device.", rich_help_panel=PERFORMANCE
+        ),
+    ] = 8,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Compute the student's activations again in the backward pass.",
+            rich_help_panel=PERFORMANCE,
+        ),
+    ] = False,
     teacher_utilisation: Annotated[
         float,
         typer.Option(
@@ -167,15 +216,20 @@ def plan(
         storage = replace(storage, bits_per_entry=bits)
     if text_bytes is not None:
         storage = replace(storage, text_bytes=text_bytes)
+    teacher = size_of(teacher_params, "--teacher-params")
+    student = size_of(student_params, "--student-params")
+    kind = device_kind(
+        device,
+        None if device_flops is None else quantity(device_flops, "--device-flops"),
+        None if device_memory is None else quantity(device_memory, "--device-memory"),
+    )
     settings = Settings(
-        parameters_of(teacher_params, "--teacher-params"),
-        parameters_of(student_params, "--student-params"),
+        teacher.parameters,
+        student.parameters,
         quantity(tokens, "--tokens"),
         storage,
         passes,
-        device_kind(
-            device, None if device_flops is None else quantity(device_flops, "--device-flops")
-        ),
+        kind,
         teacher_utilisation,
         student_utilisation,
         workers,
@@ -189,14 +243,49 @@ def plan(
         months,
     )
     found = work_out(settings)
+    memories = (
+        _Fit(
+            "teacher",
+            "--batch",
+            teacher.shape,
+            batch,
+            lambda size, devices: pass_memory(
+                teacher.parameters,
+                teacher.shape,
+                vocab=vocab,
+                window=window,
+                batch=size,
+                dtype=dtype,
+                devices=devices,
+            ),
+            kind.memory,
+        ),
+        _Fit(
+            "student",
+            "--student-batch",
+            student.shape,
+            student_batch,
+            lambda size, ranks: training_memory(
+                student.parameters,
+                student.shape,
+                vocab=vocab,
+                window=window,
+                batch=size,
+                checkpointing=checkpointing,
+                ranks=ranks,
+                capacity=kind.memory or 80e9,
+            ),
+            kind.memory,
+        ),
+    )
     if plot is not None:
         from sparselogits.report.plan_chart import draw_plan
 
         draw_plan(settings, plot)
     if as_json:
-        say_json(_as_json(settings, found, sizes))
+        say_json(_as_json(settings, found, sizes) | {"memory": _memory_as_json(memories)})
         return
-    stdout().print(_one(settings, found))
+    stdout().print(_one(settings, found, memories))
     if sizes:
         stdout().print(_table(settings))
     say_next(
@@ -212,6 +301,58 @@ def plan(
     )
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """The question whether a model fits on a device."""
+
+    who: str
+    option: str
+    shape: Shape
+    batch: int
+    memory_of: MemoryOf
+    capacity: float | None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Say what is needed, whether it fits, and what to do."""
+        found = self.memory_of(self.batch, 1)
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts)
+        said = f"{_bytes(found.total)} with {self.option} {self.batch}"
+        if self.capacity is not None:
+            fits = "fits" if found.fits(self.capacity) else "does not fit"
+            said += f": {fits} in {_bytes(self.capacity)}"
+            most = largest_batch(self.memory_of, self.capacity)
+            said += f"; the largest is {most}" if most else f"; {self._instead(self.capacity)}"
+        return [(f"memory, {self.who}", said), ("", f"{parts}; shape of {self.shape.name}")]
+
+    def _instead(self, capacity: float) -> str:
+        """Say what to do about a model that does not fit with any batch."""
+        devices = fewest_devices(self.memory_of, 1, capacity)
+        if devices is None:
+            return "no number of such devices is enough"
+        if self.who == "teacher":
+            return f"split it over {devices} (cache --device-map or --tp-plan)"
+        return f"shard it over {devices} (FSDP)"
+
+
+def _memory_as_json(fits: Sequence[_Fit]) -> dict[str, object]:
+    return {
+        fit.who: {
+            "batch": fit.batch,
+            "shape": asdict(fit.shape),
+            "parts": dict(fit.memory_of(fit.batch, 1).parts),
+            "total": fit.memory_of(fit.batch, 1).total,
+            "capacity": fit.capacity,
+            "fits": None
+            if fit.capacity is None
+            else fit.memory_of(fit.batch, 1).fits(fit.capacity),
+            "largest_batch": None
+            if fit.capacity is None
+            else largest_batch(fit.memory_of, fit.capacity),
+        }
+        for fit in fits
+    }
+
+
 def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:
     shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(found)}
     if sizes:
@@ -222,38 +363,40 @@ def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:
     return shown
 
 
-def _one(settings: Settings, found: Plan) -> Table:
+def _one(settings: Settings, found: Plan, fits: Sequence[_Fit]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     even = found.break_even_passes
     s = settings
     rows = [
-        ("size", f"{_bytes(found.bytes)}, {found.bytes_per_token:.2f} bytes a token"),
+        ("size", f"{_bytes(found.bytes)}, {found.bytes_per_token:.2f} bytes per token"),
         ("files", f"{found.shards:,} of {_bytes(found.shard_bytes)}"),
+        *(row for fit in fits for row in fit.rows()),
+        ("tokenising", f"{_time(found.tokenising_hours)} on one processor core"),
         ("teacher", _clock(found.teacher_hours, s.workers, s.device.name)),
         ("a student", _clock(found.student_hours, s.ranks, s.device.name)),
         ("  without a teacher", _clock(found.ce_hours, s.ranks, s.device.name)),
         ("  teacher beside it", _clock(found.online_hours, s.ranks, s.device.name)),
         ("break-even", "never" if even is None else f"from {even:.2f} passes over the text"),
-        ("writing", f"{_bytes(found.write_bytes_per_second)} a second, all workers"),
+        ("writing", f"{_bytes(found.write_bytes_per_second)} per second, all workers"),
         (
             "reading",
-            f"{_bytes(found.read_bytes_per_second)} a second, "
-            f"{_bytes(found.read_bytes_per_second_per_rank)} a rank",
+            f"{_bytes(found.read_bytes_per_second)} per second, "
+            f"{_bytes(found.read_bytes_per_second_per_rank)} per rank",
         ),
         (
             "requests",
             f"{found.list_requests:,} to list all, "
-            f"{found.put_requests_per_second:.3g} writes a second",
+            f"{found.put_requests_per_second:.3g} writes per second",
         ),
         (
             "  wholly shuffled",
             f"{found.shuffled_requests_per_second:,.0f} requests and "
-            f"{_bytes(found.shuffled_bytes_per_second)} a second, nothing kept locally",
+            f"{_bytes(found.shuffled_bytes_per_second)} per second, nothing kept locally",
         ),
         (
             "failures",
-            f"{found.failures:.2g} expected, {found.lost_hours:.2g} device hours lost, "
-            f"{found.shard_hours * 60:.3g} min a file",
+            f"{found.failures:.2g} expected, {_time(found.lost_hours)} of a device lost, "
+            f"{_time(found.shard_hours)} per file",
         ),
     ]
     if s.device_price > 0:
@@ -282,8 +425,21 @@ def _table(settings: Settings) -> Table:
 
 
 def _clock(hours: float, devices: int, name: str) -> str:
-    said = f"{hours:,.1f} {name} hours"
-    return said if devices == 1 else f"{said}, {hours / devices:,.1f} h on {devices:,}"
+    if devices == 1:
+        return f"{_time(hours)} on one {name}"
+    return f"{_time(hours / devices)} on {devices:,} {name}, {hours:,.1f} device-hours"
+
+
+def _time(hours: float) -> str:
+    """Return a time in the unit that a person would say it in."""
+    seconds = hours * 3600
+    if seconds < 1:
+        return "under a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:,.1f} h" if hours < 72 else f"{hours:,.0f} h ({hours / 24:,.1f} days)"
 
 
 def _bytes(count: float) -> str:

@@ -2,16 +2,36 @@
 
 from sparselogits.planning.cost import Plan, Settings, Storage, plan
 from sparselogits.planning.devices import DEVICES, DeviceKind, device_kind
-from sparselogits.planning.sizes import parameters_of, quantity
+from sparselogits.planning.memory import (
+    Memory,
+    MemoryOf,
+    Shape,
+    fewest_devices,
+    largest_batch,
+    pass_memory,
+    shape_of,
+    training_memory,
+)
+from sparselogits.planning.sizes import ModelSize, parameters_of, quantity, size_of
 
 __all__ = [
     "DEVICES",
     "DeviceKind",
+    "Memory",
+    "MemoryOf",
+    "ModelSize",
     "Plan",
     "Settings",
+    "Shape",
     "Storage",
     "device_kind",
+    "fewest_devices",
+    "largest_batch",
     "parameters_of",
+    "pass_memory",
     "plan",
     "quantity",
+    "shape_of",
+    "size_of",
+    "training_memory",
 ]

@@ -27,6 +27,9 @@ MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
 targets in a shard of four windows, so the line through both leans to the safe side."""
 ROW_GROUP = 8
 """Windows in a row group, the least that is fetched: docs/format.md."""
+TOKENISED_PER_SECOND = 602_000.0
+"""Tokens that one core tokenises and packs per second, from text files, with SmolLM2's tokenizer:
+benchmarks/packing.json. Slow pre-tokenizers and compressed sources take several times as long."""
 LIST_PAGE = 1000
 """Names in a page of a listing: benchmarks/object_store.json, and S3's own limit."""
 COLD_REQUESTS = 3
@@ -117,6 +120,8 @@ class Plan:
     windows: int
     shards: int
     shard_bytes: float
+    tokenising_hours: float
+    """Hours of one processor core for tokenising and packing the text, once."""
     teacher_hours: float
     """The whole pass: forward, sampling, encoding, writing."""
     student_hours: float
@@ -176,6 +181,7 @@ def plan(settings: Settings) -> Plan:
         windows=windows,
         shards=shards,
         shard_bytes=per_token * s.window * min(windows, s.windows_per_shard),
+        tokenising_hours=s.tokens / TOKENISED_PER_SECOND / 3600,
         teacher_hours=teacher,
         student_hours=student,
         ce_hours=ce,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.planning.memory import Shape, shape_of
 
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15}
 NUMBER = re.compile(r"(\d+(?:[._]\d+)*(?:[eE]\+?\d+)?)\s*([KMBGTP]?)")
@@ -29,8 +31,26 @@ def quantity(text: str, what: str) -> float:
     return value
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """What a plan needs to know of a model.
+
+    Args:
+        parameters: their number.
+        shape: width and depth: of the model itself, or of the published one of the nearest size.
+    """
+
+    parameters: float
+    shape: Shape
+
+
 def parameters_of(text: str, what: str) -> float:
-    """Parameters of a model: a count ('8B'), or a folder whose config.json says its shape.
+    """Return the number of parameters of a model; see `size_of`."""
+    return size_of(text, what).parameters
+
+
+def size_of(text: str, what: str) -> ModelSize:
+    """Return the size of a model: a count ('8B'), or a folder whose config.json says its shape.
 
     A folder's model is built without memory for its weights, and counted; a head tied to the
     embedding counts once, which is right here, for an embedding look-up costs no product.
@@ -45,7 +65,8 @@ def parameters_of(text: str, what: str) -> float:
                 f"{what} is {text!r}, which is no folder here and no number; give a count of "
                 "parameters (8B) or a local folder with a config.json"
             )
-        return quantity(text, what)
+        count = quantity(text, what)
+        return ModelSize(count, shape_of(count))
     if not (folder / "config.json").is_file():
         raise InvalidArgumentError(
             f"{what}: {folder} has no config.json; give a model's folder, or a count such as 8B"
@@ -62,4 +83,13 @@ def parameters_of(text: str, what: str) -> float:
             f"{what}: {folder}/config.json describes no causal language model that transformers "
             f"knows ({error}); give a count such as 8B"
         ) from error
-    return float(sum(p.numel() for p in model.parameters()))
+    count = float(sum(p.numel() for p in model.parameters()))
+    text_config = config.get_text_config()
+    widths: list[int] = [
+        value
+        for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
+        if isinstance(value := getattr(text_config, name, None), int)
+    ]
+    if len(widths) < 3:  # an architecture with other words for its shape
+        return ModelSize(count, shape_of(count))
+    return ModelSize(count, Shape(folder.resolve().name, count, *widths))
