@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparselogits.data import CacheDataset, collate
+    from sparselogits.data import CacheDataset, collate, decode
     from sparselogits.losses import (
         SparseKDLoss,
         linear_sparse_cross_entropy,
@@ -27,6 +27,7 @@ _HOMES = {
     "SparseKDTrainer": "sparselogits.train",
     "SparseTargets": "sparselogits.targets",
     "collate": "sparselogits.data",
+    "decode": "sparselogits.data",
     "linear_sparse_cross_entropy": "sparselogits.losses",
     "sparse_cross_entropy": "sparselogits.losses",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "SparseKDTrainer",
     "SparseTargets",
     "collate",
+    "decode",
     "linear_sparse_cross_entropy",
     "sparse_cross_entropy",
 ]

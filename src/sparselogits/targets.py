@@ -11,16 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
+from operator import index
+from typing import NamedTuple, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
 from sparselogits.errors import InvalidTargetsError
+from sparselogits.wording import counted, significant
+
+
+class Entries(NamedTuple):
+    """The entries of one position.
+
+    Args:
+        ids: int64 [K], strictly ascending.
+        weights: float32 [K].
+    """
+
+    ids: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
     """Sparse teacher targets for P positions, E entries in all.
+
+    `targets[j]` is the ids and weights of position j, `targets[a:b]` the targets of a run of
+    positions.
 
     Args:
         ids: int64 [E], strictly ascending within a position, each in [0, vocab_size).
@@ -35,6 +53,24 @@ class SparseTargets:
 
     Raises:
         InvalidTargetsError: naming the first position that breaks an invariant.
+
+    Examples:
+        Two positions; the first has two entries, the second one:
+
+        >>> import torch
+        >>> targets = SparseTargets(
+        ...     ids=torch.tensor([3, 7, 5]),
+        ...     weights=torch.tensor([0.75, 0.25, 1.0]),
+        ...     offsets=torch.tensor([0, 2, 3]),
+        ...     vocab_size=10,
+        ... )
+        >>> targets
+        SparseTargets(2 positions, 3 entries, 1.5 per position, mean mass 1.000, 10 ids)
+        >>> ids, weights = targets[0]
+        >>> ids.tolist(), weights.tolist()
+        ([3, 7], [0.75, 0.25])
+        >>> targets.dense().shape
+        torch.Size([2, 10])
     """
 
     ids: Tensor
@@ -54,8 +90,32 @@ class SparseTargets:
         """Number of positions P."""
         return self.offsets.numel() - 1
 
-    def __getitem__(self, positions: slice) -> SparseTargets:
-        """Targets of a contiguous run of positions, as a view."""
+    def __repr__(self) -> str:
+        parts = [counted(len(self), "position"), counted(self.entries, "entry")]
+        if len(self):
+            parts.append(f"{significant(self.entries / len(self))} per position")
+            owned = self.entries_per_position > 0
+            if bool(owned.any()):
+                parts.append(f"mean mass {float(self.mass()[owned].mean()):.3f}")
+        parts.append(counted(self.vocab_size, "id"))
+        if self.rounds is not None:
+            parts.append(counted(self.rounds, "round"))
+        device = self.ids.device.type
+        return f"SparseTargets({', '.join(parts)}{'' if device == 'cpu' else f', on {device}'})"
+
+    @overload
+    def __getitem__(self, positions: SupportsIndex) -> Entries: ...
+    @overload
+    def __getitem__(self, positions: slice) -> SparseTargets: ...
+    def __getitem__(self, positions: SupportsIndex | slice) -> Entries | SparseTargets:
+        """Ids and weights of one position, or targets of a contiguous run, as views."""
+        if not isinstance(positions, slice):
+            position = index(positions)
+            if not -len(self) <= position < len(self):
+                raise IndexError(f"position {position} of {len(self)}")
+            position %= len(self)
+            own = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
+            return Entries(self.ids[own], self.weights[own])
         start, stop, step = positions.indices(len(self))
         if step != 1:
             raise InvalidTargetsError(

@@ -2,6 +2,7 @@
 
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries
+from sparselogits.data.decoding import decode
 from sparselogits.data.order import WindowOrder, WindowRequest, WindowSampler
 from sparselogits.data.rows import TokenisedRows, as_windows
 from sparselogits.data.thinning import Pace, Schedule, Stage
@@ -18,5 +19,6 @@ __all__ = [
     "WindowSampler",
     "as_windows",
     "collate",
+    "decode",
     "rounds_for_entries",
 ]

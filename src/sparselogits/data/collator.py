@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from sparselogits.data.dataset import IGNORE_INDEX
 _FILLERS = {"shift_labels": IGNORE_INDEX}
 
 
-def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack windows and pad their targets to the widest position of the batch.
 
     Windows without targets may differ in length: the shorter ones are padded on the right with id 0
@@ -29,6 +29,14 @@ def collate(windows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` where windows have them, and for
         windows with targets `target_ids` int64 [B, L, K] and `target_weights` float32 [B, L, K],
         whose padding weighs 0, and `teacher_entropy` float32 [B].
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> from sparselogits import CacheDataset
+        >>> batches = DataLoader(CacheDataset("my-cache"), batch_size=4, collate_fn=collate)
+        >>> batch = next(iter(batches))
+        >>> batch["target_ids"].shape == batch["target_weights"].shape
+        True
     """
     batch: dict[str, Tensor] = {
         name: _stacked([window[name] for window in windows], filler=_FILLERS.get(name, 0))

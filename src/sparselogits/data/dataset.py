@@ -7,7 +7,8 @@ that token.
 
 from __future__ import annotations
 
-from typing import Any
+from operator import index
+from typing import NotRequired, SupportsIndex, TypedDict, overload
 
 import numpy as np
 import torch
@@ -23,20 +24,46 @@ from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, CopyFolder, Place, WindowRecord
 from sparselogits.store.local_copy import LocalCopy
 from sparselogits.store.place import is_url, storage_at
-from sparselogits.targets import thinning_choices
+from sparselogits.targets import SparseTargets, thinning_choices
+from sparselogits.wording import counted
 
 IGNORE_INDEX = -100
 _PILOT_WINDOWS = 8
 
 
-class CacheDataset(Dataset[dict[str, Any]]):
-    """The windows of a cache.
+class TextWindow(TypedDict):
+    """A window of text.
 
-    `dataset[i]` is a dict with `input_ids` int64 [L], `shift_labels` int64 [L] (the next token;
-    -100 where there is none: the window's last position, masked positions, and a document's end if
-    attention restarts there), `targets` (`SparseTargets` of L positions), `teacher_entropy` float32
-    [] (nats, mean over the window's positions), and `position_ids` int64 [L] if the teacher's
-    attention restarted at document starts.
+    Args:
+        input_ids: int64 [L].
+        shift_labels: int64 [L], the next token; -100 where there is none: the window's last
+            position, masked positions, and a document's end if attention restarts there.
+        position_ids: int64 [L], present if attention restarts at document starts.
+    """
+
+    input_ids: Tensor
+    shift_labels: Tensor
+    position_ids: NotRequired[Tensor]
+
+
+class CachedWindow(TextWindow):
+    """A window of text with its targets.
+
+    Args:
+        targets: the teacher's targets of the L positions.
+        teacher_entropy: float32 [], nats, mean over the window's positions.
+    """
+
+    targets: SparseTargets
+    teacher_entropy: Tensor
+
+
+class CacheDataset(Dataset[CachedWindow]):
+    """The windows of a cache, as torch's DataLoader and every Trainer read them.
+
+    `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
+    perhaps `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as `collate`
+    makes it.
 
     Args:
         path: the cache's directory or URL.
@@ -46,6 +73,15 @@ class CacheDataset(Dataset[dict[str, Any]]):
 
     Raises:
         CacheError: when there is no cache, or none with at least one window.
+
+    Examples:
+        >>> cache = CacheDataset("my-cache")
+        >>> window = cache[0]
+        >>> len(window["input_ids"]) == len(window["targets"])
+        True
+        >>> batch = cache[0:3]
+        >>> batch["input_ids"].shape == (3, cache.identity.window_length)
+        True
     """
 
     def __init__(self, path: Place, *, seed: int = 0, copy: CopyFolder | None = None) -> None:
@@ -63,9 +99,34 @@ class CacheDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.cache)
 
-    def __getitem__(self, request: int | WindowRequest) -> dict[str, Any]:
+    def __repr__(self) -> str:
+        identity = self.identity
+        tokens = len(self) * identity.window_length
+        sampler = {k: v for k, v in identity.sampler.items() if k != "name" and v is not None}
+        settings = ", ".join(f"{name} {value}" for name, value in sampler.items())
+        return (
+            f"CacheDataset({self.cache.root!s}: {counted(len(self), 'window')} of "
+            f"{identity.window_length:,} tokens, {tokens:,} in all; "
+            f"{self.cache.entries_per_position():.1f} entries per token, "
+            f"{identity.sampler['name']} ({settings}); teacher {identity.teacher['name']})"
+        )
+
+    @overload
+    def __getitem__(self, request: SupportsIndex | WindowRequest) -> CachedWindow: ...
+    @overload
+    def __getitem__(self, request: slice) -> dict[str, Tensor]: ...
+    def __getitem__(
+        self, request: SupportsIndex | WindowRequest | slice
+    ) -> CachedWindow | dict[str, Tensor]:
+        if isinstance(request, slice):
+            from sparselogits.data.collator import collate
+
+            chosen = range(len(self))[request]
+            if not chosen:
+                raise IndexError(f"no window in {request} of {counted(len(self), 'window')}")
+            return collate([self[i] for i in chosen])
         if not isinstance(request, WindowRequest):
-            request = WindowRequest(request)
+            request = WindowRequest(index(request))
         record = self.cache.read(request.index)
         targets = record.targets
         if request.rounds is not None and request.rounds != targets.rounds:
@@ -82,7 +143,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
         return {**inputs, "targets": targets, "teacher_entropy": entropy}
 
 
-class TextDataset(Dataset[dict[str, Any]]):
+class TextDataset(Dataset[TextWindow]):
     """Held-out windows: tokens and labels without targets, for evaluation.
 
     Args:
@@ -101,7 +162,7 @@ class TextDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> TextWindow:
         if not 0 <= index < self._length:
             raise IndexError(f"window {index} of {self._length}")
         read = self.corpus.read_holdout if self.holdout else self.corpus.read
@@ -164,10 +225,10 @@ def shift_labels(
     return labels
 
 
-def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> dict[str, Any]:
+def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> TextWindow:
     starts = window.document_starts
     labels = shift_labels(window.tokens, starts, window.mask, reset_attention=reset_attention)
-    inputs: dict[str, Any] = {
+    inputs: TextWindow = {
         "input_ids": torch.from_numpy(window.tokens.astype(np.int64)),
         "shift_labels": torch.from_numpy(labels),
     }

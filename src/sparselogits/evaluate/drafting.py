@@ -8,7 +8,7 @@ applies its head to the whole prefix. That is for measuring, not for serving.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def draft_from_prefixes(
 
 
 def _draft_once(
-    item: dict[str, Any],
+    item: Mapping[str, Any],
     end: int,
     student: StudentLogits,
     teacher: Engine,

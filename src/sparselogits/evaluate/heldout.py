@@ -250,7 +250,7 @@ class _Measured:
 
 
 def _measure_window(
-    item: dict[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
+    item: Mapping[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
 ) -> dict[str, _Measured]:
     labels = item["shift_labels"]
     logits_of = {name: own.over(model_inputs(item)) for name, own in learners.items()}

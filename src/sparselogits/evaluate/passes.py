@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -65,12 +65,12 @@ class StudentLogits:
         return states
 
 
-def model_inputs(item: dict[str, Any]) -> dict[str, Tensor]:
+def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a model reads of a window."""
     return {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
 
 
-def document_starts(item: dict[str, Any]) -> np.ndarray | None:
+def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
     """Where attention starts anew in a window; None where it does not."""
     if "position_ids" not in item:
         return None
@@ -79,7 +79,7 @@ def document_starts(item: dict[str, Any]) -> np.ndarray | None:
 
 
 def teacher_slices(
-    teacher: Engine | None, item: dict[str, Any]
+    teacher: Engine | None, item: Mapping[str, Any]
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Runs of positions of one window, with the teacher's logits [P, V] if there is one."""
     length = len(item["input_ids"])

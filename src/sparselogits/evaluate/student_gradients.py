@@ -5,7 +5,7 @@ See `gradients.py` for what is measured and what it costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -57,7 +57,7 @@ class Learner:
         self.head_bias = None if head.bias is None else leaves[head.bias]  # type: ignore[index]
         self.levels = [Batches(size) for size in sizes]
 
-    def begin(self, item: dict[str, Any]) -> None:
+    def begin(self, item: Mapping[str, Any]) -> None:
         """Run the trunk over a window."""
         device = self.parts.head.weight.device
         tokens = item["input_ids"].to(device)[None]

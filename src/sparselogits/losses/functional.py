@@ -129,6 +129,17 @@ def linear_sparse_cross_entropy(
     Raises:
         InvalidArgumentError: options out of range or in contradiction, shapes that do not fit.
         InvalidTargetsError: targets of the wrong shape or dtype.
+
+    Examples:
+        Six positions with four entries each, hidden width 8, vocabulary 100:
+
+        >>> import torch
+        >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> loss = linear_sparse_cross_entropy(hidden, head, ids, weights)
+        >>> loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 8])
     """
     criterion = Criterion(
         alpha, missing_mass, logit_scale, logit_softcap, temperature, ignore_index, reduction
@@ -191,6 +202,14 @@ def sparse_cross_entropy(
 
     Costs one tensor like the logits, their gradient. All arguments as there; models that have
     applied their own softcap or scale need neither here.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.randn(6, 100, requires_grad=True)
+        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> loss = sparse_cross_entropy(logits, ids, weights, labels=ids[:, 0], alpha=0.5)
+        >>> bool(loss > 0)
+        True
     """
     criterion = Criterion(
         alpha, missing_mass, logit_scale, logit_softcap, temperature, ignore_index, reduction

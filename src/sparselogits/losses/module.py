@@ -26,6 +26,15 @@ class SparseKDLoss(nn.Module):
 
     Raises:
         InvalidArgumentError: for a number outside its range or an unknown rule.
+
+    Examples:
+        >>> import torch
+        >>> loss = SparseKDLoss(alpha=0.1)
+        >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> ids, weights = torch.randint(100, (6, 4)), torch.full((6, 4), 0.25)
+        >>> parts = loss(hidden, head, ids, weights, labels=torch.randint(100, (6,)))
+        >>> parts.loss.shape
+        torch.Size([])
     """
 
     def __init__(

@@ -8,7 +8,7 @@ likeliest itself. Logits exist one slice of positions at a time.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,7 +205,7 @@ class WindowViewer:
         return tuple(facts)
 
     @torch.no_grad()
-    def _positions(self, item: dict[str, Any]) -> list[Position]:
+    def _positions(self, item: Mapping[str, Any]) -> list[Position]:
         found: list[Position] = []
         targets: SparseTargets = item["targets"]
         over = None if self.student is None else self.student.over(model_inputs(item))

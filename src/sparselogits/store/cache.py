@@ -26,6 +26,7 @@ import numpy as np
 from sparselogits.errors import (
     CacheCorruptionError,
     CacheError,
+    InvalidArgumentError,
     InvalidTargetsError,
     reason_of,
 )
@@ -37,9 +38,10 @@ from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.place import Place, inside, place_of, storage_at
 from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
 from sparselogits.store.records import CacheStatistics, WindowRecord
-from sparselogits.store.shard import Shard
+from sparselogits.store.shard import Shard, missing_columns
 from sparselogits.store.shard_writer import encode_shard
 from sparselogits.store.storage import Storage
+from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import parse_json
 
 CACHE_JSON = "cache.json"
@@ -213,6 +215,30 @@ class Cache:
             mean_teacher_loss=means["teacher_loss"],
             mean_teacher_entropy=means["teacher_entropy"],
         )
+
+    def entries_per_position(self, shards: int = 4) -> float:
+        """Return the mean entries per position that carries a target, from so many shards.
+
+        Their footers say it; nothing is decoded.
+        """
+        chosen = [self._shard(r).description for r in self.ranges[:shards]]
+        positions = sum(int(told["positions"]) for told in chosen)
+        return sum(int(told["entries"]) for told in chosen) / positions if positions else 0.0
+
+    def decode(self, row: Mapping[str, Any]) -> SparseTargets:
+        """Return the targets of a row that another tool read from one of the shards.
+
+        Args:
+            row: the row's columns by name, as of `Shard.decode_row`.
+
+        Raises:
+            InvalidArgumentError: a row that lacks columns.
+            CacheError: no shard here holds its window.
+            CacheCorruptionError: a row that is not as it was written.
+        """
+        if "window_index" not in row:
+            raise InvalidArgumentError(missing_columns(row))
+        return self._shard(self._range_of(int(row["window_index"]))).decode_row(row)
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are spawned: they open their own files."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sparselogits.errors import CacheCorruptionError
+from sparselogits.errors import CacheCorruptionError, InvalidArgumentError
 from sparselogits.identity import FORMAT_VERSION, Identity
 from sparselogits.store.bounds import (
     FREE_ENTRIES,
@@ -134,6 +134,33 @@ class Shard:
             records = self._decode(group, range(place, place + 1), rows)
         self._ahead = {record.window_index - self.start: record for record in records[1:]}
         return records[0]
+
+    def decode_row(self, row: Mapping[str, Any]) -> SparseTargets:
+        """Return the targets of one of this shard's rows, read by another tool.
+
+        Args:
+            row: `window_index`, `tokens`, `mask` and `targets` by name, as lists, arrays and bytes.
+                Where the other columns are there, too, the row's checksum is verified.
+
+        Raises:
+            InvalidArgumentError: a row that lacks columns.
+            CacheCorruptionError: a row that is not as it was written.
+        """
+        if not set(row.keys()) >= set(_NEEDED):
+            raise InvalidArgumentError(missing_columns(row))
+        window = int(row["window_index"])
+        try:
+            record, block = _from_other_tool(row)
+            self._require_bounds(record)
+            whole = set(row.keys()) >= set(SCHEMA.names)
+            if whole and row_crc(record, block) != int(row["crc32c"]):
+                raise _DamageError("it fails its checksum")
+            return self._decoder.decode(window - self.start, block, record.tokens, record.present())
+        except _FAILURES as error:
+            raise CacheCorruptionError(
+                f"the row of window {window} is not as it was written: {error}. Read it again from "
+                f"the cache at {self._storage.location}"
+            ) from error
 
     @property
     def groups(self) -> int:
@@ -288,6 +315,14 @@ class Shard:
             raise _DamageError(f"row {record.window_index - self.start} fails its checksum")
         return record
 
+    def _require_bounds(self, record: WindowRecord) -> None:
+        """Check what `rows_of` checks where a whole row group is read."""
+        length, ids = self._identity.window_length, self._identity.vocab_size
+        if record.tokens.shape != (length,) or record.present().shape != (length,):
+            raise _DamageError(f"it has {record.tokens.size} tokens, a window has {length}")
+        if length and not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
+            raise _DamageError(f"a token lies outside the vocabulary of {ids}")
+
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
         return CacheCorruptionError(
             f"{self._storage.location}/{self.name}, {where}: {error}. Run `sparselogits repair` on "
@@ -343,6 +378,36 @@ class _HeldRange(io.RawIOBase):
         part = self.data[first:] if size < 0 else self.data[first : first + size]
         self._at += len(part)
         return part
+
+
+_NEEDED = ("window_index", "tokens", "mask", "targets")
+
+
+def missing_columns(row: Mapping[str, Any]) -> str:
+    """Return what to say of a row that lacks columns."""
+    missing = [name for name in _NEEDED if name not in row]
+    return (
+        f"a row to decode lacks {', '.join(missing)} (it has {', '.join(map(str, row.keys()))}); "
+        f"select {', '.join(_NEEDED)}, or all columns to have the checksum verified, too"
+    )
+
+
+def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
+    """A row's parts, whatever kinds of lists a tool makes of its columns."""
+    mask = row["mask"]
+    if not hasattr(mask, "__len__"):  # None, or what a data frame has in place of it
+        mask = None
+    starts = row.get("document_starts", ())
+    record = WindowRecord(
+        int(row["window_index"]),
+        np.array(row["tokens"], dtype=np.int32),
+        np.array(starts, dtype=np.int32),
+        None if mask is None else np.array(mask, dtype=np.bool_),
+        _NO_TARGETS,
+        float(row["teacher_loss"]) if "teacher_loss" in row else 0.0,
+        float(row["teacher_entropy"]) if "teacher_entropy" in row else 0.0,
+    )
+    return record, bytes(row["targets"])
 
 
 def _windows_named(name: str) -> str:

@@ -82,6 +82,20 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         InvalidArgumentError: options that contradict each other or the cache, or that would have
             no effect here.
         InvalidTargetsError: a student with fewer ids than the targets use.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM, TrainingArguments
+        >>> from sparselogits import CacheDataset
+        >>> student = AutoModelForCausalLM.from_pretrained("my-student")
+        >>> trainer = SparseKDTrainer(
+        ...     student,
+        ...     TrainingArguments("run", max_steps=2, report_to="none"),
+        ...     train_dataset=CacheDataset("my-cache"),
+        ...     alpha=0.1,
+        ... )
+        >>> output = trainer.train()
+        >>> output.global_step
+        2
     """
 
     _student: nn.Module

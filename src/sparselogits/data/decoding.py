@@ -1,0 +1,45 @@
+"""Decode targets of rows that DuckDB, Polars, pandas, pyarrow or datasets read from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any
+
+from sparselogits.data.dataset import CacheDataset
+from sparselogits.store import Cache, Place
+from sparselogits.targets import SparseTargets
+
+_ONE_AT_A_TIME = Lock()
+"""A database calls a function from several threads; an open shard is for one at a time."""
+
+
+def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Place) -> SparseTargets:
+    """Return the targets of one row of a cache's shards, whatever tool has read it.
+
+    The cache is needed beside the row: its identity says how many ids and rounds there are, and
+    the footer of the row's shard holds the coding tables that all of its rows share.
+
+    Args:
+        row: columns by name: `window_index`, `tokens`, `mask` and `targets`. A dict, a pandas
+            Series, or any other mapping. With all columns the row's checksum is verified, too.
+        cache: the cache the row is of. Pass an open one to decode many rows: a path is opened anew
+            at each call.
+
+    Raises:
+        InvalidArgumentError: a row that lacks columns.
+        CacheError: there is no such cache, or no shard of it holds the row's window.
+        CacheCorruptionError: a row that is not as it was written.
+
+    Examples:
+        >>> import pyarrow.dataset
+        >>> from sparselogits import CacheDataset, decode
+        >>> rows = pyarrow.dataset.dataset("my-cache/shards").head(2).to_pylist()
+        >>> cache = CacheDataset("my-cache")
+        >>> decode(rows[1], cache).ids.equal(cache[1]["targets"].ids)
+        True
+    """
+    if isinstance(cache, CacheDataset):
+        cache = cache.cache
+    with _ONE_AT_A_TIME:
+        return (cache if isinstance(cache, Cache) else Cache.open(cache)).decode(row)

@@ -1,0 +1,46 @@
+"""Each public name's docstring has an example, and it runs as it stands there.
+
+pytest tests/test_examples_in_docstrings.py
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import ProgressCallback
+
+import sparselogits
+from tests.conftest import tiny_llama
+
+NAMES = sorted(sparselogits.__all__)
+WORDING = ("counted", "significant", "rate", "duration")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_has_an_example_that_runs(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(cache, tmp_path / "my-cache")
+    tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
+    monkeypatch.chdir(tmp_path)
+    # what transformers prints on the way is no part of an example
+    monkeypatch.setattr(ProgressCallback, "on_log", lambda *_, **__: None)
+    run_examples(getattr(sparselogits, name), name, {name: getattr(sparselogits, name)})
+
+
+@pytest.mark.parametrize("name", WORDING)
+def test_the_wording_of_numbers(name: str) -> None:
+    module = importlib.import_module("sparselogits.wording")
+    run_examples(getattr(module, name), name, {name: getattr(module, name)})
+
+
+def run_examples(described: object, name: str, names: dict[str, object]) -> None:
+    (test,) = doctest.DocTestFinder(recurse=False).find(described, name, globs=names)
+    assert test.examples, f"{name} has no example"
+    said: list[str] = []
+    result = doctest.DocTestRunner().run(test, out=said.append)
+    assert result.failed == 0, "".join(said)
