@@ -239,6 +239,43 @@ def test_messages_as_prompt_and_completion(tmp_path: Path, tokenizer: Any) -> No
     assert corpus.read(0, 1)[0].mask is None
 
 
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"loss": False}, {"train": False}])
+@pytest.mark.parametrize("name", ["smollm", "qwen 3", "marked"])
+def test_answers_that_a_record_leaves_out(
+    tmp_path: Path, tokenizer: Any, name: str, flag: dict[str, Any]
+) -> None:
+    tokenizer.chat_template = TEMPLATES[name]
+    talk = [*TALK[:2], {**TALK[2], **flag}, TALK[3], {**TALK[4], "weight": 1, "loss": True}]
+    [said] = learnt_text(tmp_path, {"messages": talk}, tokenizer)
+    assert "As long as you say." in said
+    assert "A run" not in said
+
+
+def test_a_turn_that_the_next_role_ends(tmp_path: Path, tokenizer: Any) -> None:
+    """GLM stops by writing the next message's role; the last turn is ended by the separator."""
+    tokenizer.chat_template = published("glm4moe").replace("<|user|>", "<|start|>")
+    said = learnt_text(tmp_path, {"messages": TALK}, tokenizer)
+    assert said == [
+        "\n<think></think>\nA run of tokens.<|start|>",
+        "\n<think></think>\nAs long as you say.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "talk", [[{"role": "assistant", "content": "A"}, TALK[1]], [*TALK[1:3], TALK[3]]]
+)
+def test_marks_that_end_with_the_first_token_or_with_white_space(
+    tmp_path: Path, tokenizer: Any, talk: list[dict[str, str]]
+) -> None:
+    """Where transformers' own mask runs on to the end of the text."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}<|start|>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    answer = next(turn["content"] for turn in talk if turn["role"] == "assistant")
+    assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == [answer]
+
+
 def test_the_end_after_a_question_is_not_learnt(tmp_path: Path, tokenizer: Any) -> None:
     said = learnt_text(tmp_path, {"messages": TALK[:4]}, tokenizer)
     assert said == ["A run of tokens.<|im_end|>\n"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +28,7 @@ LLAMA3 = (  # prints a list of parts as Python does
     "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
+ADDED = LLAMA3.replace("{{ m.content | trim }}", "{{ '' + m.content }}")  # refuses lists
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}"
     "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -129,7 +131,7 @@ def test_roles_of_sharegpt(tmp_path: Path, tokenizer: Any) -> None:
     assert texts(written(tmp_path / "a.jsonl", [record]), tokenizer) == [want]
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, PARTS, EITHER, published("smolvlm")])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, ADDED, PARTS, EITHER, published("smolvlm")])
 def test_content_is_never_printed_as_python(tmp_path: Path, tokenizer: Any, template: str) -> None:
     """Text and parts come out alike, whichever of them the template knows."""
     tokenizer.chat_template = template
@@ -280,6 +282,7 @@ MISTAKES: dict[str, tuple[str | None, Any, str]] = {
     "from and value": (CHATML, SHAREGPT, "message 1 of `messages` has no `role` .*`from`, `value`"),
     "no role": (CHATML, [QUESTION, {"content": "x"}], "message 2 of `messages` has no `role`"),
     "empty role": (CHATML, [{"role": "", "content": "x"}], "message 1 .* has the role ''"),
+    "role in capitals": (CHATML, [{"role": "Assistant", "content": "x"}], "write it so"),
     "role of a number": (CHATML, [{"role": 3, "content": "x"}], "message 1 .* has the role '3'"),
     "no content": (CHATML, [{"role": "user"}], "message 1 .* has no `content`"),
     "null content": (CHATML, [{"role": "user", "content": None}], "has no `content`"),
@@ -317,6 +320,32 @@ def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistak
             vocab_size=len(tokenizer),
         )
     assert "talk.jsonl, line 2" in str(found.value)
+
+
+def test_a_speaker_that_nobody_knows(tmp_path: Path, tokenizer: Any) -> None:
+    talk = [SHAREGPT[0], {"from": "assisatant", "value": "x"}]
+    path = written(tmp_path / "talk.jsonl", [{"conversations": talk}])
+    with pytest.raises(CorpusError, match=r"line 1: message 2 .* is from 'assisatant'; .*gpt"):
+        texts(path, tokenizer)
+
+
+def test_records_of_pandas(tokenizer: Any, tmp_path: Path) -> None:
+    talk = np.array(TALK, dtype=object)
+    calls = np.array(
+        [{"type": "function", "function": {"name": "f", "arguments": {"a": np.int64(2)}}}]
+    )
+    rows = [
+        {"text": "Plain.", "messages": float("nan")},
+        {"text": float("nan"), "messages": talk},
+        {
+            "text": None,
+            "messages": np.array([QUESTION, {"role": "assistant", "tool_calls": calls}]),
+        },
+    ]
+    tokenizer.chat_template = TOOLS
+    found = texts(rows, tokenizer, work=tmp_path)
+    assert found[:2] == ["Plain.", tokenizer.apply_chat_template(TALK, tokenize=False)]
+    assert '"arguments": {"a": 2}' in found[2]
 
 
 def test_wrong_extras_name_the_record(tmp_path: Path, tokenizer: Any) -> None:

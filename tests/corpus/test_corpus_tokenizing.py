@@ -9,12 +9,12 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from trained_tokenizers import END, train_byte_level
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from sparselogits.corpus import packing_for, tokenizer_fingerprint
+from sparselogits.corpus import packing_for, tokenizer_fingerprint, tokenizing
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.tokenizing import Encoder
 from sparselogits.errors import CorpusError, InvalidArgumentError
@@ -146,3 +146,26 @@ def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
     loaded = ByT5Tokenizer.from_pretrained(tmp_path)
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(slow)
     assert tokenizer_fingerprint(ByT5Tokenizer(extra_ids=5)) != tokenizer_fingerprint(slow)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", r"fails .* on a batch of 1 texts.*'aaaaaa"),
+        ("aaaaaaaaaaaaaaaaaaaa! " * 120, "does not come to an end within 1 s"),
+    ],
+    ids=["panics", "takes long"],
+)
+def test_an_expression_that_backtracks(
+    monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    """A tokenizer is a stranger's file; its expressions run in compiled code."""
+    monkeypatch.setattr(tokenizing, "BATCH_SECONDS", 1)
+    backend = train_byte_level()
+    splits = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splits, backend.pre_tokenizer])
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+    pieces = [Piece(t, 0, len(t), 1, True, True, True, 0) for t in ("fine", text)]
+    with pytest.raises(CorpusError, match=said):
+        encoder.encode(pieces)
+    assert len(encoder.encode(pieces[:1])[0].ids)

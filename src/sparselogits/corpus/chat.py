@@ -38,7 +38,7 @@ class ChatTemplate:
     special_tokens: tuple[tuple[str, Any], ...]
     """Names and texts that templates refer to, `eos_token` for one."""
     closing: tuple[str, ...] = ()
-    """Texts of the tokenizer's special tokens: what may end a turn."""
+    """Texts of the tokenizer's added tokens: what may end a turn."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
@@ -55,8 +55,7 @@ class ChatTemplate:
         except ValueError as error:
             raise CorpusError(f"the tokenizer's chat template cannot be chosen: {error}") from error
         special = tuple(sorted(tokenizer.special_tokens_map.items()))
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        closing = sorted({str(token) for token in added if getattr(token, "special", False)})
+        closing = sorted(map(str, getattr(tokenizer, "added_tokens_decoder", {}).values()))
         return cls(template, with_tools, special, tuple(closing))
 
     @property

@@ -21,6 +21,7 @@ MESSAGES = ("messages", "conversations", "conversation")
 EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
 """Fields beside a conversation that its template is given; `system` in ShareGPT's form alone."""
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -136,7 +137,12 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
     role, content = message.pop("role", None), message.pop("content", None)
     if sharegpt and role is None and "from" in message:
         role = message.pop("from")
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        if role not in (*_ROLES, *_SHAREGPT_ROLES, "function_call"):
+            raise CorpusError(
+                f"{place} is from {str(role)[:40]!r}; expected one of "
+                f"{', '.join((*_SHAREGPT_ROLES, 'function_call', *_ROLES))}"
+            )
+        role = _SHAREGPT_ROLES.get(role, role)
     if sharegpt and content is None and "value" in message:
         content = message.pop("value")
     if not isinstance(role, str) or not role.strip():
@@ -147,6 +153,11 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         raise CorpusError(
             f"{place} has {found} (its fields: {_names(given)}); expected a role such as 'user' or "
             f"'assistant'{advice}"
+        )
+    if role not in _ROLES and role.strip().lower() in _ROLES:
+        raise CorpusError(
+            f"{place} has the role {role[:40]!r}, which templates take for another than "
+            f"{role.strip().lower()!r}; write it so"
         )
     if sharegpt and role == "function_call" and isinstance(content, str):
         return _sharegpt_call(content)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sparselogits.corpus.columns import plain
@@ -104,7 +105,7 @@ def _write(records: Records, schema: pa.Schema | None, fields: Fields, path: Pat
                 raise CorpusError(
                     f"{where()} is a {type(record).__name__}, not a dict of named fields"
                 )
-            chosen = fields.kept(record, where)
+            chosen = fields.kept({n: _of_pandas(value) for n, value in record.items()}, where)
             for name in kinds.keys() & chosen.keys():
                 chosen[name] = plain(chosen[name], kinds[name], decoded=True)
             try:
@@ -119,3 +120,22 @@ def _write(records: Records, schema: pa.Schema | None, fields: Fields, path: Pat
     if number < 0:
         raise CorpusError("the dataset is empty: it holds no record; give one with text")
     return digest.hexdigest()
+
+
+def _of_pandas(value: Any) -> Any:
+    """Return a field's value as lists and plain values, and None for what pandas has as missing."""
+    if isinstance(value, float) and value != value:
+        return None
+    return _plain_lists(value)
+
+
+def _plain_lists(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain_lists(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain_lists(item) for name, item in value.items()}
+    return value

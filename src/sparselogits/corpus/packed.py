@@ -388,7 +388,8 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
     length, share = packing.window_length, packing.holdout
     if not total.documents:
         raise NoWindowsError(
-            "the corpus holds no text: every document is empty or white space; name other text"
+            "the corpus holds no text: every document is empty or white space, or has no answer to "
+            "learn (with completion-only, if no message has the role 'assistant'); name other text"
         )
     if total.tokens < length:
         raise NoWindowsError(

@@ -101,11 +101,22 @@ class Renderer:
             text = render.text(messages)
             return text, self._completion(render, messages, prompt, text)
         if _GENERATION.search(render.template):
-            return render.marked(messages)
+            text, marks = render.marked(messages)
+            if not any(map(_left_out, messages)):
+                return text, marks
+            return text, _both(marks, self._turns(render, messages, text))
         text = render.text(messages)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [span for i in turns if (span := self._turn(render, messages, i, text))]
-        return text, _joined(spans)
+        return text, _joined(self._turns(render, messages, text))
+
+    def _turns(self, render: _Bound, messages: Sequence[Message], text: str) -> list[Span]:
+        """Return where the turns that are to be learnt stand in the text."""
+        turns = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant" and not _left_out(message)
+        ]
+        spans = (self._turn(render, messages, number, text) for number in turns)
+        return [span for span in spans if span is not None]
 
     def _turn(
         self, render: _Bound, messages: Sequence[Message], number: int, text: str
@@ -124,7 +135,23 @@ class Renderer:
             end = len(told.removesuffix(self._eos))
         else:
             end = self._end(render, messages, number, text, told)
-        return None if end is None else (self._start(render, messages, number, text, end), end)
+        if end is None:
+            return None
+        start = self._start(render, messages, number, text, end)
+        if number + 1 < len(messages) and messages[number + 1]["role"] != "assistant":
+            end = self._with_stop(text, start, end)
+        return start, end
+
+    def _with_stop(self, text: str, start: int, end: int) -> int:
+        """Return where a turn ends, the token that stops it included.
+
+        Some templates (GLM's) end no turn: the model stops by writing the next message's role.
+        """
+        said = text[start:end].rstrip()
+        if any(said.endswith(token) for token in self._closing):
+            return end
+        following = (token for token in self._closing if text.startswith(token, end))
+        return end + len(next(following, ""))
 
     def _completion(
         self, render: _Bound, messages: Sequence[Message], prompt: int, text: str
@@ -425,6 +452,19 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(name), str) and message[name].strip():
             yield [name], message[name]
+
+
+def _left_out(message: Message) -> bool:
+    """Whether a record says of an answer that it is not learnt (OpenAI, ms-swift, Axolotl)."""
+    return (
+        message.get("weight") == 0 or message.get("loss") is False or message.get("train") is False
+    )
+
+
+def _both(marks: Sequence[Span], turns: Sequence[Span]) -> list[Span]:
+    """Return what lies in a mark and in a turn."""
+    cut = [(max(a, start), min(b, stop)) for a, b in marks for start, stop in turns]
+    return [(start, stop) for start, stop in cut if start < stop]
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:

@@ -186,6 +186,8 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
         return results[0]
     reason = f"does not come to an end within {BATCH_SECONDS} s"
     if failures:
+        if len(texts) > 1:
+            return [encoding for text in texts for encoding in _watched(encode, [text])]
         if not isinstance(failures[0], Exception) and "Panic" not in type(failures[0]).__name__:
             raise failures[0]
         reason = f"fails ({failures[0]})"
