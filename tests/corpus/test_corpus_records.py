@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,69 @@ def test_roles_of_sharegpt(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = TOOLS
     want = tokenizer.apply_chat_template(messages, tools=[{"name": "weather"}], tokenize=False)
     assert texts(written(tmp_path / "a.jsonl", [record]), tokenizer) == [want]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
+def test_a_field_of_another_name(tmp_path: Path, tokenizer: Any, suffix: str) -> None:
+    want = tokenizer.apply_chat_template(TALK, tokenize=False)
+    for number, talk in enumerate((TALK, SHAREGPT)):
+        path = written(tmp_path / f"{number}.{suffix}", [{"id": 1, "dialog": talk}])
+        for masked in (False, True):
+            found = texts(path, tokenizer, text_field="dialog", completion_only=masked)
+            assert found == [want]
+
+
+ARROW = {
+    "large strings": pa.large_string(),
+    "string views": pa.string_view(),
+    "a dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "nulls": pa.null(),
+}
+
+
+@pytest.mark.parametrize("kind", ARROW)
+def test_types_of_arrow(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    """Columns beside the text may hold anything."""
+    turn = pa.struct([("role", pa.string()), ("content", pa.large_string())])
+    says = None if kind == "nulls" else "Plain."
+    columns = {
+        "text": pa.array([says, None], ARROW[kind]),
+        "messages": pa.array([None, TALK], pa.large_list(turn)),
+        "tools": pa.nulls(2),
+        "when": pa.array([1, None], pa.timestamp("s")),
+        "photo": pa.array([b"x", None], pa.binary()),
+        "scores": pa.array([[1.0], None], pa.list_(pa.float16())),
+        "more": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int8())),
+    }
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    talk = tokenizer.apply_chat_template(TALK, tokenize=False)
+    for file in ("a.parquet", "a.arrow"):
+        assert texts(tmp_path / file, tokenizer) == ([talk] if says is None else [says, talk])
+
+
+def test_maps_and_dates_in_tool_calls(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    kind = pa.struct([("when", pa.date32()), ("cost", pa.decimal128(4, 2)), ("n", pa.int64())])
+    for arguments, value, said in (
+        (pa.map_(pa.string(), pa.string()), [("b", "1"), ("a", "2")], '{"b": "1", "a": "2"}'),
+        (kind, {"when": date(2024, 7, 26), "cost": None}, '{"when": "2024-07-26"}'),
+    ):
+        function = pa.struct([("name", pa.string()), ("arguments", arguments)])
+        call = pa.struct([("type", pa.string()), ("function", function)])
+        fields = [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))]
+        [row] = [QUESTION | {"tool_calls": None}]
+        answer = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": value}}],
+        }
+        talk = pa.array([[row, answer]], pa.list_(pa.struct(fields)))
+        pq.write_table(pa.table({"messages": talk}), tmp_path / "a.parquet")
+        [text] = texts(tmp_path / "a.parquet", tokenizer)
+        assert f'"arguments": {said}' in text
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, ADDED, PARTS, EITHER, published("smolvlm")])

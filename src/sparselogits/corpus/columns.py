@@ -172,12 +172,19 @@ def _require_text(schema: pa.Schema, columns: list[str], name: str, fields: Fiel
         kind = schema.field(column).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        # a file in which every value is null says nothing about the type
-        if not (any(is_text(kind) for is_text in _IS_TEXT) or pa.types.is_null(kind)):
+        # a file in which every value is null says nothing; objects may be messages
+        if not any(is_kind(kind) for is_kind in (*_IS_TEXT, pa.types.is_null, _is_objects)):
             raise CorpusError(
                 f"{name}: the column `{column}` holds {kind}, not text; name the column that holds "
                 f"the text (text_field); the columns are {', '.join(schema.names)}"
             )
+
+
+def _is_objects(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.JsonType):
+        return True
+    lists = any(is_list(kind) for is_list in _IS_LIST)
+    return lists and (pa.types.is_struct(kind.value_type) or _is_objects(kind.value_type))
 
 
 def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:

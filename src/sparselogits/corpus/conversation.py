@@ -21,6 +21,8 @@ MESSAGES = ("messages", "conversations", "conversation")
 EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
 """Fields beside a conversation that its template is given; `system` in ShareGPT's form alone."""
 
+_OPENAI = ("messages", "prompt", "completion")
+"""Fields that are OpenAI's and TRL's by name: there `from` and `value` are a mistake."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -115,9 +117,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise wrong
         place = f"message {number} of `{name}`"
-        messages.append(
-            _message(message, place, sharegpt=name in ("conversations", "conversation"))
-        )
+        messages.append(_message(message, place, sharegpt=name not in _OPENAI))
     return messages
 
 

@@ -34,7 +34,7 @@ class Fields:
     """Which fields of a record hold its text."""
 
     text: str = "text"
-    """The field of plain text."""
+    """The field of plain text, or of conversations under a name of their own."""
     completion_only: bool = False
     """Only completions carry targets; every record must then hold one."""
     chat: ChatTemplate | None = None
@@ -47,14 +47,12 @@ class Fields:
             CorpusError: no column could hold text; names the place and the columns that are there.
         """
         forms = self._forms(found)
+        if self.completion_only and self.text in found:
+            forms.append([self.text])  # may hold conversations; what it holds, records show
         if not forms:
             raise self._nothing(found, where)
         wanted = [name for form in forms for name in form]
-        if any(name != self.text for name in wanted):
-            wanted += [name for name in EXTRAS if name in found]
-        if self.completion_only and self.text in found:
-            wanted.append(self.text)  # to tell a record of plain text from an empty one
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys([*wanted, *(name for name in EXTRAS if name in found)]))
 
     def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
         """Return the names of the fields that hold a record's text.
@@ -63,6 +61,8 @@ class Fields:
             CorpusError: naming the place and the fields that are there.
         """
         forms = self._forms(record)
+        if self.completion_only and _is_talk(record.get(self.text)):
+            forms = [[self.text], *forms]
         for form in forms:
             if any(record[name] not in (None, "", []) for name in form):
                 return form
@@ -96,9 +96,14 @@ class Fields:
 
 def is_conversation(record: Mapping[str, Any], names: Sequence[str]) -> bool:
     """Whether the chosen fields of a record hold messages."""
-    if names[0] in MESSAGES:
+    if names[0] in MESSAGES or _is_talk(record[names[0]]):
         return True
     return len(names) > 1 and any(holds_messages(record[name]) for name in names)
+
+
+def _is_talk(value: object) -> bool:
+    """Whether a field of text holds a list of objects instead."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
 def record_pieces(
