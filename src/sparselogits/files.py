@@ -286,7 +286,7 @@ def clean_leftovers(folder: Path) -> list[str]:
     for name in names:
         found = _TEMPORARY.fullmatch(name)
         path = folder / name
-        if found is None or not _is_dead(path, found[1], int(found[2]), found[3]):
+        if found is None or not _is_dead(path, *_words(found)):
             continue
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -295,6 +295,16 @@ def clean_leftovers(folder: Path) -> list[str]:
                 path.unlink()
             removed.append(name)
     return removed
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a temporary name is of a process of this machine that is dead."""
+    found = _TEMPORARY.fullmatch(name)
+    return found is not None and found[1] == _host() and _is_dead(Path(name), *_words(found))
+
+
+def _words(found: re.Match[str]) -> tuple[str, int, str | None]:
+    return found[1], int(found[2]), found[3]
 
 
 def _is_dead(path: Path, host: str, pid: int, started: str | None) -> bool:

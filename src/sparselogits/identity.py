@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.untrusted import shown
 
 FORMAT_VERSION = 1
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
+_SNAPSHOT = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+?)/snapshots/")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("teacher", "packing", "sampler", "codec"), dict),
     **dict.fromkeys(("tokenizer", "token_mask"), str),
@@ -59,6 +63,12 @@ class Identity:
     temperature: float
     codec: Mapping[str, Any]
     format_version: int = FORMAT_VERSION
+
+    def without_paths(self) -> Identity:
+        """Return the same identity with a teacher's name that tells no folder of this machine."""
+        if not isinstance(self.teacher.get("name"), str):
+            return self
+        return replace(self, teacher={**self.teacher, "name": label_of(self.teacher["name"])})
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as written to `cache.json`."""
@@ -123,6 +133,24 @@ class Identity:
                 f"{here} and {there} were not made alike:\n{lines}\n"
                 "Use the same settings, or choose another output directory."
             )
+
+
+def label_of(name: str) -> str:
+    """Return what may be published of the name of a model or a text: a hub name, or no folders.
+
+    Examples:
+        >>> label_of("/home/me/models/teacher/"), label_of("HuggingFaceTB/SmolLM2-135M")
+        ('teacher', 'HuggingFaceTB/SmolLM2-135M')
+        >>> label_of("/c/hub/models--org--name/snapshots/0123"), label_of("../texts/*.jsonl")
+        ('org/name', '*.jsonl')
+    """
+    snapshot = _SNAPSHOT.search(name)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".", "..", "~")]
+    if _HUB_NAME.fullmatch(name) and not Path(name).exists():
+        return name
+    return parts[-1] if parts else "unnamed"
 
 
 def canonical_json(value: object) -> bytes:

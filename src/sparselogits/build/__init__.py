@@ -10,7 +10,7 @@ from sparselogits.build.builder import (
 from sparselogits.build.collected import ImportReport, import_collected
 from sparselogits.build.job import Job
 from sparselogits.build.plan import Share, shard_ranges
-from sparselogits.build.text import TextPlace, place_of_text, windows_of_texts
+from sparselogits.build.text import TextPlace, place_of_text, text_of_windows, windows_of_texts
 from sparselogits.build.texts_elsewhere import fetch_texts, publish_text
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "place_of_text",
     "publish_text",
     "shard_ranges",
+    "text_of_windows",
     "windows_of_texts",
 ]

@@ -18,7 +18,13 @@ import numpy as np
 import torch
 
 from sparselogits.build.collected_rows import Collected, entries_a_position, read_row, tokens_of
-from sparselogits.corpus import Window, fingerprint, packing_for, tokenizer_fingerprint
+from sparselogits.corpus import (
+    Window,
+    fingerprint,
+    open_source,
+    packing_for,
+    tokenizer_fingerprint,
+)
 from sparselogits.corpus.columns import parquet_rows
 from sparselogits.corpus.jsonlines import records as json_records
 from sparselogits.corpus.jsonlines import spans as json_spans
@@ -29,6 +35,7 @@ from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
 from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
+from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.targets import SparseTargets
 
 Rows = Iterator[tuple[dict[str, Any], Where]]
@@ -114,8 +121,10 @@ def import_collected(
     )
     with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
+        own = TextSpan(open_source(data).fingerprint, 0, None)
+        claim_text(cache.storage, own)
         windows = cutter.windows(sequences)
-        _commit_all(cache, windows, windows_per_shard, named.record(), progress)
+        _commit_all(cache, windows, windows_per_shard, own, named.record(), progress)
         if not len(cache):
             raise CorpusError(f"{data} holds {cutter.left} tokens, too few for one of {length}")
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
@@ -152,6 +161,7 @@ def _commit_all(
     cache: Cache,
     windows: Iterator[Collected],
     windows_per_shard: int,
+    own: TextSpan,
     named: dict[str, Any],
     progress: Callable[[int], None] | None,
 ) -> None:
@@ -161,6 +171,7 @@ def _commit_all(
         text = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
         made = {
             "corpus": fingerprint(text),
+            "text": own.to_json(),
             "sparselogits": version("sparselogits"),
             "tokenizer": named,
         }

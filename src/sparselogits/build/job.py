@@ -21,6 +21,7 @@ from sparselogits.build.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.store import Cache, WindowRecord
+from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.teacher import Engine
 
 CHECKED_SHARDS = 256
@@ -48,14 +49,20 @@ class Job:
     batch: int
     tokenizer: dict[str, Any] | None = None
 
-    def missing(self, ranges: Sequence[Range]) -> list[Range]:
-        """Ranges that at least one cache lacks; the others must come from this very text.
+    @property
+    def text(self) -> TextSpan:
+        """The text, as the caches name it."""
+        fingerprint = self.corpus.text_fingerprint
+        return TextSpan(fingerprint, self.first_window, self.corpus.windows)
 
-        That is looked at in `CHECKED_SHARDS` of them.
+    def missing(self, ranges: Sequence[Range]) -> list[Range]:
+        """Return the ranges that at least one cache lacks, and claim the caches for this text.
+
+        The text of `CHECKED_SHARDS` of the shards that are there is compared first.
 
         Raises:
             CacheError: a shard that is there cuts through a range.
-            IdentityMismatchError: one was made from other text.
+            IdentityMismatchError: one was made from other text, or the cache names another.
         """
         finished = [set(cache.finished()) for cache in self.caches]
         wanted = set(ranges)
@@ -66,11 +73,14 @@ class Job:
                         f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
                         "of this corpus; was text added or removed? Build into another directory"
                     )
-        done = [r for r in ranges if any(r in have for have in finished)]
-        for place in spread(len(done), CHECKED_SHARDS):
-            span = done[place]
+        end = self.first_window + self.corpus.windows
+        there = sorted(r for r in set().union(*finished) if self.first_window <= r[0] < end)
+        for place in spread(len(there), CHECKED_SHARDS):
+            span = there[place]
             holders = [c for c, have in zip(self.caches, finished, strict=True) if span in have]
             self._require_same_text(span, holders)
+        for cache in self.caches:
+            claim_text(cache.storage, self.text)
         return [r for r in ranges if any(r not in have for have in finished)]
 
     def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
@@ -90,7 +100,8 @@ class Job:
         The text is read once: what the teacher reads is what the provenance's fingerprint is of.
         """
         windows = self._windows(span)
-        provenance = {"corpus": fingerprint(windows), **_provenance(engine, self.batch)}
+        text = {"corpus": fingerprint(windows), "text": self.text.to_json()}
+        provenance = {**text, **_provenance(engine, self.batch)}
         if self.tokenizer is not None:
             provenance["tokenizer"] = self.tokenizer
         reset = self.corpus.packing.reset_attention

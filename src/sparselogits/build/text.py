@@ -11,17 +11,20 @@ touched, read again or numbered anew, and each text can be built, resumed and ch
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from sparselogits.corpus import PackedCorpus, Packing, Source, Window
+from sparselogits.build.plan import Range
+from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerprint
 from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.store.place import Place, is_url
 
-_OWN = re.compile(r"corpus(-\d+)?|shards|tokenizer|README\.md|.*\.(tmp|partial)")
+_OWN = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
 """Names in a cache's folder that may be there before its cache.json."""
 
 
@@ -124,17 +127,42 @@ def windows_of_texts(cache: Path) -> int | None:
 
     A cache that was merged, or fetched from elsewhere, comes without its packed texts.
     """
-    folders = [cache / "corpus", *sorted(cache.glob("corpus-[0-9]*"))]
     try:
-        return sum(PackedCorpus.open(folder).windows for folder in folders)
+        return sum(PackedCorpus.open(folder).windows for folder in _folders(cache))
     except CorpusError:
         return None
 
 
+def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
+    """Return a function that gives the fingerprint of a range of windows in a cache's packed text.
+
+    It gives None for windows whose text is not packed here (see `windows_of_texts`), and for those
+    that cross from one text to the next.
+    """
+    texts: list[tuple[PackedCorpus, int]] = []
+    with suppress(CorpusError):  # the texts after one that cannot be opened have no known place
+        first = 0
+        for folder in _folders(cache):
+            texts.append((PackedCorpus.open(folder), first))
+            first += texts[-1][0].windows
+
+    def text_of(windows: Range) -> str | None:
+        for corpus, first_window in texts:
+            start, stop = (window - first_window for window in windows)
+            if start >= 0 and stop <= corpus.windows:
+                return fingerprint(read_windows(corpus, first_window, *windows))
+        return None
+
+    return text_of
+
+
 def packed_texts(cache: Path) -> list[Path]:
     """The folders of a cache's texts that are packed to their end, in order."""
-    folders = [cache / "corpus", *sorted(cache.glob("corpus-[0-9]*"))]
-    return [folder for folder in folders if Paths(folder).index.exists()]
+    return [folder for folder in _folders(cache) if Paths(folder).index.exists()]
+
+
+def _folders(cache: Path) -> list[Path]:
+    return [cache / "corpus", *sorted(cache.glob("corpus-[0-9][0-9][0-9][0-9]"))]
 
 
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:

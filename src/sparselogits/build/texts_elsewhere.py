@@ -10,14 +10,22 @@ one is refused; `index.json` is the last, so a text that has one is complete.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from itertools import count
 from pathlib import Path
+from typing import Any
 
-from sparselogits.corpus.packed import Paths
+from sparselogits.corpus.claims import claimed
+from sparselogits.corpus.packed import Paths, public_source, read_json
+from sparselogits.corpus.streams import is_part_name
 from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import user_cache, write_whole
+from sparselogits.identity import canonical_json
+from sparselogits.locks import Held, lock_file
 from sparselogits.store.place import Place, is_url, storage_at
+from sparselogits.store.push import require_unlinked
 from sparselogits.store.storage import Storage
+from sparselogits.untrusted import parse_json
 
 CORPUS = "corpus"
 
@@ -25,7 +33,8 @@ CORPUS = "corpus"
 def fetch_texts(cache: Place, work: Path | None = None) -> Path:
     """The folder of this machine that holds a cache's packed texts, each in a folder of its own.
 
-    For a URL it is filled with the texts that are complete there and not here.
+    For a URL it is filled with the texts that are complete there and not here. What was packed here
+    of another text, and refused there, makes way.
 
     Args:
         cache: the cache's folder, which is returned itself, or URL.
@@ -33,6 +42,7 @@ def fetch_texts(cache: Place, work: Path | None = None) -> Path:
 
     Raises:
         StorageError: the object store cannot be reached.
+        CorpusError: another process packs another text in the work folder.
     """
     if not is_url(cache):
         return Path(cache)
@@ -40,40 +50,112 @@ def fetch_texts(cache: Place, work: Path | None = None) -> Path:
     folder, storage = (work or user_cache() / "work") / name, storage_at(cache)
     for number in count():
         text = f"{CORPUS}-{number:04d}" if number else CORPUS
-        if Paths(folder / text).index.exists():
+        paths = Paths(folder / text)
+        there = _made_from(storage, text)
+        if paths.index.exists() and (there is None or _is_of(paths, there)):
             continue
-        files = _files(storage, text)
+        files = [] if there is None else _files(storage, text)
         if not files:
             return folder
-        for file in files:
-            path = folder / text / file
-            if not path.exists():
-                write_whole(path, storage.read(f"{text}/{file}"))
+        assert there is not None
+        _make_way(paths, there)
+        with claimed(paths, there):
+            for file in files:
+                path = paths.folder / file
+                if not path.exists():
+                    write_whole(path, storage.read(f"{text}/{file}"), replace=False)
     raise AssertionError("the numbers do not end")
 
 
 def publish_text(cache: Place, folder: Path) -> None:
     """Put a packed text beside the shards of its cache, under its own name; nothing for a folder.
 
+    Only what belongs to a packed text is put, and no link is followed. `corpus.json` leaves the
+    folders of this machine out of the name of its text.
+
     Raises:
         IdentityMismatchError: another text is there.
+        InvalidArgumentError: one of its files is a link.
         StorageError: the object store cannot be reached.
     """
     if not is_url(cache):
         return
-    paths, storage = Paths(folder), storage_at(cache)
-    if _same(storage, f"{folder.name}/{paths.index.name}", paths.index.read_bytes()):
-        return
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    files.sort(key=lambda path: (path == paths.index, path != paths.made_from))
-    for path in files:
-        name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+    paths, storage, text = Paths(folder), storage_at(cache), folder.name
+    made_from = {**read_json(paths.made_from)}
+    made_from["source"] = public_source(made_from["source"])
+    files = _own_files(paths)
+    name = f"{text}/{paths.made_from.name}"
+    if not storage.create(name, canonical_json(made_from)):
+        there = _made_from(storage, text)
+        if there is None or _nameless(there) != _nameless(made_from):
+            raise _other_text(storage, name)
+    whole = "index.json" in storage.names(text)
+    for path in [paths.index] if whole else [*files, paths.index]:
+        name = f"{text}/{path.relative_to(folder).as_posix()}"
         data = path.read_bytes()
-        if not storage.create(name, data) and not _same(storage, name, data):
-            raise IdentityMismatchError(
-                f"{storage.location}/{name} is not what {path} is: another packed text stands "
-                "there; build from the same text and settings, or choose another URL"
+        if storage.create(name, data) or _same(storage, name, data):
+            continue
+        if whole:
+            raise _other_text(storage, name)
+        # of a writer that died in a store without atomic puts
+        storage.move(name, f"damaged/{name.replace('/', '-')}-{secrets.token_hex(4)}")
+        storage.create(name, data)
+
+
+def _own_files(paths: Paths) -> list[Path]:
+    """Files of a packed text but the first and the last."""
+    found = [paths.frequencies]
+    for stream in (paths.training, paths.holdout):
+        if stream.exists():
+            require_unlinked(stream)
+            found += sorted(path for path in stream.iterdir() if is_part_name(path.name))
+    for path in (paths.folder, paths.made_from, paths.index, *found):
+        require_unlinked(path)
+    return found
+
+
+def _made_from(storage: Storage, text: str) -> dict[str, Any] | None:
+    """What a text is made from, as its place says; None where none is begun there."""
+    name = f"{text}/{Paths(Path(text)).made_from.name}"
+    try:
+        value: dict[str, Any] = parse_json(storage.read(name))
+        value["source"] = public_source(value["source"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{storage.location}/{name} is damaged ({error}); delete it, then start the same "
+            "command again"
+        ) from error
+    return value
+
+
+def _is_of(paths: Paths, made_from: dict[str, Any]) -> bool:
+    return _nameless(read_json(paths.made_from)) == _nameless(made_from)
+
+
+def _nameless(made_from: dict[str, Any]) -> dict[str, Any]:
+    return {**made_from, "source": {**made_from["source"], "name": ""}}
+
+
+def _make_way(paths: Paths, made_from: dict[str, Any]) -> None:
+    """Remove what was packed of another text into a work folder, unless that is going on."""
+    if not paths.made_from.exists() or _is_of(paths, made_from):
+        return
+    with lock_file(paths.lock) as lock:
+        if lock.held is Held.TAKEN:
+            raise CorpusError(
+                f"another process is packing another text in {paths.folder}; wait for it to end, "
+                "or name another work folder (--work)"
             )
+        paths.remove()
+
+
+def _other_text(storage: Storage, name: str) -> IdentityMismatchError:
+    return IdentityMismatchError(
+        f"{storage.location}/{name} belongs to another packed text; build from the same text and "
+        "settings, or choose another URL"
+    )
 
 
 def _same(storage: Storage, name: str, data: bytes) -> bool:

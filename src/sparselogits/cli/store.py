@@ -37,16 +37,18 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte, checksum and invariant of a cache; exit with 2 if it is damaged."""
-    from sparselogits.build import windows_of_texts
+    from sparselogits.build import text_of_windows, windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
     from sparselogits.store.place import is_url
 
     # a cache in an object store would have to fetch its whole text to know where it ends
-    windows = None if is_url(cache) else windows_of_texts(Path(cache))
+    windows = text_of = None
+    if not is_url(cache):
+        windows, text_of = windows_of_texts(Path(cache)), text_of_windows(Path(cache))
     opened = Cache.open(cache)
     with stage("verifying", "shards") as update:
-        report = verify_cache(opened, sample=sample, stop=windows, progress=update)
+        report = verify_cache(opened, sample=sample, stop=windows, text_of=text_of, progress=update)
     damaged = [shard for shard in report.shards if shard.error is not None]
     if as_json:
         say_json(asdict(report))
@@ -71,11 +73,14 @@ def repair(
     as_json: Json = False,
 ) -> None:
     """Set damaged files of a cache aside, without deleting them, and list what to build again."""
+    from sparselogits.build import text_of_windows
     from sparselogits.store import Cache
     from sparselogits.store import repair as repair_cache
+    from sparselogits.store.place import is_url
 
+    text_of = None if is_url(cache) else text_of_windows(Path(cache))
     with stage("verifying", "shards") as update:
-        report = repair_cache(Cache.open(cache), progress=update)
+        report = repair_cache(Cache.open(cache), text_of=text_of, progress=update)
     if as_json:
         say_json(asdict(report))
         return

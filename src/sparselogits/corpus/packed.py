@@ -7,8 +7,10 @@ the size of the corpus, and opening reads two small JSON files.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -36,7 +38,7 @@ from sparselogits.corpus.streams import (
 from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
-from sparselogits.identity import canonical_json
+from sparselogits.identity import canonical_json, label_of
 
 FORMATS = (1, 2)
 """Formats that are read: 1, and 2 where something is held out (see docs/corpus.md).
@@ -152,6 +154,7 @@ class PackedCorpus:
         self.packing = Packing(**made_from["packing"])
         self.source_name: str = made_from["source"]["name"]
         self.source_fingerprint: str = made_from["source"]["fingerprint"]
+        self.text_fingerprint = text_fingerprint(made_from["source"])
         self.tokenizer_fingerprint: str = made_from["tokenizer"]
         self.vocab_size: int = made_from["vocab_size"]
         self.summary = CorpusSummary(**index["summary"])
@@ -292,6 +295,26 @@ class PackedCorpus:
 def _reopen(folder: Path, whole: bool) -> PackedCorpus:
     corpus = PackedCorpus.open(folder)
     return corpus.held_out_whole() if whole else corpus
+
+
+def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what may be published of a source: its name without folders of this machine.
+
+    Args:
+        source: see `Source.to_json`.
+    """
+    return {**source, "name": label_of(str(source.get("name", "")))}
+
+
+def text_fingerprint(source: Mapping[str, Any]) -> str:
+    """Return the sha256, in hex, of what a text is and how it was read; its name is left out.
+
+    Args:
+        source: see `Source.to_json`.
+    """
+    return hashlib.sha256(
+        canonical_json({key: value for key, value in source.items() if key != "name"})
+    ).hexdigest()
 
 
 def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> None:

@@ -25,6 +25,7 @@ from sparselogits.corpus.packed import (
     PackedCorpus,
     Paths,
     format_of,
+    public_source,
     write_index,
 )
 from sparselogits.corpus.portions import Job, Progress, make_parts
@@ -76,7 +77,7 @@ def pack(
     paths, source = Paths(Path(out)), source.read_by(tokenizer)
     made_from = {
         "format": format_of(packing),
-        "source": source.to_json(),
+        "source": public_source(source.to_json()),
         "tokenizer": str(tokenizer_fingerprint(tokenizer)),
         "vocab_size": vocab_size,
         "packing": packing.to_json(),

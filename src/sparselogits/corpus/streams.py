@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -64,6 +65,11 @@ class Tokens(NamedTuple):
 def part_name(number: int) -> str:
     """File name of a part; parts sort by name."""
     return f"part-{number:08d}.parquet"
+
+
+def is_part_name(name: str) -> bool:
+    """Return whether a file name is that of a part."""
+    return re.fullmatch(r"part-\d{8}\.parquet", name) is not None
 
 
 class PartFile:

@@ -82,6 +82,7 @@ class Cache:
         storage = storage_at(root)
         storage.clean("")
         storage.clean(SHARDS)
+        identity = identity.without_paths()
         content = {"fingerprint": identity.fingerprint, "identity": identity.to_json()}
         storage.create(CACHE_JSON, canonical_json(content) + b"\n")
         cache = cls.open(storage)

@@ -68,6 +68,11 @@ class LocalCopy:
         """Write a new file where the files live."""
         return self.storage.create(name, data)
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file where the files live."""
+        self.storage.replace(name, data)
+        self.forget(name)
+
     def move(self, name: str, to: str) -> None:
         """Rename a file where the files live."""
         self.storage.move(name, to)

@@ -41,6 +41,10 @@ class MemoryStorage:
         self.files[name] = data
         return True
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Hold a file, in the place of what is there."""
+        self.files[name] = data
+
     def move(self, name: str, to: str) -> None:
         """Give a file another name."""
         self.files[to] = self.files.pop(name)

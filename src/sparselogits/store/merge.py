@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparselogits.errors import CacheError
+from sparselogits.errors import CacheCorruptionError, CacheError, IdentityMismatchError
 from sparselogits.store.cache import Cache
+from sparselogits.store.guard import Guard, GuardError, read_guard
 from sparselogits.store.place import Place
 from sparselogits.store.ranges import Range, shard_name
+from sparselogits.store.repair import set_aside
 from sparselogits.store.shard import Shard
-from sparselogits.store.verify import Progress
+from sparselogits.store.storage import Storage
+from sparselogits.store.texts import TextCheck, claim_text, named_texts
+from sparselogits.store.verify import Progress, is_sound
+
+_TAIL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -21,17 +27,21 @@ class MergeReport:
     Args:
         copied: ranges whose shards were copied.
         kept: ranges that stood in the merged cache before.
+        set_aside: (name before, name now) of damaged files that stood there in the place of one.
     """
 
     copied: tuple[Range, ...]
     kept: tuple[Range, ...]
+    set_aside: tuple[tuple[str, str], ...] = ()
 
 
 def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = None) -> MergeReport:
     """Copy the shards of several caches into one, new or begun before.
 
     Every byte is checked on the way. Interrupted, it goes on where it stopped. Where two sources
-    hold the same range, the first one's shard is taken: the two hold the same targets.
+    hold the same range, the first one's shard is taken: the two hold the same targets. A shard that
+    stands in the merged cache already is compared by size and checksums; a damaged one, as a store
+    without atomic writes may hold, is set aside and put anew.
 
     Args:
         sources: at least one.
@@ -39,7 +49,8 @@ def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = N
         progress: called with (shards done, shards in all).
 
     Raises:
-        IdentityMismatchError: naming the fields in which two sources differ.
+        IdentityMismatchError: naming the fields in which two sources differ; or shards of
+            different texts.
         CacheError: ranges that overlap without being equal; nothing is written then.
         CacheCorruptionError: a damaged shard; the ones before it have been copied.
     """
@@ -49,19 +60,106 @@ def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = N
     for other in sources[1:]:
         first.identity.require_equal(other.identity, here=str(first.root), there=str(other.root))
     holder = {r: source for source in reversed(sources) for r in source.finished()}
+    texts = _texts_of(sources, holder)
     target = Cache.create(out, first.identity)
     kept = target.finished()
     _require_disjoint({**holder, **dict.fromkeys(kept, target)})
-    copied = []
+    if not named_texts(target.storage):  # of a version that did not name them
+        _require_texts(texts, ((windows, target) for windows in kept))
+    for text in texts.texts:
+        claim_text(target.storage, text)
+    copied, stay, aside = [], [], []
     for done, windows in enumerate(sorted(holder)):
-        if windows not in kept:
-            name, source = shard_name(*windows), holder[windows]
+        name, source = shard_name(*windows), holder[windows]
+        if windows in kept and _stays(source, target, windows):
+            stay.append(windows)
+        else:
+            if windows in kept:
+                aside.append((name, set_aside(target, name)))
             target.storage.create(name, Shard(source.storage, name, source.identity).read_bytes())
             copied.append(windows)
         if progress is not None:
             progress(done + 1, len(holder))
     target.finished()
-    return MergeReport(tuple(copied), tuple(kept))
+    others = [windows for windows in kept if windows not in holder]
+    return MergeReport(tuple(copied), tuple(sorted([*stay, *others])), tuple(aside))
+
+
+def _texts_of(sources: Sequence[Cache], holder: Mapping[Range, Cache]) -> TextCheck:
+    """The texts that the sources name or their shards tell, which must not contradict each other.
+
+    Raises:
+        IdentityMismatchError: they do.
+    """
+    texts = TextCheck([])
+    for source in sources:
+        for text in named_texts(source.storage):
+            try:
+                texts.add(text)
+            except ValueError as error:
+                raise IdentityMismatchError(f"{source.root}: {error}; {_APART}") from error
+    _require_texts(texts, holder.items())
+    for source in sources:
+        for windows in source.finished():
+            other = holder[windows]
+            if other is not source:
+                _require_same_text(source, other, windows)
+    return texts
+
+
+def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> None:
+    for windows, cache in sorted(shards, key=lambda shard: shard[0]):
+        try:
+            texts.require(windows, cache.provenance(windows[0]))
+        except CacheCorruptionError:
+            continue  # raised when it is copied
+        except ValueError as error:
+            name = shard_name(*windows)
+            raise IdentityMismatchError(f"{cache.root}/{name}: {error}; {_APART}") from error
+
+
+_APART = "caches of different texts stay apart: merge them into different places"
+
+
+def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
+    found = [cache.provenance(windows[0]).get("corpus") for cache in (one, other)]
+    if found[0] != found[1]:
+        raise IdentityMismatchError(
+            f"windows {windows[0]}:{windows[1]} of {one.root} and of {other.root} were made from "
+            f"different text; {_APART}"
+        )
+
+
+def _stays(source: Cache, target: Cache, windows: Range) -> bool:
+    """Whether the shard that stands in the merged cache is whole.
+
+    Raises:
+        IdentityMismatchError: it is, and of other text.
+    """
+    name = shard_name(*windows)
+    here, there = _frame(source.storage, name), _frame(target.storage, name)
+    if there is not None and here == there:
+        return True
+    if not is_sound(target, windows):
+        return False
+    _require_same_text(source, target, windows)  # from another machine, it may differ in low bits
+    return True
+
+
+def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
+    """A shard's checksums and footer, checked against each other; None where they do not hold."""
+    wanted = _TAIL
+    while True:
+        try:
+            size, tail = storage.tail(name, wanted)
+            found = read_guard(tail, size)
+        except (GuardError, OSError):
+            return None
+        if isinstance(found, Guard):
+            return found, tail[len(tail) - (size - found.footer_start) :]
+        if found <= wanted:
+            return None
+        wanted = found
 
 
 def _require_disjoint(holder: dict[Range, Cache]) -> None:

@@ -4,7 +4,8 @@ The driver is fsspec's: s3fs for `s3://`, and whatever else is installed for oth
 publish on a hub and read from it, `memory://` in tests). What the store asks of it is a put that
 only creates, ranged reads and a listing; a conditional put is atomic, so there are no temporaries,
 nothing to clean, and of two writers either may win. (Drivers without a conditional put look first
-and put then, `hf://` among them: there one writer at a time.)
+and put then, `hf://` among them: there one writer at a time.) Drivers of which it is not known that
+a put is atomic, such as `sftp://`, write under a temporary name, compare the size, and rename.
 
 A put carries a checksum that the server compares before the object exists (botocore adds a CRC32
 by itself), so nothing is read back. Requests that fail are repeated with growing pauses; what fails
@@ -18,6 +19,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sparselogits.errors import (
@@ -26,12 +30,18 @@ from sparselogits.errors import (
     MissingDependencyError,
     StorageError,
 )
+from sparselogits.files import TEMPORARY_PREFIX, is_leftover, temporary_name
 
 T = TypeVar("T")
 
 _ATTEMPTS = 8
 _TAKEN = {"PreconditionFailed", "412"}
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_ATOMIC = {
+    *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory")
+}
+"""Schemes whose puts are atomic: an object that is there is complete."""
+
 _BEYOND_END = {"InvalidRange", "416"}
 
 
@@ -74,7 +84,8 @@ class ObjectStorage:
         except FileNotFoundError:
             return []
         names = (entry["name"].rstrip("/") for entry in found if entry["type"] == "file")
-        return sorted(name.rpartition("/")[2] for name in names if name != path)
+        found = (name.rpartition("/")[2] for name in names if name != path)
+        return sorted(name for name in found if not name.startswith(TEMPORARY_PREFIX))
 
     def size(self, name: str) -> int:
         """Length of an object in bytes; one request."""
@@ -131,7 +142,10 @@ class ObjectStorage:
         def put() -> bool:
             for attempt in range(_ATTEMPTS):
                 try:
-                    files.pipe_file(f"{root}/{name}", data, mode="create")
+                    if self._puts_are_atomic:
+                        files.pipe_file(f"{root}/{name}", data, mode="create")
+                    else:
+                        _put_whole(files, f"{root}/{name}", data)
                     return True
                 except FileExistsError:
                     return False
@@ -154,7 +168,11 @@ class ObjectStorage:
     def replace(self, name: str, data: bytes) -> None:
         """Put an object whether or not the name is taken: for the card alone, never for data."""
         files, root = self._open()
-        self._ask("write", name, lambda: files.pipe_file(f"{root}/{name}", data))
+        path = f"{root}/{name}"
+        if self._puts_are_atomic:
+            self._ask("write", name, lambda: files.pipe_file(path, data))
+        else:
+            self._ask("write", name, lambda: _put_whole(files, path, data, replace=True))
 
     def move(self, name: str, to: str) -> None:
         """Give an object another name: put it there, then delete it here; three requests."""
@@ -164,8 +182,19 @@ class ObjectStorage:
         self._ask("remove", name, lambda: files.rm_file(f"{root}/{name}"))
 
     def clean(self, folder: str) -> list[str]:
-        """Nothing: a put that did not end has left nothing."""
-        return []
+        """Remove temporary objects of dead writers of this machine; an atomic put leaves none."""
+        if self._puts_are_atomic:
+            return []
+        files, root = self._open()
+        path = f"{root}/{folder}".rstrip("/")
+        removed = []
+        with suppress(FileNotFoundError):
+            for entry in self._ask("list", folder, lambda: files.ls(path, detail=True)):
+                name = entry["name"].rstrip("/").rpartition("/")[2]
+                if is_leftover(name):
+                    self._ask("remove", name, partial(files.rm_file, f"{path}/{name}"))
+                    removed.append(name)
+        return removed
 
     def forget(self, name: str) -> bool:
         """Nothing is held."""
@@ -174,6 +203,10 @@ class ObjectStorage:
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are spawned: they open their own connections."""
         return self.__dict__ | {"_opened": None}
+
+    @property
+    def _puts_are_atomic(self) -> bool:
+        return self.url.partition("://")[0] in _ATOMIC
 
     def _open(self) -> tuple[Any, str]:
         """The driver's file system and the root in it, of this very process."""
@@ -192,6 +225,37 @@ class ObjectStorage:
                 "nothing about the data there: check network, credentials (AWS_*) and endpoint, "
                 "then start the same command again"
             ) from error
+
+
+def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> None:
+    """Put an object by way of a temporary name, where the store can rename.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: it could not be put; what was written is removed again.
+    """
+    from fsspec import AbstractFileSystem
+
+    folder = path.rpartition("/")[0]
+    renames = type(files).mv not in (AbstractFileSystem.mv, None)
+    temporary = f"{folder}/{temporary_name(Path('object')).name}" if renames else path
+    if not replace and files.exists(path):
+        raise FileExistsError(path)
+    files.makedirs(folder, exist_ok=True)
+    try:
+        files.pipe_file(temporary, data)
+        files.invalidate_cache()
+        size = files.info(temporary)["size"]
+        if size != len(data):
+            raise OSError(f"the store holds {size} of {len(data)} bytes that were written")
+        if renames and not replace and files.exists(path):
+            raise FileExistsError(path)
+        if renames:
+            files.mv(temporary, path)
+    except BaseException:
+        with suppress(Exception):
+            files.rm_file(temporary)
+        raise
 
 
 def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:

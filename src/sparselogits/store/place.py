@@ -36,7 +36,12 @@ def storage_at(place: Place | Storage) -> Storage:
             f"{place} looks like a URL but is not one; write it as s3://bucket/prefix, as a string "
             "(a Path loses a slash)"
         )
-    return ObjectStorage(str(place)) if is_url(place) else LocalStorage(place)
+    if not is_url(place):
+        return LocalStorage(place)
+    scheme, _, path = str(place).partition("://")
+    if scheme in ("file", "local"):  # a folder like any other, and written as safely
+        return LocalStorage(Path(f"/{path.lstrip('/')}" if path.startswith("/") else path))
+    return ObjectStorage(str(place))
 
 
 def place_of(storage: Storage) -> Place:

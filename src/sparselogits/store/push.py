@@ -2,18 +2,24 @@
 
 What is put is what a build into that place would have written, in its order: cache.json first,
 which claims the name, then the shards, each checked as it is read; the dataset card with the
-figures is the last. A shard that is there is complete, so an interrupted push goes on where it
-stopped, the next push adds what was built meanwhile, and readers may begin at once.
+figures is the last. Nothing else in the folder is touched, and no link is followed. A shard that
+is there whole is left alone, so an interrupted push goes on where it stopped, the next push adds
+what was built meanwhile, and readers may begin at once.
 """
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
+
 from sparselogits.errors import CacheError, InvalidArgumentError
-from sparselogits.store.cache import Cache
+from sparselogits.store.cache import CACHE_JSON, Cache
 from sparselogits.store.card import dataset_card
 from sparselogits.store.merge import MergeReport, merge
-from sparselogits.store.objects import ObjectStorage
-from sparselogits.store.place import Place, is_url
+from sparselogits.store.place import Place, is_url, storage_at
+from sparselogits.store.ranges import SHARDS, shard_name
+from sparselogits.store.storage import LocalStorage
+from sparselogits.store.texts import TEXTS
 from sparselogits.store.verify import Progress
 
 
@@ -29,7 +35,7 @@ def push(cache: Cache, url: Place, *, progress: Progress | None = None) -> Merge
         progress: called with (shards done, shards in all).
 
     Raises:
-        InvalidArgumentError: no URL.
+        InvalidArgumentError: no URL; or a link among the cache's files.
         IdentityMismatchError: another cache is there; names the fields in which they differ.
         CacheError: nothing to publish, or shards there that overlap these.
         CacheCorruptionError: a damaged shard; the ones before it are there.
@@ -42,9 +48,37 @@ def push(cache: Cache, url: Place, *, progress: Progress | None = None) -> Merge
         )
     if not cache.finished():
         raise CacheError(f"{cache.root} holds no finished shard yet; build some first")
-    storage = ObjectStorage(str(url))
+    if isinstance(cache.storage, LocalStorage):
+        _require_no_links(cache, cache.storage.root)
+    storage = storage_at(url)
     report = merge([cache], url, progress=progress)
     there = Cache.open(storage)
     whole = cache if there.finished() == cache.finished() else there
-    storage.replace("README.md", dataset_card(cache.identity, whole.statistics()).encode())
+    storage.replace("README.md", dataset_card(there.identity, whole.statistics()).encode())
     return report
+
+
+def require_unlinked(path: Path) -> None:
+    """Validate that a path that is to be published is a file or folder itself, not a link.
+
+    Raises:
+        InvalidArgumentError: it is something else.
+    """
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+        raise InvalidArgumentError(
+            f"{path} is {what}; what is published are the cache's own files. Put a copy of the "
+            "file that is meant in its place (cp -L), or remove it, then push again"
+        )
+
+
+def _require_no_links(cache: Cache, root: Path) -> None:
+    require_unlinked(root / CACHE_JSON)
+    for folder in (SHARDS, TEXTS):
+        if (root / folder).exists():
+            require_unlinked(root / folder)
+    for windows in cache.finished():
+        require_unlinked(root / shard_name(*windows))
+    for name in cache.storage.names(TEXTS):
+        require_unlinked(root / TEXTS / name)

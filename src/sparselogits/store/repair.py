@@ -5,11 +5,16 @@ Nothing is ever deleted: a damaged file may still be worth a look, or its disk t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from sparselogits.errors import CacheError
+from sparselogits.locks import Held, lock_file
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range
-from sparselogits.store.verify import Progress, VerifyReport, verify
+from sparselogits.store.storage import LocalStorage
+from sparselogits.store.verify import Progress, TextOf, VerifyReport, is_sound, verify
 
 DAMAGED = "damaged"
 
@@ -28,30 +33,67 @@ class RepairReport:
 
 
 def repair(
-    cache: Cache, report: VerifyReport | None = None, *, progress: Progress | None = None
+    cache: Cache,
+    report: VerifyReport | None = None,
+    *,
+    text_of: TextOf | None = None,
+    progress: Progress | None = None,
 ) -> RepairReport:
     """Move every damaged shard into the folder `damaged` of the cache.
+
+    A build may go on meanwhile: a shard that is sound by now is left where it is.
 
     Args:
         cache: to be repaired.
         report: what `verify` found; it is run, in full, when None.
+        text_of: as for `verify`.
         progress: as for `verify`.
+
+    Raises:
+        CacheError: another process is repairing this cache.
+        StorageError: it cannot be reached or written; what was set aside before stays so.
     """
-    report = report or verify(cache, progress=progress)
-    moved = []
-    for shard in report.damaged:
-        free = _free_name(cache, shard.name.rpartition("/")[2])
-        cache.storage.move(shard.name, free)
-        moved.append((shard.name, free))
-    cache.finished()
-    rebuild = sorted([*(shard.windows for shard in report.damaged), *report.missing])
-    return RepairReport(tuple(moved), tuple(rebuild))
+    with _alone(cache):
+        report = report or verify(cache, text_of=text_of, progress=progress)
+        moved, rebuild = [], list(report.missing)
+        sound = [shard.windows for shard in report.shards if shard.error is None]
+        for shard in report.damaged:
+            if is_sound(cache, shard.windows, beside=sound, text_of=text_of):
+                continue  # rebuilt since the report was made
+            with suppress(FileNotFoundError):  # removed by hand meanwhile
+                moved.append((shard.name, set_aside(cache, shard.name)))
+            rebuild.append(shard.windows)
+        cache.finished()
+    return RepairReport(tuple(moved), tuple(sorted(rebuild)))
 
 
-def _free_name(cache: Cache, name: str) -> str:
-    taken = set(cache.storage.names(DAMAGED))
-    free, number = name, 1
+@contextmanager
+def _alone(cache: Cache) -> Iterator[None]:
+    """Keep other repairs out, so that none sets aside what was rebuilt after another."""
+    storage = cache.storage
+    if not isinstance(storage, LocalStorage):
+        yield
+        return
+    with lock_file(storage.root / ".repair.lock") as lock:
+        if lock.held is Held.TAKEN:
+            raise CacheError(
+                f"another process is repairing {storage.location}; wait for it to end, then see "
+                "with `sparselogits verify` whether there is anything left to repair"
+            )
+        yield
+
+
+def set_aside(cache: Cache, name: str) -> str:
+    """Move a file of a cache into its folder `damaged`; returns its name there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StorageError: it cannot be moved.
+    """
+    taken, own = set(cache.storage.names(DAMAGED)), name.rpartition("/")[2]
+    free, number = own, 1
     while free in taken:
         number += 1
-        free = f"{name}.{number}"
+        free = f"{own}.{number}"
+    cache.storage.move(name, f"{DAMAGED}/{free}")
     return f"{DAMAGED}/{free}"

@@ -28,6 +28,7 @@ from sparselogits.files import (
     sync_folder,
     take_name,
     temporary_name,
+    write_whole,
 )
 from sparselogits.untrusted import NotRegularError, open_regular
 
@@ -60,6 +61,10 @@ class Storage(Protocol):
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a new file, whole or not at all; False where the name is taken already."""
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file whole whether or not the name is taken: for the card alone."""
         ...
 
     def move(self, name: str, to: str) -> None:
@@ -141,6 +146,10 @@ class LocalStorage:
         sync_folder(path.parent)
         self._step("done")
         return created
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file whole, in the place of what is there."""
+        write_whole(self.root / name, data)
 
     def move(self, name: str, to: str) -> None:
         """Rename a file to a free name."""

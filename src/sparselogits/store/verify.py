@@ -25,9 +25,12 @@ from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.ranges import Range, missing_ranges, shard_name
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard import Shard
+from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
 
 Progress = Callable[[int, int], None]
+
+TextOf = Callable[[Range], str | None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def verify(
     *,
     sample: int | None = None,
     stop: int | None = None,
+    text_of: TextOf | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a cache.
@@ -83,6 +87,8 @@ def verify(
         cache: to be checked.
         sample: row groups to decode a shard, spread evenly, for a quick look; all when None.
         stop: windows the corpus has; the last shard's end when None.
+        text_of: gives the fingerprint of the packed text of a range of windows, where that is at
+            hand, to be compared with what the shard was made from; None where it is not.
         progress: called with (shards done, shards in all).
 
     Returns:
@@ -90,11 +96,12 @@ def verify(
 
     Raises:
         StorageError: a shard could not be reached; nothing is known about it.
+        CacheCorruptionError: a file that names a text is damaged.
     """
     ranges = cache.finished()
-    reports = []
+    reports, texts = [], TextCheck(named_texts(cache.storage))
     for done, windows in enumerate(ranges):
-        reports.append(_verify_shard(cache, windows, sample))
+        reports.append(_verify_shard(cache, windows, sample, texts, text_of))
         if progress is not None:
             progress(done + 1, len(ranges))
     if stop is None:
@@ -102,7 +109,30 @@ def verify(
     return VerifyReport(tuple(reports), tuple(missing_ranges(ranges, stop)))
 
 
-def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardReport:
+def is_sound(
+    cache: Cache, windows: Range, *, beside: Iterable[Range] = (), text_of: TextOf | None = None
+) -> bool:
+    """Return whether one shard is there and sound, as `verify` has it.
+
+    Args:
+        cache: that holds it.
+        windows: its range.
+        beside: sound shards whose text it must not contradict, where the cache names no texts.
+        text_of: as for `verify`.
+
+    Raises:
+        StorageError: it could not be reached.
+    """
+    named = named_texts(cache.storage)
+    texts = TextCheck(named)
+    for other in () if named else beside:
+        texts.require(other, cache.provenance(other[0]))
+    return _verify_shard(cache, windows, None, texts, text_of).error is None
+
+
+def _verify_shard(
+    cache: Cache, windows: Range, sample: int | None, texts: TextCheck, text_of: TextOf | None
+) -> ShardReport:
     name, checked = shard_name(*windows), 0
     try:
         shard = Shard(cache.storage, name, cache.identity)
@@ -117,11 +147,25 @@ def _verify_shard(cache: Cache, windows: Range, sample: int | None) -> ShardRepo
                 checked += 1
         if checked == len(shard):
             records.require(shard)
+        _require_text(shard, windows, texts, text_of)
     except StorageError:  # a shard that cannot be reached is not a damaged one
         raise
     except (SparseLogitsError, OSError) as error:
         return ShardReport(windows, name, checked, str(error))
     return ShardReport(windows, name, checked, None)
+
+
+def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
+    provenance = shard.description["provenance"]
+    try:
+        texts.require(windows, provenance)
+    except ValueError as error:
+        raise CacheCorruptionError(f"{shard.name}: {error}") from error
+    expected = None if text_of is None else text_of(windows)
+    if expected is not None and provenance.get("corpus", expected) != expected:
+        raise CacheCorruptionError(
+            f"{shard.name} was made from other text than the packed text of this cache"
+        )
 
 
 def _spread(groups: int, sample: int | None) -> Iterable[int]:
