@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from sparselogits.allowances import refuse
 from sparselogits.causal_lm import embedding_rows
-from sparselogits.errors import MissingDependencyError, TeacherError, reason_of
+from sparselogits.errors import (
+    InvalidArgumentError,
+    MissingDependencyError,
+    StorageError,
+    TeacherError,
+    reason_of,
+)
 from sparselogits.extras import require
 from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
@@ -90,9 +96,14 @@ def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
         StorageError: it cannot be written.
     """
     folder = Path(cache) / TOKENIZER_FOLDER
-    if not folder.exists():
+    if folder.exists():
+        return
+    try:
         with whole_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
+    except (InvalidArgumentError, StorageError):
+        if not folder.exists():  # else another worker of the same build was first
+            raise
 
 
 def load_teacher(
