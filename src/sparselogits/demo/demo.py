@@ -30,7 +30,13 @@ from sparselogits.demo.material import (
     demo_dtype,
     demo_text,
 )
-from sparselogits.demo.story import PROMPTS, Told, continuations, write_story, write_window
+from sparselogits.demo.story import (
+    Told,
+    continuations,
+    prompts_of,
+    write_story,
+    write_window,
+)
 from sparselogits.evaluate import HeldOut, evaluate
 from sparselogits.extras import require_demo
 from sparselogits.files import write_whole
@@ -324,14 +330,12 @@ def _conditions(
 def _samples(
     students: dict[str, Any], teacher: TransformersTeacher, corpus: PackedCorpus, tokenizer: Any
 ) -> list[Continuation]:
-    """Continue two held-out windows with the teacher and two students."""
-    windows = TextDataset(corpus, limit=HELDOUT_WINDOWS)
-    first = [windows[i] for i in range(0, len(windows), max(1, len(windows) // PROMPTS))][:PROMPTS]
+    """Continue held-out documents with the teacher and two students."""
     names = {way.key: way.name for way in WAYS}
     models = {"the teacher": teacher.model} | {
         names[key]: students[key] for key in ("systematic", "ce")
     }
-    return continuations(models, tokenizer, first, SEED)
+    return continuations(models, tokenizer, prompts_of(corpus), SEED)
 
 
 def _told(way: _Way, trained: RunResult, out: Path) -> Told:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparselogits.corpus import PackedCorpus
 from sparselogits.data import CacheDataset
 from sparselogits.evaluate import HeldOut
 from sparselogits.files import write_whole
@@ -132,20 +134,36 @@ def _cells(one: Told, found: HeldOut) -> list[Cell]:
     return [*_metrics(found), entries, plain(one.bytes_per_token), seconds]
 
 
+def prompts_of(corpus: PackedCorpus) -> list[Tensor]:
+    """Return the first tokens of some held-out documents, or of windows where none begins."""
+    begun, others = [], []
+    for index in range(corpus.holdout_windows):
+        window = corpus.read_holdout(index, index + 1)[0]
+        tokens = torch.from_numpy(window.tokens.astype("int64"))
+        others.append(tokens[:PROMPT_TOKENS])
+        begun += [
+            tokens[start : start + PROMPT_TOKENS]
+            for start in window.document_starts.tolist()
+            if start + PROMPT_TOKENS <= len(tokens)
+        ]
+        if len(begun) >= PROMPTS:
+            break
+    return (begun + others)[:PROMPTS]
+
+
 def continuations(
-    models: Mapping[str, nn.Module], tokenizer: Any, windows: Sequence[Mapping[str, Any]], seed: int
+    models: Mapping[str, nn.Module], tokenizer: Any, prompts: Sequence[Tensor], seed: int
 ) -> list[Continuation]:
-    """Let models continue the beginnings of held-out windows.
+    """Let models continue prompts.
 
     Args:
         models: transformers models by name.
         tokenizer: of all of them.
-        windows: items of a dataset, with `input_ids`.
+        prompts: int64 [L] each.
         seed: of the draws, the same for all models.
     """
     found = []
-    for window in windows:
-        prompt = window["input_ids"][:PROMPT_TOKENS]
+    for prompt in prompts:
         texts = {}
         for name, model in models.items():
             torch.manual_seed(seed)
@@ -160,9 +178,15 @@ def continuations(
                     pad_token_id=0,
                 )
             said = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-            texts[name] = said.strip("\n") or "(nothing but line breaks)"
-        found.append(Continuation(tokenizer.decode(prompt, skip_special_tokens=True), texts))
+            texts[name] = _in_a_line(said)
+        begun = tokenizer.decode(prompt, skip_special_tokens=True)
+        found.append(Continuation(_in_a_line(begun), texts))
     return found
+
+
+def _in_a_line(text: str) -> str:
+    """Return a text with its line breaks as signs and its runs of spaces as one."""
+    return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
 
 
 def write_window(
