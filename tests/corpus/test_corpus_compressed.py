@@ -110,38 +110,36 @@ def test_what_is_no_compressed_data_is_named(suffix: str, tmp_path: Path) -> Non
 BOMB = """
 import resource, sys
 from sparselogits.corpus import open_source
-from sparselogits.errors import CorpusError
 bytes_now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (bytes_now + (200 << 20),) * 2)
-try:
-    print(sum(len(text) for text in open_source(sys.argv[1]).documents()))
-except CorpusError as error:
-    print("refused", error)
+for path in sys.argv[1:]:
+    print(list(open_source(path).documents()))
 """
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_memory_does_not_follow_what_is_unpacked(
-    suffix: str, tmp_path: Path, library_environment: dict[str, str]
+    tmp_path: Path, library_environment: dict[str, str]
 ) -> None:
     """Hundreds of megabytes of blank lines in a few kilobytes, with 200 MB of address space."""
     line = b" " * ((1 << 20) - 1) + b"\n"
-    path = tmp_path / f"pages.jsonl{suffix}"
     openers: dict[str, Callable[[io.BufferedWriter], io.IOBase]] = {
         ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1),
         ".bz2": lambda raw: bz2.BZ2File(raw, "wb", compresslevel=1),
         ".xz": lambda raw: lzma.LZMAFile(raw, "wb", preset=0),  # noqa: SIM115
         ".zst": lambda raw: zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False),
     }
-    with path.open("wb") as raw, openers[suffix](raw) as stream:
-        for _ in range(300 if suffix in (".bz2", ".xz") else 900):
-            stream.write(line)
-        stream.write(b'{"text": "the end"}\n')
+    paths = []
+    for suffix, opener in openers.items():
+        paths.append(tmp_path / f"pages.jsonl{suffix}")
+        with paths[-1].open("wb") as raw, opener(raw) as stream:
+            for _ in range(250 if suffix in (".bz2", ".xz") else 900):
+                stream.write(line)
+            stream.write(b'{"text": "the end"}\n')
     done = subprocess.run(
-        [sys.executable, "-c", BOMB, str(path)],
+        [sys.executable, "-c", BOMB, *map(str, paths)],
         env=library_environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout == "7\n", done.stderr
+    assert done.stdout == "['the end']\n" * len(paths), done.stderr
