@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.errors import CacheError, IdentityMismatchError
-from sparselogits.untrusted import shown
+from sparselogits.untrusted import printable, shown
 
 FORMAT_VERSION = 1
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -98,6 +98,20 @@ class Identity:
                 raise CacheError(f"the identity's {name} is {shown(value[name])}, which cannot be")
         return cls(**value)
 
+    def teacher_in_words(self) -> str:
+        """Return the teacher's name and dtype on one line, for people."""
+        name, dtype = (_word(self.teacher.get(key)) for key in ("name", "dtype"))
+        return f"{name or 'unnamed'} ({dtype or 'unknown'})"
+
+    def sampler_in_words(self) -> str:
+        """Return the sampler's name and parameters on one line, for people."""
+        parameters = [
+            f"{_word(k)} {_word(v)}"
+            for k, v in self.sampler.items()
+            if k != "name" and v is not None
+        ]
+        return f"{_word(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
+
     def _compared(self) -> dict[str, Any]:
         compared = self.to_json()
         compared["teacher"] = {k: v for k, v in compared["teacher"].items() if k != "name"}
@@ -151,6 +165,14 @@ def label_of(name: str) -> str:
     if _HUB_NAME.fullmatch(name) and not Path(name).exists():
         return name
     return parts[-1] if parts else "unnamed"
+
+
+def _word(value: object) -> str:
+    """Return a value of an identity as it is shown on one line; an empty text for none."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else shown(value)
+    return " ".join(printable(text, 200).split())
 
 
 def canonical_json(value: object) -> bytes:

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from sparselogits.cli import app
 from sparselogits.store import Cache
+from sparselogits.store.card import dataset_card
+from sparselogits.store.records import CacheStatistics
+from tests.store.draws import identity
 
 
 def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
@@ -32,3 +35,30 @@ def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
 
 def test_the_card_a_build_begins_with_has_no_figures(cache: Path) -> None:
     assert "entries a token" not in (cache / "README.md").read_text()
+
+
+def test_a_hostile_name_stays_text_in_a_card() -> None:
+    """The card is Markdown that a hub renders: what a stranger wrote is quoted, never markup."""
+    name = "`x` | [a](javascript:b)\n# x\n```\n<script>alert(1)</script>\x1b[2J\u202e"
+    card = dataset_card(
+        identity(teacher={"name": name, "dtype": name}, sampler={"name": name, name: name}),
+        CacheStatistics(1, 2, 3, 3, 4, 5, 1, 0.0, 0.0),
+    )
+    assert all(c.isprintable() or c == "\n" for c in card)
+    lines = card.splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# A cache of sparse teacher targets"
+    ]
+    assert [line for line in lines if line.startswith("```")] == [
+        "```python",
+        "```",
+        "```json",
+        "```",
+    ]
+    shown = [line for line in lines if "<script>" in line and not line.startswith(" ")]
+    assert len(shown) == 2
+    for line in shown:  # inside one pair of backticks, where neither Markdown nor HTML is read
+        before, quoted, after = line.split("`")
+        assert "<script>" in quoted
+        assert "<" not in before + after
+        assert line.count("|") in (0, 3)

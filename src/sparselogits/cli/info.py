@@ -69,12 +69,11 @@ def print_info(
         say_json(shown)
         return
     identity = opened.identity
-    sampler = ", ".join(f"{k} {v}" for k, v in identity.sampler.items() if k != "name")
     console = stdout()
     for name, value in (
         ("cache", str(root)),
-        ("teacher", f"{identity.teacher['name']} ({identity.teacher['dtype']})"),
-        ("sampler", f"{identity.sampler['name']} ({sampler})"),
+        ("teacher", identity.teacher_in_words()),
+        ("sampler", identity.sampler_in_words()),
         (
             "windows",
             f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens",

@@ -102,13 +102,11 @@ class CacheDataset(Dataset[CachedWindow]):
     def __repr__(self) -> str:
         identity = self.identity
         tokens = len(self) * identity.window_length
-        sampler = {k: v for k, v in identity.sampler.items() if k != "name" and v is not None}
-        settings = ", ".join(f"{name} {value}" for name, value in sampler.items())
         return (
             f"CacheDataset({self.cache.root!s}: {counted(len(self), 'window')} of "
             f"{identity.window_length:,} tokens, {tokens:,} in all; "
             f"{self.cache.entries_per_position():.1f} entries per token, "
-            f"{identity.sampler['name']} ({settings}); teacher {identity.teacher['name']})"
+            f"{identity.sampler_in_words()}; teacher {identity.teacher_in_words()})"
         )
 
     @overload
@@ -137,7 +135,7 @@ class CacheDataset(Dataset[CachedWindow]):
                     self.seed, request.epoch, record.window_index, len(targets), stride
                 )
             targets = targets.thin(request.rounds, starts)
-        reset = bool(self.identity.packing["reset_attention"])
+        reset = bool(self.identity.packing.get("reset_attention"))
         entropy = torch.tensor(record.teacher_entropy, dtype=torch.float32)
         inputs = _inputs(record, reset_attention=reset)
         return {**inputs, "targets": targets, "teacher_entropy": entropy}

@@ -16,6 +16,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sparselogits.untrusted import printable
+
 
 def render(
     template: str,
@@ -63,10 +65,16 @@ def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("sparselogits.report", "static"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _shown(value: object) -> object:
+    """Escape control and bidirectional characters; markup made by this package stays."""
+    return printable(value) if type(value) is str else value
 
 
 def _hash(text: str) -> str:

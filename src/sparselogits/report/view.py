@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sparselogits.report.document import render, static
@@ -63,7 +64,7 @@ def _position(position: Position) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Five digits; infinities, which JSON has none of, as None."""
-    if value is None or value in (float("inf"), float("-inf")):
+    """Round to five digits; what is not finite, which JSON has no number for, becomes None."""
+    if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")

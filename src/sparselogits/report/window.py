@@ -192,11 +192,10 @@ class WindowViewer:
 
     def _facts(self, loss: float, entropy: float) -> tuple[tuple[str, str], ...]:
         identity = self.dataset.identity
-        sampler = ", ".join(f"{k} {v}" for k, v in identity.sampler.items() if k != "name")
         facts = [
             ("cache", str(self.dataset.cache.root)),
-            ("teacher", f"{identity.teacher['name']} ({identity.teacher['dtype']})"),
-            ("sampler", f"{identity.sampler['name']} ({sampler})"),
+            ("teacher", identity.teacher_in_words()),
+            ("sampler", identity.sampler_in_words()),
             ("teacher's loss here", f"{loss:.3f} nats"),
             ("teacher's entropy here", f"{entropy:.3f} nats"),
         ]

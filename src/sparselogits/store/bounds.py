@@ -111,12 +111,32 @@ def require_bounds(identity: Identity, where: str) -> None:
                 f"from {least:,} to {most:,} is expected. The cache was not written by this "
                 "library, or was damaged: restore cache.json from a copy"
             )
+    _require_packing(identity, where)
     for name in ("rounds", "tau"):
         if name in sampler and name in codec and sampler[name] != codec[name]:
             raise CacheError(
                 f"{where}: its sampler has {name} {shown(sampler[name])}, its codec "
                 f"{shown(codec[name])}; one is the other's in every cache that this library "
                 "writes: restore cache.json from a copy"
+            )
+
+
+def _require_packing(identity: Identity, where: str) -> None:
+    packing, largest = identity.packing, identity.vocab_size - 1
+    sound = {
+        "window_length": packing.get("window_length", identity.window_length)
+        == identity.window_length,
+        "reset_attention": packing.get("reset_attention") in (None, False, True),
+    }
+    for name in ("separator_id", "bos_id"):
+        value = packing.get(name)
+        sound[name] = value is None or (type(value) is int and 0 <= value <= largest)
+    for name, good in sound.items():
+        if not good:
+            raise CacheError(
+                f"{where}: packing.{name} is {shown(packing[name])}, which does not fit windows of "
+                f"{identity.window_length} tokens with ids of 0 to {largest}: restore cache.json "
+                "from a copy"
             )
 
 

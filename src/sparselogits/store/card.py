@@ -6,7 +6,10 @@ import json
 
 from sparselogits.identity import Identity
 from sparselogits.store.records import CacheStatistics
+from sparselogits.untrusted import printable, shown
 from sparselogits.wording import counted
+
+_LONGEST = 1 << 17  # characters of the identity that a card quotes
 
 
 def dataset_card(identity: Identity, figures: CacheStatistics | None = None) -> str:
@@ -18,6 +21,7 @@ def dataset_card(identity: Identity, figures: CacheStatistics | None = None) -> 
     """
     held = "" if figures is None else _figures(identity, figures)
     settings = json.dumps(identity.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+    settings = printable(settings, _LONGEST).replace("```", "\\u0060``")
     return f"""---
 configs:
 - config_name: default
@@ -29,7 +33,7 @@ tags:
 # A cache of sparse teacher targets
 
 Windows of {identity.window_length} tokens, each with sparse targets of the teacher
-`{identity.teacher.get("name", "unnamed")}` for every position. Train a student from it with
+{_code(identity.teacher.get("name", "unnamed"))} for every position. Train a student from it with
 
 ```python
 from sparselogits import CacheDataset
@@ -48,17 +52,25 @@ Made from (fingerprint `{identity.fingerprint}`):
 """
 
 
+def _code(value: object) -> str:
+    """Return a value out of an identity as inline code, which no Markdown or HTML ends."""
+    text = value if isinstance(value, str) else shown(value)
+    text = " ".join(printable(text, 200).split())
+    # a vertical line would end a table's cell, even in code
+    return f"`{text.replace('`', chr(0x2019)).replace('|', '/') or 'unnamed'}`"
+
+
 def _figures(identity: Identity, found: CacheStatistics) -> str:
-    sampler = ", ".join(f"{name} {value}" for name, value in identity.sampler.items())
     rows = {
         "windows": f"{found.windows:,} of {identity.window_length} tokens",
         "tokens": f"{found.tokens:,}, of which {found.positions:,} carry a target",
-        "sampler": sampler,
+        "sampler": _code(identity.sampler_in_words()),
         "entries a token": f"{found.entries_per_position:.2f}",
         "bytes a token": f"{found.bytes_per_token:.2f}, the text's own tokens included",
         "bits an entry": f"{found.bits_per_entry:.2f}",
         "size": f"{found.bytes_on_disk:,} bytes in {counted(found.shards, 'shard')}",
-        "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 `{identity.tokenizer[:16]}`",
+        "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 "
+        f"{_code(identity.tokenizer[:16])}",
         "temperature": f"{identity.temperature:g}",
         "teacher's loss on the text": f"{found.mean_teacher_loss:.3f} nats a token",
         "teacher's mean entropy": f"{found.mean_teacher_entropy:.3f} nats a token",

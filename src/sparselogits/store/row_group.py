@@ -79,6 +79,7 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         ThriftError: a header cannot be read.
     """
     rows = group.num_rows
+    at = 4 if first == 0 else 0  # behind the file's first bytes, one column follows the other
     if group.num_columns != len(SCHEMA):
         raise RowGroupError(f"{group.num_columns} column chunks, expected {len(SCHEMA)}")
     for number, name in enumerate(SCHEMA.names):
@@ -88,8 +89,12 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         # the sizes below bound what any compression can give
         if chunk.has_dictionary_page:
             raise RowGroupError(f"column {name} has a dictionary, which no writer gives it")
-        if not 0 <= offset <= offset + size <= len(data):
-            raise RowGroupError(f"column {name} lies outside its row group")
+        if offset != at or not 0 <= size <= len(data) - offset:
+            raise RowGroupError(
+                f"column {name} has bytes {offset} to {offset + size} of its row group, where "
+                f"byte {at} is next and {len(data)} are there"
+            )
+        at += size
         reader = CompactReader(data, offset)
         header = reader.structure()
         page = header.get(_DATA_PAGE_HEADER, {})
@@ -97,7 +102,13 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
         if form != (_DATA_PAGE, encoding, _RLE, _RLE):
             raise RowGroupError(f"column {name} has a page of another kind or encoding: {form}")
-        values, packed, plain = page.get(_VALUES), header.get(_COMPRESSED), header[_UNCOMPRESSED]
+        values, packed, plain = (
+            page.get(_VALUES),
+            header.get(_COMPRESSED),
+            header.get(_UNCOMPRESSED),
+        )
+        if values is None or packed is None or plain is None:
+            raise RowGroupError(f"column {name} has a page without sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
             raise RowGroupError(f"column {name} is not one page of {chunk.num_values} values")
         least, most = _values_bounds(number, rows, length)
@@ -109,6 +120,8 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
             raise RowGroupError(
                 f"column {name} claims to decompress to {plain} bytes, expected {allowed} at most"
             )
+    if at != len(data):
+        raise RowGroupError(f"{len(data) - at} bytes of it belong to no column")
 
 
 def _values_bounds(column: int, rows: int, length: int) -> tuple[int, int]:

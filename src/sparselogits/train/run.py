@@ -537,10 +537,10 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
     Raises:
         IdentityMismatchError: naming both.
     """
-    mine, theirs = teacher.identity["weights"], identity.teacher["weights"]
+    mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
         raise IdentityMismatchError(
-            f"the cache was made by {identity.teacher['name']} ({theirs}), the teacher given is "
+            f"the cache was made by {identity.teacher.get('name')} ({theirs}); the teacher given "
             f"{teacher.identity['name']} ({mine}); give the cache's own teacher"
         )
 

@@ -54,7 +54,7 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
             max_position_embeddings=dataset.identity.window_length,
             tie_word_embeddings=student.tied,
             bos_token_id=None,
-            eos_token_id=dataset.identity.packing["separator_id"],
+            eos_token_id=dataset.identity.packing.get("separator_id"),
             pad_token_id=None,
         )
     try:
