@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -12,8 +14,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.build import CacheRequest, build_caches
+from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.data import Schedule, Stage, WindowOrder, collate
-from sparselogits.errors import InvalidArgumentError, InvalidTargetsError, RecipeError
+from sparselogits.errors import (
+    InvalidArgumentError,
+    InvalidTargetsError,
+    RecipeError,
+    SparseLogitsWarning,
+    TrainingError,
+)
+from sparselogits.samplers import Systematic
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
@@ -403,3 +414,122 @@ def test_a_recipe_with_the_teacher_online(
     changes = {"method": method, "teacher": str(teacher_folder), "epochs": 3.0}
     result = run(small_recipe(cache, tmp_path / "run", **changes), device="cpu")
     assert result.curve[-1][1] < result.curve[0][1]
+
+
+class Broken(CacheDataset):
+    """A cache one of whose windows trains to a loss that is not finite."""
+
+    wrong = -1
+
+    def __getitem__(self, request):
+        found = super().__getitem__(request)
+        if request.index == self.wrong:
+            spoilt = copy.copy(found["targets"])  # past the checks of what is read
+            object.__setattr__(spoilt, "weights", spoilt.weights * float("inf"))
+            found["targets"] = spoilt
+        return found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("log_steps", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    cache: Path, tmp_path: Path, log_steps: int
+) -> None:
+    """With the window's number, before a checkpoint is saved over what is there."""
+    dataset = Broken(cache)
+    order = WindowOrder(len(dataset), 3, dataset.identity.fingerprint)
+    dataset.wrong = order[0, 2 * 4 + 2 + 1]  # third step, second batch of two
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    changes |= {"logging_steps": log_steps, "per_device_train_batch_size": 2}
+    changes["gradient_accumulation_steps"] = 2
+    trainer = SparseKDTrainer(
+        tiny_llama(seed=9), arguments(tmp_path, **changes), train_dataset=dataset
+    )
+    with pytest.raises(
+        TrainingError, match=r"step 3: the loss is .*not a finite number"
+    ) as stopped:
+        trainer.train()
+    number = dataset.cache.window_index(dataset.wrong)
+    beside = dataset.cache.window_index(order[0, 2 * 4 + 2])
+    assert f"windows {beside}, {number} of the cache" in str(stopped.value)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(cache: Path, tmp_path: Path) -> None:
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            with torch.no_grad():
+                model.get_output_embeddings().weight[0, 0] = float("nan")
+
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer = SparseKDTrainer(
+        tiny_llama(seed=9),
+        arguments(tmp_path, **changes),
+        train_dataset=CacheDataset(cache),
+        callbacks=[Spoil()],
+    )
+    with pytest.raises(TrainingError, match="weights, or the loss on another rank"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class Grown(CacheDataset):
+    """A cache as it was before its last windows were written."""
+
+    def __init__(self, path: Path, ranges: list[tuple[int, int]]) -> None:
+        super().__init__(path)
+        self.cache._ranges = ranges
+        self.cache._before = list(itertools.accumulate((b - a for a, b in ranges), initial=0))
+
+
+@pytest.fixture(scope="module")
+def several_shards(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folder: Path, tokenizer: object
+) -> Path:
+    """The text of the small cache in shards of 64 windows."""
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    root = tmp_path_factory.mktemp("several") / "cache"
+    build_caches(
+        teacher,
+        PackedCorpus.open(cache / "corpus"),
+        [CacheRequest(root, Systematic(4))],
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        windows_per_shard=64,
+    )
+    return root
+
+
+def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(
+    several_shards: Path, tmp_path: Path
+) -> None:
+    """Bit for bit; other windows in front, or none, are refused."""
+    whole = CacheDataset(several_shards)
+    ranges = whole.cache.ranges
+    assert len(ranges) > 2
+    changes = {"save_strategy": "steps", "save_steps": 4, "max_steps": 14}
+    changes["per_device_train_batch_size"] = 16
+
+    def weights(dataset: CacheDataset, resume: str | None = None) -> dict[str, torch.Tensor]:
+        model = tiny_llama(seed=9)
+        trainer = SparseKDTrainer(model, arguments(tmp_path, **changes), train_dataset=dataset)
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    before = Grown(several_shards, ranges[:-1])
+    expected = weights(before)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.warns(SparseLogitsWarning, match=f"from {len(before)} to {len(whole)} windows"):
+        found = weights(whole, checkpoint)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    with pytest.raises(InvalidArgumentError, match=r"now holds 0 to 63: the run cannot go on"):
+        weights(Grown(several_shards, ranges[:1]), checkpoint)
+    with pytest.raises(InvalidArgumentError, match="cannot go on in the order it had"):
+        weights(Grown(several_shards, ranges[1:]), checkpoint)
+    elsewhere = json.loads((tmp_path / "checkpoint-4" / "sparselogits.json").read_text())
+    elsewhere["cache"] = "0" * 64
+    (tmp_path / "checkpoint-4" / "sparselogits.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(InvalidArgumentError, match="a cache of fingerprint 000000000000"):
+        weights(whole, checkpoint)

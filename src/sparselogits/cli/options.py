@@ -111,7 +111,7 @@ def say_next(*words: object, otherwise: str = "") -> None:
 
 def say_train(cache: object) -> None:
     """Print the command that trains a student from a cache."""
-    say_next("train", "--cache", cache, "--out", "my-run")
+    say_next("train", "--cache", cache, "--student-config", "tiny", "--out", "my-run")
 
 
 def say_json(value: object) -> None:

@@ -232,7 +232,7 @@ def _run(
         missing_mass=recipe.missing_mass,
         rounds=_thinning(recipe, dataset),
         teacher=teacher if online else None,
-        callbacks=[] if progress is None else [_Report(progress)],
+        callbacks=[_LogLastStep(), *([] if progress is None else [_Report(progress)])],
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
@@ -318,6 +318,14 @@ def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
     if wanted.budget is not None:
         rounds = rounds_for_entries(dataset, wanted.budget)
     return wanted.resolved(rounds)
+
+
+class _LogLastStep(TrainerCallback):  # type: ignore[misc]
+    """Logs the last step, whatever the interval: a short run has a loss to show."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
