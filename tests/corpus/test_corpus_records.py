@@ -462,3 +462,18 @@ def test_a_hostile_template_costs_an_error(tmp_path: Path, tokenizer: Any, attac
 def test_after_a_hostile_template_the_next_is_served(tmp_path: Path, tokenizer: Any) -> None:
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     assert len(texts(path, tokenizer)) == 1
+
+
+def test_an_idle_process_ends_and_the_next_conversation_starts_one(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render_process, "IDLE_SECONDS", 1)
+    render_process.shut_down()
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
+    first = texts(path, tokenizer)
+    running = render_process._running
+    assert running is not None
+    assert running.process.wait(timeout=60) == 0
+    assert texts(path, tokenizer) == first
+    assert render_process._running is not running
+    render_process.shut_down()

@@ -4,7 +4,8 @@ Templates are programs from a tokenizer's folder. transformers runs them in Jinj
 keeps them from files and from Python, but not from endless loops or from gigabytes of text. Limits
 of the operating system do: the process ends when one rendering takes more than `CPU_SECONDS` of
 processor time, and may take `MEMORY_BYTES` more than it has at its start. One process serves all
-conversations that a process packs; it ends with the process that started it.
+conversations that a process packs; it ends with the process that started it, or after
+`IDLE_SECONDS` without a conversation, and is started again when there is one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ CPU_SECONDS = 20
 """Processor time that one rendering may take; usual ones take a millisecond."""
 MEMORY_BYTES = 1 << 30
 """Memory that renderings may take."""
+IDLE_SECONDS = 30
+"""Time after which an idle process ends: packing is over long before a build is."""
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from sparselogits.corpus.rendering import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from sparselogits.corpus.rendering import serve; serve(*map(int, sys.argv[2:]))"
 )
 _lock = threading.Lock()
 _running: _Running | None = None
@@ -38,7 +41,7 @@ class _Running:
     """A started process and the template that it was given last."""
 
     def __init__(self) -> None:
-        limits = [str(CPU_SECONDS), str(MEMORY_BYTES)]
+        limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]
         self.owner = os.getpid()
         self.template: Mapping[str, Any] | None = None
         self.process = subprocess.Popen(
@@ -86,12 +89,9 @@ def ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, An
         if _running is not None and _running.owner != os.getpid():
             _running = None  # belongs to the process that this one was forked from
         try:
-            if _running is None:
-                _running = _Running()
-            if _running.template != template:
-                _running.template = template
-                _running.send({"template": template})
-            answer = _running.send(request)
+            answer, status = _answer(template, request)
+            if status == 0:  # it ended for idleness in the moment of the request
+                answer, status = _answer(template, request)
         except (TypeError, ValueError, RecursionError) as error:
             raise CorpusError(f"it holds a value that is no JSON ({error})") from error
         except BaseException:
@@ -101,14 +101,31 @@ def ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, An
                 _running.end()
                 _running = None
             raise
-        if not answer:
-            status, _running = _running.end(), None
-            raise CorpusError(
-                f"the chat template was stopped (exit status {status}): one rendering may take "
-                f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Look "
-                "at the template's loops, or use a tokenizer with another template"
-            )
-        return answer
+    if not answer:
+        raise CorpusError(
+            f"the chat template was stopped (exit status {status}): one rendering may take "
+            f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Look at "
+            "the template's loops, or use a tokenizer with another template"
+        )
+    return answer
+
+
+def _answer(
+    template: Mapping[str, Any], request: Mapping[str, Any]
+) -> tuple[dict[str, Any], int | None]:
+    """Return the answer of the running process, or {} and the exit status of one that ended."""
+    global _running
+    if _running is None or _running.process.poll() is not None:
+        shut_down()
+        _running = _Running()
+    if _running.template != template:
+        _running.template = template
+        _running.send({"template": template})
+    answer = _running.send(request)
+    if answer:
+        return answer, None
+    status, _running = _running.end(), None
+    return {}, status
 
 
 @atexit.register

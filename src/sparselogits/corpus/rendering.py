@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import signal
 import sys
@@ -489,12 +490,13 @@ def _start_clock() -> None:
         signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
 
 
-def serve(cpu_seconds: int, memory_bytes: int) -> None:
+def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
     """Answer requests on standard input until it ends.
 
     Args:
         cpu_seconds: processor time per rendering.
         memory_bytes: memory on top of what the process takes at its start.
+        idle_seconds: time without a request after which the process ends.
     """
     global _cpu_seconds
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
@@ -502,9 +504,13 @@ def serve(cpu_seconds: int, memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if hasattr(signal, "setitimer"):
         _cpu_seconds = cpu_seconds
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.setitimer(signal.ITIMER_REAL, idle_seconds)
     _limit_memory(memory_bytes)
     renderer: Renderer | None = None
     for line in sys.stdin.buffer:
+        if _cpu_seconds:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         request = json.loads(line)
         if "template" in request:
             renderer, answer = Renderer(request["template"]), {}
@@ -515,6 +521,8 @@ def serve(cpu_seconds: int, memory_bytes: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer or {"ready": True}).encode() + b"\n")
         sys.stdout.buffer.flush()
+        if _cpu_seconds:
+            signal.setitimer(signal.ITIMER_REAL, idle_seconds)
 
 
 def _answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, Any]:
