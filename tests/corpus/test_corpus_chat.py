@@ -189,6 +189,30 @@ QWEN3 = {
             "<think>\n\n</think>\n\nBye.<|im_end|>\n",
         ],
     ),
+    "a greeting first": (
+        [{"role": "assistant", "content": "Hi."}, *TALK[1:3]],
+        ["Hi.<|im_end|>\n", "<think>\n\n</think>\n\nA run of tokens.<|im_end|>\n"],
+    ),
+    "an empty answer": (
+        [TALK[1], {"role": "assistant", "content": ""}, *TALK[3:]],
+        ["<|im_end|>\n", "<think>\n\n</think>\n\nAs long as you say.<|im_end|>\n"],
+    ),
+    "the digits that mark a place": (
+        [TALK[1], {"role": "assistant", "content": "7391826450918273645"}, *TALK[3:]],
+        [
+            "7391826450918273645<|im_end|>\n",
+            "<think>\n\n</think>\n\nAs long as you say.<|im_end|>\n",
+        ],
+    ),
+    "answers of several messages": (
+        [*CALLS[:2], {"role": "tool", "content": "rain"}, {"role": "tool", "content": "snow"}]
+        + [{"role": "assistant", "content": "Both.", "reasoning_content": "r"}],
+        [
+            '<tool_call>\n{"name": "weather", "arguments": {"when": "today", "city": "Oslo", '
+            '"again": null}}\n</tool_call><|im_end|>\n',
+            "<think>\nr\n</think>\n\nBoth.<|im_end|>\n",
+        ],
+    ),
     "the same words in every turn": (
         [TALK[1], {"role": "assistant", "content": "assistant"}] * 3,
         ["assistant<|im_end|>\n"] * 2 + ["<think>\n\n</think>\n\nassistant<|im_end|>\n"],
@@ -201,6 +225,26 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path: Path, tokenizer: Any, 
     talk, said = QWEN3[what]
     tokenizer.chat_template = TEMPLATES["qwen 3"]
     assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == said
+
+
+def test_a_template_that_wants_a_question_first(tmp_path: Path, tokenizer: Any) -> None:
+    """Qwen 3.5's refuses every conversation without one, so that no prefix of this has a form."""
+    tokenizer.chat_template = published("qwen3_5_think")
+    talk = [TALK[0], {"role": "assistant", "content": "Hi."}, *TALK[1:3]]
+    assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == [
+        "Hi.<|im_end|>\n",
+        "\n</think>\n\nA run of tokens.<|im_end|>\n",  # asked for by "<think>\n"
+    ]
+    record = {"prompt": TALK[1:2], "completion": TALK[2:3]}
+    (tmp_path / "2").mkdir()
+    said = learnt_text(tmp_path / "2", record, tokenizer)
+    assert said == ["\n</think>\n\nA run of tokens.<|im_end|>\n"]
+
+
+def test_a_template_that_moves_the_system_message(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATES["mistral"]
+    said = learnt_text(tmp_path, {"messages": TALK}, tokenizer)
+    assert said == [" A run of tokens.", " As long as you say."]  # and `learnt_text` cuts </s>
 
 
 def test_turns_that_end_otherwise_when_they_are_the_last(tmp_path: Path, tokenizer: Any) -> None:

@@ -11,7 +11,8 @@ characters, found by the first of these that applies:
   so that the text of the first messages does not begin the whole text. There a message is found in
   the whole text by a mark: digits inserted into the message, which the template carries to where it
   writes the message. What follows the message up to the end of its turn, and what precedes its
-  answer, are taken from the renderings of the first messages.
+  answer, are taken from the renderings of the first messages, or, where the template has no form
+  for those (a greeting before the first question), from a conversation of one question and answer.
 
 Runs in a process of its own, see `render_process`.
 """
@@ -19,6 +20,7 @@ Runs in a process of its own, see `render_process`.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -56,7 +58,8 @@ _SAME_DAY = (
 """For templates that write today's date, so that text is packed to the same tokens every day: the
 date that Llama 3's own templates fall back to."""
 
-_MARK = "7391826450918273645"
+_MARK = 7391826450918273645
+_QUESTION = {"role": "user", "content": "Q"}
 _ADVICE = (
     "Mark what is generated with {% generation %} in the template, give records of `prompt` and "
     "`completion`, or learn all tokens (without completion-only)"
@@ -124,13 +127,10 @@ class Renderer:
     ) -> Span | None:
         """Return where an assistant's turn stands in the text; None if the text leaves it out."""
         told = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
-        if told is None:
-            raise RenderError(
-                f"the chat template has no form for the first {number + 1} messages alone, so what "
-                f"message {number + 1} adds is unknown. {_ADVICE}"
-            )
         end: int | None = None
-        if text.startswith(told):
+        if told is None:
+            end = self._end_as_usual(render, messages, number, text)
+        elif text.startswith(told):
             end = len(told)
         elif self._eos and text.startswith(told.removesuffix(self._eos)):
             end = len(told.removesuffix(self._eos))
@@ -170,7 +170,7 @@ class Renderer:
         """Return where the turn of a message ends in the text; None if the text leaves it out."""
         until = messages[: number + 1]
         known = shown = False
-        for marked in _markings(messages[number]):
+        for marked in render.markings(messages[number]):
             inside = render.place([*until[:-1], marked], told)
             at = render.place([*messages[:number], marked, *messages[number + 1 :]], text)
             known, shown = known or inside is not None, shown or at is not None
@@ -213,14 +213,64 @@ class Renderer:
         if asked is not None and before is not None and text.startswith(before):
             return min(end, max(len(before), self._common(asked, text)))
         if asked is not None and history:
-            for marked in _markings(history[-1]):
+            for marked in render.markings(history[-1]):
                 at = render.place([*history[:-1], marked, *messages[number:]], text)
                 inside = render.place([*history[:-1], marked], asked, opened=opened)
                 if at is not None and inside is not None:
                     return min(end, at + self._common(asked[inside:], text[at:]))
+        start = self._start_as_usual(render, messages, number, text)
+        if start is not None and start <= end:
+            return start
         raise RenderError(
             f"the chat template rewrites earlier turns, and where the answer of message "
             f"{number + 1} starts in the whole text cannot be told. {_ADVICE}"
+        )
+
+    def _start_as_usual(
+        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+    ) -> int | None:
+        """Return where an answer starts, after what asks for answers in another conversation.
+
+        For first messages of the assistant: templates have no form for what comes before them.
+        """
+        before, after = messages[:number], messages[number + 1 :]
+        marked = render.markings(messages[number])
+        places = (render.place([*before, copy, *after], text) for copy in marked)
+        at = min((place for place in places if place is not None), default=None)
+        asked = render.attempt([_QUESTION], opened=True)
+        plain = render.attempt([_QUESTION])
+        if at is None or asked is None or plain is None or not asked.startswith(plain):
+            return None
+        header = asked.removeprefix(plain)
+        while header.strip():
+            if (found := text.rfind(header, 0, at)) >= 0:
+                return found + len(header)
+            header = header.rstrip()  # without the last word, a thought's beginning perhaps
+            header = header[: max(header.rfind(" "), header.rfind("\n")) + 1]
+        return None
+
+    def _end_as_usual(
+        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+    ) -> int:
+        """Return where a turn ends: after what ends answers in another conversation."""
+        message = messages[number]
+        answer = [_QUESTION, {"role": message["role"], "content": "A"}]
+        told = render.attempt(answer)
+        for marked in render.markings(message) if not message.get("tool_calls") else ():
+            content = marked.get("content")
+            if (
+                told is None
+                or not isinstance(content, str)
+                or not content.rstrip().endswith(render.mark)
+            ):
+                continue
+            inside = render.place([_QUESTION, {**answer[1], "content": "A" + render.mark}], told)
+            at = render.place([*messages[:number], marked, *messages[number + 1 :]], text)
+            if inside is not None and at is not None and text.startswith(told[inside:], at):
+                return at + len(told) - inside
+        raise RenderError(
+            f"the chat template has no form for the first {number + 1} messages alone, so what "
+            f"message {number + 1} adds is unknown. {_ADVICE}"
         )
 
     def _common(self, asked: str, text: str) -> int:
@@ -262,8 +312,9 @@ class _Bound:
         self._variables = {**renderer._special, **request["variables"]}
         for name in ("messages", "tools", "documents", *_OPTIONS):
             self._variables.pop(name, None)
-        size = len(json.dumps([request["messages"], self._given, self._variables]))
-        self._limit = OUTPUT_CHARACTERS + OUTPUT_FACTOR * size
+        given = json.dumps([request["messages"], self._given, self._variables])
+        self._limit = OUTPUT_CHARACTERS + OUTPUT_FACTOR * len(given)
+        self.mark = next(mark for mark in map(str, itertools.count(_MARK)) if mark not in given)
 
     def text(self, messages: Sequence[Message], *, opened: bool = False) -> str:
         """Return the rendering of messages, opened for an answer if asked for."""
@@ -285,10 +336,22 @@ class _Bound:
     def place(self, messages: Sequence[Message], plain: str, *, opened: bool = False) -> int | None:
         """Return where the mark in one of the messages stands in the rendering without it."""
         text = self.attempt(messages, opened=opened)
-        if text is None or text.count(_MARK) != 1 or _MARK in plain:
+        if text is None or text.count(self.mark) != 1:
             return None
-        at = text.index(_MARK)
-        return at if text[:at] + text[at + len(_MARK) :] == plain else None
+        at = text.index(self.mark)
+        return at if text[:at] + text[at + len(self.mark) :] == plain else None
+
+    def markings(self, message: Message) -> Iterator[Message]:
+        """Yield copies of a message with the mark in one of its texts."""
+        for path, text in _texts(message):
+            start, stop = len(text) - len(text.lstrip()), len(text.rstrip())
+            for at in dict.fromkeys((stop, (start + stop) // 2, min(start, stop))):
+                marked = copy.deepcopy(message)
+                holder: Any = marked
+                for key in path[:-1]:
+                    holder = holder[key]
+                holder[path[-1]] = text[:at] + self.mark + text[at:]
+                yield marked
 
     def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, Any]:
         from jinja2 import TemplateError
@@ -405,27 +468,15 @@ def _json(value: object) -> str:
 
 def _wants_parts(render: _Bound) -> bool:
     """Whether a template leaves out content that is text, and writes content that is parts."""
-    probe = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    mark = render.mark
+    probe = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     plain = render.attempt(probe)
-    if plain is not None and plain.count(_MARK) >= len(probe):
+    if plain is not None and plain.count(mark) >= len(probe):
         return False
     parts = render.attempt([_in_parts(message) for message in probe])
     if parts is None or "'text'" in parts:
         return False
-    return parts.count(_MARK) > (plain.count(_MARK) if plain is not None else 0)
-
-
-def _markings(message: Message) -> Iterator[Message]:
-    """Yield copies of a message with the mark in one of its texts."""
-    for path, text in _texts(message):
-        start, stop = len(text) - len(text.lstrip()), len(text.rstrip())
-        for at in dict.fromkeys((stop, (start + stop) // 2, start)):
-            marked = copy.deepcopy(message)
-            holder: Any = marked
-            for key in path[:-1]:
-                holder = holder[key]
-            holder[path[-1]] = text[:at] + _MARK + text[at:]
-            yield marked
+    return parts.count(mark) > (plain.count(mark) if plain is not None else 0)
 
 
 def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
@@ -453,6 +504,8 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(name), str) and message[name].strip():
             yield [name], message[name]
+    if not content:
+        yield ["content"], ""
 
 
 def _left_out(message: Message) -> bool:
