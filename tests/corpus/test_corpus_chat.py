@@ -205,8 +205,12 @@ QWEN3 = {
         ],
     ),
     "answers of several messages": (
-        [*CALLS[:2], {"role": "tool", "content": "rain"}, {"role": "tool", "content": "snow"}]
-        + [{"role": "assistant", "content": "Both.", "reasoning_content": "r"}],
+        [
+            *CALLS[:2],
+            {"role": "tool", "content": "rain"},
+            {"role": "tool", "content": "snow"},
+            {"role": "assistant", "content": "Both.", "reasoning_content": "r"},
+        ],
         [
             '<tool_call>\n{"name": "weather", "arguments": {"when": "today", "city": "Oslo", '
             '"again": null}}\n</tool_call><|im_end|>\n',
