@@ -34,6 +34,7 @@ from sparselogits.report.comparison_charts import (
 )
 from sparselogits.report.headline import headline
 from sparselogits.report.page import Cell, Column, Methods, Panel, Table, render_page
+from sparselogits.untrusted import printable
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -48,8 +49,9 @@ def write_report(results: Results, folder: Path) -> Path:
     Raises:
         StorageError: the folder cannot be written.
     """
+    results = _with_plain_names(results)
     path = folder / "report.html"
-    write_whole(path, report_page(results))
+    write_whole(path, _page(results))
     if not can_draw():
         warnings.warn(
             "the report has no charts: altair or vl-convert-python is not installed; "
@@ -68,6 +70,10 @@ def write_report(results: Results, folder: Path) -> Path:
 
 def report_page(results: Results) -> str:
     """Return the page alone."""
+    return _page(_with_plain_names(results))
+
+
+def _page(results: Results) -> str:
     panels = []
     for student in students_of(results):
         rows = [row for row in results.methods if row.student == student]
@@ -98,6 +104,32 @@ def report_page(results: Results) -> str:
         runs=_runs(results.runs),
         facts=_facts(results),
         recipe=json.dumps(results.settings.get("recipe", {}), indent=2, ensure_ascii=False),
+    )
+
+
+LONGEST_NAME = 120
+"""Characters of a name that a page shows; the middle of a longer one is cut out."""
+
+
+def _with_plain_names(results: Results) -> Results:
+    """Return the results with control characters in their names escaped, and long names cut.
+
+    Names come from files. A picture cannot be drawn with a control character in it, and a
+    bidirectional override would make a name read as another one.
+    """
+
+    def plain(row: MethodRow | RunRow) -> dict[str, str]:
+        return {
+            "method": printable(row.method, LONGEST_NAME),
+            "student": printable(row.student, LONGEST_NAME),
+        }
+
+    return results.model_copy(
+        update={
+            "title": printable(results.title, 2 * LONGEST_NAME),
+            "methods": [row.model_copy(update=plain(row)) for row in results.methods],
+            "runs": [run.model_copy(update=plain(run)) for run in results.runs],
+        }
     )
 
 
