@@ -1,13 +1,16 @@
 """Refusals that a user who knows better can lift, each by its name.
 
-On the command line `--allow NAME`, in a recipe `allow: [NAME]`, in Python `allow=["NAME"]`. What is
-dangerous (pickle, files outside a model's folder) or cannot work has no name here.
+On the command line `--allow NAME`, in a recipe `allow: [NAME]`, in Python `with allowing("NAME"):`
+or, where a function takes it, `allow=["NAME"]`. What is dangerous (pickle, an index that leaves the
+model's folder) or cannot work has no name here.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, SparseLogitsWarning
 
@@ -23,6 +26,24 @@ ALLOWANCES = {
 """What each name allows."""
 
 
+_allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset())
+
+
+@contextmanager
+def allowing(*names: str) -> Iterator[None]:
+    """Allow what the names stand for within the block, on top of what is allowed around it.
+
+    Raises:
+        InvalidArgumentError: for a name that does not exist.
+    """
+    require_known(names)
+    token = _allowed.set(_allowed.get() | frozenset(names))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
 def require_known(allow: Collection[str]) -> None:
     """Validate names of allowances.
 
@@ -36,17 +57,17 @@ def require_known(allow: Collection[str]) -> None:
         )
 
 
-def refuse(error: SparseLogitsError, name: str, allow: Collection[str]) -> None:
+def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> None:
     """Raise an error, or warn in its place where it is allowed.
 
     Args:
         error: what was found, what was expected, what to do.
         name: the allowance that lifts it, a key of `ALLOWANCES`.
-        allow: what the user allows.
+        allow: what the user allows beside `allowing`.
     """
     require_known(allow)
     message = str(error).rstrip(". ")
-    if name in allow:
+    if name in allow or name in _allowed.get():
         warnings.warn(f"{message} (allowed: {name})", SparseLogitsWarning, stacklevel=3)
         return
     raise type(error)(f"{message}. Or go on all the same: --allow {name}") from error.__cause__

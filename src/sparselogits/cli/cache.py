@@ -19,6 +19,7 @@ from sparselogits.cli.options import (
     OUTPUT,
     PERFORMANCE,
     TARGETS,
+    Allow,
     Device,
     Dtype,
     Json,
@@ -276,6 +277,7 @@ def cache(
             rich_help_panel=DISTRIBUTED,
         ),
     ] = None,
+    allow: Allow = None,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets per token."""
     from sparselogits.build import (
@@ -318,6 +320,7 @@ def cache(
         device_map=device_map,
         tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
+        allow=tuple(allow or ()),  # for workers, which are other processes
     )
     packing = packing_for(
         tokenizer,

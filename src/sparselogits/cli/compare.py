@@ -15,6 +15,7 @@ from sparselogits.cli.options import (
     MODEL,
     MODEL_NAMES,
     OUTPUT,
+    Allow,
     Device,
     Json,
     device_named,
@@ -54,6 +55,7 @@ def compare(
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Train the same student with each method of a recipe, and compare the results."""
     from sparselogits.compare import compare as carry_out

@@ -21,6 +21,7 @@ from sparselogits.cli.options import (
     MEASUREMENTS,
     MODEL,
     MODEL_NAMES,
+    Allow,
     Device,
     Dtype,
     Json,
@@ -174,6 +175,7 @@ def evaluate_command(
         typer.Option(help="Random seed for resampling and drafting.", rich_help_panel=MEASUREMENTS),
     ] = 0,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Measure a student on text: loss, calibration, and distance to its teacher."""
     from sparselogits.build import fetch_texts

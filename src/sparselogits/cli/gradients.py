@@ -20,6 +20,7 @@ from sparselogits.cli.options import (
     MODEL,
     OUTPUT,
     TARGETS,
+    Allow,
     Device,
     Dtype,
     Json,
@@ -146,6 +147,7 @@ def gradients(
         ),
     ] = None,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Compare each target's gradient with full distillation's: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for

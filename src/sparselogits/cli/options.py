@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.console import messages, results
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.untrusted import json_text
@@ -51,6 +52,27 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run Python code that comes with the model. Only for models you trust.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+def _allow(context: typer.Context, names: list[str] | None) -> list[str] | None:
+    if names:
+        context.with_resource(allowing(*names))
+    return names
+
+
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        help="Go on where this is refused, with a warning; may be given several times. Names: "
+        + ", ".join(ALLOWANCES)
+        + ".",
+        metavar="NAME",
+        callback=_allow,
+        show_default="nothing",
         rich_help_panel=MODEL,
     ),
 ]

@@ -16,6 +16,7 @@ from sparselogits.cli.options import (
     MODEL_NAMES,
     OUTPUT,
     TRAINING,
+    Allow,
     Device,
     Json,
     device_named,
@@ -178,6 +179,7 @@ def train(
         ),
     ] = False,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Train a student from a recipe or from options; under torchrun, on all its ranks."""
     from sparselogits.train import leave_process_group, run

@@ -13,6 +13,7 @@ from sparselogits.cli.options import (
     MODEL,
     MODEL_NAMES,
     OUTPUT,
+    Allow,
     CacheArgument,
     Device,
     Dtype,
@@ -78,6 +79,7 @@ def view(
             min=0, max=65535, help="Port for --serve; 0 takes a free one.", rich_help_panel=OUTPUT
         ),
     ] = 0,
+    allow: Allow = None,
 ) -> None:
     """Show a window's text with the distribution that predicts each token, as a web page."""
     from sparselogits.files import require_file_or_nothing, write_whole

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparselogits.causal_lm import agrees_with_model, split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.positions import positions_explained
 from sparselogits.teacher import Engine
 
 _SLICE = 256
@@ -52,9 +53,10 @@ class StudentLogits:
         device = next(self.model.parameters()).device
         tokens = inputs["input_ids"].to(device)[None]
         positions = inputs.get("position_ids")
-        if positions is None or int((positions == 0).sum()) == 1:
-            return self._run(input_ids=tokens)[0]
-        return self.documents.run(self._run, tokens, positions[None])[0]
+        with positions_explained(self.model, tokens.shape[1]):
+            if positions is None or int((positions == 0).sum()) == 1:
+                return self._run(input_ids=tokens)[0]
+            return self.documents.run(self._run, tokens, positions[None])[0]
 
     def _run(self, **inputs: Any) -> Tensor:
         if self.parts is None:

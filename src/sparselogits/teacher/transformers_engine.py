@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparselogits.causal_lm import Head, agrees_with_model, split
 from sparselogits.documents import Documents, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
+from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
 SLICE_POSITIONS = 256
@@ -85,6 +86,10 @@ class TransformersTeacher:
         """How this model runs packed windows; probed when it is first asked for."""
         return Documents.probe(self.model, self._run)
 
+    def check_window(self, length: int, *, restarts: bool = False) -> None:
+        """Check that the model can run windows of `length` tokens, see `positions.check_window`."""
+        check_window(self.model, self._run, length, restarts=restarts)
+
     @torch.no_grad()
     def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
         """Return final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
@@ -123,10 +128,11 @@ class TransformersTeacher:
     def _forward(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None) -> Tensor:
         """Hidden states [B, L, D], or logits [B, L, V] where the model is not taken apart."""
         tokens = tokens.to(self.device)
-        if document_starts is None or all(not np.any(starts) for starts in document_starts):
-            return self._run(input_ids=tokens)
-        positions = restarting_positions(tokens.shape[1], document_starts)
-        return self.documents.run(self._run, tokens, positions)
+        with positions_explained(self.model, tokens.shape[1]):
+            if document_starts is None or all(not np.any(starts) for starts in document_starts):
+                return self._run(input_ids=tokens)
+            positions = restarting_positions(tokens.shape[1], document_starts)
+            return self.documents.run(self._run, tokens, positions)
 
     def _run(self, **inputs: Any) -> Tensor:
         if self._parts is None:

@@ -35,6 +35,7 @@ from sparselogits.losses import (
     linear_sparse_cross_entropy,
     sparse_cross_entropy,
 )
+from sparselogits.positions import positions_explained
 from sparselogits.train.meter import LossMeter
 from sparselogits.train.router import BalancingLoss, balances_experts, balancing_loss, coefficient
 
@@ -277,7 +278,8 @@ def _loss_output(
     entropy = inputs.pop("teacher_entropy", None)
     num_items = inputs.pop("num_items_in_batch", None)
     inputs.pop("labels", None)
-    states, head, aux = _run(model, plain, wiring, inputs)
+    with positions_explained(model, labels.shape[1]):
+        states, head, aux = _run(model, plain, wiring, inputs)
     if states.shape[:2] != labels.shape:
         raise InvalidArgumentError(
             f"the student gave {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "

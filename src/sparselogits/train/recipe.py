@@ -281,6 +281,9 @@ class Recipe(_Strict):
         None, description="steps between checkpoints, from which an interrupted run goes on"
     )
     log_steps: Count = Field(10, description="steps between log lines")
+    allow: list[str] = Field(
+        default_factory=list, description="refusals to go on from with a warning, see --allow"
+    )
     report_to: list[str] = Field(
         default_factory=list, description="where to log to, as [tensorboard]: see OUT/logs"
     )

@@ -33,6 +33,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from sparselogits.allowances import allowing, refuse
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import CacheDataset, Schedule, TextDataset, rounds_for_entries
 from sparselogits.errors import (
@@ -154,7 +155,8 @@ def run(
         StorageError: when the folder cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":
-        return _run(recipe, teacher, device, progress, announce)
+        with allowing(*recipe.allow):
+            return _run(recipe, teacher, device, progress, announce)
     if recipe.out.exists() and not recipe.out.is_dir():
         raise RecipeError(
             f"out: {recipe.out} is no folder, and a run makes one: a file is in the way. Choose "
@@ -166,7 +168,7 @@ def run(
                 f"another process is training in {recipe.out}: wait for it, or choose another "
                 "folder with --out (out: in the recipe)"
             )
-        with _full_disk_said(recipe.out):
+        with _full_disk_said(recipe.out), allowing(*recipe.allow):
             return _run(recipe, teacher, device, progress, announce)
 
 
@@ -474,7 +476,9 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, f
 
 def _described(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe's values as recipe.json keeps them, with the learning rate that is used."""
-    return recipe.model_dump(mode="json") | {"learning_rate": recipe.peak_learning_rate}
+    # what was allowed changes nothing about a run that went on
+    values = recipe.model_dump(mode="json", exclude={"allow"})
+    return values | {"learning_rate": recipe.peak_learning_rate}
 
 
 def _made_from(dataset: CacheDataset) -> dict[str, Any]:
@@ -547,10 +551,11 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
     """
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
-        raise IdentityMismatchError(
+        error = IdentityMismatchError(
             f"the cache was made by {identity.teacher.get('name')} ({theirs}); the teacher given "
             f"{teacher.identity['name']} ({mine}); give the cache's own teacher"
         )
+        refuse(error, "other-teacher")
 
 
 def _json(value: Any) -> str:

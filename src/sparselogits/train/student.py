@@ -34,7 +34,7 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         RecipeError: a configuration that no model can be made of, or an adapter that does not fit.
     """
     if student.path is not None:
-        model = load_causal_lm(student.path, dtype="float32")
+        model = load_causal_lm(student.path, dtype="float32", trainable=True)
         require_finite_weights(model, f"the student at {student.path}")
         return model if student.lora is None else _with_adapter(model, student.lora)
     config: Any

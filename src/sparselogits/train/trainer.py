@@ -39,6 +39,7 @@ from sparselogits.errors import (
 )
 from sparselogits.files import write_whole
 from sparselogits.losses import MissingMass, require_rule_for
+from sparselogits.positions import check_window
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.arguments import require_known, require_objective
@@ -149,6 +150,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         )
         self._teacher = teacher
         self._vocabulary = identity.vocab_size
+        self._window_length = identity.window_length
         self._order: WindowSampler | None = None
         self._windows = len(train_dataset)
         self._guard = FiniteGuard()
@@ -188,6 +190,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 "language model of transformers, or one of PEFT around it"
             )
         _require_vocabulary(model, self._vocabulary)
+        check_window(model, _logits_of(model), self._window_length)
         self._used_cache = getattr(model.config, "use_cache", None)
         if self._uses:
             unbind(self._student)
@@ -515,6 +518,14 @@ def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> li
 def _said(ranges: list[list[int]]) -> str:
     some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:3])
     return some + (", ..." if len(ranges) > 3 else "")
+
+
+def _logits_of(model: nn.Module) -> Callable[..., Tensor]:
+    def run(**inputs: Any) -> Tensor:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
+    return run
 
 
 def _require_cache(dataset: Any) -> None:
