@@ -156,6 +156,27 @@ def anything(found: dict[str, Any]) -> str:
     return table(("figure", "value"), rows)
 
 
+def sampling(found: dict[str, Any]) -> str:
+    """Both conditions of memory beside each other; the aim is held to warm memory."""
+    names = found["warm"]["ratio_to_softmax"]
+    rows = [
+        (
+            name,
+            held_to(found["warm"]["ratio_to_softmax"][name], most=SAMPLING_AIM),
+            found["default"]["ratio_to_softmax"][name],
+        )
+        for name in names
+    ]
+    seconds = [found[condition]["softmax_seconds"] for condition in ("warm", "default")]
+    return (
+        table(("sampler", "warm memory", "the system's default"), rows)
+        + f"\n\nThe softmax itself takes {number(seconds[0])} s in warm memory and "
+        f"{number(seconds[1])} s by default, where its result is written to pages that are mapped "
+        "anew; a ratio below one in the last column comes of that. Largest error of a marginal: "
+        f"{number(found['warm']['marginal_error'])}."
+    )
+
+
 def rows_of_results(found: dict[str, Any]) -> str:
     rows = found["results"]
     header = list(dict.fromkeys(k for row in rows for k in row))
@@ -167,8 +188,8 @@ NARROW_LOSS_AIM = 1.35
 STEP_AIM = 1.02
 BUILD_AIM = 1.05
 FORWARD_AIM = 0.95
+SAMPLING_AIM = 1.5
 AIMS: dict[str, dict[str, float]] = {
-    "ratio_to_softmax": {"most": 1.5},
     "million_entries_per_second": {"least": 30},
     "random_window_ms": {"most": 2},
     "sequential_million_tokens_per_second": {"least": 2},
@@ -184,7 +205,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("forward_share", "Share of a build's wall time in the teacher's forward pass (at least 0.95)",
      forward_share),
     ("packing", "Tokenising and packing, and reading packed text again", anything),
-    ("sampling", "Sampling, over one softmax of the same logits (at most 1.5)", anything),
+    ("sampling", "Sampling, over one softmax of the same logits (at most 1.5)", sampling),
     ("decode", "Reading a cache (30 M entries and 2 M tokens a second, 2 ms a random window)",
      anything),
     ("size", "Size of a cache", anything),

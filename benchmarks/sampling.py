@@ -1,35 +1,42 @@
 """What sampling costs, as a ratio to one softmax over the same logits in the same process.
 
-    python benchmarks/sampling.py [--vocabulary 128256] [--positions 2048] --out sampling.json
+    python benchmarks/sampling.py [--vocabulary 128256] [--positions 1024] --out sampling.json
 
-Prints JSON. Runs are interleaved (softmax, then each sampler, and again), and the ratio is that of
-the fastest runs, so that a busy machine disturbs both sides alike. `marginal_error` is the largest
-difference between the block-wise distribution the sampler draws from and a float64 softmax.
+Prints JSON, for two conditions of memory, each in a process of its own:
+
+- "warm": the allocator keeps its pages (glibc's MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_), and
+  softmax writes into a buffer given by `out=`. This compares the computations.
+- "default": as the system does it. glibc maps every large tensor anew, and to touch its pages for
+  the first time costs more than a softmax; softmax's result is one such tensor, the samplers' are
+  small. A ratio below one here says that sampling allocates little, not that it computes little.
+
+Runs are interleaved, and a ratio is of the same repetition, as median with the 20th and 80th
+percentile. `marginal_error` is the largest difference between the block-wise distribution that the
+sampler draws from and a float64 softmax.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from measuring import machine, publish
+from measuring import interleaved, machine, publish, ratios, spread
 from sparselogits.samplers import Multinomial, Systematic, Threshold, TopK, window_uniforms
 from sparselogits.samplers.distribution import Blocks
 
-
-def fastest(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+CONDITIONS = {
+    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"},
+    "default": {},
+}
 
 
 def teacher_like(positions: int, vocabulary: int) -> Tensor:
@@ -49,37 +56,59 @@ def marginal_error(logits: Tensor) -> float:
     return float((exact.amax(-1) * drift).max())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vocabulary", type=int, default=128_256)
-    parser.add_argument("--positions", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every sampler over softmax, in this process and its memory condition."""
     torch.set_num_threads(arguments.threads)
     logits = teacher_like(arguments.positions, arguments.vocabulary)
     entropy = torch.special.entr(logits[:64].softmax(-1)).sum(-1).mean()
     logits = logits.to(getattr(torch, arguments.dtype))
-
+    buffer = torch.empty_like(logits) if arguments.condition == "warm" else None
     samplers = [Systematic(50), Systematic(12), Multinomial(50), Threshold(0.02), TopK(12)]
-    runs: dict[str, Callable[[], object]] = {"softmax": lambda: torch.softmax(logits, -1)}
+    runs: dict[str, Callable[[], object]] = {
+        "softmax": lambda: torch.softmax(logits, -1, out=buffer)
+    }
     for sampler in samplers:
         uniforms = window_uniforms(0, 0, len(logits), sampler.uniforms_per_position)
         runs[str(sampler)] = lambda sampler=sampler, uniforms=uniforms: sampler(logits, uniforms)
-    seconds = fastest(runs, arguments.repeats)
-    report = {
+    seconds = interleaved(runs, arguments.repeats, clock=arguments.clock)
+    return {
         "machine": machine(),
-        "settings": {k: v for k, v in vars(arguments).items() if k != "out"},
         "entropy_nats": float(entropy),
-        "softmax_seconds": seconds["softmax"],
+        "softmax_seconds": spread(seconds["softmax"]),
         "ratio_to_softmax": {
-            name: value / seconds["softmax"] for name, value in seconds.items() if name != "softmax"
+            name: ratios(seconds, name, "softmax") for name in runs if name != "softmax"
         },
         "marginal_error": marginal_error(logits[:64]),
     }
-    publish(report, arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clock", default="cpu", choices=["wall", "cpu"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--condition", choices=CONDITIONS, help="measure in this process only")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.condition:
+        print(json.dumps(measure(arguments)))
+        return
+    found = {}
+    for condition, environment in CONDITIONS.items():
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--condition", condition],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        found[condition] = json.loads(done.stdout)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "condition")}
+    report = {"machine": found["warm"].pop("machine"), "settings": settings}
+    del found["default"]["machine"]
+    publish(report | found, arguments.out)
 
 
 if __name__ == "__main__":
