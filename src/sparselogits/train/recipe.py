@@ -23,6 +23,7 @@ from pydantic import (
 from sparselogits.data import Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
+from sparselogits.quantization import FORMATS, Format, Quantization
 from sparselogits.safe_yaml import read_mapping
 from sparselogits.train.objective import DIVERGENCES, Method
 from sparselogits.untrusted import printable, shown
@@ -77,6 +78,20 @@ class Lora(_Strict):
     )
 
 
+class Quantize(_Strict):
+    """Quantised weights, which the student is trained for and saved in."""
+
+    library: Literal["torchao"] = Field("torchao", description="library that quantises")
+    config: Format = Field(description=f"format: {', '.join(FORMATS)}")
+    group_size: Count | None = Field(
+        32, description="weights that share a scale; null for one scale per output channel"
+    )
+
+    def settings(self) -> Quantization:
+        """Return the format as `quantization` takes it."""
+        return Quantization(self.config, self.group_size)
+
+
 class Student(_Strict):
     """A student: an existing model to go on from, or a new one with random weights."""
 
@@ -84,6 +99,9 @@ class Student(_Strict):
         None, description="model to go on from: a folder, a hub name, or `demo`"
     )
     lora: Lora | None = Field(None, description="train an adapter of that model (see student.lora)")
+    quantize: Quantize | None = Field(
+        None, description="train for quantised weights and save these (see student.quantize)"
+    )
     config: str | None = Field(
         None, description="config.json (or a folder with one) of a new model, of any architecture"
     )
@@ -109,6 +127,8 @@ class Student(_Strict):
             raise ValueError(f"unknown size {shown(self.size)}; choose {', '.join(SIZES)}")
         if self.lora is not None and self.path is None:
             raise ValueError("lora trains an adapter of an existing model: give its path")
+        if self.lora is not None and self.quantize is not None:
+            raise ValueError("lora and quantize cannot be combined: give one of them")
         if self.hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
         kv_heads = self.kv_heads or self.heads
@@ -123,7 +143,7 @@ class Student(_Strict):
     def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is absent and did not exist before: runs are known by a hash of this."""
         values: dict[str, Any] = handler(self)
-        for name in ("lora", "config", "size"):
+        for name in ("lora", "quantize", "config", "size"):
             if values.get(name) is None:
                 values.pop(name, None)
         return values
@@ -377,6 +397,7 @@ _FIELDS = {
     "recipe": list(Recipe.model_fields),
     "student": list(Student.model_fields),
     "lora": list(Lora.model_fields),
+    "quantize": list(Quantize.model_fields),
     "thinning": list(Thinning.model_fields),
     "schedule": list(ThinningStage.model_fields),
 }

@@ -12,12 +12,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sparselogits.train.recipe import Lora, Recipe, Student, Thinning, ThinningStage
+from sparselogits.train.recipe import Lora, Quantize, Recipe, Student, Thinning, ThinningStage
 
-_NESTED: dict[str, type[BaseModel]] = {"student": Student, "lora": Lora, "thinning": Thinning}
+_NESTED: dict[str, type[BaseModel]] = {
+    "student": Student,
+    "lora": Lora,
+    "quantize": Quantize,
+    "thinning": Thinning,
+}
 _EXAMPLES = {
     "thinning": "thinning: {rounds: 5}",
     "lora": "lora: {rank: 16}",
+    "quantize": "quantize: {config: int4-weight-only, group_size: 32}",
     "trainer": "trainer: {optim: adafactor, dataloader_num_workers: 4}",
     "report_to": "report_to: [tensorboard]",
 }
@@ -91,6 +97,7 @@ def recipe_table() -> str:
         "": Recipe,
         "student.": Student,
         "student.lora.": Lora,
+        "student.quantize.": Quantize,
         "thinning.": Thinning,
     }
     models["thinning.schedule[]."] = ThinningStage

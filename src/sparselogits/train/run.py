@@ -107,7 +107,7 @@ class PlannedRun:
         parameters: of the student.
         trained: those of them that are trained.
         dtype: number format of the weights and of the computation.
-        saved: number format of the saved student.
+        saved: number format, or format of quantisation, of the saved student.
         device: where it is trained.
         windows: windows of the cache.
         steps: optimiser steps.
@@ -270,7 +270,9 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
         student=student,
         **parameters_of(trainer.model),
         dtype=f"float32 weights, computed in {recipe.precision}",
-        saved=str(saved_dtype(recipe)).removeprefix("torch."),
+        saved=str(saved_dtype(recipe)).removeprefix("torch.")
+        if recipe.student.quantize is None
+        else recipe.student.quantize.settings().described,
         device=str(trainer.args.device),
         windows=len(dataset),
         steps=pace.steps,
@@ -449,7 +451,15 @@ def _finish(
                 SparseLogitsWarning,
                 stacklevel=2,
             )
-        save_student(model, out, tokenizer=tokenizer, dtype=saved_dtype(recipe), card=card)
+        quantize = recipe.student.quantize
+        save_student(
+            model,
+            out,
+            tokenizer=tokenizer,
+            dtype=saved_dtype(recipe),
+            card=card,
+            quantization=None if quantize is None else quantize.settings(),
+        )
         _keep_logs(out)
         write_whole(out / "run.json", _json(facts))
     return RunResult(out, **facts, fresh=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from sparselogits.files import whole_folder, write_whole
 from sparselogits.identity import Identity
+from sparselogits.quantization import Quantization, load_quantized
 from sparselogits.train.recipe import Recipe
 from sparselogits.train.recipe_text import recipe_text
 
@@ -28,6 +30,7 @@ def save_student(
     tokenizer: Any | None,
     dtype: torch.dtype,
     card: str,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write OUT/model, and OUT/adapter where an adapter was trained; each whole or not at all.
 
@@ -37,6 +40,7 @@ def save_student(
         tokenizer: saved with the student; None for none.
         dtype: number format of the saved weights.
         card: text of the model card.
+        quantization: format that the student was trained for; its weights are saved in it.
 
     Raises:
         StorageError: they cannot be written.
@@ -47,7 +51,13 @@ def save_student(
     model.to(dtype)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        if quantization is None:
+            model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            with tempfile.TemporaryDirectory(dir=folder) as plain:
+                model.save_pretrained(plain)  # type: ignore[operator]
+                quantised = load_quantized(Path(plain), quantization)
+            quantised.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_whole(folder / "README.md", card)
@@ -77,6 +87,8 @@ def model_card(recipe: Recipe, identity: Identity, facts: Mapping[str, Any]) -> 
         front["base_model"] = base
     given = recipe.model_dump(mode="json", exclude_defaults=True)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    quantize = recipe.student.quantize
+    quantised = f"| weights | {quantize.settings().described} (torchao) |\n" if quantize else ""
     return f"""---
 {json.dumps(front, indent=2)}
 ---
@@ -92,7 +104,7 @@ targets.
 | teacher's weights | `{_inline(teacher["weights"])}` |
 | cache fingerprint | `{identity.fingerprint}` |
 | sampler | `{_inline(json.dumps(identity.sampler))}` |
-{rows}
+{quantised}{rows}
 
 ```python
 from transformers import pipeline

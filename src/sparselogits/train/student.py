@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 
 from sparselogits.data import CacheDataset
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
+from sparselogits.quantization import prepare
 from sparselogits.store.place import is_url
 from sparselogits.teacher.loading import (
     DTYPES,
@@ -36,7 +37,9 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
     if student.path is not None:
         model = load_causal_lm(student.path, dtype="float32", trainable=True)
         require_finite_weights(model, f"the student at {student.path}")
-        return model if student.lora is None else _with_adapter(model, student.lora)
+        if student.lora is not None:
+            return _with_adapter(model, student.lora)
+        return _quantised(model, student)
     config: Any
     if student.config is not None:
         config = _configuration(student.config)
@@ -58,12 +61,20 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
             pad_token_id=None,
         )
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
             f"student: no causal language model can be made of {shown(student.config)}: "
             f"{reason_of(error).splitlines()[0]}"
         ) from error
+    return _quantised(model, student)
+
+
+def _quantised(model: nn.Module, student: Student) -> nn.Module:
+    """Put fake quantisation into a student whose recipe asks for it."""
+    if student.quantize is not None:
+        prepare(model, student.quantize.settings())
+    return model
 
 
 def _configuration(path: str) -> Any:
@@ -181,7 +192,8 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
     """Return the number format to save the student in."""
     if recipe.save_dtype != "auto":
         return DTYPES[recipe.save_dtype]
-    if recipe.student.path is None:
+    # rounding the weights first would let the quantised student differ from the trained one
+    if recipe.student.path is None or recipe.student.quantize is not None:
         return torch.float32
     from sparselogits.teacher.demo_model import model_named
 
