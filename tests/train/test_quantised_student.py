@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparselogits.cli.models import load_student
 from sparselogits.errors import RecipeError
 from sparselogits.train import run
 from sparselogits.train.recipe import Recipe, parse_recipe
@@ -49,6 +50,10 @@ def test_training_ends_with_quantised_weights(
     card = (result.model_path / "README.md").read_text()
     assert "int4-weight-only, groups of 16" in card
     assert {f.name for f in result.model_path.iterdir()} >= {"README.md", "tokenizer.json"}
+    # the run's folder stands for its student wherever a model is named
+    loaded = load_student(str(tmp_path / "run"), "cpu")
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(loaded(tokens).logits, student(tokens).logits)
     # a second run finds it
     assert not run(recipe, device="cpu").fresh
 

@@ -130,10 +130,12 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
         TeacherError: none of them has a tokenizer that can be read.
         IdentityMismatchError: the student's own tokenizer gives other ids.
     """
+    from sparselogits.teacher.loading import load_tokenizer
+
     found, reason = None, None
     for name in names:
         try:
-            found = _load(name)
+            found = load_tokenizer(name)
             break
         except TeacherError as error:
             reason = reason or error
@@ -143,7 +145,7 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
             "teacher's folder with --teacher or --tokenizer"
         ) from reason
     try:
-        own = _load(student)
+        own = load_tokenizer(student)
     except TeacherError:
         return found  # a student without a tokenizer speaks the one it was trained with
     theirs = own.get_vocab()
@@ -155,10 +157,3 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
             "student was trained with (--tokenizer)"
         )
     return found
-
-
-def _load(name: str) -> Any:
-    from sparselogits.teacher.loading import load_tokenizer
-
-    trained = Path(name) / "model"
-    return load_tokenizer(str(trained) if trained.is_dir() else name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +16,7 @@ def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
     from sparselogits.teacher.loading import load_causal_lm
     from sparselogits.train.student import require_finite_weights
 
-    trained = Path(name) / "model"
-    model = load_causal_lm(str(trained) if trained.is_dir() else name, dtype=dtype).to(device)
+    model = load_causal_lm(name, dtype=dtype).to(device)
     require_finite_weights(model, f"the student at {name}")
     return model
 

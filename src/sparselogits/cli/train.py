@@ -260,8 +260,7 @@ def _student(path: str | None, config: str | None, lora: int | None) -> dict[str
         return student_of(config)
     if path is None:
         return None
-    trained = Path(path) / "model"  # a run's folder stands for the student in it
-    chosen: dict[str, Any] = {"path": str(trained) if trained.is_dir() else path}
+    chosen: dict[str, Any] = {"path": path}
     return chosen if lora is None else chosen | {"lora": {"rank": lora}}
 
 

@@ -21,14 +21,19 @@ NAME = "demo"
 
 
 def model_named(name: str) -> str:
-    """Return where a model is: `demo` as the folder of that model, any other name as it is.
+    """Return where a model is, for any name that a user gives.
 
-    A model folder of that name in the working directory takes precedence.
+    The folder of a run of `sparselogits train` stands for the student in it, and `demo` for the
+    demo's teacher, unless a model folder of that name is in the working directory. Any other name
+    is returned as it is.
 
     Raises:
         MissingDependencyError: `demo` without the packages it needs.
     """
-    if name != NAME or (Path(name) / "config.json").exists():
+    path = Path(name)
+    if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+        return str(path / "model")
+    if name != NAME or (path / "config.json").exists():
         return name
     return str(demo_model())
 

@@ -128,7 +128,7 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
     wrong = [
         name
         for name, p in model.named_parameters()
-        if p.is_floating_point() and not bool(p.detach().isfinite().all())
+        if p.is_floating_point() and not bool(_plain(p).isfinite().all())
     ]
     if wrong:
         raise TeacherError(
@@ -136,6 +136,12 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
             f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Take an "
             "earlier checkpoint, or train it again with a lower learning rate"
         )
+
+
+def _plain(parameter: nn.Parameter) -> torch.Tensor:
+    """Return a parameter's values as a plain tensor, those of a quantised one included."""
+    values = parameter.detach()
+    return values if type(values) is torch.Tensor else values.dequantize()
 
 
 def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
