@@ -94,7 +94,7 @@ MISTAKES = {
     "eval {student} --data {text}": ("--data needs the tokenizer", "--tokenizer"),
     "eval {student} --data {latin} --tokenizer {teacher}": ("byte 0xf1", "iconv"),
     "eval {student} --data {short} --tokenizer {teacher}": ("too short", "--window"),
-    "eval {student} --cache {cache} --teacher /no/teacher": ("no model folder", "check the path"),
+    "eval {student} --cache {cache} --teacher /no/teacher": ("no model folder", "give a folder"),
     "gradients {student} --teacher {teacher} --data {latin}": ("byte 0xf1", "iconv"),
     "gradients {student} --teacher {teacher} --data {short}": ("too short", "--window"),
     "compare {latin_recipe}": ("byte 0xf1", "iconv"),
