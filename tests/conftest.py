@@ -34,8 +34,7 @@ def documents() -> list[str]:
     return [topics[name] for name in sorted(topics)[:24]]
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -46,6 +45,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(documents(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:

@@ -40,6 +40,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
+    r"|iostream error"
 )
 """How safetensors and torch, which raise no `OSError`, say that a write failed."""
 

@@ -1,6 +1,6 @@
 """All fault runs in full; writes their results as JSON beside this file.
 
-python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz]
+python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk]
 """
 
 from __future__ import annotations
@@ -71,7 +71,19 @@ def fuzz(_: Path) -> dict[str, Any]:
     return fuzz_in_pieces(WORK, FUZZED)
 
 
-RUNS = (kills, object_kills, flips, cuts, fuzz)
+def two_writers(folder: Path) -> dict[str, Any]:
+    from tests.faults.two_writers import two_writers as pairs
+
+    return {"starts_of_each_pair": 50, **pairs(folder, 50)}
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    from tests.faults.full_disk import full_disk as levels
+
+    return {"levels": 20, **levels(folder, 20)}
+
+
+RUNS = (kills, object_kills, flips, cuts, fuzz, two_writers, full_disk)
 
 
 def record(name: str, run: Callable[[Path], dict[str, Any]]) -> None:

@@ -27,7 +27,6 @@ from sparselogits.untrusted import printable
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 
 _KEPT = "what was finished is kept, and the same command goes on from there"
-_UNFINISHED = "remove the unfinished folder before the next try"
 _AFTERWARDS = {
     "cache": _KEPT,
     "compare": _KEPT,
@@ -37,8 +36,6 @@ _AFTERWARDS = {
     "repair": "shards already set aside stay so; the same command looks at the rest",
     "train": "with save_steps in its recipe the same command goes on from the last checkpoint, "
     "else it starts again",
-    "export": _UNFINISHED,
-    "import": _UNFINISHED,
 }
 _NOTHING = "nothing was changed, and the same command starts again"
 

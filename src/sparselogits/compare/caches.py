@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,9 @@ def _fitted(
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
     """Samplers, and why others are not; what a budget came to is kept in the file."""
     weights = teacher.identity["weights"]
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # absent; or empty, of a version that wrote it in place
+        kept = json.loads(file.read_text())
     if kept.get("teacher") != weights:
         kept = {"teacher": weights, "parameters": {}}
     samplers: dict[str, Sampler] = {}

@@ -16,7 +16,6 @@ Interrupted at any moment, the same command goes on: text, caches and runs that 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
+from sparselogits.locks import lock_file
 
 
 def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent_stage) -> Results:
@@ -61,8 +61,7 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
             f"{recipe.out} is a model's folder; give --out (in the recipe: out) one of its own"
         )
     recipe.out.mkdir(parents=True, exist_ok=True)
-    with (recipe.out / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes: one prepares, the others wait for it
+    with lock_file(recipe.out / "lock", wait=True):  # one process prepares, others wait for it
         setting = prepare(recipe, device=device, stage=stage)
         teacher = _teacher_row(recipe, setting)
         tasks = prepare_tasks(recipe, setting, stage=stage)

@@ -18,7 +18,6 @@ Cost: see `evaluate/gradients.py`; one pass of the teacher over the windows for 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -35,6 +34,7 @@ from sparselogits.errors import reason_of
 from sparselogits.evaluate import Estimate, GradientFidelity, Target, measure_gradients
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
+from sparselogits.locks import lock_file
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.store import Cache
 from sparselogits.teacher.loading import load_causal_lm
@@ -74,8 +74,7 @@ def measure_missing(
     """
     if recipe.gradients is None:
         return
-    with (recipe.out / "gradients.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(recipe.out / "gradients.lock", wait=True):
         for student in recipe.students:
             kept = _Kept.read(recipe.out)
             asked = _asked(recipe, setting, runs, student)

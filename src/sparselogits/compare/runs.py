@@ -14,7 +14,6 @@ directory, each on runs that no other one has in hand.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -33,6 +32,7 @@ from sparselogits.errors import reason_of
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
+from sparselogits.locks import Held, lock_file
 from sparselogits.store import Cache
 from sparselogits.teacher.loading import load_causal_lm
 from sparselogits.train import Recipe, RunResult, run
@@ -151,14 +151,8 @@ def failure_of(planned: Planned) -> str | None:
 def claimed(planned: Planned) -> Iterator[bool]:
     """Whether this process has the run to itself; let go at the end, or when the process dies."""
     assert planned.folder is not None
-    planned.folder.mkdir(parents=True, exist_ok=True)
-    with (planned.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+    with lock_file(planned.folder / "lock") as lock:
+        yield lock.held is not Held.TAKEN
 
 
 def carry_out(

@@ -59,8 +59,10 @@ def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = N
     first = sources[0]
     for other in sources[1:]:
         first.identity.require_equal(other.identity, here=str(first.root), there=str(other.root))
-    holder = {r: source for source in reversed(sources) for r in source.finished()}
-    texts = _texts_of(sources, holder)
+    # listed once: a source may grow meanwhile
+    shards = [(source, windows) for source in sources for windows in source.finished()]
+    holder = {windows: source for source, windows in reversed(shards)}
+    texts = _texts_of(sources, shards, holder)
     target = Cache.create(out, first.identity)
     kept = target.finished()
     _require_disjoint({**holder, **dict.fromkeys(kept, target)})
@@ -85,7 +87,11 @@ def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = N
     return MergeReport(tuple(copied), tuple(sorted([*stay, *others])), tuple(aside))
 
 
-def _texts_of(sources: Sequence[Cache], holder: Mapping[Range, Cache]) -> TextCheck:
+def _texts_of(
+    sources: Sequence[Cache],
+    shards: Sequence[tuple[Cache, Range]],
+    holder: Mapping[Range, Cache],
+) -> TextCheck:
     """The texts that the sources name or their shards tell, which must not contradict each other.
 
     Raises:
@@ -99,11 +105,10 @@ def _texts_of(sources: Sequence[Cache], holder: Mapping[Range, Cache]) -> TextCh
             except ValueError as error:
                 raise IdentityMismatchError(f"{source.root}: {error}; {_APART}") from error
     _require_texts(texts, holder.items())
-    for source in sources:
-        for windows in source.finished():
-            other = holder[windows]
-            if other is not source:
-                _require_same_text(source, other, windows)
+    for source, windows in shards:
+        other = holder[windows]
+        if other is not source:
+            _require_same_text(source, other, windows)
     return texts
 
 

@@ -1,0 +1,142 @@
+"""Commands in forked children of one Python that has imported everything: a second each, not ten.
+
+A child is the command as a user starts it, from its words to its exit code; its output goes to a
+file. Teacher, texts and caches are tiny.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import sparselogits.build
+import sparselogits.compare
+import sparselogits.report
+import sparselogits.train
+from sparselogits.cli import main
+from tests.conftest import make_tokenizer, tiny_llama
+
+SECONDS = 120
+CACHE = ("--window", "16", "--rounds", "4", "--windows-per-shard", "4", "--batch", "4")
+TRAIN = {
+    "epochs": 1,
+    "batch_windows": 4,
+    "save_steps": 2,
+    "student": {"layers": 1, "hidden_size": 16, "heads": 2},
+}
+
+
+@dataclass
+class Child:
+    """A command that was started."""
+
+    words: tuple[str, ...]
+    pid: int
+    log: Path
+    code: int | None = None
+
+    def wait(self) -> int:
+        """Exit code; a command that takes two minutes is killed, and counts as -9."""
+        end = time.monotonic() + SECONDS
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                end = float("inf")
+            else:
+                time.sleep(0.005)
+        return self.code
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def start(words: tuple[str, ...], log: Path, at: float = 0.0) -> Child:
+    """Start a command at a moment of the monotonic clock."""
+    pid = os.fork()
+    if pid:
+        return Child(words, pid, log)
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.argv = ["sparselogits", *words]
+        time.sleep(max(0.0, at - time.monotonic()))
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException as error:
+        os.write(2, f"escaped: {error!r}\nTraceback".encode())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(words: tuple[str, ...], log: Path) -> Child:
+    """A command from start to end."""
+    child = start(words, log)
+    child.wait()
+    return child
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A teacher and three texts, of which the first two have equal lengths."""
+
+    folder: Path
+    teacher: Path
+    texts: tuple[Path, Path, Path]
+
+    @classmethod
+    def make(cls, folder: Path) -> Bench:
+        for package in (sparselogits.build, sparselogits.compare, sparselogits.report):
+            assert package
+        torch.set_num_threads(1)
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        os.environ["XDG_CACHE_HOME"] = str(folder / "home")
+        teacher = folder / "teacher"
+        make_tokenizer().save_pretrained(teacher)
+        tiny_llama(hidden_size=16, num_hidden_layers=1).save_pretrained(teacher)
+        texts = []
+        for name in "abc":
+            path = folder / f"{name}.txt"
+            path.write_text("".join(f"{name} is line {i} of it.\n" for i in range(24)))
+            texts.append(path)
+        return cls(folder, teacher, (texts[0], texts[1], texts[2]))
+
+    def cache(self, text: int, out: Path, *more: str) -> tuple[str, ...]:
+        """Words of the command that caches a text."""
+        data = str(self.texts[text])
+        given = ("--teacher", str(self.teacher), "--data", data, "--device", "cpu")
+        return ("cache", *given, *CACHE, "--out", str(out), *more)
+
+    def train(self, cache: Path, out: Path, *more: str) -> tuple[str, ...]:
+        """Words of the command that trains a student."""
+        recipe = self.folder / "train.yaml"
+        recipe.write_text(json.dumps(TRAIN | {"cache": str(cache), "out": str(out)}))
+        return ("train", str(recipe), "--device", "cpu", *more)
+
+    def built(self, name: str = "built") -> Path:
+        """A cache of the first text, made once."""
+        path = self.folder / name
+        if not path.exists():
+            child = run(self.cache(0, path), self.folder / "log")
+            assert child.code == 0, child.said
+        return path
+
+    def copy(self, cache: Path, to: Path) -> Path:
+        shutil.copytree(cache, to, symlinks=True)
+        return to
