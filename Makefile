@@ -1,6 +1,7 @@
 # These commands do everything on a machine with Python 3.11, make and a package index:
 #   make demo    the whole way on a real teacher and real text; installs what that needs
 #   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour, perhaps)
+#   make journey from a text to a student, with the demo's teacher
 #   make test    formatter, linter, type checker, tests; installs the rest
 #   make release a release rehearsed: nothing is uploaded
 
@@ -9,10 +10,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-fast check browser bench docs faults release clean
+.PHONY: demo journey test test-fast check browser bench docs faults release clean
 
 demo: .venv/.installed-demo
 	$(BIN)/sparselogits demo --out demo-run
+
+# From a text to a student with the demo's teacher, as README.md has it, in a folder of its own.
+journey: .venv/.installed-demo
+	rm -rf demo-run/journey && mkdir -p demo-run/journey
+	$(BIN)/python -m tests.journeys.material demo-run/journey 60000
+	cd demo-run/journey && PATH="$(CURDIR)/$(BIN):$$PATH" bash -eu $(CURDIR)/tests/journeys/text-file.sh
 
 test: check browser
 	$(BIN)/python -m pytest

@@ -26,6 +26,7 @@ import yaml
 from sparselogits.cli import app, main
 from tests.conftest import tiny_llama
 from tests.pages import DOCS, PAGES, ROOT, RUN, Block, blocks, blocks_of, outside_blocks
+from tests.stand_ins import stand_in_for_named_models
 from tests.store.s3 import S3
 
 PROGRAM = typer.main.get_command(app)
@@ -37,6 +38,7 @@ def desk(
     teacher_folder: Path,
     cache: Path,
     text: Path,
+    tokenizer: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """What the pages take for granted: a teacher, a student, text, a cache; in short form."""
@@ -62,7 +64,8 @@ def desk(
         )
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "notes.txt").write_text("\n\n".join(paragraphs))
+    stand_in_for_named_models(tmp_path / "home", tokenizer, monkeypatch)
     return tmp_path
 
 

@@ -1,36 +1,39 @@
-"""What the README shows runs as it stands there."""
+"""What the README shows runs as it stands there, word for word."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sparselogits.cli import main
+from tests.journeys.material import write_material
 from tests.pages import ROOT, blocks
+from tests.stand_ins import stand_in_for_named_models
 
 
-@pytest.mark.slow
 def test_the_commands_and_the_python_example(
-    tmp_path: Path, teacher_folder: Path, text: Path
+    tmp_path: Path,
+    tokenizer: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pages = [json.loads(line)["text"] for line in text.open()]
-    paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
-    short = tmp_path / "TEXT.jsonl"  # many documents, so that 5 % of them are some
-    short.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs[:120]))
-    run = [block for block in blocks(ROOT / "README.md") if not block.mark]
-    names = {"MODEL": str(teacher_folder), "TEXT": str(short)}
-    for words in (words for block in run if block.language == "bash" for words in block.commands):
-        words = [names.get(word, word) for word in words]
-        assert words[0] == "sparselogits"
-        if words[1] == "cache":
-            words += ["--window", "64"]  # the tiny teacher reads no more at once
-        subprocess.run([sys.executable, "-m", *words], check=True, cwd=tmp_path, timeout=300)
-    script = tmp_path / "example.py"  # the second goes on from the first
-    script.write_text("\n".join(block.code for block in run if block.language == "python"))
-    done = subprocess.run(
-        [sys.executable, str(script)], check=True, cwd=tmp_path, timeout=300, capture_output=True
-    )
-    assert b"entries in the first window" in done.stdout
+    write_material(tmp_path / "desk", 30_000)
+    monkeypatch.chdir(tmp_path / "desk")
+    Path("text.jsonl").replace("pages.jsonl")
+    stand_in_for_named_models(tmp_path / "home", tokenizer, monkeypatch)
+    names: dict[str, object] = {}  # a block goes on from the one before
+    for block in (block for block in blocks(ROOT / "README.md") if not block.mark):
+        if block.language == "python":
+            exec(compile(block.code, "README.md", "exec"), names)
+            continue
+        for words in block.commands:
+            assert words[0] == "sparselogits"
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert stop.value.code in (0, None), (words, capsys.readouterr().err)
+    said = capsys.readouterr().out
+    assert "CacheDataset(my-cache: " in said
+    assert "'loss': " in said, "the Trainer's example logs"

@@ -70,6 +70,7 @@ def quiet_transformers() -> None:
     """Keep transformers' own bars and loading chatter out of the way of ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # torchao, which transformers imports where it is installed, reports the CUDA kernels it lacks
@@ -79,6 +80,10 @@ def quiet_transformers() -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
 
 
 Update = Callable[..., None]

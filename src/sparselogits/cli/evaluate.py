@@ -281,6 +281,8 @@ def evaluate_command(
         say_next("eval", student, *text, "--teacher", "MODEL")
     elif cache is not None:
         say_next("view", cache, "--teacher", teacher, "--student", student)
+    else:
+        say_next("eval", student, "--data", data, "--teacher", teacher, "--draft", 4)
 
 
 def _require_no_data_options(

@@ -55,8 +55,7 @@ def train(
         str | None,
         typer.Option(
             help="New student with random weights: a size (tiny, 3m, 10m, 30m, 100m, 300m, 1b), "
-            "numbers (layers=12,width=768,heads=12,kv_heads=4,mlp=2048,tied=false), or a "
-            "config.json.",
+            "numbers (layers=12,width=768,heads=12), or a config.json.",
             show_default="the recipe's",
             rich_help_panel=MODEL,
         ),

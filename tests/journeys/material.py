@@ -1,0 +1,53 @@
+"""What the journeys read, written into a folder from the language reference that Python carries.
+
+python -m tests.journeys.material FOLDER [CHARACTERS]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_material(folder: Path, characters: int = 60_000) -> None:
+    """Write text, a folder of texts, JSON lines, conversations and Parquet of that length each."""
+    pages, size = [], 0
+    for name in sorted(topics):
+        if size >= characters:
+            break
+        pages.append(topics[name])
+        size += len(topics[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(pages)
+    (folder / "notes.txt").write_text(text)
+    (folder / "more.txt").write_text(text[: characters // 3])
+    (folder / "notes").mkdir(exist_ok=True)
+    for number, page in enumerate(pages):
+        (folder / "notes" / f"page-{number:03d}.txt").write_text(page)
+    paragraphs = [part.strip() for page in pages for part in page.split("\n\n")]
+    paragraphs = [part for part in paragraphs if len(part) > 60]
+    for name, field in (("pages.jsonl", "body"), ("text.jsonl", "text")):
+        lines = [json.dumps({field: page}) for page in pages]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Explain: {part[:40]}"},
+                {"role": "assistant", "content": part},
+            ]
+        }
+        for part in paragraphs
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pq.write_table(pa.table({"text": pages}), folder / "pages.parquet")
+    shutil.copy(Path(__file__).with_name("notebook.py"), folder)
+
+
+if __name__ == "__main__":
+    write_material(Path(sys.argv[1]), *map(int, sys.argv[2:]))
