@@ -165,6 +165,8 @@ def _run_apart(
         }
         if "attention_mask" in divided:
             divided["attention_mask"] = divided["attention_mask"] * own
+        if equal:
+            _forget_lengths(run, input_ids)
         states = run(input_ids=input_ids.flatten()[places], **divided)
         # a prompt that the model puts before the text has states of its own
         states = states[:, states.shape[1] - places.shape[1] :]
@@ -173,6 +175,12 @@ def _run_apart(
     back = torch.cat(order).argsort().to(pieces[0].device)
     states = torch.cat(pieces)[back]
     return states.view(batch, length, *states.shape[1:])
+
+
+@torch.no_grad()
+def _forget_lengths(run: Run, input_ids: Tensor) -> None:
+    """Run one token: frequencies that grew with a long sequence are kept until a short one."""
+    run(input_ids=input_ids[:1, :1])
 
 
 def _spans(position_ids: Tensor) -> list[tuple[int, int]]:
@@ -207,7 +215,7 @@ def _way(run: Run, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart",
     starts = [np.array(own, np.int32) for own in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
     try:
-        alone = _each_alone(run, tokens)
+        alone = _each_alone(run, tokens, equal=equal)
     except _FAILURES:
         return "none"
     if not bool(alone.isfinite().all()):
@@ -224,12 +232,14 @@ def _way(run: Run, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart",
     return "apart" if _distance(apart, alone) <= _APART.get(alone.dtype, _APART_HALF) else "none"
 
 
-def _each_alone(run: Run, tokens: Tensor) -> Tensor:
+def _each_alone(run: Run, tokens: Tensor, *, equal: bool) -> Tensor:
     rows = []
     for row, starts in zip(tokens, _PROBE_STARTS, strict=True):
         ends = [*starts[1:], _PROBE_LENGTH]
         found = []
         for a, b in zip(starts, ends, strict=True):
+            if equal:
+                _forget_lengths(run, tokens)
             states = run(input_ids=row[None, a:b])[0]
             found.append(states[len(states) - (b - a) :])
         rows.append(torch.cat(found))

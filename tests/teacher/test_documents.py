@@ -157,22 +157,33 @@ def test_a_model_that_sees_what_comes_later_is_refused_by_name() -> None:
         documents.run(run, random_tokens(), positions)
 
 
-def test_documents_longer_than_the_rotary_frequencies_were_made_for() -> None:
-    """LongRoPE takes other frequencies for the whole batch once one sequence is long."""
-    model = tiny_llama(
-        max_position_embeddings=64,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 4,
-            "long_factor": [4.0] * 4,
-            "original_max_position_embeddings": 16,
-            "factor": 4.0,
-        },
-    )
+ROPES = {
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    },
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_documents_longer_than_the_rotary_frequencies_were_made_for(kind: str) -> None:
+    """They depend on the longest sequence of a batch, and may stay as a longer one left them."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | ROPES[kind]
+    model = tiny_llama(max_position_embeddings=16, rope_parameters=rope)
     tokens = random_tokens()
     found = gathered(made_teacher(model), tokens, STARTS)
-    torch.testing.assert_close(found, alone(model, tokens, STARTS), rtol=1e-4, atol=1e-4)
+    again = gathered(made_teacher(model), tokens.flip(0), STARTS[::-1]).flip(0)
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-4)
+    fresh = []
+    for row, own in zip(tokens, STARTS, strict=True):
+        for span in spans(own):
+            new = tiny_llama(max_position_embeddings=16, rope_parameters=rope)
+            fresh.append(new(input_ids=row[None, span]).logits[0].detach())
+    expected = torch.cat(fresh).view_as(found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 class Leaking(TransformersTeacher):

@@ -2,8 +2,9 @@
 
 The identity of a cache holds a fingerprint of everything that decides which ids a text becomes.
 That is stricter than what a student needs: an instruct model and its base share every token and
-differ in which of them ends a text or pads a batch. So each shard also records what the ids mean,
-without roles, chat template and padding, and the roles by name, to be able to say what differs.
+differ in which of them ends a text or pads a batch, or in a few tokens that one of them lacks. So
+each shard also records what the ids mean, without roles, chat template and padding, the tokens that
+were added to the vocabulary, and the roles by name, to be able to say what differs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sparselogits.allowances import refuse
 from sparselogits.errors import IdentityMismatchError, SparseLogitsWarning
 from sparselogits.identity import canonical_json
 
+_RECORDED = 512
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -28,25 +30,37 @@ class TokenizerFingerprint(str):
 
     Args:
         value: the fingerprint.
-        ids: sha256, in hex, of what the ids mean alone.
+        ids: sha256, in hex, of what the ids mean, without tokens that were added.
+        added: token by its id, as text, of those that were added to the vocabulary.
         roles: token by its role ("eos", "pad", ...), where the tokenizer has one.
     """
 
     ids: str
+    added: dict[str, str]
     roles: dict[str, str]
 
-    def __new__(cls, value: str, ids: str, roles: Mapping[str, str]) -> TokenizerFingerprint:
+    def __new__(
+        cls, value: str, ids: str, added: Mapping[str, str], roles: Mapping[str, str]
+    ) -> TokenizerFingerprint:
         """Make a fingerprint; see the class."""
         made = super().__new__(cls, value)
-        made.ids, made.roles = ids, dict(roles)
+        made.ids, made.added, made.roles = ids, dict(added), dict(roles)
         return made
 
-    def __getnewargs__(self) -> tuple[str, str, dict[str, str]]:  # type: ignore[override]
-        return str(self), self.ids, self.roles
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.ids, self.added, self.roles
 
     def record(self) -> dict[str, Any]:
-        """Return what a shard's provenance says about the tokenizer, as plain JSON values."""
-        return {"ids": self.ids, "roles": self.roles}
+        """Return what a shard's provenance says about the tokenizer, as plain JSON values.
+
+        Where thousands of tokens were added, a hash of them stands for all.
+        """
+        few = len(self.added) <= _RECORDED
+        return {
+            "ids": self.ids,
+            "added": self.added if few else _sha256(self.added),
+            "roles": self.roles,
+        }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
@@ -64,7 +78,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
         described["backend"] = {
             key: value for key, value in state.items() if key not in ("truncation", "padding")
         }
-        meaning = _meaning(state)
+        meaning = {name: state.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
+        tokens = state.get("added_tokens") or ()
+        added = {str(token["id"]): token["content"] for token in tokens}
     else:
         meaning = {
             "class": type(tokenizer).__name__,
@@ -72,9 +88,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
             "files": _vocabulary_files(tokenizer),
         }
         described |= meaning
+        added = {str(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
     roles = {name: getattr(tokenizer, f"{name}_token", None) for name in _ROLES}
     named = {name: str(token) for name, token in roles.items() if token is not None}
-    return TokenizerFingerprint(_sha256(described), _sha256(meaning), named)
+    return TokenizerFingerprint(_sha256(described), _sha256(meaning), added, named)
 
 
 def require_tokenizer(
@@ -87,7 +104,8 @@ def require_tokenizer(
 ) -> None:
     """Check that the ids of a tokenizer mean what they mean in a cache.
 
-    Roles of special tokens, chat template and padding may differ; roles that do are named in a
+    Roles of special tokens, chat template and padding may differ, and either may have added tokens
+    that the other lacks, as long as no id is two tokens; what differs is said in a
     `SparseLogitsWarning`.
 
     Args:
@@ -105,18 +123,22 @@ def require_tokenizer(
     if found == expected:
         return
     there = recorded if isinstance(recorded, Mapping) else {}
+    own, theirs = found.added, there.get("added")
     if there.get("ids") == found.ids:
-        theirs = there.get("roles")
-        differing = _differing(found.roles, theirs if isinstance(theirs, Mapping) else {})
-        if differing:
-            warnings.warn(
-                f"{whose} has the ids of the cache's tokenizer, and other roles: {differing}",
-                SparseLogitsWarning,
-                stacklevel=2,
-            )
-        return
-    if "ids" in there:
-        known = "its ids mean other tokens (vocabulary, merges, normalisation or added tokens)"
+        clash = _clash(found, theirs)
+        if clash is None:
+            differing = _differing(found.roles, there.get("roles"), own, theirs)
+            if differing:
+                warnings.warn(
+                    f"{whose} gives ids the meaning they have in the cache, and differs in: "
+                    f"{differing}",
+                    SparseLogitsWarning,
+                    stacklevel=2,
+                )
+            return
+        known = f"its ids mean other tokens: {clash}"
+    elif "ids" in there:
+        known = "its ids mean other tokens (vocabulary, merges, normalisation or pre-tokenizer)"
     else:
         known = (
             "the cache does not record what its ids mean, only this fingerprint, so other roles of "
@@ -129,26 +151,31 @@ def require_tokenizer(
     refuse(error, "other-tokenizer", allow)
 
 
-def _differing(here: Mapping[str, str], there: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} is {here.get(name)!r} here and {there.get(name)!r} in the cache"
+def _clash(found: TokenizerFingerprint, theirs: object) -> str | None:
+    """Say which id is two added tokens; None where no id is."""
+    if not isinstance(theirs, Mapping):
+        return None if theirs == found.record()["added"] else "added tokens differ"
+    for place, token in found.added.items():
+        if theirs.get(place, token) != token:
+            return f"id {place} is {token!r} here and {theirs[place]!r} in the cache"
+    return None
+
+
+def _differing(
+    here: Mapping[str, str], there: object, own: Mapping[str, str], theirs: object
+) -> str:
+    other = there if isinstance(there, Mapping) else {}
+    found = [
+        f"{name} is {here.get(name)!r} here and {other.get(name)!r} in the cache"
         for name in _ROLES
-        if here.get(name) != there.get(name)
-    )
-
-
-def _meaning(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a compiled tokenizer that decide what its ids mean."""
-    added = [
-        {key: value for key, value in token.items() if key != "special"}
-        for token in state.get("added_tokens") or ()
+        if here.get(name) != other.get(name)
     ]
-    return {
-        "model": state.get("model"),
-        "normalizer": state.get("normalizer"),
-        "pre_tokenizer": state.get("pre_tokenizer"),
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-    }
+    if isinstance(theirs, Mapping):
+        for more, less, where in ((theirs, own, "the cache"), (own, theirs, "here")):
+            alone = [str(more[place]) for place in more if place not in less]
+            if alone:
+                found.append(f"{len(alone)} added tokens are in {where} alone, as {alone[0]!r}")
+    return ", ".join(found)
 
 
 def _vocabulary_files(tokenizer: Any) -> dict[str, str]:

@@ -563,7 +563,7 @@ def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> No
     if mine != theirs:
         error = IdentityMismatchError(
             f"the cache was made by {identity.teacher.get('name')} ({theirs}); the teacher given "
-            f"{teacher.identity['name']} ({mine}); give the cache's own teacher"
+            f"is {teacher.identity['name']} ({mine}); give the cache's own teacher"
         )
         refuse(error, "other-teacher")
 
