@@ -137,6 +137,36 @@ def test_a_table_is_sorted_and_its_columns_are_chosen(
         assert before["x"] == after["x"]
 
 
+def test_pointing_near_a_line_names_it_and_dims_the_others(
+    results: Results, browser: Browser, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    curves = [[(1, 6.0), (2, 5.0 + number)] for number in range(len(results.runs))]
+    runs = [
+        run.model_copy(update={"curve": curve if run.curve else []})
+        for run, curve in zip(results.runs, curves, strict=True)
+    ]
+    path.write_text(report_page(results.model_copy(update={"runs": runs})), encoding="utf-8")
+    with opened(browser, path.as_uri(), size=DESKTOP) as page:
+        chart = page.locator("#training-0 svg")
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()
+        assert box is not None
+        # near the end of the lowest line, not on it
+        page.mouse.move(box["x"] + box["width"] - 40, box["y"] + box["height"] - 75)
+        tip = page.locator("#vg-tooltip-element.visible")
+        tip.wait_for(timeout=5000)
+        words = tip.inner_text()
+        assert "CE" in words
+        assert "undefined" not in words
+        assert re.search(r"optimiser steps\s+2\b", words)
+        page.wait_for_function(
+            """() => [...document.querySelectorAll("#training-0 svg .mark-line path")]
+              .filter((each) => Number(each.getAttribute("opacity")) < 0.5).length === 4""",
+            timeout=5000,
+        )
+
+
 def test_the_best_value_is_that_of_a_student_without_a_teacher(results: Results) -> None:
     rows = {row.method: row for row in results.methods}
     found = re.findall(r'<td data-value="([\d.]+)" class="best"', report_page(results))

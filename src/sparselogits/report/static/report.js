@@ -9,6 +9,19 @@ const narrow = matchMedia("(max-width: 40rem)").matches;
 
 // --- charts
 
+// Vega-Lite lets the nearest point speak for the area around it, but asks the area for its names
+// (only its numbers come from the point).
+function patch(spec) {
+  const mend = (mark) => {
+    for (const inner of mark.marks ?? []) mend(inner);
+    const tooltip = mark.encode?.update?.tooltip;
+    if (mark.name?.endsWith("_voronoi") && tooltip?.signal)
+      tooltip.signal = tooltip.signal.replace(/(?<!datum\.)datum\[/g, "datum.datum[");
+  };
+  mend(spec);
+  return spec;
+}
+
 async function draw(place) {
   const spec = data.charts[place.dataset.chart];
   const made = await vegaEmbed(place, spec, {
@@ -16,6 +29,7 @@ async function draw(place) {
     renderer: "svg",
     ast: true, // expressions are interpreted: the page's policy allows no code made of strings
     defaultStyle: false,
+    patch,
     tooltip: { disableDefaultStyle: true, theme: "custom" },
   });
   views.push(made.view);
