@@ -167,6 +167,25 @@ def test_a_tokenizer_is_taken_from_the_base_where_the_adapter_has_none(
     assert len(load_tokenizer(str(folder))) == VOCABULARY
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_embedding_that_was_extended_before_training(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As scripts do that add tokens: PEFT saves the embedding, the base on disk is smaller."""
+    wider = PADDED_VOCABULARY + 8
+    torch.manual_seed(3)
+    extended = AutoModelForCausalLM.from_pretrained(base)
+    extended.resize_token_embeddings(wider)
+    model = peft.get_peft_model(extended, lora(modules_to_save=["embed_tokens", "lm_head"])())
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    found = loaded(tmp_path / "adapter", tokenizer)
+    assert found.vocab_size == wider
+    with torch.no_grad():
+        expected = model.eval()(input_ids=TOKENS).logits[..., :VOCABULARY]
+    got = torch.cat([piece.logits[:, :VOCABULARY] for piece in found.logits(TOKENS)])
+    torch.testing.assert_close(got, expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("code from a pickle has run",)

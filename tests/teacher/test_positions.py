@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselogits.allowances import allowing
+from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.build.pilot import check_teacher_on_text
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, TeacherError
 from sparselogits.evaluate.passes import StudentLogits
@@ -125,6 +125,12 @@ def test_a_loss_worse_than_guessing_can_be_allowed() -> None:
     unknown = pytest.raises(InvalidArgumentError, match="unknown allowance 'anything'")
     with unknown, allowing("anything"):
         pass
+
+
+def test_the_docs_list_every_allowance() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+    for name, meaning in ALLOWANCES.items():
+        assert f"| `{name}` | {meaning} |" in page
 
 
 def test_the_command_lifts_a_refusal(teacher_folder: Path, text: Path, tmp_path: Path) -> None:

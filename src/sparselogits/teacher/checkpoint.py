@@ -334,7 +334,7 @@ def _held(files: tuple[Path, ...]) -> _Held:
             tensors += _gguf_tensors(file)
             elements += 8 * file.stat().st_size  # one bit is the smallest number
             continue
-        for shape in _shapes(file):
+        for _, shape in tensor_shapes(file):
             count = 1
             for dimension in shape:
                 count *= dimension
@@ -343,14 +343,14 @@ def _held(files: tuple[Path, ...]) -> _Held:
     return _Held(tensors, elements, size, largest)
 
 
-def _shapes(file: Path) -> Iterator[list[int]]:
-    """Yield the shape of every tensor of a safetensors file, from its header alone."""
+def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape of every tensor of a safetensors file, from its header alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                yield opened.get_slice(key).get_shape()
+                yield key, opened.get_slice(key).get_shape()
     except (SafetensorError, OSError) as error:
         raise TeacherError(
             f"{file} cannot be read as safetensors: {reason_of(error)[:200]}; download the model "

@@ -30,12 +30,14 @@ from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     Checkpoint,
     adapter_fingerprint,
     bounded_by,
     file_sha256,
     find_checkpoint,
     require_plausible,
+    tensor_shapes,
 )
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher, entrance
@@ -273,6 +275,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
         raise MissingDependencyError(
             f"reading the adapter {found.name} needs the peft package: pip install peft"
         ) from error
+    _resize_for(found, base)
     try:
         with bounded_by(found):
             model: nn.Module = PeftModel.from_pretrained(
@@ -295,6 +298,16 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
             f"{_first_line(error)}. Merge the adapter into its base with PEFT"
         ) from error
     return model
+
+
+def _resize_for(found: Checkpoint, base: nn.Module) -> None:
+    """Give the base as many embedding rows as the adapter's own embedding, saved with it, has."""
+    rows = embedding_rows(base)
+    names = {id(p): name for name, p in base.named_parameters(remove_duplicate=False)}
+    embedding = names.get(id(base.get_input_embeddings().weight))  # type: ignore[operator]
+    for key, shape in tensor_shapes(found.folder / ADAPTER_WEIGHTS):
+        if key.removeprefix("base_model.model.") == embedding and shape[0] != rows:
+            base.resize_token_embeddings(shape[0])  # type: ignore[operator]
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
