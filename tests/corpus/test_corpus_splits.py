@@ -237,7 +237,7 @@ def test_names_of_any_bytes(tokenizer: object, tmp_path: Path) -> None:
     packing = Packing(8, 0, None, holdout=0.2)
     corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=600)
     assert corpus.summary.documents + corpus.summary.holdout_documents == 80
-    assert corpus.source_name.endswith("p\\udce4ges")
+    assert corpus.source_name == "p?ges"
     again = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=600)
     assert again.source_fingerprint == corpus.source_fingerprint
     bad = Path(os.fsdecode(folder + b"/caf\xe9.jsonl"))

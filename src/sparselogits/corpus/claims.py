@@ -62,8 +62,11 @@ def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
             pass
         yield Claim(paths, lock)
     finally:
-        # what is complete is not claimed anew; else the last worker removes the lock file
-        if paths.index.exists() or lock.take(alone=True, wait=False) is Held.ALONE:
+        # what is complete is not claimed anew; else the last worker removes the lock file, which
+        # is gone where the claim was abandoned (to take the lock would make the folder again)
+        if paths.index.exists() or (
+            paths.lock.exists() and lock.take(alone=True, wait=False) is Held.ALONE
+        ):
             lock.remove()
         lock.release()
 

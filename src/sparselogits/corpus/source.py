@@ -89,7 +89,7 @@ class Source:
     def to_json(self) -> dict[str, Any]:
         """What packed windows record of it, the name included."""
         described = {
-            "name": self.name.encode("utf-8", "backslashreplace").decode(),
+            "name": self.name.encode("utf-8", "replace").decode(),
             "fingerprint": self.fingerprint,
             "text_field": self.fields.text,
             "completion_only": self.fields.completion_only,
