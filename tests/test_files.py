@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -254,6 +255,32 @@ def test_a_folder_fills_one_that_is_empty_even_a_mount_point(small_disk: Path) -
     assert names(small_disk) == [
         *("empty", "empty/a", "empty/b", "empty/b/c", "new", "new/a", "new/b", "new/b/c")
     ]
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".DS_Store", ".nfs00000001"])
+def test_what_an_operating_system_leaves_is_not_in_the_way(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with whole_folder(tmp_path) as folder:
+        write_whole(folder / "a", "a")
+    assert names(tmp_path) == sorted([name, "a"])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_at_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Some disks, and network file systems, tell of a lost write when it is synced."""
+    path = tmp_path / "file"
+    write_whole(path, "before")
+
+    def fsync(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(StorageError, match=f"file: {os.strerror(code)}"):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def writing_whole(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
                 yield handle
                 handle.flush()
                 sync(descriptor)
+                handle.close()  # network file systems may say only now that the disk is full
             finally:
                 with contextlib.suppress(OSError):  # closing flushes again what did not fit
                     handle.close()
@@ -192,11 +193,20 @@ def require_new_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise InvalidArgumentError(f"{path} is no folder; name a new or empty folder")
-    found = sorted(entry.name for entry in path.iterdir())
+    found = sorted(entry.name for entry in path.iterdir() if not is_clutter(entry.name))
     if found:
         raise InvalidArgumentError(
             f"{path} is not empty (it holds {found[0]}); name a new or empty folder"
         )
+
+
+def is_clutter(name: str) -> bool:
+    """Return whether an operating system, not a user, put a name into a folder.
+
+    A file system's own folder at the root of a volume, macOS's view settings, and what NFS keeps of
+    a file that was removed while it was open.
+    """
+    return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from sparselogits.corpus.packed import Paths
 from sparselogits.errors import CorpusError, IdentityMismatchError, SparseLogitsError
 from sparselogits.locks import Held, lock_file
 
-STARTS = 16
+STARTS = 8
 A, B = {"source": {"fingerprint": "a"}}, {"source": {"fingerprint": "b"}}
 
 
@@ -165,6 +166,23 @@ def test_without_locks_a_claim_is_never_renewed(
     take(tmp_path / "out", A)
     take(tmp_path / "out", A)
     assert not is_abandoned(Paths(tmp_path / "out"))
+    with pytest.raises(IdentityMismatchError):
+        take(tmp_path / "out", B)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Lustre without -o flock, and NFS without its lock daemon, answer so."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("sparselogits.locks.fcntl.flock", flock)
+    take(tmp_path / "out", A)
+    with lock_file(tmp_path / "lock") as lock:
+        assert lock.held is Held.UNSUPPORTED
     with pytest.raises(IdentityMismatchError):
         take(tmp_path / "out", B)
 

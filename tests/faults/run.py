@@ -78,9 +78,14 @@ def two_writers(folder: Path) -> dict[str, Any]:
 
 
 def full_disk(folder: Path) -> dict[str, Any]:
+    from tests.faults.full_disk import COMMANDS
     from tests.faults.full_disk import full_disk as levels
 
-    return {"levels": 20, **levels(folder, 20)}
+    found: dict[str, Any] = {"levels": 20}
+    for name in COMMANDS:  # written after each: the run is long
+        found |= levels(folder, 20, (name,))
+        write("full_disk", found)
+    return found
 
 
 RUNS = (kills, object_kills, flips, cuts, fuzz, two_writers, full_disk)
@@ -90,15 +95,18 @@ def record(name: str, run: Callable[[Path], dict[str, Any]]) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder))
+    write(name, {**found, "seconds": round(time.monotonic() - start)})
+    print(name, found, flush=True)
+
+
+def write(name: str, found: dict[str, Any]) -> None:
     conditions = {
-        "seconds": round(time.monotonic() - start),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: version(package) for package in ("pyarrow", "pcodec", "numpy")},
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(found | conditions, indent=2) + "\n")
-    print(name, found, flush=True)
 
 
 def main() -> None:

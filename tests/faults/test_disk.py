@@ -76,6 +76,44 @@ def test_a_disk_that_turns_read_only(tmp_path: Path, small_disk: Path) -> None:
     assert files(root) == undisturbed(tmp_path / "whole")
 
 
+@pytest.fixture
+def exfat(tmp_path: Path) -> Iterator[Path]:
+    """A file system without hard links."""
+    if not (shutil.which("mkfs.exfat") and shutil.which("mount.exfat-fuse") and os.geteuid() == 0):
+        pytest.skip("needs root, exfat-fuse and exfatprogs")
+    image, path = tmp_path / "image", tmp_path / "exfat"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.exfat", str(image)], check=True, capture_output=True)
+    loop = subprocess.run(
+        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True
+    ).stdout.strip()
+    mounted = subprocess.run(["mount.exfat-fuse", loop, str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs loop devices and FUSE")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["losetup", "-d", loop], check=True)
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, exfat: Path) -> None:
+    build(exfat / "c")
+    cache = Cache.open(exfat / "c")
+    with pytest.raises(OSError, match="not permitted"):
+        os.link(exfat / "c/cache.json", exfat / "c/other")
+    first, second, third = sorted((exfat / "c/shards").iterdir())
+    for path in (first, second):
+        path.write_bytes(path.read_bytes()[:-5])
+    third.unlink()
+    third.mkdir()
+    assert len(repair(cache).set_aside) == 3
+    build(exfat / "c")
+    whole = undisturbed(tmp_path / "whole")
+    assert {n: d for n, d in files(exfat / "c").items() if not n.startswith("damaged")} == whole
+    assert not cache.storage.create(first.relative_to(exfat / "c").as_posix(), b"other")
+
+
 def _build_as(root: Path, seed: int, results: object) -> None:
     try:
         build(root, seed=seed)

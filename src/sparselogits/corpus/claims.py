@@ -15,7 +15,7 @@ from typing import Any
 
 from sparselogits.corpus.packed import FORMATS, Paths, read_json
 from sparselogits.errors import CorpusError, IdentityMismatchError
-from sparselogits.files import TEMPORARY_PREFIX, write_whole
+from sparselogits.files import TEMPORARY_PREFIX, is_clutter, write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.locks import FileLock, Held
 
@@ -105,7 +105,8 @@ def _require_own_folder(paths: Paths) -> None:
         )
     there = paths.folder.iterdir() if paths.folder.exists() else ()
     known = paths.names
-    if any(p.name not in known and not p.name.startswith(TEMPORARY_PREFIX) for p in there):
+    foreign = (p for p in there if p.name not in known and not is_clutter(p.name))
+    if any(not path.name.startswith(TEMPORARY_PREFIX) for path in foreign):
         raise CorpusError(
             f"{paths.folder} is not empty and holds no packed corpus; choose a folder of its own"
         )
