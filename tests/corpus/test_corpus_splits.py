@@ -166,6 +166,9 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
         open_source(str(folder))
     by_pattern = open_source(f"{folder}/*.jsonl")
     assert len(by_pattern.files) == 3
+    for named in (f"{folder}/*.jsonl", f"{folder}/test.jsonl"):
+        with pytest.raises(CorpusError, match=r"names files, which have no split `test`; leave ou"):
+            open_source(named, split="test")
 
 
 def test_a_file_of_two_splits_is_named(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def locate(data: str, split: str) -> Located:
     left_out: list[LeftOut] = []
     shared: list[LeftOut] = []
     if path.is_file():
+        _require_train(data, split)
         files = [SourceFile(path, path.name, _kind_of_named(path))]
     elif path.is_dir():
         if _is_saved_dataset(path):
@@ -95,6 +96,7 @@ def locate(data: str, split: str) -> Located:
             "and name that"
         )
     elif any(sign in data for sign in "*?["):
+        _require_train(data, split)
         files = _matching(data)
     elif base and Path(base).expanduser().is_dir():
         files, left_out, shared = _folder(Path(base).expanduser(), split, configuration)
@@ -115,6 +117,15 @@ def locate(data: str, split: str) -> Located:
         _refuse_disguised(file)
     ordered = tuple(sorted(files, key=lambda file: file.name))
     return Located(ordered, tuple(left_out), tuple(shared))
+
+
+def _require_train(data: str, split: str) -> None:
+    """Refuse a split of files that are named one by one: all of them are read."""
+    if split != "train":
+        raise CorpusError(
+            f"{data} names files, which have no split `{split}`; leave out --split, name the files "
+            "of that split, or name their folder"
+        )
 
 
 def _refuse_disguised(file: SourceFile) -> None:
