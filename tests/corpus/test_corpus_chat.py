@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from sparselogits.corpus import Packing, open_source, pack, packing_for, records
+from sparselogits.corpus.chat import ChatTemplate
+from sparselogits.corpus.conversation import conversation_of
+from sparselogits.corpus.rendering import Renderer, _Bound
 from sparselogits.errors import IdentityMismatchError
 
 TALK = [
@@ -229,6 +234,50 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path: Path, tokenizer: Any, 
     talk, said = QWEN3[what]
     tokenizer.chat_template = TEMPLATES["qwen 3"]
     assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == said
+
+
+SAID = [
+    "Hello",
+    "a b",
+    " x",
+    "\n",
+    "\n\nyes",
+    "<b>",
+    "7391",
+    "assistant",
+    "é🙂",
+    "<|im_end|>",
+    "... ",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3_1", "qwen2_5", "qwen3", "gemma3", "phi3", "cohere2", "lfm2", "glm4moe"]
+)
+def test_the_place_of_a_turn_is_where_growth_finds_it(tokenizer: Any, name: str) -> None:
+    """Where a template lets both rules apply, they agree, whatever is said."""
+    rng, agreed = random.Random(name), 0
+    tokenizer.chat_template = published(name)
+    renderer = Renderer(asdict(ChatTemplate.of(tokenizer)))  # type: ignore[arg-type]
+    for _ in range(8):
+        talk = []
+        for _ in range(rng.randint(1, 3)):
+            for role in ("user", "assistant"):
+                said = "".join(rng.choices(SAID, k=rng.randint(1, 4)))
+                talk.append({"role": role, "content": said})
+        conversation = asdict(conversation_of({"messages": talk}, ["messages"]))
+        render = _Bound(renderer, conversation)
+        text = render.text(talk)
+        for number in range(1, len(talk), 2):
+            asked = render.text(talk[:number], opened=True)
+            told = render.text(talk[: number + 1])
+            if text.startswith(asked) and text.startswith(told):
+                assert renderer._end(render, talk, number, text, told) == len(told)
+                start = renderer._start_as_usual(render, talk, number, text)
+                assert start is not None
+                assert text[start:].startswith(text[len(asked) :])
+                agreed += 1
+    assert agreed > 5
 
 
 def test_a_template_that_wants_a_question_first(tmp_path: Path, tokenizer: Any) -> None:

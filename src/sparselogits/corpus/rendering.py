@@ -239,9 +239,12 @@ class Renderer:
         at = min((place for place in places if place is not None), default=None)
         asked = render.attempt([_QUESTION], opened=True)
         plain = render.attempt([_QUESTION])
-        if at is None or asked is None or plain is None or not asked.startswith(plain):
+        if at is None or asked is None or plain is None:
             return None
+        plain = plain if asked.startswith(plain) else plain.removesuffix(self._eos)
         header = asked.removeprefix(plain)
+        if header == asked:
+            return None
         while header.strip():
             if (found := text.rfind(header, 0, at)) >= 0:
                 return found + len(header)
@@ -504,8 +507,8 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(name), str) and message[name].strip():
             yield [name], message[name]
-    if not content:
-        yield ["content"], ""
+    if content is None or (isinstance(content, str) and not content.strip()):
+        yield ["content"], content or ""
 
 
 def _left_out(message: Message) -> bool:
