@@ -83,7 +83,10 @@ def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
     """Return rows as Python values, and the types of their columns where a dataset has them."""
     if hasattr(records, "with_format"):  # a dataset may be set to give tensors or arrays
         features = getattr(records, "features", None)
-        return records.with_format(None), features.arrow_schema if features else None
+        if features is None:  # a stream that was mapped: which nulls Arrow added is not known
+            rows = records.with_format(None)
+            return ({n: _without_nulls(v) for n, v in row.items()} for row in rows), None
+        return records.with_format(None), features.arrow_schema
     if isinstance(records, Iterable) and not isinstance(records, bytes | bytearray):
         return records, None
     raise CorpusError(
@@ -138,4 +141,12 @@ def _plain_lists(value: Any) -> Any:
         return [_plain_lists(item) for item in value]
     if isinstance(value, dict):
         return {name: _plain_lists(item) for name, item in value.items()}
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
     return value
