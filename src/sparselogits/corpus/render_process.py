@@ -22,7 +22,7 @@ from typing import Any
 
 from sparselogits.errors import CorpusError
 
-CPU_SECONDS = 20
+CPU_SECONDS = 5
 """Processor time that one rendering may take; usual ones take a millisecond."""
 MEMORY_BYTES = 1 << 30
 """Memory that renderings may take."""

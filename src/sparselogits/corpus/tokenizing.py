@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
 """Names under which tokenizers keep a token that ends a document, the commonest first."""
 
-BATCH_SECONDS = 60
+BATCH_SECONDS = 30
 """Time that a batch of about a megabyte may take to tokenise; it usually takes one second."""
 
 
