@@ -34,6 +34,8 @@ from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.locks import Held, lock_file
 from sparselogits.store import Cache
+from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
+from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_causal_lm
 from sparselogits.train import Recipe, RunResult, run
 
@@ -104,6 +106,11 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
     """All runs, in order of importance: every method with the first seed comes first."""
     heldout = {"windows": recipe.heldout_windows, "draft": [recipe.draft, recipe.draft_windows]}
     identities = {key: Cache.open(path).identity for key, path in setting.caches.items()}
+    weights = {
+        name: {"weights": files_fingerprint(find_checkpoint(model_named(student.path)))}
+        for name, student in recipe.students.items()
+        if student.path is not None
+    }
     found = []
     for seed in recipe.seeds:
         for name, student in recipe.students.items():
@@ -119,7 +126,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "cache": identities[key].fingerprint,
                     "text": setting.corpus.source_fingerprint,
                     "method": method.model_dump(mode="json", exclude={"name"}),
-                    "student": student.model_dump(mode="json"),
+                    "student": weights.get(name, {}) | student.model_dump(mode="json"),
                     "training": training,
                     "seed": seed,
                     "heldout": heldout,

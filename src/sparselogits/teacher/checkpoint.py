@@ -472,6 +472,22 @@ def file_sha256(path: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
+def files_fingerprint(found: Checkpoint) -> str:
+    """Return what a model on disk is, without loading it: a commit, or sha256 over its files.
+
+    For models that are compared alone, as the student of a run that is resumed.
+    """
+    if found.base is not None:
+        return adapter_fingerprint(found, files_fingerprint(found.base))
+    if found.commit is not None:
+        return f"hub:{found.name}@{found.commit}"
+    files = {
+        str(file.relative_to(found.folder)): file_sha256(file).hex() for file in found.hashed()
+    }
+    made = {"configuration": _configuration(found), "files": files}
+    return f"sha256:{hashlib.sha256(canonical_json(made)).hexdigest()}"
+
+
 def adapter_fingerprint(checkpoint: Checkpoint, base: str) -> str:
     """Return sha256 over what an adapter computes, its weights, and the fingerprint of its base."""
     described = _read_json(checkpoint.folder / ADAPTER_CONFIG)

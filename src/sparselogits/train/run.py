@@ -42,6 +42,7 @@ from sparselogits.errors import (
     MissingDependencyError,
     RecipeError,
     SparseLogitsWarning,
+    TeacherError,
     TrainingError,
     reason_of,
 )
@@ -50,6 +51,8 @@ from sparselogits.identity import Identity
 from sparselogits.locks import Held, lock_file
 from sparselogits.store.place import is_url
 from sparselogits.teacher import TransformersTeacher, load_teacher
+from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
+from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_tokenizer
 from sparselogits.train.arguments import require_known
 from sparselogits.train.objective import DIVERGENCES
@@ -210,7 +213,7 @@ def _run(
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset)}))
+    write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset, recipe)}))
     online = recipe.method in DIVERGENCES
     if online and teacher is None:
         assert recipe.teacher is not None
@@ -491,13 +494,19 @@ def _described(recipe: Recipe) -> dict[str, Any]:
     return values | {"learning_rate": recipe.peak_learning_rate}
 
 
-def _made_from(dataset: CacheDataset) -> dict[str, Any]:
-    """Say which cache this is, wherever it lies: its identity, and the text of its first shard."""
+def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
+    """Say which cache and student these are, wherever they lie.
+
+    The cache by its identity and the text of its first shard, an existing student by its files.
+    """
     first = dataset.cache.window_index(0)
-    return {
+    made = {
         "cache": dataset.identity.fingerprint,
         "text": dataset.cache.provenance(first).get("corpus"),
     }
+    if recipe.student.path is not None:
+        made["student"] = files_fingerprint(find_checkpoint(model_named(recipe.student.path)))
+    return made
 
 
 def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
@@ -516,15 +525,17 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     changed = sorted(k for k in told if before.get(k, defaults.get(k)) != told[k])
     done = (out / "run.json").exists()
     try:
-        now = _made_from(CacheDataset(recipe.cache, seed=recipe.seed))
-    except CacheError:
+        now = _made_from(CacheDataset(recipe.cache, seed=recipe.seed), recipe)
+    except (CacheError, TeacherError):
         if not done or before.get("cache") != described["cache"]:
             raise
         now = made_from  # a finished run outlives its cache
     if made_from is None:
         changed += ["cache"] if before.get("cache") != described["cache"] else []
-    elif now != made_from:
-        changed.append("cache")
+    else:  # keys that were not recorded then say nothing
+        other = [key for key in made_from if now.get(key) != made_from[key]]
+        changed += ["cache"] if {"cache", "text"} & set(other) else []
+        changed += ["the weights of the student"] if "student" in other else []
     if changed:
         raise RecipeError(
             f"{out} holds a run of another recipe (they differ in {', '.join(changed)}); "
