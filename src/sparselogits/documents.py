@@ -218,7 +218,7 @@ def _way(run: Run, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart",
         alone = _each_alone(run, tokens, equal=equal)
     except _FAILURES:
         return "none"
-    if not bool(alone.isfinite().all()):
+    if alone.is_meta or not bool(alone.isfinite().all()):
         return "apart"  # damaged or overflowing: nothing to compare, and not for here to say
     try:
         if _packed_is_right(run, tokens, positions, alone):
