@@ -333,3 +333,60 @@ def test_a_forward_that_another_library_set_stays_set() -> None:
     assert type(made) is LlamaForCausalLM
     unbind(model)
     assert model.forward is patched
+
+
+def test_a_frozen_student_is_evaluated_and_not_trained(cache: Path, tmp_path: Path) -> None:
+    dataset = CacheDataset(cache)
+    student = tiny_llama(seed=9).requires_grad_(False)
+    trainer = SparseKDTrainer(
+        student, arguments(tmp_path), train_dataset=dataset, eval_dataset=dataset
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(InvalidArgumentError, match="no weight of the student"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.compile(tiny_llama(seed=9), backend="eager"),
+        lambda: _compiled_in_place(tiny_llama(seed=9)),
+        lambda: _hooked(tiny_llama(seed=9)),
+    ],
+    ids=["torch.compile", "model.compile", "accelerate's hook"],
+)
+def test_students_that_others_have_wrapped_train_alike(
+    cache: Path, tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    losses = []
+    for model in (tiny_llama(seed=9).train(), make()):
+        trainer = SparseKDTrainer(
+            model, arguments(tmp_path, max_steps=2), train_dataset=CacheDataset(cache)
+        )
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def _compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    return add_hook_to_module(model, ModelHook())
+
+
+def test_embeddings_resized_after_construction(cache: Path, tmp_path: Path) -> None:
+    """The head is looked up at each call, not kept."""
+    student = tiny_llama(seed=9)
+    trainer = SparseKDTrainer(
+        student, arguments(tmp_path, max_steps=1), train_dataset=CacheDataset(cache)
+    )
+    student.resize_token_embeddings(600)
+    before = student.get_output_embeddings().weight.detach().clone()
+    trainer.train()
+    assert student.get_output_embeddings().weight.shape[0] == 600
+    assert not torch.equal(student.get_output_embeddings().weight, before)

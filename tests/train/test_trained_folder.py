@@ -323,3 +323,59 @@ def test_a_student_with_nan_is_refused(kept: Path, tmp_path: Path, tokenizer: An
     student = {"path": str(tmp_path / "student")}
     with pytest.raises(TeacherError, match="not finite"):
         run(recipe(kept, tmp_path / "run", student=student), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore::sparselogits.errors.SparseLogitsWarning")
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+    ids=["head adapted", "embedding adapted", "head saved", "both saved"],
+)
+def test_an_adapter_of_a_tied_model_is_merged_right(
+    kept: Path, tmp_path: Path, adapter: dict
+) -> None:
+    """Merged into the one weight of both, embedding and head would change together."""
+    from peft import LoraConfig, get_peft_model
+
+    from sparselogits import SparseKDTrainer
+    from sparselogits.train.saving import save_student
+    from tests.train.test_trainer import arguments
+
+    tiny_llama(seed=4, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    student = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **adapter))
+    data = CacheDataset(kept)
+    SparseKDTrainer(student, arguments(tmp_path, max_steps=3), train_dataset=data).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    student.eval()
+    with torch.no_grad():
+        expected = student(input_ids=ids).logits
+        save_student(student, tmp_path, tokenizer=None, dtype=torch.float32, card="")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_adapter_goes_on_bit_for_bit(
+    kept: Path, tmp_path: Path, teacher_folder: Path
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(done: int, total: int, line: dict[str, float]) -> None:
+        if done == 3:
+            raise StoppedError
+
+    student = {"path": str(teacher_folder), "lora": {"rank": 2}}
+    changes = {"student": student, "save_steps": 2, "trainer": {"max_steps": 4}}
+    whole = run(recipe(kept, tmp_path / "whole", **changes), device="cpu")
+    with pytest.raises(StoppedError):
+        run(recipe(kept, tmp_path / "broken", **changes), device="cpu", progress=stop)
+    found = run(recipe(kept, tmp_path / "broken", **changes), device="cpu")
+    expected = AutoModelForCausalLM.from_pretrained(whole.model_path).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(found.model_path).state_dict().items():
+        assert torch.equal(value, expected[name]), name

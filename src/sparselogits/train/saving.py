@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparselogits.causal_lm import text_config
 from sparselogits.files import whole_folder, write_whole
 from sparselogits.identity import Identity
 from sparselogits.quantization import Quantization, load_quantized
@@ -47,6 +48,7 @@ def save_student(
     """
     if hasattr(model, "merge_and_unload"):
         _replace(out / "adapter", lambda folder: model.save_pretrained(folder))  # type: ignore[operator]
+        _untie_adapted(model)
         model = model.merge_and_unload()  # type: ignore[operator]
     model.to(dtype)
 
@@ -63,6 +65,24 @@ def save_student(
         write_whole(folder / "README.md", card)
 
     _replace(out / "model", save)
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give embedding and head weights of their own where an adapter changes one of them.
+
+    A tied model holds one weight for both: merging an adapter of the one into it would change the
+    other, and loading the saved model would tie them again.
+    """
+    base = model.get_base_model()
+    config = text_config(base.config)
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    adapted = any(type(layer) not in (nn.Linear, nn.Embedding) for layer in layers)
+    if not adapted or not getattr(config, "tie_word_embeddings", False):
+        return
+    head = getattr(layers[1], "base_layer", layers[1])
+    if isinstance(head, nn.Linear):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    config.tie_word_embeddings = base.config.tie_word_embeddings = False
 
 
 def _replace(folder: Path, save: Any) -> None:

@@ -219,6 +219,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             InvalidArgumentError: a checkpoint of another cache, or of other steps.
             TrainingError: a loss or weights that are not finite.
         """
+        if not any(parameter.requires_grad for parameter in self._student.parameters()):
+            raise InvalidArgumentError(
+                f"no weight of the student ({type(self._student).__name__}) requires a gradient: "
+                "call student.requires_grad_(True), or load its adapter with is_trainable=True"
+            )
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
