@@ -22,6 +22,7 @@ from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerpri
 from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
+from sparselogits.files import is_clutter
 from sparselogits.store.place import Place, is_url
 
 _OWN = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
@@ -46,7 +47,7 @@ def require_room(cache: Place) -> None:
         return
     folder = Path(cache)
     try:
-        there = sorted(path.name for path in folder.iterdir())
+        there = sorted(path.name for path in folder.iterdir() if not is_clutter(path.name))
     except FileNotFoundError:
         return
     except OSError as error:

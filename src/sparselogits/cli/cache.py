@@ -348,6 +348,8 @@ def cache(
             )
         if crew.is_first:
             messages.print(packed.in_words())
+        if crew.is_first and not is_url(out):
+            keep_tokenizer(tokenizer, out)  # the folder is this text's and tokenizer's by now
         shard_ranges(packed.windows, windows_per_shard, only, first_window=place.first_window)
         return packed
 
@@ -358,8 +360,6 @@ def cache(
         return
     check_request(request, packing, tokenizer_hash, windows_per_shard)
     place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
-    if crew.is_first and not is_url(out):
-        keep_tokenizer(tokenizer, out)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code
     )
