@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sparselogits.corpus.parts import PartError, open_part
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.streams import (
     PartFile,
@@ -351,7 +351,8 @@ def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
     """Columns of a part's table, a batch at a time: key, tokens, characters, opens."""
     path = tables / part_name(part)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        groups = path.stat().st_size // 64  # each takes more than that
+        with open_part(path, groups) as file:
             if not file.schema_arrow.equals(_SCHEMA):
                 raise damaged(path, f"its columns are {file.schema_arrow.names}")
             for batch in file.iter_batches(_ROWS):
@@ -361,5 +362,5 @@ def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
                 if columns[1].min() < 0:
                     raise damaged(path, "a document has fewer than zero tokens")
                 yield columns
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, PartError) as error:
         raise damaged(path, error) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from copy import copy
@@ -39,8 +38,10 @@ from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
+from sparselogits.untrusted import parse_json, read_regular
 
 FORMATS = (1, 2)
+_LARGEST_JSON = 1 << 24  # bytes: an index names the length of each part
 """Formats that are read: 1, and 2 where something is held out (see docs/corpus.md).
 
 Format 1 held documents out by their hash alone, each side in a stream of its own.
@@ -280,6 +281,13 @@ class PackedCorpus:
             )
         length = self.packing.window_length
         tokens = stream.read(start * length, stop * length)
+        if len(tokens.ids) and not (
+            0 <= int(tokens.ids.min()) <= int(tokens.ids.max()) < self.vocab_size
+        ):
+            raise CorpusError(
+                f"{self.folder} holds a token outside its vocabulary of {self.vocab_size} ids in "
+                f"windows {start} to {stop - 1}: it is damaged; pack the text again"
+            )
         result = []
         for index in range(start, stop):
             own = slice((index - start) * length, (index - start + 1) * length)
@@ -449,7 +457,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CorpusError: the file cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(read_regular(path, _LARGEST_JSON), largest=_LARGEST_JSON, most=1 << 20)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:

@@ -13,7 +13,6 @@ written whole (`sparselogits.files`): a part that exists is complete.
 from __future__ import annotations
 
 import base64
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -28,12 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sparselogits.corpus.parts import PartError, open_part, require_modest_group
 from sparselogits.errors import CorpusError
 from sparselogits.files import writing_whole
 from sparselogits.identity import canonical_json
+from sparselogits.untrusted import parse_json
 
 GROUP_TOKENS = 1 << 14
 _GROUPS_KEPT = 8
+_LARGEST_FREQUENCIES = 1 << 22  # bytes: 262 144 ids of 12 bytes in base64, and then some
 _COUNTS_KEY, _FREQUENCIES_KEY = "sparselogits.counts", "sparselogits.frequencies"
 
 
@@ -210,8 +212,9 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
         CorpusError: for a damaged part.
     """
     try:
-        metadata = pq.read_metadata(path).metadata
-        counts = Counts(**json.loads(metadata[_COUNTS_KEY.encode()]))
+        groups = path.stat().st_size // 64  # each takes more than that
+        metadata = open_part(path, groups, extra=12 * vocab_size).metadata.metadata
+        counts = Counts(**parse_json(metadata[_COUNTS_KEY.encode()]))
         packed = base64.b64decode(metadata[_FREQUENCIES_KEY.encode()])
         raw = pa.decompress(packed, 8 * vocab_size, codec="zstd", asbytes=True)
         return counts, np.frombuffer(raw, "<i8").astype(np.int64)
@@ -281,10 +284,14 @@ class TokenStream:
         expected = self._ends[part] - (self._ends[part - 1] if part else 0)
         try:
             if self._file is None or self._file[0] != part:
-                self._file = part, pq.ParquetFile(path, page_checksum_verification=True)
+                groups = int(-(-expected // GROUP_TOKENS))
+                self._file = part, open_part(path, groups, extra=_LARGEST_FREQUENCIES)
+            require_modest_group(path, self._file[1], group, GROUP_TOKENS)
             table = self._file[1].read_row_group(group)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
+            if tokens.ids.dtype != np.int32 or tokens.starts.dtype != np.bool_:
+                raise PartError(f"its tokens are {tokens.ids.dtype}, expected int32")
         except (OSError, pa.ArrowException, KeyError, ValueError, IndexError) as error:
             raise damaged(path, error) from error
         if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):

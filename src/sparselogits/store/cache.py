@@ -324,6 +324,8 @@ def read_identity(storage: Storage) -> Identity:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
+    except CacheError as error:
+        raise CacheError(f"{storage.location}/{CACHE_JSON}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(
             f"{storage.location}/{CACHE_JSON} is damaged ({reason_of(error)}); restore it from a "

@@ -37,8 +37,8 @@ from sparselogits.store.records import WindowRecord
 from sparselogits.store.row_group import Rows, require_pages, rows_of
 from sparselogits.store.shard_writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
 from sparselogits.store.storage import Storage
-from sparselogits.store.thrift import CompactReader
 from sparselogits.targets import SparseTargets
+from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import parse_json, shown
 
 _FIRST_READ = 1 << 16
