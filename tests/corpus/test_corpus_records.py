@@ -413,10 +413,14 @@ def test_records_of_pandas(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_wrong_extras_name_the_record(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
     for name, value in (("tools", "{"), ("tools", [3]), ("chat_template_kwargs", [1])):
         path = written(tmp_path / "talk.jsonl", [{"messages": TALK, name: value}])
         with pytest.raises(CorpusError, match=rf"talk\.jsonl, line 1: `{name}`"):
             texts(path, tokenizer)
+    tokenizer.chat_template = CHATML  # which reads no tools: these are something else
+    path = written(tmp_path / "talk.jsonl", [{"messages": TALK, "tools": ["saw"], "documents": 3}])
+    assert texts(path, tokenizer) == [tokenizer.apply_chat_template(TALK, tokenize=False)]
 
 
 def test_plain_text_where_completions_are_asked_for(tmp_path: Path, tokenizer: Any) -> None:

@@ -9,6 +9,7 @@ time and memory (`render_process`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +64,11 @@ class ChatTemplate:
         """sha256, in hex, of everything that decides what messages become."""
         described = [_RULES, self.template, self.with_tools, dict(self.special_tokens)]
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
+
+    def unread(self, names: Iterable[str]) -> list[str]:
+        """Return the inputs that no template refers to; columns of that name are another thing."""
+        inputs = {"tools", "documents"} & set(names)
+        return [name for name in inputs if name not in self.template + self.with_tools]
 
     def rendered(self, conversation: Conversation, *, masked: bool) -> Rendered:
         """Render a conversation.

@@ -215,7 +215,10 @@ def _objects(value: Any, name: str) -> list[Any] | None:
         return None
     items = [_decoded(item, name) for item in value] if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, Mapping) for item in items):
-        raise CorpusError(f"`{name}` holds {_kind(value)}; expected a list of objects")
+        raise CorpusError(
+            f"`{name}`, which the chat template reads, holds {_kind(value)}; expected a list of "
+            "objects. Rename the field if it means another thing"
+        )
     return items
 
 

@@ -185,7 +185,9 @@ def _rendered(
 ) -> Rendered | None:
     """Return a conversation's text; None if it holds nothing to be learnt."""
     try:
-        conversation = conversation_of(record, names)
+        unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()
+        read = {name: value for name, value in record.items() if name not in unread}
+        conversation = conversation_of(read, names)
         if not conversation.messages:
             return None
         if fields.chat is None:
