@@ -293,7 +293,7 @@ def cache(
     from sparselogits.samplers import from_parameters
     from sparselogits.store.place import is_url
     from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
+    from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, locate_model
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     chosen, budget = _sampler_options(
@@ -311,6 +311,7 @@ def cache(
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
     if crew.is_first:
         messages.print(source.in_words())
+    locate_model(teacher)  # files that are refused are refused before the text is packed
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     load = partial(
         load_teacher,
