@@ -1,6 +1,6 @@
 """All fault runs in full; writes their results as JSON beside this file.
 
-python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk]
+python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk|strangers]
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -88,7 +91,17 @@ def full_disk(folder: Path) -> dict[str, Any]:
     return found
 
 
-RUNS = (kills, object_kills, flips, cuts, fuzz, two_writers, full_disk)
+def strangers(folder: Path) -> dict[str, Any]:
+    """Run in a process of its own, whose allocator reserves no address space per thread."""
+    command = [sys.executable, "-m", "tests.faults.strangers", "--out", str(folder / "found.json")]
+    subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, check=True)
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    if found["failures"]:
+        raise AssertionError("\n".join(found["failures"]))
+    return found
+
+
+RUNS = (kills, object_kills, flips, cuts, fuzz, two_writers, full_disk, strangers)
 
 
 def record(name: str, run: Callable[[Path], dict[str, Any]]) -> None:
