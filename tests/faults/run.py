@@ -1,6 +1,6 @@
 """All fault runs in full; writes their results as JSON beside this file.
 
-python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk|strangers]
+python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk|...]
 """
 
 from __future__ import annotations

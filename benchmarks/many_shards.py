@@ -1,0 +1,62 @@
+"""Memory of `Cache.statistics` (info, card, push, the end of cache) by the number of shards.
+
+    python benchmarks/many_shards.py [--shards 2000]
+
+Shards of eight windows of 64 tokens, equal but for their numbers, in a folder of this machine.
+Prints the growth of the peak of resident memory per shard, from a tenth of the shards to all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.faults.forge import Shard, write_identity
+from tests.store.draws import identity, records
+
+from sparselogits.store import Cache
+
+
+def peak_mib() -> float:
+    """The most memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, default=2000)
+    shards = parser.parse_args().shards
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shard = Shard.of(identity(), records("counts", 0, 8))
+        write_identity(root, identity())
+        peaks = []
+        for count in (shards // 10, shards):
+            for number in range(len(list(root.glob("shards/*"))), count):
+                shard.start, shard.stop = 8 * number, 8 * number + 8
+                shard.columns["window_index"] = list(range(shard.start, shard.stop))
+                shard.description |= {"start": shard.start, "stop": shard.stop}
+                shard.write(root)
+            assert Cache.open(root).statistics().shards == count
+            peaks.append(peak_mib())
+    grown = peaks[1] - peaks[0]
+    print(
+        json.dumps(
+            {
+                "shards": shards,
+                "peak_mib": round(peaks[1], 1),
+                "mib_per_shard": round(grown / (shards - shards // 10), 4),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
