@@ -81,6 +81,19 @@ def test_commands_stand_in_groups() -> None:
         assert heading in shown
 
 
+@pytest.mark.parametrize("words", [["-h"], ["cache", "-h"]])
+def test_help_has_a_short_name(words: list[str]) -> None:
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_cut_off_on_a_terminal_of_100_columns(name: str) -> None:
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "100", "TERM": "dumb"})
+    assert "…" not in shown.output
+
+
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n != "demo"])
 def test_a_bare_command_prints_its_usage(name: str) -> None:
     shown = CliRunner().invoke(app, [name], env={"COLUMNS": "200"})

@@ -5,6 +5,7 @@ pytest tests/cli/test_next.py
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -79,6 +80,17 @@ def test_a_command_ends_with_the_next_step(command: str, run: Run) -> None:
 @pytest.mark.parametrize("command", ["info my-cache", "eval my-student --cache my-cache --limit 2"])
 def test_not_where_a_machine_reads(command: str, run: Run) -> None:
     assert "Next:" not in "".join(run(*shlex.split(command), "--json"))
+
+
+def test_a_terminal_without_utf_8(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Windows console or LANG=C has it: what cannot be shown is replaced, nothing fails."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run("eval", "my-student", "--cache", "my-cache", "--limit", "2")
+    sys.stdout.flush()
+    shown = written.getvalue().decode("ascii")
+    assert "| loss " in shown
+    assert "?" in shown
 
 
 def test_eval_prints_a_table_like_that_of_lm_eval(run: Run) -> None:

@@ -32,6 +32,7 @@ app = typer.Typer(
     name="sparselogits",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Offline knowledge distillation of language models from a cache of sparse, unbiased "
     "teacher targets.",
 )

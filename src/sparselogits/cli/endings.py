@@ -9,6 +9,7 @@ traceback of everything.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -55,6 +56,9 @@ _NEXT_STEPS = {
 
 def end_of(command_line: Callable[..., Any]) -> NoReturn:
     """Run a command line and leave the process as this module's head says."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal or a pipe without UTF-8 shows a question mark in the place of ± or an arrow
+        sys.stdout.reconfigure(errors="replace")
     words = sys.argv[1:]
     debug = "--debug" in _before_dashes(words)
     state: dict[str, Any] = {"debug": debug}
