@@ -16,6 +16,7 @@ from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import open_regular
 
 _MOST_PAGES = 64
+_PLAIN = 0
 _CLOSING = struct.Struct("<I4s")
 
 
@@ -90,16 +91,19 @@ def _require_modest_pages(data: bytes, rows: int, allowed: int) -> None:
         reader = CompactReader(data, at)
         header = reader.structure()
         claimed, packed = header.get(2), header.get(3)
-        page = header.get(5) or header.get(8) or {}
+        page = header.get(5, {})
         values += page.get(1, 0)
         if (
-            not isinstance(claimed, int)
+            page.get(2) != _PLAIN  # others claim in their own headers how much they hold
+            or not isinstance(claimed, int)
             or not isinstance(packed, int)
             or not 0 <= claimed <= allowed
             or not 0 <= packed <= allowed + (1 << 14)
             or values > rows
         ):
-            raise PartError(f"a page claims {claimed} bytes and {values} values")
+            raise PartError(
+                f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}"
+            )
         at = reader.at + packed
         if at >= len(data):
             return
