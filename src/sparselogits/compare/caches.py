@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ import torch
 
 from sparselogits.build import CacheRequest, build_caches
 from sparselogits.build.pilot import pilot_windows, resolve_budget
-from sparselogits.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec
+from sparselogits.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec, slug
+from sparselogits.compare.students import make_students
 from sparselogits.console import Update
 from sparselogits.corpus import (
     PackedCorpus,
@@ -38,8 +38,9 @@ from sparselogits.identity import canonical_json
 from sparselogits.samplers import Adaptive, Sampler, from_parameters, window_uniforms
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.loading import load_tokenizer
+from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
 from sparselogits.teacher.vocabulary import vocabulary_size
+from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
 _FEW_WINDOWS = 4  # an adaptive sampler is fitted on
@@ -93,6 +94,7 @@ class Setting:
         tokenizer: the teacher's.
         caches: by the key of a draw.
         failures: by the key of a draw, why there is no cache.
+        students: by name, as training takes them.
     """
 
     corpus: PackedCorpus
@@ -100,6 +102,7 @@ class Setting:
     tokenizer: Any
     caches: dict[str, Path]
     failures: dict[str, str]
+    students: dict[str, Student]
 
 
 def prepare(
@@ -158,12 +161,10 @@ def prepare(
             windows_per_shard=WINDOWS_PER_SHARD,
             progress=update,
         )
-    return Setting(corpus, teacher, tokenizer, caches, failures)
-
-
-def slug(text: str) -> str:
-    """For a folder's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    for cache in caches.values():
+        keep_tokenizer(tokenizer, cache)  # each student is saved with it
+    students = make_students(recipe, corpus, teacher, tokenizer)
+    return Setting(corpus, teacher, tokenizer, caches, failures, students)
 
 
 def _fitted(

@@ -3,6 +3,7 @@
     OUT/
       corpus/         training and held-out windows, packed
       caches/         one for each draw that a method needs, all from one pass of the teacher
+      students/       students made from the teacher, where the recipe has some; see students.py
       tasks/          zero-shot tasks, where the recipe has them; see task_scores.py
       draws.json      what budgets came to
       runs/           see runs.py

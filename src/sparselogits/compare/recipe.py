@@ -14,17 +14,26 @@ and `train`. A list in it stands for one method for each of its values, two list
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
 from sparselogits.train.objective import DIVERGENCES, Method
-from sparselogits.train.recipe import Count, Share, Student, Thinning, read_yaml, validated
+from sparselogits.train.recipe import (
+    Count,
+    Quantize,
+    Share,
+    Student,
+    Thinning,
+    read_yaml,
+    validated,
+)
 
 SamplerName = Literal[
     "systematic", "multinomial", "uniform", "topk", "topp", "threshold", "adaptive"
@@ -132,6 +141,58 @@ class MethodSpec(_Strict):
         return title + (f", alpha {self.alpha:g}" if self.alpha else "")
 
 
+class FromTeacher(_Strict):
+    """A student made from the teacher's weights: pruned (see `sparselogits shrink`), quantised."""
+
+    origin: Literal["teacher"] = Field(alias="from", description="teacher")
+    layers: Count | None = Field(None, description="transformer blocks to keep")
+    drop_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="numbers of the blocks to remove, instead of layers"
+    )
+    intermediate_size: Count | None = Field(None, description="MLP channels to keep per block")
+    heads: Count | None = Field(None, description="attention heads to keep per block")
+    hidden_size: Count | None = Field(None, description="width of the hidden states to keep")
+    layer_score: Literal["influence", "loss"] = Field(
+        "influence", description="how blocks are ranked: influence or loss"
+    )
+    calibration_windows: Count = Field(32, description="training windows that parts are ranked on")
+    quantize: Quantize | None = Field(None, description="format of the weights, as in training")
+
+    @model_validator(mode="after")
+    def _differs_from_the_teacher(self) -> FromTeacher:
+        if not self.pruned and self.quantize is None:
+            raise ValueError(
+                "from: teacher needs layers, drop_layers, intermediate_size, heads, hidden_size "
+                "or quantize"
+            )
+        return self
+
+    @property
+    def pruned(self) -> bool:
+        """Whether parts of the teacher are removed."""
+        sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
+        return any(size is not None for size in (*sizes, self.hidden_size))
+
+
+_GIVEN, _MADE = "(student)", "(student from the teacher)"
+"""Alternatives of a student, as pydantic names them in the path of an error."""
+
+
+def _kind_of_student(value: Any) -> str:
+    made = isinstance(value, FromTeacher) or (isinstance(value, dict) and "from" in value)
+    return _MADE if made else _GIVEN
+
+
+AnyStudent = Annotated[
+    Annotated[Student, Tag(_GIVEN)] | Annotated[FromTeacher, Tag(_MADE)],
+    Discriminator(_kind_of_student),
+]
+
+
+def _one_new_student() -> dict[str, Student | FromTeacher]:
+    return {"student": Student()}
+
+
 class TaskNames(_Strict):
     """Zero-shot tasks that every student and the teacher are scored on."""
 
@@ -198,8 +259,9 @@ class CompareRecipe(_Strict):
     separator_id: int | None = Field(None, description="token between documents")
     cache_batch: Count = Field(8, description="windows a pass of the teacher")
     draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="of the caches' draws")
-    students: dict[str, Student] = Field(
-        default_factory=lambda: {"student": Student()}, description="by name"
+    students: dict[str, AnyStudent] = Field(
+        default_factory=_one_new_student,
+        description="by name: as in a training recipe, or made from the teacher",
     )
     training: Training = Training()
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -271,10 +333,17 @@ _FIELDS = {
     "tasks": list(TaskNames.model_fields),
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
+    _MADE: list(FromTeacher.model_fields),
+    "quantize": list(Quantize.model_fields),
     "training": list(Training.model_fields),
     "gradients": list(Gradients.model_fields),
     "thinning": list(Thinning.model_fields),
 }
+
+
+def slug(text: str) -> str:
+    """Return a name as part of a folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def _require_adaptive(spec: MethodSpec) -> None:

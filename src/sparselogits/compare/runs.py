@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselogits.compare.caches import Draw, Setting, slug
+from sparselogits.compare.caches import Draw, Setting
 from sparselogits.compare.provenance import commit
-from sparselogits.compare.recipe import CompareRecipe, MethodSpec
+from sparselogits.compare.recipe import CompareRecipe, MethodSpec, slug
 from sparselogits.data import TextDataset
 from sparselogits.errors import reason_of
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
@@ -108,7 +108,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
     identities = {key: Cache.open(path).identity for key, path in setting.caches.items()}
     weights = {
         name: {"weights": files_fingerprint(find_checkpoint(model_named(student.path)))}
-        for name, student in recipe.students.items()
+        for name, student in setting.students.items()
         if student.path is not None
     }
     found = []
@@ -266,7 +266,7 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
         cache=setting.caches[Draw.of(method).key],
         out=planned.folder,
         method=method.method,
-        student=recipe.students[planned.student],
+        student=setting.students[planned.student],
         teacher=recipe.teacher if method.online else None,
         teacher_dtype=recipe.teacher_dtype,
         alpha=method.alpha,

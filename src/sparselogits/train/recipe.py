@@ -411,7 +411,8 @@ def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
         fields: known keys, by the key they stand under; "recipe" for the outermost.
     """
     path = [str(part) for part in detail["loc"]]
-    name = ".".join(path)
+    # "(...)" is the alternative of a union that pydantic took, not a key
+    name = ".".join(part for part in path if not part.startswith("("))
     if detail["type"] == "extra_forbidden":
         owner = [part for part in path[:-1] if part in fields]
         known = fields[owner[-1] if owner else "recipe"]
