@@ -397,6 +397,21 @@ def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> N
     pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
 
 
+def test_a_corpus_of_text_goes_on_when_its_tokenizer_gains_a_template(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    path = written(tmp_path / "text.jsonl", [{"text": "Some text."}] * 20)
+    tokenizer.chat_template = None
+    made = [
+        pack(open_source(path), tokenizer, Packing(16, 0, None), tmp_path / "o", vocab_size=999)
+    ]
+    tokenizer.chat_template = CHATML
+    made += [
+        pack(open_source(path), tokenizer, Packing(16, 0, None), tmp_path / "o", vocab_size=999)
+    ]
+    assert made[0].windows == made[1].windows
+
+
 def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = published("llama3_2")
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
