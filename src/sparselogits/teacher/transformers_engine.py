@@ -110,7 +110,7 @@ class TransformersTeacher:
         if self._parts is None:
             yield from self._plain_logits(tokens, document_starts)
             return
-        hidden = self._forward(tokens, document_starts)
+        hidden = self.hidden(tokens, document_starts)
         head = self._parts.bound_head()
         for row, states in enumerate(hidden):
             for positions in self._slices(len(states)):
