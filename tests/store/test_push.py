@@ -92,6 +92,7 @@ def test_pushed_to_a_hub_and_loaded_back_by_name(tmp_path: Path, cache: Path, hu
     assert pushed.returncode == 0, pushed.stderr
     assert f'CacheDataset("{NAME}")' in pushed.stdout
     there, here = hub.files, files(cache)
+    here = {n: d for n, d in here.items() if not n.startswith("tokenizer/")}  # it stays here
     assert there.keys() == here.keys()
     assert {n for n in there if there[n] != here[n]} == {"README.md"}
     statistics = Cache.open(cache).statistics()
