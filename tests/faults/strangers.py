@@ -598,7 +598,7 @@ FILES: dict[str, Mutation] = {
         for name, refused in (
             ("corpus.json", ("eval",)),
             ("index.json", ("eval",)),
-            ("holdout/part-00000000.parquet", ("eval",)),
+            ("training/part-00000000.parquet", ("eval",)),
         )
         for kind, make in (("pipe", os.mkfifo), ("folder", Path.mkdir), ("device", device))
     },
@@ -647,22 +647,22 @@ FILES: dict[str, Mutation] = {
         edited("corpus/index.json", lambda _: {}), None, ("eval",)
     ),
     "corpus: index of text": Mutation(
-        edited("corpus/index.json", lambda i: i | {"holdout": ["x"]}), None, ("eval",)
+        edited("corpus/index.json", lambda i: i | {"training": ["x"]}), None, ("eval",)
     ),
     "corpus: index of 2^70": Mutation(
-        edited("corpus/index.json", lambda i: i | {"holdout": [2**70]}), None, ("eval",)
+        edited("corpus/index.json", lambda i: i | {"training": [2**70]}), None, ("eval",)
     ),
     "corpus: index of 10^15": Mutation(
-        edited("corpus/index.json", lambda i: i | {"holdout": [10**15]}), None, ("eval",)
+        edited("corpus/index.json", lambda i: i | {"training": [10**15]}), None, ("eval",)
     ),
     "corpus: index below zero": Mutation(
-        edited("corpus/index.json", lambda i: i | {"holdout": [-5, 10**4]}), None, ("eval",)
+        edited("corpus/index.json", lambda i: i | {"training": [-5, 10**4]}), None, ("eval",)
     ),
     "corpus: index of NaN": Mutation(
-        edited("corpus/index.json", lambda i: i | {"holdout": [float("nan")]}), None, ("eval",)
+        edited("corpus/index.json", lambda i: i | {"training": [float("nan")]}), None, ("eval",)
     ),
     "corpus: part of zeros": Mutation(
-        file("corpus/holdout/part-00000000.parquet", bytes(1000)), None, ("eval",)
+        file("corpus/training/part-00000000.parquet", bytes(1000)), None, ("eval",)
     ),
     "corpus: tokens beyond V": Mutation(
         lambda g, c: _corpus_part(c, tokens=10**6), None, ("eval",)
@@ -678,14 +678,14 @@ FILES: dict[str, Mutation] = {
 
 
 def _corpus_part(cache: Path, *, tokens: Any = 5, times: int = 0) -> None:
-    """A part of the held-out text that its index describes, with other tokens."""
+    """A part of the text as its index describes it, with other tokens."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     index = json.loads((cache / "corpus/index.json").read_text())
-    path = cache / "corpus/holdout/part-00000000.parquet"
+    path = cache / "corpus/training/part-00000000.parquet"
     metadata = pq.read_metadata(path).metadata
-    count = times or index["holdout"][0]
+    count = times or index["training"][0]
     table = pa.table(
         {"token": [tokens] * count, "document_start": [False] * count}
         if not isinstance(tokens, int)
