@@ -39,6 +39,7 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
+        groups = min(groups, size // 64)  # each takes more than that; an index may claim any number
         closing = os.pread(descriptor, _CLOSING.size, max(0, size - _CLOSING.size))
         if len(closing) < _CLOSING.size:
             raise PartError(f"a file of {size} bytes is too short for Parquet")

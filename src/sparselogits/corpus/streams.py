@@ -212,8 +212,7 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
         CorpusError: for a damaged part.
     """
     try:
-        groups = path.stat().st_size // 64  # each takes more than that
-        metadata = open_part(path, groups, extra=12 * vocab_size).metadata.metadata
+        metadata = open_part(path, 1 << 31, extra=12 * vocab_size).metadata.metadata
         counts = Counts(**parse_json(metadata[_COUNTS_KEY.encode()]))
         packed = base64.b64decode(metadata[_FREQUENCIES_KEY.encode()])
         raw = pa.decompress(packed, 8 * vocab_size, codec="zstd", asbytes=True)
