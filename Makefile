@@ -21,11 +21,14 @@ journey: .venv/.installed-demo
 	$(BIN)/python -m tests.journeys.material demo-run/journey 60000
 	cd demo-run/journey && PATH="$(CURDIR)/$(BIN):$$PATH" bash -eu $(CURDIR)/tests/journeys/text-file.sh
 
+# Files of tests run side by side; more than four processes would each load a teacher for little.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: check browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: check browser
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Chromium for the tests of the pages: the system's where root can install it, else playwright's own
 # (which does nothing when it is there already).
