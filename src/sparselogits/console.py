@@ -26,7 +26,16 @@ from sparselogits.wording import duration, rate, significant
 
 
 class EscapingConsole(Console):
-    """A console whose text holds no control characters: what a string has of them is escaped."""
+    """A console whose text holds no control characters: what a string has of them is escaped.
+
+    Lines of text are not broken where nobody sees them at a width: in pipes and logs.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does."""
+        if not self.is_terminal and all(isinstance(one, str) for one in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make text of a string, escaped before it is measured."""

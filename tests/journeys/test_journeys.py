@@ -75,12 +75,14 @@ def require_good_messages(out: str, err: str, command: str) -> None:
 @pytest.mark.slow
 def test_a_journey_in_a_shell(desk: dict[str, str], tmp_path: Path) -> None:
     """What an installation has: the command on the path, a process each."""
-    command = tmp_path / "bin" / "sparselogits"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m sparselogits "$@"\n')
-    command.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    environment = os.environ | desk | {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    # no link to the interpreter: it would not find its environment
+    for name, words in (("sparselogits", "-m sparselogits "), ("python", "")):
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words}"$@"\n')
+        command.chmod(0o755)
+    environment = os.environ | desk | {"PATH": f"{folder}:{os.environ['PATH']}"}
     script = Path(__file__).with_name("text-file.sh")
     done = subprocess.run(
         ["bash", "-eu", str(script)],

@@ -115,7 +115,9 @@ def find_checkpoint(
         return _of_folder(Checkpoint(name, name, path), allow, depth)
     if path.is_absolute() or name.startswith((".", "~")):
         raise TeacherError(
-            f"there is no model folder at {name!r}; give a folder, a GGUF file, or a hub name"
+            f"there is no model folder at {name!r}"
+            + (", but a file that is no GGUF file" if path.is_file() else "")
+            + "; check the path, or give a folder, a GGUF file, or a hub name"
         )
     return _of_hub(name, revision, allow, depth)
 
