@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,10 @@ def test_weights_take_few_values_per_group(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_refused(make: object, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         make()
+
+
+def test_its_import_through_the_library_is_silent() -> None:
+    """It reports kernels that it lacks, and its own old calls; the trainer imports it unasked."""
+    code = "import sparselogits, sys, torchao.quantization; print('torchao' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("True\n", "")

@@ -6,6 +6,7 @@ The names below are the public ones; they are imported when first used, so that 
 package costs nothing.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,19 @@ __all__ = [
     "linear_sparse_cross_entropy",
     "sparse_cross_entropy",
 ]
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(
+        ("Failed to load ", "%s is an Enum subclass and is now natively supported by torch.compile")
+    )
+
+
+# Where torchao is installed, transformers' trainer imports it. It then lists the kernels it has for
+# other devices and Pythons, and calls a function of torch that is deprecated. Users can do
+# nothing about either; other messages of the two loggers pass.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).addFilter(_is_no_chatter)
 
 
 def __getattr__(name: str) -> Any:

@@ -110,9 +110,9 @@ def test_eval_scores_tasks(tmp_path: Path, teacher_folder: Path, short: Path) ->
     assert shown.returncode == 0, shown.stderr
     assert "last_word" in shown.stdout
     assert "perplexity" in shown.stdout
-    assert all(
-        "evaluating" in line or "tasks, student" in line for line in shown.stderr.split("\n")[:-1]
-    )
+    *progress, following = shown.stderr.splitlines()
+    assert all(line.startswith(("evaluating: ", "tasks, student: ")) for line in progress)
+    assert following == f"Next: sparselogits eval {words[1]} --cache {cache} --teacher MODEL"
     found = json.loads(command(*words, "--teacher", teacher_folder, "--json").stdout)
     for name in ("student", "teacher"):
         scores = {(own["task"], own["metric"]): own for own in found[name]["tasks"]}

@@ -151,9 +151,9 @@ def test_ids_that_mean_other_tokens_are_refused(change: str) -> None:
 def test_added_tokens_that_one_of_them_lacks_are_a_note() -> None:
     """A teacher that was fine-tuned with more tokens, and a student that was."""
     plain, more = wrapped(byte_level()), wrapped(added(byte_level(), "<tool>", "<call>"))
-    for teacher, student, where in ((more, plain, "the cache"), (plain, more, "here")):
+    for teacher, student, where in ((more, plain, "in the cache"), (plain, more, "here")):
         made = tokenizer_fingerprint(teacher)
-        said = f"2 added tokens are in {where} alone, as '<tool>'"
+        said = f"2 added tokens are {where} alone, as '<tool>'"
         with pytest.warns(SparseLogitsWarning, match=said):
             require_tokenizer(student, str(made), made.record())
 

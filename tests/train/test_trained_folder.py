@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from sparselogits.data import CacheDataset
 from sparselogits.errors import (
@@ -199,11 +206,22 @@ def test_tokenizers_that_are_missing_or_others(
         run(recipe(bare, tmp_path / "without"), device="cpu")
     named = run(recipe(bare, tmp_path / "named", tokenizer=str(teacher_folder)), device="cpu")
     assert (named.model_path / "tokenizer.json").exists()
-    other = AutoTokenizer.from_pretrained(teacher_folder)
-    other.add_tokens(["another"])
+    more = AutoTokenizer.from_pretrained(teacher_folder)
+    more.add_tokens(["another"])
+    keep_tokenizer(more, tmp_path / "more")
+    name = str(tmp_path / "more" / "tokenizer")
+    with pytest.warns(
+        SparseLogitsWarning, match=r"the recipe's tokenizer .* 1 added token .* here"
+    ):
+        longer = run(recipe(bare, tmp_path / "longer", tokenizer=name), device="cpu")
+    assert "another" in AutoTokenizer.from_pretrained(longer.model_path).get_vocab()
+    state = json.loads(more.backend_tokenizer.to_str())
+    ids = state["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
     keep_tokenizer(other, tmp_path / "other")
     name = str(tmp_path / "other" / "tokenizer")
-    with pytest.raises(IdentityMismatchError, match="the recipe's tokenizer"):
+    with pytest.raises(IdentityMismatchError, match=r"the recipe's tokenizer .* other tokens"):
         run(recipe(bare, tmp_path / "no", tokenizer=name), device="cpu")
     assert not (tmp_path / "no" / "recipe.json").exists()
     with pytest.raises(TeacherError, match="holds no model"):

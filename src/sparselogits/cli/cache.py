@@ -400,7 +400,7 @@ def cache(
         text = source.selection() | {"summary": corpus.summary.to_json()}
         print_info(out, as_json, text=text)
         if not as_json and only is None:
-            say_train(out)
+            say_train(out, tokenizer=teacher)
         elif not as_json:
             say_next(
                 otherwise="build the other windows, then check that all are there: "

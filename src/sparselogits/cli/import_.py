@@ -95,4 +95,4 @@ def import_command(
     messages.print(said)
     print_info(out, as_json)
     if not as_json:
-        say_train(out)
+        say_train(out, tokenizer=tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -131,9 +132,17 @@ def say_next(*words: object, otherwise: str = "") -> None:
     messages.print(f"Next: {command}", soft_wrap=True)
 
 
-def say_train(cache: object) -> None:
-    """Print the command that trains a student from a cache."""
-    say_next("train", "--cache", cache, "--student-config", "tiny", "--out", "my-run")
+def say_train(cache: str | Path, tokenizer: str = "MODEL") -> None:
+    """Print the command that trains a student from a cache.
+
+    Args:
+        cache: its folder or URL.
+        tokenizer: name of the teacher's tokenizer; a cache at a URL keeps none for its students.
+    """
+    from sparselogits.store.place import is_url
+
+    named = ("--tokenizer", tokenizer) if is_url(cache) else ()
+    say_next("train", "--cache", cache, "--student-config", "tiny", *named, "--out", "my-run")
 
 
 def say_json(value: object) -> None:

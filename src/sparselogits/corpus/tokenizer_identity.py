@@ -171,10 +171,11 @@ def _differing(
         if here.get(name) != other.get(name)
     ]
     if isinstance(theirs, Mapping):
-        for more, less, where in ((theirs, own, "the cache"), (own, theirs, "here")):
+        for more, less, where in ((theirs, own, "in the cache"), (own, theirs, "here")):
             alone = [str(more[place]) for place in more if place not in less]
             if alone:
-                found.append(f"{len(alone)} added tokens are in {where} alone, as {alone[0]!r}")
+                said = "1 added token is" if len(alone) == 1 else f"{len(alone)} added tokens are"
+                found.append(f"{said} {where} alone, as {alone[0]!r}")
     return ", ".join(found)
 
 
