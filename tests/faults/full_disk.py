@@ -88,11 +88,26 @@ COMMANDS: dict[str, Words] = {
     "export datasets": lambda b, d: (
         *("export", str(b.built()), "--out", str(d / "o"), "--format", "datasets"),
     ),
+    "export topk": lambda b, d: (
+        *("export", str(b.built()), "--out", str(d / "o"), "--format", "topk", "--k", "4"),
+    ),
     "import": lambda b, d: (
         *("import", _collected(b), "--tokenizer", str(b.teacher)),
         *("--vocab-size", "520", "--out", str(d / "c")),
     ),
     "train": lambda b, d: b.train(b.built(), d / "run"),
+    "shrink": lambda b, d: (
+        *("shrink", str(b.teacher), "--intermediate-size", "32", "--data", str(b.texts[2])),
+        *("--windows", "2", "--window", "16", "--out", str(d / "o"), "--device", "cpu"),
+    ),
+    "plan": lambda b, d: (
+        *("plan", "--teacher-params", "1B", "--student-params", "100M", "--tokens", "1B"),
+        *("--vocab", "32000", "--plot", str(d / "o.png")),
+    ),
+    "gradients": lambda b, d: (
+        *("gradients", str(b.teacher), "--teacher", str(b.teacher), "--data", str(b.texts[2])),
+        *("--window", "16", "--device", "cpu", "--out", str(d / "o.json")),
+    ),
     "view": lambda b, d: ("view", str(b.built()), "--out", str(d / "o.html")),
     "report": lambda b, d: ("report", str(_compared(b)), "--out", str(d / "o")),
     "compare": lambda b, d: ("compare", _recipe(b, d), "--device", "cpu"),
