@@ -176,6 +176,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         # the bound forward divides by the items of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.add_callback(_KeepOrder(self))
+        self.add_callback(_NotebookColumns(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student with `model_init`, and check it as one that is given."""
@@ -402,6 +403,28 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         # an unused meter is still on the CPU, where NCCL cannot add
         there = vector.to(self.args.device)
         return self.accelerator.reduce(there, reduction="sum")  # type: ignore[no-any-return]
+
+
+class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
+    """Adds the parts of the loss to the table that transformers shows in a notebook.
+
+    Runs after transformers' own callback, which has written the line of this step. With evaluation
+    the table has a line per evaluation instead, whose columns transformers takes from the metrics.
+    """
+
+    def __init__(self, trainer: SparseKDTrainer) -> None:
+        self._trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        logs = others.get("logs") or {}
+        parts = {name.upper(): logs[name] for name in ("kd", "ce", "kl") if name in logs}
+        if "loss" not in logs or not parts or args.eval_strategy != "no":
+            return
+        for callback in self._trainer.callback_handler.callbacks:
+            tracker = getattr(callback, "training_tracker", None)
+            if tracker is not None:
+                tracker.write_line({"Step": state.global_step, **parts})
+                tracker.display()
 
 
 class _KeepOrder(TrainerCallback):  # type: ignore[misc]
