@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from sparselogits.build import fetch_texts, publish_text
 from sparselogits.cli import app
+from sparselogits.corpus.streams import part_name
 from sparselogits.errors import IdentityMismatchError
+from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
 from sparselogits.store.place import storage_at
 from tests.store.s3 import S3
@@ -28,6 +30,17 @@ def command(*words: object) -> str:
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def published(cache: Path) -> dict[str, bytes]:
+    """Files of a cache in a folder that one in a bucket has too: all but the teacher's tokenizer.
+
+    The tokenizer stays on the machine that the cache was made on, as `push` leaves it there.
+    """
+    there = files(cache)
+    own = {name for name in there if name.startswith("tokenizer/")}
+    assert own == {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    return {name: content for name, content in there.items() if name not in own}
 
 
 @pytest.mark.slow
@@ -44,8 +57,11 @@ def test_the_whole_way_in_a_bucket(
 
     command(*words, "--out", s3.url, "--windows", "0:32", "--work", tmp_path / "one")
     assert len(Cache.open(s3.url).finished()) == 2
-    command(*words, "--out", s3.url, "--work", tmp_path / "another machine's")
-    assert s3.objects() == files(folder)
+    built = (*words, "--out", s3.url, "--work", tmp_path / "another machine's")
+    told = CliRunner().invoke(app, [str(word) for word in built], catch_exceptions=False)
+    assert told.exit_code == 0, told.output
+    assert f"--student-config tiny --tokenizer {teacher_folder} --out my-run" in told.stderr
+    assert s3.objects() == published(folder)
     packed = [files(path) for path in tmp_path.glob("*/*/corpus")]
     assert packed == [files(folder / "corpus")] * 2
 
@@ -59,7 +75,7 @@ def test_the_whole_way_in_a_bucket(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"cache: {s3.url}\nout: {tmp_path / 'run'}\nbatch_windows: 16\nlog_steps: 1\n"
-        "student: {hidden_size: 16, layers: 1, heads: 2}\n"
+        f"student: {{hidden_size: 16, layers: 1, heads: 2}}\ntokenizer: {teacher_folder}\n"
     )
     train = ("train", recipe, "--device", "cpu", "--json")
     from_bucket = json.loads(command(*train))["curve"]
@@ -71,10 +87,14 @@ def test_the_whole_way_in_a_bucket(
 
 
 def pretend_corpus(folder: Path, content: bytes) -> None:
-    for name in ("corpus.json", "frequencies.parquet", "index.json", "training/part-0.parquet"):
+    for name in ("corpus.json", "frequencies.parquet", "index.json", f"training/{part_name(0)}"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode() + content)
+        if name == "corpus.json":
+            source = {"fingerprint": content.decode(), "name": "pages.jsonl"}
+            path.write_bytes(canonical_json({"source": source}))
+        else:
+            path.write_bytes(name.encode() + content)
 
 
 def test_packed_texts_are_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> None:
@@ -120,5 +140,5 @@ def test_text_is_appended_from_another_machine(
             *(*words, "--data", texts[1], "--out", place, "--append"),
             *("--work", tmp_path / "another"),
         )
-    assert s3.objects() == files(tmp_path / "cache")
+    assert s3.objects() == published(tmp_path / "cache")
     assert "corpus-0001/index.json" in s3.objects()

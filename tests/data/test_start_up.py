@@ -12,7 +12,10 @@ import pytest
 from torch.utils.data import DataLoader
 
 from sparselogits.data import CacheDataset, WindowOrder, WindowSampler, collate
-from sparselogits.store import Cache
+from sparselogits.errors import CacheCorruptionError
+from sparselogits.store import Cache, CopyFolder
+from sparselogits.store.bounds import LARGEST_CACHE_JSON
+from sparselogits.store.local_copy import LocalCopy
 from sparselogits.store.storage import LocalStorage
 from tests.store.draws import identity, records
 
@@ -85,3 +88,20 @@ def test_the_first_batch_opens_the_shards_of_its_windows(tmp_path: Path) -> None
     next(iter(loader))
     assert len(storage.files - {"cache.json"}) == 1
     assert storage.asked["names"] == 1
+
+
+def test_the_identity_is_read_where_the_cache_lies(tmp_path: Path) -> None:
+    """A copy of cache.json would outlive a cache that is made anew under the same URL."""
+    Cache.create(tmp_path / "cache", identity())
+    storage = LocalCopy(LocalStorage(tmp_path / "cache"), CopyFolder(tmp_path / "copy", 1 << 20))
+    before = Cache.open(storage).identity
+    (tmp_path / "cache/cache.json").unlink()
+    other = Cache.create(tmp_path / "cache", identity(packing={"reset_attention": False})).identity
+    assert Cache.open(storage).identity == other != before
+
+
+def test_an_identity_without_bounds_is_read_in_part(tmp_path: Path) -> None:
+    with (tmp_path / "cache.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CacheCorruptionError, match=f"more than {LARGEST_CACHE_JSON:,} bytes"):
+        Cache.open(tmp_path)

@@ -22,8 +22,8 @@ from sparselogits.data import CacheDataset, WindowOrder
 from tests.conftest import tiny_llama
 
 EPOCHS, SAVE_EVERY, SEED = 2, 25, 5
-GLOBAL_BATCH = 4  # 284 windows divide by it, so that an epoch leaves none out
-DIES_AT = 95  # in the second epoch, which begins after 71 steps
+GLOBAL_BATCH = 4
+DIES_AT = 95  # in the second epoch, which begins after 57 steps
 
 OBSERVED = """
 import os, runpy, sys
@@ -86,9 +86,10 @@ def test_a_killed_rank_and_a_restart_on_fewer(cache: Path, tmp_path: Path) -> No
     tiny_llama(seed=9).save_pretrained(student)
     dataset = CacheDataset(cache)
     order = WindowOrder(len(dataset), SEED)
-    places = [(e, order[e, p]) for e in range(EPOCHS) for p in range(len(dataset))]
-    total = EPOCHS * len(dataset) // GLOBAL_BATCH
-    assert len(dataset) % GLOBAL_BATCH == 0
+    steps = len(dataset) // GLOBAL_BATCH  # of an epoch; what fills no step is left out
+    places = [(e, order[e, p]) for e in range(EPOCHS) for p in range(steps * GLOBAL_BATCH)]
+    total = EPOCHS * steps
+    assert steps < DIES_AT - SAVE_EVERY, "the checkpoint is of the second epoch"
 
     whole, whole_reads = tmp_path / "whole", tmp_path / "whole-reads" / "reads"
     with training(whole, whole_reads, cache, student, ranks=1) as job:
@@ -116,7 +117,9 @@ def test_a_killed_rank_and_a_restart_on_fewer(cache: Path, tmp_path: Path) -> No
         assert job.wait(60) == 0
     assert list(resumed) == list(range(last + 1, total + 1))
     kept = order_read(before, 4)[: last * GLOBAL_BATCH]
-    assert kept + order_read(after, 2) == places, "every window once an epoch, in one order"
+    assert kept + order_read(after, 2) == places, (
+        "every window of a step once an epoch, in one order"
+    )
 
     curve = [losses[n] for n in range(1, last + 1)] + list(resumed.values())
     assert curve == pytest.approx(list(undisturbed.values()), rel=1e-5)

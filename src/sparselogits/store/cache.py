@@ -307,19 +307,18 @@ def read_identity(storage: Storage) -> Identity:
         CacheCorruptionError: it is damaged.
     """
     try:
-        size = storage.size(CACHE_JSON)
-        if size > LARGEST_CACHE_JSON:
-            raise CacheCorruptionError(
-                f"{storage.location}/{CACHE_JSON} has {size:,} bytes, expected "
-                f"{LARGEST_CACHE_JSON:,} at most: it is not what this library wrote; restore it "
-                "from a copy"
-            )
-        raw = storage.read(CACHE_JSON)
+        # bounded without asking for its size first, which on an object store is one more request
+        raw = storage.read(CACHE_JSON, 0, LARGEST_CACHE_JSON + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(
             f"there is no cache at {storage.location}: it has no {CACHE_JSON}. Check the path, or "
             "make a cache there with `sparselogits cache --out`"
         ) from error
+    if len(raw) > LARGEST_CACHE_JSON:
+        raise CacheCorruptionError(
+            f"{storage.location}/{CACHE_JSON} has more than {LARGEST_CACHE_JSON:,} bytes, expected "
+            "that many at most: it is not what this library wrote; restore it from a copy"
+        )
     try:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])

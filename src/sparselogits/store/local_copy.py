@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 
 from sparselogits.store.copy_folder import CopyFolder
+from sparselogits.store.ranges import SHARDS
 from sparselogits.store.storage import Storage
 
 _SIZE = struct.Struct("<Q")
@@ -43,9 +44,12 @@ class LocalCopy:
         return self.storage.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start to stop of a file; kept, unless they are the whole file."""
-        if stop is None:
-            return self.storage.read(name, start)
+        """Return bytes start to stop of a file; ranges of shards are kept, other files never.
+
+        A cache that was made anew under a URL has another cache.json there.
+        """
+        if stop is None or not name.startswith(f"{SHARDS}/"):
+            return self.storage.read(name, start, stop)
         key = f"{name}@{start}-{stop}"
         held = self.folder.get(self.location, key)
         if held is not None:
