@@ -100,10 +100,6 @@ COMMANDS: dict[str, Words] = {
         *("shrink", str(b.teacher), "--intermediate-size", "32", "--data", str(b.texts[2])),
         *("--windows", "2", "--window", "16", "--out", str(d / "o"), "--device", "cpu"),
     ),
-    "plan": lambda b, d: (
-        *("plan", "--teacher-params", "1B", "--student-params", "100M", "--tokens", "1B"),
-        *("--vocab", "32000", "--plot", str(d / "o.png")),
-    ),
     "gradients": lambda b, d: (
         *("gradients", str(b.teacher), "--teacher", str(b.teacher), "--data", str(b.texts[2])),
         *("--window", "16", "--device", "cpu", "--out", str(d / "o.json")),
