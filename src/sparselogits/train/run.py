@@ -212,6 +212,13 @@ def _run(
         )
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
+    if tokenizer is None and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"no tokenizer will be saved with the student: the cache at {recipe.cache} keeps none; "
+            "name the teacher's with --tokenizer (tokenizer: in the recipe)",
+            SparseLogitsWarning,
+            stacklevel=2,
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset, recipe)}))
     online = recipe.method in DIVERGENCES
@@ -447,13 +454,6 @@ def _finish(
         if evaluated is not None:
             figures["held-out loss"] = f"{evaluated:.4f} nats per token"
         card = model_card(recipe, identity, figures)
-        if tokenizer is None:
-            warnings.warn(
-                f"no tokenizer is saved with the student: the cache at {recipe.cache} keeps none; "
-                "name the teacher's with --tokenizer (tokenizer: in the recipe)",
-                SparseLogitsWarning,
-                stacklevel=2,
-            )
         quantize = recipe.student.quantize
         save_student(
             model,
