@@ -45,7 +45,7 @@ from sparselogits.samplers import Multinomial, Systematic, TopK
 from sparselogits.store import Cache
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.demo_model import NAME, demo_model
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import keep_tokenizer, load_causal_lm, load_tokenizer
 from sparselogits.train import Recipe, RunResult, run
 from sparselogits.train.recipe import Student
 
@@ -151,6 +151,8 @@ def run_demo(out: Path) -> DemoResult:
     source = open_source(str(text.path))
     corpus = pack(source, tokenizer, packing, out / "corpus", vocab_size=teacher.vocab_size)
     build_seconds, built = _build(teacher, corpus, tokenizer_fingerprint(tokenizer), out)
+    for cache in sorted({way.cache for way in WAYS}):
+        keep_tokenizer(tokenizer, out / "caches" / cache)  # students are saved with it
     results = {way.key: _train(way, teacher, out) for way in WAYS}
     students = {key: load_causal_lm(str(found.model_path)) for key, found in results.items()}
     heldout = _evaluate(students, teacher, corpus)
@@ -376,7 +378,10 @@ def _next_steps(out: Path) -> list[tuple[str, str]]:
     mine = shlex.quote(str(out / "mine"))
     return [
         ("See what the cache holds:", f"sparselogits info {systematic}"),
-        ("Train another student from it:", f"sparselogits train --cache {systematic} --out {mine}"),
+        (
+            "Train another student from it:",
+            f"sparselogits train --cache {systematic} --student-config tiny --out {mine}",
+        ),
         (
             "Look at another window, with the trained student:",
             f"sparselogits view {systematic} --window 3 --student {student}",
