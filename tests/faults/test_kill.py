@@ -30,7 +30,8 @@ def test_killed_at_a_step_and_resumed(tmp_path: Path, step: str, file: int) -> N
 def killed_at_random(tmp_path: Path, moments: int, writers: int, seed: int) -> int:
     """Kills a group of writers at each of many random moments; returns writers killed at work.
 
-    Moments are spread over the time that an undisturbed group takes on this machine.
+    Moments are spread over the time that an undisturbed group takes on this machine, which follows
+    the machine's speed: other tests may run beside this one.
     """
     expected = undisturbed(tmp_path / "whole")
     begun = time.monotonic()
@@ -41,8 +42,10 @@ def killed_at_random(tmp_path: Path, moments: int, writers: int, seed: int) -> i
         root = tmp_path / f"killed-{moment}"
         children = [start(root, reverse=bool(i % 2)) for i in range(writers)]
         time.sleep(chance.uniform(0, longest))
+        alive = sum(child.is_alive() for child in children)
+        hits += alive
+        longest *= {0: 0.95, writers: 1.03}.get(alive, 1.0)
         for child in children:
-            hits += child.is_alive()
             child.kill()
         for child in children:
             child.join(60)
