@@ -14,9 +14,10 @@ Accuracy: float32 exponentials err by about 3e-8, with mean zero; only what the 
 carries that error, which leaves marginals within 1e-9 of a float64 softmax (tests and
 benchmarks/sampling.py measure it). A token of zero width, a masked one above all, is never hit.
 
-Cost: less than one `torch.softmax` over the same logits. Memory beyond the logits, on CPU: 2 MiB
-of float32 weights whatever the vocabulary, and 24 bytes a block for 64 positions (0.4 bytes a
-position and id); a vocabulary that is no multiple of 64 is padded, 64 positions at a time.
+Cost: about three `torch.softmax` over the same logits in warm memory (benchmarks/sampling.py).
+Memory beyond the logits, on CPU: 2 MiB of float32 weights whatever the vocabulary, and 24 bytes per
+block for 64 positions (0.4 bytes per position and id); a vocabulary that is no multiple of 64 is
+padded, 64 positions at a time.
 """
 
 from __future__ import annotations
