@@ -8,7 +8,6 @@ of a string: style comes from `styled`.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -82,9 +81,6 @@ def quiet_transformers() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # torchao, which transformers imports where it is installed, reports the CUDA kernels it lacks
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:  # it read the environment when it was imported
         from transformers.utils.logging import disable_progress_bar
 

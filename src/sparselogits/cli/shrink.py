@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +17,8 @@ from sparselogits.cli.options import (
     Json,
     TrustRemoteCode,
     device_named,
+    say_json,
+    say_next,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -187,7 +188,7 @@ def shrink(
 
 def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **shrunk.to_json()}, indent=2))
+        say_json({"out": str(out), **shrunk.to_json()})
         return
     share = shrunk.parameters_after / shrunk.parameters_before
     stdout().print(
@@ -197,11 +198,7 @@ def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
     )
     if shrunk.dropped_layers:
         stdout().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
-    messages.print(
-        f"Next: heal it, sparselogits train --cache {cache or 'CACHE'} --student {out} --out RUN",
-        markup=False,
-        soft_wrap=True,
-    )
+    say_next("train", "--cache", cache or "CACHE", "--student", out, "--out", "my-run")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -219,6 +216,7 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return int64 [N, L] tokens of windows spread over a cache, made with the same tokenizer."""
     import torch
 
+    from sparselogits.build.plan import spread
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
 
@@ -226,7 +224,7 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     require_tokenizer(
         tokenizer, cache.identity.tokenizer, cache.cache.recorded_tokenizer(), whose="the model's"
     )
-    return torch.stack([cache[i]["input_ids"] for i in _spread(len(cache), count)])
+    return torch.stack([cache[i]["input_ids"] for i in spread(len(cache), count)])
 
 
 def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
@@ -234,6 +232,7 @@ def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> 
     import numpy as np
     import torch
 
+    from sparselogits.build.plan import spread
     from sparselogits.corpus import open_source, pack, packing_for
 
     source = open_source(name)
@@ -246,11 +245,5 @@ def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> 
             vocab_size=model.get_output_embeddings().weight.shape[0],
             progress=bar,
         )
-        chosen = [corpus.read(i, i + 1)[0].tokens for i in _spread(corpus.windows, count)]
+        chosen = [corpus.read(i, i + 1)[0].tokens for i in spread(corpus.windows, count)]
     return torch.from_numpy(np.stack(chosen).astype(np.int64))
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return up to `count` numbers below `total`, evenly spaced."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sparselogits.build.plan import spread
 from sparselogits.compare.recipe import CompareRecipe, FromTeacher, slug
 from sparselogits.corpus import PackedCorpus
 from sparselogits.identity import canonical_json
@@ -67,8 +68,7 @@ def _pruned(
     if (folder / "config.json").exists():
         return folder
     model = load_causal_lm(recipe.teacher, dtype=recipe.teacher_dtype)
-    count = min(student.calibration_windows, corpus.windows)
-    chosen = [i * corpus.windows // count for i in range(count)]
+    chosen = spread(corpus.windows, student.calibration_windows)
     tokens = [torch.from_numpy(corpus.read(i, i + 1)[0].tokens).long() for i in chosen]
     shrunk = shrink(
         model,
