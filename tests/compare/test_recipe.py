@@ -14,7 +14,10 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
     ("change", "said"),
     [
         ({"methods": []}, "methods: .*at least 1 item"),
-        ({"methods": ["topk"]}, "methods.0.method: .*'ce', 'sparse', 'full' or 'reverse_kl'"),
+        (
+            {"methods": ["topk"]},
+            "methods.0.method: .*'sparse', 'ce', 'full', 'reverse_kl' or 'none'",
+        ),
         ({"methods": [{"sampler": "topk", "kay": 3}]}, "kay: unknown key; did you mean 'k'"),
         ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
         ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),

@@ -62,23 +62,40 @@ class Draw:
     Args:
         parameters: of the sampler with its name, as in the recipe.
         budget: that sets what the parameters leave open.
+        seed: of the draws, where each seed of a comparison has its own; None for the recipe's.
     """
 
     parameters: dict[str, Any]
     budget: float | None = None
+    seed: int | None = None
 
     @classmethod
-    def of(cls, method: MethodSpec) -> Draw:
-        """The draw a method trains on; that of the labels alone for one without cached targets."""
+    def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
+        """The draw a method trains on; that of the labels alone for one without cached targets.
+
+        Args:
+            method: the method.
+            recipe: the comparison, which says whether draws vary with the seed.
+            seed: of the run.
+        """
         parameters = method.sampler_parameters()
         if not parameters:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
-        return cls(parameters, method.budget)
+        random = parameters["name"] not in ("topk", "topp")
+        own = recipe.draw_seed + seed if recipe.vary_draws and random else None
+        return cls(parameters, method.budget, own)
+
+    @property
+    def fit_key(self) -> str:
+        """What it shares with draws of other seeds: their samplers are the same."""
+        return replace(self, seed=None).key
 
     @property
     def key(self) -> str:
         """A folder's name: readable, and different for different draws."""
         described = {**self.parameters, "budget": self.budget}
+        if self.seed is not None:
+            described["draw"] = self.seed
         words = [str(v) for n, v in described.items() if v is not None and n != "student"]
         digest = hashlib.sha256(canonical_json(described)).hexdigest()
         return f"{slug(' '.join(words))}-{digest[:6]}"
@@ -148,14 +165,30 @@ def prepare(
             f"has {teacher.vocab_size}: it is another teacher, or its configuration names another "
             "size. Delete that folder to pack the text again, or choose another out"
         )
-    draws = {draw.key: draw for draw in (Draw.of(method) for method in recipe.methods)}
-    samplers, failures = _fitted(recipe.out / "draws.json", draws, teacher, corpus)
-    caches = {key: recipe.out / "caches" / key for key in samplers}
+    all_draws = [
+        Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
+    ]
+    draws = {draw.key: draw for draw in all_draws}
+    fitted, unfit = _fitted(
+        recipe.out / "draws.json",
+        {draw.fit_key: replace(draw, seed=None) for draw in all_draws},
+        teacher,
+        corpus,
+    )
+    failures = {key: unfit[own.fit_key] for key, own in draws.items() if own.fit_key in unfit}
+    caches = {key: recipe.out / "caches" / key for key in draws if key not in failures}
     with stage(f"writing {len(caches)} caches", "tokens", per_unit=recipe.window) as update:
         build_caches(
             teacher,
             corpus,
-            [CacheRequest(caches[key], samplers[key], seed=recipe.draw_seed) for key in caches],
+            [
+                CacheRequest(
+                    folder,
+                    fitted[draws[key].fit_key],
+                    seed=recipe.draw_seed if (own := draws[key].seed) is None else own,
+                )
+                for key, folder in caches.items()
+            ],
             tokenizer_hash=tokenizer_fingerprint(tokenizer),
             batch=recipe.cache_batch,
             windows_per_shard=WINDOWS_PER_SHARD,

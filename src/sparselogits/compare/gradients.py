@@ -151,7 +151,7 @@ def _asked(
         return []
     found = []
     for method in recipe.methods:
-        cache = setting.caches.get(Draw.of(method).key)
+        cache = setting.caches.get(Draw.of(method, recipe, recipe.seeds[0]).key)
         if cache is None or not _has_targets(method):
             continue
         determined = {
@@ -211,7 +211,7 @@ def _measure(
     for own in missing:
         on = own.on.planned
         try:
-            targets.append(_target(own, setting, samplers))
+            targets.append(_target(own, recipe, setting, samplers))
         except Exception as error:  # a sampler that cannot be had again does not stop the others
             kept.failures[own.fingerprint] = reason_of(error)
     if not targets:
@@ -235,12 +235,14 @@ def _measure(
         kept.found.setdefault(row.target, []).append(row.to_json())
 
 
-def _target(asked: Asked, setting: Setting, samplers: dict[str, Sampler]) -> Target:
+def _target(
+    asked: Asked, recipe: CompareRecipe, setting: Setting, samplers: dict[str, Sampler]
+) -> Target:
     """A method's targets, named by the measurement's fingerprint."""
     method = asked.method
     if method.sampler is None:
         return Target(asked.fingerprint, None)
-    key = Draw.of(method).key
+    key = Draw.of(method, recipe, recipe.seeds[0]).key
     if key not in samplers:
         samplers[key] = from_parameters(Cache.open(setting.caches[key]).identity.sampler)
     rounds = None

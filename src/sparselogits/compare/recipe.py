@@ -1,7 +1,8 @@
 """A comparison's recipe: one setting, and the methods to compare in it.
 
-A method is a name (`ce`, `full`, `reverse_kl`) or a mapping in the words of `sparselogits cache`
-and `train`. A list in it stands for one method for each of its values, two lists for all pairs:
+A method is a name (`ce`, `full`, `reverse_kl`, `none`) or a mapping in the words of
+`sparselogits cache` and `train`. A list in it stands for one method for each of its values, two
+lists for all pairs:
 
     methods:
       - ce
@@ -24,7 +25,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
-from sparselogits.train.objective import DIVERGENCES, Method
+from sparselogits.train.objective import DIVERGENCES
 from sparselogits.train.recipe import (
     Count,
     Quantize,
@@ -40,6 +41,13 @@ SamplerName = Literal[
 ]
 Budget = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+_TITLES = {
+    "ce": "CE",
+    "full": "full KD",
+    "reverse_kl": "reverse KL",
+    "none": "before training",
+}
 
 LABELS_ONLY = TopK(1)
 """What the cache holds that methods without cached targets read their text from."""
@@ -58,7 +66,9 @@ class MethodSpec(_Strict):
     """One method: what its targets are, and what training makes of them."""
 
     name: str | None = Field(None, description="in tables; put together from the rest when absent")
-    method: Method = Field("sparse", description="sparse, ce, full or reverse_kl")
+    method: Literal["sparse", "ce", "full", "reverse_kl", "none"] = Field(
+        "sparse", description="sparse, ce, full, reverse_kl, or none: the student before training"
+    )
     sampler: SamplerName | None = Field(None, description="of sparse targets")
     budget: Budget | None = Field(None, description="mean entries a position")
     rounds: Count | None = Field(None, description="rounds a position, instead of a budget")
@@ -75,6 +85,7 @@ class MethodSpec(_Strict):
     token_power: float | None = Field(None, description="of adaptive")
     missing_mass: MissingMass = Field("drop", description="for topk and topp")
     alpha: Share = Field(0.0, description="share of the labels' cross-entropy")
+    learning_rate: Positive | None = Field(None, description="instead of that of training")
     thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
 
     @model_validator(mode="after")
@@ -84,11 +95,13 @@ class MethodSpec(_Strict):
             odd = [*(["sampler"] if self.sampler else []), *given]
             odd += ["thinning"] if self.thinning else []
             odd += ["missing_mass"] if self.missing_mass != "drop" else []
+            if self.method == "none":
+                odd += [n for n in ("alpha", "learning_rate") if getattr(self, n)]
             if odd:
                 raise ValueError(f"method: {self.method} takes no {', '.join(odd)}")
             return self
         if self.sampler is None:
-            raise ValueError("give a sampler, or method: ce, full or reverse_kl")
+            raise ValueError("give a sampler, or method: ce, full, reverse_kl or none")
         if self.sampler == "adaptive":
             _require_adaptive(self)
             return self
@@ -130,15 +143,13 @@ class MethodSpec(_Strict):
         """Its name, or one put together from what it is."""
         if self.name is not None:
             return self.name
-        if self.method != "sparse":
-            title = {"ce": "CE", "full": "full KD", "reverse_kl": "reverse KL"}[self.method]
-        else:
-            title = _sampler_title(self)
+        title = _TITLES.get(self.method) or _sampler_title(self)
         if self.missing_mass != "drop":
             title += f", {self.missing_mass.replace('_', ' ')}"
         if self.thinning is not None:
             title += f", {_thinning_title(self.thinning)}"
-        return title + (f", alpha {self.alpha:g}" if self.alpha else "")
+        title += f", alpha {self.alpha:g}" if self.alpha else ""
+        return title + (f", learning rate {self.learning_rate:g}" if self.learning_rate else "")
 
 
 class FromTeacher(_Strict):
@@ -259,6 +270,9 @@ class CompareRecipe(_Strict):
     separator_id: int | None = Field(None, description="token between documents")
     cache_batch: Count = Field(8, description="windows a pass of the teacher")
     draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="of the caches' draws")
+    vary_draws: bool = Field(
+        False, description="draw a cache anew for every seed, with draw_seed + seed"
+    )
     students: dict[str, AnyStudent] = Field(
         default_factory=_one_new_student,
         description="by name: as in a training recipe, or made from the teacher",

@@ -104,7 +104,7 @@ class MethodRow(_Value):
 
     method: str
     student: str
-    family: str = Field(description="ce, full, reverse_kl, or the sampler's name")
+    family: str = Field(description="ce, full, reverse_kl, none, or the sampler's name")
     spec: dict[str, Any] = Field(description="as in the recipe")
     sampler: dict[str, Any] | None = Field(description="its parameters, a budget resolved")
     unbiased: bool | None = Field(description="None without cached targets")
@@ -120,6 +120,11 @@ class MethodRow(_Value):
     gap_closed: Figure | None = Field(
         description="per cent of the way from CE's loss to full KD's, over seeds that all three "
         "have; None where that gap is not distinguishable from zero"
+    )
+    recovered: Figure | None = Field(
+        None,
+        description="per cent of the way from the untrained student's KL to full KD's, over seeds "
+        "that all three have; None where full KD's is not distinguishably lower",
     )
     reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
     tasks: dict[str, Figure] = Field(
@@ -282,6 +287,7 @@ _COLUMNS = (
 _LATER_COLUMNS = (  # after all others, which keep their places
     *("perplexity", "perplexity_low", "perplexity_high"),
     *("realised_acceptance", "realised_expected", "realised_error", "realised_verified"),
+    *("recovered", "recovered_low", "recovered_high"),
 )
 
 
@@ -309,6 +315,7 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
             "gradient_angle_high": largest.angle.high,
             "gradient_batch_tokens": largest.batch_tokens,
         }
+    line |= _ends("recovered", row.recovered)
     return line | _ends("gap_closed", row.gap_closed)
 
 

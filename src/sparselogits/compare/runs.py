@@ -37,7 +37,7 @@ from sparselogits.store import Cache
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_causal_lm
-from sparselogits.train import Recipe, RunResult, run
+from sparselogits.train import Recipe, RunResult, run, save_untrained
 
 OUTCOME = 1
 """Raised when what a run measures changes, so that older outcomes are not taken for it."""
@@ -115,7 +115,10 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
     for seed in recipe.seeds:
         for name, student in recipe.students.items():
             for method in recipe.methods:
-                key = Draw.of(method).key
+                given = setting.students[name].path is not None
+                if method.method == "none" and given and seed != recipe.seeds[0]:
+                    continue  # the same weights for every seed
+                key = Draw.of(method, recipe, seed).key
                 if key not in identities:
                     why = setting.failures.get(key, "its cache was not built")
                     found.append(Planned(method, name, seed, None, "", why))
@@ -125,7 +128,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "outcome": OUTCOME,
                     "cache": identities[key].fingerprint,
                     "text": setting.corpus.source_fingerprint,
-                    "method": method.model_dump(mode="json", exclude={"name"}),
+                    "method": method.model_dump(mode="json", exclude={"name"} | _unset(method)),
                     "student": weights.get(name, {}) | student.model_dump(mode="json"),
                     "training": training,
                     "seed": seed,
@@ -204,12 +207,16 @@ def _train_and_measure(
     assert planned.folder is not None
     resumed = (planned.folder / "recipe.json").exists()
     clock = time.process_time()
-    result = run(
-        _training_recipe(planned, recipe, setting),
-        teacher=setting.teacher if planned.method.online else None,
-        device=device,
-        progress=None if progress is None else lambda done, total, _: progress(done, total),
-    )
+    own = _training_recipe(planned, recipe, setting)
+    if planned.method.method == "none":
+        result = save_untrained(own)
+    else:
+        result = run(
+            own,
+            teacher=setting.teacher if planned.method.online else None,
+            device=device,
+            progress=None if progress is None else lambda done, total, _: progress(done, total),
+        )
     cpu_seconds = time.process_time() - clock
     model = load_causal_lm(str(result.model_path), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
@@ -233,7 +240,7 @@ def _train_and_measure(
         },
         drafting=drafting,
         curve=result.label_curve,
-        entries=_entries(planned.method, setting, result),
+        entries=_entries(planned, recipe, setting, result),
         steps=result.steps,
         tokens=tokens,
         seconds=None if resumed else result.seconds,
@@ -262,10 +269,13 @@ def figures_of(found: HeldOut) -> dict[str, float]:
 def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) -> Recipe:
     assert planned.folder is not None
     method = planned.method
+    training = recipe.training.model_dump()
+    if method.learning_rate is not None:
+        training["learning_rate"] = method.learning_rate
     return Recipe(
-        cache=setting.caches[Draw.of(method).key],
+        cache=setting.caches[Draw.of(method, recipe, planned.seed).key],
         out=planned.folder,
-        method=method.method,
+        method="ce" if method.method == "none" else method.method,
         student=setting.students[planned.student],
         teacher=recipe.teacher if method.online else None,
         teacher_dtype=recipe.teacher_dtype,
@@ -274,13 +284,22 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
         thinning=method.thinning,
         seed=planned.seed,
         save_dtype="float32",  # what is measured is what was trained
-        **recipe.training.model_dump(),
+        **training,
     )
 
 
-def _entries(method: MethodSpec, setting: Setting, result: RunResult) -> float | None:
+def _unset(method: MethodSpec) -> set[str]:
+    """Keys that are left out of a fingerprint where absent, so that older runs keep theirs."""
+    return {"learning_rate"} if method.learning_rate is None else set()
+
+
+def _entries(
+    planned: Planned, recipe: CompareRecipe, setting: Setting, result: RunResult
+) -> float | None:
+    method = planned.method
     if method.sampler is None:
         return None
     if method.thinning is not None:
         return result.entries
-    return Cache.open(setting.caches[Draw.of(method).key]).statistics().entries_per_position
+    cache = Cache.open(setting.caches[Draw.of(method, recipe, planned.seed).key])
+    return cache.statistics().entries_per_position

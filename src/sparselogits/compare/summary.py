@@ -85,6 +85,7 @@ class _Lines:
 
     ce: str | None
     full: str | None
+    untrained: str | None
 
 
 def _reference_lines(recipe: CompareRecipe) -> _Lines:
@@ -92,12 +93,12 @@ def _reference_lines(recipe: CompareRecipe) -> _Lines:
         found = (m.title for m in recipe.methods if m.method == name and m.alpha == 0)
         return next(found, None)
 
-    return _Lines(plain("ce"), plain("full"))
+    return _Lines(plain("ce"), plain("full"), plain("none"))
 
 
 def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: _Lines) -> list[object]:
-    """Which runs of the method, CE and full KD are done, and which have failed."""
-    titles = (method.title, lines.ce, lines.full)
+    """Which runs of the method and of those it is compared with are done, and which have failed."""
+    titles = (method.title, lines.ce, lines.full, lines.untrained)
     return [
         (run.planned.fingerprint, run.outcome is not None, run.failure is not None)
         for run in runs
@@ -163,6 +164,9 @@ def _method_row(
     def of(title: str | None, seed: int) -> Outcome | None:
         return None if title is None else outcomes.get((title, student, seed))
 
+    def untrained(seed: int) -> Outcome | None:  # one for all seeds where weights are given
+        return of(lines.untrained, seed) or of(lines.untrained, recipe.seeds[0])
+
     with_ce = {seed: ce for seed in done if (ce := of(lines.ce, seed)) is not None}
     figures, minus_ce = {}, {}
     for name in FIGURES:
@@ -174,7 +178,8 @@ def _method_row(
             pairs = [[done[seed] for seed in with_ce], with_ce.values()]
             statistic = _difference(name)
             minus_ce[name] = as_figure(over_seeds(_units(name, pairs), statistic, **how))
-    cache = setting.caches.get(Draw.of(method).key) if method.sampler else None
+    first = Draw.of(method, recipe, recipe.seeds[0])
+    cache = setting.caches.get(first.key) if method.sampler else None
     statistics_of = None if cache is None else Cache.open(cache).statistics()
     sampler = None if cache is None else dict(Cache.open(cache).identity.sampler)
     entries = [own.entries for own in done.values() if own.entries is not None]
@@ -201,6 +206,15 @@ def _method_row(
                 (own, with_ce[seed], full)
                 for seed, own in done.items()
                 if seed in with_ce and (full := of(lines.full, seed)) is not None
+            ],
+            recipe,
+        ),
+        recovered=_recovered(
+            [
+                (own, start, full)
+                for seed, own in done.items()
+                if (start := untrained(seed)) is not None
+                and (full := of(lines.full, seed)) is not None
             ],
             recipe,
         ),
@@ -235,24 +249,38 @@ def _difference(name: str) -> Statistic:
 def _gap_closed(
     trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
 ) -> Figure | None:
-    """Of (method, CE, full), a trio a seed."""
+    """Share of the way from CE's loss to full KD's; of (method, CE, full), a trio per seed."""
+    return _share_of_the_way("loss", trios, recipe)
+
+
+def _recovered(
+    trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
+) -> Figure | None:
+    """Share of the way from the untrained student's KL to full KD's; (method, untrained, full)."""
+    return _share_of_the_way("kl", trios, recipe)
+
+
+def _share_of_the_way(
+    name: str, trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
+) -> Figure | None:
+    """Per cent of the way of a figure between two models; None without a way between them."""
     if not trios:
         return None
-    own, ce, full = zip(*trios, strict=True)
+    own, start, end = zip(*trios, strict=True)
 
     def gap(sums: Tensor) -> Tensor:
         first, second = sums.chunk(2, 1)
         return ratio(first) - ratio(second)
 
-    def closed(sums: Tensor) -> Tensor:
-        method, without, whole = (ratio(part) for part in sums.chunk(3, 1))
-        return 100 * (without - method) / (without - whole)
+    def share(sums: Tensor) -> Tensor:
+        method, before, after = (ratio(part) for part in sums.chunk(3, 1))
+        return 100 * (before - method) / (before - after)
 
     how = {"resamples": recipe.resamples}
-    whole = over_seeds(_units("loss", [ce, full]), gap, **how).both
+    whole = over_seeds(_units(name, [start, end]), gap, **how).both
     if whole.mean <= 0 or (whole.low is not None and whole.low <= 0):
         return None
-    return as_figure(over_seeds(_units("loss", [own, ce, full]), closed, **how))
+    return as_figure(over_seeds(_units(name, [own, start, end]), share, **how))
 
 
 def as_figure(found: SeedEstimate) -> Figure:

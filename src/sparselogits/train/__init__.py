@@ -2,7 +2,7 @@
 
 from sparselogits.process_group import leave_process_group
 from sparselogits.train.recipe import Recipe, load_recipe
-from sparselogits.train.run import PlannedRun, RunResult, run
+from sparselogits.train.run import PlannedRun, RunResult, run, save_untrained
 from sparselogits.train.trainer import SparseKDTrainer
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "leave_process_group",
     "load_recipe",
     "run",
+    "save_untrained",
 ]

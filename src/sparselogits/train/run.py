@@ -259,6 +259,35 @@ def _run(
     return _finish(trainer, recipe, tokenizer, seconds)
 
 
+def save_untrained(recipe: Recipe) -> RunResult:
+    """Save a recipe's student as it is before the first step, in the form a run saves it.
+
+    A quantised student is rounded as after training, so this is post-training quantisation.
+
+    Args:
+        recipe: its student, cache, seed and dtype are used; the rest says nothing here.
+
+    Returns:
+        A result of no steps; the model lies where `run` would have put the trained one.
+    """
+    dataset = CacheDataset(recipe.cache, seed=recipe.seed)
+    tokenizer = find_tokenizer(recipe, dataset)
+    torch.manual_seed(recipe.seed)
+    model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
+    if recipe.student.is_new and tokenizer is not None:
+        give_tokens(model, tokenizer)
+    quantize = recipe.student.quantize
+    save_student(
+        model,
+        recipe.out,
+        tokenizer=tokenizer,
+        dtype=saved_dtype(recipe),
+        card=model_card(recipe, dataset.identity, {"steps": 0}),
+        quantization=None if quantize is None else quantize.settings(),
+    )
+    return RunResult(recipe.out, 0.0, 0, [], [], None, fresh=True)
+
+
 def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -> PlannedRun:
     dataset = trainer.train_dataset
     pace = trainer.pace()
