@@ -139,7 +139,9 @@ def prepare(
         SparseLogitsError: for a teacher or text that cannot be used, or a directory that holds a
             comparison of others.
     """
-    source = open_source(recipe.data, text_field=recipe.text_field)
+    source = open_source(
+        recipe.data, text_field=recipe.text_field, completion_only=recipe.completion_only
+    )
     tokenizer = load_tokenizer(recipe.teacher)
     split = packing_for(
         tokenizer,

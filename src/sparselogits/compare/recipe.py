@@ -261,6 +261,9 @@ class CompareRecipe(_Strict):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: str = Field(description="text, JSONL or Parquet file, folder, or dataset")
     text_field: str = "text"
+    completion_only: bool = Field(
+        False, description="records are conversations: learn what the assistant says, nothing else"
+    )
     out: Path = Field(description="directory of everything the comparison makes")
     window: Annotated[int, Field(ge=2)] = Field(256, description="tokens a window")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
