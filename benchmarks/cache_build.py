@@ -25,8 +25,8 @@ import torch
 from material import corpus as packed
 from material import teacher as loaded
 from measuring import interleaved, machine, publish, ratios, spread
-from sparselogits.build import CacheRequest, build_caches
-from sparselogits.build.work import Draw, compute_range
+from sparselogits.caching import CacheRequest, build_caches
+from sparselogits.caching.work import Draw, compute_range
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import TransformersTeacher

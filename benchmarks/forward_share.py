@@ -32,7 +32,7 @@ from torch import Tensor
 from material import corpus as packed
 from material import teacher as loaded
 from measuring import machine, publish, spread
-from sparselogits.build import CacheRequest, begin_job, build_caches
+from sparselogits.caching import CacheRequest, begin_job, build_caches
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import LogitsSlice, TransformersTeacher

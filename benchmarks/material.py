@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
-from sparselogits.demo.material import SEPARATOR_ID, demo_text
+from sparselogits.lab.demo.material import SEPARATOR_ID, demo_text
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.demo_model import demo_model
 from sparselogits.teacher.loading import load_tokenizer

@@ -32,7 +32,7 @@ from typing import Any
 
 from measuring import machine, publish, spread
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
-from sparselogits.demo.material import SEPARATOR_ID
+from sparselogits.lab.demo.material import SEPARATOR_ID
 from sparselogits.teacher.demo_model import demo_model
 from sparselogits.teacher.loading import load_tokenizer
 

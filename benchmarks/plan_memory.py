@@ -19,14 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from measuring import machine
 from memory import peak_bytes
-from sparselogits.losses import linear_sparse_cross_entropy
-from sparselogits.planning.memory import (
+from sparselogits.lab.planning.memory import (
     GRADIENT_BYTES,
     TRAINED_BYTES,
     Shape,
     pass_memory,
     training_memory,
 )
+from sparselogits.losses import linear_sparse_cross_entropy
 from sparselogits.samplers import Systematic, window_uniforms
 from sparselogits.teacher import TransformersTeacher
 

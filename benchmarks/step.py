@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from material import WORK, teacher
 from material import corpus as packed
 from measuring import interleaved, machine, ratios, spread
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.data import (
     CacheDataset,

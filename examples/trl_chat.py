@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from sparselogits import CacheDataset, SparseKDTrainer
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.data import TextDataset
 from sparselogits.samplers import Systematic

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import (
     PackedCorpus,
     open_source,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparselogits.report.charts import Drawing, curve_chart, draw_png, looks_of
+from sparselogits.lab.report.charts import Drawing, curve_chart, draw_png, looks_of
 from sparselogits.samplers import (
     Multinomial,
     Sampler,

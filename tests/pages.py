@@ -4,7 +4,7 @@ A block runs as it stands there (test_docs_code.py, test_readme.py), unless a li
 not, or where it does:
 
     <!-- not run: needs a bucket -->
-    <!-- run by: tests/build/test_executors.py -->
+    <!-- run by: tests/caching/test_executors.py -->
 """
 
 from __future__ import annotations

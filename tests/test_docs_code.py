@@ -142,7 +142,7 @@ def run_bash(block: Block, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 def check_recipe(code: str) -> None:
     """A comparison's recipe is a valid one; so is a piece of a run's, given cache and out."""
-    from sparselogits.compare.recipe import load_compare_recipe
+    from sparselogits.lab.compare.recipe import load_compare_recipe
     from sparselogits.train.recipe import parse_recipe
 
     if "methods:" in code:

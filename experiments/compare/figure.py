@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from sparselogits.compare import MethodRow, Results, read_results
-from sparselogits.report.charts import Drawing, budget_chart, draw_png, looks_of
+from sparselogits.lab.compare import MethodRow, Results, read_results
+from sparselogits.lab.report.charts import Drawing, budget_chart, draw_png, looks_of
 
 FAMILIES = {
     "RS-KD": "RS-KD (independent rounds)",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparselogits.compare import read_results
-from sparselogits.report.charts import draw_png
-from sparselogits.report.comparison_charts import drawings_of, only, students_of
+from sparselogits.lab.compare import read_results
+from sparselogits.lab.report.charts import draw_png
+from sparselogits.lab.report.comparison_charts import drawings_of, only, students_of
 
 
 def main() -> None:

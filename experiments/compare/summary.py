@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparselogits.compare import MethodRow, Results, read_results
+from sparselogits.lab.compare import MethodRow, Results, read_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMPARISONS = (

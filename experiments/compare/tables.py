@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sparselogits.compare import MethodRow, Results, read_results
-from sparselogits.compare.results import Ends, Figure, OfBatches
-from sparselogits.compare.task_scores import column_of
 from sparselogits.evaluate.intervals import t_interval
+from sparselogits.lab.compare import MethodRow, Results, read_results
+from sparselogits.lab.compare.results import Ends, Figure, OfBatches
+from sparselogits.lab.compare.task_scores import column_of
 
 HEAD = (
     "| method | seeds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "

@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from sparselogits.compare import compare, parse_compare_recipe
-from sparselogits.compare.results import read_results
+from sparselogits.lab.compare import compare, parse_compare_recipe
+from sparselogits.lab.compare.results import read_results
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -90,16 +90,16 @@ MOMENTS = {
     CACHE: {
         "sparselogits.teacher.loading:load_teacher:1": GOES_ON,
         "sparselogits.corpus.packer:pack:1": GOES_ON,
-        "sparselogits.build.work:compute_range:1": GOES_ON,
-        "sparselogits.build.work:_finish:100": GOES_ON,
+        "sparselogits.caching.work:compute_range:1": GOES_ON,
+        "sparselogits.caching.work:_finish:100": GOES_ON,
     },
     TRAIN: {
         "sparselogits.train.student:make_student:1": "goes on from the last checkpoint",
         "sparselogits.train.trainer:_prepare_inputs:3": "goes on from the last checkpoint",
     },
     COMPARE: {
-        "sparselogits.compare.caches:prepare:1": GOES_ON,
-        "sparselogits.build.work:compute_range:1": GOES_ON,
+        "sparselogits.lab.compare.caches:prepare:1": GOES_ON,
+        "sparselogits.caching.work:compute_range:1": GOES_ON,
         "sparselogits.train.trainer:_prepare_inputs:3": GOES_ON,
     },
     "eval STUDENT --cache CACHE --teacher MODEL --draft 2": {
@@ -109,7 +109,7 @@ MOMENTS = {
     },
     "view CACHE --window 3 --teacher MODEL --student STUDENT --out {out}": {
         "sparselogits.cli.models:load_student:1": "starts again",
-        "sparselogits.report.view:view_page:1": "starts again",
+        "sparselogits.lab.report.view:view_page:1": "starts again",
     },
     "gradients STUDENT --teacher MODEL --data TEXT --window 32 --out {out}": {
         "sparselogits.corpus.packer:pack:1": "starts again",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sparselogits.build import fetch_texts, publish_text
+from sparselogits.caching import fetch_texts, publish_text
 from sparselogits.cli import app
 from sparselogits.corpus.streams import part_name
 from sparselogits.errors import IdentityMismatchError

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from tests.conftest import tiny_llama
 
-from sparselogits.build import CacheRequest, build_caches, place_of_text
+from sparselogits.caching import CacheRequest, build_caches, place_of_text
 from sparselogits.corpus import fingerprint, open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.errors import CorpusError, IdentityMismatchError, StorageError
 from sparselogits.samplers import Systematic

@@ -15,11 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-import sparselogits.build
 import sparselogits.compare
 import sparselogits.report
+import torch
+
+import sparselogits.caching
 import sparselogits.train
 from sparselogits.cli import main
 from tests.conftest import make_tokenizer, tiny_llama
@@ -102,7 +102,7 @@ class Bench:
 
     @classmethod
     def make(cls, folder: Path) -> Bench:
-        for package in (sparselogits.build, sparselogits.compare, sparselogits.report):
+        for package in (sparselogits.caching, sparselogits.lab.compare, sparselogits.lab.report):
             assert package
         torch.set_num_threads(1)
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}

@@ -72,7 +72,7 @@ class Ground:
 
 def make_ground(folder: Path) -> Ground:
     """Build the sound cache, in this process."""
-    from sparselogits.build import CacheRequest, build_caches
+    from sparselogits.caching import CacheRequest, build_caches
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import Systematic
     from sparselogits.teacher import load_teacher

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparselogits.build import text_of_windows, windows_of_texts
+from sparselogits.caching import text_of_windows, windows_of_texts
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corpus.source import open_source
 from sparselogits.store import Cache, verify

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparselogits.build.work import Draw, compute_range
+from sparselogits.caching.work import Draw, compute_range
 from sparselogits.corpus import Window
 from sparselogits.errors import TeacherError
 from sparselogits.samplers import Systematic

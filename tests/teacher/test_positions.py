@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparselogits.allowances import ALLOWANCES, allowing
-from sparselogits.build.pilot import check_teacher_on_text
+from sparselogits.caching.pilot import check_teacher_on_text
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, TeacherError
 from sparselogits.evaluate.passes import StudentLogits
 from sparselogits.positions import trained_positions

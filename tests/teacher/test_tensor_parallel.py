@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.cli.crew import crew_of
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.errors import InvalidArgumentError

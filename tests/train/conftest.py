@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
-from sparselogits.build import CacheRequest, build_caches
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.data import Schedule, Stage, WindowOrder, collate
 from sparselogits.errors import (

@@ -35,7 +35,7 @@ from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
-    from sparselogits.build import TextPlace
+    from sparselogits.caching import TextPlace
     from sparselogits.corpus import PackedCorpus
 
 DEFAULT_BUDGET = 12.0
@@ -280,7 +280,7 @@ def cache(
     allow: Allow = None,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets per token."""
-    from sparselogits.build import (
+    from sparselogits.caching import (
         CacheRequest,
         check_request,
         fetch_texts,

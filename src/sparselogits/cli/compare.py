@@ -26,8 +26,8 @@ from sparselogits.cli.options import (
 from sparselogits.console import messages, stage, styled
 
 if TYPE_CHECKING:
-    from sparselogits.compare import MethodRow, Results
-    from sparselogits.compare.results import Figure
+    from sparselogits.lab.compare import MethodRow, Results
+    from sparselogits.lab.compare.results import Figure
 
 WIDTH = 132
 """Characters that a table may take where it is not printed to a terminal."""
@@ -58,9 +58,9 @@ def compare(
     allow: Allow = None,
 ) -> None:
     """Train the same student with each method of a recipe, and compare the results."""
-    from sparselogits.compare import compare as carry_out
-    from sparselogits.compare import load_compare_recipe
-    from sparselogits.report import write_report
+    from sparselogits.lab.compare import compare as carry_out
+    from sparselogits.lab.compare import load_compare_recipe
+    from sparselogits.lab.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
     results = carry_out(loaded, device=device_named(device), stage=stage)

@@ -13,8 +13,8 @@ from sparselogits.cli.options import device_named
 from sparselogits.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from sparselogits.build import BuildReport, CacheRequest, Share, TextPlace
-    from sparselogits.build.executors import Workers
+    from sparselogits.caching import BuildReport, CacheRequest, Share, TextPlace
+    from sparselogits.caching.executors import Workers
     from sparselogits.corpus import PackedCorpus
 
 
@@ -67,7 +67,7 @@ class Crew:
 
     def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
         """Where the first rank has packed the text, once it has, and has begun the cache."""
-        from sparselogits.build.executors import wait_for_first_rank
+        from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
         from sparselogits.store import Cache
 
@@ -78,7 +78,7 @@ class Crew:
 
     def wait_for_packing(self, find: Callable[[], TextPlace]) -> None:
         """Wait until the first rank has packed the text."""
-        from sparselogits.build.executors import wait_for_first_rank
+        from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
 
         wait_for_first_rank(lambda: Paths(find().folder).index.exists())
@@ -97,8 +97,8 @@ class Crew:
         **how: Any,
     ) -> BuildReport:
         """`build_caches` by this executor; `load` makes another teacher, on the device given."""
-        from sparselogits.build import begin_job, build_caches, shard_ranges
-        from sparselogits.build.executors import build_caches_on_ray
+        from sparselogits.caching import begin_job, build_caches, shard_ranges
+        from sparselogits.caching.executors import build_caches_on_ray
 
         text = {"windows_per_shard": windows_per_shard, "first_window": first_window}
         if self.workers is None:
@@ -137,8 +137,8 @@ def crew_of(
     """
     import torch
 
-    from sparselogits.build.executors import Workers, connect, rank_from_environment
-    from sparselogits.build.plan import WHOLE
+    from sparselogits.caching.executors import Workers, connect, rank_from_environment
+    from sparselogits.caching.plan import WHOLE
 
     if executor != "ray" and (workers is not None or gpus is not None):
         raise InvalidArgumentError("--workers and --gpus are for --executor ray")

@@ -22,7 +22,7 @@ def demo(
     from sparselogits.extras import require_demo
 
     require_demo()  # before the seconds that importing torch takes
-    from sparselogits.demo import run_demo
+    from sparselogits.lab.demo import run_demo
 
     result = run_demo(out)
     if as_json:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from sparselogits.corpus import PackedCorpus
     from sparselogits.evaluate import Estimate, HeldOut
-    from sparselogits.evaluate.tasks import TaskScore
+    from sparselogits.lab.tasks import TaskScore
 
 
 def evaluate_command(
@@ -178,10 +178,10 @@ def evaluate_command(
     allow: Allow = None,
 ) -> None:
     """Measure a student on text: loss, calibration, and distance to its teacher."""
-    from sparselogits.build import fetch_texts
+    from sparselogits.caching import fetch_texts
     from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate import draft_from_prefixes, evaluate
-    from sparselogits.evaluate.tasks import require_lm_eval
+    from sparselogits.lab.tasks import require_lm_eval
     from sparselogits.store import Cache
     from sparselogits.teacher.loading import locate_model
 
@@ -357,7 +357,7 @@ def _scores(
     tasks: Sequence[str],
     limit: int | None,
 ) -> dict[str, list[TaskScore]]:
-    from sparselogits.evaluate.tasks import LIMIT, LOCAL_TASKS, run_tasks, write_tasks
+    from sparselogits.lab.tasks import LIMIT, LOCAL_TASKS, run_tasks, write_tasks
 
     limit = limit or LIMIT
     local = [name for name in tasks if name in LOCAL_TASKS]

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparselogits.data import TextDataset
-    from sparselogits.evaluate import Estimate, GradientFidelity
+    from sparselogits.evaluate import Estimate
+    from sparselogits.lab.gradients import GradientFidelity
     from sparselogits.samplers import Sampler
     from sparselogits.teacher import Engine
 
@@ -152,8 +153,8 @@ def gradients(
     """Compare each target's gradient with full distillation's: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for
     from sparselogits.data import TextDataset
-    from sparselogits.evaluate import measure_gradients, standard_targets
-    from sparselogits.evaluate.compared import PUBLISHED
+    from sparselogits.lab.gradients import measure_gradients, standard_targets
+    from sparselogits.lab.gradients.compared import PUBLISHED
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer
     from sparselogits.teacher.vocabulary import vocabulary_size
@@ -274,7 +275,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
     """Tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
     import torch
 
-    from sparselogits.build.plan import spread
+    from sparselogits.caching.plan import spread
     from sparselogits.evaluate.passes import teacher_slices
 
     found = []
@@ -336,7 +337,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
     """All parameters at every batch size, then the largest batch in the other spaces."""
-    from sparselogits.evaluate.student_gradients import Space
+    from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]
     sizes = sorted({row.batch_tokens for row in own})

@@ -73,7 +73,7 @@ def import_command(
     as_json: Json = False,
 ) -> None:
     """Make a cache (biased) from Top-K log-probabilities that vLLM or another tool collected."""
-    from sparselogits.build import import_collected
+    from sparselogits.caching import import_collected
     from sparselogits.teacher.loading import load_tokenizer
 
     with stage("importing", "windows") as update:

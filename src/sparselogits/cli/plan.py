@@ -24,7 +24,7 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import styled
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.planning import (
+from sparselogits.lab.planning import (
     MemoryOf,
     Plan,
     Settings,
@@ -38,9 +38,9 @@ from sparselogits.planning import (
     size_of,
     training_memory,
 )
-from sparselogits.planning import plan as work_out
-from sparselogits.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
-from sparselogits.planning.grid import grid
+from sparselogits.lab.planning import plan as work_out
+from sparselogits.lab.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
+from sparselogits.lab.planning.grid import grid
 
 COST = "Cost"
 
@@ -279,7 +279,7 @@ def plan(
         ),
     )
     if plot is not None:
-        from sparselogits.report.plan_chart import draw_plan
+        from sparselogits.lab.report.plan_chart import draw_plan
 
         draw_plan(settings, plot)
     if as_json:

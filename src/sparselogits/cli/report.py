@@ -20,8 +20,8 @@ def report(
     ] = None,
 ) -> None:
     """Write a comparison's page again from its results.json, also while it is running."""
-    from sparselogits.compare import read_results
-    from sparselogits.report import write_report
+    from sparselogits.lab.compare import read_results
+    from sparselogits.lab.report import write_report
 
     folder = comparison if comparison.is_dir() else comparison.parent
     page = write_report(read_results(comparison), out or folder)

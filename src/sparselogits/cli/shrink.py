@@ -216,7 +216,7 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return int64 [N, L] tokens of windows spread over a cache, made with the same tokenizer."""
     import torch
 
-    from sparselogits.build.plan import spread
+    from sparselogits.caching.plan import spread
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
 
@@ -232,7 +232,7 @@ def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> 
     import numpy as np
     import torch
 
-    from sparselogits.build.plan import spread
+    from sparselogits.caching.plan import spread
     from sparselogits.corpus import open_source, pack, packing_for
 
     source = open_source(name)

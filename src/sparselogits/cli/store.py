@@ -37,7 +37,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte, checksum and invariant of a cache; exit with 2 if it is damaged."""
-    from sparselogits.build import text_of_windows, windows_of_texts
+    from sparselogits.caching import text_of_windows, windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
     from sparselogits.store.place import is_url
@@ -73,7 +73,7 @@ def repair(
     as_json: Json = False,
 ) -> None:
     """Set damaged files of a cache aside, without deleting them, and list what to build again."""
-    from sparselogits.build import text_of_windows
+    from sparselogits.caching import text_of_windows
     from sparselogits.store import Cache
     from sparselogits.store import repair as repair_cache
     from sparselogits.store.place import is_url
@@ -128,8 +128,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a cache with a dataset card on a hub or in an object store."""
-    from sparselogits.build import publish_text
-    from sparselogits.build.text import packed_texts
+    from sparselogits.caching import publish_text
+    from sparselogits.caching.text import packed_texts
     from sparselogits.store import Cache
     from sparselogits.store import push as push_cache
 

@@ -24,7 +24,7 @@ from sparselogits.cli.options import (
 from sparselogits.console import messages
 
 if TYPE_CHECKING:
-    from sparselogits.report import WindowViewer
+    from sparselogits.lab.report import WindowViewer
 
 
 def view(
@@ -83,7 +83,7 @@ def view(
 ) -> None:
     """Show a window's text with the distribution that predicts each token, as a web page."""
     from sparselogits.files import require_file_or_nothing, write_whole
-    from sparselogits.report import PREFIX, PageServer, view_page
+    from sparselogits.lab.report import PREFIX, PageServer, view_page
 
     path = out or Path(f"window-{window}.html")
     if not serve:
@@ -118,7 +118,7 @@ def _viewer(
     device: str,
 ) -> WindowViewer:
     from sparselogits.data import CacheDataset
-    from sparselogits.report import WindowViewer
+    from sparselogits.lab.report import WindowViewer
     from sparselogits.teacher.loading import load_tokenizer, locate_model
 
     dataset = CacheDataset(cache)

@@ -1,9 +1,7 @@
-"""What a student learnt, and what it is taught: held-out figures, gradients beside full KD's."""
+"""Measure students on held-out text: loss, divergences to the teacher, calibration, drafting."""
 
 from sparselogits.evaluate.calibration import Bin, Calibration, Reliability
-from sparselogits.evaluate.compared import Target, standard_targets
 from sparselogits.evaluate.drafting import Drafting, draft_from_prefixes
-from sparselogits.evaluate.gradients import GradientFidelity, measure_gradients
 from sparselogits.evaluate.heldout import FIGURES, HeldOut, evaluate, statistic_of
 from sparselogits.evaluate.intervals import (
     Estimate,
@@ -20,18 +18,14 @@ __all__ = [
     "Calibration",
     "Drafting",
     "Estimate",
-    "GradientFidelity",
     "HeldOut",
     "Reliability",
     "SeedEstimate",
-    "Target",
     "bootstrap_interval",
     "draft_from_prefixes",
     "evaluate",
-    "measure_gradients",
     "over_seeds",
     "paired_interval",
-    "standard_targets",
     "statistic_of",
     "t_interval",
 ]

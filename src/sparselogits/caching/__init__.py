@@ -1,0 +1,33 @@
+"""Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
+
+from sparselogits.caching.builder import (
+    BuildReport,
+    CacheRequest,
+    begin_job,
+    build_caches,
+    check_request,
+)
+from sparselogits.caching.collected import ImportReport, import_collected
+from sparselogits.caching.job import Job
+from sparselogits.caching.plan import Share, shard_ranges
+from sparselogits.caching.text import TextPlace, place_of_text, text_of_windows, windows_of_texts
+from sparselogits.caching.texts_elsewhere import fetch_texts, publish_text
+
+__all__ = [
+    "BuildReport",
+    "CacheRequest",
+    "ImportReport",
+    "Job",
+    "Share",
+    "TextPlace",
+    "begin_job",
+    "build_caches",
+    "check_request",
+    "fetch_texts",
+    "import_collected",
+    "place_of_text",
+    "publish_text",
+    "shard_ranges",
+    "text_of_windows",
+    "windows_of_texts",
+]

@@ -1,0 +1,279 @@
+"""Build caches from a packed corpus: one forward pass of the teacher serves any number of them.
+
+Interrupted at any moment, a build goes on with the first shard that is not there; a shard that is
+there is complete. What is already on disk must come from the same text: fingerprints of finished
+shards are compared with the corpus before any work is done (`job.CHECKED_SHARDS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparselogits.caching.job import Job
+from sparselogits.caching.pilot import check_teacher_on_text, pilot_windows, resolve_budget
+from sparselogits.caching.plan import WHOLE, Range, Share, shard_ranges, windows_in
+from sparselogits.caching.text import require_room
+from sparselogits.caching.work import Draw
+from sparselogits.caching.writer import Writer
+from sparselogits.corpus import PackedCorpus, Packing
+from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
+from sparselogits.errors import IdentityMismatchError
+from sparselogits.identity import Identity
+from sparselogits.samplers import Sampler, budget_parameter, from_parameters
+from sparselogits.store import Cache, Place, codec_for
+from sparselogits.teacher import Engine
+
+WINDOWS_PER_SHARD = 512
+
+Progress = Callable[[int, int], None]
+"""Called with windows done and windows in all."""
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """One cache to build.
+
+    Args:
+        root: its directory or URL.
+        sampler: how entries are chosen.
+        budget: mean entries a position; sets the sampler's rounds (k, tau) from pilot windows.
+            None keeps the sampler as it is.
+        seed: of the uniforms.
+        temperature: the teacher's logits are divided by it.
+    """
+
+    root: Place
+    sampler: Sampler
+    budget: float | None = None
+    seed: int = 0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Args:
+        caches: the caches, open.
+        windows_built: windows computed now.
+        windows_found: windows that finished shards already covered.
+    """
+
+    caches: list[Cache]
+    windows_built: int
+    windows_found: int
+
+
+def build_caches(
+    engine: Engine,
+    corpus: PackedCorpus,
+    requests: Sequence[CacheRequest],
+    *,
+    tokenizer_hash: str,
+    batch: int = 8,
+    windows_per_shard: int = WINDOWS_PER_SHARD,
+    only: Range | None = None,
+    first_window: int = 0,
+    share: Share = WHOLE,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build, or go on building, one cache for each request.
+
+    Args:
+        engine: the teacher.
+        corpus: packed with the teacher's tokenizer.
+        requests: the caches.
+        tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
+        batch: windows a forward pass.
+        windows_per_shard: windows a shard covers.
+        only: a range of windows to build, for builds divided by hand.
+        first_window: number of the corpus' first window in the caches, where it is appended to
+            text that is there already (see `build.text`).
+        share: which of the ranges this process takes, where several divide them.
+        progress: called after every batch.
+
+    Raises:
+        IdentityMismatchError: when a directory holds a cache made otherwise, or from other text.
+        TeacherError: when the teacher is worse than guessing on the text.
+    """
+    ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
+    job = begin_job(
+        engine,
+        corpus,
+        requests,
+        tokenizer_hash=tokenizer_hash,
+        batch=batch,
+        windows_per_shard=windows_per_shard,
+        first_window=first_window,
+    )
+    ranges = share.of(ranges)
+    missing = job.missing(ranges)
+    total = windows_in(ranges)
+    done = found = total - windows_in(missing)
+
+    def advance(windows: int) -> None:
+        nonlocal done
+        done += windows
+        if progress is not None:
+            progress(done, total)
+
+    advance(0)
+    with Writer(job.caches) as writer:
+        for span in missing:
+            writer.write(span, *job.compute(engine, span, advance))
+    return BuildReport(job.caches, total - found, found)
+
+
+def check_request(
+    request: CacheRequest, packing: Packing, tokenizer_hash: str, windows_per_shard: int
+) -> None:
+    """Check what can be checked about a cache without its teacher and its text.
+
+    Raises:
+        CacheError: a file stands at its path, or a folder that holds something else.
+        IdentityMismatchError: the cache that is there was begun with other settings.
+    """
+    if not Cache.exists(request.root):
+        require_room(request.root)
+        return
+    sampler = _sampler_of_existing(request) or request.sampler
+    there = Cache.open(request.root).identity
+    packed = packing.to_json()
+    here = replace(
+        there,
+        tokenizer=str(tokenizer_hash),
+        window_length=packed.pop("window_length"),
+        windows_per_shard=windows_per_shard,
+        packing=packed,
+        sampler=_described(request, sampler),
+        seed=request.seed,
+        temperature=request.temperature,
+        codec=codec_for(sampler),
+    )
+    here.require_equal(there, here="this build", there=f"the cache at {request.root}")
+
+
+def begin_job(
+    engine: Engine,
+    corpus: PackedCorpus,
+    requests: Sequence[CacheRequest],
+    *,
+    tokenizer_hash: str,
+    batch: int,
+    windows_per_shard: int,
+    first_window: int = 0,
+) -> Job:
+    """Settle the samplers and begin the caches, or find them as they were begun.
+
+    Arguments and errors are those of `build_caches`.
+    """
+    caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
+    draws = [
+        Draw(sampler, request.seed, request.temperature)
+        for sampler, request in zip(samplers, requests, strict=True)
+    ]
+    told = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
+    return Job(corpus, first_window, caches, draws, batch, told)
+
+
+def _open_caches(
+    engine: Engine,
+    corpus: PackedCorpus,
+    requests: Sequence[CacheRequest],
+    tokenizer_hash: str,
+    windows_per_shard: int,
+) -> tuple[list[Cache], list[Sampler]]:
+    reset = corpus.packing.reset_attention
+    caches, samplers = [], []
+    pilot = None
+    for request in requests:
+        sampler = _sampler_of_existing(request)
+        if sampler is None:
+            if pilot is None:
+                pilot = pilot_windows(corpus)
+                check_teacher_on_text(engine, pilot, reset_attention=reset)
+            sampler = request.sampler
+            if request.budget is not None:
+                sampler = resolve_budget(
+                    engine,
+                    pilot,
+                    sampler,
+                    request.budget,
+                    temperature=request.temperature,
+                    reset_attention=reset,
+                )
+        identity = _identity(engine, corpus, request, sampler, tokenizer_hash, windows_per_shard)
+        caches.append(
+            Cache.create(request.root, identity, token_frequencies=corpus.token_frequencies)
+        )
+        samplers.append(sampler)
+    return caches, samplers
+
+
+def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
+    """The sampler a started build settled on, if it was asked for in the same words."""
+    if not Cache.exists(request.root):
+        return None
+    found = dict(Cache.open(request.root).identity.sampler)
+    wanted: dict[str, Any] = {"name": request.sampler.name, **request.sampler.parameters()}
+    budget = found.pop("budget", None)
+    if budget != request.budget:
+        was, now = _in_words(budget, found), _in_words(request.budget, wanted)
+        raise IdentityMismatchError(
+            f"the cache at {request.root} was started with {was}, now {now} is asked for; ask for "
+            "the same, or choose another output directory"
+        )
+    if request.budget is not None:
+        settled = budget_parameter(request.sampler)
+        wanted[settled] = found.get(settled)
+    return from_parameters(wanted)
+
+
+def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
+    if budget is not None:
+        return f"a budget of {budget:g}"
+    return " and ".join(f"{name} {value}" for name, value in parameters.items())
+
+
+def _identity(
+    engine: Engine,
+    corpus: PackedCorpus,
+    request: CacheRequest,
+    sampler: Sampler,
+    tokenizer_hash: str,
+    windows_per_shard: int,
+) -> Identity:
+    packing = corpus.packing.to_json()
+    return Identity(
+        teacher=engine.identity,
+        tokenizer=str(tokenizer_hash),
+        vocab_size=engine.vocab_size,
+        token_mask=_mask_fingerprint(engine),
+        window_length=packing.pop("window_length"),
+        windows_per_shard=windows_per_shard,
+        packing=packing,
+        sampler=_described(request, sampler),
+        seed=request.seed,
+        temperature=request.temperature,
+        codec=codec_for(sampler),
+    )
+
+
+def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
+    if request.budget is not None:
+        described["budget"] = float(request.budget)
+    return described
+
+
+def _mask_fingerprint(engine: Engine) -> str:
+    import hashlib
+
+    import numpy as np
+
+    mask = engine.token_mask.cpu().numpy()
+    if mask.all():
+        return "all"
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()

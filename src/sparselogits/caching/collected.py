@@ -1,0 +1,304 @@
+"""A cache from Top-K logprobs that were collected elsewhere: no teacher runs here.
+
+What comes out is an ordinary cache of the `topk` sampler, and as biased as one: the tail is
+missing. Its identity says that the targets were imported; the teacher's weights, precision and
+engine are not known, so nothing that must come from the same teacher will take it for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparselogits.caching.collected_rows import Collected, entries_a_position, read_row, tokens_of
+from sparselogits.corpus import (
+    Window,
+    fingerprint,
+    open_source,
+    packing_for,
+    tokenizer_fingerprint,
+)
+from sparselogits.corpus.columns import parquet_rows
+from sparselogits.corpus.jsonlines import records as json_records
+from sparselogits.corpus.jsonlines import spans as json_spans
+from sparselogits.corpus.locate import locate
+from sparselogits.corpus.records import Where
+from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
+from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.identity import Identity
+from sparselogits.samplers import TopK
+from sparselogits.store import Cache, WindowRecord, codec_for
+from sparselogits.store.texts import TextSpan, claim_text
+from sparselogits.targets import SparseTargets
+
+Rows = Iterator[tuple[dict[str, Any], Where]]
+
+_UNKNOWN = "unknown"
+_LEAST = 1e-9  # what a probability that rounds to nothing counts as
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did.
+
+    Args:
+        cache: the cache, open.
+        rows: sequences read.
+        tokens_dropped: at the end, too few for a window.
+    """
+
+    cache: Cache
+    rows: int
+    tokens_dropped: int
+
+
+def import_collected(
+    data: str,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    vocab_size: int,
+    teacher: str = "imported",
+    window: int | None = None,
+    k: int | None = None,
+    windows_per_shard: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> ImportReport:
+    """Make a cache of rows of Top-K logprobs; `collected_rows` says what a row may look like.
+
+    Rows stand one after another, and windows are cut from that without gaps; attention restarts
+    where a row begins, as the teacher saw it. Memory holds one row and one shard. The cache appears
+    under its name when it is whole, and not before.
+
+    Args:
+        data: JSON lines or Parquet: a file, a folder or a pattern.
+        tokenizer: the teacher's, which made the ids.
+        out: a folder that does not exist, or is empty.
+        vocab_size: columns V of the teacher's head.
+        teacher: its name, as far as it is known.
+        window: tokens a window. None: the rows' length, which must then be one.
+        k: entries a position at most. None: what the first row has.
+        windows_per_shard: windows a file covers.
+        progress: called with the number of windows done.
+
+    Raises:
+        InvalidTargetsError: naming file and row, for a row that is none.
+        CorpusError: data that cannot be read, or is too short for a window.
+        CacheError: `out` is a URL.
+        StorageError: `out` cannot be written.
+        InvalidArgumentError: something is at `out`; a size out of range, or a vocabulary
+            smaller than the tokenizer's.
+    """
+    _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
+    folder = _new_folder(out)
+    rows = _rows(data)
+    first = next(rows, None)
+    if first is None:
+        raise CorpusError(f"{data} holds no rows; name files of collected logprobs")
+    sampler = TopK(k or entries_a_position(*first))
+    length = window or tokens_of(*first)
+    named = tokenizer_fingerprint(tokenizer)
+    identity = _identity(
+        tokenizer,
+        str(named),
+        sampler,
+        vocab_size,
+        teacher,
+        length,
+        window is not None,
+        windows_per_shard,
+    )
+    cutter = _Cutter(length, whole_rows=window is None)
+    sequences = (
+        (read_row(row, where, vocab_size, sampler.k), where) for row, where in chain([first], rows)
+    )
+    with whole_folder(folder) as partial:
+        cache = Cache.create(partial, identity)
+        own = TextSpan(open_source(data).fingerprint, 0, None)
+        claim_text(cache.storage, own)
+        windows = cutter.windows(sequences)
+        _commit_all(cache, windows, windows_per_shard, own, named.record(), progress)
+        if not len(cache):
+            raise CorpusError(f"{data} holds {cutter.left} tokens, too few for one of {length}")
+    return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
+
+
+class _Cutter:
+    """Cuts windows from a stream of sequences, keeping only what is not yet a window."""
+
+    def __init__(self, length: int, *, whole_rows: bool) -> None:
+        self.rows = self.left = 0
+        self._length, self._whole_rows = length, whole_rows
+
+    def windows(self, sequences: Iterator[tuple[Collected, Where]]) -> Iterator[Collected]:
+        waiting: list[Collected] = []
+        for sequence, where in sequences:
+            self.rows += 1
+            if self._whole_rows and len(sequence) != self._length:
+                raise InvalidArgumentError(
+                    f"{where()} has {len(sequence)} tokens, the rows before it {self._length}: "
+                    "give the tokens a window (--window), and rows are packed"
+                )
+            waiting.append(sequence)
+            self.left += len(sequence)
+            if self.left < self._length:
+                continue
+            joined, stop = Collected.cat(waiting), 0
+            for stop in range(self._length, self.left + 1, self._length):
+                yield joined.cut(stop - self._length, stop)
+            waiting = [joined.cut(stop, self.left)]
+            self.left -= stop
+
+
+def _commit_all(
+    cache: Cache,
+    windows: Iterator[Collected],
+    windows_per_shard: int,
+    own: TextSpan,
+    named: dict[str, Any],
+    progress: Callable[[int], None] | None,
+) -> None:
+    records: list[WindowRecord] = []
+
+    def commit() -> None:
+        text = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
+        made = {
+            "corpus": fingerprint(text),
+            "text": own.to_json(),
+            "sparselogits": version("sparselogits"),
+            "tokenizer": named,
+        }
+        cache.commit(records, made)
+        records.clear()
+
+    for index, window in enumerate(windows):
+        records.append(_record(index, window, cache.identity.vocab_size))
+        if len(records) == windows_per_shard:
+            commit()
+        if progress is not None:
+            progress(index + 1)
+    if records:
+        commit()
+
+
+def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
+    offsets = np.append(0, np.cumsum(window.lengths))
+    targets = SparseTargets(
+        torch.from_numpy(window.ids),
+        torch.from_numpy(window.weights),
+        torch.from_numpy(offsets),
+        vocab_size,
+    )
+    present = window.lengths > 0
+    loss, entropy = _figures(window)
+    return WindowRecord(
+        window_index=index,
+        tokens=window.tokens,
+        document_starts=np.flatnonzero(window.starts).astype(np.int32),
+        mask=None if present.all() else present,
+        targets=targets,
+        teacher_loss=loss,
+        teacher_entropy=entropy,
+    )
+
+
+def _figures(window: Collected) -> tuple[float, float]:
+    """Bounds from below of the teacher's loss and entropy, in nats: all that a Top-K list tells.
+
+    The tail counts as one class of the mass that is missing; a true token that is not listed has at
+    most that mass.
+    """
+    count = len(window)
+    owner = np.repeat(np.arange(count), window.lengths)
+    p = window.weights.astype(np.float64)
+    missing = np.clip(1 - np.bincount(owner, p, minlength=count), _LEAST, 1)
+    surprise = -p * np.log(np.maximum(p, _LEAST))
+    entropies = np.bincount(owner, surprise, minlength=count) - missing * np.log(missing)
+    following = np.append(window.tokens[1:], -1)
+    likelihood = missing.copy()
+    listed = window.ids == following[owner]
+    likelihood[owner[listed]] = np.maximum(p[listed], _LEAST)
+    present = window.lengths > 0
+    labelled = present[:-1]
+    losses = -np.log(likelihood[:-1][labelled])
+    return (
+        float(losses.mean()) if len(losses) else 0.0,
+        float(entropies[present].mean()) if present.any() else 0.0,
+    )
+
+
+def _rows(data: str) -> Rows:
+    for number, file in enumerate(locate(data, "train").files):
+        try:
+            if file.kind == "parquet":
+                yield from parquet_rows(file.path, file.name)
+                continue
+            if file.kind != "json":
+                raise CorpusError(f"{file.path}: logprobs are read from .jsonl and .parquet files")
+            for span in json_spans(file.path, number, 1 << 62):
+                for record, where, _ in json_records(file.path, file.name, span):
+                    yield record, where
+        except OSError as error:
+            raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
+def _identity(
+    tokenizer: Any,
+    fingerprint_of_tokenizer: str,
+    sampler: TopK,
+    vocab_size: int,
+    teacher: str,
+    window_length: int,
+    packed: bool,
+    windows_per_shard: int,
+) -> Identity:
+    packing = packing_for(tokenizer, window_length=window_length, reset_attention=packed).to_json()
+    del packing["window_length"]
+    return Identity(
+        teacher={
+            "name": teacher,
+            "claimed": teacher,  # compared, unlike the name: it is all that tells two apart
+            "engine": "imported",
+            "weights": _UNKNOWN,
+            "dtype": _UNKNOWN,
+            "quantization": _UNKNOWN,
+        },
+        tokenizer=fingerprint_of_tokenizer,
+        vocab_size=vocab_size,
+        token_mask=_UNKNOWN,
+        window_length=window_length,
+        windows_per_shard=windows_per_shard,
+        # rows came with their separators, whatever they are; the id ends a student's text
+        packing=packing | {"bos_id": None, "rows": "as collected"},
+        sampler={"name": sampler.name, **sampler.parameters()},
+        seed=0,
+        temperature=1.0,
+        codec=codec_for(sampler),
+    )
+
+
+def _new_folder(out: str | Path) -> Path:
+    if "://" in str(out):
+        raise CacheError(
+            f"{out} is a URL; import into a folder, then `sparselogits merge` it there"
+        )
+    folder = Path(out).expanduser().absolute()
+    require_new_folder(folder)
+    return folder
+
+
+def _require_sizes(vocab_size: int, windows_per_shard: int, tokens: int) -> None:
+    if windows_per_shard < 1:
+        raise InvalidArgumentError(f"a file holds at least one window, found {windows_per_shard}")
+    if vocab_size < tokens:
+        raise InvalidArgumentError(
+            f"the tokenizer has {tokens} ids, more than the vocabulary of {vocab_size}: give the "
+            "number of columns of the teacher's head (vocab_size in its config.json)"
+        )

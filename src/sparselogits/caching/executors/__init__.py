@@ -1,0 +1,17 @@
+"""Who runs a build beside this process alone: ranks that divide it, or actors of a Ray cluster.
+
+Every executor computes the same ranges by `Job.compute`, with a thread count that it sets and a
+batch size that it is given; so all of them write the same bytes for the same ranges.
+"""
+
+from sparselogits.caching.executors.on_ray import Workers, build_caches_on_ray, connect
+from sparselogits.caching.executors.ranks import Rank, rank_from_environment, wait_for_first_rank
+
+__all__ = [
+    "Rank",
+    "Workers",
+    "build_caches_on_ray",
+    "connect",
+    "rank_from_environment",
+    "wait_for_first_rank",
+]

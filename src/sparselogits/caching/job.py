@@ -1,0 +1,129 @@
+"""A build that has begun: all that a worker needs beside a teacher to make any of its ranges.
+
+Where the caches stand, what is drawn for each, and the text. A job can be sent to another process
+or machine that sees the same folders.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from sparselogits.caching.plan import Range, spread
+from sparselogits.caching.text import read_windows
+from sparselogits.caching.work import Draw, compute_range
+from sparselogits.corpus import PackedCorpus, Window, fingerprint
+from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.store import Cache, WindowRecord
+from sparselogits.store.texts import TextSpan, claim_text
+from sparselogits.teacher import Engine
+
+CHECKED_SHARDS = 256
+"""Finished shards whose text is compared before a build goes on: all of them, or so many spread
+over them, so that to go on with a very large build does not mean to read its text again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A build that has begun.
+
+    Args:
+        corpus: the text.
+        first_window: number of its first window in the caches.
+        caches: created, and of the identity that the build settled on.
+        draws: what each of them asks of the teacher.
+        batch: windows a forward pass.
+        tokenizer: what the shards record about the tokenizer, see `TokenizerFingerprint.record`.
+    """
+
+    corpus: PackedCorpus
+    first_window: int
+    caches: list[Cache]
+    draws: list[Draw]
+    batch: int
+    tokenizer: dict[str, Any] | None = None
+
+    @property
+    def text(self) -> TextSpan:
+        """The text, as the caches name it."""
+        fingerprint = self.corpus.text_fingerprint
+        return TextSpan(fingerprint, self.first_window, self.corpus.windows)
+
+    def missing(self, ranges: Sequence[Range]) -> list[Range]:
+        """Return the ranges that at least one cache lacks, and claim the caches for this text.
+
+        The text of `CHECKED_SHARDS` of the shards that are there is compared first.
+
+        Raises:
+            CacheError: a shard that is there cuts through a range.
+            IdentityMismatchError: one was made from other text, or the cache names another.
+        """
+        finished = [set(cache.finished()) for cache in self.caches]
+        wanted = set(ranges)
+        for cache, have in zip(self.caches, finished, strict=True):
+            for start, stop in sorted(have):
+                if (start, stop) not in wanted and any(a < stop and start < b for a, b in ranges):
+                    raise CacheError(
+                        f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
+                        "of this corpus; was text added or removed? Build into another directory"
+                    )
+        end = self.first_window + self.corpus.windows
+        there = sorted(r for r in set().union(*finished) if self.first_window <= r[0] < end)
+        for place in spread(len(there), CHECKED_SHARDS):
+            span = there[place]
+            holders = [c for c, have in zip(self.caches, finished, strict=True) if span in have]
+            self._require_same_text(span, holders)
+        for cache in self.caches:
+            claim_text(cache.storage, self.text)
+        return [r for r in ranges if any(r not in have for have in finished)]
+
+    def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
+        expected = fingerprint(self._windows(span))
+        for cache in holders:
+            if cache.provenance(span[0]).get("corpus") != expected:
+                raise IdentityMismatchError(
+                    f"windows {span[0]}:{span[1]} of {cache.root} were made from other text than "
+                    "the corpus given now; use the same text, or another output directory"
+                )
+
+    def compute(
+        self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
+    ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
+        """One range: its records for each cache, and the provenance they are committed with.
+
+        The text is read once: what the teacher reads is what the provenance's fingerprint is of.
+        """
+        windows = self._windows(span)
+        text = {"corpus": fingerprint(windows), "text": self.text.to_json()}
+        provenance = {**text, **_provenance(engine, self.batch)}
+        if self.tokenizer is not None:
+            provenance["tokenizer"] = self.tokenizer
+        reset = self.corpus.packing.reset_attention
+        made = compute_range(
+            engine, windows, self.draws, batch=self.batch, reset_attention=reset, progress=progress
+        )
+        return made, provenance
+
+    def _windows(self, span: Range) -> list[Window]:
+        return read_windows(self.corpus, self.first_window, *span)
+
+
+def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
+    device = getattr(engine, "device", torch.device("cpu"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    together = getattr(engine, "ranks", 1)  # sums over ranks round in another order
+    return {
+        **({"ranks": together} if together > 1 else {}),
+        "sparselogits": version("sparselogits"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+    }

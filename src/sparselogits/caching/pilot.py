@@ -1,0 +1,119 @@
+"""A few windows ahead of the work: is this teacher sane on this text, and how many rounds?
+
+A budget is a mean number of entries a position, which depends on the teacher's entropy on the
+text; rounds are what a sampler takes. The translation is made once, by whoever starts the build,
+and written into the identity; resuming reads it from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselogits.allowances import refuse
+from sparselogits.caching.plan import spread
+from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.errors import TeacherError
+from sparselogits.samplers import Sampler, fit_budget
+from sparselogits.teacher import Engine
+
+PILOT_POSITIONS = 1024
+"""About as many positions make the mean entries certain to two or three per cent."""
+
+NATS_WORSE_THAN_UNIFORM = 1.0
+
+
+def pilot_windows(corpus: PackedCorpus) -> list[Window]:
+    """Windows spread evenly over the corpus."""
+    count = max(1, PILOT_POSITIONS // corpus.packing.window_length)
+    return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
+
+
+def resolve_budget(
+    engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float, **how: Any
+) -> Sampler:
+    """The same sampler with the rounds (k, tau) whose mean entries come closest to a budget.
+
+    Args:
+        engine: the teacher.
+        windows: pilot windows.
+        sampler: one that a single parameter governs.
+        budget: mean entries a position.
+        how: temperature and reset_attention of the build.
+    """
+    return fit_budget(sampler, _pilot_logits(engine, windows, **how), budget)
+
+
+def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
+    """Return the teacher's mean loss on a pilot window, in nats.
+
+    Raises:
+        TeacherError: when it is worse than guessing, as with another model's tokenizer, or when
+            logits overflow.
+        InvalidArgumentError: when the window is longer than the teacher's positions.
+    """
+    window = windows[0]
+    check_window = getattr(engine, "check_window", None)
+    if check_window is not None:
+        check_window(len(window.tokens), restarts=how.get("reset_attention", False))
+    tokens = torch.from_numpy(window.tokens.astype(np.int64))
+    total, count, first = 0.0, 0, 0
+    for logits in _pilot_logits(engine, [window], temperature=1.0, **how):
+        labels = tokens[first + 1 : first + 1 + len(logits)].to(logits.device)
+        _require_finite(engine, logits, first, len(tokens))
+        rows = logits[: len(labels)]
+        total += float((rows.logsumexp(1) - rows.gather(1, labels[:, None])[:, 0]).double().sum())
+        count, first = count + len(labels), first + len(logits)
+    loss = total / max(1, count)
+    uniform = math.log(float(engine.token_mask.sum()))
+    if not loss <= uniform + NATS_WORSE_THAN_UNIFORM:
+        half = "" if _dtype(engine) != "float16" else ", or float16 is too narrow for it"
+        error = TeacherError(
+            f"the teacher's loss on this text is {loss:.2f} nats, worse than guessing among its "
+            f"{int(engine.token_mask.sum())} tokens ({uniform:.2f}); the tokenizer is most likely "
+            f"not the teacher's own, or the weights are damaged{half}. Check the tokenizer files "
+            "of the teacher"
+        )
+        refuse(error, "worse-than-guessing")
+    return loss
+
+
+def _require_finite(engine: Engine, logits: Tensor, first: int, length: int) -> None:
+    """Say where logits overflow, which no tokenizer can be blamed for."""
+    tokens = engine.token_mask.to(logits.device)
+    broken = ~logits[:, tokens].isfinite().all(1)
+    if not bool(broken.any()):
+        return
+    place = first + int(broken.nonzero()[0, 0])
+    found = (
+        f"the teacher's logits are NaN or infinite from position {place} of a window of {length} "
+        "tokens on"
+    )
+    if _dtype(engine) == "float16":
+        raise TeacherError(
+            f"{found}: its activations overflow in float16, whose largest number is 65 504. Run it "
+            "with --dtype bfloat16 or float32"
+        )
+    raise TeacherError(
+        f"{found}, in {_dtype(engine)}: weights are damaged or activations overflow. "
+        "Run it with --dtype float32, and download the weights again if that does not help"
+    )
+
+
+def _dtype(engine: Engine) -> str:
+    return str(engine.identity.get("dtype", ""))
+
+
+def _pilot_logits(
+    engine: Engine, windows: Sequence[Window], *, temperature: float, reset_attention: bool
+) -> Iterator[Tensor]:
+    for window in windows:
+        tokens = torch.from_numpy(window.tokens.astype(np.int64))[None]
+        starts = [window.document_starts] if reset_attention else None
+        for piece in engine.logits(tokens, starts):
+            yield piece.logits / temperature

@@ -1,0 +1,16 @@
+"""The same student from the same start with each method: runs, figures, intervals, stored."""
+
+from sparselogits.lab.compare.comparison import compare
+from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe
+from sparselogits.lab.compare.results import MethodRow, Results, RunRow, read_results
+
+__all__ = [
+    "CompareRecipe",
+    "MethodRow",
+    "Results",
+    "RunRow",
+    "compare",
+    "load_compare_recipe",
+    "parse_compare_recipe",
+    "read_results",
+]

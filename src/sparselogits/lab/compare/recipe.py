@@ -1,0 +1,404 @@
+"""A comparison's recipe: one setting, and the methods to compare in it.
+
+A method is a name (`ce`, `full`, `reverse_kl`, `none`) or a mapping in the words of
+`sparselogits cache` and `train`. A list in it stands for one method for each of its values, two
+lists for all pairs:
+
+    methods:
+      - ce
+      - full
+      - {sampler: topk, k: [5, 12], missing_mass: [drop, ghost]}
+      - {sampler: multinomial, budget: [2.4, 5, 12]}
+      - {sampler: systematic, budget: 12, alpha: 0.1}
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.lab.tasks import LIMIT
+from sparselogits.losses import MissingMass, require_rule_for
+from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
+from sparselogits.train.objective import DIVERGENCES
+from sparselogits.train.recipe import (
+    Count,
+    Quantize,
+    Share,
+    Student,
+    Thinning,
+    read_yaml,
+    validated,
+)
+
+SamplerName = Literal[
+    "systematic", "multinomial", "uniform", "topk", "topp", "threshold", "adaptive"
+]
+Budget = Annotated[float, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+_TITLES = {
+    "ce": "CE",
+    "full": "full KD",
+    "reverse_kl": "reverse KL",
+    "none": "before training",
+}
+
+LABELS_ONLY = TopK(1)
+"""What the cache holds that methods without cached targets read their text from."""
+
+_OF_THE_SAMPLER = (
+    *("rounds", "proposal_exponent", "k", "p", "max_entries", "tau"),
+    *("student", "nominal_rounds", "reference", "signal", "position_power", "token_power"),
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSpec(_Strict):
+    """One method: what its targets are, and what training makes of them."""
+
+    name: str | None = Field(None, description="in tables; put together from the rest when absent")
+    method: Literal["sparse", "ce", "full", "reverse_kl", "none"] = Field(
+        "sparse", description="sparse, ce, full, reverse_kl, or none: the student before training"
+    )
+    sampler: SamplerName | None = Field(None, description="of sparse targets")
+    budget: Budget | None = Field(None, description="mean entries a position")
+    rounds: Count | None = Field(None, description="rounds a position, instead of a budget")
+    proposal_exponent: float | None = Field(None, description="draw from p to this power")
+    k: Count | None = Field(None, description="entries of topk")
+    p: float | None = Field(None, description="mass that topp keeps")
+    max_entries: Count | None = Field(None, description="cap of topp")
+    tau: float | None = Field(None, description="of threshold, instead of a budget")
+    student: str | None = Field(None, description="of adaptive: folder of the student it follows")
+    nominal_rounds: Count | None = Field(None, description="of adaptive, instead of a budget")
+    reference: float | None = Field(None, description="of adaptive")
+    signal: Literal["distance", "variance"] | None = Field(None, description="of adaptive")
+    position_power: float | None = Field(None, description="of adaptive")
+    token_power: float | None = Field(None, description="of adaptive")
+    missing_mass: MissingMass = Field("drop", description="for topk and topp")
+    alpha: Share = Field(0.0, description="share of the labels' cross-entropy")
+    learning_rate: Positive | None = Field(None, description="instead of that of training")
+    thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
+
+    @model_validator(mode="after")
+    def _is_one_method(self) -> MethodSpec:
+        given = [n for n in ("budget", *_OF_THE_SAMPLER) if getattr(self, n) is not None]
+        if self.method != "sparse":
+            odd = [*(["sampler"] if self.sampler else []), *given]
+            odd += ["thinning"] if self.thinning else []
+            odd += ["missing_mass"] if self.missing_mass != "drop" else []
+            if self.method == "none":
+                odd += [n for n in ("alpha", "learning_rate") if getattr(self, n)]
+            if odd:
+                raise ValueError(f"method: {self.method} takes no {', '.join(odd)}")
+            return self
+        if self.sampler is None:
+            raise ValueError("give a sampler, or method: ce, full, reverse_kl or none")
+        if self.sampler == "adaptive":
+            _require_adaptive(self)
+            return self
+        try:
+            sampler = self.unfitted()
+            require_rule_for(self.missing_mass, unbiased=sampler.unbiased)
+            if self.budget is not None:
+                if getattr(self, budget_parameter(sampler)) is not None:
+                    raise ValueError(f"give budget or {budget_parameter(sampler)}, not both")
+            elif self.sampler in ("systematic", "multinomial", "uniform") and self.rounds is None:
+                raise ValueError(f"sampler: {self.sampler} needs a budget or rounds")
+        except InvalidArgumentError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def online(self) -> bool:
+        """Whether the teacher runs beside the student."""
+        return self.method in DIVERGENCES
+
+    def sampler_parameters(self) -> dict[str, Any]:
+        """What stands in the recipe for the sampler, with its name; empty where there is none."""
+        if self.sampler is None:
+            return {}
+        given = {n: value for n in _OF_THE_SAMPLER if (value := getattr(self, n)) is not None}
+        return {"name": self.sampler, **given}
+
+    def unfitted(self) -> Sampler:
+        """The sampler as the recipe has it; a budget is yet to set one of its parameters.
+
+        Raises:
+            InvalidArgumentError: for parameters that it does not take.
+        """
+        parameters = self.sampler_parameters()
+        return from_parameters(parameters) if parameters else LABELS_ONLY
+
+    @property
+    def title(self) -> str:
+        """Its name, or one put together from what it is."""
+        if self.name is not None:
+            return self.name
+        title = _TITLES.get(self.method) or _sampler_title(self)
+        if self.missing_mass != "drop":
+            title += f", {self.missing_mass.replace('_', ' ')}"
+        if self.thinning is not None:
+            title += f", {_thinning_title(self.thinning)}"
+        title += f", alpha {self.alpha:g}" if self.alpha else ""
+        return title + (f", learning rate {self.learning_rate:g}" if self.learning_rate else "")
+
+
+class FromTeacher(_Strict):
+    """A student made from the teacher's weights: pruned (see `sparselogits shrink`), quantised."""
+
+    origin: Literal["teacher"] = Field(alias="from", description="teacher")
+    layers: Count | None = Field(None, description="transformer blocks to keep")
+    drop_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="numbers of the blocks to remove, instead of layers"
+    )
+    intermediate_size: Count | None = Field(None, description="MLP channels to keep per block")
+    heads: Count | None = Field(None, description="attention heads to keep per block")
+    hidden_size: Count | None = Field(None, description="width of the hidden states to keep")
+    layer_score: Literal["influence", "loss"] = Field(
+        "influence", description="how blocks are ranked: influence or loss"
+    )
+    calibration_windows: Count = Field(32, description="training windows that parts are ranked on")
+    quantize: Quantize | None = Field(None, description="format of the weights, as in training")
+
+    @model_validator(mode="after")
+    def _differs_from_the_teacher(self) -> FromTeacher:
+        if not self.pruned and self.quantize is None:
+            raise ValueError(
+                "from: teacher needs layers, drop_layers, intermediate_size, heads, hidden_size "
+                "or quantize"
+            )
+        return self
+
+    @property
+    def pruned(self) -> bool:
+        """Whether parts of the teacher are removed."""
+        sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
+        return any(size is not None for size in (*sizes, self.hidden_size))
+
+
+_GIVEN, _MADE = "(student)", "(student from the teacher)"
+"""Alternatives of a student, as pydantic names them in the path of an error."""
+
+
+def _kind_of_student(value: Any) -> str:
+    made = isinstance(value, FromTeacher) or (isinstance(value, dict) and "from" in value)
+    return _MADE if made else _GIVEN
+
+
+AnyStudent = Annotated[
+    Annotated[Student, Tag(_GIVEN)] | Annotated[FromTeacher, Tag(_MADE)],
+    Discriminator(_kind_of_student),
+]
+
+
+def _one_new_student() -> dict[str, Student | FromTeacher]:
+    return {"student": Student()}
+
+
+class TaskNames(_Strict):
+    """Zero-shot tasks that every student and the teacher are scored on."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="continuation, last_word, agreement, or what lm-eval knows"
+    )
+    limit: Count = Field(LIMIT, description="samples a task, at most")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> TaskNames:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"a task is there twice: {', '.join(self.names)}")
+        return self
+
+
+class Training(_Strict):
+    """How every student is trained, whatever the method."""
+
+    epochs: Positive = 1.0
+    batch_windows: Count = Field(8, description="windows a step")
+    accumulate: Count = Field(1, description="batches an optimiser step")
+    learning_rate: Positive = 1e-3
+    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    max_grad_norm: Positive = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    save_steps: Count | None = Field(None, description="steps between checkpoints")
+    log_steps: Count = Field(10, description="steps between points of the curve")
+
+
+class Gradients(_Strict):
+    """How the gradients of methods' targets are measured beside full distillation's."""
+
+    windows: Count = Field(
+        8, description="held-out windows, at most; as many as fill batches of the largest size"
+    )
+    batch_windows: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (1, 4), description="windows a batch; several sizes are measured at once"
+    )
+    draws: Annotated[int, Field(ge=2)] = Field(4, description="of random targets, in each batch")
+
+    @model_validator(mode="after")
+    def _fill_a_batch(self) -> Gradients:
+        largest = max(self.batch_windows)
+        if largest > self.windows:
+            raise ValueError(f"{self.windows} windows do not fill a batch of {largest}")
+        return self
+
+
+class CompareRecipe(_Strict):
+    """Everything a comparison depends on."""
+
+    title: str = Field("comparison", description="of the report")
+    teacher: str = Field(description="model folder, GGUF file or hub name")
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    data: str = Field(description="text, JSONL or Parquet file, folder, or dataset")
+    text_field: str = "text"
+    completion_only: bool = Field(
+        False, description="records are conversations: learn what the assistant says, nothing else"
+    )
+    out: Path = Field(description="directory of everything the comparison makes")
+    window: Annotated[int, Field(ge=2)] = Field(256, description="tokens a window")
+    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="share of the documents kept aside for evaluation"
+    )
+    heldout_windows: Count | None = Field(None, description="evaluate on at most so many")
+    separator_id: int | None = Field(None, description="token between documents")
+    cache_batch: Count = Field(8, description="windows a pass of the teacher")
+    draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="of the caches' draws")
+    vary_draws: bool = Field(
+        False, description="draw a cache anew for every seed, with draw_seed + seed"
+    )
+    students: dict[str, AnyStudent] = Field(
+        default_factory=_one_new_student,
+        description="by name: as in a training recipe, or made from the teacher",
+    )
+    training: Training = Training()
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), description="of the student's first weights and of the order"
+    )
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
+    draft: Annotated[int, Field(ge=0)] = Field(
+        0, description="also draft so many tokens at a time for the teacher"
+    )
+    draft_windows: Count = Field(16, description="held-out windows to draft from")
+    gradients: Gradients | None = Field(
+        None, description="also compare targets' gradients with full KD's; not when absent"
+    )
+    resamples: Count = Field(1000, description="of windows and seeds, for the intervals")
+    methods: tuple[MethodSpec, ...] = Field(min_length=1, description="in order of importance")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CompareRecipe:
+        titles = [method.title for method in self.methods]
+        for what, names in (("methods", titles), ("seeds", list(self.seeds))):
+            twice = sorted({str(n) for n in names if list(names).count(n) > 1})
+            if twice:
+                raise ValueError(f"{what} are there twice: {', '.join(twice)}")
+        if not self.seeds or not self.students:
+            raise ValueError("give at least one seed and one student")
+        return self
+
+
+def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:
+    """Read a recipe; paths in it are relative to where the command runs.
+
+    Args:
+        path: YAML file.
+        overrides: values that win over the file's; None stands for "as in the file".
+
+    Raises:
+        RecipeError: naming the file, the key and what is wrong with it.
+    """
+    return parse_compare_recipe(read_yaml(path, overrides), source=str(path))
+
+
+def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecipe:
+    """A validated recipe from plain values; `source` names them in messages.
+
+    Raises:
+        RecipeError: see `load_compare_recipe`.
+    """
+    methods = values.get("methods")
+    if isinstance(methods, list):
+        values = {**values, "methods": [one for own in methods for one in expanded(own)]}
+    return validated(CompareRecipe, values, _FIELDS, f"{source} is not a valid comparison")
+
+
+def expanded(method: Any) -> list[Any]:
+    """One method for each combination of the values that stand in lists."""
+    if isinstance(method, str):
+        return [{"method": method}]
+    if not isinstance(method, dict):
+        return [method]
+    lists = {key: value for key, value in method.items() if isinstance(value, list)}
+    return [
+        {**method, **dict(zip(lists, values, strict=True))}
+        for values in itertools.product(*lists.values())
+    ]
+
+
+_FIELDS = {
+    "recipe": list(CompareRecipe.model_fields),
+    "tasks": list(TaskNames.model_fields),
+    "methods": list(MethodSpec.model_fields),
+    "students": list(Student.model_fields),
+    _MADE: list(FromTeacher.model_fields),
+    "quantize": list(Quantize.model_fields),
+    "training": list(Training.model_fields),
+    "gradients": list(Gradients.model_fields),
+    "thinning": list(Thinning.model_fields),
+}
+
+
+def slug(text: str) -> str:
+    """Return a name as part of a folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _require_adaptive(spec: MethodSpec) -> None:
+    """What can be said of an adaptive sampler without loading the student it follows."""
+    if spec.student is None:
+        raise ValueError("sampler: adaptive needs a student, the folder of one that it follows")
+    if (spec.budget is None) == (spec.nominal_rounds is None):
+        raise ValueError("sampler: adaptive needs a budget or nominal_rounds, one of them")
+    if spec.missing_mass != "drop" or spec.thinning is not None:
+        raise ValueError("sampler: adaptive takes neither missing_mass nor thinning")
+
+
+def _sampler_title(spec: MethodSpec) -> str:
+    sampler = str(spec.sampler)
+    title = {"topk": "Top-K", "topp": "Top-P", "multinomial": "RS-KD"}.get(sampler, sampler)
+    if spec.budget is not None:
+        title += f" {spec.budget:g}"
+    settled = {
+        "k": "",
+        "p": "",
+        "tau": " tau",
+        "rounds": " N =",
+        "nominal_rounds": " N =",
+        "max_entries": " of at most",
+        "signal": "",
+    }
+    for parameter, word in settled.items():
+        value = getattr(spec, parameter)
+        if value is not None:
+            title += f"{word} {value:g}" if isinstance(value, int | float) else f"{word} {value}"
+    if spec.proposal_exponent is not None:
+        title += f", exponent {spec.proposal_exponent:g}"
+    return title
+
+
+def _thinning_title(thinning: Thinning) -> str:
+    noise = "fresh" if thinning.fresh_noise else "frozen"
+    if thinning.schedule is not None:
+        return f"thinned by a schedule, {noise}"
+    to = f"N = {thinning.rounds}" if thinning.rounds is not None else f"{thinning.budget:g}"
+    return f"thinned to {to}, {noise}"

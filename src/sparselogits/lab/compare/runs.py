@@ -1,0 +1,305 @@
+"""One student of a comparison: planned, trained, measured, kept.
+
+    OUT/runs/METHOD--STUDENT--SEED--FINGERPRINT/
+      recipe.json, model/, run.json   see train/run.py
+      outcome.json                    figures, with the sums of every window; written last
+      failure.json                    why there is none, if the last attempt failed
+      lock                            held while a process works on it
+
+A run is known by a fingerprint of everything that determines its figures: the cache's identity, the
+text, the method, the student, the training, the seed, what it is evaluated on. One that is finished
+is not repeated, whatever else of the recipe changes; any number of processes may work on one
+directory, each on runs that no other one has in hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselogits.data import TextDataset
+from sparselogits.errors import reason_of
+from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
+from sparselogits.files import write_whole
+from sparselogits.identity import canonical_json
+from sparselogits.lab.compare.caches import Draw, Setting
+from sparselogits.lab.compare.provenance import commit
+from sparselogits.lab.compare.recipe import CompareRecipe, MethodSpec, slug
+from sparselogits.locks import Held, lock_file
+from sparselogits.store import Cache
+from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
+from sparselogits.teacher.demo_model import model_named
+from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.train import Recipe, RunResult, run, save_untrained
+
+OUTCOME = 1
+"""Raised when what a run measures changes, so that older outcomes are not taken for it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that the recipe asks for.
+
+    Args:
+        method: how it is trained.
+        student: name of the student.
+        seed: of first weights and order.
+        folder: of the run; None where there is no cache for it.
+        fingerprint: of everything that determines its figures.
+        why_not: why there is no cache for it.
+    """
+
+    method: MethodSpec
+    student: str
+    seed: int
+    folder: Path | None
+    fingerprint: str
+    why_not: str | None = None
+
+    @property
+    def title(self) -> str:
+        """For progress and messages."""
+        return f"{self.method.title}, {self.student}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a finished run.
+
+    Args:
+        fingerprint: see `Planned`.
+        figures: by name.
+        sums: by figure (`FIGURES`) float64 [W, C] as lists, see `HeldOut.sums`.
+        reliability: bins of equal width and of equal mass.
+        drafting: see `Drafting`; None without.
+        curve: (step, the labels' cross-entropy in training).
+        entries: stored entries a position that training used; None where it uses none.
+        steps: of the optimiser.
+        tokens: of the student's training.
+        seconds: wall time of training; None where it had been begun before.
+        cpu_seconds: likewise, of all threads of the process.
+        commit: of the source tree it was trained from; None where older than this field.
+    """
+
+    fingerprint: str
+    figures: dict[str, float]
+    sums: dict[str, list[list[float]]]
+    reliability: dict[str, list[dict[str, Any]]]
+    drafting: dict[str, Any] | None
+    curve: list[tuple[int, float]]
+    entries: float | None
+    steps: int
+    tokens: int
+    seconds: float | None
+    cpu_seconds: float | None
+    commit: str | None = None
+
+
+def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
+    """All runs, in order of importance: every method with the first seed comes first."""
+    heldout = {"windows": recipe.heldout_windows, "draft": [recipe.draft, recipe.draft_windows]}
+    identities = {key: Cache.open(path).identity for key, path in setting.caches.items()}
+    weights = {
+        name: {"weights": files_fingerprint(find_checkpoint(model_named(student.path)))}
+        for name, student in setting.students.items()
+        if student.path is not None
+    }
+    found = []
+    for seed in recipe.seeds:
+        for name, student in recipe.students.items():
+            for method in recipe.methods:
+                given = setting.students[name].path is not None
+                if method.method == "none" and given and seed != recipe.seeds[0]:
+                    continue  # the same weights for every seed
+                key = Draw.of(method, recipe, seed).key
+                if key not in identities:
+                    why = setting.failures.get(key, "its cache was not built")
+                    found.append(Planned(method, name, seed, None, "", why))
+                    continue
+                training = recipe.training.model_dump(mode="json", exclude={"save_steps"})
+                determined = {
+                    "outcome": OUTCOME,
+                    "cache": identities[key].fingerprint,
+                    "text": setting.corpus.source_fingerprint,
+                    "method": method.model_dump(mode="json", exclude={"name"} | _unset(method)),
+                    "student": weights.get(name, {}) | student.model_dump(mode="json"),
+                    "training": training,
+                    "seed": seed,
+                    "heldout": heldout,
+                }
+                fingerprint = hashlib.sha256(canonical_json(determined)).hexdigest()
+                words = [slug(method.title)[:60], slug(name), str(seed), fingerprint[:8]]
+                folder = recipe.out / "runs" / "--".join(words)
+                found.append(Planned(method, name, seed, folder, fingerprint))
+    return found
+
+
+def outcome_of(planned: Planned) -> Outcome | None:
+    """What a run found, if it is finished."""
+    if planned.folder is None or not (planned.folder / "outcome.json").exists():
+        return None
+    kept = Outcome(**json.loads((planned.folder / "outcome.json").read_text()))
+    return kept if kept.fingerprint == planned.fingerprint else None
+
+
+def failure_of(planned: Planned) -> str | None:
+    """Why a run failed, if it did at the last attempt."""
+    if planned.folder is None:
+        return planned.why_not
+    file = planned.folder / "failure.json"
+    return json.loads(file.read_text())["message"] if file.exists() else None
+
+
+@contextmanager
+def claimed(planned: Planned) -> Iterator[bool]:
+    """Whether this process has the run to itself; let go at the end, or when the process dies."""
+    assert planned.folder is not None
+    with lock_file(planned.folder / "lock") as lock:
+        yield lock.held is not Held.TAKEN
+
+
+def carry_out(
+    planned: Planned,
+    recipe: CompareRecipe,
+    setting: Setting,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome | None:
+    """Train and measure one student, and keep what was found.
+
+    Args:
+        planned: the run.
+        recipe: the comparison.
+        setting: see `caches.prepare`.
+        device: of the student.
+        progress: called with steps done and in all.
+
+    Returns:
+        None where it failed; the reason is kept.
+    """
+    assert planned.folder is not None
+    try:
+        outcome = _train_and_measure(planned, recipe, setting, device, progress)
+    except Exception as error:  # whatever it is, the other runs are not lost to it
+        found = {"message": reason_of(error), "traceback": traceback.format_exc()}
+        write_whole(planned.folder / "failure.json", json.dumps(found) + "\n")
+        return None
+    write_whole(planned.folder / "outcome.json", json.dumps(asdict(outcome)) + "\n")
+    (planned.folder / "failure.json").unlink(missing_ok=True)
+    return outcome
+
+
+def _train_and_measure(
+    planned: Planned,
+    recipe: CompareRecipe,
+    setting: Setting,
+    device: str,
+    progress: Callable[[int, int], None] | None,
+) -> Outcome:
+    assert planned.folder is not None
+    resumed = (planned.folder / "recipe.json").exists()
+    clock = time.process_time()
+    own = _training_recipe(planned, recipe, setting)
+    if planned.method.method == "none":
+        result = save_untrained(own)
+    else:
+        result = run(
+            own,
+            teacher=setting.teacher if planned.method.online else None,
+            device=device,
+            progress=None if progress is None else lambda done, total, _: progress(done, total),
+        )
+    cpu_seconds = time.process_time() - clock
+    model = load_causal_lm(str(result.model_path), dtype="float32").to(device)
+    windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
+    found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]
+    drafting = None
+    if recipe.draft:
+        some = TextDataset(setting.corpus, limit=recipe.draft_windows)
+        drafted = draft_from_prefixes(
+            model, some, setting.teacher, draft=recipe.draft, seed=planned.seed
+        )
+        drafting = drafted.to_json()
+    training = recipe.training
+    tokens = result.steps * training.batch_windows * training.accumulate * recipe.window
+    return Outcome(
+        fingerprint=planned.fingerprint,
+        figures=figures_of(found),
+        sums={name: found.sums(name).tolist() for name in FIGURES},
+        reliability={
+            "equal_width": found.calibration.to_json()["equal_width"]["bins"],
+            "equal_mass": found.calibration.to_json()["equal_mass"]["bins"],
+        },
+        drafting=drafting,
+        curve=result.label_curve,
+        entries=_entries(planned, recipe, setting, result),
+        steps=result.steps,
+        tokens=tokens,
+        seconds=None if resumed else result.seconds,
+        cpu_seconds=None if resumed else cpu_seconds,
+        commit=commit(),
+    )
+
+
+def figures_of(found: HeldOut) -> dict[str, float]:
+    """The figures of a model on held-out text, by name."""
+    own = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "kl": found.kl,
+        "agreement": found.agreement,
+        "acceptance": found.acceptance,
+        "accuracy": found.calibration.accuracy,
+        "confidence": found.calibration.confidence,
+        "overconfidence": found.calibration.overconfidence,
+        "ece": found.calibration.equal_width.ece,
+        "ece_equal_mass": found.calibration.equal_mass.ece,
+    }
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) -> Recipe:
+    assert planned.folder is not None
+    method = planned.method
+    training = recipe.training.model_dump()
+    if method.learning_rate is not None:
+        training["learning_rate"] = method.learning_rate
+    return Recipe(
+        cache=setting.caches[Draw.of(method, recipe, planned.seed).key],
+        out=planned.folder,
+        method="ce" if method.method == "none" else method.method,
+        student=setting.students[planned.student],
+        teacher=recipe.teacher if method.online else None,
+        teacher_dtype=recipe.teacher_dtype,
+        alpha=method.alpha,
+        missing_mass=method.missing_mass,
+        thinning=method.thinning,
+        seed=planned.seed,
+        save_dtype="float32",  # what is measured is what was trained
+        **training,
+    )
+
+
+def _unset(method: MethodSpec) -> set[str]:
+    """Keys that are left out of a fingerprint where absent, so that older runs keep theirs."""
+    return {"learning_rate"} if method.learning_rate is None else set()
+
+
+def _entries(
+    planned: Planned, recipe: CompareRecipe, setting: Setting, result: RunResult
+) -> float | None:
+    method = planned.method
+    if method.sampler is None:
+        return None
+    if method.thinning is not None:
+        return result.entries
+    cache = Cache.open(setting.caches[Draw.of(method, recipe, planned.seed).key])
+    return cache.statistics().entries_per_position

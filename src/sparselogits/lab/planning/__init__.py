@@ -1,0 +1,37 @@
+"""What a cache will cost before it is made: bytes, hours, money, and when it beats no cache."""
+
+from sparselogits.lab.planning.cost import Plan, Settings, Storage, plan
+from sparselogits.lab.planning.devices import DEVICES, DeviceKind, device_kind
+from sparselogits.lab.planning.memory import (
+    Memory,
+    MemoryOf,
+    Shape,
+    fewest_devices,
+    largest_batch,
+    pass_memory,
+    shape_of,
+    training_memory,
+)
+from sparselogits.lab.planning.sizes import ModelSize, parameters_of, quantity, size_of
+
+__all__ = [
+    "DEVICES",
+    "DeviceKind",
+    "Memory",
+    "MemoryOf",
+    "ModelSize",
+    "Plan",
+    "Settings",
+    "Shape",
+    "Storage",
+    "device_kind",
+    "fewest_devices",
+    "largest_batch",
+    "parameters_of",
+    "pass_memory",
+    "plan",
+    "quantity",
+    "shape_of",
+    "size_of",
+    "training_memory",
+]

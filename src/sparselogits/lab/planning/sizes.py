@@ -1,0 +1,95 @@
+"""Quantities as people write them, and parameters of a model from its configuration."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.lab.planning.memory import Shape, shape_of
+
+SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15}
+NUMBER = re.compile(r"(\d+(?:[._]\d+)*(?:[eE]\+?\d+)?)\s*([KMBGTP]?)")
+
+
+def quantity(text: str, what: str) -> float:
+    """A positive number, with K, M, B (or G), T or P behind it: '8B', '1.5T', '2e9'.
+
+    Raises:
+        InvalidArgumentError: for anything else.
+    """
+    found = NUMBER.fullmatch(text.strip().upper().replace("_", ""))
+    try:
+        value = float(found[1]) * SUFFIXES[found[2]] if found else 0.0
+    except ValueError:  # 1.2.3
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InvalidArgumentError(
+            f"{what} is {text!r}; give a positive number such as 300M, 8B, 1.5T or 2e9"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a plan needs to know of a model.
+
+    Args:
+        parameters: their number.
+        shape: width and depth: of the model itself, or of the published one of the nearest size.
+    """
+
+    parameters: float
+    shape: Shape
+
+
+def parameters_of(text: str, what: str) -> float:
+    """Return the number of parameters of a model; see `size_of`."""
+    return size_of(text, what).parameters
+
+
+def size_of(text: str, what: str) -> ModelSize:
+    """Return the size of a model: a count ('8B'), or a folder whose config.json says its shape.
+
+    A folder's model is built without memory for its weights, and counted; a head tied to the
+    embedding counts once, which is right here, for an embedding look-up costs no product.
+
+    Raises:
+        InvalidArgumentError: for neither, and for a configuration of no causal language model.
+    """
+    folder = Path(text)
+    if not folder.is_dir():
+        if NUMBER.fullmatch(text.strip().upper().replace("_", "")) is None:
+            raise InvalidArgumentError(
+                f"{what} is {text!r}, which is no folder here and no number; give a count of "
+                "parameters (8B) or a local folder with a config.json"
+            )
+        count = quantity(text, what)
+        return ModelSize(count, shape_of(count))
+    if not (folder / "config.json").is_file():
+        raise InvalidArgumentError(
+            f"{what}: {folder} has no config.json; give a model's folder, or a count such as 8B"
+        )
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgumentError(
+            f"{what}: {folder}/config.json describes no causal language model that transformers "
+            f"knows ({error}); give a count such as 8B"
+        ) from error
+    count = float(sum(p.numel() for p in model.parameters()))
+    text_config = config.get_text_config()
+    widths: list[int] = [
+        value
+        for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
+        if isinstance(value := getattr(text_config, name, None), int)
+    ]
+    if len(widths) < 3:  # an architecture with other words for its shape
+        return ModelSize(count, shape_of(count))
+    return ModelSize(count, Shape(folder.resolve().name, count, *widths))

@@ -1,0 +1,191 @@
+"""The charts of a comparison: losses, storage, gradients, calibration and training curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from sparselogits.lab.compare.results import MethodRow, Results, RunRow
+from sparselogits.lab.report.charts import Drawing, Look, budget_chart, curve_chart, looks_of
+
+_BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
+LEVELS = {"ce": "CE", "full": "full KD"}
+"""Families that are drawn as horizontal lines where others have a budget."""
+_FAMILIES = {
+    "ce": "CE",
+    "full": "full KD",
+    "reverse_kl": "reverse KL",
+    "topk": "Top-K",
+    "multinomial": "RS-KD",
+    "topp": "Top-P",
+}
+
+ALL_SHOWN = 12
+"""Up to this many methods, all of them are drawn when a page opens."""
+
+
+def students_of(results: Results) -> list[str]:
+    """Return the names of the students, in order."""
+    return list(dict.fromkeys(row.student for row in results.methods))
+
+
+def in_words(value: Any) -> str:
+    """Return a plain value of settings or of a spec as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(own)}" for name, own in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def series_of(row: MethodRow) -> str:
+    """Return the name that methods share which differ in their budget alone."""
+    name = _FAMILIES.get(row.family, row.family)
+    more = [
+        f"{k} {in_words(v)}".replace("_", " ")
+        for k, v in sorted(row.spec.items())
+        if k not in _BUDGETS
+    ]
+    return ", ".join([name, *more])
+
+
+def looks_of_methods(results: Results) -> dict[str, Look]:
+    """Assign a look to each method, the same one for all students."""
+    return looks_of({row.method: series_of(row) for row in results.methods})
+
+
+def hidden_at_first(results: Results) -> list[str]:
+    """Return the methods that are switched off when a page opens.
+
+    Where there are many, those that differ from a family's plain form by more than the budget.
+    """
+    names = {row.method: series_of(row) for row in results.methods}
+    if len(names) <= ALL_SHOWN:
+        return []
+    return [method for method, series in names.items() if "," in series]
+
+
+def only(results: Results, methods: Collection[str]) -> Results:
+    """Return the results of some methods, for charts of these alone."""
+    return results.model_copy(
+        update={"methods": [row for row in results.methods if row.method in methods]}
+    )
+
+
+def drawings_of(results: Results, student: str) -> list[Drawing]:
+    """Return the charts of one student; those without a point are left out."""
+    own = [r for r in results.methods if r.student == student]
+    rows = [r for r in own if "loss" in r.figures]
+    measured = [r for r in own if r.gradient]
+    number = students_of(results).index(student)
+    looks = looks_of_methods(results)
+    series: dict[str, Look] = {}
+    for row in results.methods:
+        series.setdefault(series_of(row), looks[row.method])
+    levels = [(LEVELS[r.family], r.figures["loss"].mean) for r in rows if r.family in LEVELS]
+    levels = [(name, loss) for name, loss in levels if math.isfinite(loss)]
+
+    drawings = []
+    for key, title, of, x in (
+        ("loss", "Held-out loss against entries per token", _entries, "entries per token"),
+        ("storage", "Held-out loss against storage", _bytes, "bytes per token, targets alone"),
+    ):
+        if points := _points(rows, of, _loss_at):
+            chart = budget_chart(points, series, x=x, y="held-out loss (nats)", levels=levels)
+            drawings.append(Drawing(f"{key}-{number}", title, chart))
+    if points := _points(measured, _entries_measured, _angle_at):
+        angles = [("CE", a) for r in measured if r.family == "ce" and (a := _angle_at(r)[0]) > 0]
+        chart = budget_chart(
+            points,
+            series,
+            x="entries per token",
+            y="angle to full KD's gradient (degrees)",
+            levels=angles,
+            log_y=True,
+        )
+        drawings.append(
+            Drawing(f"gradient-{number}", "Gradient angle against entries per token", chart)
+        )
+    points = [
+        {"method": r.method, "x": b.confidence, "y": b.accuracy}
+        for r in rows
+        for b in r.reliability
+    ]
+    if points := _finite(points):
+        chart = curve_chart(points, looks, x="confidence", y="accuracy", diagonal=True, marks=True)
+        note = "15 bins of equal width; below the dashed line a student is overconfident"
+        drawings.append(Drawing(f"calibration-{number}", "Calibration", chart, note))
+    if points := _finite(_curves(results.runs, student, {row.method for row in own})):
+        chart = curve_chart(
+            points, looks, x="optimiser steps", y="training loss on the labels (nats)"
+        )
+        note = "first finished seed of each method"
+        drawings.append(Drawing(f"training-{number}", "Training curves", chart, note))
+    return drawings
+
+
+_WithEnds = tuple[float, float | None, float | None]
+
+
+def _points(
+    rows: Sequence[MethodRow],
+    of: Callable[[MethodRow], float | None],
+    at: Callable[[MethodRow], _WithEnds],
+) -> list[dict[str, Any]]:
+    """Return a row per method that has a budget.
+
+    Args:
+        rows: the methods.
+        of: returns the budget of a method.
+        at: returns the metric of a method, with the ends of an interval.
+    """
+    found = []
+    for row in rows:
+        x, (y, low, high) = of(row), at(row)
+        if x is None or x <= 0 or not math.isfinite(x) or not math.isfinite(y):
+            continue
+        ends = [end if end is None or math.isfinite(end) else None for end in (low, high)]
+        found.append(
+            {"series": series_of(row), "method": row.method, "x": x, "y": y}
+            | {"low": ends[0], "high": ends[1]}
+        )
+    return found
+
+
+def _entries(row: MethodRow) -> float | None:
+    return row.entries
+
+
+def _bytes(row: MethodRow) -> float | None:
+    return row.bytes_per_token
+
+
+def _loss_at(row: MethodRow) -> _WithEnds:
+    figure = row.figures["loss"]
+    return figure.mean, figure.both.low, figure.both.high
+
+
+def _entries_measured(row: MethodRow) -> float | None:
+    """Return the entries; None where the angle is zero, which has no logarithm."""
+    return row.gradient.entries if row.gradient and _angle_at(row)[0] > 0 else None
+
+
+def _angle_at(row: MethodRow) -> _WithEnds:
+    assert row.gradient is not None
+    angle = row.gradient.sizes[-1].angle
+    return angle.mean, angle.low, angle.high
+
+
+def _finite(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [p for p in points if math.isfinite(p["x"]) and math.isfinite(p["y"])]
+
+
+def _curves(runs: Sequence[RunRow], student: str, methods: Collection[str]) -> list[dict[str, Any]]:
+    first: dict[str, RunRow] = {}
+    for run in runs:
+        if run.student == student and run.method in methods and run.curve:
+            first.setdefault(run.method, run)
+    return [
+        {"method": run.method, "x": step, "y": loss}
+        for run in first.values()
+        for step, loss in run.curve
+    ]

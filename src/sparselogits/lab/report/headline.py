@@ -1,0 +1,76 @@
+"""The result of a comparison in a sentence or two, from its numbers alone."""
+
+from __future__ import annotations
+
+import math
+
+from sparselogits.lab.compare.results import MethodRow, Results
+
+
+def headline(results: Results, student: str) -> str:
+    """Say what the best cached method reached, compared with CE and full KD.
+
+    Args:
+        results: of the comparison.
+        student: the one whose methods are compared.
+    """
+    rows = [row for row in results.methods if row.student == student and _loss(row) is not None]
+    if not rows:
+        return "No method has a finished run yet."
+    ce = next((row for row in rows if row.family == "ce"), None)
+    full = next((row for row in rows if row.family == "full"), None)
+    cached = [row for row in rows if row.entries is not None]
+    best = min(cached or rows, key=lambda row: _loss(row) or 0.0)
+    said = f"{best.method} has the lowest held-out loss"
+    said += " of the methods that train from a cache" if cached else ""
+    said += f": {_loss(best):.3f} nats"
+    if best.bytes_per_token is not None:
+        said += f" from {best.entries:.1f} entries ({best.bytes_per_token:.1f} bytes) per token"
+    others = [
+        f"{name} {_loss(row):.3f}"
+        for name, row in (("CE without a teacher", ce), ("full KD with the teacher online", full))
+        if row is not None and row is not best
+    ]
+    said += f", compared with {' and '.join(others)}." if others else "."
+    return said + _of_the_gap(best, ce, full) + _cheapest(cached, best)
+
+
+def _of_the_gap(best: MethodRow, ce: MethodRow | None, full: MethodRow | None) -> str:
+    """Say how much of the gap is closed, with its interval, or why that is not known."""
+    if ce is None or full is None or best is ce or best is full:
+        return ""
+    closed = best.gap_closed
+    if closed is None:
+        return " The gap between CE and full KD is not distinguishable from noise here."
+    said = f" It closes {closed.mean:.0f} % of the gap between them"
+    ends = closed.both
+    if ends.low is not None and ends.high is not None:
+        said += f" (95 % interval {ends.low:.0f} to {ends.high:.0f} %)"
+    return said + "."
+
+
+def _cheapest(cached: list[MethodRow], best: MethodRow) -> str:
+    """Name the smallest cache that is not distinguishable from the best method by its interval."""
+    loss, size = best.figures["loss"].mean, best.bytes_per_token
+    if size is None:
+        return ""
+    near = [
+        row
+        for row in cached
+        if row.bytes_per_token is not None
+        and row.bytes_per_token < size
+        and (own := row.figures["loss"].seeds).low is not None
+        and own.low <= loss
+    ]
+    if not near:
+        return ""
+    least = min(near, key=lambda row: row.bytes_per_token or 0.0)
+    return (
+        f" {least.method} needs {least.bytes_per_token:.1f} bytes per token, and the interval of "
+        "its loss over seeds includes the best one's."
+    )
+
+
+def _loss(row: MethodRow) -> float | None:
+    figure = row.figures.get("loss")
+    return figure.mean if figure is not None and math.isfinite(figure.mean) else None

@@ -1,0 +1,56 @@
+"""A comparison's recipe says what is wrong with it, and its lists stand for what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparselogits.errors import RecipeError
+from sparselogits.lab.compare import parse_compare_recipe
+
+GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": []}, "methods: .*at least 1 item"),
+        (
+            {"methods": ["topk"]},
+            "methods.0.method: .*'sparse', 'ce', 'full', 'reverse_kl' or 'none'",
+        ),
+        ({"methods": [{"sampler": "topk", "kay": 3}]}, "kay: unknown key; did you mean 'k'"),
+        ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
+        ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),
+        ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce takes no budget"),
+        ({"methods": [{"sampler": "topk", "rounds": 5}]}, "sampler 'topk'.*'rounds'"),
+        (
+            {"methods": [{"sampler": "systematic", "budget": 5, "missing_mass": "ghost"}]},
+            "unbiased",
+        ),
+        ({"methods": [{"sampler": "systematic", "budget": 5, "rounds": 5}]}, "not both"),
+        ({"methods": [{"sampler": "adaptive", "budget": 5}]}, "adaptive needs a student"),
+        ({"tasks": {"name": ["agreement"]}}, "tasks.name: unknown key; did you mean 'names'"),
+        ({"tasks": {"names": []}}, "tasks.names: .*at least 1 item"),
+        ({"tasks": {"names": ["a", "a"]}}, "a task is there twice: a, a"),
+        ({"methods": ["ce", "ce"]}, "methods are there twice: CE"),
+        ({"seeds": [1, 1]}, "seeds are there twice: 1"),
+        ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),
+        ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"gradients": {"draw": 4}}, "gradients.draw: unknown key; did you mean 'draws'"),
+        ({"gradients": {"draws": 1}}, "gradients.draws: .*greater than or equal to 2"),
+        ({"gradients": {"batch_windows": []}}, "batch_windows: .*at least 1 item"),
+        ({"gradients": {"windows": 2}}, "gradients: 2 windows do not fill a batch of 4"),
+        ({"windo": 2}, "windo: unknown key; did you mean 'window'"),
+    ],
+)
+def test_mistakes_are_named(change: dict, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_compare_recipe(GOOD | change, source="recipe.yaml")
+
+
+def test_lists_stand_for_all_pairs() -> None:
+    lists = {"sampler": "topk", "k": [3, 12], "missing_mass": ["drop", "ghost"]}
+    recipe = parse_compare_recipe(GOOD | {"methods": ["full", lists]}, source="recipe.yaml")
+    assert [method.title for method in recipe.methods] == [
+        *("full KD", "Top-K 3", "Top-K 3, ghost", "Top-K 12", "Top-K 12, ghost")
+    ]

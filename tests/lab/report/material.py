@@ -1,0 +1,153 @@
+"""Results that no run has made: small, of every kind, under names that try to become markup."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sparselogits.lab.compare.results import (
+    Ends,
+    Figure,
+    Gradient,
+    GradientSize,
+    MethodRow,
+    OfBatches,
+    Realised,
+    ReliabilityBin,
+    Results,
+    RunRow,
+)
+from sparselogits.lab.report import Continuation, Trained, Walkthrough
+from sparselogits.lab.report.page import Cell
+
+HOSTILE = "<img src=x onerror=document.title=1>"
+RECORD = Path(__file__).parents[3] / "experiments" / "results" / "compare_small_teacher.json"
+
+
+def figure(mean: float) -> Figure:
+    ends = Ends(low=mean - 0.1, high=mean + 0.1)
+    return Figure(mean=mean, windows=ends, seeds=Ends(low=None, high=None), both=ends)
+
+
+def gradient(entries: float | None, angle: float) -> Gradient:
+    def size(tokens: int, mean: float) -> GradientSize:
+        over = OfBatches(mean=mean, low=mean - 3.5, high=mean + 3.5)
+        return GradientSize(
+            batch_tokens=tokens,
+            batches=4,
+            angle=over,
+            norm_ratio=OfBatches(mean=1.0, low=None, high=None),
+            bias=None,
+            bias_below=0.1,
+            noise=0.2,
+        )
+
+    return Gradient(
+        student_method="CE",
+        student_seed=0,
+        student_folder="runs/ce",
+        entries=entries,
+        draws=2,
+        sizes=[size(256, 1.6 * angle), size(1024, angle)],
+    )
+
+
+def method(name: str, family: str, loss: float | None, entries: float | None) -> MethodRow:
+    budget = {"k": 5} if family == "topk" else {"budget": entries}
+    bins = [ReliabilityBin(low=0, high=0.5, confidence=0.3, accuracy=0.2, count=10)]
+    bins += [ReliabilityBin(low=0.5, high=1, confidence=0.8, accuracy=0.7, count=10)]
+    return MethodRow(
+        method=name,
+        student="small",
+        family=family,
+        spec={"sampler": family, **budget},
+        sampler=None,
+        unbiased=None,
+        entries=entries,
+        bytes_per_token=None if entries is None else 1.5 * entries,
+        seeds_done=[] if loss is None else [0],
+        seeds_failed=[],
+        seeds_not_run=[],
+        figures={} if loss is None else {"loss": figure(loss), "ece_equal_mass": figure(0.2)},
+        minus_ce={},
+        gap_closed=None,
+        reliability=[] if loss is None else bins,
+        realised=None,
+        tokens_per_second=None,
+        tokens_per_cpu_second=7719.4,
+    )
+
+
+def comparison() -> Results:
+    rows = [
+        method("CE", "ce", 4.321, None),
+        method("full KD", "full", 3.987, None),
+        method("RS-KD 5", "multinomial", 4.1, 5.0),
+        method("RS-KD 12", "multinomial", 4.0, 12.0),
+        method(HOSTILE, "topk", 4.5, 5.0),
+        method("never run", "systematic", None, 7.0),
+    ]
+    drafts = Realised(verified=147, accepted=61, acceptance=0.41497, expected=0.46, error=0.04014)
+    rows[2] = rows[2].model_copy(update={"realised": drafts})
+    runs = [
+        RunRow(
+            method=row.method,
+            student="small",
+            seed=0,
+            status="done" if row.figures else "not run",
+            curve=[(1, 6.0), (2, 5.0)] if row.figures else [],
+        )
+        for row in rows
+    ]
+    return Results(
+        title=f"a comparison {HOSTILE}",
+        complete=False,
+        settings={"recipe": {"window": 32}, "teacher": {"name": "t", "parameters": 1234}},
+        provenance={"commit": "abc1234"},
+        teacher=None,
+        methods=rows,
+        runs=runs,
+    )
+
+
+def walkthrough() -> Walkthrough:
+    """A demo's page, one method of it under a hostile name."""
+    ways = {
+        "CE (no teacher)": (7.09, None, None),
+        HOSTILE: (7.074, 53.1, (-0.016, -0.05, 0.02)),
+        "systematic RS-KD": (6.931, 18.3, (-0.159, -0.21, -0.1)),
+        "full KD (online)": (6.932, None, (-0.158, -0.21, -0.1)),
+    }
+
+    def cells(loss: float, size: float | None) -> list[Cell]:
+        known = [Cell(f"{loss:.3f}", loss), Cell(f"{math.exp(loss):.1f}", math.exp(loss))]
+        return [
+            *known,
+            Cell("4.500", 4.5),
+            Cell("-" if size is None else "12.0", None if size is None else 12.0),
+            Cell("-" if size is None else f"{size}", size),
+            Cell("6", 6.0),
+        ]
+
+    return Walkthrough(
+        title="sparselogits demo",
+        headline=f"A teacher taught a student: {HOSTILE}.",
+        caution="One seed says little.",
+        students=[
+            Trained(
+                name,
+                cells(loss, size),
+                [(step, loss + 3 * math.exp(-step / 10)) for step in range(2, 60, 2)],
+                loss,
+                less,
+            )
+            for name, (loss, size, less) in ways.items()
+        ],
+        teacher=[Cell("2.501"), Cell("12.2"), Cell("0.000"), *[Cell("")] * 3],
+        rivals=list(ways)[:3],
+        continuations=[Continuation(HOSTILE, {"the teacher": "word " * 60, "CE": "x" * 300})],
+        sampled="Drawn at temperature 0.7.",
+        window="window-0.html",
+        next_steps=[("See what the cache holds:", "sparselogits info " + "long/" * 60)],
+        conditions=[("text", HOSTILE), ("seed", "7")],
+    )

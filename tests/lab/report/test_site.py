@@ -1,0 +1,90 @@
+"""The documentation in Chromium: the first page and the longest tables, read as a person would.
+
+pytest tests/lab/report/test_site.py
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from experiments.compare.summary import table
+from playwright.sync_api import Browser
+
+from tests.conftest import REPOSITORY
+from tests.lab.report.browser import DESKTOP, PHONE, cut_off, faint_texts, opened
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("name", ["index", "results"])
+def test_it_can_be_read(
+    address: str, browser: Browser, name: str, size: dict[str, int], scheme: str
+) -> None:
+    page_address = f"{address}/{name}.html"
+    with opened(browser, page_address, size=size, scheme=scheme, own=address) as page:
+        page.wait_for_selector(".md-typeset__scrollwrap")
+        assert cut_off(page) == []
+        assert faint_texts(page) == []
+        pictures = page.locator("article img").filter(visible=True)
+        assert pictures.count() == (1 if name == "index" else 6)
+        assert pictures.evaluate_all("all => all.every((each) => each.naturalWidth > 300)")
+
+
+def test_the_first_page_leads_on(address: str, browser: Browser) -> None:
+    with opened(browser, f"{address}/index.html", size=DESKTOP, own=address) as page:
+        words = page.locator("article").inner_text()
+        assert "pip install sparselogits" in words
+        assert "SparseKDTrainer(student" in words
+        links = page.locator(f"a.md-source[href='{REPOSITORY}']").filter(visible=True)
+        assert links.count() == 1
+        assert "Quickstart" in page.locator(".md-footer__link--next").inner_text()
+        ground = "getComputedStyle(document.body).backgroundColor"
+        light = page.evaluate(ground)
+        for _ in range(2):  # from the system's theme to the light one, then to the dark one
+            page.locator("label[for^=__palette]").filter(visible=True).first.click()
+        assert page.evaluate(ground) != light
+
+
+def test_tables_keep_their_headings(address: str, browser: Browser) -> None:
+    with opened(browser, f"{address}/results.html", size=DESKTOP, own=address) as page:
+        page.wait_for_selector(".md-typeset__scrollwrap")
+        wraps = page.locator(".md-typeset__scrollwrap")
+        heights = wraps.evaluate_all("all => all.map((e) => e.scrollHeight - e.clientHeight)")
+        long = max(range(len(heights)), key=lambda at: heights[at])
+        assert heights[long] > 100  # 35 methods are more than a screen
+        wrap = wraps.nth(long)
+        moved = wrap.evaluate(
+            """(each) => {
+              const head = each.querySelector("th");
+              const before = head.getBoundingClientRect().top;
+              each.scrollTop = 300;
+              return [each.scrollTop, head.getBoundingClientRect().top - before];
+            }"""
+        )
+        assert moved[0] == 300
+        assert abs(moved[1]) < 20
+
+
+def test_the_summary_is_that_of_the_stored_results() -> None:
+    for name in ("index", "results"):
+        assert "\n".join(table()) in (DOCS / f"{name}.md").read_text(encoding="utf-8")
