@@ -31,7 +31,7 @@ from sparselogits.data import CacheDataset
 from sparselogits.identity import Identity
 from sparselogits.store import Cache, WindowRecord
 from sparselogits.store.codec import TargetCodec, Window
-from sparselogits.store.columns import ColumnDecoder, encode_column
+from sparselogits.store.codec.columns import ColumnDecoder, encode_column
 from sparselogits.targets import SparseTargets
 
 V, L = 49152, 1024

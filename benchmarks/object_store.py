@@ -20,7 +20,7 @@ from tests.store.s3 import S3, Proxy, S3Server
 
 from sparselogits.data import CacheDataset
 from sparselogits.store import Cache, CopyFolder, merge, repair, verify
-from sparselogits.store.objects import ObjectStorage
+from sparselogits.store.storage.objects import ObjectStorage
 
 SHARD = 64
 IDENTITY = identity(packing={"reset_attention": False})

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparselogits.identity import Identity
 from sparselogits.samplers import Multinomial, Sampler, Systematic, TopK, window_uniforms
 from sparselogits.store import Cache, WindowRecord, codec_for
-from sparselogits.store.columns import encode_column
+from sparselogits.store.codec.columns import encode_column
 from sparselogits.targets import SparseTargets
 
 L = 1024

@@ -3,7 +3,7 @@
 Everything the library writes to a disk goes through this file: the bytes go to a temporary name in
 the same folder, are flushed and synced, and are renamed to the final name; then the folder is
 synced. So a reader sees the file as it was before or as it is after, also across a power cut, and
-a full disk changes nothing. (Shards add a read-back and an exclusive link: store/storage.py.)
+a full disk changes nothing. (Shards add a read-back and an exclusive link: store/storage/local.py.)
 
 A temporary name tells which process made it. The next writer in the same folder removes those
 whose process is dead.

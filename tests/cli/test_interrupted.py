@@ -115,7 +115,7 @@ MOMENTS = {
         "sparselogits.corpus.packer:pack:1": "starts again",
     },
     "demo --out {out}": {"sparselogits.teacher.demo_model:demo_model:1": GOES_ON},
-    "verify CACHE": {"sparselogits.store.verify:verify:1": "starts again"},
+    "verify CACHE": {"sparselogits.store.tools.verify:verify:1": "starts again"},
 }
 
 

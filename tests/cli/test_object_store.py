@@ -18,7 +18,7 @@ from sparselogits.corpus.streams import part_name
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
-from sparselogits.store.place import storage_at
+from sparselogits.store.storage.location import storage_at
 from tests.store.s3 import S3
 
 

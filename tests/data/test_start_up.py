@@ -15,8 +15,8 @@ from sparselogits.data import CacheDataset, WindowOrder, WindowSampler, collate
 from sparselogits.errors import CacheCorruptionError
 from sparselogits.store import Cache, CopyFolder
 from sparselogits.store.bounds import LARGEST_CACHE_JSON
-from sparselogits.store.local_copy import LocalCopy
-from sparselogits.store.storage import LocalStorage
+from sparselogits.store.storage.local import LocalStorage
+from sparselogits.store.storage.local_copy import LocalCopy
 from tests.store.draws import identity, records
 
 WINDOWS = 8

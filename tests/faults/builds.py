@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sparselogits.store import Cache
-from sparselogits.store.storage import LocalStorage
+from sparselogits.store.storage.local import LocalStorage
 from tests.store.draws import identity, records
 
 RANGES = ((0, 4), (4, 8), (8, 12))

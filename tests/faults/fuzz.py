@@ -38,9 +38,9 @@ from sparselogits.errors import CacheError
 from sparselogits.identity import canonical_json
 from sparselogits.store.cache import CACHE_JSON, read_identity
 from sparselogits.store.codec import BlockError, TargetCodec, Window
-from sparselogits.store.memory import MemoryStorage
-from sparselogits.store.shard import Shard
-from sparselogits.store.shard_writer import encode_shard
+from sparselogits.store.shard.reader import Shard
+from sparselogits.store.shard.writer import encode_shard
+from sparselogits.store.storage.memory import MemoryStorage
 from tests.store.draws import KINDS, identity, records
 
 SECONDS = 10

@@ -189,8 +189,8 @@ UNDER_A_CLOCK_THAT_JUMPS = """
 import sys, time
 from pathlib import Path
 from sparselogits.store import Cache, CopyFolder, verify
-from sparselogits.store.local_copy import LocalCopy
-from sparselogits.store.storage import LocalStorage
+from sparselogits.store.storage.local_copy import LocalCopy
+from sparselogits.store.storage.local import LocalStorage
 from tests.faults.builds import build
 seen = [time.time() for _ in range(20)]
 assert max(seen) - min(seen) > 1e9, seen

@@ -17,7 +17,7 @@ import pytest
 from sparselogits.errors import IdentityMismatchError, StorageError
 from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
-from sparselogits.store.objects import ObjectStorage
+from sparselogits.store.storage.objects import ObjectStorage
 from tests.faults.builds import RANGES, WINDOWS, undisturbed
 from tests.store.draws import identity, record
 from tests.store.s3 import CONFLICT, DROP_AFTER, DROP_BEFORE, DROP_MIDWAY, REFUSE, S3, S3Server

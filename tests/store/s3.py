@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sparselogits.store.objects import ObjectStorage
+from sparselogits.store.storage.objects import ObjectStorage
 
 REFUSE, CONFLICT = "answer 503", "answer 409"
 DROP_BEFORE, DROP_AFTER, DROP_MIDWAY = "drop before", "drop after", "drop midway"

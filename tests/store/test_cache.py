@@ -27,7 +27,7 @@ from sparselogits.errors import (
 from sparselogits.files import temporary_name
 from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
-from sparselogits.store.shard_writer import METADATA_KEY
+from sparselogits.store.shard.writer import METADATA_KEY
 from tests.faults.forge import Shard
 from tests.store.draws import KINDS, identity, record, records
 

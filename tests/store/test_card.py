@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sparselogits.cli import app
 from sparselogits.store import Cache
-from sparselogits.store.card import dataset_card
 from sparselogits.store.records import CacheStatistics
+from sparselogits.store.tools.card import dataset_card
 from tests.store.draws import identity
 
 

@@ -24,7 +24,7 @@ from sparselogits.samplers import (
 )
 from sparselogits.store import codec_for
 from sparselogits.store.codec import BlockError, TargetCodec, Window
-from sparselogits.store.columns import ColumnDecoder, ColumnError, encode_column
+from sparselogits.store.codec.columns import ColumnDecoder, ColumnError, encode_column
 from sparselogits.targets import SparseTargets
 
 SAMPLERS: list[tuple[Sampler, str]] = [

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
-from sparselogits.store.copy_folder import CopyFolder
+from sparselogits.store.storage.copy_folder import CopyFolder
 
 
 def held(path: Path) -> int:

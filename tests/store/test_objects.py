@@ -24,13 +24,13 @@ from sparselogits.errors import (
 )
 from sparselogits.store import Cache, CopyFolder, merge, repair, verify
 from sparselogits.store.cache import same_record
-from sparselogits.store.objects import ObjectStorage
-from sparselogits.store.place import Place
+from sparselogits.store.storage.location import Location
+from sparselogits.store.storage.objects import ObjectStorage
 from tests.store.draws import identity, record, records
 from tests.store.s3 import S3, S3Server
 
 
-def build(place: Place, *starts: int) -> Cache:
+def build(place: Location, *starts: int) -> Cache:
     cache = Cache.create(place, identity(packing={"reset_attention": False}))
     for start in starts:
         cache.commit(records("counts", start, start + 20), {"batch": 4})

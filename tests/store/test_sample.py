@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparselogits.store import Cache, sample_cache
-from sparselogits.store.shard_writer import ROWS_PER_GROUP
+from sparselogits.store.shard.writer import ROWS_PER_GROUP
 
 
 def test_a_small_cache_is_counted_whole(cache: Path) -> None:

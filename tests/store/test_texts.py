@@ -25,8 +25,8 @@ from sparselogits.errors import (
 from sparselogits.identity import label_of
 from sparselogits.locks import lock_file
 from sparselogits.store import Cache, merge, push, repair, verify
-from sparselogits.store.shard_writer import encode_shard
-from sparselogits.store.storage import LocalStorage
+from sparselogits.store.shard.writer import encode_shard
+from sparselogits.store.storage.local import LocalStorage
 from sparselogits.store.texts import TextSpan, claim_text, named_texts
 from tests.store.draws import identity, records
 

@@ -17,7 +17,7 @@ from sparselogits.corpus import Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError, InvalidArgumentError
 from sparselogits.store import Cache, WindowRecord, export, merge, repair, verify
 from sparselogits.store.cache import same_record
-from sparselogits.store.shard_writer import encode_shard
+from sparselogits.store.shard.writer import encode_shard
 from sparselogits.targets import SparseTargets
 from tests.store.draws import KINDS, identity, record, records
 

@@ -22,7 +22,7 @@ from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
 from sparselogits.samplers import Sampler, budget_parameter, from_parameters
-from sparselogits.store import Cache, Place, codec_for
+from sparselogits.store import Cache, Location, codec_for
 from sparselogits.teacher import Engine
 
 WINDOWS_PER_SHARD = 512
@@ -44,7 +44,7 @@ class CacheRequest:
         temperature: the teacher's logits are divided by it.
     """
 
-    root: Place
+    root: Location
     sampler: Sampler
     budget: float | None = None
     seed: int = 0

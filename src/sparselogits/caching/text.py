@@ -23,7 +23,7 @@ from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
-from sparselogits.store.place import Place, is_url
+from sparselogits.store.storage.location import Location, is_url
 
 _OWN = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
 """Names in a cache's folder that may be there before its cache.json."""
@@ -37,7 +37,7 @@ class TextPlace:
     first_window: int
 
 
-def require_room(cache: Place) -> None:
+def require_room(cache: Location) -> None:
     """Check that a new cache can be begun in a folder: it is empty, or holds packed text only.
 
     Raises:

@@ -22,15 +22,15 @@ from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import user_cache, write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.locks import Held, lock_file
-from sparselogits.store.place import Place, is_url, storage_at
-from sparselogits.store.push import require_unlinked
-from sparselogits.store.storage import Storage
+from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.location import Location, is_url, storage_at
+from sparselogits.store.tools.push import require_unlinked
 from sparselogits.untrusted import parse_json
 
 CORPUS = "corpus"
 
 
-def fetch_texts(cache: Place, work: Path | None = None) -> Path:
+def fetch_texts(cache: Location, work: Path | None = None) -> Path:
     """The folder of this machine that holds a cache's packed texts, each in a folder of its own.
 
     For a URL it is filled with the texts that are complete there and not here. What was packed here
@@ -67,7 +67,7 @@ def fetch_texts(cache: Place, work: Path | None = None) -> Path:
     raise AssertionError("the numbers do not end")
 
 
-def publish_text(cache: Place, folder: Path) -> None:
+def publish_text(cache: Location, folder: Path) -> None:
     """Put a packed text beside the shards of its cache, under its own name; nothing for a folder.
 
     Only what belongs to a packed text is put, and no link is followed. `corpus.json` leaves the

@@ -291,7 +291,7 @@ def cache(
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.corpus.packed import recorded_vocabulary
     from sparselogits.samplers import from_parameters
-    from sparselogits.store.place import is_url
+    from sparselogits.store.storage.location import is_url
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, locate_model
     from sparselogits.teacher.vocabulary import vocabulary_size

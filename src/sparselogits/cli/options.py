@@ -139,7 +139,7 @@ def say_train(cache: str | Path, tokenizer: str = "MODEL") -> None:
         cache: its folder or URL.
         tokenizer: name of the teacher's tokenizer; a cache at a URL keeps none for its students.
     """
-    from sparselogits.store.place import is_url
+    from sparselogits.store.storage.location import is_url
 
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
     say_next("train", "--cache", cache, "--student-config", "tiny", *named, "--out", "my-run")

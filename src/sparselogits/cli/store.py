@@ -40,7 +40,7 @@ def verify(
     from sparselogits.caching import text_of_windows, windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
-    from sparselogits.store.place import is_url
+    from sparselogits.store.storage.location import is_url
 
     # a cache in an object store would have to fetch its whole text to know where it ends
     windows = text_of = None
@@ -76,7 +76,7 @@ def repair(
     from sparselogits.caching import text_of_windows
     from sparselogits.store import Cache
     from sparselogits.store import repair as repair_cache
-    from sparselogits.store.place import is_url
+    from sparselogits.store.storage.location import is_url
 
     text_of = None if is_url(cache) else text_of_windows(Path(cache))
     with stage("verifying", "shards") as update:
@@ -102,7 +102,7 @@ def card(
 ) -> None:
     """Print a dataset card with the cache's statistics, for its README.md."""
     from sparselogits.store import Cache
-    from sparselogits.store.card import dataset_card
+    from sparselogits.store.tools.card import dataset_card
 
     opened = Cache.open(cache)
     typer.echo(dataset_card(opened.identity, opened.statistics()), nl=False)

@@ -21,9 +21,9 @@ from sparselogits.data.thinning import Schedule
 from sparselogits.documents import restarting_positions
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.samplers import thinning_starts
-from sparselogits.store import Cache, CopyFolder, Place, WindowRecord
-from sparselogits.store.local_copy import LocalCopy
-from sparselogits.store.place import is_url, storage_at
+from sparselogits.store import Cache, CopyFolder, Location, WindowRecord
+from sparselogits.store.storage.local_copy import LocalCopy
+from sparselogits.store.storage.location import is_url, storage_at
 from sparselogits.targets import SparseTargets, thinning_choices
 from sparselogits.wording import counted
 
@@ -84,7 +84,7 @@ class CacheDataset(Dataset[CachedWindow]):
         True
     """
 
-    def __init__(self, path: Place, *, seed: int = 0, copy: CopyFolder | None = None) -> None:
+    def __init__(self, path: Location, *, seed: int = 0, copy: CopyFolder | None = None) -> None:
         storage = storage_at(path)
         if is_url(path):
             storage = LocalCopy(storage, copy or CopyFolder.default())

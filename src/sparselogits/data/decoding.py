@@ -7,14 +7,14 @@ from threading import Lock
 from typing import Any
 
 from sparselogits.data.dataset import CacheDataset
-from sparselogits.store import Cache, Place
+from sparselogits.store import Cache, Location
 from sparselogits.targets import SparseTargets
 
 _ONE_AT_A_TIME = Lock()
 """A database calls a function from several threads; an open shard is for one at a time."""
 
 
-def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Place) -> SparseTargets:
+def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> SparseTargets:
     """Return the targets of one row of a cache's shards, whatever tool has read it.
 
     The cache is needed beside the row: its identity says how many ids and rounds there are, and

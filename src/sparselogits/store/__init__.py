@@ -1,16 +1,16 @@
 """The cache on disk: a codec, a shard file, a directory, and the tools that keep it sound."""
 
 from sparselogits.store.cache import Cache
-from sparselogits.store.codec import codec_for
-from sparselogits.store.copy_folder import CopyFolder
-from sparselogits.store.export import export
-from sparselogits.store.merge import MergeReport, merge
-from sparselogits.store.place import Place
-from sparselogits.store.push import push
+from sparselogits.store.codec.target_codec import codec_for
 from sparselogits.store.records import CacheStatistics, WindowRecord
-from sparselogits.store.repair import RepairReport, repair
-from sparselogits.store.sample import CacheSample, Histogram, sample_cache
-from sparselogits.store.verify import ShardReport, VerifyReport, verify
+from sparselogits.store.storage.copy_folder import CopyFolder
+from sparselogits.store.storage.location import Location
+from sparselogits.store.tools.export import export
+from sparselogits.store.tools.merge import MergeReport, merge
+from sparselogits.store.tools.push import push
+from sparselogits.store.tools.repair import RepairReport, repair
+from sparselogits.store.tools.sample import CacheSample, Histogram, sample_cache
+from sparselogits.store.tools.verify import ShardReport, VerifyReport, verify
 
 __all__ = [
     "Cache",
@@ -18,8 +18,8 @@ __all__ = [
     "CacheStatistics",
     "CopyFolder",
     "Histogram",
+    "Location",
     "MergeReport",
-    "Place",
     "RepairReport",
     "ShardReport",
     "VerifyReport",

@@ -5,7 +5,7 @@
       README.md       a dataset card, so that the folder can be pushed to a hub as it is
       shards/windows-000000000000-000000000512.parquet ...
 
-The folder is one of this machine or a prefix of an object store (store/place.py).
+The folder is one of this machine or a prefix of an object store (store/storage/location.py).
 
 There is no index and no consolidation: the list of shards is the folder's listing, and a shard
 that is there is complete. Any number of processes may write to one cache and read from it at once.
@@ -32,15 +32,15 @@ from sparselogits.errors import (
 )
 from sparselogits.identity import Identity, canonical_json
 from sparselogits.store.bounds import LARGEST_CACHE_JSON, require_bounds
-from sparselogits.store.card import dataset_card
-from sparselogits.store.codec import TargetCodec
-from sparselogits.store.memory import MemoryStorage
-from sparselogits.store.place import Place, inside, place_of, storage_at
+from sparselogits.store.codec.target_codec import TargetCodec
 from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
 from sparselogits.store.records import CacheStatistics, WindowRecord
-from sparselogits.store.shard import Shard, missing_columns
-from sparselogits.store.shard_writer import encode_shard
-from sparselogits.store.storage import Storage
+from sparselogits.store.shard.reader import Shard, missing_columns
+from sparselogits.store.shard.writer import encode_shard
+from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.location import Location, inside, location_of, storage_at
+from sparselogits.store.storage.memory import MemoryStorage
+from sparselogits.store.tools.card import dataset_card
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import parse_json
 
@@ -57,7 +57,7 @@ class Cache:
     def __init__(self, storage: Storage, identity: Identity) -> None:
         self.storage = storage
         self.identity = identity
-        self.root = place_of(storage)
+        self.root = location_of(storage)
         self._ranges: list[Range] | None = None
         self._before: list[int] = []
         self._shards: OrderedDict[Range, Shard] = OrderedDict()
@@ -65,7 +65,7 @@ class Cache:
 
     @classmethod
     def create(
-        cls, root: Place | Storage, identity: Identity, *, token_frequencies: Any | None = None
+        cls, root: Location | Storage, identity: Identity, *, token_frequencies: Any | None = None
     ) -> Cache:
         """A cache of this identity: a new one, or the one that stands there already.
 
@@ -92,7 +92,7 @@ class Cache:
         return cache
 
     @classmethod
-    def open(cls, root: Place | Storage) -> Cache:
+    def open(cls, root: Location | Storage) -> Cache:
         """The cache in a folder or at a URL.
 
         Raises:
@@ -104,7 +104,7 @@ class Cache:
         return cls(storage, read_identity(storage))
 
     @staticmethod
-    def exists(root: Place | Storage) -> bool:
+    def exists(root: Location | Storage) -> bool:
         """Whether a cache was begun there. Raises StorageError."""
         try:
             return storage_at(root).size(CACHE_JSON) > 0
@@ -129,7 +129,7 @@ class Cache:
         """Sorted (start, stop) of the shards that this reader knows, listed at its first use."""
         return list(self._listed())
 
-    def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Place:
+    def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Location:
         """Write one shard, whole or not at all.
 
         Where another worker has written the same range before, its file stays: the two hold the

@@ -17,7 +17,7 @@ from typing import Any
 from sparselogits.errors import CacheCorruptionError, IdentityMismatchError
 from sparselogits.identity import canonical_json
 from sparselogits.store.ranges import Range
-from sparselogits.store.storage import Storage
+from sparselogits.store.storage.local import Storage
 from sparselogits.untrusted import parse_json, shown
 
 TEXTS = "texts"

@@ -49,7 +49,7 @@ from sparselogits.errors import (
 from sparselogits.files import disk_errors, write_whole
 from sparselogits.identity import Identity
 from sparselogits.locks import Held, lock_file
-from sparselogits.store.place import is_url
+from sparselogits.store.storage.location import is_url
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 from sparselogits.data import CacheDataset
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
 from sparselogits.quantization import prepare
-from sparselogits.store.place import is_url
+from sparselogits.store.storage.location import is_url
 from sparselogits.teacher.loading import (
     DTYPES,
     TOKENIZER_FOLDER,

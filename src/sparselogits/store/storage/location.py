@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.store.objects import ObjectStorage
-from sparselogits.store.storage import LocalStorage, Storage
+from sparselogits.store.storage.local import LocalStorage, Storage
+from sparselogits.store.storage.objects import ObjectStorage
 
-Place: TypeAlias = str | Path
+Location: TypeAlias = str | Path
 """A folder, or a URL such as `s3://bucket/prefix`. A URL is a string: a Path would lose a slash."""
 
 _NOT_QUITE_A_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/).*|[a-z][a-z0-9+]+:///*")
 """One slash, or nothing behind two."""
 
 
-def is_url(place: Place) -> bool:
+def is_url(place: Location) -> bool:
     """Whether a place is not a folder of this machine."""
     return isinstance(place, str) and "://" in place
 
 
-def storage_at(place: Place | Storage) -> Storage:
+def storage_at(place: Location | Storage) -> Storage:
     """The storage at a place; one that is made already is passed through.
 
     Raises:
@@ -44,11 +44,11 @@ def storage_at(place: Place | Storage) -> Storage:
     return ObjectStorage(str(place))
 
 
-def place_of(storage: Storage) -> Place:
+def location_of(storage: Storage) -> Location:
     """Where a storage is, as `storage_at` takes it."""
     return Path(storage.location) if isinstance(storage, LocalStorage) else storage.location
 
 
-def inside(place: Place, name: str) -> Place:
+def inside(place: Location, name: str) -> Location:
     """The place of a file in it."""
     return f"{str(place).rstrip('/')}/{name}" if is_url(place) else Path(place) / name

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import shard_name
-from sparselogits.store.shard import Shard
+from sparselogits.store.shard.reader import Shard
 
 GROUPS = 16
 _DECADES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 from sparselogits.errors import CacheCorruptionError, CacheError, IdentityMismatchError
 from sparselogits.store.cache import Cache
-from sparselogits.store.guard import Guard, GuardError, read_guard
-from sparselogits.store.place import Place
 from sparselogits.store.ranges import Range, shard_name
-from sparselogits.store.repair import set_aside
-from sparselogits.store.shard import Shard
-from sparselogits.store.storage import Storage
+from sparselogits.store.shard.guard import Guard, GuardError, read_guard
+from sparselogits.store.shard.reader import Shard
+from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.location import Location
 from sparselogits.store.texts import TextCheck, claim_text, named_texts
-from sparselogits.store.verify import Progress, is_sound
+from sparselogits.store.tools.repair import set_aside
+from sparselogits.store.tools.verify import Progress, is_sound
 
 _TAIL = 1 << 16
 
@@ -35,7 +35,9 @@ class MergeReport:
     set_aside: tuple[tuple[str, str], ...] = ()
 
 
-def merge(sources: Sequence[Cache], out: Place, *, progress: Progress | None = None) -> MergeReport:
+def merge(
+    sources: Sequence[Cache], out: Location, *, progress: Progress | None = None
+) -> MergeReport:
     """Copy the shards of several caches into one, new or begun before.
 
     Every byte is checked on the way. Interrupted, it goes on where it stopped. Where two sources

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.store.cache import CACHE_JSON, Cache
-from sparselogits.store.card import dataset_card
-from sparselogits.store.merge import MergeReport, merge
-from sparselogits.store.place import Place, is_url, storage_at
 from sparselogits.store.ranges import SHARDS, shard_name
-from sparselogits.store.storage import LocalStorage
+from sparselogits.store.storage.local import LocalStorage
+from sparselogits.store.storage.location import Location, is_url, storage_at
 from sparselogits.store.texts import TEXTS
-from sparselogits.store.verify import Progress
+from sparselogits.store.tools.card import dataset_card
+from sparselogits.store.tools.merge import MergeReport, merge
+from sparselogits.store.tools.verify import Progress
 
 
-def push(cache: Cache, url: Place, *, progress: Progress | None = None) -> MergeReport:
+def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> MergeReport:
     """Copy a cache to a URL, and write a dataset card with its figures there.
 
     A put is a request; on the Hugging Face hub (`hf://datasets/ORG/NAME`, which must exist) it is a

@@ -20,7 +20,7 @@ from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
-from sparselogits.store.verify import Progress
+from sparselogits.store.tools.verify import Progress
 
 FORMATS = ("lists", "topk", "datasets")
 

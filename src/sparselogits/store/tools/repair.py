@@ -13,8 +13,8 @@ from sparselogits.errors import CacheError
 from sparselogits.locks import Held, lock_file
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range
-from sparselogits.store.storage import LocalStorage
-from sparselogits.store.verify import Progress, TextOf, VerifyReport, is_sound, verify
+from sparselogits.store.storage.local import LocalStorage
+from sparselogits.store.tools.verify import Progress, TextOf, VerifyReport, is_sound, verify
 
 DAMAGED = "damaged"
 

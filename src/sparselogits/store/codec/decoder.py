@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparselogits.store import lists
 from sparselogits.store.bounds import entries_bound
-from sparselogits.store.columns import ColumnDecoder, ColumnError
-from sparselogits.store.lists import ListsError, Sets
-from sparselogits.store.weights import COUNTS, THRESHOLD, derived_entries, weights_of_counts
+from sparselogits.store.codec import lists
+from sparselogits.store.codec.columns import ColumnDecoder, ColumnError
+from sparselogits.store.codec.lists import ListsError, Sets
+from sparselogits.store.codec.weights import COUNTS, THRESHOLD, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 if TYPE_CHECKING:
-    from sparselogits.store.codec import TargetCodec
+    from sparselogits.store.codec.target_codec import TargetCodec
 
 Array = NDArray[Any]
 Bool = NDArray[np.bool_]

@@ -2,7 +2,7 @@
 
 Any Parquet reader opens it. Rows are windows, eight a row group; each row carries a CRC32C of its
 own, which stays with it wherever other tools take it, and a guard covers the whole file
-(store/guard.py).
+(store/shard/guard.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparselogits.identity import FORMAT_VERSION, Identity, canonical_json
-from sparselogits.store.codec import TargetCodec, Window
-from sparselogits.store.guard import insert_guard
+from sparselogits.store.codec.target_codec import TargetCodec, Window
 from sparselogits.store.ranges import shard_name
 from sparselogits.store.records import WindowRecord
+from sparselogits.store.shard.guard import insert_guard
 
 ROWS_PER_GROUP = 8
 METADATA_KEY = b"sparselogits"

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import struct
 
-from sparselogits.store.copy_folder import CopyFolder
 from sparselogits.store.ranges import SHARDS
-from sparselogits.store.storage import Storage
+from sparselogits.store.storage.copy_folder import CopyFolder
+from sparselogits.store.storage.local import Storage
 
 _SIZE = struct.Struct("<Q")
 

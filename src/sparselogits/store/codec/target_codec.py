@@ -1,8 +1,8 @@
 """The coding of targets: a window's ids and weights as one block of bytes.
 
 Written out in docs/format.md. Lossless: ids, counts and float32 weights come back bit for bit.
-The ids come first (store/lists.py), then the weights, entry by entry (store/weights.py), each
-column coded by a library (store/columns.py). Reading them back is store/decoder.py.
+The ids come first (lists.py), then the weights, entry by entry (weights.py); a library codes each
+column (columns.py). decoder.py reads blocks back.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
 from sparselogits.samplers.protocol import Sampler
-from sparselogits.store import lists
 from sparselogits.store.bounds import (
     LARGEST_WINDOW,
     MOST_ROUNDS,
     entries_bound,
     mass_bound,
 )
-from sparselogits.store.columns import encode_column
-from sparselogits.store.decoder import BlockDecoder, BlockError, Tables
-from sparselogits.store.weights import (
+from sparselogits.store.codec import lists
+from sparselogits.store.codec.columns import encode_column
+from sparselogits.store.codec.decoder import BlockDecoder, BlockError, Tables
+from sparselogits.store.codec.weights import (
     COUNTS,
     COUNTS_AND_FLOATS,
     FLOATS,

@@ -76,13 +76,13 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
         uint32 arrays by the names in COLUMNS; "ids" has one number a list.
     """
     order = reading_order(tokens[None], present[None])
-    place_of = np.zeros(len(tokens), np.int64)
-    place_of[order] = np.arange(len(order))
+    location_of = np.zeros(len(tokens), np.int64)
+    location_of[order] = np.arange(len(order))
     owner = np.repeat(np.arange(len(tokens)), lengths)
     hit = ids == next_tokens(tokens[None])[owner]
     hits = np.zeros(len(order), np.uint32)
-    hits[place_of[owner[hit]]] = 1
-    pair_ids, pair_places = ids[~hit], place_of[owner[~hit]]
+    hits[location_of[owner[hit]]] = 1
+    pair_ids, pair_places = ids[~hit], location_of[owner[~hit]]
     by_id = np.lexsort((pair_places, pair_ids))
     pair_ids, pair_places = pair_ids[by_id], pair_places[by_id]
     listed, starts, sizes = np.unique(pair_ids, return_index=True, return_counts=True)

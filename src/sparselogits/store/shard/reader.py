@@ -1,9 +1,9 @@
 """Reading a shard: a row group at a time, and nothing parsed before it is checked.
 
 What Parquet does not check, this does: every byte read is compared with a CRC32C of the guard
-before it is parsed (store/guard.py), the footer's claims with the file's name and size and with the
-cache's identity, the pages' claims with both (store/row_group.py), and each row with a CRC32C of
-its own, which stays with the row wherever other tools carry it. Checksums tell damage, not intent:
+before it is parsed (guard.py), the footer's claims with the file's name and size and with the
+cache's identity, the pages' claims with both (row_group.py), and each row with a CRC32C of its own,
+which stays with the row wherever other tools carry it. Checksums tell damage, not intent:
 what a stranger wrote is bounded before it is allocated (store/bounds.py).
 """
 
@@ -30,13 +30,13 @@ from sparselogits.store.bounds import (
     description_bound,
     footer_bound,
 )
-from sparselogits.store.codec import BlockDecoder, BlockError, TargetCodec
-from sparselogits.store.guard import Guard, GuardError, read_guard
+from sparselogits.store.codec.target_codec import BlockDecoder, BlockError, TargetCodec
 from sparselogits.store.ranges import parse_shard_name
 from sparselogits.store.records import WindowRecord
-from sparselogits.store.row_group import Rows, require_pages, rows_of
-from sparselogits.store.shard_writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
-from sparselogits.store.storage import Storage
+from sparselogits.store.shard.guard import Guard, GuardError, read_guard
+from sparselogits.store.shard.row_group import Rows, require_pages, rows_of
+from sparselogits.store.shard.writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
+from sparselogits.store.storage.local import Storage
 from sparselogits.targets import SparseTargets
 from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import parse_json, shown

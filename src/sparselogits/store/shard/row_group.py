@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sparselogits.store.bounds import LARGEST_LOSS, ROUNDING
 from sparselogits.store.records import Bool, Int32
-from sparselogits.store.shard_writer import SCHEMA
+from sparselogits.store.shard.writer import SCHEMA
 from sparselogits.thrift import CompactReader
 
 _PLAIN, _RLE, _BYTE_STREAM_SPLIT = 0, 3, 9

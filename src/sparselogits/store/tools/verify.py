@@ -21,10 +21,10 @@ from sparselogits.errors import (
     StorageError,
 )
 from sparselogits.store.cache import Cache
-from sparselogits.store.memory import MemoryStorage
 from sparselogits.store.ranges import Range, missing_ranges, shard_name
 from sparselogits.store.records import WindowRecord
-from sparselogits.store.shard import Shard
+from sparselogits.store.shard.reader import Shard
+from sparselogits.store.storage.memory import MemoryStorage
 from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
 

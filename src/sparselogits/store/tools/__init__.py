@@ -1,0 +1,1 @@
+"""Tools for finished caches: verify, repair, merge, push, export, sample, and the dataset card."""
