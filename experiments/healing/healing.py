@@ -35,8 +35,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from small_teacher import documents
+from sparselogits.corpus import open_source, pack, packing_for
+from sparselogits.data import TextDataset
+from sparselogits.evaluate import evaluate
 from sparselogits.lab.compare import compare, parse_compare_recipe
 from sparselogits.lab.compare.results import read_results
+from sparselogits.teacher import load_teacher
+from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -70,8 +77,9 @@ METHODS: dict[str, dict[str, Any]] = {
 RATE_OF = {"RS-KD 12": "systematic 12", "RS-KD 5": "systematic 5"}
 """Methods that take the learning rate of another one."""
 
-CHARACTERS_PER_TOKEN = 4.6
-HOLDOUT = 0.02
+CHARACTERS_PER_TOKEN = 4.8
+HELDOUT_WINDOWS = 16
+HELDOUT_TOKENS = (HELDOUT_WINDOWS + 1) * 256  # a window may be cut off
 TUNING_HOLDOUT = 0.05
 
 
@@ -92,12 +100,12 @@ def documents_of(text: Path, out: Path, characters: int, holdout: float) -> Path
 
 
 def answers_of(text: Path, out: Path, temperature: float, tokens: int) -> Path:
-    """The teacher's answers, made once; half as many again as are trained on, for the hold-out."""
+    """The teacher's answers, made once."""
     if not out.exists():
         temporary = out.with_suffix(f".{id(out)}")
         command = [sys.executable, str(HERE / "answers.py"), "--text", str(text)]
         command += ["--out", str(temporary), "--temperature", str(temperature)]
-        command += ["--answers", str(tokens * 3 // 2 // 200)]
+        command += ["--answers", str(tokens // 225)]
         subprocess.run(command, check=True)
         temporary.replace(out)
     return out
@@ -126,6 +134,7 @@ def common(setting: str, data: Path, out: Path) -> dict[str, Any]:
 def tune(setting: str, text: Path, out: Path) -> None:
     """The learning rate of each family with the lowest held-out KL."""
     data = documents_of(text, out / "tuning.jsonl", 46_000, TUNING_HOLDOUT)
+    other = unseen(text, data, out / "tuning-heldout")
     rates = QUANTISED_RATES if "quantize" in SETTINGS[setting]["student"] else PRUNED_RATES
     families = [name for name in METHODS if name not in RATE_OF]
     methods = [
@@ -136,13 +145,34 @@ def tune(setting: str, text: Path, out: Path) -> None:
     values = common(setting, data, out / f"tune-{setting}")
     values |= {"methods": methods, "seeds": [100], "heldout_windows": 8, "holdout": TUNING_HOLDOUT}
     results = compare(parse_compare_recipe(values, source="tune"))
+    if not results.complete or rates_file(out, setting).exists():
+        return
+    teacher = load_teacher("demo", tokenizer=load_tokenizer("demo"), dtype="bfloat16")
     found: dict[str, dict[str, float]] = {}
-    for row in results.methods:
-        if row.figures:
-            name, _, rate = row.method.partition(" @ ")
-            found.setdefault(name, {})[rate] = row.figures["kl"].mean
-    if results.complete:
-        rates_file(out, setting).write_text(json.dumps(found, indent=1) + "\n")
+    for rate in rates:
+        students = {
+            row.method.partition(" @ ")[0]: load_causal_lm(
+                str(out / f"tune-{setting}" / str(row.folder) / "model"), dtype="float32"
+            )
+            for row in results.runs
+            if row.method.endswith(f" @ {rate:g}")
+        }
+        for name, own in evaluate(students, other, teacher, resamples=1).items():
+            if name in students:
+                found.setdefault(name, {})[f"{rate:g}"] = own.kl
+    rates_file(out, setting).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def unseen(text: Path, seen: Path, folder: Path) -> TextDataset:
+    """Windows of documents that tuning did not train on; few are left over by its own hold-out."""
+    trained = {json.loads(line)["text"] for line in seen.read_text().splitlines()}
+    file = folder.with_suffix(".jsonl")
+    others = [own for own in documents([text]) if own not in trained][::7]
+    file.write_text("".join(json.dumps({"text": own}) + "\n" for own in others))
+    tokenizer = load_tokenizer("demo")
+    packing = packing_for(tokenizer, window_length=256, separator_id=0, holdout=0.9)
+    corpus = pack(open_source(str(file)), tokenizer, packing, folder, vocab_size=49152)
+    return TextDataset(corpus, limit=HELDOUT_WINDOWS)
 
 
 def chosen_rate(found: dict[str, dict[str, float]], name: str) -> float:
@@ -154,11 +184,11 @@ def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
     own = SETTINGS[setting]
     if "answers" in own:
         file = out / f"{setting}.jsonl"
-        data, holdout = answers_of(text, file, own["answers"], own["tokens"]), 0.33
+        data = answers_of(text, file, own["answers"], own["tokens"] + HELDOUT_TOKENS)
     else:
-        characters = int(own["tokens"] * CHARACTERS_PER_TOKEN)
-        file = out / f"text-{own['tokens']}.jsonl"
-        data, holdout = documents_of(text, file, characters, HOLDOUT), HOLDOUT
+        characters = int((own["tokens"] + HELDOUT_TOKENS) * CHARACTERS_PER_TOKEN)
+        data = documents_of(text, out / f"text-{own['tokens']}.jsonl", characters, 0)
+    holdout = HELDOUT_TOKENS / (own["tokens"] + HELDOUT_TOKENS)
     found = json.loads(rates_file(out, setting).read_text())
     methods = [
         {**spec, "name": name, "learning_rate": chosen_rate(found, name)}
@@ -168,7 +198,7 @@ def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
     values |= {
         "methods": [{"method": "none", "name": "before training"}, *methods],
         "seeds": seeds,
-        "heldout_windows": 16,
+        "heldout_windows": HELDOUT_WINDOWS,
         "holdout": holdout,
     }
     compare(parse_compare_recipe(values, source="run"))
