@@ -30,6 +30,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import evaluate
 from sparselogits.lab.compare import compare, parse_compare_recipe
-from sparselogits.lab.compare.results import read_results
+from sparselogits.lab.compare.results import Results, read_results
+from sparselogits.locks import lock_file
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
@@ -134,7 +136,8 @@ def common(setting: str, data: Path, out: Path) -> dict[str, Any]:
 def tune(setting: str, text: Path, out: Path) -> None:
     """The learning rate of each family with the lowest held-out KL."""
     data = documents_of(text, out / "tuning.jsonl", 46_000, TUNING_HOLDOUT)
-    other = unseen(text, data, out / "tuning-heldout")
+    with lock_file(out / ".unseen", wait=True):
+        other = unseen(text, data, out / "tuning-heldout")
     rates = QUANTISED_RATES if "quantize" in SETTINGS[setting]["student"] else PRUNED_RATES
     families = [name for name in METHODS if name not in RATE_OF]
     methods = [
@@ -145,8 +148,17 @@ def tune(setting: str, text: Path, out: Path) -> None:
     values = common(setting, data, out / f"tune-{setting}")
     values |= {"methods": methods, "seeds": [100], "heldout_windows": 8, "holdout": TUNING_HOLDOUT}
     results = compare(parse_compare_recipe(values, source="tune"))
-    if not results.complete or rates_file(out, setting).exists():
+    if not results.complete:
         return
+    with lock_file(out / ".judging", wait=True):
+        if not rates_file(out, setting).exists():
+            judge(setting, results, rates, other, out)
+
+
+def judge(
+    setting: str, results: Results, rates: Sequence[float], other: TextDataset, out: Path
+) -> None:
+    """Measure every tuned student on other windows, and keep the KL of each rate."""
     teacher = load_teacher("demo", tokenizer=load_tokenizer("demo"), dtype="bfloat16")
     found: dict[str, dict[str, float]] = {}
     for rate in rates:
@@ -184,7 +196,8 @@ def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
     own = SETTINGS[setting]
     if "answers" in own:
         file = out / f"{setting}.jsonl"
-        data = answers_of(text, file, own["answers"], own["tokens"] + HELDOUT_TOKENS)
+        with lock_file(out / ".answers", wait=True):
+            data = answers_of(text, file, own["answers"], own["tokens"] + HELDOUT_TOKENS)
     else:
         characters = int((own["tokens"] + HELDOUT_TOKENS) * CHARACTERS_PER_TOKEN)
         data = documents_of(text, out / f"text-{own['tokens']}.jsonl", characters, 0)
