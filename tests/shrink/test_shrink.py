@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselogits.errors import InvalidArgumentError, ShrinkError
+from sparselogits.lab.tasks import write_tasks
 from sparselogits.shrink import layer_influence, layer_losses, shrink
 from sparselogits.shrink.layout import layout_of
 from tests.conftest import tiny_llama
@@ -267,3 +268,50 @@ def test_command_writes_a_folder_that_loads_and_generates(
         model.model.layers[0].self_attn.q_proj.weight,
         tiny_llama().model.layers[kept].self_attn.q_proj.weight,
     )
+
+
+def test_lm_eval_loads_and_scores_a_shrunk_folder(teacher_folder: Path, tmp_path: Path) -> None:
+    """By lm-eval's own loader, from the folder alone, as `lm_eval --model hf` does."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    out, data = tmp_path / "student", tmp_path / "data"
+    command = [sys.executable, "-m", "sparselogits", "shrink", str(teacher_folder)]
+    command += ["--drop-layers", "0", "--out", str(out), "--device", "cpu"]
+    subprocess.run(command, check=True, capture_output=True)
+    write_tasks(data, ["agreement"], count=12)
+    task = {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data / "agreement.jsonl")},
+            "cache_dir": str(tmp_path / "datasets"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "doc_to_choice": "{{[good, bad]}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    found = simple_evaluate(
+        "hf",
+        {"pretrained": str(out), "device": "cpu", "batch_size": 4},
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    student = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    hits = []
+    for line in (data / "agreement.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        scores = []
+        for text in (pair["good"], pair["bad"]):
+            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
+            with torch.no_grad():
+                log_s = student(ids).logits[0, :-1].double().log_softmax(-1)
+            scores.append(float(log_s.gather(1, ids[0, 1:, None]).sum()))
+        hits.append(scores[0] > scores[1])
+    assert found["results"]["pairs"]["acc,none"] == pytest.approx(sum(hits) / len(hits))
