@@ -23,12 +23,13 @@ import yaml
 from safetensors.torch import load_file
 
 from sparselogits.data import CacheDataset, WindowRequest
-from sparselogits.errors import InvalidArgumentError
+from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.lab.compare import Results, compare, parse_compare_recipe, read_results
 from sparselogits.lab.compare.caches import prepare
 from sparselogits.lab.compare.results import Figure, Realised
 from sparselogits.lab.compare.runs import Planned
 from sparselogits.lab.compare.standing import Standing
+from sparselogits.lab.compare.windows import differences, read_windows
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
 
@@ -117,6 +118,24 @@ def test_rows_are_of_their_runs(results: Results) -> None:
     assert other.minus_ce["loss"].mean == pytest.approx(
         other.figures["loss"].mean - ce.figures["loss"].mean, rel=1e-5, abs=1e-9
     )
+
+
+def test_every_interval_can_be_recomputed_from_the_sums_of_windows(
+    results: Results, values: dict[str, Any], tmp_path: Path
+) -> None:
+    out = Path(values["out"])
+    sums = read_windows(out / "windows.npz")
+    stored = read_results(out)
+    assert len(sums) == 12
+    assert differences(stored, sums) == []
+    place = (stored.methods[2].method, stored.methods[2].student, 0)
+    other = {**sums, place: {**sums[place], "loss": sums[place]["loss"] * [1.01, 1]}}
+    found = differences(stored, other)
+    assert found
+    assert all(place[0] in line for line in found)
+    (tmp_path / "w.npz").write_bytes(b"no archive")
+    with pytest.raises(CacheError, match="not a file of per-window sums"):
+        read_windows(tmp_path / "w.npz")
 
 
 def test_a_row_is_formed_again_when_what_it_rests_on_is_new(

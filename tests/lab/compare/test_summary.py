@@ -122,20 +122,44 @@ def mean_loss(windows: Iterable[float], times: Sequence[int] = (1, 1, 1)) -> flo
     return sum(loss * n for loss, n in zip(windows, drawn, strict=True)) / sum(drawn)
 
 
-def resampled(figure: Callable[[int, Sequence[int]], float], *, seeds: bool) -> list[float]:
-    """A figure's mean over three seeds in every resample of the windows, or of both.
+Measured = Callable[[int, Sequence[int]], float]
+"""A metric of one seed, with each window so many times."""
 
-    Args:
-        figure: of a seed, with each window so many times.
-        seeds: whether seeds are drawn too.
-    """
+
+def resampled(
+    own: Measured, other: Measured | None = None
+) -> list[tuple[list[float], list[float]]]:
+    """Numerators and denominators of all seeds in each of the 27 resamples of the windows."""
     found = []
     for windows in itertools.product(range(3), repeat=3):
         times = [windows.count(w) for w in range(3)]
-        of_seed = [figure(seed, times) for seed in range(3)]
-        chosen = itertools.product(of_seed, repeat=3) if seeds else [of_seed]
-        found += [statistics.fmean(own) for own in chosen]
+        below = [1.0 if other is None else other(seed, times) for seed in range(3)]
+        found.append(([own(seed, times) for seed in range(3)], below))
     return found
+
+
+def over_windows(own: Measured, other: Measured | None = None) -> list[float]:
+    """The mean over seeds, or the ratio of two means, in each resample of the windows."""
+    return [sum(above) / sum(below) for above, below in resampled(own, other)]
+
+
+def assert_both(
+    found: Ends, own: Measured, other: Measured | None = None, scale: float = 1
+) -> None:
+    """2.5 % of Student's t distribution, averaged over the resamples, lies beyond each end.
+
+    With two degrees of freedom its distribution is 1/2 + t / (2 sqrt(2 + t^2)).
+    """
+    assert found.low is not None
+    assert found.high is not None
+    for end, expected in ((found.low / scale, 0.025), (found.high / scale, 0.975)):
+        shares = []
+        for above, below in resampled(own, other):
+            left = [end * b - a for a, b in zip(above, below, strict=True)]
+            t = statistics.fmean(left) / (statistics.stdev(left) / math.sqrt(3))
+            shares.append(0.5 + t / (2 * math.sqrt(2 + t * t)))
+        # of the drawn resamples each of the 27 has a share that is binomial
+        assert statistics.fmean(shares) == pytest.approx(expected, abs=SURE)
 
 
 def assert_ends(found: Ends, resamples: Sequence[float]) -> None:
@@ -187,8 +211,8 @@ def test_figures_are_means_over_positions_and_seeds(summed: Any) -> None:
         found = row.figures[name]
         assert found.mean == pytest.approx(statistics.fmean(of_seeds))
         assert_t(found.seeds, of_seeds, T_THREE)
-        assert_ends(found.windows, resampled(own_loss, seeds=False))
-        assert_ends(found.both, resampled(own_loss, seeds=True))
+        assert_ends(found.windows, over_windows(own_loss))
+        assert_both(found.both, own_loss)
     # |gap| of both bins, and their sum: 1/10 + 1/20 and 1/10 - 1/20 of the loss
     assert row.figures["ece"].mean == pytest.approx(0.15 * statistics.fmean(of_seeds))
     assert row.figures["ece_equal_mass"] == row.figures["ece"]
@@ -213,39 +237,45 @@ def test_minus_ce_is_paired_by_seed_and_window(summed: Any) -> None:
         own = found[name]
         assert own.mean == pytest.approx(share * statistics.fmean(of_seeds))
         assert_t(own.seeds, [share * value for value in of_seeds], T_THREE)
-        windows, both = (resampled(difference, seeds=seeds) for seeds in (False, True))
-        assert_ends(own.windows, [share * value for value in windows])
-        assert_ends(own.both, [share * value for value in both])
+        assert_ends(own.windows, [share * value for value in over_windows(difference)])
+        assert_both(own.both, difference, scale=share)
 
 
 def test_what_windows_share_and_what_seeds_share_has_no_width(summed: Any) -> None:
-    """One loss less in all windows: the text is not in doubt, and of 27 draws of seeds one each is
-    the least and the most, more than 2.5 %; the same turned round for what all seeds share."""
+    """A gain alike in all windows leaves the t interval, one alike in all seeds the bootstrap."""
     by_seed = {0: [0.1] * 3, 1: [0.4] * 3, 2: [0.2] * 3}
     own = summed(trained({CE: BASE, OWN: less(by_seed)}))[OWN].minus_ce["loss"]
     assert (own.windows.low, own.windows.high) == pytest.approx((own.mean, own.mean))
-    assert (own.both.low, own.both.high) == pytest.approx((-0.4, -0.1))
+    assert (own.both.low, own.both.high) == pytest.approx((own.seeds.low, own.seeds.high))
     assert_t(own.seeds, [-0.1, -0.4, -0.2], T_THREE)
     by_window = {seed: [0.1, 0.4, 0.2] for seed in range(3)}
     own = summed(trained({CE: BASE, OWN: less(by_window)}))[OWN].minus_ce["loss"]
     assert own.mean == pytest.approx(-(1.0 + 8.0 + 6.6) / 63)
     assert (own.seeds.low, own.seeds.high) == pytest.approx((own.mean, own.mean))
     assert (own.windows.low, own.windows.high) == pytest.approx((-0.4, -0.1))
-    assert own.both == own.windows
+    assert (own.both.low, own.both.high) == pytest.approx((-0.4, -0.1))
 
 
-def test_gap_closed_is_each_seeds_own_way_from_ce_to_full(summed: Any) -> None:
+def test_gap_closed_is_a_ratio_of_means_over_seeds(summed: Any) -> None:
     rows = summed(trained(LOSSES))
 
-    def closed(seed: int, times: Sequence[int]) -> float:
-        return 100 * mean_loss(GAIN[seed], times) / mean_loss(WHOLE[seed], times)
+    def gain(seed: int, times: Sequence[int]) -> float:
+        return mean_loss(GAIN[seed], times)
 
-    of_seeds = [closed(seed, (1, 1, 1)) for seed in range(3)]
+    def whole(seed: int, times: Sequence[int]) -> float:
+        return mean_loss(WHOLE[seed], times)
+
+    once = (1, 1, 1)
+    gains, wholes = ([own(seed, once) for seed in range(3)] for own in (gain, whole))
     found = rows[OWN].gap_closed
-    assert found.mean == pytest.approx(statistics.fmean(of_seeds))
-    assert_t(found.seeds, of_seeds, T_THREE)
-    assert_ends(found.windows, resampled(closed, seeds=False))
-    assert_ends(found.both, resampled(closed, seeds=True))
+    assert found.mean == pytest.approx(100 * sum(gains) / sum(wholes))
+    for end in (found.seeds.low, found.seeds.high):  # Fieller: a t test just rejects this ratio
+        left = [g - end / 100 * w for g, w in zip(gains, wholes, strict=True)]
+        t = statistics.fmean(left) / (statistics.stdev(left) / math.sqrt(3))
+        assert abs(t) == pytest.approx(T_THREE, rel=1e-5)
+    assert found.seeds.low < found.mean < found.seeds.high
+    assert_ends(found.windows, [100 * share for share in over_windows(gain, whole)])
+    assert_both(found.both, gain, whole, scale=100)
     assert rows[CE].gap_closed.mean == pytest.approx(0, abs=1e-9)
     assert rows[FULL].gap_closed.mean == pytest.approx(100)
 

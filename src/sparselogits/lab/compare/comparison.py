@@ -11,6 +11,7 @@
       gradients.json  gradients of the targets, where the recipe asks for them; see gradients.py
       results.json    see results.py; written anew after every run
       results.csv
+      windows.npz     per-window sums of all runs, see windows.py; written last
 
 Interrupted at any moment, the same command goes on: text, caches and runs that are there stay.
 """
@@ -36,6 +37,7 @@ from sparselogits.lab.compare.standing import Standing
 from sparselogits.lab.compare.summary import Run, run_rows
 from sparselogits.lab.compare.task_scores import with_tasks
 from sparselogits.lab.compare.tasks import measure_missing_tasks, measure_tasks, prepare_tasks
+from sparselogits.lab.compare.windows import pack_windows
 from sparselogits.locks import lock_file
 
 
@@ -84,7 +86,10 @@ def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent
             write_results(standing, teacher)
     measure_missing_tasks(standing.planned, tasks, device=device, stage=stage)
     measure_missing(recipe, setting, standing.runs(), device=device, stage=stage)
-    return write_results(standing, teacher)
+    results = write_results(standing, teacher)
+    sums = {run.place: run.outcome.sums for run in standing.runs() if run.outcome is not None}
+    write_whole(recipe.out / "windows.npz", pack_windows(sums))
+    return results
 
 
 def write_results(standing: Standing, teacher: TeacherRow | None) -> Results:

@@ -1,8 +1,8 @@
 """What a comparison found, as it is stored: `results.json`, and the same without curves as CSV.
 
 The schema is these classes; `read_results` reads a file back. Numbers of one run stand in `runs`,
-those of a method over its seeds, with intervals, in `methods`. What the intervals are formed of
-(sums of every held-out window) stays with the runs, in `runs/ID/outcome.json`.
+those of a method over its seeds, with intervals, in `methods`. The per-window sums from which the
+intervals are computed are in `windows.npz` (windows.py) and in `runs/ID/outcome.json`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Ends(_Value):
 
 
 class Figure(_Value):
-    """A figure of a method: the mean over its seeds, with three intervals.
+    """A metric of a method over its seeds, with three intervals (see `SeedEstimate`).
 
-    docs/compare.md says what each holds and what it does not.
+    Results written before windows.npz existed hold a bootstrap over windows and seeds in `both`,
+    and in `gap_closed` a mean of the seeds' ratios with Student's t.
     """
 
     mean: float
-    windows: Ends = Field(description="bootstrap over held-out windows, students as they are")
-    seeds: Ends = Field(description="Student's t over seeds, text as it is")
-    both: Ends = Field(description="bootstrap over windows and seeds at once")
+    windows: Ends = Field(description="bootstrap over held-out windows, students fixed")
+    seeds: Ends = Field(description="Student's t over seeds, Fieller's for shares, text fixed")
+    both: Ends = Field(description="over seeds and windows")
 
 
 class ReliabilityBin(_Value):

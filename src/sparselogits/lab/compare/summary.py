@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,23 @@ PAIRED = ("loss", "kl", "acceptance", "ece")
 """Figures whose difference to CE is reported."""
 
 
+Place = tuple[str, str, int]
+"""Title of the method, name of the student, seed."""
+
+Sums = Mapping[str, Any]
+"""By metric (`FIGURES`) an array-like [W, C], see `HeldOut.sums`."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """A planned run and what has become of it."""
+    """A planned run with its outcome or its failure."""
 
     planned: Planned
     outcome: Outcome | None
     failure: str | None
 
     @property
-    def place(self) -> tuple[str, str, int]:
+    def place(self) -> Place:
         """Method, student, seed."""
         return self.planned.method.title, self.planned.student, self.planned.seed
 
@@ -80,23 +87,32 @@ def method_rows(
 
 
 @dataclass(frozen=True)
-class _Lines:
+class Lines:
     """Titles of the methods that the others are compared with, where the recipe has them."""
 
     ce: str | None
     full: str | None
     untrained: str | None
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[MethodRow]) -> Lines:
+        """Find the titles among the rows of one student."""
+        plain: dict[str, str] = {}
+        for row in rows:
+            if not row.spec.get("alpha"):
+                plain.setdefault(row.family, row.method)
+        return cls(plain.get("ce"), plain.get("full"), plain.get("none"))
 
-def _reference_lines(recipe: CompareRecipe) -> _Lines:
+
+def _reference_lines(recipe: CompareRecipe) -> Lines:
     def plain(name: str) -> str | None:
         found = (m.title for m in recipe.methods if m.method == name and m.alpha == 0)
         return next(found, None)
 
-    return _Lines(plain("ce"), plain("full"), plain("none"))
+    return Lines(plain("ce"), plain("full"), plain("none"))
 
 
-def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: _Lines) -> list[object]:
+def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: Lines) -> list[object]:
     """Which runs of the method and of those it is compared with are done, and which have failed."""
     titles = (method.title, lines.ce, lines.full, lines.untrained)
     return [
@@ -109,7 +125,7 @@ def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: _Lin
 def _run_row(
     run: Run,
     losses: Mapping[tuple[str, str, int], float],
-    lines: _Lines,
+    lines: Lines,
     recipe: CompareRecipe,
 ) -> RunRow:
     title, student, seed = run.place
@@ -154,30 +170,19 @@ def _method_row(
     student: str,
     runs: Sequence[Run],
     outcomes: Mapping[tuple[str, str, int], Outcome],
-    lines: _Lines,
+    lines: Lines,
     recipe: CompareRecipe,
     setting: Setting,
 ) -> MethodRow:
     done = {run.planned.seed: run.outcome for run in runs if run.outcome is not None}
-    how = {"resamples": recipe.resamples}
-
-    def of(title: str | None, seed: int) -> Outcome | None:
-        return None if title is None else outcomes.get((title, student, seed))
-
-    def untrained(seed: int) -> Outcome | None:  # one for all seeds where weights are given
-        return of(lines.untrained, seed) or of(lines.untrained, recipe.seeds[0])
-
-    with_ce = {seed: ce for seed in done if (ce := of(lines.ce, seed)) is not None}
-    figures, minus_ce = {}, {}
-    for name in FIGURES:
-        if done:
-            figures[name] = as_figure(
-                over_seeds(_units(name, [done.values()]), statistic_of(name), **how)
-            )
-        if with_ce and method.title != lines.ce and name in PAIRED:
-            pairs = [[done[seed] for seed in with_ce], with_ce.values()]
-            statistic = _difference(name)
-            minus_ce[name] = as_figure(over_seeds(_units(name, pairs), statistic, **how))
+    metrics = metrics_of(
+        (method.title, student),
+        {place: own.sums for place, own in outcomes.items()},
+        lines,
+        seeds=list(done),
+        first_seed=recipe.seeds[0],
+        resamples=recipe.resamples,
+    )
     first = Draw.of(method, recipe, recipe.seeds[0])
     cache = setting.caches.get(first.key) if method.sampler else None
     statistics_of = None if cache is None else Cache.open(cache).statistics()
@@ -199,25 +204,7 @@ def _method_row(
         seeds_done=list(done),
         seeds_failed=[r.planned.seed for r in runs if r.outcome is None and r.failure],
         seeds_not_run=[r.planned.seed for r in runs if r.outcome is None and not r.failure],
-        figures=figures,
-        minus_ce=minus_ce,
-        gap_closed=_gap_closed(
-            [
-                (own, with_ce[seed], full)
-                for seed, own in done.items()
-                if seed in with_ce and (full := of(lines.full, seed)) is not None
-            ],
-            recipe,
-        ),
-        recovered=_recovered(
-            [
-                (own, start, full)
-                for seed, own in done.items()
-                if (start := untrained(seed)) is not None
-                and (full := of(lines.full, seed)) is not None
-            ],
-            recipe,
-        ),
+        **metrics,
         reliability=_pooled([own.reliability["equal_width"] for own in done.values()]),
         realised=_realised(list(done.values())),
         tokens_per_second=statistics.median(per_second) if per_second else None,
@@ -225,14 +212,74 @@ def _method_row(
     )
 
 
-def _units(name: str, models: Sequence[Iterable[Outcome]]) -> Tensor:
-    """float64 [S, W, C of all models]: sums of several models side by side, seed by seed."""
-    return torch.cat(
+def metrics_of(
+    own: tuple[str, str],
+    sums: Mapping[Place, Sums],
+    lines: Lines,
+    *,
+    seeds: Sequence[int],
+    first_seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """Compute a method's metrics over seeds, and its differences to the reference methods.
+
+    Args:
+        own: titles of the method and the student.
+        sums: per-window sums of all finished runs.
+        lines: the reference methods.
+        seeds: the method's finished seeds.
+        first_seed: seed of the untrained student, where one stands for all seeds.
+        resamples: number of resamples of every bootstrap.
+
+    Returns:
+        `figures`, `minus_ce`, `gap_closed` and `recovered` of a `MethodRow`.
+    """
+    title, student = own
+
+    def of(name: str | None, seed: int) -> Sums | None:
+        return None if name is None else sums.get((name, student, seed))
+
+    def aligned(*others: Callable[[int], Sums | None]) -> list[tuple[Sums, ...]]:
+        """The method's sums with those of others, for the seeds that all of them have."""
+        found = [(sums[title, student, seed], *(one(seed) for one in others)) for seed in seeds]
+        return [tuple(x for x in all_of if x is not None) for all_of in found if None not in all_of]
+
+    def ce(seed: int) -> Sums | None:
+        return of(lines.ce, seed)
+
+    def full(seed: int) -> Sums | None:
+        return of(lines.full, seed)
+
+    def untrained(seed: int) -> Sums | None:  # one for all seeds where weights are given
+        return of(lines.untrained, seed) or of(lines.untrained, first_seed)
+
+    alone, with_ce = aligned(), aligned(ce)
+    figures, minus_ce = {}, {}
+    for name in FIGURES:
+        if alone:
+            figures[name] = as_figure(
+                over_seeds(_units(name, alone), statistic_of(name), resamples=resamples)
+            )
+        if with_ce and title != lines.ce and name in PAIRED:
+            statistic = _difference(name)
+            minus_ce[name] = as_figure(
+                over_seeds(_units(name, with_ce), statistic, resamples=resamples)
+            )
+    return {
+        "figures": figures,
+        "minus_ce": minus_ce,
+        "gap_closed": _share_of_the_way("loss", aligned(ce, full), resamples),
+        "recovered": _share_of_the_way("kl", aligned(untrained, full), resamples),
+    }
+
+
+def _units(name: str, by_seed: Sequence[tuple[Sums, ...]]) -> Tensor:
+    """Return one metric's sums, float64 [S, W, C of all models]: models side by side, per seed."""
+    return torch.stack(
         [
-            torch.stack([torch.tensor(own.sums[name], dtype=torch.float64) for own in seeds])
-            for seeds in models
-        ],
-        2,
+            torch.cat([torch.as_tensor(own[name], dtype=torch.float64) for own in models], 1)
+            for models in by_seed
+        ]
     )
 
 
@@ -246,41 +293,35 @@ def _difference(name: str) -> Statistic:
     return difference
 
 
-def _gap_closed(
-    trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
-) -> Figure | None:
-    """Share of the way from CE's loss to full KD's; of (method, CE, full), a trio per seed."""
-    return _share_of_the_way("loss", trios, recipe)
-
-
-def _recovered(
-    trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
-) -> Figure | None:
-    """Share of the way from the untrained student's KL to full KD's; (method, untrained, full)."""
-    return _share_of_the_way("kl", trios, recipe)
-
-
 def _share_of_the_way(
-    name: str, trios: Sequence[tuple[Outcome, Outcome, Outcome]], recipe: CompareRecipe
+    name: str, by_seed: Sequence[tuple[Sums, ...]], resamples: int
 ) -> Figure | None:
-    """Per cent of the way of a figure between two models; None without a way between them."""
-    if not trios:
+    """Compute how far a method moves a metric between two models, in per cent; None without a gap.
+
+    The share is a ratio of means over seeds: a seed whose gap happens to be small would otherwise
+    decide the mean.
+
+    Args:
+        name: the metric.
+        by_seed: sums of the method and of the models at 0 and at 100 %, per seed.
+        resamples: number of resamples of the windows.
+    """
+    if not by_seed:
         return None
-    own, start, end = zip(*trios, strict=True)
+
+    def moved(sums: Tensor) -> Tensor:
+        method, before, _ = (ratio(part) for part in sums.chunk(3, 1))
+        return 100 * (before - method)
 
     def gap(sums: Tensor) -> Tensor:
-        first, second = sums.chunk(2, 1)
-        return ratio(first) - ratio(second)
+        _, before, after = (ratio(part) for part in sums.chunk(3, 1))
+        return before - after
 
-    def share(sums: Tensor) -> Tensor:
-        method, before, after = (ratio(part) for part in sums.chunk(3, 1))
-        return 100 * (before - method) / (before - after)
-
-    how = {"resamples": recipe.resamples}
-    whole = over_seeds(_units(name, [start, end]), gap, **how).both
+    units = _units(name, by_seed)
+    whole = over_seeds(units, gap, resamples=resamples).both
     if whole.mean <= 0 or (whole.low is not None and whole.low <= 0):
         return None
-    return as_figure(over_seeds(_units(name, [own, start, end]), share, **how))
+    return as_figure(over_seeds(units, moved, gap, resamples=resamples))
 
 
 def as_figure(found: SeedEstimate) -> Figure:
