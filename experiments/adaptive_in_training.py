@@ -173,7 +173,12 @@ def main() -> None:
 
     def train(cache: Path, out: Path, seed: int, student: Student, rate: float) -> Path:
         recipe = Recipe(
-            cache=cache, out=out, student=student, batch_windows=4, learning_rate=rate, seed=seed
+            cache=cache,
+            out=out,
+            student=student,
+            per_device_train_batch_size=4,
+            learning_rate=rate,
+            seed=seed,
         )
         result = run(recipe, device="cpu")
         print(out.name, round(result.seconds), "s", flush=True)

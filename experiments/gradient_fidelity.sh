@@ -26,10 +26,10 @@ sparselogits cache --teacher "$teacher" --data train.txt --out cache \
 cat >recipe.yaml <<YAML
 cache: cache
 out: trained
-epochs: 2
-batch_windows: 4
+num_train_epochs: 2
+per_device_train_batch_size: 4
 learning_rate: 3.0e-3
-log_steps: 20
+logging_steps: 20
 student: {hidden_size: 128, layers: 4, heads: 4}
 YAML
 sparselogits train recipe.yaml

@@ -126,7 +126,7 @@ def common(setting: str, data: Path, out: Path) -> dict[str, Any]:
         "cache_batch": 4,
         "vary_draws": True,
         "students": {setting: {"from": "teacher", **own["student"]}},
-        "training": {"batch_windows": 4, "log_steps": 1, "precision": "bfloat16"},
+        "training": {"per_device_train_batch_size": 4, "logging_steps": 1, "bf16": True},
     }
     if "answers" in own:
         values |= {"completion_only": True}

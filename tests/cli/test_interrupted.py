@@ -46,7 +46,7 @@ def desk(
         "window": 32,
         "holdout": 0.25,
         "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
-        "training": {"batch_windows": 8},
+        "training": {"per_device_train_batch_size": 8},
         "methods": ["ce", {"sampler": "systematic", "budget": 6}],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -83,7 +83,7 @@ CACHE = (
     "cache --teacher MODEL --data TEXT --window 32 --windows-per-shard 16 --rounds 8 --out {out}"
 )
 COMPARE = "compare recipe.yaml --teacher MODEL --data TEXT --out {out}"
-TRAIN = "train --cache CACHE --student-config tiny --epochs 50 --out {out}"
+TRAIN = "train --cache CACHE --student-config tiny --num-train-epochs 50 --out {out}"
 GOES_ON = "the same command goes on"
 MOMENTS = {
     # command: {moment: what is said of going on}

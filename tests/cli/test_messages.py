@@ -60,9 +60,13 @@ MISTAKES = {
         "'nope' is neither a size",
         "layers=12,width=768",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: tiny}}\ntrainer: {{seed: 3}}}": (
-        "trainer.seed",
-        "set seed of the recipe instead",
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: tiny}}\nepochs: 3}": (
+        "epochs: renamed",
+        "use 'num_train_epochs'",
+    ),
+    "train --cache {cache} --out {new} --student-config tiny --epochs 3": (
+        "--epochs was renamed",
+        "use --num-train-epochs",
     ),
     "train {recipe:cach: x}": ("cach: unknown key", "did you mean 'cache'"),
     "train {recipe:[1]}": ("must be a mapping", "as in `cache"),
@@ -103,7 +107,7 @@ MISTAKES = {
         "the cache holds 12 rounds",
         "choose between 1 and 12",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\nbatch_windows: 9999}": (
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\nper_device_train_batch_size: 9999}": (
         "not one whole batch",
         "take fewer",
     ),

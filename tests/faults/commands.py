@@ -27,8 +27,8 @@ from tests.conftest import make_tokenizer, tiny_llama
 SECONDS = 120
 CACHE = ("--window", "16", "--rounds", "4", "--windows-per-shard", "4", "--batch", "4")
 TRAIN = {
-    "epochs": 1,
-    "batch_windows": 4,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
     "save_steps": 2,
     "student": {"layers": 1, "hidden_size": 16, "heads": 2},
 }

@@ -60,7 +60,7 @@ def _recipe(bench: Bench, disk: Path) -> str:
         "seeds": [0],
         "students": {"tiny": {"layers": 1, "hidden_size": 16, "heads": 2}},
         "methods": [{"method": "ce"}, {"method": "sparse", "sampler": "systematic", "budget": 3}],
-        "training": {"epochs": 1, "batch_windows": 2},
+        "training": {"num_train_epochs": 1, "per_device_train_batch_size": 2},
         "title": "x",
     }
     path.write_text(json.dumps(recipe))  # JSON is YAML

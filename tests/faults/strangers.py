@@ -728,7 +728,7 @@ def commands(ground: Ground, cache: Path, out: Path) -> dict[str, list[str]]:
     recipe = out / "recipe.yaml"
     recipe.write_text(
         f"cache: {cache}\nout: {out / 'run'}\n"
-        f"student: {{hidden_size: 16, layers: 1, heads: 2}}\nbatch_windows: 8\n"
+        f"student: {{hidden_size: 16, layers: 1, heads: 2}}\nper_device_train_batch_size: 8\n"
     )
     return {
         "info": ["info", str(cache)],

@@ -3,4 +3,4 @@ sparselogits cache --teacher demo --data notes --out my-cache --window 256 --hol
 sparselogits cache --teacher demo --data more.txt --append --out my-cache --window 256 --holdout 0.1
 sparselogits verify my-cache
 sparselogits view my-cache --window 1 --teacher demo --out window.html
-sparselogits train --cache my-cache --student-config tiny --epochs 2 --out my-run
+sparselogits train --cache my-cache --student-config tiny --num-train-epochs 2 --out my-run

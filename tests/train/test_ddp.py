@@ -117,7 +117,7 @@ def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path
         "cache": str(cache),
         "out": str(tmp_path / "run"),
         "student": {"hidden_size": 32, "layers": 1, "heads": 2},
-        "batch_windows": 32,
+        "per_device_train_batch_size": 32,
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     done = subprocess.run(

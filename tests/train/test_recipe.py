@@ -10,7 +10,16 @@ import pytest
 from sparselogits.errors import RecipeError
 from sparselogits.safe_yaml import parse_yaml
 from sparselogits.train import load_recipe
-from sparselogits.train.recipe import SIZES, Student, parse_recipe, student_of
+from sparselogits.train.recipe import (
+    SIZES,
+    Recipe,
+    Student,
+    TrainingSettings,
+    parse_recipe,
+    student_of,
+    with_new_names,
+    with_old_names,
+)
 from sparselogits.train.recipe_text import recipe_table, recipe_text
 
 GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
@@ -47,10 +56,22 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ({"student": {}}, "student: missing; name the student.*--student MODEL"),
         ({"student": None}, "student: missing; name the student"),
         ({"learning_rate": float("inf")}, "learning_rate: .*finite number"),
-        ({"epochs": float("nan")}, "epochs"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs: .*finite number"),
+        ({"epochs": 2}, "epochs: renamed; use 'num_train_epochs'"),
+        ({"batch_windows": 2}, "batch_windows: renamed; use 'per_device_train_batch_size'"),
+        ({"accumulate": 2}, "accumulate: renamed; use 'gradient_accumulation_steps'"),
+        ({"warmup": 0.1}, "warmup: renamed; use 'warmup_steps' .steps over which"),
+        ({"precision": "bfloat16"}, "precision: renamed; use 'bf16' .compute in bfloat16"),
+        ({"log_steps": 2}, "log_steps: renamed; use 'logging_steps'"),
+        ({"epoch": 2}, "epoch: unknown key; did you mean 'num_train_epochs'"),
+        ({"trainer": {"optim": "sgd"}}, "trainer: .*are keys of the recipe itself"),
+        ({"output_dir": "x"}, "output_dir: set by the recipe's key 'out'"),
+        ({"max_step": 3, "a_b_c": 1}, "did you mean 'max_steps'.*\n  a_b_c: unknown key; known"),
+        ({"warmup_ratio": 1}, r"warmup_ratio: must be a share in \[0, 1\), found 1"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 3}, "give warmup_steps or warmup_ratio"),
         ({"alpha": [0] * 9999}, r"alpha: .*\(found \[0, 0, 0, 0, 0, 0, 0, 0, \.\.\.\]\)"),
         ({"\x1b[2J": 1}, r"^recipe.yaml is not a valid recipe:\n  \\x1b\[2J: unknown key"),
-        ({"zzz": 1}, "zzz: unknown key; known: cache"),
+        ({"zzz": 1}, "zzz: unknown key; known: .*cache.*TrainingArguments"),
     ],
 )
 def test_mistakes_are_named(change: dict, said: str) -> None:
@@ -68,8 +89,42 @@ def test_what_is_missing_is_named() -> None:
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("cache: c\nout: o\nalpha: 0.1\nstudent: {layers: 2}\n")
-    recipe = load_recipe(path, alpha=0.2, epochs=None)
-    assert (recipe.alpha, recipe.epochs, recipe.student.layers) == (0.2, 1.0, 2)
+    recipe = load_recipe(path, alpha=0.2, num_train_epochs=None)
+    assert (recipe.alpha, recipe.num_train_epochs, recipe.student.layers) == (0.2, 1.0, 2)
+
+
+def test_every_field_of_training_arguments_is_a_key() -> None:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    for field in fields(TrainingArguments):
+        if field.name in Recipe.model_fields or field.name == "output_dir":
+            continue
+        recipe = parse_recipe(GOOD | {field.name: "x"}, source="x")
+        assert recipe.training_arguments[field.name] == "x"
+        assert recipe.model_dump(mode="json")[field.name] == "x"
+
+
+def test_a_share_of_warm_up_has_two_names() -> None:
+    for name in ("warmup_steps", "warmup_ratio"):
+        assert parse_recipe(GOOD | {name: 0.25}, source="x").warmup_steps == 0.25
+    assert parse_recipe(GOOD | {"warmup_steps": 300}, source="x").warmup_steps == 300
+
+
+OLD = {
+    **{"epochs": 2.0, "batch_windows": 4, "accumulate": 3, "learning_rate": 0.1, "warmup": 0.2},
+    **{"weight_decay": 0.0, "max_grad_norm": 2.0, "precision": "bfloat16", "log_steps": 7},
+}
+
+
+def test_old_names_are_those_of_the_new_names() -> None:
+    new = with_new_names(OLD | {"trainer": {"optim": "sgd"}})
+    settings = TrainingSettings.model_validate(new).training_arguments
+    assert settings == new | {"save_steps": None}
+    del settings["optim"], settings["save_steps"]
+    assert with_old_names(settings) == OLD
+    assert with_new_names(settings) == settings
 
 
 @pytest.mark.parametrize(
@@ -132,8 +187,8 @@ def test_dates_and_pipes_are_named(tmp_path: Path) -> None:
     import os
 
     path = tmp_path / "recipe.yaml"
-    path.write_text("cache: 2020-01-01\nout: o\nstudent: {size: tiny}\nepochs: 2020-01-01\n")
-    with pytest.raises(RecipeError, match=r"epochs: .*number.*\(found '2020-01-01'\)"):
+    path.write_text("cache: 2020-01-01\nout: o\nstudent: {size: tiny}\nalpha: 2020-01-01\n")
+    with pytest.raises(RecipeError, match=r"alpha: .*number.*\(found '2020-01-01'\)"):
         load_recipe(path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RecipeError, match="pipe"):
@@ -215,7 +270,7 @@ def test_old_students_are_described_as_before() -> None:
             "student": {"path": "org/name", "lora": {"rank": 4}},
         },
         {"student": {"layers": 3, "hidden_size": 64}, "alpha": 0.25, "learning_rate": 1e-5}
-        | {"thinning": {"rounds": 3}, "report_to": ["tensorboard"], "trainer": {"optim": "sgd"}},
+        | {"thinning": {"rounds": 3}, "report_to": ["tensorboard"], "optim": "sgd"},
         {"cache": "it's: #1", "out": "2020", "student": {"size": "30m"}, "tokenizer": "true"},
     ],
 )

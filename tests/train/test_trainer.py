@@ -350,8 +350,8 @@ def small_recipe(cache: Path, out: Path, **changes: object):
         "cache": cache,
         "out": out,
         "student": {"hidden_size": 16, "layers": 1, "heads": 2},
-        "log_steps": 1,
-        "batch_windows": 16,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 16,
     }
     return parse_recipe(values | changes, source="test")
 
@@ -386,7 +386,7 @@ def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(
 ) -> None:
     changes = {
         "thinning": {"schedule": [{"until": 0.5, "rounds": 3}, {"until": 1.0, "rounds": 12}]},
-        "epochs": 2.0,
+        "num_train_epochs": 2.0,
         "save_steps": 3,
     }
     whole = run(small_recipe(cache, tmp_path / "whole", **changes), device="cpu")
@@ -411,7 +411,7 @@ def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(
 def test_a_recipe_with_the_teacher_online(
     cache: Path, tmp_path: Path, teacher_folder: Path, method: str
 ) -> None:
-    changes = {"method": method, "teacher": str(teacher_folder), "epochs": 3.0}
+    changes = {"method": method, "teacher": str(teacher_folder), "num_train_epochs": 3.0}
     result = run(small_recipe(cache, tmp_path / "run", **changes), device="cpu")
     assert result.curve[-1][1] < result.curve[0][1]
 

@@ -100,8 +100,8 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         first = (str(error).strip() or "out of memory").splitlines()[0]
         return (
-            f"{first}. Take less at once: a smaller --batch (or batch_windows in a recipe, with "
-            "accumulate to make up for it), a shorter --window, or a smaller --dtype"
+            f"{first}. Use a smaller --batch (in a recipe per_device_train_batch_size, with more "
+            "gradient_accumulation_steps), a shorter --window, or a smaller --dtype"
         )
     return None
 

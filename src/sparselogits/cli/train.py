@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from sparselogits.train import PlannedRun, Recipe, RunResult
 
 
+def _renamed(new: str) -> Any:
+    """Return a hidden option that refuses the former name of an option and says the new one."""
+
+    def refuse(option: typer.CallbackParam, value: str | None) -> None:
+        if value is not None:
+            raise RecipeError(f"{option.opts[0]} was renamed; use {new} (as in transformers)")
+
+    return typer.Option(hidden=True, callback=refuse)
+
+
 def train(
     recipe: Annotated[
         Path | None,
@@ -103,22 +113,20 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
-    epochs: Annotated[
+    num_train_epochs: Annotated[
         float | None,
         typer.Option(help="Passes over the cache.", show_default="1", rich_help_panel=TRAINING),
     ] = None,
-    batch: Annotated[
+    per_device_train_batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Windows per step and device.", show_default="8", rich_help_panel=TRAINING
+            min=1, help="Windows per batch and device.", show_default="8", rich_help_panel=TRAINING
         ),
     ] = None,
-    alpha: Annotated[
-        float | None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
         typer.Option(
-            help="Share of the loss on the labels, between 0 and 1.",
-            show_default="0",
-            rich_help_panel=TRAINING,
+            min=1, help="Batches per optimiser step.", show_default="1", rich_help_panel=TRAINING
         ),
     ] = None,
     learning_rate: Annotated[
@@ -129,10 +137,19 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    precision: Annotated[
-        str | None,
+    alpha: Annotated[
+        float | None,
         typer.Option(
-            help="Number format of the computation: float32 or bfloat16.",
+            help="Share of the labels' cross-entropy in the loss, between 0 and 1.",
+            show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            help="Compute in bfloat16 instead of float32; the weights stay float32.",
             show_default="float32",
             rich_help_panel=TRAINING,
         ),
@@ -141,7 +158,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Steps between checkpoints, from which an interrupted run goes on.",
+            help="Steps between checkpoints, from which an interrupted run resumes.",
             show_default="no checkpoints",
             rich_help_panel=TRAINING,
         ),
@@ -154,6 +171,9 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    epochs: Annotated[str | None, _renamed("--num-train-epochs")] = None,
+    batch: Annotated[str | None, _renamed("--per-device-train-batch-size")] = None,
+    precision: Annotated[str | None, _renamed("--bf16")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -191,11 +211,12 @@ def train(
         "method": method,
         "teacher": teacher,
         "tokenizer": tokenizer,
-        "epochs": epochs,
-        "batch_windows": batch,
+        "num_train_epochs": num_train_epochs,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
         "alpha": alpha,
         "learning_rate": learning_rate,
-        "precision": precision,
+        "bf16": bf16,
         "save_steps": save_steps,
         "seed": seed,
         "save_dtype": save_dtype,

@@ -5,10 +5,12 @@ Unknown keys are refused with the nearest valid name, values out of range with w
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,6 +21,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from sparselogits.data import Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
@@ -244,12 +247,143 @@ class Thinning(_Strict):
         return Schedule(stages, self.fresh_noise)
 
 
-class Recipe(_Strict):
+RENAMED = {
+    "epochs": "num_train_epochs",
+    "batch_windows": "per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "warmup": "warmup_steps",
+    "precision": "bf16",
+    "log_steps": "logging_steps",
+}
+"""Names that earlier versions gave to training settings, and transformers' names for them."""
+
+
+class TrainingSettings(_Strict):
+    """Training settings of a recipe, under the names that transformers' TrainingArguments has.
+
+    Any further field of TrainingArguments is accepted beside the fields declared here.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out"}
+    """Fields of TrainingArguments that are set by another key of the recipe, and that key."""
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="passes over the cache"
+    )
+    per_device_train_batch_size: Count = Field(8, description="windows per batch and device")
+    gradient_accumulation_steps: Count = Field(1, description="batches per optimiser step")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description=f"peak learning rate of AdamW; {RATES['new']:g} for a new student, "
+        f"{RATES['pretrained']:g} for an existing one, {RATES['lora']:g} for an adapter",
+    )
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(
+        0.05,
+        description="steps over which the learning rate rises; a number below 1 is a share of all "
+        "steps. `warmup_ratio`, its name for a share before transformers 5, is accepted too",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="weight decay of AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="norm to which gradients are clipped"
+    )
+    bf16: bool = Field(
+        False, description="compute in bfloat16 instead of float32; weights stay float32"
+    )
+    logging_steps: Count = Field(10, description="steps between log lines")
+    save_steps: Count | None = Field(
+        None,
+        description="steps between checkpoints, from which an interrupted run resumes; no "
+        "checkpoints when absent",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _validate_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values, wrong = dict(values), {}
+        if "warmup_ratio" in values:
+            ratio = values.pop("warmup_ratio")
+            if "warmup_steps" in values:
+                wrong["warmup_ratio"] = "give warmup_steps or warmup_ratio, not both"
+            elif not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+                wrong["warmup_ratio"] = f"must be a share in [0, 1), found {shown(ratio)}"
+            values["warmup_steps"] = ratio
+        for name in values:
+            if (why := cls._why_unknown(name)) is not None:
+                wrong[str(name)] = why
+        if wrong:
+            said = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+            raise PydanticCustomError("wrong_keys", "{said}", {"said": said, "keys": wrong})
+        return values
+
+    @classmethod
+    def _why_unknown(cls, name: Any) -> str | None:
+        """Return what is wrong with the name of a key; None where it is known."""
+        if name in cls.model_fields:
+            return None
+        if name in cls.set_elsewhere:
+            return f"set by the recipe's key {cls.set_elsewhere[name]!r}; use that key"
+        if name in RENAMED:
+            new = RENAMED[name]
+            return f"renamed; use {new!r} ({cls.model_fields[new].description})"
+        if name == "trainer":
+            return (
+                "fields of TrainingArguments are keys of the recipe itself; move them out of "
+                "`trainer`"
+            )
+        arguments = training_argument_names()
+        if name in arguments:
+            return None
+        known = list(cls.model_fields)
+        near = difflib.get_close_matches(str(name), [*known, *RENAMED, *arguments], 1, cutoff=0.5)
+        if near:
+            return f"unknown key; did you mean {RENAMED.get(near[0], near[0])!r}?"
+        return (
+            f"unknown key; known: {', '.join(known)}, and the fields of transformers' "
+            "TrainingArguments"
+        )
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """Values of the fields of TrainingArguments that these settings give."""
+        given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
+        return given | (self.model_extra or {})
+
+
+@cache
+def training_argument_names() -> tuple[str, ...]:
+    """Return the names of the fields that the installed TrainingArguments takes."""
+    from transformers import TrainingArguments
+
+    return tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe of any version under the names of this one, as recipe.json stores them."""
+    new = {RENAMED.get(name, name): value for name, value in values.items() if name != "trainer"}
+    if "precision" in values:
+        new["bf16"] = values["precision"] == "bfloat16"
+    return {**new, **values.get("trainer", {})}
+
+
+def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training settings under their first names, by which fingerprints know runs."""
+    old_names = {new: old for old, new in RENAMED.items()}
+    old = {old_names.get(name, name): value for name, value in values.items()}
+    if "precision" in old:
+        old["precision"] = "bfloat16" if old["precision"] else "float32"
+    return old
+
+
+class Recipe(TrainingSettings):
     """One training run."""
 
     cache: Path | str = Field(description="folder or URL of the cache")
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
-    student: Student = Field(description="what is trained (see student)")
+    student: Student = Field(description="model to train (see student)")
     method: Method = Field(
         "sparse",
         description="loss: sparse (the cache's targets), ce (labels only), full or reverse_kl "
@@ -270,46 +404,23 @@ class Recipe(_Strict):
     thinning: Thinning | None = Field(
         None, description="use fewer of the cached rounds (see thinning)"
     )
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the cache")
-    batch_windows: Count = Field(8, description="windows per step and device")
-    accumulate: Count = Field(1, description="batches per optimiser step")
-    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description=f"peak learning rate of AdamW; {RATES['new']:g} for a new student, "
-        f"{RATES['pretrained']:g} for one to go on from, {RATES['lora']:g} for an adapter",
-    )
-    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="norm to which gradients are clipped"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="number format of the computation; weights stay float32"
-    )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="number format of the saved student; auto: that of the model it went on from, "
-        "float32 for a new one",
+        description="number format of the saved student; auto: that of the existing model it was "
+        "trained from, float32 for a new one",
     )
     tokenizer: str | None = Field(
         None,
         description="tokenizer to save with the student; the student's own, the cache's or the "
         "teacher's when absent",
     )
-    seed: int = Field(0, ge=0, description="seed of the initial weights and of the data order")
-    save_steps: Count | None = Field(
-        None, description="steps between checkpoints, from which an interrupted run goes on"
-    )
-    log_steps: Count = Field(10, description="steps between log lines")
-    allow: list[str] = Field(
-        default_factory=list, description="refusals to go on from with a warning, see --allow"
-    )
+    seed: int = Field(0, ge=0, description="random seed for initial weights and data order")
     report_to: list[str] = Field(
-        default_factory=list, description="where to log to, as [tensorboard]: see OUT/logs"
+        default_factory=list,
+        description="trackers to log to, as [tensorboard]; logs are in OUT/logs",
     )
-    trainer: dict[str, Any] = Field(
-        default_factory=dict,
-        description="further fields of transformers' TrainingArguments, as {optim: adafactor}",
+    allow: list[str] = Field(
+        default_factory=list, description="checks whose failure becomes a warning, see --allow"
     )
 
     @model_validator(mode="before")
@@ -419,6 +530,10 @@ def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
         return f"{printable(name, 80)}: unknown key{hint}"
+    if detail["type"] == "wrong_keys":
+        wrong = detail["ctx"]["keys"].items()
+        within = f"{name}." if name else ""
+        return "\n  ".join(f"{printable(within + key, 80)}: {why}" for key, why in wrong)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
         if name == "student":

@@ -24,7 +24,6 @@ _EXAMPLES = {
     "thinning": "thinning: {rounds: 5}",
     "lora": "lora: {rank: 16}",
     "quantize": "quantize: {config: int4-weight-only, group_size: 32}",
-    "trainer": "trainer: {optim: adafactor, dataloader_num_workers: 4}",
     "report_to": "report_to: [tensorboard]",
 }
 _START: dict[str, Any] = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
@@ -43,9 +42,20 @@ def recipe_text(values: Mapping[str, Any]) -> str:
         "# A training run: sparselogits train recipe.yaml",
         "# Every setting stands here with its default; those that are not set are comments.",
     ]
-    for name, field in Recipe.model_fields.items():
+    for name, field in _fields(Recipe).items():
         lines += ["", *_comment(field), *_entry(name, field, merged)]
+    further = {name: values[name] for name in values if name not in Recipe.model_fields}
+    lines += ["", "# Any other field of transformers' TrainingArguments may stand here."]
+    lines += [f"{name}: {_scalar(value)}" for name, value in further.items()]
+    if not further:
+        lines.append("# optim: adafactor")
     return "\n".join(lines) + "\n"
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a model, its own before those that it inherits."""
+    names = [name for name in model.__annotations__ if name in model.model_fields]
+    return {name: model.model_fields[name] for name in [*names, *model.model_fields]}
 
 
 def _entry(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Iterator[str]:
@@ -103,7 +113,7 @@ def recipe_table() -> str:
     models["thinning.schedule[]."] = ThinningStage
     for prefix, model in models.items():
         parts.append("| key | default | meaning |\n|---|---|---|")
-        for name, field in model.model_fields.items():
+        for name, field in _fields(model).items():
             default = "required" if field.is_required() else _shown(_default(field))
             meaning = (field.description or "").replace("|", "\\|")
             parts.append(f"| `{prefix}{name}` | {default} | {meaning} |")

@@ -14,8 +14,6 @@ cache that was moved is recognised by what it was made from.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -56,7 +54,7 @@ from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_tokenizer
 from sparselogits.train.arguments import require_known
 from sparselogits.train.objective import DIVERGENCES
-from sparselogits.train.recipe import Recipe
+from sparselogits.train.recipe import Recipe, with_new_names
 from sparselogits.train.saving import model_card, save_student
 from sparselogits.train.student import (
     find_tokenizer,
@@ -205,10 +203,11 @@ def _run(
     arguments = _training_arguments(recipe, device)
     _require_reporters(recipe.report_to)
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
-    if len(dataset) < recipe.batch_windows:
+    if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
-            f"batch_windows={recipe.batch_windows}, but {recipe.cache} holds {len(dataset)} "
-            "windows: not one whole batch. Take fewer per batch, or build more of the cache"
+            f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
+            f"{recipe.cache} holds {len(dataset)} windows, less than one batch. Use a smaller "
+            "batch, or build more of the cache"
         )
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
@@ -305,10 +304,11 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     loss = targets[recipe.method]
     if recipe.alpha and recipe.method != "ce":
         loss = f"{1 - recipe.alpha:g} x {loss} + {recipe.alpha:g} x cross-entropy to the labels"
+    computed = "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32"
     return PlannedRun(
         student=student,
         **parameters_of(trainer.model),
-        dtype=f"float32 weights, computed in {recipe.precision}",
+        dtype=f"float32 weights, computed in {computed}",
         saved=str(saved_dtype(recipe)).removeprefix("torch.")
         if recipe.student.quantize is None
         else recipe.student.quantize.settings().described,
@@ -330,7 +330,7 @@ def _heldout(recipe: Recipe) -> TextDataset:
         heldout = TextDataset(PackedCorpus.open(folder))
     if not heldout:
         raise RecipeError(
-            f"trainer: eval_strategy needs held-out text, and {recipe.cache} has none here: build "
+            f"eval_strategy needs held-out text, and {recipe.cache} has none here: build "
             "the cache with --holdout 0.05 in a folder, or leave eval_strategy out and use "
             "`sparselogits eval` afterwards"
         )
@@ -388,73 +388,38 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         self.progress(state.global_step, state.max_steps, line)
 
 
-_OF_THE_RECIPE = {
-    "output_dir": "out",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_windows",
-    "gradient_accumulation_steps": "accumulate",
-    "learning_rate": "learning_rate",
-    "warmup_steps": "warmup",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "bf16": "precision",
-    "fp16": "precision",
-    "use_cpu": "--device",
-    "seed": "seed",
-    "logging_steps": "log_steps",
-    "save_steps": "save_steps",
-    "report_to": "report_to",
-}
-"""Fields of TrainingArguments that a recipe sets by keys of its own."""
-
-
 def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
-    """Return the Trainer's arguments, those under `trainer` in the recipe included.
+    """Return the Trainer's arguments.
 
     Raises:
-        RecipeError: naming a field that does not exist, that the recipe has a key for, or whose
-            value the Trainer refuses.
+        RecipeError: a value that TrainingArguments or `SparseKDTrainer` refuses.
     """
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    for name in recipe.trainer:
-        if name in _OF_THE_RECIPE:
-            raise RecipeError(f"trainer.{name}: set {_OF_THE_RECIPE[name]} of the recipe instead")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see transformers' TrainingArguments"
-            raise RecipeError(f"trainer.{printable(name, 80)}: unknown field; {hint}")
     settings: dict[str, Any] = {
-        "output_dir": str(recipe.out / "checkpoints"),
-        "num_train_epochs": recipe.epochs,
-        "per_device_train_batch_size": recipe.batch_windows,
-        "gradient_accumulation_steps": recipe.accumulate,
-        "learning_rate": recipe.peak_learning_rate,
-        "warmup_steps": recipe.warmup,
         "lr_scheduler_type": "cosine",
-        "weight_decay": recipe.weight_decay,
         "adam_beta2": 0.95,
-        "max_grad_norm": recipe.max_grad_norm,
-        "bf16": recipe.precision == "bfloat16",
-        "use_cpu": device == "cpu",
-        "seed": recipe.seed,
-        "logging_steps": recipe.log_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "no" if recipe.save_steps is None else "steps",
-        "save_steps": recipe.save_steps or 500,
         "save_total_limit": 2,
-        "report_to": recipe.report_to or "none",
         "disable_tqdm": True,
         "dataloader_drop_last": True,
+        **recipe.training_arguments,
+        "output_dir": str(recipe.out / "checkpoints"),
+        "learning_rate": recipe.peak_learning_rate,
+        "save_steps": recipe.save_steps or 500,
+        "seed": recipe.seed,
+        "report_to": recipe.report_to or "none",
     }
+    if device is not None:
+        settings["use_cpu"] = device == "cpu"
     try:
-        arguments = TrainingArguments(**(settings | recipe.trainer))
+        arguments = TrainingArguments(**settings)
         require_known(arguments, {})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        if not recipe.trainer:
+        if not recipe.model_extra:
             raise
-        given = ", ".join(recipe.trainer)
+        given = ", ".join(recipe.model_extra)
         raise RecipeError(
-            f"trainer: the Trainer refuses these settings ({printable(given, 200)}): "
+            f"TrainingArguments refuses these settings ({printable(given, 200)}): "
             f"{printable(reason_of(error), 400)}"
         ) from error
     return arguments
@@ -546,12 +511,12 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     """
     if not (out / "recipe.json").exists():
         return None
-    before = json.loads((out / "recipe.json").read_text())
+    before = with_new_names(json.loads((out / "recipe.json").read_text()))
     made_from = before.pop("made_from", None)
-    # folders may be moved, and keys that are new since hold their defaults
-    defaults: dict[str, Any] = {"save_dtype": "auto", "tokenizer": None, "trainer": {}}
-    told = {key: value for key, value in described.items() if key not in ("cache", "out")}
-    changed = sorted(k for k in told if before.get(k, defaults.get(k)) != told[k])
+    # folders may be moved, and keys that are newer than the run have their defaults
+    defaults: dict[str, Any] = {"save_dtype": "auto", "tokenizer": None}
+    keys = (described.keys() | before.keys() - Recipe.model_fields.keys()) - {"cache", "out"}
+    changed = sorted(k for k in keys if before.get(k, defaults.get(k)) != described.get(k))
     done = (out / "run.json").exists()
     try:
         now = _made_from(CacheDataset(recipe.cache, seed=recipe.seed), recipe)

@@ -24,7 +24,7 @@ def tiny(teacher_folder: Path, text: Path) -> Callable[..., dict[str, Any]]:
             "holdout": 0.25,
             "heldout_windows": 4,
             "students": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2}},
-            "training": {"batch_windows": 8, "log_steps": 1},
+            "training": {"per_device_train_batch_size": 8, "logging_steps": 1},
             "seeds": [0, 1],
             "resamples": 50,
             **own,

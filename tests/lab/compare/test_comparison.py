@@ -246,7 +246,7 @@ def test_finished_runs_are_not_repeated(
     monkeypatch.setattr(SparseKDTrainer, "train", refuse)
     again = compare(parse_compare_recipe(values, source="test"))
     assert again.runs == results.runs
-    longer = values | {"training": values["training"] | {"epochs": 2}, "methods": ["ce"]}
+    longer = values | {"training": values["training"] | {"num_train_epochs": 2}, "methods": ["ce"]}
     with pytest.raises(KeyboardInterrupt, match="trained"):  # another training is another run
         compare(parse_compare_recipe(longer, source="test"))
 

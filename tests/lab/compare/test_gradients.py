@@ -44,7 +44,7 @@ RECORD = Path(__file__).parents[3] / "experiments" / "results" / "compare_small_
 
 @pytest.fixture(scope="module")
 def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
-    own = {"training": {"batch_windows": 8}, "seeds": [0], "resamples": 20}
+    own = {"training": {"per_device_train_batch_size": 8}, "seeds": [0], "resamples": 20}
     folder = tmp_path_factory.mktemp("gradients")
     return tiny(folder, gradients=GRADIENTS, methods=METHODS, **own)
 

@@ -40,7 +40,7 @@ from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
 DRAFT, PREFIXES = 3, 4  # tokens at a time, and how often in a window
 BUDGETS = {"multinomial": 5.0, "threshold": 6.0, "systematic": 8.0, "adaptive": 6.0}
 THINNED = 4.0
-TRAINING = {"batch_windows": 8, "log_steps": 1, "learning_rate": 1e-2}
+TRAINING = {"per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 1e-2}
 # so tiny a student is about as far from the teacher everywhere: the power makes the most of it
 ADAPTIVE: dict[str, Any] = {"signal": "distance", "position_power": 6.0}
 DEVIATIONS = 5

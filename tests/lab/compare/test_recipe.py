@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from sparselogits.errors import RecipeError
-from sparselogits.lab.compare import parse_compare_recipe
+from sparselogits.lab.compare import load_compare_recipe, parse_compare_recipe
+from sparselogits.train.recipe import with_old_names
+
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+RESULTS = EXPERIMENTS / "results"
 
 GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
 
@@ -35,7 +42,9 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"methods": ["ce", "ce"]}, "methods are there twice: CE"),
         ({"seeds": [1, 1]}, "seeds are there twice: 1"),
         ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),
-        ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'"),
+        ({"training": {"epoch": 2}}, "training.epoch: .* did you mean 'num_train_epochs'"),
+        ({"training": {"epochs": 2}}, "training.epochs: renamed; use 'num_train_epochs'"),
+        ({"training": {"seed": 2}}, "training.seed: set by the recipe's key 'seeds'"),
         ({"gradients": {"draw": 4}}, "gradients.draw: unknown key; did you mean 'draws'"),
         ({"gradients": {"draws": 1}}, "gradients.draws: .*greater than or equal to 2"),
         ({"gradients": {"batch_windows": []}}, "batch_windows: .*at least 1 item"),
@@ -54,3 +63,12 @@ def test_lists_stand_for_all_pairs() -> None:
     assert [method.title for method in recipe.methods] == [
         *("full KD", "Top-K 3", "Top-K 3, ghost", "Top-K 12", "Top-K 12, ghost")
     ]
+
+
+@pytest.mark.parametrize("results", sorted(RESULTS.glob("compare_*.json")), ids=lambda f: f.stem)
+def test_training_is_known_by_the_names_it_was_first_known_by(results: Path) -> None:
+    """The fingerprint of a run holds these values: results of earlier versions stay valid."""
+    before = json.loads(results.read_text())["settings"]["recipe"]["training"]
+    recipe = results.stem.removeprefix("compare_") + ".yaml"
+    training = load_compare_recipe(EXPERIMENTS / "compare" / recipe).training
+    assert with_old_names(training.model_dump(mode="json", exclude={"save_steps"})) == before

@@ -69,7 +69,7 @@ def test_the_student_before_training_and_what_training_recovers(
     tiny: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     students = {"pruned": {"from": "teacher", "layers": 1}}
-    training = {"learning_rate": 1e-3, "epochs": 2}
+    training = {"learning_rate": 1e-3, "num_train_epochs": 2}
     values = tiny(tmp_path, students=students, seeds=[0, 1], training=training, vary_draws=True)
     methods = [
         "none",

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -32,6 +33,7 @@ from sparselogits.train.recipe import (
     Share,
     Student,
     Thinning,
+    TrainingSettings,
     read_yaml,
     validated,
 )
@@ -219,19 +221,12 @@ class TaskNames(_Strict):
         return self
 
 
-class Training(_Strict):
+class Training(TrainingSettings):
     """How every student is trained, whatever the method."""
 
-    epochs: Positive = 1.0
-    batch_windows: Count = Field(8, description="windows a step")
-    accumulate: Count = Field(1, description="batches an optimiser step")
+    set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out", "seed": "seeds"}
+
     learning_rate: Positive = 1e-3
-    warmup: Share = Field(0.05, description="share of the steps with a rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    max_grad_norm: Positive = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    save_steps: Count | None = Field(None, description="steps between checkpoints")
-    log_steps: Count = Field(10, description="steps between points of the curve")
 
 
 class Gradients(_Strict):

@@ -38,6 +38,7 @@ from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_causal_lm
 from sparselogits.train import Recipe, RunResult, run, save_untrained
+from sparselogits.train.recipe import with_old_names
 
 OUTCOME = 1
 """Raised when what a run measures changes, so that older outcomes are not taken for it."""
@@ -130,7 +131,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "text": setting.corpus.source_fingerprint,
                     "method": method.model_dump(mode="json", exclude={"name"} | _unset(method)),
                     "student": weights.get(name, {}) | student.model_dump(mode="json"),
-                    "training": training,
+                    "training": with_old_names(training),
                     "seed": seed,
                     "heldout": heldout,
                 }
@@ -229,7 +230,8 @@ def _train_and_measure(
         )
         drafting = drafted.to_json()
     training = recipe.training
-    tokens = result.steps * training.batch_windows * training.accumulate * recipe.window
+    windows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    tokens = result.steps * windows_per_step * recipe.window
     return Outcome(
         fingerprint=planned.fingerprint,
         figures=figures_of(found),

@@ -220,10 +220,10 @@ def _train(way: _Way, teacher: TransformersTeacher, out: Path) -> RunResult:
         method=way.method,
         teacher=NAME if way.method == "full" else None,
         student=STUDENT,
-        batch_windows=2,
+        per_device_train_batch_size=2,
         learning_rate=3e-3,
-        precision="bfloat16" if demo_dtype() == "bfloat16" else "float32",
-        log_steps=2,
+        bf16=demo_dtype() == "bfloat16",
+        logging_steps=2,
         seed=SEED,
     )
     with stage(f"training with {way.name}", "steps") as update:
