@@ -77,7 +77,8 @@ def test_info_draws_in_a_pipe_within_a_screenful(cache: Path) -> None:
 def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"cache: {cache}\nout: {tmp_path / 'run'}\nnum_train_epochs: 1\nper_device_train_batch_size: 16\nlogging_steps: 1\n"
+        f"cache: {cache}\nout: {tmp_path / 'run'}\nnum_train_epochs: 1\n"
+        "per_device_train_batch_size: 16\nlogging_steps: 1\n"
         "student: {hidden_size: 16, layers: 1, heads: 2}\n"
     )
     trained = command("train", recipe, "--alpha", 0.1, "--device", "cpu", "--json")

@@ -107,9 +107,10 @@ MISTAKES = {
         "the cache holds 12 rounds",
         "choose between 1 and 12",
     ),
-    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\nper_device_train_batch_size: 9999}": (
-        "not one whole batch",
-        "take fewer",
+    "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\n"
+    "per_device_train_batch_size: 9999}": (
+        "less than one batch",
+        "use a smaller batch",
     ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nreport_to: [tensorbord]}": (
         "tensorbord is not supported",

@@ -74,7 +74,8 @@ def test_the_whole_way_in_a_bucket(
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"cache: {s3.url}\nout: {tmp_path / 'run'}\nper_device_train_batch_size: 16\nlogging_steps: 1\n"
+        f"cache: {s3.url}\nout: {tmp_path / 'run'}\n"
+        "per_device_train_batch_size: 16\nlogging_steps: 1\n"
         f"student: {{hidden_size: 16, layers: 1, heads: 2}}\ntokenizer: {teacher_folder}\n"
     )
     train = ("train", recipe, "--device", "cpu", "--json")
