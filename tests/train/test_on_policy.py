@@ -32,7 +32,7 @@ def example() -> dict[str, Any]:
 def student(tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folder: Path) -> Path:
     """A student that was trained from the cache, as a folder."""
     recipe = {"cache": str(cache), "out": str(tmp_path_factory.mktemp("run")), "seed": 3}
-    recipe |= {"student": {"config": str(teacher_folder)}, "trainer": {"max_steps": 4}}
+    recipe |= {"student": {"config": str(teacher_folder)}, "max_steps": 4}
     return run(parse_recipe(recipe, source="test"), device="cpu").model_path
 
 

@@ -1,0 +1,115 @@
+"""The healing experiments carried out end to end on tiny models.
+
+pytest tests/lab/compare/test_healing.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sparselogits.lab.compare import compare, parse_compare_recipe
+
+ROOT = Path(__file__).parents[3]
+
+
+def script(name: str) -> ModuleType:
+    """Load a script of experiments/healing as a module."""
+    spec = importlib.util.spec_from_file_location(f"healing_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+FOLDER = ROOT / "experiments" / "healing"
+
+
+@pytest.fixture(scope="module")
+def grid(tiny: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished setting of the grid, of tiny models."""
+    how = {"learning_rate": 1e-3}
+    values = tiny(
+        tmp_path_factory.mktemp("grid"),
+        students={"layers1": {"from": "teacher", "layers": 1}},
+        training={"per_device_train_batch_size": 8, "logging_steps": 1},
+        vary_draws=True,
+    )
+    methods = [
+        {"method": "none", "name": "before training"},
+        {"method": "ce", "name": "CE", **how},
+        {"sampler": "topk", "k": 12, "missing_mass": "ghost", "name": "Top-12 ghost", **how},
+        {"sampler": "systematic", "budget": 12, "name": "systematic 12", **how},
+        {"method": "full", "name": "full KD", **how},
+    ]
+    recipe = parse_compare_recipe({**values, "methods": methods}, source="the test")
+    results = compare(recipe)
+    assert results.complete, [run.message for run in results.runs]
+    return recipe.out
+
+
+@pytest.mark.slow
+def test_on_policy_arms_are_of_equal_time_and_begin_where_they_say(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = script("on_policy")
+    sizes = {"PROMPT": 8, "COMPLETION": 8, "BATCH": 4, "TUNING_WINDOWS": 2, "RATES": (1e-3, 3e-3)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(own, name, value)
+    out, result = tmp_path / "on-policy", tmp_path / "result.json"
+    out.mkdir()
+    own.run(grid, out, [0, 1], 0.5)
+    own.collect(out, result)
+    stored = json.loads(result.read_text())
+    arms = {(row["arm"], row["seed"]): row for row in stored["arms"]}
+    trained = [name for name, arm in own.ARMS.items() if arm.method]
+    assert set(arms) == {("pruned", 0), ("healed", 0)} | {(n, s) for n in trained for s in (0, 1)}
+    assert len(stored["tuning"]) == 4
+    seconds = stored["settings"]["seconds"]
+    whole = sum(seconds.values())
+    for (name, _), row in arms.items():
+        arm = own.ARMS[name]
+        assert row["trained_seconds"] >= sum(seconds[part] for part in arm.seconds)
+        if name in own.AT_EQUAL_TIME:  # a step is not cut short
+            assert row["total_seconds"] >= whole * (1 - 1e-9)
+    # what the comparison measured of the same students
+    by_method = {row.method: row.figures for row in own.read_results(grid).methods}
+    for name, method in (("pruned", "before training"), ("healed", "systematic 12")):
+        run = next(r for r in own.read_results(grid).runs if r.method == method and r.seed == 0)
+        assert arms[name, 0]["kl"] == pytest.approx(run.figures["kl"], rel=1e-4)
+    assert by_method["systematic 12"]["kl"].mean < by_method["before training"]["kl"].mean
+    assert arms["healed, then on-policy", 0]["steps"] > 0
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
+    own.run(grid, out, [0, 1], 0.5)
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = script("on_policy")
+    monkeypatch.setattr(own, "PROMPT", 8)
+    monkeypatch.setattr(own, "COMPLETION", 8)
+    found = own.Grid.read(grid)
+    tokenizer = own.load_tokenizer(found.teacher[0])
+    teacher = own.load_teacher(found.teacher[0], tokenizer=tokenizer, dtype="float32")
+    bench = own.Bench(found, tmp_path, teacher, tokenizer)
+    prompts = own.prompts_of(found.corpus.read_holdout, range(3))
+    same = bench.own_text(teacher.model, prompts)
+    assert same["reverse_kl"] == pytest.approx([0.0] * 3, abs=1e-4)
+    assert same["acceptance"] == pytest.approx(same["tokens"])
+    other = bench.own_text(
+        own.load_causal_lm(str(found.starts["pruned"]), dtype="float32"), prompts
+    )
+    assert min(other["reverse_kl"]) > 0.01
+    assert all(0 < tokens <= 4 * 8 for tokens in other["tokens"])
