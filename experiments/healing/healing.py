@@ -13,7 +13,7 @@ Interrupted, the same command goes on; several processes may work on one folder.
 Decided before the first run:
 
 - Primary endpoint: the share of full KD's recovery in held-out KL(teacher || student) that a method
-  reaches at equal steps, 24 of 30 layers, 20 480 tokens, mean over three seeds with Student's t
+  reaches at equal steps, 24 of 30 layers, 10 240 tokens, mean over three seeds with Student's t
   over seeds. The aim holds for a method if the mean is at least 95 %.
 - The rivals at 12 entries are Top-12 and Top-12 with the ghost token; unbiased targets are ahead
   of the ghost token if the t interval of the difference in KL lies below zero.
@@ -58,7 +58,7 @@ BITS = {
     "bits4a8": {"config": "int8-dynamic-int4", "group_size": 32},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "layers24": {"student": {"layers": 24}, "tokens": 20_480},
+    "layers24": {"student": {"layers": 24}, "tokens": 10_240},
     "layers18": {"student": {"layers": 18}, "tokens": 10_240},
     **{name: {"student": {"quantize": own}, "tokens": 10_240} for name, own in BITS.items()},
     "greedy": {"student": {"layers": 24}, "tokens": 10_240, "answers": 0.0},
