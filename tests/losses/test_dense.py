@@ -9,13 +9,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import D, N, V
+from tests.pages import ROOT, blocks
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
+from sparselogits.losses import (
+    DIVERGENCES,
+    Divergence,
+    TeacherHead,
+    linear_dense_kd,
+    linear_sparse_cross_entropy,
+)
 
 VT, DT = V - 2, 5
 MASK = torch.tensor([True] * 3 + [False] + [True] * (VT - 4))
-DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon"]
+PAGE = ROOT / "docs" / "extending.md"
+
+
+def shown() -> Divergence:
+    """Return the divergence that docs/extending.md shows how to add."""
+    (code,) = (block.code for block in blocks(PAGE) if "class Hellinger" in block.code)
+    names = {"torch": torch, "Tensor": torch.Tensor}
+    exec(code, names)
+    return names["Hellinger"]()
+
+
+ADDED = shown()
+EVERY = [*DIVERGENCES, ADDED]
 
 
 def problem(dtype=torch.float64):
@@ -48,12 +67,14 @@ def divergence_rows(divergence, z, p, beta):
     if divergence == "reverse_kl":
         s = s * known / (s * known).sum(1, keepdim=True)
         return (s * torch.where(known, s.clamp(min=1e-300) / p.clamp(min=1e-300), 1.0).log()).sum(1)
+    if divergence is ADDED:
+        return 1 - (p.sqrt() * s.sqrt()).sum(1)
     m = beta * p + (1 - beta) * s
     first = (p * torch.where(known, p / m, 1.0).log()).sum(1)
     return beta * first + (1 - beta) * (s * (s / m).log()).sum(1)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", EVERY)
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
@@ -130,7 +151,7 @@ def test_forward_kl_has_the_gradient_of_the_sparse_loss_at_the_whole_teacher():
     )
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", EVERY)
 def test_teacher_equal_to_student_is_the_minimum(divergence):
     (x, W, _), _, _, _ = problem()
     teacher = TeacherHead(x.detach(), W.detach())
@@ -140,7 +161,7 @@ def test_teacher_equal_to_student_is_the_minimum(divergence):
     assert x.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", EVERY)
 def test_nan_in_nan_out_except_in_ignored_rows(divergence):
     (x, W, _), teacher, labels, _ = problem()
     for row, is_nan in ((1, False), (2, True)):
@@ -153,7 +174,7 @@ def test_nan_in_nan_out_except_in_ignored_rows(divergence):
         assert bool(torch.autograd.grad(loss, W)[0].isnan().any()) == is_nan
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", EVERY)
 def test_huge_logits(divergence):
     """Teacher and student to +-1e4: the float32 result is the float64 one."""
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +190,7 @@ def test_huge_logits(divergence):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", EVERY)
 def test_chunks_do_not_change_the_result(divergence):
     (x, W, bias), teacher, labels, weights = problem()
 
@@ -197,6 +218,10 @@ def test_bad_arguments():
         linear_dense_kd(x, W, teacher, divergence="backward_kl")
     with pytest.raises(InvalidArgumentError, match="beta"):
         linear_dense_kd(x, W, teacher, divergence="jensen_shannon", beta=1.0)
+    with pytest.raises(InvalidArgumentError, match="no impl='triton'"):
+        linear_dense_kd(x, W, teacher, impl="triton")
+    with pytest.raises(InvalidArgumentError, match="missing_mass"):
+        linear_dense_kd(x, W, teacher, missing_mass="ghost")
     with pytest.raises(InvalidArgumentError, match="rows"):
         linear_dense_kd(x, W, TeacherHead(hidden[:3], weight))
     with pytest.raises(InvalidArgumentError, match="tokenizer"):

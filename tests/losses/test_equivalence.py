@@ -12,6 +12,7 @@ from problems import RULES, TARGETS, D, K, N, V, errors_in_low_precision, proble
 from torch import Tensor
 
 from sparselogits.losses import (
+    Criterion,
     LossParts,
     SparseKDLoss,
     linear_sparse_cross_entropy,
@@ -140,14 +141,18 @@ def test_float16_gradients_survive_a_large_mean():
         assert (tensor.grad.double() - truth).norm() < 1e-3 * truth.norm()
 
 
-def test_module_is_the_function():
+def test_options_as_keywords_as_one_value_and_bound_in_a_module_are_the_same():
     p = problem()
-    module = SparseKDLoss(alpha=0.3, missing_mass="ghost", temperature=1.5, reduction="sum")
-    expected = linear_sparse_cross_entropy(
-        **p, alpha=0.3, missing_mass="ghost", temperature=1.5, reduction="sum", return_parts=True
-    )
-    for a, b in zip(module(**p), expected, strict=True):
-        torch.testing.assert_close(a, b)
+    options = {"missing_mass": "ghost", "temperature": 1.5, "reduction": "sum"}
+    expected = linear_sparse_cross_entropy(**p, alpha=0.3, **options, return_parts=True)
+    whole, part = Criterion(alpha=0.3, **options), Criterion(alpha=0.9, **options)
+    for found in (
+        linear_sparse_cross_entropy(**p, criterion=whole, return_parts=True),
+        linear_sparse_cross_entropy(**p, criterion=part, alpha=0.3, return_parts=True),
+        SparseKDLoss(alpha=0.3, **options)(**p),
+        SparseKDLoss(whole)(**p),
+    ):
+        assert_same((found, []), (expected, []), 0.0)
 
 
 def test_parts_mix_to_the_loss_and_carry_no_gradient():

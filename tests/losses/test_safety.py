@@ -157,6 +157,7 @@ def test_ids_out_of_range_are_caught_on_cpu():
         ({"reduction": "none"}, InvalidArgumentError, "reduction"),
         ({"impl": "cuda"}, InvalidArgumentError, "chunked"),
         ({"chunk_rows": 0}, InvalidArgumentError, "chunk_rows"),
+        ({"alhpa": 0.5}, TypeError, "alhpa"),
         ({"labels": torch.zeros(3).long()}, InvalidArgumentError, "labels must have shape"),
         ({"position_weights": torch.ones(3)}, InvalidArgumentError, "position_weights"),
         ({"linear_weight": torch.ones(7, 2)}, InvalidArgumentError, "do not fit"),

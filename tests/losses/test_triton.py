@@ -94,7 +94,7 @@ def test_compiles_what_is_launched(
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from sparselogits.losses.triton_kernel import row_loss_kernel
+    from sparselogits.losses.triton_rows import row_loss_kernel
 
     launches = launched(monkeypatch, logits, gradient, entries, vocabulary, options)
     constants = dict(launches.options)

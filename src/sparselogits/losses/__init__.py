@@ -1,16 +1,20 @@
-"""Losses of a student against a cached (sparse) or an online (dense) teacher."""
+"""Compute the losses of a student against a cached (sparse) or an online (dense) teacher."""
 
+from sparselogits.losses.call import LossParts
 from sparselogits.losses.criterion import Criterion, MissingMass, require_rule_for
-from sparselogits.losses.dense import Divergence, TeacherHead, linear_dense_kd
-from sparselogits.losses.function import LossParts
-from sparselogits.losses.functional import linear_sparse_cross_entropy, sparse_cross_entropy
-from sparselogits.losses.module import SparseKDLoss
+from sparselogits.losses.dense import DIVERGENCES, Divergence, TeacherHead, linear_dense_kd
+from sparselogits.losses.functional import (
+    SparseKDLoss,
+    linear_sparse_cross_entropy,
+    sparse_cross_entropy,
+)
 from sparselogits.losses.parallel import (
     sequence_parallel_sparse_cross_entropy,
     vocabulary_parallel_sparse_cross_entropy,
 )
 
 __all__ = [
+    "DIVERGENCES",
     "Criterion",
     "Divergence",
     "LossParts",

@@ -1,54 +1,57 @@
-"""The loss on a linear head, one chunk of rows at a time, gradients formed on the way.
+"""Compute a loss and its gradients one chunk of rows at a time.
 
-Three products a chunk, and none that autograd would not need too: logits = x W^T, then with g, the
-gradient that has taken the logits' place, dx = g W and dW += g^T x.
+Three products per chunk, and none that autograd would not need too: logits = x W^T, then, with the
+gradient g written in place of the logits, dx = g W and dW += g^T x.
 
-Peak memory beyond the gradients: one chunk of logits, in the input's dtype (CPU) or float32
+Peak memory beyond the gradients: one chunk of logits, in the input's dtype (CPU) or in float32
 (CUDA, with a copy in the input's dtype for the products), one block of rows of that chunk, and,
-for a low-precision head in more than one chunk, its weight gradient in float32 until the end (on
-CPU with one more copy, in which a chunk's share is rounded).
+for a low-precision head in more than one chunk, the head's gradient in float32 until the end (on
+CPU with one more copy, in which the contribution of a chunk is rounded).
 
-What accumulates where: float64 input in float64 and float32 input in float32, all through.
-bfloat16 and float16: softmax, sums and losses in float32 always; on CUDA the logits and the weight
-gradient leave their products in float32 as well; CPU has no such product, so there the logits and
-each chunk's share of the weight gradient are rounded to the input's dtype once, as `F.linear`
-would, and shares are added in float32.
+Precision: float64 input is computed in float64 and float32 input in float32 throughout. For
+bfloat16 and float16, softmax, sums and losses are always float32. On CUDA the products also return
+logits and weight gradients in float32. A CPU has no such product: logits and each chunk's
+contribution to the weight gradient are rounded to the input's dtype once, as in `F.linear`, and
+contributions are added in float32.
 
-Nothing here waits for the device. Chunk sizes come from shapes and from an accelerator's total
-memory, not from what happens to be free: a resumed run must add in the same order to repeat its
-bits.
+Nothing here waits for the device. Chunk sizes depend on shapes and on an accelerator's total
+memory, not on free memory: a resumed run repeats its bits only if it adds in the same order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import fields
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sparselogits.losses.call import Call, LossAndGradients, LossParts, Operands
 from sparselogits.losses.criterion import Criterion
-from sparselogits.losses.rows import row_losses_
+from sparselogits.losses.rows import SparseLosses
 from sparselogits.losses.targets import RowTargets
+
+Needs = tuple[bool, bool, bool]
+"""Which of the gradients with respect to input, weight and bias to compute."""
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _MIB = 2**20
-_BLOCK_ELEMENTS = 2**21  # 8 MiB: rows go through the softmax in blocks that a CPU's cache holds
 
 
 class ChunkLosses(Protocol):
-    """What turns a chunk of logits into losses and their gradient."""
+    """Turn a chunk of logits into losses and their gradient."""
 
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Weighted loss sums of some rows.
+        """Compute the weighted loss sums of some rows.
 
         Args:
-            logits: raw logits [R, V] of these rows, of any floating dtype; overwritten.
-            gradient: [R, V] to fill, possibly `logits` itself; None if none is wanted.
-            rows: which of the N rows these are.
+            logits: raw logits [R, V] of these rows, in any floating-point dtype; overwritten.
+            gradient: [R, V] to fill, possibly `logits` itself; None if none is needed.
+            rows: the position of these rows among the N rows.
 
         Returns:
             0-dimensional sums of row_weight * kd and row_weight * ce.
@@ -56,53 +59,51 @@ class ChunkLosses(Protocol):
         ...
 
 
-class LossAndGradients(NamedTuple):
-    """Sums over rows, weighted but not yet divided, and their gradients where asked for."""
-
-    kd: Tensor
-    ce: Tensor
-    input: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def loss_and_gradients(
+    operands: Operands,
+    row_weight: Tensor,
+    losses_of: ChunkLosses,
+    *,
+    needs: Needs,
+    chunk_rows: int | None = None,
+) -> LossAndGradients:
+    """Compute loss sums over N rows and their gradients, without autograd and autocast.
+
+    Args:
+        operands: a head's input [N, D], weight [V, D] and bias in one dtype, or logits [N, V].
+            Beyond the gradient of given logits, no copy of all of them is made.
+        row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 where a row adds nothing.
+        losses_of: the loss of a chunk.
+        needs: the gradients to compute.
+        chunk_rows: rows whose logits exist at a time; None chooses.
+
+    Returns:
+        The sums, and gradients in the dtype of the operands, or in float32 for float16.
+    """
+    device = operands.input.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        if operands.weight is None:
+            return _of_logits(operands.input, row_weight, losses_of, needs[0], chunk_rows)
+        return _of_head(*operands, row_weight, losses_of, needs, chunk_rows)  # type: ignore[arg-type]
+
+
+def _of_head(
     input: Tensor,  # noqa: A002
     weight: Tensor,
     bias: Tensor | None,
     row_weight: Tensor,
     losses_of: ChunkLosses,
-    *,
-    needs: tuple[bool, bool, bool],
-    chunk_rows: int | None = None,
+    needs: Needs,
+    chunk_rows: int | None,
 ) -> LossAndGradients:
-    """Loss sums over the N rows of a linear head.
-
-    Args:
-        input: [N, D].
-        weight: [V, D], same dtype.
-        bias: [V] or None, same dtype.
-        row_weight: [N] in `accumulation_dtype(input.dtype)`, 0 where a row adds nothing.
-        losses_of: the loss of a chunk.
-        needs: which of the gradients with respect to input, weight and bias to form.
-        chunk_rows: rows whose logits exist at a time; None chooses.
-
-    Returns:
-        The sums, and gradients in the dtype of their tensors, or float32 for float16.
-    """
     N, V = input.shape[0], weight.shape[0]
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, input.device, input.dtype))
     logits, g = _chunk_buffers(input, rows, V)
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
-    kept = kept_dtype(input.dtype)
+    kept = _kept_dtype(input.dtype)
     d_input = torch.empty_like(input, dtype=kept) if needs[0] else None
     d_weight = _weight_gradient(weight, kept, chunks=-(-N // rows)) if needs[1] else None
-    share = torch.empty_like(weight) if _rounds_shares(d_weight, weight) else None
+    rounded = torch.empty_like(weight) if _is_rounded(d_weight, weight) else None
     d_bias = row_weight.new_zeros(V) if needs[2] else None
     for start in range(0, N, rows):
         stop = min(start + rows, N)
@@ -119,34 +120,28 @@ def loss_and_gradients(
         if d_input is not None:
             _product(gradient, weight, out=d_input[start:stop])
         if d_weight is not None:
-            _product(gradient.t(), x, out=d_weight, add=start > 0, rounded=share)
+            _product(gradient.t(), x, out=d_weight, add=start > 0, rounded=rounded)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=d_bias.dtype)
     if d_weight is not None:
-        reused = share if share is not None and share.dtype == kept else None
+        reused = rounded if rounded is not None and rounded.dtype == kept else None
         d_weight = d_weight.to(kept) if reused is None else reused.copy_(d_weight)
     return LossAndGradients(
-        kd,
-        ce,
-        d_input,
-        d_weight,
-        None if d_bias is None else d_bias.to(kept),
+        kd, ce, (d_input, d_weight, None if d_bias is None else d_bias.to(kept))
     )
 
 
-def logits_loss_and_gradients(
+def _of_logits(
     logits: Tensor,
     row_weight: Tensor,
     losses_of: ChunkLosses,
-    *,
     needs_grad: bool,
-    chunk_rows: int | None = None,
+    chunk_rows: int | None,
 ) -> LossAndGradients:
-    """The same for logits [N, V] that exist already; their gradient is the only copy of them."""
     N, V = logits.shape
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, logits.device, logits.dtype))
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
-    kept = kept_dtype(logits.dtype)
+    kept = _kept_dtype(logits.dtype)
     d_logits = torch.empty_like(logits, dtype=kept) if needs_grad else None
     for start in range(0, N, rows):
         part = slice(start, start + rows)
@@ -157,61 +152,115 @@ def logits_loss_and_gradients(
         kd_part, ce_part = losses_of(z, gradient, part)
         kd += kd_part
         ce += ce_part
-    return LossAndGradients(kd, ce, d_logits, None, None)
+    return LossAndGradients(kd, ce, (d_logits, None, None))
 
 
-@dataclass(frozen=True)
-class SparseLosses:
-    """`ChunkLosses` of sparse targets, in torch operations on blocks of rows.
+def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
+    """Compute the loss of sparse targets, of a head or of logits, by "chunked" or "triton".
+
+    Under `torch.compile` the work is one opaque operator, so memory and the order of additions are
+    those of eager mode, and the number of chunks is not part of the graph.
 
     Args:
-        targets: of all N rows.
-        criterion: the formula.
-        with_ce: compute the label's part too.
+        call: the tensors and options.
+        with_ce: whether to compute the label's part also where alpha is 0, if there are labels.
     """
-
-    targets: RowTargets
-    criterion: Criterion
-    with_ce: bool
-
-    def __call__(
-        self, logits: Tensor, gradient: Tensor | None, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """See `ChunkLosses`."""
-        targets = self.targets.rows(rows)
-        dtype = targets.row_weight.dtype
-        kd = ce = targets.row_weight.new_zeros(())
-        step = block_rows(logits)
-        for start in range(0, logits.shape[0], step):
-            block = logits[start : start + step]
-            part = targets.rows(slice(start, start + step))
-            work = block.to(dtype)  # the block itself where the dtype is the same
-            losses = row_losses_(
-                work, part, self.criterion, with_ce=self.with_ce, with_grad=gradient is not None
+    criterion, operands = call.criterion, call.operands
+    with_ce = call.label is not None and (with_ce or criterion.alpha > 0)
+    head = operands.weight
+    targets = call.targets(operands.input.shape[1] if head is None else head.shape[0])
+    needs = call.needs
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            flat = (*operands, *targets, *criterion.values(), with_ce, list(needs))
+            kd, ce, *formed = _operator(*flat)
+            d_input, d_weight, d_bias = (
+                gradient if wanted else None for gradient, wanted in zip(formed, needs, strict=True)
             )
-            assert losses.kd is not None
-            kd = kd + part.row_weight.dot(losses.kd)
-            if losses.ce is not None:
-                ce = ce + part.row_weight.dot(losses.ce)
-            if gradient is not None and not (work is block and gradient is logits):
-                gradient[start : start + step].copy_(work)
-        return kd, ce
+            result = LossAndGradients(kd, ce, (d_input, d_weight, d_bias))
+        else:
+            result = _sparse_sums(operands, targets, criterion, with_ce, needs)
+    return call.finish(result, with_ce=with_ce)
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients between forward and backward: float16 would overflow or underflow undivided."""
+def _sparse_sums(
+    operands: Operands, targets: RowTargets, criterion: Criterion, with_ce: bool, needs: Needs
+) -> LossAndGradients:
+    losses_of: ChunkLosses = SparseLosses(targets, criterion, with_ce)
+    if criterion.impl == "triton":
+        from sparselogits.losses.triton_rows import TritonLosses
+
+        losses_of = TritonLosses(targets, criterion, with_ce)
+    return loss_and_gradients(
+        operands, targets.row_weight, losses_of, needs=needs, chunk_rows=criterion.chunk_rows
+    )
+
+
+def _schema() -> str:
+    """Return the operator's schema: the fields of operands, targets and criterion, flattened."""
+    types = {"float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?"}
+    tensors = [
+        f"Tensor{'?' if name in value._field_defaults else ''} {name}"
+        for value, names in ((Operands, Operands._fields), (RowTargets, RowTargets._fields))
+        for name in names
+    ]
+    options = [f"{types.get(str(f.type), 'str')} {f.name}" for f in fields(Criterion)]
+    arguments = ", ".join([*tensors, *options, "bool with_ce", "bool[] needs"])
+    return f"({arguments}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+def _unflattened(
+    arguments: Iterable[Any],
+) -> tuple[Operands, RowTargets, Criterion, bool, Needs]:
+    """Return the values that the operator's arguments are the fields of."""
+    left = iter(arguments)
+    operands = Operands(*(next(left) for _ in Operands._fields))
+    targets = RowTargets(*(next(left) for _ in RowTargets._fields))
+    criterion = Criterion(*(next(left) for _ in fields(Criterion)))
+    with_ce, needs = left
+    return operands, targets, criterion, with_ce, tuple(needs)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, targets, criterion, with_ce, needs = _unflattened(arguments)
+    kd, ce, gradients = _sparse_sums(operands, targets, criterion, with_ce, needs)
+    empty = (operands.input.new_empty(0) if g is None else g for g in gradients)
+    return kd, ce, *empty
+
+
+_operator = torch.library.custom_op(
+    "sparselogits::linear_sparse_loss", _run, mutates_args=(), schema=_schema()
+)
+
+
+@_operator.register_fake
+def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, targets, _, _, needs = _unflattened(arguments)
+    input, kept = operands.input, _kept_dtype(operands.input.dtype)  # noqa: A001
+    gradients = (
+        input.new_empty(0) if t is None or not wanted else torch.empty_like(t, dtype=kept)
+        for t, wanted in zip(operands, needs, strict=True)
+    )
+    return targets.row_weight.new_empty(()), targets.row_weight.new_empty(()), *gradients
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gradients between forward and backward.
+
+    float32 for float16: backward applies the loss scale, and before it float16 would underflow.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows whose logits exist at a time, of `rows` in all.
+    """Return how many of `rows` rows have logits at a time.
 
-    On an accelerator, as many float32 rows as take 1/64 of its memory (of 16 GiB where it is not
-    CUDA's), from 64 MiB to 1 GiB: large enough for products at full speed. On CPU 64 MiB, but no
-    more than half the rows: the system hands out a buffer page by page, which only several chunks
-    make up for (at D = 128 all rows at once cost more than the softmax). And at least 256 rows, in
-    low precision 512: each chunk packs the weight for its products anew and adds to the weight's
-    gradient, in low precision by a pass of its own.
+    On an accelerator, as many float32 rows as take 1/64 of its memory (of 16 GiB if the device is
+    not CUDA), at least 64 MiB and at most 1 GiB: large enough for products at full speed. On a CPU
+    64 MiB, but at most half of the rows: the system provides a new buffer page by page, which only
+    several chunks make up for (at D = 128 all rows at once cost more than the softmax). And at
+    least 256 rows, in low precision 512: each chunk packs the weight for its products anew and
+    adds to the weight's gradient, in low precision by a separate pass.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256
@@ -224,24 +273,17 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
 def _accelerator_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return 16 * 1024 * _MIB  # a middling one
+    return 16 * 1024 * _MIB  # assumed: other devices do not say
 
 
 def _balanced(total: int, at_most: int) -> int:
-    """Rows a chunk, so that all chunks are about equal: a small last one wastes the products."""
+    """Return rows per chunk such that all chunks are about equal: a short one wastes products."""
     chunks = max(1, -(-total // at_most))
     return max(1, -(-total // chunks))
 
 
-def block_rows(logits: Tensor) -> int:
-    """Rows to treat at a time within a chunk of logits [R, V]."""
-    if logits.device.type != "cpu":  # launches cost more than caches save; an eighth bounds copies
-        return max(1, -(-logits.shape[0] // 8))
-    return max(8, _BLOCK_ELEMENTS // logits.shape[1])
-
-
 def _chunk_buffers(input: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-    """Logits, and the gradient for the products: one buffer wherever the dtypes allow."""
+    """Return buffers for logits and their gradient: one buffer where the dtypes allow."""
     gradient = input.new_empty(rows, vocab_size)
     if input.dtype in _LOW_PRECISION and input.device.type == "cuda":
         return torch.empty_like(gradient, dtype=torch.float32), gradient
@@ -255,8 +297,8 @@ def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32 if low else kept)
 
 
-def _rounds_shares(gradient: Tensor | None, weight: Tensor) -> bool:
-    """Whether a chunk's share of the weight's gradient leaves its product in low precision."""
+def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
+    """Whether a chunk's contribution to the weight's gradient is computed in low precision."""
     on_cpu = weight.device.type == "cpu"
     return gradient is not None and gradient.dtype != weight.dtype and on_cpu
 
@@ -264,9 +306,9 @@ def _rounds_shares(gradient: Tensor | None, weight: Tensor) -> bool:
 def _product(
     a: Tensor, b: Tensor, *, out: Tensor, add: bool = False, rounded: Tensor | None = None
 ) -> None:
-    """out (+)= a b, with float32 out of low-precision factors where the device can.
+    """Compute out (+)= a b, with float32 out of low-precision factors where the device can.
 
-    Where it cannot, the product is rounded, into `rounded` if that is there to be overwritten.
+    Where it cannot, the product is rounded, in the buffer `rounded` if one is given.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)

@@ -1,7 +1,9 @@
-"""Dense distillation with the teacher online: the baselines that sparse targets are compared with.
+"""Distil with the teacher online: the dense baselines that sparse targets are compared with.
 
-The teacher comes as hidden states and head, so that both sides' logits exist one chunk of rows at
-a time. With u and v the logits of student and teacher over the temperature, s and p their softmax:
+The teacher is given as hidden states and head, so the logits of both sides exist one chunk of rows
+at a time. A divergence is a `Divergence` with one method; the chunks, the label's part, scale,
+softcap and temperature are the same for all. With u and v the logits of student and teacher divided
+by the temperature, s and p their softmax:
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)
@@ -9,43 +11,120 @@ a time. With u and v the logits of student and teacher over the temperature, s a
                      as in TRL's GKD                     d/du = (1 - beta) s (r - <s, r>),
                                                          r = log s - log m
 
-The sparse loss is the cross-entropy to p, which is forward_kl plus the teacher's entropy: same
-gradient. Ids the teacher does not have (a longer student vocabulary) or that are no token
-(`token_mask`) have p = 0. Under reverse_kl that would make the loss infinite, so there s is the
-student's distribution over the ids that the teacher has.
+The sparse loss is the cross-entropy to p, which is forward_kl plus the teacher's entropy, with the
+same gradient. Ids that the teacher does not have (a longer student vocabulary) or that are no token
+(`token_mask`) have p = 0. Under reverse_kl the loss would then be infinite, so s is the student's
+distribution over the ids that the teacher has.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.losses.arguments import prepare
-from sparselogits.losses.chunked import block_rows, loss_and_gradients
-from sparselogits.losses.criterion import Criterion, Reduction
-from sparselogits.losses.function import LossParts, finish, needed
-from sparselogits.losses.rows import row_losses_, transform_
+from sparselogits.losses.call import Call, LossParts, Operands, prepare
+from sparselogits.losses.chunked import loss_and_gradients
+from sparselogits.losses.criterion import PLAIN, Criterion
+from sparselogits.losses.rows import WHOLE, row_losses_, transform_
 from sparselogits.losses.targets import RowTargets
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+class Divergence(ABC):
+    """Measure how far the student's distribution is from the teacher's, row by row."""
+
+    @abstractmethod
+    def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the divergence of R rows and its derivative.
+
+        Args:
+            u: the student's logits divided by the temperature, [R, V]; may be overwritten.
+            log_p: log probabilities of the teacher, [R, V], in the same dtype, -inf for ids that
+                the teacher does not have; may be overwritten.
+
+        Returns:
+            The divergence [R] and its derivative with respect to u, [R, V].
+        """
+
+
+class ForwardKL(Divergence):
+    """Compute KL(p || s), the limit that unbiased sparse targets approach."""
+
+    def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Divergence`."""
+        log_s = torch.log_softmax(u, 1)
+        p = log_p.exp()
+        kl = _expected(p, log_p - log_s)
+        return kl, log_s.exp_().sub_(p)
+
+
+class ReverseKL(Divergence):
+    """Compute KL(s || p), with s over the ids that the teacher has (MiniLLM, Gu et al. 2024)."""
+
+    def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Divergence`."""
+        log_s = torch.log_softmax(u.masked_fill_(log_p == -torch.inf, -torch.inf), 1)
+        s = log_s.exp()
+        ratio = torch.where(s == 0, 0.0, log_s - log_p)
+        kl = (s * ratio).sum(1)
+        return kl, ratio.sub_(kl[:, None]).mul_(s)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """Compute the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
+
+    Args:
+        beta: share of the teacher in the mixture m, in (0, 1).
+
+    Raises:
+        InvalidArgumentError: If beta is not in (0, 1).
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta < 1.0:
+            raise InvalidArgumentError(
+                f"beta must be in (0, 1), found {self.beta}: use forward_kl or reverse_kl, which "
+                "are the limits"
+            )
+
+    def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Divergence`."""
+        log_s = torch.log_softmax(u, 1)
+        log_m = torch.logaddexp(log_p + math.log(self.beta), log_s + math.log1p(-self.beta))
+        p, s = log_p.exp(), log_s.exp()
+        ratio = torch.where(s == 0, 0.0, log_s - log_m)
+        student = (s * ratio).sum(1)
+        jsd = self.beta * _expected(p, log_p - log_m) + (1 - self.beta) * student
+        return jsd, ratio.sub_(student[:, None]).mul_(s).mul_(1 - self.beta)
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jensen_shannon": JensenShannon,
+}
+"""Divergences by the names that `linear_dense_kd` takes."""
 
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """A teacher's last hidden states and what turns them into logits; nothing is differentiated.
+    """Hold a teacher's last hidden states and its head; nothing of it is differentiated.
 
     Args:
-        hidden: [N, Dt].
-        weight: [Vt, Dt]; Vt at most the student's V.
+        hidden: hidden states [N, Dt], one row per row of the student.
+        weight: the head [Vt, Dt]; Vt is at most the student's V.
         bias: [Vt] or None.
-        logit_softcap: as of the student; see `criterion.py`.
-        logit_scale: likewise.
+        logit_softcap: bound of the teacher's logits, after scaling; None for no bound.
+        logit_scale: factor of the teacher's logits.
         token_mask: bool [Vt], True where an id is a token; None if all are.
     """
 
@@ -57,10 +136,9 @@ class TeacherHead:
     token_mask: Tensor | None = None
 
     def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """[R, Vt] in `dtype`, transformed; ids that are no token at -inf."""
+        """Return transformed logits [R, Vt] in `dtype`, -inf for ids that are no token."""
         v = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).to(dtype)
-        criterion = Criterion(logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
-        v, _ = transform_(v, criterion, with_slope=False)
+        v, _ = transform_(v, self.logit_scale, self.logit_softcap, with_slope=False)
         if self.token_mask is not None:
             v.masked_fill_(~self.token_mask, -torch.inf)
         return v
@@ -71,100 +149,109 @@ def linear_dense_kd(
     linear_weight: Tensor,
     teacher: TeacherHead,
     *,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
+    divergence: Divergence | str = "forward_kl",
+    beta: float | None = None,
     labels: Tensor | None = None,
-    alpha: float = 0.0,
     linear_bias: Tensor | None = None,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
     position_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    chunk_rows: int | None = None,
+    criterion: Criterion = PLAIN,
+    **options: Any,
 ) -> LossParts:
-    """Divergence between student and teacher over the whole vocabulary, mixed with labels.
+    """Compute a divergence over the whole vocabulary, mixed with cross-entropy to labels.
 
     Args:
-        input: the student's hidden states [N, D].
-        linear_weight: the student's head [V, D].
-        teacher: its hidden states of the same N rows, and its head.
-        divergence: see the module's docstring.
-        beta: of jensen_shannon, in (0, 1).
+        input: the student's hidden states [N, D], in any floating-point dtype.
+        linear_weight: the student's head [V, D] in the same dtype.
+        teacher: the teacher's hidden states of the same N rows, and its head.
+        divergence: a `Divergence`, or a name in `DIVERGENCES`.
+        beta: with divergence="jensen_shannon", the share of the teacher in the mixture; None for
+            1/2.
         labels: int64 [N]; rows labelled `ignore_index` add nothing.
-        alpha: share of the label's cross-entropy.
-        linear_bias: [V].
-        logit_softcap: of the student.
-        logit_scale: of the student.
-        temperature: divides both sides' logits in the KD part; the loss is not multiplied by its
-            square.
-        position_weights: float [N], ones when None.
-        ignore_index: see `labels`.
-        reduction: "mean" over the weights of rows that count, or "sum".
-        chunk_rows: rows whose logits exist at a time; None chooses.
+        linear_bias: the student's bias [V].
+        position_weights: float [N], weight of each row; None for ones.
+        criterion: the options of the loss. Scale and softcap are the student's; the temperature
+            divides the logits of both sides in the KD part. There is no missing mass, and "chunked"
+            is the only implementation.
+        options: fields of `Criterion` as keywords; they replace those of `criterion`.
 
     Returns:
-        loss and its parts; `kd` is the divergence.
+        The loss and its parts; `kd` is the divergence. 0-dimensional, float32 (float64 for float64
+        input).
 
     Raises:
-        InvalidArgumentError: options out of range, or a teacher that does not fit.
+        InvalidArgumentError: If options are out of range, or the teacher does not fit.
+        TypeError: If an option is not a field of `Criterion`.
+
+    Examples:
+        >>> import torch
+        >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> teacher = TeacherHead(torch.randn(6, 16), torch.randn(100, 16))
+        >>> linear_dense_kd(hidden, head, teacher, divergence="reverse_kl").loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 8])
     """
-    criterion = Criterion(
-        alpha, "drop", logit_scale, logit_softcap, temperature, ignore_index, reduction
-    )
-    none = input.new_zeros((*input.shape[:-1], 0))
-    call = prepare(
-        input, linear_weight, linear_bias, none.long(), none, labels, position_weights, criterion
-    )
-    _check(input, linear_weight, teacher, divergence, beta)
-    x, head, bias = call.input, call.weight, call.bias
-    assert head is not None
-    needs = needed(x, head, bias)  # asked before gradients are switched off
-    losses_of = _DenseLosses(teacher, divergence, beta, call.row_weight, call.label, criterion)
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        result = loss_and_gradients(
-            x, head, bias, call.row_weight, losses_of, needs=needs, chunk_rows=chunk_rows
+    criterion = criterion.updated(options)
+    criterion.require_chunked("linear_dense_kd")
+    if criterion.missing_mass != "drop":
+        raise InvalidArgumentError(
+            f"missing_mass={criterion.missing_mass!r} has no meaning for a dense teacher, which "
+            "lacks no mass: leave it at 'drop'"
         )
-    return finish(result, alpha, call.factor, x, head, bias, with_ce=call.label is not None)
+    if isinstance(divergence, str):
+        divergence = _named(divergence, beta)
+    none = input.new_zeros((*input.shape[:-1], 0))
+    operands = Operands(input, linear_weight, linear_bias)
+    call = prepare(operands, none.long(), none, labels, position_weights, criterion)
+    _check_teacher(operands, teacher)
+    sums = loss_and_gradients(
+        call.operands,
+        call.row_weight,
+        _DenseLosses(teacher, divergence, call),
+        needs=call.needs,
+        chunk_rows=criterion.chunk_rows,
+    )
+    return call.finish(sums, with_ce=call.label is not None)
 
 
 @dataclass(frozen=True)
 class _DenseLosses:
+    """Compute the losses of a dense teacher: `chunked.ChunkLosses` for any divergence."""
+
     teacher: TeacherHead
     divergence: Divergence
-    beta: float
-    row_weight: Tensor
-    label: Tensor | None
-    criterion: Criterion
+    call: Call
 
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        dtype = self.row_weight.dtype
-        kd = ce = self.row_weight.new_zeros(())
-        teacher_logits = self.teacher.logits(rows, dtype)
-        step = block_rows(logits)
+        criterion, row_weight = self.call.criterion, self.call.row_weight
+        T, with_grad = criterion.temperature, gradient is not None
+        kd = ce = row_weight.new_zeros(())
+        teacher_logits = self.teacher.logits(rows, row_weight.dtype)
+        step = WHOLE.block_rows(logits)
         for start in range(0, logits.shape[0], step):
             block = slice(start, start + step)
             own = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            weight = self.row_weight[own]
-            raw = logits[block].to(dtype)
+            weight = row_weight[own]
+            raw = logits[block].to(row_weight.dtype)
             d_label = None
-            if self.label is not None:
-                mixed = gradient is not None and self.criterion.alpha > 0
+            if self.call.label is not None:
+                mixed = with_grad and criterion.alpha > 0
                 d_label, ce_rows = self._label_part(raw.clone(), own, with_grad=mixed)
                 ce = ce + weight.dot(ce_rows)
-            z, slope = transform_(raw, self.criterion, with_slope=gradient is not None)
-            v = teacher_logits[block]
-            T = self.criterion.temperature
-            kd_rows, d_u = _divergence_(z.div_(T), v.div_(T), self.divergence, self.beta)
-            # rows that do not count may hold anything on the teacher's side
+            z, slope = transform_(
+                raw, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
+            )
+            v = teacher_logits[block].div_(T)
+            missing = z.shape[1] - v.shape[1]
+            log_p = F.pad(torch.log_softmax(v, 1), (0, missing), value=-torch.inf)
+            kd_rows, d_u = self.divergence.rows_(z.div_(T), log_p)
+            # the teacher's side of rows that do not count may hold anything
             kd = kd + torch.where(weight != 0, weight * kd_rows, 0.0).sum()
             if gradient is None:
                 continue
-            d_u *= (1 - self.criterion.alpha) / T * weight[:, None]
-            d_u *= self.criterion.logit_scale if slope is None else slope
+            d_u *= (1 - criterion.alpha) / T * weight[:, None]
+            d_u *= criterion.logit_scale if slope is None else slope
             d_u = torch.where((weight != 0)[:, None], d_u, 0.0)
             gradient[block] = d_u if d_label is None else d_u + d_label
         return kd, ce
@@ -172,72 +259,41 @@ class _DenseLosses:
     def _label_part(
         self, raw: Tensor, own: slice, *, with_grad: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """alpha times the weighted gradient of the label's part, and that part [R]."""
-        assert self.label is not None
-        weight = self.row_weight[own]
+        """Return alpha times the weighted gradient of the label's part, and that part [R]."""
+        assert self.call.label is not None
+        criterion, weight = self.call.criterion, self.call.row_weight[own]
         none = weight.new_zeros(weight.shape[0], 0)
-        targets = RowTargets(none.long(), none, weight, none.sum(1), self.label[own])
-        criterion = Criterion(
-            alpha=1.0,
-            logit_scale=self.criterion.logit_scale,
-            logit_softcap=self.criterion.logit_softcap,
-        )
-        losses = row_losses_(raw, targets, criterion, with_ce=True, with_grad=with_grad)
+        targets = RowTargets(none.long(), none, weight, none.sum(1), self.call.label[own])
+        at_one = criterion.updated({"alpha": 1.0, "temperature": 1.0})
+        losses = row_losses_(raw, targets, at_one, with_ce=True, with_grad=with_grad)
         assert losses.ce is not None
-        return (raw.mul_(self.criterion.alpha) if with_grad else None), losses.ce
+        return (raw.mul_(criterion.alpha) if with_grad else None), losses.ce
 
 
-def _divergence_(
-    u: Tensor, v: Tensor, divergence: Divergence, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Divergence [R] and its derivative [R, V] with respect to u; both arguments are used up."""
-    log_p = F.pad(torch.log_softmax(v, 1), (0, u.shape[1] - v.shape[1]), value=-torch.inf)
-    if divergence == "forward_kl":
-        log_s = torch.log_softmax(u, 1)
-        p = log_p.exp()
-        kl = _product(p, log_p - log_s).sum(1)
-        return kl, log_s.exp_().sub_(p)
-    if divergence == "reverse_kl":
-        log_s = torch.log_softmax(u.masked_fill_(log_p == -torch.inf, -torch.inf), 1)
-        s = log_s.exp()
-        ratio = torch.where(s == 0, 0.0, log_s - log_p)
-        kl = (s * ratio).sum(1)
-        return kl, ratio.sub_(kl[:, None]).mul_(s)
-    log_s = torch.log_softmax(u, 1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_s + math.log1p(-beta))
-    p, s = log_p.exp(), log_s.exp()
-    ratio = torch.where(s == 0, 0.0, log_s - log_m)
-    student = (s * ratio).sum(1)
-    jsd = beta * _product(p, log_p - log_m).sum(1) + (1 - beta) * student
-    return jsd, ratio.sub_(student[:, None]).mul_(s).mul_(1 - beta)
-
-
-def _product(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """p * log_ratio with 0 * inf = 0 (an id without probability), NaN staying NaN."""
-    return torch.where(p == 0, 0.0, p * log_ratio)
-
-
-def _check(
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    teacher: TeacherHead,
-    divergence: Divergence,
-    beta: float,
-) -> None:
-    if divergence not in get_args(Divergence):
+def _named(name: str, beta: float | None) -> Divergence:
+    if name not in DIVERGENCES:
         raise InvalidArgumentError(
-            f"unknown divergence {divergence!r}: choose one of {', '.join(get_args(Divergence))}"
+            f"unknown divergence {name!r}; choose one of {', '.join(DIVERGENCES)}"
         )
-    if not 0.0 < beta < 1.0:
+    kind = DIVERGENCES[name]
+    return JensenShannon(beta) if kind is JensenShannon and beta is not None else kind()
+
+
+def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return the sum of p * log_ratio per row, where 0 * inf is 0 (an id of p = 0), NaN is NaN."""
+    return torch.where(p == 0, 0.0, p * log_ratio).sum(1)
+
+
+def _check_teacher(student: Operands, teacher: TeacherHead) -> None:
+    """Check that a teacher's rows and vocabulary fit the student's."""
+    assert student.weight is not None
+    if teacher.hidden.shape[0] != student.input.shape[0]:
         raise InvalidArgumentError(
-            f"beta must lie in (0, 1), found {beta}; its limits are forward_kl and reverse_kl"
+            f"the teacher has {teacher.hidden.shape[0]} rows, the student "
+            f"{student.input.shape[0]}: pass hidden states of the same positions"
         )
-    if teacher.hidden.shape[0] != input.shape[0]:
-        raise InvalidArgumentError(
-            f"the teacher has {teacher.hidden.shape[0]} rows, the student {input.shape[0]}"
-        )
-    if teacher.weight.shape[0] > weight.shape[0]:
+    if teacher.weight.shape[0] > student.weight.shape[0]:
         raise InvalidArgumentError(
             f"the teacher's vocabulary ({teacher.weight.shape[0]}) is larger than the student's "
-            f"({weight.shape[0]}): distillation needs one tokenizer"
+            f"({student.weight.shape[0]}): distillation needs one tokenizer"
         )

@@ -1,42 +1,47 @@
-"""The oracle: the loss by plain autograd, over a dense target, as close to the formula as it gets.
+"""Compute the loss by plain autograd over a dense target: the oracle of the tests.
 
-Costs several [N, V] tensors; for tests and small vocabularies.
+Costs several [N, V] tensors; use it for tests and small vocabularies.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sparselogits.losses.call import Call, LossParts
 from sparselogits.losses.criterion import Criterion
 
 
-def dense_losses(
-    logits: Tensor,
-    target_ids: Tensor,
-    target_weights: Tensor,
-    label: Tensor | None,
-    criterion: Criterion,
+def reference_parts(call: Call) -> LossParts:
+    """Compute the loss and its parts from whole logits."""
+    row_weight, factor, alpha = call.row_weight, call.factor, call.criterion.alpha
+    counted = (row_weight != 0)[:, None]
+    input, weight, bias = call.operands  # noqa: A001
+    z = torch.where(counted, input, 0.0).to(row_weight.dtype)
+    if weight is not None:
+        z = F.linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
+    weights = torch.where(counted, call.weights, 0.0)
+    kd_rows, ce_rows = _row_losses(z, call.ids, weights, call.label, call.criterion)
+    kd = (row_weight * kd_rows).sum() * factor
+    if ce_rows is None:
+        return LossParts(kd, kd.detach(), None)
+    ce = (row_weight * ce_rows).sum() * factor
+    loss = kd if alpha == 0 else (1 - alpha) * kd + alpha * ce
+    return LossParts(loss, kd.detach(), ce.detach())
+
+
+def _row_losses(
+    logits: Tensor, ids: Tensor, weights: Tensor, label: Tensor | None, criterion: Criterion
 ) -> tuple[Tensor, Tensor | None]:
-    """Unweighted losses per row.
-
-    Args:
-        logits: raw student logits [N, V]; computed with in their own dtype.
-        target_ids: int64 [N, K].
-        target_weights: float [N, K].
-        label: int64 [N], every one a valid id, or None.
-        criterion: the formula.
-
-    Returns:
-        kd [N], and ce [N] or None without labels.
-    """
+    """Return unweighted kd [N], and ce [N] or None without labels, in the dtype of the logits."""
     N, V = logits.shape
     z = logits * criterion.logit_scale
     if criterion.logit_softcap is not None:
         z = criterion.logit_softcap * torch.tanh(z / criterion.logit_softcap)
     log_s = torch.log_softmax(z / criterion.temperature, dim=1)
-    weights = target_weights.to(z.dtype)
-    target = z.new_zeros(N, V).scatter_add(1, target_ids, weights)
+    weights = weights.to(z.dtype)
+    target = z.new_zeros(N, V).scatter_add(1, ids, weights)
     mass = weights.sum(1, keepdim=True)
     missing = (1 - mass).clamp(min=0)
     rule = criterion.missing_mass
@@ -45,9 +50,9 @@ def dense_losses(
     elif rule == "smooth":
         target = target + missing / V
     elif rule == "ground_truth":
-        assert label is not None
+        assert label is not None  # checked by Criterion.require_labels
         target = target.scatter_add(1, label[:, None], missing)
-    # 0 * NaN is wanted, 0 * -inf is not: ids that are no token carry logits of -inf
+    # 0 * NaN must stay NaN, 0 * -inf must not become NaN: ids that are no token have logits of -inf
     kd = -torch.where((target == 0) & (log_s == -torch.inf), 0.0, target * log_s).sum(1)
     if rule == "ghost":
         stored = target != 0

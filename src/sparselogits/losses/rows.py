@@ -1,11 +1,11 @@
-"""The loss of a block of rows, and its gradient, in the place of the logits.
+"""Compute the loss of a block of rows and its gradient, in place of the logits.
 
-Four passes over the rows: maximum, softmax in place, maximum again, scale; then sparse corrections
-on the stored ids. The second maximum is the softmax at the largest logit, so minus its logarithm is
-the logsumexp relative to that logit: no exponential is taken twice, and logits are compared only
-after the row's maximum is subtracted, so that logits of 1e4 lose nothing in float32. Beyond the
-rows nothing of their size is allocated, except one copy with a softcap (its derivative) and one
-where target and label need softmaxes of different temperature.
+Four passes over the rows: maximum, softmax in place, maximum again, scaling; then sparse
+corrections at the stored ids. The second maximum is the softmax at the largest logit, so minus its
+logarithm is the logsumexp relative to that logit: no exponential is computed twice. Logits are
+compared only after the row's maximum is subtracted, so logits of 1e4 lose no precision in float32.
+Beyond the rows themselves, nothing of their size is allocated, except one copy with a softcap (its
+derivative) and one where target and label need softmaxes of different temperature.
 
 With s = softmax(u), t the target of mass M_t, m the mass of the ghost class and M the student's
 mass on it, the gradient of the KD part with respect to u is
@@ -18,6 +18,7 @@ mass on it, the gradient of the KD part with respect to u is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,94 @@ from torch import Tensor
 
 from sparselogits.losses.criterion import Criterion
 from sparselogits.losses.targets import RowTargets
-from sparselogits.losses.vocabulary import WHOLE, Vocabulary
+
+_BLOCK_ELEMENTS = 2**21  # 8 MiB of float32: a block that stays in a CPU's cache between passes
+
+
+class Vocabulary:
+    """Reduce and index logits [R, V] along the vocabulary, whose columns are all in one tensor.
+
+    `parallel.VocabularySlice` does the same for a slice of the columns on each of several ranks.
+    """
+
+    def block_rows(self, logits: Tensor) -> int:
+        """Return the number of rows to treat at a time, at least 1."""
+        if logits.device.type != "cpu":  # a launch costs more than caches save; 1/8 bounds copies
+            return max(1, -(-logits.shape[0] // 8))
+        return max(8, _BLOCK_ELEMENTS // logits.shape[1])
+
+    def gather(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Return the values [R, E] at int64 ids [R, E]."""
+        return logits.gather(1, ids)
+
+    def add_at_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
+        """Add values [R, E] at ids [R, E], in place; an id may repeat within a row."""
+        logits.scatter_add_(1, ids, values)
+
+    def max(self, logits: Tensor) -> Tensor:
+        """Return the maximum over the vocabulary, [R, 1]."""
+        return logits.amax(1, keepdim=True)
+
+    def sum(self, logits: Tensor) -> Tensor:
+        """Return the sum over the vocabulary, [R, 1]."""
+        return logits.sum(1, keepdim=True)
+
+    def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
+        """Replace logits by their softmax, given their maximum, and return its maximum, [R, 1]."""
+        # a row is read before it is written, and on a CPU stays in cache in between
+        return torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
+
+
+WHOLE = Vocabulary()
+
+
+@dataclass(frozen=True)
+class SparseLosses:
+    """Compute the losses of sparse targets: `chunked.ChunkLosses` in torch operations on blocks.
+
+    Args:
+        targets: targets of all N rows.
+        criterion: the options.
+        with_ce: whether to compute the label's part.
+        vocabulary: where the columns of the logits are.
+    """
+
+    targets: RowTargets
+    criterion: Criterion
+    with_ce: bool
+    vocabulary: Vocabulary = WHOLE
+
+    def __call__(
+        self, logits: Tensor, gradient: Tensor | None, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weighted sums of some rows; see `chunked.ChunkLosses`."""
+        targets = self.targets.rows(rows)
+        dtype = targets.row_weight.dtype
+        kd = ce = targets.row_weight.new_zeros(())
+        step = self.vocabulary.block_rows(logits)
+        for start in range(0, logits.shape[0], step):
+            block = logits[start : start + step]
+            part = targets.rows(slice(start, start + step))
+            work = block.to(dtype)  # the block itself where the dtype is the same
+            losses = row_losses_(
+                work,
+                part,
+                self.criterion,
+                with_ce=self.with_ce,
+                with_grad=gradient is not None,
+                vocabulary=self.vocabulary,
+            )
+            assert losses.kd is not None
+            kd = kd + part.row_weight.dot(losses.kd)
+            if losses.ce is not None:
+                ce = ce + part.row_weight.dot(losses.ce)
+            if gradient is not None and not (work is block and gradient is logits):
+                gradient[start : start + step].copy_(work)
+        return kd, ce
 
 
 class RowLosses(NamedTuple):
-    """Unweighted losses of R rows: kd [R] and ce [R], None where not asked for."""
+    """Hold unweighted losses of R rows: kd [R] and ce [R], None where not computed."""
 
     kd: Tensor | None
     ce: Tensor | None
@@ -44,21 +128,24 @@ def row_losses_(
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
 ) -> RowLosses:
-    """Losses of R rows; `logits` becomes their gradient.
+    """Compute the losses of R rows and replace `logits` by their gradient.
 
     Args:
         logits: raw logits [R, V], in the dtype of the targets' weights. Overwritten: with
-            row_weight * d((1 - alpha) kd + alpha ce) / d(logits) if `with_grad`, else with rubbish.
-        targets: of the same R rows.
-        criterion: the formula.
-        with_ce: compute the label's part too (needed if alpha > 0).
-        with_grad: form the gradient.
+            row_weight * d((1 - alpha) kd + alpha ce) / d(logits) if `with_grad`, else with
+            intermediate values.
+        targets: targets of the same R rows.
+        criterion: the options.
+        with_ce: whether to compute the label's part (needed if alpha > 0).
+        with_grad: whether to compute the gradient.
         vocabulary: where the columns are.
 
     Returns:
         The two parts of the loss.
     """
-    z, slope = transform_(logits, criterion, with_slope=with_grad)
+    z, slope = transform_(
+        logits, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
+    )
     kd_share, ce_share = 1.0 - criterion.alpha, criterion.alpha
     if criterion.temperature == 1.0:
         softmax = _softmax_(z, targets, vocabulary, with_kd=True, with_ce=with_ce)
@@ -86,10 +173,9 @@ def row_losses_(
 
 
 def transform_(
-    logits: Tensor, criterion: Criterion, *, with_slope: bool
+    logits: Tensor, scale: float, cap: float | None, *, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and softcap in place; with a softcap also the derivative [R, V] of both."""
-    cap, scale = criterion.logit_softcap, criterion.logit_scale
+    """Apply scale and softcap in place; with a softcap also return the derivative [R, V]."""
     if cap is None:
         return (logits if scale == 1.0 else logits.mul_(scale)), None
     z = logits.mul_(scale / cap).tanh_()
@@ -98,14 +184,15 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Of R rows whose logits have become a softmax, over all ids but those hidden by a ghost class.
+    """Hold what is known of R rows whose logits have been replaced by a softmax.
 
-    Logits here are relative to the row's maximum over all ids.
+    The softmax is over all ids, except the stored ids where there is a ghost class. Logits are
+    relative to the row's maximum over all ids.
     """
 
-    values: Tensor | None  # [R, E] logits of the stored ids; 0 at padding
+    values: Tensor | None  # [R, E] logits of the stored ids, 0 at padding
     label_value: Tensor | None  # [R, 1] logit of the label
-    log_rest: Tensor  # [R, 1] logsumexp over what stands in the row
+    log_rest: Tensor  # [R, 1] logsumexp over the ids of the softmax
     log_sum: Tensor  # [R, 1] logsumexp over the vocabulary
     total: Tensor | None  # [R, 1] sum of the logits (smooth)
     ghost: Tensor | None  # [R, 1] mass of the ghost class, 0 where all ids are stored
@@ -114,13 +201,13 @@ class _Softmax(NamedTuple):
 def _softmax_(
     u: Tensor, targets: RowTargets, vocabulary: Vocabulary, *, with_kd: bool, with_ce: bool
 ) -> _Softmax:
-    """Turn the rows of u into softmaxes in place, keeping what the losses need."""
+    """Replace the rows of u by softmaxes and return what the losses need."""
     values = label_value = total = ghost = None
     stored = targets.weights != 0
     if with_kd:
         values = vocabulary.gather(u, targets.ids)
     if with_ce:
-        assert targets.label is not None  # Criterion.require_labels has seen to it
+        assert targets.label is not None  # checked by Criterion.require_labels
         label_value = vocabulary.gather(u, targets.label[:, None])
     if values is not None and targets.ghost is not None:
         ghost = targets.ghost[:, None]
@@ -129,7 +216,7 @@ def _softmax_(
     top = pivot = above = vocabulary.max(u)
     if values is not None and ghost is not None:
         nothing_left = pivot == -torch.inf  # all ids stored
-        u.masked_fill_(nothing_left, 0.0)  # any finite row: it will be multiplied by 0
+        u.masked_fill_(nothing_left, 0.0)  # any finite value: it is multiplied by 0 later
         above = torch.where(nothing_left, 0.0, pivot)
         masked = values.masked_fill(~stored, -torch.inf)
         top = torch.cat([pivot, masked], 1).amax(1, keepdim=True)
@@ -152,7 +239,7 @@ def _softmax_(
 
 
 def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
-    """[R, 1]: of the target, ghost class and smoothing included."""
+    """Return the mass [R, 1] of the target, with ghost class and smoothing."""
     mass = targets.mass[:, None]
     if softmax.ghost is not None and targets.ghost is not None:
         mass = mass - (targets.ghost[:, None] - softmax.ghost)
@@ -160,6 +247,7 @@ def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
 
 
 def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
+    """Return the losses that the values kept in `softmax` determine."""
     kd = ce = None
     if softmax.values is not None:
         mass = _target_mass(softmax, targets)
@@ -184,7 +272,7 @@ def _gradient_(
     ce_share: float,
     vocabulary: Vocabulary,
 ) -> None:
-    """Turn the softmaxes in u into row_weight * (kd_share dkd/du + ce_share dce/du)."""
+    """Replace the softmaxes in u by row_weight * (kd_share dkd/du + ce_share dce/du)."""
     weight = targets.row_weight[:, None]
     kd_weight = kd_share * weight
     whole = kd_weight * _target_mass(softmax, targets) + ce_share * weight

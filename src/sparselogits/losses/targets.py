@@ -1,16 +1,16 @@
-"""Targets as the row kernels take them: padding made harmless, the missing mass placed.
+"""Convert targets to the form that the row losses take, and apply the missing-mass rules.
 
-The rules, with t the stored weights of a position, V the student's vocabulary and
-m = max(0, 1 - sum t) the missing mass (paper, section 3: Top-K and its partial remedies):
+With t the stored weights of a position, V the student's vocabulary size and m = max(0, 1 - sum t)
+the missing mass (section 3 of the RS-KD paper: Top-K and its partial remedies), the rules are:
 
-    drop           t as it stands: the mass is what it is
+    drop           t is left as it is, whatever its mass
     renormalise    t / sum t
     smooth         t_j + m / V on every id j
     ghost          one more class, "none of the stored ids": m against the student's mass M there,
                    so the gradient is s - t on stored ids and s (1 - m / M) on all others
-    ground_truth   t plus m on the label
+    ground_truth   t, and m on the label
 
-Cost: a few [N, K] temporaries.
+The cost is a few [N, K] temporaries.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sparselogits.losses.criterion import MissingMass
 
 
 class RowTargets(NamedTuple):
-    """Targets of N rows, in the dtype the loss computes in.
+    """Hold the targets of N rows, in the dtype that the loss computes in.
 
     Attributes:
         ids: int64 [N, E].
-        weights: [N, E]; 0 marks padding. May hold the label as a last column (ground_truth).
-        row_weight: [N], 0 where a row adds nothing (ignored label or position weight 0).
-        mass: [N], all of the target's mass, whatever a rule has added included.
+        weights: [N, E]; 0 marks padding. The last column may hold the label (ground_truth).
+        row_weight: [N]; 0 where a row adds nothing (ignored label or position weight 0).
+        mass: [N], total mass of the target, including what a rule has added.
         label: int64 [N], 0 where ignored; None without labels.
         ghost: [N], mass of the ghost class; None without one.
         spread: [N], mass added to every id of the vocabulary; None without smoothing.
@@ -45,37 +45,13 @@ class RowTargets(NamedTuple):
     spread: Tensor | None = None
 
     def rows(self, rows: slice) -> RowTargets:
-        """A contiguous run of rows, as views."""
+        """Return a contiguous run of rows, as views."""
         return RowTargets._make(None if t is None else t[rows] for t in self)
 
 
-def row_weights(
-    rows: Tensor,
-    labels: Tensor | None,
-    position_weights: Tensor | None,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """How much each row counts, and the labels with ignored ones replaced by 0.
-
-    Args:
-        rows: any [N, ...] tensor, for its length and device.
-        labels: int64 [N] or None.
-        position_weights: float [N] or None (ones).
-        ignore_index: the label of rows that add nothing.
-        dtype: of the result.
-
-    Returns:
-        weights [N] and labels int64 [N] or None.
-    """
-    if position_weights is None:
-        weight = torch.ones(rows.shape[0], dtype=dtype, device=rows.device)
-    else:
-        weight = position_weights.to(dtype)
-    if labels is None:
-        return weight, None
-    counted = labels != ignore_index
-    return torch.where(counted, weight, 0.0), torch.where(counted, labels, 0)
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that losses and sums are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def place_missing_mass(
@@ -91,10 +67,10 @@ def place_missing_mass(
     Args:
         ids: int64 [N, K]; padding has weight 0 and any valid id.
         weights: float [N, K].
-        row_weight: [N] in the dtype to compute in.
-        label: int64 [N] or None; needed by "ground_truth".
+        row_weight: [N], in the dtype to compute in.
+        label: int64 [N] or None; "ground_truth" needs labels.
         rule: the rule.
-        vocab_size: V, the student's.
+        vocab_size: V, the student's vocabulary size.
 
     Returns:
         Targets in the dtype of `row_weight`.
@@ -114,7 +90,7 @@ def place_missing_mass(
         return RowTargets(ids, weights, row_weight, whole, label, spread=missing / vocab_size)
     if rule == "ghost":
         return RowTargets(ids, weights, row_weight, whole, label, ghost=missing)
-    assert label is not None  # Criterion.require_labels has seen to it
+    assert label is not None  # checked by Criterion.require_labels
     return RowTargets(
         torch.cat([ids, label[:, None]], 1),
         torch.cat([weights, missing[:, None]], 1),

@@ -27,7 +27,6 @@ from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.losses import (
-    Divergence,
     LossParts,
     MissingMass,
     TeacherHead,
@@ -41,7 +40,7 @@ from sparselogits.train.router import BalancingLoss, balances_experts, balancing
 
 Method = Literal["ce", "sparse", "full", "reverse_kl"]
 
-DIVERGENCES: dict[Method, Divergence] = {"full": "forward_kl", "reverse_kl": "reverse_kl"}
+DIVERGENCES: dict[Method, str] = {"full": "forward_kl", "reverse_kl": "reverse_kl"}
 """Methods with the teacher online, and what they minimise."""
 
 

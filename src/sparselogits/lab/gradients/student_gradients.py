@@ -21,8 +21,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.logit_gradients import LogitGradient, Positions
 from sparselogits.lab.gradients.moments import Moments
-from sparselogits.losses.chunked import accumulation_dtype
-from sparselogits.losses.targets import place_missing_mass
+from sparselogits.losses.targets import accumulation_dtype, place_missing_mass
 
 Space = Literal["logits", "hidden", "summed logits", "summed hidden", "parameters"]
 
