@@ -394,6 +394,7 @@ def measured(bench: Bench, name: str, seed: int, seconds: dict[str, float]) -> d
         "reverse_kl_of_a_sequence": sum(own["reverse_kl"]) / prompts,
         "own_acceptance": sum(own["acceptance"]) / total,
         "own_entropy": sum(own["entropy"]) / total,
+        "prompts_per_window": PROMPTS_PER_WINDOW,
         "own_text": own,
     }
 

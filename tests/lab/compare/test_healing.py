@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from sparselogits.lab.compare import compare, parse_compare_recipe
+from sparselogits.evaluate import t_interval
+from sparselogits.lab.compare import compare, parse_compare_recipe, read_results
 
 ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "experiments" / "healing"
 
 
 def script(name: str) -> ModuleType:
@@ -29,9 +31,6 @@ def script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-FOLDER = ROOT / "experiments" / "healing"
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +81,19 @@ def test_on_policy_arms_are_of_equal_time_and_begin_where_they_say(
         if name in own.AT_EQUAL_TIME:  # a step is not cut short
             assert row["total_seconds"] >= whole * (1 - 1e-9)
     # what the comparison measured of the same students
-    by_method = {row.method: row.figures for row in own.read_results(grid).methods}
+    by_method = {row.method: row.figures for row in read_results(grid).methods}
     for name, method in (("pruned", "before training"), ("healed", "systematic 12")):
-        run = next(r for r in own.read_results(grid).runs if r.method == method and r.seed == 0)
+        run = next(r for r in read_results(grid).runs if r.method == method and r.seed == 0)
         assert arms[name, 0]["kl"] == pytest.approx(run.figures["kl"], rel=1e-4)
     assert by_method["systematic 12"]["kl"].mean < by_method["before training"]["kl"].mean
     assert arms["healed, then on-policy", 0]["steps"] > 0
+    sheet = script("tables").on_policy_table(stored)
+    assert [line.split(" | ")[0] for line in sheet[2:9]] == [f"| {name}" for name in own.ARMS]
+    name = "reverse_kl_of_a_sequence"
+    pair = ("healed, then on-policy", "healed for longer")
+    between = t_interval([arms[pair[0], s][name] - arms[pair[1], s][name] for s in (0, 1)])
+    said = f"{between.mean:.2f} ({between.low:.2f} to {between.high:.2f}), over seeds."
+    assert f"Reverse KL per sequence, {pair[0]} less {pair[1]}: {said}" in sheet
     before = {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
     own.run(grid, out, [0, 1], 0.5)
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("*.json")}
@@ -113,3 +119,45 @@ def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(
     )
     assert min(other["reverse_kl"]) > 0.01
     assert all(0 < tokens <= 4 * 8 for tokens in other["tokens"])
+
+
+@pytest.mark.slow
+def test_table_and_figure_say_what_the_results_hold(grid: Path, tmp_path: Path) -> None:
+    results = read_results(grid)
+    sheet = script("tables").comparison_table(results)
+    cells = [line.strip("| ").split(" | ") for line in sheet]
+    head, rows = cells[0], {row[0]: row for row in cells[2:]}
+    kl = {(run.method, run.seed): run.figures["kl"] for run in results.runs}
+    for row in results.methods:
+        found = dict(zip(head, rows[row.method], strict=True))
+        assert found["KL"] == f"{row.figures['kl'].mean:.3f}"
+        assert (found["entries"] == "-") == (row.sampler is None)
+        if row.method == "systematic 12":
+            less = t_interval([kl[row.method, s] - kl["Top-12 ghost", s] for s in (0, 1)])
+            said = f"{less.mean:.3f} ({less.low:.3f} to {less.high:.3f})"
+            assert found["KL less Top-12 ghost's"] == said
+            assert found["of full KD's recovery %"].startswith(f"{row.recovered.mean:.1f}")
+    assert rows["(the teacher)"][3] == f"{results.teacher.figures['loss']:.3f}"
+    figure = script("figure")
+    drawn = figure.drawing(results, "entries")
+    points = [p for data in _datasets(drawn.spec()) for p in data if "method" in p]
+    shares = {row.method: row.recovered.mean for row in results.methods if row.sampler}
+    assert {point["method"]: point["y"] for point in points} == pytest.approx(shares)
+    figure.draw_png(drawn, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def _datasets(spec: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    found = list(spec.get("datasets", {}).values())
+    layers = [spec, *spec["layer"]]
+    return found + [own["data"]["values"] for own in layers if "values" in own.get("data", {})]
+
+
+def test_pages_hold_the_tables_of_the_stored_results() -> None:
+    """Put in by `python experiments/healing/tables.py --write`."""
+    tables = script("tables")
+    pages = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    shown = {name for page in pages for name in tables.names_in(page)}
+    assert {file.stem for file in tables.RESULTS.glob("healing_*.json")} <= shown
+    for page in pages:
+        assert tables.filled(page) == page

@@ -1,0 +1,222 @@
+"""The tables of the healing experiments, printed or put into pages.
+
+    python experiments/healing/tables.py            print every table
+    python experiments/healing/tables.py --write    put them into docs/compress.md and results.md
+
+A page has a place for a table between the lines `<!-- table: NAME -->` and `<!-- end of table -->`,
+where NAME is that of a file of experiments/results without its suffix, such as healing_layers24.
+tests/lab/compare/test_healing.py compares the pages with the stored results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselogits.evaluate.intervals import Estimate, paired_interval, ratio, t_interval
+from sparselogits.lab.compare import MethodRow, Results, read_results
+from sparselogits.lab.compare.results import Ends
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "docs" / "compress.md", ROOT / "docs" / "results.md")
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+RIVAL = "Top-12 ghost"
+HEAD = (
+    *("method", "entries", "bytes", "loss", "KL", "acceptance %", "ECE %"),
+    *("of full KD's recovery %", f"KL less {RIVAL}'s", "tokens/s"),
+)
+
+
+def rows_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def number(value: float | None, digits: int, scale: float = 1) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def with_ends(mean: float, ends: Ends | Estimate, digits: int) -> str:
+    if ends.low is None or ends.high is None:
+        return number(mean, digits)
+    return f"{mean:.{digits}f} ({ends.low:.{digits}f} to {ends.high:.{digits}f})"
+
+
+def less_rival(results: Results, row: MethodRow) -> str:
+    """The difference in KL to the ghost token's, paired by seed, with Student's t over seeds."""
+    kl = {
+        (run.method, run.seed): run.figures["kl"]
+        for run in results.runs
+        if run.student == row.student and run.status == "done"
+    }
+    both = [seed for seed in row.seeds_done if (RIVAL, seed) in kl]
+    if row.method == RIVAL or row.family == "none" or not both:
+        return "-"
+    found = t_interval([kl[row.method, seed] - kl[RIVAL, seed] for seed in both])
+    return with_ends(found.mean, found, 3)
+
+
+def cells(results: Results, row: MethodRow) -> list[str]:
+    def figure(name: str, digits: int, scale: float = 1) -> str:
+        own = row.figures.get(name)
+        return number(own and own.mean, digits, scale)
+
+    share = "-"
+    if row.recovered is not None and row.family not in ("none", "full"):
+        share = with_ends(row.recovered.mean, row.recovered.seeds, 1)
+    return [
+        row.method,
+        number(row.entries, 1),
+        number(row.bytes_per_token, 1),
+        figure("loss", 3),
+        figure("kl", 3),
+        figure("acceptance", 1, 100),
+        figure("ece", 1, 100),
+        share,
+        less_rival(results, row),
+        number(row.tokens_per_cpu_second, 0),
+    ]
+
+
+def comparison_table(results: Results) -> list[str]:
+    """Every method of a setting, over the seeds that are done."""
+    rows = [cells(results, row) for row in results.methods if row.seeds_done]
+    if results.teacher is not None:
+        own = results.teacher.figures
+        known = {3: number(own["loss"], 3), 6: number(own["ece"], 1, 100)}
+        rows.append(["(the teacher)", *(known.get(i, "-") for i in range(1, len(HEAD)))])
+    counts = sorted({len(row.seeds_done) for row in results.methods if row.family != "none"})
+    corpus = results.settings["corpus"]
+    note = (
+        f"{corpus['training_tokens']:,} tokens to train on, {corpus['heldout_windows']} held-out "
+        f"windows, seeds: {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}. In "
+        "brackets: 95 % intervals over seeds (Student's t; Fieller's for shares) on fixed held-out "
+        "text. Tokens per second of processor time, on a machine with other work."
+    )
+    return [*rows_of(HEAD, rows), "", note]
+
+
+def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Held-out KL of every learning rate that was tried, on text that no table reports."""
+    lines = []
+    for setting, methods in found.items():
+        rates = list(next(iter(methods.values())))
+        rows = []
+        for name, own in methods.items():
+            best = min(own, key=lambda rate: own[rate])
+            rows.append([name, *(f"{own[r]:.3f}" + " *" * (r == best) for r in rates)])
+        lines += ["", *rows_of([setting, *rates], rows)]
+    return [*lines[1:], "", "Held-out KL by learning rate; `*` marks the one that is used."]
+
+
+def over_seeds_or_windows(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> tuple[Estimate, str]:
+    """The difference in reverse KL of a sequence between two arms, with its interval."""
+    seeds = [row["seed"] for row in first if row["seed"] in {other["seed"] for other in second}]
+    by_seed = [{row["seed"]: row for row in arm} for arm in (first, second)]
+    if len(seeds) > 1:
+        name = "reverse_kl_of_a_sequence"
+        return t_interval([by_seed[0][s][name] - by_seed[1][s][name] for s in seeds]), "seeds"
+    sums = []
+    for own in by_seed:
+        text = own[seeds[0]]["own_text"]["reverse_kl"]
+        prompts = own[seeds[0]]["prompts_per_window"]
+        sums.append(torch.tensor([[nats, prompts] for nats in text], dtype=torch.float64))
+    return paired_interval(sums[0], sums[1], ratio), "held-out windows"
+
+
+PAIRS = (
+    ("healed, then on-policy", "healed for longer"),
+    ("healed, then on-policy", "on-policy for longer"),
+    ("healed, then on-policy", "full KD"),
+)
+
+
+def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
+    """The arms of on_policy.py, means over seeds, and its endpoints."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in stored["arms"]:
+        arms.setdefault(row["arm"], []).append(row)
+
+    def mean(rows: Sequence[Mapping[str, Any]], name: str, digits: int, scale: float = 1) -> str:
+        values = [row[name] for row in rows if name in row]
+        return number(sum(values) / len(values) if values else None, digits, scale)
+
+    head = (
+        *("arm", "seeds", "seconds in all", "steps", "loss", "KL", "acceptance %", "ECE %"),
+        *("reverse KL per token", "reverse KL per sequence", "entropy", "own acceptance %"),
+    )
+    rows = [
+        [
+            name,
+            str(len(own)),
+            mean(own, "total_seconds", 0),
+            mean(own, "steps", 0),
+            mean(own, "loss", 3),
+            mean(own, "kl", 3),
+            mean(own, "acceptance", 1, 100),
+            mean(own, "ece", 1, 100),
+            mean(own, "reverse_kl", 3),
+            mean(own, "reverse_kl_of_a_sequence", 1),
+            mean(own, "own_entropy", 2),
+            mean(own, "own_acceptance", 1, 100),
+        ]
+        for name, own in arms.items()
+    ]
+    lines = [
+        *rows_of(head, rows),
+        "",
+        "Loss to ECE: given held-out text. The last four columns: the student's own completions of "
+        "held-out prompts.",
+    ]
+    for first, second in PAIRS:
+        if first in arms and second in arms:
+            found, over = over_seeds_or_windows(arms[first], arms[second])
+            said = with_ends(found.mean, found, 2)
+            lines.append(f"Reverse KL per sequence, {first} less {second}: {said}, over {over}.")
+    return lines
+
+
+def table(name: str) -> list[str]:
+    """The table of a file of experiments/results."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return ["Not run."]
+    if name == "healing_rates":
+        return rates_table(json.loads(file.read_text()))
+    if name == "healing_on_policy":
+        return on_policy_table(json.loads(file.read_text()))
+    return comparison_table(read_results(file))
+
+
+def filled(page: str) -> str:
+    """A page with every table in its place."""
+    return PLACE.sub(lambda m: f"{m[1]}\n" + "\n".join(table(m[2])) + f"\n\n{m[3]}", page)
+
+
+def names_in(page: str) -> Iterator[str]:
+    yield from (place[1] for place in PLACE.findall(page))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
+    if parser.parse_args().write:
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for file in sorted(RESULTS.glob("healing_*.json")):
+        print(f"## {file.stem}\n\n" + "\n".join(table(file.stem)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
