@@ -242,10 +242,9 @@ class _DenseLosses:
             z, slope = transform_(
                 raw, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
             )
-            v = teacher_logits[block].div_(T)
-            missing = z.shape[1] - v.shape[1]
-            log_p = F.pad(torch.log_softmax(v, 1), (0, missing), value=-torch.inf)
+            log_p = _log_softmax(teacher_logits[block].div_(T), z.shape[1])
             kd_rows, d_u = self.divergence.rows_(z.div_(T), log_p)
+            del log_p  # as wide as the logits: free it before the next block's
             # the teacher's side of rows that do not count may hold anything
             kd = kd + torch.where(weight != 0, weight * kd_rows, 0.0).sum()
             if gradient is None:
@@ -268,6 +267,12 @@ class _DenseLosses:
         losses = row_losses_(raw, targets, at_one, with_ce=True, with_grad=with_grad)
         assert losses.ce is not None
         return (raw.mul_(criterion.alpha) if with_grad else None), losses.ce
+
+
+def _log_softmax(v: Tensor, vocab_size: int) -> Tensor:
+    """Return log probabilities [R, vocab_size] of logits [R, Vt], -inf for ids beyond Vt."""
+    log_p = torch.log_softmax(v, 1)
+    return F.pad(log_p, (0, vocab_size - v.shape[1]), value=-torch.inf)
 
 
 def _named(name: str, beta: float | None) -> Divergence:
