@@ -19,8 +19,12 @@ from transformers import (
 )
 
 from sparselogits.errors import SparseLogitsWarning
+from sparselogits.lab.compare.recipe import MethodSpec
+from sparselogits.losses import DIVERGENCES, Divergence
+from sparselogits.methods import METHODS, TrainingMethod
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
+from sparselogits.train.recipe import parse_recipe
 from tests.conftest import tiny_llama
 from tests.teacher.test_transformers_engine import MODELS, SMALL
 
@@ -237,13 +241,19 @@ def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher() -> 
     assert abs(objective.training.take()["kl"] - expected) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["full", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("method", "beta"),
+    [("full", None), ("reverse_kl", None), ("jensen_shannon", None), ("jensen_shannon", 0.2)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_online_methods_are_plain_autograd(method: str, temperature: float) -> None:
+def test_online_methods_are_plain_autograd(
+    method: str, beta: float | None, temperature: float
+) -> None:
     teacher, plain = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
     bound = copy.deepcopy(plain)
     taught = TransformersTeacher(teacher, identity={})
-    bind(bound, Objective(method, alpha=0.3, temperature=temperature, teacher_head=taught.head))
+    options = {"beta": beta, "alpha": 0.3, "temperature": temperature}
+    bind(bound, Objective(method, teacher_head=taught.head, **options))
     inputs = batch()
     loss = bound(**inputs, teacher_hidden=taught.hidden(inputs["input_ids"])).loss
     with torch.no_grad():
@@ -251,8 +261,17 @@ def test_online_methods_are_plain_autograd(method: str, temperature: float) -> N
     logits = plain(input_ids=inputs["input_ids"]).logits
     log_s = (logits / temperature).log_softmax(-1)
     labels = inputs["shift_labels"]
-    a, b = (log_p, log_s) if method == "full" else (log_s, log_p)
-    kd = (a.exp() * (a - b)).sum(-1)
+
+    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    share = 0.5 if beta is None else beta
+    log_m = (share * log_p.exp() + (1 - share) * log_s.exp()).log()
+    kd = {
+        "full": kl(log_p, log_s),
+        "reverse_kl": kl(log_s, log_p),
+        "jensen_shannon": share * kl(log_p, log_m) + (1 - share) * kl(log_s, log_m),
+    }[method]
     log_s = logits.log_softmax(-1)
     ce = F.nll_loss(log_s.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     reference = (0.7 * kd + 0.3 * ce)[labels != -100].mean()
@@ -334,3 +353,36 @@ def test_autocast_reaches_the_head() -> None:
     rounded.backward()
     assert 0 < abs(rounded.item() - exact) < 0.03 * exact
     assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+class SquaredError(Divergence):
+    """Mean of the squared differences of probabilities."""
+
+    def rows_(self, u: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Divergence`."""
+        s = u.softmax(1)
+        gap = s - log_p.exp()
+        return gap.square().sum(1), 2 * s * (gap - (s * gap).sum(1, keepdim=True))
+
+
+def test_a_divergence_needs_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes, the objective, comparisons and their titles have it from there."""
+    row = TrainingMethod("squares", "squared error", "(p - s)^2", divergence="squares")
+    monkeypatch.setitem(METHODS, "squares", row)
+    monkeypatch.setitem(DIVERGENCES, "squares", SquaredError)
+    values = {"cache": "c", "out": "o", "student": {"size": "tiny"}, "teacher": "t"}
+    assert parse_recipe(values | {"method": "squares"}, source="test").method == "squares"
+    assert MethodSpec(method="squares").online
+    assert MethodSpec(method="squares").title == "squared error"
+    teacher, plain = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
+    bound = copy.deepcopy(plain)
+    taught = TransformersTeacher(teacher, identity={})
+    bind(bound, Objective("squares", teacher_head=taught.head))
+    inputs = batch()
+    loss = bound(**inputs, teacher_hidden=taught.hidden(inputs["input_ids"])).loss
+    p, s = (model(input_ids=inputs["input_ids"]).logits.softmax(-1) for model in (teacher, plain))
+    reference = (p.detach() - s).square().sum(-1)[inputs["shift_labels"] != -100].mean()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-7)
+    ours, theirs = gradients(bound, loss), gradients(plain, reference)
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-7, msg=key)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparselogits.errors import RecipeError
+from sparselogits.methods import METHODS
 from sparselogits.safe_yaml import parse_yaml
 from sparselogits.train import load_recipe
 from sparselogits.train.recipe import (
@@ -31,8 +32,11 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ({"learning_rat": 1}, "learning_rat: unknown key; did you mean 'learning_rate'"),
         ({"student": {"layer": 2}}, "student.layer: unknown key; did you mean 'layers'"),
         ({"alpha": 1.5}, r"alpha: .*less than or equal to 1 \(found 1.5\)"),
-        ({"method": "topk"}, "method: .*'ce', 'sparse', 'full' or 'reverse_kl'"),
-        ({"method": "reverse_kl"}, "give a teacher with method: full or reverse_kl"),
+        ({"method": "topk"}, "method: unknown method 'topk'; available: sparse, ce"),
+        ({"method": "reverse_kl"}, "'reverse_kl' runs the teacher online, and no teacher is given"),
+        ({"teacher": "t"}, "'sparse' does not use a teacher, .*full, reverse_kl or jensen_shannon"),
+        ({"beta": 0.5}, "'sparse' has no beta, .*choose jensen_shannon"),
+        ({"beta": 1, "method": "jensen_shannon", "teacher": "t"}, "beta must be in .0, 1., found"),
         ({"thinning": {}}, r"thinning: give one of rounds, budget and schedule \(found none\)"),
         ({"thinning": {"rounds": 2, "budget": 3}}, r"found rounds and budget"),
         ({"thinning": {"round": 2}}, "thinning.round: unknown key; did you mean 'rounds'"),
@@ -45,7 +49,6 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
             {"thinning": {"schedule": [{"untill": 0.5, "rounds": 5}]}},
             "thinning.schedule.0.untill: unknown key; did you mean 'until'",
         ),
-        ({"method": "full"}, "give a teacher with method: full"),
         ({"student": {"hidden_size": 30, "heads": 4}}, "does not divide"),
         ({"student": {"heads": 4, "kv_heads": 3}}, "kv_heads=3 does not divide"),
         ({"student": {"size": "huge"}}, "unknown size 'huge'; choose tiny, 3m"),
@@ -283,6 +286,16 @@ def test_a_printed_recipe_loads_again(given: dict) -> None:
         for name, field in model.model_fields.items():
             assert re.search(rf"^ *(# )?{name}:", text, re.MULTILINE), name
             assert field.description, name
+
+
+def test_the_docs_have_every_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page.partition("## Methods\n")[2].partition("\n\n`alpha`")[0]
+    rows = [line.replace("\\|", "/").split("|")[1:-1] for line in table.strip().splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [f"`{m.name}`", m.loss.replace("|", "/"), "yes" if m.online else "no"]
+        for m in METHODS.values()
+    ]
 
 
 def test_the_docs_have_every_key() -> None:

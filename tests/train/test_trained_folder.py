@@ -172,7 +172,7 @@ def test_what_is_planned_is_said_first(kept: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(result.model_path)
     assert plan.parameters == plan.trained == sum(p.numel() for p in model.parameters())
     assert plan.loss == (
-        "0.75 x cross-entropy to the cache's targets + 0.25 x cross-entropy to the labels"
+        "0.75 x cross-entropy to the cached targets + 0.25 x cross-entropy to the labels"
     )
     assert plan.learning_rate == 1e-3
 

@@ -26,6 +26,7 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import messages, stage
 from sparselogits.errors import RecipeError
+from sparselogits.methods import METHODS, METHODS_IN_WORDS, ONLINE, listed
 from sparselogits.untrusted import printable
 from sparselogits.wording import counted, rate
 
@@ -82,8 +83,7 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Loss: sparse (from the cache), ce (labels only), full or reverse_kl (teacher "
-            "online).",
+            help=f"Loss. {METHODS_IN_WORDS}.",
             show_default="sparse",
             rich_help_panel=MODEL,
         ),
@@ -91,7 +91,7 @@ def train(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help=f"Teacher of the cache, for full and reverse_kl: {MODEL_NAMES}.",
+            help=f"Teacher of the cache, for {listed(ONLINE)}: {MODEL_NAMES}.",
             show_default="no teacher",
             rich_help_panel=MODEL,
         ),
@@ -142,6 +142,14 @@ def train(
         typer.Option(
             help="Share of the labels' cross-entropy in the loss, between 0 and 1.",
             show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the teacher in the mixture of jensen_shannon, between 0 and 1.",
+            show_default=f"{METHODS['jensen_shannon'].beta}",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -215,6 +223,7 @@ def train(
         "per_device_train_batch_size": per_device_train_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "alpha": alpha,
+        "beta": beta,
         "learning_rate": learning_rate,
         "bf16": bf16,
         "save_steps": save_steps,

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from sparselogits.data import Schedule
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import MissingMass
-from sparselogits.train.objective import DIVERGENCES, Method
+from sparselogits.methods import TrainingMethod, find_method, require_fits
 
 _LOSS = "the loss is that of `method` and `alpha`"
 
@@ -79,24 +79,30 @@ def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
 
 
 def require_objective(
-    method: Any, alpha: Any, missing_mass: Any, rounds: Any, fresh_noise: Any, online: bool
-) -> None:
+    method: Any,
+    alpha: Any,
+    beta: Any,
+    missing_mass: Any,
+    rounds: Any,
+    fresh_noise: Any,
+    *,
+    teacher: bool,
+) -> TrainingMethod:
     """Validate what a student is to be trained on, before anything is made of it.
+
+    Returns:
+        The method of that name.
 
     Raises:
         InvalidArgumentError: naming the argument, what it is, and what it may be.
     """
-    if method not in get_args(Method):
-        raise InvalidArgumentError(
-            f"method must be one of {_listed(Method)}, found {method!r}: "
-            "'sparse' trains on the cache's targets, 'full' on the whole distribution of a teacher "
-            "that is given"
-        )
-    number = isinstance(alpha, Real) and not isinstance(alpha, bool)
-    if not number or not math.isfinite(alpha) or not 0 <= alpha <= 1:
+    chosen = find_method(method)
+    if not _is_number(alpha) or not 0 <= alpha <= 1:
         raise InvalidArgumentError(
             f"alpha is the labels' share of the loss, a number in [0, 1], found {alpha!r}"
         )
+    if beta is not None and not _is_number(beta):
+        raise InvalidArgumentError(f"beta must be a number in (0, 1) or None, found {beta!r}")
     if missing_mass not in get_args(MissingMass):
         raise InvalidArgumentError(
             f"missing_mass must be one of {_listed(MissingMass)}, found {missing_mass!r}"
@@ -108,11 +114,12 @@ def require_objective(
         )
     if not isinstance(fresh_noise, bool):
         raise InvalidArgumentError(f"fresh_noise must be True or False, found {fresh_noise!r}")
-    if (method in DIVERGENCES) != online:
-        raise InvalidArgumentError(
-            f"{' and '.join(map(repr, DIVERGENCES))} need a teacher online, the other methods "
-            f"take none; method is {method!r}"
-        )
+    require_fits(chosen, teacher=teacher, beta=beta)
+    return chosen
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _listed(choices: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from inspect import unwrap
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,14 +34,10 @@ from sparselogits.losses import (
     linear_sparse_cross_entropy,
     sparse_cross_entropy,
 )
+from sparselogits.methods import METHODS
 from sparselogits.positions import positions_explained
 from sparselogits.train.meter import LossMeter
 from sparselogits.train.router import BalancingLoss, balances_experts, balancing_loss, coefficient
-
-Method = Literal["ce", "sparse", "full", "reverse_kl"]
-
-DIVERGENCES: dict[Method, str] = {"full": "forward_kl", "reverse_kl": "reverse_kl"}
-"""Methods with the teacher online, and what they minimise."""
 
 
 @dataclass
@@ -49,8 +45,9 @@ class Objective:
     """What a student is trained on.
 
     Args:
-        method: "ce" (labels alone), "sparse" (cached targets), "full" (the teacher's whole
-            distribution, online) or "reverse_kl" (the same, KL(student || teacher) as in MiniLLM).
+        method: name of a training method, see `methods.METHODS`.
+        beta: share of the teacher in the mixture of a divergence that has one; None for the
+            default.
         alpha: share of the labels' cross-entropy in the loss, in [0, 1].
         missing_mass: rule for biased targets, see `losses`.
         temperature: at which the teacher was sampled.
@@ -61,7 +58,8 @@ class Objective:
         with_logits: return the student's logits with a loss that is not trained on.
     """
 
-    method: Method
+    method: str
+    beta: float | None = None
     alpha: float = 0.0
     missing_mass: MissingMass = "drop"
     temperature: float = 1.0
@@ -289,7 +287,7 @@ def _loss_output(
     counted = labels != IGNORE_INDEX
     positions = counted.sum()
     online = teacher_hidden is not None and training
-    distil = not online and target_ids is not None and objective.method == "sparse"
+    distil = not online and target_ids is not None and METHODS[objective.method].cached
     if online:
         found = _dense(objective, states, head, teacher_hidden, labels)
     else:
@@ -415,7 +413,8 @@ def _dense(
     objective: Objective, states: Tensor, head: Head | None, teacher_hidden: Tensor, labels: Tensor
 ) -> LossParts:
     taught = objective.teacher_head
-    if head is None or taught is None:
+    divergence = METHODS[objective.method].divergence
+    if head is None or taught is None or divergence is None:
         raise InvalidArgumentError(
             "distillation with the teacher online needs a student and a teacher whose trunk and "
             "head can be run apart"
@@ -432,7 +431,8 @@ def _dense(
         states.flatten(0, 1),
         head.weight,
         teacher,
-        divergence=DIVERGENCES[objective.method],
+        divergence=divergence,
+        beta=objective.beta,
         labels=labels.flatten(),
         alpha=objective.alpha,
         linear_bias=head.bias,

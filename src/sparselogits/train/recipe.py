@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,14 +27,22 @@ from pydantic_core import PydanticCustomError
 from sparselogits.data import Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
+from sparselogits.methods import (
+    METHODS,
+    METHODS_IN_WORDS,
+    ONLINE,
+    find_method,
+    listed,
+    require_fits,
+)
 from sparselogits.quantization import FORMATS, Format, Quantization
 from sparselogits.safe_yaml import read_mapping
-from sparselogits.train.objective import DIVERGENCES, Method
 from sparselogits.untrusted import printable, shown
 
 _Model = TypeVar("_Model", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 
 RATES = {"new": 1e-3, "pretrained": 5e-5, "lora": 2e-4}
@@ -384,18 +393,21 @@ class Recipe(TrainingSettings):
     cache: Path | str = Field(description="folder or URL of the cache")
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
     student: Student = Field(description="model to train (see student)")
-    method: Method = Field(
-        "sparse",
-        description="loss: sparse (the cache's targets), ce (labels only), full or reverse_kl "
-        "(teacher online)",
-    )
+    method: MethodName = Field("sparse", description=f"loss; {METHODS_IN_WORDS}")
     teacher: str | None = Field(
-        None, description="the cache's teacher, for full and reverse_kl: folder, GGUF or hub name"
+        None,
+        description=f"the cache's teacher, for {listed(ONLINE)}: a model folder, GGUF file or hub "
+        "name",
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of that teacher; auto: as it is stored"
     )
     alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
+    beta: float | None = Field(
+        None,
+        description="share of the teacher in the mixture of jensen_shannon, in (0, 1); "
+        f"{METHODS['jensen_shannon'].beta} when absent",
+    )
     missing_mass: MissingMass = Field(
         "drop",
         description="for biased targets (Top-K, Top-P): drop, renormalise, smooth, ghost or "
@@ -432,8 +444,8 @@ class Recipe(TrainingSettings):
 
     @model_validator(mode="after")
     def _teacher_fits_method(self) -> Recipe:
-        if (self.method in DIVERGENCES) != (self.teacher is not None):
-            raise ValueError("give a teacher with method: full or reverse_kl, and only with them")
+        method = METHODS[self.method]
+        require_fits(method, teacher=self.teacher is not None, beta=self.beta)
         return self
 
     @property

@@ -47,13 +47,13 @@ from sparselogits.errors import (
 from sparselogits.files import disk_errors, write_whole
 from sparselogits.identity import Identity
 from sparselogits.locks import Held, lock_file
+from sparselogits.methods import METHODS
 from sparselogits.store.storage.location import is_url
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.loading import load_tokenizer
 from sparselogits.train.arguments import require_known
-from sparselogits.train.objective import DIVERGENCES
 from sparselogits.train.recipe import Recipe, with_new_names
 from sparselogits.train.saving import model_card, save_student
 from sparselogits.train.student import (
@@ -220,7 +220,7 @@ def _run(
         )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "recipe.json", _json(described | {"made_from": _made_from(dataset, recipe)}))
-    online = recipe.method in DIVERGENCES
+    online = METHODS[recipe.method].online
     if online and teacher is None:
         assert recipe.teacher is not None
         teacher = load_teacher(
@@ -240,6 +240,7 @@ def _run(
         eval_dataset=evaluated,
         method=recipe.method,
         alpha=recipe.alpha,
+        beta=recipe.beta,
         missing_mass=recipe.missing_mass,
         rounds=_thinning(recipe, dataset),
         teacher=teacher if online else None,
@@ -295,15 +296,10 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
         student = f"{recipe.student.path} ({student})"
     else:
         student += ", new with random weights"
-    targets = {
-        "sparse": "cross-entropy to the cache's targets",
-        "ce": "cross-entropy to the labels",
-        "full": "KL(teacher || student), teacher online",
-        "reverse_kl": "KL(student || teacher), teacher online",
-    }
-    loss = targets[recipe.method]
-    if recipe.alpha and recipe.method != "ce":
-        loss = f"{1 - recipe.alpha:g} x {loss} + {recipe.alpha:g} x cross-entropy to the labels"
+    method = METHODS[recipe.method]
+    loss = method.loss + (", teacher online" if method.online else "")
+    if recipe.alpha and method != METHODS["ce"]:
+        loss = f"{1 - recipe.alpha:g} x {loss} + {recipe.alpha:g} x {METHODS['ce'].loss}"
     computed = "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32"
     return PlannedRun(
         student=student,

@@ -39,13 +39,13 @@ from sparselogits.errors import (
 )
 from sparselogits.files import write_whole
 from sparselogits.losses import MissingMass, require_rule_for
+from sparselogits.methods import METHODS
 from sparselogits.positions import check_window
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.arguments import require_known, require_objective
 from sparselogits.train.finite import FiniteGuard
 from sparselogits.train.objective import (
-    Method,
     Objective,
     Wiring,
     attach,
@@ -64,15 +64,17 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         args: transformers' TrainingArguments, or TRL's SFTConfig. What the latter says about
             preparing data (`max_length`, `packing`, ...) was settled when the cache was built.
         train_dataset: a cache.
-        method: "sparse" (the cached targets), "ce" (labels alone: the baseline without a teacher),
-            "full" (the teacher's whole distribution, online: the expensive reference) or
-            "reverse_kl" (the same, minimising KL(student || teacher) as MiniLLM does).
-        alpha: share of the labels' cross-entropy.
+        method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
+            (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
+            distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
+            in MiniLLM) or "jensen_shannon" (as in GKD).
+        alpha: share of the labels' cross-entropy in the loss.
+        beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
         missing_mass: what becomes of the mass that Top-K and Top-P targets lack.
         rounds: thin the cached targets to so many rounds, any number up to the cache's; or a
             `Schedule` that changes it over training.
         fresh_noise: with a number of `rounds`, keep other cached rounds in each epoch.
-        teacher: for "full" and "reverse_kl".
+        teacher: the cache's teacher, for a method with the teacher online.
         eval_dataset: held-out windows; their loss is the labels' cross-entropy, and where they have
             targets their KD part is reported beside it. Or a `datasets.Dataset` of tokenised rows
             (`input_ids`, perhaps `labels`), or several by name.
@@ -108,8 +110,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         args: TrainingArguments | None = None,
         *,
         train_dataset: CacheDataset,
-        method: Method = "sparse",
+        method: str = "sparse",
         alpha: float = 0.0,
+        beta: float | None = None,
         missing_mass: MissingMass = "drop",
         rounds: int | Schedule | None = None,
         fresh_noise: bool = True,
@@ -118,10 +121,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         _require_cache(train_dataset)
-        require_objective(method, alpha, missing_mass, rounds, fresh_noise, teacher is not None)
+        chosen = require_objective(
+            method, alpha, beta, missing_mass, rounds, fresh_noise, teacher=teacher is not None
+        )
         identity = train_dataset.identity
         sampler = from_parameters(_without_budget(identity.sampler))
-        if method == "sparse":
+        if chosen.cached:
             require_rule_for(missing_mass, unbiased=sampler.unbiased)
         self._thinning = rounds if isinstance(rounds, Schedule) else None
         if isinstance(rounds, int):
@@ -140,6 +145,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             )
         self.objective = Objective(
             method,
+            beta=beta,
             alpha=alpha,
             missing_mass=missing_mass,
             temperature=identity.temperature,
@@ -324,7 +330,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 restarts = prepared["position_ids"].cpu() == 0
                 starts = [row.nonzero().flatten().numpy() for row in restarts]
             prepared["teacher_hidden"] = self._teacher.hidden(prepared["input_ids"], starts)
-        if self.objective.method != "sparse":
+        if not METHODS[self.objective.method].cached:
             for name in ("target_ids", "target_weights"):
                 prepared.pop(name, None)
         return prepared

@@ -62,6 +62,7 @@ def recipe(tiny: Any, tmp_path_factory: Any, student: Path) -> CompareRecipe:
     methods: list[Any] = [
         "full",
         "reverse_kl",
+        {"method": "jensen_shannon", "beta": 0.3},
         {"sampler": "multinomial", "budget": BUDGETS["multinomial"], "proposal_exponent": 0.8},
         {"sampler": "threshold", "budget": BUDGETS["threshold"]},
         {
@@ -184,8 +185,8 @@ def test_runs_ask_the_teacher_for_held_out_windows_and_where_it_is_online(
         whole -= read(heldout)
     trained_on = 8 * (results.runs[0].steps or 0)
     assert 0 < trained_on <= setting.corpus.windows
-    assert whole.total() == 2 * trained_on  # full KD and reverse KL, in the same order
-    assert set(whole.values()) == {2}
+    assert whole.total() == 3 * trained_on  # the methods with the teacher online
+    assert set(whole.values()) == {3}
     assert whole.keys() <= read(setting.corpus.read(0, setting.corpus.windows)).keys()
     drafts = asked.total() - sum(n for tokens, n in asked.items() if len(tokens) == length)
     assert drafts == len(results.runs) * 4 * PREFIXES  # each verified in one pass
@@ -193,10 +194,10 @@ def test_runs_ask_the_teacher_for_held_out_windows_and_where_it_is_online(
 
 def test_all_are_done_and_begin_alike(results: Results) -> None:
     assert results.complete
-    assert [run.status for run in results.runs] == ["done"] * 6
+    assert [run.status for run in results.runs] == ["done"] * 7
     first = [run.curve[0] for run in results.runs]
-    assert first == [first[0]] * 6  # the labels' loss, before what a method asks has had a say
-    assert len({run.curve[-1] for run in results.runs}) == 6
+    assert first == [first[0]] * 7  # the labels' loss, before what a method asks has had a say
+    assert len({run.curve[-1] for run in results.runs}) == 7
 
 
 def test_caches_hold_what_the_budget_asks(
@@ -300,6 +301,15 @@ def test_reverse_kl_is_the_other_divergence(
     assert full.figures["loss"] != other.figures["loss"]
 
 
+def test_jensen_shannon_lies_between_the_divergences_that_are_its_limits(
+    rows: dict[str, MethodRow], runs: dict[str, RunRow]
+) -> None:
+    row = rows["jensen_shannon"]
+    assert (row.method, row.spec["beta"]) == ("Jensen-Shannon, beta 0.3", 0.3)
+    losses = {runs[name].figures["loss"] for name in ("full", "reverse_kl", "jensen_shannon")}
+    assert len(losses) == 3
+
+
 def test_drafts_are_kept(
     results: Results, rows: dict[str, MethodRow], runs: dict[str, RunRow]
 ) -> None:
@@ -312,4 +322,4 @@ def test_drafts_are_kept(
         assert drafted.error > 0
         assert abs(drafted.acceptance - drafted.expected) <= DEVIATIONS * drafted.error, family
         assert rows[family].realised == drafted  # there is one seed
-    assert len({run.realised.expected for run in runs.values() if run.realised}) == 6
+    assert len({run.realised.expected for run in runs.values() if run.realised}) == 7

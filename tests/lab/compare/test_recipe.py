@@ -23,12 +23,14 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"methods": []}, "methods: .*at least 1 item"),
         (
             {"methods": ["topk"]},
-            "methods.0.method: .*'sparse', 'ce', 'full', 'reverse_kl' or 'none'",
+            "methods.0.method: unknown method; available: sparse, ce, full, .*, none",
         ),
         ({"methods": [{"sampler": "topk", "kay": 3}]}, "kay: unknown key; did you mean 'k'"),
         ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
         ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),
         ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce takes no budget"),
+        ({"methods": [{"method": "full", "beta": 0.5}]}, "'full' has no beta"),
+        ({"methods": [{"method": "jensen_shannon", "beta": 1.5}]}, "beta must be in .0, 1."),
         ({"methods": [{"sampler": "topk", "rounds": 5}]}, "sampler 'topk'.*'rounds'"),
         (
             {"methods": [{"sampler": "systematic", "budget": 5, "missing_mass": "ghost"}]},

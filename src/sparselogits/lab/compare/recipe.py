@@ -1,6 +1,6 @@
 """A comparison's recipe: one setting, and the methods to compare in it.
 
-A method is a name (`ce`, `full`, `reverse_kl`, `none`) or a mapping in the words of
+A method is a name (a training method, or `none`) or a mapping in the words of
 `sparselogits cache` and `train`. A list in it stands for one method for each of its values, two
 lists for all pairs:
 
@@ -20,13 +20,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
+from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
 from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
-from sparselogits.train.objective import DIVERGENCES
 from sparselogits.train.recipe import (
     Count,
     Quantize,
@@ -44,12 +52,15 @@ SamplerName = Literal[
 Budget = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-_TITLES = {
-    "ce": "CE",
-    "full": "full KD",
-    "reverse_kl": "reverse KL",
-    "none": "before training",
-}
+UNTRAINED = "none"
+"""Method of a comparison that measures the student before training."""
+
+
+def _method_name(name: str) -> str:
+    if name != UNTRAINED and name not in METHODS:
+        raise ValueError(f"unknown method; available: {', '.join([*METHODS, UNTRAINED])}")
+    return name
+
 
 LABELS_ONLY = TopK(1)
 """What the cache holds that methods without cached targets read their text from."""
@@ -68,8 +79,8 @@ class MethodSpec(_Strict):
     """One method: what its targets are, and what training makes of them."""
 
     name: str | None = Field(None, description="in tables; put together from the rest when absent")
-    method: Literal["sparse", "ce", "full", "reverse_kl", "none"] = Field(
-        "sparse", description="sparse, ce, full, reverse_kl, or none: the student before training"
+    method: Annotated[str, AfterValidator(_method_name)] = Field(
+        "sparse", description=f"{METHODS_IN_WORDS}; {UNTRAINED}: the student before training"
     )
     sampler: SamplerName | None = Field(None, description="of sparse targets")
     budget: Budget | None = Field(None, description="mean entries a position")
@@ -86,7 +97,8 @@ class MethodSpec(_Strict):
     position_power: float | None = Field(None, description="of adaptive")
     token_power: float | None = Field(None, description="of adaptive")
     missing_mass: MissingMass = Field("drop", description="for topk and topp")
-    alpha: Share = Field(0.0, description="share of the labels' cross-entropy")
+    alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
+    beta: float | None = Field(None, description="share of the teacher, for jensen_shannon")
     learning_rate: Positive | None = Field(None, description="instead of that of training")
     thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
 
@@ -97,13 +109,16 @@ class MethodSpec(_Strict):
             odd = [*(["sampler"] if self.sampler else []), *given]
             odd += ["thinning"] if self.thinning else []
             odd += ["missing_mass"] if self.missing_mass != "drop" else []
-            if self.method == "none":
-                odd += [n for n in ("alpha", "learning_rate") if getattr(self, n)]
+            if self.method == UNTRAINED:
+                odd += [n for n in ("alpha", "beta", "learning_rate") if getattr(self, n)]
+            else:
+                require_fits(METHODS[self.method], teacher=self.online, beta=self.beta)
             if odd:
                 raise ValueError(f"method: {self.method} takes no {', '.join(odd)}")
             return self
         if self.sampler is None:
-            raise ValueError("give a sampler, or method: ce, full, reverse_kl or none")
+            others = [name for name in [*METHODS, UNTRAINED] if name != "sparse"]
+            raise ValueError(f"give a sampler, or method: {listed(others, 'or')}")
         if self.sampler == "adaptive":
             _require_adaptive(self)
             return self
@@ -122,7 +137,7 @@ class MethodSpec(_Strict):
     @property
     def online(self) -> bool:
         """Whether the teacher runs beside the student."""
-        return self.method in DIVERGENCES
+        return self.method != UNTRAINED and METHODS[self.method].online
 
     def sampler_parameters(self) -> dict[str, Any]:
         """What stands in the recipe for the sampler, with its name; empty where there is none."""
@@ -145,12 +160,17 @@ class MethodSpec(_Strict):
         """Its name, or one put together from what it is."""
         if self.name is not None:
             return self.name
-        title = _TITLES.get(self.method) or _sampler_title(self)
+        if self.method == UNTRAINED:
+            title = "before training"
+        else:
+            method = METHODS[self.method]
+            title = _sampler_title(self) if method.cached else method.title
         if self.missing_mass != "drop":
             title += f", {self.missing_mass.replace('_', ' ')}"
         if self.thinning is not None:
             title += f", {_thinning_title(self.thinning)}"
         title += f", alpha {self.alpha:g}" if self.alpha else ""
+        title += f", beta {self.beta:g}" if self.beta is not None else ""
         return title + (f", learning rate {self.learning_rate:g}" if self.learning_rate else "")
 
 

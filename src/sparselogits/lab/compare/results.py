@@ -105,7 +105,7 @@ class MethodRow(_Value):
 
     method: str
     student: str
-    family: str = Field(description="ce, full, reverse_kl, none, or the sampler's name")
+    family: str = Field(description="name of the training method, `none`, or the sampler")
     spec: dict[str, Any] = Field(description="as in the recipe")
     sampler: dict[str, Any] | None = Field(description="its parameters, a budget resolved")
     unbiased: bool | None = Field(description="None without cached targets")

@@ -31,7 +31,7 @@ from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.lab.compare.caches import Draw, Setting
 from sparselogits.lab.compare.provenance import commit
-from sparselogits.lab.compare.recipe import CompareRecipe, MethodSpec, slug
+from sparselogits.lab.compare.recipe import UNTRAINED, CompareRecipe, MethodSpec, slug
 from sparselogits.locks import Held, lock_file
 from sparselogits.store import Cache
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
@@ -117,7 +117,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
         for name, student in recipe.students.items():
             for method in recipe.methods:
                 given = setting.students[name].path is not None
-                if method.method == "none" and given and seed != recipe.seeds[0]:
+                if method.method == UNTRAINED and given and seed != recipe.seeds[0]:
                     continue  # the same weights for every seed
                 key = Draw.of(method, recipe, seed).key
                 if key not in identities:
@@ -209,7 +209,7 @@ def _train_and_measure(
     resumed = (planned.folder / "recipe.json").exists()
     clock = time.process_time()
     own = _training_recipe(planned, recipe, setting)
-    if planned.method.method == "none":
+    if planned.method.method == UNTRAINED:
         result = save_untrained(own)
     else:
         result = run(
@@ -277,11 +277,12 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
     return Recipe(
         cache=setting.caches[Draw.of(method, recipe, planned.seed).key],
         out=planned.folder,
-        method="ce" if method.method == "none" else method.method,
+        method="ce" if method.method == UNTRAINED else method.method,
         student=setting.students[planned.student],
         teacher=recipe.teacher if method.online else None,
         teacher_dtype=recipe.teacher_dtype,
         alpha=method.alpha,
+        beta=method.beta,
         missing_mass=method.missing_mass,
         thinning=method.thinning,
         seed=planned.seed,
@@ -292,7 +293,7 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
 
 def _unset(method: MethodSpec) -> set[str]:
     """Keys that are left out of a fingerprint where absent, so that older runs keep theirs."""
-    return {"learning_rate"} if method.learning_rate is None else set()
+    return {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
 
 
 def _entries(

@@ -34,6 +34,7 @@ from sparselogits.lab.report.comparison_charts import (
 )
 from sparselogits.lab.report.headline import headline
 from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_page
+from sparselogits.methods import ONLINE
 from sparselogits.untrusted import printable
 
 
@@ -262,7 +263,7 @@ def _table(rows: Sequence[MethodRow], results: Results) -> Table:
         ]
         last += [Cell("")] * len(more)
     # a student that runs its teacher in every step is the aim, not a rival
-    rivals = {row.method for row in rows if row.family not in ("full", "reverse_kl")}
+    rivals = {row.method for row in rows if row.family not in ONLINE}
     return Table("method", columns, lines, last).with_best(rivals)
 
 

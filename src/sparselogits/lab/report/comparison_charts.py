@@ -8,14 +8,13 @@ from typing import Any
 
 from sparselogits.lab.compare.results import MethodRow, Results, RunRow
 from sparselogits.lab.report.charts import Drawing, Look, budget_chart, curve_chart, looks_of
+from sparselogits.methods import METHODS
 
 _BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
-LEVELS = {"ce": "CE", "full": "full KD"}
+LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
 """Families that are drawn as horizontal lines where others have a budget."""
 _FAMILIES = {
-    "ce": "CE",
-    "full": "full KD",
-    "reverse_kl": "reverse KL",
+    **{name: method.title for name, method in METHODS.items()},
     "topk": "Top-K",
     "multinomial": "RS-KD",
     "topp": "Top-P",

@@ -1,0 +1,119 @@
+"""Training methods: the name, loss and needs of each, stated once.
+
+Recipes, the command line, `SparseKDTrainer`, comparisons and their reports read this table. To add
+a divergence, write it in `losses/dense.py` and add a row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.untrusted import shown
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """Describe one way to train a student.
+
+    Args:
+        name: name in recipes and on the command line.
+        title: name in tables and charts.
+        loss: the loss in words.
+        cached: whether the loss uses the cached targets.
+        divergence: name in `losses.DIVERGENCES` of the divergence that is computed with the teacher
+            online; None for a method without the teacher.
+        beta: default share of the teacher in the divergence's mixture; None for a divergence
+            without a mixture.
+    """
+
+    name: str
+    title: str
+    loss: str
+    cached: bool = False
+    divergence: str | None = None
+    beta: float | None = None
+
+    @property
+    def online(self) -> bool:
+        """Whether the teacher runs in every training step."""
+        return self.divergence is not None
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        TrainingMethod("sparse", "sparse KD", "cross-entropy to the cached targets", cached=True),
+        TrainingMethod("ce", "CE", "cross-entropy to the labels"),
+        TrainingMethod("full", "full KD", "KL(teacher || student)", divergence="forward_kl"),
+        TrainingMethod(
+            "reverse_kl", "reverse KL", "KL(student || teacher)", divergence="reverse_kl"
+        ),
+        TrainingMethod(
+            "jensen_shannon",
+            "Jensen-Shannon",
+            "Jensen-Shannon divergence of teacher and student, with share beta of the teacher",
+            divergence="jensen_shannon",
+            beta=0.5,
+        ),
+    )
+}
+ONLINE = [name for name, method in METHODS.items() if method.online]
+
+
+def listed(names: list[str], last: str = "and") -> str:
+    """Return names as a list in words."""
+    return f" {last} ".join(", ".join(names).rsplit(", ", 1))
+
+
+METHODS_IN_WORDS = "; ".join(
+    f"{name}: {method.loss}{', teacher online' if method.online else ''}"
+    for name, method in METHODS.items()
+)
+
+
+def find_method(name: object) -> TrainingMethod:
+    """Return the method of a name.
+
+    Raises:
+        InvalidArgumentError: If there is no such method.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise InvalidArgumentError(f"unknown method {shown(name)}; available: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def require_fits(method: TrainingMethod, *, teacher: bool, beta: float | None) -> None:
+    """Validate what is given beside a method.
+
+    Args:
+        method: the method.
+        teacher: whether a teacher is given.
+        beta: the share of the teacher in the mixture; None for the method's own.
+
+    Raises:
+        InvalidArgumentError: If a teacher is missing or superfluous, or beta has no effect or is
+            out of range.
+    """
+    if method.online and not teacher:
+        raise InvalidArgumentError(
+            f"method {method.name!r} runs the teacher online, and no teacher is given: give the "
+            "cache's teacher, or choose a method without one"
+        )
+    if teacher and not method.online:
+        raise InvalidArgumentError(
+            f"method {method.name!r} does not use a teacher, and one is given: leave the teacher "
+            f"out, or choose {listed(ONLINE, 'or')}"
+        )
+    if beta is None:
+        return
+    if method.beta is None:
+        with_beta = [name for name, other in METHODS.items() if other.beta is not None]
+        raise InvalidArgumentError(
+            f"method {method.name!r} has no beta, and beta={beta:g} is given: leave it out, or "
+            f"choose {listed(with_beta, 'or')}"
+        )
+    if not 0.0 < beta < 1.0:
+        raise InvalidArgumentError(
+            f"beta must be in (0, 1), found {beta:g}: its limits are full and reverse_kl"
+        )
