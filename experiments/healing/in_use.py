@@ -1,6 +1,6 @@
 """What a user of the healed students would notice: zero-shot tasks, and drafting for the teacher.
 
-    python experiments/healing/in_use.py --grid FOLDER/layers24 --out RESULT.json [--methods NAME]
+    python experiments/healing/in_use.py --grid FOLDER/layers24 --out RESULT.json [--methods ...]
 
 The students are those of the grid's first seed (healing.py keeps their weights). Each is scored on
 the local tasks `agreement` and `last_word`, and drafts four tokens at a time for the teacher from
