@@ -12,7 +12,7 @@ set -euo pipefail
 text=$(realpath "$1") other=$(realpath "$2") work=$3
 results=$(cd "$(dirname "$0")" && pwd)/results
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-teacher=$(python -c 'from sparselogits.lab.demo.material import demo_teacher; print(demo_teacher())')
+teacher=$(python -c 'from sparselogits.teacher.demo_model import demo_model; print(demo_model())')
 mkdir -p "$work"
 cd "$work"
 

@@ -17,9 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparselogits.corpus.pieces import document_key
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from small_teacher import documents
-from sparselogits.corpus.pieces import document_key
 
 
 def texts(files: list[Path]) -> Iterator[str]:

@@ -42,15 +42,15 @@ class Case(TypedDict):
 
 def load() -> None:
     """Everything the commands import, so that forks share it."""
-    import sparselogits.compare
-    import sparselogits.demo
-    import sparselogits.report
     import torch
     import transformers.trainer  # noqa: F401
 
     import sparselogits.caching
     import sparselogits.cli
     import sparselogits.evaluate
+    import sparselogits.lab.compare
+    import sparselogits.lab.demo
+    import sparselogits.lab.report
     import sparselogits.train  # noqa: F401
 
     torch.set_num_threads(1)

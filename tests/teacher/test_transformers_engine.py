@@ -197,3 +197,37 @@ def test_attention_restarts_at_document_starts() -> None:
 def test_a_model_without_a_head_cannot_teach() -> None:
     with pytest.raises(TeacherError, match="no language-model head"):
         make_teacher(tiny_llama().model)
+
+
+def test_what_is_remembered_is_read_once_and_gives_the_same_logits() -> None:
+    teacher = TransformersTeacher(tiny_llama(), identity={})
+    passes = []
+    teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
+    tokens = torch.arange(64).reshape(2, 32)
+    starts = [np.array([0, 20])]
+
+    def logits(rows: slice, restarts: list[np.ndarray] | None = None) -> torch.Tensor:
+        return torch.cat([piece.logits for piece in teacher.logits(tokens[rows], restarts)])
+
+    first, second, restarted = logits(slice(1)), logits(slice(1, 2)), logits(slice(1), starts)
+    passes.clear()
+    with teacher.remembering():
+        for _ in range(3):
+            assert torch.equal(logits(slice(1)), first)
+            assert torch.equal(logits(slice(1, 2)), second)
+            assert torch.equal(logits(slice(1), starts), restarted)
+    assert len(passes) == 3
+    logits(slice(1))
+    assert len(passes) == 4
+
+
+def test_no_more_is_remembered_than_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparselogits.teacher.transformers_engine.REMEMBERED_BYTES", 32 * 32 * 4)
+    teacher = TransformersTeacher(tiny_llama(), identity={})
+    passes = []
+    teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
+    with teacher.remembering():
+        for _ in range(2):
+            for row in torch.arange(64).reshape(2, 1, 32):
+                list(teacher.logits(row))
+    assert len(passes) == 3  # the second window is read each time

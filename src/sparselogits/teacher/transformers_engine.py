@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,8 @@ from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
 SLICE_POSITIONS = 256
+REMEMBERED_BYTES = 1 << 28
+"""Hidden states that a teacher keeps at most, see `TransformersTeacher.remembering`."""
 
 
 class TransformersTeacher:
@@ -75,6 +78,22 @@ class TransformersTeacher:
             )
         self.token_mask = mask
         self._not_tokens = (~mask).nonzero().flatten().to(self.device)
+        self._remembers = False
+        self._remembered: dict[tuple[bytes, ...], Tensor] = {}
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the hidden states of what is read inside the context, and read nothing twice.
+
+        For text that several students are measured on, one after the other: only the head runs
+        again, and the logits are the same bits. States stay until the teacher is discarded, up to
+        `REMEMBERED_BYTES`; what is beyond them is read each time.
+        """
+        self._remembers = True
+        try:
+            yield
+        finally:
+            self._remembers = False
 
     @property
     def head(self) -> Head | None:
@@ -100,7 +119,17 @@ class TransformersTeacher:
         """
         if self._parts is None:
             raise TeacherError("this teacher's trunk cannot be run apart from its head")
-        return self._forward(tokens, document_starts)
+        if not self._remembers:
+            return self._forward(tokens, document_starts)
+        starts = () if document_starts is None else map(np.ndarray.tobytes, document_starts)
+        key = (str(tuple(tokens.shape)).encode(), tokens.cpu().numpy().tobytes(), *starts)
+        found = self._remembered.get(key)
+        if found is None:
+            found = self._forward(tokens, document_starts)
+            kept = sum(states.nbytes for states in self._remembered.values())
+            if kept + found.nbytes <= REMEMBERED_BYTES:
+                self._remembered[key] = found
+        return found
 
     @torch.no_grad()
     def logits(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from sparselogits.lab.compare.results import (
@@ -16,9 +15,10 @@ from sparselogits.lab.compare.results import (
     ReliabilityBin,
     Results,
     RunRow,
+    TeacherRow,
 )
-from sparselogits.lab.report import Continuation, Trained, Walkthrough
-from sparselogits.lab.report.page import Cell
+from sparselogits.lab.demo.story import caution, drawings, headline, table
+from sparselogits.lab.report import Continuation, Walkthrough
 
 HOSTILE = "<img src=x onerror=document.title=1>"
 RECORD = Path(__file__).parents[3] / "experiments" / "results" / "compare_small_teacher.json"
@@ -110,41 +110,43 @@ def comparison() -> Results:
     )
 
 
-def walkthrough() -> Walkthrough:
-    """A demo's page, one method of it under a hostile name."""
-    ways = {
-        "CE (no teacher)": (7.09, None, None),
-        HOSTILE: (7.074, 53.1, (-0.016, -0.05, 0.02)),
-        "systematic RS-KD": (6.931, 18.3, (-0.159, -0.21, -0.1)),
-        "full KD (online)": (6.932, None, (-0.158, -0.21, -0.1)),
+def demo_results() -> Results:
+    """Return results of the demo's kind, one method of it under a hostile name."""
+    ways: dict[str, tuple[str, float, float | None, float | None]] = {
+        "not healed": ("none", 1.051, 0.0, None),
+        "CE": ("ce", 0.981, 15.4, None),
+        HOSTILE: ("topk", 0.8, 55.2, 50.3),
+        "systematic": ("systematic", 0.601, 98.9, 16.6),
+        "full KD": ("full", 0.596, 100.0, None),
     }
+    rows = [
+        method(name, family, 3.0 + kl, None if size is None else 12.0).model_copy(
+            update={
+                "figures": {"loss": figure(3.0 + kl), "kl": figure(kl), "acceptance": figure(0.6)},
+                "recovered": None if share is None else figure(share),
+                "bytes_per_token": size,
+            }
+        )
+        for name, (family, kl, share, size) in ways.items()
+    ]
+    runs = [
+        RunRow(method=name, student="pruned", seed=7, status="done", steps=10, tokens=5120)
+        for name in ways
+    ]
+    found = comparison().model_copy(update={"methods": rows, "runs": runs})
+    known = TeacherRow(figures={"loss": 2.8}, reliability=[], positions=100, windows=12)
+    return found.model_copy(update={"teacher": known})
 
-    def cells(loss: float, size: float | None) -> list[Cell]:
-        known = [Cell(f"{loss:.3f}", loss), Cell(f"{math.exp(loss):.1f}", math.exp(loss))]
-        return [
-            *known,
-            Cell("4.500", 4.5),
-            Cell("-" if size is None else "12.0", None if size is None else 12.0),
-            Cell("-" if size is None else f"{size}", size),
-            Cell("6", 6.0),
-        ]
 
+def walkthrough() -> Walkthrough:
+    """Return a demo's page, hostile wherever names and text come in."""
+    results = demo_results()
     return Walkthrough(
         title="sparselogits demo",
-        headline=f"A teacher taught a student: {HOSTILE}.",
-        caution="One seed says little.",
-        students=[
-            Trained(
-                name,
-                cells(loss, size),
-                [(step, loss + 3 * math.exp(-step / 10)) for step in range(2, 60, 2)],
-                loss,
-                less,
-            )
-            for name, (loss, size, less) in ways.items()
-        ],
-        teacher=[Cell("2.501"), Cell("12.2"), Cell("0.000"), *[Cell("")] * 3],
-        rivals=list(ways)[:3],
+        headline=headline(results),
+        caution=caution(results),
+        table=table(results),
+        drawings=drawings(results),
         continuations=[Continuation(HOSTILE, {"the teacher": "word " * 60, "CE": "x" * 300})],
         sampled="Drawn at temperature 0.7.",
         window="window-0.html",

@@ -81,12 +81,12 @@ def test_the_checks_find_what_they_are_for(browser: Browser, tmp_path: Path) -> 
 def test_pointing_shows_the_numbers_as_text(pages: dict[str, Path], browser: Browser) -> None:
     """A tooltip is markup that a library makes: a hostile name must not become any."""
     with opened(browser, pages["walkthrough"].as_uri(), size=DESKTOP) as page:
-        mark = page.locator("#gaps svg .mark-symbol.role-mark > path").first
+        mark = page.locator("#recovered svg .mark-symbol.role-mark > path").nth(1)
         mark.hover()
         tip = page.locator("#vg-tooltip-element.visible")
         tip.wait_for(timeout=5000)
         assert HOSTILE in tip.inner_text()
-        assert "-0.016" in tip.inner_text().replace("\u2212", "-")
+        assert "55.2" in tip.inner_text()
         assert page.locator("img").count() == 0
         assert page.title() == "sparselogits demo"
         assert faint_texts(page) == []

@@ -157,7 +157,8 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
         if kept["of"] == [*key, recipe.heldout_windows]:
             return TeacherRow.model_validate(kept["row"])
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
-    found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
+    with setting.teacher.remembering():
+        found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
     bins = found.calibration.to_json()["equal_width"]["bins"]
     row = TeacherRow(
         figures=figures_of(found),

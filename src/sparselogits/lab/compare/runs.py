@@ -221,7 +221,8 @@ def _train_and_measure(
     cpu_seconds = time.process_time() - clock
     model = load_causal_lm(str(result.model_path), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
-    found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]
+    with setting.teacher.remembering():  # its pass over these windows serves all runs
+        found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]
     drafting = None
     if recipe.draft:
         some = TextDataset(setting.corpus, limit=recipe.draft_windows)

@@ -1,5 +1,5 @@
-"""The whole way on a real teacher and real text, on a laptop: teacher, cache, students, table."""
+"""The whole way on a laptop: a teacher is pruned, and the student healed by each method."""
 
-from sparselogits.lab.demo.demo import DemoResult, run_demo
+from sparselogits.lab.demo.demo import DemoResult, Scale, run_demo
 
-__all__ = ["DemoResult", "run_demo"]
+__all__ = ["DemoResult", "Scale", "run_demo"]

@@ -1,92 +1,101 @@
-"""`sparselogits demo`: one small student, five ways to train it, one table.
+"""`sparselogits demo`: a pruned student, healed by each method from one pass of its teacher.
 
-Teacher's pass, caches, students and figures land in one directory; what is finished is not done
-again, so an interrupted demo goes on where it stood.
+The demo is a comparison (`sparselogits.lab.compare`) with a page and a student to talk to:
+
+    OUT/
+      language-reference.jsonl  the text
+      recipe.yaml               the comparison's recipe, to change and to give to `compare`
+      results.json, corpus/, caches/, students/, runs/   see lab/compare/comparison.py
+      student/                  the student healed from the systematic cache
+      demo.json                 results and samples of text
+      report.html, window-0.html
+
+What is finished is not done again, so an interrupted demo goes on where it stood.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import shlex
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.box import SIMPLE
 from rich.table import Table
 
-from sparselogits.caching import BuildReport, CacheRequest, build_caches
 from sparselogits.console import messages, stage
-from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for, tokenizer_fingerprint
-from sparselogits.data import TextDataset
-from sparselogits.evaluate import HeldOut, evaluate
+from sparselogits.corpus import PackedCorpus
+from sparselogits.data import CacheDataset
+from sparselogits.errors import TrainingError
 from sparselogits.extras import require_demo
-from sparselogits.files import write_whole
-from sparselogits.lab.demo.material import (
-    SEPARATOR_ID,
-    DemoText,
-    demo_dtype,
-    demo_text,
-)
-from sparselogits.lab.demo.story import (
-    Told,
+from sparselogits.files import whole_folder, write_whole
+from sparselogits.lab.compare import CompareRecipe, Results, RunRow, compare, parse_compare_recipe
+from sparselogits.lab.compare.caches import Draw
+from sparselogits.lab.demo.material import SEPARATOR_ID, DemoText, demo_dtype, demo_text
+from sparselogits.lab.demo.samples import (
+    PROMPT_TOKENS,
+    TEMPERATURE,
     continuations,
     prompts_of,
-    write_story,
-    write_window,
 )
-from sparselogits.lab.report import Continuation
-from sparselogits.samplers import Multinomial, Systematic, TopK
-from sparselogits.store import Cache
+from sparselogits.lab.demo.story import CAPTION, caution, drawings, headline, table
+from sparselogits.lab.report import (
+    Continuation,
+    Walkthrough,
+    WindowViewer,
+    view_page,
+    write_walkthrough,
+)
+from sparselogits.lab.report.charts import can_draw
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.demo_model import NAME, demo_model
-from sparselogits.teacher.loading import keep_tokenizer, load_causal_lm, load_tokenizer
-from sparselogits.train import Recipe, RunResult, run
-from sparselogits.train.recipe import Student
+from sparselogits.teacher.demo_model import NAME
+from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
-CHARACTERS = 64_000
-WINDOW = 256
-HOLDOUT = 0.15
-HELDOUT_WINDOWS = 16
-BUDGET = 12.0
-TOP_K = 12
 SEED = 7
-STUDENT = Student(hidden_size=128, layers=4, heads=4)
+HOLDOUT = 0.375
+WINDOW_PAGE = "window-0.html"
+HEALED = "systematic 12"
+"""The method whose student is kept to talk to."""
 
-
-@dataclass(frozen=True)
-class _Way:
-    """One row of the table: a name, a training method, and the cache it reads."""
-
-    key: str
-    name: str
-    method: str
-    cache: str
-
-
-WAYS = (
-    _Way("ce", "CE (no teacher)", "ce", "systematic"),
-    _Way("topk", f"Top-K {TOP_K}", "sparse", "topk"),
-    _Way("multinomial", "RS-KD", "sparse", "multinomial"),
-    _Way("systematic", "systematic RS-KD", "sparse", "systematic"),
-    _Way("full", "full KD (online)", "full", "systematic"),
+METHODS: tuple[dict[str, Any], ...] = (
+    {"method": "none", "name": "not healed"},
+    {"method": "ce", "name": "CE, no teacher"},
+    {"sampler": "topk", "k": 12, "name": "Top-12"},
+    {"sampler": "topk", "k": 12, "missing_mass": "ghost", "name": "Top-12, ghost token"},
+    {"sampler": "multinomial", "budget": 12, "name": "RS-KD 12"},
+    {"sampler": "systematic", "budget": 12, "name": HEALED},
+    {"method": "full", "name": "full KD, online"},
 )
-
-COLUMNS = ("method", "loss", "perplexity", "KL", "entries", "bytes", "seconds")
-CAPTION = "loss on held-out pages, KL(teacher || student) there, entries and bytes a token"
+SAMPLED = ("not healed", "Top-12", HEALED)
+"""Methods whose students write samples, beside the teacher."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table in the terminal: its name and cells, as shown."""
+class Scale:
+    """How much the demo does.
 
-    name: str
-    cells: tuple[str, ...]
+    Args:
+        characters: length of the text; a token has about four.
+        heldout_windows: windows that students are measured on.
+        window: tokens per window.
+        layers: blocks that the student keeps.
+    """
+
+    characters: int
+    heldout_windows: int
+    window: int = 256
+    layers: int = 24
+
+
+SCALES = {"bfloat16": Scale(34_000, 12), "float32": Scale(17_000, 6)}
+"""By number format: about four minutes on two cores that multiply bfloat16, and about as long on
+cores that do not."""
 
 
 @dataclass(frozen=True)
@@ -94,300 +103,267 @@ class DemoResult:
     """Everything the demo found.
 
     Args:
-        rows: table cells by method, in order.
-        heldout: measurements by method, the teacher's among them.
-        conditions: settings and versions.
+        results: the comparison's results.
+        samples: what the models write.
         report: path of the page.
+        student: folder of the healed student.
     """
 
-    rows: list[Row]
-    heldout: dict[str, HeldOut]
-    conditions: list[tuple[str, str]]
+    results: Results
+    samples: list[Continuation]
     report: Path
+    student: Path
 
     def table(self) -> Table:
-        """The table, for a terminal."""
-        table = Table(*COLUMNS, box=SIMPLE, caption=CAPTION, caption_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in self.rows:
-            table.add_row(row.name, *row.cells)
-        return table
+        """Return the table for a terminal."""
+        own = table(self.results)
+        found = Table("method", box=SIMPLE, caption=CAPTION, caption_justify="left")
+        for column in own.columns:
+            found.add_column(column.head, justify="right")
+        for name, cells in [*own.lines, ("the teacher", own.last)]:
+            found.add_row(name, *(cell.text for cell in cells))
+        return found
 
     def remark(self) -> str:
-        """What the table can and cannot show, in the light of its own numbers."""
-        return _remark(self.heldout)
+        """Say what the numbers show and what they cannot show."""
+        return f"{headline(self.results)} {caution(self.results)}"
+
+    @property
+    def talk(self) -> str:
+        """Command that asks the student a question; it needs nothing that the demo does not."""
+        return talk_command(self.student)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
-            "heldout": {name: found.to_json() for name, found in self.heldout.items()},
-            "rows": [dict(zip(COLUMNS, (r.name, *r.cells), strict=True)) for r in self.rows],
-            "conditions": dict(self.conditions),
+            "results": self.results.model_dump(mode="json"),
+            "samples": [asdict(sample) for sample in self.samples],
             "report": str(self.report),
+            "student": str(self.student),
+            "talk": self.talk,
         }
 
 
-def run_demo(out: Path) -> DemoResult:
+def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
     """Run the demo, or what is left of it.
 
     Args:
-        out: directory of everything it makes.
+        out: folder of everything it makes.
+        scale: how much to do; chosen by the processor when absent.
 
     Raises:
         MissingDependencyError: naming every missing package that the demo needs.
+        TrainingError: a method's run failed, or another process has it in hand.
     """
     require_demo()
     started = time.perf_counter()
-    text = demo_text(out, CHARACTERS)
-    dtype = demo_dtype()
-    with _spoken("loading the teacher, SmolLM2-135M-Instruct (4-bit weights)"):
-        folder = demo_model()
-        tokenizer = load_tokenizer(str(folder))
-        teacher = load_teacher(str(folder), tokenizer=tokenizer, dtype=dtype)
-    packing = packing_for(
-        tokenizer, window_length=WINDOW, separator_id=SEPARATOR_ID, holdout=HOLDOUT
-    )
-    source = open_source(str(text.path))
-    corpus = pack(source, tokenizer, packing, out / "corpus", vocab_size=teacher.vocab_size)
-    build_seconds, built = _build(teacher, corpus, tokenizer_fingerprint(tokenizer), out)
-    for cache in sorted({way.cache for way in WAYS}):
-        keep_tokenizer(tokenizer, out / "caches" / cache)  # students are saved with it
-    results = {way.key: _train(way, teacher, out) for way in WAYS}
-    students = {key: load_causal_lm(str(found.model_path)) for key, found in results.items()}
-    heldout = _evaluate(students, teacher, corpus)
-    conditions = _conditions(text, corpus, teacher, build_seconds, built)
-    rows = [_teacher_row(heldout["teacher"])]
-    rows += [_row(way, heldout[way.key], results[way.key], out) for way in WAYS]
-    result = DemoResult(rows, heldout, conditions, out / "report.html")
-    with _spoken("samples of text and the report"):
-        samples = _samples(students, teacher, corpus, tokenizer)
-        systematic = out / "caches" / "systematic"
-        window = write_window(out, systematic, tokenizer, teacher, students["systematic"])
-        told = [_told(way, results[way.key], out) for way in WAYS]
-        parameters = sum(p.numel() for p in students["ce"].parameters())
-        write_story(
-            result.report,
-            told,
-            heldout,
-            headline=_headline(told, heldout, corpus, parameters, build_seconds, built),
-            caution=_remark(heldout),
-            continuations=samples,
-            window=window,
-            next_steps=_next_steps(out),
-            conditions=conditions,
-        )
-        write_whole(out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+    scale = scale or SCALES[demo_dtype()]
+    text = demo_text(out, scale.characters)
+    recipe = demo_recipe(out, text, scale)
+    results = compare(recipe, device="cpu", stage=stage)
+    runs = {run.method: run for run in results.runs}
+    for run in results.runs:
+        if run.status != "done":
+            raise TrainingError(
+                f"{run.method}: {run.message or 'another process has it in hand'}. The same "
+                "command goes on with what is left"
+            )
+    messages.print("samples of text and the page ...")
+    tokenizer = load_tokenizer(NAME)
+    student = _keep_student(out, runs[HEALED], tokenizer)
+    teacher = load_teacher(NAME, tokenizer=tokenizer, dtype=demo_dtype())
+    samples = _samples(out, runs, teacher, tokenizer)
+    result = DemoResult(results, samples, out / "report.html", student)
+    _write_page(result, recipe, text, teacher, tokenizer)
+    write_whole(out / "demo.json", json.dumps(result.to_json(), indent=1) + "\n")
+    for run in results.runs:
+        if run.method not in SAMPLED:  # half a gigabyte each, and not needed any more
+            shutil.rmtree(out / str(run.folder) / "model", ignore_errors=True)
     messages.print(f"demo finished in {time.perf_counter() - started:.0f} s")
     return result
 
 
-@contextmanager
-def _spoken(what: str) -> Iterator[None]:
-    started = time.perf_counter()
-    messages.print(f"{what} ...")
-    yield
-    messages.print(f"{what}: {time.perf_counter() - started:.0f} s")
+def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
+    """Return the demo's recipe, which is written to OUT/recipe.yaml as well."""
+    dtype = demo_dtype()
+    values = {
+        "title": "the demo",
+        "teacher": NAME,
+        "teacher_dtype": dtype,
+        "data": str(text.path),
+        "out": str(out),
+        "window": scale.window,
+        "separator_id": SEPARATOR_ID,
+        "holdout": HOLDOUT,
+        "heldout_windows": scale.heldout_windows,
+        "cache_batch": 4,
+        "seeds": [SEED],
+        "draw_seed": SEED,
+        "students": {"pruned": {"from": "teacher", "layers": scale.layers}},
+        "training": {
+            "per_device_train_batch_size": 2,
+            "learning_rate": 2e-4,
+            "warmup_steps": 0,  # of ten steps none is to spare
+            "bf16": dtype == "bfloat16",
+            "logging_steps": 1,
+        },
+        "methods": list(METHODS),
+    }
+    write_whole(out / "recipe.yaml", yaml.safe_dump(values, sort_keys=False))
+    return parse_compare_recipe(values, source="the demo")
 
 
-def _build(
-    teacher: TransformersTeacher, corpus: PackedCorpus, tokenizer_hash: str, out: Path
-) -> tuple[float, BuildReport]:
-    """One pass of the teacher, three caches."""
-    requests = [
-        CacheRequest(out / "caches" / "systematic", Systematic(), budget=BUDGET, seed=SEED),
-        CacheRequest(out / "caches" / "multinomial", Multinomial(), budget=BUDGET, seed=SEED),
-        CacheRequest(out / "caches" / "topk", TopK(TOP_K), seed=SEED),
+def talk_command(student: Path) -> str:
+    """Return a command that asks a student one question and prints the answer."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+    code = (
+        f"from transformers import pipeline; print(pipeline('text-generation', {str(student)!r})"
+        "([{'role': 'user', 'content': input('you: ')}])[0]['generated_text'][-1]['content'])"
+    )
+    python = "python" if same else shlex.quote(sys.executable)
+    if set(code) & set('"$`\\!'):
+        return f"{python} -c {shlex.quote(code)}"
+    return f'{python} -c "{code}"'  # with fewer quotes than shlex would write
+
+
+def _keep_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
+    """Write OUT/student: the healed student in the teacher's number format, with its tokenizer."""
+    folder, mark = out / "student", f"run: {run.folder}\n"
+    if (folder / "from.txt").exists() and (folder / "from.txt").read_text() == mark:
+        return folder
+    source = out / str(run.folder) / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(folder) as partial:
+        load_causal_lm(str(source), dtype="bfloat16").save_pretrained(partial)  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
+        shutil.copy(source / "README.md", partial)
+        (partial / "from.txt").write_text(mark)
+    return folder
+
+
+def _samples(
+    out: Path, runs: dict[str, RunRow], teacher: TransformersTeacher, tokenizer: Any
+) -> list[Continuation]:
+    """Return what the models write, as it was kept or anew."""
+    file, made_by = out / "samples.json", [str(runs[name].folder) for name in SAMPLED]
+    if file.exists() and (kept := json.loads(file.read_text()))["of"] == made_by:
+        return [Continuation(**sample) for sample in kept["samples"]]
+    models = {"the teacher": teacher.model} | {
+        name: load_causal_lm(str(out / str(runs[name].folder) / "model"), dtype=demo_dtype())
+        for name in SAMPLED
+    }
+    prompts = prompts_of(PackedCorpus.open(out / "corpus"), tokenizer)
+    samples = continuations(models, tokenizer, prompts, SEED)
+    kept = {"of": made_by, "samples": [asdict(sample) for sample in samples]}
+    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    return samples
+
+
+def _write_page(
+    result: DemoResult,
+    recipe: CompareRecipe,
+    text: DemoText,
+    teacher: TransformersTeacher,
+    tokenizer: Any,
+) -> None:
+    """Write the page, and that of the cache's first window beside it."""
+    results, out = result.results, recipe.out
+    method = next(own for own in recipe.methods if own.title == HEALED)
+    cache = out / "caches" / Draw.of(method, recipe, SEED).key
+    dataset = CacheDataset(cache)
+    viewer = WindowViewer(
+        dataset,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        student=load_causal_lm(str(result.student), dtype=demo_dtype()),
+    )
+    page = view_page(viewer.view(0), rounds=dataset.identity.sampler.get("rounds"))
+    write_whole(out / WINDOW_PAGE, page)
+    found = Walkthrough(
+        title="sparselogits demo",
+        headline=headline(results),
+        caution=caution(results),
+        table=table(results),
+        drawings=drawings(results) if can_draw() else (),
+        continuations=result.samples,
+        sampled=(
+            f"What follows the first {PROMPT_TOKENS} tokens of a held-out page, and answers in the "
+            f"form of the chat template, drawn at temperature {TEMPERATURE:g} with one seed for "
+            "all and cut off at the same length."
+        ),
+        window=WINDOW_PAGE,
+        next_steps=_next_steps(result, cache),
+        conditions=_conditions(results, text, teacher),
+    )
+    write_walkthrough(found, result.report)
+
+
+def _next_steps(result: DemoResult, cache: Path) -> list[tuple[str, str]]:
+    student, folder = shlex.quote(str(result.student)), shlex.quote(str(cache))
+    recipe = shlex.quote(str(result.report.with_name("recipe.yaml")))
+    return [
+        ("Talk to the healed student:", result.talk),
+        (
+            "Look at another window of the cache, with the student:",
+            f"sparselogits view {folder} --window 3 --teacher {NAME} --student {student}",
+        ),
+        (
+            "Compare the methods on your own text:",
+            f"sparselogits compare {recipe} --data TEXT --out my-comparison",
+        ),
+        (
+            "Cache your own text:",
+            f"sparselogits cache --teacher {NAME} --data TEXT --out my-cache --holdout 0.05",
+        ),
+        (
+            "Prune a student and heal it from that cache:",
+            f"sparselogits shrink {NAME} --layers 24 --cache my-cache --out my-start\n"
+            "sparselogits train --cache my-cache --student my-start --out my-student",
+        ),
     ]
-    started = time.perf_counter()
-    with stage("teacher's pass, three caches at once", "tokens", per_unit=WINDOW) as update:
-        report = build_caches(
-            teacher,
-            corpus,
-            requests,
-            tokenizer_hash=tokenizer_hash,
-            batch=4,
-            windows_per_shard=32,
-            progress=update,
-        )
-    return time.perf_counter() - started, report
-
-
-def _train(way: _Way, teacher: TransformersTeacher, out: Path) -> RunResult:
-    recipe = Recipe(
-        cache=out / "caches" / way.cache,
-        out=out / "runs" / way.key,
-        method=way.method,
-        teacher=NAME if way.method == "full" else None,
-        student=STUDENT,
-        per_device_train_batch_size=2,
-        learning_rate=3e-3,
-        bf16=demo_dtype() == "bfloat16",
-        logging_steps=2,
-        seed=SEED,
-    )
-    with stage(f"training with {way.name}", "steps") as update:
-
-        def show(done: int, total: int, line: dict[str, float]) -> None:
-            update(done, total, f"loss {line['loss']:.2f}" if "loss" in line else "")
-
-        return run(recipe, teacher=teacher, device="cpu", progress=show)
-
-
-def _evaluate(
-    students: dict[str, Any], teacher: TransformersTeacher, corpus: PackedCorpus
-) -> dict[str, HeldOut]:
-    windows = TextDataset(corpus, limit=HELDOUT_WINDOWS)
-    with stage("evaluating on held-out pages", "windows") as update:
-        return evaluate(students, windows, teacher, progress=update)
-
-
-def _row(way: _Way, found: HeldOut, trained: RunResult, out: Path) -> Row:
-    entries, size = "-", "-"
-    if way.method == "sparse":
-        facts = Cache.open(out / "caches" / way.cache).statistics()
-        entries, size = f"{facts.entries_per_position:.1f}", f"{facts.bytes_per_token:.1f}"
-    elif way.method == "full":
-        entries = "all"
-    return Row(way.name, (*_figures(found), entries, size, f"{trained.seconds:.0f}"))
-
-
-def _teacher_row(found: HeldOut) -> Row:
-    return Row("(the teacher)", (*_figures(found), "-", "-", "-"))
-
-
-def _figures(found: HeldOut) -> tuple[str, str, str]:
-    kl = "-" if found.kl is None else f"{max(found.kl, 0.0):.3f}"
-    return f"{found.loss:.3f}", f"{found.perplexity:.1f}", kl
-
-
-def _remark(heldout: dict[str, HeldOut]) -> str:
-    order = sorted((way for way in WAYS), key=lambda way: heldout[way.key].loss)
-    gap = heldout["ce"].loss - heldout["full"].loss
-    noise = _standard_error(heldout["ce"], heldout["full"])
-    ranking = " < ".join(way.name for way in order)
-    reach = (
-        f"The gap between CE and full KD, {gap:.3f} nats, is {abs(gap) / noise:.1f} times the "
-        "standard error of their difference over the held-out windows"
-    )
-    return (
-        f"Held-out loss, best first: {ranking}. {reach}; differences much smaller than that say "
-        "nothing. One seed and one pass over some twenty thousand tokens show that the whole way "
-        "works and what each method costs; they cannot show the paper's effect on a converged "
-        "student, which takes orders of magnitude more tokens: all students here are still far "
-        "from their teacher."
-    )
-
-
-def _standard_error(a: HeldOut, b: HeldOut) -> float:
-    gaps = torch.tensor(a.loss_by_window) - torch.tensor(b.loss_by_window)
-    return float(gaps.std() / len(gaps) ** 0.5)
 
 
 def _conditions(
-    text: DemoText,
-    corpus: PackedCorpus,
-    teacher: TransformersTeacher,
-    build_seconds: float,
-    built: BuildReport,
+    results: Results, text: DemoText, teacher: TransformersTeacher
 ) -> list[tuple[str, str]]:
-    rounds = {Path(cache.root).name: cache.identity.sampler.get("rounds") for cache in built.caches}
-    passed = (
-        f"{built.windows_built * WINDOW:,} tokens in {build_seconds:.0f} s, pilot, sampling and "
-        "writing of three caches included"
-        if built.windows_built
-        else "done in an earlier call"
-    )
+    recipe, corpus = results.settings["recipe"], results.settings["corpus"]
+    before = results.settings["teacher"]["parameters"]
+    after = results.settings["student_parameters"]["pruned"]
+    student = recipe["students"]["pruned"]
+    training, machine = recipe["training"], results.provenance
+    rounds = {
+        row.method: row.sampler["rounds"]
+        for row in results.methods
+        if row.sampler and "rounds" in row.sampler
+    }
     return [
         ("text", text.description),
-        ("training tokens", f"{corpus.windows * WINDOW:,} in windows of {WINDOW}, one pass"),
-        ("held-out tokens", f"{min(HELDOUT_WINDOWS, corpus.holdout_windows) * WINDOW:,}"),
+        ("training tokens", f"{corpus['training_tokens']:,}, one pass"),
+        ("held-out tokens", f"{corpus['heldout_windows'] * recipe['window']:,}"),
         (
             "teacher",
             f"SmolLM2-135M-Instruct, {teacher.identity['quantization']}, "
             f"{teacher.identity['dtype']}",
         ),
-        ("teacher's pass", passed),
         (
             "student",
-            f"Llama, width {STUDENT.hidden_size}, {STUDENT.layers} layers, same initial "
-            "weights and same order for all",
+            f"the teacher's {student['layers']} most influential blocks"
+            + ("" if after is None else f", {after / 1e6:.0f} of {before / 1e6:.0f} M parameters"),
         ),
         (
-            "rounds",
-            f"RS-KD {rounds.get('multinomial')}, systematic {rounds.get('systematic')}, "
-            f"for a budget of {BUDGET:g} entries a token",
+            "training",
+            f"AdamW, learning rate {training['learning_rate']:g} decayed to zero, "
+            f"{training['per_device_train_batch_size'] * recipe['window']} tokens per step, "
+            f"computed in {'bfloat16' if training['bf16'] else 'float32'}",
         ),
-        ("bytes/token", "of the whole cache, the text's own tokens included"),
-        ("seconds", "training alone; full KD runs the teacher in every step"),
+        ("rounds", ", ".join(f"{name}: {number}" for name, number in rounds.items())),
+        ("bytes", "of the cached targets per token, without the text"),
+        ("seconds", "training alone; full KD runs the teacher in each step"),
         (
             "machine",
-            f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"Python {platform.python_version()}, torch {torch.__version__}",
+            f"{machine['processor']}, {torch.get_num_threads()} threads, Python "
+            f"{machine['python']}, torch {machine['torch']}",
         ),
         ("seed", str(SEED)),
-    ]
-
-
-def _samples(
-    students: dict[str, Any], teacher: TransformersTeacher, corpus: PackedCorpus, tokenizer: Any
-) -> list[Continuation]:
-    """Continue held-out documents with the teacher and two students."""
-    names = {way.key: way.name for way in WAYS}
-    models = {"the teacher": teacher.model} | {
-        names[key]: students[key] for key in ("systematic", "ce")
-    }
-    return continuations(models, tokenizer, prompts_of(corpus), SEED)
-
-
-def _told(way: _Way, trained: RunResult, out: Path) -> Told:
-    entries, size = None, None
-    if way.method == "sparse":
-        facts = Cache.open(out / "caches" / way.cache).statistics()
-        entries, size = facts.entries_per_position, facts.bytes_per_token
-    online = way.method == "full"
-    curve = trained.label_curve or trained.curve
-    return Told(way.key, way.name, entries, size, trained.seconds, curve, online)
-
-
-def _headline(
-    told: Sequence[Told],
-    heldout: dict[str, HeldOut],
-    corpus: PackedCorpus,
-    parameters: int,
-    build_seconds: float,
-    built: BuildReport,
-) -> str:
-    """Say what was distilled, what it cost and what it shows."""
-    by_key = {one.key: one for one in told}
-    cached, online = by_key["systematic"], by_key["full"]
-    passed = f" of {build_seconds:.0f} s" if built.windows_built else ""
-    return (
-        f"SmolLM2-135M-Instruct taught a student of {parameters / 1e6:.1f} M parameters from "
-        f"{corpus.windows * WINDOW:,} tokens: one teacher pass{passed} left "
-        f"{cached.bytes_per_token:.1f} bytes per token, training from them took "
-        f"{cached.seconds:.0f} s where full KD took {online.seconds:.0f} s, and held-out loss "
-        f"ended at {heldout['systematic'].loss:.3f} ({cached.name}), {heldout['full'].loss:.3f} "
-        f"(full KD) and {heldout['ce'].loss:.3f} (no teacher)."
-    )
-
-
-def _next_steps(out: Path) -> list[tuple[str, str]]:
-    systematic = shlex.quote(str(out / "caches" / "systematic"))
-    student = shlex.quote(str(out / "runs" / "systematic"))
-    mine = shlex.quote(str(out / "mine"))
-    return [
-        ("See what the cache holds:", f"sparselogits info {systematic}"),
-        (
-            "Train another student from it:",
-            f"sparselogits train --cache {systematic} --student-config tiny --out {mine}",
-        ),
-        (
-            "Look at another window, with the trained student:",
-            f"sparselogits view {systematic} --window 3 --student {student}",
-        ),
-        (
-            "Cache your own text:",
-            "sparselogits cache --teacher demo --data TEXT --out my-cache --holdout 0.05",
-        ),
     ]

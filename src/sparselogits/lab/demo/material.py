@@ -25,8 +25,8 @@ class DemoText:
 
     Args:
         path: JSON lines, one page of the reference each.
-        documents: pages.
-        description: what it is, with its hash; differs from Python to Python.
+        documents: number of pages.
+        description: what the text is, with its hash; both differ from Python to Python.
     """
 
     path: Path

@@ -1,204 +1,131 @@
-"""The demo's page: its numbers in a sentence, charts, samples of text, a window of the cache."""
+"""The demo's numbers as a table, charts and sentences; they are made from its results alone."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from sparselogits.lab.compare import MethodRow, Results
+from sparselogits.lab.report.charts import Drawing, budget_chart, dot_chart, looks_of
+from sparselogits.lab.report.page import Cell, Column, Table
 
-import torch
-from torch import Tensor, nn
-
-from sparselogits.corpus import PackedCorpus
-from sparselogits.data import CacheDataset
-from sparselogits.evaluate import HeldOut
-from sparselogits.files import write_whole
-from sparselogits.lab.report import (
-    Continuation,
-    Trained,
-    Walkthrough,
-    WindowViewer,
-    view_page,
-    write_walkthrough,
+COLUMNS = (
+    Column("KL", best="low", main=True, help="KL(teacher || student), nats per token"),
+    Column("recovered %", best="high", main=True, help="share of what full KD takes off the KL"),
+    Column(
+        "accepted %",
+        best="high",
+        help="tokens drafted by the student that the teacher is expected to accept",
+    ),
+    Column("loss", help="cross-entropy on the next token, nats"),
+    Column("entries", help="stored entries per token"),
+    Column("bytes", main=True, help="bytes per token of the cached targets"),
+    Column("seconds", help="training alone, wall clock"),
 )
-from sparselogits.lab.report.page import Cell
-from sparselogits.teacher import TransformersTeacher
-
-PROMPT_TOKENS, CONTINUED_TOKENS, PROMPTS = 24, 48, 2
-TEMPERATURE = 0.7
-WINDOW_PAGE = "window-0.html"
+CAPTION = (
+    "KL(teacher || student), expected acceptance of drafts and loss on held-out text; recovered: "
+    "share of what full KD takes off the KL; entries and bytes per token"
+)
 
 
-@dataclass(frozen=True)
-class Told:
-    """One method of the demo, as the page needs it.
-
-    Args:
-        key: of the method in `heldout`.
-        name: as shown.
-        entries: stored entries per token; None where nothing is cached.
-        bytes_per_token: of its whole cache; None likewise.
-        seconds: of training.
-        curve: (step, cross-entropy to the labels).
-        online: whether the teacher runs in every step.
-    """
-
-    key: str
-    name: str
-    entries: float | None
-    bytes_per_token: float | None
-    seconds: float
-    curve: Sequence[tuple[int, float]]
-    online: bool = False
+def table(results: Results) -> Table:
+    """Return the demo's table: a line per method, the teacher's at the end."""
+    seconds = {run.method: run.seconds for run in results.runs}
+    lines = [(row.method, _cells(row, seconds.get(row.method))) for row in results.methods]
+    last: list[Cell] = []
+    if results.teacher is not None:
+        loss = results.teacher.figures["loss"]
+        last = [Cell("0.000"), Cell("-"), Cell("100.0"), Cell(f"{loss:.3f}"), *[Cell("-")] * 3]
+    rivals = [row.method for row in results.methods if row.family != "full"]
+    return Table("method", COLUMNS, lines, last).with_best(rivals)
 
 
-def write_story(
-    path: Path,
-    told: Sequence[Told],
-    heldout: Mapping[str, HeldOut],
-    *,
-    headline: str,
-    caution: str,
-    continuations: Sequence[Continuation],
-    window: str | None,
-    next_steps: Sequence[tuple[str, str]],
-    conditions: Sequence[tuple[str, str]],
-) -> None:
-    """Write the demo's page.
+def _cells(row: MethodRow, seconds: float | None) -> list[Cell]:
+    def plain(value: float | None, digits: int, scale: float = 1) -> Cell:
+        return Cell("-") if value is None else Cell(f"{scale * value:.{digits}f}", scale * value)
 
-    Args:
-        path: of the page.
-        told: the methods, in order.
-        heldout: measurements by method, those of the teacher under `teacher`.
-        headline: what was distilled, what it cost, what it shows.
-        caution: what the numbers cannot show.
-        continuations: samples of text.
-        window: name of the page of a window, beside this one.
-        next_steps: (what it does, command) pairs.
-        conditions: settings and versions.
-    """
-    students = [
-        Trained(one.name, _cells(one, heldout[one.key]), one.curve, heldout[one.key].loss)
-        if one.key == "ce"
-        else Trained(
-            one.name,
-            _cells(one, heldout[one.key]),
-            one.curve,
-            heldout[one.key].loss,
-            _less(heldout[one.key], heldout["ce"]),
-        )
-        for one in told
-    ]
-    found = Walkthrough(
-        title="sparselogits demo",
-        headline=headline,
-        caution=caution,
-        students=students,
-        teacher=[*_metrics(heldout["teacher"]), *[Cell("")] * 3],
-        rivals=[one.name for one in told if not one.online],
-        continuations=continuations,
-        sampled=(
-            f"Text after the first {PROMPT_TOKENS} tokens of a held-out page, drawn at temperature "
-            f"{TEMPERATURE:g} with one seed for all. Students this far from convergence write no "
-            "sentences yet; the teacher shows what the text should look like."
-        ),
-        window=window,
-        next_steps=next_steps,
-        conditions=conditions,
-    )
-    write_walkthrough(found, path)
-
-
-def _less(one: HeldOut, ce: HeldOut) -> tuple[float, float | None, float | None]:
-    gap = one.difference(ce)
-    return gap.mean, gap.low, gap.high
-
-
-def _metrics(found: HeldOut) -> list[Cell]:
-    kl = None if found.kl is None else max(found.kl, 0.0)
+    untrained = row.family == "none"
+    recovered = None if untrained or row.recovered is None else row.recovered.mean
     return [
-        Cell(f"{found.loss:.3f}", found.loss),
-        Cell(f"{found.perplexity:.1f}", found.perplexity),
-        Cell("-") if kl is None else Cell(f"{kl:.3f}", kl),
+        plain(row.figures["kl"].mean, 3),
+        plain(recovered, 0),
+        plain(row.figures["acceptance"].mean, 1, 100),
+        plain(row.figures["loss"].mean, 3),
+        Cell("all") if row.family == "full" else plain(row.entries, 1),
+        plain(row.bytes_per_token, 1),
+        plain(None if untrained else seconds, 0),
     ]
 
 
-def _cells(one: Told, found: HeldOut) -> list[Cell]:
-    def plain(value: float | None) -> Cell:
-        return Cell("-") if value is None else Cell(f"{value:.1f}", value)
-
-    entries = Cell("all") if one.online else plain(one.entries)
-    seconds = Cell(f"{one.seconds:.0f}", one.seconds)
-    return [*_metrics(found), entries, plain(one.bytes_per_token), seconds]
-
-
-def prompts_of(corpus: PackedCorpus) -> list[Tensor]:
-    """Return the first tokens of some held-out documents, or of windows where none begins."""
-    begun, others = [], []
-    for index in range(corpus.holdout_windows):
-        window = corpus.read_holdout(index, index + 1)[0]
-        tokens = torch.from_numpy(window.tokens.astype("int64"))
-        others.append(tokens[:PROMPT_TOKENS])
-        begun += [
-            tokens[start : start + PROMPT_TOKENS]
-            for start in window.document_starts.tolist()
-            if start + PROMPT_TOKENS <= len(tokens)
-        ]
-        if len(begun) >= PROMPTS:
-            break
-    return (begun + others)[:PROMPTS]
+def drawings(results: Results) -> list[Drawing]:
+    """Return the charts of the demo's page; none where full KD recovers nothing to compare with."""
+    if not any(row.recovered for row in results.methods):
+        return []
+    looks = looks_of({row.method: row.method for row in results.methods})
+    shares = [
+        {"method": row.method, "x": row.recovered.mean}
+        | {"low": row.recovered.windows.low, "high": row.recovered.windows.high}
+        for row in results.methods
+        if row.recovered is not None and row.family not in ("none", "full")
+    ]
+    return [
+        share_chart(results),
+        Drawing(
+            "recovered",
+            "What each method recovers",
+            dot_chart(shares, looks, x="recovered, % of what full KD takes off the KL"),
+            "95 % interval over held-out windows",
+        ),
+    ]
 
 
-def continuations(
-    models: Mapping[str, nn.Module], tokenizer: Any, prompts: Sequence[Tensor], seed: int
-) -> list[Continuation]:
-    """Let models continue prompts.
-
-    Args:
-        models: transformers models by name.
-        tokenizer: of all of them.
-        prompts: int64 [L] each.
-        seed: of the draws, the same for all models.
-    """
-    found = []
-    for prompt in prompts:
-        texts = {}
-        for name, model in models.items():
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                written = model.eval().generate(  # type: ignore[operator]
-                    prompt[None],
-                    attention_mask=torch.ones_like(prompt[None]),
-                    max_new_tokens=CONTINUED_TOKENS,
-                    do_sample=True,
-                    temperature=TEMPERATURE,
-                    top_k=0,
-                    pad_token_id=0,
-                )
-            said = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-            texts[name] = _in_a_line(said)
-        begun = tokenizer.decode(prompt, skip_special_tokens=True)
-        found.append(Continuation(_in_a_line(begun), texts))
-    return found
+def share_chart(results: Results) -> Drawing:
+    """Return the chart of bytes per token against the share of full KD's recovery."""
+    points, levels = [], []
+    for row in results.methods:
+        if row.recovered is None or row.family == "none":
+            continue
+        share = row.recovered.mean
+        if row.bytes_per_token is None:
+            levels.append((f"{row.method}: nothing cached", share))
+        else:
+            point = {"series": row.method, "method": row.method, "x": row.bytes_per_token}
+            points.append(point | {"y": share, "low": None, "high": None})
+    chart = budget_chart(
+        points,
+        looks_of({row.method: row.method for row in results.methods}),
+        x="cached targets, bytes per token",
+        y="recovered, % of full KD's",
+        levels=levels,
+    )
+    return Drawing("storage", "Storage against recovery", chart)
 
 
-def _in_a_line(text: str) -> str:
-    """Return a text with its line breaks as signs and its runs of spaces as one."""
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
+def headline(results: Results) -> str:
+    """Say what was pruned, what was cached and what healing from the cache recovers."""
+    by_family = {row.family: row for row in results.methods}
+    cached, start, full = (by_family[name] for name in ("systematic", "none", "full"))
+    run = next(run for run in results.runs if run.method == cached.method)
+    said = (
+        f"Pruned, the student's KL to its teacher is {start.figures['kl'].mean:.2f} nats. One pass "
+        f"of the teacher over {run.tokens:,} tokens cached {cached.entries:.1f} entries, "
+        f"{cached.bytes_per_token:.1f} bytes, per token; {run.steps} steps of training from them "
+        f"bring the KL to {cached.figures['kl'].mean:.2f}. Full KD, which runs the teacher in each "
+        f"step, brings it to {full.figures['kl'].mean:.2f}."
+    )
+    shares = [
+        f"{row.recovered.mean:.0f} % ({row.method}, {row.bytes_per_token:.0f} bytes)"
+        for row in results.methods
+        if row.recovered is not None and row.bytes_per_token is not None
+    ]
+    if not shares:
+        return f"{said} What full KD recovers is not distinguishable from noise here."
+    return f"{said} Of what full KD recovers, the caches recover {', '.join(shares)}."
 
 
-def write_window(
-    out: Path,
-    cache: Path,
-    tokenizer: Any,
-    teacher: TransformersTeacher,
-    student: nn.Module,
-) -> str:
-    """Write the page of the first window of a cache; return its name in `out`."""
-    dataset = CacheDataset(cache)
-    viewer = WindowViewer(dataset, tokenizer=tokenizer, teacher=teacher, student=student)
-    text = view_page(viewer.view(0), rounds=dataset.identity.sampler.get("rounds"))
-    write_whole(out / WINDOW_PAGE, text)
-    return WINDOW_PAGE
+def caution(results: Results) -> str:
+    """Say what the numbers cannot show."""
+    windows = results.teacher.windows if results.teacher else 0
+    return (
+        f"One seed and {windows} held-out windows: methods whose intervals overlap widely are not "
+        "distinguishable. The loss falls below that of full KD where a student adapts to this "
+        "text, which its teacher was not trained on; so the KL and the accepted share are the "
+        "figures to compare."
+    )
