@@ -1,5 +1,5 @@
 # These commands do everything on a machine with Python 3.11, make and a package index:
-#   make demo    the whole way on a real teacher and real text; installs what that needs
+#   make demo    a small model pruned and healed by each method; installs what that needs
 #   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour, perhaps)
 #   make journey from a text to a student, with the demo's teacher
 #   make test    formatter, linter, type checker, tests; installs the rest

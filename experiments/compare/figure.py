@@ -1,4 +1,4 @@
-"""The figure of README.md: storage against held-out loss, from a stored comparison.
+"""The first figure of docs/results.md: storage against held-out loss, from a stored comparison.
 
 Losses are means over the seeds that all methods shown have: a mean over other seeds for some would
 put differences between seeds, which are as large as those between good methods, on show.

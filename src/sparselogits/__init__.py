@@ -51,9 +51,10 @@ def _is_no_chatter(record: logging.LogRecord) -> bool:
     )
 
 
-# Where torchao is installed, transformers' trainer imports it. It then lists the kernels it has for
-# other devices and Pythons, and calls a function of torch that is deprecated. Users can do
-# nothing about either; other messages of the two loggers pass.
+# Where torchao is installed, transformers imports it with its quantizers, that is, with any model;
+# nothing but patching transformers prevents that. torchao then lists the kernels it has for other
+# devices and Pythons, and calls a function of torch that is deprecated. Users can do nothing about
+# either; other messages of the two loggers pass.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).addFilter(_is_no_chatter)
 

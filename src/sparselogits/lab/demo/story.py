@@ -33,7 +33,7 @@ def table(results: Results) -> Table:
     if results.teacher is not None:
         loss = results.teacher.figures["loss"]
         last = [Cell("0.000"), Cell("-"), Cell("100.0"), Cell(f"{loss:.3f}"), *[Cell("-")] * 3]
-    rivals = [row.method for row in results.methods if row.family != "full"]
+    rivals = [row.method for row in results.methods if row.family not in ("none", "full")]
     return Table("method", COLUMNS, lines, last).with_best(rivals)
 
 
@@ -70,7 +70,7 @@ def drawings(results: Results) -> list[Drawing]:
         Drawing(
             "recovered",
             "What each method recovers",
-            dot_chart(shares, looks, x="recovered, % of what full KD takes off the KL"),
+            dot_chart(shares, looks, x="% of full KD's recovery"),
             "95 % interval over held-out windows",
         ),
     ]
@@ -84,15 +84,16 @@ def share_chart(results: Results) -> Drawing:
             continue
         share = row.recovered.mean
         if row.bytes_per_token is None:
-            levels.append((f"{row.method}: nothing cached", share))
+            levels.append((row.method, share))
         else:
             point = {"series": row.method, "method": row.method, "x": row.bytes_per_token}
-            points.append(point | {"y": share, "low": None, "high": None})
+            ends = row.recovered.windows
+            points.append(point | {"y": share, "low": ends.low, "high": ends.high})
     chart = budget_chart(
         points,
         looks_of({row.method: row.method for row in results.methods}),
         x="cached targets, bytes per token",
-        y="recovered, % of full KD's",
+        y="% of full KD's recovery",
         levels=levels,
     )
     return Drawing("storage", "Storage against recovery", chart)
