@@ -1,10 +1,10 @@
-"""What a cache was made from: a canonical description, and its hash.
+"""Describe what a cache was made from, in canonical form, and hash the description.
 
-Two shards belong together exactly when their identities are equal. The description holds what
-changes the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes
-(codec, format); versions of libraries and the device change only low-order bits and stand in each
-shard's provenance instead. The corpus is not part of it, so that text can be appended: each shard
-carries the fingerprint of its own piece of text.
+Two shards belong together exactly when their identities are equal. An identity holds what changes
+the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes (codec,
+format); versions of libraries and the device change only low-order bits and are recorded in each
+shard's provenance instead. The corpus is not part of the identity, so that text can be appended:
+each shard carries the fingerprint of its own piece of text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,22 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything two shards must share to stand in one cache.
+    """Everything that two shards must share to belong to one cache.
 
     Args:
-        teacher: name (for people, not compared), sha256 of its weights, dtype, engine,
-            quantization.
+        teacher: name (for people, not compared), sha256 of the weights, dtype, engine and
+            quantization of the teacher.
         tokenizer: sha256 of the tokenizer's canonical bytes.
-        vocab_size: columns of the teacher's head.
+        vocab_size: number of columns of the teacher's head.
         token_mask: sha256 of the bitmap of ids that are tokens, or "all".
-        window_length: positions a window.
-        windows_per_shard: windows a shard file covers.
+        window_length: number of positions per window.
+        windows_per_shard: number of windows per shard file.
         packing: separator and beginning-of-text ids, attention reset, hold-out share.
-        sampler: its name and all its parameters.
-        seed: of the uniforms, together with the window index.
-        temperature: the teacher's logits are divided by it before sampling.
+        sampler: name and all parameters of the sampler.
+        seed: seed of the uniforms, together with the window index.
+        temperature: temperature by which the teacher's logits are divided before sampling.
         codec: name and parameters of the coding of targets.
-        format_version: of the directory and shard layout.
+        format_version: version of the directory and shard layout.
     """
 
     teacher: Mapping[str, Any]
@@ -65,21 +65,22 @@ class Identity:
     format_version: int = FORMAT_VERSION
 
     def without_paths(self) -> Identity:
-        """Return the same identity with a teacher's name that tells no folder of this machine."""
+        """Return the same identity with the folders removed from the teacher's name."""
         if not isinstance(self.teacher.get("name"), str):
             return self
         return replace(self, teacher={**self.teacher, "name": label_of(self.teacher["name"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as written to `cache.json`."""
+        """Return plain JSON values, as written to `cache.json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: object) -> Identity:
-        """Read what `to_json` wrote.
+        """Return the identity that `to_json` wrote.
 
         Raises:
-            CacheError: for missing or unknown fields, or a newer format version.
+            CacheError: a field is missing, unknown or of the wrong type, or the format version is
+                another one.
         """
         if not isinstance(value, dict):
             raise CacheError("the identity is not a JSON object; restore cache.json from a copy")
@@ -92,10 +93,16 @@ class Identity:
         names = {field.name for field in fields(cls)}
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
-            raise CacheError(f"the identity has missing or unknown fields: {shown(odd)}")
+            raise CacheError(
+                f"the identity has missing or unknown fields: {shown(odd)}; restore cache.json "
+                "from a copy"
+            )
         for name, kind in _KINDS.items():
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
-                raise CacheError(f"the identity's {name} is {shown(value[name])}, which cannot be")
+                raise CacheError(
+                    f"the identity's {name} is {shown(value[name])}, which has the wrong type; "
+                    "restore cache.json from a copy"
+                )
         return cls(**value)
 
     def teacher_in_words(self) -> str:
@@ -119,23 +126,23 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of the canonical JSON of everything that is compared."""
+        """sha256, in hex, of the canonical JSON of all fields that are compared."""
         return hashlib.sha256(canonical_json(self._compared())).hexdigest()
 
     def differences(self, other: Identity) -> list[tuple[str, Any, Any]]:
-        """(dotted field, here, there) for every field that differs."""
-        return list(_differences("", self._compared(), other._compared()))
+        """Return (dotted field, value here, value there) for every field that differs."""
+        return list(differing_fields(self._compared(), other._compared()))
 
     def require_equal(self, other: Identity, *, here: str, there: str) -> None:
-        """Insist that two identities are one.
+        """Validate that two identities are equal.
 
         Args:
-            other: the identity to compare with.
+            other: identity to compare with.
             here: what `self` describes, for the message ("the cache at ...").
             there: what `other` describes.
 
         Raises:
-            IdentityMismatchError: naming every differing field and both values.
+            IdentityMismatchError: the identities differ; names the fields and both values.
         """
         found = self.differences(other)
         if found:
@@ -144,13 +151,13 @@ class Identity:
                 for name, a, b in found[:20]
             )
             raise IdentityMismatchError(
-                f"{here} and {there} were not made alike:\n{lines}\n"
+                f"{here} and {there} differ in their settings:\n{lines}\n"
                 "Use the same settings, or choose another output directory."
             )
 
 
 def label_of(name: str) -> str:
-    """Return what may be published of the name of a model or a text: a hub name, or no folders.
+    """Return the name of a model or a text for publication: a hub name, or a name without folders.
 
     Examples:
         >>> label_of("/home/me/models/teacher/"), label_of("HuggingFaceTB/SmolLM2-135M")
@@ -168,7 +175,7 @@ def label_of(name: str) -> str:
 
 
 def _word(value: object) -> str:
-    """Return a value of an identity as it is shown on one line; an empty text for none."""
+    """Return a value of an identity as one line of text; an empty text for None."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else shown(value)
@@ -176,16 +183,26 @@ def _word(value: object) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """One byte string per JSON value: sorted keys, no spaces, UTF-8, shortest floats."""
+    """Return the canonical bytes of a value: sorted keys, no spaces, UTF-8, shortest floats."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
 
 
-def _differences(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Any:
-    for key in sorted(set(a) | set(b)):
-        here, there = a.get(key), b.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            yield from _differences(f"{prefix}{key}.", here, there)
-        elif here != there:
-            yield f"{prefix}{key}", here, there
+def differing_fields(
+    here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted name, value here, value there) of every value that differs in nested mappings.
+
+    A key that one mapping lacks counts as None there.
+
+    Examples:
+        >>> list(differing_fields({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}))
+        [('b.c', 2, 3)]
+    """
+    for key in sorted(set(here) | set(there)):
+        a, b = here.get(key), there.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differing_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

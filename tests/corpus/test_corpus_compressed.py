@@ -95,7 +95,7 @@ def test_what_is_no_compressed_data_is_named(suffix: str, tmp_path: Path) -> Non
     with pytest.raises(CorpusError, match=rf"cannot be decompressed as \{suffix} before byte \d+"):
         read(path)
     path.write_bytes(compress(LINES) + b"trailing words of another tool")
-    with pytest.raises(CorpusError, match=r"something else behind 1 whole part\(s\).*cut it off"):
+    with pytest.raises(CorpusError, match=r"something else after 1 complete part\(s\).*cut it off"):
         read(path)
     damaged = bytearray(compress(LINES))
     damaged[len(damaged) // 2] ^= 0xFF

@@ -160,7 +160,7 @@ def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: P
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda out: (out / "index.json").unlink(), "is not finished; pack it again to go on"),
+        (lambda out: (out / "index.json").unlink(), "is not finished; pack it again to finish"),
         (lambda out: (out / "index.json").write_text("{"), "cannot be read"),
         (lambda out: (out / "corpus.json").unlink(), "holds no packed corpus"),
         (lambda out: (out / "corpus.json").write_text('{"format":99}'), "has format 99"),

@@ -20,10 +20,10 @@ from trained_tokenizers import SAMPLE
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, Packing, Window, fingerprint, open_source, pack
-from sparselogits.corpus.holdout import DocumentTable
+from sparselogits.corpus.holdout import writing_table
 from sparselogits.corpus.packed import Paths, write_index
 from sparselogits.corpus.pieces import Piece
-from sparselogits.corpus.streams import PartWriter, part_name
+from sparselogits.corpus.streams import part_name, writing_part
 from sparselogits.errors import CorpusError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "corpus"
@@ -47,8 +47,8 @@ def write_corpus(
     parts = [flat[n : n + part_tokens] for n in range(0, len(flat), part_tokens)]
     for number, part in enumerate(parts):
         with (
-            PartWriter(paths.training / part_name(number), vocab, masked=False) as writer,
-            DocumentTable(paths.holdout / part_name(number)) as table,
+            writing_part(paths.training / part_name(number), vocab, masked=False) as writer,
+            writing_table(paths.holdout / part_name(number)) as table,
         ):
             for document, i in part:
                 piece = Piece("x", 0, 1, document.key, i == 0, i == document.tokens - 1, True, 1)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from trained_tokenizers import SAMPLE
 
 from sparselogits.corpus import open_source, pieces
+from sparselogits.corpus.formats.text import document_separators
 from sparselogits.corpus.pieces import Piece, cut_pieces, document_key
-from sparselogits.corpus.text import document_separators
 from sparselogits.corpus.tokenizing import Encoder
 
 LINES = SAMPLE.splitlines()
@@ -141,7 +141,7 @@ def _documents(file: Path, span_bytes: int) -> Iterator[str]:
 
 
 def test_separators_are_found_at_the_edges_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparselogits.corpus import text
+    from sparselogits.corpus.formats import text
 
     raw = b"ab\n<|endoftext|>\ncd <|endoftext|>\n<|endoftext|> \n<|endoftext|>\r\n<|endoftext|>"
     expected = [(3, 17), (49, 64), (64, 77)]

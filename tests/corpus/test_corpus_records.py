@@ -19,7 +19,7 @@ import pytest
 from chat_templates import CHATML, TEMPLATES, TOOLS, chat_tokenizer, published
 from transformers import PreTrainedTokenizerFast
 
-from sparselogits.corpus import Packing, open_source, pack, render_process
+from sparselogits.corpus import Packing, chat, open_source, pack
 from sparselogits.errors import CorpusError
 
 QUESTION = {"role": "user", "content": "What is a window?"}
@@ -337,16 +337,16 @@ def test_a_second_template_for_tools(tmp_path: Path, tokenizer: Any) -> None:
 
 BACKWARDS = "{{ messages | length }}{% for m in messages %}{{ m.content | reverse }}{% endfor %}"
 MISTAKES: dict[str, tuple[str | None, Any, str]] = {
-    "no template": (None, TALK, "give a tokenizer that has a chat template"),
+    "no template": (None, TALK, "no chat template .* give a tokenizer that has one"),
     "template that refuses": ("{{ raise_exception('no talk') }}", TALK, "no talk"),
     "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "refuses it"),
-    "text": (CHATML, "hello", "holds no messages but str"),
-    "strings": (CHATML, ["hello"], "holds no messages but list"),
-    "number": (CHATML, 7, "holds no messages but int"),
+    "text": (CHATML, "hello", "holds str instead of messages"),
+    "strings": (CHATML, ["hello"], "holds list instead of messages"),
+    "number": (CHATML, 7, "holds int instead of messages"),
     "from and value": (CHATML, SHAREGPT, "message 1 of `messages` has no `role` .*`from`, `value`"),
     "no role": (CHATML, [QUESTION, {"content": "x"}], "message 2 of `messages` has no `role`"),
     "empty role": (CHATML, [{"role": "", "content": "x"}], "message 1 .* has the role ''"),
-    "role in capitals": (CHATML, [{"role": "Assistant", "content": "x"}], "write it so"),
+    "role in capitals": (CHATML, [{"role": "Assistant", "content": "x"}], "write it in that form"),
     "role of a number": (CHATML, [{"role": 3, "content": "x"}], "message 1 .* has the role '3'"),
     "no content": (CHATML, [{"role": "user"}], "message 1 .* has no `content`"),
     "null content": (CHATML, [{"role": "user", "content": None}], "has no `content`"),
@@ -447,10 +447,10 @@ HOSTILE = {
 def hurried() -> Iterator[None]:
     """A process for templates with a limit of one second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render_process, "CPU_SECONDS", 1)
-        render_process.shut_down()
+        patch.setattr(chat, "CPU_SECONDS", 1)
+        chat.shut_down()
         yield
-    render_process.shut_down()
+    chat.shut_down()
 
 
 @pytest.mark.usefixtures("hurried")
@@ -471,13 +471,13 @@ def test_after_a_hostile_template_the_next_is_served(tmp_path: Path, tokenizer: 
 def test_an_idle_process_ends_and_the_next_conversation_starts_one(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render_process, "IDLE_SECONDS", 1)
-    render_process.shut_down()
+    monkeypatch.setattr(chat, "IDLE_SECONDS", 1)
+    chat.shut_down()
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     first = texts(path, tokenizer)
-    running = render_process._running
+    running = chat._running
     assert running is not None
     assert running.process.wait(timeout=60) == 0
     assert texts(path, tokenizer) == first
-    assert render_process._running is not running
-    render_process.shut_down()
+    assert chat._running is not running
+    chat.shut_down()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparselogits.corpus import PackedCorpus, Packing, Source, open_source, pack, portions
+from sparselogits.corpus import PackedCorpus, Packing, Source, open_source, pack, packer
 from sparselogits.errors import CorpusError, IdentityMismatchError, StorageError
 
 PACKING = Packing(64, 0, None, holdout=0.2)
@@ -35,7 +35,7 @@ def source(tmp_path: Path, stories: list[str]) -> Source:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that progress is reported, and the kill can fall, many times within a part."""
-    monkeypatch.setattr(portions, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(packer, "_BATCH_BYTES", 500)
 
 
 def run(source: Source, tokenizer: object, out: Path, **options: object) -> PackedCorpus:

@@ -40,7 +40,7 @@ def test_a_bos_only_where_the_tokenizer_adds_one(template: str, adds_bos: bool) 
 
 
 def test_two_leading_tokens_are_refused() -> None:
-    with pytest.raises(CorpusError, match=r"puts 2 tokens before text.*make a Packing"):
+    with pytest.raises(CorpusError, match=r"puts 2 tokens before text.*in a Packing"):
         packing_for(adds("<s> <sop> $A"), window_length=8)
 
 
@@ -151,8 +151,8 @@ def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", r"fails .* on a batch of 1 texts.*'aaaaaa"),
-        ("aaaaaaaaaaaaaaaaaaaa! " * 120, "does not come to an end within 1 s"),
+        ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", r"failed .* on a batch of 1 texts.*'aaaaaa"),
+        ("aaaaaaaaaaaaaaaaaaaa! " * 120, "did not finish within 1 s"),
     ],
     ids=["panics", "takes long"],
 )

@@ -7,7 +7,7 @@ engine are not known, so nothing that must come from the same teacher will take 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -25,9 +25,7 @@ from sparselogits.corpus import (
     packing_for,
     tokenizer_fingerprint,
 )
-from sparselogits.corpus.columns import parquet_rows
-from sparselogits.corpus.jsonlines import records as json_records
-from sparselogits.corpus.jsonlines import spans as json_spans
+from sparselogits.corpus.formats import read_errors
 from sparselogits.corpus.locate import locate
 from sparselogits.corpus.records import Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
@@ -37,8 +35,6 @@ from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
 from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.targets import SparseTargets
-
-Rows = Iterator[tuple[dict[str, Any], Where]]
 
 _UNKNOWN = "unknown"
 _LEAST = 1e-9  # what a probability that rounds to nothing counts as
@@ -234,19 +230,16 @@ def _figures(window: Collected) -> tuple[float, float]:
     )
 
 
-def _rows(data: str) -> Rows:
-    for number, file in enumerate(locate(data, "train").files):
-        try:
-            if file.kind == "parquet":
-                yield from parquet_rows(file.path, file.name)
-                continue
-            if file.kind != "json":
-                raise CorpusError(f"{file.path}: logprobs are read from .jsonl and .parquet files")
-            for span in json_spans(file.path, number, 1 << 62):
-                for record, where, _ in json_records(file.path, file.name, span):
-                    yield record, where
-        except OSError as error:
-            raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
+def _rows(data: str) -> Iterator[tuple[Mapping[str, Any], Where]]:
+    for file in locate(data, "train").files:
+        if not file.format.holds_records:
+            raise CorpusError(
+                f"{file.path} holds plain text; logprobs are read from .jsonl and .parquet files"
+            )
+        with read_errors(file.path):
+            for span in file.format.spans(file, 1 << 62, None):
+                for record in file.format.records(span, None):
+                    yield record.values, record.where
 
 
 def _identity(

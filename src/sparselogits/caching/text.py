@@ -20,7 +20,7 @@ from pathlib import Path
 from sparselogits.caching.plan import Range
 from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerprint
 from sparselogits.corpus.claims import is_abandoned
-from sparselogits.corpus.packed import Paths, read_json
+from sparselogits.corpus.packed import Paths, read_corpus_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
 from sparselogits.store.storage.location import Location, is_url
@@ -110,7 +110,7 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
 def _begun_with(folder: Path) -> str | None:
     """Fingerprint of the text whose packing has begun in a folder."""
     made_from = Paths(folder).made_from
-    return read_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
+    return read_corpus_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
 
 
 def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:

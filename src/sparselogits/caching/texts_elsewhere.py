@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.corpus.claims import claimed
-from sparselogits.corpus.packed import Paths, public_source, read_json
+from sparselogits.corpus.packed import Paths, public_source, read_corpus_json
 from sparselogits.corpus.streams import is_part_name
 from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import user_cache, write_whole
@@ -81,7 +81,7 @@ def publish_text(cache: Location, folder: Path) -> None:
     if not is_url(cache):
         return
     paths, storage, text = Paths(folder), storage_at(cache), folder.name
-    made_from = {**read_json(paths.made_from)}
+    made_from = {**read_corpus_json(paths.made_from)}
     made_from["source"] = public_source(made_from["source"])
     files = _own_files(paths)
     name = f"{text}/{paths.made_from.name}"
@@ -131,7 +131,7 @@ def _made_from(storage: Storage, text: str) -> dict[str, Any] | None:
 
 
 def _is_of(paths: Paths, made_from: dict[str, Any]) -> bool:
-    return _nameless(read_json(paths.made_from)) == _nameless(made_from)
+    return _nameless(read_corpus_json(paths.made_from)) == _nameless(made_from)
 
 
 def _nameless(made_from: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Text, JSON lines, Parquet and Hugging Face datasets, as fixed windows of tokens."""
+"""Pack text, JSON lines, Parquet and Hugging Face datasets into fixed windows of tokens."""
 
+from sparselogits.corpus.formats import Format, LineFormat
 from sparselogits.corpus.packed import CorpusSummary, PackedCorpus
 from sparselogits.corpus.packer import pack
 from sparselogits.corpus.source import Source, open_source
@@ -9,6 +10,8 @@ from sparselogits.corpus.windows import Packing, Window, fingerprint
 
 __all__ = [
     "CorpusSummary",
+    "Format",
+    "LineFormat",
     "PackedCorpus",
     "Packing",
     "Source",

@@ -1,15 +1,27 @@
-"""A tokenizer's chat template, and the text that it makes of conversations.
+"""Make text of conversations with a tokenizer's chat template, in a process of its own.
 
 A conversation is rendered whole, by transformers' own renderer, so that its text is what
-`apply_chat_template` gives; `rendering` says which characters of it are learnt. The template comes
-from a tokenizer's folder, possibly a stranger's: it runs in a process of its own with limits of
-time and memory (`render_process`).
+`apply_chat_template` gives; `rendering` says which characters of it are learnt.
+
+Templates are programs from a tokenizer's folder, possibly a stranger's. transformers runs them in
+Jinja's sandbox, which keeps them from files and from Python, but not from endless loops or from
+gigabytes of text. Limits of the operating system do: the rendering process ends when one rendering
+takes more than `CPU_SECONDS` of processor time, and it may take `MEMORY_BYTES` more than at its
+start. One process serves all conversations that a process packs; it ends with the process that
+started it, or after `IDLE_SECONDS` without a conversation, and is started again when there is one.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
-from collections.abc import Iterable
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,16 +29,23 @@ from sparselogits.corpus.conversation import Conversation
 from sparselogits.errors import CorpusError
 from sparselogits.identity import canonical_json
 
+CPU_SECONDS = 5
+"""Processor time that one rendering may take; usual ones take a millisecond."""
+MEMORY_BYTES = 1 << 30
+"""Memory that renderings may take."""
+IDLE_SECONDS = 30
+"""Time after which an idle process ends: packing is over long before a build is."""
+
 _RULES = 2
-"""Number of the rules by which conversations become tokens; enters the fingerprint."""
+"""Version of the rules by which conversations become tokens; enters the fingerprint."""
 
 
 class Rendered(NamedTuple):
-    """Text of a conversation."""
+    """The text of a conversation."""
 
     text: str
     learnt: list[tuple[int, int]]
-    """Characters [start, stop) that are learnt, ascending; empty where they were not asked for."""
+    """Ranges [start, stop) of characters that are learnt, ascending; empty if not requested."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +54,11 @@ class ChatTemplate:
 
     template: str
     with_tools: str
-    """The template of records that have tools; the same one unless the tokenizer has a second."""
+    """Template for records that have tools; the same one unless the tokenizer has a second."""
     special_tokens: tuple[tuple[str, Any], ...]
-    """Names and texts that templates refer to, `eos_token` for one."""
+    """Names and texts that templates refer to, such as `eos_token`."""
     closing: tuple[str, ...] = ()
-    """Texts of the tokenizer's added tokens: what may end a turn."""
+    """Texts of the tokenizer's added tokens, which may end a turn."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
@@ -54,7 +73,10 @@ class ChatTemplate:
             template: str = tokenizer.get_chat_template()
             with_tools: str = tokenizer.get_chat_template(tools=[])
         except ValueError as error:
-            raise CorpusError(f"the tokenizer's chat template cannot be chosen: {error}") from error
+            raise CorpusError(
+                f"the tokenizer's chat template cannot be chosen: {error}. Set `chat_template` to "
+                "one of them"
+            ) from error
         special = tuple(sorted(tokenizer.special_tokens_map.items()))
         closing = sorted(map(str, getattr(tokenizer, "added_tokens_decoder", {}).values()))
         return cls(template, with_tools, special, tuple(closing))
@@ -66,7 +88,7 @@ class ChatTemplate:
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
 
     def unread(self, names: Iterable[str]) -> list[str]:
-        """Return the inputs that no template refers to; columns of that name are another thing."""
+        """Return the inputs that no template refers to; such columns have another meaning."""
         inputs = {"tools", "documents"} & set(names)
         return [name for name in inputs if name not in self.template + self.with_tools]
 
@@ -75,15 +97,125 @@ class ChatTemplate:
 
         Args:
             conversation: with at least one message.
-            masked: find what the assistant says, which alone is learnt.
+            masked: whether to find what the assistant says, which alone is learnt.
 
         Raises:
             CorpusError: the template refuses the messages or exceeds its limits, or it does not
                 show what the assistant says.
         """
-        from sparselogits.corpus.render_process import ask
-
-        answer = ask(asdict(self), {**asdict(conversation), "masked": masked})
+        answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:
             raise CorpusError(str(answer["error"]))
         return Rendered(answer["text"], [(start, stop) for start, stop in answer["learnt"]])
+
+
+# the process
+
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from sparselogits.corpus.rendering import serve; serve(*map(int, sys.argv[2:]))"
+)
+_lock = threading.Lock()
+_running: _Running | None = None
+
+
+class _Running:
+    """A running process and the template that it renders."""
+
+    def __init__(self) -> None:
+        limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]
+        self.owner = os.getpid()
+        self.template: Mapping[str, Any] | None = None
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def send(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request; {} if the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(value).encode() + b"\n")
+            self.process.stdin.flush()
+            if line := self.process.stdout.readline():
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        return {}
+
+    def end(self) -> int:
+        """Shut the process down and return its exit status."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(OSError):
+            self.process.stdin.close()
+        try:
+            status = self.process.wait(timeout=CPU_SECONDS + 5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self.process.stdout.close()
+        return status
+
+
+def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `rendering.Renderer.rendered` returns for a request, in another process.
+
+    Raises:
+        CorpusError: JSON cannot hold a value, or the template exceeded its limits.
+    """
+    global _running
+    with _lock:
+        if _running is not None and _running.owner != os.getpid():
+            _running = None  # belongs to the process that this one was forked from
+        try:
+            answer, status = _answer(template, request)
+            if status == 0:  # the process ended, being idle, in the moment of the request
+                answer, status = _answer(template, request)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CorpusError(
+                f"it holds a value that is no JSON ({error}); remove the value"
+            ) from error
+        except BaseException:
+            # interrupted between a request and its answer, which the next request would receive
+            if _running is not None:
+                _running.process.kill()
+                _running.end()
+                _running = None
+            raise
+    if not answer:
+        raise CorpusError(
+            f"the chat template was stopped (exit status {status}): one rendering may take "
+            f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Look at "
+            "the template's loops, or use a tokenizer with another template"
+        )
+    return answer
+
+
+def _answer(
+    template: Mapping[str, Any], request: Mapping[str, Any]
+) -> tuple[dict[str, Any], int | None]:
+    """Return the answer of the running process, or {} and the exit status of one that ended."""
+    global _running
+    if _running is None or _running.process.poll() is not None:
+        shut_down()
+        _running = _Running()
+    if _running.template != template:
+        _running.template = template
+        _running.send({"template": template})
+    answer = _running.send(request)
+    if answer:
+        return answer, None
+    status, _running = _running.end(), None
+    return {}, status
+
+
+@atexit.register
+def shut_down() -> None:
+    """Shut this process's renderer down; the next request starts another."""
+    global _running
+    if _running is not None and _running.owner == os.getpid():
+        _running.end()
+    _running = None

@@ -1,9 +1,9 @@
-"""Read a conversation from a record: its messages, and what else a chat template is given.
+"""Read a conversation from a record: its messages, and the other inputs of a chat template.
 
-People store conversations in several forms, and all of them become messages as chat templates read
+Conversations are stored in several forms, and all of them become messages as chat templates read
 them: objects with `role` and `content` (OpenAI, TRL), objects with `from` and `value` (ShareGPT),
-one object of lists (what older versions of `datasets` make of a list of objects), and each of these
-as JSON text. Tool calls and tools keep the order of their keys.
+one object of lists (which older versions of `datasets` make of a list of objects), and each of
+these as JSON text. Tool calls and tools keep the order of their keys.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from sparselogits.errors import CorpusError
 
 MESSAGES = ("messages", "conversations", "conversation")
-"""Fields that hold a conversation, in the order in which they are looked for."""
+"""Fields that hold a conversation, in order of preference."""
 
 EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
-"""Fields beside a conversation that its template is given; `system` in ShareGPT's form alone."""
+"""Further fields that a template reads; `system` only in ShareGPT's form."""
 
 _OPENAI = ("messages", "prompt", "completion")
-"""Fields that are OpenAI's and TRL's by name: there `from` and `value` are a mistake."""
+"""Fields of OpenAI's and TRL's form, in which `from` and `value` are a mistake."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -34,7 +34,7 @@ _SHAREGPT_ROLES = {
     "tool_response": "tool",
 }
 _SAYS_SOMETHING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Fields that a message may have instead of content."""
+"""Fields that a message may have instead of `content`."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     prompt: int | None = None
-    """Number of leading messages that are the prompt; None where the record names none."""
+    """Number of leading messages that are the prompt; None where the record has no prompt."""
     tools: list[Any] | None = None
     documents: list[Any] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
-    """Further variables of the template, from `chat_template_kwargs`."""
+    """Further variables for the template, from `chat_template_kwargs`."""
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
@@ -58,7 +58,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
         names: fields that hold the messages: one of `MESSAGES`, or `prompt` and `completion`.
 
     Raises:
-        CorpusError: messages without a role or content, or of the wrong types; says which message.
+        CorpusError: a message has no role or content, or is of the wrong type; names the message.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]
@@ -87,7 +87,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
 
 
 def holds_messages(value: object) -> bool:
-    """Whether a field's value has the form of messages, valid or not; plain text has not."""
+    """Return whether a field's value has the form of messages, valid or not."""
     return isinstance(value, list | tuple | Mapping)
 
 
@@ -95,7 +95,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     wrong = CorpusError(
-        f"the field `{name}` holds no messages but {_kind(value)}; expected a list of objects "
+        f"the field `{name}` holds {_kind(value)} instead of messages; expected a list of objects "
         "with `role` and `content`"
     )
     if isinstance(value, str):
@@ -122,7 +122,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _transposed(columns: Mapping[str, Any]) -> Any:
-    """Return the objects of an object of equally long lists; None if it is anything else."""
+    """Return the objects of an object of equally long lists; None for anything else."""
     lists = list(columns.values())
     if not lists or not all(isinstance(column, list | tuple) for column in lists):
         return None
@@ -132,7 +132,7 @@ def _transposed(columns: Mapping[str, Any]) -> Any:
 
 
 def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[str, Any]:
-    # fields that are null are left out, as transformers does: templates would write "None"
+    # null fields are left out, as in transformers: templates would write "None"
     message = {str(name): value for name, value in given.items() if value is not None}
     role, content = message.pop("role", None), message.pop("content", None)
     if sharegpt and role is None and "from" in message:
@@ -156,8 +156,8 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         )
     if role not in _ROLES and role.strip().lower() in _ROLES:
         raise CorpusError(
-            f"{place} has the role {role[:40]!r}, which templates take for another than "
-            f"{role.strip().lower()!r}; write it so"
+            f"{place} has the role {role[:40]!r}, which templates distinguish from "
+            f"{role.strip().lower()!r}; write it in that form"
         )
     if sharegpt and role == "function_call" and isinstance(content, str):
         return _sharegpt_call(content)
@@ -175,7 +175,7 @@ def _content(content: Any, role: str, place: str) -> Any:
     if isinstance(content, str):
         return content
     if role == "tool" and isinstance(content, Mapping | list | tuple | int | float):
-        return content  # what a tool gave back
+        return content  # what a tool returned
     if not isinstance(content, list | tuple):
         raise CorpusError(
             f"{place} has content of type {_kind(content)}; expected text or a list of parts"
@@ -197,7 +197,7 @@ def _content(content: Any, role: str, place: str) -> Any:
 
 
 def _sharegpt_call(content: str) -> dict[str, Any]:
-    """Return the message of a ShareGPT `function_call`: tool calls if it is JSON of one or more."""
+    """Return the message of a ShareGPT `function_call`: tool calls if it is JSON of such."""
     try:
         calls = json.loads(content)
     except ValueError:
@@ -217,13 +217,13 @@ def _objects(value: Any, name: str) -> list[Any] | None:
     if not all(isinstance(item, Mapping) for item in items):
         raise CorpusError(
             f"`{name}`, which the chat template reads, holds {_kind(value)}; expected a list of "
-            "objects. Rename the field if it means another thing"
+            "objects. Rename the field if it has another meaning"
         )
     return items
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """Return a value that may be given as JSON text."""
+    """Return a value that may be stored as JSON text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -231,7 +231,9 @@ def _decoded(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise CorpusError(f"`{name}` is text that is not JSON ({error})") from None
+        raise CorpusError(
+            f"`{name}` is text that is not JSON ({error}); give JSON, or rename the field"
+        ) from None
 
 
 def _kind(value: object) -> str:

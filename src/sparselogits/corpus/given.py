@@ -1,13 +1,13 @@
-"""Records that a program holds, `datasets` objects among them, written down as a file to be packed.
+"""Write records that a program holds, `datasets` objects among them, to a file to be packed.
 
-Packing reads its source from several processes, and again when it goes on after an interruption;
-a build is resumed days later by a program that makes its records anew. So what is given is written
-once, as JSON lines of the fields that hold the text, under a name that is the hash of its content:
-the same records are the same source, whatever object they come from and whatever its library says
-its fingerprint is, and other records are another.
+Packing reads its source from several processes, and again when it goes on after an interruption; a
+build is resumed days later by a program that makes its records anew. So given records are written
+once, as JSON lines of the fields that hold the text, under a name that is the hash of the content:
+equal records are the same source, whatever object they come from and whatever its library says its
+fingerprint is, and other records are another source.
 
-Costs one pass over the records and their text once more on disk. A dataset that lies unchanged on
-disk or on the hub is better named than handed over: its files are then read where they are.
+This costs one pass over the records and their text once more on disk. For a dataset that exists
+unchanged on disk or on the hub, give its name instead: its files are then read directly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sparselogits.corpus.columns import plain
-from sparselogits.corpus.locate import SourceFile
+from sparselogits.corpus.formats import JsonLines, SourceFile
+from sparselogits.corpus.formats.tables import plain
 from sparselogits.corpus.records import Fields
 from sparselogits.errors import CorpusError
 from sparselogits.files import (
@@ -39,15 +40,15 @@ Records = Iterable[Mapping[str, Any]]
 
 
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
-    """The file of records that were given as an object.
+    """Write records that were given as an object to a file, and return it.
 
     Args:
-        records: passed over once.
-        fields: which of their fields are kept.
-        folder: where the file is put; `records` in the user's cache folder when None.
+        records: records, iterated once.
+        fields: fields that are written.
+        folder: folder of the file; None for `records` in the user's cache folder.
 
     Raises:
-        CorpusError: a record without text, or with what is no text; or nothing there at all.
+        CorpusError: there is no record, or a record holds no text or something else.
         StorageError: the folder cannot be written.
     """
     folder = folder or user_cache() / "records"
@@ -62,28 +63,30 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
-    return SourceFile(path, path.name, "json")
+    return SourceFile(path, path.name, JsonLines())
 
 
 def chosen_split(records: Any, split: str) -> Any:
-    """One split of a `datasets.DatasetDict`; anything else as it is.
+    """Return one split of a `datasets.DatasetDict`, and anything else unchanged.
 
     Raises:
-        CorpusError: no such split.
+        CorpusError: there is no such split.
     """
     if not isinstance(records, Mapping):
         return records
     if split not in records:
         names = ", ".join(map(str, records)) or "none"
-        raise CorpusError(f"the dataset has no split `{split}`; its splits are {names}")
+        raise CorpusError(
+            f"the dataset has no split `{split}`; its splits are {names}: name one of them"
+        )
     return records[split]
 
 
 def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
     """Return rows as Python values, and the types of their columns where a dataset has them."""
-    if hasattr(records, "with_format"):  # a dataset may be set to give tensors or arrays
+    if hasattr(records, "with_format"):  # a dataset may be set to return tensors or arrays
         features = getattr(records, "features", None)
-        if features is None:  # a stream that was mapped: which nulls Arrow added is not known
+        if features is None:  # a mapped stream: it is unknown which nulls Arrow added
             rows = records.with_format(None)
             return ({n: _without_nulls(v) for n, v in row.items()} for row in rows), None
         return records.with_format(None), features.arrow_schema
@@ -100,33 +103,35 @@ def _write(records: Records, schema: pa.Schema | None, fields: Fields, path: Pat
     digest, number = hashlib.sha256(), -1
     with path.open("wb") as handle:
         for number, record in enumerate(records):
-
-            def where(number: int = number) -> str:
-                return f"record {number}"
-
             if not isinstance(record, Mapping):
                 raise CorpusError(
-                    f"{where()} is a {type(record).__name__}, not a dict of named fields"
+                    f"record {number} is a {type(record).__name__}, not a dict of named fields; "
+                    "give dicts"
                 )
-            chosen = fields.kept({n: _of_pandas(value) for n, value in record.items()}, where)
+            values = {name: _of_pandas(value) for name, value in record.items()}
+            chosen = fields.kept(values, partial("record {}".format, number))
             for name in kinds.keys() & chosen.keys():
                 chosen[name] = plain(chosen[name], kinds[name], decoded=True)
             try:
-                # keys stay in order: templates write tool calls as they are given
+                # keys stay in order: templates write tool calls as given
                 line = json.dumps(chosen, ensure_ascii=False).encode() + b"\n"
             except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
-                raise CorpusError(f"{where()} holds what is no text: {error}") from error
+                raise CorpusError(
+                    f"record {number} holds a value that is no text ({error}); remove the value"
+                ) from error
             digest.update(line)
             handle.write(line)
         handle.flush()
         sync(handle.fileno())
     if number < 0:
-        raise CorpusError("the dataset is empty: it holds no record; give one with text")
+        raise CorpusError(
+            "the dataset is empty: it holds no record; give a dataset that holds text"
+        )
     return digest.hexdigest()
 
 
 def _of_pandas(value: Any) -> Any:
-    """Return a field's value as lists and plain values, and None for what pandas has as missing."""
+    """Return a field's value as lists and plain values; None for what pandas stores as missing."""
     if isinstance(value, float) and value != value:
         return None
     return _plain_lists(value)

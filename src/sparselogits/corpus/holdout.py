@@ -1,21 +1,22 @@
 """Choose the windows that are held out for evaluation, and read the two sides of a packed text.
 
-All documents are packed into one stream of tokens. Which of them are held out is decided when every
-length is known, so that the share asked for is met within one window:
+All documents are packed into one stream of tokens. Which of them are held out is decided once every
+length is known, so that the requested share is met within one window:
 
 - *documents*: whole documents, in the order of their keys (a salted hash of the content), until
-  they fill the windows asked for. The rest of the last document is dropped.
+  they fill the requested windows. The rest of the last document is dropped.
 - *windows*: where the documents are too few or too long for that, the last windows of the text,
-  after a gap of one window. The document in which the gap lies may then stand on both sides.
+  after a gap of one window. The document in which the gap lies may then be on both sides.
 
 Nothing is rewritten. A side is a selection of the stream; the table of a part's documents, stored
-beside the part, says where its documents begin and end.
+in `holdout/`, says where its documents begin and end.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,22 +24,23 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sparselogits.corpus.parts import PartError, open_part
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.streams import (
-    PartFile,
+    PartError,
     Tokens,
     TokenStream,
-    concatenate,
     damaged,
+    open_part,
     part_name,
+    writing_parquet,
 )
 
-Rule = Literal["documents", "windows"]
+HoldoutRule = Literal["documents", "windows"]
 Extents = NDArray[np.int64]
-"""[N, 2]: ranges of tokens of one part, ascending and disjoint."""
+"""int64 [N, 2]: ranges of tokens of one part, ascending and disjoint."""
 
 _SCHEMA = pa.schema(
     [
@@ -56,56 +58,59 @@ _DROPPED_SHARE = 0.02
 
 
 class DocumentTable:
-    """Writes one row per document of a part: its key, its tokens and its characters.
+    """Writes one row per document of a part: key, number of tokens and number of characters.
 
     A document that continues from the part before has a row in each; `opens` marks the first.
-    Used as a context, like `streams.PartWriter`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = PartFile(path, _SCHEMA)
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self._file = file
         self._rows: list[tuple[int, int, int, bool]] = []
 
-    def __enter__(self) -> DocumentTable:
-        self._file.open()
-        return self
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        self._file.close(self._flush if failure is None else None)
-
     def add(self, piece: Piece, tokens: int) -> None:
-        """Count the tokens that a piece became; pieces of a document follow one another."""
+        """Count the tokens of a piece; pieces of a document follow one another."""
         characters = piece.stop - piece.start
         if piece.opens or not self._rows:
             if len(self._rows) >= _ROWS:
-                self._flush()
+                self.flush()
             self._rows.append((piece.key, tokens, characters, piece.opens))
         else:
             key, before, seen, opens = self._rows[-1]
             self._rows[-1] = (key, before + tokens, seen + characters, opens)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the rows that are still in memory."""
         if self._rows:
             columns = zip(*self._rows, strict=True)
             arrays = [pa.array(c, field.type) for c, field in zip(columns, _SCHEMA, strict=True)]
-            self._file.write(pa.Table.from_arrays(arrays, schema=_SCHEMA), _ROWS)
+            table = pa.Table.from_arrays(arrays, schema=_SCHEMA)
+            self._file.write_table(table, row_group_size=_ROWS)
             self._rows = []
+
+
+@contextmanager
+def writing_table(path: Path) -> Iterator[DocumentTable]:
+    """Open a document table; it appears when the block ends without an exception."""
+    with writing_parquet(path, _SCHEMA) as file:
+        table = DocumentTable(file)
+        yield table
+        table.flush()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which tokens of a stream are trained on and which are held out.
+    """A division of the tokens of a stream into those trained on and those held out.
 
     Args:
-        rule: see the module.
+        rule: how the windows were chosen, see the module.
         windows: number of windows held out.
-        up_to: rule "documents": the largest key of a document that is held out.
-        held: rule "documents": tokens of each part that belong to such documents.
-        training_windows: rule "windows": the first windows of the stream are trained on.
-        first: rule "windows": the first window of the stream that is held out.
+        up_to: rule "documents": largest key of a document that is held out.
+        held: rule "documents": number of tokens of each part that belong to such documents.
+        training_windows: rule "windows": number of windows, from the first, that are trained on.
+        first: rule "windows": first window of the stream that is held out.
     """
 
-    rule: Rule
+    rule: HoldoutRule
     windows: int
     up_to: int = 0
     held: tuple[int, ...] = ()
@@ -113,24 +118,15 @@ class Split:
     first: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, as they stand in index.json."""
+        """Return plain JSON values, as written to index.json."""
+        chosen: dict[str, Any] = {"training_windows": self.training_windows, "first": self.first}
         if self.rule == "documents":
-            return {
-                "rule": self.rule,
-                "windows": self.windows,
-                "up_to": f"{self.up_to:016x}",
-                "held": list(self.held),
-            }
-        return {
-            "rule": self.rule,
-            "windows": self.windows,
-            "training_windows": self.training_windows,
-            "first": self.first,
-        }
+            chosen = {"up_to": f"{self.up_to:016x}", "held": list(self.held)}
+        return {"rule": self.rule, "windows": self.windows, **chosen}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Split:
-        """Return the split that `to_json` described.
+        """Return the split that `to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: the value has another form.
@@ -156,9 +152,9 @@ def choose_split(
 
     Args:
         tables: folder of the document tables, one per part.
-        lengths: tokens of each part.
-        window_length: tokens per window, L.
-        share: of the tokens, in (0, 1).
+        lengths: number of tokens of each part.
+        window_length: number L of tokens per window.
+        share: share of the tokens, in (0, 1).
 
     Raises:
         CorpusError: a table is damaged.
@@ -185,9 +181,9 @@ class SelectedStream:
     """Some of the tokens of a stream, as a stream; safe to share between threads.
 
     Args:
-        stream: all of the tokens.
-        lengths: selected tokens of each part.
-        extents: which tokens of a part are selected.
+        stream: stream of all tokens.
+        lengths: number of selected tokens of each part.
+        extents: returns the ranges of selected tokens of a part.
     """
 
     def __init__(
@@ -221,7 +217,7 @@ class SelectedStream:
             begin += self._stream.begin(part)
             ranges.append(self._stream.read(begin, begin + length))
             start += length
-        return concatenate(ranges)
+        return Tokens.cat(ranges)
 
     def _of(self, part: int) -> Extents:
         with self._lock:
@@ -251,7 +247,9 @@ def divide(
             return _held(tables, part, lengths[part], split.up_to)
 
         def trained(part: int) -> Extents:
-            return _complement(held(part), lengths[part])
+            extents, length = held(part), lengths[part]
+            edges = np.stack([np.append(0, extents[:, 1]), np.append(extents[:, 0], length)], 1)
+            return edges[edges[:, 0] < edges[:, 1]]
 
         return SelectedStream(stream, rest, trained), SelectedStream(stream, split.held, held)
     before = (0, split.training_windows * window_length)
@@ -267,10 +265,10 @@ def divide(
 def document_counts(
     tables: Path, lengths: Sequence[int], split: Split, window_length: int
 ) -> tuple[int, int]:
-    """Return the documents and the characters that are held out.
+    """Return the numbers of documents and of characters that are held out.
 
-    With the rule "windows" a document counts where it begins, and its characters where the parts
-    of the document begin.
+    With the rule "windows" a document counts on the side where it begins, and the characters of
+    each of its rows on the side where the row begins.
 
     Raises:
         CorpusError: a table is damaged.
@@ -292,10 +290,10 @@ def document_counts(
 
 
 def _largest_key(tables: Path, parts: int, tokens: int) -> int:
-    """The key up to which documents, in the order of their keys, hold at least so many tokens.
+    """Return the key up to which documents, in the order of keys, hold at least so many tokens.
 
-    Two passes over the tables, the first by the leading bits of the key, so that memory does not
-    grow with the number of documents.
+    This takes two passes over the tables, the first by the leading bits of the key, so that memory
+    does not grow with the number of documents.
     """
     shift = np.uint64(64 - _BIN_BITS)
     by_bin = np.zeros(1 << _BIN_BITS, np.int64)
@@ -318,7 +316,7 @@ def _largest_key(tables: Path, parts: int, tokens: int) -> int:
 
 
 def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
-    """Tokens of a part that belong to documents whose key is at most `up_to`."""
+    """Return the tokens of a part that belong to documents whose key is at most `up_to`."""
     found, begin = [np.empty((0, 2), np.int64)], 0
     for key, tokens, _, _ in _rows(tables, part):
         stops = begin + np.cumsum(tokens)
@@ -328,11 +326,6 @@ def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
     if begin != length:
         raise damaged(tables / part_name(part), f"it counts {begin} tokens of {length}")
     return np.concatenate(found)
-
-
-def _complement(extents: Extents, length: int) -> Extents:
-    edges = np.stack([np.append(0, extents[:, 1]), np.append(extents[:, 0], length)], 1)
-    return edges[edges[:, 0] < edges[:, 1]]
 
 
 def _within(
@@ -348,7 +341,7 @@ def _covered(extents: Extents) -> int:
 
 
 def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Columns of a part's table, a batch at a time: key, tokens, characters, opens."""
+    """Yield the columns of a part's table by batches: key, tokens, characters, opens."""
     path = tables / part_name(part)
     try:
         with open_part(path, 1 << 31) as file:

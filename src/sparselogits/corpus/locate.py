@@ -1,4 +1,4 @@
-"""From what the user names to the files that hold the text."""
+"""Find the files that hold the text which the user names."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sparselogits.corpus.compressed import COMPRESSION
+from sparselogits.corpus.formats import (
+    COMPRESSIONS,
+    Arrow,
+    Format,
+    SourceFile,
+    content_suffix,
+    format_in_folder,
+    format_of_named_file,
+    format_with_weak_suffix,
+    is_compressed,
+    known_formats,
+)
 from sparselogits.corpus.splits import find_splits
 from sparselogits.errors import CorpusError
 
-Kind = Literal["text", "json", "parquet", "arrow"]
-
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex"), "text"),
-    **dict.fromkeys((".jsonl", ".ndjson"), "json"),
-    **dict.fromkeys((".parquet", ".pq"), "parquet"),
-}
-_NAMED_KINDS: dict[str, Kind] = {".json": "json", ".arrow": "arrow"}
-_RECORDS = tuple(suffix for suffix, kind in _KINDS.items() if kind != "text")
 _HIDDEN = (".", "__")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAGIC = {
-    b"\x1f\x8b\x08": ".gz",
-    b"\x28\xb5\x2f\xfd": ".zst",
-    b"\xfd7zXZ\0": ".xz",
-    b"BZh91AY&SY": ".bz2",
+    **{compression.magic: suffix for suffix, compression in COMPRESSIONS.items()},
     b"PK\x03\x04": ".zip",
     b"PAR1\x15": ".parquet",
 }
@@ -38,24 +37,14 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file of a source."""
-
-    path: Path
-    name: str
-    """Relative to what the user named, with forward slashes: stable when the corpus is moved."""
-    kind: Kind
-
-
-@dataclass(frozen=True)
 class LeftOut:
-    """Files that are there and not read, for one reason."""
+    """Files that were found and are not read, for one reason."""
 
     reason: str
     names: tuple[str, ...]
 
     def in_words(self, one: str = "", several: str = "") -> str:
-        """Say how many they are, why, and which; with a clause behind the number, if given."""
+        """Say how many they are, why, and which; with a clause after the number, if given."""
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
         return f"{files} ({self.reason}: {few})"
@@ -63,43 +52,42 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Located:
-    """The files that a name stands for, and those beside them that are not read."""
+    """The files that a name stands for, and those found with them that are not read."""
 
     files: tuple[SourceFile, ...]
     left_out: tuple[LeftOut, ...] = ()
     shared: tuple[LeftOut, ...] = ()
-    """Files that are read although their names say another split as well."""
+    """Files that are read although their names name another split as well."""
 
 
 def locate(data: str, split: str) -> Located:
     """Find the files that `data` names, in a stable order.
 
     Raises:
-        CorpusError: nothing is there, or nothing that could be read as text.
+        CorpusError: nothing is found, or nothing that can be read as text.
     """
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")
-    left_out: list[LeftOut] = []
-    shared: list[LeftOut] = []
+    located = None
     if path.is_file():
         _require_train(data, split)
-        files = [SourceFile(path, path.name, _kind_of_named(path))]
+        files = [SourceFile(path, path.name, _format_of(path))]
     elif path.is_dir():
-        if _is_saved_dataset(path):
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             files = _saved_dataset(path, split)
         else:
-            files, left_out, shared = _folder(path, split, None)
+            located = _folder(path, split, None)
     elif path.exists():
         raise CorpusError(
             f"{data} is {_what_it_is(path)}; only regular files are read, because packing reads a "
-            "text in several places and again after an interruption. Write its content to a file "
-            "and name that"
+            "text at several positions and again after an interruption. Write its content to a "
+            "file and name that"
         )
     elif any(sign in data for sign in "*?["):
         _require_train(data, split)
         files = _matching(data)
     elif base and Path(base).expanduser().is_dir():
-        files, left_out, shared = _folder(Path(base).expanduser(), split, configuration)
+        located = _folder(Path(base).expanduser(), split, configuration)
     elif _HUB_NAME.fullmatch(data) and not _looks_like_file(path):
         files = _hub_dataset(data, split)
     elif "://" in data:
@@ -108,15 +96,18 @@ def locate(data: str, split: str) -> Located:
             "download it first"
         )
     elif path.is_symlink():
-        raise CorpusError(f"{data} is a link to {path.readlink()}, which does not exist")
+        raise CorpusError(
+            f"{data} is a link to {path.readlink()}, which does not exist; name a file that does"
+        )
     else:
         raise CorpusError(f"{data} does not exist; check the path (working folder: {Path.cwd()})")
-    if all(file.path.stat().st_size == 0 for file in files):
+    if located is None:
+        located = Located(tuple(sorted(files, key=lambda file: file.name)))
+    if all(file.path.stat().st_size == 0 for file in located.files):
         raise CorpusError(f"{data} is empty: no file in it holds a single byte; name other text")
-    for file in files:
+    for file in located.files:
         _refuse_disguised(file)
-    ordered = tuple(sorted(files, key=lambda file: file.name))
-    return Located(ordered, tuple(left_out), tuple(shared))
+    return located
 
 
 def _require_train(data: str, split: str) -> None:
@@ -128,23 +119,35 @@ def _require_train(data: str, split: str) -> None:
         )
 
 
-def _refuse_disguised(file: SourceFile) -> None:
-    """Refuse files that are something else than their names say.
+def _format_of(path: Path) -> Format:
+    """Return the format of a file that the user names."""
+    found = format_of_named_file(path)
+    if found is None:
+        known = ", ".join(own.suffixes[0] for own in known_formats() if own.compressible)
+        raise CorpusError(
+            f"{path} is compressed text; only records in lines are read compressed ({known} before "
+            f"{path.suffix}). Decompress it first, or rename it if it holds such records"
+        )
+    return found
 
-    What Git leaves in a file's place where LFS is not installed reads as text; a download may be
+
+def _refuse_disguised(file: SourceFile) -> None:
+    """Refuse a file that holds something other than its name says.
+
+    What Git leaves instead of a file where LFS is not installed reads as text; a download may be
     compressed although its name does not say so.
     """
     try:
         with file.path.open("rb") as handle:
             head = handle.read(len(_POINTER))
     except OSError:
-        return  # reading says what is wrong
+        return  # reading reports what is wrong
     if head == _POINTER:
         raise CorpusError(
             f"{file.name} is a Git LFS pointer, not the file itself; fetch the files with "
             "`git lfs pull` in the folder of the repository"
         )
-    if file.kind not in ("text", "json") or file.path.suffix.lower() in COMPRESSION:
+    if file.format.binary or is_compressed(file.path):
         return
     for magic, suffix in _MAGIC.items():
         if head.startswith(magic):
@@ -160,50 +163,21 @@ def _what_it_is(path: Path) -> str:
     return next((what for name, what in kinds.items() if getattr(path, name)()), "no file")
 
 
-def _kind(path: Path) -> Kind | None:
-    """What a file holds by its name.
-
-    A plain `.json` says too little: beside text it is more often a description than data.
-    """
-    if path.suffix.lower() in COMPRESSION:
-        inner = path.with_suffix("").suffix.lower()
-        return "json" if inner in (".jsonl", ".ndjson", ".json") else None
-    return _KINDS.get(path.suffix.lower())
-
-
-def _kind_of_named(path: Path) -> Kind:
-    """A file named by itself is text unless its name says otherwise."""
-    kind = _kind(path)
-    if kind is None and path.suffix.lower() in COMPRESSION:
-        raise CorpusError(
-            f"{path} is compressed text; only JSON lines are read compressed (.jsonl"
-            f"{path.suffix}). Decompress it first, or rename it if it holds JSON lines"
-        )
-    return kind or _NAMED_KINDS.get(path.suffix.lower(), "text")
-
-
-def _folder(
-    folder: Path, split: str, configuration: str | None
-) -> tuple[list[SourceFile], list[LeftOut], list[LeftOut]]:
-    """The files of a folder that are read (of one split, of one kind), left out, and shared."""
-    there, passed_over = _walk(folder)
-    kinds = {name: _kind(Path(name)) for name in there}
-    names, reasons = there, passed_over
-    splits = None
-    if _is_dataset(there):
-        splits = find_splits(folder, there, configuration)
+def _folder(folder: Path, split: str, configuration: str | None) -> Located:
+    """Find the files of a folder that are of one split and one format."""
+    found, reasons = _walk(folder)
+    formats = {name: format_in_folder(Path(name)) for name in found}
+    weak = {name: own for name in found if (own := format_with_weak_suffix(Path(name))) is not None}
+    names = found
+    splits = find_splits(folder, found, configuration) if _is_dataset(found) else None
     if splits is not None:
         names = splits.get(split, [])
-        for name in names:  # a file that is of a split by its name is data, and no description
-            if kinds[name] is None and name.lower().endswith(".json"):
-                kinds[name] = "json"
-        for other, own in splits.items():
-            if other != split:
-                reasons |= {name: f"of the split `{other}`" for name in own if name not in names}
-        reasons |= {
-            name: "of no split" for name in there if name not in names and name not in reasons
-        }
-        if not any(kinds[name] for name in names):
+        # a file that is of a split by its name is data, not a description of data
+        formats |= {name: weak[name] for name in names if name in weak}
+        others = {name: f"of the split `{own}`" for own in splits for name in splits[own]}
+        unread = set(found).difference(names)
+        reasons |= {name: others.get(name, "of no split") for name in unread}
+        if not any(formats[name] for name in names):
             counts = [f"{key} ({len(own)})" for key, own in splits.items() if own]
             raise CorpusError(
                 f"{folder} has no files of the split `{split}`; by their names its splits are "
@@ -215,23 +189,22 @@ def _folder(
             f"{folder} has no split `{split}`: nothing in the names of its files divides them, so "
             "all of them are `train`. Leave out --split, or name the files by a pattern"
         )
-    if not any(kinds[name] for name in names) and all(
-        Path(name).suffix.lower() != ".json" for name in names
-    ):
+    if not any(formats[name] for name in names):
+        formats |= weak
+    chosen = _of_one_format([name for name in names if formats[name]], formats)
+    if not chosen:
+        known = sorted(suffix for own in known_formats() for suffix in own.suffixes)
         raise CorpusError(
-            f"{folder} holds no text that is read from folders ({', '.join(sorted(_KINDS))}, "
-            f"compressed .jsonl); it holds {_suffixes(map(Path, there))}. To read other files as "
+            f"{folder} holds no text that is read from folders ({', '.join(known)}, "
+            f"compressed .jsonl); it holds {_suffixes(map(Path, found))}. To read other files as "
             f"text, name them by a pattern, such as '{folder}/**/*.py'"
         )
-    if not any(kinds[name] for name in names):  # nothing but .json
-        kinds |= dict.fromkeys((n for n in names if n.lower().endswith(".json")), "json")
-    chosen = _of_one_kind([name for name in names if kinds[name]], kinds)
+    suffix = content_suffix(Path(next(iter(chosen))))
     for name in names:
-        if kinds[name] is None:
+        if formats[name] is None:
             reasons.setdefault(name, "no text by name")
         elif name not in chosen:
-            reasons.setdefault(name, f"of another format than {_extension(chosen[0])}")
-    files = [SourceFile(folder / name, name, kinds[name]) for name in chosen]  # type: ignore[arg-type]
+            reasons.setdefault(name, f"of another format than {suffix}")
     both = {
         name: f"also of the split `{other}`"
         for other, own in (splits or {}).items()
@@ -239,24 +212,25 @@ def _folder(
         for name in own
         if name in chosen
     }
-    return files, _by_reason(reasons), _by_reason(both)
+    files = tuple(SourceFile(folder / name, name, chosen[name]) for name in sorted(chosen))
+    return Located(files, _by_reason(reasons), _by_reason(both))
 
 
-def _by_reason(reasons: Mapping[str, str]) -> list[LeftOut]:
+def _by_reason(reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
     found: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         found.setdefault(reason, []).append(name)
-    return [LeftOut(reason, tuple(names)) for reason, names in found.items()]
+    return tuple(LeftOut(reason, tuple(names)) for reason, names in found.items())
 
 
 def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the regular files below a folder, and of what is passed over, with the reason.
+    """Return the names of the regular files below a folder, and what is skipped, with the reason.
 
     Links are followed, but no folder is entered twice. Hidden files and folders, and folders that
     begin with two underscores, are not looked at, as in `datasets`.
     """
     found: list[str] = []
-    passed_over: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     entered = {_identity(folder)}
     waiting = [folder]
     while waiting:
@@ -264,7 +238,9 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
         try:
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            raise CorpusError(f"cannot read {here}: {error.strerror or error}") from error
+            raise CorpusError(
+                f"cannot read {here}: {error.strerror or error}; check the folder's permissions"
+            ) from error
         for entry in entries:
             path = Path(entry.path)
             name = path.relative_to(folder).as_posix()
@@ -274,17 +250,17 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
                 if entry.name.startswith(_HIDDEN):
                     continue
                 if (identity := _identity(path)) in entered:
-                    passed_over[name] = "link to a folder that is read already"
+                    skipped[name] = "link to a folder that is read already"
                     continue
                 entered.add(identity)
                 waiting.append(path)
             elif entry.is_file():
                 found.append(name)
             elif entry.is_symlink() and not path.exists():
-                passed_over[name] = "link to nothing"
+                skipped[name] = "link to nothing"
             else:
-                passed_over[name] = "no regular file"
-    return sorted(found), passed_over
+                skipped[name] = "no regular file"
+    return sorted(found), skipped
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -293,33 +269,33 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_dataset(names: Sequence[str]) -> bool:
-    """Whether files are such as `datasets` reads: records, or for the most part .txt files.
+    """Return whether files are such as `datasets` reads: records, or for the most part .txt files.
 
-    Pages of documentation (.md, .rst) are no splits because one of them is called testing.md.
+    Folders of documentation (.md, .rst) have no splits because a page is called testing.md.
     """
-    extensions = Counter(_extension(name) for name in names)
-    records = sum(extensions[e] for e in (*_RECORDS, ".json"))
-    pages = sum(extensions[e] for e, kind in _KINDS.items() if kind == "text" and e != ".txt")
-    return records > 0 or extensions[".txt"] > pages
+    counts = Counter(content_suffix(Path(name)) for name in names)
+    records = pages = 0
+    for own in known_formats():
+        if own.holds_records:
+            records += sum(counts[suffix] for suffix in (*own.suffixes, *own.weak_suffixes))
+        else:
+            pages += sum(counts[suffix] for suffix in own.suffixes if suffix != ".txt")
+    return records > 0 or counts[".txt"] > pages
 
 
-def _of_one_kind(names: list[str], kinds: Mapping[str, Kind | None]) -> list[str]:
-    """Records where there are any, of the commonest format, as `datasets` chooses it; else text."""
+def _of_one_format(names: Sequence[str], formats: Mapping[str, Format | None]) -> dict[str, Format]:
+    """Return the records of the commonest format, as `datasets` chooses it; without any, text."""
+    known = {name: own for name in names if (own := formats[name]) is not None}
     # beside records, text files describe them (a dataset's README.md)
-    records = [name for name in names if kinds[name] != "text"]
+    records = {name: own for name, own in known.items() if own.holds_records}
     if not records:
-        return names
-    counts = Counter(_extension(name) for name in records)
+        return known
+    suffixes = {name: content_suffix(Path(name)) for name in records}
+    counts = Counter(suffixes.values())
     order = (".parquet", ".jsonl", ".json")
-    first = max(counts, key=lambda e: (counts[e], -order.index(e) if e in order else -9, e))
-    kind = kinds[next(name for name in records if _extension(name) == first)]
-    return [name for name in records if kinds[name] == kind]
-
-
-def _extension(name: str) -> str:
-    """The suffix that says what a file holds: that before a suffix of compression."""
-    path = Path(name)
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSION else path).suffix.lower()
+    first = max(counts, key=lambda s: (counts[s], -order.index(s) if s in order else -9, s))
+    chosen = next(records[name] for name in records if suffixes[name] == first)
+    return {name: own for name, own in records.items() if own == chosen}
 
 
 def _matching(pattern: str) -> list[SourceFile]:
@@ -336,9 +312,7 @@ def _matching(pattern: str) -> list[SourceFile]:
     ]
     if not found:
         raise CorpusError(f"no file matches {pattern}; quote the pattern, and check the path")
-    return [
-        SourceFile(path, path.relative_to(root).as_posix(), _kind_of_named(path)) for path in found
-    ]
+    return [SourceFile(path, path.relative_to(root).as_posix(), _format_of(path)) for path in found]
 
 
 def _suffixes(paths: Iterable[Path]) -> str:
@@ -347,14 +321,15 @@ def _suffixes(paths: Iterable[Path]) -> str:
 
 
 def _looks_like_file(path: Path) -> bool:
-    return path.is_absolute() or _kind(path) is not None or path.suffix in (".json", *COMPRESSION)
+    known = format_in_folder(path) or format_with_weak_suffix(path)
+    return path.is_absolute() or known is not None or is_compressed(path)
 
 
 # datasets: on disk they are folders of Arrow files
 
 
-def _is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+def _arrow(path: Path, name: str) -> SourceFile:
+    return SourceFile(path, name, Arrow())
 
 
 def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
@@ -372,7 +347,7 @@ def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
             "flatten_indices(), and save it again"
         )
     names = [entry["filename"] for entry in state.get("_data_files", [])]
-    return [SourceFile(folder / name, name, "arrow") for name in names]
+    return [_arrow(folder / name, name) for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -398,10 +373,10 @@ def _hub_dataset(data: str, split: str) -> list[SourceFile]:
 
 
 def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
-    """The Arrow files behind a `datasets.Dataset` as it was loaded.
+    """Return the Arrow files of a `datasets.Dataset` that was loaded.
 
     Raises:
-        CorpusError: for a dataset that is a selection of its files, or held in memory.
+        CorpusError: the dataset is a selection of its files, or exists in memory only.
     """
     import pyarrow as pa
 
@@ -415,4 +390,4 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
             f"{name} is part of a dataset ({dataset.num_rows} of {rows} rows); load it with "
             "`datasets`, save it with save_to_disk, and name the folder instead"
         )
-    return [SourceFile(path, path.name, "arrow") for path in paths]
+    return [_arrow(path, path.name) for path in paths]

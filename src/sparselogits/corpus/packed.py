@@ -1,6 +1,6 @@
-"""A packed corpus on disk: any range of windows, by number.
+"""Read a packed corpus on disk: any range of windows, by number.
 
-See `packer` for the folder's layout. Reading keeps a few row groups of tokens in memory whatever
+`packer` describes the folder's layout. Reading keeps a few row groups of tokens in memory whatever
 the size of the corpus, and opening reads two small JSON files.
 """
 
@@ -39,14 +39,18 @@ from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
 from sparselogits.untrusted import parse_json, read_regular
+from sparselogits.wording import counted
 
-FORMATS = (1, 2)
-_LARGEST_JSON = 1 << 24  # bytes: an index names the length of each part
+FORMAT_VERSIONS = (1, 2)
 """Formats that are read: 1, and 2 where something is held out (see docs/corpus.md).
 
-Format 1 held documents out by their hash alone, each side in a stream of its own.
+In format 1 documents were held out by their hash alone, and each side had a stream of its own.
 """
+_LARGEST_JSON = 1 << 24  # bytes: an index holds the length of each part
 _BLOCK = 1 << 20
+
+
+_Stream = TokenStream | SelectedStream
 
 
 def format_of(packing: Packing) -> int:
@@ -56,7 +60,7 @@ def format_of(packing: Packing) -> int:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things stand in the folder of a packed corpus."""
+    """Paths of the files and folders of a packed corpus."""
 
     folder: Path
 
@@ -77,34 +81,34 @@ class Paths:
 
     @property
     def holdout(self) -> Path:
-        """Folder of the table of each part's documents (format 1: of the held-out tokens)."""
+        """Folder of each part's document table (format 1: of the held-out tokens)."""
         return self.folder / "holdout"
 
     @property
     def frequencies(self) -> Path:
-        """How often each id occurs in the training windows."""
+        """Path of the table of how often each id occurs in the training windows."""
         return self.folder / "frequencies.parquet"
 
     @property
     def lock(self) -> Path:
-        """Lock file, there while the corpus is packed; see `claims`."""
+        """Path of the lock file, which exists while the corpus is packed; see `claims`."""
         return self.folder / "lock"
 
     @property
     def names(self) -> set[str]:
-        """Names of all that a packed corpus's folder holds."""
+        """Names of everything in the folder of a packed corpus."""
         files = (self.made_from, self.index, self.training, self.holdout, self.frequencies)
         return {file.name for file in (*files, self.lock)}
 
     def clear(self) -> None:
-        """Remove what was packed, and last what it was packed from."""
+        """Remove what was packed, and `corpus.json` last."""
         for stream in (self.training, self.holdout):
             shutil.rmtree(stream, ignore_errors=True)
         for file in (self.index, self.frequencies, self.made_from):
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove a packed corpus, and its folder if nothing else is in it."""
+        """Remove a packed corpus, and its folder if the folder holds nothing else."""
         self.clear()
         self.lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # most of all, that it is not empty
@@ -113,28 +117,28 @@ class Paths:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """Counts what became of the text.
+    """Counts of documents, characters and tokens of a packed corpus.
 
-    Tokens count separators and beginning-of-text tokens, and include the dropped ones. Where the
-    hold-out is by windows, documents count on the side on which they begin.
+    Tokens include separators, beginning-of-text tokens and the dropped ones. Where the hold-out is
+    by windows, documents count on the side on which they begin.
     """
 
     documents: int
     characters: int
     tokens: int
     dropped_tokens: int
-    """Tokens of the last partial training window, and of the gap before a hold-out by windows."""
+    """Number of tokens of the last partial training window and of the gap before the hold-out."""
     holdout_documents: int
     holdout_characters: int
     holdout_tokens: int
     holdout_dropped_tokens: int
-    """Tokens held out beyond the last held-out window."""
+    """Number of held-out tokens after the last held-out window."""
     blank_documents: int
-    """Documents that were left out because they hold no text."""
+    """Number of documents that were left out because they hold no text."""
     holdout_rule: str | None = None
-    """"documents" or "windows", see `holdout`; None where nothing is held out."""
+    """Rule of the hold-out, "documents" or "windows"; None where nothing is held out."""
     split_documents: int = 0
-    """Documents that stand in part on either side of the hold-out."""
+    """Number of documents of which each side of the hold-out has a part."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -160,8 +164,8 @@ class PackedCorpus:
         self.vocab_size: int = made_from["vocab_size"]
         self.summary = CorpusSummary(**index["summary"])
         self.format: int = made_from["format"]
-        self._training: TokenStream | SelectedStream
-        self._holdout: TokenStream | SelectedStream
+        self._training: _Stream
+        self._holdout: _Stream
         paths, lengths = Paths(folder), [int(length) for length in index["training"]]
         self._training, length = TokenStream(paths.training, lengths), self.packing.window_length
         if self.format == 1:
@@ -179,23 +183,24 @@ class PackedCorpus:
         """Open a complete packed corpus.
 
         Raises:
-            CorpusError: nothing there, not finished, or made by another version.
+            CorpusError: the folder holds no packed corpus, an unfinished or a damaged one, or one
+                of an unknown format.
         """
         paths = Paths(Path(path))
         if not paths.made_from.exists():
-            raise CorpusError(f"{path} holds no packed corpus; pack one there first")
-        made_from = read_json(paths.made_from)
-        if made_from.get("format") not in FORMATS:
+            raise CorpusError(f"{path} holds no packed corpus; pack text into it first")
+        made_from = read_corpus_json(paths.made_from)
+        if made_from.get("format") not in FORMAT_VERSIONS:
             raise CorpusError(
                 f"the packed corpus at {path} has format {made_from.get('format')!r}, this "
-                f"library reads {' and '.join(map(str, FORMATS))}; pack it again"
+                f"library reads {' and '.join(map(str, FORMAT_VERSIONS))}; pack it again"
             )
         if not paths.index.exists():
             raise CorpusError(
-                f"the packed corpus at {path} is not finished; pack it again to go on"
+                f"the packed corpus at {path} is not finished; pack it again to finish it"
             )
         try:
-            return cls(paths.folder, made_from, read_json(paths.index))
+            return cls(paths.folder, made_from, read_corpus_json(paths.index))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorpusError(
                 f"the packed corpus at {path} is damaged: corpus.json or index.json has another "
@@ -206,9 +211,9 @@ class PackedCorpus:
         return _reopen, (self.folder, self._holdout is self._training)
 
     def held_out_whole(self) -> PackedCorpus:
-        """Return the same text with all of its training windows as held-out windows.
+        """Return the same corpus with all training windows as held-out windows.
 
-        For text that is packed for evaluation alone.
+        This is for text that is packed only for evaluation.
         """
         other = copy(self)
         other._holdout, other.holdout_windows = self._training, self.windows
@@ -218,25 +223,24 @@ class PackedCorpus:
         """Say how the text became windows, and which of them are held out, for a person."""
         summary, length = self.summary, self.packing.window_length
         documents = summary.documents + summary.holdout_documents
-        said = (
-            f"{_count(documents, 'document')}, {_count(self.windows, 'window')} of {length} tokens"
-        )
+        said = counted(documents, "document")
+        said += f", {counted(self.windows, 'window')} of {length} tokens"
         if summary.blank_documents:
-            said += f"; {_count(summary.blank_documents, 'document')} without text left out"
+            said += f"; {counted(summary.blank_documents, 'document')} without text left out"
         if not self.packing.holdout:
             return said
         total = summary.tokens + summary.holdout_tokens
         share = self.holdout_windows * length / max(total, 1)
         said += (
-            f"; held out for evaluation: {_count(self.holdout_windows, 'window')} ({share:.1%}), "
+            f"; held out for evaluation: {counted(self.holdout_windows, 'window')} ({share:.1%}), "
         )
         if summary.holdout_rule != "windows":
-            return said + _count(summary.holdout_documents, "whole document")
+            return said + counted(summary.holdout_documents, "whole document")
         said += "the last of the text"
         if summary.dropped_tokens >= length:
             said += ", after a gap of one window"
         if summary.split_documents:
-            said += "; one document stands in part on either side"
+            said += "; each side has a part of one document"
         return said
 
     @property
@@ -245,16 +249,16 @@ class PackedCorpus:
         return self._training.tokens // self.packing.window_length
 
     def read(self, start: int, stop: int) -> list[Window]:
-        """The training windows [start, stop).
+        """Return the training windows [start, stop).
 
         Raises:
-            InvalidArgumentError: a range that is not within [0, windows].
-            CorpusError: for a damaged file.
+            InvalidArgumentError: the range does not lie within [0, windows].
+            CorpusError: a file is damaged.
         """
         return self._read(self._training, start, stop, self.windows)
 
     def read_holdout(self, start: int, stop: int) -> list[Window]:
-        """The hold-out windows [start, stop); see `read`."""
+        """Return the held-out windows [start, stop); raises what `read` raises."""
         return self._read(self._holdout, start, stop, self.holdout_windows)
 
     @cached_property
@@ -262,7 +266,7 @@ class PackedCorpus:
         """int64 [V]: how often each id occurs in the training windows.
 
         Raises:
-            CorpusError: for a damaged file.
+            CorpusError: the file is damaged.
         """
         path = Paths(self.folder).frequencies
         try:
@@ -272,12 +276,11 @@ class PackedCorpus:
             raise CorpusError(f"{path} is damaged ({error}); pack the corpus again") from error
         return counts
 
-    def _read(
-        self, stream: TokenStream | SelectedStream, start: int, stop: int, windows: int
-    ) -> list[Window]:
+    def _read(self, stream: _Stream, start: int, stop: int, windows: int) -> list[Window]:
         if not 0 <= start <= stop <= windows:
             raise InvalidArgumentError(
-                f"windows {start}:{stop} asked for, but {self.folder} has windows 0:{windows}"
+                f"windows {start}:{stop} do not lie in {self.folder}; give a range within "
+                f"0:{windows}"
             )
         length = self.packing.window_length
         tokens = stream.read(start * length, stop * length)
@@ -294,7 +297,7 @@ class PackedCorpus:
             starts = np.flatnonzero(tokens.starts[own]).astype(np.int32)
             mask = None
             if tokens.learnt is not None:
-                # position j predicts token j + 1; what the last one predicts is not in the window
+                # position j predicts token j + 1; the last one predicts a token of the next window
                 mask = np.append(tokens.learnt[own][1:], False)
             result.append(Window(index, tokens.ids[own].copy(), starts, mask))
         return result
@@ -306,7 +309,7 @@ def _reopen(folder: Path, whole: bool) -> PackedCorpus:
 
 
 def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what may be published of a source: its name without folders of this machine.
+    """Return a source for publication: its name is without folders of this machine.
 
     Args:
         source: see `Source.to_json`.
@@ -315,7 +318,7 @@ def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_fingerprint(source: Mapping[str, Any]) -> str:
-    """Return the sha256, in hex, of what a text is and how it was read; its name is left out.
+    """Return the sha256, in hex, of what a text is and how it was read, without its name.
 
     Args:
         source: see `Source.to_json`.
@@ -331,7 +334,12 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
     Raises:
         CorpusError: the text does not fill the windows that are needed, or a part is damaged.
     """
-    total, lengths, frequencies = _totals(paths.training, parts, vocab_size)
+    total, lengths, frequencies = Counts(), list[int](), np.zeros(vocab_size, np.int64)
+    for number in range(parts):
+        counts, own = read_footer(paths.training / part_name(number), vocab_size)
+        total += counts
+        lengths.append(counts.tokens)
+        frequencies += own
     length, split = packing.window_length, None
     if packing.holdout:
         split = choose_split(paths.holdout, lengths, length, packing.holdout)
@@ -375,35 +383,21 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
     write_whole(paths.frequencies, sink.getvalue().to_pybytes())
     described = summary.to_json()
-    if split is None:  # as format 1 has it
+    if split is None:  # format 1 has no such fields
         del described["holdout_rule"], described["split_documents"]
     write_whole(paths.index, canonical_json({"summary": described, **index}))
 
 
 def _split_documents(stream: TokenStream, split: Split, length: int) -> int:
-    """How many documents (one at most) stand both before the gap of a hold-out and after it."""
+    """Return the number of documents (one at most) of which each side of a hold-out has a part."""
     if split.rule == "documents":
         return 0
     between = stream.read(split.training_windows * length, split.first * length + 1)
     return int(not between.starts.any())
 
 
-def _totals(
-    folder: Path, parts: int, vocab_size: int
-) -> tuple[Counts, list[int], NDArray[np.int64]]:
-    total, lengths, frequencies = Counts(), [], np.zeros(vocab_size, np.int64)
-    for number in range(parts):
-        counts, own = read_footer(folder / part_name(number), vocab_size)
-        total += counts
-        lengths.append(counts.tokens)
-        frequencies += own
-    return total, lengths, frequencies
-
-
-def _counted(
-    stream: TokenStream | SelectedStream, start: int, stop: int, vocab_size: int
-) -> NDArray[np.int64]:
-    """How often each id occurs among the tokens [start, stop) of a stream."""
+def _counted(stream: _Stream, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:
+    """Return how often each id occurs among the tokens [start, stop) of a stream."""
     counts = np.zeros(vocab_size, np.int64)
     for begin in range(start, stop, _BLOCK):
         tokens = stream.read(begin, min(begin + _BLOCK, stop))
@@ -412,7 +406,7 @@ def _counted(
 
 
 class NoWindowsError(CorpusError):
-    """A text that does not fill one window: nothing of what was packed is worth keeping."""
+    """A text does not fill the windows that are needed; what was packed is of no use."""
 
 
 def _require_windows(total: Counts, packing: Packing, split: Split | None) -> None:
@@ -435,22 +429,18 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
         )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 def recorded_vocabulary(folder: Path) -> int | None:
-    """Return the vocabulary size that a folder's text is packed for; None where none is begun.
+    """Return the vocabulary size for which a folder's text is packed; None before packing begins.
 
     Raises:
-        CorpusError: its corpus.json cannot be read.
+        CorpusError: corpus.json cannot be read.
     """
     made_from = Paths(folder).made_from
-    size = read_json(made_from).get("vocab_size") if made_from.exists() else None
+    size = read_corpus_json(made_from).get("vocab_size") if made_from.exists() else None
     return size if isinstance(size, int) and size > 0 else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_corpus_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a packed corpus.
 
     Raises:

@@ -1,21 +1,21 @@
-"""Documents as bounded pieces of text that tokenise as the whole document would.
+"""Cut documents into bounded pieces of text that tokenise as the whole document would.
 
 A document may be larger than memory, so it is tokenised piece by piece. Cutting text changes its
 tokens near the cut (a word torn in two, a space that belonged to the next word), and some
-tokenizers put a space before whatever they are given. So a piece comes with a margin: up to
-`MARGIN_BYTES` of the document on either side of its own text. It is tokenised with its margins,
-and of the tokens those are kept that *start* within its own text. Both neighbours of a cut see the
-same surroundings, so each token at the cut is kept by exactly one of them.
+tokenizers put a space before every text. So a piece comes with a margin: up to `MARGIN_BYTES` of
+the document on either side of its own text. It is tokenised with its margins, and of the tokens
+those are kept that *start* within its own text. Both neighbours of a cut see the same surroundings,
+so each token at the cut is kept by exactly one of them.
 
-What this guarantees: where the tokenizer's segmentation at a point depends on at most
-`MARGIN_BYTES` around it (every tokenizer that splits text into words first, as long as no word
-is longer than that), the pieces' tokens are the whole document's tokens, one for one. Cuts fall
-between a line break and a line that begins with text, or, in a very long line, between two words.
-Where `PIECE_BYTES` / 2 hold no white space at all, the cut is a hard one: it falls between two
-characters, without margins, so that no text is lost or doubled, but a token may be split there.
+This guarantees: where the tokenizer's segmentation at a point depends on at most `MARGIN_BYTES`
+around it (every tokenizer that splits text into words first, as long as no word is longer than
+that), the pieces' tokens are the whole document's tokens, one for one. Cuts fall between a line
+break and a line that begins with text, or, in a very long line, between two words. Where
+`PIECE_BYTES` / 2 hold no white space at all, the cut falls between two characters, without margins,
+so that no text is lost or doubled, but a token may be split there.
 
-Cost: margins are tokenised twice, at most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long
-document and nothing of one shorter than `PIECE_BYTES`.
+Margins are tokenised twice, at most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long document and
+nothing of one shorter than `PIECE_BYTES`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SALT = b"sparselogits hold-out 1"
 _WHITE = b" \t\n\r\x0b\x0c"
 
 Read = Callable[[int, int], bytes]
-"""Bytes [start, stop) of something larger; fewer at its end."""
+"""Returns the bytes [start, stop) of a file or string, fewer at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +47,39 @@ class Piece:
     text: str
     """The piece's own text with its margins."""
     start: int
-    """First character of its own text."""
+    """First character of the piece's own text."""
     stop: int
-    """One past the last character of its own text."""
+    """One past the last character of the piece's own text."""
     key: int
-    """The document's, from `document_key`; alike in all its pieces."""
+    """Key of the document, from `document_key`; equal in all of its pieces."""
     opens: bool
     closes: bool
     carries_target: bool
-    """Whether its tokens are to be learnt (false in the prompt of a prompt and completion)."""
+    """Whether the tokens are learnt (false in the prompt of a prompt and completion)."""
     size: int
-    """Bytes of the source that it stands for, for progress."""
+    """Bytes of the source that the piece takes, for progress."""
     learnt: tuple[tuple[int, int], ...] | None = None
     """Ranges of `text`'s characters whose tokens carry targets, ascending; None where
-    `carries_target` says it of all."""
+    `carries_target` holds for all of them."""
     rendered: bool = False
-    """Whether a chat template made the text: then no beginning-of-text token is put before it."""
+    """Whether a chat template made the text, so that no beginning-of-text token is added."""
 
     @property
     def whole(self) -> bool:
-        """Whether it has no margins."""
+        """Whether the piece has no margins."""
         return self.start == 0 and self.stop == len(self.text)
 
     @property
     def blank(self) -> bool:
-        """Whether it is a whole document of nothing but white space."""
+        """Whether the piece is a whole document of nothing but white space."""
         return self.opens and self.closes and not self.text.strip()
 
 
 def document_key(head: bytes) -> int:
-    """A number in [0, 2^64) that the hold-out is drawn by.
+    """Return the number in [0, 2^64) by which the hold-out is chosen.
 
     Args:
-        head: the document's first `HEAD_BYTES` bytes of UTF-8 (all of a shorter one).
+        head: first `HEAD_BYTES` bytes of the document in UTF-8 (all of a shorter one).
 
     Equal documents have equal keys, so copies of a document fall on the same side of the split.
     """
@@ -94,22 +94,20 @@ def cut_pieces(
     document: tuple[int, int],
     key: int,
     name: str,
-    carries_target: bool = True,
 ) -> Iterator[Piece]:
-    """Pieces of a document's bytes [start, stop).
+    """Yield the pieces of a document's bytes [start, stop).
 
     Args:
-        read: of the file or string that the document stands in.
+        read: reads bytes of the file or string that holds the document.
         start: first byte, a cut made by `next_cut` or the document's first byte.
         stop: one past the last byte, likewise.
-        document: the document's own first byte and one past its last; margins stay within it. The
-            end may be any byte from `stop + MARGIN_BYTES` on if it lies further away.
-        key: of the document.
-        name: of the file, for errors.
-        carries_target: for all pieces.
+        document: first byte of the document and one past its last; margins stay within it. The end
+            may be any byte from `stop + MARGIN_BYTES` on if it lies further away.
+        key: key of the document.
+        name: name of the file, for errors.
 
     Raises:
-        CorpusError: for bytes that are no UTF-8, with the offset of the first.
+        CorpusError: the bytes are no UTF-8; gives the offset of the first wrong byte.
     """
     first, last = document
     begin = start
@@ -121,7 +119,7 @@ def cut_pieces(
         if end < last and _clean(read, end):
             right = min(last, end + MARGIN_BYTES)
         raw = read(left, right)
-        # the margins' outer ends may tear a character: drop its remains
+        # the margins' outer ends may cut through a character, whose rest is dropped
         before = raw[: begin - left].decode(errors="ignore")
         after = raw[end - left :].decode(errors="ignore")
         own = _decode(raw[begin - left : end - left], begin, name)
@@ -132,18 +130,18 @@ def cut_pieces(
             key,
             opens=begin == first,
             closes=end == last,
-            carries_target=carries_target,
+            carries_target=True,
             size=end - begin,
         )
         begin = end
 
 
 def next_cut(read: Read, start: int, stop: int) -> int:
-    """Where the piece that starts at `start` ends: at most `PIECE_BYTES` further on.
+    """Return where the piece that starts at `start` ends: at most `PIECE_BYTES` further on.
 
-    The best place in the second half of that range: after the last line break that is followed by
+    The cut lies in the second half of that range: after the last line break that is followed by
     text, else before the last blank between two words (tokenizers count it to the word that
-    follows, so no token reaches over the cut), else before any character.
+    follows, so no token reaches across the cut), else before any character.
     """
     if stop - start <= PIECE_BYTES:
         return stop
@@ -162,7 +160,7 @@ def next_cut(read: Read, start: int, stop: int) -> int:
 
 
 def _clean(read: Read, cut: int) -> bool:
-    """Whether a cut is at the edge of a word, so that margins make its neighbours agree."""
+    """Return whether a cut is at the edge of a word, so that margins make the neighbours agree."""
     around = read(cut - 1, cut + 1)
     return len(around) == 2 and (around[0] in _WHITE) != (around[1] in _WHITE)
 

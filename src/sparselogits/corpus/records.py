@@ -1,20 +1,20 @@
-"""A record with named fields is one document, wherever it comes from.
+"""Turn records with named fields into documents, whatever format the records come from.
 
-A record holds its text in one field, or a `prompt` and a `completion`, or a conversation. Of
-several that are there, the first that is not empty counts, in this order, so that records of
-different forms may stand in one file. Prompt and completion are tokenised each for itself, as they
-are when the model is used, and where only completions are to be learnt the prompt's tokens carry
-no target. A conversation (`prompt` and `completion` may be messages, too) becomes one text by a
-chat template and is tokenised at once, as transformers' `apply_chat_template` does; its completions
-are the assistant's turns. A record without any text (null, empty or white space only, or without a
-completion where only completions count) becomes a blank piece, to be left out and counted.
+A record holds its text in one field, or a `prompt` and a `completion`, or a conversation. If
+several of them are present, the first that is not empty counts, in this order, so that records of
+different forms may stand in one file. Prompt and completion are tokenised separately, as they are
+when the model is used, and where only completions are learnt the prompt's tokens carry no target. A
+conversation (`prompt` and `completion` may be messages, too) becomes one text by a chat template
+and is tokenised at once, as transformers' `apply_chat_template` does; its completions are the
+assistant's turns. A record without any text (null, empty or white space only, or without a
+completion where only completions count) becomes a blank piece, which is left out and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparselogits.corpus.chat import ChatTemplate, Rendered
 from sparselogits.corpus.conversation import EXTRAS, MESSAGES, conversation_of, holds_messages
@@ -22,33 +22,43 @@ from sparselogits.corpus.pieces import PIECE_BYTES, Piece, cut_pieces, document_
 from sparselogits.errors import CorpusError
 
 Where = Callable[[], str]
-"""Names a record's place for an error; called only if there is one."""
+"""Returns the file and the position of a record, for errors; called only if there is one."""
 
 CONVERSATION_BYTES = 4 << 20
-"""Size up to which a conversation is tokenised at once; longer ones are cut into pieces, as long
+"""Bytes up to which a conversation is tokenised at once; longer ones are cut into pieces, as long
 documents are."""
+
+
+class Record(NamedTuple):
+    """One record of a file."""
+
+    values: Mapping[str, Any]
+    """Values by field name."""
+    where: Where
+    size: int
+    """Bytes of the file that the record takes, for progress."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a record hold its text."""
+    """Names the fields of a record that hold its text."""
 
     text: str = "text"
-    """The field of plain text, or of conversations under a name of their own."""
+    """Field that holds plain text or a conversation."""
     completion_only: bool = False
-    """Only completions carry targets; every record must then hold one."""
+    """Whether only completions carry targets; every record must then hold one."""
     chat: ChatTemplate | None = None
-    """Makes text of conversations; None where the tokenizer has no chat template."""
+    """Template that makes text of conversations; None where the tokenizer has none."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
         """Return the columns to read among those that a table has.
 
         Raises:
-            CorpusError: no column could hold text; names the place and the columns that are there.
+            CorpusError: no column could hold text; names the file and its columns.
         """
         forms = self._forms(found)
         if self.completion_only and self.text in found:
-            forms.append([self.text])  # may hold conversations; what it holds, records show
+            forms.append([self.text])  # may hold conversations, which the records show
         if not forms:
             raise self._nothing(found, where)
         wanted = [name for form in forms for name in form]
@@ -58,7 +68,7 @@ class Fields:
         """Return the names of the fields that hold a record's text.
 
         Raises:
-            CorpusError: naming the place and the fields that are there.
+            CorpusError: no field does; names the record and its fields.
         """
         forms = self._forms(record)
         if self.completion_only and _is_talk(record.get(self.text)):
@@ -71,7 +81,7 @@ class Fields:
         return forms[0]
 
     def kept(self, record: Mapping[str, Any], where: Where) -> dict[str, Any]:
-        """Return the fields of a record that decide what it becomes. Errors as for `chosen`."""
+        """Return the fields that decide what text a record becomes; raises what `chosen` raises."""
         names = self.chosen(record, where)
         if is_conversation(record, names):
             names = [*names, *(name for name in EXTRAS if record.get(name) is not None)]
@@ -87,7 +97,9 @@ class Fields:
         wanted = "`prompt` and `completion`, nor `messages` (or `conversations`)"
         if not self.completion_only:
             wanted = f"`{self.text}`, nor {wanted}"
-        advice = "" if self.completion_only else ". Name the field that holds the text (text_field)"
+        advice = ". Name the field that holds the text (text_field)"
+        if self.completion_only:
+            advice = ". Give records that hold completions, or learn all tokens"
         if self.completion_only and self.text in found:
             advice = ". Plain text has no completions: leave it out, or learn all tokens"
         names = ", ".join(f"`{name}`" for name in found) or "none"
@@ -95,76 +107,56 @@ class Fields:
 
 
 def is_conversation(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether the chosen fields of a record hold messages."""
+    """Return whether the chosen fields of a record hold messages."""
     if names[0] in MESSAGES or _is_talk(record[names[0]]):
         return True
     return len(names) > 1 and any(holds_messages(record[name]) for name in names)
 
 
 def _is_talk(value: object) -> bool:
-    """Whether a field of text holds a list of objects instead."""
+    """Return whether a field of text holds a list of objects instead."""
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
-def record_pieces(
-    record: Mapping[str, Any], fields: Fields, where: Where, size: int
-) -> Iterator[Piece]:
+def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
     """Yield the pieces of one record; a blank one if it holds no text.
 
     Raises:
-        CorpusError: for a missing field, one that holds no text, or a conversation that the chat
-            template cannot write.
+        CorpusError: a field is missing or holds no text, or the chat template cannot render the
+            conversation.
     """
-    names = fields.chosen(record, where)
-    if is_conversation(record, names):
-        yield from _conversation_pieces(record, names, fields, where, size)
+    values, where, size = record
+    names = fields.chosen(values, where)
+    if is_conversation(values, names):
+        yield from _conversation_pieces(record, names, fields)
         return
-    parts = [(_text(record[name], name, where), name != "prompt") for name in names]
+    parts = [(_text(values[name], name, where), name != "prompt") for name in names]
     wanted = "".join(text for text, learnt in parts if learnt or not fields.completion_only)
     if not wanted.strip():
         yield _blank(size)
         return
-    encoded = [
-        (raw, learnt)
-        for text, learnt in parts
-        if (raw := _encoded(text, "`, `".join(names), where))
-    ]
+    encoded = [(raw, learnt) for text, learnt in parts if (raw := _encoded(text, names, where))]
     key = document_key(b"".join(raw for raw, _ in encoded))
     for number, (raw, learnt) in enumerate(encoded):
-        yield from _field_pieces(
-            raw,
-            key,
-            opens=number == 0,
-            closes=number == len(encoded) - 1,
-            carries_target=learnt or not fields.completion_only,
-            size=size if number == 0 else 0,
-        )
+        for piece in _field_pieces(raw, key, size=0 if number else size):
+            yield replace(
+                piece,
+                opens=piece.opens and number == 0,
+                closes=piece.closes and number == len(encoded) - 1,
+                carries_target=learnt or not fields.completion_only,
+            )
 
 
-def _conversation_pieces(
-    record: Mapping[str, Any], names: Sequence[str], fields: Fields, where: Where, size: int
-) -> Iterator[Piece]:
-    rendered = _rendered(record, names, fields, where)
+def _conversation_pieces(record: Record, names: Sequence[str], fields: Fields) -> Iterator[Piece]:
+    rendered = _rendered(record, names, fields)
     if rendered is None:
-        yield _blank(size)
+        yield _blank(record.size)
         return
     learnt = tuple(rendered.learnt) if fields.completion_only else None
-    raw = _encoded(rendered.text, "`, `".join(names), where)
+    raw = _encoded(rendered.text, names, record.where)
     key = document_key(raw)
-    if len(raw) <= CONVERSATION_BYTES:
-        text = rendered.text
-        yield Piece(
-            *(text, 0, len(text), key),
-            opens=True,
-            closes=True,
-            carries_target=True,
-            size=size,
-            learnt=learnt,
-            rendered=True,
-        )
-        return
     done = 0
-    for piece in _field_pieces(raw, key, opens=True, closes=True, carries_target=True, size=size):
+    for piece in _field_pieces(raw, key, size=record.size, whole=CONVERSATION_BYTES):
         first = done - piece.start  # the whole text's character with which the piece's text begins
         done += piece.stop - piece.start
         yield replace(piece, rendered=True, learnt=_within(learnt, first, len(piece.text)))
@@ -180,21 +172,20 @@ def _within(
     return tuple((start, stop) for start, stop in cut if start < stop)
 
 
-def _rendered(
-    record: Mapping[str, Any], names: Sequence[str], fields: Fields, where: Where
-) -> Rendered | None:
-    """Return a conversation's text; None if it holds nothing to be learnt."""
+def _rendered(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
+    """Return a conversation's text; None if it holds nothing that is learnt."""
+    values, where, _ = record
     try:
         unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()
-        read = {name: value for name, value in record.items() if name not in unread}
+        read = {name: value for name, value in values.items() if name not in unread}
         conversation = conversation_of(read, names)
         if not conversation.messages:
             return None
         if fields.chat is None:
             raise CorpusError(
-                "it holds messages, and nothing that makes text of them: give a tokenizer that "
-                "has a chat template (of a base model, set one that writes turns as the student "
-                "is to read them), or write text into the records"
+                "it holds messages, but the tokenizer has no chat template to make text of them; "
+                "give a tokenizer that has one (for a base model, set one that writes turns as the "
+                "student will read them), or write text into the records"
             )
         rendered = fields.chat.rendered(conversation, masked=fields.completion_only)
     except CorpusError as error:
@@ -209,26 +200,20 @@ def _blank(size: int) -> Piece:
     return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
 
 
-def _field_pieces(
-    raw: bytes, key: int, *, opens: bool, closes: bool, carries_target: bool, size: int
-) -> Iterator[Piece]:
-    if len(raw) <= PIECE_BYTES:
+def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterator[Piece]:
+    """Yield the pieces of a text; a text of at most `whole` bytes, or `PIECE_BYTES`, is one."""
+    if len(raw) <= max(whole, PIECE_BYTES):
         text = raw.decode()
-        yield Piece(text, 0, len(text), key, opens, closes, carries_target, size)
-        return
-    for piece in cut_pieces(
-        lambda start, stop: raw[start:stop], 0, len(raw), document=(0, len(raw)), key=key, name=""
-    ):
         yield Piece(
-            piece.text,
-            piece.start,
-            piece.stop,
-            key,
-            opens=piece.opens and opens,
-            closes=piece.closes and closes,
-            carries_target=carries_target,
-            size=size if piece.opens else 0,
+            text, 0, len(text), key, opens=True, closes=True, carries_target=True, size=size
         )
+        return
+
+    def read(start: int, stop: int) -> bytes:
+        return raw[start:stop]
+
+    for piece in cut_pieces(read, 0, len(raw), document=(0, len(raw)), key=key, name=""):
+        yield replace(piece, size=size if piece.opens else 0)
 
 
 def _text(value: object, name: str, where: Where) -> str:
@@ -242,11 +227,11 @@ def _text(value: object, name: str, where: Where) -> str:
     )
 
 
-def _encoded(text: str, name: str, where: Where) -> bytes:
+def _encoded(text: str, names: Sequence[str], where: Where) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"{where()}: the field `{name}` holds half of a surrogate pair at character "
-            f"{error.start}, which is no Unicode text; remove or repair the record"
+            f"{where()}: the field `{'`, `'.join(names)}` holds half of a surrogate pair at "
+            f"character {error.start}, which is no Unicode text; remove or repair the record"
         ) from None

@@ -1,20 +1,21 @@
 """Render a conversation with its chat template, and find in the text what the assistant says.
 
-The text is the template's of the whole conversation. What is learnt of it are ranges of its
-characters, found by the first of these that applies:
+The text is the template's rendering of the whole conversation. The ranges of characters that are
+learnt are found by the first of these that applies:
 
-- **Marks.** A template with `{% generation %}` blocks says itself what the assistant generates.
+- **Marks.** A template with `{% generation %}` blocks marks what the assistant generates.
 - **Growth.** Most templates write turns one after another: the text of the first messages begins
-  the text of all. What an assistant's turn adds to the conversation before it, opened for an
-  answer (`add_generation_prompt`), is learnt, the end of the turn included.
-- **Place.** Templates of reasoning models rewrite earlier turns (they leave out earlier thoughts),
-  so that the text of the first messages does not begin the whole text. There a message is found in
-  the whole text by a mark: digits inserted into the message, which the template carries to where it
-  writes the message. What follows the message up to the end of its turn, and what precedes its
-  answer, are taken from the renderings of the first messages, or, where the template has no form
-  for those (a greeting before the first question), from a conversation of one question and answer.
+  the text of all. What an assistant's turn adds to the conversation before it, rendered with
+  `add_generation_prompt`, is learnt, the end of the turn included.
+- **Position.** Templates of reasoning models rewrite earlier turns (they leave out earlier
+  thoughts), so that the text of the first messages does not begin the whole text. There a message
+  is found in the whole text by a mark: digits inserted into the message, which appear where the
+  template writes the message. What follows the message up to the end of its turn, and what precedes
+  its answer, are taken from the renderings of the first messages, or, where the template cannot
+  render those (a greeting before the first question), from a conversation of one question and one
+  answer.
 
-Runs in a process of its own, see `render_process`.
+`chat` runs this module in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
-Span = tuple[int, int]
+CharacterRange = tuple[int, int]
+"""First character and one past the last."""
 
 OUTPUT_CHARACTERS = 4 << 20
 OUTPUT_FACTOR = 16
-"""A rendering may have `OUTPUT_CHARACTERS` characters, and as many times its input's."""
+"""A rendering may have `OUTPUT_CHARACTERS` plus `OUTPUT_FACTOR` times its input's characters."""
 
 _MESSAGE_CHARACTERS = 600
 _OPTIONS = (
@@ -55,8 +57,8 @@ _SAME_DAY = (
     "| replace('%a', 'Fri') | replace('%H', '12') | replace('%I', '12') | replace('%p', 'PM') "
     "| replace('%M', '00') | replace('%S', '00') }}{% endmacro +%}"
 )
-"""For templates that write today's date, so that text is packed to the same tokens every day: the
-date that Llama 3's own templates fall back to."""
+"""A fixed date for templates that write today's date, so that packing gives the same tokens every
+day: the date that Llama 3's templates fall back to."""
 
 _MARK = 7391826450918273645
 _QUESTION = {"role": "user", "content": "Q"}
@@ -67,14 +69,14 @@ _ADVICE = (
 
 
 class RenderError(Exception):
-    """What a chat template cannot render, said for the person whose record it is."""
+    """A chat template cannot render a record; the message is for the user."""
 
 
 class Renderer:
     """Renders conversations with one chat template.
 
     Args:
-        template: the fields of a `chat.ChatTemplate`.
+        template: fields of a `chat.ChatTemplate`.
     """
 
     def __init__(self, template: Mapping[str, Any]) -> None:
@@ -86,12 +88,12 @@ class Renderer:
         self._eos = str(self._special.get("eos_token") or "")
         self._wraps_strings: bool | None = None
 
-    def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[CharacterRange]]:
         """Return a conversation's text and the ranges of its characters that are learnt.
 
         Args:
-            request: the fields of a `conversation.Conversation`, and `masked`: whether ranges are
-                asked for.
+            request: fields of a `conversation.Conversation`, and `masked`: whether to find the
+                ranges.
 
         Raises:
             RenderError: the template refuses the messages, or does not show what is learnt.
@@ -112,8 +114,10 @@ class Renderer:
         text = render.text(messages)
         return text, _joined(self._turns(render, messages, text))
 
-    def _turns(self, render: _Bound, messages: Sequence[Message], text: str) -> list[Span]:
-        """Return where the turns that are to be learnt stand in the text."""
+    def _turns(
+        self, render: _Bound, messages: Sequence[Message], text: str
+    ) -> list[CharacterRange]:
+        """Return the ranges of the text that the learnt turns take."""
         turns = [
             number
             for number, message in enumerate(messages)
@@ -124,8 +128,8 @@ class Renderer:
 
     def _turn(
         self, render: _Bound, messages: Sequence[Message], number: int, text: str
-    ) -> Span | None:
-        """Return where an assistant's turn stands in the text; None if the text leaves it out."""
+    ) -> CharacterRange | None:
+        """Return the range of an assistant's turn in the text; None if the text leaves it out."""
         told = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
         end: int | None = None
         if told is None:
@@ -144,9 +148,10 @@ class Renderer:
         return start, end
 
     def _with_stop(self, text: str, start: int, end: int) -> int:
-        """Return where a turn ends, the token that stops it included.
+        """Return where a turn ends, with the token that stops it.
 
-        Some templates (GLM's) end no turn: the model stops by writing the next message's role.
+        Some templates (GLM's) write no end of a turn: the model stops by writing the next message's
+        role.
         """
         said = text[start:end].rstrip()
         if any(said.endswith(token) for token in self._closing):
@@ -156,8 +161,8 @@ class Renderer:
 
     def _completion(
         self, render: _Bound, messages: Sequence[Message], prompt: int, text: str
-    ) -> list[Span]:
-        """Return the range of a completion: all that follows the prompt."""
+    ) -> list[CharacterRange]:
+        """Return the range of a completion: everything after the prompt."""
         if prompt == len(messages):
             return []
         opened = messages[prompt]["role"] == "assistant"
@@ -167,7 +172,7 @@ class Renderer:
     def _end(
         self, render: _Bound, messages: Sequence[Message], number: int, text: str, told: str
     ) -> int | None:
-        """Return where the turn of a message ends in the text; None if the text leaves it out."""
+        """Return where a message's turn ends in the text; None if the text leaves the turn out."""
         until = messages[: number + 1]
         known = shown = False
         for marked in render.markings(messages[number]):
@@ -190,8 +195,8 @@ class Renderer:
         if known and not shown:
             return None
         raise RenderError(
-            f"the chat template rewrites earlier turns, and where the turn of message {number + 1} "
-            f"ends in the whole text cannot be told. {_ADVICE}"
+            f"the chat template rewrites earlier turns, and the end of the turn of message "
+            f"{number + 1} cannot be found in the whole text. {_ADVICE}"
         )
 
     def _start(
@@ -204,7 +209,7 @@ class Renderer:
         *,
         opened: bool = True,
     ) -> int:
-        """Return where an answer starts in the text: after what asks for it."""
+        """Return where an answer starts in the text: after the generation prompt."""
         history = messages[:number]
         asked = render.attempt(history, opened=opened)
         if asked is not None and text.startswith(asked):
@@ -222,16 +227,16 @@ class Renderer:
         if start is not None and start <= end:
             return start
         raise RenderError(
-            f"the chat template rewrites earlier turns, and where the answer of message "
-            f"{number + 1} starts in the whole text cannot be told. {_ADVICE}"
+            f"the chat template rewrites earlier turns, and the start of the answer of message "
+            f"{number + 1} cannot be found in the whole text. {_ADVICE}"
         )
 
     def _start_as_usual(
         self, render: _Bound, messages: Sequence[Message], number: int, text: str
     ) -> int | None:
-        """Return where an answer starts, after what asks for answers in another conversation.
+        """Return where an answer starts, by the generation prompt of another conversation.
 
-        For first messages of the assistant: templates have no form for what comes before them.
+        This serves first messages of the assistant: templates cannot render what precedes them.
         """
         before, after = messages[:number], messages[number + 1 :]
         marked = render.markings(messages[number])
@@ -248,14 +253,14 @@ class Renderer:
         while header.strip():
             if (found := text.rfind(header, 0, at)) >= 0:
                 return found + len(header)
-            header = header.rstrip()  # without the last word, a thought's beginning perhaps
+            header = header.rstrip()  # without the last word, perhaps the beginning of a thought
             header = header[: max(header.rfind(" "), header.rfind("\n")) + 1]
         return None
 
     def _end_as_usual(
         self, render: _Bound, messages: Sequence[Message], number: int, text: str
     ) -> int:
-        """Return where a turn ends: after what ends answers in another conversation."""
+        """Return where a turn ends, by the end of an answer in another conversation."""
         message = messages[number]
         answer = [_QUESTION, {"role": message["role"], "content": "A"}]
         told = render.attempt(answer)
@@ -272,15 +277,15 @@ class Renderer:
             if inside is not None and at is not None and text.startswith(told[inside:], at):
                 return at + len(told) - inside
         raise RenderError(
-            f"the chat template has no form for the first {number + 1} messages alone, so what "
+            f"the chat template cannot render the first {number + 1} messages alone, so what "
             f"message {number + 1} adds is unknown. {_ADVICE}"
         )
 
     def _common(self, asked: str, text: str) -> int:
-        """Return the length of what a request for an answer and a text have in common.
+        """Return how many characters at its start a text shares with a generation prompt.
 
-        The request may go on where the text does not (`<think>` of a thought that is left out); an
-        answer that happens to begin with the same letters is not part of it.
+        The prompt may continue where the text does not (`<think>` of a thought that is left out);
+        an answer that happens to begin with the same letters does not count.
         """
         if text.startswith(asked):
             return len(asked)
@@ -294,9 +299,8 @@ class Renderer:
     def _readable(self, render: _Bound, messages: Sequence[Message]) -> list[Message]:
         """Return messages whose content the template writes as text.
 
-        Content may be text or a list of parts, and templates exist that know one form only: the
-        other they print as Python writes it, or not at all. What a template prints so is given to
-        it in the form that it knows.
+        Content may be text or a list of parts, and some templates know one form only: they print
+        the other as Python would, or not at all. Such a message is converted to the known form.
         """
         given = list(messages)
         if any(not isinstance(m.get("content", ""), str) or m.get("tool_calls") for m in given):
@@ -307,7 +311,7 @@ class Renderer:
 
 
 class _Bound:
-    """A template with the tools and variables of one conversation."""
+    """A template bound to the tools and variables of one conversation."""
 
     def __init__(self, renderer: Renderer, request: Mapping[str, Any]) -> None:
         self.template = renderer._texts[request["tools"] is not None]
@@ -320,16 +324,16 @@ class _Bound:
         self.mark = next(mark for mark in map(str, itertools.count(_MARK)) if mark not in given)
 
     def text(self, messages: Sequence[Message], *, opened: bool = False) -> str:
-        """Return the rendering of messages, opened for an answer if asked for."""
+        """Return the rendering of messages; `opened` adds the generation prompt."""
         return self._render(messages, add_generation_prompt=opened)[0]
 
-    def marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """Return the rendering of messages and what its `{% generation %}` blocks wrote."""
+    def marked(self, messages: Sequence[Message]) -> tuple[str, list[CharacterRange]]:
+        """Return the rendering of messages and the ranges of its `{% generation %}` blocks."""
         text, marks = self._render(messages, return_assistant_tokens_mask=True)
         return text, [(start, stop) for start, stop in marks[0] if start < stop <= len(text)]
 
     def attempt(self, messages: Sequence[Message], *, opened: bool = False) -> str | None:
-        """Return the rendering of messages; None where the template has no form for them."""
+        """Return the rendering of messages; None where the template cannot render them."""
         if not messages and not opened:
             return ""
         with suppress(RenderError):
@@ -337,7 +341,7 @@ class _Bound:
         return None
 
     def place(self, messages: Sequence[Message], plain: str, *, opened: bool = False) -> int | None:
-        """Return where the mark in one of the messages stands in the rendering without it."""
+        """Return the mark's position in a rendering that equals `plain` without it; else None."""
         text = self.attempt(messages, opened=opened)
         if text is None or text.count(self.mark) != 1:
             return None
@@ -370,7 +374,9 @@ class _Bound:
                 **self._variables,
             )
         except MemoryError:
-            raise RenderError("the chat template takes more memory than it may") from None
+            raise RenderError(
+                "the chat template takes more memory than it may; look at the template's loops"
+            ) from None
         except (TemplateError, ArithmeticError, LookupError, AttributeError) as error:
             raise RenderError(f"the chat template refuses it: {error}") from error
         except (TypeError, ValueError, RecursionError) as error:
@@ -378,14 +384,14 @@ class _Bound:
         text = str(rendered[0])
         if len(text) > self._limit:
             raise RenderError(
-                f"the chat template writes {len(text)} characters of it, more than the "
-                f"{self._limit} that it may; look at the template's loops"
+                f"the chat template writes {len(text)} characters, more than the {self._limit} "
+                "that it may; look at the template's loops"
             )
         return text, marks
 
 
 def _without_python(render: _Bound, messages: Sequence[Message]) -> list[Message]:
-    """Return messages of which the template writes nothing as Python would print it.
+    """Return messages that the template writes without Python's notation.
 
     Raises:
         RenderError: the template refuses the messages in every form.
@@ -408,7 +414,7 @@ def _without_python(render: _Bound, messages: Sequence[Message]) -> list[Message
 
 
 def _misprinted(message: Message, changed: Message, text: str) -> bool:
-    """Whether a text may show a message in Python's form, or lack its words."""
+    """Return whether a text may show a message in Python's notation, or lack its words."""
     words = [
         part for _, part in _texts(changed) if changed.get("content") != message.get("content")
     ]
@@ -416,7 +422,7 @@ def _misprinted(message: Message, changed: Message, text: str) -> bool:
 
 
 def _clearer(message: Message, text: str, told: str) -> bool:
-    """Whether a second rendering shows what the first did not, or less in Python's form."""
+    """Return whether a second rendering lacks fewer words, or has less of Python's notation."""
     parts = message.get("content")
     words = [p["text"].strip() for p in parts if "text" in p] if isinstance(parts, list) else []
     lost = [sum(word not in rendering for word in words) for rendering in (text, told)]
@@ -424,7 +430,7 @@ def _clearer(message: Message, text: str, told: str) -> bool:
 
 
 def _python(message: Message, text: str) -> int:
-    """Count the values of a message that stand in a text as Python prints them."""
+    """Count the values of a message that a text shows in Python's notation."""
     values = [message.get("content"), *(inner.get("arguments") for inner in _functions(message))]
     count = 0
     for value in values:
@@ -434,7 +440,7 @@ def _python(message: Message, text: str) -> int:
 
 
 def _in_text(message: Message) -> Message:
-    """Return a message with content that is text: parts in lines of their own, else JSON."""
+    """Return a message with content as text: parts on separate lines, anything else as JSON."""
     content = message.get("content", "")
     if isinstance(content, str):
         return message
@@ -451,7 +457,7 @@ def _in_parts(message: Message) -> Message:
 
 
 def _calls_in_text(message: Message) -> Message:
-    """Return a message whose tool calls have their arguments as JSON text."""
+    """Return a message whose tool calls have arguments as JSON text."""
     changed = copy.deepcopy(message)
     for function in _functions(changed):
         if isinstance(function.get("arguments"), dict | list):
@@ -470,7 +476,7 @@ def _json(value: object) -> str:
 
 
 def _wants_parts(render: _Bound) -> bool:
-    """Whether a template leaves out content that is text, and writes content that is parts."""
+    """Return whether a template omits content that is text, and writes content that is parts."""
     mark = render.mark
     probe = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     plain = render.attempt(probe)
@@ -483,7 +489,7 @@ def _wants_parts(render: _Bound) -> bool:
 
 
 def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
-    """Yield the texts of a message that templates write, with the way to each."""
+    """Yield the texts of a message that templates write, with the path of keys to each."""
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         yield ["content"], content
@@ -512,21 +518,21 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
 
 
 def _left_out(message: Message) -> bool:
-    """Whether a record says of an answer that it is not learnt (OpenAI, ms-swift, Axolotl)."""
+    """Return whether a record marks an answer as not learnt (OpenAI, ms-swift, Axolotl)."""
     return (
         message.get("weight") == 0 or message.get("loss") is False or message.get("train") is False
     )
 
 
-def _both(marks: Sequence[Span], turns: Sequence[Span]) -> list[Span]:
-    """Return what lies in a mark and in a turn."""
+def _both(marks: Sequence[CharacterRange], turns: Sequence[CharacterRange]) -> list[CharacterRange]:
+    """Return the ranges that lie both in a mark and in a turn."""
     cut = [(max(a, start), min(b, stop)) for a, b in marks for start, stop in turns]
     return [(start, stop) for start, stop in cut if start < stop]
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Return ranges in order, those that touch or overlap as one, empty ones left out."""
-    joined: list[Span] = []
+def _joined(spans: Sequence[CharacterRange]) -> list[CharacterRange]:
+    """Return ranges in order, without empty ones; those that touch or overlap are joined."""
+    joined: list[CharacterRange] = []
     for start, stop in sorted(span for span in spans if span[0] < span[1]):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(joined[-1][1], stop)
@@ -535,23 +541,23 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
     return joined
 
 
-# the process: a request a line, an answer a line
+# the process: one request and one answer per line
 
 _cpu_seconds = 0
 
 
 def _start_clock() -> None:
-    """Give a rendering its processor time; where it is exceeded, the process ends."""
+    """Start the timer of a rendering; when it runs out, the process ends."""
     if _cpu_seconds:
         signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
 
 
 def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
-    """Answer requests on standard input until it ends.
+    """Answer requests on standard input until end of file.
 
     Args:
         cpu_seconds: processor time per rendering.
-        memory_bytes: memory on top of what the process takes at its start.
+        memory_bytes: memory beyond what the process takes at its start.
         idle_seconds: time without a request after which the process ends.
     """
     global _cpu_seconds
@@ -587,7 +593,7 @@ def _answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, Any]:
     except RenderError as error:
         return {"error": str(error)[:_MESSAGE_CHARACTERS]}
     except (MemoryError, RecursionError) as error:
-        return {"error": f"the chat template fails on it ({type(error).__name__})"}
+        return {"error": f"the chat template fails on it ({type(error).__name__}); simplify it"}
     return {"text": text, "learnt": learnt}
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders of files, and datasets, as one stream of documents.
+"""Find text: files, folders of files, and datasets, as one stream of documents.
 
     open_source("book.txt")                  a text file: one document, unless lines divide it
     open_source("pages/")                    a folder, searched to any depth
@@ -11,7 +11,7 @@
 
 Documents come in a stable order: files by their relative path, in each file from its beginning.
 The source is divided into portions that depend on nothing but the source and the size asked for;
-they are what packing distributes over processes and resumes by.
+packing distributes them over processes and resumes by them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparselogits.corpus import columns, jsonlines, text
 from sparselogits.corpus.chat import ChatTemplate
+from sparselogits.corpus.formats import SourceFile, Span, read_errors
 from sparselogits.corpus.given import Records, chosen_split, write_down
-from sparselogits.corpus.locate import LeftOut, Located, SourceFile, locate
+from sparselogits.corpus.locate import LeftOut, Located, locate
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.records import Fields
-from sparselogits.corpus.spans import Span
 from sparselogits.errors import CorpusError
 
 Portion = tuple[Span, ...]
@@ -44,19 +43,19 @@ _EDGE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Source:
-    """Text to be packed: files, and which of their fields hold the text.
+    """Text to be packed: files, and the fields that hold the text of their records.
 
     Cheap to pickle: it holds paths, no open files and no text.
     """
 
     name: str
-    """For people; not part of the fingerprint."""
+    """Name for people; not part of the fingerprint."""
     files: tuple[SourceFile, ...]
     fields: Fields
     left_out: tuple[LeftOut, ...] = ()
-    """Files beside them that are not read, by the reason; for people."""
+    """Files that were found and are not read, by the reason; for people."""
     shared: tuple[LeftOut, ...] = ()
-    """Files among them whose names say another split as well; for people."""
+    """Files that are read although their names name another split as well; for people."""
 
     @property
     def masked(self) -> bool:
@@ -65,12 +64,12 @@ class Source:
 
     @cached_property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Number of bytes on disk."""
         return sum(file.path.stat().st_size for file in self.files)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, of relative names, sizes and samples of every file's content.
+        """sha256, in hex, of every file's relative name, size and samples of its content.
 
         Samples are the first and last 64 KiB and sixteen blocks between, so the cost does not
         grow with the files; a change that keeps the size and misses the samples goes unnoticed.
@@ -80,14 +79,14 @@ class Source:
         for file in self.files:
             # a name may hold bytes that are no UTF-8
             described = json.dumps(
-                [file.name, file.kind], ensure_ascii=False, separators=(",", ":")
+                [file.name, file.format.name], ensure_ascii=False, separators=(",", ":")
             )
             digest.update(described.encode("utf-8", "surrogateescape") + b"\n")
             digest.update(_sampled(file.path))
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """What packed windows record of it, the name included."""
+        """Return what a packed corpus records of its source, as plain JSON values."""
         described = {
             "name": self.name.encode("utf-8", "replace").decode(),
             "fingerprint": self.fingerprint,
@@ -116,40 +115,38 @@ class Source:
         }
 
     def read_by(self, tokenizer: Any) -> Source:
-        """The same source as this tokenizer's model reads it.
+        """Return the same source with the chat template of a tokenizer.
 
-        The tokenizer's chat template makes text of the records that hold conversations, and stands
-        in `to_json`; of text files this is the source itself. `pack` does it.
+        The template makes text of the records that hold conversations, and its hash stands in
+        `to_json`. A source without records is returned unchanged. `pack` calls this.
         """
-        if all(file.kind == "text" for file in self.files):
+        if not any(file.format.holds_records for file in self.files):
             return self
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
-        """The source in runs of about `portion_bytes`, in order."""
+        """Divide the source into portions of about `portion_bytes`, in order."""
         portions: list[Portion] = []
         spans: list[Span] = []
         size = 0
-        for number in range(len(self.files)):
-            for span in self._spans(number, portion_bytes):
-                if spans and size + span.size > portion_bytes:
-                    portions.append(tuple(spans))
-                    spans, size = [], 0
-                spans.append(span)
-                size += span.size
+        for file in self.files:
+            with read_errors(file.path):
+                for span in file.format.spans(file, portion_bytes, self.fields):
+                    if spans and size + span.size > portion_bytes:
+                        portions.append(tuple(spans))
+                        spans, size = [], 0
+                    spans.append(span)
+                    size += span.size
         return [*portions, tuple(spans)] if spans else portions
 
     def pieces(self, portion: Portion) -> Iterator[Piece]:
-        """The text of a portion, piece by piece; see `pieces.Piece`."""
+        """Yield the text of a portion, piece by piece; see `pieces.Piece`."""
         for span in portion:
-            file = self.files[span.file]
-            try:
-                yield from _PIECES[file.kind](file.path, file.name, span, self.fields)
-            except OSError as error:
-                raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
+            with read_errors(span.file.path):
+                yield from span.file.format.pieces(span, self.fields)
 
     def documents(self) -> Iterator[str]:
-        """Every document that holds text, whole, as a string: for looking at a corpus."""
+        """Yield every document that holds text as one string, for looking at a corpus."""
         parts: list[str] = []
         for portion in self.portions(1 << 62):
             for piece in self.pieces(portion):
@@ -158,27 +155,6 @@ class Source:
                 parts.append(piece.text[piece.start : piece.stop])
                 if piece.closes and not piece.blank:
                     yield "".join(parts)
-
-    def _spans(self, number: int, span_bytes: int) -> Iterator[Span]:
-        file = self.files[number]
-        try:
-            if file.kind == "text":
-                yield from text.spans(file.path, number, span_bytes)
-            elif file.kind == "json":
-                yield from jsonlines.spans(file.path, number, span_bytes)
-            else:
-                plan = columns.parquet_spans if file.kind == "parquet" else columns.arrow_spans
-                yield from plan(file.path, number, span_bytes, file.name, self.fields)
-        except OSError as error:
-            raise CorpusError(f"cannot read {file.path}: {error.strerror or error}") from error
-
-
-_PIECES = {
-    "text": lambda path, name, span, _: text.pieces(path, name, span),
-    "json": jsonlines.pieces,
-    "parquet": columns.parquet_pieces,
-    "arrow": columns.arrow_pieces,
-}
 
 
 def open_source(
@@ -192,18 +168,18 @@ def open_source(
     """Find the text that `data` names, or is.
 
     Args:
-        data: a file, a folder, a pattern, a saved dataset, or a dataset's name on the hub (used
-            only where nothing of that name is on disk; `name:config` picks a configuration). Or
-            the records themselves: a `datasets.Dataset`, `IterableDataset` or `DatasetDict`, or an
-            iterable of dicts; they are written down first, see `given`.
-        text_field: the field or column of records that holds their text.
-        split: of a dataset that has several.
-        completion_only: records are `prompt` and `completion`, or `messages`, and only completions
-            (what the assistant says) are learnt.
-        work: folder to write given records to; one in the user's cache folder when None.
+        data: a file, a folder, a pattern, a saved dataset, or the name of a dataset on the hub
+            (used only where nothing on disk has that name; `name:config` picks a configuration).
+            Or the records themselves: a `datasets.Dataset`, `IterableDataset` or `DatasetDict`, or
+            an iterable of dicts; they are written to a file first, see `given`.
+        text_field: field or column of records that holds their text.
+        split: split to read, of a dataset that has several.
+        completion_only: whether records are `prompt` and `completion`, or `messages`, of which
+            only completions (what the assistant says) are learnt.
+        work: folder to write given records to; None for one in the user's cache folder.
 
     Raises:
-        CorpusError: nothing there, a folder without text, or files that cannot be read.
+        CorpusError: nothing is found, the folder holds no text, or a file cannot be read.
     """
     fields = Fields(text_field, completion_only)
     if isinstance(data, str | os.PathLike):
@@ -213,7 +189,7 @@ def open_source(
         records = chosen_split(data, split)
         name = f"records of a {type(records).__name__}"
         located = Located((write_down(records, fields, work),))
-    if completion_only and any(file.kind == "text" for file in located.files):
+    if completion_only and not all(file.format.holds_records for file in located.files):
         raise CorpusError(
             f"{name} holds plain text, which has no completions; use JSON lines or Parquet with "
             "`prompt` and `completion`, or leave out completion_only"
@@ -223,20 +199,17 @@ def open_source(
 
 def _sampled(path: Path) -> bytes:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            digest.update(size.to_bytes(8, "little"))
-            for start, length in _samples(size):
-                handle.seek(start)
-                digest.update(handle.read(length))
-    except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror or error}") from error
+    with read_errors(path), path.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        for start, length in _samples(size):
+            handle.seek(start)
+            digest.update(handle.read(length))
     return digest.digest()
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """(first byte, length) of what is read of a file; all of a small one."""
+    """Return (first byte, length) of what is read of a file; all of a small one."""
     between = size - 2 * _EDGE_BYTES
     if between < _SAMPLES * _SAMPLE_BYTES:
         return [(0, size)]

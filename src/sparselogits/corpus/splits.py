@@ -1,8 +1,8 @@
-"""Which files of a folder belong to which split, as `datasets` divides them.
+"""Divide the files of a folder into splits, as `datasets` divides them.
 
 The rules (keywords in names and folders, `data/SPLIT-00000-of-00001`, `configs` in README.md) are
-those of `datasets.load_dataset`, applied by its own functions to the names of the files. So a
-folder gives the same files here and there, and no pattern leads out of the folder.
+those of `datasets.load_dataset`, applied by its functions to the names of the files. So both read
+the same files of a folder, and no pattern leads out of the folder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
 
     Args:
         folder: the folder.
-        names: its files, relative, with forward slashes; hidden ones left out.
-        configuration: one of those in README.md; its default when None.
+        names: relative names of its files, with forward slashes, without hidden files.
+        configuration: a configuration of README.md; None for the default one.
 
     Returns:
-        None where nothing says that the files are of different splits.
+        The splits; None where nothing tells that the files are of different splits.
 
     Raises:
         CorpusError: README.md names configurations that cannot be used, or not this one.
@@ -84,7 +84,7 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
-    """What `datasets.data_files.resolve_pattern` finds, among the names given."""
+    """Return the names that `datasets.data_files.resolve_pattern` would find."""
     from datasets.data_files import FILES_TO_IGNORE
     from fsspec.utils import glob_translate
 
@@ -103,7 +103,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _configurations(folder: Path) -> list[Mapping[str, Any]]:
-    """`configs` of the dataset card; none where there is no card, or one without."""
+    """Return the `configs` of the dataset card; an empty list if there are none."""
     try:
         with (folder / "README.md").open("rb") as file:
             head = file.read(_LARGEST_CARD).decode(errors="replace")
@@ -114,10 +114,10 @@ def _configurations(folder: Path) -> list[Mapping[str, Any]]:
         return []
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block[1])):
-            return []  # no card needs one, and they can be made to grow without bound
+            return []  # no card needs aliases, which can expand without bound
         values = yaml.safe_load(block[1])
     except (yaml.YAMLError, RecursionError, ValueError):
-        return []  # a text that begins with a line; what is no card says nothing about splits
+        return []  # not a card, but a text that begins with a line
     configs = values.get("configs") if isinstance(values, dict) else None
     if not isinstance(configs, list):
         return []
@@ -134,7 +134,8 @@ def _chosen(
     if name is not None:
         if name not in by_name:
             raise CorpusError(
-                f"{folder} has no configuration {printable(name)!r}; README.md names {known}"
+                f"{folder} has no configuration {printable(name)!r}; README.md names "
+                f"{known}; name one of those"
             )
         return by_name[name]
     default = [

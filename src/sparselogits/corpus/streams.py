@@ -1,23 +1,29 @@
-"""Token streams on disk: a folder of Parquet parts, one row a token, windows cut on reading.
+"""Read and write token streams on disk: a folder of Parquet parts, one row per token.
 
-A stream is the concatenation of its parts. A window is a range of the stream, whichever parts it
-lies in: so parts are made independently of one another, in any order, by any number of processes,
-and windows need no second pass over the tokens. Parts are compressed by zstd in row groups of
-`GROUP_TOKENS` tokens; reading a random window decodes one or two of them.
+A stream is the concatenation of its parts, and a window is a range of the stream, in whichever
+parts it lies. So parts are made independently of one another, in any order, by any number of
+processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
+groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two of them.
 
-Columns: `token` int32; `document_start` bool; `learnt` bool, only where some tokens are not to be
-learnt. The footer holds what the part counted, as JSON, and how often each id occurs. A part is
-written whole (`sparselogits.files`): a part that exists is complete.
+Columns: `token` int32; `document_start` bool; `learnt` bool, only where some tokens are not learnt.
+The footer holds what the part counted, as JSON, and how often each id occurs. A part is written
+whole (`sparselogits.files`): a part that exists is complete.
+
+Packed text is distributed with a cache, so a part may be a stranger's file. What its footer and its
+page headers claim is compared with the file's size and with the form that parts have before
+Parquet's reader allocates it.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 import re
+import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,26 +33,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sparselogits.corpus.parts import PartError, open_part, require_modest_group
 from sparselogits.errors import CorpusError
 from sparselogits.files import writing_whole
 from sparselogits.identity import canonical_json
-from sparselogits.untrusted import parse_json
+from sparselogits.thrift import CompactReader
+from sparselogits.untrusted import open_regular, parse_json
 
 GROUP_TOKENS = 1 << 14
 _GROUPS_KEPT = 8
-_LARGEST_FREQUENCIES = 1 << 22  # bytes: 262 144 ids of 12 bytes in base64, and then some
+_LARGEST_FREQUENCIES = 1 << 22  # bytes: more than 262 144 ids of 12 bytes in base64
+_MOST_PAGES = 64
+_PLAIN = 0
+_CLOSING = struct.Struct("<I4s")
 _COUNTS_KEY, _FREQUENCIES_KEY = "sparselogits.counts", "sparselogits.frequencies"
 
 
 @dataclass
 class Counts:
-    """What a part of a stream, or several, holds."""
+    """Counts what a part of a stream, or several parts, hold."""
 
     documents: int = 0
-    """Documents that begin in it."""
+    """Number of documents that begin in the part."""
     blank_documents: int = 0
-    """Documents left out because they hold no text."""
+    """Number of documents left out because they hold no text."""
     characters: int = 0
     tokens: int = 0
 
@@ -62,90 +71,84 @@ class Tokens(NamedTuple):
     starts: NDArray[np.bool_]
     """Whether a token is the first of a document."""
     learnt: NDArray[np.bool_] | None
+    """Whether a token carries a target; None where all do."""
+
+    def cut(self, start: int, stop: int | None = None) -> Tokens:
+        """Return the tokens [start, stop) as views."""
+        learnt = None if self.learnt is None else self.learnt[start:stop]
+        return Tokens(self.ids[start:stop], self.starts[start:stop], learnt)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Return copies of ranges as one range; an empty sequence gives an empty range."""
+        if not parts:
+            return cls(np.empty(0, np.int32), np.empty(0, np.bool_), None)
+        ids, starts, learnt = zip(*parts, strict=True)
+        flags = None if learnt[0] is None else np.concatenate(learnt)
+        return cls(np.concatenate(ids), np.concatenate(starts), flags)
 
 
 def part_name(number: int) -> str:
-    """File name of a part; parts sort by name."""
+    """Return the file name of a part; parts sort by name."""
     return f"part-{number:08d}.parquet"
 
 
 def is_part_name(name: str) -> bool:
-    """Return whether a file name is that of a part."""
+    """Return whether a file name is the name of a part."""
     return re.fullmatch(r"part-\d{8}\.parquet", name) is not None
 
 
-class PartFile:
-    """Writes a Parquet file under a temporary name, and renames it once it is whole."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path, self._schema = path, schema
-
-    def open(self) -> None:
-        """Begin the temporary file."""
-        self._file = ExitStack()
-        handle = self._file.enter_context(writing_whole(self._path, replace=False))
-        self._writer = pq.ParquetWriter(
+@contextmanager
+def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Open a Parquet file that appears under its name when the block ends without an exception."""
+    with writing_whole(path, replace=False) as handle:
+        writer = pq.ParquetWriter(
             handle,
-            self._schema,
+            schema,
             compression="zstd",
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
             store_schema=False,
         )
-
-    def write(self, table: pa.Table, row_group_size: int) -> None:
-        """Append rows."""
-        self._writer.write_table(table, row_group_size=row_group_size)
-
-    def describe(self, metadata: dict[str, str]) -> None:
-        """Add key-values to the footer."""
-        self._writer.add_key_value_metadata(metadata)
-
-    def close(self, finish: Callable[[], None] | None) -> None:
-        """Run `finish` and commit the file, or remove it where `finish` is None or fails."""
-        with suppress(_AbandonedError), self._file:
-            try:
-                if finish is None:
-                    raise _AbandonedError
-                finish()
-                self._writer.close()
-            finally:
-                with suppress(Exception):  # already closed, unless what went wrong came before
-                    self._writer.close()
+        try:
+            yield writer
+            writer.close()
+        finally:
+            with suppress(Exception):  # already closed, unless the block failed
+                writer.close()
 
 
-class _AbandonedError(Exception):
-    """A file is not to be committed."""
+@contextmanager
+def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartWriter]:
+    """Open a part for writing; it appears when the block ends without an exception.
+
+    Args:
+        path: the file.
+        vocab_size: number of ids.
+        masked: whether some tokens are not learnt.
+    """
+    names = [("token", pa.int32()), ("document_start", pa.bool_())]
+    schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
+    with writing_parquet(path, schema) as file:
+        writer = PartWriter(file, schema, vocab_size)
+        yield writer
+        writer.finish()
 
 
 class PartWriter:
-    """Writes one part of a stream in memory that does not grow with it.
+    """Writes one part of a stream in memory that does not grow with the part."""
 
-    Used as a context: leaving it in order commits the part, leaving it by an exception removes
-    what was written.
-    """
-
-    def __init__(self, path: Path, vocab_size: int, *, masked: bool) -> None:
+    def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, vocab_size: int) -> None:
         self.counts = Counts()
-        self._masked = masked
+        self._file, self._schema = file, schema
         self._frequencies = np.zeros(vocab_size, np.int64)
-        names = [("token", pa.int32()), ("document_start", pa.bool_())]
-        self._schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
-        self._file = PartFile(path, self._schema)
         self._parts: list[Tokens] = []
-        self._waiting = 0
+        self._length = 0
         self._begins = False
 
-    def __enter__(self) -> PartWriter:
-        self._file.open()
-        return self
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        self._file.close(self._finish if failure is None else None)
-
     def begin_document(self) -> None:
-        """The next token, whenever it comes, is the first of a document."""
+        """Mark the next token, whenever it comes, as the first of a document."""
         self.counts.documents += 1
         self._begins = True
 
@@ -153,7 +156,7 @@ class PartWriter:
         """Add tokens of one document.
 
         Raises:
-            CorpusError: for an id outside the vocabulary.
+            CorpusError: an id lies outside the vocabulary.
         """
         if not len(ids):
             return
@@ -166,29 +169,29 @@ class PartWriter:
             )
         starts = np.zeros(len(ids), np.bool_)
         starts[0], self._begins = self._begins, False
-        flags = np.full(len(ids), learnt) if self._masked else None
+        flags = np.full(len(ids), learnt) if "learnt" in self._schema.names else None
         self._parts.append(Tokens(ids.astype(np.int32), starts, flags))
-        self._waiting += len(ids)
-        if self._waiting >= GROUP_TOKENS:
-            self._flush(self._waiting // GROUP_TOKENS * GROUP_TOKENS)
+        self._length += len(ids)
+        if self._length >= GROUP_TOKENS:
+            self._flush(self._length // GROUP_TOKENS * GROUP_TOKENS)
 
     def _flush(self, length: int) -> None:
-        tokens = concatenate(self._parts)
+        tokens = Tokens.cat(self._parts)
         self._frequencies += np.bincount(tokens.ids[:length], minlength=len(self._frequencies))
-        columns = [column[:length] for column in tokens if column is not None]
+        columns = [column for column in tokens.cut(0, length) if column is not None]
         table = pa.Table.from_arrays([pa.array(c) for c in columns], schema=self._schema)
-        self._file.write(table, GROUP_TOKENS)
-        # copies, since a view would keep the whole block alive
-        rest = (None if column is None else column[length:].copy() for column in tokens)
-        self._parts = [Tokens(*rest)]  # type: ignore[arg-type]
-        self._waiting -= length
+        self._file.write_table(table, row_group_size=GROUP_TOKENS)
+        # a copy, since a view would keep the whole block alive
+        self._parts = [Tokens.cat([tokens.cut(length)])]
+        self._length -= length
         self.counts.tokens += length
 
-    def _finish(self) -> None:
-        if self._waiting:
-            self._flush(self._waiting)
+    def finish(self) -> None:
+        """Write what is still in memory, and the counts."""
+        if self._length:
+            self._flush(self._length)
         packed = pa.compress(self._frequencies.astype("<i8").tobytes(), codec="zstd", asbytes=True)
-        self._file.describe(
+        self._file.add_key_value_metadata(
             {
                 _COUNTS_KEY: canonical_json(asdict(self.counts)).decode(),
                 _FREQUENCIES_KEY: base64.b64encode(packed).decode(),
@@ -196,20 +199,11 @@ class PartWriter:
         )
 
 
-def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """Ranges of a stream, one after another; an empty sequence is an empty range."""
-    if not parts:
-        return Tokens(np.empty(0, np.int32), np.empty(0, np.bool_), None)
-    ids, starts, learnt = zip(*parts, strict=True)
-    flags = None if learnt[0] is None else np.concatenate(learnt)
-    return Tokens(np.concatenate(ids), np.concatenate(starts), flags)
-
-
 def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]:
-    """What a part counted, and how often each id occurs in it, int64 [V].
+    """Return what a part counted, and how often each id occurs in it, int64 [V].
 
     Raises:
-        CorpusError: for a damaged part.
+        CorpusError: the part is damaged.
     """
     try:
         metadata = open_part(path, 1 << 31, extra=12 * vocab_size).metadata.metadata
@@ -225,8 +219,8 @@ class TokenStream:
     """Random access to a stream of tokens; safe to share between threads.
 
     Args:
-        folder: of its parts.
-        lengths: tokens of each part, in order.
+        folder: folder of the parts.
+        lengths: number of tokens of each part, in order.
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int]) -> None:
@@ -238,7 +232,7 @@ class TokenStream:
 
     @property
     def tokens(self) -> int:
-        """Length of the stream."""
+        """Number of tokens of the stream."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def begin(self, part: int) -> int:
@@ -253,21 +247,17 @@ class TokenStream:
         """Return the tokens [start, stop) of the stream.
 
         Raises:
-            CorpusError: for a damaged part.
+            CorpusError: a part is damaged.
         """
         ranges = []
         with self._lock:
             while start < stop:
                 part = int(np.searchsorted(self._ends, start, side="right"))
-                begins = int(self._ends[part - 1]) if part else 0
-                group, first = divmod(start - begins, GROUP_TOKENS)
-                tokens = self._group(part, group)
-                last = min(len(tokens.ids), first + stop - start)
-                ranges.append(
-                    Tokens(*(None if c is None else c[first:last] for c in tokens))  # type: ignore[arg-type]
-                )
-                start += last - first
-        return concatenate(ranges)
+                group, first = divmod(start - self.begin(part), GROUP_TOKENS)
+                found = self._group(part, group).cut(first, first + stop - start)
+                ranges.append(found)
+                start += len(found.ids)
+        return Tokens.cat(ranges)
 
     def _group(self, part: int, group: int) -> Tokens:
         key = (part, group)
@@ -279,11 +269,10 @@ class TokenStream:
         return self._groups[key]
 
     def _decode(self, part: int, group: int) -> Tokens:
-        path = self._folder / part_name(part)
-        expected = self._ends[part] - (self._ends[part - 1] if part else 0)
+        path, expected = self.path(part), int(self._ends[part]) - self.begin(part)
         try:
             if self._file is None or self._file[0] != part:
-                groups = int(-(-expected // GROUP_TOKENS))
+                groups = -(-expected // GROUP_TOKENS)
                 self._file = part, open_part(path, groups, extra=_LARGEST_FREQUENCIES)
             require_modest_group(path, self._file[1], group, GROUP_TOKENS)
             table = self._file[1].read_row_group(group)
@@ -301,6 +290,100 @@ class TokenStream:
 def damaged(path: Path, error: Any) -> CorpusError:
     """Return the error for a file of a packed corpus that cannot be read."""
     return CorpusError(
-        f"{path} is damaged ({error}): packed windows are lost with it. Delete the packed corpus "
+        f"{path} is damaged ({error}), and packed windows with it. Delete the packed corpus "
         f"({path.parents[1]}) and pack it again from its text."
     )
+
+
+class PartError(ValueError):
+    """A file is no part of a packed corpus, or claims more than a part has."""
+
+
+def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
+    """Open a part after its footer's size has been checked.
+
+    Args:
+        path: the file.
+        groups: number of row groups that the file may have.
+        extra: number of bytes that the key-values may have.
+
+    Raises:
+        PartError: the file is not Parquet, or its footer is larger than a part's.
+        OSError: the file cannot be read, or is no regular file.
+    """
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        groups = min(
+            groups, size // 64
+        )  # a group takes more than that; an index may claim any number
+        closing = os.pread(descriptor, _CLOSING.size, max(0, size - _CLOSING.size))
+        if len(closing) < _CLOSING.size:
+            raise PartError(f"a file of {size} bytes is too short for Parquet")
+        footer, magic = _CLOSING.unpack(closing)
+        allowed = (1 << 16) + (1 << 12) * groups + extra
+        if magic != b"PAR1" or footer > min(size, allowed):
+            raise PartError(f"its footer claims {footer:,} bytes, expected {allowed:,} at most")
+        tail = os.pread(descriptor, footer, size - footer - _CLOSING.size)
+        if b"ARROW:" in tail:
+            raise PartError("its footer carries an Arrow schema, which no part has")
+    finally:
+        os.close(descriptor)
+    return pq.ParquetFile(
+        path, page_checksum_verification=True, thrift_container_size_limit=max(64, groups)
+    )
+
+
+def require_modest_group(path: Path, file: pq.ParquetFile, group: int, rows: int) -> None:
+    """Check what the pages of a row group claim.
+
+    Args:
+        path: path of the file.
+        file: the file, opened by `open_part`.
+        group: number of the row group.
+        rows: rows that the group may have, of at most eight bytes per column.
+
+    Raises:
+        PartError: the group has more rows, columns or pages, or its pages claim more bytes.
+        ThriftError: a page header cannot be read.
+    """
+    about = file.metadata.row_group(group)
+    if about.num_rows > rows or about.num_columns > 8:
+        raise PartError(f"row group {group} has {about.num_rows} rows, expected {rows} at most")
+    allowed = 8 * rows + 1024
+    descriptor = open_regular(path)
+    try:
+        for number in range(about.num_columns):
+            chunk = about.column(number)
+            size, start = chunk.total_compressed_size, chunk.data_page_offset
+            if chunk.has_dictionary_page or not 0 <= size <= allowed + (1 << 14):
+                raise PartError(f"column {number} of row group {group} claims {size} bytes")
+            _require_modest_pages(os.pread(descriptor, size, start), rows, allowed)
+    finally:
+        os.close(descriptor)
+
+
+def _require_modest_pages(data: bytes, rows: int, allowed: int) -> None:
+    at = values = 0
+    for _ in range(_MOST_PAGES):
+        reader = CompactReader(data, at)
+        header = reader.structure()
+        claimed, packed = header.get(2), header.get(3)
+        page = header.get(5, {})
+        values += page.get(1, 0)
+        if (
+            page.get(2)
+            != _PLAIN  # other encodings claim in headers of their own how much they hold
+            or not isinstance(claimed, int)
+            or not isinstance(packed, int)
+            or not 0 <= claimed <= allowed
+            or not 0 <= packed <= allowed + (1 << 14)
+            or values > rows
+        ):
+            raise PartError(
+                f"a page claims {claimed} bytes and {values} values in encoding {page.get(2)}"
+            )
+        at = reader.at + packed
+        if at >= len(data):
+            return
+    raise PartError(f"a column has more than {_MOST_PAGES} pages")

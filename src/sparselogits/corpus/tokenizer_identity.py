@@ -1,10 +1,10 @@
-"""Which tokenizer a cache was made with, and whether another one gives ids the same meaning.
+"""Fingerprint tokenizers, and compare what their ids mean.
 
 The identity of a cache holds a fingerprint of everything that decides which ids a text becomes.
 That is stricter than what a student needs: an instruct model and its base share every token and
 differ in which of them ends a text or pads a batch, or in a few tokens that one of them lacks. So
-each shard also records what the ids mean, without roles, chat template and padding, the tokens that
-were added to the vocabulary, and the roles by name, to be able to say what differs.
+each shard also records what the ids mean (without roles, chat template and padding), the tokens
+that were added to the vocabulary, and the roles by name, so that a message can say what differs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class TokenizerFingerprint(str):
-    """A sha256, in hex, of everything that decides which ids a text becomes.
+    """sha256, in hex, of everything that decides which ids a text becomes.
 
     Args:
         value: the fingerprint.
-        ids: sha256, in hex, of what the ids mean, without tokens that were added.
-        added: token by its id, as text, of those that were added to the vocabulary.
-        roles: token by its role ("eos", "pad", ...), where the tokenizer has one.
+        ids: sha256, in hex, of what the ids mean, without added tokens.
+        added: tokens that were added to the vocabulary, by their ids as text.
+        roles: tokens by their roles ("eos", "pad", ...).
     """
 
     ids: str
@@ -42,7 +42,7 @@ class TokenizerFingerprint(str):
     def __new__(
         cls, value: str, ids: str, added: Mapping[str, str], roles: Mapping[str, str]
     ) -> TokenizerFingerprint:
-        """Make a fingerprint; see the class."""
+        """Create a fingerprint; see the class."""
         made = super().__new__(cls, value)
         made.ids, made.added, made.roles = ids, dict(added), dict(roles)
         return made
@@ -51,9 +51,9 @@ class TokenizerFingerprint(str):
         return str(self), self.ids, self.added, self.roles
 
     def record(self) -> dict[str, Any]:
-        """Return what a shard's provenance says about the tokenizer, as plain JSON values.
+        """Return what a shard's provenance records of the tokenizer, as plain JSON values.
 
-        Where thousands of tokens were added, a hash of them stands for all.
+        Thousands of added tokens are recorded as one hash.
         """
         few = len(self.added) <= _RECORDED
         return {
@@ -66,9 +66,9 @@ class TokenizerFingerprint(str):
 def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
     """Return the fingerprint of a tokenizer.
 
-    For fast tokenizers that of the canonical JSON of the compiled tokenizer, without the state of
-    its last call (truncation, padding), with the ids of the special tokens; for slow ones that of
-    their vocabulary and its files. Saving and loading a tokenizer keeps the fingerprint.
+    It covers, for fast tokenizers, the canonical JSON of the compiled tokenizer, without the state
+    of the last call (truncation, padding), and the ids of the special tokens; for slow ones, the
+    vocabulary and its files. Saving and loading a tokenizer keeps the fingerprint.
     """
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _ROLES}
     split = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -104,20 +104,20 @@ def require_tokenizer(
 ) -> None:
     """Check that the ids of a tokenizer mean what they mean in a cache.
 
-    Roles of special tokens, chat template and padding may differ, and either may have added tokens
-    that the other lacks, as long as no id is two tokens; what differs is said in a
-    `SparseLogitsWarning`.
+    Roles of special tokens, chat template and padding may differ, and either tokenizer may have
+    added tokens that the other lacks, as long as no id is two tokens; a `SparseLogitsWarning` says
+    what differs.
 
     Args:
         tokenizer: a transformers tokenizer.
-        expected: the cache's, from its identity (`tokenizer_fingerprint`).
-        recorded: what a shard's provenance says (`Cache.recorded_tokenizer`); None in caches of
-            versions that did not record it, where only the very same tokenizer is recognised.
-        whose: what the tokenizer belongs to, for messages.
+        expected: fingerprint in the cache's identity (`tokenizer_fingerprint`).
+        recorded: what a shard's provenance records (`Cache.recorded_tokenizer`); None in caches of
+            versions that did not record it, where only an identical tokenizer is recognised.
+        whose: whose tokenizer it is, for messages.
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
-        IdentityMismatchError: ids that mean other tokens.
+        IdentityMismatchError: an id means another token.
     """
     found = tokenizer_fingerprint(tokenizer)
     if found == expected:
@@ -130,7 +130,7 @@ def require_tokenizer(
             differing = _differing(found.roles, there.get("roles"), own, theirs)
             if differing:
                 warnings.warn(
-                    f"{whose} gives ids the meaning they have in the cache, and differs in: "
+                    f"the ids of {whose} mean what they mean in the cache, but it differs in: "
                     f"{differing}",
                     SparseLogitsWarning,
                     stacklevel=2,
@@ -146,13 +146,13 @@ def require_tokenizer(
         )
     error = IdentityMismatchError(
         f"{whose} ({found[:12]}...) is not the one that the cache was made with "
-        f"({expected[:12]}...): {known}. Give the tokenizer of the cache's teacher"
+        f"({expected[:12]}...): {known}. Use the tokenizer of the cache's teacher"
     )
     refuse(error, "other-tokenizer", allow)
 
 
 def _clash(found: TokenizerFingerprint, theirs: object) -> str | None:
-    """Say which id is two added tokens; None where no id is."""
+    """Say which id is two different added tokens; None where no id is."""
     if not isinstance(theirs, Mapping):
         return None if theirs == found.record()["added"] else "added tokens differ"
     for place, token in found.added.items():

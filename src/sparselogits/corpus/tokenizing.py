@@ -1,8 +1,8 @@
-"""The teacher's tokenizer: what it does to documents, and what names it.
+"""Turn documents into tokens, and choose the packing that suits a tokenizer.
 
-Special tokens that are spelt out in the text (`<|endoftext|>` in the middle of a line, say) become
-what the tokenizer makes of them, as in any script that calls it: their ids, unless it was loaded
-with `split_special_tokens=True`.
+Special tokens that are spelt out in the text (such as `<|endoftext|>` in the middle of a line)
+become what the tokenizer makes of them, as in any script that calls it: their ids, unless it was
+loaded with `split_special_tokens=True`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
-"""Names under which tokenizers keep a token that ends a document, the commonest first."""
+"""Names of tokens that end a document, the commonest first."""
 
 BATCH_SECONDS = 30
-"""Time that a batch of about a megabyte may take to tokenise; it usually takes one second."""
+"""Seconds that a batch of about a megabyte may take to tokenise; it usually takes one."""
 
 
 class Encoded(NamedTuple):
-    """Tokens of a piece."""
+    """The tokens of a piece."""
 
     ids: NDArray[np.int64]
     learnt: NDArray[np.bool_] | bool
-    """Whether each token carries a target, or all of them do."""
+    """Whether each token, or every token, carries a target."""
 
 
 class Encoder:
-    """Turns pieces of text into tokens; pickles without its compiled tokenizer.
+    """Turns pieces of text into tokens; pickles without the compiled tokenizer.
 
     Args:
         tokenizer: a transformers tokenizer. With a fast one, long documents tokenise as if they
-            were in one piece; a slow one, which does not say where its tokens stand in the text,
-            tokenises each piece for itself.
+            were in one piece; a slow one, which gives no character offsets, tokenises each piece
+            separately.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -68,30 +68,27 @@ class Encoder:
         return fast
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """Return the tokens that belong to each piece, without any the tokenizer adds by itself.
+        """Return the tokens of each piece, without tokens that the tokenizer adds by itself.
 
         Raises:
             CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
         """
         if self._slow is not None:
             return [_slowly(self._slow, piece) for piece in pieces]
-        encoded: list[Encoded] = [Encoded(np.empty(0, np.int64), False)] * len(pieces)
-        for places in (True, False):
-            chosen = [i for i, piece in enumerate(pieces) if _needs_places(piece) is places]
-            # the fast variant leaves out where tokens stand, which only margins and masks need
-            encode = self._fast.encode_batch if places else self._fast.encode_batch_fast
+        encoded: dict[int, Encoded] = {}
+        # only margins and masks need offsets, which the fast variant leaves out
+        offsets = [not piece.whole or piece.learnt is not None for piece in pieces]
+        for needed in (True, False):
+            chosen = [i for i, own in enumerate(offsets) if own is needed]
+            encode = self._fast.encode_batch if needed else self._fast.encode_batch_fast
             texts = [pieces[i].text for i in chosen]
             for i, encoding in zip(chosen, _watched(encode, texts), strict=True):
-                encoded[i] = _own(encoding, pieces[i]) if places else _all(encoding, pieces[i])
-        return encoded
-
-
-def _needs_places(piece: Piece) -> bool:
-    return not piece.whole or piece.learnt is not None
-
-
-def _all(encoding: Encoding, piece: Piece) -> Encoded:
-    return Encoded(_ids(encoding.ids), piece.carries_target)
+                encoded[i] = (
+                    _own(encoding, pieces[i])
+                    if needed
+                    else Encoded(_ids(encoding.ids), pieces[i].carries_target)
+                )
+        return [encoded[i] for i in range(len(pieces))]
 
 
 def _own(encoding: Encoding, piece: Piece) -> Encoded:
@@ -116,7 +113,7 @@ def _touched(
 
     As in transformers' `assistant_masks`, a range's tokens go from the first that holds its first
     character to the first that holds its last one. Where no token holds a character (tokenizers
-    leave out white space), the next or the last token within the range takes its place.
+    leave out white space), the next or the last token within the range counts instead.
     """
     learnt = np.zeros(len(offsets), np.bool_)
     if not len(offsets):
@@ -132,7 +129,7 @@ def _touched(
 
 
 def _slowly(tokenizer: Any, piece: Piece) -> Encoded:
-    """Return a piece's tokens by a tokenizer that does not say where tokens stand."""
+    """Return a piece's tokens by a tokenizer that gives no character offsets."""
     text = piece.text[piece.start : piece.stop]
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if piece.learnt is None:
@@ -146,7 +143,7 @@ def _slowly(tokenizer: Any, piece: Piece) -> Encoded:
 
 
 def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
-    """Return how many tokens of a longer text stand before its beginning's end, and reach it."""
+    """Return how many first tokens `ids` shares with a text, and how many reach the text's end."""
     before = tokenizer.encode(text, add_special_tokens=False)
     pairs = enumerate(zip(before, ids, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))
@@ -158,10 +155,10 @@ def _ids(ids: list[int]) -> NDArray[np.int64]:
 
 
 def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
-    """Return the encodings of texts; a tokenizer's expression may fail, or never come to an end.
+    """Return the encodings of texts; the tokenizer may fail, or never come to an end.
 
-    Expressions are the tokenizer's, which is a stranger's file. Python cannot stop one that runs:
-    its thread is given up, and ends with the process.
+    A tokenizer's regular expressions come from a stranger's file. Python cannot stop one that runs:
+    its thread is abandoned, and ends with the process.
     """
     if not texts:
         return []
@@ -171,7 +168,7 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
     def work() -> None:
         try:
             results.append(encode(texts, add_special_tokens=False))
-        except BaseException as error:  # a panic of compiled code is no Exception
+        except BaseException as error:  # a panic of compiled code is not an Exception
             failures.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -179,22 +176,22 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
-        # processor time as well, so that a machine that is busy with other things is no reason
+        # processor time as well, so that a busy machine is no reason
         if min(time.monotonic() - began, time.process_time() - used) > BATCH_SECONDS:
             break
     if results:
         return results[0]
-    reason = f"does not come to an end within {BATCH_SECONDS} s"
+    reason = f"did not finish within {BATCH_SECONDS} s"
     if failures:
         if len(texts) > 1:
             return [encoding for text in texts for encoding in _watched(encode, [text])]
         if not isinstance(failures[0], Exception) and "Panic" not in type(failures[0]).__name__:
             raise failures[0]
-        reason = f"fails ({failures[0]})"
+        reason = f"failed ({failures[0]})"
     start = f", which begins {texts[0][:60]!r}" if len(texts) == 1 else ""
     raise CorpusError(
-        f"the tokenizer {reason} on a batch of {len(texts)} texts{start}: probably an expression "
-        "in its tokenizer.json backtracks. Use the tokenizer that the model's publisher gives, or "
+        f"the tokenizer {reason} on a batch of {len(texts)} texts{start}; a regular expression in "
+        "its tokenizer.json probably backtracks. Use the tokenizer of the model's publisher, or "
         "leave out texts with very long runs of one kind of character"
     )
 
@@ -207,26 +204,26 @@ def packing_for(
     holdout: float = 0.0,
     reset_attention: bool = False,
 ) -> Packing:
-    """The packing that suits a tokenizer.
+    """Return the packing that suits a tokenizer.
 
-    The separator is, in this order: the one given; the tokenizer's end-of-sequence token if its
-    name is one of `END_OF_TEXT`; the first special token of its vocabulary whose name is; its
-    end-of-sequence token whatever its name. Chat models end a *turn* with their end-of-sequence
-    token (`<|im_end|>`, `<|eot_id|>`), while the base model they were made from learnt documents
+    The separator is, in this order: the `separator_id` given; the tokenizer's end-of-sequence
+    token if its name is one of `END_OF_TEXT`; the first special token of its vocabulary whose name
+    is; its end-of-sequence token whatever its name. Chat models end a *turn* with their
+    end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their base models learnt documents
     that end with end-of-text; hence that order. The padding token is never considered.
 
     A beginning-of-text token is put before documents only if the tokenizer puts one before text.
 
     Args:
         tokenizer: a transformers tokenizer.
-        window_length: tokens a window.
-        separator_id: the end-of-text id, where the rule above is not wanted.
-        holdout: share of the documents kept aside.
-        reset_attention: recorded in the packing.
+        window_length: number of tokens per window.
+        separator_id: id of the separator; None for the rule above.
+        holdout: share of the tokens that is held out.
+        reset_attention: whether attention restarts at document starts.
 
     Raises:
-        CorpusError: no token that could separate documents, or a tokenizer that puts more than one
-            token before text.
+        CorpusError: the tokenizer has no token that could separate documents, or it puts more than
+            one token before text.
     """
     if separator_id is None:
         separator_id = _separator(tokenizer)
@@ -244,17 +241,17 @@ def _separator(tokenizer: Any) -> int:
             return added[name]
     if eos_id is None:
         raise CorpusError(
-            "the tokenizer has no end-of-text token to separate documents with: pass separator_id, "
+            "the tokenizer has no end-of-text token to separate documents with; pass separator_id, "
             "the id of the token that the teacher saw between documents"
         )
     return int(eos_id)
 
 
 def bos_id(tokenizer: Any) -> int | None:
-    """The token that a tokenizer puts before text by itself; None where it puts none.
+    """Return the token that a tokenizer puts before text by itself; None if it puts none.
 
     Raises:
-        CorpusError: it puts more than one.
+        CorpusError: the tokenizer puts more than one token before text.
     """
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
@@ -262,7 +259,7 @@ def bos_id(tokenizer: Any) -> int | None:
     leading = next((n for n in range(extra + 1) if full[n : n + len(plain)] == plain), 0)
     if leading > 1:
         raise CorpusError(
-            f"the tokenizer puts {leading} tokens before text ({full[:leading]}); a document is "
-            "begun by one at most: make a Packing(...) that says which"
+            f"the tokenizer puts {leading} tokens before text ({full[:leading]}); a document "
+            "begins with one at most: choose it in a Packing(...)"
         )
     return int(full[0]) if leading else None

@@ -1,11 +1,11 @@
-"""Read compressed files as a stream of lines, in bounded memory, to the end and no further.
+"""Decompress files as a stream, in bounded memory, to the end and no further.
 
 Files are concatenated, cut off and padded in practice. Several members (gzip), streams (bzip2, xz)
 or frames (zstd) one after another are one text. A file that ends within one is refused: it was not
-fetched whole. So is anything else behind the last one, but for zero bytes.
+fetched whole. So is anything other than zero bytes after the last one.
 
-What is unpacked at a time is bounded by `_BLOCK_BYTES`, whatever the ratio. A zstd frame needs the
-memory of its window, up to 2 GiB (`zstd --long=31`), an xz stream that of its dictionary, up to
+At most `_BLOCK_BYTES` are decompressed at a time, whatever the ratio. A zstd frame needs the memory
+of its window, up to 2 GiB (`zstd --long=31`), an xz stream that of its dictionary, up to
 `_XZ_MEMORY`.
 """
 
@@ -17,18 +17,14 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from sparselogits.errors import CorpusError
 
-LONGEST_LINE = 1 << 30
-"""Bytes of a line; a longer one is no record, but what a few bytes can unpack to."""
 _BLOCK_BYTES = 1 << 20
-_ZSTD_INPUT = 2 << 10  # unpacks to 64 MiB at most: 4 bytes of input can be a block of 128 KiB
+_ZSTD_INPUT = 2 << 10  # decompresses to 64 MiB at most: 4 bytes of input can be a block of 128 KiB
 _ZSTD_WINDOW = 1 << 31
 _XZ_MEMORY = 1 << 31
-
-Decode = Callable[[bytes], bytes]
 
 
 class _Zlib:
@@ -55,7 +51,7 @@ class _Zlib:
 
 
 class _Zstd:
-    """zstandard's, likewise; it unpacks all it is given, so it is given little."""
+    """zstandard's decompressor with that interface; it decompresses all of its input at once."""
 
     needs_input = True
 
@@ -77,24 +73,45 @@ class _Zstd:
         return bytes(self._decompressor.decompress(data))
 
 
-COMPRESSION: dict[str, tuple[Callable[[], Any], int]] = {
-    ".gz": (_Zlib, 1 << 16),
-    ".bz2": (bz2.BZ2Decompressor, 1 << 16),
-    ".xz": (lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY), 1 << 16),
-    ".zst": (_Zstd, _ZSTD_INPUT),
+class Compression(NamedTuple):
+    """How files of one suffix are decompressed."""
+
+    magic: bytes
+    """First bytes of every such file."""
+    decompressor: Callable[[], Any]
+    step: int = 1 << 16
+    """Bytes of input per call of the decompressor."""
+
+
+COMPRESSIONS = {
+    ".gz": Compression(b"\x1f\x8b\x08", _Zlib),
+    ".bz2": Compression(b"BZh91AY&SY", bz2.BZ2Decompressor),
+    ".xz": Compression(b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
+    ".zst": Compression(b"\x28\xb5\x2f\xfd", _Zstd, _ZSTD_INPUT),
 }
-"""By suffix: what makes a decompressor, and the bytes that it is given at a time."""
+"""Compressions by the suffix of the files."""
 
 
-def open_lines(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader:
-    """Open a compressed file for reading lines.
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is compressed, by its name."""
+    return path.suffix.lower() in COMPRESSIONS
+
+
+def content_suffix(path: Path) -> str:
+    """Return the suffix that says what a file holds: the one before a suffix of compression."""
+    return (path.with_suffix("") if is_compressed(path) else path).suffix.lower()
+
+
+def open_decompressed(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader:
+    """Open a compressed file for reading its content.
 
     Args:
-        path: of the file; its suffix says how it is compressed.
-        name: of the file, for errors.
-        raw: the file, open.
+        path: path of the file; the suffix says how it is compressed.
+        name: name of the file, for errors.
+        raw: the open file.
 
-    Reading raises CorpusError for data that cannot be unpacked, or that ends too early.
+    Returns:
+        A reader that raises CorpusError for data that cannot be decompressed or end too early.
     """
     stream = _Blocks(_blocks(path.suffix.lower(), name, raw))
     return io.BufferedReader(stream, buffer_size=_BLOCK_BYTES)
@@ -121,7 +138,7 @@ class _Blocks(io.RawIOBase):
 
 
 def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
-    make, step = COMPRESSION[suffix]
+    _, make, step = COMPRESSIONS[suffix]
     decompressor, data, members = None, b"", 0
     try:
         while True:
@@ -156,18 +173,18 @@ def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _refused(suffix: str, name: str, raw: BinaryIO, members: int, error: Exception) -> CorpusError:
-    said = str(error) or type(error).__name__
-    if isinstance(error, MemoryError) or "memory" in said.lower():
+    reason = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "memory" in reason.lower():
         return CorpusError(
-            f"{name} needs more memory to be unpacked than there is, or than 2 GiB ({said}); pack "
-            "it anew with a smaller window"
+            f"decompressing {name} takes more memory than there is, or than 2 GiB ({reason}); "
+            "compress it anew with a smaller window"
         )
     if members:
         return CorpusError(
-            f"{name} holds something else behind {members} whole part(s) of {suffix} data, before "
-            f"byte {raw.tell()} ({said}); fetch it anew, or cut it off there"
+            f"{name} holds something else after {members} complete part(s) of {suffix} data, "
+            f"before byte {raw.tell()} ({reason}); fetch it anew, or cut it off there"
         )
     return CorpusError(
-        f"{name} cannot be decompressed as {suffix} before byte {raw.tell()} ({said}); fetch it "
-        "anew, and check that its name says how it is compressed"
+        f"{name} cannot be decompressed as {suffix} before byte {raw.tell()} ({reason}); fetch it "
+        "anew, and check that its suffix is that of its compression"
     )

@@ -1,0 +1,219 @@
+"""Read Parquet files, and the Arrow files of `datasets`: a row is a record.
+
+Only the columns that are needed are read, a few rows at a time, so memory is bounded by the largest
+page of a Parquet column, or by the largest record batch of an Arrow file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparselogits.corpus.formats.format import Format, SourceFile, Span
+from sparselogits.corpus.records import Fields, Record
+from sparselogits.errors import CorpusError
+
+_BATCH_ROWS = 64
+
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_IS_LIST = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
+
+
+class Parquet(Format):
+    """Parquet; the units of a span are row groups."""
+
+    name = "parquet"
+    suffixes = (".parquet", ".pq")
+    binary = True
+
+    def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
+        """Divide a file into runs of row groups whose columns take about `span_bytes`."""
+        with _open_parquet(file) as reader:
+            columns = _columns(reader.schema_arrow, file.name, fields)
+            metadata, start, size = reader.metadata, 0, 0
+            for group in range(metadata.num_row_groups):
+                chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+                size += sum(
+                    chunk.total_uncompressed_size
+                    for chunk in chunks
+                    # the chunks of messages have paths such as `messages.list.element.role`
+                    if {chunk.path_in_schema, chunk.path_in_schema.partition(".")[0]} & {*columns}
+                )
+                if size >= span_bytes or group == metadata.num_row_groups - 1:
+                    yield Span(file, start, group + 1, size)
+                    start, size = group + 1, 0
+
+    def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
+        """Yield the rows of a run of row groups."""
+        name = span.file.name
+        with _open_parquet(span.file) as reader:
+            columns = _columns(reader.schema_arrow, name, fields)
+            for group in range(span.start, span.stop):
+                place = f"{name}, row group {group}"
+                batches = _parquet_batches(reader, group, columns, place)
+                yield from _rows(batches, columns, place, decode=fields is not None)
+
+
+class Arrow(Format):
+    """Arrow streams, in which `datasets` keeps datasets; the units of a span are record batches."""
+
+    name = "arrow"
+    named_suffixes = (".arrow",)
+    binary = True
+
+    def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
+        """Divide a file into runs of record batches whose columns take about `span_bytes`."""
+        start = size = number = 0
+        for number, batch in enumerate(_arrow_batches(file), start=1):
+            columns = _columns(batch.schema, file.name, fields)
+            size += sum(batch.column(column).nbytes for column in columns)
+            if size >= span_bytes:
+                yield Span(file, start, number, size)
+                start, size = number, 0
+        if start < number:
+            yield Span(file, start, number, size)
+
+    def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
+        """Yield the rows of a run of record batches."""
+        name, row = span.file.name, 0
+        for number, batch in enumerate(_arrow_batches(span.file)):
+            if number >= span.stop:
+                return
+            if number >= span.start:
+                columns = _columns(batch.schema, name, fields)
+                yield from _rows([batch], columns, name, row, decode=fields is not None)
+            row += batch.num_rows
+
+
+def _open_parquet(file: SourceFile) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(
+            f"{file.name} is no readable Parquet file ({error}); fetch it anew"
+        ) from error
+
+
+def _parquet_batches(
+    reader: pq.ParquetFile, group: int, columns: list[str], place: str
+) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{place} is damaged ({error}); fetch the file anew") from error
+
+
+def _arrow_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
+    # mapped, so that batches of other spans and other columns are never read
+    try:
+        with pa.memory_map(str(file.path)) as source, pa.ipc.open_stream(source) as reader:
+            yield from reader
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(
+            f"{file.name} is no readable Arrow file ({error}); save it anew"
+        ) from error
+
+
+def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
+    """Return the columns to read.
+
+    Raises:
+        CorpusError: no column could hold text, or the column of text holds something else.
+    """
+    if fields is None:
+        return list(schema.names)
+    columns = fields.columns(schema.names, lambda: name)
+    # messages, and columns that may hold either, are looked at record by record
+    if fields.text in columns and not fields.completion_only:
+        kind = schema.field(fields.text).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        # a column in which every value is null tells nothing; objects may be messages
+        if not any(is_kind(kind) for is_kind in (*_IS_TEXT, pa.types.is_null, _is_objects)):
+            raise CorpusError(
+                f"{name}: the column `{fields.text}` holds {kind}, not text; name the column that "
+                f"holds the text (text_field); the columns are {', '.join(schema.names)}"
+            )
+    return columns
+
+
+def _is_objects(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.JsonType):
+        return True
+    lists = any(is_list(kind) for is_list in _IS_LIST)
+    return lists and (pa.types.is_struct(kind.value_type) or _is_objects(kind.value_type))
+
+
+def _rows(
+    batches: Iterable[pa.RecordBatch],
+    columns: list[str],
+    place: str,
+    first: int = 0,
+    *,
+    decode: bool,
+) -> Iterator[Record]:
+    """Yield the rows of batches, one in memory at a time; `decode` makes them as JSON has them."""
+    number = first
+    for batch in batches:
+        arrays = [batch.column(column) for column in columns]
+        size = sum(array.nbytes for array in arrays) // max(batch.num_rows, 1)
+        for row in range(batch.num_rows):
+            where = partial("{}, row {}".format, place, number)
+            values = [array[row].as_py() for array in arrays]
+            if decode:
+                try:
+                    values = [plain(v, a.type) for v, a in zip(values, arrays, strict=True)]
+                except ValueError as error:
+                    raise CorpusError(
+                        f"{where()} holds text that is not the JSON of its column; fetch or save "
+                        "the file anew"
+                    ) from error
+            yield Record(dict(zip(columns, values, strict=True)), where, size)
+            number += 1
+
+
+def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
+    """Return a value of a column as JSON has it.
+
+    Arrow gives every object of a column the fields of all of them, null where an object has none:
+    such fields are left out again. What `datasets` keeps as JSON text (its `Json` feature) is
+    decoded, and nulls in it stay, since they were written.
+
+    Args:
+        value: the value, as pyarrow converts it to Python.
+        kind: type of the column.
+        decoded: whether JSON text was decoded before, as in the rows of `datasets`.
+    """
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return value if decoded or not isinstance(value, str) else json.loads(value)
+    if pa.types.is_struct(kind):
+        if not isinstance(value, Mapping):
+            return value
+        inner = {field.name: field.type for field in kind}
+        return {
+            name: plain(item, inner[name], decoded=decoded) if name in inner else item
+            for name, item in value.items()
+            if item is not None
+        }
+    if pa.types.is_map(kind):
+        items = value.items() if isinstance(value, Mapping) else value
+        return {name: plain(item, kind.item_type, decoded=decoded) for name, item in items}
+    if any(is_list(kind) for is_list in _IS_LIST):
+        if not isinstance(value, list | tuple):
+            return value
+        return [plain(item, kind.value_type, decoded=decoded) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal) else value

@@ -1,0 +1,144 @@
+"""Read text files: one file is one document, unless separator lines divide it.
+
+A line that holds nothing but `<|endoftext|>` ends one document and begins the next, which is how
+plain-text corpora of many documents are commonly published. The separator line belongs to neither.
+Form feeds do not separate documents: in old plain text and in source code they mark pages.
+
+Large files are divided into spans that can be read independently of one another. A span may begin
+in the middle of a document; the span then says where that document begins, which one scan of the
+file for separator lines finds while the spans are planned.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain
+from typing import NoReturn
+
+from sparselogits.corpus.formats.format import Format, SourceFile, Span
+from sparselogits.corpus.pieces import (
+    HEAD_BYTES,
+    MARGIN_BYTES,
+    Piece,
+    Read,
+    cut_pieces,
+    document_key,
+    next_cut,
+)
+from sparselogits.corpus.records import Fields
+from sparselogits.errors import CorpusError
+
+SEPARATOR = b"<|endoftext|>"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SCAN_BYTES = 1 << 20
+
+
+class Text(Format):
+    """Plain text in UTF-8."""
+
+    name = "text"
+    suffixes = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
+    holds_records = False
+
+    def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
+        """Divide a file into ranges of bytes that end where a piece of text may end."""
+        with file.path.open("rb") as handle:
+            read = _reader(handle.fileno())
+            size = file.path.stat().st_size
+            start = document = _first_byte(read)
+            separators = document_separators(read, start, size)
+            following = next(separators, None)
+            while size - start > span_bytes:
+                cut = next_cut(read, start + span_bytes, size)
+                if cut == size:
+                    break
+                yield Span(file, start, cut, cut - start, document)
+                while following is not None and following[1] <= cut:
+                    document, following = following[1], next(separators, None)
+                start = cut
+            if start < size:
+                yield Span(file, start, size, size - start, document)
+
+    def records(self, span: Span, fields: Fields | None) -> NoReturn:
+        """Refuse: plain text holds no records."""
+        raise CorpusError(f"{span.file.name} holds plain text, no records; name a file of records")
+
+    def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
+        """Yield the text of a span, in order.
+
+        Raises:
+            CorpusError: the bytes are no text in UTF-8.
+        """
+        path, name = span.file.path, span.file.name
+        with path.open("rb") as handle:
+            read = _reader(handle.fileno())
+            if span.start == span.document:
+                _refuse_binary(read, name)
+            # beyond the span's end only to learn whether its last document ends within the margin
+            ahead = min(span.stop + MARGIN_BYTES + 1, path.stat().st_size)
+            document, begin = span.document, span.start
+            ends = document_separators(read, begin, ahead)
+            for end, following in chain(ends, [(ahead, ahead)]):
+                stop = min(end, span.stop)
+                if begin < stop:
+                    key = document_key(_head(read, document))
+                    yield from cut_pieces(
+                        read, begin, stop, document=(document, end), key=key, name=name
+                    )
+                if following >= span.stop:
+                    return
+                document = begin = following
+
+
+def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield (first byte, byte after it) of each separator line that begins in [start, stop)."""
+    position, first = start, _first_byte(read)
+    while position < stop:
+        block_stop = min(position + _SCAN_BYTES, stop)
+        # one byte before, to see whether a line begins; after, a separator and its line break
+        origin = max(position - 1, 0)
+        block = read(origin, block_stop + len(SEPARATOR) + 2)
+        at = block.find(SEPARATOR, position - origin)
+        while 0 <= at < block_stop - origin:
+            after = _line_end(block, at + len(SEPARATOR))
+            begins_line = origin + at == first or block[at - 1 : at] == b"\n"
+            if begins_line and after is not None:
+                yield origin + at, origin + after
+            at = block.find(SEPARATOR, at + 1)
+        if len(block) < block_stop - origin:
+            return  # the file is shorter than `stop`
+        position = block_stop
+
+
+def _line_end(block: bytes, at: int) -> int | None:
+    for ending in (b"\n", b"\r\n"):
+        if block.startswith(ending, at):
+            return at + len(ending)
+    return at if at == len(block) else None
+
+
+def _head(read: Read, document: int) -> bytes:
+    head = read(document, document + HEAD_BYTES + len(SEPARATOR) + 3)
+    end = next(document_separators(read, document, document + HEAD_BYTES), None)
+    return head[: HEAD_BYTES if end is None else end[0] - document]
+
+
+def _first_byte(read: Read) -> int:
+    return len(_BYTE_ORDER_MARK) if read(0, 3) == _BYTE_ORDER_MARK else 0
+
+
+def _refuse_binary(read: Read, name: str) -> None:
+    at = read(0, HEAD_BYTES).find(b"\0")
+    if at >= 0:
+        raise CorpusError(
+            f"{name} is not a text file: a zero byte at offset {at}. If it is UTF-16, convert it "
+            "to UTF-8 (`iconv -f UTF-16 -t UTF-8`); if it is not text, leave it out."
+        )
+
+
+def _reader(descriptor: int) -> Read:
+    def read(start: int, stop: int) -> bytes:
+        return os.pread(descriptor, max(0, stop - start), start)
+
+    return read
