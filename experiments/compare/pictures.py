@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md, from a stored comparison: those of its page, as PNG.
+"""Draw the pictures of docs/results/SETTING.md from a stored comparison, as PNG.
 
 python experiments/compare/pictures.py experiments/results/compare_small_teacher.json \
     --out docs/figures/small_teacher loss-0 gradient-0

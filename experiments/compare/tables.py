@@ -1,6 +1,11 @@
-"""The tables of docs/results.md, from a stored comparison.
+"""Print the tables of a stored comparison, every interval over its seeds.
 
-python experiments/compare/tables.py experiments/results/compare_small_teacher.json
+    python experiments/compare/tables.py experiments/results/compare_small_teacher.json
+
+Intervals are computed here from the seeds' own numbers (`runs` of results.json): Student's t for
+means and differences paired by seed, Fieller's for shares of the gap. So they are the same for
+results of every age. Intervals of zero-shot tasks are the stored bootstrap over samples, those of
+gradients the stored t interval over batches.
 """
 
 from __future__ import annotations
@@ -10,59 +15,126 @@ from pathlib import Path
 
 import numpy as np
 
-from sparselogits.evaluate.intervals import t_interval
+from sparselogits.evaluate import Estimate, fieller_interval, t_interval
 from sparselogits.lab.compare import MethodRow, Results, read_results
-from sparselogits.lab.compare.results import Ends, Figure, OfBatches
+from sparselogits.lab.compare.results import Figure, OfBatches
 from sparselogits.lab.compare.task_scores import column_of
 
 HEAD = (
-    "| method | seeds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "
+    "| method | seeds | rounds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "
     "overconf. % | acceptance % | agreement % |"
 )
 
 
-def said(figure: Figure | None, scale: float = 1, digits: int = 3) -> str:
-    return "-" if figure is None else f"{scale * figure.mean:.{digits}f}"
+class Seeds:
+    """Metrics of one student's runs, by method and seed.
+
+    Args:
+        results: the comparison.
+        student: name of the student; by default the first one.
+    """
+
+    def __init__(self, results: Results, student: str | None = None) -> None:
+        self.student = student or results.methods[0].student
+        self.rows = {own.method: own for own in results.methods if own.student == self.student}
+        self._runs = {
+            (run.method, run.seed): run.figures
+            for run in results.runs
+            if run.student == self.student and run.status == "done"
+        }
+
+    def values(self, *methods: str, metric: str = "loss") -> list[list[float]]:
+        """Return a metric of several methods, per method, over the seeds that all of them have."""
+        done = [{s for m, s in self._runs if m == method} for method in methods]
+        seeds = sorted(set.intersection(*done))
+        return [[self._runs[method, seed][metric] for seed in seeds] for method in methods]
+
+    def mean(self, method: str, metric: str = "loss") -> Estimate | None:
+        """Return a metric's mean with Student's t over the seeds; None if nothing was run."""
+        (own,) = self.values(method, metric=metric)
+        return t_interval(own) if own else None
+
+    def less(self, method: str, other: str, metric: str = "loss") -> Estimate | None:
+        """Return the paired difference of two methods; None where they share no seed."""
+        found = self.differences(method, other, metric)
+        return t_interval(found) if found else None
+
+    def differences(self, method: str, other: str, metric: str = "loss") -> list[float]:
+        """Return the difference of two methods for every seed."""
+        if method not in self.rows or other not in self.rows:
+            return []
+        one, another = self.values(method, other, metric=metric)
+        return [x - y for x, y in zip(one, another, strict=True)]
+
+    def gap(self, method: str) -> Estimate | None:
+        """Return the share of the gap between CE and full KD, per cent; None without a gap."""
+        if not {method, "CE", "full KD"} <= set(self.rows):
+            return None
+        own, ce, full = self.values(method, "CE", "full KD")
+        if not own:
+            return None
+        whole = [x - y for x, y in zip(ce, full, strict=True)]
+        if (t_interval(whole).low or 0) <= 0:
+            return None
+        return fieller_interval([100 * (x - y) for x, y in zip(ce, own, strict=True)], whole)
 
 
-def with_ends(figure: Figure | None, ends: str, scale: float = 1, digits: int = 3) -> str:
-    if figure is None:
+def said(found: Estimate | None, digits: int = 3, scale: float = 1, sign: str = "") -> str:
+    """Write an estimate with its interval, as "0.734 (0.490 to 0.979)"."""
+    if found is None:
         return "-"
-    found: Ends = getattr(figure, ends)
+
+    def own(value: float) -> str:
+        return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"  # no negative zero
+
     if found.low is None or found.high is None:
-        return said(figure, scale, digits)
-    low, high = (f"{scale * end:.{digits}f}" for end in (found.low, found.high))
-    return f"{said(figure, scale, digits)} ({low} to {high})"
+        return own(found.mean)
+    return f"{own(found.mean)} ({own(found.low)} to {own(found.high)})"
 
 
-def line(row: MethodRow) -> str:
+def line(row: MethodRow, seeds: Seeds) -> str:
+    """Write a method's line of the main table."""
     if not row.seeds_done:
         state = "failed" if row.seeds_failed else "not run"
-        return f"| {row.method} | {state} |" + " - |" * 10
-    own = row.figures
+        return f"| {row.method} | {state} |" + " - |" * 11
+
+    def mean(metric: str, scale: float = 1, digits: int = 3) -> str:
+        found = seeds.mean(row.method, metric)
+        return "-" if found is None else f"{scale * found.mean:.{digits}f}"
+
+    rounds = (row.sampler or {}).get("rounds")
+    reference = row.family == "ce" or row.method == "full KD"
     cells = [
         row.method,
         str(len(row.seeds_done)),
+        "-" if rounds is None else str(rounds),
         "-" if row.entries is None else f"{row.entries:.1f}",
         "-" if row.bytes_per_token is None else f"{row.bytes_per_token:.1f}",
-        said(own.get("loss")),
-        with_ends(row.minus_ce.get("loss"), "both"),
-        with_ends(row.gap_closed, "both", digits=0),
-        said(own.get("kl")),
-        said(own.get("ece"), 100, 1),
-        with_ends(own.get("overconfidence"), "both", 100, 1),
-        said(own.get("acceptance"), 100, 1),
-        said(own.get("agreement"), 100, 1),
+        said(seeds.mean(row.method)),
+        "-" if row.family == "ce" else said(seeds.less(row.method, "CE")),
+        "-" if reference else said(seeds.gap(row.method), 0),
+        mean("kl"),
+        mean("ece", 100, 1),
+        said(seeds.mean(row.method, "overconfidence"), 1, 100),
+        mean("acceptance", 100, 1),
+        mean("agreement", 100, 1),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def seeds_table(results: Results) -> list[str]:
-    lines = ["| method | loss - CE, mean and t interval over seeds |", "|---|---|"]
-    for row in results.methods:
-        if len(row.seeds_done) > 1 and "loss" in row.minus_ce:
-            lines.append(f"| {row.method} | {with_ends(row.minus_ce['loss'], 'seeds')} |")
-    return lines if len(lines) > 2 else []
+def main_table(results: Results) -> list[str]:
+    """Every method's metrics, with the teacher's below."""
+    seeds = Seeds(results)
+    lines = [HEAD, "|---" * 13 + "|", *(line(row, seeds) for row in results.methods)]
+    if results.teacher is None:
+        return lines
+    own = results.teacher.figures
+    return [
+        *lines,
+        "",
+        f"The teacher: loss {own['loss']:.3f}, ECE {100 * own['ece']:.1f} %, overconfidence "
+        f"{100 * own['overconfidence']:.1f} %.",
+    ]
 
 
 PAIRS = [
@@ -79,31 +151,24 @@ PAIRS = [
     ),
     ("systematic 12, thinned to 4, fresh", "systematic 12, thinned to 4, frozen"),
 ]
-"""Methods whose difference docs/results.md speaks of; those a comparison lacks are left out."""
+"""Pairs whose difference is printed; those that a comparison lacks are left out."""
 
 
 def pairs_table(results: Results) -> list[str]:
-    """Differences of loss, paired by seed: Student's t over the seeds that both have."""
-    losses: dict[tuple[str, str], dict[int, float]] = {}
-    for run in results.runs:
-        if run.status == "done":
-            losses.setdefault((run.student, run.method), {})[run.seed] = run.figures["loss"]
-    lines = []
-    for student in dict.fromkeys(row.student for row in results.methods):
-        for one, other in PAIRS:
-            first, second = (losses.get((student, name), {}) for name in (one, other))
-            differences = [first[seed] - second[seed] for seed in first if seed in second]
-            if not differences:
-                continue
-            found = t_interval(differences)
-            said = f"{found.mean:+.3f}"
-            if found.low is not None and found.high is not None:
-                said += f" ({found.low:+.3f} to {found.high:+.3f})"
+    """Differences of loss, paired by seed."""
+    seeds, lines = Seeds(results), []
+    for one, other in PAIRS:
+        if differences := seeds.differences(one, other):
             by_seed = ", ".join(f"{own:+.3f}" for own in differences)
-            lines.append(f"| {one} | {other} | {said} | {by_seed} |")
+            found = said(t_interval(differences), sign="+")
+            lines.append(f"| {one} | {other} | {found} | {by_seed} |")
     if not lines:
         return []
-    return ["| method | less | loss, t interval over seeds | each seed |", "|---" * 4 + "|", *lines]
+    return [
+        "| method | minus | loss, t interval over seeds | each seed |",
+        "|---" * 4 + "|",
+        *lines,
+    ]
 
 
 def drafting_table(results: Results) -> list[str]:
@@ -148,9 +213,7 @@ def tasks_table(results: Results) -> list[str]:
     lines = [f"| method | {' | '.join(head for _, head, _, _ in columns)} |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for row in results.methods:
-        cells = (
-            with_ends(row.tasks.get(n), "both", scale, digits) for n, _, scale, digits in columns
-        )
+        cells = (over_samples(row.tasks.get(n), scale, digits) for n, _, scale, digits in columns)
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     if results.teacher is not None:
         known = results.teacher.tasks
@@ -159,11 +222,16 @@ def tasks_table(results: Results) -> list[str]:
     return lines
 
 
-def gradient_table(results: Results) -> list[str]:
-    """Angles in batches of every size; norm, bias and noise in the largest. Empty if there is none.
+def over_samples(figure: Figure | None, scale: float, digits: int) -> str:
+    """Write a task's score with its bootstrap over samples."""
+    if figure is None:
+        return "-"
+    own = figure.windows
+    return said(Estimate(figure.mean, own.low, own.high, 0), digits, scale)
 
-    The angle's interval is Student's t over batches.
-    """
+
+def gradient_table(results: Results) -> list[str]:
+    """Angles in batches of every size; norm ratio, bias and noise in the largest."""
     measured = [row for row in results.methods if row.gradient is not None]
     if not measured:
         return []
@@ -171,8 +239,8 @@ def gradient_table(results: Results) -> list[str]:
     on, sizes = measured[0].gradient, [own.batch_tokens for own in measured[0].gradient.sizes]
     angles = " | ".join(f"angle, {size:,} tokens" for size in sizes)
     lines = [
-        f"Gradients beside full KD's, of the student that {on.student_method}, seed "
-        f"{on.student_seed}, left:",
+        f"Gradients compared with full KD's, on the student that {on.student_method} with seed "
+        f"{on.student_seed} left; angles in degrees, ± half of Student's t interval over batches:",
         "",
         f"| method | entries | {angles} | norm ratio | bias | noise |",
         "|---" * (5 + len(sizes)) + "|",
@@ -205,31 +273,33 @@ def of_student(results: Results, student: str) -> Results:
     return results.model_copy(update={"methods": rows, "runs": runs})
 
 
-def show(results: Results) -> None:
-    print(HEAD)
-    print("|---" * 12 + "|")
-    print("\n".join(line(row) for row in results.methods))
-    if results.teacher is not None:
-        own = results.teacher.figures
-        print(
-            f"\nThe teacher itself: loss {own['loss']:.3f}, ECE {100 * own['ece']:.1f} %, "
-            f"overconfidence {100 * own['overconfidence']:.1f} %."
-        )
-    tables = (seeds_table, pairs_table, order_of_acceptance, drafting_table, tasks_table)
-    for table in (*tables, gradient_table):
-        if lines := table(results):
-            print("\n" + "\n".join(lines))
+TABLES = (
+    main_table,
+    pairs_table,
+    order_of_acceptance,
+    drafting_table,
+    tasks_table,
+    gradient_table,
+)
+
+
+def tables_of(results: Results) -> list[str]:
+    """All tables of a comparison, as lines of Markdown; one group for every student."""
+    students = list(dict.fromkeys(row.student for row in results.methods))
+    lines: list[str] = []
+    for student in students:
+        if len(students) > 1:
+            lines += [f"## {student}", ""]
+        for table in TABLES:
+            if own := table(of_student(results, student)):
+                lines += [*own, ""]
+    return lines[:-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
-    results = read_results(parser.parse_args().results)
-    students = list(dict.fromkeys(row.student for row in results.methods))
-    for student in students:
-        if len(students) > 1:
-            print(f"\n{student}:\n")
-        show(of_student(results, student))
+    print("\n".join(tables_of(read_results(parser.parse_args().results))))
 
 
 if __name__ == "__main__":

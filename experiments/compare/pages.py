@@ -1,0 +1,355 @@
+"""Write docs/results.md and its appendix, docs/results/SETTING.md, from the stored results.
+
+    python experiments/compare/pages.py            write the pages
+    python experiments/compare/pages.py --check    exit with 1 if a page would change
+
+The words of docs/results.md are in findings.md.jinja beside this script; every number there is an
+expression over experiments/results/*.json. Its first section is experiments/healing/findings.md, if
+that file exists. The table of docs/index.md is kept up to date too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
+
+from sparselogits.evaluate import Estimate  # noqa: E402
+from sparselogits.evaluate.intervals import two_sided_p  # noqa: E402
+from sparselogits.lab.compare import Results, read_results  # noqa: E402
+
+RESULTS, DOCS = ROOT / "experiments" / "results", ROOT / "docs"
+INDEX = re.compile(r"(?m)^\| setting \|.*\n(?:\|.*\n)+")
+SPACE = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A stored comparison and what its page says of it.
+
+    Args:
+        file: name of the results without `compare_` and the ending; also the page's name.
+        title: heading of the page.
+        overview: name in the table of all settings; empty for settings that are not in it.
+        about: a paragraph on teacher, student and text that the numbers do not say.
+        pictures: paths under docs/figures with a description each.
+    """
+
+    file: str
+    title: str
+    overview: str
+    about: str
+    pictures: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def results(self) -> Results:
+        """The stored comparison."""
+        return read_results(RESULTS / f"compare_{self.file}.json")
+
+    def seeds(self, student: str | None = None) -> Seeds:
+        """The runs of one student, by default the first."""
+        names = list(dict.fromkeys(row.student for row in self.results.methods))
+        found = [name for name in names if student is None or name.startswith(student)]
+        return Seeds(self.results, found[0])
+
+
+SETTINGS = (
+    Setting(
+        "small_teacher",
+        "Small teacher, one pass",
+        "5 M teacher, one pass",
+        "Teacher: three epochs over 1.0 M tokens of Shakespeare, inaugural addresses and State of "
+        "the Union addresses. A quarter of a training token per student parameter, so all students "
+        "are far from converged. Hyperparameters were not tuned per method.",
+        (
+            ("small_teacher/loss-0.png", "Held-out loss against entries per token"),
+            ("small_teacher/calibration-0.png", "Calibration of eight methods"),
+            (
+                "small_teacher/gradient-0.png",
+                "Angle to full KD's gradient against entries per token",
+            ),
+            ("small_teacher/training-0.png", "Training curves of eight methods"),
+        ),
+    ),
+    Setting(
+        "small_teacher_adaptive",
+        "Small teacher, one pass, adaptive rounds",
+        "",
+        "Text, seeds and reference runs are those of the first setting. Adaptive rounds follow the "
+        "student that CE with seed 0 left: more rounds where its distribution differs from the "
+        "teacher's. Their weights are not counts, which is why they need more bytes.",
+    ),
+    Setting(
+        "small_teacher_epochs",
+        "Small teacher, four epochs over little text",
+        "",
+        "Each token is read four times, with all twelve entries or thinned to four: with fresh "
+        "noise in each epoch, or with the same draws in all of them.",
+    ),
+    Setting(
+        "small_teacher_longer",
+        "Small teacher, three times the text",
+        "the same, three times the text",
+        "Half of what the teacher read, each token once.",
+    ),
+    Setting(
+        "small_teacher_larger",
+        "Small teacher, a larger student",
+        "the same, a larger student",
+        "The text of the first setting, a student of a third of the teacher's parameters.",
+    ),
+    Setting(
+        "small_teacher_converged",
+        "Better small teacher, six passes",
+        "better 5 M teacher, six passes",
+        "The teacher has the first one's shape and text, and four times its steps. The student "
+        "reads a third of that text six times, with the same draws in every pass.",
+        (
+            ("converged/training-0.png", "Training curves of five methods"),
+            ("converged/calibration-0.png", "Calibration of five methods"),
+        ),
+    ),
+    Setting(
+        "small_teacher_convergence",
+        "Better small teacher, twelve passes of cross-entropy",
+        "",
+        "As the setting with six passes, with twice as many, cross-entropy and one seed alone.",
+    ),
+    Setting(
+        "smollm2",
+        "SmolLM2-135M, two students",
+        "SmolLM2-135M, one pass",
+        "Teacher: SmolLM2-135M-Instruct, 4-bit weights dequantised to bfloat16. Most of the "
+        "students' parameters are embeddings; they read a hundredth of a token per parameter.",
+    ),
+)
+BY_FILE = {own.file: own for own in SETTINGS}
+OVERVIEW = ("CE", "full KD", "systematic 12", "RS-KD 12", "Top-K 12")
+
+
+def number(value: float) -> str:
+    """Write a count with spaces between its thousands."""
+    return f"{value:,.0f}".replace(",", SPACE)
+
+
+def percent(found: Estimate | None) -> str:
+    """Write a share with its interval, as "82 % (53 to 120)"."""
+    return re.sub(r"^-?[\d.]+", lambda mean: f"{mean[0]}{SPACE}%", said(found, 0))
+
+
+def overview() -> list[str]:
+    """The table of all settings: loss, and the share of the gap with its interval."""
+    head = ["setting", "student", "tokens of text", *OVERVIEW]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for setting in SETTINGS:
+        if not setting.overview:
+            continue
+        facts = setting.results.settings
+        for student, parameters in facts["student_parameters"].items():
+            seeds = setting.seeds(student)
+            cells = [setting.overview, f"{parameters / 1e6:.1f}{SPACE}M"]
+            cells.append(number(facts["corpus"]["training_tokens"]))
+            for method in OVERVIEW:
+                mean, gap = seeds.mean(method), seeds.gap(method)
+                assert mean is not None
+                cell = f"{mean.mean:.3f}"
+                if method not in ("CE", "full KD") and gap is not None:
+                    cell += f", {percent(gap)}"
+                cells.append(cell)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def appendix(setting: Setting) -> str:
+    """The page of one setting."""
+    results = setting.results
+    facts, recipe = results.settings, results.settings["recipe"]
+    steps = next(run.steps for run in results.runs if run.status == "done")
+    students = ", ".join(
+        f"{k} ({number(v)} parameters)" for k, v in facts["student_parameters"].items()
+    )
+    seeds = max(len(row.seeds_done) for row in results.methods)
+    lines = [
+        f"# {setting.title}",
+        "",
+        "Written by `experiments/compare/pages.py` from "
+        f"`experiments/results/compare_{setting.file}.json`; the words and intervals are explained "
+        "in [Results](../results.md#words-and-intervals).",
+        "",
+        setting.about,
+        "",
+        f"- Recipe and commands: `experiments/compare/{setting.file}.yaml`.",
+        f"- Teacher: {number(facts['teacher']['parameters'])} parameters, vocabulary "
+        f"{number(facts['teacher']['vocabulary'])}, {facts['teacher']['dtype']}.",
+        f"- Student: {students}.",
+        f"- Text: {number(facts['corpus']['training_tokens'])} tokens, {steps} steps of "
+        f"{recipe['training'].get('batch_windows', 4)} windows of {recipe['window']} tokens; "
+        f"{facts['corpus']['heldout_windows']} held-out windows.",
+        f"- Seeds: {seeds}, which set the initial weights and the order of the text. Draws are the "
+        "same for all seeds.",
+        "",
+        *tables_of(results),
+        "",
+    ]
+    for path, words in setting.pictures:
+        lines += [f"![{words}](../figures/{path})", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+class Findings:
+    """The expressions of findings.md.jinja; a setting is named by its results file."""
+
+    def __init__(self) -> None:
+        self.deciding = stored("deciding.json")
+        self.drafting = stored("drafting_small_teacher.json")
+        file = HERE.parent / "healing" / "findings.md"
+        self.healing = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+    def mean(
+        self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
+    ) -> str:
+        """A metric's mean with its interval."""
+        return said(BY_FILE[setting].seeds().mean(method, metric), digits, scale)
+
+    def point(
+        self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
+    ) -> str:
+        """A metric's mean alone."""
+        found = BY_FILE[setting].seeds().mean(method, metric)
+        assert found is not None
+        return f"{scale * found.mean:.{digits}f}"
+
+    def less(self, setting: str, method: str, other: str, metric: str = "loss", **how: Any) -> str:
+        """A paired difference with its interval."""
+        found = BY_FILE[setting].seeds(how.pop("student", None)).less(method, other, metric)
+        return said(found, how.get("digits", 3), how.get("scale", 1), "+")
+
+    def gap(self, setting: str, method: str, student: str | None = None) -> str:
+        """The share of the gap, per cent, with Fieller's interval."""
+        return percent(BY_FILE[setting].seeds(student).gap(method))
+
+    def p(self, setting: str, method: str, other: str) -> float:
+        """The p-value of a paired difference in loss."""
+        return two_sided_p(BY_FILE[setting].seeds().differences(method, other))
+
+    def each(self, setting: str, method: str, metric: str = "loss", digits: int = 2) -> str:
+        """A metric of every seed."""
+        (own,) = BY_FILE[setting].seeds().values(method, metric=metric)
+        return ", ".join(f"{value:.{digits}f}" for value in own)
+
+    def row(self, setting: str, method: str, student: str | None = None) -> Any:
+        """The stored row of a method."""
+        return BY_FILE[setting].seeds(student).rows[method]
+
+    def noise(self, setting: str, method: str, other: str, student: str | None = None) -> float:
+        """The ratio of two methods' gradient noise, in the largest batch."""
+        seeds = BY_FILE[setting].seeds(student)
+        one, another = (seeds.rows[name].gradient.sizes[-1].noise for name in (method, other))
+        return one / another
+
+    def angle(self, setting: str, method: str, size: int = -1) -> str:
+        """A method's angle to full KD's gradient."""
+        found = BY_FILE[setting].seeds().rows[method].gradient.sizes[size].angle
+        return said(Estimate(found.mean, found.low, found.high, 0), 0) + "°"
+
+    def bytes(self, setting: str, method: str) -> str:
+        """Bytes of the cached targets per token."""
+        return f"{BY_FILE[setting].seeds().rows[method].bytes_per_token:.0f}"
+
+    def drafts(self) -> dict[str, int]:
+        """How many methods of the first setting accept as many drafted tokens as expected."""
+        own = [row.realised for row in BY_FILE["small_teacher"].results.methods if row.realised]
+        within = sum(abs(x.acceptance - x.expected) <= 2 * x.error for x in own)
+        return {"methods": len(own), "within": within}
+
+    def largest_draft_error(self) -> float:
+        """The largest distance from expectation when drafting from 1 024 prefixes."""
+        return max(abs(own["standard_errors"]) for own in self.drafting)
+
+    def span(self, setting: str, metric: str, families: list[str]) -> str:
+        """The range of a metric over all methods of some families, per cent."""
+        seeds = BY_FILE[setting].seeds()
+        found = [
+            100 * own.mean
+            for method, row in seeds.rows.items()
+            if row.family in families and (own := seeds.mean(method, metric)) is not None
+        ]
+        return f"{min(found):.1f} to {max(found):.1f}{SPACE}%"
+
+
+def stored(name: str) -> Any:
+    """Read a result that may not be there yet."""
+    file = RESULTS / name
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def findings() -> str:
+    """The page of findings."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page = environment.get_template("findings.md.jinja").render(
+        f=Findings(), overview="\n".join(overview()), settings=SETTINGS, said=said, math=math
+    )
+    return "\n\n".join(filled(block) for block in page.strip().split("\n\n") if block) + "\n"
+
+
+def filled(block: str) -> str:
+    """Fill the lines of a paragraph; tables, headings, lists and pictures stay as they are."""
+    block = block.strip("\n")
+    if block.startswith(("|", "#", "- ", "!")):
+        return block
+    return textwrap.fill(block, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def pages() -> dict[Path, str]:
+    """Every page with its text."""
+    index = DOCS / "index.md"
+    table = ("\n".join(overview()) + "\n").replace("\\", r"\\")
+    found = {
+        DOCS / "results.md": findings(),
+        index: INDEX.sub(table, index.read_text(encoding="utf-8")),
+    }
+    for setting in SETTINGS:
+        page = appendix(setting)
+        found[DOCS / "results" / f"{setting.file.replace('_', '-')}.md"] = page
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    stale = [
+        path
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if given.check else 'written'}")
+        if not given.check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(pages()[path], encoding="utf-8")
+    raise SystemExit(given.check and bool(stale))
+
+
+if __name__ == "__main__":
+    main()

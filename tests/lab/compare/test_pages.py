@@ -1,0 +1,83 @@
+"""docs/results.md and its appendix: written from the stored results, with the intervals they name.
+
+pytest tests/lab/compare/test_pages.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from experiments.compare.pages import DOCS, RESULTS, SETTINGS, Setting, pages
+
+from sparselogits.lab.compare import read_results
+from sparselogits.lab.compare.windows import differences, read_windows
+
+T_THREE = 4.302653  # 97.5 % of Student's t with two degrees of freedom
+NUMBERS = re.compile(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
+WINDOWS = sorted(RESULTS.glob("compare_*_windows.npz")) + sorted(
+    RESULTS.glob("healing_*_windows.npz")
+)
+
+
+def test_the_pages_are_what_the_stored_results_say() -> None:
+    for path, text in pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run experiments/compare/pages.py"
+
+
+def test_every_stored_comparison_has_its_page() -> None:
+    shown = {f"compare_{own.file}.json" for own in SETTINGS}
+    assert shown == {path.name for path in RESULTS.glob("compare_*.json")}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda own: own.file)
+def test_a_reader_who_redoes_the_intervals_gets_the_printed_ones(setting: Setting) -> None:
+    """From the JSON and the page alone: two columns of the table, all methods with three seeds."""
+    stored = json.loads((RESULTS / f"compare_{setting.file}.json").read_text())
+    losses: dict[tuple[str, str], list[float]] = {}
+    for run in stored["runs"]:
+        losses.setdefault((run["student"], run["method"]), []).append(run["figures"]["loss"])
+    page = (DOCS / "results" / f"{setting.file.replace('_', '-')}.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ") for line in page.splitlines() if line.count(" | ") == 12]
+    lines = [cells for cells in lines if cells[1] == "3"]
+    students = list(dict.fromkeys(run["student"] for run in stored["runs"]))
+    count = len(lines) // len(students)
+    checked = 0
+    for at, cells in enumerate(lines):
+        student = students[at // count]
+        own, ce, full = (
+            losses[student, method] for method in (cells[0].removeprefix("| "), "CE", "full KD")
+        )
+        if found := NUMBERS.fullmatch(cells[6]):
+            less = [x - y for x, y in zip(own, ce, strict=True)]
+            half = T_THREE * statistics.stdev(less) / math.sqrt(3)
+            mean = statistics.fmean(less)
+            for printed, value in zip(
+                found.groups(), (mean, mean - half, mean + half), strict=True
+            ):
+                assert float(printed) == pytest.approx(value, abs=6e-4)
+            checked += 1
+        if found := NUMBERS.fullmatch(cells[7]):
+            gain = [x - y for x, y in zip(ce, own, strict=True)]
+            gap = [x - y for x, y in zip(ce, full, strict=True)]
+            assert float(found[1]) == pytest.approx(100 * sum(gain) / sum(gap), abs=0.51)
+            for end, sign in ((float(found[2]), 1), (float(found[3]), -1)):
+                # a t test of "gain = end * gap" just rejects: from half a unit on either side of it
+                tests = []
+                for share in (end - 0.51, end + 0.51):
+                    left = [x - share / 100 * y for x, y in zip(gain, gap, strict=True)]
+                    error = statistics.stdev(left) / math.sqrt(3)
+                    tests.append(sign * statistics.fmean(left) / error)
+                assert min(tests) <= T_THREE <= max(tests)
+            checked += 1
+    assert checked >= len(lines) - 2 * len(students) or setting.file.endswith("convergence")
+
+
+@pytest.mark.parametrize("file", WINDOWS, ids=lambda path: path.stem)
+def test_intervals_are_recomputed_from_the_sums_of_windows(file: Path) -> None:
+    results = read_results(file.with_name(f"{file.stem.removesuffix('_windows')}.json"))
+    assert differences(results, read_windows(file)) == []
