@@ -20,14 +20,14 @@ OPTIONS = [
     (name, option)
     for name in COMMANDS
     for option in PROGRAM.commands[name].params
-    if option.param_type_name == "option" and option.name != "help"
+    if option.param_type_name == "option" and option.name != "help" and not option.hidden
 ]
 HEADINGS = ["Model", "Data", "Targets", "Output", "Performance", "Distributed"]
 
 
 def page(*words: str) -> str:
     """A help page as one line of words, without its borders."""
-    shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "240", "TERM": "dumb"})
+    shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "1000", "TERM": "dumb"})
     assert shown.exit_code == 0, shown.output
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown.output).split())
 
@@ -88,10 +88,15 @@ def test_help_has_a_short_name(words: list[str]) -> None:
     assert "Usage:" in shown.output
 
 
+@pytest.mark.parametrize("width", [72, 100])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_cut_off_on_a_terminal_of_100_columns(name: str) -> None:
-    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "100", "TERM": "dumb"})
-    assert "…" not in shown.output
+def test_nothing_is_cut_off_on_a_narrow_terminal(name: str, width: int) -> None:
+    environment = {"COLUMNS": str(width), "TERM": "dumb"}
+    shown = CliRunner().invoke(app, [name, "--help"], env=environment).output
+    assert "…" not in shown
+    for option in PROGRAM.commands[name].params:
+        if option.param_type_name == "option" and not option.hidden:
+            assert all(word in shown for word in [*option.opts, *option.secondary_opts])
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n != "demo"])

@@ -7,9 +7,12 @@ codes and what is said at the end are in `endings`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.rich_utils
+from rich.table import Table
+from rich.text import Text
 
 from sparselogits import __version__
 from sparselogits.cli.cache import cache
@@ -36,6 +39,34 @@ app = typer.Typer(
     help="Offline knowledge distillation of language models from a cache of sparse, unbiased "
     "teacher targets.",
 )
+
+
+_NAME_WIDTH = 32
+
+
+class _OptionTable(Table):
+    """A table of options in two columns: names with types, which are never cut, and help texts."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row as rich does; `cells` are those of typer: names, the type and the help text."""
+        if len(cells) < 3:
+            super().add_row(*cells, **options)
+            return
+        lines: list[Text] = []
+        for cell in cells[:-1]:
+            piece = Text(cell) if isinstance(cell, str) else cell
+            if not piece or piece.plain == "<bool>":
+                continue
+            if lines and len(lines[-1]) + 1 + len(piece) <= _NAME_WIDTH:
+                lines[-1] = Text(" ").join([lines[-1], piece])
+            else:
+                lines.append(piece)
+        super().add_row(Text("\n").join(lines), cells[-1], **options)
+        self.columns[0].no_wrap = True
+
+
+# typer draws help pages with the class of this name; its own six columns leave no room for texts
+setattr(typer.rich_utils, "Table", _OptionTable)  # noqa: B010
 
 
 def _say_version(asked: bool) -> None:
