@@ -76,6 +76,14 @@ SETTINGS = (
         "the Union addresses. A quarter of a training token per student parameter, so all students "
         "are far from converged. Hyperparameters were not tuned per method.",
         (
+            (
+                "storage_against_loss.png#only-light",
+                "Held-out loss against bytes per token (`experiments/compare/figure.py`)",
+            ),
+            (
+                "storage_against_loss_dark.png#only-dark",
+                "Held-out loss against bytes per token (`experiments/compare/figure.py`)",
+            ),
             ("small_teacher/loss-0.png", "Held-out loss against entries per token"),
             ("small_teacher/calibration-0.png", "Calibration of eight methods"),
             (
