@@ -186,15 +186,46 @@ def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def in_use_table(stored: Mapping[str, Any]) -> list[str]:
+    """Zero-shot tasks and drafting of in_use.py."""
+    tasks = list(dict.fromkeys(name for row in stored.values() for name in row["tasks"]))
+    heads = [name.replace("/", " ") + " %" * (not name.endswith("perplexity")) for name in tasks]
+    rows = []
+    for method, row in stored.items():
+        line = [method]
+        for name in tasks:
+            own = row["tasks"].get(name)
+            scale, digits = (1, 2) if name.endswith("perplexity") else (100, 1)
+            line.append("-" if own is None else number(own["value"], digits, scale))
+            if own and own["stderr"] is not None:
+                line[-1] += f" \N{PLUS-MINUS SIGN} {number(own['stderr'], digits, scale)}"
+        drafts = row.get("drafting", {})
+        line += [number(drafts.get(name), 1, 100) for name in ("acceptance", "expected", "error")]
+        rows.append(line)
+    head = ("method", *heads, "accepted %", "expected %", "error %")
+    note = (
+        "After \N{PLUS-MINUS SIGN}: the standard error over samples. Accepted: of the tokens that "
+        "the student drafted and the teacher verified; error: the standard deviation of that "
+        "about what was expected."
+    )
+    return [*rows_of(head, rows), "", note]
+
+
+TABLES = {
+    "healing_rates": rates_table,
+    "healing_on_policy": on_policy_table,
+    "healing_in_use": in_use_table,
+}
+"""Tables of files that are no comparison's results."""
+
+
 def table(name: str) -> list[str]:
     """The table of a file of experiments/results."""
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return ["Not run."]
-    if name == "healing_rates":
-        return rates_table(json.loads(file.read_text()))
-    if name == "healing_on_policy":
-        return on_policy_table(json.loads(file.read_text()))
+    if name in TABLES:
+        return TABLES[name](json.loads(file.read_text()))
     return comparison_table(read_results(file))
 
 
