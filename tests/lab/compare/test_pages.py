@@ -81,3 +81,24 @@ def test_a_reader_who_redoes_the_intervals_gets_the_printed_ones(setting: Settin
 def test_intervals_are_recomputed_from_the_sums_of_windows(file: Path) -> None:
     results = read_results(file.with_name(f"{file.stem.removesuffix('_windows')}.json"))
     assert differences(results, read_windows(file)) == []
+
+
+def test_the_variants_of_theory_are_the_measured_ones() -> None:
+    columns = []
+    for name in ("english-web", "shakespeare", "small-teacher"):
+        stored = json.loads((RESULTS / f"samplers_at_equal_bytes_{name}.json").read_text())
+        rows = {own["sampler"]: own for own in stored["rows"] if own["budget"] == 11}
+        columns.append(rows)
+    page = (DOCS / "theory.md").read_text(encoding="utf-8")
+    lines = page.split("| variant |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 6
+    for text in lines:
+        variant, *cells = (cell.strip() for cell in text.strip("|").split("|"))
+        for cell, rows in zip(cells, columns, strict=True):
+            own, default = (rows[key]["error_x_entries"] for key in (variant, "systematic"))
+            assert cell == f"{own / default:.2f}"
+    one, other = (rows["top-k (biased)"]["error"] for rows in (columns[0], columns[2]))
+    assert f"{one:.1e}, {other:.1e}" == "6.7e-03, 3.8e-02"
+    for sampler, low, high in (("systematic", 1.5, 1.8), ("multinomial", 0.6, 0.9)):
+        ratios = [rows["top-k (biased)"]["error"] / rows[sampler]["error"] for rows in columns]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f}" == f"{low} to {high}"
