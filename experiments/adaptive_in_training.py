@@ -34,7 +34,15 @@ from sparselogits.corpus import (
 )
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import evaluate
-from sparselogits.samplers import Adaptive, Multinomial, Sampler, Systematic, fit_budget
+from sparselogits.samplers import (
+    Adaptive,
+    Multinomial,
+    NamedSignal,
+    Sampler,
+    StudentSignal,
+    Systematic,
+    fit_budget,
+)
 from sparselogits.samplers.uniforms import window_uniforms
 from sparselogits.store import Cache, codec_for
 from sparselogits.store.codec import TargetCodec
@@ -114,8 +122,7 @@ def of_equal_bytes(
     """The adaptive sampler whose bits a position come closest from below."""
     signal, position_power, token_power = how
     base = Adaptive(
-        str(guide),
-        signal=signal,  # type: ignore[arg-type]
+        StudentSignal.load(NamedSignal(str(guide), signal)),
         position_power=position_power,
         token_power=token_power,
     )

@@ -30,7 +30,9 @@ from sparselogits import SparseTargets
 from sparselogits.samplers import (
     Adaptive,
     Multinomial,
+    NamedSignal,
     Sampler,
+    StudentSignal,
     Systematic,
     Threshold,
     TopK,
@@ -138,19 +140,12 @@ def adaptive_candidates(
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
     """Adaptive rounds and proposals of one student, one idea at a time and both together."""
     for signal in ("variance", "distance"):
-        pilot = Adaptive(student, rounds, signal=signal).at(tokens[0], slice(0, len(tokens[0])))
-        reference = float(pilot.signals(logits[0]).mean())
+        read = StudentSignal.load(NamedSignal(student, signal))
+        reference = float(read.at(tokens[0], slice(0, len(tokens[0]))).strength(logits[0]).mean())
         for position_power, token_power in ((0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
             if position_power == 0 and signal == "distance":
                 continue  # the signal is not used
-            sampler = Adaptive(
-                student,
-                rounds,
-                reference,
-                signal,
-                position_power=position_power,
-                token_power=token_power,
-            )
+            sampler = Adaptive(read, rounds, reference, position_power, token_power)
             name = f"adaptive, {signal}^{position_power}, norm^{token_power}"
             yield name, f"N={rounds}", sampler, sampler
 

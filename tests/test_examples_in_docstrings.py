@@ -38,6 +38,14 @@ def test_the_wording_of_numbers(name: str) -> None:
     run_examples(getattr(module, name), name, {name: getattr(module, name)})
 
 
+@pytest.mark.parametrize("name", ["Adaptive", "parameter"])
+def test_samplers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("sparselogits.samplers")
+    run_examples(getattr(module, name), name, {name: getattr(module, name)})
+
+
 def run_examples(described: object, name: str, names: dict[str, object]) -> None:
     (test,) = doctest.DocTestFinder(recurse=False).find(described, name, globs=names)
     assert test.examples, f"{name} has no example"

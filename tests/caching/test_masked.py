@@ -13,7 +13,7 @@ import torch
 
 from sparselogits.caching.work import Draw, compute_range
 from sparselogits.corpus import Window
-from sparselogits.samplers import Adaptive, Sampler, Systematic, Threshold, TopK
+from sparselogits.samplers import Adaptive, Sampler, StudentSignal, Systematic, Threshold, TopK
 from sparselogits.teacher import TransformersTeacher
 from tests.conftest import tiny_llama
 
@@ -21,7 +21,7 @@ SAMPLERS: list[Sampler] = [
     Systematic(9),
     Threshold(0.1),
     TopK(5),
-    Adaptive(tiny_llama(seed=1), 6, signal="distance"),
+    Adaptive(StudentSignal.of(tiny_llama(seed=1), "distance"), 6, reference=0.5),
 ]
 
 

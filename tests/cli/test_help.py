@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from sparselogits.cli import app
-from tests.test_docs_code import assert_command
+from tests.test_docs_code import CONTEXT, PROGRAM, assert_command
 
-PROGRAM = typer.main.get_command(app)
 COMMANDS = sorted(PROGRAM.commands)
 OPTIONS = [
     (name, option)
     for name in COMMANDS
-    for option in PROGRAM.commands[name].params
+    for option in PROGRAM.commands[name].get_params(CONTEXT)
     if option.param_type_name == "option" and option.name != "help" and not option.hidden
 ]
 HEADINGS = ["Model", "Data", "Targets", "Output", "Performance", "Distributed"]
@@ -71,7 +69,7 @@ def test_options_stand_in_groups_the_common_ones_first(pages: dict[str, str]) ->
     places = [pages["cache"].index(f" {heading} ") for heading in HEADINGS]
     assert places == sorted(places)
     for name, option in OPTIONS:
-        if len(PROGRAM.commands[name].params) > 8:
+        if len(PROGRAM.commands[name].get_params(CONTEXT)) > 8:
             assert option.rich_help_panel, f"{name} {option.name} stands in no group"
 
 

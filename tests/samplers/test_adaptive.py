@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.caching import CacheRequest, build_caches
+from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
-from sparselogits.samplers import Adaptive, from_parameters, window_uniforms
-from sparselogits.samplers.adaptive import _with_states
+from sparselogits.samplers import (
+    Adaptive,
+    NamedSignal,
+    StudentSignal,
+    from_parameters,
+    window_uniforms,
+)
+from sparselogits.store import Cache, verify
+from sparselogits.teacher import load_teacher
+from tests.conftest import tiny_llama
 
 VOCABULARY = 96
 TOKENS = torch.arange(24) * 5 % VOCABULARY
@@ -51,12 +63,12 @@ def test_mean_is_the_teacher(
     The bound is that of test_unbiased.py, at 1e-6 a case.
     """
     reference = 0.5 if signal == "distance" else 0.02  # rounds between 3 and 64
-    sampler = Adaptive(
-        student, 8, reference, signal, position_power=position_power, token_power=token_power
-    ).at(TOKENS, slice(0, 24))
+    read = StudentSignal.of(student, signal).at(TOKENS, slice(0, 24))
     draws, together = 1024, 64
-    assert sampler._hidden is not None
-    many = _with_states(sampler, sampler._hidden.repeat(together, 1))
+    assert read.hidden is not None
+    many = Adaptive(
+        read.with_states(read.hidden.repeat(together, 1)), 8, reference, position_power, token_power
+    )
     logits = teacher_logits()
     total, square, hits = torch.zeros(3, 24, VOCABULARY, dtype=torch.float64)
     for window in range(draws // together):
@@ -76,7 +88,8 @@ def test_mean_is_the_teacher(
 
 
 def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
-    sampler = Adaptive(student, 20, 0.5, "distance", position_power=1, token_power=0)
+    signal = StudentSignal.of(student, "distance")
+    sampler = Adaptive(signal, 20, 0.5, position_power=1, token_power=0)
     here = sampler.at(TOKENS, slice(4, 20))
     logits = teacher_logits()[4:20]
     signals = here.signals(logits)
@@ -94,17 +107,69 @@ def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
 
 def test_rebuilt_from_a_checkpoint(student: LlamaForCausalLM, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path)
-    sampler = Adaptive(str(tmp_path), 12)
-    again = from_parameters({"name": "adaptive", **sampler.parameters()})
+    sampler = Adaptive(StudentSignal.load(NamedSignal(str(tmp_path))), 12, 0.5)
+    named = from_parameters({"name": "adaptive", **sampler.parameters()})
+    assert named.parameters() == sampler.parameters()
+    with pytest.raises(InvalidArgumentError, match=r"not loaded.*call sampler\.ready"):
+        named.at(TOKENS, slice(0, 24))
+    again = named.ready()
     uniforms = window_uniforms(0, 0, 24, 1)
     drawn = [s.at(TOKENS, slice(0, 24))(teacher_logits(), uniforms) for s in (sampler, again)]
     assert torch.equal(drawn[0].weights, drawn[1].weights)
     with pytest.raises(IdentityMismatchError, match="sampler was made with"):
-        from_parameters({"name": "adaptive", **sampler.parameters(), "fingerprint": "sha256:0"})
+        replace(named, signal=replace(named.signal, fingerprint="sha256:0")).ready()
+    in_memory = Adaptive(StudentSignal.of(student), 12, 0.5).parameters()
+    with pytest.raises(InvalidArgumentError, match="student in memory"):
+        from_parameters({"name": "adaptive", **in_memory}).ready()
 
 
 def test_the_student_must_have_read_the_positions(student: LlamaForCausalLM) -> None:
+    signal = StudentSignal.of(student, "distance")
     with pytest.raises(InvalidArgumentError, match=r"sampler\.at"):
-        Adaptive(student, signal="distance")(teacher_logits(), window_uniforms(0, 0, 24, 1))
+        Adaptive(signal)(teacher_logits(), window_uniforms(0, 0, 24, 1))
     with pytest.raises(InvalidArgumentError, match="vocabulary of 96 is smaller"):
-        Adaptive(student)(torch.zeros(2, 97), window_uniforms(0, 0, 2, 1))
+        Adaptive(StudentSignal.of(student))(torch.zeros(2, 97), window_uniforms(0, 0, 2, 1))
+    with pytest.raises(InvalidArgumentError, match=r"reference signal .* is not set"):
+        Adaptive(StudentSignal.of(student))(torch.zeros(2, 96), window_uniforms(0, 0, 2, 1))
+    with pytest.raises(InvalidArgumentError, match="signal is 'dist'; expected distance or"):
+        StudentSignal.of(student, "dist")
+
+
+def test_a_cache_drawn_with_a_student_in_memory(
+    tmp_path: Path, teacher_folder: Path, text: Path, tokenizer: object
+) -> None:
+    """It is resumed with that student, verified, and trained from without any."""
+    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text("".join(line for line in text.open() if len(line) < 2500))
+    packing = packing_for(tokenizer, window_length=32, separator_id=0)
+    vocab_size = teacher.vocab_size
+    corpus = pack(
+        open_source(str(pages)), tokenizer, packing, tmp_path / "corpus", vocab_size=vocab_size
+    )
+    how = {"tokenizer_hash": tokenizer_fingerprint(tokenizer), "windows_per_shard": 16}
+    sampler = Adaptive(StudentSignal.of(tiny_llama(seed=1), "distance", path="/moved/away"))
+    request = CacheRequest(tmp_path / "cache", sampler, budget=6)
+    build_caches(teacher, corpus, [request], only=(0, 16), **how)
+    report = build_caches(teacher, corpus, [request], **how)
+    assert (report.windows_found, len(report.caches[0])) == (16, corpus.windows)
+    recorded = report.caches[0].identity.sampler
+    assert (recorded["student"], recorded["budget"]) == ("/moved/away", 6)
+    assert 0 < recorded["reference"] < 1
+    found = report.caches[0].statistics().entries_per_position
+    assert found == pytest.approx(6, rel=0.1)
+    other = Adaptive(StudentSignal.of(tiny_llama(seed=2), "distance", path="/moved/away"))
+    with pytest.raises(IdentityMismatchError, match=r"sampler\.fingerprint"):
+        build_caches(teacher, corpus, [replace(request, sampler=other)], **how)
+    assert verify(Cache.open(tmp_path / "cache")).ok
+
+    def trainer(**options: object) -> SparseKDTrainer:
+        arguments = TrainingArguments(str(tmp_path / "run"), max_steps=2, report_to="none")
+        dataset = CacheDataset(tmp_path / "cache")
+        return SparseKDTrainer(tiny_llama(seed=3), arguments, train_dataset=dataset, **options)
+
+    assert trainer().train().global_step == 2
+    with pytest.raises(InvalidArgumentError, match="unbiased"):
+        trainer(missing_mass="renormalise")
+    with pytest.raises(InvalidArgumentError, match="rounds"):
+        trainer(rounds=2)

@@ -18,13 +18,12 @@ from sparselogits.samplers import (
     TopK,
     TopP,
     Uniform,
-    budget_parameter,
     fit_budget,
     from_parameters,
     thinning_starts,
     window_uniforms,
 )
-from sparselogits.samplers.protocol import Sampler
+from sparselogits.samplers.sampler import Sampler
 from sparselogits.targets import thinning_choices
 from tests.samplers.distributions import logits_of
 
@@ -207,7 +206,7 @@ def test_budget_is_met(sampler: Sampler, budget: float) -> None:
     )
     assert drawn / 1200 == pytest.approx(budget, rel=0.04, abs=0.5)
     changed = {k for k, v in fitted.parameters().items() if v != sampler.parameters()[k]}
-    assert changed <= {budget_parameter(sampler)}
+    assert changed <= {sampler.budget_parameter}
 
 
 def test_budget_out_of_reach() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.samplers import Multinomial, Systematic, Threshold, Uniform, window_uniforms
-from sparselogits.samplers.protocol import Sampler
+from sparselogits.samplers.sampler import Sampler
 from tests.samplers.distributions import KINDS, logits_of
 
 DRAWS = 4096

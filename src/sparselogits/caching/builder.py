@@ -21,7 +21,7 @@ from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
-from sparselogits.samplers import Sampler, budget_parameter, from_parameters
+from sparselogits.samplers import Sampler
 from sparselogits.store import Cache, Location, codec_for
 from sparselogits.teacher import Engine
 
@@ -194,16 +194,14 @@ def _open_caches(
             if pilot is None:
                 pilot = pilot_windows(corpus)
                 check_teacher_on_text(engine, pilot, reset_attention=reset)
-            sampler = request.sampler
-            if request.budget is not None:
-                sampler = resolve_budget(
-                    engine,
-                    pilot,
-                    sampler,
-                    request.budget,
-                    temperature=request.temperature,
-                    reset_attention=reset,
-                )
+            sampler = resolve_budget(
+                engine,
+                pilot,
+                request.sampler,
+                request.budget,
+                temperature=request.temperature,
+                reset_attention=reset,
+            )
         identity = _identity(engine, corpus, request, sampler, tokenizer_hash, windows_per_shard)
         caches.append(
             Cache.create(request.root, identity, token_frequencies=corpus.token_frequencies)
@@ -213,22 +211,24 @@ def _open_caches(
 
 
 def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
-    """The sampler a started build settled on, if it was asked for in the same words."""
+    """Return the sampler that a build settled on when it was begun, for the same request.
+
+    It is the request's own, with the fields set that pilot windows settled, so that a sampler with
+    a student in memory keeps it.
+    """
     if not Cache.exists(request.root):
         return None
     found = dict(Cache.open(request.root).identity.sampler)
-    wanted: dict[str, Any] = {"name": request.sampler.name, **request.sampler.parameters()}
     budget = found.pop("budget", None)
     if budget != request.budget:
+        wanted = {"name": request.sampler.name, **request.sampler.parameters()}
         was, now = _in_words(budget, found), _in_words(request.budget, wanted)
         raise IdentityMismatchError(
             f"the cache at {request.root} was started with {was}, now {now} is asked for; ask for "
             "the same, or choose another output directory"
         )
-    if request.budget is not None:
-        settled = budget_parameter(request.sampler)
-        wanted[settled] = found.get(settled)
-    return from_parameters(wanted)
+    settled = {n: found[n] for n in request.sampler.left_open(budget) if n in found}
+    return replace(request.sampler, **settled) if settled else request.sampler  # type: ignore[type-var]
 
 
 def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:

@@ -1,14 +1,15 @@
 """A few windows ahead of the work: is this teacher sane on this text, and how many rounds?
 
-A budget is a mean number of entries a position, which depends on the teacher's entropy on the
-text; rounds are what a sampler takes. The translation is made once, by whoever starts the build,
-and written into the identity; resuming reads it from there.
+A budget is a mean number of entries per position, which depends on the teacher's entropy on the
+text; a sampler takes rounds (k, tau). The translation is made once, by the process that begins the
+build, and written into the identity; resuming reads it from there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sparselogits.allowances import refuse
 from sparselogits.caching.plan import spread
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.errors import TeacherError
-from sparselogits.samplers import Sampler, fit_budget
+from sparselogits.samplers import Pilot, PilotSlice, Sampler
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024
@@ -35,18 +36,23 @@ def pilot_windows(corpus: PackedCorpus) -> list[Window]:
 
 
 def resolve_budget(
-    engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float, **how: Any
+    engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float | None, **how: Any
 ) -> Sampler:
-    """The same sampler with the rounds (k, tau) whose mean entries come closest to a budget.
+    """Return the sampler with the fields set that pilot windows settle: rounds (k, tau).
 
     Args:
         engine: the teacher.
         windows: pilot windows.
-        sampler: one that a single parameter governs.
-        budget: mean entries a position.
+        sampler: the sampler.
+        budget: mean entries per position; None where there is none to meet.
         how: temperature and reset_attention of the build.
+
+    Raises:
+        InvalidArgumentError: a budget out of reach, or for a sampler that takes none.
     """
-    return fit_budget(sampler, _pilot_logits(engine, windows, **how), budget)
+    if not sampler.left_open(budget):
+        return sampler
+    return sampler.fitted(Pilot([partial(_slices, engine, w, **how) for w in windows]), budget)
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
@@ -63,7 +69,8 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
         check_window(len(window.tokens), restarts=how.get("reset_attention", False))
     tokens = torch.from_numpy(window.tokens.astype(np.int64))
     total, count, first = 0.0, 0, 0
-    for logits in _pilot_logits(engine, [window], temperature=1.0, **how):
+    for piece in _slices(engine, window, temperature=1.0, **how):
+        logits = piece.logits
         labels = tokens[first + 1 : first + 1 + len(logits)].to(logits.device)
         _require_finite(engine, logits, first, len(tokens))
         rows = logits[: len(labels)]
@@ -109,11 +116,10 @@ def _dtype(engine: Engine) -> str:
     return str(engine.identity.get("dtype", ""))
 
 
-def _pilot_logits(
-    engine: Engine, windows: Sequence[Window], *, temperature: float, reset_attention: bool
-) -> Iterator[Tensor]:
-    for window in windows:
-        tokens = torch.from_numpy(window.tokens.astype(np.int64))[None]
-        starts = [window.document_starts] if reset_attention else None
-        for piece in engine.logits(tokens, starts):
-            yield piece.logits / temperature
+def _slices(
+    engine: Engine, window: Window, *, temperature: float, reset_attention: bool
+) -> Iterator[PilotSlice]:
+    tokens = torch.from_numpy(window.tokens.astype(np.int64))
+    starts = [window.document_starts] if reset_attention else None
+    for piece in engine.logits(tokens[None], starts):
+        yield PilotSlice(window.index, tokens, piece.positions, piece.logits / temperature)

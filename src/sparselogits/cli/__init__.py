@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparselogits import __version__
-from sparselogits.cli.cache import cache
+from sparselogits.cli.cache import CacheCommand, cache
 from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
 from sparselogits.cli.endings import end_of
@@ -125,6 +125,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
 for _name, _function, _panel, _example in _COMMANDS:
     app.command(
         _name,
+        cls=CacheCommand if _function is cache else None,
         rich_help_panel=_panel,
         no_args_is_help=_name != "demo",
         epilog=f"Example: sparselogits {_name} {_example}",

@@ -1,14 +1,17 @@
-"""`sparselogits cache`: the teacher's pass."""
+"""`sparselogits cache`: run the teacher once over a text and cache sparse targets."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparselogits.cli.crew import crew_of
 from sparselogits.cli.info import print_info
@@ -37,23 +40,16 @@ from sparselogits.wording import counted
 if TYPE_CHECKING:
     from sparselogits.caching import TextPlace
     from sparselogits.corpus import PackedCorpus
+    from sparselogits.samplers import Sampler
 
 DEFAULT_BUDGET = 12.0
-
-
-class SamplerName(StrEnum):
-    """Samplers of the command line."""
-
-    systematic = "systematic"
-    multinomial = "multinomial"
-    uniform = "uniform"
-    topk = "topk"
-    topp = "topp"
-    threshold = "threshold"
+DEFAULT_SAMPLER = "systematic"
+SAMPLER = "sparselogits.cli.cache"
+"""Where the context keeps the values of the samplers' options."""
 
 
 class ExecutorName(StrEnum):
-    """Who runs the build."""
+    """What runs the build."""
 
     local = "local"
     torchrun = "torchrun"
@@ -61,6 +57,7 @@ class ExecutorName(StrEnum):
 
 
 def cache(
+    context: typer.Context,
     *,
     teacher: Teacher,
     dtype: Dtype = "auto",
@@ -139,58 +136,9 @@ def cache(
             rich_help_panel=TARGETS,
         ),
     ] = None,
-    sampler: Annotated[
-        SamplerName,
-        typer.Option(
-            help="Method that chooses the entries. All but topk and topp are unbiased.",
-            rich_help_panel=TARGETS,
-        ),
-    ] = SamplerName.systematic,
     seed: Annotated[
         int, typer.Option(min=0, help="Random seed for sampling.", rich_help_panel=TARGETS)
     ] = 0,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            help="Sampling rounds per token, in place of --budget.",
-            show_default="from --budget",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    proposal_exponent: Annotated[
-        float,
-        typer.Option(
-            help="Power of the teacher's probabilities to draw from, for systematic and "
-            "multinomial.",
-            rich_help_panel=TARGETS,
-        ),
-    ] = 1.0,
-    k: Annotated[
-        int | None,
-        typer.Option(
-            help="Entries per token for topk, in place of --budget.",
-            show_default="from --budget",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    p: Annotated[
-        float,
-        typer.Option(help="Probability mass to keep per token, for topp.", rich_help_panel=TARGETS),
-    ] = 0.95,
-    max_entries: Annotated[
-        int,
-        typer.Option(
-            help="Largest number of entries per token, for topp.", rich_help_panel=TARGETS
-        ),
-    ] = 100,
-    tau: Annotated[
-        float | None,
-        typer.Option(
-            help="Smallest probability that threshold keeps exactly, in place of --budget.",
-            show_default="from --budget",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
     out: Annotated[
         str,
         typer.Option(
@@ -290,22 +238,21 @@ def cache(
     )
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.corpus.packed import recorded_vocabulary
-    from sparselogits.samplers import from_parameters
     from sparselogits.store.storage.location import is_url
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, locate_model
     from sparselogits.teacher.vocabulary import vocabulary_size
 
-    chosen, budget = _sampler_options(
-        sampler.value, budget, rounds, proposal_exponent, k, p, max_entries, tau
-    )
+    drawn, budget = _sampler(context.meta[SAMPLER], budget)
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise InvalidArgumentError(f"--temperature divides logits: above 0, found {temperature}")
+        raise InvalidArgumentError(
+            f"--temperature is {temperature}; expected a number above 0, which divides the logits"
+        )
     if not 0 <= holdout < 1:
         raise InvalidArgumentError(
-            f"--holdout is the share of the text to hold out, from 0 to below 1; found {holdout:g}"
+            f"--holdout is {holdout:g}; expected the share of the text to keep aside, from 0 to "
+            "below 1"
         )
-    drawn = from_parameters(chosen)
     only = _window_range(windows)
     crew = crew_of(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
@@ -354,7 +301,7 @@ def cache(
         shard_ranges(packed.windows, windows_per_shard, only, first_window=place.first_window)
         return packed
 
-    # what needs no weights comes first: a teacher takes minutes to load
+    # what needs no weights comes first, because a teacher takes minutes to load
     if crew.follows:
         crew.wait_for_packing(find_place)
         crew.follow(load())
@@ -376,9 +323,9 @@ def cache(
         if engine.vocab_size != corpus.vocab_size:
             raise IdentityMismatchError(
                 f"the text in {place.folder} was packed for {corpus.vocab_size} token ids, but the "
-                f"teacher has {engine.vocab_size}: it is not the teacher that the cache was begun "
-                "with, or its configuration names another size. Delete that folder to pack the "
-                "text again, or choose another --out"
+                f"teacher has {engine.vocab_size}: expected the teacher that the cache was begun "
+                "with, and a configuration that names its vocabulary. Delete that folder to pack "
+                "the text again, or choose another --out"
             )
         with stage("caching", "tokens", per_unit=window) as update:
             report = crew.build(
@@ -408,42 +355,111 @@ def cache(
             )
 
 
-def _sampler_options(
-    name: str,
-    budget: float | None,
-    rounds: int | None,
-    exponent: float,
-    k: int | None,
-    p: float,
-    max_entries: int,
-    tau: float | None,
-) -> tuple[dict[str, Any], float | None]:
-    """The sampler's parameters, and the budget that is yet to set one of them."""
-    if name == "topp":
-        if budget is not None:
-            raise InvalidArgumentError("--sampler topp takes --p and --max-entries, not --budget")
-        return {"name": name, "p": p, "max_entries": max_entries}, None
-    option = {"topk": "k", "threshold": "tau"}.get(name, "rounds")
-    given = {"k": k, "tau": tau, "rounds": rounds}
-    for other, value in given.items():
-        if other != option and value is not None:
-            raise InvalidArgumentError(
-                f"--sampler {name} takes --{option} or --budget, not --{other}"
+class CacheCommand(TyperCommand):
+    """The command with the options of the known samplers, made from the fields they declare.
+
+    They are made when the command is parsed or its help is shown, because the samplers of other
+    packages are imported for that.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options; those of samplers follow --budget."""
+        own, of_samplers = super().get_params(ctx), _sampler_params()
+        known = {name for option in own for name in option.opts}
+        for option in of_samplers:
+            if clash := known.intersection(option.opts):
+                raise InvalidArgumentError(
+                    f"a sampler of another package declares a field with the option {clash.pop()}, "
+                    "which `sparselogits cache` has already; rename the field or uninstall the "
+                    "package"
+                )
+        first = 1 + next(i for i, option in enumerate(own) if option.name == "budget")
+        return [*own[:first], *of_samplers, *own[first:]]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, with the options of samplers in the context."""
+        names = [option.name for option in _sampler_params()]
+        ctx.meta[SAMPLER] = {name: ctx.params.pop(name) for name in names}
+        return super().invoke(ctx)
+
+
+def _sampler_params() -> list[Any]:
+    """Return `--sampler` and an option per field that a sampler declares."""
+    from sparselogits.samplers import samplers
+
+    offered = {name: kind for name, kind in samplers().items() if kind.on_command_line}
+    biased = " and ".join(name for name, kind in offered.items() if not kind.unbiased)
+    choice = typer.Option(
+        help=f"Method that chooses the entries. All but {biased} are unbiased.",
+        rich_help_panel=TARGETS,
+    )
+    names = StrEnum("SamplerName", {name: name for name in offered})  # type: ignore[misc]
+    options = {"sampler": Annotated[names, choice]}
+    for field in dict.fromkeys(field for kind in offered.values() for field in kind.declared()):
+        options[field] = _option_of_field(field, offered)
+    defaults = dict.fromkeys(options) | {"sampler": DEFAULT_SAMPLER}
+
+    def options_of_samplers(**_: Any) -> None: ...
+
+    options_of_samplers.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
             )
-    if budget is not None and given[option] is not None:
-        raise InvalidArgumentError(f"give --budget or --{option}, not both")
-    if budget is None and given[option] is None:
-        budget = DEFAULT_BUDGET
+            for name, kind in options.items()
+        ]
+    )
+    options_of_samplers.__annotations__ = options
+    app = typer.Typer(add_completion=False)
+    app.command()(options_of_samplers)
+    return list(typer.main.get_command(app).params)
+
+
+def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
+    """Return the annotation of the option for a field that some samplers declare."""
+    owners = {name: kind for name, kind in offered.items() if field in kind.declared()}
+    kind = next(iter(owners.values()))
+    declared = kind.declared()[field]
+    *others, last = owners
+    text = f"{declared.help}, for {', '.join(others) + ' and ' if others else ''}{last}"
+    default = f"{declared.default}"
+    if field == kind.budget_parameter:
+        text, default = f"{text}, in place of --budget", "from --budget"
+    if declared.choices:
+        text += f": {declared.expected()}"
+    option = typer.Option(help=f"{text}.", show_default=default, rich_help_panel=TARGETS)
+    return Annotated[declared.kind | None, option]
+
+
+def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:
+    """Return the sampler, and the budget that is yet to set one of its fields."""
+    from sparselogits.samplers import choose, samplers
+
+    kind = samplers()[given["sampler"]]
+    declared, size = kind.declared(), kind.budget_parameter
+    fields = {n: value for n, value in given.items() if n != "sampler" and value is not None}
+    unknown = [field for field in fields if field not in declared]
+    if size is None and budget is not None:
+        unknown.append("budget")
+    if unknown:
+        own = [_dashed(field) + (" or --budget" if field == size else "") for field in declared]
+        raise InvalidArgumentError(
+            f"--sampler {kind.name} takes {' and '.join(own) or 'no option of its own'}, not "
+            f"{_dashed(unknown[0])}"
+        )
+    if size is not None and size not in fields:
+        budget = DEFAULT_BUDGET if budget is None else budget
+    elif size is not None and budget is not None:
+        raise InvalidArgumentError(f"give --budget or {_dashed(size)}, not both")
     if budget is not None and budget < 1:
         raise InvalidArgumentError(
-            f"--budget is a mean number of entries, at least 1; got {budget}"
+            f"--budget is {budget}; expected a mean number of entries per token of at least 1"
         )
-    chosen: dict[str, Any] = {"name": name}
-    if given[option] is not None:
-        chosen[option] = given[option]
-    if name in ("systematic", "multinomial"):
-        chosen["proposal_exponent"] = exponent
-    return chosen, budget
+    return choose(kind.name, fields).sampler(), budget
+
+
+def _dashed(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _window_range(text: str | None) -> tuple[int, int] | None:
@@ -451,5 +467,5 @@ def _window_range(text: str | None) -> tuple[int, int] | None:
         return None
     first, colon, stop = text.partition(":")
     if not (colon and first.isdigit() and stop.isdigit()):
-        raise InvalidArgumentError(f"--windows takes A:B, as in 0:512; got {text!r}")
+        raise InvalidArgumentError(f"--windows is {text!r}; expected A:B, as in 0:512")
     return int(first), int(stop)

@@ -287,17 +287,17 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Rounds that the default would draw for the budget, where the signal has its pilot mean."""
-    from sparselogits.samplers import Adaptive, Systematic, fit_budget
+    """Make the sampler that draws the default's rounds where the signal has its pilot mean."""
+    from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
     assert rounds is not None  # the default draws rounds
-    probe = Adaptive(student, rounds)
+    signal = StudentSignal.load(NamedSignal(student))
     means = []
     for tokens, logits in pilot:
-        here = probe.at(tokens, slice(0, len(tokens), PILOT_STRIDE))
-        means.append(float(here.signals(logits).mean()))
-    return Adaptive(student, rounds, reference=sum(means) / len(means))
+        here = signal.at(tokens, slice(0, len(tokens), PILOT_STRIDE))
+        means.append(float(here.strength(logits).mean()))
+    return Adaptive(signal, rounds, reference=sum(means) / len(means))
 
 
 def _conditions(

@@ -1,4 +1,4 @@
-"""Samplers: a teacher's distribution -> `SparseTargets`, one file a family.
+"""Samplers: from a teacher's distribution to `SparseTargets`, one file per family.
 
 `Systematic` is the default, `Multinomial` the published method, `Threshold` and `Adaptive` are
 unbiased alternatives, `TopK` and `TopP` the biased ones. docs/theory.md has the derivations.
@@ -6,61 +6,66 @@ unbiased alternatives, `TopK` and `TopP` the biased ones. docs/theory.md has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from sparselogits.errors import InvalidArgumentError
-from sparselogits.samplers.adaptive import Adaptive
-from sparselogits.samplers.budget import budget_parameter, fit_budget
-from sparselogits.samplers.figures import Figures, draw_with_figures
+from sparselogits.samplers.adaptive import Adaptive, NamedSignal
 from sparselogits.samplers.heads import TopK, TopP
-from sparselogits.samplers.protocol import Sampler
+from sparselogits.samplers.registry import (
+    SamplerChoice,
+    choose,
+    find_sampler,
+    from_parameters,
+    samplers,
+)
 from sparselogits.samplers.rounds import Multinomial, Systematic, Uniform
+from sparselogits.samplers.sampler import Parameter, Sampler, Stored, parameter
 from sparselogits.samplers.threshold import Threshold
-from sparselogits.samplers.uniforms import thinning_starts, window_uniforms
 
-_BY_NAME: dict[str, Callable[..., Sampler]] = {
-    kind.name: kind for kind in (Systematic, Multinomial, Uniform, TopK, TopP, Threshold, Adaptive)
+if TYPE_CHECKING:
+    from sparselogits.samplers.budget import Pilot, PilotSlice, fit_budget
+    from sparselogits.samplers.figures import Figures, draw_with_figures
+    from sparselogits.samplers.signal import StudentSignal
+    from sparselogits.samplers.uniforms import thinning_starts, window_uniforms
+
+# imported when first used, because they import torch
+_HOMES = {
+    **dict.fromkeys(("Pilot", "PilotSlice", "fit_budget"), "budget"),
+    **dict.fromkeys(("Figures", "draw_with_figures"), "figures"),
+    "StudentSignal": "signal",
+    **dict.fromkeys(("thinning_starts", "window_uniforms"), "uniforms"),
 }
 
-SAMPLERS = tuple(_BY_NAME)
-"""The names `from_parameters` knows."""
-
-
-def from_parameters(identity: Mapping[str, Any]) -> Sampler:
-    """Rebuild a sampler from what a cache's identity says of it.
-
-    Args:
-        identity: {"name": sampler.name, **sampler.parameters()}.
-
-    Raises:
-        InvalidArgumentError: for an unknown name, or parameters that sampler does not take.
-    """
-    parameters = dict(identity)
-    name = parameters.pop("name", None)
-    if name not in _BY_NAME:
-        raise InvalidArgumentError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
-    try:
-        return _BY_NAME[name](**parameters)
-    except TypeError as error:
-        raise InvalidArgumentError(f"sampler {name!r}: {error}") from error
-
-
 __all__ = [
-    "SAMPLERS",
     "Adaptive",
     "Figures",
     "Multinomial",
+    "NamedSignal",
+    "Parameter",
+    "Pilot",
+    "PilotSlice",
     "Sampler",
+    "SamplerChoice",
+    "Stored",
+    "StudentSignal",
     "Systematic",
     "Threshold",
     "TopK",
     "TopP",
     "Uniform",
-    "budget_parameter",
+    "choose",
     "draw_with_figures",
+    "find_sampler",
     "fit_budget",
     "from_parameters",
+    "parameter",
+    "samplers",
     "thinning_starts",
     "window_uniforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

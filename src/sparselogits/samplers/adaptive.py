@@ -1,140 +1,202 @@
-"""Adaptive rounds: a student's own view decides where the rounds go. Unbiased all the same.
+"""Adaptive rounds: a student's learning signal decides where the rounds go; unbiased all the same.
 
-Per position, the number of rounds follows a signal of the student: how far it still is from the
-teacher there (total variation), or how noisy its gradient is there (the variance of one independent
-round after the student's unembedding, whose square root minimises the summed variance for a given
-total of rounds). Per token, the proposal is q_i proportional to p_i * norm_i ** token_power, with
-norm_i the norm of the student's unembedding row; the weights are exact importance weights, so the
-mean is p for every student, however bad.
+Per position, the number of rounds follows the signal (signal.py). Per token, the proposal is q_i
+proportional to p_i * norm_i ** token_power, with norm_i the norm of the student's unembedding row;
+the weights are exact importance weights, so the mean is p for every student, however bad.
 
-Cost: the student's forward pass over every window. As the number of rounds varies, targets carry
-weights instead of counts, and cannot be thinned; experiments/samplers_at_equal_bytes.py measures
-what that costs against what it buys.
+Cost: that of the signal. As the number of rounds varies, targets carry weights instead of counts,
+and cannot be thinned; experiments/samplers_at_equal_bytes.py measures what that costs against what
+it buys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.samplers.sampler import (
+    Parameter,
+    Sampler,
+    Stored,
+    declared_by,
+    parameter,
+    require_declared,
+)
 
-from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
-from sparselogits.samplers.distribution import Blocks, position_slices
-from sparselogits.samplers.rounds import count_runs
-from sparselogits.targets import SparseTargets
-from sparselogits.teacher import TransformersTeacher
-from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparselogits.samplers.budget import Pilot
+    from sparselogits.samplers.signal import StudentSignal
+    from sparselogits.targets import SparseTargets
 
 _MOST_FACTOR = 8  # times the nominal rounds, at any one position
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class NamedSignal:
+    """What a recipe or a cache records of a student's signal.
+
+    Args:
+        student: folder or name of the student's checkpoint; None for a student in memory.
+        signal: distance or variance, see signal.py.
+        fingerprint: hash of the student's weights; None where they have not been read yet.
+    """
+
+    student: str | None = parameter(
+        None, "Folder or name of the student to follow", kind=str, label="", required=True
+    )
+    signal: str = parameter(
+        "variance",
+        "Learning signal of the student",
+        choices=("distance", "variance"),
+        label=" {}",
+    )
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+
+
+@dataclass(frozen=True)
+class Adaptive(Sampler):
     """Systematic rounds whose number and proposal follow a student.
 
     Args:
-        student: folder or name of the student's checkpoint, or the model itself (then the sampler
-            cannot be rebuilt from a cache's identity).
+        signal: the student's learning signal, `StudentSignal.of(student)`; or the name of one, as
+            a cache records it, until `ready` loads the student.
         nominal_rounds: rounds of a position whose signal equals `reference`; between 1 and 8 times
             as many are drawn elsewhere.
-        reference: signal that earns the nominal rounds; take the mean over some pilot windows.
-        signal: "distance", total variation between teacher and student; "variance", of one
-            independent round after the student's unembedding.
+        reference: signal that earns the nominal rounds; None for its mean on pilot windows, which
+            is taken when a cache is begun.
         position_power: rounds grow with signal ** position_power; 0 spends them evenly.
-        token_power: of the unembedding row's norm in the proposal; 0 leaves the teacher's own.
-        fingerprint: of the student's weights, checked when given.
+        token_power: power of the unembedding row's norm in the proposal; 0 leaves the teacher's
+            own distribution.
 
     Raises:
         InvalidArgumentError: for values out of range.
-        IdentityMismatchError: when the student's weights are not those of the fingerprint.
+
+    Examples:
+        >>> from sparselogits.samplers import StudentSignal
+        >>> from sparselogits.teacher.loading import load_causal_lm
+        >>> signal = StudentSignal.of(load_causal_lm("my-student"), "distance")
+        >>> Adaptive(signal, nominal_rounds=12).left_open(None)
+        ('reference',)
     """
 
-    student: str | nn.Module
-    nominal_rounds: int = 21
-    reference: float = 0.5
-    signal: Literal["distance", "variance"] = "variance"
-    position_power: float = 0.5
-    token_power: float = 1.0
-    fingerprint: str | None = None
-    _engine: TransformersTeacher = field(init=False, repr=False, compare=False)
-    _hidden: Tensor | None = field(init=False, repr=False, compare=False, default=None)
+    signal: StudentSignal | NamedSignal
+    nominal_rounds: int = parameter(
+        21, "Rounds of a position with the reference signal", least=1, label=" N = {:g}"
+    )
+    reference: float | None = parameter(
+        None, "Signal that earns the nominal rounds", kind=float, above=0, label=""
+    )
+    position_power: float = parameter(
+        0.5, "Power of the signal that the rounds grow with", label=""
+    )
+    token_power: float = parameter(
+        1.0, "Power of the norm of the student's unembedding row in the proposal", label=""
+    )
 
     name = "adaptive"
+    title = "adaptive"
     unbiased = True
-    rounds = None
     uniforms_per_position = 1
+    budget_parameter = "nominal_rounds"
+    needs_size = True
+    largest_size = 4096
+    on_command_line = False  # it follows a student that has been trained from another cache
 
-    def __post_init__(self) -> None:
-        if self.nominal_rounds < 1 or self.reference <= 0:
-            raise InvalidArgumentError("nominal_rounds must be at least 1 and reference positive")
-        if self.signal not in ("distance", "variance"):
-            raise InvalidArgumentError(f"signal is distance or variance, not {self.signal!r}")
-        named = isinstance(self.student, str)
-        model = load_causal_lm(self.student) if isinstance(self.student, str) else self.student
-        found = module_fingerprint(model)
-        if self.fingerprint not in (None, found):
-            raise IdentityMismatchError(
-                f"the student {self.student if named else 'given'} has weights {found[:12]}, "
-                f"the sampler was made with {str(self.fingerprint)[:12]}"
-            )
-        object.__setattr__(self, "fingerprint", found)
-        object.__setattr__(self, "_engine", TransformersTeacher(model, identity={}))
-        if self._engine.head is None:
-            raise InvalidArgumentError("a student whose head runs apart from its trunk is needed")
+    @property
+    def stores(self) -> Stored:
+        """Weights: a number of rounds that varies has no common count."""
+        return Stored.floats()
 
     @property
     def max_entries(self) -> int:
-        """No position has more entries than this."""
+        """Largest number of entries per position."""
         return _MOST_FACTOR * self.nominal_rounds
 
+    @classmethod
+    def declared(cls) -> dict[str, Parameter]:
+        """Return the fields, with those of the signal by name."""
+        own, named = declared_by(cls), declared_by(NamedSignal)
+        first = {name: own.pop(name) for name in ("nominal_rounds", "reference")}
+        return {"student": named["student"], **first, "signal": named["signal"], **own}
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Adaptive:
+        """Make the sampler with the name of its signal; `ready` loads the student."""
+        of_signal = {n: v for n, v in given.items() if n in ("student", "signal", "fingerprint")}
+        others = {n: v for n, v in given.items() if n not in of_signal}
+        return cls(NamedSignal(**of_signal), **others)
+
     def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name, where the student is a checkpoint."""
+        """Return what a cache records: the numbers, and the name of the signal."""
+        named = self.signal if isinstance(self.signal, NamedSignal) else self.signal.named
         return {
-            "student": self.student if isinstance(self.student, str) else None,
+            "student": named.student,
             "nominal_rounds": self.nominal_rounds,
             "reference": self.reference,
-            "signal": self.signal,
+            "signal": named.signal,
             "position_power": self.position_power,
             "token_power": self.token_power,
-            "fingerprint": self.fingerprint,
+            "fingerprint": named.fingerprint,
         }
 
+    def ready(self) -> Adaptive:
+        """Return the sampler with the student in memory, loaded if it is only named.
+
+        Raises:
+            InvalidArgumentError: the cache was drawn with a student in memory.
+            IdentityMismatchError: the student's weights have changed.
+        """
+        if not isinstance(self.signal, NamedSignal):
+            return self
+        from sparselogits.samplers.signal import StudentSignal
+
+        return replace(self, signal=StudentSignal.load(self.signal))
+
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Adaptive:
-        """The sampler with the student's hidden states of these positions of one window."""
-        return _with_states(self, self._engine.hidden(tokens[None])[0, positions])
+        """Return the sampler for some positions of one window, which the student reads."""
+        return replace(self, signal=self._student().at(tokens, positions))
 
-    @torch.no_grad()  # the student's head wants a gradient, and its graph would hold all logits
     def signals(self, logits: Tensor) -> Tensor:
-        """float64 [P]: the signal at these positions, for choosing `reference`."""
-        teacher = logits.float().softmax(-1)
-        head = self._engine.head
-        assert head is not None
-        if self.signal == "distance":
-            student = head(self._states(logits)).float()[:, : logits.shape[1]]
-            return (teacher - student.softmax(-1)).abs().sum(-1).double() / 2
-        rows = self._rows(logits.shape[1])
-        mean = teacher @ rows
-        spread = teacher @ rows.square().sum(-1) - mean.square().sum(-1)
-        return spread.clamp_min(0).double()
+        """float64 [P]: the signal at the positions of `at`, for choosing `reference`."""
+        return self._student().strength(logits)
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`. Call `at` first where the signal needs the student's states."""
-        uniforms = uniforms.to(logits.device, torch.float64)
-        parts = []
-        for part in position_slices(logits, uniforms, 1):
-            states = None if self._hidden is None else self._hidden[part]
-            here = _with_states(self, states)
-            parts.append(here._draw(logits[part], uniforms[part], part.start))
-        return SparseTargets.cat(parts)
+    def left_open(self, budget: float | None) -> tuple[str, ...]:
+        """Return the names of the fields that pilot windows set."""
+        return super().left_open(budget) + (("reference",) if self.reference is None else ())
 
-    def _draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+    def fitted(self, pilot: Pilot, budget: float | None) -> Adaptive:
+        """Return the sampler with its reference and, for a budget, its rounds set."""
+        import torch
+
+        sampler = self.ready()
+        if sampler.reference is None:
+            means = torch.cat(
+                [sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.few()]
+            )
+            sampler = replace(sampler, reference=float(means.mean()))
+        return super(Adaptive, sampler).fitted(pilot, budget)
+
+    def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        """Sample a few positions; call `at` first where the signal needs the student's states."""
+        import torch
+
+        from sparselogits.samplers.distribution import Blocks, count_runs
+        from sparselogits.targets import SparseTargets
+
+        student = self._student().part(slice(first_position, first_position + len(logits)))
         teacher = Blocks.of(logits, first_position=first_position)
-        tilt = self.token_power * self._rows(logits.shape[1]).norm(dim=-1).clamp_min(1e-6).log()
+        norms = student.unembedding(logits.shape[1]).norm(dim=-1).clamp_min(1e-6)
+        tilt = self.token_power * norms.log()
         tilted = logits.double() + tilt.double() if self.token_power else logits
         proposal = Blocks.of(tilted, first_position=first_position)
-        rounds = self._rounds(logits)
+        rounds = self._rounds_at(student, logits)
         edges, _ = proposal.edges()
         top = edges[:, -1:]
         most = int(rounds.max()) if len(rounds) else 0
@@ -149,35 +211,26 @@ class Adaptive:
         weights = counts / rounds[rows] * (log_p - log_q).exp()
         return SparseTargets(ids, weights.to(torch.float32), offsets, logits.shape[1], check=False)
 
-    def _rounds(self, logits: Tensor) -> Tensor:
+    def _rounds_at(self, student: StudentSignal, logits: Tensor) -> Tensor:
         """int64 [P], from logits and student alone: never from the uniforms, or it would bias."""
-        most = float(_MOST_FACTOR * self.nominal_rounds)
+        import torch
+
         if self.position_power == 0:
             return torch.full_like(logits[:, 0], self.nominal_rounds, dtype=torch.int64)
-        share = (self.signals(logits) / self.reference) ** self.position_power
+        strength = student.strength(logits)
+        if self.reference is None:
+            raise InvalidArgumentError(
+                "the reference signal of the adaptive sampler is not set; give a number, or build "
+                "a cache, which takes the mean on pilot windows"
+            )
+        most = float(_MOST_FACTOR * self.nominal_rounds)
+        share = (strength / self.reference) ** self.position_power
         return (self.nominal_rounds * share).round().clamp(1, most).to(torch.int64)
 
-    def _states(self, logits: Tensor) -> Tensor:
-        if self._hidden is None or len(self._hidden) != len(logits):
+    def _student(self) -> StudentSignal:
+        if isinstance(self.signal, NamedSignal):
             raise InvalidArgumentError(
-                "the student has not read these positions: call sampler.at(tokens, positions) first"
+                f"the student of the adaptive sampler ({self.signal.student or 'in memory'}) is "
+                "not loaded, and drawing needs it; call sampler.ready()"
             )
-        return self._hidden
-
-    def _rows(self, vocabulary: int) -> Tensor:
-        weight: Tensor = self._engine.model.get_output_embeddings().weight.detach()  # type: ignore[operator]
-        if weight.shape[0] < vocabulary:
-            raise InvalidArgumentError(
-                f"the student's vocabulary of {weight.shape[0]} is smaller than the teacher's "
-                f"{vocabulary}"
-            )
-        return weight[:vocabulary].float()
-
-
-def _with_states(sampler: Adaptive, hidden: Tensor | None) -> Adaptive:
-    """The same sampler, student shared, with other hidden states."""
-    other = object.__new__(Adaptive)
-    for name, value in vars(sampler).items():
-        object.__setattr__(other, name, value)
-    object.__setattr__(other, "_hidden", hidden)
-    return other
+        return self.signal

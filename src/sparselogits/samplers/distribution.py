@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparselogits.errors import InvalidLogitsError
+from sparselogits.targets import offsets_from_lengths
 
-BLOCK = 64  # ids a block: one gather of 256 bytes, V / 64 block sums
+BLOCK = 64  # ids per block: one gather of 256 bytes, V / 64 block sums
 POSITIONS_AT_ONCE = 64  # positions whose block sums are alive together on a CPU
 # A block is summed in float64 when its share of the mass, times the largest probability, exceeds
 # this: what lighter blocks get wrong moves no marginal by 1e-9.
@@ -111,6 +112,20 @@ class Blocks:
             weights.masked_fill_(weights >= self.ceiling[rows], 0)
         return weights
 
+    def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """float64 [E]: p / q of drawn tokens, from logits and the two normalisers.
+
+        Args:
+            ids: int64 [E], position after position.
+            offsets: int64 [R + 1], where the tokens of each position begin.
+        """
+        teacher = Blocks.of(self.logits)
+        rows = torch.arange(offsets.numel() - 1, device=ids.device)
+        rows = rows.repeat_interleave(offsets.diff())
+        gap = self.logits[rows, ids].double() - self.shift[rows, 0].double()
+        normaliser = (self.total / teacher.total)[rows, 0]
+        return ((1 - self.exponent) * gap).exp() * normaliser
+
     def edges(self) -> tuple[Tensor, Tensor]:
         """Running block sums in fixed point.
 
@@ -148,6 +163,29 @@ class Blocks:
         level = (share.flatten() * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
         column = (fine[which] < level[:, None]).sum(-1)
         return block * BLOCK + column.view_as(block)
+
+
+def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge repeated tokens.
+
+    Args:
+        tokens: int64 [R, N], ascending in each row.
+        drawn: bool [R, N], true up to some column of each row: the rounds that count. None for all.
+
+    Returns:
+        The distinct ids int64 [E], how often each was drawn int32 [E], offsets int64 [R + 1].
+    """
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    kept = tokens
+    if drawn is not None:
+        first &= drawn
+        first_kept, kept = first[drawn], tokens[drawn]
+    else:
+        first_kept = first.flatten()
+    begins = first_kept.nonzero()[:, 0]
+    counts = torch.diff(begins, append=begins.new_tensor([kept.numel()]))
+    return tokens[first], counts.to(torch.int32), offsets_from_lengths(first.sum(-1))
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:

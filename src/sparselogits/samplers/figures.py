@@ -1,6 +1,6 @@
-"""Two figures of a distribution that come with sampling from it: log-normaliser and entropy.
+"""Two metrics of a distribution that come with sampling from it: log-normaliser and entropy.
 
-A build reports the teacher's loss and entropy beside its targets. Taken from log-probabilities they
+A build reports the teacher's loss and entropy with its targets. Taken from log-probabilities they
 cost three passes over [P, V] and two tensors of that size, a tenth of the teacher's whole forward
 pass at 135 M parameters and V = 49 152; here they take one product while the weights of a sampler
 in rounds are in the processor's cache, a two-hundredth.
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from sparselogits.samplers.distribution import Blocks, position_slices
-from sparselogits.samplers.protocol import Sampler
-from sparselogits.samplers.rounds import Multinomial, Systematic
+from sparselogits.samplers.rounds import DrawnInRounds
+from sparselogits.samplers.sampler import Sampler
 from sparselogits.targets import SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """Of P positions.
+    """The log-normaliser and the entropy of P positions.
 
     Args:
         log_normaliser: float64 [P], logsumexp of the logits.
-        entropy: float64 [P], of their softmax, in nats.
+        entropy: float64 [P], entropy of their softmax, in nats.
     """
 
     log_normaliser: Tensor
@@ -34,7 +34,7 @@ class Figures:
 
     @classmethod
     def of(cls, logits: Tensor) -> Figures:
-        """From logits [P, V]; -inf where an id is no token.
+        """Compute both from logits [P, V]; -inf where an id is no token.
 
         Raises:
             InvalidLogitsError: see `Sampler`.
@@ -56,19 +56,24 @@ class Figures:
 def draw_with_figures(
     sampler: Sampler, logits: Tensor, uniforms: Tensor
 ) -> tuple[SparseTargets, Figures]:
-    """What the sampler draws, and the figures of the distribution it draws from.
+    """Sample, and compute the metrics of the distribution that is sampled from.
 
-    One pass where rounds follow the distribution itself, two otherwise.
+    It takes one pass where rounds are drawn from the distribution itself, two otherwise.
 
     Args:
-        sampler: any.
+        sampler: any sampler.
         logits: see `Sampler`.
         uniforms: see `Sampler`.
 
     Raises:
         InvalidLogitsError: see `Sampler`.
     """
-    if isinstance(sampler, Systematic | Multinomial) and sampler.proposal_exponent == 1:
-        targets, blocks = sampler.draw(logits, uniforms, with_moment=True)
-        return targets, Figures._of_blocks(blocks)
-    return sampler(logits, uniforms), Figures.of(logits)
+    if not (isinstance(sampler, DrawnInRounds) and sampler.proposal_exponent == 1):
+        return sampler(logits, uniforms), Figures.of(logits)
+    uniforms = uniforms.to(logits.device, torch.float64)
+    targets, blocks = [], []
+    for part in position_slices(logits, uniforms, sampler.uniforms_per_position):
+        few = Blocks.of(logits[part], first_position=part.start, with_moment=True)
+        targets.append(sampler.draw_from(few, uniforms[part], logits.shape[1]))
+        blocks.append(few)
+    return SparseTargets.cat(targets), Figures._of_blocks(blocks)

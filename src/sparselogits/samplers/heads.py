@@ -10,105 +10,101 @@ Cost: one selection of the K largest logits and one pass for the normaliser.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sparselogits.samplers.sampler import ROUNDING, Sampler, Stored, parameter
 
-from sparselogits.errors import InvalidArgumentError
-from sparselogits.samplers.distribution import Blocks, position_slices
-from sparselogits.targets import SparseTargets, offsets_from_lengths
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparselogits.samplers.budget import Pilot
+    from sparselogits.targets import SparseTargets
+
+
+class _Head(Sampler):
+    """The shared part of Top-K and top-p."""
+
+    unbiased = False
+    uniforms_per_position = 0
+
+    @property
+    def stores(self) -> Stored:
+        """Probabilities."""
+        return Stored.floats()
+
+    def most_mass(self, vocab_size: int) -> float:
+        """One; log-probabilities collected in half precision come to a little more."""
+        return 1 + 2 * ROUNDING
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Head):
     """The k likeliest tokens of each position.
 
     Args:
-        k: entries a position; fewer where fewer ids are tokens.
+        k: entries per position; fewer where fewer ids are tokens.
 
     Raises:
         InvalidArgumentError: for k below one.
     """
 
-    k: int = 12
+    k: int = parameter(12, "Entries per token", least=1, label=" {:g}")
 
     name = "topk"
-    unbiased = False
-    rounds = None
-    uniforms_per_position = 0
-
-    def __post_init__(self) -> None:
-        _require_entries("k", self.k)
+    title = "Top-K"
+    budget_parameter = "k"
 
     @property
     def max_entries(self) -> int:
-        """No position has more entries than this."""
+        """Largest number of entries per position."""
         return self.k
 
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"k": self.k}
+    def expected_entries(self, pilot: Pilot) -> float:
+        """Return k, whatever the text."""
+        return self.k
 
-    def at(self, tokens: Tensor, positions: slice | Tensor) -> TopK:
-        """Itself: every position is treated alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Select; `uniforms` is empty, [P, 0]. See `Sampler`."""
-        return _select(logits, uniforms, self.k, until=None)
+    def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        """Select the k likeliest tokens; see `Sampler`."""
+        return _select(logits, first_position, self.k, until=None)
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopP(_Head):
     """The fewest tokens whose probabilities reach p, at most `max_entries` of them.
 
     Args:
         p: mass to reach, in (0, 1].
-        max_entries: cap on the entries of a position.
+        max_entries: largest number of entries per position.
 
     Raises:
         InvalidArgumentError: for values outside these ranges.
     """
 
-    p: float = 0.95
-    max_entries: int = 100
-
-    name = "topp"
-    unbiased = False
-    rounds = None
-    uniforms_per_position = 0
-
-    def __post_init__(self) -> None:
-        _require_entries("max_entries", self.max_entries)
-        if not 0 < self.p <= 1:
-            raise InvalidArgumentError(f"p must lie in (0, 1], found {self.p}")
-
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"p": self.p, "max_entries": self.max_entries}
-
-    def at(self, tokens: Tensor, positions: slice | Tensor) -> TopP:
-        """Itself: every position is treated alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Select; `uniforms` is empty, [P, 0]. See `Sampler`."""
-        return _select(logits, uniforms, self.max_entries, until=self.p)
-
-
-def _select(logits: Tensor, uniforms: Tensor, most: int, until: float | None) -> SparseTargets:
-    return SparseTargets.cat(
-        [
-            _select_few(logits[part], part.start, most, until)
-            for part in position_slices(logits, uniforms, 0)
-        ]
+    p: float = parameter(
+        0.95, "Probability mass to keep per token", above=0, most=1, label=" {:g}", is_size=True
+    )
+    max_entries: int = parameter(
+        100,
+        "Largest number of entries per token",
+        least=1,
+        label=" of at most {:g}",
+        is_size=True,
     )
 
+    name = "topp"
+    title = "Top-P"
 
-def _select_few(
-    logits: Tensor, first_position: int, most: int, until: float | None
-) -> SparseTargets:
+    def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        """Select tokens until their mass reaches p; see `Sampler`."""
+        return _select(logits, first_position, self.max_entries, until=self.p)
+
+
+def _select(logits: Tensor, first_position: int, most: int, until: float | None) -> SparseTargets:
+    import torch
+
+    from sparselogits.samplers.distribution import Blocks
+    from sparselogits.targets import SparseTargets, offsets_from_lengths
+
     blocks = Blocks.of(logits, first_position=first_position)
     values, ids = logits.topk(min(most, logits.shape[1]), dim=-1)
     probabilities = (values.double() - blocks.shift.double()).exp() / blocks.total
@@ -125,8 +121,3 @@ def _select_few(
         logits.shape[1],
         check=False,
     )
-
-
-def _require_entries(name: str, value: int) -> None:
-    if value < 1:
-        raise InvalidArgumentError(f"{name} must be at least 1, found {value}")

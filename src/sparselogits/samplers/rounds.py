@@ -15,85 +15,107 @@ need the teacher's own normaliser.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from sparselogits.samplers.sampler import ROUNDING, Sampler, Stored, parameter
 
-from sparselogits.errors import InvalidArgumentError
-from sparselogits.samplers.distribution import Blocks, position_slices
-from sparselogits.targets import SparseTargets, offsets_from_lengths
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_MOST_ROUNDS = 2**20
+    from sparselogits.samplers.budget import Pilot
+    from sparselogits.samplers.distribution import Blocks
+    from sparselogits.targets import SparseTargets
 
 
-class _InRounds:
-    """What the samplers of this file share: all but where their rounds fall."""
-
-    rounds: int
-    proposal_exponent: float
-
-    unbiased = True
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rounds <= _MOST_ROUNDS:
-            raise InvalidArgumentError(
-                f"rounds must lie in [1, {_MOST_ROUNDS}], found {self.rounds}"
-            )
-        if not 0 <= self.proposal_exponent <= 2:
-            raise InvalidArgumentError(
-                f"proposal_exponent must lie in [0, 2], found {self.proposal_exponent}"
-            )
-
-    @property
-    def uniforms_per_position(self) -> int:
-        """Columns of the uniforms."""
-        raise NotImplementedError
-
-    @property
-    def max_entries(self) -> int:
-        """No position has more entries than this."""
-        return self.rounds
-
-    def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
-        raise NotImplementedError
-
-    def at(self, tokens: Tensor, positions: slice | Tensor) -> Self:
-        """Itself: every position is sampled alike."""
-        return self
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`."""
-        return self.draw(logits, uniforms)[0]
-
-    def draw(
-        self, logits: Tensor, uniforms: Tensor, *, with_moment: bool = False
-    ) -> tuple[SparseTargets, list[Blocks]]:
-        """Draw, and keep the distributions drawn from, a few positions each.
-
-        Args:
-            logits: see `Sampler`.
-            uniforms: see `Sampler`.
-            with_moment: see `Blocks.of`.
-
-        Raises:
-            InvalidLogitsError: see `Sampler`.
-        """
-        uniforms = uniforms.to(logits.device, torch.float64)
-        targets, blocks = [], []
-        for part in position_slices(logits, uniforms, self.uniforms_per_position):
-            few = Blocks.of(
-                logits[part], self.proposal_exponent, part.start, with_moment=with_moment
-            )
-            targets.append(_draw_few(self, few, uniforms[part], logits.shape[1]))
-            blocks.append(few)
-        return SparseTargets.cat(targets), blocks
+def _proposal_exponent() -> Any:
+    return parameter(
+        1.0,
+        "Power of the teacher's probabilities to draw from",
+        least=0,
+        most=2,
+        label=", exponent {:g}",
+    )
 
 
 @dataclass(frozen=True)
-class Systematic(_InRounds):
+class DrawnInRounds(Sampler):
+    """The shared part of samplers that draw rounds; a subclass says where the rounds fall."""
+
+    rounds: int = parameter(50, "Sampling rounds per token", least=1, most=2**20, label=" N = {:g}")
+
+    proposal_exponent = 1.0
+    unbiased = True
+    budget_parameter = "rounds"
+    needs_size = True
+
+    @property
+    def stores(self) -> Stored:
+        """Counts; weights too where the proposal is not the teacher's distribution."""
+        if self.proposal_exponent == 1:
+            return Stored.counts(self.rounds)
+        return Stored.counts_and_floats(self.rounds)
+
+    @property
+    def max_entries(self) -> int:
+        """Largest number of entries per position."""
+        return self.rounds
+
+    @abstractmethod
+    def points(self, uniforms: Tensor) -> Tensor:
+        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+
+    @abstractmethod
+    def inclusion(self, proposal: Tensor) -> Tensor:
+        """Return the probability that a token is drawn at all, given its proposal probability."""
+
+    def expected_entries(self, pilot: Pilot) -> float:
+        """Return the sum of the inclusion probabilities; nothing is drawn."""
+        return pilot.entries(self.inclusion, self.proposal_exponent)
+
+    def most_mass(self, vocab_size: int) -> float:
+        """Return the bound of the importance weights p ** (1 - a) * sum(p ** a)."""
+        ids, exponent = float(vocab_size), self.proposal_exponent
+        if exponent <= 1:  # by Hoelder's inequality
+            return float(ids ** (1 - exponent)) * (1 + ROUNDING)
+        # unbounded in principle; more than this has not been drawn in 10^15 positions
+        return max(2.0, float(ids ** (4 * (exponent - 1))))
+
+    def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        """Sample a few positions; see `Sampler`."""
+        from sparselogits.samplers.distribution import Blocks
+
+        blocks = Blocks.of(logits, self.proposal_exponent, first_position)
+        return self.draw_from(blocks, uniforms, logits.shape[1])
+
+    def draw_from(self, blocks: Blocks, uniforms: Tensor, vocab_size: int) -> SparseTargets:
+        """Sample positions whose proposals are summed by block already."""
+        import torch
+
+        from sparselogits.samplers.distribution import count_runs
+        from sparselogits.targets import SparseTargets
+
+        edges, _ = blocks.edges()
+        top = edges[:, -1:]
+        levels = (self.points(uniforms) * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
+        ids, counts, offsets = count_runs(blocks.tokens_at(edges, levels))
+        weights = counts.to(torch.float32) / self.rounds
+        if self.proposal_exponent != 1:
+            weights = counts * blocks.importance(ids, offsets) / self.rounds
+        return SparseTargets(
+            ids,
+            weights.to(torch.float32),
+            offsets,
+            vocab_size,
+            counts=counts,
+            rounds=self.rounds,
+            check=False,
+        )
+
+
+@dataclass(frozen=True)
+class Systematic(DrawnInRounds):
     """N rounds drawn systematically from q proportional to p ** proposal_exponent.
 
     Args:
@@ -104,33 +126,40 @@ class Systematic(_InRounds):
         InvalidArgumentError: for values outside these ranges.
     """
 
-    rounds: int = 50
-    proposal_exponent: float = 1.0
+    proposal_exponent: float = _proposal_exponent()
 
     name = "systematic"
+    title = "systematic"
     uniforms_per_position = 1
-
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
 
     def points(self, uniforms: Tensor) -> Tensor:
         """float64 [P, N]: N steps of 1 / N from one uniform."""
+        import torch
+
         ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
         return (ordinal - uniforms) / self.rounds
 
+    def inclusion(self, proposal: Tensor) -> Tensor:
+        """min(1, N q)."""
+        return (self.rounds * proposal).clamp_max(1)
 
-class _Independent(_InRounds):
-    """Rounds that know nothing of each other, one uniform each."""
+
+class _Independent(DrawnInRounds):
+    """Independent rounds, one uniform per round."""
 
     @property
     def uniforms_per_position(self) -> int:
-        """One a round."""
+        """One uniform per round."""
         return self.rounds
 
     def points(self, uniforms: Tensor) -> Tensor:
         """float64 [P, N]: the uniforms themselves, in order."""
         return (1 - uniforms).sort(-1).values
+
+    def inclusion(self, proposal: Tensor) -> Tensor:
+        """1 - (1 - q) ** N."""
+        missed = self.rounds * (-proposal.clamp_max(1 - 2.0**-53)).log1p()
+        return -missed.expm1()
 
 
 @dataclass(frozen=True)
@@ -145,14 +174,10 @@ class Multinomial(_Independent):
         InvalidArgumentError: for values outside these ranges.
     """
 
-    rounds: int = 50
-    proposal_exponent: float = 1.0
+    proposal_exponent: float = _proposal_exponent()
 
     name = "multinomial"
-
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"rounds": self.rounds, "proposal_exponent": self.proposal_exponent}
+    title = "RS-KD"
 
 
 @dataclass(frozen=True)
@@ -166,65 +191,6 @@ class Uniform(_Independent):
         InvalidArgumentError: for rounds below one.
     """
 
-    rounds: int = 50
-
     name = "uniform"
+    title = "uniform"
     proposal_exponent = 0.0
-
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"rounds": self.rounds}
-
-
-def _draw_few(
-    sampler: _InRounds, blocks: Blocks, uniforms: Tensor, vocab_size: int
-) -> SparseTargets:
-    edges, _ = blocks.edges()
-    top = edges[:, -1:]
-    levels = (sampler.points(uniforms) * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
-    tokens = blocks.tokens_at(edges, levels)
-    ids, counts, offsets = count_runs(tokens)
-    weights = counts.to(torch.float32) / sampler.rounds
-    if sampler.proposal_exponent != 1:
-        weights = _importance_weights(blocks, ids, counts, offsets) / sampler.rounds
-    return SparseTargets(
-        ids,
-        weights.to(torch.float32),
-        offsets,
-        vocab_size,
-        counts=counts,
-        rounds=sampler.rounds,
-        check=False,
-    )
-
-
-def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge repeated tokens.
-
-    Args:
-        tokens: int64 [R, N], ascending in each row.
-        drawn: bool [R, N], true up to some column of each row: the rounds that count. None for all.
-
-    Returns:
-        The distinct ids int64 [E], how often each was drawn int32 [E], offsets int64 [R + 1].
-    """
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    kept = tokens
-    if drawn is not None:
-        first &= drawn
-        first_kept, kept = first[drawn], tokens[drawn]
-    else:
-        first_kept = first.flatten()
-    begins = first_kept.nonzero()[:, 0]
-    counts = torch.diff(begins, append=begins.new_tensor([kept.numel()]))
-    return tokens[first], counts.to(torch.int32), offsets_from_lengths(first.sum(-1))
-
-
-def _importance_weights(blocks: Blocks, ids: Tensor, counts: Tensor, offsets: Tensor) -> Tensor:
-    """float64 [E]: count * p / q, from logits and the two normalisers."""
-    teacher = Blocks.of(blocks.logits)
-    rows = torch.arange(offsets.numel() - 1, device=ids.device).repeat_interleave(offsets.diff())
-    gap = blocks.logits[rows, ids].double() - blocks.shift[rows, 0].double()
-    normaliser = (blocks.total / teacher.total)[rows, 0]
-    return counts * ((1 - blocks.exponent) * gap).exp() * normaliser

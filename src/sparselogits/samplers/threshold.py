@@ -1,4 +1,4 @@
-"""Threshold sampling: likely tokens exactly, unlikely ones now and then at one common weight.
+"""Threshold sampling: likely tokens exactly, unlikely ones at random with one common weight.
 
 Every token with p_i >= tau is kept with weight p_i; any other is kept with probability p_i / tau
 and then weighs tau, so the expectation is p. Among unbiased targets with the same expected number
@@ -14,62 +14,68 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sparselogits.samplers.sampler import Sampler, Stored, parameter
 
-from sparselogits.errors import InvalidArgumentError
-from sparselogits.samplers.distribution import Blocks, position_slices
-from sparselogits.targets import SparseTargets, offsets_from_lengths
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparselogits.samplers.budget import Pilot
+    from sparselogits.samplers.distribution import Blocks
+    from sparselogits.targets import SparseTargets
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """Heavy tokens exactly, the tail at weight tau.
+class Threshold(Sampler):
+    """Likely tokens exactly, the tail at weight tau.
 
     Args:
-        tau: in (0, 1]; a position has at most 1 / tau + 1 entries.
+        tau: in [2**-20, 1]; a position has at most 1 / tau + 1 entries.
 
     Raises:
-        InvalidArgumentError: for tau outside (0, 1].
+        InvalidArgumentError: for tau outside that range.
     """
 
-    tau: float = 0.05
+    tau: float = parameter(
+        0.05,
+        "Smallest probability that is kept exactly",
+        least=2.0**-20,
+        most=1,
+        label=" tau {:g}",
+    )
 
     name = "threshold"
+    title = "threshold"
     unbiased = True
-    rounds = None
     uniforms_per_position = 1
+    budget_parameter = "tau"
 
-    def __post_init__(self) -> None:
-        if not 2.0**-20 <= self.tau <= 1:
-            raise InvalidArgumentError(f"tau must lie in [2**-20, 1], found {self.tau}")
+    @property
+    def stores(self) -> Stored:
+        """Weights of the likely tokens; those of the tail are tau."""
+        return Stored.shared_weight(self.tau)
 
     @property
     def max_entries(self) -> int:
-        """No position has more entries than this."""
+        """Largest number of entries per position."""
         return math.floor(1 / self.tau) + 1
 
-    def parameters(self) -> dict[str, Any]:
-        """What rebuilds it, with its name."""
-        return {"tau": self.tau}
+    def of_size(self, size: int) -> Threshold:
+        """Return the sampler with tau = 1 / size."""
+        return replace(self, tau=1 / size)
 
-    def at(self, tokens: Tensor, positions: slice | Tensor) -> Threshold:
-        """Itself: every position is sampled alike."""
-        return self
+    def expected_entries(self, pilot: Pilot) -> float:
+        """Return the sum of the inclusion probabilities min(1, p / tau); nothing is drawn."""
+        return pilot.entries(lambda p: (p / self.tau).clamp_max(1))
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; see `Sampler`."""
-        uniforms = uniforms.to(logits.device, torch.float64)
-        return SparseTargets.cat(
-            [
-                self._draw(logits[part], uniforms[part], part.start)
-                for part in position_slices(logits, uniforms, self.uniforms_per_position)
-            ]
-        )
+    def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        """Sample a few positions; see `Sampler`."""
+        import torch
 
-    def _draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
+        from sparselogits.samplers.distribution import Blocks
+        from sparselogits.targets import SparseTargets, offsets_from_lengths
+
         blocks = Blocks.of(logits, first_position=first_position)
         total = blocks.total
         tail, rows, ids, weights = _split(blocks, self.tau * total)
@@ -88,7 +94,9 @@ class Threshold:
         )
 
     def _draw_tail(self, tail: Blocks, uniforms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and ids of light tokens, each included with probability p / tau."""
+        """Return rows and ids of light tokens, each included with probability p / tau."""
+        import torch
+
         edges, scale = tail.edges()
         ordinal = torch.arange(1, self.max_entries + 1, dtype=torch.float64, device=edges.device)
         level = (ordinal - uniforms) * (self.tau * total * scale)
@@ -102,7 +110,11 @@ class Threshold:
 
 
 def _split(blocks: Blocks, ceiling: Tensor) -> tuple[Blocks, Tensor, Tensor, Tensor]:
-    """The light tokens' blocks; rows int64 [H], ids int64 [H], weights float64 [H] of the heavy."""
+    """Split positions into light and heavy tokens.
+
+    Returns:
+        The light tokens' blocks; rows int64 [H], ids int64 [H], weights float64 [H] of the heavy.
+    """
     suspects = blocks.sums >= ceiling * (1 - 1e-5)  # a block sum may be float32's
     rows, index = suspects.nonzero(as_tuple=True)
     weights = blocks.weights_in(rows, index)

@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sparselogits.errors import CacheError
+from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.identity import Identity
+from sparselogits.samplers import from_parameters
+from sparselogits.samplers.sampler import COUNTS, ROUNDING, THRESHOLD
 from sparselogits.untrusted import shown
 
 LARGEST_CACHE_JSON = 1 << 20
@@ -34,8 +36,6 @@ its tokens equally likely) take next to none, which is what the free ones are fo
 """
 
 LARGEST_LOSS = 1e6
-ROUNDING = 1e-3
-"""Teacher's figures and masses may err by so much: they are sums of float32 numbers."""
 
 
 def entries_bound(block_bytes: int) -> int:
@@ -54,32 +54,22 @@ def footer_bound(groups: int, description: int) -> int:
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return what the weights of a position may come to, and so what a single one may be.
+    """Return the largest sum of a position's weights, which also bounds each weight.
 
     Args:
         sampler: its name and parameters, from the identity.
         weights: kind of the codec's weights.
         vocab_size: V.
     """
-    name, exponent = sampler.get("name"), sampler.get("proposal_exponent", 1.0)
-    ids = float(vocab_size)
-    if weights == "counts":
+    if weights == COUNTS:
         return 1 + ROUNDING
-    if weights == "threshold":
+    if weights == THRESHOLD:
         # heavy entries are probabilities; the others weigh tau, and as many as fit in the rest
         return 2 + ROUNDING
-    if name in ("topk", "topp"):
-        return 1 + 2 * ROUNDING  # logprobs collected in half precision come to a little more
-    if name == "uniform":
-        exponent = 0.0
-    if name in ("systematic", "multinomial", "uniform") and _is_number(exponent):
-        if 0 <= exponent <= 1:
-            # importance weights are p ** (1 - a) * sum(p ** a), which Hoelder's inequality bounds
-            return float(ids ** (1 - exponent)) * (1 + ROUNDING)
-        if exponent <= 2:
-            # unbounded in principle; more than this has not been drawn in 10^15 positions
-            return max(2.0, float(ids ** (4 * (exponent - 1))))
-    return float(ids**4)
+    try:
+        return from_parameters(sampler).most_mass(vocab_size)
+    except InvalidArgumentError:  # of a package that is not installed here, or damaged
+        return float(vocab_size) ** 4
 
 
 def require_bounds(identity: Identity, where: str) -> None:

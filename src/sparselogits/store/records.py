@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidTargetsError
-from sparselogits.store.bounds import LARGEST_LOSS, ROUNDING
+from sparselogits.samplers.sampler import ROUNDING
+from sparselogits.store.bounds import LARGEST_LOSS
 from sparselogits.targets import SparseTargets
 
 Int32: TypeAlias = NDArray[np.int32]

@@ -125,7 +125,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             method, alpha, beta, missing_mass, rounds, fresh_noise, teacher=teacher is not None
         )
         identity = train_dataset.identity
-        sampler = from_parameters(_without_budget(identity.sampler))
+        sampler = from_parameters(identity.sampler)
         if chosen.cached:
             require_rule_for(missing_mass, unbiased=sampler.unbiased)
         self._thinning = rounds if isinstance(rounds, Schedule) else None
@@ -583,10 +583,6 @@ def _require_what_args_ask(args: TrainingArguments, dataset: CacheDataset) -> No
         raise InvalidArgumentError(
             f"loss_type={args.loss_type!r}: the loss is that of `method` and `alpha`; leave it out"
         )
-
-
-def _without_budget(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if name != "budget"}
 
 
 def _require_vocabulary(model: nn.Module, teacher_vocabulary: int) -> None:

@@ -235,7 +235,7 @@ def test_rows_name_the_samplers_that_drew(
     for name in BUDGETS:
         parameters = rows[name].sampler
         assert parameters is not None
-        sampler = from_parameters(parameters)
+        sampler = from_parameters(parameters).ready()
         alike = []
         for index in (0, 17):
             record = caches[name].read(index)
@@ -258,7 +258,7 @@ def test_adaptive_follows_the_student_of_an_earlier_run(
     assert parameters is not None
     assert parameters["student"] == str(student)
     assert parameters["fingerprint"] == module_fingerprint(load_causal_lm(str(student)))
-    sampler = from_parameters(parameters)
+    sampler = from_parameters(parameters).ready()
     assert isinstance(sampler, Adaptive)
     signals, entries = [], []
     for index in range(0, setting.corpus.windows, 8):

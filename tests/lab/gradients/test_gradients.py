@@ -29,6 +29,7 @@ from sparselogits.samplers import (
     Adaptive,
     Multinomial,
     Sampler,
+    StudentSignal,
     Systematic,
     Threshold,
     TopK,
@@ -382,7 +383,7 @@ def test_a_sampler_that_follows_a_student_is_measured_like_any_other(
     windows: TextDataset, teacher: TransformersTeacher
 ) -> None:
     student = tiny_llama(seed=4)
-    adaptive = Adaptive(student, 9, signal="distance")
+    adaptive = Adaptive(StudentSignal.of(student, "distance"), 9, reference=0.5)
     pilot = [whole_logits(teacher, windows[0])]
     targets = standard_targets(pilot, budget=5, top_k=(5,), missing_mass=RULES, adaptive=adaptive)
     rows = measure_gradients(

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.caching.pilot import pilot_windows, resolve_budget
 from sparselogits.console import Update
@@ -30,20 +28,18 @@ from sparselogits.corpus import (
     tokenizer_fingerprint,
 )
 from sparselogits.corpus.packed import recorded_vocabulary
-from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, SparseLogitsError
+from sparselogits.errors import IdentityMismatchError, SparseLogitsError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.lab.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec, slug
 from sparselogits.lab.compare.students import make_students
-from sparselogits.samplers import Adaptive, Sampler, from_parameters, window_uniforms
-from sparselogits.targets import SparseTargets
+from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
 from sparselogits.teacher.vocabulary import vocabulary_size
 from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
-_FEW_WINDOWS = 4  # an adaptive sampler is fitted on
 
 Stage = Callable[..., AbstractContextManager[Update]]
 """Such as `console.stage`."""
@@ -78,12 +74,11 @@ class Draw:
             recipe: the comparison, which says whether draws vary with the seed.
             seed: of the run.
         """
-        parameters = method.sampler_parameters()
-        if not parameters:
+        if method.sampler is None:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
-        random = parameters["name"] not in ("topk", "topp")
+        random = method.sampler.sampler().is_random
         own = recipe.draw_seed + seed if recipe.vary_draws and random else None
-        return cls(parameters, method.budget, own)
+        return cls(method.sampler.parameters(), method.budget, own)
 
     @property
     def fit_key(self) -> str:
@@ -218,7 +213,7 @@ def _fitted(
     for key, draw in draws.items():
         try:
             if key in kept["parameters"]:
-                samplers[key] = from_parameters(kept["parameters"][key])
+                samplers[key] = from_parameters(kept["parameters"][key]).ready()
                 continue
             pilot = pilot or pilot_windows(corpus)
             samplers[key] = _fit(draw, teacher, pilot)
@@ -231,51 +226,6 @@ def _fitted(
 
 
 def _fit(draw: Draw, teacher: TransformersTeacher, pilot: Sequence[Window]) -> Sampler:
-    sampler = from_parameters(draw.parameters)
-    if isinstance(sampler, Adaptive):
-        few = pilot[:: max(1, len(pilot) // _FEW_WINDOWS)]
-        given = "reference" in draw.parameters
-        return _fit_adaptive(sampler, draw.budget, teacher, few, keep_reference=given)
-    if draw.budget is None:
-        return sampler
+    sampler = from_parameters(draw.parameters).ready()
     how = {"temperature": 1.0, "reset_attention": False}
     return resolve_budget(teacher, pilot, sampler, draw.budget, **how)
-
-
-def _fit_adaptive(
-    sampler: Adaptive,
-    budget: float | None,
-    teacher: TransformersTeacher,
-    pilot: Sequence[Window],
-    *,
-    keep_reference: bool,
-) -> Adaptive:
-    """With the mean signal as reference, and the rounds whose entries come closest to a budget."""
-    slices = []
-    for window in pilot:
-        tokens = torch.from_numpy(window.tokens).long()
-        slices += [(window.index, tokens, part) for part in teacher.logits(tokens[None])]
-
-    def drawn(own: Adaptive) -> float:
-        targets = []
-        for index, tokens, part in slices:
-            uniforms = window_uniforms(0, index, len(tokens), own.uniforms_per_position)
-            targets.append(own.at(tokens, part.positions)(part.logits, uniforms[part.positions]))
-        return float(SparseTargets.cat(targets).entries_per_position.double().mean())
-
-    if not keep_reference:
-        signals = [sampler.at(t, part.positions).signals(part.logits) for _, t, part in slices]
-        sampler = replace(sampler, reference=float(torch.cat(signals).mean()))
-    if budget is None:
-        return sampler
-    low, high = 1, 1
-    while drawn(replace(sampler, nominal_rounds=high)) < budget:
-        low, high = high, 2 * high
-        if high > 4096:
-            raise InvalidArgumentError(f"a budget of {budget:g} entries is out of reach")
-    while high - low > 1:
-        middle = (low + high) // 2
-        less = drawn(replace(sampler, nominal_rounds=middle)) < budget
-        low, high = (middle, high) if less else (low, middle)
-    ends = [replace(sampler, nominal_rounds=n) for n in (low, high)]
-    return min(ends, key=lambda own: abs(drawn(own) - budget))

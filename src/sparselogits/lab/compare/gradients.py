@@ -245,7 +245,8 @@ def _target(
         return Target(asked.fingerprint, None)
     key = Draw.of(method, recipe, recipe.seeds[0]).key
     if key not in samplers:
-        samplers[key] = from_parameters(Cache.open(setting.caches[key]).identity.sampler)
+        recorded = Cache.open(setting.caches[key]).identity.sampler
+        samplers[key] = from_parameters(recorded).ready()
     rounds = None
     if (thinning := method.thinning) is not None:
         rounds = thinning.rounds

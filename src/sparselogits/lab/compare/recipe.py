@@ -2,7 +2,7 @@
 
 A method is a name (a training method, or `none`) or a mapping in the words of
 `sparselogits cache` and `train`. A list in it stands for one method for each of its values, two
-lists for all pairs:
+lists for all pairs. The words that are not a method's own are the fields of its sampler:
 
     methods:
       - ce
@@ -26,7 +26,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    InstanceOf,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
     Tag,
+    model_serializer,
     model_validator,
 )
 
@@ -34,7 +38,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
-from sparselogits.samplers import Sampler, TopK, budget_parameter, from_parameters
+from sparselogits.samplers import SamplerChoice, TopK, choose
 from sparselogits.train.recipe import (
     Count,
     Quantize,
@@ -46,9 +50,7 @@ from sparselogits.train.recipe import (
     validated,
 )
 
-SamplerName = Literal[
-    "systematic", "multinomial", "uniform", "topk", "topp", "threshold", "adaptive"
-]
+AnySampler = Annotated[InstanceOf[SamplerChoice], PlainSerializer(SamplerChoice.parameters)]
 Budget = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -63,12 +65,7 @@ def _method_name(name: str) -> str:
 
 
 LABELS_ONLY = TopK(1)
-"""What the cache holds that methods without cached targets read their text from."""
-
-_OF_THE_SAMPLER = (
-    *("rounds", "proposal_exponent", "k", "p", "max_entries", "tau"),
-    *("student", "nominal_rounds", "reference", "signal", "position_power", "token_power"),
-)
+"""Sampler of the cache from which methods without cached targets read their text."""
 
 
 class _Strict(BaseModel):
@@ -82,32 +79,44 @@ class MethodSpec(_Strict):
     method: Annotated[str, AfterValidator(_method_name)] = Field(
         "sparse", description=f"{METHODS_IN_WORDS}; {UNTRAINED}: the student before training"
     )
-    sampler: SamplerName | None = Field(None, description="of sparse targets")
-    budget: Budget | None = Field(None, description="mean entries a position")
-    rounds: Count | None = Field(None, description="rounds a position, instead of a budget")
-    proposal_exponent: float | None = Field(None, description="draw from p to this power")
-    k: Count | None = Field(None, description="entries of topk")
-    p: float | None = Field(None, description="mass that topp keeps")
-    max_entries: Count | None = Field(None, description="cap of topp")
-    tau: float | None = Field(None, description="of threshold, instead of a budget")
-    student: str | None = Field(None, description="of adaptive: folder of the student it follows")
-    nominal_rounds: Count | None = Field(None, description="of adaptive, instead of a budget")
-    reference: float | None = Field(None, description="of adaptive")
-    signal: Literal["distance", "variance"] | None = Field(None, description="of adaptive")
-    position_power: float | None = Field(None, description="of adaptive")
-    token_power: float | None = Field(None, description="of adaptive")
-    missing_mass: MissingMass = Field("drop", description="for topk and topp")
+    sampler: AnySampler | None = Field(
+        None, description="name of the sampler of sparse targets; its fields stand beside it"
+    )
+    budget: Budget | None = Field(None, description="mean entries per position")
+    missing_mass: MissingMass = Field(
+        "drop", description="what becomes of the mass that biased targets lack"
+    )
     alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(None, description="share of the teacher, for jensen_shannon")
-    learning_rate: Positive | None = Field(None, description="instead of that of training")
+    learning_rate: Positive | None = Field(
+        None, description="learning rate of this method, in place of that of training"
+    )
     thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_fields_of_the_sampler(cls, values: Any) -> Any:
+        """Put the words that are not a method's own into the sampler."""
+        if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
+            return values
+        own = {name: value for name, value in values.items() if name in cls.model_fields}
+        given = {name: value for name, value in values.items() if name not in own}
+        try:
+            return own | {"sampler": choose(own["sampler"], given, known=cls.model_fields)}
+        except InvalidArgumentError as error:
+            raise ValueError(str(error)) from error
+
+    @model_serializer(mode="wrap")
+    def _in_the_words_of_a_recipe(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.sampler is None:
+            return values
+        return values | {"sampler": self.sampler.kind.name} | dict(self.sampler.given)
 
     @model_validator(mode="after")
     def _is_one_method(self) -> MethodSpec:
-        given = [n for n in ("budget", *_OF_THE_SAMPLER) if getattr(self, n) is not None]
         if self.method != "sparse":
-            odd = [*(["sampler"] if self.sampler else []), *given]
-            odd += ["thinning"] if self.thinning else []
+            odd = [name for name in ("sampler", "budget", "thinning") if getattr(self, name)]
             odd += ["missing_mass"] if self.missing_mass != "drop" else []
             if self.method == UNTRAINED:
                 odd += [n for n in ("alpha", "beta", "learning_rate") if getattr(self, n)]
@@ -119,17 +128,8 @@ class MethodSpec(_Strict):
         if self.sampler is None:
             others = [name for name in [*METHODS, UNTRAINED] if name != "sparse"]
             raise ValueError(f"give a sampler, or method: {listed(others, 'or')}")
-        if self.sampler == "adaptive":
-            _require_adaptive(self)
-            return self
         try:
-            sampler = self.unfitted()
-            require_rule_for(self.missing_mass, unbiased=sampler.unbiased)
-            if self.budget is not None:
-                if getattr(self, budget_parameter(sampler)) is not None:
-                    raise ValueError(f"give budget or {budget_parameter(sampler)}, not both")
-            elif self.sampler in ("systematic", "multinomial", "uniform") and self.rounds is None:
-                raise ValueError(f"sampler: {self.sampler} needs a budget or rounds")
+            _require_sampler(self, self.sampler)
         except InvalidArgumentError as error:
             raise ValueError(str(error)) from error
         return self
@@ -139,32 +139,15 @@ class MethodSpec(_Strict):
         """Whether the teacher runs beside the student."""
         return self.method != UNTRAINED and METHODS[self.method].online
 
-    def sampler_parameters(self) -> dict[str, Any]:
-        """What stands in the recipe for the sampler, with its name; empty where there is none."""
-        if self.sampler is None:
-            return {}
-        given = {n: value for n in _OF_THE_SAMPLER if (value := getattr(self, n)) is not None}
-        return {"name": self.sampler, **given}
-
-    def unfitted(self) -> Sampler:
-        """The sampler as the recipe has it; a budget is yet to set one of its parameters.
-
-        Raises:
-            InvalidArgumentError: for parameters that it does not take.
-        """
-        parameters = self.sampler_parameters()
-        return from_parameters(parameters) if parameters else LABELS_ONLY
-
     @property
     def title(self) -> str:
         """Its name, or one put together from what it is."""
         if self.name is not None:
             return self.name
-        if self.method == UNTRAINED:
-            title = "before training"
+        if self.sampler is not None:
+            title = self.sampler.title(self.budget)
         else:
-            method = METHODS[self.method]
-            title = _sampler_title(self) if method.cached else method.title
+            title = METHODS[self.method].title if self.method in METHODS else "before training"
         if self.missing_mass != "drop":
             title += f", {self.missing_mass.replace('_', ' ')}"
         if self.thinning is not None:
@@ -378,37 +361,26 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def _require_adaptive(spec: MethodSpec) -> None:
-    """What can be said of an adaptive sampler without loading the student it follows."""
-    if spec.student is None:
-        raise ValueError("sampler: adaptive needs a student, the folder of one that it follows")
-    if (spec.budget is None) == (spec.nominal_rounds is None):
-        raise ValueError("sampler: adaptive needs a budget or nominal_rounds, one of them")
-    if spec.missing_mass != "drop" or spec.thinning is not None:
-        raise ValueError("sampler: adaptive takes neither missing_mass nor thinning")
+def _require_sampler(spec: MethodSpec, choice: SamplerChoice) -> None:
+    """Check what the rest of a method asks of its sampler.
 
-
-def _sampler_title(spec: MethodSpec) -> str:
-    sampler = str(spec.sampler)
-    title = {"topk": "Top-K", "topp": "Top-P", "multinomial": "RS-KD"}.get(sampler, sampler)
-    if spec.budget is not None:
-        title += f" {spec.budget:g}"
-    settled = {
-        "k": "",
-        "p": "",
-        "tau": " tau",
-        "rounds": " N =",
-        "nominal_rounds": " N =",
-        "max_entries": " of at most",
-        "signal": "",
-    }
-    for parameter, word in settled.items():
-        value = getattr(spec, parameter)
-        if value is not None:
-            title += f"{word} {value:g}" if isinstance(value, int | float) else f"{word} {value}"
-    if spec.proposal_exponent is not None:
-        title += f", exponent {spec.proposal_exponent:g}"
-    return title
+    Raises:
+        InvalidArgumentError: a budget and the parameter it sets, neither of them where one is
+            needed, a budget that sets nothing, or a rule or thinning that the targets do not have.
+    """
+    kind, sampler = choice.kind, choice.sampler()
+    sampler.left_open(spec.budget)
+    size = kind.budget_parameter
+    if spec.budget is not None and size in choice.given:
+        raise InvalidArgumentError(f"give budget or {size}, not both")
+    if kind.needs_size and spec.budget is None and size not in choice.given:
+        raise InvalidArgumentError(f"sampler: {kind.name} needs a budget or {size}")
+    require_rule_for(spec.missing_mass, unbiased=kind.unbiased)
+    if spec.thinning is not None and sampler.rounds is None:
+        raise InvalidArgumentError(
+            f"sampler: {kind.name} draws no rounds, and thinning keeps some of the rounds; leave "
+            "thinning out"
+        )
 
 
 def _thinning_title(thinning: Thinning) -> str:

@@ -129,7 +129,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "outcome": OUTCOME,
                     "cache": identities[key].fingerprint,
                     "text": setting.corpus.source_fingerprint,
-                    "method": method.model_dump(mode="json", exclude={"name"} | _unset(method)),
+                    "method": in_fingerprint(method),
                     "student": weights.get(name, {}) | student.model_dump(mode="json"),
                     "training": with_old_names(training),
                     "seed": seed,
@@ -292,9 +292,18 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
     )
 
 
-def _unset(method: MethodSpec) -> set[str]:
-    """Keys that are left out of a fingerprint where absent, so that older runs keep theirs."""
-    return {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
+_FIELDS_OF_SAMPLERS = (
+    *("rounds", "proposal_exponent", "k", "p", "max_entries", "tau"),
+    *("student", "nominal_rounds", "reference", "signal", "position_power", "token_power"),
+)
+"""Fields that every method had, absent or not, when samplers' fields were still its own."""
+
+
+def in_fingerprint(method: MethodSpec) -> dict[str, Any]:
+    """Return what a fingerprint contains of a method; runs of earlier versions keep theirs."""
+    later = {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
+    values = method.model_dump(mode="json", exclude={"name"} | later)
+    return dict.fromkeys(_FIELDS_OF_SAMPLERS) | values
 
 
 def _entries(

@@ -193,10 +193,10 @@ def _method_row(
     return MethodRow(
         method=method.title,
         student=student,
-        family=method.sampler or method.method,
+        family=method.sampler.kind.name if method.sampler else method.method,
         spec=method.model_dump(mode="json", exclude_defaults=True),
         sampler=sampler,
-        unbiased=None if method.sampler is None else method.sampler not in ("topk", "topp"),
+        unbiased=None if method.sampler is None else method.sampler.kind.unbiased,
         entries=statistics.fmean(entries) if entries else None,
         bytes_per_token=None
         if statistics_of is None

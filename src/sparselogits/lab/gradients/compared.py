@@ -20,8 +20,8 @@ from sparselogits.samplers import (
     fit_budget,
 )
 
-PUBLISHED = "RS-KD"
-"""Name of the row that the published method has, independent rounds from the teacher itself."""
+PUBLISHED = Multinomial.title
+"""Name of the row of the published method, independent rounds from the teacher itself."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Target:
 
     def draws(self, wanted: int) -> int:
         """How many draws it takes: one where nothing is random."""
-        return wanted if self.sampler is not None and self.sampler.uniforms_per_position else 1
+        return wanted if self.sampler is not None and self.sampler.is_random else 1
 
 
 def standard_targets(
@@ -84,13 +84,11 @@ def standard_targets(
         sampler = TopK(k)
         rows += [Target(_top_k_name(k, rule), sampler, rule) for rule in missing_mass]
     rows += [
-        Target(PUBLISHED, fit_budget(Multinomial(), pilot, budget)),
-        Target("systematic", fit_budget(Systematic(), pilot, budget)),
-        Target("threshold", fit_budget(Threshold(), pilot, budget)),
-        Target("uniform", fit_budget(Uniform(), pilot, budget)),
+        Target(sampler.title, fit_budget(sampler, pilot, budget))
+        for sampler in (Multinomial(), Systematic(), Threshold(), Uniform())
     ]
     if adaptive is not None:
-        rows.append(Target("adaptive", adaptive))
+        rows.append(Target(adaptive.title, adaptive))
     return [*rows, Target("label (CE)", None)]
 
 

@@ -9,16 +9,10 @@ from typing import Any
 from sparselogits.lab.compare.results import MethodRow, Results, RunRow
 from sparselogits.lab.report.charts import Drawing, Look, budget_chart, curve_chart, looks_of
 from sparselogits.methods import METHODS
+from sparselogits.samplers import find_sampler
 
-_BUDGETS = {"method", "sampler", "name", "k", "rounds", "budget", "tau", "p", "max_entries"}
 LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
 """Families that are drawn as horizontal lines where others have a budget."""
-_FAMILIES = {
-    **{name: method.title for name, method in METHODS.items()},
-    "topk": "Top-K",
-    "multinomial": "RS-KD",
-    "topp": "Top-P",
-}
 
 ALL_SHOWN = 12
 """Up to this many methods, all of them are drawn when a page opens."""
@@ -37,12 +31,15 @@ def in_words(value: Any) -> str:
 
 
 def series_of(row: MethodRow) -> str:
-    """Return the name that methods share which differ in their budget alone."""
-    name = _FAMILIES.get(row.family, row.family)
+    """Return the name that methods share which differ in their number of entries alone."""
+    kind = find_sampler(row.family)
+    known = kind or METHODS.get(row.family)
+    name = known.title if known else row.family
+    left_out = {"method", "sampler", "name", "budget", *(kind.sizes() if kind else ())}
     more = [
         f"{k} {in_words(v)}".replace("_", " ")
         for k, v in sorted(row.spec.items())
-        if k not in _BUDGETS
+        if k not in left_out
     ]
     return ", ".join([name, *more])
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sparselogits.samplers.sampler import COUNTS, THRESHOLD
 from sparselogits.store.bounds import entries_bound
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import ColumnDecoder, ColumnError
 from sparselogits.store.codec.lists import ListsError, Sets
-from sparselogits.store.codec.weights import COUNTS, THRESHOLD, derived_entries, weights_of_counts
+from sparselogits.store.codec.weights import derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 if TYPE_CHECKING:

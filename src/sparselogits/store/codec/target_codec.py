@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
-from sparselogits.samplers.protocol import Sampler
+from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, THRESHOLD, Sampler
 from sparselogits.store.bounds import (
     LARGEST_WINDOW,
     MOST_ROUNDS,
@@ -28,15 +28,7 @@ from sparselogits.store.bounds import (
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import encode_column
 from sparselogits.store.codec.decoder import BlockDecoder, BlockError, Tables
-from sparselogits.store.codec.weights import (
-    COUNTS,
-    COUNTS_AND_FLOATS,
-    FLOATS,
-    THRESHOLD,
-    WEIGHT_COLUMNS,
-    derived_entries,
-    weights_of_counts,
-)
+from sparselogits.store.codec.weights import WEIGHT_COLUMNS, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
 
@@ -53,17 +45,14 @@ def codec_for(sampler: Sampler) -> dict[str, Any]:
     Raises:
         CacheError: more rounds than the format can carry.
     """
-    parameters = sampler.parameters()
-    codec: dict[str, Any] = {"name": NAME, "version": VERSION}
-    if sampler.rounds is None:
-        tau = parameters.get("tau") if sampler.name == "threshold" else None
-        return codec | ({"weights": FLOATS} if tau is None else {"weights": THRESHOLD, "tau": tau})
-    if sampler.rounds > MOST_ROUNDS:
-        raise CacheError(f"{sampler.rounds} rounds a position; the cache carries fewer than 2^20")
-    plain = sampler.name in ("systematic", "multinomial") and (
-        parameters.get("proposal_exponent", 1.0) == 1.0
-    )
-    return codec | {"weights": COUNTS if plain else COUNTS_AND_FLOATS, "rounds": sampler.rounds}
+    stored = sampler.stores
+    if stored.rounds is not None and stored.rounds > MOST_ROUNDS:
+        raise CacheError(
+            f"the sampler draws {stored.rounds} rounds per position, and a cache can store at most "
+            f"{MOST_ROUNDS}; choose fewer rounds"
+        )
+    told = {"weights": stored.weights, "rounds": stored.rounds, "tau": stored.tau}
+    return {"name": NAME, "version": VERSION, **{k: v for k, v in told.items() if v is not None}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +182,9 @@ class TargetCodec:
         lengths = targets.entries_per_position.numpy()
         if targets.vocab_size != self.vocab_size or targets.rounds != self.rounds:
             raise InvalidTargetsError(
-                f"targets over {targets.vocab_size} ids in {targets.rounds} rounds; the cache "
-                f"holds {self.vocab_size} ids and {self.rounds} rounds"
+                f"the targets have {targets.vocab_size} ids and {_rounds(targets.rounds)}; the "
+                f"cache was begun with {self.vocab_size} ids and {_rounds(self.rounds)}. Give the "
+                "teacher's vocabulary, and a sampler whose `stores` says what it draws"
             )
         if len(targets.weights) and self.weights != COUNTS:
             mass = float(targets.mass().max())
@@ -218,6 +208,10 @@ class TargetCodec:
             expected = weights_of_counts(targets.counts.numpy(), self.rounds or 1)
             if not np.array_equal(expected, targets.weights.numpy()):
                 raise InvalidTargetsError("weights are not count / rounds, in float32")
+
+
+def _rounds(rounds: int | None) -> str:
+    return "no rounds" if rounds is None else f"{rounds} rounds per position"
 
 
 __all__ = ["BlockDecoder", "BlockError", "TargetCodec", "Window", "codec_for"]

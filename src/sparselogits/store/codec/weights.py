@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD
+
 Array = NDArray[Any]
 Bool = NDArray[np.bool_]
 
-COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD = "counts", "counts+float32", "float32", "threshold"
 WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
     COUNTS: {"counts": np.uint32},
     COUNTS_AND_FLOATS: {"counts": np.uint32, "weights": np.float32},

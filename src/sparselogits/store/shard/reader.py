@@ -23,10 +23,10 @@ import torch
 
 from sparselogits.errors import CacheCorruptionError, InvalidArgumentError
 from sparselogits.identity import FORMAT_VERSION, Identity
+from sparselogits.samplers.sampler import ROUNDING
 from sparselogits.store.bounds import (
     FREE_ENTRIES,
     LARGEST_LOSS,
-    ROUNDING,
     description_bound,
     footer_bound,
 )

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sparselogits.store.bounds import LARGEST_LOSS, ROUNDING
+from sparselogits.samplers.sampler import ROUNDING
+from sparselogits.store.bounds import LARGEST_LOSS
 from sparselogits.store.records import Bool, Int32
 from sparselogits.store.shard.writer import SCHEMA
 from sparselogits.thrift import CompactReader
