@@ -23,11 +23,11 @@ and P seconds of the teacher's pass over the cached windows:
 All seconds are processor seconds of one process. The learning rate falls linearly to zero over an
 arm's seconds, after three steps of warm-up. The trainer of on-policy training is that of
 examples/on_policy.py: TRL's, KL(student || teacher) over the whole vocabulary, samples at
-temperature 1. Its prompts are runs of 32 tokens of the training windows, completed by 64 tokens.
+temperature 1. Its prompts are runs of 32 tokens of the training windows, completed by 32 tokens.
 
 Measured on the grid's held-out windows: loss, KL(teacher || student), expected acceptance, ECE. On
 the student's own text: every held-out window gives four prompts of 32 tokens, which the student
-completes at temperature 1 by at most 64 tokens, up to the end of text. The reverse KL of a sequence
+completes at temperature 1 by at most 32 tokens, up to the end of text. The reverse KL of a sequence
 is KL(q || p) = E_y~q[log q(y|x) - log p(y|x)] for student q, teacher p, prompt x and completion y,
 the quantity that MiniLLM (arXiv 2306.08543) minimises. It is estimated by the sum over y's tokens
 of the KL between the two next-token distributions, which has the same expectation and less
@@ -79,7 +79,7 @@ from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 RESULT = Path(__file__).parents[1] / "results" / "healing_on_policy.json"
 RATES = (5e-5, 1e-4, 2e-4)
 HEALED = "systematic 12"
-PROMPT, COMPLETION, BATCH = 32, 64, 8
+PROMPT, COMPLETION, BATCH = 32, 32, 8
 PROMPTS_PER_WINDOW = 4
 TOGETHER = 4
 """Windows whose prompts are completed in one batch."""
@@ -158,7 +158,9 @@ class Grid:
         (pruned,) = (file.parent for file in (folder / "students").glob("*/config.json"))
         assert run.tokens is not None
         assert run.steps is not None
-        assert row.tokens_per_cpu_second is not None
+        # an interrupted run has no time; every method with a cache trains alike
+        speeds = [r.tokens_per_cpu_second for r in (row, *results.methods) if r.sampler]
+        speed = next(one for one in speeds if one)
         cache = Path(json.loads((healed / "recipe.json").read_text())["cache"])
         return cls(
             {"pruned": pruned, "healed": healed / "model"},
@@ -168,7 +170,7 @@ class Grid:
             run.tokens // (run.steps * recipe["window"]),
             recipe["heldout_windows"],
             (recipe["teacher"], recipe["teacher_dtype"]),
-            run.tokens / row.tokens_per_cpu_second,
+            run.tokens / speed,
         )
 
 
