@@ -1,4 +1,4 @@
-"""The targets that a table of gradients compares: the paper's, and those that go past it."""
+"""Define the targets that a table of gradients compares: the RS-KD paper's and further ones."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from sparselogits.samplers import (
 )
 
 PUBLISHED = Multinomial.title
-"""Name of the row of the published method, independent rounds from the teacher itself."""
+"""Name of the published method's row: independent rounds from the teacher's distribution."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table.
+    """Describe one row of the table.
 
     Args:
-        name: of the row.
-        sampler: what makes the target; None for the label itself, cross-entropy without a teacher.
-        missing_mass: the loss's rule for what a biased target lacks.
-        alpha: share of the labels' cross-entropy, as in the loss. What it is compared with remains
-            full distillation without labels.
-        rounds: of those drawn, how many are kept, thinned as in training; None for all.
+        name: name of the row.
+        sampler: the sampler that draws the target; None for the label itself, which is
+            cross-entropy without a teacher.
+        missing_mass: the loss's rule for the mass that a biased target lacks.
+        alpha: share of the labels' cross-entropy in the loss, in [0, 1]. The target is compared
+            with full distillation without labels, whatever alpha.
+        rounds: rounds to thin the draw to, as in training; None for all.
 
     Raises:
-        InvalidArgumentError: for a rule that would bias an unbiased sampler's target, a share
-            outside [0, 1], or more rounds than are drawn.
+        InvalidArgumentError: If the rule would bias an unbiased target, alpha is out of range, or
+            there are more rounds than are drawn.
     """
 
     name: str
@@ -51,13 +52,13 @@ class Target:
         biased = self.sampler is None or not self.sampler.unbiased
         require_rule_for(self.missing_mass, unbiased=not biased)
         if not 0 <= self.alpha <= 1:
-            raise InvalidArgumentError(f"alpha is a share in [0, 1], found {self.alpha}")
+            raise InvalidArgumentError(f"alpha must be a share in [0, 1], found {self.alpha}")
         if self.rounds is not None:
             drawn = None if self.sampler is None else self.sampler.rounds
             Schedule.constant(self.rounds).require_within(drawn)
 
     def draws(self, wanted: int) -> int:
-        """How many draws it takes: one where nothing is random."""
+        """Return the number of draws to make: one for a target that is not random."""
         return wanted if self.sampler is not None and self.sampler.is_random else 1
 
 
@@ -69,14 +70,14 @@ def standard_targets(
     missing_mass: Sequence[MissingMass] = ("drop",),
     adaptive: Sampler | None = None,
 ) -> list[Target]:
-    """Top-K with each rule, unbiased samplers at one budget, the label.
+    """Return Top-K targets with each rule, unbiased targets of one budget, and the label.
 
     Args:
-        pilot: teacher's logits, float [P, V] each, spread over the text; they turn the budget
-            into rounds and thresholds.
-        budget: mean entries a position of the unbiased targets.
-        top_k: entries of the Top-K targets.
-        missing_mass: rules, each for every K.
+        pilot: the teacher's logits, float [P, V] each, from positions spread over the text; they
+            turn the budget into rounds and thresholds.
+        budget: mean entries per position of the unbiased targets.
+        top_k: entries per position of the Top-K targets.
+        missing_mass: rules to combine with every K.
         adaptive: a sampler that follows a student, compared as it is.
     """
     rows = []

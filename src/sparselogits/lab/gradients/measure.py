@@ -1,29 +1,33 @@
-"""How far a target's gradient is from full distillation's, on the same text and student.
+"""Measure how far the gradient of a target is from that of full distillation.
 
-On a batch of windows the gradient of full distillation (t = p) and that of each target are formed
+On a batch of windows the gradient of full distillation (t = p) and that of each target are computed
 for the same student, once for a target that is not random and in several draws for one that is.
-Angle, norm ratio, bias and variance (`moments.py`) are taken in five spaces:
+Angle, norm ratio, bias and variance (`moments.py`) are computed in five spaces:
 
-    logits         dL/dz of every position, positions side by side: what one position sees.
-                   Averaged over no tokens, so it does not depend on the batch's size.
-    hidden         the same after the student's unembedding, dL/dz U: what the trunk receives.
+    logits         dL/dz of every position, positions side by side. Nothing is averaged over
+                   tokens, so the figures do not depend on the batch size.
+    hidden         the same multiplied by the student's unembedding, dL/dz U: the gradient that the
+                   trunk receives.
     summed logits  dL/dz summed over the batch: the gradient of a bias of the head, whether or not
                    the student has one.
-    summed hidden  dL/dz U summed over the batch: that of a vector added to all of the head's input.
-    parameters     the gradient of all the student's parameters, summed over the batch: what an
-                   optimiser gets. The paper's table (arXiv 2503.16870) is of this kind.
+    summed hidden  dL/dz U summed over the batch: the gradient of a vector added to all inputs of
+                   the head.
+    parameters     the gradient of all parameters of the student, summed over the batch: the
+                   gradient that an optimiser receives. The table of the RS-KD paper
+                   (arXiv 2503.16870) is of this kind.
 
-Noise of unbiased targets averages out in the last three as batches grow, bias does not. Sums and
-means over the batch's positions have the same angle and relative figures. The student is in eval
-mode and at temperature one; positions without a label count in no figure, as in training.
+In the last three the noise of unbiased targets averages out as batches grow, the bias does not.
+Sums and means over the positions of a batch have the same angle and relative figures. The student
+is in eval mode and at temperature one. Positions without a label are left out, as in training.
 
-Each figure is a mean over batches (over draws first, within a batch) with a t interval over
-batches of consecutive windows, which are taken to be independent.
+Each figure is a mean over batches (within a batch first over draws) with a t interval over batches
+of consecutive windows, which are assumed to be independent.
 
-Cost: the teacher's pass and the student's trunk once a window; for every target and draw one pass
-of the sampler and one backward pass of the trunk. Memory: logits of one slice of positions; for
-every target and draw one tensor like the head's weight, and one vector of all parameters for each
-batch size of more than one window.
+Cost: one teacher pass and one pass of the student's trunk per window; for each target and draw one
+pass of the sampler, one of the loss, two products with the head's size and one backward pass of the
+trunk. Memory: a few tensors as large as the logits of one slice of positions; for each target and
+draw one tensor as large as the head's weight, and one vector of all parameters for each batch size
+of more than one window.
 """
 
 from __future__ import annotations
@@ -51,20 +55,21 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class GradientFidelity:
-    """A target's gradient beside full distillation's, in one space and at one batch size.
+    """Hold the figures of one target's gradient, in one space and at one batch size.
 
     Args:
         student: name of the student.
         target: name of the target.
-        entries: mean entries a position.
-        space: see the module's docstring.
-        batch_tokens: tokens a batch.
-        draws: of the target, in each batch.
-        angle: degrees.
-        norm_ratio: of the target's gradient to full distillation's.
-        squared_bias: relative to the squared norm of full distillation's gradient.
-        variance: likewise, trace over the space.
-        relative_angle: angle over that of the target `against`, in the same batch.
+        entries: mean entries per position.
+        space: one of the spaces of the module's docstring.
+        batch_tokens: tokens per batch.
+        draws: draws of the target per batch.
+        angle: angle to full distillation's gradient, in degrees.
+        norm_ratio: norm divided by that of full distillation's gradient.
+        squared_bias: squared bias divided by the squared norm of full distillation's gradient.
+        variance: variance, summed over the space, divided likewise.
+        relative_angle: angle divided by that of the target `against` in the same batch; None
+            without such a target.
     """
 
     student: str
@@ -80,29 +85,29 @@ class GradientFidelity:
     relative_angle: Estimate | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> GradientFidelity:
-        """Read what `to_json` wrote."""
+        """Return the object whose `to_json` returned this value."""
         estimates = {k: Estimate(**v) for k, v in value.items() if isinstance(v, dict)}
         return cls(**{**value, **estimates})
 
     @property
     def bias(self) -> float | None:
-        """Root of the squared bias; None where it cannot be told from zero."""
+        """Root of the squared bias; None if it is not distinguishable from zero."""
         low = self.squared_bias.low
         told = low is None or low > 0
         return math.sqrt(max(self.squared_bias.mean, 0.0)) if told else None
 
     @property
     def bias_below(self) -> float | None:
-        """What the bias is below, where it cannot be told from zero."""
+        """Upper bound of a bias that is not distinguishable from zero; None for others."""
         own = self.squared_bias
         if own.low is None or own.high is None or own.low > 0:
             return None
-        # a negative estimate is zero plus noise: its interval's half width bounds the square
+        # a negative estimate is zero plus noise: the half width of its interval bounds the square
         return math.sqrt(max(own.high, own.high - own.mean))
 
     @property
@@ -123,28 +128,30 @@ def measure_gradients(
     against: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GradientFidelity]:
-    """Compare gradients of targets with full distillation's.
+    """Compare the gradients of targets with full distillation's.
 
     Args:
-        students: transformers causal language models by name, whose head runs apart from the trunk.
-        windows: text to measure on. As many windows are used as fill whole batches of the largest
+        students: transformers causal language models by name, whose trunk and head can be run
+            separately.
+        windows: text to measure on; as many windows are used as fill whole batches of the largest
             size.
-        teacher: whose distribution the targets stand for; a student that equals it has no gradient
-            to compare with.
-        targets: the rows.
-        batch_tokens: batch sizes, multiples of the window's length.
-        draws: of targets that are random; at least two, or bias and variance cannot be told apart.
-            Draw r is keyed by (seed + r, window).
-        seed: of the first draw.
-        against: name of the target whose angle the others' are divided by.
-        progress: called with windows done and in all.
+        teacher: the teacher whose distribution the targets approximate. A student that equals it
+            has no gradient to compare with.
+        targets: the targets to compare.
+        batch_tokens: batch sizes in tokens, multiples of the window length.
+        draws: draws of each random target, at least 2: one draw does not separate bias from
+            variance. Draw r is keyed by (seed + r, window).
+        seed: random seed of the first draw.
+        against: name of the target that `relative_angle` compares with.
+        progress: called with the number of windows done and their total.
 
     Returns:
-        One row for every student, target, space and batch size.
+        One row per student, target, space and batch size.
 
     Raises:
-        InvalidArgumentError: a student that cannot be taken apart, caps its logits, has fewer ids
-            than the teacher or equals it; sizes, draws or names that do not fit.
+        InvalidArgumentError: If a student's trunk and head cannot be run separately, if a student
+            caps its logits, has fewer ids than the teacher or equals it, or if sizes, draws or
+            names do not fit.
     """
     length = windows.corpus.packing.window_length
     sizes = _window_counts(batch_tokens, length, len(windows))
@@ -196,7 +203,7 @@ def measure_gradients(
 
 
 class _Maker:
-    """Draws targets of one slice of positions; a draw two targets share is made once."""
+    """Draw the targets of one slice of positions; a draw that two targets share is made once."""
 
     def __init__(
         self,
@@ -213,7 +220,7 @@ class _Maker:
         self.made: dict[tuple[int, int | None, int], Drawn] = {}
 
     def draws(self, target: Target, count: int) -> list[Drawn]:
-        """So many draws of a target, at the positions that count."""
+        """Return draws of a target at the positions that count."""
         if target.sampler is None:
             ids = self.labels[self.counted, None]
             return [Drawn(ids, torch.ones(ids.shape))]
@@ -229,7 +236,7 @@ class _Maker:
         length, per_position = len(self.tokens), sampler.uniforms_per_position
         uniforms = window_uniforms(self.seed + draw, self.window, length, per_position)
         own = uniforms[self.part].to(self.logits.device)
-        # all positions, as a sampler that follows a student expects; then those that count
+        # a sampler that follows a student expects all positions; those that count are kept below
         made = sampler.at(self.tokens, self.part)(self.logits, own)
         if rounds is not None:
             choices = thinning_choices(made.rounds or 0, rounds)
@@ -241,7 +248,7 @@ class _Maker:
 
 
 def _mean_entries(draws: Sequence[Drawn]) -> float:
-    """Entries of a slice, summed over positions and averaged over draws."""
+    """Return the entries of a slice, summed over positions and averaged over draws."""
     return sum(int((draw.weights > 0).sum()) for draw in draws) / len(draws)
 
 
@@ -283,12 +290,13 @@ def _window_counts(batch_tokens: Sequence[int], length: int, windows: int) -> li
     wrong = [size for size in sizes if size < 1 or size % length]
     if wrong or not sizes:
         raise InvalidArgumentError(
-            f"batch sizes are multiples of the window of {length} tokens, found {wrong or 'none'}"
+            f"batch sizes must be multiples of the window of {length} tokens, found "
+            f"{wrong or 'none'}"
         )
     if windows * length < sizes[-1]:
         raise InvalidArgumentError(
-            f"the text has {windows} windows, {windows * length} tokens; a batch of {sizes[-1]} "
-            "needs more text or a smaller size"
+            f"the text has {windows} windows, {windows * length} tokens, and a batch "
+            f"{sizes[-1]}: use more text or smaller batches"
         )
     return [size // length for size in sizes]
 
@@ -296,11 +304,11 @@ def _window_counts(batch_tokens: Sequence[int], length: int, windows: int) -> li
 def _draws(targets: Sequence[Target], draws: int, against: str | None) -> list[int]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names) or not names:
-        raise InvalidArgumentError(f"targets need names of their own, found {names}")
+        raise InvalidArgumentError(f"targets need distinct names, at least one, found {names}")
     if against is not None and against not in names:
-        raise InvalidArgumentError(f"no target is called {against!r}; there are {names}")
+        raise InvalidArgumentError(f"unknown target {against!r}; available: {names}")
     if draws < 2:
         raise InvalidArgumentError(
-            f"bias and noise of {draws} draw cannot be told apart: 2 or more"
+            f"draws must be 2 or more, found {draws}: one does not separate bias from noise"
         )
     return [target.draws(draws) for target in targets]

@@ -1,11 +1,12 @@
-"""One student's gradients on a window: full distillation's and every target's, in five spaces.
+"""Compute one student's gradients on a window: full distillation's and every target's.
 
-See `gradients.py` for what is measured and what it costs.
+Each target's gradient with respect to the logits is that of the library's own loss, by autograd.
+See `measure.py` for the five spaces that it is taken to, and for the cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -19,22 +20,27 @@ from sparselogits.causal_lm import Parts, agrees_with_model, split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.gradients.compared import Target
-from sparselogits.lab.gradients.logit_gradients import LogitGradient, Positions
 from sparselogits.lab.gradients.moments import Moments
-from sparselogits.losses.targets import accumulation_dtype, place_missing_mass
+from sparselogits.losses import Criterion, sparse_cross_entropy
+from sparselogits.losses.targets import accumulation_dtype
 
 Space = Literal["logits", "hidden", "summed logits", "summed hidden", "parameters"]
 
 
 class Drawn(NamedTuple):
-    """A target of the counted positions of a slice: ids int64 [P, K], weights float32 [P, K]."""
+    """Hold one draw of a target at the counted positions of a slice.
+
+    Attributes:
+        ids: int64 [P, K].
+        weights: float32 [P, K].
+    """
 
     ids: Tensor
     weights: Tensor
 
 
 class Learner:
-    """One student: its gradients on the window being read, and the batches they add up to."""
+    """Compute one student's gradients on the current window and add them up over batches."""
 
     def __init__(
         self,
@@ -45,7 +51,7 @@ class Learner:
     ) -> None:
         self.model, self.targets, self.draws = model, targets, draws
         self.parts = _require_parts(model)
-        # leaves of their own over the student's storage: nothing of the student is touched
+        # separate leaves over the student's storage, so that the student has no gradients after
         trunk, head = self.parts.trunk, self.parts.head
         leaves: dict[Tensor, Tensor] = {}
         for parameter in (*trunk.parameters(), *head.parameters()):
@@ -83,7 +89,7 @@ class Learner:
 
     @cached_property
     def documents(self) -> Documents:
-        """How the student runs packed windows; probed when it is first asked for."""
+        """How the student runs packed windows; probed on first use."""
         return Documents.probe(self.model, self._run)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -113,29 +119,36 @@ class Learner:
                 f"the student's vocabulary has {vocabulary} ids, the teacher's {logits.shape[1]}; "
                 "a student may have more ids than its teacher, not fewer"
             )
-        p = F.pad(logits.softmax(1), (0, vocabulary - logits.shape[1]))
-        here = Positions(z.softmax(1), p, states, self.weight, self.parts.scale)
-        self.full.hidden[rows] = here.hidden_of_full()
-        self.full.weight.add_(here.weight_of_full())
-        self.full.logits.add_(here.sum_of_full())
-        ones = torch.ones(len(rows), dtype=dtype, device=device)
         wanted = labels[counted].to(device)
-        for index, (target, own) in enumerate(zip(self.targets, drawn, strict=True)):
-            rule, alpha = target.missing_mass, target.alpha
-            gradients = []
-            for window, (ids, weights) in zip(self.own[index], own, strict=True):
-                placed = place_missing_mass(
-                    ids.to(device), weights.to(device), ones, wanted, rule, vocabulary
-                )
-                gradient = LogitGradient.of(placed, here.student).with_labels(wanted, alpha)
-                window.hidden[rows] = here.hidden(gradient)
-                here.weight_(gradient, window.weight)
-                window.logits.add_(here.sum(gradient))
-                gradients.append(gradient)
-            self.moments[index] += here.moments(gradients)
+
+        def add(gradient: Tensor, window: WindowGradient) -> None:
+            window.hidden[rows] = (gradient @ self.weight).mul_(self.parts.scale)
+            window.weight.addmm_(gradient.T, states, alpha=self.parts.scale)
+            window.logits.add_(gradient.sum(0))
+
+        def formed(target: Target, draws: Sequence[Drawn], index: int) -> Iterator[Tensor]:
+            criterion = Criterion(target.alpha, target.missing_mass, reduction="sum")
+            for window, (ids, weights) in zip(self.own[index], draws, strict=True):
+                with torch.enable_grad():
+                    loss = sparse_cross_entropy(
+                        z.requires_grad_(),
+                        ids.to(device),
+                        weights.to(device),
+                        labels=wanted,
+                        criterion=criterion,
+                    )
+                (gradient,) = torch.autograd.grad(loss, z)
+                add(gradient, window)
+                yield gradient
+
+        full = z.softmax(1)
+        full[:, : logits.shape[1]] -= logits.softmax(1)
+        add(full, self.full)
+        for index, (target, draws) in enumerate(zip(self.targets, drawn, strict=True)):
+            self.moments[index] += Moments.of(full, formed(target, draws, index))
 
     def end(self) -> None:
-        """Hand the window's gradients to the batches, all parameters among them."""
+        """Add the window's gradients, including those of all parameters, to the batches."""
         full = self.full
         self._add("summed logits", None, [full.logits])
         self._add("summed hidden", None, [full.hidden.sum(0)])
@@ -157,7 +170,7 @@ class Learner:
             level.add(space, target, vectors)
 
     def _all_parameters(self, window: WindowGradient) -> Tensor:
-        """The gradient of every parameter in one vector, head and trunk."""
+        """Return the gradient of every parameter, of head and trunk, in one vector."""
         gradients = torch.autograd.grad(
             self.states,
             self.leaves,
@@ -178,12 +191,13 @@ class Learner:
 
 @dataclass(frozen=True)
 class WindowGradient:
-    """A gradient on one window, summed over positions where it is not one a position.
+    """Hold a gradient on one window.
 
     Args:
-        hidden: [L, D], of the head's input.
-        weight: [V, D], of the head's weight, by way of the logits alone.
-        logits: [V].
+        hidden: [L, D], with respect to the head's input, per position.
+        weight: [V, D], with respect to the head's weight, summed over positions; without the
+            contribution of a tied embedding.
+        logits: [V], with respect to the logits, summed over positions.
     """
 
     hidden: Tensor
@@ -192,17 +206,17 @@ class WindowGradient:
 
     @staticmethod
     def empty(states: Tensor, weight: Tensor) -> WindowGradient:
-        """Zeros for the window with these states [L, D] and a head of this weight [V, D]."""
+        """Return zeros for a window with these states [L, D] and a head of this weight [V, D]."""
         zeros = torch.zeros(states.shape, dtype=weight.dtype, device=weight.device)
         return WindowGradient(zeros, torch.zeros_like(weight), weight.new_zeros(len(weight)))
 
 
 @dataclass
 class Batches:
-    """Gradients added up over `size` consecutive windows, again and again.
+    """Add up gradients over batches of `size` consecutive windows.
 
-    A batch's moments are taken as its last window's gradients arrive, so that no sum is kept
-    longer than it is needed. The full gradient (target None) comes first.
+    The moments of a batch are computed when the gradients of its last window are added, so no sum
+    is kept longer than needed. The full gradient (target None) must be added first.
     """
 
     size: int
@@ -213,7 +227,7 @@ class Batches:
     _full: dict[Space, Tensor] = field(default_factory=dict)
 
     def add(self, space: Space, target: int | None, vectors: list[Tensor]) -> None:
-        """A window's gradients, one a draw."""
+        """Add a window's gradients, one per draw."""
         last = self._done == self.size - 1
         sums = self._sums.pop((space, target), None)
         if sums is None:
@@ -229,7 +243,7 @@ class Batches:
             self._close(space, target, Moments.of(self._full[space], sums))
 
     def add_moments(self, space: Space, target: int, moments: Moments) -> None:
-        """A window's moments, where positions stand side by side."""
+        """Add a window's moments, for spaces in which positions are kept side by side."""
         before = self._moments.pop((space, target), None)
         total = moments if before is None else before + moments
         if self._done == self.size - 1:
@@ -238,15 +252,15 @@ class Batches:
             self._moments[space, target] = total
 
     def end_window(self) -> None:
-        """All of a window's gradients have been added."""
+        """Note that all gradients of a window have been added."""
         self._done = (self._done + 1) % self.size
         self._full.clear()
 
     def _close(self, space: Space, target: int, moments: Moments) -> None:
         if moments.full == 0:
             raise InvalidArgumentError(
-                "full distillation's gradient is zero: the student is its teacher, or no position "
-                "of a batch has a label; measure another student or larger batches"
+                "full distillation's gradient is zero: the student equals its teacher, or no "
+                "position of a batch has a label; measure another student or larger batches"
             )
         self.found.setdefault((space, target), []).append(moments)
 
@@ -255,12 +269,12 @@ def _require_parts(model: nn.Module) -> Parts:
     parts = split(model)
     if parts is None or not agrees_with_model(model, parts):
         raise InvalidArgumentError(
-            f"{type(model).__name__}: head and trunk cannot be run apart, which gradients in "
+            f"{type(model).__name__}: head and trunk cannot be run separately, which gradients in "
             "hidden space need; measure a student with a plain linear head"
         )
     if parts.softcap is not None:
         raise InvalidArgumentError(
-            f"{type(model).__name__} caps its logits at {parts.softcap}; gradients through a "
-            "softcap are not measured: take a student without one"
+            f"{type(model).__name__} caps its logits at {parts.softcap}, and gradients through a "
+            "softcap are not measured; measure a student without one"
         )
     return parts
