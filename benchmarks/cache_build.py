@@ -26,7 +26,7 @@ from material import corpus as packed
 from material import teacher as loaded
 from measuring import interleaved, machine, publish, ratios, spread
 from sparselogits.caching import CacheRequest, build_caches
-from sparselogits.caching.work import Draw, compute_range
+from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import TransformersTeacher
@@ -91,7 +91,7 @@ def main() -> None:
             {
                 "forward": lambda: forward(teacher, corpus, args.windows, args.batch),
                 "compute": lambda: compute_range(
-                    teacher, rows, [Draw(sampler, 0, 1.0)], reset_attention=False, **how
+                    teacher, rows, [DrawSettings(sampler, 0, 1.0)], reset_attention=False, **how
                 ),
                 "build": build,
             },

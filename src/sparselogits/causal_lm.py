@@ -1,12 +1,12 @@
-"""A causal language model taken apart: trunk, head, and what happens to the logits in between.
+"""Split a causal language model into trunk and head, and measure what it does to its logits.
 
-Teacher and student need the same thing of a transformers model: hidden states from the trunk, and
-the head applied to them a slice of positions at a time, so that logits of [batch, length,
-vocabulary] never exist. `split` finds the parts. What the model does to its logits after the head
-(a scale, a soft cap) is measured rather than read from a list of names: known numbers are put in
-the place of the head's output, in float32, and the model's own code turns them into logits. So a
-bfloat16 model is checked as sharply as any, and `agrees_with_model` fails for a model that does
-something else; the caller then takes the plain path.
+Teacher and student both need hidden states from the trunk, and the head applied to them a slice of
+positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` finds the
+parts and checks them against the model. What the model does to its logits after the head (a scale,
+a soft cap) is measured rather than read from a list of names: known float32 numbers replace the
+head's output, and the model's own code turns them into logits. So a bfloat16 model is checked as
+strictly as any. For a model that does something else `split` returns None, and the caller uses the
+model's own forward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ PROBE_LENGTH = 16
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: softcap(scale * (h W^T + b)).
+    """Maps hidden states h to logits: softcap(scale * (h W^T + b)).
 
     Args:
-        weight: [V, D].
-        bias: [V] or None.
+        weight: W, [V, D].
+        bias: b, [V], or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: c in c * tanh(logits / c) (Gemma's `final_logit_softcapping`), or None.
-        module: makes the product where the weight is spread over ranks, which all of them call.
+        module: module that computes the product where the weight is sharded over ranks, all of
+            which call it; else None.
     """
 
     weight: Tensor
@@ -42,7 +43,7 @@ class Head:
     module: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """float32 logits [..., V] of hidden states [..., D]; the product in the weight's dtype."""
+        """Return float32 logits [..., V] of states [..., D], multiplied in the weight's dtype."""
         if self.module is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias).float()
         else:
@@ -56,7 +57,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Parts:
-    """The trunk of a model, which gives hidden states, and its head."""
+    """The trunk of a model, which returns hidden states, and the head."""
 
     trunk: nn.Module
     head: nn.Module
@@ -64,18 +65,18 @@ class Parts:
     softcap: float | None
 
     def bound_head(self) -> Head:
-        """The head with the weights as they are now; call it where hooks have gathered them."""
+        """Return the head with its current weights; call this where hooks have gathered them."""
         weight: Any = self.head.weight
         module = self.head if isinstance(weight, DTensor) else None
         return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
 
 
 def split(model: nn.Module) -> Parts | None:
-    """Return the parts of a transformers causal language model, or None where they are unknown.
+    """Return the parts of a transformers causal language model; None where they are unknown.
 
-    A head that is not a plain linear layer (LoRA on it, quantised) has no weight that could be
-    multiplied from outside, and what happens to the logits may be more than a scale and a soft
-    cap: both count as unknown.
+    The parts are unknown where the head is not a plain linear layer (with LoRA, quantised), where
+    more than a scale and a soft cap happens to the logits, and where head(trunk(x)) differs from
+    the model's own logits.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     trunk = getattr(model, "get_decoder", lambda: None)()
@@ -84,20 +85,21 @@ def split(model: nn.Module) -> Parts | None:
     measured = _measured(model, head)
     if measured is None:
         return None
-    return Parts(trunk, head, *measured)
+    parts = Parts(trunk, head, *measured)
+    return parts if _agree(model, parts) else None
 
 
 @torch.no_grad()
 def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] | None:
-    """Return scale and soft cap of a model's logits; None where there is more, or it is unknown.
+    """Return scale and soft cap of a model's logits; None where something else happens to them.
 
-    The head's output is replaced by a ramp from 2^-10 to 2^16 of both signs that every column
-    sees in parts; the smallest numbers give the scale, the largest the soft cap, all of them say
-    whether that is everything.
+    The head's output is replaced by a ramp from 2^-10 to 2^16 of both signs, of which every column
+    gets a part. The smallest numbers give the scale, the largest the soft cap, and all of them show
+    whether anything else happens.
     """
     weight: Any = head.weight
     if weight.is_meta:
-        return None  # offloaded: there is no weight to multiply from outside
+        return None  # offloaded: the weight has no values here
     magnitudes = torch.logspace(-10, 16, 79, base=2.0)
     ramp = torch.cat([magnitudes, -magnitudes]).to(weight.device)
     rows = torch.arange(PROBE_LENGTH, device=weight.device)[:, None] * 37
@@ -105,7 +107,7 @@ def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] |
     given = ramp[(rows + columns) % len(ramp)][None]
 
     def replaced(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-        # a model that asks for the last position alone gets as many
+        # a model may compute the last position only
         return given[:, : output.shape[1]].clone()
 
     with _hooked(head, replaced):
@@ -129,7 +131,7 @@ def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] |
 
 
 def _configured(config: Any, measured: float) -> float:
-    """Return the configured number (or its inverse) that was measured, where there is one."""
+    """Return the configured number (or its inverse) that equals a measured one, if there is one."""
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
     candidates = [1.0, *known, *(1.0 / v for v in known if v)]
@@ -152,7 +154,7 @@ def _probe(model: nn.Module, device: Any) -> Tensor:
 
 
 def _own_logits(model: nn.Module, tokens: Tensor) -> Tensor | None:
-    """Return the logits of the model's own forward pass; None where it cannot be called."""
+    """Return the logits of the model's own forward pass; None where it fails."""
     was_training = model.training
     model.eval()
     try:
@@ -165,22 +167,21 @@ def _own_logits(model: nn.Module, tokens: Tensor) -> Tensor | None:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Return how many ids a model's input embedding has; wrapped embeddings included."""
+    """Return the number of ids of a model's input embedding, which may be wrapped."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def text_config(config: Any) -> Any:
-    """The language part of a configuration that may describe several modalities."""
+    """Return the language part of a configuration that may describe several modalities."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 @torch.no_grad()
-def agrees_with_model(model: nn.Module, parts: Parts) -> bool:
+def _agree(model: nn.Module, parts: Parts) -> bool:
     """Return whether head(trunk(x)) equals the model's own logits on a few tokens.
 
-    What enters the head has to be what the trunk gives, bit for bit or nearly: a factor or a norm
-    in between would show. The logits may differ by the rounding of the products in the model's
-    dtype.
+    The head's input has to equal the trunk's output, up to rounding: this detects a factor or a
+    norm in between. The logits may differ by the rounding of the products in the model's dtype.
     """
     weight: Any = parts.head.weight
     tokens = _probe(model, weight.device)
@@ -210,6 +211,6 @@ def agrees_with_model(model: nn.Module, parts: Parts) -> bool:
 
 
 def _near(one: Tensor, other: Tensor, share: float) -> bool:
-    """Whether two tensors differ by a share of the largest number at most."""
+    """Return whether two tensors differ by at most a share of the largest number."""
     one, other = one.float(), other.float().to(one.device)
     return bool((one - other).abs().max() <= share * other.abs().max())

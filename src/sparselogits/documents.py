@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError
 
-Run = Callable[..., Tensor]
+Forward = Callable[..., Tensor]
 """From `input_ids` int64 [B, L], and further inputs by name, to states or logits [B, L, D]."""
 
 _PROBE_STARTS = ([0, 17], [0, 9, 10, 27])
@@ -61,7 +61,7 @@ class Documents:
 
     @classmethod
     @torch.no_grad()
-    def probe(cls, model: nn.Module, run: Run) -> Documents:
+    def probe(cls, model: nn.Module, run: Forward) -> Documents:
         """Find out how a model runs documents, from a few short forward passes.
 
         Args:
@@ -81,7 +81,7 @@ class Documents:
 
     def run(
         self,
-        run: Run,
+        run: Forward,
         input_ids: Tensor,
         position_ids: Tensor,
         *,
@@ -137,7 +137,7 @@ def restarting_positions(length: int, document_starts: Sequence[np.ndarray]) -> 
 
 
 def _run_apart(
-    run: Run,
+    run: Forward,
     input_ids: Tensor,
     position_ids: Tensor,
     *,
@@ -178,7 +178,7 @@ def _run_apart(
 
 
 @torch.no_grad()
-def _forget_lengths(run: Run, input_ids: Tensor) -> None:
+def _forget_lengths(run: Forward, input_ids: Tensor) -> None:
     """Run one token: frequencies that grew with a long sequence are kept until a short one."""
     run(input_ids=input_ids[:1, :1])
 
@@ -211,7 +211,7 @@ def _probe_tokens(model: nn.Module) -> Tensor:
     return tokens.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
 
-def _way(run: Run, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
+def _way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
     starts = [np.array(own, np.int32) for own in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
     try:
@@ -232,7 +232,7 @@ def _way(run: Run, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart",
     return "apart" if _distance(apart, alone) <= _APART.get(alone.dtype, _APART_HALF) else "none"
 
 
-def _each_alone(run: Run, tokens: Tensor, *, equal: bool) -> Tensor:
+def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
     rows = []
     for row, starts in zip(tokens, _PROBE_STARTS, strict=True):
         ends = [*starts[1:], _PROBE_LENGTH]
@@ -246,7 +246,7 @@ def _each_alone(run: Run, tokens: Tensor, *, equal: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def _packed_is_right(run: Run, tokens: Tensor, positions: Tensor, alone: Tensor) -> bool:
+def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Tensor) -> bool:
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
     if packed.shape != alone.shape or not _distance(packed, alone) <= bound:

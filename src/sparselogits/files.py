@@ -21,7 +21,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -64,11 +64,23 @@ def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> No
 
 
 @contextlib.contextmanager
-def writing_whole(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+def writing_whole(
+    path: Path, *, replace: bool = True, name: Callable[[], str] | None = None
+) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when the block ends without an exception.
 
-    Args and errors are those of `write_whole`. An `OSError` inside the block counts as a failure to
-    write; an exception of any kind leaves what stood there before unchanged.
+    An `OSError` inside the block counts as a failure to write; after an exception of any kind an
+    existing file is unchanged.
+
+    Args:
+        path: see `write_whole`.
+        replace: see `write_whole`.
+        name: returns the name of the file when the block has ended, for a file that is named by its
+            content; None for the name in `path`.
+
+    Raises:
+        StorageError: see `write_whole`.
+        InvalidArgumentError: see `write_whole`.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +100,11 @@ def writing_whole(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
             finally:
                 with contextlib.suppress(OSError):  # closing flushes again what did not fit
                     handle.close()
+            target = path if name is None else path.with_name(name())
             if replace:
-                temporary.replace(path)
+                temporary.replace(target)
             else:
-                take_name(temporary, path)
+                take_name(temporary, target)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()

@@ -1,8 +1,8 @@
-"""Compare the length of windows with the positions that a model has, before work starts.
+"""Compare the length of windows with a model's positions before work starts.
 
-A model with a table of positions (GPT-2, OPT, GPT-J, MPT, ...) cannot run beyond it. One that
-computes them (rotary embeddings) can, and its logits are worse there than its loss on shorter text
-says.
+A model with a table of positions (GPT-2, OPT, GPT-J, MPT, ...) cannot run longer sequences. A model
+that computes positions (rotary embeddings) can, but its predictions there are worse than its loss
+on shorter text suggests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return how many positions a model was made for; None where its configuration has no limit."""
+    """Return the number of positions of a model; None where its configuration has no limit."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)
@@ -34,7 +34,7 @@ def trained_positions(model: nn.Module) -> int | None:
 
 
 def _stretched(config: object) -> int:
-    """Positions after scaling of rotary embeddings, where the configured number is before it."""
+    """Return the positions after rotary scaling, where the configured number precedes scaling."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
         return 0
@@ -53,13 +53,13 @@ def check_window(
     restarts: bool = False,
     allow: Collection[str] = (),
 ) -> None:
-    """Check that a model can run windows of a length; one beyond its positions is tried.
+    """Check that a model can run windows of a length; a length beyond its positions is tried.
 
     Args:
         model: a transformers causal language model.
-        run: its forward pass, from `input_ids`.
-        length: tokens per window.
-        restarts: positions restart at documents, which may all be short enough.
+        run: forward pass of the model, from `input_ids`.
+        length: number of tokens per window.
+        restarts: whether positions restart at documents, which may all be short enough.
         allow: where positions restart, "long-windows" turns the refusal into a warning.
 
     Raises:
@@ -81,8 +81,8 @@ def check_window(
         return
     warnings.warn(
         f"windows of {length:,} tokens are longer than the {limit:,} positions that "
-        f"{type(model).__name__} was made for; its predictions beyond them may be poor. Take "
-        f"windows of {limit:,} tokens at most, unless its context was extended",
+        f"{type(model).__name__} was trained on; its predictions beyond them may be poor. Use "
+        f"windows of at most {limit:,} tokens, unless its context was extended",
         SparseLogitsWarning,
         stacklevel=2,
     )
@@ -107,5 +107,5 @@ def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
 def _too_long(model: nn.Module, length: int, limit: int) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"{type(model).__name__} has {limit:,} positions and cannot run sequences of {length:,} "
-        f"tokens; build with --window {limit} or less, or use a model with a longer context"
+        f"tokens; use a window of at most {limit} (--window), or a model with a longer context"
     )

@@ -20,14 +20,14 @@ from torch import nn
 
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError
 
-Format = Literal[
+QuantizationFormat = Literal[
     "int8-weight-only", "int4-weight-only", "int3-weight-only", "int2-weight-only",
     "int8-dynamic-int8", "int8-dynamic-int4",
 ]  # fmt: skip
 """Bits of the weights, after bits of the activations where these are quantised too (per token,
 ranges taken from the data)."""
 
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS: tuple[str, ...] = get_args(QuantizationFormat)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Quantization:
     """A format of torchao.
 
     Args:
-        format: see `Format`.
+        format: see `QuantizationFormat`.
         group_size: consecutive inputs of a linear layer whose weights share a scale; None shares
             one scale per output channel.
 
@@ -47,7 +47,7 @@ class Quantization:
         'int4-weight-only, groups of 32'
     """
 
-    format: Format
+    format: QuantizationFormat
     group_size: int | None = 32
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselogits.caching.work import Draw, compute_range
+from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import Window
 from sparselogits.samplers import Adaptive, Sampler, StudentSignal, Systematic, Threshold, TopK
 from sparselogits.teacher import TransformersTeacher
@@ -34,7 +34,7 @@ def test_the_positions_that_are_left(sampler: Sampler, slice_positions: int) -> 
     mask = np.arange(40) % 3 > 0
     mask[21:32] = False  # a whole slice without a position
     options = {"batch": 2, "reset_attention": False}
-    draws = [Draw(sampler, seed=5, temperature=1.0)]
+    draws = [DrawSettings(sampler, seed=5, temperature=1.0)]
     ((plain, masked),) = compute_range(engine, [whole, replace(whole, mask=mask)], draws, **options)
     assert masked.targets.entries_per_position[torch.from_numpy(~mask)].sum() == 0
     for position in mask.nonzero()[0]:

@@ -23,7 +23,7 @@ from sparselogits.samplers import (
     window_uniforms,
 )
 from sparselogits.store import codec_for
-from sparselogits.store.codec import BlockError, TargetCodec, Window
+from sparselogits.store.codec import BlockError, TargetCodec, TargetWindow
 from sparselogits.store.codec.columns import ColumnDecoder, ColumnError, encode_column
 from sparselogits.targets import SparseTargets
 
@@ -40,7 +40,7 @@ SAMPLERS: list[tuple[Sampler, str]] = [
 ]
 
 
-def require_round_trip(codec: TargetCodec, windows: list[Window]) -> None:
+def require_round_trip(codec: TargetCodec, windows: list[TargetWindow]) -> None:
     tables, blocks = codec.encode(windows)
     decoder = codec.decoder(tables)
     for i, window in enumerate(windows):
@@ -74,7 +74,7 @@ def test_what_samplers_draw_comes_back(sampler: Sampler, weights: str, scale: fl
         logits[:, 600:] = -torch.inf
         uniforms = window_uniforms(0, index, L, sampler.uniforms_per_position)
         tokens = torch.randint(0, 600, (L,), generator=generator).to(torch.int32).numpy()
-        windows.append(Window(sampler(logits, uniforms), tokens, np.ones(L, np.bool_)))
+        windows.append(TargetWindow(sampler(logits, uniforms), tokens, np.ones(L, np.bool_)))
     identity = codec_for(sampler)
     assert identity["weights"] == weights
     require_round_trip(TargetCodec.from_identity(identity, V), windows)
@@ -96,7 +96,7 @@ def sets(rows: list[dict[int, int]], vocab_size: int, rounds: int) -> SparseTarg
 
 
 @st.composite
-def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> Window:
+def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> TargetWindow:
     L = draw(st.integers(1, 12))
     ids = st.integers(0, vocab_size - 1)
     tokens = np.array(draw(st.lists(ids, min_size=L, max_size=L)), np.int32)
@@ -107,7 +107,7 @@ def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> Window:
         for i in draw(st.lists(ids, min_size=rounds, max_size=rounds)) if carrying else []:
             row[i] = row.get(i, 0) + 1
         rows.append(row)
-    return Window(sets(rows, vocab_size, rounds), tokens, present)
+    return TargetWindow(sets(rows, vocab_size, rounds), tokens, present)
 
 
 @settings(max_examples=150, deadline=None)
@@ -127,7 +127,7 @@ def test_long_windows_over_large_vocabularies() -> None:
     for row in ids.tolist():
         rows.append({i: row.count(i) for i in row})
     tokens = generator.integers(0, V, L).astype(np.int32)
-    whole = Window(sets(rows, V, rounds), tokens, np.ones(L, np.bool_))
+    whole = TargetWindow(sets(rows, V, rounds), tokens, np.ones(L, np.bool_))
     require_round_trip(TargetCodec("counts", V, rounds), [whole])
 
 
@@ -136,7 +136,7 @@ def test_a_block_for_other_tokens_is_not_read_as_sound() -> None:
     rows = [{1: 2, 5: 1}, {0: 3}, {2: 1, 3: 1, 4: 1}]
     codec, present = TargetCodec("counts", 6, 3), np.ones(3, np.bool_)
     tokens = np.array([1, 5, 0], np.int32)
-    tables, blocks = codec.encode([Window(sets(rows, 6, 3), tokens, present)])
+    tables, blocks = codec.encode([TargetWindow(sets(rows, 6, 3), tokens, present)])
     decoder = codec.decoder(tables)
     with pytest.raises(BlockError):
         decoder.decode(0, blocks[0], tokens, np.array([True, True, False]))
@@ -150,9 +150,9 @@ def test_weights_that_are_not_counts_are_refused() -> None:
     codec = TargetCodec("counts", 6, 3)
     one = np.ones(1, np.bool_)
     with pytest.raises(InvalidTargetsError, match="count / rounds"):
-        codec.encode([Window(off, np.zeros(1, np.int32), one)])
+        codec.encode([TargetWindow(off, np.zeros(1, np.int32), one)])
     with pytest.raises(InvalidTargetsError, match="7 rounds"):
-        TargetCodec("counts", 6, 7).encode([Window(target, np.zeros(1, np.int32), one)])
+        TargetCodec("counts", 6, 7).encode([TargetWindow(target, np.zeros(1, np.int32), one)])
 
 
 def test_an_unknown_codec_is_refused() -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparselogits.caching.work import Draw, compute_range
+from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import Window
 from sparselogits.errors import TeacherError
 from sparselogits.samplers import Systematic
@@ -75,7 +75,7 @@ def test_both_engines_draw_the_same_from_one_model() -> None:
         TransformersTeacher(model, token_mask=mask, identity=IDENTITY),
         ModuleTeacher(Trunk(), model.lm_head, token_mask=mask, name="x", architecture="llama"),
     )
-    draws = [Draw(Systematic(9), seed=5, temperature=1.0)]
+    draws = [DrawSettings(Systematic(9), seed=5, temperature=1.0)]
     one, other = (
         compute_range(engine, [window], draws, batch=1, reset_attention=False)[0][0].targets
         for engine in engines

@@ -47,7 +47,7 @@ def test_a_table_of_positions_is_a_limit(architecture: str) -> None:
     assert trained_positions(model) == POSITIONS
     teacher = teacher_of(model)
     assert check(teacher, POSITIONS) > 0
-    said = r"has 64 positions and cannot run sequences of 65 tokens; build with --window 64 or less"
+    said = r"has 64 positions and cannot run sequences of 65 tokens; use a window of at most 64 "
     with pytest.raises(InvalidArgumentError, match=said):
         check(teacher, POSITIONS + 1)
     tokens = torch.from_numpy(window(65).tokens)

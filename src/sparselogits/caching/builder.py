@@ -7,28 +7,27 @@ shards are compared with the corpus before any work is done (`job.CHECKED_SHARDS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sparselogits.caching.job import Job
 from sparselogits.caching.pilot import check_teacher_on_text, pilot_windows, resolve_budget
-from sparselogits.caching.plan import WHOLE, Range, Share, shard_ranges, windows_in
+from sparselogits.caching.plan import WHOLE, Share, shard_ranges, windows_in
 from sparselogits.caching.text import require_room
-from sparselogits.caching.work import Draw
+from sparselogits.caching.work import DrawSettings
 from sparselogits.caching.writer import Writer
 from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
+from sparselogits.progress import Progress
 from sparselogits.samplers import Sampler
 from sparselogits.store import Cache, Location, codec_for
+from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 WINDOWS_PER_SHARD = 512
-
-Progress = Callable[[int, int], None]
-"""Called with windows done and windows in all."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def begin_job(
     """
     caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
     draws = [
-        Draw(sampler, request.seed, request.temperature)
+        DrawSettings(sampler, request.seed, request.temperature)
         for sampler, request in zip(samplers, requests, strict=True)
     ]
     told = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None

@@ -30,7 +30,7 @@ _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
     [*(" with ".join(pair) for pair in LISTS), PROMPT]
 )
 
-Array = NDArray[Any]
+_Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +46,11 @@ class Collected:
         weights: float32 [E], the teacher's raw probabilities.
     """
 
-    tokens: Array
-    starts: Array
-    lengths: Array
-    ids: Array
-    weights: Array
+    tokens: _Array
+    starts: _Array
+    lengths: _Array
+    ids: _Array
+    weights: _Array
 
     def __len__(self) -> int:
         """Number of tokens n."""
@@ -126,8 +126,8 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 
 
 def _sets(
-    ids: Array, logs: Array, owner: Array, k: int, where: Where
-) -> tuple[Array, Array, Array]:
+    ids: _Array, logs: _Array, owner: _Array, k: int, where: Where
+) -> tuple[_Array, _Array, _Array]:
     """The k likeliest entries of each position, by (position, id)."""
     by_id = np.lexsort((ids, owner))
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
@@ -199,7 +199,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
     return value
 
 
-def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> Array:
+def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
     """The values as an array; refused unless all are numbers of these kinds."""
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)
@@ -213,7 +213,7 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> Array:
     return array
 
 
-def _require_ids(ids: Array, vocab_size: int, what: str, where: Where) -> None:
+def _require_ids(ids: _Array, vocab_size: int, what: str, where: Where) -> None:
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
         _refuse(where, f"the {what} {wrong[0]} lies outside the vocabulary of {vocab_size} ids")

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import transformers
 
-from sparselogits.caching.plan import Range, spread
 from sparselogits.caching.text import read_windows
-from sparselogits.caching.work import Draw, compute_range
+from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import PackedCorpus, Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.store import Cache, WindowRecord
+from sparselogits.store.ranges import Range, spread
 from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.teacher import Engine
 
@@ -45,7 +45,7 @@ class Job:
     corpus: PackedCorpus
     first_window: int
     caches: list[Cache]
-    draws: list[Draw]
+    draws: list[DrawSettings]
     batch: int
     tokenizer: dict[str, Any] | None = None
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sparselogits.allowances import refuse
-from sparselogits.caching.plan import spread
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.errors import TeacherError
 from sparselogits.samplers import Pilot, PilotSlice, Sampler
+from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024

@@ -1,7 +1,7 @@
-"""Which ranges of windows make up the work.
+"""Divide the work of a build into ranges of windows, one range per shard.
 
-A range is a shard. Ranges are fixed by the corpus and the identity alone, so any number of workers
-can divide them without talking to each other.
+Ranges are fixed by the corpus and the identity alone, so any number of workers can divide them
+without communication.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparselogits.errors import InvalidArgumentError
-
-Range = tuple[int, int]
-"""First window and one past the last."""
+from sparselogits.store.ranges import Range
 
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of the work, where workers divide it without talking to each other.
+    """One worker's share of the work, where workers divide it without communication.
 
     Args:
-        index: which of the workers, from 0.
-        count: how many there are.
+        index: number of the worker, from 0.
+        count: number of workers.
     """
 
     index: int
     count: int
 
     def of(self, ranges: Sequence[Range]) -> list[Range]:
-        """Every count-th range. It does not depend on which are finished, so none is left out."""
+        """Return every count-th range, whether finished or not, so that no range is missed."""
         return list(ranges[self.index :: self.count])
 
 
@@ -38,23 +36,22 @@ WHOLE = Share(0, 1)
 def shard_ranges(
     windows: int, windows_per_shard: int, only: Range | None = None, *, first_window: int = 0
 ) -> list[Range]:
-    """The shards of a corpus, or of a part of it.
+    """Return the ranges of windows of the shards of a corpus, or of a part of it.
 
     Args:
-        windows: windows of the corpus.
-        windows_per_shard: windows a shard covers; the corpus' last shard may cover fewer.
-        only: a range of windows to build; its edges must be edges of shards.
-        first_window: number of the corpus' first window in the cache: where text is appended, the
-            windows before it.
+        windows: number of windows of the corpus.
+        windows_per_shard: number of windows per shard; the last shard may hold fewer.
+        only: range of windows to build; its ends must be ends of shards.
+        first_window: number of the corpus' first window in the cache; above 0 for appended text.
 
     Raises:
-        InvalidArgumentError: for a range outside the corpus or across a shard.
+        InvalidArgumentError: the range does not lie in the corpus, or cuts through a shard.
     """
     end = first_window + windows
     first, stop = only if only is not None else (first_window, end)
     if not first_window <= first < stop <= end:
         raise InvalidArgumentError(
-            f"windows {first}:{stop} do not lie in the corpus, which has windows "
+            f"windows {first}:{stop} do not lie in the corpus; give a range within "
             f"{first_window}:{end}"
         )
     cut = (first - first_window) % windows_per_shard, (stop - first_window) % windows_per_shard
@@ -71,11 +68,5 @@ def shard_ranges(
 
 
 def windows_in(ranges: Sequence[Range]) -> int:
-    """How many windows ranges cover together."""
+    """Return the number of windows that ranges cover together."""
     return sum(stop - start for start, stop in ranges)
-
-
-def spread(windows: int, count: int) -> list[int]:
-    """At most `count` window indices spread evenly over the corpus."""
-    count = min(count, windows)
-    return [(2 * i + 1) * windows // (2 * count) for i in range(count)]

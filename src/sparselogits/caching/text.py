@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from sparselogits.caching.plan import Range
 from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerprint
 from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_corpus_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
+from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
 _OWN = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")

@@ -22,7 +22,7 @@ from sparselogits.teacher import Engine
 
 
 @dataclass(frozen=True)
-class Draw:
+class DrawSettings:
     """What one cache asks of the teacher's distribution."""
 
     sampler: Sampler
@@ -44,7 +44,7 @@ class _WindowInProgress:
 def compute_range(
     engine: Engine,
     windows: Sequence[Window],
-    draws: Sequence[Draw],
+    draws: Sequence[DrawSettings],
     *,
     batch: int,
     reset_attention: bool,
@@ -72,7 +72,7 @@ def compute_range(
 
 
 def _compute_batch(
-    engine: Engine, windows: Sequence[Window], draws: Sequence[Draw], reset_attention: bool
+    engine: Engine, windows: Sequence[Window], draws: Sequence[DrawSettings], reset_attention: bool
 ) -> Iterator[list[WindowRecord]]:
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows]).astype(np.int64))
     starts = [w.document_starts for w in windows] if reset_attention else None
@@ -100,7 +100,7 @@ def _take_slice(
     positions: slice,
     window: Window,
     tokens: Tensor,
-    draws: Sequence[Draw],
+    draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
     carries = torch.ones(len(tokens), dtype=torch.bool)

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from sparselogits.caching.plan import Range
 from sparselogits.store import Cache, WindowRecord
+from sparselogits.store.ranges import Range
 
 
 class Writer:

@@ -275,8 +275,8 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
     """Tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
     import torch
 
-    from sparselogits.caching.plan import spread
     from sparselogits.evaluate.passes import teacher_slices
+    from sparselogits.store.ranges import spread
 
     found = []
     for index in spread(len(windows), PILOT_WINDOWS):

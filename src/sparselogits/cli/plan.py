@@ -29,7 +29,7 @@ from sparselogits.lab.planning import (
     Plan,
     Settings,
     Shape,
-    Storage,
+    StorageCost,
     device_kind,
     fewest_devices,
     largest_batch,
@@ -211,7 +211,7 @@ def plan(
     """Estimate what a cache will cost in bytes, hours and money, and when it pays."""
     if vocab < 2:
         raise InvalidArgumentError(f"the vocabulary has {vocab} tokens; give --vocab 128256, say")
-    storage = Storage.ours(vocab, budget)
+    storage = StorageCost.ours(vocab, budget)
     if bits is not None:
         storage = replace(storage, bits_per_entry=bits)
     if text_bytes is not None:

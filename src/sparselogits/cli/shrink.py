@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STUDENT = "Student"
 
 
-class LayerScore(StrEnum):
+class LayerScoreOption(StrEnum):
     """How blocks are ranked."""
 
     influence = "influence"
@@ -95,13 +95,13 @@ def shrink(
         ),
     ] = None,
     layer_score: Annotated[
-        LayerScore,
+        LayerScoreOption,
         typer.Option(
             help="How blocks are ranked: influence (one minus the cosine of a block's input and "
             "output; one pass) or loss (loss on the text without the block; one pass per block).",
             rich_help_panel=STUDENT,
         ),
-    ] = LayerScore.influence,
+    ] = LayerScoreOption.influence,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -216,9 +216,9 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     """Return int64 [N, L] tokens of windows spread over a cache, made with the same tokenizer."""
     import torch
 
-    from sparselogits.caching.plan import spread
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
+    from sparselogits.store.ranges import spread
 
     cache = CacheDataset(name)
     require_tokenizer(
@@ -232,8 +232,8 @@ def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> 
     import numpy as np
     import torch
 
-    from sparselogits.caching.plan import spread
     from sparselogits.corpus import open_source, pack, packing_for
+    from sparselogits.store.ranges import spread
 
     source = open_source(name)
     with tempfile.TemporaryDirectory() as folder, stage("packing text", "MB", per_unit=1e-6) as bar:

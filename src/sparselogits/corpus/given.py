@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,7 @@ from sparselogits.corpus.formats import JsonLines, SourceFile
 from sparselogits.corpus.formats.tables import plain
 from sparselogits.corpus.records import Fields
 from sparselogits.errors import CorpusError
-from sparselogits.files import (
-    clean_leftovers,
-    disk_errors,
-    sync,
-    sync_folder,
-    temporary_name,
-    user_cache,
-)
+from sparselogits.files import user_cache, writing_whole
 
 Records = Iterable[Mapping[str, Any]]
 """A `datasets.Dataset` or `IterableDataset`, a list of dicts, or anything that yields dicts."""
@@ -51,19 +44,17 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
         CorpusError: there is no record, or a record holds no text or something else.
         StorageError: the folder cannot be written.
     """
-    folder = folder or user_cache() / "records"
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        clean_leftovers(folder)
-        temporary = temporary_name(folder / "records")
-        try:
-            digest = _write(*_plain(records), fields, temporary)
-            path = folder / f"records-{digest}.jsonl"
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(folder)
-    return SourceFile(path, path.name, JsonLines())
+    rows, schema = _plain(records)
+    folder, digest = folder or user_cache() / "records", hashlib.sha256()
+
+    def name() -> str:
+        return f"records-{digest.hexdigest()}.jsonl"
+
+    with writing_whole(folder / "records.jsonl", name=name) as handle:
+        for line in _lines(rows, schema, fields):
+            digest.update(line)
+            handle.write(line)
+    return SourceFile(folder / name(), name(), JsonLines())
 
 
 def chosen_split(records: Any, split: str) -> Any:
@@ -98,36 +89,31 @@ def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
     )
 
 
-def _write(records: Records, schema: pa.Schema | None, fields: Fields, path: Path) -> str:
+def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterator[bytes]:
+    """Yield the JSON line of each record."""
     kinds = {field.name: field.type for field in schema} if schema is not None else {}
-    digest, number = hashlib.sha256(), -1
-    with path.open("wb") as handle:
-        for number, record in enumerate(records):
-            if not isinstance(record, Mapping):
-                raise CorpusError(
-                    f"record {number} is a {type(record).__name__}, not a dict of named fields; "
-                    "give dicts"
-                )
-            values = {name: _of_pandas(value) for name, value in record.items()}
-            chosen = fields.kept(values, partial("record {}".format, number))
-            for name in kinds.keys() & chosen.keys():
-                chosen[name] = plain(chosen[name], kinds[name], decoded=True)
-            try:
-                # keys stay in order: templates write tool calls as given
-                line = json.dumps(chosen, ensure_ascii=False).encode() + b"\n"
-            except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
-                raise CorpusError(
-                    f"record {number} holds a value that is no text ({error}); remove the value"
-                ) from error
-            digest.update(line)
-            handle.write(line)
-        handle.flush()
-        sync(handle.fileno())
+    number = -1
+    for number, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise CorpusError(
+                f"record {number} is a {type(record).__name__}, not a dict of named fields; give "
+                "dicts"
+            )
+        values = {name: _of_pandas(value) for name, value in record.items()}
+        chosen = fields.kept(values, partial("record {}".format, number))
+        for name in kinds.keys() & chosen.keys():
+            chosen[name] = plain(chosen[name], kinds[name], decoded=True)
+        try:
+            # keys stay in order: templates write tool calls as given
+            yield json.dumps(chosen, ensure_ascii=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
+            raise CorpusError(
+                f"record {number} holds a value that is no text ({error}); remove the value"
+            ) from error
     if number < 0:
         raise CorpusError(
             "the dataset is empty: it holds no record; give a dataset that holds text"
         )
-    return digest.hexdigest()
 
 
 def _of_pandas(value: Any) -> Any:

@@ -49,6 +49,7 @@ from sparselogits.corpus.tokenizing import Encoded, Encoder
 from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import clean_leftovers, disk_errors
+from sparselogits.progress import Progress
 
 PART_BYTES = 32 << 20
 """Bytes of text that become one part; an interruption costs at most one part, about ten seconds."""
@@ -62,7 +63,7 @@ def pack(
     out: Path,
     *,
     vocab_size: int,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
     processes: int = 1,
     part_bytes: int = PART_BYTES,
 ) -> PackedCorpus:
@@ -204,7 +205,7 @@ def _make_parts(
     work: _Work,
     portions: Sequence[Portion],
     processes: int,
-    progress: Callable[[int, int | None], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Make the parts that do not exist yet."""
     sizes = [sum(span.size for span in portion) for portion in portions]

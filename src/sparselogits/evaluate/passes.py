@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import agrees_with_model, split
+from sparselogits.causal_lm import split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.positions import positions_explained
@@ -27,9 +27,8 @@ class StudentLogits:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parts = split(model)
         self.model = model
-        self.parts = parts if parts is not None and agrees_with_model(model, parts) else None
+        self.parts = split(model)
 
     @cached_property
     def documents(self) -> Documents:

@@ -13,7 +13,7 @@ from sparselogits.shrink.layout import Layout, Sizes
 
 
 @dataclass(frozen=True)
-class Target:
+class ShrinkTarget:
     """Sizes that a student should have; None keeps the teacher's.
 
     Args:
@@ -31,7 +31,7 @@ class Target:
     heads: int | None = None
     hidden: int | None = None
 
-    def require_possible(self, layout: Layout, architecture: str) -> Target:
+    def require_possible(self, layout: Layout, architecture: str) -> ShrinkTarget:
         """Check the sizes against a model, and complete those that follow from others.
 
         Returns:
@@ -74,7 +74,7 @@ class Target:
                 )
         return target
 
-    def _coupled(self, sizes: Sizes) -> Target:
+    def _coupled(self, sizes: Sizes) -> ShrinkTarget:
         hidden, heads = self.hidden, self.heads
         if hidden is None and heads is None:
             return self
@@ -135,7 +135,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def kept_layers(target: Target, total: int, influence: Sequence[float] | None) -> tuple[int, ...]:
+def kept_layers(
+    target: ShrinkTarget, total: int, influence: Sequence[float] | None
+) -> tuple[int, ...]:
     """Return the numbers of the blocks to keep, ascending."""
     if target.drop_layers is not None:
         return tuple(n for n in range(total) if n not in target.drop_layers)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselogits.errors import ShrinkError
+from sparselogits.progress import Progress
 from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
 LayerScore = Literal["influence", "loss"]
-Progress = Callable[[int, int], None]
-"""Called with passes done and passes in all."""
 
 
 @torch.no_grad()

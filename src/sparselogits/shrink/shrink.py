@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparselogits.errors import InvalidArgumentError, ShrinkError
+from sparselogits.progress import Progress
 from sparselogits.shrink.layout import layout_of, sizes_of
-from sparselogits.shrink.plan import Kept, Target, kept_layers, largest
+from sparselogits.shrink.plan import Kept, ShrinkTarget, kept_layers, largest
 from sparselogits.shrink.scores import (
     LayerScore,
-    Progress,
     layer_influence,
     layer_losses,
     width_scores,
@@ -92,9 +92,9 @@ def shrink(
         2
     """
     layout = layout_of(model)
-    target = Target(layers, drop_layers, channels, heads, hidden)
+    target = ShrinkTarget(layers, drop_layers, channels, heads, hidden)
     target = target.require_possible(layout, type(model).__name__)
-    if target == Target():
+    if target == ShrinkTarget():
         raise ShrinkError("nothing to prune: give layers, drop_layers, channels, heads or hidden")
     chosen_by_score = target.layers is not None and target.layers < layout.sizes.layers
     wide = [
@@ -140,7 +140,7 @@ def shrink(
 
 def _kept_width(
     model: nn.Module,
-    target: Target,
+    target: ShrinkTarget,
     kept: Kept,
     windows: Tensor,
     wide: list[str],

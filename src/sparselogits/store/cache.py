@@ -33,7 +33,7 @@ from sparselogits.errors import (
 from sparselogits.identity import Identity, canonical_json
 from sparselogits.store.bounds import LARGEST_CACHE_JSON, require_bounds
 from sparselogits.store.codec.target_codec import TargetCodec
-from sparselogits.store.ranges import SHARDS, Range, shard_name, shard_ranges
+from sparselogits.store.ranges import SHARDS, Range, listed_ranges, shard_name
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.shard.reader import Shard, missing_columns
 from sparselogits.store.shard.writer import encode_shard
@@ -120,7 +120,7 @@ class Cache:
 
     def finished(self) -> list[Range]:
         """Sorted (start, stop) of the shards that are there, from a fresh listing alone."""
-        self._ranges = shard_ranges(self.storage.names(SHARDS))
+        self._ranges = listed_ranges(self.storage.names(SHARDS))
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
 

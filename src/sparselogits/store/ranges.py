@@ -1,6 +1,6 @@
-"""Ranges of windows, and the file names that carry them.
+"""Define ranges of windows, and the file names that contain them.
 
-A shard's name says which windows it holds, so the list of shards is a directory listing.
+A shard's name gives its windows, so the list of shards is a directory listing.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ SHARDS = "shards"
 _NAME = re.compile(r"windows-(\d{12,18})-(\d{12,18})\.parquet")
 
 Range = tuple[int, int]
+"""First window and one past the last."""
 
 
 def shard_name(start: int, stop: int) -> str:
-    """Name, folder included, of the shard of windows start to stop - 1."""
+    """Return the name, with its folder, of the shard of the windows [start, stop)."""
     return f"{SHARDS}/windows-{start:012d}-{stop:012d}.parquet"
 
 
 def parse_shard_name(name: str) -> Range:
-    """The windows a shard's name promises.
+    """Return the windows that a shard's name gives.
 
     Raises:
-        ValueError: a name that is no shard's.
+        ValueError: the name is not a shard's.
     """
     match = _NAME.fullmatch(name.rpartition("/")[2])
     if match is None or not int(match[1]) < int(match[2]):
@@ -34,11 +35,11 @@ def parse_shard_name(name: str) -> Range:
     return int(match[1]), int(match[2])
 
 
-def shard_ranges(names: Iterable[str]) -> list[Range]:
-    """Ranges of the shards among a listing's names, in window order; other files are passed over.
+def listed_ranges(names: Iterable[str]) -> list[Range]:
+    """Return the ranges of the shards in a listing, in window order; other files are skipped.
 
     Raises:
-        CacheError: two shards that overlap.
+        CacheError: two shards overlap.
     """
     matches = filter(None, map(_NAME.fullmatch, names))
     ranges = sorted((int(m[1]), int(m[2])) for m in matches)
@@ -52,7 +53,7 @@ def shard_ranges(names: Iterable[str]) -> list[Range]:
 
 
 def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[Range]:
-    """Runs of windows in [start, stop) that no shard holds."""
+    """Return the runs of windows in [start, stop) that no shard holds."""
     missing, at = [], start
     for first, last in present:
         if first > at:
@@ -61,3 +62,14 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
     if at < stop:
         missing.append((at, stop))
     return [(a, b) for a, b in missing if a < b]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return at most `count` indices below `total`, evenly spaced and ascending.
+
+    Examples:
+        >>> spread(10, 5), spread(2, 5)
+        ([1, 3, 5, 7, 9], [0, 1])
+    """
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]

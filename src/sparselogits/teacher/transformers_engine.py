@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import Head, agrees_with_model, split
+from sparselogits.causal_lm import Head, split
 from sparselogits.documents import Documents, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.positions import check_window, positions_explained
@@ -60,8 +60,6 @@ class TransformersTeacher:
                 "language model (AutoModelForCausalLM)"
             )
         parts = split(model)
-        if parts is not None and not agrees_with_model(model, parts):
-            parts = None
         if parts is None:
             warnings.warn(
                 f"{type(model).__name__}: head and trunk cannot be run apart; the model's own "

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sparselogits.causal_lm import Head, Parts, agrees_with_model, split
+from sparselogits.causal_lm import Head, Parts, split
 from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
@@ -123,8 +123,6 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
     """
     unbind(model)
     parts = split(model)
-    if parts is not None and not agrees_with_model(model, parts):
-        parts = None
     names = {id(module): name for name, module in model.named_modules()}
     if parts is not None and not {id(parts.trunk), id(parts.head)} <= names.keys():
         parts = None

@@ -35,12 +35,12 @@ from sparselogits.methods import (
     listed,
     require_fits,
 )
-from sparselogits.quantization import FORMATS, Format, Quantization
+from sparselogits.quantization import FORMATS, Quantization, QuantizationFormat
 from sparselogits.safe_yaml import read_mapping
 from sparselogits.untrusted import printable, shown
 
 _Model = TypeVar("_Model", bound=BaseModel)
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
@@ -94,7 +94,7 @@ class Quantize(_Strict):
     """Quantised weights, which the student is trained for and saved in."""
 
     library: Literal["torchao"] = Field("torchao", description="library that quantises")
-    config: Format = Field(description=f"format: {', '.join(FORMATS)}")
+    config: QuantizationFormat = Field(description=f"format: {', '.join(FORMATS)}")
     group_size: Count | None = Field(
         32, description="weights that share a scale; null for one scale per output channel"
     )
@@ -402,7 +402,7 @@ class Recipe(TrainingSettings):
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of that teacher; auto: as it is stored"
     )
-    alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
+    alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(
         None,
         description="share of the teacher in the mixture of jensen_shannon, in (0, 1); "

@@ -66,7 +66,7 @@ from sparselogits.train.student import (
 from sparselogits.train.trainer import SparseKDTrainer
 from sparselogits.untrusted import printable
 
-Progress = Callable[[int, int, dict[str, float]], None]
+TrainingProgress = Callable[[int, int, dict[str, float]], None]
 """Called with steps done, steps in all, and the latest log line."""
 
 
@@ -137,7 +137,7 @@ def run(
     *,
     teacher: TransformersTeacher | None = None,
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
     announce: Callable[[PlannedRun], None] | None = None,
 ) -> RunResult:
     """Carry out a recipe, or find that it has been.
@@ -192,7 +192,7 @@ def _run(
     recipe: Recipe,
     teacher: TransformersTeacher | None,
     device: str | None,
-    progress: Progress | None,
+    progress: TrainingProgress | None,
     announce: Callable[[PlannedRun], None] | None,
 ) -> RunResult:
     out = recipe.out
@@ -370,7 +370,7 @@ class _LogLastStep(TrainerCallback):  # type: ignore[misc]
 class _Report(TrainerCallback):  # type: ignore[misc]
     """Hands the Trainer's log lines to a progress bar."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:

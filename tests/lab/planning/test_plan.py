@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 
 from sparselogits.cli import app
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.lab.planning import Settings, Storage, device_kind, parameters_of, plan, quantity
+from sparselogits.lab.planning import (
+    Settings,
+    StorageCost,
+    device_kind,
+    parameters_of,
+    plan,
+    quantity,
+)
 from sparselogits.lab.planning.cost import (
     BUILD_OVERHEAD,
     MEASURED_BITS,
@@ -28,7 +35,7 @@ from sparselogits.lab.planning.grid import STUDENTS, TOKENS, grid
 from tests.conftest import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-PAPER = Settings(8e9, 3e9, 1e11, Storage.paper(12))
+PAPER = Settings(8e9, 3e9, 1e11, StorageCost.paper(12))
 
 
 def run(*arguments: object) -> dict[str, object]:
@@ -94,7 +101,9 @@ def test_at_break_even_both_ways_cost_the_same(
 
 
 def test_hours_bytes_and_rates_agree() -> None:
-    found = plan(Settings(1e9, 1e9, 1e9, Storage(10, 8, 0), device=device_kind("x", 1e15), ranks=4))
+    found = plan(
+        Settings(1e9, 1e9, 1e9, StorageCost(10, 8, 0), device=device_kind("x", 1e15), ranks=4)
+    )
     assert found.ce_hours == pytest.approx(6e18 / 4e14 / 3600)
     assert found.online_hours - found.ce_hours == pytest.approx(found.ce_hours / 3)
     assert found.read_bytes_per_second_per_rank * found.student_hours * 3600 == pytest.approx(1e10)
@@ -152,7 +161,7 @@ def test_quantities(text: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"teacher_utilisation": 1.5}, {"workers": 0}, {"passes": 0}, {"storage": Storage(-1)}],
+    [{"teacher_utilisation": 1.5}, {"workers": 0}, {"passes": 0}, {"storage": StorageCost(-1)}],
     ids=str,
 )
 def test_settings_out_of_range(change: dict[str, object]) -> None:

@@ -153,7 +153,9 @@ def test_scores_are_those_of_a_plain_computation(
     }
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    assert told[-1][:2] == (7 * COUNT, 7 * COUNT)  # four endings, one word, two sentences
+    per_row = {"continuation": 4, "last_word": 1, "agreement": 2}  # endings, words, sentences
+    total = sum(count * len(rows_of(data, name)) for name, count in per_row.items())
+    assert told[-1][:2] == (total, total)
     assert model.training
     assert tokenizer.pad_token_id == padding
     assert random.getstate() == state[0]
@@ -180,15 +182,15 @@ def test_scores_are_those_of_a_plain_computation(
     assert set(found) == set(hits)
     for name, own in hits.items():
         assert found[name].values == pytest.approx([float(x) for x in own], abs=1e-4), name
-        assert found[name].samples == COUNT
+        assert found[name].samples == len(own)
     logs = hits["last_word/perplexity"]
     perplexity = found["last_word/perplexity"]
     assert perplexity.value == pytest.approx(math.exp(-statistics.fmean(logs)), rel=1e-4)
-    error = perplexity.value * statistics.stdev(logs) / math.sqrt(COUNT)
+    error = perplexity.value * statistics.stdev(logs) / math.sqrt(len(logs))
     assert perplexity.stderr == pytest.approx(error, rel=1e-3)
     share = found["agreement/acc"]
     assert share.value == pytest.approx(statistics.fmean(hits["agreement/acc"]))
-    half = math.sqrt(share.value * (1 - share.value) / (COUNT - 1))
+    half = math.sqrt(share.value * (1 - share.value) / (share.samples - 1))
     assert share.stderr == pytest.approx(half)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from sparselogits.caching.builder import BuildReport, Progress
+from sparselogits.caching.builder import BuildReport
 from sparselogits.caching.job import Job
-from sparselogits.caching.plan import Range, windows_in
+from sparselogits.caching.plan import windows_in
 from sparselogits.errors import CacheError, MissingDependencyError, StorageError
+from sparselogits.progress import Progress
+from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 TRIES = 3

@@ -41,7 +41,7 @@ from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
 
-Stage = Callable[..., AbstractContextManager[Update]]
+OpenStage = Callable[..., AbstractContextManager[Update]]
 """Such as `console.stage`."""
 
 
@@ -121,7 +121,7 @@ def prepare(
     recipe: CompareRecipe,
     *,
     device: str = "cpu",
-    stage: Stage = silent_stage,
+    stage: OpenStage = silent_stage,
 ) -> Setting:
     """Pack the text, load the teacher, and build what caches are not there yet.
 

@@ -27,7 +27,7 @@ from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
-from sparselogits.lab.compare.caches import Setting, Stage, prepare, silent_stage
+from sparselogits.lab.compare.caches import OpenStage, Setting, prepare, silent_stage
 from sparselogits.lab.compare.gradients import measure_missing, with_gradients
 from sparselogits.lab.compare.provenance import provenance
 from sparselogits.lab.compare.recipe import CompareRecipe
@@ -41,7 +41,9 @@ from sparselogits.lab.compare.windows import pack_windows
 from sparselogits.locks import lock_file
 
 
-def compare(recipe: CompareRecipe, *, device: str = "cpu", stage: Stage = silent_stage) -> Results:
+def compare(
+    recipe: CompareRecipe, *, device: str = "cpu", stage: OpenStage = silent_stage
+) -> Results:
     """Carry out what is left of a comparison.
 
     Runs that failed before are tried again; runs another process has in hand are left to it.

@@ -30,7 +30,7 @@ from sparselogits.errors import reason_of
 from sparselogits.evaluate import Estimate
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json
-from sparselogits.lab.compare.caches import Draw, Setting, Stage
+from sparselogits.lab.compare.caches import Draw, OpenStage, Setting
 from sparselogits.lab.compare.recipe import CompareRecipe, Gradients, MethodSpec
 from sparselogits.lab.compare.results import Gradient, GradientSize, MethodRow, OfBatches
 from sparselogits.lab.compare.summary import Run
@@ -62,7 +62,7 @@ class Asked:
 
 
 def measure_missing(
-    recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: Stage
+    recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: OpenStage
 ) -> None:
     """Measure what the recipe asks for and is not kept yet; keep it, or why it failed.
 
@@ -204,7 +204,7 @@ def _measure(
     setting: Setting,
     kept: _Kept,
     device: str,
-    stage: Stage,
+    stage: OpenStage,
 ) -> None:
     """Put into `kept` the measurements of one student."""
     samplers: dict[str, Sampler] = {}  # one object for equal draws, so that they are drawn once

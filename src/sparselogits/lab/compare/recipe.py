@@ -41,8 +41,8 @@ from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
 from sparselogits.samplers import SamplerChoice, TopK, choose
 from sparselogits.train.recipe import (
     Count,
+    Fraction,
     Quantize,
-    Share,
     Student,
     Thinning,
     TrainingSettings,
@@ -86,7 +86,7 @@ class MethodSpec(_Strict):
     missing_mass: MissingMass = Field(
         "drop", description="what becomes of the mass that biased targets lack"
     )
-    alpha: Share = Field(0.0, description="share of the labels' cross-entropy in the loss")
+    alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(None, description="share of the teacher, for jensen_shannon")
     learning_rate: Positive | None = Field(
         None, description="learning rate of this method, in place of that of training"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from sparselogits.caching.plan import spread
 from sparselogits.corpus import PackedCorpus
 from sparselogits.identity import canonical_json
 from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
 from sparselogits.shrink import save, shrink
+from sparselogits.store.ranges import spread
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.teacher.loading import load_causal_lm
 from sparselogits.train.recipe import Student

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparselogits.errors import reason_of
 from sparselogits.files import write_whole
-from sparselogits.lab.compare.caches import Setting, Stage
+from sparselogits.lab.compare.caches import OpenStage, Setting
 from sparselogits.lab.compare.recipe import CompareRecipe
 from sparselogits.lab.compare.runs import Planned, claimed, outcome_of
 from sparselogits.lab.compare.task_scores import fingerprints, read, teacher_of
@@ -27,7 +27,7 @@ from sparselogits.lab.tasks import (
     run_tasks,
     write_tasks,
 )
-from sparselogits.lab.tasks.running import Progress
+from sparselogits.lab.tasks.running import TaskProgress
 from sparselogits.teacher.loading import load_causal_lm
 
 
@@ -50,7 +50,9 @@ class TaskSetting:
     first_id: int
 
 
-def prepare_tasks(recipe: CompareRecipe, setting: Setting, *, stage: Stage) -> TaskSetting | None:
+def prepare_tasks(
+    recipe: CompareRecipe, setting: Setting, *, stage: OpenStage
+) -> TaskSetting | None:
     """Make the tasks' data, and score the teacher where it is not yet.
 
     A task whose data cannot be made or fetched is recorded, and tried again the next time.
@@ -110,7 +112,7 @@ def measure_missing_tasks(
     tasks: TaskSetting | None,
     *,
     device: str = "cpu",
-    stage: Stage,
+    stage: OpenStage,
 ) -> None:
     """Score the students that were finished before tasks were asked for.
 
@@ -140,7 +142,7 @@ def _score(
     model: nn.Module,
     file: Path,
     tasks: TaskSetting,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> None:
     """Score a model on what its file lacks, and keep it there."""
     names = _missing(file, tasks)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparselogits.causal_lm import Parts, agrees_with_model, split
+from sparselogits.causal_lm import Parts, split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.gradients.compared import Target
@@ -267,7 +267,7 @@ class Batches:
 
 def _require_parts(model: nn.Module) -> Parts:
     parts = split(model)
-    if parts is None or not agrees_with_model(model, parts):
+    if parts is None:
         raise InvalidArgumentError(
             f"{type(model).__name__}: head and trunk cannot be run separately, which gradients in "
             "hidden space need; measure a student with a plain linear head"

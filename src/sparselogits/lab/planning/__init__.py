@@ -1,6 +1,6 @@
 """What a cache will cost before it is made: bytes, hours, money, and when it beats no cache."""
 
-from sparselogits.lab.planning.cost import Plan, Settings, Storage, plan
+from sparselogits.lab.planning.cost import Plan, Settings, StorageCost, plan
 from sparselogits.lab.planning.devices import DEVICES, DeviceKind, device_kind
 from sparselogits.lab.planning.memory import (
     Memory,
@@ -23,7 +23,7 @@ __all__ = [
     "Plan",
     "Settings",
     "Shape",
-    "Storage",
+    "StorageCost",
     "device_kind",
     "fewest_devices",
     "largest_batch",

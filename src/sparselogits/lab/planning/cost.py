@@ -40,7 +40,7 @@ HOURS_BETWEEN_FAILURES = 50_700.0
 
 
 @dataclass(frozen=True)
-class Storage:
+class StorageCost:
     """What a token weighs on disk."""
 
     entries: float = 12.0
@@ -48,14 +48,14 @@ class Storage:
     text_bytes: float = TEXT_BYTES
 
     @classmethod
-    def ours(cls, vocab: int, entries: float = 12.0) -> Storage:
+    def ours(cls, vocab: int, entries: float = 12.0) -> StorageCost:
         """Our codec: bits an entry on the line through the measurements, in log V."""
         (small, low), (large, high) = MEASURED_BITS
         share = max(0.0, math.log(vocab / small) / math.log(large / small))
         return cls(entries, low + share * (high - low), TEXT_BYTES)
 
     @classmethod
-    def paper(cls, entries: float = 12.0) -> Storage:
+    def paper(cls, entries: float = 12.0) -> StorageCost:
         """RS-KD as published: 17-bit id and 7-bit count, the text kept elsewhere."""
         return cls(entries, 24.0, 0.0)
 
@@ -72,7 +72,7 @@ class Settings:
     teacher_params: float
     student_params: float
     tokens: float
-    storage: Storage = field(default_factory=Storage)
+    storage: StorageCost = field(default_factory=StorageCost)
     passes: float = 1.0
     """Times the cached text is trained on: students times epochs times restarts."""
     device: DeviceKind = DEVICES["h100"]

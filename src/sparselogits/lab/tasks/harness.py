@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sparselogits.errors import TaskError, reason_of
 from sparselogits.lab.tasks.local import LOCAL_TASKS
-from sparselogits.lab.tasks.running import Progress, TaskScore
+from sparselogits.lab.tasks.running import TaskProgress, TaskScore
 
 _NUMBERS = 1 << 25  # of a batch's logits, 128 MB
 _MOST_SEQUENCES = 32
@@ -40,7 +40,7 @@ def score(
     limit: int | None,
     data: Path | None,
     prefix: int | None,
-    progress: Progress | None,
+    progress: TaskProgress | None,
 ) -> list[TaskScore]:
     """See `run_tasks`, which has checked what can be checked without lm-eval."""
     was_training = model.training

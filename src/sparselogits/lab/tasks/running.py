@@ -15,7 +15,7 @@ from torch import nn
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError
 from sparselogits.lab.tasks.local import LIMIT
 
-Progress = Callable[[int, int, str], None]
+TaskProgress = Callable[[int, int, str], None]
 """progress(sequences scored, all of them, names of the tasks)"""
 
 
@@ -98,7 +98,7 @@ def run_tasks(
     limit: int | None = LIMIT,
     data: Path | None = None,
     prefix_token_id: int | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> list[TaskScore]:
     """Score a model on zero-shot tasks.
 

@@ -18,6 +18,7 @@ import numpy as np
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corpus.windows import Window
 from sparselogits.errors import TaskError
+from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
 """Of a passage; three quarters of the words of a window where that is less."""
@@ -60,7 +61,7 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
             f"the corpus at {corpus.folder} keeps no text aside, and a student's score on text it "
             "was trained on says nothing; pack it with --holdout"
         )
-    chosen = _spread(range(available), _WINDOWS_AN_ITEM * count)
+    chosen = spread(available, _WINDOWS_AN_ITEM * count)
     pieces = [
         (index, text)
         for index in chosen
@@ -75,7 +76,7 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
             "average, too few for a passage; pack longer windows (--window)"
         )
     found = [own for index, text in pieces for own in _cut(index, text, length)]
-    return _spread(found, count)
+    return [found[i] for i in spread(len(found), count)]
 
 
 def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, Any]]:
@@ -136,12 +137,6 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
     if not rows:
         raise TaskError("the held-out text has no words of letters; last_word needs prose")
     return rows
-
-
-def _spread(all_of_them: Sequence[Any], count: int) -> list[Any]:
-    """At most so many, at equal distances."""
-    total = len(all_of_them)
-    return [all_of_them[i * total // min(count, total)] for i in range(min(count, total))]
 
 
 def _pieces(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:

@@ -1,5 +1,5 @@
 """The coding of targets: the windows of a shard as blocks of bytes, and back."""
 
-from sparselogits.store.codec.target_codec import BlockError, TargetCodec, Window, codec_for
+from sparselogits.store.codec.target_codec import BlockError, TargetCodec, TargetWindow, codec_for
 
-__all__ = ["BlockError", "TargetCodec", "Window", "codec_for"]
+__all__ = ["BlockError", "TargetCodec", "TargetWindow", "codec_for"]

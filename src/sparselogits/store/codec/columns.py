@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 
-Array = NDArray[Any]
+from sparselogits.store.codec.lists import Array
 
 _NAMES = {np.dtype(np.uint32): "u32", np.dtype(np.float32): "f32"}
 _LARGEST_CHUNK = 1 << 22  # numbers that share a table; pcodec allows 1 << 24

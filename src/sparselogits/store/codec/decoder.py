@@ -20,15 +20,13 @@ from sparselogits.samplers.sampler import COUNTS, THRESHOLD
 from sparselogits.store.bounds import entries_bound
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import ColumnDecoder, ColumnError
-from sparselogits.store.codec.lists import ListsError, Sets
+from sparselogits.store.codec.lists import Array, Bool, ListsError, Sets
 from sparselogits.store.codec.weights import derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 if TYPE_CHECKING:
     from sparselogits.store.codec.target_codec import TargetCodec
 
-Array = NDArray[Any]
-Bool = NDArray[np.bool_]
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
 
 

@@ -28,12 +28,10 @@ from sparselogits.store.bounds import (
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import encode_column
 from sparselogits.store.codec.decoder import BlockDecoder, BlockError, Tables
+from sparselogits.store.codec.lists import Array, Bool
 from sparselogits.store.codec.weights import WEIGHT_COLUMNS, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
-
-Array = NDArray[Any]
-Bool = NDArray[np.bool_]
 
 NAME = "inverted-lists"
 VERSION = 1
@@ -56,7 +54,7 @@ def codec_for(sampler: Sampler) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class TargetWindow:
     """What the coding of a window's targets depends on.
 
     Args:
@@ -128,7 +126,7 @@ class TargetCodec:
         """Names and dtypes of a block's columns, in order."""
         return dict.fromkeys(lists.COLUMNS, np.uint32) | WEIGHT_COLUMNS[self.weights]
 
-    def encode(self, windows: Sequence[Window]) -> tuple[dict[str, Any], list[bytes]]:
+    def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
         """Code the windows of a shard.
 
         Returns:
@@ -157,7 +155,7 @@ class TargetCodec:
         """A decoder of blocks coded under these tables. Raises BlockError."""
         return BlockDecoder(self, tables)
 
-    def _split(self, window: Window) -> dict[str, Array]:
+    def _split(self, window: TargetWindow) -> dict[str, Array]:
         """A window's numbers by column."""
         targets = window.targets
         self._require_codable(targets, window.present)
@@ -214,4 +212,4 @@ def _rounds(rounds: int | None) -> str:
     return "no rounds" if rounds is None else f"{rounds} rounds per position"
 
 
-__all__ = ["BlockDecoder", "BlockError", "TargetCodec", "Window", "codec_for"]
+__all__ = ["BlockDecoder", "BlockError", "TargetCodec", "TargetWindow", "codec_for"]

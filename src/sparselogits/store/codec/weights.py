@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD
-
-Array = NDArray[Any]
-Bool = NDArray[np.bool_]
+from sparselogits.store.codec.lists import Array, Bool
 
 WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
     COUNTS: {"counts": np.uint32},

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparselogits.identity import FORMAT_VERSION, Identity, canonical_json
-from sparselogits.store.codec.target_codec import TargetCodec, Window
+from sparselogits.store.codec.target_codec import TargetCodec, TargetWindow
 from sparselogits.store.ranges import shard_name
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.guard import insert_guard
@@ -57,7 +57,7 @@ def encode_shard(
     """
     first, stop = records[0].window_index, records[0].window_index + len(records)
     codec = TargetCodec.of(identity)
-    tables, blocks = codec.encode([Window(r.targets, r.tokens, r.present()) for r in records])
+    tables, blocks = codec.encode([TargetWindow(r.targets, r.tokens, r.present()) for r in records])
     description = {
         "format_version": FORMAT_VERSION,
         "fingerprint": identity.fingerprint,

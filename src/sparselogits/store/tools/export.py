@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
-from sparselogits.store.tools.verify import Progress
 
 FORMATS = ("lists", "topk", "datasets")
 

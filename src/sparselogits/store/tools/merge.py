@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparselogits.errors import CacheCorruptionError, CacheError, IdentityMismatchError
+from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range, shard_name
 from sparselogits.store.shard.guard import Guard, GuardError, read_guard
@@ -15,7 +16,7 @@ from sparselogits.store.storage.local import Storage
 from sparselogits.store.storage.location import Location
 from sparselogits.store.texts import TextCheck, claim_text, named_texts
 from sparselogits.store.tools.repair import set_aside
-from sparselogits.store.tools.verify import Progress, is_sound
+from sparselogits.store.tools.verify import is_sound
 
 _TAIL = 1 << 16
 

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.progress import Progress
 from sparselogits.store.cache import CACHE_JSON, Cache
 from sparselogits.store.ranges import SHARDS, shard_name
 from sparselogits.store.storage.local import LocalStorage
@@ -20,7 +21,6 @@ from sparselogits.store.storage.location import Location, is_url, storage_at
 from sparselogits.store.texts import TEXTS
 from sparselogits.store.tools.card import dataset_card
 from sparselogits.store.tools.merge import MergeReport, merge
-from sparselogits.store.tools.verify import Progress
 
 
 def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> MergeReport:

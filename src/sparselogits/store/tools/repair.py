@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from sparselogits.errors import CacheError
 from sparselogits.locks import Held, lock_file
+from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range
 from sparselogits.store.storage.local import LocalStorage
-from sparselogits.store.tools.verify import Progress, TextOf, VerifyReport, is_sound, verify
+from sparselogits.store.tools.verify import TextOf, VerifyReport, is_sound, verify
 
 DAMAGED = "damaged"
 

@@ -20,15 +20,14 @@ from sparselogits.errors import (
     SparseLogitsError,
     StorageError,
 )
+from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
-from sparselogits.store.ranges import Range, missing_ranges, shard_name
+from sparselogits.store.ranges import Range, missing_ranges, shard_name, spread
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.reader import Shard
 from sparselogits.store.storage.memory import MemoryStorage
 from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
-
-Progress = Callable[[int, int], None]
 
 TextOf = Callable[[Range], str | None]
 
@@ -140,7 +139,7 @@ def _verify_shard(
             held = MemoryStorage({name: shard.read_bytes()}, cache.storage.location)
             shard = Shard(held, name, cache.identity)
         records = _Totals()
-        for group in _spread(shard.groups, sample):
+        for group in spread(shard.groups, shard.groups if sample is None else sample):
             for record in shard.read_group(group):
                 _require_sound(shard, record, cache)
                 records.add(record)
@@ -166,12 +165,6 @@ def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextO
         raise CacheCorruptionError(
             f"{shard.name} was made from other text than the packed text of this cache"
         )
-
-
-def _spread(groups: int, sample: int | None) -> Iterable[int]:
-    if sample is None or sample >= groups:
-        return range(groups)
-    return sorted({i * groups // sample for i in range(sample)})
 
 
 def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
