@@ -82,7 +82,7 @@ def cells(results: Results, row: MethodRow) -> list[str]:
         figure("ece", 1, 100),
         share,
         less_rival(results, row),
-        number(row.tokens_per_cpu_second, 0),
+        number(row.tokens_per_cpu_second or None, 0),
     ]
 
 
@@ -93,7 +93,8 @@ def comparison_table(results: Results) -> list[str]:
         own = results.teacher.figures
         known = {3: number(own["loss"], 3), 6: number(own["ece"], 1, 100)}
         rows.append(["(the teacher)", *(known.get(i, "-") for i in range(1, len(HEAD)))])
-    counts = sorted({len(row.seeds_done) for row in results.methods if row.family != "none"})
+    done = [row for row in results.methods if row.seeds_done and row.family != "none"]
+    counts = sorted({len(row.seeds_done) for row in done})
     corpus = results.settings["corpus"]
     note = (
         f"{corpus['training_tokens']:,} tokens to train on, {corpus['heldout_windows']} held-out "
