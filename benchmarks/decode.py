@@ -30,7 +30,7 @@ from measuring import machine
 from sparselogits.data import CacheDataset
 from sparselogits.identity import Identity
 from sparselogits.store import Cache, WindowRecord
-from sparselogits.store.codec import TargetCodec, Window
+from sparselogits.store.codec import BlockDecoder, TargetCodec, TargetWindow
 from sparselogits.store.codec.columns import ColumnDecoder, encode_column
 from sparselogits.targets import SparseTargets
 
@@ -40,7 +40,7 @@ clock = time.perf_counter
 PACKING = {"reset_attention": False}
 
 
-def made_up(rounds: int, windows: int) -> list[Window]:
+def made_up(rounds: int, windows: int) -> list[TargetWindow]:
     """Positions of one token share a hundred likely ids, beside a Zipf-like prior."""
     chance = np.random.default_rng(0)
     out = []
@@ -59,7 +59,7 @@ def made_up(rounds: int, windows: int) -> list[Window]:
         keys, counts = np.unique(mixed + (np.arange(L) << 17)[:, None], return_counts=True)
         lengths = np.bincount(keys >> 17, minlength=L)
         out.append(
-            Window(
+            TargetWindow(
                 SparseTargets(
                     torch.from_numpy(keys & (1 << 17) - 1),
                     torch.from_numpy(counts.astype(np.float32) / np.float32(rounds)),
@@ -86,7 +86,7 @@ def least(actions: list[Callable[[], object]], repeats: int) -> float:
     return float(best.sum())
 
 
-def plain(windows: list[Window]) -> tuple[list[Callable[[], object]], int]:
+def plain(windows: list[TargetWindow]) -> tuple[list[Callable[[], object]], int]:
     """The codec to compare with: its decoders, and its bytes."""
     gaps, counts = [], []
     for window in windows:
@@ -117,7 +117,7 @@ def decoding(rounds: int, repeats: int) -> dict[str, float]:
     windows = made_up(rounds, 8)
     codec = TargetCodec("counts", V, rounds)
     tables, blocks = codec.encode(windows)
-    decoder = codec.decoder(tables)
+    decoder = BlockDecoder(codec, tables)
     entries = sum(w.targets.entries for w in windows)
     alone = [
         lambda i=i, w=w: decoder.decode(i, blocks[i], w.tokens, w.present)

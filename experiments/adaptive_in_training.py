@@ -45,8 +45,7 @@ from sparselogits.samplers import (
 )
 from sparselogits.samplers.uniforms import window_uniforms
 from sparselogits.store import Cache, codec_for
-from sparselogits.store.codec import TargetCodec
-from sparselogits.store.codec import Window as CodedWindow
+from sparselogits.store.codec import TargetCodec, TargetWindow
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.engine import LogitsSlice
@@ -101,7 +100,7 @@ def pilot_windows(
 def bits_a_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: int) -> float:
     """Coded targets of some windows, without a shard's tables."""
     coded = [
-        CodedWindow(
+        TargetWindow(
             window.draw(sampler),
             window.tokens.numpy().astype(np.int32),
             np.ones(len(window.tokens), np.bool_),

@@ -39,7 +39,7 @@ from sparselogits.samplers import (
     fit_budget,
     window_uniforms,
 )
-from sparselogits.store.codec import TargetCodec, Window, codec_for
+from sparselogits.store.codec import TargetCodec, TargetWindow, codec_for
 from sparselogits.targets import offsets_from_lengths
 from sparselogits.teacher.loading import load_teacher, load_tokenizer
 from spatial_draws import LocalPivotal, by_local_direction, by_local_tree
@@ -259,7 +259,7 @@ def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) 
     codec = TargetCodec.from_identity(codec_for(stored_as), drawn[0].vocab_size)
     present = np.ones(tokens.shape[1], np.bool_)
     windows = [
-        Window(targets, window.numpy().astype(np.int32), present)
+        TargetWindow(targets, window.numpy().astype(np.int32), present)
         for targets, window in zip(drawn, tokens, strict=True)
     ]
     # The tables are shared by the hundreds of windows of a shard and are left out here.

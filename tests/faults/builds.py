@@ -8,8 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import Counter
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from sparselogits.store import Cache
 from sparselogits.store.storage.local import LocalStorage
@@ -17,36 +20,61 @@ from tests.store.draws import identity, records
 
 RANGES = ((0, 4), (4, 8), (8, 12))
 WINDOWS = {r: records("counts", *r) for r in RANGES}
-STEPS = ("begin", "opened", "writing", "synced", "verified", "linked", "done")
+CALLS = (
+    ("open", 1),
+    ("write", 1),
+    ("write", 2),
+    ("fsync", 1),
+    ("posix_fadvise", 1),
+    ("link", 1),
+    ("unlink", 1),
+    ("fsync", 2),
+)
+"""System calls of writing one file, each with its number: the folder is the second to be synced."""
 
 
-def build(
-    root: Path, *, die_at: tuple[str, int] | None = None, reverse: bool = False, seed: int = 0
-) -> None:
-    """Build what is missing; `die_at` (step, n): SIGKILL itself when a step comes the n-th time.
-
-    cache.json, the card and the three shards are the five files it writes, in this order.
-    """
-    seen = dict.fromkeys(STEPS, 0)
-
-    def step(name: str) -> None:
-        seen[name] += 1
-        if die_at == (name, seen[name]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    cache = Cache.create(LocalStorage(root, step=step), identity(seed=seed))
+def build(root: Path, *, reverse: bool = False, seed: int = 0) -> None:
+    """Build what is missing: cache.json, the card and three shards, in this order."""
+    cache = Cache.create(LocalStorage(root), identity(seed=seed))
     for r in sorted(set(RANGES) - set(cache.finished()), reverse=reverse):
         cache.commit(WINDOWS[r], {"batch": 4})
 
 
-def start(
-    root: Path, *, die_at: tuple[str, int] | None = None, reverse: bool = False
-) -> BaseProcess:
+def build_and_die(root: Path, call: str, number: int, file: int) -> None:
+    """Build until a system call comes the n-th time for a file, counted from 1; SIGKILL before it.
+
+    The first write of each file is cut short, as a signal or a nearly full disk may do.
+    """
+    files, seen = 0, Counter[str]()
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            nonlocal files
+            if name == "open" and args[1] & os.O_EXCL:
+                files += 1
+                seen.clear()
+            seen[name] += 1
+            if (name, seen[name], files) == (call, number, file):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "write" and seen[name] == 1:
+                args = (args[0], args[1][: len(args[1]) // 2])
+            return real(*args, **options)
+
+        return called
+
+    for name in {name for name, _ in CALLS}:
+        setattr(os, name, counted(name, getattr(os, name)))
+    build(root)
+
+
+def start(root: Path, *, reverse: bool = False) -> BaseProcess:
     """The build in a child."""
-    arguments = {"die_at": die_at, "reverse": reverse}
-    child = multiprocessing.get_context("fork").Process(
-        target=build, args=(root,), kwargs=arguments
-    )
+    return in_child(build, root, reverse=reverse)
+
+
+def in_child(work: Callable[..., None], *args: Any, **options: Any) -> BaseProcess:
+    """Start a function in a forked process."""
+    child = multiprocessing.get_context("fork").Process(target=work, args=args, kwargs=options)
     child.start()
     return child
 

@@ -30,7 +30,7 @@ from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, wrapped
 
 from sparselogits.identity import Identity
 from sparselogits.store import WindowRecord
-from sparselogits.store.codec import TargetCodec, Window
+from sparselogits.store.codec import TargetCodec, TargetWindow
 
 # Thrift's compact protocol
 BOOL, I32, I64, BINARY, LIST, STRUCT = 1, 5, 6, 8, 9, 12
@@ -305,7 +305,7 @@ class Shard:
     @classmethod
     def of(cls, identity: Identity, records: Sequence[WindowRecord]) -> Shard:
         codec = TargetCodec.from_identity(identity.codec, identity.vocab_size)
-        split = [codec._split(Window(r.targets, r.tokens, r.present())) for r in records]
+        split = [codec._split(TargetWindow(r.targets, r.tokens, r.present())) for r in records]
         start = records[0].window_index
         shard = cls(
             identity,

@@ -36,11 +36,12 @@ import google_crc32c
 
 from sparselogits.errors import CacheError
 from sparselogits.identity import canonical_json
+from sparselogits.store.bounds import DamageError
 from sparselogits.store.cache import CACHE_JSON, read_identity
-from sparselogits.store.codec import BlockError, TargetCodec, Window
+from sparselogits.store.codec import BlockDecoder, TargetCodec, TargetWindow
 from sparselogits.store.shard.reader import Shard
 from sparselogits.store.shard.writer import encode_shard
-from sparselogits.store.storage.memory import MemoryStorage
+from sparselogits.store.storage.memory import FilesInMemory
 from tests.store.draws import KINDS, identity, records
 
 SECONDS = 10
@@ -101,7 +102,7 @@ def doors() -> dict[str, Callable[[random.Random], None]]:
     def block(chance: random.Random) -> None:
         codec, tables, blocks, windows, _ = made[chance.choice(list(KINDS))]
         i = chance.randrange(len(blocks))
-        decoder = codec.decoder(tables)
+        decoder = BlockDecoder(codec, tables)
         decoder.decode(i, mutate(blocks[i], chance), windows[i].tokens, windows[i].present)
 
     def tables(chance: random.Random) -> None:
@@ -110,7 +111,7 @@ def doors() -> dict[str, Callable[[random.Random], None]]:
         (first, table), *rest = tables[name]
         broken = {**tables, name: [(first, mutate(table, chance)), *rest]}
         i = chance.randrange(len(blocks))
-        codec.decoder(broken).decode(i, blocks[i], windows[i].tokens, windows[i].present)
+        BlockDecoder(codec, broken).decode(i, blocks[i], windows[i].tokens, windows[i].present)
 
     def frame(chance: random.Random) -> None:
         kind = chance.choice(list(KINDS))
@@ -137,7 +138,7 @@ def doors() -> dict[str, Callable[[random.Random], None]]:
             data = data[:at] + chance.choice((b"[", b'{"a":')) * 100_000 + data[at:]
         else:
             data = mutate(data, chance)
-        read_identity(MemoryStorage({CACHE_JSON: data}))
+        read_identity(FilesInMemory({CACHE_JSON: data}))
 
     return {
         "block": block,
@@ -152,7 +153,7 @@ def doors() -> dict[str, Callable[[random.Random], None]]:
 def _originals(kind: str) -> tuple[Any, ...]:
     made = records(kind, 0, 9)
     codec = TargetCodec.from_identity(identity(kind).codec, 1000)
-    windows = [Window(r.targets, r.tokens, r.present()) for r in made]
+    windows = [TargetWindow(r.targets, r.tokens, r.present()) for r in made]
     tables, blocks = codec.encode(windows)
     return codec, tables, blocks, windows, encode_shard(identity(kind), made, {"a": 1})
 
@@ -168,7 +169,7 @@ def _mutate_inside(data: bytes, chance: random.Random, start: int = 0) -> bytes:
 
 
 def _read(kind: str, name: str, data: bytes) -> None:
-    shard = Shard(MemoryStorage({name: data}), name, identity(kind))
+    shard = Shard(FilesInMemory({name: data}), name, identity(kind))
     for row in range(len(shard)):
         shard.read(row)
 
@@ -185,7 +186,7 @@ def fuzz(first: int, inputs: int, seed: int) -> dict[str, dict[str, int]]:
         try:
             ways[door](chance)
             answer = "decoded"
-        except (BlockError, CacheError) as error:
+        except (DamageError, CacheError) as error:
             answer = type(error).__name__ + " for want of memory" * _wanted_memory(error)
         except BaseException as error:
             raise AssertionError(

@@ -148,7 +148,7 @@ def test_a_shard_that_may_not_be_opened_is_not_a_damaged_one(tmp_path: Path) -> 
         os.close(opened.pop())  # one for the listing
         cache.finished()
         opened.append(os.open(tmp_path / "cache.json", os.O_RDONLY))
-        with pytest.raises(StorageError, match="says nothing about the data"):
+        with pytest.raises(StorageError, match="does not mean that the data"):
             cache.read(0)
     finally:
         for descriptor in opened:

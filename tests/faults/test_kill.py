@@ -1,4 +1,4 @@
-"""SIGKILL at every step of a commit and at random moments; then resume, and compare every byte.
+"""SIGKILL at every system call of a commit and at random moments; resume, compare every byte.
 
 .venv/bin/pytest tests/faults/test_kill.py            a share
 .venv/bin/pytest tests/faults/test_kill.py -m slow    200 random moments, one and four writers
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.builds import STEPS, build, files, start, undisturbed
+from tests.faults.builds import CALLS, build, build_and_die, files, in_child, start, undisturbed
 
 
 @pytest.mark.parametrize("file", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_a_step_and_resumed(tmp_path: Path, step: str, file: int) -> None:
+@pytest.mark.parametrize(("call", "number"), CALLS)
+def test_killed_at_a_call_and_resumed(tmp_path: Path, call: str, number: int, file: int) -> None:
     expected = undisturbed(tmp_path / "whole")
-    child = start(tmp_path / "killed", die_at=(step, file))
+    child = in_child(build_and_die, tmp_path / "killed", call, number, file)
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     build(tmp_path / "killed")

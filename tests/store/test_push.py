@@ -121,7 +121,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, cache: Path, url: str) -> None
 
 
 def test_what_is_refused(tmp_path: Path, cache: Path, url: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="is no URL"):
+    with pytest.raises(InvalidArgumentError, match="is not a URL"):
         push(Cache.open(cache), str(tmp_path / "folder"))
     empty = tmp_path / "empty"
     empty.mkdir()

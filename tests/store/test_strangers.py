@@ -118,12 +118,12 @@ FOOTERS: dict[str, tuple[Change, str]] = {
         lambda s: setattr(s, "text", b"[" + b"[]," * 10**6 + b"0]"),
         "its footer has",
     ),
-    "no object": (lambda s: setattr(s, "text", b"[]"), "lack the description"),
+    "no object": (lambda s: setattr(s, "text", b"[]"), "lacks the description"),
     "no JSON": (lambda s: setattr(s, "text", b"\xff\x00"), "footer"),
     "half a character": (lambda s: setattr(s, "text", b'{"a": "\\ud800"}'), "surrogate"),
     "another fingerprint": (about(fingerprint="\x1b[2J"), "fingerprint '\\x1b[2J'"),
-    "other windows": (about(stop=9), "describes itself"),
-    "start as a float": (about(start=0.5), "describes itself"),
+    "other windows": (about(stop=9), "description states"),
+    "start as a float": (about(start=0.5), "description states"),
 }
 
 

@@ -80,7 +80,7 @@ def test_what_checksums_do_not_see_is_seen(tmp_path: Path) -> None:
     said = forge(tmp_path / "c", replace(light, targets=below), "threshold")
     assert "weights from 0.045" in said
     other = {"corpus": fingerprint([window_of(record("counts", 1))])}
-    assert "rows come to corpus" in forge(tmp_path / "d", record("counts", 0), "counts", other)
+    assert "rows have corpus" in forge(tmp_path / "d", record("counts", 0), "counts", other)
 
 
 def window_of(r: WindowRecord) -> Window:

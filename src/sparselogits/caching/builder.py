@@ -202,9 +202,7 @@ def _open_caches(
                 reset_attention=reset,
             )
         identity = _identity(engine, corpus, request, sampler, tokenizer_hash, windows_per_shard)
-        caches.append(
-            Cache.create(request.root, identity, token_frequencies=corpus.token_frequencies)
-        )
+        caches.append(Cache.create(request.root, identity))
         samplers.append(sampler)
     return caches, samplers
 

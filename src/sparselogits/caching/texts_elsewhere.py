@@ -22,7 +22,7 @@ from sparselogits.errors import CorpusError, IdentityMismatchError
 from sparselogits.files import user_cache, write_whole
 from sparselogits.identity import canonical_json
 from sparselogits.locks import Held, lock_file
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import Storage
 from sparselogits.store.storage.location import Location, is_url, storage_at
 from sparselogits.store.tools.push import require_unlinked
 from sparselogits.untrusted import parse_json

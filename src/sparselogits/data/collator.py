@@ -1,4 +1,4 @@
-"""Windows -> one batch of plain tensors that any Trainer can move and count."""
+"""The collator: windows into one batch of plain tensors that any Trainer can move and count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack windows and pad their targets to the widest position of the batch.
 
     Windows without targets may differ in length: the shorter ones are padded on the right with id 0
-    and without labels, where nothing that counts can see it.
+    and no labels, which no position with a label attends to.
 
     Args:
         windows: items of a `CacheDataset`, a `TextDataset` or `TokenisedRows`.
@@ -26,9 +26,9 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `shift_labels`, `labels` int64 [B, L] (`labels` in the Hugging Face
         convention: the token at the position itself, -100 where it is not to be predicted, so that
-        `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` where windows have them, and for
-        windows with targets `target_ids` int64 [B, L, K] and `target_weights` float32 [B, L, K],
-        whose padding weighs 0, and `teacher_entropy` float32 [B].
+        `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` if windows have them, and for
+        windows with targets `target_ids` int64 [B, L, K], `target_weights` float32 [B, L, K], whose
+        padding has weight 0, and `teacher_entropy` float32 [B].
 
     Examples:
         >>> from torch.utils.data import DataLoader

@@ -1,8 +1,7 @@
-"""Windows with their targets, as torch's DataLoader and every Trainer read them.
+"""Datasets of windows for torch's DataLoader and every Trainer.
 
-Tokens stand beside their targets in the cache, so nothing is re-aligned here: position j of
-`targets` is the teacher's distribution of the token after position j, and `shift_labels[j]` is
-that token.
+Tokens are stored with their targets, so nothing is re-aligned here: position j of `targets` is the
+teacher's distribution of the token after position j, and `shift_labels[j]` is that token.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from sparselogits.documents import restarting_positions
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, CopyFolder, Location, WindowRecord
+from sparselogits.store.ranges import spread
 from sparselogits.store.storage.local_copy import LocalCopy
 from sparselogits.store.storage.location import is_url, storage_at
 from sparselogits.targets import SparseTargets, thinning_choices
@@ -36,9 +36,9 @@ class TextWindow(TypedDict):
 
     Args:
         input_ids: int64 [L].
-        shift_labels: int64 [L], the next token; -100 where there is none: the window's last
-            position, masked positions, and a document's end if attention restarts there.
-        position_ids: int64 [L], present if attention restarts at document starts.
+        shift_labels: int64 [L], the next token; -100 where there is none: at the last
+            position, at masked positions, and at the end of a document if attention is reset there.
+        position_ids: int64 [L], present if attention is reset at document starts.
     """
 
     input_ids: Tensor
@@ -50,8 +50,8 @@ class CachedWindow(TextWindow):
     """A window of text with its targets.
 
     Args:
-        targets: the teacher's targets of the L positions.
-        teacher_entropy: float32 [], nats, mean over the window's positions.
+        targets: targets of the L positions.
+        teacher_entropy: mean entropy of the teacher in nats, float32 [].
     """
 
     targets: SparseTargets
@@ -59,20 +59,20 @@ class CachedWindow(TextWindow):
 
 
 class CacheDataset(Dataset[CachedWindow]):
-    """The windows of a cache, as torch's DataLoader and every Trainer read them.
+    """The windows of a cache as a dataset for torch's DataLoader and every Trainer.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
     perhaps `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as `collate`
     makes it.
 
     Args:
-        path: the cache's directory or URL.
-        seed: of the thinning, where a `WindowRequest` asks for fewer rounds.
-        copy: where what is read from a URL is kept, up to a limit; `CopyFolder.default()` when
-            None. A cache in a directory is read where it lies.
+        path: directory or URL of the cache.
+        seed: random seed for thinning, used if a `WindowRequest` asks for fewer rounds.
+        copy: folder for local copies of what is read from a URL; None for `CopyFolder.default()`.
+            A cache in a directory is not copied.
 
     Raises:
-        CacheError: when there is no cache, or none with at least one window.
+        CacheError: there is no cache, or it has no finished window.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -93,7 +93,7 @@ class CacheDataset(Dataset[CachedWindow]):
         self.seed = seed
         if len(self.cache) == 0:
             raise CacheError(
-                f"the cache at {path} has no finished shard yet; let `sparselogits cache` go on"
+                f"the cache at {path} has no finished shard yet; continue `sparselogits cache`"
             )
 
     def __len__(self) -> int:
@@ -142,12 +142,12 @@ class CacheDataset(Dataset[CachedWindow]):
 
 
 class TextDataset(Dataset[TextWindow]):
-    """Held-out windows: tokens and labels without targets, for evaluation.
+    """A dataset of held-out windows: tokens and labels without targets, for evaluation.
 
     Args:
         corpus: a packed corpus.
         holdout: read its held-out windows rather than its training windows.
-        limit: at most so many windows.
+        limit: largest number of windows; None for all.
     """
 
     def __init__(
@@ -162,31 +162,30 @@ class TextDataset(Dataset[TextWindow]):
 
     def __getitem__(self, index: int) -> TextWindow:
         if not 0 <= index < self._length:
-            raise IndexError(f"window {index} of {self._length}")
+            raise IndexError(f"window {index} of {self._length} windows")
         read = self.corpus.read_holdout if self.holdout else self.corpus.read
         window = read(index, index + 1)[0]
         return _inputs(window, reset_attention=self.corpus.packing.reset_attention)
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
-    """The number of rounds whose thinned targets come closest to a mean number of entries.
+    """Return the number of rounds whose thinned targets have about a given number of entries.
 
-    Counted on windows spread over the cache; each position's start is random but fixed.
+    Entries are counted on windows spread over the cache, with random but fixed starts.
 
     Args:
         dataset: a cache drawn in rounds.
-        budget: mean entries a position.
+        budget: mean entries per position.
 
     Raises:
-        InvalidArgumentError: when the cache is not drawn in rounds, or holds fewer entries.
+        InvalidArgumentError: the cache is not drawn in rounds, or holds fewer entries.
     """
     windows = len(dataset)
-    count = min(_PILOT_WINDOWS, windows)
-    chosen = [(2 * i + 1) * windows // (2 * count) for i in range(count)]
+    chosen = spread(windows, _PILOT_WINDOWS)
     cached = dataset[chosen[0]]["targets"].rounds
     if cached is None or budget < 1:
         Schedule.constant(1).require_within(cached)
-        raise InvalidArgumentError(f"a budget is at least one entry a position, found {budget:g}")
+        raise InvalidArgumentError(f"a budget of {budget:g} entries per position; give at least 1")
 
     def mean(rounds: int) -> float:
         targets = [dataset[WindowRequest(i, 0, rounds)]["targets"] for i in chosen]
@@ -196,8 +195,8 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
 
     if budget > (most := mean(cached)):
         raise InvalidArgumentError(
-            f"a budget of {budget:g} entries: the cache holds {most:.1f} a position; give less, "
-            "or leave thinning out"
+            f"a budget of {budget:g} entries per position, but the cache holds {most:.1f}; give "
+            "less, or leave thinning out"
         )
     low, high = 1, cached  # mean(high) >= budget
     while low < high:
@@ -213,7 +212,7 @@ def shift_labels(
     *,
     reset_attention: bool,
 ) -> np.ndarray:
-    """int64 [L]: the next token of each position, -100 where there is none to learn."""
+    """Return the next token of each position, -100 where there is none to learn, int64 [L]."""
     labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
     labels[:-1] = tokens[1:]
     if mask is not None:

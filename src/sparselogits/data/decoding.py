@@ -11,25 +11,26 @@ from sparselogits.store import Cache, Location
 from sparselogits.targets import SparseTargets
 
 _ONE_AT_A_TIME = Lock()
-"""A database calls a function from several threads; an open shard is for one at a time."""
+"""A database calls functions from several threads; an open shard serves one at a time."""
 
 
 def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> SparseTargets:
     """Return the targets of one row of a cache's shards, whatever tool has read it.
 
-    The cache is needed beside the row: its identity says how many ids and rounds there are, and
-    the footer of the row's shard holds the coding tables that all of its rows share.
+    The cache is needed as well: its identity has the numbers of ids and rounds, and the footer of
+    the shard has the coding tables that its rows share.
 
     Args:
         row: columns by name: `window_index`, `tokens`, `mask` and `targets`. A dict, a pandas
-            Series, or any other mapping. With all columns the row's checksum is verified, too.
-        cache: the cache the row is of. Pass an open one to decode many rows: a path is opened anew
-            at each call.
+            Series, or any other mapping. If all columns are there, the checksum of the row is
+            verified.
+        cache: the cache that the row is from. Pass an open one to decode many rows: a path is
+            opened at each call.
 
     Raises:
-        InvalidArgumentError: a row that lacks columns.
-        CacheError: there is no such cache, or no shard of it holds the row's window.
-        CacheCorruptionError: a row that is not as it was written.
+        InvalidArgumentError: the row lacks columns.
+        CacheError: there is no such cache, or no shard of it holds the window of the row.
+        CacheCorruptionError: the row differs from what was written.
 
     Examples:
         >>> import pyarrow.dataset

@@ -2,9 +2,9 @@
 
 The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
 (seed, epoch), walked until it lands inside the range (cycle walking; Black and Rogaway, "Ciphers
-with arbitrary finite domains", 2002). Memory is constant, any position can be looked up alone, and
-all ranks agree without talking. Its state is (identity, seed, epoch, next position), so a run that
-stops on 8 ranks can go on with 6 or 16 and still visit every window exactly once.
+with arbitrary finite domains", 2002). Memory is constant, any position can be computed alone, and
+all ranks agree without communication. The state is (identity, seed, epoch, next position), so a run
+that stops on 8 ranks can continue on 6 or 16 and still visit every window exactly once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """A window as the order asks a dataset for it.
+    """A request of the order for one window of a dataset.
 
     Args:
-        index: of the window in the dataset.
-        epoch: keys the noise of thinned targets.
-        rounds: thin the window's targets to so many rounds; None leaves them.
+        index: index of the window in the dataset.
+        epoch: epoch, which determines the noise of thinned targets.
+        rounds: number of rounds to thin the targets to; None for all.
     """
 
     index: int
@@ -42,9 +42,9 @@ class WindowOrder:
     """A permutation of `range(windows)` for every epoch.
 
     Args:
-        windows: how many there are.
-        seed: two seeds give unrelated orders.
-        identity: fingerprint of the cache the windows are of; a state of another one is refused.
+        windows: number of windows.
+        seed: random seed; two seeds give unrelated orders.
+        identity: fingerprint of the cache; the state of another cache is refused.
     """
 
     windows: int
@@ -56,7 +56,7 @@ class WindowOrder:
             raise InvalidArgumentError(f"an order needs at least one window, found {self.windows}")
 
     def __getitem__(self, place: tuple[int, int]) -> int:
-        """The window at (epoch, position)."""
+        """Return the window at (epoch, position)."""
         epoch, value = place
         if not 0 <= value < self.windows:
             raise IndexError(f"position {value} of an order of {self.windows} windows")
@@ -77,24 +77,24 @@ class WindowOrder:
 
 
 class WindowSampler(Sampler[WindowRequest]):
-    """The order as torch's DataLoader wants it, for one rank of several.
+    """The order as a sampler of torch's DataLoader, for one rank of several.
 
     Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on. Every rank gets
-    equally many, so that ranks that wait for each other at every step end together: up to R - 1
-    windows are left out at an epoch's end, others in each epoch. With `drop_last=False` none is:
-    every window is visited exactly once, and some ranks take one window more than others.
+    the same number of windows, so that ranks that wait for each other at every step end together:
+    up to R - 1 windows are left out at the end of an epoch, different ones in each epoch. With
+    `drop_last=False` every window is visited once, and some ranks take one more than others.
 
     Args:
         order: the permutation.
-        rank: this rank, when the caller divides the work itself (a Trainer divides it on its own).
+        rank: this rank; 0 if a Trainer divides the windows itself.
         world_size: number of ranks.
-        drop_last: leave out what does not divide by the ranks.
-        thinning: how many of the cached rounds to ask for; None asks for all.
-        pace: which optimiser step a place belongs to; needed where the rounds change over steps.
+        drop_last: leave out the windows that do not divide by the number of ranks.
+        thinning: schedule of the rounds to keep; None for all.
+        pace: optimiser step of each position; needed if the rounds change over steps.
 
     Raises:
-        InvalidArgumentError: a rank outside the world, or a schedule of several stages without a
-            pace.
+        InvalidArgumentError: the rank is not below `world_size`, or a schedule of several stages
+            has no pace.
     """
 
     def __init__(
@@ -108,9 +108,11 @@ class WindowSampler(Sampler[WindowRequest]):
         pace: Pace | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise InvalidArgumentError(f"rank {rank} does not lie in [0, {world_size})")
+            raise InvalidArgumentError(f"rank {rank} is not in [0, {world_size})")
         if thinning is not None and len(thinning.stages) > 1 and pace is None:
-            raise InvalidArgumentError("a thinning schedule of several stages needs a pace")
+            raise InvalidArgumentError(
+                "a thinning schedule of several stages needs a pace; give pace"
+            )
         self.order = order
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.thinning, self.pace = thinning, pace
@@ -140,16 +142,16 @@ class WindowSampler(Sampler[WindowRequest]):
         return range(self.next_position + self.rank, stop, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; to the epoch already current, a no-op."""
+        """Go to the start of an epoch, unless it is the current one."""
         if epoch != self.epoch:
             self.epoch, self.next_position = epoch, 0
 
     def state_dict(self, windows_taken: int = 0) -> dict[str, int | str]:
-        """Where the order stands, for a checkpoint.
+        """Return the state of the order for a checkpoint.
 
         Args:
             windows_taken: windows that all ranks together have trained on in this epoch since the
-                sampler was made or loaded. The sampler cannot know: workers read ahead.
+                sampler was made or loaded. Workers read ahead, so the sampler cannot count them.
         """
         return {
             "identity": self.order.identity,
@@ -160,10 +162,10 @@ class WindowSampler(Sampler[WindowRequest]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` stood, on any number of ranks.
+        """Continue from the state of a checkpoint, on any number of ranks.
 
         Raises:
-            InvalidArgumentError: when the state is of another cache or seed, or no such state.
+            InvalidArgumentError: the state is of another cache or seed, or not a state.
         """
         order = self.order
         expected = {"identity": order.identity, "windows": order.windows, "seed": order.seed}

@@ -1,4 +1,4 @@
-"""Rows of tokens that others made, `datasets` objects of TRL and transformers, for evaluation."""
+"""Rows of a `datasets` object of TRL or transformers as a dataset for evaluation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sparselogits.errors import InvalidArgumentError
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """Rows with `input_ids`, and `labels` where not every token is to be learnt.
+    """Rows with `input_ids` and perhaps `labels`, of any length.
 
-    Of any length; items are those of a `TextDataset`.
+    Items are those of a `TextDataset`.
 
     Args:
         rows: a `datasets.Dataset`, whose rows are read by number. `labels` are in the Hugging Face
             convention (the token at the position itself, -100 where it is not to be predicted).
 
     Raises:
-        InvalidArgumentError: no such column, or rows that can only be passed over.
+        InvalidArgumentError: there is no `input_ids`, or rows cannot be read by number.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -30,9 +30,9 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         if "input_ids" not in columns or not hasattr(rows, "__len__"):
             raise InvalidArgumentError(
                 f"a {type(rows).__name__} with the columns {', '.join(columns) or 'unknown'} "
-                "cannot be evaluated on: rows are read by number and hold `input_ids`. Tokenise "
-                "them (TRL's SFTTrainer does: its eval_dataset), or pack the text and give "
-                "TextDataset(corpus)"
+                "cannot be evaluated on: rows with `input_ids` that can be read by number are "
+                "expected. Tokenise them (as TRL's SFTTrainer does with its eval_dataset), or pack "
+                "the text and give TextDataset(corpus)"
             )
         kept = [name for name in ("input_ids", "labels") if name in columns]
         self._rows = rows.select_columns(kept).with_format(None)
@@ -50,9 +50,9 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def as_windows(dataset: Any) -> Any:
-    """What evaluation reads: `datasets` objects as `TokenisedRows`, anything else as it is.
+    """Return what evaluation reads: a `datasets` object as `TokenisedRows`, others as they are.
 
-    A mapping of names to data sets is done one by one.
+    A mapping of names to datasets is converted one by one.
     """
     if isinstance(dataset, Mapping):
         return {name: as_windows(part) for name, part in dataset.items()}

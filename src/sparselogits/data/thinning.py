@@ -1,10 +1,10 @@
-"""How many of a cache's rounds training uses, and when.
+"""Thinning schedules: how many of the cached rounds training uses at each optimiser step.
 
-One cache serves every smaller budget: a window's N cached rounds are thinned to fewer (see
-`SparseTargets.thin`), without bias for any number up to N, and a `Schedule` lets the number change
-over training. Which rounds are kept is keyed by (seed, epoch, window), and how many by the
-optimiser step that trains on the window. That step is computed from the window's place in the
-order, not taken from a counter, so workers that read ahead and runs that resume agree with it.
+One cache serves every smaller budget: the N cached rounds of a window are thinned to fewer (see
+`SparseTargets.thin`), without bias for any number up to N, and a `Schedule` changes the number
+during training. Which rounds are kept depends on (seed, epoch, window), and how many on the
+optimiser step that trains on the window. That step is computed from the position of the window in
+the order, so workers that read ahead and runs that resume agree.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sparselogits.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one number of rounds.
+    """A part of training with one number of rounds.
 
     Args:
-        rounds: rounds to keep a position.
+        rounds: rounds to keep per position.
         until: share of the optimiser steps at which the stage ends, in (0, 1].
-        until_step: the step at which it ends, instead of a share.
+        until_step: optimiser step at which the stage ends, instead of a share.
     """
 
     rounds: int
@@ -31,7 +31,7 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """The first step, of so many, that no longer belongs to the stage."""
+        """Return the first step after the stage, given the number of steps."""
         if self.until_step is not None:
             return self.until_step
         return math.inf if self.until is None else self.until * steps
@@ -42,11 +42,11 @@ class Schedule:
     """Rounds to keep, as a function of the optimiser step.
 
     Args:
-        stages: in order. The last one lasts to the end of training, whatever its end says.
-        fresh_noise: keep other cached rounds in each epoch; otherwise those of epoch 0 always.
+        stages: stages in order; the last one lasts to the end of training, whatever its end is.
+        fresh_noise: keep other cached rounds in each epoch; otherwise those of epoch 0.
 
     Raises:
-        InvalidArgumentError: for no stages, rounds below one, or ends that do not ascend.
+        InvalidArgumentError: there are no stages, rounds below one, or ends that do not ascend.
     """
 
     stages: tuple[Stage, ...]
@@ -67,42 +67,42 @@ class Schedule:
 
     @classmethod
     def constant(cls, rounds: int, *, fresh_noise: bool = True) -> Schedule:
-        """The same number of rounds throughout."""
+        """Make a schedule with one number of rounds."""
         return cls((Stage(rounds),), fresh_noise)
 
     def rounds_at(self, step: int, steps: int) -> int:
-        """Rounds to keep in an optimiser step, counted from 0, of so many."""
+        """Return the rounds to keep in an optimiser step, counted from 0, of a number of steps."""
         for stage in self.stages[:-1]:
             if step < stage.ends(steps):
                 return stage.rounds
         return self.stages[-1].rounds
 
     def require_within(self, cached: int | None) -> None:
-        """Insist that a cache has the rounds.
+        """Validate that a cache has the rounds.
 
         Raises:
-            InvalidArgumentError: when its entries are not drawn in rounds, or there are too few.
+            InvalidArgumentError: the cache is not drawn in rounds, or has too few.
         """
         wanted = max(stage.rounds for stage in self.stages)
         if cached is None:
             raise InvalidArgumentError(
-                f"rounds={wanted}: this cache's entries are not drawn in rounds and cannot be "
-                "thinned"
+                f"rounds={wanted}: the entries of this cache are not drawn in rounds and cannot be "
+                "thinned; leave thinning out"
             )
         if wanted > cached:
             raise InvalidArgumentError(
-                f"rounds={wanted}: the cache holds {cached} rounds a position; choose between 1 "
+                f"rounds={wanted}: the cache holds {cached} rounds per position; choose between 1 "
                 f"and {cached}"
             )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Which optimiser step trains on which place of the order.
+    """The optimiser step that trains on each position of the order.
 
     Args:
-        windows_per_step: windows an optimiser step takes, over all ranks and accumulated batches.
-        steps_per_epoch: optimiser steps an epoch.
+        windows_per_step: windows per optimiser step, over all ranks and accumulated batches.
+        steps_per_epoch: optimiser steps per epoch.
         steps: optimiser steps of the whole training.
     """
 
@@ -111,7 +111,7 @@ class Pace:
     steps: int
 
     def step_of(self, epoch: int, place: int) -> int:
-        """The step, from 0, that trains on the window at a place of an epoch's order."""
+        """Return the step, from 0, that trains on the window at a position of an epoch."""
         within = min(place // self.windows_per_step, self.steps_per_epoch - 1)
         return epoch * self.steps_per_epoch + within
 

@@ -1,4 +1,4 @@
-"""The cache on disk: a codec, a shard file, a directory, and the tools that keep it sound."""
+"""The cache on disk: codec, shards, storage, and tools for finished caches."""
 
 from sparselogits.store.cache import Cache
 from sparselogits.store.codec.target_codec import codec_for

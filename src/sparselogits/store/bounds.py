@@ -1,4 +1,4 @@
-"""What a cache may claim: the bounds of every size and value in it, as docs/format.md states them.
+"""Bounds of every size and value in a cache, as docs/format.md states them.
 
 Caches come from strangers. A size is compared with its bound before anything of that size is
 allocated, and a value before a student is trained on it.
@@ -17,7 +17,7 @@ from sparselogits.samplers.sampler import COUNTS, ROUNDING, THRESHOLD
 from sparselogits.untrusted import shown
 
 LARGEST_CACHE_JSON = 1 << 20
-"""Bytes of cache.json."""
+"""Largest size of cache.json in bytes."""
 
 LARGEST_VOCABULARY = 1 << 24
 LONGEST_WINDOW = 1 << 20
@@ -25,40 +25,44 @@ MOST_ROUNDS = (1 << 20) - 1
 LEAST_TAU = 2.0**-20
 
 LARGEST_WINDOW = 1 << 24
-"""Entries of a window."""
+"""Largest number of entries of a window."""
 
 FREE_ENTRIES = 1 << 20
 ENTRIES_PER_BYTE = 16
-"""Entries of the windows that are decoded together: so many, and so many per byte of their blocks.
+"""Largest number of entries of windows decoded together: a constant, and more per byte of blocks.
 
-Real targets take 8 bits per entry or more. Constant ones (a teacher that was never trained, all of
-its tokens equally likely) take next to none, which is what the free ones are for.
+Real targets take 8 bits per entry or more. Constant targets (an untrained teacher, all of whose
+tokens are equally likely) take almost none, hence the constant.
 """
 
 LARGEST_LOSS = 1e6
 
 
+class DamageError(ValueError):
+    """Raised for bytes that no writer of shards makes; the message says why, the caller where."""
+
+
 def entries_bound(block_bytes: int) -> int:
-    """Return how many entries blocks of so many bytes may decode to."""
+    """Return the largest number of entries that blocks of so many bytes may decode to."""
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
 
 def description_bound(file_bytes: int) -> int:
-    """Return how many bytes the JSON in a footer may have: tables are shared by many windows."""
+    """Return the largest size in bytes of the JSON in the footer of a file."""
     return (1 << 18) + file_bytes // 8
 
 
 def footer_bound(groups: int, description: int) -> int:
-    """Return how many bytes a footer may have beside its JSON: its row groups are described."""
+    """Return the largest size in bytes of a footer: its JSON and the description of row groups."""
     return (1 << 14) + (1 << 11) * groups + description
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return the largest sum of a position's weights, which also bounds each weight.
+    """Return the largest sum of the weights of a position, which also bounds a single weight.
 
     Args:
-        sampler: its name and parameters, from the identity.
-        weights: kind of the codec's weights.
+        sampler: name and parameters of the sampler, from the identity.
+        weights: kind of the weights.
         vocab_size: V.
     """
     if weights == COUNTS:
@@ -73,14 +77,14 @@ def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> flo
 
 
 def require_bounds(identity: Identity, where: str) -> None:
-    """Check the sizes that an identity claims.
+    """Validate the sizes that an identity states.
 
     Args:
-        identity: of a cache, from its cache.json or about to be written.
-        where: the cache, for the message.
+        identity: identity of a cache, read from its cache.json or about to be written.
+        where: the cache, for messages.
 
     Raises:
-        CacheError: naming the field, what it is and what it may be.
+        CacheError: names the field, its value and its bounds.
     """
     codec, sampler = identity.codec, identity.sampler
     for name, value, least, most in (
@@ -106,7 +110,7 @@ def require_bounds(identity: Identity, where: str) -> None:
         if name in sampler and name in codec and sampler[name] != codec[name]:
             raise CacheError(
                 f"{where}: its sampler has {name} {shown(sampler[name])}, its codec "
-                f"{shown(codec[name])}; one is the other's in every cache that this library "
+                f"{shown(codec[name])}; the two are equal in every cache that this library "
                 "writes: restore cache.json from a copy"
             )
 

@@ -1,15 +1,15 @@
-"""A cache: an identity, shards of windows, and nothing that changes once it is written.
+"""A cache on disk: an identity and shards of windows, which never change once written.
 
     CACHE/
       cache.json      the identity (canonical JSON) and its fingerprint
       README.md       a dataset card, so that the folder can be pushed to a hub as it is
       shards/windows-000000000000-000000000512.parquet ...
 
-The folder is one of this machine or a prefix of an object store (store/storage/location.py).
+CACHE is a folder of this machine or a prefix of an object store (storage/location.py).
 
-There is no index and no consolidation: the list of shards is the folder's listing, and a shard
-that is there is complete. Any number of processes may write to one cache and read from it at once.
-A reader keeps a few shards open and one row group of each in memory, whatever the cache's size.
+There is no index and no consolidation: the list of shards is a listing of the folder, and a shard
+that exists is complete. Any number of processes may write to a cache and read from it at once.
+A reader keeps a few shards open and one row group of each in memory, whatever the size.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from sparselogits.store.ranges import SHARDS, Range, listed_ranges, shard_name
 from sparselogits.store.records import CacheStatistics, WindowRecord
 from sparselogits.store.shard.reader import Shard, missing_columns
 from sparselogits.store.shard.writer import encode_shard
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import ReadableFiles, Storage
+from sparselogits.store.storage.local_copy import LocalCopy
 from sparselogits.store.storage.location import Location, inside, location_of, storage_at
-from sparselogits.store.storage.memory import MemoryStorage
+from sparselogits.store.storage.memory import FilesInMemory
 from sparselogits.store.tools.card import dataset_card
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import parse_json
@@ -49,9 +50,9 @@ OPEN_SHARDS = 8
 
 
 class Cache:
-    """An open cache; make one with `Cache.create` or `Cache.open`.
+    """An open cache; `Cache.create` and `Cache.open` make one.
 
-    Reading is safe from forked and spawned processes and, one reader a thread, from threads.
+    Forked and spawned processes may read from one object; each thread needs its own.
     """
 
     def __init__(self, storage: Storage, identity: Identity) -> None:
@@ -64,18 +65,15 @@ class Cache:
         self._process = os.getpid()
 
     @classmethod
-    def create(
-        cls, root: Location | Storage, identity: Identity, *, token_frequencies: Any | None = None
-    ) -> Cache:
-        """A cache of this identity: a new one, or the one that stands there already.
+    def create(cls, root: Location | Storage, identity: Identity) -> Cache:
+        """Create a cache, or open the one that is there if its identity is the same.
 
         Args:
-            root: its folder or URL, or a storage made from one.
-            identity: what its shards are made from.
-            token_frequencies: accepted for planners that have them; the codec needs none.
+            root: folder or URL, or a storage.
+            identity: identity of the cache.
 
         Raises:
-            IdentityMismatchError: the cache that is there was made otherwise.
+            IdentityMismatchError: the cache that is there has another identity.
             CacheError: the folder cannot be written.
         """
         require_bounds(identity, f"the cache to be made at {root}")
@@ -93,60 +91,60 @@ class Cache:
 
     @classmethod
     def open(cls, root: Location | Storage) -> Cache:
-        """The cache in a folder or at a URL.
+        """Open the cache in a folder or at a URL.
 
         Raises:
-            CacheError: there is none, or one of another format version.
+            CacheError: there is no cache, or one of another format version.
             CacheCorruptionError: its cache.json is damaged.
-            StorageError: it cannot be reached.
+            StorageError: the cache cannot be reached.
         """
         storage = storage_at(root)
         return cls(storage, read_identity(storage))
 
     @staticmethod
     def exists(root: Location | Storage) -> bool:
-        """Whether a cache was begun there. Raises StorageError."""
+        """Return whether there is a cache. Raises StorageError."""
         try:
             return storage_at(root).size(CACHE_JSON) > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Whether the shard of a range is there now; costs one look, not a listing."""
+        """Return whether the shard of a range exists now; one request, not a listing."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:
             return False
 
     def finished(self) -> list[Range]:
-        """Sorted (start, stop) of the shards that are there, from a fresh listing alone."""
+        """List the shards anew; return their ranges (start, stop), sorted."""
         self._ranges = listed_ranges(self.storage.names(SHARDS))
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
 
     @property
     def ranges(self) -> list[Range]:
-        """Sorted (start, stop) of the shards that this reader knows, listed at its first use."""
+        """Sorted ranges (start, stop) of the shards, as of the last listing."""
         return list(self._listed())
 
     def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Location:
         """Write one shard, whole or not at all.
 
-        Where another worker has written the same range before, its file stays: the two hold the
-        same targets.
+        If another worker has written the same range before, its file stays: the two hold the same
+        targets.
 
         Args:
-            records: of consecutive windows, at least one.
-            provenance: JSON values: the fingerprint of the piece of corpus, versions, device,
-                threads, batch size.
+            records: records of consecutive windows, at least one.
+            provenance: JSON values that say how the windows were computed: fingerprint of the text,
+                versions, device, threads, batch size.
 
         Returns:
-            The shard's path or URL.
+            Path or URL of the shard.
 
         Raises:
             InvalidTargetsError: records that do not fit the identity or each other.
-            CacheError: the disk is full or read-only, or the object store out of reach.
-            CacheCorruptionError: what was written does not read back.
+            CacheError: the disk is full or read-only, or the object store cannot be reached.
+            CacheCorruptionError: the shard does not read back as it was written.
         """
         self._require_consecutive(records)
         name, data = encode_shard(self.identity, records, provenance)
@@ -156,42 +154,43 @@ class Cache:
         return inside(self.root, name)
 
     def provenance(self, start: int) -> dict[str, Any]:
-        """What `commit` was told about the shard that holds window `start`."""
+        """Return the provenance of the shard that holds window `start`."""
         return dict(self._shard(self._range_of(start)).description["provenance"])
 
     def recorded_tokenizer(self) -> object:
-        """Return what the first shard says about the tokenizer; None where it says nothing."""
+        """Return the tokenizer that the first shard records; None if it records none."""
         return self.provenance(self.window_index(0)).get("tokenizer") if len(self) else None
 
     def __len__(self) -> int:
-        """Windows present, as of the last listing."""
+        """Return the number of windows, as of the last listing."""
         self._listed()
         return self._before[-1]
 
     def window_index(self, i: int) -> int:
-        """The index in the corpus of the i-th window present."""
+        """Return the index in the corpus of the i-th window of the cache."""
         (start, _), row = self._locate(i)
         return start + row
 
     def read(self, i: int) -> WindowRecord:
-        """The i-th window present, in window order.
+        """Read the i-th window of the cache, in window order.
 
         Raises:
-            IndexError: fewer windows are present.
-            CacheCorruptionError: naming the file, the row and what is wrong.
+            IndexError: the cache has fewer windows.
+            CacheCorruptionError: names the file, the row and what is wrong.
         """
         shard_range, row = self._locate(i)
         try:
             return self._shard(shard_range).read(row)
         except CacheCorruptionError:
-            if not self.storage.forget(shard_name(*shard_range)):
+            copies = self.storage if isinstance(self.storage, LocalCopy) else None
+            if copies is None or not copies.forget(shard_name(*shard_range)):
                 raise
-            # a copy of it was at hand; what counts is what lies where the cache lives
+            # the local copy was damaged or old; read again from where the cache is stored
             self._shards.pop(shard_range, None)
             return self._shard(shard_range).read(row)
 
     def statistics(self) -> CacheStatistics:
-        """The cache in figures, from the shards' footers: nothing is decoded."""
+        """Return the statistics of the cache, from the footers of its shards."""
         ranges = self.finished()
         totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
         sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
@@ -218,10 +217,7 @@ class Cache:
         )
 
     def entries_per_position(self, shards: int = 4) -> float:
-        """Return the mean entries per position that carries a target, from so many shards.
-
-        Their footers say it; nothing is decoded.
-        """
+        """Return the mean entries per position that carries a target, from some shards' footers."""
         chosen = [self._shard(r).description for r in self.ranges[:shards]]
         positions = sum(int(told["positions"]) for told in chosen)
         return sum(int(told["entries"]) for told in chosen) / positions if positions else 0.0
@@ -230,19 +226,19 @@ class Cache:
         """Return the targets of a row that another tool read from one of the shards.
 
         Args:
-            row: the row's columns by name, as of `Shard.decode_row`.
+            row: columns of the row by name; see `Shard.decode_row`.
 
         Raises:
-            InvalidArgumentError: a row that lacks columns.
-            CacheError: no shard here holds its window.
-            CacheCorruptionError: a row that is not as it was written.
+            InvalidArgumentError: the row lacks columns.
+            CacheError: no shard of this cache holds its window.
+            CacheCorruptionError: the row differs from what was written.
         """
         if "window_index" not in row:
             raise InvalidArgumentError(missing_columns(row))
         return self._shard(self._range_of(int(row["window_index"]))).decode_row(row)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers that are spawned: they open their own files."""
+        """Return the state for spawned workers, which open their own files."""
         return self.__dict__ | {"_shards": OrderedDict()}
 
     def _listed(self) -> list[Range]:
@@ -254,7 +250,7 @@ class Cache:
     def _locate(self, i: int) -> tuple[Range, int]:
         ranges, count = self._listed(), len(self)
         if not -count <= i < count:
-            raise IndexError(f"window {i} of a cache that holds {count}")
+            raise IndexError(f"window {i} of a cache with {count} windows")
         i %= count
         place = bisect_right(self._before, i) - 1
         return ranges[place], i - self._before[place]
@@ -267,7 +263,7 @@ class Cache:
         return ranges[place]
 
     def _shard(self, shard_range: Range) -> Shard:
-        if self._process != os.getpid():  # a forked reader shares no open shard with its parent
+        if self._process != os.getpid():  # a forked reader must not share open shards
             self._shards, self._process = OrderedDict(), os.getpid()
         shard = self._shards.pop(shard_range, None) or self._open(shard_range)
         self._shards[shard_range] = shard
@@ -280,34 +276,35 @@ class Cache:
 
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
         if not records:
-            raise InvalidTargetsError("a shard holds at least one window")
+            raise InvalidTargetsError("there are no records; a shard holds at least one window")
         for place, record in enumerate(records):
             record.validate(self.identity.window_length)
             if record.window_index != records[0].window_index + place:
                 raise InvalidTargetsError(
-                    f"window {record.window_index} stands where window "
-                    f"{records[0].window_index + place} is expected: a shard is a run of windows"
+                    f"window {record.window_index} found, window "
+                    f"{records[0].window_index + place} expected: the windows of a shard are "
+                    "consecutive"
                 )
 
     def _require_reads_back(self, name: str, data: bytes, records: Sequence[WindowRecord]) -> None:
-        shard = Shard(MemoryStorage({name: data}), name, self.identity)
+        shard = Shard(FilesInMemory({name: data}), name, self.identity)
         for row, record in enumerate(records):
             if not same_record(shard.read(row), record):
                 raise CacheCorruptionError(
-                    f"{self.root}/{name}, row {row} (window {record.window_index}): encoding does "
-                    "not give back what it was given. Nothing was written; please report this"
+                    f"{self.root}/{name}, row {row} (window {record.window_index}) does not decode "
+                    "to what was encoded. Nothing was written; please report this"
                 )
 
 
-def read_identity(storage: Storage) -> Identity:
-    """The identity in a folder's cache.json.
+def read_identity(storage: ReadableFiles) -> Identity:
+    """Read the identity from cache.json.
 
     Raises:
-        CacheError: there is none.
-        CacheCorruptionError: it is damaged.
+        CacheError: there is no cache.json.
+        CacheCorruptionError: cache.json is damaged.
     """
     try:
-        # bounded without asking for its size first, which on an object store is one more request
+        # bounded without a request for the size
         raw = storage.read(CACHE_JSON, 0, LARGEST_CACHE_JSON + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(
@@ -316,8 +313,8 @@ def read_identity(storage: Storage) -> Identity:
         ) from error
     if len(raw) > LARGEST_CACHE_JSON:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} has more than {LARGEST_CACHE_JSON:,} bytes, expected "
-            "that many at most: it is not what this library wrote; restore it from a copy"
+            f"{storage.location}/{CACHE_JSON} has more than the {LARGEST_CACHE_JSON:,} bytes that "
+            "are expected at most: this library did not write it; restore it from a copy"
         )
     try:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
@@ -332,8 +329,8 @@ def read_identity(storage: Storage) -> Identity:
         ) from error
     if not sound:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON}: the identity does not match its fingerprint; it was "
-            "edited or damaged: restore it from a copy"
+            f"{storage.location}/{CACHE_JSON}: the identity does not match its fingerprint, so it "
+            "was edited or damaged; restore it from a copy"
         )
     require_bounds(identity, f"{storage.location}/{CACHE_JSON}")
     TargetCodec.of(identity)
@@ -341,7 +338,7 @@ def read_identity(storage: Storage) -> Identity:
 
 
 def same_record(a: WindowRecord, b: WindowRecord) -> bool:
-    """Whether two records are equal, bit for bit (the teacher's loss and entropy in float32)."""
+    """Return whether two records are equal bit for bit (loss and entropy in float32)."""
 
     def figures(record: WindowRecord) -> list[Any]:
         targets = record.targets

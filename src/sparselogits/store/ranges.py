@@ -31,7 +31,7 @@ def parse_shard_name(name: str) -> Range:
     """
     match = _NAME.fullmatch(name.rpartition("/")[2])
     if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"{name} is not a shard's name")
+        raise ValueError(f"{name} is not the name of a shard")
     return int(match[1]), int(match[2])
 
 
@@ -46,8 +46,8 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
     for before, after in pairwise(ranges):
         if after[0] < before[1]:
             raise CacheError(
-                f"shards {shard_name(*before)} and {shard_name(*after)} overlap; they come from "
-                "builds with different shard boundaries: move one of them away"
+                f"shards {shard_name(*before)} and {shard_name(*after)} overlap, as builds with "
+                "different shard boundaries write them; move one of the two away"
             )
     return ranges
 

@@ -1,4 +1,4 @@
-"""The values the store takes and gives: a window with its targets, and a cache in figures."""
+"""The values that the store reads and writes: a window with its targets, and statistics."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Bool: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class WindowRecord:
-    """One window of L tokens with the teacher's targets beside them: a row of a shard.
+    """One window of L tokens with the teacher's targets: a row of a shard.
 
     Args:
-        window_index: its place in the corpus, from 0.
+        window_index: index of the window in the corpus, from 0.
         tokens: int32 [L].
         document_starts: int32, ascending positions in the window at which a document starts (0
-            only when one starts there).
-        mask: bool [L], True where the position carries a target; None when all do.
-        targets: L positions; positions masked out own no entries.
+            only if one starts there).
+        mask: bool [L], True where the position carries a target; None if all do.
+        targets: targets of L positions; positions masked out own no entries.
         teacher_loss: mean negative log-likelihood of the true next tokens, in nats.
         teacher_entropy: mean entropy of the teacher's distribution, in nats.
     """
@@ -42,14 +42,14 @@ class WindowRecord:
     teacher_entropy: float
 
     def present(self) -> Bool:
-        """bool [L]: which positions carry a target."""
+        """Return which positions carry a target, bool [L]."""
         return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
 
     def validate(self, window_length: int) -> None:
-        """Check that the parts fit each other and lie within their bounds.
+        """Validate that the parts fit each other and are within their bounds.
 
         Raises:
-            InvalidTargetsError: naming the window and the part.
+            InvalidTargetsError: names the window and the part.
         """
         starts = self.document_starts
         for good, what in (
@@ -96,18 +96,18 @@ class WindowRecord:
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """A cache in figures, summed from the shards' footers.
+    """Statistics of a cache, summed from the footers of its shards.
 
     Args:
-        shards: files.
-        windows: rows.
-        tokens: positions, with a target or without.
-        positions: positions that carry a target.
-        entries: ids stored.
-        bytes_on_disk: of all shard files, containers and checksums included.
-        text_bytes: of those, the bytes of the text's own tokens.
-        mean_teacher_loss: nats, over windows.
-        mean_teacher_entropy: nats, over windows.
+        shards: number of files.
+        windows: number of rows.
+        tokens: number of positions, with a target or without.
+        positions: number of positions that carry a target.
+        entries: number of stored ids.
+        bytes_on_disk: size of all shard files.
+        text_bytes: size of the tokens of the text in them.
+        mean_teacher_loss: mean over windows, nats.
+        mean_teacher_entropy: mean over windows, nats.
     """
 
     shards: int
@@ -122,15 +122,15 @@ class CacheStatistics:
 
     @property
     def bits_per_entry(self) -> float:
-        """Bits of disk an entry, everything but the text's own tokens included."""
+        """Bits on disk per entry; everything counts but the tokens of the text."""
         return 8 * (self.bytes_on_disk - self.text_bytes) / self.entries if self.entries else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of disk a position, the text's own tokens included."""
+        """Bytes on disk per position, with the tokens of the text."""
         return self.bytes_on_disk / self.tokens if self.tokens else 0.0
 
     @property
     def entries_per_position(self) -> float:
-        """Mean entries of a position that carries a target."""
+        """Mean entries per position that carries a target."""
         return self.entries / self.positions if self.positions else 0.0

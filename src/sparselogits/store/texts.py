@@ -1,11 +1,11 @@
-"""The texts of a cache: which text each run of windows was cut from, named once and in each shard.
+"""The texts of a cache: which text each run of windows was cut from.
 
     CACHE/texts/windows-000000000000.json    the text whose windows begin there
 
-The identity leaves the text out, so that more can be appended. Shards of two texts would therefore
-pass for one cache. So a text is claimed before its first shard is written: its file is created
-exclusively, under the number of its first window, and compared after it is made. Each shard
-carries the same in its provenance, and `verify` compares the two.
+The identity of a cache leaves the text out, so that more can be appended. Without more, shards of
+two texts would look like one cache. So a text is claimed before its first shard is written: its
+file is created exclusively, under the number of its first window, and read back. Each shard stores
+the same values in its provenance, and `verify` compares the two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from sparselogits.errors import CacheCorruptionError, IdentityMismatchError
 from sparselogits.identity import canonical_json
 from sparselogits.store.ranges import Range
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import Storage
 from sparselogits.untrusted import parse_json, shown
 
 TEXTS = "texts"
@@ -29,9 +29,9 @@ class TextSpan:
     """A text, and the windows of a cache that are cut from it.
 
     Args:
-        fingerprint: sha256, in hex, of what the text is and how it was read.
-        first_window: number of its first window in the cache.
-        windows: windows it fills; None where that is not known before it is read to its end.
+        fingerprint: sha256, in hex, of the text and of how it was read.
+        first_window: number of the first window in the cache.
+        windows: number of windows; None if not known before the text is read to its end.
     """
 
     fingerprint: str
@@ -44,10 +44,10 @@ class TextSpan:
 
     @classmethod
     def from_json(cls, value: object) -> TextSpan:
-        """Read what `to_json` wrote.
+        """Make a span from the values that `to_json` returned.
 
         Raises:
-            ValueError: the value is something else.
+            ValueError: other values.
         """
         match value:
             case {"fingerprint": str(fingerprint), "first_window": int(first), "windows": windows}:
@@ -57,12 +57,12 @@ class TextSpan:
         raise ValueError(f"{shown(value)} does not describe a text")
 
     def holds(self, windows: Range) -> bool:
-        """Whether windows lie in the text."""
+        """Return whether the text contains a range of windows."""
         start, stop = windows
         return self.first_window <= start and (self.windows is None or stop <= self._stop)
 
     def overlaps(self, other: TextSpan) -> bool:
-        """Whether two texts claim a window in common."""
+        """Return whether two texts claim a common window."""
         return self.first_window < other._stop and other.first_window < self._stop
 
     def __str__(self) -> str:
@@ -75,21 +75,21 @@ class TextSpan:
 
 
 def named_texts(storage: Storage) -> list[TextSpan]:
-    """Return the texts that a cache names, in order; none in caches from before they were.
+    """Return the texts that a cache names, in order; older versions wrote none.
 
     Raises:
-        CacheCorruptionError: a file that names one is damaged.
+        CacheCorruptionError: a file of `texts/` is damaged.
         StorageError: the cache cannot be reached.
     """
     return [_read(storage, _file(name)) for name in storage.names(TEXTS) if name.endswith(".json")]
 
 
 def claim_text(storage: Storage, text: TextSpan) -> None:
-    """Name a text of a cache, or find that it is named already.
+    """Name a text of a cache, unless it is named already.
 
     Raises:
         IdentityMismatchError: another text is named for the same windows.
-        CacheCorruptionError: a file that names a text is damaged.
+        CacheCorruptionError: a file of `texts/` is damaged.
         StorageError: the cache cannot be reached or written.
     """
     storage.clean(TEXTS)
@@ -104,10 +104,10 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
 
 
 class TextCheck:
-    """Compares what shards say of their text with what the cache names, and with each other.
+    """Compares the texts that shards name with those of the cache, and with each other.
 
     Args:
-        named: see `named_texts`.
+        named: texts that the cache names; see `named_texts`.
     """
 
     def __init__(self, named: Iterable[TextSpan]) -> None:
@@ -116,33 +116,33 @@ class TextCheck:
 
     @property
     def texts(self) -> list[TextSpan]:
-        """The texts named, or else those of the shards seen, in order."""
+        """The named texts, or without any those of the shards that were checked, in order."""
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
-        """Check a shard.
+        """Validate the text that a shard names.
 
         Args:
-            windows: its range.
-            provenance: as stored; one from before texts were named is passed over.
+            windows: range of the shard.
+            provenance: provenance of the shard; older versions wrote no text to it.
 
         Raises:
-            ValueError: its text is not one of the cache's, or not that of its windows.
+            ValueError: the cache does not name the text, or the text does not contain the windows.
         """
         if "text" not in provenance:
             return
         text = TextSpan.from_json(provenance["text"])
         if not text.holds(windows):
-            raise ValueError(f"windows {windows[0]}:{windows[1]} do not lie in its own {text}")
+            raise ValueError(f"its windows {windows[0]}:{windows[1]} are not in its {text}")
         if self._closed and text not in self._known.values():
-            raise ValueError(f"it was made from {text}, which is not among those the cache names")
+            raise ValueError(f"it was made from {text}, which the cache does not name")
         self.add(text)
 
     def add(self, text: TextSpan) -> None:
-        """Learn of a text.
+        """Add a text.
 
         Raises:
-            ValueError: one that is known has windows in common with it.
+            ValueError: another text claims some of its windows.
         """
         other = next((t for t in self._known.values() if t != text and t.overlaps(text)), None)
         if other is not None:
@@ -158,7 +158,9 @@ def _read(storage: Storage, name: str) -> TextSpan:
     try:
         return TextSpan.from_json(parse_json(storage.read(name, 0, _LARGEST)))
     except FileNotFoundError as error:
-        raise CacheCorruptionError(f"{storage.location}/{name} was removed meanwhile") from error
+        raise CacheCorruptionError(
+            f"{storage.location}/{name} was removed while the cache was read; start again"
+        ) from error
     except ValueError as error:
         raise CacheCorruptionError(
             f"{storage.location}/{name} is damaged ({error}); restore it from a copy, or delete "
@@ -168,7 +170,7 @@ def _read(storage: Storage, name: str) -> TextSpan:
 
 def _mismatch(storage: Storage, there: TextSpan, here: TextSpan) -> IdentityMismatchError:
     return IdentityMismatchError(
-        f"the cache at {storage.location} was begun with other text: it names {there}, asked for "
-        f"is {here}. Give that text to go on with it, append this one to it, or choose another "
-        "output directory"
+        f"the cache at {storage.location} was begun with other text: it names {there}, this "
+        f"build has {here}. Give that text to go on, append this text to the cache, or choose "
+        "another output directory"
     )

@@ -1,31 +1,29 @@
-"""Decoding blocks: any number of a shard's windows in one pass.
+"""The decoder of blocks: any number of windows of a shard in one pass.
 
-What numpy does costs a call and a pass each, so the windows of a row group are decoded together:
-their pages one by one, as they are coded, everything else on all of them at once. Nothing is
-allocated that has not been bounded before, and whatever the bytes are, what comes out is sound
-targets or a `BlockError`.
+Each numpy operation costs a call and a pass over memory, so the windows of a row group are decoded
+together: their pages one by one, as they are coded, everything else on all of them at once. Every
+size is bounded before it is allocated. Whatever the bytes are, the result is sound targets or a
+`DamageError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sparselogits.samplers.sampler import COUNTS, THRESHOLD
-from sparselogits.store.bounds import entries_bound
+from sparselogits.store.bounds import DamageError, entries_bound
 from sparselogits.store.codec import lists
-from sparselogits.store.codec.columns import ColumnDecoder, ColumnError
-from sparselogits.store.codec.lists import Array, Bool, ListsError, Sets
+from sparselogits.store.codec.columns import ColumnDecoder
+from sparselogits.store.codec.lists import Array, Bool, Sets
+from sparselogits.store.codec.target_codec import TargetCodec
 from sparselogits.store.codec.weights import derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
-
-if TYPE_CHECKING:
-    from sparselogits.store.codec.target_codec import TargetCodec
 
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
 
@@ -33,65 +31,55 @@ Tables = Mapping[str, Sequence[tuple[int, bytes]]]
 _KEPT_FREE = 31 << 20  # bytes; glibc's threshold does not rise beyond 32 MiB
 
 
-class BlockError(ValueError):
-    """Blocks that do not decode to sound targets; says what is wrong, not where."""
-
-
 class BlockDecoder:
     """Decodes the blocks of one shard.
 
     Args:
-        codec: of the cache.
-        tables: the shard's coding tables.
+        codec: codec of the cache.
+        tables: coding tables of the shard.
 
     Raises:
-        BlockError: tables that are not this codec's.
+        DamageError: the tables are not those of this codec.
     """
 
     def __init__(self, codec: TargetCodec, tables: Tables) -> None:
         self.codec = codec
         names = codec.columns
         if set(tables) != set(names):
-            raise BlockError(f"coding tables for {sorted(tables)}, expected {sorted(names)}")
-        try:
-            self._columns = {n: ColumnDecoder(dtype, tables[n]) for n, dtype in names.items()}
-        except ColumnError as error:
-            raise BlockError(str(error)) from error
-        _let_the_allocator_keep_what_is_freed()
+            raise DamageError(f"coding tables for {sorted(tables)}, expected {sorted(names)}")
+        self._columns = {n: ColumnDecoder(dtype, tables[n]) for n, dtype in names.items()}
+        _keep_freed_memory()
 
     def decode(self, window: int, block: bytes, tokens: Array, present: Bool) -> SparseTargets:
-        """The targets of one window, as `decode_run` gives those of several."""
+        """Decode the targets of one window; see `decode_run`."""
         return self.decode_run(window, [block], tokens[None], present[None])
 
     def decode_run(
         self, first: int, blocks: Sequence[bytes], tokens: Array, present: Bool
     ) -> SparseTargets:
-        """The targets of W windows that follow one another, W L positions.
+        """Decode the targets of W consecutive windows, W L positions.
 
         Args:
-            first: the place of the first one in the shard, from 0.
-            blocks: W of them, as `TargetCodec.encode` made them.
+            first: index of the first window in the shard, from 0.
+            blocks: W blocks, as `TargetCodec.encode` made them.
             tokens: int32 [W, L].
-            present: bool [W, L]: positions that carry a target.
+            present: bool [W, L], True where the position carries a target.
 
         Raises:
-            BlockError: a block that is damaged, whatever its bytes are; or windows that together
-                have more entries than a single one may, which have to be decoded apart.
+            DamageError: a block is damaged; or the windows together have more entries than a single
+                one may have, and must be decoded one by one.
         """
         codec = self.codec
         pages = _BlockPages(self._columns, codec.columns, first, blocks)
-        try:
-            listed = pages.listed()
-            if int(listed.max()) > codec.vocab_size:
-                raise BlockError(f"{listed.max()} lists over a vocabulary of {codec.vocab_size}")
-            most = min(codec.vocab_size, codec.rounds or codec.vocab_size)
-            limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
-            if int(listed.sum()) > limit:
-                raise BlockError(f"{listed.sum()} lists, where {limit} entries are possible")
-            sets = lists.join(pages, listed, tokens, present, codec.vocab_size, limit)
-            targets = self._weigh(sets, present, pages)
-        except (ColumnError, ListsError) as error:
-            raise BlockError(str(error)) from error
+        listed = pages.listed()
+        if int(listed.max()) > codec.vocab_size:
+            raise DamageError(f"{listed.max()} lists over a vocabulary of {codec.vocab_size}")
+        most = min(codec.vocab_size, codec.rounds or codec.vocab_size)
+        limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
+        if int(listed.sum()) > limit:
+            raise DamageError(f"{listed.sum()} lists, where {limit} entries are possible")
+        sets = lists.join(pages, listed, tokens, present, codec.vocab_size, limit)
+        targets = self._weigh(sets, present, pages)
         pages.require_end()
         return targets
 
@@ -106,7 +94,7 @@ class BlockDecoder:
         elif codec.weights == THRESHOLD:
             told_heavy = pages.read("heavy", np.diff(entries))
             if int(told_heavy.max(initial=0)) > 1:
-                raise BlockError("a column of flags holds other numbers than 0 and 1")
+                raise DamageError("a column of flags holds other numbers than 0 and 1")
             heavy = told_heavy.astype(np.bool_)
             told = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
             told[entries[1:] == entries[:-1]] = 0
@@ -128,12 +116,12 @@ class BlockDecoder:
 
 
 @cache
-def _let_the_allocator_keep_what_is_freed() -> None:
-    """Have temporaries of a megabyte taken from the heap rather than mapped anew each time.
+def _keep_freed_memory() -> None:
+    """Make the allocator take temporary arrays of a megabyte from the heap.
 
-    glibc's malloc maps large blocks one by one and unmaps them when they are freed, so that every
-    pass over a temporary faults on each of its pages: half of a decoder's time. The size from which
-    it does so rises to that of the largest such block ever freed; this is one, never touched.
+    glibc's malloc maps large blocks one by one and unmaps them when they are freed, so every pass
+    over a temporary array faults on each of its pages: half of the time of decoding. The size from
+    which malloc does so rises to that of the largest such block ever freed, which this frees.
     """
     np.empty(_KEPT_FREE, np.uint8)
 
@@ -152,21 +140,21 @@ class _BlockPages:
         self._blocks, self._at = blocks, [4] * len(blocks)
 
     def listed(self) -> NDArray[np.int64]:
-        """int64 [W], the blocks' first words: how many lists each has."""
+        """Return int64 [W], the number of lists of each block, which is its first word."""
         shortest = min(map(len, self._blocks))
         if shortest < 4:
-            raise BlockError(f"a block of {shortest} bytes is shorter than its header")
+            raise DamageError(f"a block of {shortest} bytes is shorter than its header")
         return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
 
     def read(self, column: str, lengths: Array) -> Array:
-        """The next numbers of a column, `lengths[w]` of each window w."""
+        """Return the next numbers of a column, `lengths[w]` of each window w."""
         stops = np.cumsum(lengths).tolist()
         out = np.empty(stops[-1], self._dtypes[column])
         self.fill(column, out, [0, *stops[:-1]], stops)
         return out
 
     def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
-        """The same into `out[starts[w]:stops[w]]`."""
+        """Read the next numbers of a column into `out[starts[w]:stops[w]]` for each window w."""
         decoder, at, blocks = self._columns[column], self._at, self._blocks
         for w, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             if stop > start:
@@ -174,36 +162,36 @@ class _BlockPages:
                 at[w] += decoder.decode_into(out[start:stop], self._first + w, rest)
 
     def require_end(self) -> None:
-        """Raises BlockError where bytes are left."""
+        """Validate that no bytes are left. Raises DamageError."""
         for block, at in zip(self._blocks, self._at, strict=True):
             if at != len(block):
-                raise BlockError(f"{len(block)} bytes, of which {at} are used")
+                raise DamageError(f"a block has {len(block)} bytes, of which {at} are used")
 
 
 def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None:
-    """Raises BlockError unless all weights, and their sums by position, are within bounds."""
+    """Validate all weights, and their sums per position. Raises DamageError."""
     if not len(weights):
         return
     least = float(np.float32(codec.tau or 0.0)) if codec.weights == THRESHOLD else 0.0
     found = float(weights.min()), float(weights.max())  # NaN where there is one
     if not (least <= found[0] and found[1] <= codec.most_mass):
-        raise BlockError(
+        raise DamageError(
             f"weights from {found[0]:g} to {found[1]:g}, expected {least:g} to {codec.most_mass:g}"
         )
     starts = offsets[:-1][offsets[1:] > offsets[:-1]]
     mass = float(np.add.reduceat(weights, starts, dtype=np.float64).max())
     if mass > codec.most_mass:
-        raise BlockError(f"a position's weights sum to {mass:g}, expected {codec.most_mass:g}")
+        raise DamageError(f"a position's weights sum to {mass:g}, expected {codec.most_mass:g}")
 
 
 def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> NDArray[np.int32]:
-    """int32 [E]. Raises BlockError unless every position's counts are positive and sum to N."""
+    """Return the counts, int32 [E], positive and summing to N per position; or DamageError."""
     flat = present.reshape(-1)
     starts, others, has_hit = sets.offsets[:-1], np.diff(sets.offsets) - 1, sets.has_hit
     if not bool(flat.all()):
         starts, others, has_hit = starts[flat], others[flat], has_hit[flat]
     if len(others) and int(others.min()) < 0:
-        raise BlockError("a position that carries a target has no entries")
+        raise DamageError("a position that carries a target has no entries")
     entries = np.diff(sets.offsets[:: present.shape[1]])
     told = pages.read("counts", entries - present.sum(1))
     running = np.zeros(len(told) + 1, np.int64)
@@ -211,7 +199,7 @@ def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> 
     before = starts - np.arange(len(starts))
     rest = rounds - others - (running[before + others] - running[before])
     if len(rest) and int(rest.min()) < 1:
-        raise BlockError(f"counts of a position exceed its {rounds} rounds")
+        raise DamageError(f"counts of a position exceed its {rounds} rounds")
     derived = derived_entries(starts, sets.is_hit, has_hit)
     told += np.uint32(1)
     counts = np.empty(len(sets.ids), np.int32)

@@ -1,14 +1,14 @@
 """The coding of ids: a window's sets as an inverted index over positions sorted by their token.
 
 The ids of a window are a set of (id, position) pairs. Written position by position they cost 11
-bits a pair. Written id by id, each id with the list of positions that hold it, they cost 9: a
-window speaks of few things, so a list says its id once and then only gaps. Two things the reader
-knows already make it less. The window's own tokens: positions are numbered by (their token, place
-in the window), so that positions with alike distributions stand side by side and gaps are small.
-And the true next token, which more often than not is in the set: one bit a position says whether,
-and the lists leave it out. benchmarks/size.py measures what each of these buys.
+bits per pair. Written id by id, each id with the list of positions that hold it, they cost 9: few
+different ids occur in a window, and a list states its id once and then only gaps. Two things that
+the reader knows make it less. The tokens of the window: positions are numbered by (their token,
+position in the window), so that positions with similar distributions are neighbours and gaps are
+small. And the true next token, which is usually in the set: one bit per position says whether, and
+the lists leave it out. benchmarks/size.py measures what each of these saves.
 
-No model of the vocabulary is fitted or stored: nothing to keep, mix up, or fit on the wrong text.
+No model of the vocabulary is fitted or stored.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sparselogits.store.bounds import DamageError
+
 Array = NDArray[Any]
 Bool = NDArray[np.bool_]
 
@@ -30,25 +32,21 @@ _NONE = np.iinfo(np.uint32).max  # no id
 _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.uint8)
 
 
-class ListsError(ValueError):
-    """Lists that are no sets of ids at positions of the window."""
-
-
 class Pages(Protocol):
     """The coded columns of a run of windows, read one after another."""
 
     def read(self, column: str, lengths: Array) -> Array:
-        """The next `lengths[w]` numbers, uint32, of each window w, one window after another."""
+        """Return the next `lengths[w]` numbers of each window w, uint32, window after window."""
         ...
 
     def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
-        """The same into `out[starts[w]:stops[w]]`."""
+        """Read the next numbers of a column into `out[starts[w]:stops[w]]` for each window w."""
         ...
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The sets of the P = W L positions of W windows.
+    """The sets of ids of the P = W L positions of W windows.
 
     Args:
         ids: int64 [E], ascending within a position, positions in order.
@@ -64,7 +62,7 @@ class Sets:
 
 
 def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str, Array]:
-    """The columns of a window's sets.
+    """Split the sets of a window into columns.
 
     Args:
         ids: int64 [E], strictly ascending within a position.
@@ -73,16 +71,16 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
         present: bool [L]: positions that carry a target.
 
     Returns:
-        uint32 arrays by the names in COLUMNS; "ids" has one number a list.
+        uint32 arrays by the names in COLUMNS; "ids" has one number per list.
     """
     order = reading_order(tokens[None], present[None])
-    location_of = np.zeros(len(tokens), np.int64)
-    location_of[order] = np.arange(len(order))
+    place_of = np.zeros(len(tokens), np.int64)
+    place_of[order] = np.arange(len(order))
     owner = np.repeat(np.arange(len(tokens)), lengths)
     hit = ids == next_tokens(tokens[None])[owner]
     hits = np.zeros(len(order), np.uint32)
-    hits[location_of[owner[hit]]] = 1
-    pair_ids, pair_places = ids[~hit], location_of[owner[~hit]]
+    hits[place_of[owner[hit]]] = 1
+    pair_ids, pair_places = ids[~hit], place_of[owner[~hit]]
     by_id = np.lexsort((pair_places, pair_ids))
     pair_ids, pair_places = pair_ids[by_id], pair_places[by_id]
     listed, starts, sizes = np.unique(pair_ids, return_index=True, return_counts=True)
@@ -97,22 +95,21 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
 def join(
     pages: Pages, lists: Array, tokens: Array, present: Bool, vocab_size: int, limit: int
 ) -> Sets:
-    """The sets that `split` took apart, of W windows at once.
+    """Join the columns that `split` made, of W windows at once.
 
     Pairs are put in the order of their ids by arithmetic on whole lists; a stable radix sort by
-    position then leaves every position's ids ascending, and its hit, if it has one, behind them. No
-    comparison sort ever sees an entry.
+    position then leaves the ids of every position ascending, followed by its hit, if it has one.
 
     Args:
-        pages: gives the columns' numbers; read in COLUMNS' order.
-        lists: int64 [W], how many lists each window has.
+        pages: numbers of the columns, read in the order of COLUMNS.
+        lists: int64 [W], number of lists per window.
         tokens: int32 [W, L].
         present: bool [W, L].
-        vocab_size: ids lie below it; at most 2^31.
-        limit: entries the windows together can have at most.
+        vocab_size: V, at most 2^31; ids are below it.
+        limit: largest number of entries of all windows together.
 
     Raises:
-        ListsError: what `pages` gave are no such lists.
+        DamageError: the numbers of `pages` are not such lists.
     """
     order, carrying = reading_order(tokens, present), present.sum(1)
     following = next_tokens(tokens)
@@ -122,7 +119,7 @@ def join(
     sizes += 1
     pairs = int(sizes.sum())
     if pairs + len(hits) > limit:
-        raise ListsError(f"{pairs} pairs and {len(hits)} hits, where {limit} entries are possible")
+        raise DamageError(f"{pairs} pairs and {len(hits)} hits, where {limit} entries are possible")
     positions = np.empty(pairs + len(hits), np.min_scalar_type(tokens.size))
     destinations, places = _places(pages, lists, sizes, carrying)
     positions[destinations] = order.astype(positions.dtype).take(places)
@@ -140,7 +137,7 @@ def join(
 
 
 def reading_order(tokens: Array, present: Bool) -> Array:
-    """int64: the positions w L + p that carry a target, by (window w, token, position p).
+    """Return the positions w L + p that carry a target, by (window w, token, position p), int64.
 
     Args:
         tokens: int32 [W, L].
@@ -164,7 +161,7 @@ def reading_order(tokens: Array, present: Bool) -> Array:
 
 
 def next_tokens(tokens: Array) -> Array:
-    """int64 [W L]: each position's true next token; -1 at a window's last, whose next is not there.
+    """Return the true next token of each position, int64 [W L]; -1 at the last of a window.
 
     Args:
         tokens: int32 [W, L].
@@ -175,30 +172,30 @@ def next_tokens(tokens: Array) -> Array:
 
 
 def size_class(sizes: Array) -> Array:
-    """uint8: floor(log2(size)), 7 at most, of positive sizes."""
+    """Return floor(log2(size)) of positive sizes, 7 at most, uint8."""
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
 
 
 def _exclusive_sums(lengths: Array) -> Array:
-    """int64 [n + 1]: where each of n runs starts, and where the last one ends."""
+    """Return where each of n runs starts, and where the last one ends, int64 [n + 1]."""
     sums = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums
 
 
 def _hits(hits: Array, order: Array, following: Array, vocab_size: int) -> Array:
-    """int64: the positions whose next token is in their set."""
+    """Return the positions whose next token is in their set, int64."""
     if len(hits) and int(hits.max()) > 1:
-        raise ListsError("a hit is neither 0 nor 1")
+        raise DamageError("a hit is neither 0 nor 1")
     positions: Array = order[hits.astype(np.bool_)]
     ids = following.take(positions)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ListsError("a hit stands where there is no next token within the vocabulary")
+        raise DamageError("a hit is at a position without a next token in the vocabulary")
     return positions
 
 
 def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
-    """Ids with each position's hit moved from behind the others to its place among them.
+    """Move the hit of each position from behind its other ids to its place among them.
 
     Inserting h into an ascending sequence a gives max(a[i - 1], min(a[i], h)) at every i.
 
@@ -220,21 +217,21 @@ def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, B
 
 
 def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
-    """int64 [D]: the ids of each window's lists."""
+    """Return the ids of the lists of each window, int64 [D]."""
     running: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
     stops = np.cumsum(lists)
     last = np.append(0, running)[stops]
     before = np.append(0, last[:-1])
     if bool((last - before > vocab_size).any()):
-        raise ListsError(f"id {int((last - before).max()) - 1} is not below {vocab_size}")
+        raise DamageError(f"id {int((last - before).max()) - 1} is not below {vocab_size}")
     running -= np.repeat(before + 1, lists)
     return running
 
 
 def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
-    """Of every listed pair: where it belongs in the order of ids, and its place.
+    """Return the index of every listed pair in the order of ids, and its place.
 
-    Pages hold a window's lists by (size class, id). Places are counted through all windows.
+    Pages hold the lists of a window by (size class, id). Places are counted through all windows.
     """
     windows, window = len(lists), np.repeat(np.arange(len(lists)), lists)
     classes = (window * SIZE_CLASSES + size_class(sizes)).astype(np.min_scalar_type(8 * windows))
@@ -254,16 +251,16 @@ def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[
     stops = places.take(bounds[1:] - 1) + 1 if len(sizes) else bounds[1:]
     before = np.append(0, stops)[:-1]
     if bool((stops - before > carrying[window]).any()):
-        raise ListsError("a gap leads beyond the positions that carry a target")
+        raise DamageError("a gap leads beyond the positions that carry a target")
     places += np.repeat(_exclusive_sums(carrying)[window] - before, sizes)
     index += np.repeat(starts - bounds[:-1], sizes)
     return index, places
 
 
 def _require_ascending(ids: Array, offsets: Array) -> None:
-    """A hit that stands in a list too stands twice, side by side."""
+    """Validate that ids ascend: a hit that is also in a list would be there twice."""
     ascends = np.empty(len(ids) + 1, np.bool_)
     np.greater(ids[1:], ids[:-1], out=ascends[1:-1])
     ascends[offsets] = True
     if not bool(ascends.all()):
-        raise ListsError("an id stands twice at one position")
+        raise DamageError("an id is there twice at one position")

@@ -1,4 +1,4 @@
-"""The coding of targets: a window's ids and weights as one block of bytes.
+"""How the targets of a cache are coded, and the encoder: one block of bytes per window.
 
 Written out in docs/format.md. Lossless: ids, counts and float32 weights come back bit for bit.
 The ids come first (lists.py), then the weights, entry by entry (weights.py); a library codes each
@@ -27,7 +27,6 @@ from sparselogits.store.bounds import (
 )
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import encode_column
-from sparselogits.store.codec.decoder import BlockDecoder, BlockError, Tables
 from sparselogits.store.codec.lists import Array, Bool
 from sparselogits.store.codec.weights import WEIGHT_COLUMNS, derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
@@ -38,10 +37,10 @@ VERSION = 1
 
 
 def codec_for(sampler: Sampler) -> dict[str, Any]:
-    """The codec of a sampler's targets, as it stands in the identity.
+    """Return the codec of a sampler's targets, as written to the identity.
 
     Raises:
-        CacheError: more rounds than the format can carry.
+        CacheError: more rounds than the format can hold.
     """
     stored = sampler.stores
     if stored.rounds is not None and stored.rounds > MOST_ROUNDS:
@@ -55,12 +54,12 @@ def codec_for(sampler: Sampler) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class TargetWindow:
-    """What the coding of a window's targets depends on.
+    """A window as the encoder takes it.
 
     Args:
-        targets: of L positions.
+        targets: targets of L positions.
         tokens: int32 [L].
-        present: bool [L]: positions that carry a target.
+        present: bool [L], True where the position carries a target.
     """
 
     targets: SparseTargets
@@ -73,11 +72,11 @@ class TargetCodec:
     """The codec of one cache.
 
     Args:
-        weights: which of the four kinds of weights the targets carry.
-        vocab_size: ids lie below it.
-        rounds: of every position that carries a target, where the sampler draws rounds.
-        tau: of a threshold sampler.
-        most_mass: what the weights of a position may sum to.
+        weights: kind of the weights, one of the four of weights.py.
+        vocab_size: V; ids are below it.
+        rounds: rounds per position that carries a target; None if the sampler draws none.
+        tau: the weight that light entries share; None for other kinds of weights.
+        most_mass: largest sum of the weights of a position.
     """
 
     weights: str
@@ -90,15 +89,15 @@ class TargetCodec:
     def from_identity(
         cls, codec: Mapping[str, Any], vocab_size: int, sampler: Mapping[str, Any] | None = None
     ) -> TargetCodec:
-        """The codec an identity names.
+        """Make the codec that an identity names.
 
         Args:
-            codec: its name and parameters.
+            codec: name and parameters of the codec.
             vocab_size: V.
-            sampler: its name and parameters, which bound the weights.
+            sampler: name and parameters of the sampler, which bound the weights.
 
         Raises:
-            CacheError: one that this library does not know.
+            CacheError: this library does not know the codec.
         """
         weights, rounds, tau = (codec.get(key) for key in ("weights", "rounds", "tau"))
         known = (codec.get("name"), codec.get("version")) == (NAME, VERSION)
@@ -118,22 +117,22 @@ class TargetCodec:
 
     @classmethod
     def of(cls, identity: Identity) -> TargetCodec:
-        """The codec of the cache of an identity. Raises CacheError."""
+        """Make the codec of a cache from its identity. Raises CacheError."""
         return cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Names and dtypes of a block's columns, in order."""
+        """Names and dtypes of the columns of a block, in order."""
         return dict.fromkeys(lists.COLUMNS, np.uint32) | WEIGHT_COLUMNS[self.weights]
 
     def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
-        """Code the windows of a shard.
+        """Encode the windows of a shard.
 
         Returns:
-            The coding tables they share, and a block for each.
+            The coding tables that the windows share, and one block per window.
 
         Raises:
-            InvalidTargetsError: targets this codec cannot give back as they are.
+            InvalidTargetsError: targets that this codec cannot return as they are.
         """
         split = [self._split(window) for window in windows]
         columns = {name: encode_column([arrays[name] for arrays in split]) for name in self.columns}
@@ -145,18 +144,14 @@ class TargetCodec:
         for window, block in zip(windows, blocks, strict=True):
             if window.targets.entries > entries_bound(len(block)):
                 raise InvalidTargetsError(
-                    f"{window.targets.entries} entries of a window take {len(block)} bytes; a "
-                    f"reader expects {entries_bound(len(block))} entries of them at most: use "
+                    f"{window.targets.entries} entries of a window take {len(block)} bytes, of "
+                    f"which a reader accepts {entries_bound(len(block))} entries at most. Use "
                     "shorter windows or a smaller budget"
                 )
         return {name: column.tables for name, column in columns.items()}, blocks
 
-    def decoder(self, tables: Tables) -> BlockDecoder:
-        """A decoder of blocks coded under these tables. Raises BlockError."""
-        return BlockDecoder(self, tables)
-
     def _split(self, window: TargetWindow) -> dict[str, Array]:
-        """A window's numbers by column."""
+        """Return the numbers of a window by column."""
         targets = window.targets
         self._require_codable(targets, window.present)
         lengths = targets.entries_per_position.numpy()
@@ -188,8 +183,8 @@ class TargetCodec:
             mass = float(targets.mass().max())
             if not mass <= self.most_mass:
                 raise InvalidTargetsError(
-                    f"a position's weights sum to {mass:g}; those of this sampler sum to "
-                    f"{self.most_mass:g} at most"
+                    f"the weights of a position sum to {mass:g}, expected {self.most_mass:g} at "
+                    "most with this sampler"
                 )
         if targets.entries > LARGEST_WINDOW:
             raise InvalidTargetsError(
@@ -210,6 +205,3 @@ class TargetCodec:
 
 def _rounds(rounds: int | None) -> str:
     return "no rounds" if rounds is None else f"{rounds} rounds per position"
-
-
-__all__ = ["BlockDecoder", "BlockError", "TargetCodec", "TargetWindow", "codec_for"]

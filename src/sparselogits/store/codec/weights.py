@@ -1,7 +1,7 @@
-"""Which weights targets carry, and what a block need not say about them.
+"""The four kinds of weights, and what a block need not store of them.
 
-Where the sampler draws N rounds, weights are count / N, and one count a position follows from the
-others; where weights are a threshold's, tail entries weigh tau and only heavy ones carry a number.
+If the sampler draws N rounds, weights are count / N, and one count per position follows from the
+others. If light entries share one weight tau, only heavy entries store a number.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
 
 
 def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
-    """float32 [E]: count / rounds, rounded once."""
+    """Return count / rounds, float32 [E], rounded once."""
     weights = counts.astype(np.float32)
     weights /= np.float32(rounds)
     return weights
 
 
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
-    """bool [E]: the one entry of each carrying position whose count follows from the others.
+    """Return the one entry per position whose count follows from the others, bool [E].
 
-    It is the true next token's where that is in the set, and the first one's elsewhere: the
+    It is the entry of the true next token if that is in the set, and the first entry if not: the
     likeliest entry, whose count would cost most.
 
     Args:
-        starts: int64 [Q]: the first entries of the carrying positions.
-        is_hit: bool [E]: whether an entry is the true next token's.
+        starts: int64 [Q]: the first entry of each position that carries a target.
+        is_hit: bool [E]: whether an entry is that of the true next token.
         has_hit: bool [Q]: whether a position has such an entry.
     """
     derived = is_hit.copy()

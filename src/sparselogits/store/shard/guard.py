@@ -1,10 +1,10 @@
-"""A shard's guard: checksums of every byte of the file, checked before anything parses it.
+"""The guard of a shard: checksums of every byte of the file, checked before anything is parsed.
 
-Parquet's page checksums leave its footer and its page headers alone, and a parser that believes a
-damaged header may ask for gigabytes. So a table of CRC32C values stands between the last page and
-the footer, where Parquet's readers never look:
+Parquet's page checksums do not cover the footer and the page headers, and a parser that trusts a
+damaged header may allocate gigabytes. So a table of CRC32C values lies between the last page and
+the footer, where Parquet readers do not look:
 
-    range...   n times: u64 first byte, u64 length, u32 CRC32C; one a row group, together they
+    range...   n times: u64 first byte, u64 length, u32 CRC32C; one per row group, together they
                cover the file from its first byte to the guard
     tail       u32 n, u32 CRC32C of the footer (with its length and the closing magic),
                u32 CRC32C of the guard up to here, 8 bytes magic "SLGUARD1"
@@ -20,47 +20,47 @@ from dataclasses import dataclass
 
 import google_crc32c
 
+from sparselogits.store.bounds import DamageError
+from sparselogits.store.storage.interface import ReadableFiles
+
 MAGIC = b"SLGUARD1"
 _RANGE = struct.Struct("<QQI")
 _TAIL = struct.Struct("<III8s")
 _CLOSING = struct.Struct("<I4s")
 LARGEST_FOOTER = 1 << 26
-
-
-class GuardError(ValueError):
-    """A file whose guard is missing or does not hold."""
+_FIRST_READ = 1 << 16  # bytes; holds guard and footer of most shards
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The checked frame of a file.
+    """The guard of a file, validated.
 
     Args:
         ranges: (first byte, length, CRC32C) of each row group.
-        footer_start: where the Parquet footer begins.
+        footer_start: byte at which the Parquet footer begins.
     """
 
     ranges: tuple[tuple[int, int, int], ...]
     footer_start: int
 
     def require(self, group: int, data: bytes) -> None:
-        """Check the bytes of a row group. Raises GuardError."""
+        """Validate the bytes of a row group. Raises DamageError."""
         first, length, expected = self.ranges[group]
         if len(data) != length:
-            raise GuardError(f"{len(data)} of the {length} bytes from byte {first} on are there")
+            raise DamageError(f"{len(data)} of the {length} bytes from byte {first} on are there")
         found = google_crc32c.value(data)
         if found != expected:
-            raise GuardError(
+            raise DamageError(
                 f"bytes {first} to {first + length} have CRC32C {found:08x}, not {expected:08x}"
             )
 
 
 def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
-    """A Parquet file with a guard before its footer.
+    """Return a Parquet file with a guard before its footer.
 
     Args:
-        parquet: the file as its writer left it.
-        group_stops: the byte after each row group's last page; the last one is the footer's first.
+        parquet: the file without a guard.
+        group_stops: the byte after the last page of each row group; the last one begins the footer.
     """
     footer_length, _ = _CLOSING.unpack_from(parquet, len(parquet) - _CLOSING.size)
     start = len(parquet) - _CLOSING.size - footer_length
@@ -74,40 +74,56 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
     return parquet[:start] + guard + parquet[start:]
 
 
-def read_guard(tail: bytes, size: int) -> Guard | int:
-    """The guard of a file of `size` bytes, from its last bytes.
-
-    Returns:
-        The guard, checked together with the footer; or, where `tail` is too short to hold both,
-        how many of the last bytes to pass instead.
+def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
+    """Read the size of a shard, its guard, and its last bytes from the guard on or before.
 
     Raises:
-        GuardError: naming what does not hold.
+        DamageError: names what does not match.
+        FileNotFoundError: there is no such file.
+    """
+    wanted = _FIRST_READ
+    while True:
+        size, tail = files.tail(name, wanted)
+        guard = read_guard(tail, size)
+        if isinstance(guard, Guard):
+            return size, guard, tail
+        wanted = guard
+
+
+def read_guard(tail: bytes, size: int) -> Guard | int:
+    """Read the guard of a file of `size` bytes from its last bytes.
+
+    Returns:
+        The guard, validated together with the footer; or, if `tail` is too short to hold both, the
+        number of last bytes to pass instead.
+
+    Raises:
+        DamageError: names what does not match.
     """
     if size < _CLOSING.size + _TAIL.size or len(tail) < _CLOSING.size:
-        raise GuardError(f"a file of {size} bytes is too short to be a shard: it was cut off")
+        raise DamageError(f"a file of {size} bytes is too short to be a shard: it was cut off")
     footer_length, magic = _CLOSING.unpack_from(tail, len(tail) - _CLOSING.size)
     if magic != b"PAR1":
-        raise GuardError(f"it ends with {magic!r}, not with Parquet's b'PAR1': it was cut off")
+        raise DamageError(f"it ends with {magic!r}, not with Parquet's b'PAR1': it was cut off")
     framed = int(footer_length) + _CLOSING.size + _TAIL.size
     if framed > min(size, LARGEST_FOOTER):
-        raise GuardError(f"its footer claims {footer_length} of the file's {size} bytes")
+        raise DamageError(f"its footer claims {footer_length} of the file's {size} bytes")
     if len(tail) < framed:
         return framed
     count, footer_crc, guard_crc, magic = _TAIL.unpack_from(tail, len(tail) - framed)
     if magic != MAGIC:
-        raise GuardError("there is no guard before its footer")
+        raise DamageError("there is no guard before its footer")
     whole = framed + int(count) * _RANGE.size
     if whole > size:
-        raise GuardError(f"its guard claims {count} row groups in {size} bytes")
+        raise DamageError(f"its guard claims {count} row groups in {size} bytes")
     if len(tail) < whole:
         return whole
     footer_start = len(tail) - framed + _TAIL.size
     guard_start = len(tail) - whole
     if google_crc32c.value(tail[guard_start : footer_start - 12]) != guard_crc:
-        raise GuardError("its guard fails its own checksum")
+        raise DamageError("its guard fails its own checksum")
     if google_crc32c.value(tail[footer_start:]) != footer_crc:
-        raise GuardError("its footer fails its checksum")
+        raise DamageError("its footer fails its checksum")
     ranges = tuple(_RANGE.iter_unpack(tail[guard_start : guard_start + count * _RANGE.size]))
     _require_cover(ranges, size - whole)
     return Guard(ranges, size - framed + _TAIL.size)
@@ -117,7 +133,7 @@ def _require_cover(ranges: Sequence[tuple[int, int, int]], stop: int) -> None:
     first = 0
     for start, length, _ in ranges:
         if start != first:
-            raise GuardError(f"its guard leaves bytes {first} to {start} out")
+            raise DamageError(f"its guard leaves bytes {first} to {start} out")
         first += length
     if first != stop:
-        raise GuardError(f"its guard covers {first} bytes, {stop} stand before it")
+        raise DamageError(f"its guard covers {first} bytes, {stop} stand before it")

@@ -1,10 +1,9 @@
-"""Reading a shard: a row group at a time, and nothing parsed before it is checked.
+"""Reading a shard: one row group at a time, and nothing is parsed before it is validated.
 
-What Parquet does not check, this does: every byte read is compared with a CRC32C of the guard
-before it is parsed (guard.py), the footer's claims with the file's name and size and with the
-cache's identity, the pages' claims with both (row_group.py), and each row with a CRC32C of its own,
-which stays with the row wherever other tools carry it. Checksums tell damage, not intent:
-what a stranger wrote is bounded before it is allocated (store/bounds.py).
+This module checks what Parquet does not: every byte is compared with a CRC32C of the guard before
+it is parsed (guard.py), the footer with the name and size of the file and with the identity of the
+cache, the pages with both (row_group.py), and each row with its CRC32C. Checksums detect damage,
+not forgery: sizes in files of unknown origin are bounded before they are allocated (bounds.py).
 """
 
 from __future__ import annotations
@@ -27,21 +26,22 @@ from sparselogits.samplers.sampler import ROUNDING
 from sparselogits.store.bounds import (
     FREE_ENTRIES,
     LARGEST_LOSS,
+    DamageError,
     description_bound,
     footer_bound,
 )
-from sparselogits.store.codec.target_codec import BlockDecoder, BlockError, TargetCodec
+from sparselogits.store.codec.decoder import BlockDecoder
+from sparselogits.store.codec.target_codec import TargetCodec
 from sparselogits.store.ranges import parse_shard_name
 from sparselogits.store.records import WindowRecord
-from sparselogits.store.shard.guard import Guard, GuardError, read_guard
+from sparselogits.store.shard.guard import read_frame
 from sparselogits.store.shard.row_group import Rows, require_pages, rows_of
 from sparselogits.store.shard.writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import ReadableFiles
 from sparselogits.targets import SparseTargets
 from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import parse_json, shown
 
-_FIRST_READ = 1 << 16
 _NO_TARGETS = SparseTargets(
     torch.empty(0, dtype=torch.int64),
     torch.empty(0),
@@ -51,32 +51,32 @@ _NO_TARGETS = SparseTargets(
 )
 
 _WALKED = 1 << 17
-"""Bytes of a footer above which its structures are counted before Parquet's parser sees them: it
-allocates some three hundred bytes for each byte of an empty column chunk."""
+"""Bytes of a footer above which its structures are counted before Parquet parses them: Parquet
+allocates some three hundred bytes per byte of an empty column chunk."""
 
 _VALUES_PER_GROUP = 512  # numbers, strings and lists that describe a row group; 200 are usual
 
 
 class Shard:
-    """One shard file, opened: footer checked, rows read on demand.
+    """One open shard file: the footer is validated, rows are read on demand.
 
     Args:
-        storage: where it is.
-        name: its name there, folder included.
-        identity: of the cache.
+        storage: files of the cache.
+        name: name of the shard, with its folder.
+        identity: identity of the cache.
 
     Raises:
-        CacheCorruptionError: a file that is not a shard of this cache, or no longer.
+        CacheCorruptionError: the file is damaged, or not a shard of this cache.
     """
 
-    def __init__(self, storage: Storage, name: str, identity: Identity) -> None:
+    def __init__(self, storage: ReadableFiles, name: str, identity: Identity) -> None:
         self.name = name
         self._storage = storage
         self._identity = identity
         self._file = _HeldRange()
         try:
             self.start, self.stop = parse_shard_name(name)
-            self._guard, self._file.data = self._read_frame()
+            self.size, self._guard, self._file.data = read_frame(storage, name)
             self._file.size, self._file.start = self.size, self.size - len(self._file.data)
             self._require_modest_footer()
             self._parquet = pq.ParquetFile(
@@ -88,7 +88,7 @@ class Shard:
             self.description = self._read_description()
             codec = TargetCodec.of(identity)
             tables = _tables_from_json(self.description["tables"])
-            self._decoder: BlockDecoder = codec.decoder(tables)
+            self._decoder = BlockDecoder(codec, tables)
         except _FAILURES as error:
             raise self._damaged(f"footer ({_windows_named(name)})", error) from error
         self._held: tuple[int, Rows] | None = None
@@ -100,25 +100,25 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the file that hold the text's own tokens.
+        """Bytes of the file that hold the tokens of the text.
 
         Raises:
-            CacheCorruptionError: the footer claims more than the file has.
+            CacheCorruptionError: the footer states more bytes than the file has.
         """
         column, total = SCHEMA.get_field_index("tokens"), 0
         for group, (_, length, _) in enumerate(self._guard.ranges):
             size = self.metadata.row_group(group).column(column).total_compressed_size
             if not 0 <= size <= length:
-                error = _DamageError(f"row group {group} claims {size} bytes of tokens")
+                error = DamageError(f"row group {group} claims {size} bytes of tokens")
                 raise self._damaged(f"footer ({_windows_named(self.name)})", error)
             total += size
         return total
 
     def read(self, row: int) -> WindowRecord:
-        """A window with its targets decoded; `row` counts from 0 in the shard.
+        """Return a window with its targets decoded; `row` counts from 0 in the shard.
 
-        Rows read in their order are decoded together, to the end of their row group: that is faster
-        by half. A row read by chance is decoded alone.
+        Rows that are read in order are decoded together, to the end of their row group, which is
+        faster by half. A row that is read at random is decoded alone.
         """
         in_order, self._next = row == self._next, row + 1
         if row in self._ahead:
@@ -130,7 +130,7 @@ class Shard:
         last = min(len(rows), place + self._together) if in_order else place + 1
         try:
             records = self._decode(group, range(place, last), rows)
-        except CacheCorruptionError:  # of one that was not asked for, perhaps
+        except CacheCorruptionError:  # perhaps of another row of the group
             records = self._decode(group, range(place, place + 1), rows)
         self._ahead = {record.window_index - self.start: record for record in records[1:]}
         return records[0]
@@ -140,11 +140,11 @@ class Shard:
 
         Args:
             row: `window_index`, `tokens`, `mask` and `targets` by name, as lists, arrays and bytes.
-                Where the other columns are there, too, the row's checksum is verified.
+                If all columns are there, the checksum of the row is verified.
 
         Raises:
-            InvalidArgumentError: a row that lacks columns.
-            CacheCorruptionError: a row that is not as it was written.
+            InvalidArgumentError: the row lacks columns.
+            CacheCorruptionError: the row differs from what was written.
         """
         if not set(row.keys()) >= set(_NEEDED):
             raise InvalidArgumentError(missing_columns(row))
@@ -154,12 +154,12 @@ class Shard:
             self._require_bounds(record)
             whole = set(row.keys()) >= set(SCHEMA.names)
             if whole and row_crc(record, block) != int(row["crc32c"]):
-                raise _DamageError("it fails its checksum")
+                raise DamageError("its checksum does not match")
             return self._decoder.decode(window - self.start, block, record.tokens, record.present())
         except _FAILURES as error:
             raise CacheCorruptionError(
-                f"the row of window {window} is not as it was written: {error}. Read it again from "
-                f"the cache at {self._storage.location}"
+                f"the row of window {window} differs from what was written: {error}. Read it again "
+                f"from the cache at {self._storage.location}"
             ) from error
 
     @property
@@ -168,36 +168,36 @@ class Shard:
         return int(self.metadata.num_row_groups)
 
     def read_group(self, group: int) -> list[WindowRecord]:
-        """All windows of a row group, Parquet's own page checksums checked too."""
+        """Return all windows of a row group; Parquet's page checksums are verified too."""
         rows = self._read_group(group, page_checksums=True)
         places = range(len(rows))
         try:
             if len(rows) > self._together:
-                raise BlockError("windows too long to be decoded together")
+                raise DamageError("windows too long to be decoded together")
             return self._decode(group, places, rows)
-        except (BlockError, CacheCorruptionError):  # to say which one it is
+        except (DamageError, CacheCorruptionError):  # one by one, to name the damaged one
             alone = (self._decode(group, range(p, p + 1), rows) for p in places)
             return [record for records in alone for record in records]
 
     def read_bytes(self) -> bytes:
-        """The whole file, every byte of it checked against the guard; nothing is decoded."""
+        """Return the whole file, every byte verified with the guard; nothing is decoded."""
         data = self._storage.read(self.name)
         try:
             if len(data) != self.size:
-                raise GuardError(f"{len(data)} of its {self.size} bytes are there")
+                raise DamageError(f"the file has {len(data)} of {self.size} bytes")
             for group, (first, length, _) in enumerate(self._guard.ranges):
                 self._guard.require(group, data[first : first + length])
-        except GuardError as error:
+        except DamageError as error:
             raise self._damaged("pages", error) from error
         return data
 
     @property
     def _together(self) -> int:
-        """Windows that are decoded in one go: as many as keep its temporaries small."""
+        """Number of windows decoded in one pass, which bounds the temporary arrays."""
         return max(1, FREE_ENTRIES // self._identity.window_length)
 
     def _decode(self, group: int, places: range, rows: Rows) -> list[WindowRecord]:
-        """Return the windows at some places of a row group, decoded in one go."""
+        """Decode the windows at some places of a row group in one pass."""
         first, length = group * ROWS_PER_GROUP + places.start, self._identity.window_length
         try:
             records = [self._record(place, rows) for place in places]
@@ -217,33 +217,24 @@ class Shard:
             for i, record in enumerate(records)
         ]
 
-    def _read_frame(self) -> tuple[Guard, bytes]:
-        wanted = _FIRST_READ
-        while True:
-            self.size, tail = self._storage.tail(self.name, wanted)
-            guard = read_guard(tail, self.size)
-            if isinstance(guard, Guard):
-                return guard, tail
-            wanted = guard
-
     def _require_modest_footer(self) -> None:
-        """Check what the footer claims before Parquet's parser allocates it."""
+        """Validate the sizes in the footer before Parquet's parser allocates them."""
         guard, named = self._guard, -(-(self.stop - self.start) // ROWS_PER_GROUP)
         if len(guard.ranges) != named:
-            raise _DamageError(
-                f"its name claims {self.stop - self.start} windows, which is {named} row groups; "
+            raise DamageError(
+                f"its name states {self.stop - self.start} windows, which is {named} row groups; "
                 f"its guard covers {len(guard.ranges)}"
             )
         footer = self._file.data[guard.footer_start - self._file.start :]
         allowed = footer_bound(named, description_bound(self.size))
         if len(footer) > allowed:
-            raise _DamageError(
+            raise DamageError(
                 f"its footer has {len(footer):,} bytes, expected {allowed:,} at most for {named} "
                 f"row groups in {self.size:,} bytes"
             )
-        # Arrow's own schema would be parsed, and extension types made of it
+        # an Arrow schema would be parsed, and extension types made from it
         if b"ARROW:" in footer:
-            raise _DamageError("its footer carries a schema of Arrow's, which no shard does")
+            raise DamageError("its footer contains an Arrow schema, which no shard does")
         if len(footer) > _WALKED:
             reader = CompactReader(footer, most=(1 << 14) + _VALUES_PER_GROUP * named)
             for _, kind in reader.fields():
@@ -252,19 +243,19 @@ class Shard:
     def _read_description(self) -> dict[str, Any]:
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(SCHEMA):
-            raise _DamageError(f"its columns are {shown(self._parquet.schema_arrow.names)}")
+            raise DamageError(f"its columns are {shown(self._parquet.schema_arrow.names)}")
         text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
         description = parse_json(
             text, largest=description_bound(self.size), most=description_bound(self.size)
         )
         if not isinstance(description, dict):
-            raise _DamageError("its key-values lack the description of a shard")
+            raise DamageError("its key-value metadata lacks the description of a shard")
         found = {key: description.get(key) for key in ("format_version", "start", "stop")}
         expected = {"format_version": FORMAT_VERSION, "start": start, "stop": stop}
         if found != expected:
-            raise _DamageError(f"it describes itself as {shown(found)}, its name says {expected}")
+            raise DamageError(f"its description states {shown(found)}, its name says {expected}")
         if description.get("fingerprint") != self._identity.fingerprint:
-            raise _DamageError(
+            raise DamageError(
                 f"it belongs to a cache of fingerprint {shown(description.get('fingerprint'))}, "
                 f"not {self._identity.fingerprint}"
             )
@@ -272,7 +263,7 @@ class Shard:
         rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         whole, rest = divmod(stop - start, ROWS_PER_GROUP)
         if rows != [ROWS_PER_GROUP] * whole + [rest] * (rest > 0):
-            raise _DamageError(f"its row groups hold {shown(rows)} rows")
+            raise DamageError(f"its row groups hold {shown(rows)} rows")
         return description
 
     def _read_group(self, group: int, *, page_checksums: bool = False) -> Rows:
@@ -301,7 +292,7 @@ class Shard:
             raise self._damaged(where, error) from error
 
     def _record(self, place: int, rows: Rows) -> WindowRecord:
-        """Return a row's parts without its targets, which are still coded."""
+        """Return the parts of a row, without its targets."""
         record = WindowRecord(
             rows.window_index[place],
             rows.tokens[place],
@@ -312,16 +303,18 @@ class Shard:
             rows.teacher_entropy[place],
         )
         if row_crc(record, rows.blocks[place]) != rows.crc32c[place]:
-            raise _DamageError(f"row {record.window_index - self.start} fails its checksum")
+            raise DamageError(
+                f"the checksum of row {record.window_index - self.start} does not match"
+            )
         return record
 
     def _require_bounds(self, record: WindowRecord) -> None:
-        """Check what `rows_of` checks where a whole row group is read."""
+        """Validate the tokens of one row, as `rows_of` does for a row group."""
         length, ids = self._identity.window_length, self._identity.vocab_size
         if record.tokens.shape != (length,) or record.present().shape != (length,):
-            raise _DamageError(f"it has {record.tokens.size} tokens, a window has {length}")
+            raise DamageError(f"it has {record.tokens.size} tokens, a window has {length}")
         if length and not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
-            raise _DamageError(f"a token lies outside the vocabulary of {ids}")
+            raise DamageError(f"a token lies outside the vocabulary of {ids}")
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
         return CacheCorruptionError(
@@ -330,14 +323,7 @@ class Shard:
         )
 
 
-class _DamageError(ValueError):
-    """What is wrong with a shard; the caller says where."""
-
-
 _FAILURES = (
-    _DamageError,
-    BlockError,
-    GuardError,
     pa.ArrowException,
     OSError,
     ValueError,
@@ -350,7 +336,7 @@ _FAILURES = (
 
 
 class _HeldRange(io.RawIOBase):
-    """A file of which one range is at hand: what pyarrow parses has been checked before."""
+    """A file of which one range is in memory: pyarrow parses only what was validated."""
 
     start: int = 0
     size: int = 0
@@ -374,7 +360,7 @@ class _HeldRange(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         first = self._at - self.start
         if first < 0 or first > len(self.data):
-            raise _DamageError(f"the footer points outside its row group, at byte {self._at}")
+            raise DamageError(f"the footer points outside of its row group, to byte {self._at}")
         part = self.data[first:] if size < 0 else self.data[first : first + size]
         self._at += len(part)
         return part
@@ -384,7 +370,7 @@ _NEEDED = ("window_index", "tokens", "mask", "targets")
 
 
 def missing_columns(row: Mapping[str, Any]) -> str:
-    """Return what to say of a row that lacks columns."""
+    """Return the message for a row that lacks columns."""
     missing = [name for name in _NEEDED if name not in row]
     return (
         f"a row to decode lacks {', '.join(missing)} (it has {', '.join(map(str, row.keys()))}); "
@@ -393,9 +379,9 @@ def missing_columns(row: Mapping[str, Any]) -> str:
 
 
 def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
-    """A row's parts, whatever kinds of lists a tool makes of its columns."""
+    """Return the parts of a row, whatever kinds of lists a tool makes of its columns."""
     mask = row["mask"]
-    if not hasattr(mask, "__len__"):  # None, or what a data frame has in place of it
+    if not hasattr(mask, "__len__"):  # None, or the null of a data frame
         mask = None
     starts = row.get("document_starts", ())
     record = WindowRecord(
@@ -414,12 +400,12 @@ def _windows_named(name: str) -> str:
     try:
         start, stop = parse_shard_name(name)
     except ValueError:
-        return "of windows that its name does not tell"
+        return "of unknown windows"
     return f"windows {start} to {stop - 1}"
 
 
 def _require_totals(description: Mapping[str, Any], windows: int, identity: Identity) -> None:
-    """Check the types and the bounds of what a footer says about its rows."""
+    """Validate the types and bounds of the totals in a footer."""
     positions = windows * identity.window_length
     for name, kinds, least, most in (
         ("positions", int, 0, positions),
@@ -429,17 +415,17 @@ def _require_totals(description: Mapping[str, Any], windows: int, identity: Iden
     ):
         value = description.get(name)
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise _DamageError(f"its {name} are {shown(value)}, expected {least:g} to {most:g}")
+            raise DamageError(f"its {name} are {shown(value)}, expected {least:g} to {most:g}")
     for name in ("tables", "provenance"):
         if not isinstance(description.get(name), dict):
-            raise _DamageError(f"its {name} are {shown(description.get(name))}, not an object")
+            raise DamageError(f"its {name} are {shown(description.get(name))}, not an object")
 
 
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
     tables: dict[str, list[tuple[int, bytes]]] = {}
     for name, column in value.items():
         if not isinstance(column, list):
-            raise _DamageError(f"its coding tables of {shown(name)} are {shown(column)}")
+            raise DamageError(f"its coding tables of {shown(name)} are {shown(column)}")
         tables[name] = []
         for entry in column:
             if not (
@@ -448,6 +434,6 @@ def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, byt
                 and isinstance(entry[0], int)
                 and isinstance(entry[1], str)
             ):
-                raise _DamageError(f"a coding table of {shown(name)} is {shown(entry)}")
+                raise DamageError(f"a coding table of {shown(name)} is {shown(entry)}")
             tables[name].append((entry[0], base64.b64decode(entry[1], validate=True)))
     return tables

@@ -1,9 +1,9 @@
-"""A row group of a shard: its pages checked before Parquet's parser sees them, its values after.
+"""Validation of a row group: its pages before Parquet's parser reads them, its values afterwards.
 
-Parquet codes a gigabyte of zeros in a few bytes: by a dictionary, by run lengths, by deltas, by
-compression, or by a header that merely claims it. A shard uses none of these but zstd for its
-tokens, whose number is known; so a page in any other form is refused, and what a page may decode to
-is bounded by its own bytes and by the window length.
+Parquet encodes a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
+compression, or a header that merely claims it. A shard uses none of these but zstd for its tokens,
+whose number is known. So a page of any other form is refused, and the size that a page may decode
+to is bounded by its bytes and by the window length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparselogits.samplers.sampler import ROUNDING
-from sparselogits.store.bounds import LARGEST_LOSS
+from sparselogits.store.bounds import LARGEST_LOSS, DamageError
 from sparselogits.store.records import Bool, Int32
 from sparselogits.store.shard.writer import SCHEMA
 from sparselogits.thrift import CompactReader
@@ -34,23 +34,19 @@ _TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE_HEADER = 1, 2, 3, 5
 _VALUES, _ENCODING, _DEFINITIONS, _REPETITIONS = 1, 2, 3, 4
 
 
-class RowGroupError(ValueError):
-    """A row group in a form that no writer of shards gives it, or with values out of bounds."""
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The windows of a row group, targets still coded.
+    """The windows of a row group, with coded targets.
 
     Args:
         window_index: int64 [R].
         tokens: int32 [R, L].
-        document_starts: R of them, each int32.
-        masks: R of them, each bool [L] or None.
-        blocks: R of them.
-        crc32c: R of them.
-        teacher_loss: R of them.
-        teacher_entropy: R of them.
+        document_starts: R arrays int32.
+        masks: R arrays bool [L], or None.
+        blocks: R coded targets.
+        crc32c: R checksums.
+        teacher_loss: R values.
+        teacher_entropy: R values.
     """
 
     window_index: list[int]
@@ -67,31 +63,31 @@ class Rows:
 
 
 def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: int) -> None:
-    """Check the page headers of a row group: one plain data page per column, of bounded size.
+    """Validate the page headers of a row group: one plain data page per column, of bounded size.
 
     Args:
-        group: the row group in the footer, which is compared with the headers.
-        first: where its bytes begin in the file.
-        data: its bytes.
-        length: of a window, L.
+        group: the row group as the footer describes it.
+        first: byte of the file at which the row group begins.
+        data: bytes of the row group.
+        length: window length, L.
 
     Raises:
-        RowGroupError: naming the column and what is wrong.
+        DamageError: names the column and what is wrong.
         ThriftError: a header cannot be read.
     """
     rows = group.num_rows
-    at = 4 if first == 0 else 0  # behind the file's first bytes, one column follows the other
+    at = 4 if first == 0 else 0  # after the magic number, one column follows the other
     if group.num_columns != len(SCHEMA):
-        raise RowGroupError(f"{group.num_columns} column chunks, expected {len(SCHEMA)}")
+        raise DamageError(f"{group.num_columns} column chunks, expected {len(SCHEMA)}")
     for number, name in enumerate(SCHEMA.names):
         chunk = group.column(number)
         size, offset = chunk.total_compressed_size, chunk.data_page_offset - first
-        # not asked for: chunk.compression, which aborts the process where it is none that exists;
-        # the sizes below bound what any compression can give
+        # chunk.compression is not read: it aborts the process if the codec does not exist; the
+        # sizes below bound what any compression can decode to
         if chunk.has_dictionary_page:
-            raise RowGroupError(f"column {name} has a dictionary, which no writer gives it")
+            raise DamageError(f"column {name} has a dictionary, which no writer gives it")
         if offset != at or not 0 <= size <= len(data) - offset:
-            raise RowGroupError(
+            raise DamageError(
                 f"column {name} has bytes {offset} to {offset + size} of its row group, where "
                 f"byte {at} is next and {len(data)} are there"
             )
@@ -102,47 +98,47 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         encoding = _BYTE_STREAM_SPLIT if number == _TOKENS else _PLAIN
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
         if form != (_DATA_PAGE, encoding, _RLE, _RLE):
-            raise RowGroupError(f"column {name} has a page of another kind or encoding: {form}")
+            raise DamageError(f"column {name} has a page of another kind or encoding: {form}")
         values, packed, plain = (
             page.get(_VALUES),
             header.get(_COMPRESSED),
             header.get(_UNCOMPRESSED),
         )
         if values is None or packed is None or plain is None:
-            raise RowGroupError(f"column {name} has a page without sizes")
+            raise DamageError(f"column {name} has a page without sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
-            raise RowGroupError(f"column {name} is not one page of {chunk.num_values} values")
+            raise DamageError(f"column {name} is not one page of {chunk.num_values} values")
         least, most = _values_bounds(number, rows, length)
         if not least <= values <= most:
-            raise RowGroupError(f"column {name} has {values} values, expected {least} to {most}")
+            raise DamageError(f"column {name} has {values} values, expected {least} to {most}")
         # tokens: four bytes each, and two levels of at most a bit each, coded in groups of eight
         allowed = 5 * values + 64 if number == _TOKENS else packed
         if not 0 <= plain <= allowed or (number != _TOKENS and plain != packed):
-            raise RowGroupError(
+            raise DamageError(
                 f"column {name} claims to decompress to {plain} bytes, expected {allowed} at most"
             )
     if at != len(data):
-        raise RowGroupError(f"{len(data) - at} bytes of it belong to no column")
+        raise DamageError(f"{len(data) - at} bytes of it belong to no column")
 
 
 def _values_bounds(column: int, rows: int, length: int) -> tuple[int, int]:
-    """How many values a column may have; a row without a mask or without starts has one."""
+    """Return the bounds of the number of values of a column; a row without a list has one."""
     if column == _TOKENS:
         return rows * length, rows * length
     return (rows, rows * max(1, length)) if column in (_STARTS, _MASK) else (rows, rows)
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
-    """Return the rows of a row group, every value but the targets checked.
+    """Return the rows of a row group, with every value but the targets validated.
 
     Args:
-        table: one row group, as Parquet's reader gives it.
+        table: one row group, as Parquet's reader returns it.
         start: number of its first window.
-        length: of a window, L.
+        length: window length, L.
         vocab_size: V.
 
     Raises:
-        RowGroupError: naming the window and what is wrong.
+        DamageError: names the window and what is wrong.
     """
     columns: dict[str, Any] = {name: _only_chunk(table, name) for name in SCHEMA.names}
     rows = table.num_rows
@@ -178,14 +174,14 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
-        raise RowGroupError(f"column {name} has missing values")
+        raise DamageError(f"column {name} has missing values")
     return column.chunk(0)
 
 
 def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Values and bounds of a column of lists."""
+    """Return the values and the bounds of a column of lists."""
     if column.values.null_count:
-        raise RowGroupError("a list has missing values")
+        raise DamageError("a list has missing values")
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
@@ -209,7 +205,7 @@ def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
 def _require_starts(
     starts: NDArray[Any], bounds: NDArray[np.int32], start: int, length: int
 ) -> None:
-    """Document starts ascend strictly within [0, L), row by row."""
+    """Validate that document starts ascend strictly within [0, L), row by row."""
     first, last = int(bounds[0]), int(bounds[-1])
     inner = starts[first:last]
     if not len(inner):
@@ -223,7 +219,7 @@ def _require_starts(
     if not bool(ascends.all()):
         place = int(np.flatnonzero(~ascends)[0]) + first
         row = int(np.searchsorted(bounds, place, side="right")) - 1
-        raise RowGroupError(
+        raise DamageError(
             f"window {start + row} has document starts that do not ascend within its {length} "
             f"tokens: {starts[place]}"
         )
@@ -231,4 +227,4 @@ def _require_starts(
 
 def _require(sound: Any, start: int, what: str) -> None:
     if not bool(sound.all()):
-        raise RowGroupError(f"window {start + int(np.flatnonzero(~sound)[0])} {what}")
+        raise DamageError(f"window {start + int(np.flatnonzero(~sound)[0])} {what}")

@@ -1,8 +1,7 @@
 """Writing a shard: the windows of one range as the bytes of one Parquet file, built in memory.
 
-Any Parquet reader opens it. Rows are windows, eight a row group; each row carries a CRC32C of its
-own, which stays with it wherever other tools take it, and a guard covers the whole file
-(store/shard/guard.py).
+Any Parquet reader opens it. Rows are windows, eight per row group. Each row stores a CRC32C of its
+values, which other tools keep with the row, and a guard covers the whole file (guard.py).
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ SCHEMA = pa.schema(
 def encode_shard(
     identity: Identity, records: Sequence[WindowRecord], provenance: Mapping[str, Any]
 ) -> tuple[str, bytes]:
-    """A shard's file name and bytes; equal inputs give equal bytes under one version of pyarrow.
+    """Return the name and the bytes of a shard; they are the same for one version of pyarrow.
 
     Args:
-        identity: of the cache.
-        records: of consecutive windows, at least one.
-        provenance: JSON values about how these windows were computed.
+        identity: identity of the cache.
+        records: records of consecutive windows, at least one.
+        provenance: JSON values that say how the windows were computed.
 
     Raises:
         InvalidTargetsError: records that do not fit the identity or each other.
@@ -119,7 +118,7 @@ def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
 
 
 def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
-    """CRC32C of a row: everything in it but the checksum itself."""
+    """Return the CRC32C of a row: of all its values but the checksum."""
     mask = b"" if record.mask is None else record.mask.astype(np.uint8).tobytes()
     parts = (
         struct.pack("<qI", record.window_index, len(record.tokens)),

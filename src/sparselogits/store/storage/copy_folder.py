@@ -1,9 +1,9 @@
-"""A folder of this machine that holds copies of bytes that live elsewhere, up to a limit.
+"""A folder of this machine with copies of remote bytes, bounded in size.
 
-Shared by any number of threads and processes, and by any number of caches. The sum of its files
-never exceeds the limit: files are added under a lock, which also guards the running total, and the
-least recently used ones make room. A reader needs no lock: a file that vanishes was a copy, and a
-file that is open stays readable. Nothing here is trusted; whoever reads checks.
+Any number of threads, processes and caches may share it. The sum of its files never exceeds the
+limit: files are added under a lock, which also guards the running total, and the least recently
+used ones are removed. A reader needs no lock: a removed file was a copy, and an open file stays
+readable. Readers verify what they get.
 """
 
 from __future__ import annotations
@@ -25,54 +25,60 @@ _LOCK, _TEMPORARY = ".lock", ".tmp"
 
 
 class CopyFolder:
-    """Copies of byte strings under (place, key), bounded in size.
+    """Copies of byte strings by (location, key), bounded in size.
 
     Args:
-        path: the folder; made when something is first kept.
-        limit: bytes its files may take together.
+        path: the folder; created when something is first kept.
+        limit: largest size of all files together, in bytes.
     """
 
     def __init__(self, path: str | Path, limit: int = LIMIT) -> None:
         if limit < 1:
-            raise InvalidArgumentError(f"a copy of at most {limit} bytes holds nothing")
+            raise InvalidArgumentError(
+                f"a folder of copies has room for {limit} bytes; give at least 1"
+            )
         self.path = Path(path)
         self.limit = limit
 
     @classmethod
     def default(cls) -> CopyFolder:
-        """$SPARSELOGITS_COPY, or the user's cache folder; $SPARSELOGITS_COPY_GB, or 10 GiB.
+        """Return the folder and limit of SPARSELOGITS_COPY and SPARSELOGITS_COPY_GB.
+
+        Defaults are a folder in the user's cache folder, and 10 GiB.
 
         Raises:
-            InvalidArgumentError: a size that is no number above zero.
+            InvalidArgumentError: the size is not a number above zero.
         """
         folder = os.environ.get("SPARSELOGITS_COPY")
         size = os.environ.get("SPARSELOGITS_COPY_GB", str(LIMIT >> 30))
         try:
             limit = int(float(size) * (1 << 30))
         except (ValueError, OverflowError) as error:
-            raise InvalidArgumentError(f"SPARSELOGITS_COPY_GB={size!r} is not a number") from error
+            raise InvalidArgumentError(
+                f"SPARSELOGITS_COPY_GB={size!r} is not a number; give a size in GiB, such as 10"
+            ) from error
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
-    def get(self, place: str, key: str) -> bytes | None:
-        """What is held under a key; None when nothing is."""
-        path = self._path(place, key)
+    def get(self, location: str, key: str) -> bytes | None:
+        """Return the bytes of a key; None if there are none."""
+        path = self._path(location, key)
         try:
             with path.open("rb") as file:
-                with contextlib.suppress(OSError):  # a copy that may only be read
+                with contextlib.suppress(OSError):  # the folder is read-only
                     now = time.time_ns()
                     os.utime(file.fileno(), ns=(now, now))
                 return file.read()
-        except OSError:  # most of all, that it is not there
+        except OSError:  # usually because there is none
             return None
 
-    def put(self, place: str, key: str, data: bytes) -> None:
-        """Hold bytes under a key, if they fit; others make room.
+    def put(self, location: str, key: str, data: bytes) -> None:
+        """Keep bytes under a key, if they fit; remove others to make room.
 
-        A folder that cannot be written costs a warning and further requests, nothing else.
+        If the folder cannot be written, a warning is issued and the bytes are not kept.
         """
         if len(data) > self.limit:
             return
-        path = self._path(place, key)
+        path = self._path(location, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked() as lock:
@@ -81,7 +87,9 @@ class CopyFolder:
                 total = _total(lock) + len(data)
                 if total > self.limit:
                     total = len(data) + self._make_room(len(data))
-                os.pwrite(lock, b"%20d" % total, 0)  # before the file: a kill errs on the safe side
+                os.pwrite(
+                    lock, b"%20d" % total, 0
+                )  # before the file: after a kill the total is too large, not too small
                 temporary = path.parent / _TEMPORARY
                 temporary.write_bytes(data)
                 temporary.replace(path)
@@ -93,15 +101,15 @@ class CopyFolder:
                 stacklevel=2,
             )
 
-    def drop(self, place: str, prefix: str) -> bool:
-        """Let go of everything under keys that begin so; whether there was anything."""
-        found = list(self._path(place, "").glob(f"{_escaped(prefix)}*"))
+    def drop(self, location: str, prefix: str) -> bool:
+        """Remove everything under keys with a prefix; return whether there was anything."""
+        found = list(self._path(location, "").glob(f"{_escaped(prefix)}*"))
         for path in found:
             path.unlink(missing_ok=True)
         return bool(found)
 
-    def _path(self, place: str, key: str) -> Path:
-        return self.path / hashlib.sha256(place.encode()).hexdigest()[:16] / _escaped(key)
+    def _path(self, location: str, key: str) -> Path:
+        return self.path / hashlib.sha256(location.encode()).hexdigest()[:16] / _escaped(key)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -113,12 +121,12 @@ class CopyFolder:
             os.close(descriptor)
 
     def _make_room(self, wanted: int) -> int:
-        """Remove the least recently used until an eighth and `wanted` is free; the sum left."""
+        """Remove the least recently used until an eighth and `wanted` are free; return the sum."""
         files = []
         for path in self.path.glob("*/*"):
             with contextlib.suppress(OSError):
                 facts = path.stat()
-                age = 0 if path.name == _TEMPORARY else facts.st_mtime_ns  # a dead writer's
+                age = 0 if path.name == _TEMPORARY else facts.st_mtime_ns  # of a dead writer
                 files.append((age, facts.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):

@@ -1,10 +1,10 @@
-"""A storage with a bounded copy of what was read from it on this machine's disk.
+"""A storage with copies of what was read from it on this machine's disk, bounded in size.
 
-What is kept is what readers of shards ask for: a file's tail, with its footer, and the row groups
-that were read; so a cache far larger than the disk can be read in any order. Copies are found by
-name and range alone, without a request. They are not trusted: where bytes fail their checksum, the
-reader has them forgotten and asks again (`Cache.read`), so neither a damaged copy nor a shard that
-was repaired meanwhile is ever taken for damage of the cache.
+Copies are kept of what readers of shards read: the tail of a file, with its footer, and row groups.
+So a cache far larger than the disk can be read in any order. A copy is found by name and range,
+without a request. Copies are not trusted: if bytes fail their checksum, the reader drops the copies
+of that file and reads again (`Cache.read`), so neither a damaged copy nor a shard that was repaired
+meanwhile is taken for damage of the cache.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import struct
 
 from sparselogits.store.ranges import SHARDS
 from sparselogits.store.storage.copy_folder import CopyFolder
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import Storage
 
 _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """A `Storage` in front of another; writes pass through, ranges read are kept.
+    """A `Storage` in front of another: writes pass through, ranges that are read are kept.
 
     Args:
-        storage: where the files live.
-        folder: where ranges are kept.
+        storage: storage of the files.
+        folder: folder of the copies.
     """
 
     def __init__(self, storage: Storage, folder: CopyFolder) -> None:
@@ -32,21 +32,21 @@ class LocalCopy:
 
     @property
     def location(self) -> str:
-        """Where the files live."""
+        """Path or URL of the files."""
         return self.storage.location
 
     def names(self, folder: str) -> list[str]:
-        """Sorted names of the files in a folder, as they are now."""
+        """Return the sorted names of the files in a folder, as they are now."""
         return self.storage.names(folder)
 
     def size(self, name: str) -> int:
-        """Length of a file in bytes, as it is now."""
+        """Return the length of a file in bytes, as it is now."""
         return self.storage.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of a file; ranges of shards are kept, other files never.
+        """Return bytes start to stop of a file; ranges of shards are kept, other files are not.
 
-        A cache that was made anew under a URL has another cache.json there.
+        So a new cache under the same URL is recognised by its cache.json.
         """
         if stop is None or not name.startswith(f"{SHARDS}/"):
             return self.storage.read(name, start, stop)
@@ -59,7 +59,7 @@ class LocalCopy:
         return data
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """A file's length, and its last bytes; kept."""
+        """Return the length of a file and its last bytes, and keep them."""
         key = f"{name}@tail-{length}"
         held = self.folder.get(self.location, key)
         if held is not None and len(held) >= _SIZE.size:
@@ -69,23 +69,23 @@ class LocalCopy:
         return size, data
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new file where the files live."""
+        """Write a new file to the storage."""
         return self.storage.create(name, data)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file where the files live."""
+        """Write a file to the storage."""
         self.storage.replace(name, data)
         self.forget(name)
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file where the files live."""
+        """Rename a file of the storage."""
         self.storage.move(name, to)
         self.forget(name)
 
     def clean(self, folder: str) -> list[str]:
-        """Remove what dead writers left where the files live."""
+        """Remove what dead writers left in the storage."""
         return self.storage.clean(folder)
 
     def forget(self, name: str) -> bool:
-        """Let go of what is kept of a file; whether anything was."""
+        """Drop the copies of a file; return whether there were any."""
         return self.folder.drop(self.location, f"{name}@")

@@ -1,17 +1,16 @@
 """An object store as a `Storage`: the same write-once files, as objects under a prefix.
 
-The driver is fsspec's: s3fs for `s3://`, and whatever else is installed for other URLs (`hf://` to
-publish on a hub and read from it, `memory://` in tests). What the store asks of it is a put that
-only creates, ranged reads and a listing; a conditional put is atomic, so there are no temporaries,
-nothing to clean, and of two writers either may win. (Drivers without a conditional put look first
-and put then, `hf://` among them: there one writer at a time.) Drivers of which it is not known that
-a put is atomic, such as `sftp://`, write under a temporary name, compare the size, and rename.
+fsspec provides the drivers: s3fs for `s3://`, and others for other URLs (`hf://` to publish on a
+hub and read from it, `memory://` in tests). A driver must put objects only where none exists, read
+ranges, and list. A conditional put is atomic, so there are no temporary objects and nothing to
+clean, and of two writers either may win. Drivers without a conditional put, such as `hf://`, check
+for the name and then put: use one writer at a time. Drivers whose puts may not be atomic, such as
+`sftp://`, write under a temporary name, compare the size, and rename.
 
-A put carries a checksum that the server compares before the object exists (botocore adds a CRC32
-by itself), so nothing is read back. Requests that fail are repeated with growing pauses; what fails
-for good is a `StorageError`, never taken for damage. A put whose answer was lost may find its own
-object when it is repeated: it reports the name as taken, which is as good, for a shard that is
-there is complete.
+The server compares a checksum of each put before the object exists (botocore adds a CRC32), so
+nothing is read back. Failed requests are repeated with growing pauses; a lasting failure is a
+`StorageError`, which says nothing about the data. A put whose response was lost may find its object
+when it is repeated: it reports the name as taken, and the object is complete.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _ATOMIC = {
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory")
 }
-"""Schemes whose puts are atomic: an object that is there is complete."""
+"""Schemes whose puts are atomic: an object that exists is complete."""
 
 _BEYOND_END = {"InvalidRange", "416"}
 
@@ -48,19 +47,19 @@ _BEYOND_END = {"InvalidRange", "416"}
 class ObjectStorage:
     """Objects under a prefix.
 
-    Credentials, region and endpoint of S3 come from the usual places (AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, an instance's role, ...);
-    AWS_RETRY_MODE and AWS_MAX_ATTEMPTS are heeded.
+    Credentials, region and endpoint of S3 come from botocore's usual sources (AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, the role of an instance, ...).
+    AWS_RETRY_MODE and AWS_MAX_ATTEMPTS are respected.
 
-    Safe in forked and spawned processes: each opens its own connections.
+    Forked and spawned processes may use one object: each opens its own connections.
 
     Args:
-        url: such as `s3://bucket/prefix`.
-        options: for the driver.
+        url: URL of the prefix, such as `s3://bucket/prefix`.
+        options: options of the driver.
 
     Raises:
-        InvalidArgumentError: a URL of a kind that nothing installed here knows.
-        MissingDependencyError: a URL whose driver is not installed.
+        InvalidArgumentError: no installed driver opens this kind of URL.
+        MissingDependencyError: the driver of the URL is not installed.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -72,11 +71,11 @@ class ObjectStorage:
 
     @property
     def location(self) -> str:
-        """The URL."""
+        """URL of the prefix."""
         return self.url
 
     def names(self, folder: str) -> list[str]:
-        """Sorted names of the objects right under a prefix; a request a thousand."""
+        """Return the sorted names of the objects in a folder; one request per thousand."""
         files, root = self._open()
         path = f"{root}/{folder}".rstrip("/")
         try:
@@ -88,12 +87,12 @@ class ObjectStorage:
         return sorted(name for name in found if not name.startswith(TEMPORARY_PREFIX))
 
     def size(self, name: str) -> int:
-        """Length of an object in bytes; one request."""
+        """Return the length of an object in bytes; one request."""
         files, root = self._open()
         return int(self._ask("find", name, lambda: files.info(f"{root}/{name}"))["size"])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start to stop of an object; one request."""
+        """Return bytes start to stop of an object; one request."""
         if stop is not None and stop <= start:
             return b""
         files, root = self._open()
@@ -109,29 +108,29 @@ class ObjectStorage:
         return self._ask("read", name, get)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """An object's length in bytes, and its last `length` bytes; two requests."""
+        """Return the length of an object in bytes, and its last `length` bytes; two requests."""
         size = self.size(name)
         return size, self.read(name, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
         """Put an object under a name that is free; one request (more above 100 MB).
 
-        The first put that succeeds is repeated, to see that it is refused: there are servers that
-        ignore the condition, and on those one writer would overwrite another.
+        The first put that succeeds is repeated, which must be refused: on servers that ignore the
+        condition, one writer would overwrite another.
 
         Returns:
-            False where another writer had put one there before.
+            False if another writer has put an object there before.
 
         Raises:
-            StorageError: it could not be put, and nothing is there; or the server cannot be
-                trusted to put only what is not there.
+            StorageError: the object could not be put, and none is there; or the server ignores the
+                condition.
         """
         created = self._create(name, data)
         if created and not self._honours_conditions:
             if self._create(name, data):
                 raise StorageError(
-                    f"the server of {self.url} ignores If-None-Match, so it cannot keep one writer "
-                    f"from overwriting another ({name} was put twice); use one that honours it"
+                    f"the server of {self.url} ignores If-None-Match, so one writer could "
+                    f"overwrite another ({name} was put twice). Use a server that respects it"
                 )
             self._honours_conditions = True
         return created
@@ -154,8 +153,8 @@ class ObjectStorage:
                         return False
                     if _code(error) not in _CONFLICT:
                         raise
-                    time.sleep(0.05 * 2**attempt)  # another writer's put of this name is under way
-            raise OSError(f"{_ATTEMPTS} puts in a row met another writer's")
+                    time.sleep(0.05 * 2**attempt)  # another writer is putting this name
+            raise OSError(f"{_ATTEMPTS} puts in a row conflicted with another writer")
 
         try:
             return self._ask("write", name, put)
@@ -166,7 +165,7 @@ class ObjectStorage:
             ) from error
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put an object whether or not the name is taken: for the card alone, never for data."""
+        """Put an object whether or not the name is taken; used for the card alone."""
         files, root = self._open()
         path = f"{root}/{name}"
         if self._puts_are_atomic:
@@ -175,14 +174,14 @@ class ObjectStorage:
             self._ask("write", name, lambda: _put_whole(files, path, data, replace=True))
 
     def move(self, name: str, to: str) -> None:
-        """Give an object another name: put it there, then delete it here; three requests."""
+        """Rename an object: read it, put it under the new name, delete the old; three requests."""
         if not self.create(to, self.read(name)):
             raise CacheError(f"{self.url}/{to} exists already; move it away, then try again")
         files, root = self._open()
         self._ask("remove", name, lambda: files.rm_file(f"{root}/{name}"))
 
     def clean(self, folder: str) -> list[str]:
-        """Remove temporary objects of dead writers of this machine; an atomic put leaves none."""
+        """Remove temporary objects of dead writers of this machine; atomic puts leave none."""
         if self._puts_are_atomic:
             return []
         files, root = self._open()
@@ -196,12 +195,8 @@ class ObjectStorage:
                     removed.append(name)
         return removed
 
-    def forget(self, name: str) -> bool:
-        """Nothing is held."""
-        return False
-
     def __getstate__(self) -> dict[str, Any]:
-        """For workers that are spawned: they open their own connections."""
+        """Return the state for spawned workers, which open their own connections."""
         return self.__dict__ | {"_opened": None}
 
     @property
@@ -209,7 +204,7 @@ class ObjectStorage:
         return self.url.partition("://")[0] in _ATOMIC
 
     def _open(self) -> tuple[Any, str]:
-        """The driver's file system and the root in it, of this very process."""
+        """Return the file system of the driver and the root in it, opened by this process."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), *_driver(self.url, self._options))
         return self._opened[1:]
@@ -219,20 +214,20 @@ class ObjectStorage:
             return request()
         except FileNotFoundError:
             raise
-        except Exception as error:  # drivers raise their own, their client's and their socket's
+        except Exception as error:  # of the driver, its client or its sockets
             raise StorageError(
-                f"cannot {verb} {self.url}/{name}: {type(error).__name__}: {error}. This says "
-                "nothing about the data there: check network, credentials (AWS_*) and endpoint, "
+                f"cannot {verb} {self.url}/{name}: {type(error).__name__}: {error}. This does not "
+                "mean that the data is damaged: check network, credentials (AWS_*) and endpoint, "
                 "then start the same command again"
             ) from error
 
 
 def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> None:
-    """Put an object by way of a temporary name, where the store can rename.
+    """Put an object under a temporary name and rename it, if the driver can rename.
 
     Raises:
         FileExistsError: the name is taken.
-        OSError: it could not be put; what was written is removed again.
+        OSError: the object could not be put; what was written is removed.
     """
     from fsspec import AbstractFileSystem
 
@@ -268,8 +263,8 @@ def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
             "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
             "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
         }
-        # the endpoint is named because fsspec hands out one driver, and its connections, for equal
-        # options in one process
+        # fsspec returns one driver, with its connections, for equal options in one process; so the
+        # endpoint is among the options
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         defaults = {
             "use_listings_cache": False,
@@ -283,11 +278,13 @@ def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
             f"{url}: {error}. For S3: pip install 'sparselogits[s3]'"
         ) from error
     except ValueError as error:
-        raise InvalidArgumentError(f"{url} is no URL that can be opened here: {error}") from error
+        raise InvalidArgumentError(
+            f"no installed driver opens {url}: {error}. Check the URL"
+        ) from error
     return files, str(root).rstrip("/")
 
 
 def _code(error: BaseException) -> str:
-    """What an S3 server called an error."""
+    """Return the code of an error of an S3 server."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))

@@ -12,14 +12,14 @@ from sparselogits.wording import counted
 _LONGEST = 1 << 17  # characters of the identity that a card quotes
 
 
-def dataset_card(identity: Identity, figures: CacheStatistics | None = None) -> str:
-    """Markdown that says what the folder is, how to read it, and what it was made from.
+def dataset_card(identity: Identity, statistics: CacheStatistics | None = None) -> str:
+    """Return Markdown that says what the folder is, how to read it, and what it was made from.
 
     Args:
-        identity: of the cache.
-        figures: what it holds, once it is built; the card that a build begins with has none.
+        identity: identity of the cache.
+        statistics: statistics of the cache; None before it is built.
     """
-    held = "" if figures is None else _figures(identity, figures)
+    held = "" if statistics is None else _table(identity, statistics)
     settings = json.dumps(identity.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
     settings = printable(settings, _LONGEST).replace("```", "\\u0060``")
     return f"""---
@@ -53,14 +53,14 @@ Made from (fingerprint `{identity.fingerprint}`):
 
 
 def _code(value: object) -> str:
-    """Return a value out of an identity as inline code, which no Markdown or HTML ends."""
+    """Return a value of an identity as inline code, without characters that would end it."""
     text = value if isinstance(value, str) else shown(value)
     text = " ".join(printable(text, 200).split())
-    # a vertical line would end a table's cell, even in code
+    # a vertical line would end the cell of a table, even in code
     return f"`{text.replace('`', chr(0x2019)).replace('|', '/') or 'unnamed'}`"
 
 
-def _figures(identity: Identity, found: CacheStatistics) -> str:
+def _table(identity: Identity, found: CacheStatistics) -> str:
     rows = {
         "windows": f"{found.windows:,} of {identity.window_length} tokens",
         "tokens": f"{found.tokens:,}, of which {found.positions:,} carry a target",

@@ -1,8 +1,8 @@
-"""Export: a cache in forms that other tools read, one shard at a time, in flat memory.
+"""Export: write a cache in forms that other tools read, one shard at a time, in constant memory.
 
-lists      Parquet; a row is a window: tokens, and for each position its ids and weights as lists
+lists      Parquet; a row is a window: tokens, and the ids and weights of each position as lists
 topk       Parquet; a row is a window: tokens, and the K heaviest ids of each position with the
-           logarithms of their weights, in the rectangular form Top-K trainers expect
+           logarithms of their weights, in the rectangular form that Top-K trainers expect
 datasets   a folder that `datasets.load_from_disk` reads, with the columns of `lists`
 """
 
@@ -31,10 +31,10 @@ def export(
     """Write a cache in another form.
 
     Args:
-        cache: to be exported.
+        cache: the cache.
         out: a folder that does not exist or is empty.
         form: one of FORMATS.
-        k: entries a position for `topk`; positions with fewer are padded with id 0 and -inf.
+        k: entries per position for `topk`; positions with fewer are padded with id 0 and -inf.
         progress: called with (windows done, windows in all).
 
     Returns:
@@ -85,8 +85,8 @@ def _export_parquet(
 def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> None:
     """Save the columns of `lists` as a `datasets` folder.
 
-    By way of Parquet files: `Dataset.from_generator` would pickle the generator to name its cache,
-    and with it whatever the caller's progress display holds.
+    Written through Parquet files: `Dataset.from_generator` would pickle the generator, and with it
+    the caller's progress display, to name its cache.
     """
     from datasets import Dataset  # heavy, and needed here only
 
@@ -122,7 +122,7 @@ def _top(record: WindowRecord, k: int) -> pa.Table:
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """One row: the window's index and tokens, and `columns`, one element a position."""
+    """Return one row: index and tokens of a window, and `columns`, one element per position."""
     whole = {"tokens": pa.array(record.tokens), **columns}
     arrays = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)

@@ -1,4 +1,4 @@
-"""Merging: shards of one identity, built apart, in one cache. Files are copied, never rewritten."""
+"""Merge caches of one identity that were built apart; files are copied, never rewritten."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from itertools import pairwise
 
 from sparselogits.errors import CacheCorruptionError, CacheError, IdentityMismatchError
 from sparselogits.progress import Progress
+from sparselogits.store.bounds import DamageError
 from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range, shard_name
-from sparselogits.store.shard.guard import Guard, GuardError, read_guard
+from sparselogits.store.shard.guard import Guard, read_frame
 from sparselogits.store.shard.reader import Shard
-from sparselogits.store.storage.local import Storage
+from sparselogits.store.storage.interface import Storage
 from sparselogits.store.storage.location import Location
 from sparselogits.store.texts import TextCheck, claim_text, named_texts
 from sparselogits.store.tools.repair import set_aside
 from sparselogits.store.tools.verify import is_sound
 
-_TAIL = 1 << 16
-
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Args:
         copied: ranges whose shards were copied.
-        kept: ranges that stood in the merged cache before.
-        set_aside: (name before, name now) of damaged files that stood there in the place of one.
+        kept: ranges that were in the merged cache before.
+        set_aside: (old name, new name) of damaged files that were in the merged cache.
     """
 
     copied: tuple[Range, ...]
@@ -39,37 +38,37 @@ class MergeReport:
 def merge(
     sources: Sequence[Cache], out: Location, *, progress: Progress | None = None
 ) -> MergeReport:
-    """Copy the shards of several caches into one, new or begun before.
+    """Copy the shards of several caches into one, which may exist already.
 
-    Every byte is checked on the way. Interrupted, it goes on where it stopped. Where two sources
-    hold the same range, the first one's shard is taken: the two hold the same targets. A shard that
-    stands in the merged cache already is compared by size and checksums; a damaged one, as a store
-    without atomic writes may hold, is set aside and put anew.
+    Every byte is verified. An interrupted merge continues when it is called again. If two sources
+    hold the same range, the shard of the first is copied: the two hold the same targets. A shard
+    that is in the merged cache already is compared by size and checksums; a damaged one, as a
+    storage without atomic writes may hold, is set aside and written again.
 
     Args:
-        sources: at least one.
+        sources: at least one cache.
         out: folder or URL of the merged cache.
         progress: called with (shards done, shards in all).
 
     Raises:
-        IdentityMismatchError: naming the fields in which two sources differ; or shards of
+        IdentityMismatchError: names the fields in which two sources differ; or the shards are of
             different texts.
-        CacheError: ranges that overlap without being equal; nothing is written then.
-        CacheCorruptionError: a damaged shard; the ones before it have been copied.
+        CacheError: ranges overlap without being equal; nothing is written then.
+        CacheCorruptionError: a shard is damaged; the ones before it have been copied.
     """
     if not sources:
-        raise CacheError("nothing to merge: name at least one cache")
+        raise CacheError("there is nothing to merge: name at least one cache")
     first = sources[0]
     for other in sources[1:]:
         first.identity.require_equal(other.identity, here=str(first.root), there=str(other.root))
-    # listed once: a source may grow meanwhile
+    # listed once, since a source may grow meanwhile
     shards = [(source, windows) for source in sources for windows in source.finished()]
     holder = {windows: source for source, windows in reversed(shards)}
     texts = _texts_of(sources, shards, holder)
     target = Cache.create(out, first.identity)
     kept = target.finished()
     _require_disjoint({**holder, **dict.fromkeys(kept, target)})
-    if not named_texts(target.storage):  # of a version that did not name them
+    if not named_texts(target.storage):  # written by an older version
         _require_texts(texts, ((windows, target) for windows in kept))
     for text in texts.texts:
         claim_text(target.storage, text)
@@ -95,10 +94,10 @@ def _texts_of(
     shards: Sequence[tuple[Cache, Range]],
     holder: Mapping[Range, Cache],
 ) -> TextCheck:
-    """The texts that the sources name or their shards tell, which must not contradict each other.
+    """Return the texts that the sources and their shards name.
 
     Raises:
-        IdentityMismatchError: they do.
+        IdentityMismatchError: two of them claim the same windows.
     """
     texts = TextCheck([])
     for source in sources:
@@ -126,7 +125,7 @@ def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> N
             raise IdentityMismatchError(f"{cache.root}/{name}: {error}; {_APART}") from error
 
 
-_APART = "caches of different texts stay apart: merge them into different places"
+_APART = "caches of different texts cannot be merged: give each its own folder"
 
 
 def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
@@ -139,10 +138,10 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 
 
 def _stays(source: Cache, target: Cache, windows: Range) -> bool:
-    """Whether the shard that stands in the merged cache is whole.
+    """Return whether the shard that is in the merged cache is sound.
 
     Raises:
-        IdentityMismatchError: it is, and of other text.
+        IdentityMismatchError: it is sound, and of other text.
     """
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
@@ -150,24 +149,17 @@ def _stays(source: Cache, target: Cache, windows: Range) -> bool:
         return True
     if not is_sound(target, windows):
         return False
-    _require_same_text(source, target, windows)  # from another machine, it may differ in low bits
+    _require_same_text(source, target, windows)  # one of another machine may differ in low bits
     return True
 
 
 def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
-    """A shard's checksums and footer, checked against each other; None where they do not hold."""
-    wanted = _TAIL
-    while True:
-        try:
-            size, tail = storage.tail(name, wanted)
-            found = read_guard(tail, size)
-        except (GuardError, OSError):
-            return None
-        if isinstance(found, Guard):
-            return found, tail[len(tail) - (size - found.footer_start) :]
-        if found <= wanted:
-            return None
-        wanted = found
+    """Return the checksums and the footer of a shard; None if they do not match each other."""
+    try:
+        size, guard, tail = read_frame(storage, name)
+    except (DamageError, OSError):
+        return None
+    return guard, tail[len(tail) - (size - guard.footer_start) :]
 
 
 def _require_disjoint(holder: dict[Range, Cache]) -> None:
@@ -176,5 +168,5 @@ def _require_disjoint(holder: dict[Range, Cache]) -> None:
             raise CacheError(
                 f"windows {before[0]} to {before[1] - 1} of {holder[before].root} and "
                 f"{after[0]} to {after[1] - 1} of {holder[after].root} overlap: they were built "
-                "with different shard boundaries; build one of them again with the other's"
+                "with different shard boundaries. Build one of them again with those of the other"
             )

@@ -1,10 +1,10 @@
-"""Publishing: a cache of this machine, put where its readers will find it by name.
+"""Publish a cache of this machine at a URL.
 
-What is put is what a build into that place would have written, in its order: cache.json first,
-which claims the name, then the shards, each checked as it is read; the dataset card with the
-figures is the last. Nothing else in the folder is touched, and no link is followed. A shard that
-is there whole is left alone, so an interrupted push goes on where it stopped, the next push adds
-what was built meanwhile, and readers may begin at once.
+Files are put in the order in which a build writes them: cache.json first, which claims the name,
+then the shards, each verified as it is read; the dataset card with the statistics is the last.
+Nothing else is touched there, and no link is followed. A sound shard that is there stays, so an
+interrupted push continues when it is called again, the next push adds what was built meanwhile, and
+readers may begin at once.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from sparselogits.store.tools.merge import MergeReport, merge
 
 
 def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> MergeReport:
-    """Copy a cache to a URL, and write a dataset card with its figures there.
+    """Copy a cache to a URL, and write a dataset card with its statistics there.
 
-    A put is a request; on the Hugging Face hub (`hf://datasets/ORG/NAME`, which must exist) it is a
-    commit, so that a cache of thousands of shards is better uploaded as a folder.
+    One put is one request. On the Hugging Face hub (`hf://datasets/ORG/NAME`, which must exist) it
+    is one commit, so upload a cache of thousands of shards as a folder.
 
     Args:
-        cache: with at least one finished shard.
-        url: whatever fsspec writes to.
+        cache: a cache with at least one finished shard.
+        url: a URL that fsspec can write to.
         progress: called with (shards done, shards in all).
 
     Raises:
-        InvalidArgumentError: no URL; or a link among the cache's files.
+        InvalidArgumentError: not a URL; or a file of the cache is a link.
         IdentityMismatchError: another cache is there; names the fields in which they differ.
-        CacheError: nothing to publish, or shards there that overlap these.
-        CacheCorruptionError: a damaged shard; the ones before it are there.
-        StorageError: the place cannot be reached or written to.
+        CacheError: there is nothing to publish, or shards there overlap these.
+        CacheCorruptionError: a shard is damaged; the ones before it have been copied.
+        StorageError: the URL cannot be reached or written.
     """
     if not is_url(url):
         raise InvalidArgumentError(
-            f"{url} is no URL; push to one (hf://datasets/ORG/NAME, s3://bucket/prefix), or copy "
-            "the folder"
+            f"{url} is not a URL. Push to one (hf://datasets/ORG/NAME, s3://bucket/prefix), or "
+            "copy the folder"
         )
     if not cache.finished():
-        raise CacheError(f"{cache.root} holds no finished shard yet; build some first")
+        raise CacheError(f"{cache.root} has no finished shard yet; build some first")
     if isinstance(cache.storage, LocalStorage):
         _require_no_links(cache, cache.storage.root)
     storage = storage_at(url)
@@ -59,17 +59,17 @@ def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> Me
 
 
 def require_unlinked(path: Path) -> None:
-    """Validate that a path that is to be published is a file or folder itself, not a link.
+    """Validate that a path to be published is a file or a folder, not a link.
 
     Raises:
-        InvalidArgumentError: it is something else.
+        InvalidArgumentError: the path is something else.
     """
     mode = path.lstat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
         raise InvalidArgumentError(
-            f"{path} is {what}; what is published are the cache's own files. Put a copy of the "
-            "file that is meant in its place (cp -L), or remove it, then push again"
+            f"{path} is {what}; only files and folders of the cache are published. Replace it by "
+            "a copy of the file (cp -L), or remove it, then push again"
         )
 
 

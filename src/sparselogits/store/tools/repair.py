@@ -1,6 +1,6 @@
-"""Repair: set damaged shards aside, so that the next build fills their ranges again.
+"""Repair: move damaged shards aside, so that the next build fills their ranges again.
 
-Nothing is ever deleted: a damaged file may still be worth a look, or its disk the blame.
+Nothing is deleted: the file may help to find the cause, such as a failing disk.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DAMAGED = "damaged"
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair did.
+    """The result of a repair.
 
     Args:
-        set_aside: (name before, name now), relative to the cache.
-        rebuild: ranges of windows to build again, in order; gaps found on the way included.
+        set_aside: (old name, new name) of each moved file, relative to the cache.
+        rebuild: ranges of windows to build again, in order, with those that were missing.
     """
 
     set_aside: tuple[tuple[str, str], ...]
@@ -42,17 +42,17 @@ def repair(
 ) -> RepairReport:
     """Move every damaged shard into the folder `damaged` of the cache.
 
-    A build may go on meanwhile: a shard that is sound by now is left where it is.
+    A build may run meanwhile: a shard that is sound by now stays.
 
     Args:
-        cache: to be repaired.
-        report: what `verify` found; it is run, in full, when None.
-        text_of: as for `verify`.
-        progress: as for `verify`.
+        cache: the cache.
+        report: report of `verify`; None to verify the whole cache first.
+        text_of: see `verify`.
+        progress: see `verify`.
 
     Raises:
         CacheError: another process is repairing this cache.
-        StorageError: it cannot be reached or written; what was set aside before stays so.
+        StorageError: the cache cannot be reached or written; files that were moved stay moved.
     """
     with _alone(cache):
         report = report or verify(cache, text_of=text_of, progress=progress)
@@ -70,7 +70,7 @@ def repair(
 
 @contextmanager
 def _alone(cache: Cache) -> Iterator[None]:
-    """Keep other repairs out, so that none sets aside what was rebuilt after another."""
+    """Exclude other repairs, which could move a shard that was rebuilt after this one."""
     storage = cache.storage
     if not isinstance(storage, LocalStorage):
         yield
@@ -78,18 +78,18 @@ def _alone(cache: Cache) -> Iterator[None]:
     with lock_file(storage.root / ".repair.lock") as lock:
         if lock.held is Held.TAKEN:
             raise CacheError(
-                f"another process is repairing {storage.location}; wait for it to end, then see "
-                "with `sparselogits verify` whether there is anything left to repair"
+                f"another process is repairing {storage.location}. Wait until it has finished, "
+                "then check with `sparselogits verify` whether anything is left to repair"
             )
         yield
 
 
 def set_aside(cache: Cache, name: str) -> str:
-    """Move a file of a cache into its folder `damaged`; returns its name there.
+    """Move a file of a cache into the folder `damaged`; return its new name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        StorageError: it cannot be moved.
+        StorageError: the file cannot be moved.
     """
     taken, own = set(cache.storage.names(DAMAGED)), name.rpartition("/")[2]
     free, number = own, 1

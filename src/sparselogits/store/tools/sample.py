@@ -1,6 +1,6 @@
-"""A cache in histograms, from a few of its row groups: what `info` draws.
+"""Histograms of a cache from a sample of its row groups, which `sparselogits info` draws.
 
-A large cache is not read: at most so many row groups are decoded, of as many shards as that allows.
+The number of row groups is bounded, and they are spread over as many shards as possible.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.store.cache import Cache
-from sparselogits.store.ranges import shard_name
+from sparselogits.store.ranges import shard_name, spread
 from sparselogits.store.shard.reader import Shard
 
 GROUPS = 16
@@ -21,11 +21,11 @@ _DECADES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between edges.
+    """A histogram.
 
     Args:
         edges: B + 1 numbers, ascending; a bin holds its lower edge, the last bin both.
-        counts: B.
+        counts: B counts.
     """
 
     edges: tuple[float, ...]
@@ -34,14 +34,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class CacheSample:
-    """What a few windows spread over a cache look like.
+    """Histograms of a sample of windows.
 
     Args:
-        windows: read.
-        of: windows in the cache.
-        entries: entries a position that carries a target.
-        weights: entries by the decimal logarithm of their weight.
-        entropy: windows by the teacher's mean entropy, nats.
+        windows: number of windows in the sample.
+        of: number of windows in the cache.
+        entries: positions that carry a target, by their number of entries.
+        weights: entries, by the decimal logarithm of their weight.
+        entropy: windows, by the mean entropy of the teacher in nats.
     """
 
     windows: int
@@ -55,15 +55,15 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
     """Read at most `groups` row groups, spread over the shards and within each.
 
     Raises:
-        CacheCorruptionError: a shard or row group that was read is damaged.
+        CacheCorruptionError: a shard or row group of the sample is damaged.
     """
     ranges = cache.finished()
-    count = min(groups, len(ranges))
-    chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * count)] for i in range(count)]
+    chosen = [ranges[i] for i in spread(len(ranges), groups)]
+    count = len(chosen)
     records = []
     for place, shard_range in enumerate(chosen):
         shard = Shard(cache.storage, shard_name(*shard_range), cache.identity)
-        # other places in every shard, so that it is not always a text's beginning that is read
+        # other places in every shard, so that not only beginnings of shards are read
         at = range(place, groups - groups % count, count)
         for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in at}):
             records += shard.read_group(group)
@@ -83,7 +83,7 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
 
 
 def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
-    """Bins of equal width with whole edges, from 0 or 1 to one past the largest."""
+    """Return a histogram with bins of equal width and integer edges."""
     first = int(values.min()) if len(values) else 0
     last = int(values.max()) + 1 if len(values) else 1
     width = max(1, -(-(last - first) // bins))
@@ -92,7 +92,7 @@ def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
 
 
 def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> Histogram:
-    """Counts of float values; what lies outside goes into the outermost bins."""
+    """Return a histogram of float values; the outermost bins also count values beyond the edges."""
     if edges is None:
         low = float(values.min()) if len(values) else 0.0
         high = float(values.max()) if len(values) else 1.0

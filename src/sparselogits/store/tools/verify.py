@@ -1,9 +1,9 @@
-"""Verification: read a cache as its sternest reader would, and say shard by shard what holds.
+"""Verify a cache, shard by shard.
 
-Checked are the guard's checksum of every byte, Parquet's page checksums, each row's CRC, the
-decoding, the invariants of the targets (ids ascending and below V, every unmasked position there,
-rounds complete, weights consistent with the sampler), the totals in the footers, the fingerprint of
-the text, the identity, and which windows are there.
+Verified are the guard's checksum of every byte, Parquet's page checksums, the CRC of each row, the
+decoding, the invariants of the targets (ids ascending and below V, a target at every unmasked
+position, rounds complete, weights consistent with the sampler), the totals in the footers, the
+fingerprint of the text, the identity, and which windows are there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparselogits.store.cache import Cache
 from sparselogits.store.ranges import Range, missing_ranges, shard_name, spread
 from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.reader import Shard
-from sparselogits.store.storage.memory import MemoryStorage
+from sparselogits.store.storage.memory import FilesInMemory
 from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
 
@@ -34,13 +34,13 @@ TextOf = Callable[[Range], str | None]
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What was found in one shard.
+    """The result for one shard.
 
     Args:
-        windows: the range its name promises.
-        name: its file, relative to the cache.
-        checked: windows read and decoded.
-        error: what is wrong with it; None where nothing is.
+        windows: range of windows, from the name of the file.
+        name: name of the file, relative to the cache.
+        checked: number of windows that were read and decoded.
+        error: what is wrong; None for a sound shard.
     """
 
     windows: Range
@@ -51,10 +51,10 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found in a cache.
+    """The result for a cache.
 
     Args:
-        shards: one report each, in window order.
+        shards: one report per shard, in window order.
         missing: ranges of windows that no shard holds.
     """
 
@@ -63,12 +63,12 @@ class VerifyReport:
 
     @property
     def damaged(self) -> tuple[ShardReport, ...]:
-        """The shards with something wrong."""
+        """Reports of the shards that are not sound."""
         return tuple(shard for shard in self.shards if shard.error is not None)
 
     @property
     def ok(self) -> bool:
-        """Whether every shard is sound and no window missing."""
+        """Whether every shard is sound and no window is missing."""
         return not self.damaged and not self.missing
 
 
@@ -80,21 +80,21 @@ def verify(
     text_of: TextOf | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check a cache.
+    """Verify a cache.
 
     Args:
-        cache: to be checked.
-        sample: row groups to decode a shard, spread evenly, for a quick look; all when None.
-        stop: windows the corpus has; the last shard's end when None.
-        text_of: gives the fingerprint of the packed text of a range of windows, where that is at
-            hand, to be compared with what the shard was made from; None where it is not.
+        cache: the cache.
+        sample: number of row groups to decode per shard, spread evenly; None for all.
+        stop: number of windows of the corpus; None for the end of the last shard.
+        text_of: returns the fingerprint of the packed text of a range of windows, or None if that
+            text is not available; it is compared with the text of the shard.
         progress: called with (shards done, shards in all).
 
     Returns:
         A report. Damage is reported, not raised.
 
     Raises:
-        StorageError: a shard could not be reached; nothing is known about it.
+        StorageError: a shard could not be reached.
         CacheCorruptionError: a file that names a text is damaged.
     """
     ranges = cache.finished()
@@ -111,16 +111,16 @@ def verify(
 def is_sound(
     cache: Cache, windows: Range, *, beside: Iterable[Range] = (), text_of: TextOf | None = None
 ) -> bool:
-    """Return whether one shard is there and sound, as `verify` has it.
+    """Return whether `verify` would find one shard sound.
 
     Args:
-        cache: that holds it.
-        windows: its range.
-        beside: sound shards whose text it must not contradict, where the cache names no texts.
-        text_of: as for `verify`.
+        cache: the cache.
+        windows: range of the shard.
+        beside: sound shards, whose texts are compared if the cache names none.
+        text_of: see `verify`.
 
     Raises:
-        StorageError: it could not be reached.
+        StorageError: the shard could not be reached.
     """
     named = named_texts(cache.storage)
     texts = TextCheck(named)
@@ -135,11 +135,11 @@ def _verify_shard(
     name, checked = shard_name(*windows), 0
     try:
         shard = Shard(cache.storage, name, cache.identity)
-        if sample is None:  # read once, whole; then decoded from memory
-            held = MemoryStorage({name: shard.read_bytes()}, cache.storage.location)
+        if sample is None:  # read whole once, then decoded from memory
+            held = FilesInMemory({name: shard.read_bytes()}, cache.storage.location)
             shard = Shard(held, name, cache.identity)
         records = _Totals()
-        for group in spread(shard.groups, shard.groups if sample is None else sample):
+        for group in spread(shard.groups, sample or shard.groups):
             for record in shard.read_group(group):
                 _require_sound(shard, record, cache)
                 records.add(record)
@@ -147,7 +147,7 @@ def _verify_shard(
         if checked == len(shard):
             records.require(shard)
         _require_text(shard, windows, texts, text_of)
-    except StorageError:  # a shard that cannot be reached is not a damaged one
+    except StorageError:  # an unreachable shard may be sound
         raise
     except (SparseLogitsError, OSError) as error:
         return ShardReport(windows, name, checked, str(error))
@@ -168,7 +168,7 @@ def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextO
 
 
 def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
-    """The invariants that decoding does not enforce by itself."""
+    """Validate the invariants that decoding does not enforce."""
     targets, where = record.targets, f"{shard.name}, window {record.window_index}"
     try:
         record.validate(cache.identity.window_length)
@@ -190,7 +190,7 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
 
 
 class _Totals:
-    """What the rows of a shard come to together, to be compared with what its footer says."""
+    """Totals of the rows of a shard, which are compared with those in its footer."""
 
     def __init__(self) -> None:
         self.entries = self.positions = 0
@@ -221,5 +221,5 @@ class _Totals:
         for key, value in found.items():
             if told[key] != value:
                 raise CacheCorruptionError(
-                    f"{shard.name}: its rows come to {key} {value}, its footer says {told[key]}"
+                    f"{shard.name}: its rows have {key} {value}, its footer says {told[key]}"
                 )
