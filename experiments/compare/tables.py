@@ -18,7 +18,7 @@ import numpy as np
 from sparselogits.evaluate import Estimate, fieller_interval, t_interval
 from sparselogits.lab.compare import MethodRow, Results, read_results
 from sparselogits.lab.compare.results import Figure, OfBatches
-from sparselogits.lab.compare.task_scores import column_of
+from sparselogits.lab.compare.tasks import column_of
 
 HEAD = (
     "| method | seeds | rounds | entries | bytes | loss | loss - CE | of the gap % | KL | ECE % | "

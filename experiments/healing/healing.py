@@ -214,10 +214,9 @@ def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
         "heldout_windows": HELDOUT_WINDOWS,
         "holdout": holdout,
     }
-    compare(parse_compare_recipe(values, source="run"))
-    for folder in (out / setting / "runs").iterdir():  # half a gigabyte each
-        if f"--{seeds[0]}--" not in folder.name and (folder / "outcome.json").exists():
-            shutil.rmtree(folder / "model", ignore_errors=True)
+    for done in compare(parse_compare_recipe(values, source="run")).runs:
+        if done.seed != seeds[0] and done.status == "done":  # half a gigabyte each
+            shutil.rmtree(out / setting / str(done.folder) / "model", ignore_errors=True)
 
 
 def collect(out: Path) -> None:

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from sparselogits.data import CacheDataset, WindowRequest
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.lab.compare import Results, compare, parse_compare_recipe, read_results
-from sparselogits.lab.compare.caches import prepare
+from sparselogits.lab.compare.caches import Draw, prepare
+from sparselogits.lab.compare.comparison import Standing
+from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.results import Figure, Realised
-from sparselogits.lab.compare.runs import Planned
-from sparselogits.lab.compare.standing import Standing
 from sparselogits.lab.compare.windows import differences, read_windows
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
@@ -144,12 +144,16 @@ def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
     out = tmp_path / "out"
     shutil.copytree(values["out"], out)
     recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
-    setting = prepare(recipe)
-    folders = {(run.method, run.seed): out / str(run.folder) for run in results.runs}
-    away = [folders["Top-K 5", 1] / "outcome.json", folders["CE", 0] / "outcome.json"]
+    work = FinishedWork(out)
+    setting = prepare(recipe, work)
+    standing = Standing(recipe, setting)
+    files = {
+        (run.method.title, run.seed): work.folder / "runs" / f"{run.fingerprint}.json"
+        for run in standing.planned
+    }
+    away = [files["Top-K 5", 1], files["CE", 0]]
     for file in away:
         file.rename(file.with_suffix(".away"))
-    standing = Standing(recipe, setting)
     first = standing.method_rows(standing.runs())
     assert first[2].seeds_done == [0]
     assert [a is b for a, b in zip(first, standing.method_rows(standing.runs()), strict=True)] == (
@@ -356,13 +360,53 @@ def test_a_models_folder_is_no_place_for_a_comparison(
     assert sorted(teacher_folder.iterdir()) == before
 
 
-def test_a_run_in_another_hand_is_left_to_it(tmp_path: Path) -> None:
-    from sparselogits.lab.compare.recipe import MethodSpec
-    from sparselogits.lab.compare.runs import claimed
-
-    run = Planned(MethodSpec(method="ce"), "tiny", 0, tmp_path / "run", "f")
-    with claimed(run) as mine, claimed(run) as theirs:
+def test_claimed_work_is_skipped_and_values_outlast_failures(tmp_path: Path) -> None:
+    work, other = FinishedWork(tmp_path), FinishedWork(tmp_path)
+    with work.claimed("runs", "f") as mine, other.claimed("runs", "f") as theirs:
         assert mine
         assert not theirs
-    with claimed(run) as again:
+        with other.claimed("runs", "g") as third:
+            assert third
+    with other.claimed("runs", "f") as again:
         assert again
+    work.fail("runs", "f", "out of memory", traceback="...")
+    assert (other.value("runs", "f"), other.failure("runs", "f")) == (None, "out of memory")
+    other.keep("runs", "f", {"loss": 1.5})
+    work.fail("runs", "f", "too late")
+    assert (work.value("runs", "f"), work.failure("runs", "f")) == ({"loss": 1.5}, None)
+
+
+def test_finished_work_of_older_versions_is_taken_over(
+    results: Results, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same comparison as an older version leaves it: nothing is computed again."""
+    out = tmp_path / "out"
+    shutil.copytree(values["out"], out)
+    recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
+    setting = prepare(recipe, FinishedWork(out))
+    standing = Standing(recipe, setting)
+    weights = setting.teacher.identity["weights"]
+    samplers = {
+        Draw.of(run.method, recipe, run.seed).fit_key: Cache.open(cache).identity.sampler
+        for run in standing.planned
+        if (cache := setting.caches.get(Draw.of(run.method, recipe, run.seed).key))
+    }
+    (out / "draws.json").write_text(json.dumps({"teacher": weights, "parameters": dict(samplers)}))
+    of = [weights, setting.corpus.source_fingerprint, recipe.heldout_windows]
+    (row,) = (out / "finished" / "teacher").glob("*.json")
+    row = json.loads(row.read_text())["value"]
+    (out / "teacher.json").write_text(json.dumps({"of": of, "row": row}))
+    for run in standing.planned:
+        if run.folder is not None:
+            outcome = json.dumps(setting.work.value("runs", run.fingerprint))
+            (run.folder / "outcome.json").write_text(outcome)
+    shutil.rmtree(out / "finished")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt("computed")
+
+    monkeypatch.setattr(SparseKDTrainer, "train", refuse)
+    monkeypatch.setattr("sparselogits.lab.compare.comparison.evaluate", refuse)
+    again = compare(recipe)
+    assert again.runs == results.runs
+    assert again.teacher == results.teacher

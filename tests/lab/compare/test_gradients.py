@@ -6,7 +6,6 @@ pytest tests/lab/compare/test_gradients.py
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import shutil
@@ -20,6 +19,7 @@ from sparselogits.corpus import PackedCorpus
 from sparselogits.data import CacheDataset, TextDataset, rounds_for_entries
 from sparselogits.lab.compare import MethodRow, Results, compare, parse_compare_recipe, read_results
 from sparselogits.lab.compare import gradients as room
+from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.gradients import Target, measure_gradients
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import load_teacher
@@ -63,7 +63,7 @@ def copied(results: Results, values: dict[str, Any], tmp_path: Path) -> dict[str
     """The same comparison in a directory of its own, all runs done, no gradients measured."""
     out = tmp_path / "out"
     shutil.copytree(values["out"], out)
-    (out / "gradients.json").unlink()
+    shutil.rmtree(out / "finished" / "gradients")
     return values | {"out": str(out)}
 
 
@@ -190,10 +190,14 @@ def test_without_the_student_of_ce_another_is_taken(
 ) -> None:
     ce = next(run for run in results.runs if run.method == "CE")
     folder = Path(copied["out"]) / str(ce.folder)
-    (folder / "outcome.json").unlink()
-    (folder / "lock").touch()
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # in another hand, which will measure
+    key = next(
+        file.stem
+        for file in (Path(copied["out"]) / "finished" / "runs").glob("*.json")
+        if folder.name.endswith(file.stem[:8])
+    )
+    work = FinishedWork(Path(copied["out"]))
+    (work.folder / "runs" / f"{key}.json").unlink()
+    with work.claimed("runs", key):  # by another process, which will measure
         found = compared(copied)
     assert all(row.gradient is None for row in found.methods)
 
@@ -215,8 +219,7 @@ def test_processes_on_one_directory_measure_once(
     copied: dict[str, Any], results: Results, measured: list[int]
 ) -> None:
     found: list[Results] = []
-    with (Path(copied["out"]) / "gradients.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FinishedWork(Path(copied["out"])).claimed("gradients"):
         both = [threading.Thread(target=lambda: found.append(compared(copied))) for _ in range(2)]
         for one in both:
             one.start()

@@ -31,6 +31,7 @@ from sparselogits.lab.compare import (
     parse_compare_recipe,
 )
 from sparselogits.lab.compare.caches import Setting, prepare
+from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.samplers import Adaptive, from_parameters, window_uniforms
 from sparselogits.store import Cache
 from sparselogits.targets import SparseTargets
@@ -108,7 +109,7 @@ def watched() -> Iterator[Asked]:
 def prepared(recipe: CompareRecipe, watched: Asked) -> tuple[Setting, Asked]:
     """The caches, and what the teacher read for them."""
     watched.clear()
-    setting = prepare(recipe)
+    setting = prepare(recipe, FinishedWork(recipe.out))
     return setting, watched.copy()
 
 

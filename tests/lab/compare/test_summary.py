@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +25,11 @@ from sparselogits.evaluate import FIGURES, Drafting
 from sparselogits.evaluate.calibration import measure_calibration
 from sparselogits.lab.compare import Results, parse_compare_recipe
 from sparselogits.lab.compare.caches import Setting, prepare
+from sparselogits.lab.compare.comparison import Standing
+from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.recipe import CompareRecipe
 from sparselogits.lab.compare.results import Ends, MethodRow
 from sparselogits.lab.compare.runs import Outcome, Planned, plan
-from sparselogits.lab.compare.standing import Standing
 from sparselogits.lab.compare.summary import PAIRED, Run, method_rows, run_rows
 
 METHODS: list[Any] = [
@@ -57,7 +57,7 @@ def recipe(tiny: Any, tmp_path_factory: Any) -> CompareRecipe:
 
 @pytest.fixture(scope="module")
 def setting(recipe: CompareRecipe) -> Setting:
-    return prepare(recipe)
+    return prepare(recipe, FinishedWork(recipe.out))
 
 
 @pytest.fixture(scope="module")
@@ -423,11 +423,10 @@ def test_stored_and_read_they_are_the_same(
     for run in runs_of(planned, trained(LOSSES)):
         assert run.planned.folder is not None
         assert run.outcome is not None
-        run.planned.folder.mkdir(parents=True)
         kept = run.outcome
         if run.place == (MIXED, "tiny", 1):
             kept = replace(kept, fingerprint="of another")
-        (run.planned.folder / "outcome.json").write_text(json.dumps(asdict(kept)))
+        standing.setting.work.keep("runs", kept.fingerprint, asdict(kept))
     runs = standing.runs()
     rows = {row.method: row for row in standing.method_rows(runs)}
     expected = summed(trained(LOSSES))

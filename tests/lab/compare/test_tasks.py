@@ -151,10 +151,9 @@ def test_nothing_is_scored_twice_and_another_limit_anew(
     tasks = {"names": NAMES, "limit": 20}
     assert carried_out(values, tasks=tasks).runs == results.runs
     assert asked == []
-    file = next(Path(values["out"]).glob("runs/*/tasks.json"))
-    kept = json.loads(file.read_text())
-    del kept["scores"]["agreement"]
-    file.write_text(json.dumps(kept))
+    kept = (Path(values["out"]) / "finished" / "tasks").glob("*.json")
+    scored = {file: json.loads(file.read_text())["value"][0]["task"] for file in kept}
+    next(file for file, task in scored.items() if task == "agreement").unlink()
     assert carried_out(values, tasks=tasks).runs == results.runs
     assert asked == [(("agreement",), 20)]
     asked.clear()
@@ -216,11 +215,11 @@ def test_without_lm_eval_nothing_is_begun(
 
 
 def test_a_figure_that_no_sample_adds_to_has_seeds_alone() -> None:
-    from sparselogits.lab.compare.task_scores import _figures
+    from sparselogits.lab.compare.tasks import figures_of_tasks
     from sparselogits.lab.tasks import TaskScore
 
     scores = [{"t/f1": TaskScore("t", "f1", value, None, 10)} for value in (0.2, 0.4)]
-    (figure,) = _figures(scores, 50).values()
+    (figure,) = figures_of_tasks(scores, 50).values()
     assert figure.mean == pytest.approx(0.3)
     assert figure.both.low is None
     assert figure.seeds.low < 0.2

@@ -1,4 +1,4 @@
-"""The same student from the same start with each method: runs, figures, intervals, stored."""
+"""Comparisons: the same student trained with each method, measured, with intervals, stored."""
 
 from sparselogits.lab.compare.comparison import compare
 from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe

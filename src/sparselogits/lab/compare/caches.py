@@ -1,16 +1,14 @@
-"""The setting of a comparison: text, teacher, and a cache for every draw that a method needs.
+"""The setting of a comparison: text, teacher, and the caches that its methods need.
 
-One pass of the teacher writes all caches. Methods that draw alike share one; methods without cached
-targets read the text from the smallest of all. A sampler that cannot be fitted to its budget fails
-the methods that need it, not the others.
+One pass of the teacher writes all caches. Methods with equal samplers share one; methods without
+cached targets read the text from the smallest. If a sampler cannot be fitted to its budget, the
+methods that need it fail, and the others do not.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +27,7 @@ from sparselogits.corpus import (
 )
 from sparselogits.corpus.packed import recorded_vocabulary
 from sparselogits.errors import IdentityMismatchError, SparseLogitsError
-from sparselogits.files import write_whole
-from sparselogits.identity import canonical_json
+from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec, slug
 from sparselogits.lab.compare.students import make_students
 from sparselogits.samplers import Sampler, from_parameters
@@ -47,18 +44,19 @@ OpenStage = Callable[..., AbstractContextManager[Update]]
 
 @contextmanager
 def silent_stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
-    """A stage that nobody watches."""
+    """Return a stage that shows nothing."""
     yield lambda *_: None
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a cache holds.
+    """The content of a cache.
 
     Args:
-        parameters: of the sampler with its name, as in the recipe.
-        budget: that sets what the parameters leave open.
-        seed: of the draws, where each seed of a comparison has its own; None for the recipe's.
+        parameters: name and parameters of the sampler, as in the recipe.
+        budget: mean entries per position, from which a missing parameter is computed.
+        seed: random seed for sampling, if each seed of a comparison has its own; None for that of
+            the recipe.
     """
 
     parameters: dict[str, Any]
@@ -67,12 +65,12 @@ class Draw:
 
     @classmethod
     def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
-        """The draw a method trains on; that of the labels alone for one without cached targets.
+        """Return the cache that a method trains on; the smallest for a method without targets.
 
         Args:
             method: the method.
-            recipe: the comparison, which says whether draws vary with the seed.
-            seed: of the run.
+            recipe: the comparison, which says whether caches vary with the seed.
+            seed: seed of the run.
         """
         if method.sampler is None:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
@@ -82,31 +80,31 @@ class Draw:
 
     @property
     def fit_key(self) -> str:
-        """What it shares with draws of other seeds: their samplers are the same."""
+        """Key of what caches of all seeds share: their sampler."""
         return replace(self, seed=None).key
 
     @property
     def key(self) -> str:
-        """A folder's name: readable, and different for different draws."""
+        """Name of the folder: readable, and different for different caches."""
         described = {**self.parameters, "budget": self.budget}
         if self.seed is not None:
             described["draw"] = self.seed
         words = [str(v) for n, v in described.items() if v is not None and n != "student"]
-        digest = hashlib.sha256(canonical_json(described)).hexdigest()
-        return f"{slug(' '.join(words))}-{digest[:6]}"
+        return f"{slug(' '.join(words))}-{fingerprint(described)[:6]}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods of a comparison have in common.
+    """What all methods of a comparison share.
 
     Args:
         corpus: training and held-out windows.
-        teacher: loaded.
-        tokenizer: the teacher's.
-        caches: by the key of a draw.
-        failures: by the key of a draw, why there is no cache.
-        students: by name, as training takes them.
+        teacher: the loaded teacher.
+        tokenizer: tokenizer of the teacher.
+        caches: folders of the caches, by key.
+        failures: why a cache could not be built, by key.
+        students: students as training takes them, by name.
+        work: finished work of the comparison.
     """
 
     corpus: PackedCorpus
@@ -115,24 +113,27 @@ class Setting:
     caches: dict[str, Path]
     failures: dict[str, str]
     students: dict[str, Student]
+    work: FinishedWork
 
 
 def prepare(
     recipe: CompareRecipe,
+    work: FinishedWork,
     *,
     device: str = "cpu",
     stage: OpenStage = silent_stage,
 ) -> Setting:
-    """Pack the text, load the teacher, and build what caches are not there yet.
+    """Pack the text, load the teacher, and build the missing caches.
 
     Args:
         recipe: the comparison.
-        device: of the teacher.
-        stage: shows progress of a piece of work, see `console.stage`.
+        work: finished work of the comparison.
+        device: device of the teacher.
+        stage: shows the progress of a stage, see `console.stage`.
 
     Raises:
-        SparseLogitsError: for a teacher or text that cannot be used, or a directory that holds a
-            comparison of others.
+        SparseLogitsError: a teacher or a text cannot be used, or the directory holds a comparison
+            with others.
     """
     source = open_source(
         recipe.data, text_field=recipe.text_field, completion_only=recipe.completion_only
@@ -159,15 +160,15 @@ def prepare(
     if teacher.vocab_size != corpus.vocab_size:
         raise IdentityMismatchError(
             f"the text in {folder} was packed for {corpus.vocab_size} token ids, but the teacher "
-            f"has {teacher.vocab_size}: it is another teacher, or its configuration names another "
-            "size. Delete that folder to pack the text again, or choose another out"
+            f"has {teacher.vocab_size}. Delete that folder to pack the text again, or choose "
+            "another out"
         )
     all_draws = [
         Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
     ]
     draws = {draw.key: draw for draw in all_draws}
     fitted, unfit = _fitted(
-        recipe.out / "draws.json",
+        work,
         {draw.fit_key: replace(draw, seed=None) for draw in all_draws},
         teacher,
         corpus,
@@ -194,34 +195,31 @@ def prepare(
     for cache in caches.values():
         keep_tokenizer(tokenizer, cache)  # each student is saved with it
     students = make_students(recipe, corpus, teacher, tokenizer)
-    return Setting(corpus, teacher, tokenizer, caches, failures, students)
+    return Setting(corpus, teacher, tokenizer, caches, failures, students, work)
 
 
 def _fitted(
-    file: Path, draws: dict[str, Draw], teacher: TransformersTeacher, corpus: PackedCorpus
+    work: FinishedWork,
+    draws: dict[str, Draw],
+    teacher: TransformersTeacher,
+    corpus: PackedCorpus,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Samplers, and why others are not; what a budget came to is kept in the file."""
-    weights = teacher.identity["weights"]
-    kept: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # absent; or empty, of a version that wrote it in place
-        kept = json.loads(file.read_text())
-    if kept.get("teacher") != weights:
-        kept = {"teacher": weights, "parameters": {}}
+    """Fit the samplers; return them, and why others could not be fitted, by the key of a draw."""
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []
     for key, draw in draws.items():
+        determined = fingerprint([teacher.identity["weights"], key])
         try:
-            if key in kept["parameters"]:
-                samplers[key] = from_parameters(kept["parameters"][key]).ready()
+            parameters = work.value("samplers", determined)
+            if parameters is not None:
+                samplers[key] = from_parameters(parameters).ready()
                 continue
             pilot = pilot or pilot_windows(corpus)
-            samplers[key] = _fit(draw, teacher, pilot)
+            samplers[key] = own = _fit(draw, teacher, pilot)
+            work.keep("samplers", determined, {"name": own.name, **own.parameters()})
         except SparseLogitsError as error:
             failures[key] = str(error)
-            continue
-        kept["parameters"][key] = {"name": samplers[key].name, **samplers[key].parameters()}
-    write_whole(file, json.dumps(kept, indent=1) + "\n")
     return samplers, failures
 
 

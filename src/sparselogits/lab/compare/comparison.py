@@ -1,19 +1,17 @@
-"""A recipe -> every run of it -> `results.json` and `results.csv`.
+"""Carry out a comparison: every run of a recipe, then `results.json` and `results.csv`.
 
     OUT/
       corpus/         training and held-out windows, packed
       caches/         one for each draw that a method needs, all from one pass of the teacher
       students/       students made from the teacher, where the recipe has some; see students.py
-      tasks/          zero-shot tasks, where the recipe has them; see task_scores.py
-      draws.json      what budgets came to
-      runs/           see runs.py
-      teacher.json    the teacher on the held-out windows
-      gradients.json  gradients of the targets, where the recipe asks for them; see gradients.py
+      tasks/          data of zero-shot tasks, where the recipe has them; see tasks.py
+      runs/           trained students; see runs.py
+      finished/       outcomes, scores and measurements by what determines them; see finished.py
       results.json    see results.py; written anew after every run
       results.csv
       windows.npz     per-window sums of all runs, see windows.py; written last
 
-Interrupted at any moment, the same command goes on: text, caches and runs that are there stay.
+An interrupted comparison continues with the same command: finished work is not done again.
 """
 
 from __future__ import annotations
@@ -28,17 +26,65 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
 from sparselogits.lab.compare.caches import OpenStage, Setting, prepare, silent_stage
+from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.gradients import measure_missing, with_gradients
+from sparselogits.lab.compare.older import take_over
 from sparselogits.lab.compare.provenance import provenance
 from sparselogits.lab.compare.recipe import CompareRecipe
-from sparselogits.lab.compare.results import ReliabilityBin, Results, TeacherRow
-from sparselogits.lab.compare.runs import carry_out, claimed, figures_of
-from sparselogits.lab.compare.standing import Standing
-from sparselogits.lab.compare.summary import Run, run_rows
-from sparselogits.lab.compare.task_scores import with_tasks
-from sparselogits.lab.compare.tasks import measure_missing_tasks, measure_tasks, prepare_tasks
+from sparselogits.lab.compare.results import MethodRow, ReliabilityBin, Results, TeacherRow
+from sparselogits.lab.compare.runs import (
+    Outcome,
+    Planned,
+    carry_out,
+    failure_of,
+    figures_of,
+    outcome_of,
+    plan,
+)
+from sparselogits.lab.compare.summary import Run, method_rows, run_rows
+from sparselogits.lab.compare.tasks import (
+    TaskSetting,
+    measure_missing_tasks,
+    measure_tasks,
+    prepare_tasks,
+    with_tasks,
+)
 from sparselogits.lab.compare.windows import pack_windows
-from sparselogits.locks import lock_file
+
+
+class Standing:
+    """The runs of one comparison with their outcomes, and rows that are computed once.
+
+    Results are written anew after every run. To compute every interval again would take two
+    seconds each time with a hundred runs of 96 windows and 1 000 resamples, so a row is computed
+    again only when an outcome that it depends on is new: that of the method, CE or full KD.
+
+    Args:
+        recipe: the comparison.
+        setting: see `caches.prepare`.
+    """
+
+    def __init__(self, recipe: CompareRecipe, setting: Setting) -> None:
+        self.recipe, self.setting = recipe, setting
+        self.planned = plan(recipe, setting)
+        self._rows: dict[tuple[object, ...], MethodRow] = {}
+
+    def outcome(self, planned: Planned) -> Outcome | None:
+        """Return the outcome of a run; None if it is not finished."""
+        return outcome_of(planned, self.setting.work)
+
+    def runs(self) -> list[Run]:
+        """Return all runs as they are now."""
+        work = self.setting.work
+        return [Run(own, self.outcome(own), failure_of(own, work)) for own in self.planned]
+
+    def method_rows(self, runs: list[Run]) -> list[MethodRow]:
+        """Return a row for every method and student, over the seeds that are done.
+
+        Args:
+            runs: as `runs` returned them.
+        """
+        return method_rows(runs, self.recipe, self.setting, self._rows)
 
 
 def compare(
@@ -46,7 +92,7 @@ def compare(
 ) -> Results:
     """Carry out what is left of a comparison.
 
-    Runs that failed before are tried again; runs another process has in hand are left to it.
+    Runs that failed before are tried again; runs that another process is training are skipped.
 
     Args:
         recipe: the comparison.
@@ -54,7 +100,7 @@ def compare(
         stage: shows progress of a piece of work, see `console.stage`.
 
     Returns:
-        What is known now, as stored in `recipe.out`.
+        The results so far, as stored in `recipe.out`.
 
     Raises:
         SparseLogitsError: for a teacher or text that cannot be used, a directory that holds a
@@ -66,8 +112,10 @@ def compare(
             f"{recipe.out} is a model's folder; give --out (in the recipe: out) one of its own"
         )
     recipe.out.mkdir(parents=True, exist_ok=True)
-    with lock_file(recipe.out / "lock", wait=True):  # one process prepares, others wait for it
-        setting = prepare(recipe, device=device, stage=stage)
+    work = FinishedWork(recipe.out)
+    with work.claimed("prepare", wait=True):  # one process prepares, others wait for it
+        take_over(recipe.out, work)
+        setting = prepare(recipe, work, device=device, stage=stage)
         teacher = _teacher_row(recipe, setting)
         tasks = prepare_tasks(recipe, setting, stage=stage)
     standing = Standing(recipe, setting)
@@ -75,7 +123,7 @@ def compare(
         for run in standing.planned:
             if run.folder is None or standing.outcome(run) is not None:
                 continue
-            with claimed(run) as mine:
+            with work.claimed("runs", run.fingerprint) as mine:
                 if not mine or standing.outcome(run) is not None:
                     continue
                 done = sum(standing.outcome(other) is not None for other in standing.planned)
@@ -85,17 +133,19 @@ def compare(
 
                 carry_out(run, recipe, setting, device=device, progress=tell)
                 measure_tasks(run, tasks, device=device)
-            write_results(standing, teacher)
+            write_results(standing, teacher, tasks)
     measure_missing_tasks(standing.planned, tasks, device=device, stage=stage)
     measure_missing(recipe, setting, standing.runs(), device=device, stage=stage)
-    results = write_results(standing, teacher)
+    results = write_results(standing, teacher, tasks)
     sums = {run.place: run.outcome.sums for run in standing.runs() if run.outcome is not None}
     write_whole(recipe.out / "windows.npz", pack_windows(sums))
     return results
 
 
-def write_results(standing: Standing, teacher: TeacherRow | None) -> Results:
-    """Put together what is known now, and store it."""
+def write_results(
+    standing: Standing, teacher: TeacherRow | None, tasks: TaskSetting | None
+) -> Results:
+    """Compute the results of all finished work, and write them."""
     recipe, setting, runs = standing.recipe, standing.setting, standing.runs()
     rows = standing.method_rows(runs)
     results = Results(
@@ -107,7 +157,7 @@ def write_results(standing: Standing, teacher: TeacherRow | None) -> Results:
         methods=with_gradients(rows, recipe, setting, runs),
         runs=run_rows(runs, recipe),
     )
-    results = with_tasks(results, recipe)
+    results = with_tasks(results, standing.planned, tasks, recipe.resamples)
     text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
     write_whole(recipe.out / "results.json", text + "\n")
     write_whole(recipe.out / "results.csv", results.to_csv())
@@ -137,7 +187,7 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
 
 
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
-    """Of a student, counted in the weights of a finished run."""
+    """Return the number of parameters of a student, counted in the weights of a finished run."""
     from safetensors import safe_open
 
     for run in runs:
@@ -152,12 +202,10 @@ def _parameters(runs: Sequence[Run], student: str) -> int | None:
 
 
 def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
-    file = recipe.out / "teacher.json"
-    key = [setting.teacher.identity["weights"], setting.corpus.source_fingerprint]
-    if file.exists():
-        kept = json.loads(file.read_text())
-        if kept["of"] == [*key, recipe.heldout_windows]:
-            return TeacherRow.model_validate(kept["row"])
+    weights, text = setting.teacher.identity["weights"], setting.corpus.source_fingerprint
+    key = fingerprint([weights, text, recipe.heldout_windows])
+    if (kept := setting.work.value("teacher", key)) is not None:
+        return TeacherRow.model_validate(kept)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
     with setting.teacher.remembering():
         found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
@@ -168,13 +216,12 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
         positions=found.positions,
         windows=len(found.positions_by_window),
     )
-    kept = {"of": [*key, recipe.heldout_windows], "row": row.model_dump(mode="json")}
-    write_whole(file, json.dumps(kept) + "\n")
+    setting.work.keep("teacher", key, row.model_dump(mode="json"))
     return row
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: what a figure of some thousand positions can hold, twice over."""
+    """Round to six significant digits, more than a metric of some thousand positions has."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

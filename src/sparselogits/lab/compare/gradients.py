@@ -1,25 +1,20 @@
-"""Gradients of a comparison's targets beside full distillation's, on one student of each size.
+"""Gradients of the targets of a comparison, compared with those of full distillation.
 
-    OUT/gradients.json   measurements by fingerprint, and why others failed; whole or absent
-    OUT/gradients.lock   held while a process measures; others wait and find what it found
+The targets of a method are those of its training: the fitted sampler, the missing-mass rule, the
+share of labels (alpha adds their gradient), thinned to its rounds. They are compared with full
+distillation without labels. CE is the gradient of the labels. Methods with equal targets (fresh and
+frozen noise of one thinning) share a measurement. Methods without cached targets and with a
+thinning schedule, which has no single target, are not measured.
 
-A method's targets are those of its training: the sampler as it was fitted, the missing-mass rule,
-the share of labels (alpha mixes their gradient in, and is measured so), thinned to its rounds. What
-is compared with remains full distillation without labels. CE is the labels' own gradient. Methods
-with equal targets (fresh and frozen noise of one thinning) share a measurement. Methods without
-cached targets are not measured, nor is a schedule of thinning, which has no one target.
-
-The student is that of CE with the first seed whose run did not fail; where all failed or there is
-none, that of the first method with one. A run in another hand is waited for: whoever finishes it
-measures. A measurement is known by a fingerprint of what determines it and is not repeated.
+The student is that of CE with the first seed whose run did not fail; if there is none, that of the
+first method with one. A run that another process is training is waited for: the
+process that finishes it measures. One process measures at a time (finished.py), others wait.
 
 Cost: see `evaluate/gradients.py`; one pass of the teacher over the windows for each student.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +23,18 @@ from typing import Any
 from sparselogits.data import CacheDataset, TextDataset, rounds_for_entries
 from sparselogits.errors import reason_of
 from sparselogits.evaluate import Estimate
-from sparselogits.files import write_whole
-from sparselogits.identity import canonical_json
 from sparselogits.lab.compare.caches import Draw, OpenStage, Setting
+from sparselogits.lab.compare.finished import fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe, Gradients, MethodSpec
 from sparselogits.lab.compare.results import Gradient, GradientSize, MethodRow, OfBatches
 from sparselogits.lab.compare.summary import Run
 from sparselogits.lab.gradients import GradientFidelity, Target, measure_gradients
-from sparselogits.locks import lock_file
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.store import Cache
 from sparselogits.teacher.loading import load_causal_lm
 
 MEASURED = 1
-"""Raised when what is measured changes, so that older measurements are not taken for it."""
+"""Raised when the measurement changes, so that older ones are not used."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +42,10 @@ class Asked:
     """A measurement that the recipe asks for.
 
     Args:
-        method: one whose targets it is of.
+        method: method whose targets are measured.
         student: name of the student.
-        on: the run whose student it is measured on.
-        fingerprint: of everything that determines it.
+        on: run whose student is measured.
+        fingerprint: fingerprint of everything that determines the measurement.
     """
 
     method: MethodSpec
@@ -64,45 +57,48 @@ class Asked:
 def measure_missing(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: OpenStage
 ) -> None:
-    """Measure what the recipe asks for and is not kept yet; keep it, or why it failed.
+    """Measure the gradients that the recipe asks for and that are not kept yet.
 
     Args:
         recipe: the comparison.
         setting: see `caches.prepare`.
-        runs: all of the recipe, as they are now.
-        device: of the students.
-        stage: shows progress.
+        runs: all runs of the recipe.
+        device: device of the students.
+        stage: shows the progress.
     """
     if recipe.gradients is None:
         return
-    with lock_file(recipe.out / "gradients.lock", wait=True):
+    work = setting.work
+    with work.claimed("gradients", wait=True):
         for student in recipe.students:
-            kept = _Kept.read(recipe.out)
             asked = _asked(recipe, setting, runs, student)
-            missing = {own.fingerprint: own for own in asked if own.fingerprint not in kept.found}
+            missing = {
+                own.fingerprint: own
+                for own in asked
+                if work.value("gradients", own.fingerprint) is None
+            }
             if not missing:
                 continue
             try:
-                _measure(missing.values(), recipe, recipe.gradients, setting, kept, device, stage)
+                _measure(missing.values(), recipe, recipe.gradients, setting, device, stage)
             except Exception as error:  # whatever it is, nothing else is lost to it
-                kept.failures |= dict.fromkeys(missing, reason_of(error))
-            kept.write(recipe.out)
+                for key in missing:
+                    work.fail("gradients", key, reason_of(error))
 
 
 def with_gradients(
     rows: Sequence[MethodRow], recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]
 ) -> list[MethodRow]:
-    """The rows with what is kept of their gradients.
+    """Return the rows with the measurements of their gradients.
 
     Args:
-        rows: of the methods.
+        rows: rows of the methods.
         recipe: the comparison.
         setting: see `caches.prepare`.
-        runs: all of the recipe, as they are now.
+        runs: all runs of the recipe.
     """
     if recipe.gradients is None:
         return list(rows)
-    kept = _Kept.read(recipe.out)
     asked = {
         (own.method.title, student): own
         for student in recipe.students
@@ -112,41 +108,19 @@ def with_gradients(
     for row in rows:
         own = asked.get((row.method, row.student))
         more: dict[str, Any] = {}
-        if own is not None and own.fingerprint in kept.found:
-            more["gradient"] = _gradient(own, kept.found[own.fingerprint], recipe.out)
-        elif own is not None:
-            more["gradient_failure"] = kept.failures.get(own.fingerprint)
+        if own is not None:
+            measured = setting.work.value("gradients", own.fingerprint)
+            more["gradient_failure"] = setting.work.failure("gradients", own.fingerprint)
+            if measured is not None:
+                more["gradient"] = _gradient(own, measured, recipe.out)
         found.append(row.model_copy(update=more))
     return found
-
-
-@dataclass
-class _Kept:
-    """What `gradients.json` holds.
-
-    Args:
-        found: by fingerprint, `GradientFidelity.to_json` of every space and batch size.
-        failures: by fingerprint, why the last attempt found nothing.
-    """
-
-    found: dict[str, list[dict[str, Any]]]
-    failures: dict[str, str]
-
-    @classmethod
-    def read(cls, out: Path) -> _Kept:
-        file = out / "gradients.json"
-        return cls(**json.loads(file.read_text())) if file.exists() else cls({}, {})
-
-    def write(self, out: Path) -> None:
-        failures = {k: v for k, v in self.failures.items() if k not in self.found}
-        kept = {"found": self.found, "failures": failures}
-        write_whole(out / "gradients.json", json.dumps(kept) + "\n")
 
 
 def _asked(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], student: str
 ) -> list[Asked]:
-    """A measurement for every method of one student that has targets to measure."""
+    """Return a measurement for every method of one student that has a single target."""
     on = _run_to_measure(recipe, [run for run in runs if run.planned.student == student])
     if recipe.gradients is None or on is None:
         return []
@@ -164,13 +138,12 @@ def _asked(
             **recipe.gradients.model_dump(mode="json"),
             "seed": recipe.draw_seed,
         }
-        fingerprint = hashlib.sha256(canonical_json(determined)).hexdigest()
-        found.append(Asked(method, student, on, fingerprint))
+        found.append(Asked(method, student, on, fingerprint(determined)))
     return found
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """See the module's docstring; None as long as it is in another hand."""
+    """Return the run whose student is measured; None while another process trains it."""
     by_method = [[r for r in runs if r.planned.method.title == m.title] for m in recipe.methods]
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     for run in (*of_ce, *(run for own in by_method for run in own)):
@@ -182,14 +155,14 @@ def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
 
 
 def _has_targets(method: MethodSpec) -> bool:
-    """Whether a method has one kind of target: cached ones, not on a schedule, or the labels."""
+    """Return whether a method has a single target: cached ones without a schedule, or labels."""
     if method.sampler is None:
         return method.method == "ce"
     return method.thinning is None or method.thinning.schedule is None
 
 
 def _of_targets(method: MethodSpec) -> dict[str, Any]:
-    """What tells apart the targets of methods that share a cache."""
+    """Return what distinguishes the targets of methods that share a cache."""
     if method.sampler is None:
         return {"labels": True}
     thinning = method.thinning
@@ -202,19 +175,20 @@ def _measure(
     recipe: CompareRecipe,
     wanted: Gradients,
     setting: Setting,
-    kept: _Kept,
     device: str,
     stage: OpenStage,
 ) -> None:
-    """Put into `kept` the measurements of one student."""
-    samplers: dict[str, Sampler] = {}  # one object for equal draws, so that they are drawn once
+    """Measure the targets of one student, and keep the measurements."""
+    samplers: dict[
+        str, Sampler
+    ] = {}  # one object for equal samplers, so that targets are drawn once
     targets, on = [], None
     for own in missing:
         on = own.on.planned
         try:
             targets.append(_target(own, recipe, setting, samplers))
-        except Exception as error:  # a sampler that cannot be had again does not stop the others
-            kept.failures[own.fingerprint] = reason_of(error)
+        except Exception as error:  # the others are measured
+            setting.work.fail("gradients", own.fingerprint, reason_of(error))
     if not targets:
         return
     assert on is not None
@@ -232,14 +206,17 @@ def _measure(
             seed=recipe.draw_seed,
             progress=update,
         )
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kept.found.setdefault(row.target, []).append(row.to_json())
+        found.setdefault(row.target, []).append(row.to_json())
+    for key, measured in found.items():
+        setting.work.keep("gradients", key, measured)
 
 
 def _target(
     asked: Asked, recipe: CompareRecipe, setting: Setting, samplers: dict[str, Sampler]
 ) -> Target:
-    """A method's targets, named by the measurement's fingerprint."""
+    """Return the target of a method, named by the fingerprint of the measurement."""
     method = asked.method
     if method.sampler is None:
         return Target(asked.fingerprint, None)
@@ -257,7 +234,7 @@ def _target(
 
 
 def _gradient(asked: Asked, kept: Sequence[dict[str, Any]], out: Path) -> Gradient:
-    """What is kept, as it stands in the results."""
+    """Return a measurement as the results store it."""
     found = [GradientFidelity.from_json(own) for own in kept]
     rows = sorted(
         (row for row in found if row.space == "parameters"), key=lambda row: row.batch_tokens

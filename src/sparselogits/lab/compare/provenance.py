@@ -1,4 +1,4 @@
-"""Which code, versions and machine results are of."""
+"""The commit, versions and machine that results were computed with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Of what puts results together now; a run's own commit is in its row."""
+    """Return the provenance of this process; the commit of each run is in its row."""
     return {
         "commit": commit(),
         "sparselogits": version("sparselogits"),
@@ -28,7 +28,7 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Of the source tree this runs from, if it is one."""
+    """Return the commit of the source tree, or "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

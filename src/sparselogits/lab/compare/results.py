@@ -1,8 +1,8 @@
-"""What a comparison found, as it is stored: `results.json`, and the same without curves as CSV.
+"""The results of a comparison: `results.json`, and the same without curves as CSV.
 
-The schema is these classes; `read_results` reads a file back. Numbers of one run stand in `runs`,
+The schema is these classes; `read_results` reads a file back. Metrics of one run are in `runs`,
 those of a method over its seeds, with intervals, in `methods`. The per-window sums from which the
-intervals are computed are in `windows.npz` (windows.py) and in `runs/ID/outcome.json`.
+intervals are computed are in `windows.npz` (windows.py) and in `finished/runs` (finished.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """The ends of a 95 % interval; None where there is too little to judge by."""
+    """The ends of a 95 % interval; None if there are too few values."""
 
     low: float | None
     high: float | None
@@ -55,7 +55,7 @@ class ReliabilityBin(_Value):
 
 
 class Realised(_Value):
-    """Drafting, over all seeds: what was accepted, and what had to be expected there."""
+    """Drafting over all seeds: accepted tokens, and their expected share."""
 
     verified: int
     accepted: int
@@ -65,39 +65,41 @@ class Realised(_Value):
 
 
 class OfBatches(_Value):
-    """A figure's mean over batches of one size, with Student's t at 95 % over them."""
+    """The mean of a metric over batches of one size, with Student's t at 95 %."""
 
     mean: float
-    low: float | None = Field(description="None where there is one batch")
+    low: float | None = Field(description="None for a single batch")
     high: float | None
 
 
 class GradientSize(_Value):
-    """A target's gradient of all the student's parameters, in batches of one size."""
+    """The gradient of a target for all parameters of the student, in batches of one size."""
 
     batch_tokens: int
     batches: int
     angle: OfBatches = Field(description="to full distillation's, degrees")
     norm_ratio: OfBatches = Field(description="to full distillation's")
     bias: float | None = Field(
-        description="over the norm of full distillation's; None where it cannot be told from zero"
+        description="over the norm of full distillation's; None if not distinguishable from zero"
     )
-    bias_below: float | None = Field(description="what the bias is below, in that case")
+    bias_below: float | None = Field(description="upper bound of the bias, in that case")
     noise: float = Field(description="over the norm of full distillation's")
 
 
 class Gradient(_Value):
-    """How the gradient of a method's targets compares with full distillation's.
+    """The gradient of a method's targets, compared with that of full distillation.
 
-    Measured on one trained student of the comparison, alike for all methods (docs/compare.md).
+    Measured on one trained student of the comparison, the same for all methods (docs/compare.md).
     """
 
-    student_method: str = Field(description="what the student it is measured on was trained with")
+    student_method: str = Field(description="method that the measured student was trained with")
     student_seed: int
-    student_folder: str = Field(description="of that run, inside the comparison's directory")
-    entries: float | None = Field(description="a position, on this text; None for labels alone")
-    draws: int = Field(description="in each batch; one where nothing is random")
-    sizes: list[GradientSize] = Field(description="ascending in tokens a batch")
+    student_folder: str = Field(description="folder of that run in the directory of the comparison")
+    entries: float | None = Field(
+        description="entries per position on this text; None for labels alone"
+    )
+    draws: int = Field(description="draws per batch; one without randomness")
+    sizes: list[GradientSize] = Field(description="ascending in tokens per batch")
 
 
 class MethodRow(_Value):
@@ -109,14 +111,16 @@ class MethodRow(_Value):
     spec: dict[str, Any] = Field(description="as in the recipe")
     sampler: dict[str, Any] | None = Field(description="its parameters, a budget resolved")
     unbiased: bool | None = Field(description="None without cached targets")
-    entries: float | None = Field(description="stored entries a position that training used")
-    bytes_per_token: float | None = Field(description="of the cache's targets, without the text")
+    entries: float | None = Field(description="entries per position that training used")
+    bytes_per_token: float | None = Field(
+        description="size of the targets in the cache, without the text"
+    )
     seeds_done: list[int]
     seeds_failed: list[int]
     seeds_not_run: list[int]
     figures: dict[str, Figure] = Field(description="loss, kl, ... (evaluate.FIGURES)")
     minus_ce: dict[str, Figure] = Field(
-        description="the same less CE's, paired by seed and window; empty for CE or without it"
+        description="the same less those of CE, paired by seed and window; empty without CE"
     )
     gap_closed: Figure | None = Field(
         description="per cent of the way from CE's loss to full KD's, over seeds that all three "
@@ -135,15 +139,12 @@ class MethodRow(_Value):
     realised: Realised | None
     tokens_per_second: float | None = Field(description="wall time, median over runs")
     tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
-    gradient: Gradient | None = Field(None, description="None where it was not measured")
-    gradient_failure: str | None = Field(None, description="why it could not be measured")
+    gradient: Gradient | None = Field(None, description="None if not measured")
+    gradient_failure: str | None = Field(None, description="why the measurement failed")
 
     @property
     def perplexity(self) -> Figure | None:
-        """exp of the loss and of its ends: of the mean loss, not a mean of perplexities.
-
-        It follows from what is stored, so that results of every age have it.
-        """
+        """exp of the mean loss and of its ends, computed from the stored loss."""
         loss = self.figures.get("loss")
         if loss is None:
             return None
@@ -167,14 +168,14 @@ class RunRow(_Value):
     student: str
     seed: int
     status: Literal["done", "failed", "not run"]
-    message: str | None = Field(None, description="why it failed")
-    folder: str | None = Field(None, description="inside the comparison's directory")
+    message: str | None = Field(None, description="why the run failed")
+    folder: str | None = Field(None, description="in the directory of the comparison")
     figures: dict[str, float] = Field(
         default_factory=dict,
         description="loss, perplexity, kl, agreement, acceptance, accuracy, confidence, "
         "overconfidence, ece, ece_equal_mass",
     )
-    gap_closed: float | None = Field(None, description="per cent, against this seed's CE and full")
+    gap_closed: float | None = Field(None, description="per cent, with CE and full KD of this seed")
     realised: Realised | None = None
     curve: list[tuple[int, float]] = Field(
         default_factory=list, description="(step, training cross-entropy to the labels, nats)"
@@ -182,12 +183,14 @@ class RunRow(_Value):
     steps: int | None = None
     tokens: int | None = None
     seconds: float | None = Field(
-        None, description="of training; None where it had been begun before"
+        None, description="wall time of training; None if training was resumed"
     )
-    cpu_seconds: float | None = Field(None, description="likewise, of all threads")
-    commit: str | None = Field(None, description="of the source tree it was trained from")
+    cpu_seconds: float | None = Field(
+        None, description="processor time of training; None if training was resumed"
+    )
+    commit: str | None = Field(None, description="commit of the source tree")
     tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
-    tasks_failed: dict[str, str] = Field(default_factory=dict, description="by task, why")
+    tasks_failed: dict[str, str] = Field(default_factory=dict, description="why, by task")
 
 
 class TeacherRow(_Value):
@@ -198,7 +201,7 @@ class TeacherRow(_Value):
     positions: int
     windows: int
     tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
-    tasks_failed: dict[str, str] = Field(default_factory=dict, description="by task, why")
+    tasks_failed: dict[str, str] = Field(default_factory=dict, description="why, by task")
 
 
 class Results(_Value):
@@ -206,9 +209,9 @@ class Results(_Value):
 
     format: int = FORMAT
     title: str
-    complete: bool = Field(description="whether every run of the recipe is done")
+    complete: bool = Field(description="whether every run of the recipe is finished")
     settings: dict[str, Any] = Field(
-        description="recipe (as validated), teacher, corpus, students (parameters)"
+        description="recipe, teacher, corpus, numbers of parameters of the students"
     )
     provenance: dict[str, str] = Field(description="commit, versions, processor, threads, date")
     teacher: TeacherRow | None
@@ -217,14 +220,14 @@ class Results(_Value):
 
     @property
     def tasks_not_measured(self) -> list[str]:
-        """Tasks that runs or the teacher lack, each with why, once for all that say the same."""
+        """Tasks that failed for runs or the teacher, with the reason, each message once."""
         failed = [run.tasks_failed for run in self.runs]
         failed += [self.teacher.tasks_failed] if self.teacher else []
         return list(dict.fromkeys(f"{n}: {why}" for own in failed for n, why in own.items()))
 
     @property
     def outgrown_teacher(self) -> list[str]:
-        """Students that learn more from the text alone than the teacher knows, in words."""
+        """A message per student that reaches the teacher's loss from the text alone."""
         if self.teacher is None:
             return []
         known = self.teacher.figures["loss"]
@@ -237,7 +240,7 @@ class Results(_Value):
         ]
 
     def to_csv(self) -> str:
-        """A line for each method and student, one for each run, and one for the teacher."""
+        """Return CSV: a line per method and student, per run, and for the teacher."""
         out = io.StringIO()
         tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
         tasks |= dict.fromkeys(name for row in self.runs for name in row.tasks)
@@ -254,13 +257,13 @@ class Results(_Value):
 
 
 def read_results(path: Path) -> Results:
-    """A stored comparison.
+    """Read the results of a comparison.
 
     Args:
         path: `results.json`, or the directory that holds it.
 
     Raises:
-        CacheError: there is none, or it is of another format.
+        CacheError: there are no results, or they are of another format.
     """
     file = path / "results.json" if path.is_dir() else path
     try:
@@ -321,7 +324,7 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
 
 
 def _exp(loss: float) -> float:
-    """Finite also for a student that has diverged, as `HeldOut.perplexity` is."""
+    """Return exp of a loss, finite also for a student that has diverged."""
     return math.exp(min(loss, 700.0))
 
 
@@ -339,7 +342,7 @@ def _drafts(realised: Realised | None) -> dict[str, Any]:
 
 
 def _plain_figures(row: RunRow | TeacherRow) -> dict[str, Any]:
-    """Figures and task scores of one model, without intervals."""
+    """Return metrics and task scores of one model, without intervals."""
     return {name: row.figures.get(name) for name in (*_FIGURES, "perplexity")} | row.tasks
 
 

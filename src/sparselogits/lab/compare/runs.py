@@ -1,25 +1,19 @@
-"""One student of a comparison: planned, trained, measured, kept.
+"""Runs of a comparison: each trains and measures one student.
 
-    OUT/runs/METHOD--STUDENT--SEED--FINGERPRINT/
-      recipe.json, model/, run.json   see train/run.py
-      outcome.json                    figures, with the sums of every window; written last
-      failure.json                    why there is none, if the last attempt failed
-      lock                            held while a process works on it
+    OUT/runs/METHOD--STUDENT--SEED--FINGERPRINT/    the student, see train/run.py
+    OUT/finished/runs/FINGERPRINT.json              its outcome, see finished.py; written last
 
-A run is known by a fingerprint of everything that determines its figures: the cache's identity, the
-text, the method, the student, the training, the seed, what it is evaluated on. One that is finished
-is not repeated, whatever else of the recipe changes; any number of processes may work on one
-directory, each on runs that no other one has in hand.
+The fingerprint is that of everything that determines the metrics of a run: identity of the cache,
+text, method, student, training, seed, and what the student is evaluated on. A finished run is not
+repeated, whatever else of the recipe changes. Any number of processes may share a directory; each
+skips runs that another one is training.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +21,10 @@ from typing import Any
 from sparselogits.data import TextDataset
 from sparselogits.errors import reason_of
 from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
-from sparselogits.files import write_whole
-from sparselogits.identity import canonical_json
 from sparselogits.lab.compare.caches import Draw, Setting
+from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.provenance import commit
 from sparselogits.lab.compare.recipe import UNTRAINED, CompareRecipe, MethodSpec, slug
-from sparselogits.locks import Held, lock_file
 from sparselogits.store import Cache
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
@@ -46,15 +38,15 @@ OUTCOME = 1
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that the recipe asks for.
+    """A run of the recipe.
 
     Args:
-        method: how it is trained.
+        method: method of training.
         student: name of the student.
-        seed: of first weights and order.
-        folder: of the run; None where there is no cache for it.
-        fingerprint: of everything that determines its figures.
-        why_not: why there is no cache for it.
+        seed: seed of first weights and order.
+        folder: folder of the run; None if its cache could not be built.
+        fingerprint: fingerprint of everything that determines its metrics.
+        why_not: why its cache could not be built.
     """
 
     method: MethodSpec
@@ -66,27 +58,27 @@ class Planned:
 
     @property
     def title(self) -> str:
-        """For progress and messages."""
+        """Name of the run for progress and messages."""
         return f"{self.method.title}, {self.student}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is kept of a finished run.
+    """The outcome of a finished run.
 
     Args:
         fingerprint: see `Planned`.
-        figures: by name.
-        sums: by figure (`FIGURES`) float64 [W, C] as lists, see `HeldOut.sums`.
+        figures: metrics by name.
+        sums: sums per window by metric (`FIGURES`), float64 [W, C] as lists, see `HeldOut.sums`.
         reliability: bins of equal width and of equal mass.
-        drafting: see `Drafting`; None without.
-        curve: (step, the labels' cross-entropy in training).
-        entries: stored entries a position that training used; None where it uses none.
-        steps: of the optimiser.
-        tokens: of the student's training.
-        seconds: wall time of training; None where it had been begun before.
-        cpu_seconds: likewise, of all threads of the process.
-        commit: of the source tree it was trained from; None where older than this field.
+        drafting: see `Drafting`; None if drafting was not measured.
+        curve: (step, training cross-entropy to the labels).
+        entries: entries per position that training used; None without cached targets.
+        steps: number of optimiser steps.
+        tokens: number of tokens that the student was trained on.
+        seconds: wall time of training; None if training was resumed.
+        cpu_seconds: processor time of all threads; None if training was resumed.
+        commit: commit of the source tree; None in outcomes of older versions.
     """
 
     fingerprint: str
@@ -104,7 +96,7 @@ class Outcome:
 
 
 def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
-    """All runs, in order of importance: every method with the first seed comes first."""
+    """Return all runs, every method with the first seed first."""
     heldout = {"windows": recipe.heldout_windows, "draft": [recipe.draft, recipe.draft_windows]}
     identities = {key: Cache.open(path).identity for key, path in setting.caches.items()}
     weights = {
@@ -135,35 +127,22 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "seed": seed,
                     "heldout": heldout,
                 }
-                fingerprint = hashlib.sha256(canonical_json(determined)).hexdigest()
-                words = [slug(method.title)[:60], slug(name), str(seed), fingerprint[:8]]
+                key = fingerprint(determined)
+                words = [slug(method.title)[:60], slug(name), str(seed), key[:8]]
                 folder = recipe.out / "runs" / "--".join(words)
-                found.append(Planned(method, name, seed, folder, fingerprint))
+                found.append(Planned(method, name, seed, folder, key))
     return found
 
 
-def outcome_of(planned: Planned) -> Outcome | None:
-    """What a run found, if it is finished."""
-    if planned.folder is None or not (planned.folder / "outcome.json").exists():
-        return None
-    kept = Outcome(**json.loads((planned.folder / "outcome.json").read_text()))
-    return kept if kept.fingerprint == planned.fingerprint else None
+def outcome_of(planned: Planned, work: FinishedWork) -> Outcome | None:
+    """Return the outcome of a run; None if it is not finished."""
+    found = work.value("runs", planned.fingerprint)
+    return None if found is None else Outcome(**found)
 
 
-def failure_of(planned: Planned) -> str | None:
-    """Why a run failed, if it did at the last attempt."""
-    if planned.folder is None:
-        return planned.why_not
-    file = planned.folder / "failure.json"
-    return json.loads(file.read_text())["message"] if file.exists() else None
-
-
-@contextmanager
-def claimed(planned: Planned) -> Iterator[bool]:
-    """Whether this process has the run to itself; let go at the end, or when the process dies."""
-    assert planned.folder is not None
-    with lock_file(planned.folder / "lock") as lock:
-        yield lock.held is not Held.TAKEN
+def failure_of(planned: Planned, work: FinishedWork) -> str | None:
+    """Return why the last attempt of a run failed; None if it did not."""
+    return planned.why_not or work.failure("runs", planned.fingerprint)
 
 
 def carry_out(
@@ -174,27 +153,25 @@ def carry_out(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome | None:
-    """Train and measure one student, and keep what was found.
+    """Train and measure one student, and keep the outcome.
 
     Args:
         planned: the run.
         recipe: the comparison.
         setting: see `caches.prepare`.
-        device: of the student.
-        progress: called with steps done and in all.
+        device: device of the student.
+        progress: called with (steps done, steps in all).
 
     Returns:
-        None where it failed; the reason is kept.
+        The outcome; None if the run failed, and the reason is kept.
     """
-    assert planned.folder is not None
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
     except Exception as error:  # whatever it is, the other runs are not lost to it
-        found = {"message": reason_of(error), "traceback": traceback.format_exc()}
-        write_whole(planned.folder / "failure.json", json.dumps(found) + "\n")
+        why, where = reason_of(error), traceback.format_exc()
+        setting.work.fail("runs", planned.fingerprint, why, traceback=where)
         return None
-    write_whole(planned.folder / "outcome.json", json.dumps(asdict(outcome)) + "\n")
-    (planned.folder / "failure.json").unlink(missing_ok=True)
+    setting.work.keep("runs", planned.fingerprint, asdict(outcome))
     return outcome
 
 
@@ -253,7 +230,7 @@ def _train_and_measure(
 
 
 def figures_of(found: HeldOut) -> dict[str, float]:
-    """The figures of a model on held-out text, by name."""
+    """Return the metrics of a model on held-out text, by name."""
     own = {
         "loss": found.loss,
         "perplexity": found.perplexity,

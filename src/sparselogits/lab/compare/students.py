@@ -1,17 +1,16 @@
 """Students that a comparison makes from its teacher: pruned, quantised, or both.
 
-OUT/students/NAME-FINGERPRINT/    the student before it is trained, the start of every method
+OUT/students/NAME-FINGERPRINT/    the student before training, which every method starts from
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from sparselogits.corpus import PackedCorpus
-from sparselogits.identity import canonical_json
+from sparselogits.lab.compare.finished import fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
 from sparselogits.shrink import save, shrink
 from sparselogits.store.ranges import spread
@@ -63,8 +62,7 @@ def _pruned(
         "text": corpus.source_fingerprint,
         "window": recipe.window,
     }
-    digest = hashlib.sha256(canonical_json(determined)).hexdigest()[:8]
-    folder = recipe.out / "students" / f"{slug(name)}-{digest}"
+    folder = recipe.out / "students" / f"{slug(name)}-{fingerprint(determined)[:8]}"
     if (folder / "config.json").exists():
         return folder
     model = load_causal_lm(recipe.teacher, dtype=recipe.teacher_dtype)

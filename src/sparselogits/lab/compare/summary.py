@@ -1,4 +1,4 @@
-"""From finished runs to a comparison's rows: means over seeds, intervals, differences to CE."""
+"""Rows of a comparison from its finished runs: means over seeds, intervals, differences to CE."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparselogits.lab.compare.runs import Outcome, Planned
 from sparselogits.store import Cache
 
 PAIRED = ("loss", "kl", "acceptance", "ece")
-"""Figures whose difference to CE is reported."""
+"""Metrics whose difference to CE is reported."""
 
 
 Place = tuple[str, str, int]
@@ -52,7 +52,7 @@ class Run:
 
 
 def run_rows(runs: Sequence[Run], recipe: CompareRecipe) -> list[RunRow]:
-    """A row for every run of the recipe, done or not."""
+    """Return a row for every run of the recipe, finished or not."""
     lines = _reference_lines(recipe)
     losses = {run.place: run.outcome.figures["loss"] for run in runs if run.outcome}
     return [_run_row(run, losses, lines, recipe) for run in runs]
@@ -64,14 +64,14 @@ def method_rows(
     setting: Setting,
     kept: dict[tuple[object, ...], MethodRow],
 ) -> list[MethodRow]:
-    """A row for every method and student, over the seeds that are done.
+    """Return a row for every method and student, over the finished seeds.
 
     Args:
-        runs: all of the recipe.
+        runs: all runs of the recipe.
         recipe: the comparison.
         setting: see `caches.prepare`.
-        kept: rows formed before for this recipe and setting, by what they rest on; found here
-            instead of being formed again, and new ones put here.
+        kept: rows computed before for this recipe and setting, by what they depend on; new rows
+            are added.
     """
     outcomes = {run.place: run.outcome for run in runs if run.outcome}
     lines = _reference_lines(recipe)
@@ -88,7 +88,7 @@ def method_rows(
 
 @dataclass(frozen=True)
 class Lines:
-    """Titles of the methods that the others are compared with, where the recipe has them."""
+    """Titles of the methods that others are compared with; None if the recipe lacks one."""
 
     ce: str | None
     full: str | None
@@ -113,7 +113,7 @@ def _reference_lines(recipe: CompareRecipe) -> Lines:
 
 
 def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: Lines) -> list[object]:
-    """Which runs of the method and of those it is compared with are done, and which have failed."""
+    """Return the state of the runs of a method and of those that it is compared with."""
     titles = (method.title, lines.ce, lines.full, lines.untrained)
     return [
         (run.planned.fingerprint, run.outcome is not None, run.failure is not None)
@@ -325,7 +325,7 @@ def _share_of_the_way(
 
 
 def as_figure(found: SeedEstimate) -> Figure:
-    """An estimate over seeds, as it is stored."""
+    """Return an estimate over seeds as the results store it."""
 
     def ends(estimate: Estimate) -> Ends:
         return Ends(low=estimate.low, high=estimate.high)
@@ -339,7 +339,7 @@ def as_figure(found: SeedEstimate) -> Figure:
 
 
 def _pooled(diagrams: Sequence[Sequence[Mapping[str, Any]]]) -> list[ReliabilityBin]:
-    """Bins of equal width of several models, over all their positions."""
+    """Return bins of equal width over all positions of several models."""
     bins: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for own in diagrams:
         for each in own:

@@ -1,28 +1,39 @@
 """Zero-shot tasks of a comparison: finished students and their teacher are scored on them.
 
-Scores stand apart from a run's outcome (`task_scores.py` says where) and do not enter its
-fingerprint: tasks can be added to a comparison that is finished, and only they are measured.
+    OUT/tasks/NAME.jsonl            the data of a local task, from the held-out windows
+    OUT/finished/tasks/KEY.json     scores of one model on one task, sample by sample
+
+Scores are not part of the outcome of a run and do not enter its fingerprint, so tasks can be added
+to a finished comparison, and only they are measured.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparselogits.errors import reason_of
-from sparselogits.files import write_whole
+from sparselogits.evaluate import over_seeds, t_interval
+from sparselogits.evaluate.intervals import ratio
 from sparselogits.lab.compare.caches import OpenStage, Setting
+from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe
-from sparselogits.lab.compare.runs import Planned, claimed, outcome_of
-from sparselogits.lab.compare.task_scores import fingerprints, read, teacher_of
+from sparselogits.lab.compare.results import Ends, Figure, Results
+from sparselogits.lab.compare.runs import Planned, outcome_of
+from sparselogits.lab.compare.summary import as_figure
 from sparselogits.lab.tasks import (
     LOCAL_TASKS,
+    TaskScore,
     check_task,
+    is_perplexity,
     require_lm_eval,
     run_tasks,
     write_tasks,
@@ -30,81 +41,140 @@ from sparselogits.lab.tasks import (
 from sparselogits.lab.tasks.running import TaskProgress
 from sparselogits.teacher.loading import load_causal_lm
 
+MEASURED = 1
+"""Raised when what a task measures changes, so that older scores are not used."""
+
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """What the tasks of a comparison need, whoever is scored.
+    """The tasks of a comparison.
 
     Args:
-        folder: of the data.
-        limit: samples a task.
-        wanted: by name of each task that can be run, the fingerprint of what determines its scores.
-        tokenizer: the teacher's.
-        first_id: what stands before a text without context.
+        names: names of all tasks.
+        digests: what determines the scores besides the model, by name of each task with data.
+        failed: why other tasks have no data, by name.
+        folder: folder of the data.
+        limit: largest number of samples per task.
+        tokenizer: tokenizer of the teacher.
+        first_id: token that precedes a text without context.
+        work: finished work of the comparison.
+        teacher: what identifies the teacher.
     """
 
+    names: Sequence[str]
+    digests: Mapping[str, str]
+    failed: Mapping[str, str]
     folder: Path
     limit: int
-    wanted: dict[str, str]
     tokenizer: Any
     first_id: int
+    work: FinishedWork
+    teacher: str
+
+    def key(self, name: str, model: str) -> str:
+        """Return the fingerprint of what determines the scores of a model on a task."""
+        return fingerprint([self.digests[name], model])
+
+    def missing(self, model: str) -> list[str]:
+        """Return the tasks that a model has no scores on."""
+        return [
+            name for name in self.digests if self.work.value("tasks", self.key(name, model)) is None
+        ]
+
+    def scores(self, model: str) -> dict[str, TaskScore]:
+        """Return the scores of a model by TASK/METRIC."""
+        kept = [self.work.value("tasks", self.key(name, model)) or [] for name in self.digests]
+        found = [
+            TaskScore(**{**own, "values": tuple(own["values"])}) for all_ in kept for own in all_
+        ]
+        return {score.name: score for score in found}
+
+    def summary(self, model: str) -> dict[str, Any]:
+        """Return `tasks` and `tasks_failed` of a model's row in the results."""
+        reasons = {
+            name: self.failed.get(name) or self.work.failure("tasks", self.key(name, model))
+            for name in self.names
+        }
+        return {
+            "tasks": {name: score.value for name, score in self.scores(model).items()},
+            "tasks_failed": {name: why for name, why in reasons.items() if why is not None},
+        }
 
 
 def prepare_tasks(
     recipe: CompareRecipe, setting: Setting, *, stage: OpenStage
 ) -> TaskSetting | None:
-    """Make the tasks' data, and score the teacher where it is not yet.
+    """Write the data of the tasks, and score the teacher unless that is done.
 
-    A task whose data cannot be made or fetched is recorded, and tried again the next time.
+    A task whose data cannot be made or fetched is reported, and tried again the next time.
 
     Returns:
-        None where the recipe asks for no tasks.
+        None if the recipe has no tasks.
 
     Raises:
-        MissingDependencyError: they are asked for, and lm-eval is not installed.
+        MissingDependencyError: lm-eval is not installed.
     """
     if recipe.tasks is None:
         return None
     require_lm_eval()
     tokenizer, folder = setting.tokenizer, recipe.out / "tasks"
-    failures = {}
+    digests, failed = {}, {}
     for name in recipe.tasks.names:
+        file, data = folder / f"{name}.jsonl", None
         try:
             if name in LOCAL_TASKS:
                 how = {"corpus": setting.corpus, "tokenizer": tokenizer}
                 write_tasks(folder, [name], count=recipe.tasks.limit, **how)
+                data = hashlib.sha256(file.read_bytes()).hexdigest()
             else:
                 check_task(name)
         except Exception as error:  # whatever it is, the other tasks are not lost to it
-            failures[name] = reason_of(error)
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    write_whole(folder / "failures.json", json.dumps(failures) + "\n")
-    first = setting.corpus.packing.first_id
-    own = TaskSetting(folder, recipe.tasks.limit, fingerprints(recipe), tokenizer, first)
-    of_teacher = fingerprints(recipe, teacher_of(setting.teacher.identity))
-    file, teachers = folder / "teacher.json", replace(own, wanted=of_teacher)
-    if _missing(file, teachers):
+            failed[name] = reason_of(error)
+            file.unlink(missing_ok=True)
+            continue
+        digests[name] = fingerprint(
+            {
+                "measured": MEASURED,
+                "task": name,
+                "data": data,
+                "limit": recipe.tasks.limit,
+                "lm_eval": version("lm_eval"),
+            }
+        )
+    identity = setting.teacher.identity
+    tasks = TaskSetting(
+        recipe.tasks.names,
+        digests,
+        failed,
+        folder,
+        recipe.tasks.limit,
+        tokenizer,
+        setting.corpus.packing.first_id,
+        setting.work,
+        f"{identity['weights']} {identity['dtype']}",
+    )
+    if tasks.missing(tasks.teacher):
         with stage("tasks, teacher", "sequences") as update:
-            _score(setting.teacher.model, file, teachers, lambda done, all_, _: update(done, all_))
-    return own
+            _score(setting.teacher.model, tasks.teacher, tasks, lambda done, n, _: update(done, n))
+    return tasks
 
 
 def measure_tasks(run: Planned, tasks: TaskSetting | None, *, device: str = "cpu") -> None:
     """Score the student of a run that this process has claimed, if it is finished and lacks any.
 
-    What fails is recorded beside what does not.
+    Failures are kept beside the scores.
     """
-    if tasks is None or run.folder is None or outcome_of(run) is None:
+    if tasks is None or run.folder is None or outcome_of(run, tasks.work) is None:
         return
-    file = run.folder / "tasks.json"
-    if not _missing(file, tasks):
+    missing = tasks.missing(run.fingerprint)
+    if not missing:
         return
     try:
         model = load_causal_lm(str(run.folder / "model"), dtype="float32").to(device)
     except Exception as error:
-        _keep(file, {}, dict.fromkeys(_missing(file, tasks), reason_of(error)))
+        _fail(missing, run.fingerprint, tasks, error)
         return
-    _score(model, file, tasks)
+    _score(model, run.fingerprint, tasks)
 
 
 def measure_missing_tasks(
@@ -114,38 +184,82 @@ def measure_missing_tasks(
     device: str = "cpu",
     stage: OpenStage,
 ) -> None:
-    """Score the students that were finished before tasks were asked for.
+    """Score the students that were finished before the recipe had tasks.
 
-    Those that another process has in hand are left to it.
+    Students that another process is scoring are skipped.
     """
     if tasks is None:
         return
+    work = tasks.work
     left = [
         run
         for run in planned
-        if run.folder is not None
-        and outcome_of(run) is not None
-        and _missing(run.folder / "tasks.json", tasks)
+        if outcome_of(run, work) is not None and tasks.missing(run.fingerprint)
     ]
     if not left:
         return
     with stage("tasks", "runs") as update:
         for done, run in enumerate(left):
             update(done, len(left), run.title)
-            with claimed(run) as mine:
+            with work.claimed("runs", run.fingerprint) as mine:
                 if mine:
                     measure_tasks(run, tasks, device=device)
         update(len(left), len(left))
 
 
+def with_tasks(
+    results: Results, planned: Sequence[Planned], tasks: TaskSetting | None, resamples: int
+) -> Results:
+    """Return the results with the scores of the tasks.
+
+    Args:
+        results: results without scores.
+        planned: all runs.
+        tasks: the tasks; None for none.
+        resamples: number of resamples of every bootstrap.
+    """
+    if tasks is None:
+        return results
+    keys = {(run.method.title, run.student, run.seed): run.fingerprint for run in planned}
+    scores: dict[tuple[str, str], list[dict[str, TaskScore]]] = {}
+    runs = []
+    for run in results.runs:
+        if run.folder is not None:
+            model = keys[run.method, run.student, run.seed]
+            scores.setdefault((run.method, run.student), []).append(tasks.scores(model))
+            run = run.model_copy(update=tasks.summary(model))
+        runs.append(run)
+    methods = [
+        row.model_copy(
+            update={"tasks": figures_of_tasks(scores.get((row.method, row.student), []), resamples)}
+        )
+        for row in results.methods
+    ]
+    teacher = results.teacher
+    if teacher is not None:
+        teacher = teacher.model_copy(update=tasks.summary(tasks.teacher))
+    return results.model_copy(update={"runs": runs, "methods": methods, "teacher": teacher})
+
+
+def column_of(name: str) -> tuple[str, float, int]:
+    """Return the heading, the factor and the digits of the column of a metric of a task."""
+    task, _, metric = name.partition("/")
+    if is_perplexity(metric):
+        return f"{task} {metric}", 1, 1
+    return f"{task} {metric} %", 100, 1
+
+
+def figures_of_tasks(seeds: Sequence[Mapping[str, TaskScore]], resamples: int) -> dict[str, Figure]:
+    """Return the metrics that all seeds have, with intervals over samples, seeds and both."""
+    names = [name for name in (seeds[0] if seeds else {}) if all(name in own for own in seeds)]
+    return {name: _figure(tuple(own[name] for own in seeds), resamples) for name in names}
+
+
 def _score(
-    model: nn.Module,
-    file: Path,
-    tasks: TaskSetting,
-    progress: TaskProgress | None = None,
+    model: nn.Module, of: str, tasks: TaskSetting, progress: TaskProgress | None = None
 ) -> None:
-    """Score a model on what its file lacks, and keep it there."""
-    names = _missing(file, tasks)
+    """Score a model on the tasks that it lacks scores on, and keep them."""
+    names = tasks.missing(of)
     local = [name for name in names if name in LOCAL_TASKS]
     # lm-eval's own one by one: a name may stand for many, and one may fail
     for together in [*([local] if local else []), *([n] for n in names if n not in local)]:
@@ -160,29 +274,33 @@ def _score(
                 progress=progress,
             )
         except Exception as error:  # whatever it is, nothing else is lost to it
-            _keep(file, {}, dict.fromkeys(together, reason_of(error)))
+            _fail(together, of, tasks, error)
             continue
         scores: dict[str, list[Any]] = {name: [] for name in together}
         for score in found:
             scores[score.task if together is local else together[0]].append(asdict(score))
-        own = {
-            name: {"fingerprint": tasks.wanted[name], "scores": scores[name]} for name in together
-        }
-        _keep(file, own, {})
+        for name in together:
+            tasks.work.keep("tasks", tasks.key(name, of), scores[name])
 
 
-def _keep(file: Path, scores: Mapping[str, Any], failures: Mapping[str, str]) -> None:
-    kept = read(file) or {"scores": {}, "failures": {}}
-    kept["scores"] |= scores
-    kept["failures"] = {n: m for n, m in kept["failures"].items() if n not in scores}
-    kept["failures"] |= failures
-    write_whole(file, json.dumps(kept) + "\n")
+def _fail(names: Sequence[str], of: str, tasks: TaskSetting, error: Exception) -> None:
+    for name in names:
+        tasks.work.fail("tasks", tasks.key(name, of), reason_of(error))
 
 
-def _missing(file: Path, tasks: TaskSetting) -> list[str]:
-    kept = read(file).get("scores", {})
-    return [
-        name
-        for name, fingerprint in tasks.wanted.items()
-        if kept.get(name, {}).get("fingerprint") != fingerprint
-    ]
+@lru_cache(maxsize=4096)  # results are computed after every run, and most scores are as before
+def _figure(scores: tuple[TaskScore, ...], resamples: int) -> Figure:
+    if not all(score.stderr is not None for score in scores):
+        over = t_interval([score.value for score in scores])
+        none = Ends(low=None, high=None)
+        return Figure(
+            mean=over.mean, windows=none, seeds=Ends(low=over.low, high=over.high), both=none
+        )
+    values = torch.tensor([score.values for score in scores], dtype=torch.float64)
+    units = torch.stack([values, torch.ones_like(values)], 2)
+    statistic = _perplexity if is_perplexity(scores[0].metric) else ratio
+    return as_figure(over_seeds(units, statistic, resamples=resamples))
+
+
+def _perplexity(sums: Tensor) -> Tensor:
+    return torch.exp(-ratio(sums))
