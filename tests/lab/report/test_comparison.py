@@ -17,10 +17,17 @@ from playwright.sync_api import Browser, Page
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.lab.compare.results import Results, TeacherRow, read_results
 from sparselogits.lab.report import comparison, write_report
-from sparselogits.lab.report.charts import COLOURS, DASHES, SHAPES, colours, log_ticks, looks_of
+from sparselogits.lab.report.charts import (
+    COLOURS,
+    DASHES,
+    SHAPES,
+    colours,
+    log_ticks,
+    looks_of,
+    static,
+)
 from sparselogits.lab.report.comparison import report_page
 from sparselogits.lab.report.comparison_charts import ALL_SHOWN, drawings_of, hidden_at_first
-from sparselogits.lab.report.document import static
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.material import HOSTILE, RECORD, gradient, method
 from tests.lab.report.material import comparison as made_up

@@ -20,7 +20,7 @@ from sparselogits.cli import app
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.lab.report import PREFIX, PageServer, WindowViewer, view_page
 from sparselogits.lab.report.tokens import TokenTexts
-from sparselogits.lab.report.window import LIKELIEST, targets_entropy
+from sparselogits.lab.report.view import LIKELIEST, targets_entropy
 from tests.conftest import tiny_llama
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.conftest import LENGTH, TEXT

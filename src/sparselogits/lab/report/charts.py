@@ -13,13 +13,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselogits.errors import MissingDependencyError
 from sparselogits.files import write_whole
-from sparselogits.lab.report.document import static
 
 if TYPE_CHECKING:
     import altair as alt
@@ -56,7 +56,7 @@ class Look:
 
     @property
     def css(self) -> str:
-        """The colour as the style sheet knows it."""
+        """The colour as a variable of the style sheet."""
         return f"var(--c{self.colour})"
 
 
@@ -144,6 +144,11 @@ def draw_png(
     for name, colour in colours(dark=dark).items():
         text = text.replace(f"var({name})", colour)
     write_whole(path, bytes(vl_convert.vegalite_to_png(text, scale=scale)))
+
+
+def static(name: str) -> str:
+    """Return the text of a file of `static/`."""
+    return files("sparselogits.lab.report").joinpath("static", name).read_text(encoding="utf-8")
 
 
 def colours(*, dark: bool) -> dict[str, str]:
@@ -339,7 +344,7 @@ def _tooltip(x: str, y: str) -> list[alt.Tooltip]:
 
 
 def _levels(levels: Sequence[tuple[str, float]]) -> list[alt.Chart]:
-    """Horizontal lines; the highest has its name above its left end, others below their right."""
+    """Return horizontal lines, named above the left end of the highest and below the others."""
     import altair as alt
 
     ordered = sorted(levels, key=lambda level: -level[1])
@@ -366,7 +371,7 @@ def _finished(layers: Sequence[Any]) -> alt.LayerChart:
 
 
 def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
-    """The specification in the colours of the page.
+    """Return the specification in the colours of the page.
 
     Args:
         chart: what to draw.
@@ -396,7 +401,7 @@ def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
 
 
 def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """A logarithmic axis that holds all values above zero and has at least two labelled ticks."""
+    """Return a logarithmic axis for all values above zero, with at least two labelled ticks."""
     import altair as alt
 
     above = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]

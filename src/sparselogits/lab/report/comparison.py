@@ -3,9 +3,8 @@
     OUT/report.html      needs nothing else and loads nothing
     OUT/figures/*.png    the charts, of the methods that the page shows at first
 
-The numbers stand beside the page as JSON and CSV (`compare/results.py`). A cell that no run has
-filled says so. Without the packages that draw charts the page has its tables and says what to
-install.
+The numbers are beside the page as JSON and CSV (`compare/results.py`). Without the packages that
+draw charts the page has its tables and says what to install.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.files import write_whole
 from sparselogits.lab.compare.results import Figure, MethodRow, Results, RunRow
-from sparselogits.lab.compare.task_scores import column_of
+from sparselogits.lab.compare.tasks import column_of
 from sparselogits.lab.report.charts import can_draw, draw_png
 from sparselogits.lab.report.comparison_charts import (
     drawings_of,
@@ -33,7 +32,7 @@ from sparselogits.lab.report.comparison_charts import (
     students_of,
 )
 from sparselogits.lab.report.headline import headline
-from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_page
+from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_panels
 from sparselogits.methods import ONLINE
 from sparselogits.untrusted import printable
 
@@ -93,7 +92,7 @@ def _page(results: Results) -> str:
         groups={row.method: series_of(row) for row in results.methods},
         hidden=hidden_at_first(results),
     )
-    return render_page(
+    return render_panels(
         "comparison.html",
         title=results.title,
         panels=panels,

@@ -1,4 +1,8 @@
-"""What pages with tables and charts are made of, and how they become a file.
+"""A page is one HTML file that needs nothing else: its shell, and the parts tables and charts.
+
+Styles, scripts and data are in the file, and its content security policy allows exactly these, by
+their hashes, and no request at all. Pages are Jinja templates with escaping on. Data are JSON, from
+which the script of a page makes text nodes, never markup.
 
 A table can be sorted, its columns can be chosen, the best value of a column is marked; a method can
 be switched on and off in all charts at once (`static/report.js`).
@@ -6,12 +10,18 @@ be switched on and off in all charts at once (`static/report.js`).
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
-from sparselogits.lab.report.charts import DASHES, Drawing, Look, vega_script
-from sparselogits.lab.report.document import render, static
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sparselogits.lab.report.charts import DASHES, Drawing, Look, static, vega_script
+from sparselogits.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ class Methods:
         return found
 
 
-def render_page(
+def render_panels(
     template: str, *, title: str, panels: Sequence[Panel], methods: Methods, **values: Any
 ) -> str:
     """Render a page with tables and charts.
@@ -138,20 +148,86 @@ def render_page(
     Args:
         template: file in `static/`.
         title: plain text.
-        panels: its parts.
-        methods: what can be switched on and off.
+        panels: parts of the page.
+        methods: methods that can be switched on and off.
         values: what else the template shows.
     """
     charts = {drawing.key: drawing.spec() for panel in panels for drawing in panel.drawings}
-    scripts = [vega_script()] if charts else []
-    return render(
+    return render_page(
         template,
+        "report",
         title=title,
-        styles=["theme.css", "report.css"],
-        scripts=[*scripts, static("report.js")],
+        scripts=[vega_script()] if charts else [],
         data={"charts": charts, "hidden": list(methods.hidden)},
         panels=panels,
         methods=methods,
         dashes=[" ".join(str(part) for part in dash) for dash in DASHES],
         **values,
     )
+
+
+def render_page(
+    template: str,
+    kind: Literal["report", "view"],
+    *,
+    title: str,
+    data: Any,
+    scripts: Sequence[str] = (),
+    **values: Any,
+) -> str:
+    """Render a self-contained page.
+
+    Args:
+        template: file in `static/` that extends `base.html`.
+        kind: name of the style sheet and of the script of the page in `static/`.
+        title: plain text.
+        data: JSON values that the script reads from the element `data`.
+        scripts: sources of scripts that run before that of the page.
+        values: what the template shows; text is escaped there.
+    """
+    style = "\n".join([static("theme.css"), static(f"{kind}.css")])
+    scripts = [*scripts, static(f"{kind}.js")]
+    allowed = " ".join(f"'{_hash(script)}'" for script in scripts)
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src '{_hash(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            **values, policy=policy, title=title, style=style, scripts=scripts, data=_inert(data)
+        )
+    )
+    # half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark
+    return page.encode("utf-8", "replace").decode()
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("sparselogits.lab.report", "static"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _shown(value: object) -> object:
+    """Escape control and bidirectional characters; markup made by this package stays."""
+    return printable(value) if type(value) is str else value
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _inert(data: Any) -> str:
+    """Return JSON in which no HTML parser finds a tag or a comment."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

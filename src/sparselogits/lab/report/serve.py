@@ -1,4 +1,4 @@
-"""Pages on loopback: each is made when it is asked for, one at a time."""
+"""A server of pages on loopback, which makes each page when it is requested."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ PREFIX = "/window/"
 
 
 class PageServer(HTTPServer):
-    """Serves `page(number)` at `/window/<number>` on 127.0.0.1, to nobody else.
+    """Serves `page(number)` at `/window/<number>` on 127.0.0.1.
 
-    A request that names another host is refused: a page of the web whose name was made to point at
-    this address could read the cache's text otherwise.
+    A request for another host name is refused: a web page whose name resolves to this address could
+    read the text of the cache otherwise.
 
     Args:
-        page: HTML of a window; a `SparseLogitsError` becomes a 404 that says it.
-        first: the window that `/` leads to.
-        port: 0 for any that is free.
+        page: returns the HTML of a window; a `SparseLogitsError` becomes a 404 with its message.
+        first: the window that `/` redirects to.
+        port: port to listen on, 0 for any free one.
 
     Raises:
-        InvalidArgumentError: a port that cannot be had.
+        InvalidArgumentError: the port cannot be used.
     """
 
     def __init__(self, page: Callable[[int], str], *, first: int, port: int = 0) -> None:
@@ -33,12 +33,12 @@ class PageServer(HTTPServer):
             super().__init__((_HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             raise InvalidArgumentError(
-                f"port {port} cannot be had ({error}); choose another, or 0 for any that is free"
+                f"cannot listen on port {port} ({error}); choose another, or 0 for any free one"
             ) from error
 
     @property
     def address(self) -> str:
-        """Where a browser finds the first window."""
+        """Address of the first window."""
         return f"http://{_HOST}:{self.server_port}{PREFIX}{self.first}"
 
 
@@ -77,4 +77,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Requests are not worth a line each."""
+        """Log nothing."""

@@ -1,4 +1,4 @@
-"""Text of tokens: in a row, where neighbours complete each other's characters, and each alone."""
+"""Texts of tokens: consecutive tokens, which may share a character, and single ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 _BROKEN = "�"
 _LONGEST_CHARACTER = 8
-"""Tokens that may share a character before it is given up as one that is none."""
+"""Largest number of tokens that may share a character."""
 
 
 class TokenTexts:
-    """What tokens say.
+    """Texts of the tokens of a window.
 
     Args:
-        tokenizer: a transformers tokenizer; without one a token's text is its number.
+        tokenizer: a transformers tokenizer; None to show tokens by number.
         tokens: ids of a window.
     """
 
@@ -25,16 +25,15 @@ class TokenTexts:
         self._anchor: tuple[int, str] | None = None
 
     def running(self) -> list[str]:
-        """One text a token, which joined are the window's.
+        """Return one text per token; joined they are the text of the window.
 
-        Where several tokens share a character the last of them carries it and the ones before are
-        empty.
+        If several tokens share a character, the last of them has it and the others are empty.
         """
         if self._tokenizer is None:
             return [f"#{token} " for token in self._tokens]
         texts, before, start = [""] * len(self._tokens), 0, 0
         for end in range(1, len(self._tokens) + 1):
-            # the tokens before are decoded too: some decoders drop the space of a first token
+            # decoded with the tokens before, since some decoders drop the space of a first token
             known = self._decode(self._tokens[before:start])
             whole = self._decode(self._tokens[before:end])
             if whole.endswith(_BROKEN) and end - start < _LONGEST_CHARACTER:
@@ -46,7 +45,7 @@ class TokenTexts:
         return texts
 
     def alone(self, token: int) -> str:
-        """A token by itself, its leading space kept; bytes that are no character as numbers."""
+        """Return the text of a single token with its leading space; its number if it has none."""
         if self._tokenizer is None:
             return f"#{token}"
         if token not in self._alone:

@@ -1,4 +1,4 @@
-"""The page of a run from text to students: what was done, what it cost, what the students say."""
+"""The page of the demo: settings, results, cost, and samples of text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparselogits.files import write_whole
 from sparselogits.lab.report.charts import Drawing, can_draw, looks_of
-from sparselogits.lab.report.page import Methods, Panel, Table, render_page
+from sparselogits.lab.report.page import Methods, Panel, Table, render_panels
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Continuation:
 
     Args:
         prompt: a question, or the beginning of a text.
-        texts: what follows, by model.
+        texts: continuation by model.
     """
 
     prompt: str
@@ -26,13 +26,13 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Walkthrough:
-    """What the page says.
+    """The content of the page.
 
     Args:
         title: title of the page.
         headline: what was distilled, what it cost and what it shows, in a few sentences.
         caution: what the numbers cannot show.
-        table: one line per method, and the teacher's.
+        table: one line per method, and one for the teacher.
         drawings: charts of the methods, whose looks are `looks_of` the table's names.
         continuations: samples of text.
         sampled: how the samples were drawn.
@@ -66,7 +66,7 @@ def walkthrough_page(found: Walkthrough) -> str:
     """Return the page."""
     names = {name: name for name, _ in found.table.lines}
     panel = Panel("", found.headline, found.table, drawings=found.drawings)
-    return render_page(
+    return render_panels(
         "walkthrough.html",
         title=found.title,
         panels=[panel],
