@@ -27,6 +27,7 @@ from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.losses import (
+    Criterion,
     LossParts,
     MissingMass,
     TeacherHead,
@@ -286,13 +287,21 @@ def _loss_output(
     positions = counted.sum()
     online = teacher_hidden is not None and training
     distil = not online and target_ids is not None and METHODS[objective.method].cached
+    criterion = Criterion(
+        alpha=objective.alpha if distil or online else 1.0,
+        missing_mass=objective.missing_mass if distil else "drop",
+        temperature=objective.temperature if distil or online else 1.0,
+        logit_scale=1.0 if head is None else head.scale,
+        logit_softcap=None if head is None else head.softcap,
+        reduction="sum",
+    )
     if online:
-        found = _dense(objective, states, head, teacher_hidden, labels)
+        found = _dense(objective, states, head, teacher_hidden, labels, criterion)
     else:
         if not distil:
             target_ids = labels.new_zeros((*labels.shape, 0))
             target_weights = states.new_zeros((*labels.shape, 0), dtype=torch.float32)
-        found = _sparse(objective, states, head, target_ids, target_weights, labels, distil)
+        found = _sparse(states, head, target_ids, target_weights, labels, criterion)
     known = distil and objective.unbiased and entropy is not None
     meter = objective.training if training else objective.evaluation
     meter.add(
@@ -304,10 +313,9 @@ def _loss_output(
         tokens=labels.numel(),
     )
     loss = found.loss if training or found.ce is None else found.ce
-    label_share = objective.alpha if distil or online else 1.0
-    if training and objective.label_smoothing and label_share:
+    if training and objective.label_smoothing and criterion.alpha:
         surplus = _label_surplus(states, head, labels, counted)
-        loss = loss + label_share * objective.label_smoothing * surplus
+        loss = loss + criterion.alpha * objective.label_smoothing * surplus
     items = positions if num_items is None else torch.as_tensor(num_items)
     items = items.reshape(())  # nn.DataParallel hands each replica a row of it
     items = torch.where(items == 0, 1, items)  # a batch of prompts alone has nothing to learn
@@ -377,38 +385,36 @@ def _run(
 
 
 def _sparse(
-    objective: Objective,
     states: Tensor,
     head: Head | None,
     ids: Tensor,
     weights: Tensor,
     labels: Tensor,
-    distil: bool,
+    criterion: Criterion,
 ) -> LossParts:
-    options: dict[str, Any] = {
-        "labels": labels,
-        "alpha": objective.alpha if distil else 1.0,
-        "temperature": objective.temperature if distil else 1.0,
-        "missing_mass": objective.missing_mass if distil else "drop",
-        "reduction": "sum",
-        "return_parts": True,
-    }
     if head is None:
-        return sparse_cross_entropy(states, ids, weights, **options)  # type: ignore[no-any-return]
-    return linear_sparse_cross_entropy(  # type: ignore[no-any-return]
+        return sparse_cross_entropy(
+            states, ids, weights, labels=labels, criterion=criterion, return_parts=True
+        )
+    return linear_sparse_cross_entropy(
         states,
         head.weight,
         ids,
         weights,
+        labels=labels,
         linear_bias=head.bias,
-        logit_scale=head.scale,
-        logit_softcap=head.softcap,
-        **options,
+        criterion=criterion,
+        return_parts=True,
     )
 
 
 def _dense(
-    objective: Objective, states: Tensor, head: Head | None, teacher_hidden: Tensor, labels: Tensor
+    objective: Objective,
+    states: Tensor,
+    head: Head | None,
+    teacher_hidden: Tensor,
+    labels: Tensor,
+    criterion: Criterion,
 ) -> LossParts:
     taught = objective.teacher_head
     divergence = METHODS[objective.method].divergence
@@ -432,10 +438,6 @@ def _dense(
         divergence=divergence,
         beta=objective.beta,
         labels=labels.flatten(),
-        alpha=objective.alpha,
         linear_bias=head.bias,
-        logit_softcap=head.softcap,
-        logit_scale=head.scale,
-        temperature=objective.temperature,
-        reduction="sum",
+        criterion=criterion,
     )
