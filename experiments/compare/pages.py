@@ -4,8 +4,9 @@
     python experiments/compare/pages.py --check    exit with 1 if a page would change
 
 The words of docs/results.md are in findings.md.jinja beside this script; every number there is an
-expression over experiments/results/*.json. Its first section is experiments/healing/findings.md, if
-that file exists. The table of docs/index.md is kept up to date too.
+expression over experiments/results/*.json. The words of its first section are
+experiments/healing/findings.md, if that file exists; they may hold places for the tables of
+experiments/healing/tables.py. The table of docs/index.md is kept up to date too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
+from experiments.healing.tables import filled as in_places  # noqa: E402
 
 from sparselogits.evaluate import Estimate  # noqa: E402
 from sparselogits.evaluate.intervals import two_sided_p  # noqa: E402
@@ -226,6 +228,7 @@ class Findings:
         self.drafting = stored("drafting_small_teacher.json")
         file = HERE.parent / "healing" / "findings.md"
         self.healing = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+        self.healing_table = "\n".join(healing())
 
     def mean(
         self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
@@ -299,6 +302,45 @@ class Findings:
         return f"{min(found):.1f} to {max(found):.1f}{SPACE}%"
 
 
+HEALING = {
+    "layers24": "24 of 30 layers",
+    "layers18": "18 of 30 layers",
+    "bits3": "weights of 3 bits in groups of 32",
+    "bits4": "weights of 4 bits per channel",
+    "bits4a8": "4-bit weights, 8-bit activations",
+    "greedy": "24 layers, the teacher's greedy answers",
+    "drawn": "24 layers, the teacher's drawn answers",
+}
+"""Settings of experiments/healing/healing.py by the name of their results."""
+
+
+def healing() -> list[str]:
+    """The table of pruned and quantised students: recovery, and the difference to the ghost token.
+
+    A setting that is not finished has fewer seeds, or dashes.
+    """
+    methods = ("systematic 12", "RS-KD 12", "Top-12", "Top-12 ghost")
+    head = ["student", "seeds", "KL before", "full KD's KL", *methods, "KL, systematic 12 - ghost"]
+    lines = []
+    for name, words in HEALING.items():
+        file = RESULTS / f"healing_{name}.json"
+        if not file.exists():
+            continue
+        seeds = Seeds(read_results(file))
+        start, full = (seeds.mean(method, "kl") for method in ("before training", "full KD"))
+        count = min(
+            len(seeds.rows[method].seeds_done) for method in methods if method in seeds.rows
+        )
+        cells = [words, str(count), *(said(own).split(" ")[0] for own in (start, full))]
+        for method in methods:
+            own = seeds.rows[method].recovered if method in seeds.rows else None
+            ends = own and Estimate(own.mean, own.seeds.low, own.seeds.high, count)
+            cells.append("-" if ends is None else percent(ends))
+        cells.append(said(seeds.less("systematic 12", "Top-12 ghost", "kl"), sign="+"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines] if lines else []
+
+
 def stored(name: str) -> Any:
     """Read a result that may not be there yet."""
     file = RESULTS / name
@@ -317,13 +359,14 @@ def findings() -> str:
     page = environment.get_template("findings.md.jinja").render(
         f=Findings(), overview="\n".join(overview()), settings=SETTINGS, said=said, math=math
     )
-    return "\n\n".join(filled(block) for block in page.strip().split("\n\n") if block) + "\n"
+    blocks = (filled(block) for block in page.strip().split("\n\n") if block.strip())
+    return in_places("\n\n".join(blocks) + "\n")
 
 
 def filled(block: str) -> str:
     """Fill the lines of a paragraph; tables, headings, lists and pictures stay as they are."""
     block = block.strip("\n")
-    if block.startswith(("|", "#", "- ", "!")):
+    if block.startswith(("|", "#", "- ", "!", "<!--")):
         return block
     return textwrap.fill(block, 110, break_long_words=False, break_on_hyphens=False)
 

@@ -43,6 +43,7 @@ from sparselogits.data import TextDataset
 from sparselogits.evaluate import evaluate
 from sparselogits.lab.compare import compare, parse_compare_recipe
 from sparselogits.lab.compare.results import Results, read_results
+from sparselogits.lab.compare.windows import windows_of
 from sparselogits.locks import lock_file
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
@@ -230,6 +231,8 @@ def collect(out: Path) -> None:
         if (out / setting / "results.json").exists():
             read_results(out / setting)
             shutil.copy(out / setting / "results.json", RESULTS / f"healing_{setting}.json")
+            sums = RESULTS / f"healing_{setting}_windows.npz"
+            sums.write_bytes(windows_of(out / setting))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from sparselogits.lab.compare.caches import Draw, prepare
 from sparselogits.lab.compare.comparison import Standing
 from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.results import Figure, Realised
-from sparselogits.lab.compare.windows import differences, read_windows
+from sparselogits.lab.compare.windows import differences, read_windows, windows_of
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
 
@@ -127,6 +127,7 @@ def test_every_interval_can_be_recomputed_from_the_sums_of_windows(
     sums = read_windows(out / "windows.npz")
     stored = read_results(out)
     assert len(sums) == 12
+    assert windows_of(out) == (out / "windows.npz").read_bytes()
     assert differences(stored, sums) == []
     place = (stored.methods[2].method, stored.methods[2].student, 0)
     other = {**sums, place: {**sums[place], "loss": sums[place]["loss"] * [1.01, 1]}}

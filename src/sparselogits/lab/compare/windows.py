@@ -45,6 +45,33 @@ def pack_windows(sums: Mapping[Place, Sums]) -> bytes:
     return out.getvalue()
 
 
+def windows_of(out: Path) -> bytes:
+    """Pack the per-window sums of the finished runs of a comparison's directory.
+
+    Args:
+        out: the directory, with `results.json` and the runs' outcomes; it may be unfinished.
+
+    Raises:
+        CacheError: if the directory holds no results, or a run's outcome is missing.
+    """
+    sums = {}
+    for run in read_results(out).runs:
+        if run.folder is None or run.status != "done":
+            continue
+        key = run.folder.rpartition("--")[2]  # the fingerprint's first digits
+        kept = [*out.glob(f"finished/runs/{key}*.json"), out / run.folder / "outcome.json"]
+        file = kept[0]  # the last is an older version's
+        try:
+            content = json.loads(file.read_bytes())
+            sums[run.method, run.student, run.seed] = content.get("value", content)["sums"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CacheError(
+                f"{file} holds no per-window sums ({error}), although {out / 'results.json'} names "
+                "the run as done. Run `sparselogits compare` again"
+            ) from error
+    return pack_windows(sums)
+
+
 def read_windows(path: Path) -> dict[Place, Sums]:
     """Read the per-window sums of runs, by method, student and seed.
 
