@@ -48,7 +48,7 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ),
         ({"tasks": {"name": ["agreement"]}}, "tasks.name: unknown key; did you mean 'names'"),
         ({"tasks": {"names": []}}, "tasks.names: .*at least 1 item"),
-        ({"tasks": {"names": ["a", "a"]}}, "a task is there twice: a, a"),
+        ({"tasks": {"names": ["a", "a"]}}, "a task is named twice: a, a"),
         ({"methods": ["ce", "ce"]}, "methods are there twice: CE"),
         ({"seeds": [1, 1]}, "seeds are there twice: 1"),
         ({"students": {"a": {"layer": 2}}}, "students.a.layer: unknown key; did you mean 'layers'"),

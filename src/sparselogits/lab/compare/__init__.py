@@ -1,4 +1,4 @@
-"""Comparisons: the same student trained with each method, measured, with intervals, stored."""
+"""Compare methods: train the same student with each, and measure it with intervals."""
 
 from sparselogits.lab.compare.comparison import compare
 from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe

@@ -1,8 +1,8 @@
-"""A comparison's recipe: one setting, and the methods to compare in it.
+"""The recipe of a comparison: one setting, and the methods to compare.
 
-A method is a name (a training method, or `none`) or a mapping in the words of
-`sparselogits cache` and `train`. A list in it stands for one method for each of its values, two
-lists for all pairs. The words that are not a method's own are the fields of its sampler:
+A method is a name (a training method, or `none`) or a mapping with the options of
+`sparselogits cache` and `train`. A list in it stands for one method per value, two lists for all
+pairs. Keys that are not fields of a method are fields of its sampler:
 
     methods:
       - ce
@@ -73,30 +73,32 @@ class _Strict(BaseModel):
 
 
 class MethodSpec(_Strict):
-    """One method: what its targets are, and what training makes of them."""
+    """One method: its targets, and how they are used in training."""
 
-    name: str | None = Field(None, description="in tables; put together from the rest when absent")
+    name: str | None = Field(
+        None, description="name in tables; composed of the other fields by default"
+    )
     method: Annotated[str, AfterValidator(_method_name)] = Field(
         "sparse", description=f"{METHODS_IN_WORDS}; {UNTRAINED}: the student before training"
     )
     sampler: AnySampler | None = Field(
-        None, description="name of the sampler of sparse targets; its fields stand beside it"
+        None, description="name of the sampler of sparse targets; its fields are keys of the method"
     )
     budget: Budget | None = Field(None, description="mean entries per position")
     missing_mass: MissingMass = Field(
-        "drop", description="what becomes of the mass that biased targets lack"
+        "drop", description="rule for the mass that biased targets lack"
     )
     alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(None, description="share of the teacher, for jensen_shannon")
     learning_rate: Positive | None = Field(
-        None, description="learning rate of this method, in place of that of training"
+        None, description="learning rate of this method, instead of that of training"
     )
     thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
 
     @model_validator(mode="before")
     @classmethod
     def _take_the_fields_of_the_sampler(cls, values: Any) -> Any:
-        """Put the words that are not a method's own into the sampler."""
+        """Make the sampler of the keys that are not fields of a method."""
         if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
             return values
         own = {name: value for name, value in values.items() if name in cls.model_fields}
@@ -136,12 +138,12 @@ class MethodSpec(_Strict):
 
     @property
     def online(self) -> bool:
-        """Whether the teacher runs beside the student."""
+        """Whether the teacher runs during training."""
         return self.method != UNTRAINED and METHODS[self.method].online
 
     @property
     def title(self) -> str:
-        """Its name, or one put together from what it is."""
+        """Name in tables."""
         if self.name is not None:
             return self.name
         if self.sampler is not None:
@@ -191,7 +193,7 @@ class FromTeacher(_Strict):
 
 
 _GIVEN, _MADE = "(student)", "(student from the teacher)"
-"""Alternatives of a student, as pydantic names them in the path of an error."""
+"""Names of the two kinds of students, which pydantic puts into the path of an error."""
 
 
 def _kind_of_student(value: Any) -> str:
@@ -213,19 +215,19 @@ class TaskNames(_Strict):
     """Zero-shot tasks that every student and the teacher are scored on."""
 
     names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="continuation, last_word, agreement, or what lm-eval knows"
+        description="continuation, last_word, agreement, or tasks of lm-eval"
     )
-    limit: Count = Field(LIMIT, description="samples a task, at most")
+    limit: Count = Field(LIMIT, description="largest number of samples per task")
 
     @model_validator(mode="after")
     def _names_differ(self) -> TaskNames:
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"a task is there twice: {', '.join(self.names)}")
+            raise ValueError(f"a task is named twice: {', '.join(self.names)}; name each once")
         return self
 
 
 class Training(TrainingSettings):
-    """How every student is trained, whatever the method."""
+    """Training settings of every student."""
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out", "seed": "seeds"}
 
@@ -233,65 +235,72 @@ class Training(TrainingSettings):
 
 
 class Gradients(_Strict):
-    """How the gradients of methods' targets are measured beside full distillation's."""
+    """Settings for comparing the gradients of targets with those of full distillation."""
 
     windows: Count = Field(
-        8, description="held-out windows, at most; as many as fill batches of the largest size"
+        8, description="largest number of held-out windows; a multiple of the largest batch is used"
     )
     batch_windows: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        (1, 4), description="windows a batch; several sizes are measured at once"
+        (1, 4), description="windows per batch; several sizes are measured at once"
     )
-    draws: Annotated[int, Field(ge=2)] = Field(4, description="of random targets, in each batch")
+    draws: Annotated[int, Field(ge=2)] = Field(4, description="draws of random targets per batch")
 
     @model_validator(mode="after")
     def _fill_a_batch(self) -> Gradients:
         largest = max(self.batch_windows)
         if largest > self.windows:
-            raise ValueError(f"{self.windows} windows do not fill a batch of {largest}")
+            raise ValueError(
+                f"{self.windows} windows do not fill a batch of {largest}; give more windows"
+            )
         return self
 
 
 class CompareRecipe(_Strict):
     """Everything a comparison depends on."""
 
-    title: str = Field("comparison", description="of the report")
+    title: str = Field("comparison", description="title of the report")
     teacher: str = Field(description="model folder, GGUF file or hub name")
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     data: str = Field(description="text, JSONL or Parquet file, folder, or dataset")
     text_field: str = "text"
     completion_only: bool = Field(
-        False, description="records are conversations: learn what the assistant says, nothing else"
+        False,
+        description="records are conversations, of which only the assistant's turns are learnt",
     )
-    out: Path = Field(description="directory of everything the comparison makes")
-    window: Annotated[int, Field(ge=2)] = Field(256, description="tokens a window")
+    out: Path = Field(description="output directory")
+    window: Annotated[int, Field(ge=2)] = Field(256, description="tokens per window")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.05, description="share of the documents kept aside for evaluation"
+        0.05, description="share of the text held out for evaluation"
     )
-    heldout_windows: Count | None = Field(None, description="evaluate on at most so many")
+    heldout_windows: Count | None = Field(
+        None, description="largest number of held-out windows to evaluate on"
+    )
     separator_id: int | None = Field(None, description="token between documents")
-    cache_batch: Count = Field(8, description="windows a pass of the teacher")
-    draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="of the caches' draws")
+    cache_batch: Count = Field(8, description="windows per forward pass of the teacher")
+    draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="random seed for sampling")
     vary_draws: bool = Field(
-        False, description="draw a cache anew for every seed, with draw_seed + seed"
+        False, description="build a cache per seed, sampled with draw_seed + seed"
     )
     students: dict[str, AnyStudent] = Field(
         default_factory=_one_new_student,
-        description="by name: as in a training recipe, or made from the teacher",
+        description="students by name: as in a training recipe, or made from the teacher",
     )
     training: Training = Training()
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), description="of the student's first weights and of the order"
+        (0, 1, 2), description="seeds of initial weights and of the order of windows"
     )
-    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none by default")
     draft: Annotated[int, Field(ge=0)] = Field(
-        0, description="also draft so many tokens at a time for the teacher"
+        0, description="tokens to draft for the teacher at a time; 0 to measure no drafting"
     )
     draft_windows: Count = Field(16, description="held-out windows to draft from")
     gradients: Gradients | None = Field(
-        None, description="also compare targets' gradients with full KD's; not when absent"
+        None, description="compare the gradients of targets with full KD's; not by default"
     )
-    resamples: Count = Field(1000, description="of windows and seeds, for the intervals")
-    methods: tuple[MethodSpec, ...] = Field(min_length=1, description="in order of importance")
+    resamples: Count = Field(1000, description="resamples of the windows for the intervals")
+    methods: tuple[MethodSpec, ...] = Field(
+        min_length=1, description="methods in the order in which they are run"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> CompareRecipe:
@@ -299,7 +308,7 @@ class CompareRecipe(_Strict):
         for what, names in (("methods", titles), ("seeds", list(self.seeds))):
             twice = sorted({str(n) for n in names if list(names).count(n) > 1})
             if twice:
-                raise ValueError(f"{what} are there twice: {', '.join(twice)}")
+                raise ValueError(f"{what} are there twice: {', '.join(twice)}; name each once")
         if not self.seeds or not self.students:
             raise ValueError("give at least one seed and one student")
         return self
@@ -310,16 +319,16 @@ def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:
 
     Args:
         path: YAML file.
-        overrides: values that win over the file's; None stands for "as in the file".
+        overrides: values that replace those of the file; None for that of the file.
 
     Raises:
-        RecipeError: naming the file, the key and what is wrong with it.
+        RecipeError: names the file, the key and what is wrong.
     """
     return parse_compare_recipe(read_yaml(path, overrides), source=str(path))
 
 
 def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecipe:
-    """A validated recipe from plain values; `source` names them in messages.
+    """Validate plain values as a recipe; `source` names them in messages.
 
     Raises:
         RecipeError: see `load_compare_recipe`.
@@ -331,7 +340,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
 
 
 def expanded(method: Any) -> list[Any]:
-    """One method for each combination of the values that stand in lists."""
+    """Return one method per combination of the values in lists."""
     if isinstance(method, str):
         return [{"method": method}]
     if not isinstance(method, dict):
