@@ -37,7 +37,8 @@ def _older(out: Path) -> Iterator[tuple[str, str, Any]]:
     for own in _read(out / "tasks" / "teacher.json").get("scores", {}).values():
         yield "tasks", fingerprint(own["fingerprint"].split(" ", 1)), own["scores"]
     for file in sorted(out.glob("runs/*/outcome.json")):
-        outcome = _read(file)
+        if not (outcome := _read(file)):
+            continue
         yield "runs", outcome["fingerprint"], outcome
         for own in _read(file.with_name("tasks.json")).get("scores", {}).values():
             yield "tasks", fingerprint([own["fingerprint"], outcome["fingerprint"]]), own["scores"]
