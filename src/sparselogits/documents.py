@@ -1,10 +1,10 @@
 """Run a model over packed windows so that the documents of one window do not see each other.
 
 transformers' attention reads document boundaries from position ids that restart. Many architectures
-ignore them: recurrent and hybrid models carry a state over the boundary, ALiBi and some learned
-positions are computed from the place in the window. So nothing is trusted: `Documents.probe` runs a
-model on two short packed windows and compares them with each document alone. A model that keeps the
-documents apart runs packed windows; any other runs each document as a sequence of its own.
+ignore them: recurrent and hybrid models carry a state across the boundary; ALiBi and some learned
+positions depend on the position in the window. So `Documents.probe` runs a model on two short
+packed windows and compares the result with each document alone. A model that separates the
+documents runs packed windows; any other runs each document as a separate sequence.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError
 
 Forward = Callable[..., Tensor]
-"""From `input_ids` int64 [B, L], and further inputs by name, to states or logits [B, L, D]."""
+"""Maps `input_ids` int64 [B, L], and further inputs by name, to states or logits [B, L, D]."""
 
 _PROBE_STARTS = ([0, 17], [0, 9, 10, 27])
 _PROBE_LENGTH = 40
 
-# Rounding of two passes of different shapes, as a share of the norm of a position's states. A false
-# alarm about packed windows costs time only: documents run apart are right by construction.
+# Rounding differences of two passes of different shapes, as a share of the norm of a position's
+# states. A false alarm about packed windows costs only time: separate documents are always right.
 _PACKED = {torch.float32: 1e-3, torch.float64: 1e-3}
 _APART = {torch.float32: 1e-2, torch.float64: 1e-2}
 _PACKED_HALF, _APART_HALF = 0.125, 0.5
@@ -45,13 +45,12 @@ class Documents:
 
     Args:
         model: name of the model's class, for messages.
-        way: "packed" (position ids that restart are enough), "apart" (each document is a sequence
-            of its own) or "none" (not even then are documents independent).
+        way: "packed" (position ids that restart are enough), "apart" (each document runs as a
+            separate sequence) or "none" (documents are not independent even then).
         packed_up_to: longest window that runs packed; None without a limit. Beyond it the model
-            derives something from the longest position of the batch or from the place in the
-            window.
-        same_length_beyond: windows longer than this run documents of equal length together only,
-            because the rotary frequencies depend on the longest sequence of the batch.
+            depends on the longest position of the batch or on the position in the window.
+        same_length_beyond: window length above which only documents of equal length run together,
+            because the rotary frequencies depend on the longest sequence of the batch; or None.
     """
 
     model: str
@@ -62,11 +61,11 @@ class Documents:
     @classmethod
     @torch.no_grad()
     def probe(cls, model: nn.Module, run: Forward) -> Documents:
-        """Find out how a model runs documents, from a few short forward passes.
+        """Find out how a model runs documents, by a few short forward passes.
 
         Args:
-            model: a transformers causal language model; put in eval mode and back.
-            run: its forward pass, up to states or logits.
+            model: a transformers causal language model; set to eval mode and back.
+            run: forward pass of the model, up to states or logits.
         """
         config = text_config(getattr(model, "config", None))
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
@@ -92,23 +91,23 @@ class Documents:
         """Run packed windows and return states (or logits) [B, L, D], differentiable.
 
         Args:
-            run: the model's forward pass.
+            run: forward pass of the model.
             input_ids: int64 [B, L].
             position_ids: int64 [B, L], zero where a document starts.
-            one_call: run all documents in one call, padded to the longest, because other ranks
-                wait for as many calls (sharded weights).
-            mask_padding: tell the model by `attention_mask` what is padding, for a loss that it
-                forms over all tokens of a call.
-            inputs: further inputs; tensors [B, L] are divided as `input_ids` are.
+            one_call: whether to run all documents in one call, padded to the longest, because other
+                ranks expect the same number of calls (sharded weights).
+            mask_padding: whether to mark padding in `attention_mask`, for a loss that the model
+                computes over all tokens of a call.
+            inputs: further inputs; tensors [B, L] are divided like `input_ids`.
 
         Raises:
-            InvalidArgumentError: for a model whose documents cannot be kept apart.
+            InvalidArgumentError: the model cannot separate the documents of a window.
         """
         if self.way == "none":
             raise InvalidArgumentError(
                 f"{self.model}: the documents of one window influence each other, packed or run "
-                "one by one; a window that resets attention needs a causal model. Build the cache "
-                "without --reset-attention, or use another model"
+                "one by one; resetting attention needs a causal model. Build the cache without "
+                "--reset-attention, or use another model"
             )
         length = input_ids.shape[1]
         limit = self.packed_up_to
@@ -126,8 +125,8 @@ def restarting_positions(length: int, document_starts: Sequence[np.ndarray]) -> 
     """Return int64 [B, L] position ids that restart at zero with every document.
 
     Args:
-        length: L.
-        document_starts: for each of B windows, the positions at which a document starts.
+        length: number L of positions.
+        document_starts: positions at which documents start, for each of B windows.
     """
     rows = np.broadcast_to(np.arange(length), (len(document_starts), length)).copy()
     for row, starts in zip(rows, document_starts, strict=True):
@@ -145,7 +144,7 @@ def _run_apart(
     one_call: bool,
     **inputs: Any,
 ) -> Tensor:
-    """Run every document as a sequence of its own and put the states back in place."""
+    """Run every document as a separate sequence and return the states in the windows' order."""
     batch, length = input_ids.shape
     device = input_ids.device
     spans = _spans(position_ids)
@@ -154,7 +153,7 @@ def _run_apart(
         first = torch.tensor([start for start, _ in group])[:, None]
         sizes = torch.tensor([size for _, size in group])[:, None]
         columns = torch.arange(int(sizes.max()))[None]
-        # a causal model does not see the padding, which repeats the document's last token
+        # a causal model ignores the padding, which repeats the document's last token
         places = (first + columns.minimum(sizes - 1)).to(device)
         own = (columns < sizes).to(device)
         divided = {
@@ -168,7 +167,7 @@ def _run_apart(
         if equal:
             _forget_lengths(run, input_ids)
         states = run(input_ids=input_ids.flatten()[places], **divided)
-        # a prompt that the model puts before the text has states of its own
+        # a model may put a prompt before the text, which has states as well
         states = states[:, states.shape[1] - places.shape[1] :]
         pieces.append(states[own.to(states.device)])
         order.append(places[own])
@@ -179,12 +178,12 @@ def _run_apart(
 
 @torch.no_grad()
 def _forget_lengths(run: Forward, input_ids: Tensor) -> None:
-    """Run one token: frequencies that grew with a long sequence are kept until a short one."""
+    """Run one token, so that rotary frequencies that grew with a long sequence are reset."""
     run(input_ids=input_ids[:1, :1])
 
 
 def _spans(position_ids: Tensor) -> list[tuple[int, int]]:
-    """(first place, length) of every document, places counted through the flattened batch."""
+    """Return (first index in the flattened batch, length) of every document."""
     starts_here = position_ids.cpu() == 0
     starts_here[:, 0] = True
     starts = [*starts_here.flatten().nonzero().flatten().tolist(), starts_here.numel()]
@@ -194,7 +193,7 @@ def _spans(position_ids: Tensor) -> list[tuple[int, int]]:
 def _grouped(
     spans: list[tuple[int, int]], *, equal: bool, one_call: bool
 ) -> Iterator[list[tuple[int, int]]]:
-    """Documents that share a call: lengths within a factor of two, so padding stays below half."""
+    """Yield documents that share a call: of lengths within a factor of two, to limit padding."""
     if one_call and not equal:
         yield spans
         return
@@ -219,7 +218,7 @@ def _way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apa
     except _FAILURES:
         return "none"
     if alone.is_meta or not bool(alone.isfinite().all()):
-        return "apart"  # damaged or overflowing: nothing to compare, and not for here to say
+        return "apart"  # damaged or overflowing, which is reported elsewhere
     try:
         if _packed_is_right(run, tokens, positions, alone):
             return "packed"
@@ -255,7 +254,7 @@ def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Ten
     for row, starts in zip(changed, _PROBE_STARTS, strict=True):
         row[: starts[1]] = row[: starts[1]].flip(0).roll(1)
     again = run(input_ids=changed, position_ids=positions)
-    # what a mask hides adds an exact zero, so the same shape gives the same bits in any dtype
+    # masked positions add exact zeros, so equal shapes give equal bits in any dtype
     return all(
         torch.equal(one[starts[1] :], other[starts[1] :])
         for one, other, starts in zip(packed, again, _PROBE_STARTS, strict=True)
@@ -263,9 +262,10 @@ def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Ten
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Distance of two positions' states as a share of their norm: the largest over all positions.
+    """Return the largest distance of two positions' states, as a share of their norm.
 
-    In half precision the median, because one expert chosen otherwise moves a single position far.
+    In half precision it is the median over positions, because a different choice of one expert
+    moves a single position far.
     """
     half = one.dtype in (torch.float16, torch.bfloat16)
     one, other = one.float(), other.float().to(one.device)
@@ -274,7 +274,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Longest sequence whose rotary frequencies do not depend on its length; None: any."""
+    """Return the longest sequence whose rotary frequencies do not depend on its length."""
     for name in ("rope_parameters", "rope_scaling"):
         for found in _dicts(getattr(config, name, None)):
             kind = found.get("rope_type", found.get("type"))

@@ -1,12 +1,12 @@
-"""Writing files and folders that are whole or absent, and cleaning up after writers that died.
+"""Write files and folders that are whole or absent, and clean up after writers that died.
 
-Everything the library writes to a disk goes through this file: the bytes go to a temporary name in
-the same folder, are flushed and synced, and are renamed to the final name; then the folder is
-synced. So a reader sees the file as it was before or as it is after, also across a power cut, and
-a full disk changes nothing. (Shards add a read-back and an exclusive link: store/storage/local.py.)
+Everything that the library writes to a disk goes through this module: the bytes are written under a
+temporary name in the same folder, flushed and synced, and renamed to the final name; then the
+folder is synced. So a reader sees either the old or the new file, even after a power cut, and a
+full disk changes nothing. (Shards add a read-back and an exclusive link, see store/storage.)
 
-A temporary name tells which process made it. The next writer in the same folder removes those
-whose process is dead.
+A temporary name contains the process that created it. The next writer in the same folder removes
+the files of dead processes.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
     r"|iostream error"
 )
-"""How safetensors and torch, which raise no `OSError`, say that a write failed."""
+"""Messages of safetensors and torch, which raise no `OSError`, for a failed write."""
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
-    """Write a small file whole or not at all; its folder is made where it is missing.
+    """Write a small file whole or not at all; its folder is created where it is missing.
 
-    Processes may write the same file at the same time: the last one to finish wins.
+    Several processes may write the same file at once: the last one to finish wins.
 
     Args:
-        path: the file; what is there must be a regular file.
-        content: text is written as UTF-8.
-        replace: whether a file that is there is replaced; else it stays, and this one is dropped.
+        path: the file; an existing one must be a regular file.
+        content: bytes, or text that is written as UTF-8.
+        replace: whether to replace an existing file; else the new content is discarded.
 
     Raises:
-        StorageError: it cannot be written; what stood there before is unchanged.
-        InvalidArgumentError: something other than a regular file is there.
+        StorageError: the file cannot be written; an existing file is unchanged.
+        InvalidArgumentError: the path is something other than a regular file.
     """
     with writing_whole(path, replace=replace) as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
@@ -91,14 +91,14 @@ def writing_whole(
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             handle = open(descriptor, "wb")  # noqa: PTH123, SIM115 (of a descriptor; closed below)
             try:
-                with contextlib.suppress(OSError):  # a private file stays private
+                with contextlib.suppress(OSError):  # keep the mode of an existing file
                     os.fchmod(descriptor, stat.S_IMODE(path.lstat().st_mode))
                 yield handle
                 handle.flush()
                 sync(descriptor)
-                handle.close()  # network file systems may say only now that the disk is full
+                handle.close()  # network file systems may report a full disk only now
             finally:
-                with contextlib.suppress(OSError):  # closing flushes again what did not fit
+                with contextlib.suppress(OSError):  # closing flushes again
                     handle.close()
             target = path if name is None else path.with_name(name())
             if replace:
@@ -112,10 +112,10 @@ def writing_whole(
 
 
 def take_name(source: Path, target: Path) -> bool:
-    """Give a file a name, unless that is taken; returns whether it was free.
+    """Give a file a name, unless the name is taken; return whether it was free.
 
-    Afterwards the file may be there under its old name as well. Exclusive where the file system
-    has hard links, and where it has not, among processes that use this function on one machine.
+    Afterwards the file may still have its old name as well. The operation is exclusive where the
+    file system has hard links; elsewhere among processes of one machine that use this function.
     """
     try:
         os.link(source, target)
@@ -130,10 +130,10 @@ def take_name(source: Path, target: Path) -> bool:
 
 
 def move(source: Path, target: Path) -> bool:
-    """Rename a file, or whatever stands there, to a name that is free; returns whether it was.
+    """Rename a file or folder, unless the new name is taken; return whether it was free.
 
     Raises:
-        FileNotFoundError: there is nothing to move.
+        FileNotFoundError: there is nothing to rename.
     """
     with _folder_lock(target.parent):
         if os.path.lexists(target):
@@ -146,7 +146,7 @@ def move(source: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the same block for this folder, where it can be locked itself."""
+    """Exclude other processes from a block per folder, where the folder can be locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
@@ -159,18 +159,18 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder whose content stands at a path when the block ends in order.
+    """Yield a temporary folder whose content appears at a path when the block succeeds.
 
-    For what is made in many files, by other libraries above all: models, datasets. Everything in it
-    is synced first. A new folder appears by one rename; an empty one that is there already (it may
-    be a mount point) is filled by one rename per entry.
+    This serves content of many files, above all of other libraries: models, datasets. All files are
+    synced first. A new folder appears by one rename; an existing empty folder (perhaps a mount
+    point) is filled by one rename per entry.
 
     Args:
         path: a folder that is missing or empty.
 
     Raises:
-        StorageError: it cannot be written; nothing is left behind.
-        InvalidArgumentError: something is there already.
+        StorageError: the folder cannot be written; nothing remains of it.
+        InvalidArgumentError: the path is not empty.
     """
     with disk_errors(path):
         require_new_folder(path)
@@ -196,10 +196,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_new_folder(path: Path) -> None:
     """Validate that a folder is missing or empty, so that it can be filled.
 
-    Leftovers of dead writers are removed from it first.
+    Leftovers of dead writers are removed first.
 
     Raises:
-        InvalidArgumentError: something is there.
+        InvalidArgumentError: the path is a file, or a folder that is not empty.
     """
     clean_leftovers(path)
     if not path.exists() and not path.is_symlink():
@@ -214,10 +214,10 @@ def require_new_folder(path: Path) -> None:
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether an operating system, not a user, put a name into a folder.
+    """Return whether an operating system, not a user, created a name in a folder.
 
-    A file system's own folder at the root of a volume, macOS's view settings, and what NFS keeps of
-    a file that was removed while it was open.
+    These are a file system's folder at the root of a volume, macOS's view settings, and NFS's name
+    of a file that was removed while it was open.
     """
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
@@ -226,7 +226,7 @@ def is_clutter(name: str) -> bool:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failure to write into a `StorageError` that names the path and what to do.
 
-    Besides `OSError`, what safetensors and torch raise on a full disk.
+    It covers `OSError` and what safetensors and torch raise on a full disk.
     """
     try:
         yield
@@ -259,16 +259,16 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 
 def require_file_or_nothing(path: Path) -> None:
-    """Validate that a path may be written: a regular file is there, or nothing.
+    """Validate that a path may be written: it is a regular file or does not exist.
 
-    Called again by `write_whole`; commands call it before expensive work starts.
+    `write_whole` calls this; commands call it before expensive work as well.
 
     Raises:
-        InvalidArgumentError: for a folder, a link, a device, a pipe or a socket.
+        InvalidArgumentError: the path is a folder, a link, a device, a pipe or a socket.
     """
     try:
         mode = path.lstat().st_mode
-    except OSError:  # most of all, that nothing is there
+    except OSError:  # it does not exist
         return
     if stat.S_ISREG(mode):
         return
@@ -288,7 +288,7 @@ def require_file_or_nothing(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside a path, which tells the machine and the process that use it."""
+    """Return a new name in the folder of a path that contains the machine and the process."""
     pid = os.getpid()
     return path.with_name(
         f"{TEMPORARY_PREFIX}{_host()}-{pid}-{_started(pid)}-{secrets.token_hex(6)}"
@@ -296,10 +296,10 @@ def temporary_name(path: Path) -> Path:
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove the temporary files and folders of dead writers from a folder; returns their names.
+    """Remove the temporary files and folders of dead writers from a folder; return their names.
 
-    Whether a process of this machine is alive can be asked. What another machine left is removed
-    when nothing in it has changed for a day.
+    A process of this machine is dead if the system has no such process. Files of other machines are
+    removed when they have not changed for a day.
     """
     removed = []
     try:
@@ -322,7 +322,7 @@ def clean_leftovers(folder: Path) -> list[str]:
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a temporary name is of a process of this machine that is dead."""
+    """Return whether a temporary name belongs to a dead process of this machine."""
     found = _TEMPORARY.fullmatch(name)
     return found is not None and found[1] == _host() and _is_dead(Path(name), *_words(found))
 
@@ -343,7 +343,7 @@ def _is_dead(path: Path, host: str, pid: int, started: str | None) -> bool:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """A name for the set of processes whose pids mean something here: host, boot, pid namespace."""
+    """Return a name for the scope in which process ids are valid: host, boot, pid namespace."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -353,9 +353,9 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot; "0" where that cannot be asked.
+    """Return when a process started, in clock ticks since boot; "0" where that is unknown.
 
-    It distinguishes a process from a later one with the same number.
+    It distinguishes a process from a later one with the same id.
     """
     try:
         line = Path(f"/proc/{pid}/stat").read_text()
@@ -375,7 +375,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Have an open file's bytes on the disk, where its file system can do so.
+    """Write an open file's bytes to the disk, where its file system supports that.
 
     Raises:
         OSError: the disk is full or broken.
@@ -388,17 +388,17 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within a folder survive a power cut, where its file system can do so."""
+    """Make renames within a folder durable, where its file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot, and need not
+        with contextlib.suppress(OSError):  # some network file systems cannot sync folders
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """Have all files of a folder, which another library wrote, on the disk."""
+    """Sync all files of a folder that another library wrote."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -414,6 +414,6 @@ def sync_tree(folder: Path) -> None:
 
 
 def user_cache() -> Path:
-    """The folder of this user for what can be made or fetched again."""
+    """Return this user's folder for files that can be created or fetched again."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "sparselogits"

@@ -1,8 +1,8 @@
-"""Advisory locks on files, released by the kernel when their process dies.
+"""Take advisory locks on files, which the kernel releases when their process dies.
 
-A lock is a lock file and `flock`. Where the file system has none (some network mounts) or the
-platform has none (Windows), a lock is `UNSUPPORTED`: the caller then does only what is safe
-without.
+A lock is a lock file with `flock`. Where the file system (some network mounts) or the platform
+(Windows) has no such locks, the result is `UNSUPPORTED`, and the caller does only what is safe
+without a lock.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class Held(Enum):
-    """What became of an attempt to take a lock."""
+    """The result of an attempt to take a lock."""
 
     ALONE = "alone"
-    """No other process holds it."""
+    """This process holds the lock alone."""
     SHARED = "shared"
-    """Other processes may hold it too, all of them shared."""
+    """This process holds the lock, and others may share it."""
     TAKEN = "taken"
-    """Another process holds it."""
+    """Another process holds the lock."""
     UNSUPPORTED = "unsupported"
     """The file system has no locks."""
 
 
 class FileLock:
-    """A lock file, open; `lock_file` makes one.
+    """A lock on a file; `lock_file` holds one for a block.
 
     Args:
-        path: the lock file; made where it is missing, and its folder too.
+        path: the lock file, created with its folder where it is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,17 +46,17 @@ class FileLock:
         self._descriptor: int | None = None
 
     def take(self, *, alone: bool, wait: bool) -> Held:
-        """Take the lock, or change how it is held.
+        """Take the lock, or change between exclusive and shared.
 
-        To go from `ALONE` to `SHARED` is not atomic: another process may have held it alone in
-        between, so what it guards has to be looked at again.
+        The change from `ALONE` to `SHARED` is not atomic: another process may hold the lock alone
+        in between, so the caller has to check the guarded files again.
 
         Args:
-            alone: no other process may hold it; else others may hold it in the same way.
-            wait: until that is so; else `TAKEN` is returned at once, and nothing is held.
+            alone: whether to exclude all other processes; else they may share the lock.
+            wait: whether to wait for the lock; else `TAKEN` is returned at once, without a lock.
 
         Raises:
-            StorageError: the lock file cannot be made.
+            StorageError: the lock file cannot be created.
         """
         if fcntl is None:
             self.held = Held.UNSUPPORTED
@@ -83,16 +83,16 @@ class FileLock:
             if self._is_current():
                 self.held = Held.ALONE if alone else Held.SHARED
                 return self.held
-            self.release()  # of a file that its last holder has removed: take the new one
+            self.release()  # its last holder has removed the file: take the new one
 
     def remove(self) -> None:
-        """Remove the lock file, so that no trace is left; the lock stays held by this process."""
+        """Remove the lock file; this process still holds the lock."""
         if self.held in (Held.ALONE, Held.SHARED):
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -108,7 +108,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[FileLock]:
-    """Take a lock for a block, or say that it is taken. Who held it alone removes the lock file.
+    """Take a lock for a block, if it is free (see `held`); an exclusive one removes the lock file.
 
     Args:
         path: the lock file.
@@ -116,7 +116,7 @@ def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator
         wait: see `FileLock.take`.
 
     Raises:
-        StorageError: the lock file cannot be made.
+        StorageError: the lock file cannot be created.
     """
     lock = FileLock(path)
     try:

@@ -1,8 +1,8 @@
-"""Thrift's compact protocol, as far as Parquet's headers need it, in bounded memory.
+"""Read Thrift's compact protocol, as far as Parquet's headers need it, in bounded memory.
 
-A parser of Parquet allocates what a page header or a footer claims: a page of sixty bytes may claim
-two gigabytes, a list of two bytes a million column chunks. What a shard claims is therefore read
-here first, by a parser that allocates nothing for a claim, and handed on only where it fits.
+A Parquet reader allocates what a page header or a footer claims: a page of sixty bytes may claim
+two gigabytes, a list of two bytes a million column chunks. So the claims of a shard are read here
+first, by a parser that allocates nothing for them, and checked before Parquet's reader sees them.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _DEEPEST = 16  # Parquet's own structures are five deep
 
 
 class ThriftError(ValueError):
-    """Bytes that are no structure of the compact protocol, or hold more than they may."""
+    """The bytes are no structure of the compact protocol, or hold more values than allowed."""
 
 
 class CompactReader:
     """Reads structures from bytes.
 
     Args:
-        data: holds them.
-        at: where the first one begins.
-        most: values to read before giving up.
+        data: the bytes.
+        at: offset of the first structure.
+        most: number of values that may be read.
     """
 
     def __init__(self, data: bytes, at: int = 0, most: int = 256) -> None:
         self.data, self.at, self._left = data, at, most
 
     def structure(self, depth: int = 0) -> dict[int, Any]:
-        """Return the fields of the structure that begins here, by their numbers.
+        """Return the fields of the structure at the current offset, by their numbers.
 
         Integers, booleans and structures are returned as such, strings as their lengths, lists as
-        (type of the elements, number of elements); what is in a list is passed over.
+        (type of the elements, number of elements); the elements of lists are skipped.
 
         Raises:
-            ThriftError: it is none, or too large.
+            ThriftError: there is no structure, or it is too large.
         """
         fields: dict[int, Any] = {}
         number = 0
@@ -53,11 +53,11 @@ class CompactReader:
         return fields
 
     def fields(self) -> Any:
-        """Yield (number, type) of each field of the structure here; the caller reads or skips."""
+        """Yield (number, type) of each field; the caller reads or skips the value."""
         return self._headers(0)
 
     def skip(self, kind: int, depth: int = 0) -> None:
-        """Pass over a value. Raises ThriftError."""
+        """Skip a value; raises ThriftError."""
         if kind == STRUCT:
             for _, inner in self._headers(depth):
                 self.skip(inner, depth + 1)
@@ -67,7 +67,7 @@ class CompactReader:
             self._scalar(kind, depth)
 
     def list_header(self) -> tuple[int, int]:
-        """Read a list's header: type and number of its elements."""
+        """Return the type and the number of a list's elements."""
         header = self._byte()
         count = header >> 4
         return header & 15, self._varint() if count == 15 else count

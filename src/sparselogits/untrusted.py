@@ -1,9 +1,9 @@
-"""What comes from a file of unknown origin: how it is opened, parsed and shown.
+"""Open, parse and display files of unknown origin safely.
 
-Three rules, each in one place. Only regular files are opened (`open_regular`): a pipe or a device
-under a file's name would block a reader or never end. JSON is parsed only after its size has been
-bounded (`parse_json`). Text is shown with control characters escaped (`printable`): a terminal
-executes them, and bidirectional overrides make a line read as another one.
+Only regular files are opened (`open_regular`): a pipe or a device could block a reader or never
+end. JSON is parsed only after its size has been checked (`parse_json`). Text is displayed with
+control characters escaped (`printable`): a terminal executes them, and bidirectional overrides make
+a line read as another one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LARGEST_JSON = 1 << 20
-"""Bytes of a JSON document that is read whole, unless its reader says otherwise."""
+"""Bytes that a JSON document may have by default."""
 
 MOST_VALUES = 1 << 16
-"""Values of a JSON document, likewise; CPython spends up to about 100 bytes on each."""
+"""Values that a JSON document may have by default; each takes up to about 100 bytes."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -43,17 +43,17 @@ _UNSAFE = re.compile(
 
 
 class NotRegularError(OSError):
-    """A pipe, device, socket or folder where a regular file is expected."""
+    """A path is a pipe, device, socket or folder; a regular file is expected."""
 
 
 def open_regular(path: str | Path) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes.
 
-    Symbolic links are followed. A pipe is not waited for.
+    Symbolic links are followed. Opening a pipe does not block.
 
     Raises:
         NotRegularError: the path is something else.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
@@ -75,13 +75,13 @@ def read_regular(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
 
     Raises:
         NotRegularError: the path is a pipe, a device, a socket or a folder.
-        ValueError: the file has more than `largest` bytes; nothing was read.
-        OSError: it cannot be read.
+        ValueError: the file has more than `largest` bytes, which were not read.
+        OSError: the file cannot be read.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= largest:
-            data = file.read(largest + 1)  # a file of /proc says that it has no bytes
+            data = file.read(largest + 1)  # a file of /proc reports a size of 0
             size = max(size, len(data))
         if size > largest:
             raise ValueError(f"it has {size:,} bytes, more than the {largest:,} that are read")
@@ -92,17 +92,17 @@ def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VAL
     """Parse JSON in memory that is bounded before anything is parsed.
 
     Args:
-        data: UTF-8.
-        largest: bytes it may have.
-        most: values it may have, keys included.
+        data: JSON in UTF-8.
+        largest: number of bytes that it may have.
+        most: number of values that it may have, keys included.
 
     Raises:
-        ValueError: it is larger, or no JSON: `NaN`, text that no encoding writes and nesting
-            deeper than the parser recurses are refused too.
+        ValueError: the data are larger, or no JSON; `NaN`, lone surrogates and nesting deeper than
+            the parser recurses are refused too.
     """
     if len(data) > largest:
         raise ValueError(f"it has {len(data):,} bytes, more than the {largest:,} that are read")
-    values = sum(map(data.count, (b",", b"[", b"{", b":")))  # those in strings count as well
+    values = sum(map(data.count, (b",", b"[", b"{", b":")))  # those in strings too
     if values > most:
         raise ValueError(f"it has about {values:,} values, more than the {most:,} that are read")
     try:
@@ -118,18 +118,18 @@ def read_json(path: str | Path, *, largest: int = LARGEST_JSON) -> Any:
     """Parse a JSON file in bounded memory.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is no regular file.
         ValueError: see `parse_json`.
     """
     return parse_json(read_regular(path, largest), largest=largest)
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Return text as a terminal may show it: control characters escaped, as `\\x1b`.
+    """Return text that is safe to display: control characters are escaped, as `\\x1b`.
 
     Args:
-        text: anything; tabs and line feeds stay.
-        longest: characters to keep; the middle is cut out of what is longer.
+        text: any text; tabs and line feeds stay.
+        longest: number of characters to keep; the middle of a longer text is cut out.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2
@@ -138,26 +138,23 @@ def printable(text: str, longest: int | None = None) -> str:
 
 
 def shown(value: object, longest: int = 120) -> str:
-    """Return a value as an error message echoes it: like `repr`, escaped and never long.
+    """Return a value for an error message: like `repr`, but escaped and never long.
 
     Args:
-        value: anything, however large or deeply nested.
-        longest: characters of a single string or number in it.
+        value: any value, however large or deeply nested.
+        longest: number of characters of a single string or number in it.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 8, 8, 8
     short.maxstring = short.maxother = short.maxlong = longest
     try:
         return printable(short.repr(value), 8 * longest)
-    except Exception as error:  # a `__repr__` of a stranger, or a number too long to print
+    except Exception as error:  # a `__repr__` that fails, or a number too long to print
         return f"<{type(value).__name__}, not shown: {type(error).__name__}>"
 
 
 def json_text(value: object, *, indent: int | None = 2) -> str:
-    """Return a value as JSON text that every parser reads: ASCII only, no NaN and no infinity.
-
-    JSON has no number for these; they become null.
-    """
+    """Return a value as ASCII JSON text, with null for NaN and infinity, which JSON lacks."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

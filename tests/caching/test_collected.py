@@ -313,7 +313,7 @@ def test_what_is_there_is_left_alone(
     ("arguments", "kind", "said"),
     [
         ({"vocab_size": 100}, InvalidArgumentError, "more than the vocabulary of 100"),
-        ({"vocab_size": V, "window": 5000}, CorpusError, "too few for one of 5000"),
+        ({"vocab_size": V, "window": 5000}, CorpusError, "too few for a window of 5000"),
         ({"vocab_size": V, "out": "s3://there/c"}, CacheError, "is a URL"),
     ],
 )

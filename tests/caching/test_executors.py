@@ -142,7 +142,7 @@ def test_shares_are_all_of_the_work() -> None:
     ("variables", "said"),
     [
         ({}, "torchrun --nproc-per-node"),
-        ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "without gaps"),
+        ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "no gaps"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
     ],
 )

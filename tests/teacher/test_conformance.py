@@ -171,7 +171,7 @@ class Broken(ModuleTeacher):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("gap", "expected it to go on at position 7 of window 0"),
+        ("gap", "expected it to continue at position 7 of window 0"),
         ("short", "slices end at position 0 of window 2"),
         ("half", "expected float32"),
         ("mask", "set it to -inf"),

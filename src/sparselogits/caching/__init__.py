@@ -1,4 +1,4 @@
-"""Windows of a corpus through a teacher into caches: the plan, the work, and who runs it."""
+"""Build caches: run windows of a corpus through a teacher, and store what samplers draw."""
 
 from sparselogits.caching.builder import (
     BuildReport,

@@ -1,8 +1,8 @@
-"""Build caches from a packed corpus: one forward pass of the teacher serves any number of them.
+"""Build caches from a packed corpus; one forward pass of the teacher serves any number of caches.
 
-Interrupted at any moment, a build goes on with the first shard that is not there; a shard that is
-there is complete. What is already on disk must come from the same text: fingerprints of finished
-shards are compared with the corpus before any work is done (`job.CHECKED_SHARDS`).
+A build that was interrupted at any moment continues with the first missing shard; a shard that
+exists is complete. Finished shards must come from the same text: their fingerprints are compared
+with the corpus before any work is done (`job.CHECKED_SHARDS`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class CacheRequest:
     """One cache to build.
 
     Args:
-        root: its directory or URL.
+        root: directory or URL of the cache.
         sampler: how entries are chosen.
-        budget: mean entries a position; sets the sampler's rounds (k, tau) from pilot windows.
-            None keeps the sampler as it is.
-        seed: of the uniforms.
-        temperature: the teacher's logits are divided by it.
+        budget: mean number of entries per position, which sets the sampler's budget parameter
+            (rounds, k, tau) by pilot windows; None keeps the sampler as it is.
+        seed: random seed of the uniforms.
+        temperature: temperature by which the teacher's logits are divided.
     """
 
     root: Location
@@ -52,12 +52,12 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did.
+    """The result of a build.
 
     Args:
-        caches: the caches, open.
-        windows_built: windows computed now.
-        windows_found: windows that finished shards already covered.
+        caches: the opened caches.
+        windows_built: number of windows that were computed.
+        windows_found: number of windows in shards that were finished before.
     """
 
     caches: list[Cache]
@@ -78,24 +78,24 @@ def build_caches(
     share: Share = WHOLE,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build, or go on building, one cache for each request.
+    """Build one cache per request, or continue an interrupted build.
 
     Args:
         engine: the teacher.
-        corpus: packed with the teacher's tokenizer.
-        requests: the caches.
+        corpus: text, packed with the teacher's tokenizer.
+        requests: the caches to build.
         tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
-        batch: windows a forward pass.
-        windows_per_shard: windows a shard covers.
-        only: a range of windows to build, for builds divided by hand.
-        first_window: number of the corpus' first window in the caches, where it is appended to
-            text that is there already (see `build.text`).
-        share: which of the ranges this process takes, where several divide them.
-        progress: called after every batch.
+        batch: number of windows per forward pass.
+        windows_per_shard: number of windows per shard.
+        only: range of windows to build, for builds that are divided manually; None for all.
+        first_window: number of the corpus' first window in the caches; above 0 for appended text
+            (see `caching.text`).
+        share: which of the ranges this process builds, where several processes divide them.
+        progress: called after every batch with windows done and their total.
 
     Raises:
-        IdentityMismatchError: when a directory holds a cache made otherwise, or from other text.
-        TeacherError: when the teacher is worse than guessing on the text.
+        IdentityMismatchError: a directory holds a cache with other settings, or from other text.
+        TeacherError: the teacher is worse than guessing on the text.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
     job = begin_job(
@@ -128,11 +128,11 @@ def build_caches(
 def check_request(
     request: CacheRequest, packing: Packing, tokenizer_hash: str, windows_per_shard: int
 ) -> None:
-    """Check what can be checked about a cache without its teacher and its text.
+    """Validate what can be validated of a request without its teacher and its text.
 
     Raises:
-        CacheError: a file stands at its path, or a folder that holds something else.
-        IdentityMismatchError: the cache that is there was begun with other settings.
+        CacheError: the path is a file, or a folder that holds something else.
+        IdentityMismatchError: the existing cache was begun with other settings.
     """
     if not Cache.exists(request.root):
         require_room(request.root)
@@ -164,7 +164,7 @@ def begin_job(
     windows_per_shard: int,
     first_window: int = 0,
 ) -> Job:
-    """Settle the samplers and begin the caches, or find them as they were begun.
+    """Choose the samplers' parameters and create the caches, or open the existing ones.
 
     Arguments and errors are those of `build_caches`.
     """

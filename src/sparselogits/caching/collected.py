@@ -1,8 +1,8 @@
-"""A cache from Top-K logprobs that were collected elsewhere: no teacher runs here.
+"""Import Top-K logprobs that were collected elsewhere as a cache; no teacher runs.
 
-What comes out is an ordinary cache of the `topk` sampler, and as biased as one: the tail is
-missing. Its identity says that the targets were imported; the teacher's weights, precision and
-engine are not known, so nothing that must come from the same teacher will take it for one.
+The result is an ordinary cache of the `topk` sampler, with the same bias: the tail is missing. The
+identity records that the targets were imported, and that the teacher's weights, precision and
+engine are unknown, so the cache is never taken for one of a known teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparselogits.caching.collected_rows import Collected, entries_a_position, read_row, tokens_of
+from sparselogits.caching.collected_rows import Collected, entries_per_position, read_row, tokens_of
 from sparselogits.corpus import (
     Window,
     fingerprint,
@@ -37,17 +37,17 @@ from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.targets import SparseTargets
 
 _UNKNOWN = "unknown"
-_LEAST = 1e-9  # what a probability that rounds to nothing counts as
+_LEAST = 1e-9  # smallest probability in logarithms
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did.
+    """The result of an import.
 
     Args:
-        cache: the cache, open.
-        rows: sequences read.
-        tokens_dropped: at the end, too few for a window.
+        cache: the opened cache.
+        rows: number of sequences that were read.
+        tokens_dropped: number of tokens at the end that did not fill a window.
     """
 
     cache: Cache
@@ -67,29 +67,29 @@ def import_collected(
     windows_per_shard: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> ImportReport:
-    """Make a cache of rows of Top-K logprobs; `collected_rows` says what a row may look like.
+    """Import rows of Top-K logprobs as a cache; `collected_rows` describes the forms of a row.
 
-    Rows stand one after another, and windows are cut from that without gaps; attention restarts
-    where a row begins, as the teacher saw it. Memory holds one row and one shard. The cache appears
-    under its name when it is whole, and not before.
+    The rows are concatenated, and windows are cut from them without gaps; attention restarts where
+    a row begins, as it did for the teacher. Memory holds one row and one shard. The cache appears
+    under its name only when it is complete.
 
     Args:
         data: JSON lines or Parquet: a file, a folder or a pattern.
-        tokenizer: the teacher's, which made the ids.
+        tokenizer: the teacher's tokenizer, which made the ids.
         out: a folder that does not exist, or is empty.
-        vocab_size: columns V of the teacher's head.
-        teacher: its name, as far as it is known.
-        window: tokens a window. None: the rows' length, which must then be one.
-        k: entries a position at most. None: what the first row has.
-        windows_per_shard: windows a file covers.
+        vocab_size: number V of columns of the teacher's head.
+        teacher: name of the teacher, if known.
+        window: number of tokens per window; None for the length of the rows, which must be equal.
+        k: largest number of entries per position; None for the number in the first row.
+        windows_per_shard: number of windows per shard.
         progress: called with the number of windows done.
 
     Raises:
-        InvalidTargetsError: naming file and row, for a row that is none.
-        CorpusError: data that cannot be read, or is too short for a window.
+        InvalidTargetsError: a row has another form; names the file and the row.
+        CorpusError: the data cannot be read, or are too short for a window.
         CacheError: `out` is a URL.
         StorageError: `out` cannot be written.
-        InvalidArgumentError: something is at `out`; a size out of range, or a vocabulary
+        InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
             smaller than the tokenizer's.
     """
     _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
@@ -98,7 +98,7 @@ def import_collected(
     first = next(rows, None)
     if first is None:
         raise CorpusError(f"{data} holds no rows; name files of collected logprobs")
-    sampler = TopK(k or entries_a_position(*first))
+    sampler = TopK(k or entries_per_position(*first))
     length = window or tokens_of(*first)
     named = tokenizer_fingerprint(tokenizer)
     identity = _identity(
@@ -122,12 +122,15 @@ def import_collected(
         windows = cutter.windows(sequences)
         _commit_all(cache, windows, windows_per_shard, own, named.record(), progress)
         if not len(cache):
-            raise CorpusError(f"{data} holds {cutter.left} tokens, too few for one of {length}")
+            raise CorpusError(
+                f"{data} holds {cutter.left} tokens, too few for a window of {length}; give more "
+                "rows, or a shorter window"
+            )
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
 
 
 class _Cutter:
-    """Cuts windows from a stream of sequences, keeping only what is not yet a window."""
+    """Cuts windows from a stream of sequences, keeping only the rest in memory."""
 
     def __init__(self, length: int, *, whole_rows: bool) -> None:
         self.rows = self.left = 0
@@ -139,8 +142,8 @@ class _Cutter:
             self.rows += 1
             if self._whole_rows and len(sequence) != self._length:
                 raise InvalidArgumentError(
-                    f"{where()} has {len(sequence)} tokens, the rows before it {self._length}: "
-                    "give the tokens a window (--window), and rows are packed"
+                    f"{where()} has {len(sequence)} tokens, the rows before it {self._length}; "
+                    "give the number of tokens per window (--window) to pack the rows"
                 )
             waiting.append(sequence)
             self.left += len(sequence)
@@ -206,10 +209,10 @@ def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
 
 
 def _figures(window: Collected) -> tuple[float, float]:
-    """Bounds from below of the teacher's loss and entropy, in nats: all that a Top-K list tells.
+    """Return lower bounds of the teacher's loss and entropy, in nats, from Top-K lists.
 
-    The tail counts as one class of the mass that is missing; a true token that is not listed has at
-    most that mass.
+    The tail counts as one class with the missing mass; a true token that is not listed has at most
+    that mass.
     """
     count = len(window)
     owner = np.repeat(np.arange(count), window.lengths)
@@ -257,7 +260,7 @@ def _identity(
     return Identity(
         teacher={
             "name": teacher,
-            "claimed": teacher,  # compared, unlike the name: it is all that tells two apart
+            "claimed": teacher,  # compared, unlike the name
             "engine": "imported",
             "weights": _UNKNOWN,
             "dtype": _UNKNOWN,
@@ -268,7 +271,7 @@ def _identity(
         token_mask=_UNKNOWN,
         window_length=window_length,
         windows_per_shard=windows_per_shard,
-        # rows came with their separators, whatever they are; the id ends a student's text
+        # the rows contain their separators; the id ends a student's text
         packing=packing | {"bos_id": None, "rows": "as collected"},
         sampler={"name": sampler.name, **sampler.parameters()},
         seed=0,
@@ -280,7 +283,7 @@ def _identity(
 def _new_folder(out: str | Path) -> Path:
     if "://" in str(out):
         raise CacheError(
-            f"{out} is a URL; import into a folder, then `sparselogits merge` it there"
+            f"{out} is a URL; import into a folder, then copy it there with `sparselogits merge`"
         )
     folder = Path(out).expanduser().absolute()
     require_new_folder(folder)
@@ -289,7 +292,9 @@ def _new_folder(out: str | Path) -> Path:
 
 def _require_sizes(vocab_size: int, windows_per_shard: int, tokens: int) -> None:
     if windows_per_shard < 1:
-        raise InvalidArgumentError(f"a file holds at least one window, found {windows_per_shard}")
+        raise InvalidArgumentError(
+            f"found windows_per_shard={windows_per_shard}; a shard holds at least one window"
+        )
     if vocab_size < tokens:
         raise InvalidArgumentError(
             f"the tokenizer has {tokens} ids, more than the vocabulary of {vocab_size}: give the "

@@ -1,10 +1,10 @@
-"""One row of Top-K logprobs that an inference server or another trainer wrote, checked and flat.
+"""Validate rows of Top-K logprobs from an inference server or another trainer, and flatten them.
 
-Two shapes are read. Lists beside the tokens, `topk_ids` and `topk_logprobs` (or `top_ids` and
-`top_logprobs`, as `export --format topk` writes them): element j is the teacher's distribution of
-the token *after* token j. And vLLM's `prompt_logprobs`: element j is the distribution *of* token j,
-{id: logprob} or {id: {"logprob": ...}}, the first one null. A null or empty element is a position
-without a target; an entry of logprob -inf is padding.
+Two forms are read. In lists of the tokens' length, `topk_ids` and `topk_logprobs` (or `top_ids` and
+`top_logprobs`, as `export --format topk` writes them), element j is the teacher's distribution of
+the token *after* token j. In vLLM's `prompt_logprobs`, element j is the distribution *of* token j,
+{id: logprob} or {id: {"logprob": ...}}, and the first one is null. A null or empty element is a
+position without a target; an entry with the logprob -inf is padding.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sparselogits.errors import InvalidTargetsError
 TOKENS = ("input_ids", "tokens", "prompt_token_ids")
 LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
 PROMPT = "prompt_logprobs"
-MASS_TOLERANCE = 1e-3  # logprobs of half precision may come to a little more than one
+MASS_TOLERANCE = 1e-3  # half-precision probabilities may sum to a little more than one
 
-_BESIDE = ("window_index",)  # what our own export writes beside them
+_BESIDE = ("window_index",)  # further columns of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
     [*(" with ".join(pair) for pair in LISTS), PROMPT]
 )
@@ -35,13 +35,13 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """A sequence of n tokens with the targets collected for it, E entries in all.
+    """A sequence of n tokens with its collected targets of E entries in total.
 
     Args:
         tokens: int32 [n].
         starts: bool [n], true where a row begins.
-        lengths: int64 [n], entries of each position; 0 where it carries no target. Position j is
-            the distribution of the token after token j.
+        lengths: int64 [n], number of entries of each position; 0 where it carries no target.
+            Position j is the distribution of the token after token j.
         ids: int64 [E], ascending within a position.
         weights: float32 [E], the teacher's raw probabilities.
     """
@@ -53,11 +53,11 @@ class Collected:
     weights: _Array
 
     def __len__(self) -> int:
-        """Number of tokens n."""
+        """Return the number n of tokens."""
         return len(self.tokens)
 
     def cut(self, start: int, stop: int) -> Collected:
-        """Tokens [start, stop) with their targets, as copies: a view would keep the rest alive."""
+        """Return copies of tokens [start, stop) and their targets; views keep the rest alive."""
         first, last = (int(self.lengths[:end].sum()) for end in (start, stop))
         here, entries = slice(start, stop), slice(first, last)
         return Collected(
@@ -70,34 +70,34 @@ class Collected:
 
     @staticmethod
     def cat(parts: list[Collected]) -> Collected:
-        """Sequences one after another; at least one."""
+        """Return the concatenation of at least one sequence."""
         names = ("tokens", "starts", "lengths", "ids", "weights")
         return Collected(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
-def entries_a_position(record: Mapping[str, Any], where: Where) -> int:
-    """The K that a row was collected with.
+def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
+    """Return the K with which a row was collected: the length of its longest list.
 
-    The longest list; of `prompt_logprobs` the shortest, since vLLM adds the true token to the K
-    likeliest where it is not among them. (A row in which it never is gives one too many.)
+    Of `prompt_logprobs` it is the shortest, since vLLM adds the true token to the K likeliest where
+    it is not among them. (A row in which it never is gives one too many.)
     """
     _, ids, _ = _parts(record, where)
     lengths = [len(row) for row in ids if row]
     if not lengths:
-        _refuse(where, "no position has logprobs, so K cannot be told from it; give --k")
+        _refuse(where, "no position has logprobs, so K is unknown; give --k")
     return min(lengths) if PROMPT in record else max(lengths)
 
 
 def tokens_of(record: Mapping[str, Any], where: Where) -> int:
-    """How many tokens a row has."""
+    """Return the number of tokens of a row."""
     return len(_parts(record, where)[0])
 
 
 def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -> Collected:
-    """A row, checked; a position with more than k entries keeps its k likeliest.
+    """Validate a row and return it; a position with more than k entries keeps its k likeliest.
 
     Raises:
-        InvalidTargetsError: naming file and row, for anything that is no such row.
+        InvalidTargetsError: the row has another form; names the file and the row.
     """
     raw, id_rows, log_rows = _parts(record, where)
     tokens = _numbers(raw, "iu", "token ids", where)
@@ -106,14 +106,14 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
     for position, row in enumerate(log_rows):
         if len(row) != lengths[position]:
             there = f"position {position} has {lengths[position]} ids and {len(row)} logprobs"
-            _refuse(where, f"{there}; they go in pairs")
+            _refuse(where, f"{there}; expected pairs")
     ids = _numbers(list(chain.from_iterable(id_rows)), "iu", "ids", where)
     logs = _numbers(list(chain.from_iterable(log_rows)), "fiu", "logprobs", where)
     owner = np.repeat(np.arange(len(tokens)), lengths)
     wrong = np.flatnonzero(~(logs <= 0))  # NaN included
     if len(wrong):
         found = f"position {owner[wrong[0]]} has the logprob {logs[wrong[0]]}"
-        _refuse(where, f"{found}; a logprob is 0 or less")
+        _refuse(where, f"{found}; expected 0 or less")
     kept = logs > -np.inf
     ids, logs, owner = ids[kept], logs[kept].astype(np.float64), owner[kept]
     _require_ids(ids, vocab_size, "id", where)
@@ -128,17 +128,20 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 def _sets(
     ids: _Array, logs: _Array, owner: _Array, k: int, where: Where
 ) -> tuple[_Array, _Array, _Array]:
-    """The k likeliest entries of each position, by (position, id)."""
+    """Return the k likeliest entries of each position, ordered by position and id."""
     by_id = np.lexsort((ids, owner))
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
     again = np.flatnonzero((owner[1:] == owner[:-1]) & (ids[1:] == ids[:-1]))
     if len(again):
-        _refuse(where, f"position {owner[again[0]]} names the id {ids[again[0]]} more than once")
+        _refuse(
+            where,
+            f"position {owner[again[0]]} names the id {ids[again[0]]} more than once",
+        )
     mass = np.bincount(owner, np.exp(logs))
     heavy = np.flatnonzero(mass > 1 + MASS_TOLERANCE)
     if len(heavy):
-        found = f"position {heavy[0]} has probabilities that come to {mass[heavy[0]]:.4f}"
-        _refuse(where, f"{found}, more than 1; are they natural logarithms at temperature 1?")
+        found = f"position {heavy[0]} has probabilities that sum to {mass[heavy[0]]:.4f}"
+        _refuse(where, f"{found}, more than 1; give natural logarithms at temperature 1")
     likeliest = np.lexsort((-logs, owner))
     ranked = owner[likeliest]
     rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
@@ -147,7 +150,7 @@ def _sets(
 
 
 def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any], list[Any]]:
-    """Tokens, and each position's ids and logprobs, as lists of one length."""
+    """Return tokens, and each position's ids and logprobs, as lists of equal length."""
     named = [name for name in TOKENS if name in record]
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
@@ -167,16 +170,19 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 
 
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
-    """vLLM's form, moved to the position that predicts: element j + 1 belongs to position j."""
+    """Return the ids and logprobs of vLLM's form: element j + 1 belongs to position j."""
     if elements and elements[0]:
-        _refuse(where, f"{PROMPT} begins with logprobs: nothing predicts the first token, so null")
+        _refuse(
+            where,
+            f"{PROMPT} begins with logprobs; expected null, as nothing predicts the first token",
+        )
     pairs = [list(_pairs(element, where)) for element in elements[1:]]
-    pairs += [[]] * bool(elements)  # what follows the last token was not asked for
+    pairs += [[]] * bool(elements)  # no distribution follows the last token
     return [[i for i, _ in row] for row in pairs], [[x for _, x in row] for row in pairs]
 
 
 def _pairs(element: Any, where: Where) -> Iterator[tuple[int, Any]]:
-    # Parquet gives a map as a list of pairs
+    # a map of Parquet is a list of pairs
     if isinstance(element, Mapping):
         element = list(element.items())
     for pair in _list(element, PROMPT, where):
@@ -200,7 +206,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
 
 
 def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
-    """The values as an array; refused unless all are numbers of these kinds."""
+    """Return the values as an array, refused unless all are numbers of these kinds."""
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)
     try:

@@ -1,7 +1,7 @@
-"""A build that has begun: all that a worker needs beside a teacher to make any of its ranges.
+"""Describe a build that has begun: everything but the teacher that a worker needs for any range.
 
-Where the caches stand, what is drawn for each, and the text. A job can be sent to another process
-or machine that sees the same folders.
+A job holds the paths of the caches, what is drawn for each, and the text. It can be sent to another
+process or machine that has access to the same folders.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.teacher import Engine
 
 CHECKED_SHARDS = 256
-"""Finished shards whose text is compared before a build goes on: all of them, or so many spread
-over them, so that to go on with a very large build does not mean to read its text again."""
+"""Number of finished shards whose text is compared before a build continues. Of more shards, evenly
+spaced ones are compared, so that continuing a very large build does not read all of its text."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Job:
 
     Args:
         corpus: the text.
-        first_window: number of its first window in the caches.
-        caches: created, and of the identity that the build settled on.
-        draws: what each of them asks of the teacher.
-        batch: windows a forward pass.
-        tokenizer: what the shards record about the tokenizer, see `TokenizerFingerprint.record`.
+        first_window: number of the text's first window in the caches.
+        caches: the caches, created with the identity of the build.
+        draws: how each cache is drawn.
+        batch: number of windows per forward pass.
+        tokenizer: what the shards record of the tokenizer, see `TokenizerFingerprint.record`.
     """
 
     corpus: PackedCorpus
@@ -51,18 +51,19 @@ class Job:
 
     @property
     def text(self) -> TextSpan:
-        """The text, as the caches name it."""
+        """The text with its window numbers in the caches."""
         fingerprint = self.corpus.text_fingerprint
         return TextSpan(fingerprint, self.first_window, self.corpus.windows)
 
     def missing(self, ranges: Sequence[Range]) -> list[Range]:
         """Return the ranges that at least one cache lacks, and claim the caches for this text.
 
-        The text of `CHECKED_SHARDS` of the shards that are there is compared first.
+        The text of at most `CHECKED_SHARDS` existing shards is compared first.
 
         Raises:
-            CacheError: a shard that is there cuts through a range.
-            IdentityMismatchError: one was made from other text, or the cache names another.
+            CacheError: an existing shard overlaps a range in part.
+            IdentityMismatchError: a shard was made from other text, or a cache belongs to other
+                text.
         """
         finished = [set(cache.finished()) for cache in self.caches]
         wanted = set(ranges)
@@ -71,7 +72,8 @@ class Job:
                 if (start, stop) not in wanted and any(a < stop and start < b for a, b in ranges):
                     raise CacheError(
                         f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
-                        "of this corpus; was text added or removed? Build into another directory"
+                        "of this corpus, as after text was added or removed. Build into another "
+                        "directory"
                     )
         end = self.first_window + self.corpus.windows
         there = sorted(r for r in set().union(*finished) if self.first_window <= r[0] < end)
@@ -95,9 +97,10 @@ class Job:
     def compute(
         self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
-        """One range: its records for each cache, and the provenance they are committed with.
+        """Return the records of one range for each cache, and the provenance of their shards.
 
-        The text is read once: what the teacher reads is what the provenance's fingerprint is of.
+        The text is read once, so the provenance's fingerprint is that of the tokens that the
+        teacher read.
         """
         windows = self._windows(span)
         text = {"corpus": fingerprint(windows), "text": self.text.to_json()}
@@ -117,7 +120,7 @@ class Job:
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    together = getattr(engine, "ranks", 1)  # sums over ranks round in another order
+    together = getattr(engine, "ranks", 1)  # sums over ranks round differently
     return {
         **({"ranks": together} if together > 1 else {}),
         "sparselogits": version("sparselogits"),

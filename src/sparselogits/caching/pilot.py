@@ -1,4 +1,4 @@
-"""A few windows ahead of the work: is this teacher sane on this text, and how many rounds?
+"""Run a few windows before a build: to check the teacher on the text, and to resolve a budget.
 
 A budget is a mean number of entries per position, which depends on the teacher's entropy on the
 text; a sampler takes rounds (k, tau). The translation is made once, by the process that begins the
@@ -24,13 +24,13 @@ from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024
-"""About as many positions make the mean entries certain to two or three per cent."""
+"""Number of pilot positions; they give the mean number of entries to two or three per cent."""
 
 NATS_WORSE_THAN_UNIFORM = 1.0
 
 
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
-    """Windows spread evenly over the corpus."""
+    """Return pilot windows, evenly spaced over the corpus."""
     count = max(1, PILOT_POSITIONS // corpus.packing.window_length)
     return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
 
@@ -59,9 +59,9 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     """Return the teacher's mean loss on a pilot window, in nats.
 
     Raises:
-        TeacherError: when it is worse than guessing, as with another model's tokenizer, or when
-            logits overflow.
-        InvalidArgumentError: when the window is longer than the teacher's positions.
+        TeacherError: the loss is worse than guessing, as with another model's tokenizer, or logits
+            overflow.
+        InvalidArgumentError: the window is longer than the teacher's positions.
     """
     window = windows[0]
     check_window = getattr(engine, "check_window", None)
@@ -91,7 +91,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
 
 
 def _require_finite(engine: Engine, logits: Tensor, first: int, length: int) -> None:
-    """Say where logits overflow, which no tokenizer can be blamed for."""
+    """Raise an error if a logit is not finite, which is not due to the tokenizer."""
     tokens = engine.token_mask.to(logits.device)
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):

@@ -1,11 +1,11 @@
-"""The texts of a cache: the one it was begun with, and those appended later.
+"""Manage the texts of a cache: the first one, and those appended later.
 
     CACHE/corpus         the first text, packed
-    CACHE/corpus-0001    the next one, and so on
+    CACHE/corpus-0001    the next text, and so on
 
-A text's windows are numbered from where those of the text before it end; each text drops its own
-last partial window, and its own last shard may be short. So nothing that was written before is
-touched, read again or numbered anew, and each text can be built, resumed and checked by itself.
+A text's windows are numbered after those of the text before it; each text drops its own last
+partial window, and its last shard may be short. So existing files are not changed, read again or
+renumbered, and each text can be built, resumed and verified separately.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
 _OWN = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|.*\.(tmp|partial)")
-"""Names in a cache's folder that may be there before its cache.json."""
+"""Names that a cache's folder may hold before its cache.json."""
 
 
 @dataclass(frozen=True)
 class TextPlace:
-    """Where a text is packed, and the number its first window has in the cache."""
+    """The folder of a packed text, and the number of its first window in the cache."""
 
     folder: Path
     first_window: int
 
 
 def require_room(cache: Location) -> None:
-    """Check that a new cache can be begun in a folder: it is empty, or holds packed text only.
+    """Validate that a new cache can be created in a folder: it is empty or holds only packed text.
 
     Raises:
-        CacheError: a file stands at the path, or the folder holds something else.
+        CacheError: the path is a file, or the folder holds something else.
     """
     if is_url(cache):
         return
@@ -64,26 +64,26 @@ def require_room(cache: Location) -> None:
 
 
 def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> TextPlace:
-    """Where a text belongs in a cache. A text takes its place when its packing begins.
+    """Return where a text is packed in a cache; the folder is claimed when packing begins.
 
     Args:
-        cache: the cache's folder; need not exist.
+        cache: folder of the cache, which may be missing.
         source: the text.
-        packing: what it is to be packed with.
-        append: it comes on top of the texts that are there. If it is the first, or one that was
-            appended before, its own place is found again, so that an interrupted build goes on.
+        packing: how the text is packed.
+        append: whether to add the text to the existing ones. For a text that the cache already has
+            the same place is returned, so that an interrupted build can continue.
 
     Raises:
-        CacheError: there is nothing to append to, or the text before is not packed to its end.
-        IdentityMismatchError: the texts that are there were packed otherwise (names the fields);
-            or, without `append`, the cache was begun with another text.
+        CacheError: there is nothing to append to, or the text before is not completely packed.
+        IdentityMismatchError: the existing texts were packed with other settings (names the
+            fields); or, without `append`, the cache was begun with another text.
     """
     if not append:
         begun = _begun_with(cache / "corpus")
         foreign = begun not in (None, source.fingerprint)
         if foreign and not is_abandoned(Paths(cache / "corpus")):
             raise IdentityMismatchError(
-                f"the cache at {cache} was begun with other text; give that text to go on with it, "
+                f"the cache at {cache} was begun with other text; give that text to continue, "
                 "--append to add this one to it, or another output directory"
             )
         return TextPlace(cache / "corpus", 0)
@@ -100,15 +100,15 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
             first += before.windows
         except CorpusError as error:
             raise CacheError(
-                f"cannot append to {cache}: {error}. Where the new windows begin is known once the "
-                "texts before are packed: run the command that began them, then append"
+                f"cannot append to {cache}: {error}. The number of the first new window is known "
+                "once the texts before are packed: run the command that began them, then append"
             ) from error
         _require_equal(cache, before.packing, packing)
     raise AssertionError("the numbers do not end")
 
 
 def _begun_with(folder: Path) -> str | None:
-    """Fingerprint of the text whose packing has begun in a folder."""
+    """Return the fingerprint of the text whose packing has begun in a folder."""
     made_from = Paths(folder).made_from
     return read_corpus_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
 
@@ -118,15 +118,15 @@ def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
     differing = [f"{k}: {here[k]} here, {there[k]} there" for k in here if here[k] != there[k]]
     if differing:
         raise IdentityMismatchError(
-            f"cannot append to {cache}: its texts were packed otherwise ({', '.join(differing)}). "
+            f"cannot append to {cache}: its texts have another packing ({', '.join(differing)}). "
             "Use the same settings, or choose another output directory"
         )
 
 
 def windows_of_texts(cache: Path) -> int | None:
-    """How many windows the texts of a cache have together; None where they are not (all) here.
+    """Return how many windows the texts of a cache have together; None if a text is missing.
 
-    A cache that was merged, or fetched from elsewhere, comes without its packed texts.
+    A cache that was merged, or fetched from elsewhere, has no packed texts.
     """
     try:
         return sum(PackedCorpus.open(folder).windows for folder in _folders(cache))
@@ -135,13 +135,13 @@ def windows_of_texts(cache: Path) -> int | None:
 
 
 def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
-    """Return a function that gives the fingerprint of a range of windows in a cache's packed text.
+    """Return a function that maps a range of windows to the fingerprint of its packed text.
 
-    It gives None for windows whose text is not packed here (see `windows_of_texts`), and for those
-    that cross from one text to the next.
+    The function returns None for windows whose text is missing (see `windows_of_texts`), and for
+    ranges that cross from one text to the next.
     """
     texts: list[tuple[PackedCorpus, int]] = []
-    with suppress(CorpusError):  # the texts after one that cannot be opened have no known place
+    with suppress(CorpusError):  # after a text that cannot be opened, window numbers are unknown
         first = 0
         for folder in _folders(cache):
             texts.append((PackedCorpus.open(folder), first))
@@ -158,7 +158,7 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
 
 
 def packed_texts(cache: Path) -> list[Path]:
-    """The folders of a cache's texts that are packed to their end, in order."""
+    """Return the folders of a cache's completely packed texts, in order."""
     return [folder for folder in _folders(cache) if Paths(folder).index.exists()]
 
 
@@ -167,6 +167,6 @@ def _folders(cache: Path) -> list[Path]:
 
 
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
-    """Windows of a text by their numbers in the cache."""
+    """Return windows of a text by their numbers in the cache."""
     windows = corpus.read(start - first_window, stop - first_window)
     return [replace(window, index=first_window + window.index) for window in windows]

@@ -1,10 +1,10 @@
-"""The packed texts of a cache that lives in an object store.
+"""Synchronise the packed texts of a cache in an object store with a local folder.
 
-Text is packed on this machine, because packing writes piecemeal and the teacher reads windows at
-random; what is packed is then put beside the shards, so that the held-out windows are there for
-evaluation and a build goes on from another machine without packing again. Objects are created
-once: `corpus.json`, which says what a text is, is the first, so of two texts that claim one place
-one is refused; `index.json` is the last, so a text that has one is complete.
+Text is packed on this machine, because packing writes small pieces and the teacher reads windows at
+random. Then the packed text is uploaded to the cache, so that the held-out windows are available
+for evaluation and a build can continue on another machine without packing again. Objects are
+created once: `corpus.json`, which describes the text, is the first, so that of two texts with one
+name one is refused; `index.json` is the last, so that a text that has one is complete.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CORPUS = "corpus"
 
 
 def fetch_texts(cache: Location, work: Path | None = None) -> Path:
-    """The folder of this machine that holds a cache's packed texts, each in a folder of its own.
+    """Return the local folder that holds a cache's packed texts, each in a subfolder.
 
-    For a URL it is filled with the texts that are complete there and not here. What was packed here
-    of another text, and refused there, makes way.
+    For a URL, texts that are complete there and missing here are downloaded. A local text that
+    differs from the one at the URL is removed.
 
     Args:
-        cache: the cache's folder, which is returned itself, or URL.
-        work: for a URL, a folder to keep them in; one in the user's cache folder when None.
+        cache: folder of the cache, which is returned unchanged, or URL.
+        work: for a URL, the folder for the texts; None for one in the user's cache folder.
 
     Raises:
         StorageError: the object store cannot be reached.
@@ -68,14 +68,14 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
 
 
 def publish_text(cache: Location, folder: Path) -> None:
-    """Put a packed text beside the shards of its cache, under its own name; nothing for a folder.
+    """Upload a packed text to its cache, if the cache is a URL.
 
-    Only what belongs to a packed text is put, and no link is followed. `corpus.json` leaves the
-    folders of this machine out of the name of its text.
+    Only files of a packed text are uploaded, and no link is followed. The name of the text in
+    `corpus.json` is uploaded without folders of this machine.
 
     Raises:
-        IdentityMismatchError: another text is there.
-        InvalidArgumentError: one of its files is a link.
+        IdentityMismatchError: the cache has another text of that name.
+        InvalidArgumentError: a file is a link.
         StorageError: the object store cannot be reached.
     """
     if not is_url(cache):
@@ -97,13 +97,13 @@ def publish_text(cache: Location, folder: Path) -> None:
             continue
         if whole:
             raise _other_text(storage, name)
-        # of a writer that died in a store without atomic puts
+        # a writer died here, in a store without atomic puts
         storage.move(name, f"damaged/{name.replace('/', '-')}-{secrets.token_hex(4)}")
         storage.create(name, data)
 
 
 def _own_files(paths: Paths) -> list[Path]:
-    """Files of a packed text but the first and the last."""
+    """Return the files of a packed text without the first and the last one."""
     found = [paths.frequencies]
     for stream in (paths.training, paths.holdout):
         if stream.exists():
@@ -115,7 +115,7 @@ def _own_files(paths: Paths) -> list[Path]:
 
 
 def _made_from(storage: Storage, text: str) -> dict[str, Any] | None:
-    """What a text is made from, as its place says; None where none is begun there."""
+    """Return what an uploaded text was made from; None where no text has that name."""
     name = f"{text}/{Paths(Path(text)).made_from.name}"
     try:
         value: dict[str, Any] = parse_json(storage.read(name))
@@ -139,7 +139,7 @@ def _nameless(made_from: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_way(paths: Paths, made_from: dict[str, Any]) -> None:
-    """Remove what was packed of another text into a work folder, unless that is going on."""
+    """Remove another text from a work folder, unless a process is packing it."""
     if not paths.made_from.exists() or _is_of(paths, made_from):
         return
     with lock_file(paths.lock) as lock:
@@ -166,11 +166,13 @@ def _same(storage: Storage, name: str, data: bytes) -> bool:
 
 
 def _files(storage: Storage, text: str) -> list[str]:
-    """Files of a complete packed text, the index last; none where it is not complete."""
+    """Return the files of a complete packed text, the index last; else an empty list."""
     files = storage.names(text)
     if "index.json" not in files:
         return []
     parts = [f"{s}/{n}" for s in ("training", "holdout") for n in storage.names(f"{text}/{s}")]
     if not parts:
-        raise CorpusError(f"{storage.location}/{text} has an index.json but no parts")
+        raise CorpusError(
+            f"{storage.location}/{text} has an index.json but no parts; delete it and build again"
+        )
     return [*(name for name in files if name != "index.json"), *parts, "index.json"]

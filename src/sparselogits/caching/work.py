@@ -1,8 +1,8 @@
-"""One range of windows: teacher's forward pass, samplers, records.
+"""Compute one range of windows: run the teacher, draw samples, and return records.
 
-The only place where a teacher meets samplers. What it returns depends on the windows, the teacher
-and the samplers, not on who calls it: batches start at the range's first window and never straddle
-its end, and the uniforms of a window are keyed by the window.
+The result depends on the windows, the teacher and the samplers, not on the caller: batches start at
+the range's first window and never extend beyond its end, and the uniforms of a window are keyed by
+the window.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """What one cache asks of the teacher's distribution."""
+    """How one cache is drawn from the teacher's distribution."""
 
     sampler: Sampler
     seed: int
@@ -32,7 +32,7 @@ class DrawSettings:
 
 @dataclass
 class _WindowInProgress:
-    """The slices of one window, until its last one has come."""
+    """The slices of one window so far."""
 
     targets: list[list[SparseTargets]]
     nll: float = 0.0
@@ -50,14 +50,14 @@ def compute_range(
     reset_attention: bool,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[WindowRecord]]:
-    """Records of a run of windows, one list for each draw.
+    """Return the records of a range of windows, one list per draw.
 
     Args:
         engine: the teacher.
-        windows: the range, in order.
-        draws: what to sample; one forward pass serves them all.
-        batch: windows a forward pass.
-        reset_attention: whether attention starts anew at document starts.
+        windows: windows of the range, in order.
+        draws: what to draw; one forward pass serves all of them.
+        batch: number of windows per forward pass.
+        reset_attention: whether attention restarts at document starts.
         progress: called with the number of windows done since the last call.
     """
     records: list[list[WindowRecord]] = [[] for _ in draws]
@@ -142,7 +142,7 @@ def _add_loss(
 
 
 def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
-    """Targets of the kept positions, with the masked ones in between as empty positions."""
+    """Return the targets of all positions, of which the masked ones are empty."""
     if bool(kept.all()):
         return drawn
     lengths = torch.zeros(len(kept), dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Shards are encoded and written while the teacher reads on.
+"""Encode and write shards in a thread while the teacher continues.
 
-Encoding, reading back and writing take some twenty microseconds of one core a token, which a
-teacher on a GPU does not wait for. One shard is on its way at a time, so at most two are in memory.
+Encoding, reading back and writing take about twenty microseconds of one core per token, for which a
+teacher on a GPU does not wait. One shard is written at a time, so at most two are in memory.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sparselogits.store.ranges import Range
 
 
 class Writer:
-    """Commits shards from a thread of its own, in order.
+    """Commits shards in order, in a separate thread.
 
-    What goes wrong there is raised by the next `write`, or at the end. An exception in the block,
-    Ctrl-C above all, lets the shard on its way finish (it is whole or absent in any case) and
-    passes on.
+    An error there is raised by the next `write`, or at the end of the block. After an exception in
+    the block, such as Ctrl-C, the shard being written is finished (it is whole or absent in any
+    case) before the exception propagates.
 
     Args:
-        caches: one a list of records that `write` is given.
+        caches: one cache per list of records in `write`.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -34,15 +34,15 @@ class Writer:
     def write(
         self, span: Range, made: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
     ) -> None:
-        """Wait for the shard before, then begin with this one.
+        """Wait for the previous shard, then start writing this one.
 
         Args:
-            span: the shard's range; caches that have it already are left alone.
-            made: a shard's records for each cache.
+            span: range of the shard; caches that have it already are not written.
+            made: records of the shard for each cache.
             provenance: see `Cache.commit`.
 
         Raises:
-            SparseLogitsError: of the shard before; see `Cache.commit`.
+            SparseLogitsError: the previous shard could not be written; see `Cache.commit`.
         """
         self._wait()
         self._pending = self._thread.submit(self._commit, span, made, provenance)

@@ -1,4 +1,4 @@
-"""A model's forward pass over windows, its logits handed over a slice of positions at a time."""
+"""Run a teacher over windows, and return its logits a slice of positions at a time."""
 
 from sparselogits.teacher.conformance import check_engine
 from sparselogits.teacher.engine import Engine, LogitsSlice

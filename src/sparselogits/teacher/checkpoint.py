@@ -1,9 +1,9 @@
-"""Find the files that a model's name stands for, and check them before anything is built of them.
+"""Find the files of a model, and validate them before transformers reads them.
 
-A name is a local folder, a GGUF file or a hub name; a folder may hold an adapter, which names its
-base. Weights are read from safetensors or GGUF, never from pickle, and from nowhere but the model's
-own folder. Sizes in a configuration are compared with the sizes of the weights: a million layers
-claimed by a file of 60 KB are refused before a layer is made.
+A model is given as a local folder, a GGUF file or a hub name; a folder may hold an adapter, which
+names its base. Weights are read from safetensors or GGUF, never from pickle, and only from the
+model's own folder. Sizes in a configuration are compared with the sizes of the weights: a million
+layers claimed next to 60 KB of weights are refused before a layer is created.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LARGEST_JSON = 64 * 2**20
 _DEEPEST_CHAIN = 4
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
-# what an adapter's configuration says about where and with what it was made, not what it computes
+# fields of an adapter's configuration that do not change what the adapter computes
 _OF_THE_ADAPTERS_MAKING = {
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
 }
@@ -44,13 +44,13 @@ class Checkpoint:
     """The files of one model.
 
     Args:
-        name: as it was given.
-        source: what transformers' `from_pretrained` takes: a folder, or a hub name.
-        folder: local folder of the files; of a hub name its snapshot.
-        commit: of a hub name, the revision it resolved to.
-        gguf: the GGUF file, where the model is one.
-        weights: the files that transformers reads.
-        adapter: whether the folder holds an adapter alone, for the model `base`.
+        name: name that the user gave.
+        source: folder or hub name for transformers' `from_pretrained`.
+        folder: local folder of the files; for a hub name its snapshot.
+        commit: commit that a hub name resolved to; else None.
+        gguf: the GGUF file; None for other formats.
+        weights: files that transformers reads.
+        adapter: whether the folder holds only an adapter, for the model `base`.
         base: see `adapter`.
     """
 
@@ -65,13 +65,13 @@ class Checkpoint:
 
     @property
     def root(self) -> Checkpoint:
-        """The checkpoint of the model itself, below all adapters."""
+        """The checkpoint of the model without adapters."""
         return self if self.base is None else self.base.root
 
     def hashed(self) -> list[Path]:
         """Return the weight files whose bytes determine the model, in the order they are hashed.
 
-        All safetensors files of the folder, as ever, then those that an index names elsewhere.
+        These are all safetensors files of the folder, then those that an index names elsewhere.
         """
         if self.gguf is not None:
             return [self.gguf]
@@ -79,7 +79,7 @@ class Checkpoint:
         return [*beside, *(file for file in self.weights if file not in beside)]
 
     def stamp(self) -> list[tuple[str, int, int, int]]:
-        """Return what changes when a file is written again: path, inode, size and time."""
+        """Return path, inode, size and time of each file, which change when it is written again."""
         own = [*self.hashed(), self.folder / CONFIG, self.folder / ADAPTER_CONFIG]
         found = [(str(p), p.stat()) for p in own if p.exists()]
         below = [] if self.base is None else self.base.stamp()
@@ -93,13 +93,13 @@ def find_checkpoint(
 
     Args:
         name: local folder, GGUF file or hub name.
-        revision: of a hub name.
+        revision: revision of a hub name; None for the default branch.
         allow: names of `ALLOWANCES`.
-        depth: adapters above this one.
+        depth: number of adapters on top of this model.
 
     Raises:
-        TeacherError: nothing there, pickled weights, files outside the folder, or a configuration
-            whose sizes the weights do not bear out.
+        TeacherError: the model does not exist, its weights are pickled, a file lies outside the
+            folder, or the configuration's sizes do not fit the weights.
     """
     if depth > _DEEPEST_CHAIN:
         raise TeacherError(
@@ -109,7 +109,7 @@ def find_checkpoint(
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise TeacherError(f"there is no GGUF file at {name!r}")
+            raise TeacherError(f"there is no GGUF file at {name!r}; check the path")
         return Checkpoint(name, str(path.parent), path.parent, gguf=path, weights=(path,))
     if path.is_dir():
         return _of_folder(Checkpoint(name, name, path), allow, depth)
@@ -151,7 +151,10 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
             f"its {ADAPTER_CONFIG}"
         )
     if base == found.name:
-        raise TeacherError(f"the adapter at {found.name!r} names itself as its base")
+        raise TeacherError(
+            f"the adapter at {found.name!r} names itself as its base; put the base model's name "
+            f"into its {ADAPTER_CONFIG}"
+        )
     if str(described.get("peft_type")).upper() == "XLORA":
         raise TeacherError(
             f"the adapter at {found.name!r} is a mixture of adapters in other folders (X-LoRA), "
@@ -203,8 +206,8 @@ def _fetched(name: str, file: str, revision: str | None) -> Path | None:
     except Exception as error:
         raise TeacherError(
             f"there is no folder {name!r} here ({Path.cwd()}), and {file} of a model of that name "
-            f"could not be had from the Hugging Face hub: {reason_of(error).splitlines()[0]} Check "
-            "the path, or give a hub name as in HuggingFaceTB/SmolLM2-135M"
+            f"could not be fetched from the Hugging Face hub: {reason_of(error).splitlines()[0]} "
+            "Check the path, or give a hub name as in HuggingFaceTB/SmolLM2-135M"
         ) from error
     return None if path is None else Path(path)
 
@@ -275,11 +278,13 @@ def _indexed(folder: Path, name: str) -> list[str]:
 
 
 def _inside(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
-    """Return a regular file of a folder; a link may lead into the hub cache the folder is of."""
+    """Return a regular file of a folder; a link may lead into the folder's hub cache."""
     path = folder / file
     pure = PurePosixPath(file)
     if pure.is_absolute() or ".." in pure.parts:
-        raise TeacherError(f"{name!r} names weights outside of its folder: {file[:80]!r}")
+        raise TeacherError(
+            f"{name!r} names weights outside of its folder: {file[:80]!r}; move them into it"
+        )
     if not path.is_file():
         found = "something that is no regular file" if path.exists() else "nothing"
         raise TeacherError(
@@ -290,7 +295,7 @@ def _inside(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
     if not real.is_relative_to(home) and (hub is None or not real.is_relative_to(hub)):
         error = TeacherError(
             f"{file[:80]!r} of {name!r} is a link to {real}, outside of the model's folder; put "
-            "the file in its place, or name the folder it is in"
+            "the file into the folder instead, or name the folder of the file"
         )
         refuse(error, "linked-weights", allow)
     return path
@@ -320,7 +325,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Held:
-    """What weight files hold: tensors, their elements, bytes, and the largest dimension."""
+    """Sizes of weight files: numbers of tensors and elements, bytes, and largest dimension."""
 
     tensors: int
     elements: int
@@ -364,18 +369,22 @@ def _gguf_tensors(file: Path) -> int:
     with file.open("rb") as stream:
         head = stream.read(16)
     if len(head) < 16 or head[:4] != b"GGUF":
-        raise TeacherError(f"{file} is no GGUF file: its first bytes are not GGUF")
+        raise TeacherError(
+            f"{file} is no GGUF file: its first bytes are not GGUF; download it again"
+        )
     count: int = struct.unpack("<Q", head[8:])[0]
-    if count * 16 > file.stat().st_size:  # name, shape and place of a tensor take more
-        raise TeacherError(f"{file} claims {count:,} tensors, more than its size can hold")
+    if count * 16 > file.stat().st_size:  # name, shape and offset of a tensor take more
+        raise TeacherError(
+            f"{file} claims {count:,} tensors, more than its size can hold; download it again"
+        )
     return count
 
 
 def require_plausible(found: Checkpoint) -> None:
     """Compare a configuration's counts with the weights, before transformers reads it.
 
-    Some configurations make a list with an element per layer when they are read. Where there are
-    no weights, as beside a tokenizer, the counts have fixed bounds.
+    Some configurations create a list with an element per layer when they are read. Without weights,
+    as in the folder of a tokenizer, the counts have fixed bounds.
     """
     held = _held(found.weights) if found.weights else _Held(10_000, 2**31, 0, 0)
     many = max(held.tensors, held.largest, 1024)
@@ -411,13 +420,13 @@ def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
-    """Refuse, within the block, to make a model that is far larger than its weights.
+    """Refuse, within the block, to create a model that is far larger than its weights.
 
-    Parameters count where modules register them, which is before they are filled, so the price of
-    a configuration that lies stays that of its file's size.
+    Parameters are counted when modules register them, before memory is filled, so a wrong
+    configuration costs no more than the size of its files.
 
     Args:
-        checkpoint: whose weights bound the model.
+        checkpoint: checkpoint whose weights bound the model.
     """
     from torch.nn.modules import module as modules
 
@@ -455,7 +464,7 @@ def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 class _TooLargeError(TeacherError):
-    """A configuration asks for far more than the weights hold."""
+    """A configuration describes far more parameters than the weights hold."""
 
     def __init__(self, checkpoint: Checkpoint, held: _Held) -> None:
         super().__init__(
@@ -475,9 +484,9 @@ def file_sha256(path: Path) -> bytes:
 
 
 def files_fingerprint(found: Checkpoint) -> str:
-    """Return what a model on disk is, without loading it: a commit, or sha256 over its files.
+    """Return a commit, or the sha256 over the files, of a model on disk, without loading it.
 
-    For models that are compared alone, as the student of a run that is resumed.
+    This is for models that are only compared, such as the student of a resumed run.
     """
     if found.base is not None:
         return adapter_fingerprint(found, files_fingerprint(found.base))
@@ -491,7 +500,7 @@ def files_fingerprint(found: Checkpoint) -> str:
 
 
 def adapter_fingerprint(checkpoint: Checkpoint, base: str) -> str:
-    """Return sha256 over what an adapter computes, its weights, and the fingerprint of its base."""
+    """Return the sha256 over an adapter's configuration and weights and the base's fingerprint."""
     described = _read_json(checkpoint.folder / ADAPTER_CONFIG)
     stable = {k: v for k, v in described.items() if k not in _OF_THE_ADAPTERS_MAKING}
     weights = file_sha256(checkpoint.folder / ADAPTER_WEIGHTS).hex()

@@ -1,4 +1,4 @@
-"""Whether an engine keeps the protocol: run it on yours before a long build."""
+"""Check that an engine satisfies the interface, before a long build."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
     """Check an engine on windows [B, L] of int64 token ids, with B and L at least 2.
 
-    Checked: names and shapes; slices that cover every position once and in order; -inf at what is
-    no token and nowhere else; slices that may be overwritten; equal logits from equal tokens;
-    logits that do not depend on later tokens or on the other windows of a batch. Where windows are
-    given with document starts: a document's logits are those of the document alone, and do not
-    change with the document before it. An engine that refuses document starts passes.
+    The checks are: names and shapes; slices cover every position once and in order; logits are -inf
+    exactly at ids that are no token; slices may be overwritten; equal tokens give equal logits;
+    logits do not depend on later tokens or on other windows of a batch. With document starts, a
+    document's logits equal those of the document alone, and do not depend on the document before
+    it. An engine that refuses document starts passes.
 
     Args:
-        engine: what is checked.
+        engine: engine to check.
         tokens: windows of real text, or any ids that are tokens.
-        tolerance: largest difference of two logits that count as equal; batches of another shape
+        tolerance: largest difference of two logits that count as equal; batches of different shapes
             may round differently, so half precision needs more.
 
     Raises:
-        TeacherError: naming what does not hold.
+        TeacherError: a check fails; names it.
     """
     if tokens.ndim != 2 or min(tokens.shape) < 2:
         raise TeacherError(f"tokens have shape {tuple(tokens.shape)}; give [B, L], both 2 or more")
@@ -47,9 +47,9 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     whole = _logits(engine, tokens)
     not_tokens = ~mask.cpu()
     if not bool((whole[..., not_tokens] == -torch.inf).all()):
-        raise TeacherError("an id that is no token holds a logit; set it to -inf")
+        raise TeacherError("an id that is no token has a finite logit; set it to -inf")
     if not bool(whole[..., ~not_tokens].isfinite().all()):
-        raise TeacherError("a token's logit is NaN or infinite")
+        raise TeacherError("a token's logit is NaN or infinite; expected finite logits")
     _same("twice the same tokens", whole, _logits(engine, tokens), tolerance)
     alone = torch.cat([_logits(engine, row[None]) for row in tokens])
     _same("windows alone and in a batch", whole, alone, tolerance)
@@ -68,7 +68,7 @@ def _check_documents(engine: Engine, tokens: Tensor, tolerance: float) -> None:
     try:
         packed = _logits(engine, tokens, starts)
     except SparseLogitsError:
-        return  # it says that it cannot, and builds that reset attention are refused
+        return  # the engine cannot, and builds that reset attention are refused
     alone = _logits(engine, tokens[:, middle:].contiguous())
     what = "a document in a window with document_starts and the same document alone"
     _same(what, packed[:, middle:], alone, tolerance)
@@ -80,7 +80,7 @@ def _check_documents(engine: Engine, tokens: Tensor, tolerance: float) -> None:
 
 
 def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None = None) -> Tensor:
-    """Float32 [B, L, V] on the CPU; each slice is spoiled once it is copied."""
+    """Return float32 logits [B, L, V] on the CPU; each slice is overwritten after its copy."""
     rows, length = tokens.shape
     found = torch.empty(rows, length, engine.vocab_size)
     expected = (0, 0)
@@ -88,7 +88,7 @@ def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None 
         row, start, stop = piece.row, piece.positions.start, piece.positions.stop
         if (row, start) != expected or not start < stop <= length:
             raise TeacherError(
-                f"a slice holds positions {start}:{stop} of window {row}; expected it to go on "
+                f"a slice holds positions {start}:{stop} of window {row}; expected it to continue "
                 f"at position {expected[1]} of window {expected[0]}, up to {length}"
             )
         shape = (stop - start, engine.vocab_size)

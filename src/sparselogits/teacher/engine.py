@@ -1,4 +1,4 @@
-"""What the builder needs of a teacher, whatever runs it."""
+"""Define the interface of a teacher."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class LogitsSlice:
     """Logits of a run of positions of one window.
 
     Args:
-        row: which window of the batch.
-        positions: the run of positions, without step.
-        logits: float32 [P, V] on the teacher's device; ids that are no token hold -inf. The
-            receiver may overwrite it.
+        row: number of the window in the batch.
+        positions: range of positions, without step.
+        logits: float32 [P, V] on the teacher's device, -inf at ids that are no token. The receiver
+            may overwrite it.
     """
 
     row: int
@@ -27,29 +27,30 @@ class LogitsSlice:
 
 
 class Engine(Protocol):
-    """Something that turns windows of tokens into logits, slice by slice.
+    """A teacher: it computes the logits of windows of tokens, slice by slice.
 
-    To add an engine: implement these four names, run `check_engine` on it, and hand it to
-    `build.build_caches`; `ModuleTeacher` is the shortest example. Results must not depend on which
-    windows share a batch beyond rounding.
+    To add an engine, implement these four names, run `check_engine` on it, and pass it to
+    `caching.build_caches`; `ModuleTeacher` is the shortest example. Results must not depend on
+    which windows share a batch, up to rounding.
     """
 
     vocab_size: int
-    """V, columns of the head, padding rows included."""
+    """Number V of columns of the head, padding included."""
 
     token_mask: Tensor
-    """bool [V]: which ids are tokens of the tokenizer."""
+    """bool [V], true for ids that are tokens of the tokenizer."""
 
     identity: dict[str, Any]
-    """Name, weights hash, dtype, engine, quantization: see `Identity.teacher`."""
+    """Name, weights hash, dtype, engine and quantization; see `Identity.teacher`."""
 
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """Logits of every position of every window, in order.
+        """Yield the logits of every position of every window, in order.
 
         Args:
             tokens: int64 [B, L] on any device.
-            document_starts: per window, where documents start, if attention restarts there.
+            document_starts: positions at which documents start, for each window, if attention
+                restarts there.
         """
         ...

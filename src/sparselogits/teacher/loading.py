@@ -1,7 +1,7 @@
-"""Find a teacher: a local folder, a hub name, or a GGUF file; and say exactly what it is.
+"""Load a teacher from a local folder, a hub name or a GGUF file, and fingerprint it.
 
 Weights are read from safetensors or GGUF, never from pickle, and no code from the model's folder
-runs unless the caller asks for it.
+runs unless the caller allows it.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ DTYPES = {
 }
 _VOLATILE = {
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"),
-    "distributed_config",  # where the weights are, not what they are
+    "distributed_config",  # the devices of the weights, not their values
 }
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that belongs to a teacher.
+    """Load the tokenizer of a teacher.
 
     Args:
         name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        trust_remote_code: run tokenizer code that comes with the model.
+        trust_remote_code: whether to run tokenizer code that comes with the model.
 
     Raises:
-        TeacherError: when there is none to be read.
+        TeacherError: no tokenizer can be read.
     """
     from transformers import AutoTokenizer
 
@@ -88,14 +88,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 TOKENIZER_FOLDER = "tokenizer"
-"""In a cache: the tokenizer of its teacher, which trained students are saved with."""
+"""Folder, in a cache, of the teacher's tokenizer, with which trained students are saved."""
 
 
 def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
-    """Save a tokenizer into a cache's folder, unless one is there.
+    """Save a tokenizer into a cache's folder, unless the cache has one.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
     """
     folder = Path(cache) / TOKENIZER_FOLDER
     if folder.exists():
@@ -125,22 +125,22 @@ def load_teacher(
 
     Args:
         name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        tokenizer: the teacher's own, see `load_tokenizer`.
+        tokenizer: tokenizer of the teacher, see `load_tokenizer`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device: where it runs, unless `device_map` spreads it over several.
+        device: device of the model, unless `device_map` distributes it over several.
         device_map: passed to transformers ("auto" for a teacher larger than a device).
-        max_memory: passed on with it, bytes a device; what fits nowhere is read from disk.
-        tp_plan: "auto" or a plan of transformers' own: the ranks of torchrun hold a slice of each
-            layer and must run every pass together (see `tensor_parallel`). It is transformers
-            that begins the process group, if nobody has.
-        trust_remote_code: run modelling code that comes with the model.
-        slice_positions: rows of logits that exist at a time.
+        max_memory: passed to transformers with it, bytes per device; the rest is read from disk.
+        tp_plan: "auto" or a plan for transformers: the ranks of torchrun hold a slice of each layer
+            and must run every pass together (see `tensor_parallel`). transformers initialises the
+            process group if there is none.
+        trust_remote_code: whether to run modelling code that comes with the model.
+        slice_positions: number of rows of logits that exist at a time.
         allow: names of `ALLOWANCES`, refusals that become warnings.
 
     Raises:
-        TeacherError: a model that cannot be read, has no trained head, does not fit the tokenizer,
-            or changes on disk while it is read.
-        MissingDependencyError: a GGUF file without the gguf package, an adapter without peft.
+        TeacherError: the model cannot be read, has no trained head, does not fit the tokenizer, or
+            changes on disk while it is read.
+        MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
     """
     name = model_named(name)
     found = find_checkpoint(name, allow=allow)
@@ -189,24 +189,24 @@ def load_causal_lm(
     trainable: bool = False,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """Load a causal language model whose every weight came from the checkpoint.
+    """Load a causal language model, all of whose weights must be in the checkpoint.
 
-    The folder of a PEFT adapter gives the base model with the adapter in it, as PEFT loads it.
+    For the folder of a PEFT adapter, the base model is loaded with the adapter, as PEFT does.
 
     Args:
         name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device_map: passed to transformers.
-        max_memory: passed on with it.
+        max_memory: passed to transformers with it.
         tp_plan: see `load_teacher`.
-        trust_remote_code: run modelling code that comes with the model.
-        trainable: an adapter's weights, and those alone, are to be trained.
+        trust_remote_code: whether to run modelling code that comes with the model.
+        trainable: whether the weights of an adapter, and only those, will be trained.
         allow: names of `ALLOWANCES`, refusals that become warnings.
 
     Raises:
-        TeacherError: unreadable, not a causal language model, or weights missing (a head that
-            would be left at random).
-        MissingDependencyError: a GGUF file without the gguf package, an adapter without peft.
+        TeacherError: the model cannot be read, is not a causal language model, or lacks weights (a
+            head would stay random).
+        MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
     """
     return _load(
         find_checkpoint(model_named(name), allow=allow),
@@ -268,7 +268,7 @@ def _load(
 
 
 def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Module:
-    """Put an adapter into its base model, as PEFT does."""
+    """Add an adapter to its base model, as PEFT does."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -285,7 +285,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
         raise
     except Exception as error:
         raise TeacherError(
-            f"the adapter at {found.name!r} could not be put into its base "
+            f"the adapter at {found.name!r} could not be added to its base "
             f"{found.base.name if found.base else ''!r}: {_first_line(error)}. Check that it was "
             "made for this base and that the installed peft knows its kind"
         ) from error
@@ -301,7 +301,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
 
 
 def _resize_for(found: Checkpoint, base: nn.Module) -> None:
-    """Give the base as many embedding rows as the adapter's own embedding, saved with it, has."""
+    """Resize the base's embedding to the rows of the embedding that is saved with an adapter."""
     rows = embedding_rows(base)
     names = {id(p): name for name, p in base.named_parameters(remove_duplicate=False)}
     embedding = names.get(id(base.get_input_embeddings().weight))  # type: ignore[operator]
@@ -311,10 +311,10 @@ def _resize_for(found: Checkpoint, base: nn.Module) -> None:
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
-    """Return bool [V]: which rows of the head are tokens of the tokenizer.
+    """Return bool [V], true for rows of the head that are tokens of the tokenizer.
 
     Raises:
-        TeacherError: when the tokenizer has ids that the head or the embedding lacks.
+        TeacherError: the tokenizer has ids that the head or the embedding lacks.
     """
     head_rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     rows = min(head_rows, embedding_rows(model))
@@ -347,7 +347,7 @@ def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
         return adapter_fingerprint(found, _fingerprint(found.base, inner))
     code = _remote_code(model)
     if found.commit is not None:
-        # code in the same repository is of the same commit
+        # code in the same repository has the same commit
         elsewhere = "--" in json.dumps(getattr(model.config, "auto_map", None) or {})
         pinned = f"+code:{hashlib.sha256(code).hexdigest()}" if code and elsewhere else ""
         return f"hub:{found.name}@{found.commit}{pinned}"
@@ -356,7 +356,7 @@ def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
     digest = hashlib.sha256(canonical_json(_plain(stable)))
     root = sorted(found.folder.glob("*.safetensors")) if found.gguf is None else [found.gguf]
     for file in found.hashed():
-        if file not in root:  # named by an index: where it lies matters as well
+        if file not in root:  # named by an index, so the path matters as well
             digest.update(str(file.relative_to(found.folder)).encode())
         digest.update(file.suffix.encode())
         digest.update(file_sha256(file))
@@ -367,7 +367,7 @@ def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
 
 
 def _remote_code(model: nn.Module) -> bytes:
-    """Return the modelling code that came with a model; nothing for a class of transformers'."""
+    """Return the modelling code that came with a model; empty for a class of transformers."""
     module = sys.modules.get(type(model).__module__)
     if not type(model).__module__.startswith("transformers_modules") or module is None:
         return b""
@@ -376,7 +376,7 @@ def _remote_code(model: nn.Module) -> bytes:
 
 
 def module_fingerprint(model: nn.Module) -> str:
-    """sha256 over parameter names and bytes, for a model that exists only in memory."""
+    """Return the sha256 over parameter names and bytes, for a model that exists only in memory."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -385,12 +385,12 @@ def module_fingerprint(model: nn.Module) -> str:
 
 
 def locate_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what transformers' `from_pretrained` takes for a model's name, and its arguments.
+    """Return the name and the arguments for transformers' `from_pretrained`.
 
-    A folder's files are validated; nothing is fetched.
+    The files of a folder are validated; nothing is downloaded.
 
     Raises:
-        TeacherError: a path at which there is nothing, or files that are refused.
+        TeacherError: the path does not exist, or its files are refused.
     """
     name = model_named(name)
     if Path(name).is_dir():
@@ -409,7 +409,7 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_folder(name: str, error: Exception) -> None:
-    """Say that there is no such folder, where the name can hardly be meant for the hub."""
+    """Raise an error that names the missing folder, where a name is hardly a hub name."""
     path = Path(name)
     if not path.exists() and "/" not in name:
         raise TeacherError(
@@ -425,11 +425,11 @@ def _require_folder(name: str, error: Exception) -> None:
 
 
 def quantization(name: str, model: nn.Module) -> str | None:
-    """How a teacher's weights are quantised, in words for the identity; None where they are not.
+    """Return how a teacher's weights are quantised, for the identity; None if they are not.
 
-    A GGUF file says itself; a folder's `quantization_config` is named by its method (torchao,
-    bitsandbytes, gptq, ...) and by what kind of numbers the weights are. All its other settings
-    are in the fingerprint of the weights.
+    A GGUF file contains its type; a folder's `quantization_config` is described by its method
+    (torchao, bitsandbytes, gptq, ...) and the type of its numbers. All other settings are part of
+    the fingerprint of the weights.
     """
     if name.lower().endswith(".gguf"):
         from gguf import GGUFReader
@@ -447,7 +447,7 @@ def quantization(name: str, model: nn.Module) -> str | None:
 
 
 def _numbers(described: dict[str, Any]) -> str:
-    """The kind of numbers a quantization_config makes of weights, as its method calls it."""
+    """Return the type of the numbers in a quantization_config, in the words of its method."""
     if described.get("load_in_4bit") or described.get("_load_in_4bit"):
         return str(described.get("bnb_4bit_quant_type", "4 bits"))
     if described.get("load_in_8bit") or described.get("_load_in_8bit"):

@@ -1,7 +1,7 @@
-"""Any two torch modules as a teacher: one that reads tokens, one that turns its states to logits.
+"""Use two torch modules as a teacher: a trunk from tokens to states, a head from states to logits.
 
-For models that transformers does not know. As there, only the head's slices have the vocabulary's
-width: `slice_positions` rows of logits exist at a time.
+This serves models that transformers does not know. `slice_positions` rows of logits exist at a
+time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from sparselogits.teacher.transformers_engine import SLICE_POSITIONS
 
 
 class ModuleTeacher:
-    """A teacher made of plain modules, put in eval mode.
+    """A teacher made of plain modules, which are set to eval mode.
 
     Args:
         trunk: int64 [B, L] tokens -> [B, L, D] states, causal.
-        head: [P, D] states -> [P, V] logits, everything the model does to them included.
-        token_mask: bool [V], which ids are tokens of the tokenizer.
-        name: shown to people; the identity rests on the weights. Two models of equal weights and
-            another architecture need another `architecture`.
-        architecture: anything that tells the modules' code from another's.
-        weights: what all weights are, where some are not in these modules because the trunk asks
-            an inference engine: a hub revision, a hash of files (`weights_fingerprint`).
-        slice_positions: rows of logits that exist at a time.
+        head: [P, D] states -> [P, V] logits, including everything the model does to them.
+        token_mask: bool [V], true for ids that are tokens of the tokenizer.
+        name: name for people; the identity depends on the weights.
+        architecture: text that distinguishes the code of the modules from that of others with the
+            same weights.
+        weights: description of all weights, where the modules lack some because the trunk calls an
+            inference engine: a hub revision, a hash of files (`weights_fingerprint`).
+        slice_positions: number of rows of logits that exist at a time.
 
     Raises:
-        TeacherError: for modules without parameters.
+        TeacherError: the modules have no parameters.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class ModuleTeacher:
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """See `Engine.logits`.
+        """Yield logits; see `Engine.logits`.
 
         Raises:
-            TeacherError: where attention is to restart at documents, which a plain trunk cannot,
-                and where a module gives another shape than it should.
+            TeacherError: `document_starts` is given, which a plain trunk cannot obey, or a module
+                returns a wrong shape.
         """
         if document_starts is not None:
             raise TeacherError(
@@ -84,7 +84,7 @@ class ModuleTeacher:
         states = self.trunk(tokens.to(self.device))
         if states.shape[:2] != tokens.shape:
             raise TeacherError(
-                f"the trunk gave states of shape {tuple(states.shape)} for tokens of shape "
+                f"the trunk returned states of shape {tuple(states.shape)} for tokens of shape "
                 f"{tuple(tokens.shape)}; expected [B, L, D]"
             )
         for row, of_window in enumerate(states):
@@ -93,7 +93,7 @@ class ModuleTeacher:
                 logits = self.head(of_window[positions])
                 if logits.shape != (positions.stop - start, self.vocab_size):
                     raise TeacherError(
-                        f"the head gave logits of shape {tuple(logits.shape)}; expected "
+                        f"the head returned logits of shape {tuple(logits.shape)}; expected "
                         f"({positions.stop - start}, {self.vocab_size}), as long as token_mask"
                     )
                 logits = logits.to(torch.float32, copy=True)  # the receiver may overwrite it

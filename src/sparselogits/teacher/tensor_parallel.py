@@ -1,9 +1,9 @@
-"""A teacher whose layers are spread over the ranks of a job: one rank leads, the others follow.
+"""Run a teacher whose layers are sharded over ranks: one rank leads, the others follow.
 
-Every rank holds a slice of each layer, so a forward pass is run by all of them together. What is
-built, and when, is the first rank's business alone: it is given a `Leader`, an engine like any
-other, and tells the others which windows it asks for; they `follow`, and throw the logits away.
-So only the first rank samples, encodes and writes, and a build knows nothing of ranks.
+Every rank holds a slice of each layer, so all of them run a forward pass together. The first rank
+uses a `Leader`, an engine like any other, which broadcasts the windows of each pass; the others
+`follow` and discard the logits. So only the first rank samples, encodes and writes, and a build
+does not depend on ranks.
 
     engine = load_teacher(name, tokenizer=tokenizer, tp_plan="auto")    # on every rank
     if torch.distributed.get_rank() == 0:
@@ -27,7 +27,7 @@ from sparselogits.teacher.transformers_engine import TransformersTeacher
 
 
 class Leader:
-    """The first rank's engine. Leaving it as a context lets the followers go, whatever happened.
+    """The first rank's engine; at the end of its context, the followers return.
 
     Args:
         teacher: this rank's slice of the model.
@@ -48,7 +48,7 @@ class Leader:
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """See `Engine.logits`. A pass that is begun is run to its end, since the others do so."""
+        """Yield logits; see `Engine.logits`. A pass is always completed, as the other ranks do."""
         _from_the_first((tokens.cpu(), document_starts))
         slices = self._teacher.logits(tokens, document_starts)
         try:
@@ -60,7 +60,7 @@ class Leader:
 
 
 def follow(teacher: TransformersTeacher) -> None:
-    """Run the passes that the first rank runs, until it lets go.
+    """Run the passes of the first rank until its `Leader` ends.
 
     Args:
         teacher: this rank's slice of the model.
@@ -71,7 +71,7 @@ def follow(teacher: TransformersTeacher) -> None:
 
 
 def _from_the_first(asked: Any) -> Any:
-    """What the first rank says, on every rank."""
+    """Return the first rank's message on every rank."""
     message = [asked]
     dist.broadcast_object_list(message, src=0)
     return message[0]

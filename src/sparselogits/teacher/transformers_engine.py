@@ -1,8 +1,8 @@
-"""Any transformers causal language model as a teacher.
+"""Use a transformers causal language model as a teacher.
 
 The trunk runs over a batch of windows; the head runs over slices of positions, so that the largest
-tensor of the vocabulary's width has `slice_positions` rows. Where the parts of a model cannot be
-told apart (see `causal_lm`), its own forward is used, one window at a time.
+tensor with a vocabulary dimension has `slice_positions` rows. Where a model cannot be split into
+trunk and head (see `causal_lm`), its own forward pass runs one window at a time.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from sparselogits.teacher.engine import LogitsSlice
 
 SLICE_POSITIONS = 256
 REMEMBERED_BYTES = 1 << 28
-"""Hidden states that a teacher keeps at most, see `TransformersTeacher.remembering`."""
+"""Most bytes of hidden states that a teacher keeps, see `TransformersTeacher.remembering`."""
 
 
 class TransformersTeacher:
     """A teacher that runs in this process.
 
     Args:
-        model: a transformers causal language model; put in eval mode.
-        token_mask: bool [V], which ids are tokens. All of them when None.
+        model: a transformers causal language model, which is set to eval mode.
+        token_mask: bool [V], true for ids that are tokens; None if all are.
         identity: see `Identity.teacher`.
-        slice_positions: rows of logits that exist at a time.
+        slice_positions: number of rows of logits that exist at a time.
 
     Raises:
-        TeacherError: when the model gives no logits at all.
+        TeacherError: the model has no language-model head.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class TransformersTeacher:
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()
         if embeddings is None:
             raise TeacherError(
-                f"{type(model).__name__} has no language-model head; a teacher is a causal "
-                "language model (AutoModelForCausalLM)"
+                f"{type(model).__name__} has no language-model head; give a causal language model "
+                "(AutoModelForCausalLM)"
             )
         parts = split(model)
         if parts is None:
             warnings.warn(
                 f"{type(model).__name__}: head and trunk cannot be run apart; the model's own "
-                "forward is used, which holds the logits of a whole window",
+                "forward pass is used, which holds the logits of a whole window",
                 SparseLogitsWarning,
                 stacklevel=2,
             )
@@ -72,7 +72,8 @@ class TransformersTeacher:
         mask = torch.ones(self.vocab_size, dtype=torch.bool) if token_mask is None else token_mask
         if mask.shape != (self.vocab_size,):
             raise TeacherError(
-                f"token_mask has shape {tuple(mask.shape)}, the head {self.vocab_size} rows"
+                f"token_mask has shape {tuple(mask.shape)}; expected ({self.vocab_size},), as the "
+                "head has rows"
             )
         self.token_mask = mask
         self._not_tokens = (~mask).nonzero().flatten().to(self.device)
@@ -81,11 +82,11 @@ class TransformersTeacher:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Keep the hidden states of what is read inside the context, and read nothing twice.
+        """Keep the hidden states of windows inside the context, and run no window twice.
 
-        For text that several students are measured on, one after the other: only the head runs
-        again, and the logits are the same bits. States stay until the teacher is discarded, up to
-        `REMEMBERED_BYTES`; what is beyond them is read each time.
+        This is for text on which several students are measured one after the other: only the head
+        runs again, and the logits are bitwise equal. States are kept until the teacher is deleted,
+        up to `REMEMBERED_BYTES`; further windows run each time.
         """
         self._remembers = True
         try:
@@ -95,12 +96,12 @@ class TransformersTeacher:
 
     @property
     def head(self) -> Head | None:
-        """The head, where it can be run apart from the trunk."""
+        """The head; None where the model cannot be split."""
         return None if self._parts is None else self._parts.bound_head()
 
     @cached_property
     def documents(self) -> Documents:
-        """How this model runs packed windows; probed when it is first asked for."""
+        """How this model runs packed windows; probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def check_window(self, length: int, *, restarts: bool = False) -> None:
@@ -112,11 +113,13 @@ class TransformersTeacher:
         """Return final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
 
         Raises:
-            TeacherError: when trunk and head cannot be run apart.
-            InvalidArgumentError: when documents of one window cannot be kept apart.
+            TeacherError: the model cannot be split into trunk and head.
+            InvalidArgumentError: the model cannot separate the documents of a window.
         """
         if self._parts is None:
-            raise TeacherError("this teacher's trunk cannot be run apart from its head")
+            raise TeacherError(
+                "this teacher's trunk cannot be run apart from its head; use its logits instead"
+            )
         if not self._remembers:
             return self._forward(tokens, document_starts)
         starts = () if document_starts is None else map(np.ndarray.tobytes, document_starts)
@@ -133,7 +136,7 @@ class TransformersTeacher:
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """See `Engine.logits`."""
+        """Yield logits; see `Engine.logits`."""
         if self._parts is None:
             yield from self._plain_logits(tokens, document_starts)
             return
@@ -153,7 +156,7 @@ class TransformersTeacher:
                 yield LogitsSlice(row, positions, self._masked(logits[positions].float()))
 
     def _forward(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None) -> Tensor:
-        """Hidden states [B, L, D], or logits [B, L, V] where the model is not taken apart."""
+        """Return hidden states [B, L, D], or logits [B, L, V] where the model is not split."""
         tokens = tokens.to(self.device)
         with positions_explained(self.model, tokens.shape[1]):
             if document_starts is None or all(not np.any(starts) for starts in document_starts):
@@ -164,7 +167,7 @@ class TransformersTeacher:
     def _run(self, **inputs: Any) -> Tensor:
         if self._parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            # a prompt that an adapter puts before the text has logits of its own
+            # an adapter may put a prompt before the text, which has logits as well
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         states: Tensor = self._parts.trunk(**inputs, use_cache=False).last_hidden_state
         return states
@@ -174,12 +177,12 @@ class TransformersTeacher:
             yield slice(start, min(start + self.slice_positions, length))
 
     def _masked(self, logits: Tensor) -> Tensor:
-        # a model spread over devices ends on another one than it starts on
+        # a model on several devices returns logits on its last one
         return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
 
 
 def entrance(model: nn.Module) -> torch.device:
-    """Return the device that tokens go to: that of the first weights, unless they are offloaded."""
+    """Return the device for tokens: that of the first weights that are not offloaded."""
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device

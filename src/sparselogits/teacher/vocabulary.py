@@ -1,6 +1,6 @@
-"""The size of a teacher's vocabulary, without its weights.
+"""Read the size of a teacher's vocabulary without its weights.
 
-Text is packed before the teacher is loaded, so that what is wrong with the text is said first.
+Text is packed before the teacher is loaded, so that errors in the text are reported first.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from sparselogits.teacher.loading import locate_model
 
 
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """Return the number of rows of a teacher's head, as its configuration gives it.
+    """Return the number of rows of a teacher's head according to its configuration.
 
     Args:
         name: local folder, GGUF file or hub name.
-        trust_remote_code: run configuration code that comes with the model.
+        trust_remote_code: whether to run configuration code that comes with the model.
 
     Returns:
-        None where the configuration does not say it: a folder of an adapter, whose tokens may have
-        been added to the base model's, or files that cannot be read, which loading explains.
+        The number; None where the configuration does not give it, as in the folder of an adapter
+        (which may have added tokens), or cannot be read, which loading reports.
     """
     try:
         source, arguments = locate_model(name)
@@ -32,7 +32,7 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
 
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         size = config.get_text_config(decoder=True).vocab_size
-    except Exception:  # loading the teacher says what is wrong, with its own advice
+    except Exception:  # loading the teacher reports what is wrong
         return None
     return size if isinstance(size, int) and size > 0 else None
 

@@ -1,7 +1,7 @@
-"""Who runs a build beside this process alone: ranks that divide it, or actors of a Ray cluster.
+"""Run a build in several processes: ranks that divide it, or actors of a Ray cluster.
 
-Every executor computes the same ranges by `Job.compute`, with a thread count that it sets and a
-batch size that it is given; so all of them write the same bytes for the same ranges.
+Every executor computes the same ranges by `Job.compute`, with a thread count that it sets and the
+batch size of the job, so all executors write the same bytes for the same ranges.
 """
 
 from sparselogits.caching.executors.on_ray import Workers, build_caches_on_ray, connect

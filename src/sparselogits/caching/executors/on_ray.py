@@ -1,8 +1,8 @@
-"""A build on a Ray cluster: actors that hold a teacher each, one range at a time.
+"""Run a build on a Ray cluster: each actor holds a teacher and computes one range at a time.
 
-This process keeps the list of ranges and says which are done; an actor gets a range when it is
-free. Actors beyond what the cluster has room for wait until machines join, and then take part; one
-that dies loses the range in its hands, which another takes, and is replaced.
+This process keeps the list of ranges, and an idle actor receives the next one. Actors for which the
+cluster has no room wait until machines join. An actor that dies is replaced, and another actor
+computes its range.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 TRIES = 3
-"""Times that a range may take its actor down with it, and that actors may die one after another
-before any range is done, until the build gives up."""
+"""Number of times that actors may die with the same range, or before any range is done, until the
+build fails."""
 
 READY = None
-"""Stands for a range where an actor's call says that its teacher is loaded."""
+"""Marks, in place of a range, the call in which an actor loads the teacher."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Workers:
     """The actors of a build.
 
     Args:
-        count: as many at most; fewer while the cluster has no room for more.
-        threads: of torch in each; the same number gives the same bytes as another executor.
-        gpus: of each, fractions included; 0 for the CPU, and then each takes `threads` CPUs.
+        count: largest number of actors; fewer run while the cluster has no room.
+        threads: number of torch threads per actor; equal numbers give equal bytes.
+        gpus: number of GPUs per actor, possibly a fraction; with 0 each actor takes `threads` CPUs.
     """
 
     count: int
@@ -47,18 +47,18 @@ class Workers:
 
 
 class RangeWorker:
-    """What runs in an actor: a teacher, and ranges through it."""
+    """An actor: it holds a teacher and computes ranges."""
 
     def __init__(self, load: Callable[[], Engine], job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         self._load, self._job = load, job
 
     def ready(self) -> None:
-        """Load the teacher. Not in the constructor, whose exceptions Ray passes on as text."""
+        """Load the teacher; Ray would pass on exceptions of the constructor as text only."""
         self._engine = self._load()
 
     def build(self, span: Range) -> None:
-        """Compute a range, and commit it to every cache that lacks it."""
+        """Compute a range and commit it to every cache that lacks it."""
         made, provenance = self._job.compute(self._engine, span)
         for cache, records in zip(self._job.caches, made, strict=True):
             if not cache.holds(span):
@@ -73,20 +73,20 @@ def build_caches_on_ray(
     *,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build what is missing of the ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
+    """Build the missing ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
 
     Args:
-        load: makes a teacher; called in each actor. It and the job are pickled, and the folders
-            they name must be those of every machine.
-        job: the build, begun (`begin_job`).
-        ranges: the work.
-        workers: how many actors, and what each needs.
-        progress: called after every range.
+        load: loads the teacher; called in each actor. It is pickled like the job, and their folders
+            must exist on every machine.
+        job: the build, from `begin_job`.
+        ranges: ranges to build.
+        workers: number and resources of the actors.
+        progress: called after every range with windows done and their total.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        CacheError: a range or the loading of the teacher killed its actor `TRIES` times.
-        SparseLogitsError: whatever a range raised, as here.
+        CacheError: actors died `TRIES` times with one range, or while loading the teacher.
+        SparseLogitsError: a range failed in an actor.
     """
     ray = connect()
     missing = job.missing(ranges)
@@ -101,7 +101,7 @@ def build_caches_on_ray(
 
 
 class _Crew:
-    """The actors, what each is doing, and what is left."""
+    """The actors of a build, the range of each, and the remaining ranges."""
 
     def __init__(self, ray: Any, load: Callable[[], Engine], job: Job, workers: Workers) -> None:
         self._ray, self._workers = ray, workers
@@ -141,7 +141,7 @@ class _Crew:
             progress(done, total)
 
     def dismiss(self) -> None:
-        """End all actors; a shard on its way is whole or absent."""
+        """Stop all actors; a shard that is being written is whole or absent."""
         for actor, _ in self._doing.values():
             self._ray.kill(actor)
 
@@ -150,7 +150,7 @@ class _Crew:
         self._doing[actor.ready.remote()] = actor, READY
 
     def _succeeded(self, call: Any, span: Range | None) -> bool:
-        """False where the actor died, or storage failed, and another try is due."""
+        """Return False where the actor died, or storage failed, and the range should be retried."""
         errors = self._ray.exceptions
         try:
             self._ray.get(call)
@@ -161,10 +161,15 @@ class _Crew:
             return False
         except errors.RayActorError as error:
             if self._is_last_try(span):
-                doing = "loading the teacher" if span is READY else f"windows {span[0]}:{span[1]}"
+                doing = (
+                    "loading the teacher"
+                    if span is READY
+                    else f"computing windows {span[0]}:{span[1]}"
+                )
                 raise CacheError(
-                    f"{TRIES} workers died while at {doing}, most likely for want of memory; the "
-                    f"last one: {error}. What is finished is kept"
+                    f"{TRIES} workers died while {doing}, most likely for lack of memory; the last "
+                    f"one: {error}. Finished shards are kept: give each worker more memory, or use "
+                    "fewer workers, and start the same command again"
                 ) from error
             return False
         if span is not READY:
@@ -177,7 +182,7 @@ class _Crew:
 
 
 def connect() -> Any:
-    """The ray module, connected to the cluster of `RAY_ADDRESS`, or to one it starts here.
+    """Return the ray module, connected to the cluster of `RAY_ADDRESS` or to a new local one.
 
     Raises:
         MissingDependencyError: Ray is not installed.

@@ -1,8 +1,8 @@
-"""Ranks of torchrun or Slurm: each takes its share of the ranges, and they never talk.
+"""Divide a build among ranks of torchrun or Slurm, without communication.
 
-A rank knows its share from the environment alone, so the tasks of a Slurm array need not run at
-the same time, or at all: what one leaves undone the next run finds missing. The first rank packs
-the text, settles the budget and begins the caches; the others watch the folder until it has.
+A rank derives its share from the environment alone, so the tasks of a Slurm array need not run at
+the same time, or at all: the next run builds what a task did not finish. The first rank packs the
+text, resolves the budget and creates the caches; the others poll the folder until it has done so.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from sparselogits.caching.plan import Share
 from sparselogits.errors import CacheError, InvalidArgumentError
 
 WAIT_SECONDS = 6 * 3600.0
-"""For packing a large text, or for the first task of an array to be scheduled."""
+"""Longest wait for the first rank: for packing a large text, or until it is scheduled."""
 
 LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that divide a build.
+    """The position of this process among those that divide a build.
 
     Args:
-        share: its part of the work.
-        local: its number on this machine, from 0: which device it takes.
-        local_count: how many there are on this machine, as far as the launcher says.
+        share: share of the work.
+        local: number of the process on this machine, from 0, which selects the device.
+        local_count: number of processes on this machine, as far as the launcher tells.
     """
 
     share: Share
@@ -36,15 +36,15 @@ class Rank:
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank:
-    """Which rank this is: torchrun's or srun's, times the tasks of a Slurm array if it is in one.
+    """Return the rank of this process under torchrun or srun, within the tasks of a Slurm array.
 
-    Read are `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), else
+    It reads `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), else
     `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS` (srun; a batch script's own process has no step, and
-    `SLURM_NTASKS` there counts tasks that nobody started), and `SLURM_ARRAY_TASK_ID` with its
+    its `SLURM_NTASKS` counts tasks that were not started), and `SLURM_ARRAY_TASK_ID` with its
     `COUNT`, `MIN` and `STEP`.
 
     Raises:
-        InvalidArgumentError: neither launcher's variables are there, or they contradict each other.
+        InvalidArgumentError: the variables of a launcher are missing or inconsistent.
     """
     inner = local = None
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -61,7 +61,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     outer = _array_task(environment)
     if inner is None and outer is None:
         raise InvalidArgumentError(
-            "--executor torchrun finds no ranks in the environment; start it as 'torchrun "
+            "--executor torchrun finds no ranks in the environment; start the command as 'torchrun "
             "--nproc-per-node 8 -m sparselogits cache ... --executor torchrun', by srun, or in a "
             "Slurm array (docs/scaling.md)"
         )
@@ -70,9 +70,9 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     for part in (inner, outer):
         if not 0 <= part.index < part.count:
             raise InvalidArgumentError(
-                f"the environment calls this process number {part.index} (from 0) of {part.count}; "
-                "the tasks of an array must be without gaps, as in --array=0-15. Submit all of "
-                "them again: shards that are there are not made twice"
+                f"the environment gives this process the number {part.index} (from 0) of "
+                f"{part.count}; the tasks of an array must have no gaps, as in --array=0-15. "
+                "Submit all of them again: existing shards are not built twice"
             )
     return Rank(share, *(local or (0, 1)))
 
@@ -83,19 +83,19 @@ def wait_for_first_rank(
     """Return once the first rank has packed the text and begun the caches.
 
     Args:
-        begun: looks whether it has.
-        seconds: how long to wait at most.
-        every: seconds between two looks.
+        begun: returns whether the first rank has done so.
+        seconds: longest time to wait.
+        every: seconds between two calls of `begun`.
 
     Raises:
-        CacheError: it has not in that time.
+        CacheError: the first rank has not done so in that time.
     """
     end = time.monotonic() + seconds
     while not begun():
         if time.monotonic() > end:
             raise CacheError(
-                f"the first rank has not begun the cache within {seconds / 3600:g} hours; see what "
-                "it says, then start all ranks again"
+                f"the first rank has not begun the cache within {seconds / 3600:g} hours; read its "
+                "output, then start all ranks again"
             )
         time.sleep(every)
 
@@ -110,7 +110,7 @@ def _array_task(environment: Mapping[str, str]) -> Share | None:
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """`SLURM_STEP_TASKS_PER_NODE` reads '4(x2),3'; the largest is taken for every machine."""
+    """Return the largest number in `SLURM_STEP_TASKS_PER_NODE`, such as '4(x2),3'."""
     groups = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
     counts = [group.partition("(")[0] for group in groups]
     return max((int(count) for count in counts if count.isdigit()), default=1)
