@@ -85,7 +85,7 @@ class Call:
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
-        """Which operands need a gradient; to be asked where gradients are still recorded."""
+        """Whether input, weight and bias need a gradient; read it while gradients are recorded."""
         input, weight, bias = self.operands  # noqa: A001
         return _needs(input), _needs(weight), _needs(bias)
 

@@ -73,7 +73,7 @@ def loss_and_gradients(
         operands: a head's input [N, D], weight [V, D] and bias in one dtype, or logits [N, V].
             Beyond the gradient of given logits, no copy of all of them is made.
         row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 where a row adds nothing.
-        losses_of: the loss of a chunk.
+        losses_of: computes the loss of a chunk.
         needs: the gradients to compute.
         chunk_rows: rows whose logits exist at a time; None chooses.
 
@@ -298,7 +298,7 @@ def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
 
 
 def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
-    """Whether a chunk's contribution to the weight's gradient is computed in low precision."""
+    """Return whether a chunk's contribution to the weight's gradient has low precision."""
     on_cpu = weight.device.type == "cpu"
     return gradient is not None and gradient.dtype != weight.dtype and on_cpu
 

@@ -184,7 +184,7 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Hold what is known of R rows whose logits have been replaced by a softmax.
+    """Hold the values that losses and gradients need after logits were replaced by a softmax.
 
     The softmax is over all ids, except the stored ids where there is a ghost class. Logits are
     relative to the row's maximum over all ids.
