@@ -69,7 +69,7 @@ RECIPES = {
 CACHE = "cache --teacher {teacher} --data {text} --window 32"
 BEGUN = "cache --teacher {teacher} --data {text} --out {cache} --window 32 --rounds 12"
 MISTAKES = {
-    CACHE + " --out {new} --holdout 1": ("found 1", "below 1"),
+    CACHE + " --out {new} --holdout 1": ("--holdout is 1;", "below 1"),
     CACHE + " --out {new} --windows 0:99999999": ("do not lie in the corpus", "windows 0:"),
     CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
     CACHE + " --out {new} --append": ("cannot append", "run the command that began"),

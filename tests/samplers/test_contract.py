@@ -124,6 +124,15 @@ def test_uniforms_outside_the_unit_interval() -> None:
         {"name": "threshold", "tau": 0.0},
         {"name": "topk", "k": 0},
         {"name": "topp", "p": 1.5},
+        {"name": ["topk"]},
+        {"name": "topk", "k": "9"},
+        {"name": "topk", "k": True},
+        {"name": "topk", "k": None},
+        {"name": "topk", "k": 9.0},
+        {"name": "systematic", "proposal_exponent": float("nan")},
+        {"name": "adaptive", "student": "s", "reference": 10**400},
+        {"name": "adaptive", "student": {}},
+        {"name": "adaptive"} | {"self": 1},
     ],
 )
 def test_bad_parameters(parameters: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Samplers: from a teacher's distribution to `SparseTargets`, one file per family.
+"""Sample a teacher's distribution into `SparseTargets`, one file per family of samplers.
 
 `Systematic` is the default, `Multinomial` the published method, `Threshold` and `Adaptive` are
 unbiased alternatives, `TopK` and `TopP` the biased ones. docs/theory.md has the derivations.

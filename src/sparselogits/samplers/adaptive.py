@@ -1,4 +1,4 @@
-"""Adaptive rounds: a student's learning signal decides where the rounds go; unbiased all the same.
+"""Draw more rounds where a student's learning signal is strong; unbiased for every student.
 
 Per position, the number of rounds follows the signal (signal.py). Per token, the proposal is q_i
 proportional to p_i * norm_i ** token_power, with norm_i the norm of the student's unembedding row;
@@ -37,7 +37,7 @@ _MOST_FACTOR = 8  # times the nominal rounds, at any one position
 
 @dataclass(frozen=True)
 class NamedSignal:
-    """What a recipe or a cache records of a student's signal.
+    """Record a student's signal, as a recipe or a cache does.
 
     Args:
         student: folder or name of the student's checkpoint; None for a student in memory.
@@ -62,7 +62,7 @@ class NamedSignal:
 
 @dataclass(frozen=True)
 class Adaptive(Sampler):
-    """Systematic rounds whose number and proposal follow a student.
+    """Draw systematic rounds whose number and proposal follow a student.
 
     Args:
         signal: the student's learning signal, `StudentSignal.of(student)`; or the name of one, as
@@ -74,9 +74,6 @@ class Adaptive(Sampler):
         position_power: rounds grow with signal ** position_power; 0 spends them evenly.
         token_power: power of the unembedding row's norm in the proposal; 0 leaves the teacher's
             own distribution.
-
-    Raises:
-        InvalidArgumentError: for values out of range.
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal
@@ -111,7 +108,7 @@ class Adaptive(Sampler):
 
     @property
     def stores(self) -> Stored:
-        """Weights: a number of rounds that varies has no common count."""
+        """Store weights, because the number of rounds varies."""
         return Stored.floats()
 
     @property
@@ -164,7 +161,7 @@ class Adaptive(Sampler):
         return replace(self, signal=self._student().at(tokens, positions))
 
     def signals(self, logits: Tensor) -> Tensor:
-        """float64 [P]: the signal at the positions of `at`, for choosing `reference`."""
+        """Return the signal at the positions of `at`, float64 [P], for choosing `reference`."""
         return self._student().strength(logits)
 
     def left_open(self, budget: float | None) -> tuple[str, ...]:
@@ -212,7 +209,11 @@ class Adaptive(Sampler):
         return SparseTargets(ids, weights.to(torch.float32), offsets, logits.shape[1], check=False)
 
     def _rounds_at(self, student: StudentSignal, logits: Tensor) -> Tensor:
-        """int64 [P], from logits and student alone: never from the uniforms, or it would bias."""
+        """Return the rounds per position, int64 [P].
+
+        They depend on logits and student alone. If they depended on the uniforms, the targets would
+        be biased.
+        """
         import torch
 
         if self.position_power == 0:

@@ -1,4 +1,4 @@
-"""From a budget (mean entries per position) to a sampler's parameters, on pilot windows.
+"""Turn a budget (mean entries per position) into a sampler's parameters, on pilot windows.
 
 Expected entries are computed where a sampler has a formula for them: a token of proposal
 probability q is in a systematic draw of N rounds with probability min(1, N q), in N independent
@@ -28,7 +28,7 @@ _FEW_WINDOWS = 4  # that are drawn from: a draw is repeated for each size that i
 
 @dataclass(frozen=True, eq=False)
 class PilotSlice:
-    """The teacher's logits at some positions of a pilot window.
+    """Hold the teacher's logits at some positions of a pilot window.
 
     Args:
         window: number of the window.
@@ -44,7 +44,7 @@ class PilotSlice:
 
 
 class Pilot:
-    """Pilot windows, spread over the corpus; the teacher reads them when a sampler needs them.
+    """Read pilot windows, which are spread over the corpus, when a sampler needs them.
 
     Args:
         windows: a function per window, which returns the window's slices.
@@ -94,7 +94,7 @@ class Pilot:
         return total / max(1, positions)
 
     def _make_histogram(self, exponent: float) -> tuple[Tensor, Tensor]:
-        """Sort pilot tokens by probability: how many per position are in a bin, and their mean."""
+        """Return per bin of probability: how many tokens per position, and their mean."""
         bins = _PER_OCTAVE * _OCTAVES
         count = torch.zeros(bins, dtype=torch.float64)
         mass = torch.zeros(bins, dtype=torch.float64)
@@ -107,7 +107,9 @@ class Pilot:
                 mass += index.bincount(proposal.cpu(), minlength=bins)
             positions += part.logits.shape[0]
         if positions == 0:
-            raise InvalidArgumentError("no pilot positions: pass logits of at least one position")
+            raise InvalidArgumentError(
+                "no pilot positions were given; expected logits of at least one position"
+            )
         return count / positions, mass / count.clamp_min(1)
 
 

@@ -1,4 +1,4 @@
-"""Inverting a distribution over a large vocabulary without writing it down.
+"""Invert a distribution over a large vocabulary without writing it down.
 
 A proposal is q_i proportional to w_i = exp(e * (z_i - shift)). To find the tokens in which given
 levels of its cumulative sum fall, the vocabulary is cut into blocks of 64 ids:
@@ -44,13 +44,13 @@ _SCRATCH = {"cpu": 2**19, "other": 2**26}  # float32 weights alive at once
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Proposals of R positions, block by block.
+    """Hold the proposals of R positions, summed by block.
 
     Args:
-        logits: [R, V] as given.
+        logits: the teacher's logits, [R, V].
         shift: float32 or float64 [R, 1], each position's largest logit rounded to an integer.
         sums: float64 [R, B], weight in each block.
-        exponent: e of the proposal.
+        exponent: the exponent e of the proposal.
         ceiling: float64 [R, 1]; tokens that weigh at least this much are left out. None keeps all.
         moment: float64 [R], sum of w_i (z_i - shift) at exponent 1, for the entropy; None unless
             it was asked for.
@@ -100,11 +100,11 @@ class Blocks:
 
     @property
     def total(self) -> Tensor:
-        """float64 [R, 1]: the sum of all weights."""
+        """Sum of all weights, float64 [R, 1]."""
         return self.sums.sum(-1, keepdim=True)
 
     def weights_in(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """float64 [H, 64]: the weights in H blocks, given by row and by block."""
+        """Return the weights in H blocks, given by row and by block, float64 [H, 64]."""
         flat = rows * self.sums.shape[1] + blocks
         chosen = self.logits.view(-1, BLOCK).index_select(0, flat).double()
         weights = _proposal(chosen.sub_(self.shift[rows].double()), self.exponent)
@@ -113,7 +113,7 @@ class Blocks:
         return weights
 
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """float64 [E]: p / q of drawn tokens, from logits and the two normalisers.
+        """Return p / q of drawn tokens, float64 [E], from logits and the two normalisers.
 
         Args:
             ids: int64 [E], position after position.
@@ -127,7 +127,7 @@ class Blocks:
         return ((1 - self.exponent) * gap).exp() * normaliser
 
     def edges(self) -> tuple[Tensor, Tensor]:
-        """Running block sums in fixed point.
+        """Return running block sums in fixed point.
 
         Returns:
             edges int64 [R, B], inclusive, below 2**62; and the scale float64 [R, 1], a power of
@@ -138,7 +138,7 @@ class Blocks:
         return (self.sums * scale).round().to(torch.int64).cumsum(-1), scale
 
     def tokens_at(self, edges: Tensor, levels: Tensor) -> Tensor:
-        """The token in which each level of the cumulative distribution falls.
+        """Find the token in which each level of the cumulative distribution falls.
 
         Args:
             edges: int64 [R, B] from `edges()`.
@@ -189,7 +189,7 @@ def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending keys int64 [M] -> the distinct ones [H], and which of them each key is [M]."""
+    """Return the distinct of ascending keys int64 [M], [H], and which of them each key is, [M]."""
     first = torch.ones_like(keys, dtype=torch.bool)
     first[1:] = keys[1:] != keys[:-1]
     return keys[first], first.cumsum(0) - 1
@@ -229,14 +229,14 @@ def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[
 
 
 def _proposal(gap: Tensor, exponent: float) -> Tensor:
-    """Weights of logits that lie `gap` above the shift; may overwrite `gap`."""
+    """Return the weights of logits that lie `gap` above the shift; may overwrite `gap`."""
     if exponent == 0:
         return (gap > -torch.inf).to(gap.dtype)  # 0 * inf is no number
     return (gap if exponent == 1 else gap.mul_(exponent)).exp_()
 
 
 def _whole_blocks(logits: Tensor) -> Tensor:
-    """Contiguous logits whose vocabulary is cut into whole blocks: a copy only where needed."""
+    """Return contiguous logits of whole blocks of ids; they are copied only where needed."""
     missing = -logits.shape[1] % BLOCK
     if missing:
         return F.pad(logits, (0, missing), value=-torch.inf)
@@ -246,7 +246,7 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 def _coarse_sums(
     logits: Tensor, shift: Tensor, exponent: float, *, with_moment: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Block sums float64 [P, B], and the moment [P] or None; see `Blocks`."""
+    """Return block sums float64 [P, B], and the moment [P] or None; see `Blocks`."""
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
     scratch = _SCRATCH.get(logits.device.type, _SCRATCH["other"])

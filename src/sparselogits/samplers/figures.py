@@ -1,4 +1,4 @@
-"""Two metrics of a distribution that come with sampling from it: log-normaliser and entropy.
+"""Compute the log-normaliser and the entropy of a distribution while sampling from it.
 
 A build reports the teacher's loss and entropy with its targets. Taken from log-probabilities they
 cost three passes over [P, V] and two tensors of that size, a tenth of the teacher's whole forward
@@ -22,7 +22,7 @@ from sparselogits.targets import SparseTargets
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """The log-normaliser and the entropy of P positions.
+    """Hold the log-normaliser and the entropy of P positions.
 
     Args:
         log_normaliser: float64 [P], logsumexp of the logits.

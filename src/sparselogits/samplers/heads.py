@@ -1,4 +1,4 @@
-"""Top-K and top-p: the likeliest tokens with their raw probabilities, and nothing else.
+"""Keep the likeliest tokens with their raw probabilities, and nothing else: Top-K and top-p.
 
 Biased: the tail is missing, and a student trained on the head alone learns an over-confident
 distribution (docs/theory.md, section 1). What becomes of the missing mass is chosen by the loss,
@@ -22,30 +22,27 @@ if TYPE_CHECKING:
 
 
 class _Head(Sampler):
-    """The shared part of Top-K and top-p."""
+    """State what Top-K and top-p have in common."""
 
     unbiased = False
     uniforms_per_position = 0
 
     @property
     def stores(self) -> Stored:
-        """Probabilities."""
+        """Store raw probabilities."""
         return Stored.floats()
 
     def most_mass(self, vocab_size: int) -> float:
-        """One; log-probabilities collected in half precision come to a little more."""
+        """Return one and a little: log-probabilities may be collected in half precision."""
         return 1 + 2 * ROUNDING
 
 
 @dataclass(frozen=True)
 class TopK(_Head):
-    """The k likeliest tokens of each position.
+    """Keep the k likeliest tokens of each position.
 
     Args:
         k: entries per position; fewer where fewer ids are tokens.
-
-    Raises:
-        InvalidArgumentError: for k below one.
     """
 
     k: int = parameter(12, "Entries per token", least=1, label=" {:g}")
@@ -70,14 +67,11 @@ class TopK(_Head):
 
 @dataclass(frozen=True)
 class TopP(_Head):
-    """The fewest tokens whose probabilities reach p, at most `max_entries` of them.
+    """Keep the fewest tokens whose probabilities reach p, at most `max_entries` of them.
 
     Args:
-        p: mass to reach, in (0, 1].
+        p: mass to reach.
         max_entries: largest number of entries per position.
-
-    Raises:
-        InvalidArgumentError: for values outside these ranges.
     """
 
     p: float = parameter(

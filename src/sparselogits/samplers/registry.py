@@ -1,4 +1,4 @@
-"""The known samplers by name: those of this package, and those that other packages declare.
+"""Know samplers by name: those of this package, and those that other packages declare.
 
 Another package declares a sampler by an entry point, in its pyproject.toml:
 
@@ -130,13 +130,13 @@ def from_parameters(identity: Mapping[str, Any]) -> Sampler:
     kind = known_sampler(parameters.pop("name", None))
     try:
         return kind.of(parameters)
-    except (TypeError, InvalidArgumentError) as error:
+    except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"sampler {kind.name!r}: {error}") from error
 
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """A sampler by name, with the fields that were given for it; made by `choose`.
+    """Hold the name of a sampler with the fields that were given for it; made by `choose`.
 
     Args:
         kind: class of the sampler.

@@ -1,4 +1,4 @@
-"""Samplers that draw N rounds with equal weight: systematic, independent, uniform.
+"""Draw N rounds with equal weight: systematically, independently, or from all tokens alike.
 
 A target is (count_i / N) * p_i / q_i, with q the proposal the rounds are drawn from; with q = p it
 is count_i / N. Unbiased for every proposal that is positive wherever p is.
@@ -41,7 +41,7 @@ def _proposal_exponent() -> Any:
 
 @dataclass(frozen=True)
 class DrawnInRounds(Sampler):
-    """The shared part of samplers that draw rounds; a subclass says where the rounds fall."""
+    """Draw rounds; a subclass decides where they fall."""
 
     rounds: int = parameter(50, "Sampling rounds per token", least=1, most=2**20, label=" N = {:g}")
 
@@ -52,7 +52,7 @@ class DrawnInRounds(Sampler):
 
     @property
     def stores(self) -> Stored:
-        """Counts; weights too where the proposal is not the teacher's distribution."""
+        """Store counts, and weights where the proposal is not the teacher's distribution."""
         if self.proposal_exponent == 1:
             return Stored.counts(self.rounds)
         return Stored.counts_and_floats(self.rounds)
@@ -64,7 +64,11 @@ class DrawnInRounds(Sampler):
 
     @abstractmethod
     def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N], ascending in (0, 1]: where the rounds read the cumulative proposal."""
+        """Return where the rounds read the cumulative proposal.
+
+        Returns:
+            float64 [P, N], ascending in (0, 1].
+        """
 
     @abstractmethod
     def inclusion(self, proposal: Tensor) -> Tensor:
@@ -116,14 +120,11 @@ class DrawnInRounds(Sampler):
 
 @dataclass(frozen=True)
 class Systematic(DrawnInRounds):
-    """N rounds drawn systematically from q proportional to p ** proposal_exponent.
+    """Draw N rounds systematically from q proportional to p ** proposal_exponent.
 
     Args:
-        rounds: N, at least 1; a position has at most N entries.
-        proposal_exponent: in [0, 2]; 1 draws from the teacher's distribution itself.
-
-    Raises:
-        InvalidArgumentError: for values outside these ranges.
+        rounds: N; a position has at most N entries.
+        proposal_exponent: 1 draws from the teacher's distribution itself.
     """
 
     proposal_exponent: float = _proposal_exponent()
@@ -133,45 +134,42 @@ class Systematic(DrawnInRounds):
     uniforms_per_position = 1
 
     def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N]: N steps of 1 / N from one uniform."""
+        """Return N steps of 1 / N from one uniform, float64 [P, N]."""
         import torch
 
         ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
         return (ordinal - uniforms) / self.rounds
 
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """min(1, N q)."""
+        """Return min(1, N q)."""
         return (self.rounds * proposal).clamp_max(1)
 
 
 class _Independent(DrawnInRounds):
-    """Independent rounds, one uniform per round."""
+    """Draw independent rounds, each with its own uniform."""
 
     @property
     def uniforms_per_position(self) -> int:
-        """One uniform per round."""
+        """Use one uniform per round."""
         return self.rounds
 
     def points(self, uniforms: Tensor) -> Tensor:
-        """float64 [P, N]: the uniforms themselves, in order."""
+        """Return the uniforms themselves in ascending order, float64 [P, N]."""
         return (1 - uniforms).sort(-1).values
 
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """1 - (1 - q) ** N."""
+        """Return 1 - (1 - q) ** N."""
         missed = self.rounds * (-proposal.clamp_max(1 - 2.0**-53)).log1p()
         return -missed.expm1()
 
 
 @dataclass(frozen=True)
 class Multinomial(_Independent):
-    """N independent rounds from q proportional to p ** proposal_exponent: RS-KD as published.
+    """Draw N independent rounds from q proportional to p ** proposal_exponent: RS-KD as published.
 
     Args:
-        rounds: N, at least 1; a position has at most N entries.
-        proposal_exponent: in [0, 2]; 1 draws from the teacher's distribution itself.
-
-    Raises:
-        InvalidArgumentError: for values outside these ranges.
+        rounds: N; a position has at most N entries.
+        proposal_exponent: 1 draws from the teacher's distribution itself.
     """
 
     proposal_exponent: float = _proposal_exponent()
@@ -182,14 +180,7 @@ class Multinomial(_Independent):
 
 @dataclass(frozen=True)
 class Uniform(_Independent):
-    """N independent rounds from the uniform distribution over the tokens: unbiased, very noisy.
-
-    Args:
-        rounds: N, at least 1.
-
-    Raises:
-        InvalidArgumentError: for rounds below one.
-    """
+    """Draw N independent rounds from all tokens alike: unbiased, and very noisy."""
 
     name = "uniform"
     title = "uniform"

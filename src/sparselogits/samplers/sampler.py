@@ -1,4 +1,4 @@
-"""The interface of a sampler, and the facts that a sampler's class states about itself.
+"""Define the interface of a sampler, and the facts that a sampler's class states about itself.
 
 The codec, the recipes, the command line, budgets, tables and plots read these facts, so a new
 sampler is one class (docs/extending.md). The files of the samplers in this package import torch
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Stored:
-    """What a cache stores of the weights of a sampler's entries.
+    """State what a cache stores of the weights of a sampler's entries.
 
     Make one with `counts`, `counts_and_floats`, `shared_weight` or `floats`.
 
@@ -67,7 +68,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A declared field of a sampler.
+    """Describe a declared field of a sampler.
 
     Args:
         kind: int, float or str.
@@ -85,9 +86,9 @@ class Parameter:
     kind: type[int] | type[float] | type[str]
     default: Any
     help: str
-    least: float = -math.inf
+    least: float = -sys.float_info.max
     above: float = -math.inf
-    most: float = math.inf
+    most: float = sys.float_info.max
     choices: tuple[str, ...] = ()
     label: str | None = None
     is_size: bool = False
@@ -118,13 +119,15 @@ class Parameter:
         if self.kind is str:
             return "a text"
         number = "a whole number" if self.kind is int else "a number"
-        high = f"{self.most:,}"
+        high = f"{self.most:,}" if self.most < sys.float_info.max else ""
         if self.above > -math.inf:
-            return f"{number} above {self.above:g}" + (f", at most {high}" * (self.most < math.inf))
-        return f"{number} " + (
-            f"from {self.least:g} to {high}"
-            if self.most < math.inf
-            else f"of at least {self.least:g}"
+            return f"{number} above {self.above:g}" + (f", at most {high}" if high else "")
+        if self.least == -sys.float_info.max:
+            return number
+        return (
+            f"{number} from {self.least:g} to {high}"
+            if high
+            else f"{number} of at least {self.least:g}"
         )
 
     def in_title(self, name: str, value: Any) -> str:
@@ -183,9 +186,10 @@ def require_declared(value: Any) -> None:
 
 
 class Sampler(ABC):
-    """A deterministic map from a teacher's logits and uniforms to sparse targets.
+    """Map a teacher's logits and uniforms to sparse targets, deterministically.
 
-    A subclass is a frozen dataclass whose fields are declared with `parameter`.
+    A subclass is a frozen dataclass whose fields are declared with `parameter`. A value of another
+    type or outside its range raises InvalidArgumentError.
 
     Attributes:
         name: the word that selects the sampler and stands in a cache's identity.

@@ -1,4 +1,4 @@
-"""The learning signal of a student: how far it is from the teacher, or how noisy its gradient is.
+"""Measure a student's learning signal: its distance from the teacher, or its gradient's noise.
 
 "distance" is the total variation between teacher and student. "variance" is the variance of one
 independent round after the student's unembedding, whose square root minimises the summed variance
@@ -22,7 +22,7 @@ from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
 
 @dataclass(frozen=True, eq=False)
 class StudentSignal:
-    """The signal of a student in memory, made by `of` or `load`.
+    """Hold the signal of a student in memory; made by `of` or `load`.
 
     Args:
         engine: runs the student.
@@ -92,7 +92,7 @@ class StudentSignal:
 
     @torch.no_grad()  # the student's head wants a gradient, and its graph would hold all logits
     def strength(self, logits: Tensor) -> Tensor:
-        """float64 [P]: the signal at each position.
+        """Return the signal at each position, float64 [P].
 
         Args:
             logits: the teacher's, float [P, V].
@@ -112,7 +112,7 @@ class StudentSignal:
         return spread.clamp_min(0).double()
 
     def unembedding(self, vocabulary: int) -> Tensor:
-        """float32 [V, D]: the first rows of the student's unembedding.
+        """Return the first rows of the student's unembedding, float32 [V, D].
 
         Raises:
             InvalidArgumentError: the student has fewer ids.

@@ -1,4 +1,4 @@
-"""Threshold sampling: likely tokens exactly, unlikely ones at random with one common weight.
+"""Keep likely tokens exactly, and unlikely ones at random with one common weight.
 
 Every token with p_i >= tau is kept with weight p_i; any other is kept with probability p_i / tau
 and then weighs tau, so the expectation is p. Among unbiased targets with the same expected number
@@ -28,13 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Threshold(Sampler):
-    """Likely tokens exactly, the tail at weight tau.
+    """Keep likely tokens exactly, and sample the others with weight tau.
 
     Args:
-        tau: in [2**-20, 1]; a position has at most 1 / tau + 1 entries.
-
-    Raises:
-        InvalidArgumentError: for tau outside that range.
+        tau: smallest probability that is kept exactly; a position has at most 1 / tau + 1 entries.
     """
 
     tau: float = parameter(
@@ -53,7 +50,7 @@ class Threshold(Sampler):
 
     @property
     def stores(self) -> Stored:
-        """Weights of the likely tokens; those of the tail are tau."""
+        """Store the weights of the likely tokens; the others weigh tau."""
         return Stored.shared_weight(self.tau)
 
     @property
@@ -103,7 +100,7 @@ class Threshold(Sampler):
         inside = level <= edges[:, -1:]
         level = torch.where(inside, level, edges[:, -1:].double())
         tokens = tail.tokens_at(edges, level.ceil().to(torch.int64).clamp_min(1))
-        # A light token is narrower than the spacing of the levels; should rounding let it be hit
+        # A light token is narrower than the spacing of the levels. If rounding lets it be hit
         # twice all the same, one of the two is dropped.
         inside[:, 1:] &= tokens[:, 1:] != tokens[:, :-1]
         return inside.nonzero(as_tuple=True)[0], tokens[inside]

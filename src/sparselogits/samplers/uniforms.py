@@ -1,9 +1,8 @@
-"""The randomness of a cache: counter-based, keyed by what is sampled and by nothing else.
+"""Generate the random numbers of a cache from a counter, keyed by seed and window index alone.
 
-A window's uniforms depend on (seed, window index) alone, so batch size, rank, executor and restart
-cannot change a draw. The stream is Philox 4x64 with ten rounds, read as raw 64-bit words and
-scaled here: numpy promises the bit stream of a bit generator for ever, of a distribution's method
-it does not.
+So batch size, rank, executor and restart cannot change a draw. The stream is Philox 4x64 with ten
+rounds, read as raw 64-bit words and scaled here: NumPy guarantees the bit stream of a bit generator
+for all versions, and not that of a distribution's method.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 
-_SAMPLING, _THINNING = 0, 1  # highest word of the counter: streams that never meet
+_SAMPLING, _THINNING = 0, 1  # highest word of the counter, so that the streams never overlap
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
-    """The uniforms a sampler consumes for one window.
+    """Return the uniforms that a sampler consumes for one window.
 
     Args:
-        seed: of the cache, in [0, 2**64).
-        window_index: of the window within the cache.
+        seed: seed of the cache, in [0, 2**64).
+        window_index: index of the window within the cache.
         positions: P, positions of the window.
         per_position: U, the sampler's `uniforms_per_position`.
 
@@ -41,16 +40,16 @@ def window_uniforms(seed: int, window_index: int, positions: int, per_position: 
 def thinning_starts(
     seed: int, epoch: int, window_index: int, positions: int, stride: int
 ) -> Tensor:
-    """Which of the `stride` ways to thin cached rounds each position takes in an epoch.
+    """Return which of the `stride` ways to thin cached rounds each position takes in an epoch.
 
     Over any `stride` epochs in a row a position takes every way once, so their average is the
     cached target exactly; consecutive epochs are a golden section of the cycle apart, so that a
     few of them already average well. Where the cycle begins is random.
 
     Args:
-        seed: of the training run, in [0, 2**64).
-        epoch: from 0.
-        window_index: of the window within the cache.
+        seed: seed of the training run, in [0, 2**64).
+        epoch: number of the epoch, from 0.
+        window_index: index of the window within the cache.
         positions: P, positions of the window.
         stride: number of starts; `targets.thinning_choices(cached, kept)`.
 
