@@ -1,9 +1,9 @@
-"""README's first figure, table and sample of text, from the JSON that a run of the demo left.
+"""README's first figure, table and samples of text, from the JSON that a run of the demo left.
 
     sparselogits demo --out demo-run && cp demo-run/demo.json experiments/results/demo.json
     python experiments/demo.py --out docs/figures/healing.png
 
-prints the table and the sample, and draws the figure in light and dark colours. Seconds are
+prints the table and the samples, and draws the figure in light and dark colours. Seconds are
 processor seconds of training divided by two, so that a run on a busy machine says what two quiet
 cores take.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from sparselogits.lab.report.charts import draw_png
 
 STORED = Path(__file__).parent / "results" / "demo.json"
 CORES = 2
-SHOWN = 1
-"""Number of the sample that README shows: a question."""
+SHOWN = (1, 2)
+"""Numbers of the samples that README shows: the questions."""
 
 
 def read(file: Path = STORED) -> tuple[Results, list[dict[str, Any]]]:
@@ -45,12 +46,17 @@ def markdown_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def markdown_sample(samples: list[dict[str, Any]]) -> str:
-    """Return what the models answer to a question, as a table in Markdown."""
-    sample = samples[SHOWN]
-    lines = [f"| | {sample['prompt']} |", "|---|---|"]
+def markdown_samples(samples: list[dict[str, Any]]) -> str:
+    """Return what the models write after the prompts of `SHOWN`, as a table in Markdown."""
+
+    def literal(text: str) -> str:
+        return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", text)
+
+    shown = [samples[number] for number in SHOWN]
+    lines = [f"| | {' | '.join(literal(sample['prompt']) for sample in shown)} |", "|---" * 3 + "|"]
     lines += [
-        f"| {name} | {text.replace('|', '&#124;')} |" for name, text in sample["texts"].items()
+        f"| {name} | {' | '.join(literal(sample['texts'][name]) for sample in shown)} |"
+        for name in shown[0]["texts"]
     ]
     return "\n".join(lines)
 
@@ -61,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="figure; FILE_dark.png is drawn beside it")
     given = parser.parse_args()
     results, samples = read(given.results)
-    print(markdown_table(results), markdown_sample(samples), sep="\n\n")
+    print(markdown_table(results), markdown_samples(samples), sep="\n\n")
     if given.out is not None:
         for dark, name in ((False, given.out.name), (True, f"{given.out.stem}_dark.png")):
             file = given.out.with_name(name)

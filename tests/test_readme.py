@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,3 +38,21 @@ def test_the_commands_and_the_python_example(
     said = capsys.readouterr().out
     assert "CacheDataset(my-cache: " in said
     assert "'loss': " in said, "the Trainer's example logs"
+
+
+def test_the_first_table_and_the_samples_are_those_of_the_stored_run() -> None:
+    script = runpy.run_path(str(ROOT / "experiments" / "demo.py"))
+    results, samples = script["read"]()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script["markdown_table"](results) in readme
+    assert script["markdown_samples"](samples) in readme
+    tokens = results.settings["corpus"]["heldout_windows"] * results.settings["recipe"]["window"]
+    assert f"{tokens:,}".replace(",", " ") + " held-out tokens" in " ".join(readme.split())
+    run = next(run for run in results.runs if run.steps)
+    assert run.tokens == run.steps * 512
+    assert run.steps == 10  # "ten steps of 512 tokens"
+    shares = {row.method: round(row.recovered.mean) for row in results.methods if row.recovered}
+    for page in (readme, (ROOT / "docs" / "index.md").read_text(encoding="utf-8")):
+        assert f"Top-12 at {shares['Top-12']} %" in page
+        assert f"ghost token at {shares['Top-12 ghost']} %" in page
+        assert f"CE without a teacher at {shares['CE']} %" in page

@@ -28,7 +28,8 @@ def demo(
 
     result = run_demo(out)
     if as_json:
-        say_json(result.to_json())
+        paths = {"report": str(result.report), "student": str(result.student)}
+        say_json(result.to_json() | paths | {"talk": result.talk})
         return
     console = stdout()
     console.print(result.table())

@@ -34,15 +34,15 @@ def test_what_is_on_the_page_is_text(browser: Browser, tmp_path: Path) -> None:
 def test_the_table_and_the_sentences_have_the_numbers() -> None:
     results = demo_results()
     lines = {name: [cell.text for cell in cells] for name, cells in table(results).lines}
-    assert lines["not healed"] == ["1.051", "-", "60.0", "4.051", "-", "-", "-"]
-    assert lines["systematic"] == ["0.601", "99", "60.0", "3.601", "12.0", "16.6", "-"]
+    assert lines["not healed"] == ["1.051", "-", "60.0 %", "4.051", "-", "-", "-"]
+    assert lines["systematic"] == ["0.601", "99 %", "60.0 %", "3.601", "12.0", "16.6", "-"]
     assert lines["full KD"][4] == "all"
     best = {
         name: [at for at, cell in enumerate(cells) if cell.best]
         for name, cells in table(results).lines
     }
     assert {0, 1} <= set(best["systematic"])  # full KD is the aim, not a rival
-    assert "bring the KL to 0.60" in headline(results)
+    assert "bring the KL to 0.601" in headline(results)
     assert f"55 % ({HOSTILE}, 50 bytes), 99 % (systematic, 17 bytes)" in headline(results)
     assert "12 held-out windows" in caution(results)
 

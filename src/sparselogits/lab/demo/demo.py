@@ -65,12 +65,12 @@ HEALED = "systematic 12"
 
 METHODS: tuple[dict[str, Any], ...] = (
     {"method": "none", "name": "not healed"},
-    {"method": "ce", "name": "CE, no teacher"},
+    {"method": "ce", "name": "CE"},
     {"sampler": "topk", "k": 12, "name": "Top-12"},
-    {"sampler": "topk", "k": 12, "missing_mass": "ghost", "name": "Top-12, ghost token"},
+    {"sampler": "topk", "k": 12, "missing_mass": "ghost", "name": "Top-12 ghost"},
     {"sampler": "multinomial", "budget": 12, "name": "RS-KD 12"},
     {"sampler": "systematic", "budget": 12, "name": HEALED},
-    {"method": "full", "name": "full KD, online"},
+    {"method": "full", "name": "full KD"},
 )
 SAMPLED = ("not healed", "Top-12", HEALED)
 """Methods whose students write samples, beside the teacher."""
@@ -118,6 +118,8 @@ class DemoResult:
         """Return the table for a terminal."""
         own = table(self.results)
         found = Table("method", box=SIMPLE, caption=CAPTION, caption_justify="left")
+        found.padding, found.pad_edge = (0, 0, 0, 1), False  # fits a terminal of 80 columns
+        found.columns[0].no_wrap = True
         for column in own.columns:
             found.add_column(column.head, justify="right")
         for name, cells in [*own.lines, ("the teacher", own.last)]:
@@ -134,13 +136,10 @@ class DemoResult:
         return talk_command(self.student)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return results and samples as plain JSON values."""
         return {
             "results": self.results.model_dump(mode="json"),
             "samples": [asdict(sample) for sample in self.samples],
-            "report": str(self.report),
-            "student": str(self.student),
-            "talk": self.talk,
         }
 
 

@@ -8,9 +8,9 @@ from sparselogits.lab.report.page import Cell, Column, Table
 
 COLUMNS = (
     Column("KL", best="low", main=True, help="KL(teacher || student), nats per token"),
-    Column("recovered %", best="high", main=True, help="share of what full KD takes off the KL"),
+    Column("recovered", best="high", main=True, help="share of what full KD takes off the KL"),
     Column(
-        "accepted %",
+        "accepted",
         best="high",
         help="tokens drafted by the student that the teacher is expected to accept",
     ),
@@ -32,21 +32,21 @@ def table(results: Results) -> Table:
     last: list[Cell] = []
     if results.teacher is not None:
         loss = results.teacher.figures["loss"]
-        last = [Cell("0.000"), Cell("-"), Cell("100.0"), Cell(f"{loss:.3f}"), *[Cell("-")] * 3]
+        last = [Cell("0.000"), Cell("-"), Cell("100 %"), Cell(f"{loss:.3f}"), *[Cell("-")] * 3]
     rivals = [row.method for row in results.methods if row.family not in ("none", "full")]
     return Table("method", COLUMNS, lines, last).with_best(rivals)
 
 
 def _cells(row: MethodRow, seconds: float | None) -> list[Cell]:
-    def plain(value: float | None, digits: int, scale: float = 1) -> Cell:
-        return Cell("-") if value is None else Cell(f"{scale * value:.{digits}f}", scale * value)
+    def plain(value: float | None, digits: int, unit: str = "") -> Cell:
+        return Cell("-") if value is None else Cell(f"{value:.{digits}f}{unit}", value)
 
     untrained = row.family == "none"
     recovered = None if untrained or row.recovered is None else row.recovered.mean
     return [
         plain(row.figures["kl"].mean, 3),
-        plain(recovered, 0),
-        plain(row.figures["acceptance"].mean, 1, 100),
+        plain(recovered, 0, " %"),
+        plain(100 * row.figures["acceptance"].mean, 1, " %"),
         plain(row.figures["loss"].mean, 3),
         Cell("all") if row.family == "full" else plain(row.entries, 1),
         plain(row.bytes_per_token, 1),
@@ -93,7 +93,7 @@ def share_chart(results: Results) -> Drawing:
         points,
         looks_of({row.method: row.method for row in results.methods}),
         x="cached targets, bytes per token",
-        y="% of full KD's recovery",
+        y="% of full KD's recovery in KL",
         levels=levels,
     )
     return Drawing("storage", "Storage against recovery", chart)
@@ -105,11 +105,11 @@ def headline(results: Results) -> str:
     cached, start, full = (by_family[name] for name in ("systematic", "none", "full"))
     run = next(run for run in results.runs if run.method == cached.method)
     said = (
-        f"Pruned, the student's KL to its teacher is {start.figures['kl'].mean:.2f} nats. One pass "
+        f"Pruned, the student's KL to its teacher is {start.figures['kl'].mean:.3f} nats. One pass "
         f"of the teacher over {run.tokens:,} tokens cached {cached.entries:.1f} entries, "
         f"{cached.bytes_per_token:.1f} bytes, per token; {run.steps} steps of training from them "
-        f"bring the KL to {cached.figures['kl'].mean:.2f}. Full KD, which runs the teacher in each "
-        f"step, brings it to {full.figures['kl'].mean:.2f}."
+        f"bring the KL to {cached.figures['kl'].mean:.3f}. Full KD, which runs the teacher in each "
+        f"step, brings it to {full.figures['kl'].mean:.3f}."
     )
     shares = [
         f"{row.recovered.mean:.0f} % ({row.method}, {row.bytes_per_token:.0f} bytes)"
