@@ -35,6 +35,7 @@ from sparselogits.cli.options import (
 )
 from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
+from sparselogits.methods import listed
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
@@ -388,7 +389,7 @@ def _sampler_params() -> list[Any]:
     from sparselogits.samplers import samplers
 
     offered = {name: kind for name, kind in samplers().items() if kind.on_command_line}
-    biased = " and ".join(name for name, kind in offered.items() if not kind.unbiased)
+    biased = listed([name for name, kind in offered.items() if not kind.unbiased])
     choice = typer.Option(
         help=f"Method that chooses the entries. All but {biased} are unbiased.",
         rich_help_panel=TARGETS,
@@ -420,8 +421,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
     owners = {name: kind for name, kind in offered.items() if field in kind.declared()}
     kind = next(iter(owners.values()))
     declared = kind.declared()[field]
-    *others, last = owners
-    text = f"{declared.help}, for {', '.join(others) + ' and ' if others else ''}{last}"
+    text = f"{declared.help}, for {listed(list(owners))}"
     default = f"{declared.default}"
     if field == kind.budget_parameter:
         text, default = f"{text}, in place of --budget", "from --budget"
@@ -444,7 +444,7 @@ def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, f
     if unknown:
         own = [_dashed(field) + (" or --budget" if field == size else "") for field in declared]
         raise InvalidArgumentError(
-            f"--sampler {kind.name} takes {' and '.join(own) or 'no option of its own'}, not "
+            f"--sampler {kind.name} takes {listed(own) or 'no option of its own'}, not "
             f"{_dashed(unknown[0])}"
         )
     if size is not None and size not in fields:
