@@ -1,16 +1,16 @@
-"""Building a cache against the teacher's forward pass alone.
+"""Compare the time of building a cache with that of the teacher's forward pass alone.
 
     python benchmarks/cache_build.py [--teacher DIR --text FILE] --out benchmarks/cache_build.json
 
-    forward   the teacher's pass over the windows, head included, a slice of logits at a time, as a
-              build runs it; nothing is done with the logits
-    compute   the same with sampling and the window's figures (teacher's loss, entropy)
-    build     the same with encoding, reading back, writing and fsync: what `sparselogits cache`
-              does with one shard
+    forward   the teacher's pass over the windows, head included, one slice of logits at a time, as
+              in a build; the logits are discarded
+    compute   forward, sampling, and the window's metrics (teacher's loss, entropy)
+    build     compute, encoding, reading back, writing and fsync: everything that
+              `sparselogits cache` does for one shard
 
-Runs are interleaved in one process, in random order; ratios are of runs of the same repetition,
+Runs are interleaved in one process, in random order; ratios compare runs of the same repetition,
 as median with 20th and 80th percentile. Without options the teacher is the demo's,
-SmolLM2-135M (V = 49 152), and the text CPython's language reference.
+SmolLM2-135M (V = 49 152), and the text is CPython's language reference.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Speed of reading a cache: decoding, random windows, sequential windows, opening many shards.
+"""Measure the speed of reading a cache: decoding, random and sequential windows, opening shards.
 
     python benchmarks/decode.py --out decode.json
 
-Targets are made up: Zipf-like sets whose sizes and sharing resemble a language model's (SmolLM2 on
-English prose: 10.9 entries a position, 2 900 lists a window at N = 21), 1 024 positions a window,
-V = 49 152. Windows are decoded eight at a time, as reading in order does, and one at a time, as
-reading by chance does. Times are the least of many repetitions of the same window, summed
-over windows, in one process on one core: on a busy machine the mean says more about the neighbours.
-`against_plain` divides by the time of the simplest codec in the same run (sorted ids as gaps and
-all counts, by pcodec, decoded into the same arrays), which is larger by a fifth.
-`--clock cpu` counts the processor time of the thread rather than the time on the wall: for machines
-that do other work beside (whose caches this shares, so that the truth is a little better).
+Targets are synthetic: Zipf-like sets whose sizes and sharing resemble a language model's (SmolLM2
+on English prose: 10.9 entries per position, 2 900 lists per window at N = 21), 1 024 positions per
+window, V = 49 152. Windows are decoded eight at a time, as in sequential reading, and one at a
+time, as in random reading. Times are the minimum over many repetitions of the same window, summed
+over windows, in one process on one core; on a busy machine the mean would measure the other
+processes. `against_plain` divides by the time of the simplest codec in the same run (sorted ids as
+gaps and all counts, by pcodec, decoded into the same arrays), which needs 20 % more bytes. `--clock
+cpu` measures the thread's processor time instead of elapsed time, for machines that do other work
+at the same time (which shares the processor's caches, so times are slightly too long).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PACKING = {"reset_attention": False}
 
 
 def made_up(rounds: int, windows: int) -> list[TargetWindow]:
-    """Positions of one token share a hundred likely ids, beside a Zipf-like prior."""
+    """Draw targets in which positions of one token share likely ids, over a Zipf-like prior."""
     chance = np.random.default_rng(0)
     out = []
     for _ in range(windows):
@@ -76,7 +76,7 @@ def made_up(rounds: int, windows: int) -> list[TargetWindow]:
 
 
 def least(actions: list[Callable[[], object]], repeats: int) -> float:
-    """Seconds: the least time of each action, summed."""
+    """Return the sum of the minimum time of each action, in seconds."""
     best = np.full(len(actions), np.inf)
     for _ in range(repeats):
         for i, action in enumerate(actions):
@@ -87,7 +87,7 @@ def least(actions: list[Callable[[], object]], repeats: int) -> float:
 
 
 def plain(windows: list[TargetWindow]) -> tuple[list[Callable[[], object]], int]:
-    """The codec to compare with: its decoders, and its bytes."""
+    """Return the decoders and the bytes of the codec to compare with."""
     gaps, counts = [], []
     for window in windows:
         ids, starts = window.targets.ids.numpy(), window.targets.offsets.numpy()[:-1]
@@ -171,7 +171,7 @@ def reading(repeats: int) -> dict[str, float]:
 
 
 def opening(shards: int) -> dict[str, float]:
-    """A listing of many shards; the files are empty, since opening reads none of them."""
+    """Measure a listing of many shards; the files are empty, because opening reads none of them."""
     codec = {"name": "inverted-lists", "version": 1, "weights": "counts", "rounds": 21}
     identity = Identity({"name": "made up"}, "", V, "all", L, 512, {}, {}, 0, 1.0, codec)
     with tempfile.TemporaryDirectory() as folder:

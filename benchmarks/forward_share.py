@@ -1,17 +1,16 @@
-"""How much of a build's wall time is the teacher's forward pass (at least 95 %).
+"""Measure the share of the teacher's forward pass in a build's elapsed time (aim: 95 %).
 
     python benchmarks/forward_share.py [--teacher DIR --text FILE] --out forward_share.json
 
-A whole build of several shards, from reading windows to the last fsync, by the clock on the wall.
-Forward is the time in which the engine makes logits, head included: between two slices of logits
-the device belongs to the sampler. What is neither is where the device waits: `sampling` is the
-time in the samplers and the window's figures, `rest` is reading windows, waiting for the shard
-before to be written, and everything else of the build's own thread. Encoding and writing run in a
-thread beside it and show only where they slow it down. The begun cache (budget, identity) is there
-already, as in any build that goes on.
+Elapsed time of a whole build of several shards, from reading windows to the last fsync.
+`forward` is the time in which the engine computes logits, head included. During the rest the device
+does not run the teacher: `sampling` is the time in the samplers and the window's metrics, `rest` is
+reading windows, waiting until the previous shard is written, and everything else of the build's own
+thread. Encoding and writing run in another thread and count only where they slow the build down.
+The cache's budget and identity exist already, as in any resumed build.
 
-Each precision and thread count runs once a repetition, in random order. Without options the
-teacher is the demo's, SmolLM2-135M (V = 49 152), and the text CPython's language reference.
+Each precision and thread count runs once per repetition, in random order. Without options the
+teacher is the demo's, SmolLM2-135M (V = 49 152), and the text is CPython's language reference.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from sparselogits.teacher import LogitsSlice, TransformersTeacher
 
 
 class Watched:
-    """A teacher, and the seconds that go by in its forward pass and in whoever takes its slices."""
+    """A teacher that measures the seconds in its forward pass and in the consumer of its slices."""
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher = teacher
@@ -65,7 +64,7 @@ class Watched:
 def build(
     engine: Watched, corpus: PackedCorpus, request: CacheRequest, **how: Any
 ) -> dict[str, float]:
-    """Seconds of a build, and what they went into."""
+    """Return the seconds of a build by part."""
     engine.forward = engine.sampling = 0.0
     started = time.perf_counter()
     build_caches(engine, corpus, [request], **how)

@@ -1,30 +1,28 @@
-"""Speed of the sparse loss against the matrix products it cannot avoid, and against its rivals.
+"""Compare the speed of the sparse loss with its matrix products alone, and with other losses.
 
     python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 512 --repeats 7 --out loss.json
     python benchmarks/loss.py --threads 1 --clock cpu --anew --out loss.json
 
-All methods of a setting run interleaved in one process, forward and backward, in an order shuffled
-each time; each repetition's time is divided by that of the three bare products of the same
+All methods of a setting run interleaved in one process, forward and backward, in a new random order
+per repetition. Each time is divided by that of the three matrix products alone in the same
 repetition, and the median is printed with the 20th and 80th percentile. The products (x W^T, g W,
-g^T x) write their logits into a buffer that exists already and allocate both gradients, as any
-backward must.
+g^T x) write their logits into an existing buffer and allocate both gradients, as any backward must.
 
-    ours_K          linear_sparse_cross_entropy with K entries a row, in chunks of torch operations
-    triton_K        the same by the Triton kernels (on a GPU)
-    ours_alpha      the same with the first K, alpha = 0.1 and labels
-    cross_entropy   F.cross_entropy(F.linear(x, W), y): training without a teacher
-    torch_chunked   torch.nn.functional.linear_cross_entropy with its own choice of chunks
-    cut_torch       Cut Cross-Entropy's torch_compile path, where the package is there
-    distillkit      DistillKit's sparse KL as plain torch: logits, float32 log_softmax, gather
-    full_kd         linear_dense_kd, full KD in chunks: the teacher's hidden states, of the same
-                    width, are there already; its head's product, the fourth, is not
+    ours_K          linear_sparse_cross_entropy with K entries per row, in chunks of torch
+    operations triton_K        the same by the Triton kernels (on a GPU) ours_alpha      the same
+    with the first K, alpha = 0.1 and labels cross_entropy   F.cross_entropy(F.linear(x, W), y):
+    training without a teacher torch_chunked   torch.nn.functional.linear_cross_entropy with its own
+    choice of chunks cut_torch       Cut Cross-Entropy's torch_compile path, if the package is
+    installed distillkit      DistillKit's sparse KL as plain torch: logits, float32 log_softmax,
+    gather full_kd         linear_dense_kd, full KD in chunks: the teacher's hidden states, of the
+    same
+                    width, are given; the product with its head, a fourth one, is included
 
-Rivals run for the sparse loss's first K only in name: their cost does not depend on it. Liger's
-kernels need a GPU, or Triton's interpreter, whose time says nothing: not here.
+The other losses run only with the first K, because their cost does not depend on K. Liger's kernels
+are not included: they need a GPU, or Triton's interpreter, whose times are meaningless.
 
-A grid that takes long may be run in pieces: settings are added to those that `--out` holds, as long
-as machine and options are the same; `--anew` forgets them first, so that what is there then is of
-one run.
+A long grid may be run in pieces: settings are added to those in `--out` if machine and options are
+the same. `--anew` removes the earlier settings first, so that all results come from one run.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ Step = Callable[[], object]
 
 
 def sparse_targets(rows: int, vocabulary: int, entries: int, device: str) -> tuple[Tensor, Tensor]:
-    """Random ids [rows, entries], distinct within a row, and weights that sum to one."""
+    """Draw ids [rows, entries], distinct within a row, and weights that sum to one."""
     stride = vocabulary // (4 * entries)
     ids = torch.rand(rows, 4 * entries, device=device).argsort(1)[:, :entries] * stride
     weights = torch.rand(rows, entries, device=device)
@@ -60,7 +58,7 @@ def sparse_targets(rows: int, vocabulary: int, entries: int, device: str) -> tup
 
 
 def sparse_autograd(x: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """DistillKit's sparse forward KL: teacher log probabilities against gathered student's."""
+    """Compute DistillKit's sparse forward KL from gathered student log probabilities."""
     log_s = torch.log_softmax(F.linear(x, head).float(), 1).gather(1, ids)
     return (weights * (weights.log() - log_s)).sum(1).mean()
 
@@ -112,7 +110,7 @@ def methods(
 
 
 def products(x: Tensor, head: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[Tensor, Tensor]:  # noqa: B006
-    """The three that no loss of a linear head can do without."""
+    """Compute the three matrix products that every loss of a linear head needs."""
     z = buffer.get("logits")
     if z is None or z.shape != (len(x), len(head)) or z.dtype != x.dtype or z.device != x.device:
         z = buffer["logits"] = x.new_empty(len(x), len(head))
@@ -164,7 +162,7 @@ def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown of medians (20th to 80th percentile), one line a setting."""
+    """Return medians (20th to 80th percentile) in Markdown, one line per setting."""
     found_names = dict.fromkeys(name for row in results for name in row["ratio_to_products"])
     entries = sorted((n for n in found_names if n[5:].isdigit()), key=lambda n: int(n[5:]))
     names = [*entries, *(n for n in found_names if n not in entries)]
@@ -190,18 +188,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="+", help="methods to run; all when left out")
+    parser.add_argument("--only", nargs="+", help="methods to run; default: all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--clock",
         default="wall",
         choices=["wall", "cpu"],
-        help="cpu: processor seconds, steadier on a shared machine; meaningful with one thread",
+        help="cpu: processor seconds, more stable on a shared machine; valid with one thread",
     )
-    parser.add_argument("--out", type=Path, help="JSON file to add to; printed in any case")
-    parser.add_argument("--anew", action="store_true", help="forget what --out holds")
+    parser.add_argument("--out", type=Path, help="JSON file to add results to")
+    parser.add_argument("--anew", action="store_true", help="remove earlier results from --out")
     parser.add_argument(
-        "--show", action="store_true", help="print --out as a table, measure nothing"
+        "--show", action="store_true", help="print --out as a table without measuring"
     )
     args = parser.parse_args()
     if args.show:

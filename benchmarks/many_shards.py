@@ -1,9 +1,9 @@
-"""Memory of `Cache.statistics` (info, card, push, the end of cache) by the number of shards.
+"""Measure the memory of `Cache.statistics` (info, card, push, end of cache) by number of shards.
 
     python benchmarks/many_shards.py [--shards 2000]
 
-Shards of eight windows of 64 tokens, equal but for their numbers, in a folder of this machine.
-Prints the growth of the peak of resident memory per shard, from a tenth of the shards to all.
+Uses shards of eight windows of 64 tokens, equal except for their numbers, in a local folder.
+Prints how much the peak of resident memory grows per shard, from 10 % of the shards to all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparselogits.store import Cache
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had resident."""
+    """Return the peak of this process's resident memory in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks work on where a real teacher matters: the demo's, on the demo's text."""
+"""Load the teacher and the text of benchmarks that need a real teacher; default: the demo's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORK = Path(__file__).parent / ".work"
 
 
 def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
-    """A teacher and its tokenizer; SmolLM2-135M as the demo has it where no folder is given."""
+    """Load a teacher and its tokenizer from a folder; default: the demo's SmolLM2-135M."""
     name = str(folder or demo_model())
     tokenizer = load_tokenizer(name)
     return load_teacher(name, tokenizer=tokenizer, dtype=dtype), tokenizer
@@ -25,7 +25,7 @@ def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
 def corpus(
     tokenizer: Any, vocab_size: int, text: Path | None, windows: int, length: int
 ) -> PackedCorpus:
-    """Packed text with at least so many windows."""
+    """Pack text into at least the given number of windows."""
     folder = WORK / f"corpus-{length}-{windows}"
     source = (
         text or demo_text(folder.with_name(f"text-{length}-{windows}"), 6 * windows * length).path

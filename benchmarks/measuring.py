@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved runs, medians with quantiles, the machine in words."""
+"""Shared by the benchmarks: interleaved runs, medians with quantiles, the machine's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that matter for a timing."""
+    """Return the machine and the versions that affect times."""
     return {
         "processor": processor(),
         "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
+    """Return the median and the 20th and 80th percentile."""
     q = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
@@ -41,10 +41,10 @@ def interleaved(
     warm_up: int = 1,
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Seconds of every run, all of them once a repetition in random order.
+    """Return the seconds of every run; each repetition runs all of them in random order.
 
-    Clock "cpu" counts the processor's seconds instead: steadier beside other work on the machine,
-    blind to waiting for a disk, and meaningful with one thread only.
+    Clock "cpu" measures processor seconds instead: more stable if the machine does other work, but
+    without the time of waiting for a disk, and valid with one thread only.
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     order = random.Random(0)
@@ -60,12 +60,12 @@ def interleaved(
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Spread of one run's time over another's, both of the same repetition."""
+    """Return the spread of the ratio of two runs' times, each of the same repetition."""
     return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
 
 
 def publish(report: Mapping[str, Any], out: Path | None) -> None:
-    """Print a finished report as JSON, and write it where `--out` says."""
+    """Print a finished report as JSON, and write it to `--out` if given."""
     text = json.dumps(report, indent=2)
     print(text)
     if out:
@@ -73,7 +73,7 @@ def publish(report: Mapping[str, Any], out: Path | None) -> None:
 
 
 def processor() -> str:
-    """Its name, where the system tells; with family and model, which a cloud's names leave out."""
+    """Return the processor's name, with family and model, which the names of clouds omit."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)

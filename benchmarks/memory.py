@@ -1,11 +1,11 @@
-"""Peak memory of the loss beyond its inputs and its gradients: one chunk of logits.
+"""Measure the loss's peak memory beyond inputs and gradients: about one chunk of logits.
 
     python benchmarks/memory.py --d 512 --v 49152 --k 12 --rows 2048 --out memory.json
 
-Each method runs forward and backward in a process of its own. On CPU every allocation of torch is
-counted as it happens (the profiler's memory events), on CUDA the allocator's own peak is read.
-Printed beside it, in bytes: the gradients, one chunk of logits as `chunk_rows` has it, and all
-logits; `beyond_in_chunks` is the peak less the gradients over that chunk.
+Each method runs forward and backward in a separate process. On CPU every allocation of torch is
+counted (the profiler's memory events), on CUDA the allocator's peak is read.
+Also printed, in bytes: the gradients, one chunk of logits as `chunk_rows` has it, and all
+logits; `beyond_in_chunks` is (peak - gradients) / chunk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = ["ours", "ours_softcap", "ours_two_temperatures", "cross_entropy", "sp
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """Most bytes held at once during `run`, over what was held before."""
+    """Return the peak of allocated bytes during `run`, minus those allocated before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -92,10 +92,10 @@ def main() -> None:
     parser.add_argument("--v", type=int, default=49152)
     parser.add_argument("--k", type=int, default=12)
     parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--chunk-rows", type=int, help="the loss's own choice when left out")
+    parser.add_argument("--chunk-rows", type=int, help="default: chosen by the loss")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="JSON file; printed in any case")
+    parser.add_argument("--out", type=Path, help="JSON file; the results are also printed")
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:

@@ -1,9 +1,9 @@
-"""Requests to an object store that each operation costs, counted on the way to a real S3 server.
+"""Count the requests that each operation sends to an S3 server.
 
     python -m benchmarks.object_store > benchmarks/object_store.json
 
-The server is moto's on this machine; the counts do not depend on it. Made-up targets, three shards
-of 64 windows of 64 tokens, eight row groups each. Needs the dev extra.
+The server is a local moto server; the counts do not depend on it. Targets are synthetic: three
+shards of 64 windows of 64 tokens, eight row groups each. Needs the dev extra.
 """
 
 from __future__ import annotations

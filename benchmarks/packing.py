@@ -1,19 +1,19 @@
-"""Tokenising and packing: the tokenizer's threads against processes, and checking a text again.
+"""Measure tokenising and packing with threads and with processes, and reading a text again.
 
     python benchmarks/packing.py [--teacher DIR --text FILE] --out benchmarks/packing.json
 
-    threads N     one process, whose tokenizer uses N threads of its own
-    processes N   so many processes, a thread each, as `--processes N`
+    threads N     one process whose tokenizer uses N threads
+    processes N   N processes with one thread each, as `--processes N`
 
-Every run is a process of its own and packs the same text into an empty folder; loading is not
-counted, starting the processes is. `read again` is what going on with a build does for each
-finished shard that it checks: its windows read and their fingerprint made, by one thread.
-`own thread` is the share of processor time that the process spends in its own thread, where the
-tokenizer's are not: what more threads of the tokenizer do not divide. Processor time is blind to
-other work on the machine, the clock on the wall is not: `--processor` leaves the latter out.
+Every run is a separate process that packs the same text into an empty folder; loading is not
+counted, starting the processes is. `read again` is what a resumed build does for each finished
+shard that it checks: it reads the windows and computes their fingerprint, in one thread. `own
+thread` is the share of processor time spent in the process's main thread, which more threads of the
+tokenizer do not divide. Other work on the machine changes elapsed time but not processor time:
+`--processor` omits elapsed time.
 
-Without options the tokenizer is the demo teacher's, and the text CPython's language reference over
-and over, each time with another number in it.
+Without options the tokenizer is that of the demo's teacher, and the text is CPython's language
+reference, repeated with a different number in each copy.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def packed(teacher: str, text: Path, out: Path, processes: int, part_bytes: int) -> dict[str, Any]:
-    """Pack, in this process, and read the windows again."""
+    """Pack in this process, and read the windows again."""
     tokenizer = load_tokenizer(teacher)
     packing = packing_for(tokenizer, window_length=LENGTH, separator_id=SEPARATOR_ID)
     started, processor, own = time.perf_counter(), time.process_time(), time.thread_time()
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=16)
     parser.add_argument("--parts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--processor", action="store_true", help="leave the wall's clock out")
+    parser.add_argument("--processor", action="store_true", help="omit elapsed time")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The memory that `sparselogits plan` estimates, beside what a small Llama of several shapes takes.
+"""Compare the memory that `sparselogits plan` estimates with that of small Llamas.
 
     python benchmarks/plan_memory.py --out benchmarks/plan_memory.json      (a minute)
 
-Every allocation of torch is counted as it happens (the profiler's memory events), weights of the
-teacher left out. A teacher's pass is the trunk, the head slice by slice and the sampler; a training
+Every allocation of torch is counted (the profiler's memory events), without the weights of the
+teacher. A teacher's pass is the trunk, the head by slices and the sampler; a training
 step is forward, loss and backward, with gradients and without the optimiser's moments, which are
 arithmetic.
 """
@@ -65,7 +65,7 @@ def measured_pass(model: LlamaForCausalLM, vocab: int) -> int:
 
 
 def measured_step(model: LlamaForCausalLM, vocab: int, dtype: str, checkpointing: bool) -> int:
-    """Peak beyond the weights, gradients included."""
+    """Return the peak bytes beyond the weights, gradients included."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,9 +1,8 @@
-"""docs/benchmarks.md from the benchmarks' JSON files, whichever of them are there.
+"""Write docs/benchmarks.md from those of the benchmarks' JSON files that exist.
 
     python benchmarks/report.py
 
-A file that is missing, or lacks what a table wants, is reported as not measured: figures come from
-runs, never from this script.
+A missing file or value is reported as not measured: numbers come from runs, never from this script.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ measured, both are printed. **Bold: the aim is missed.**
 
 
 def number(value: Any) -> str:
-    """A figure as it stands in a table."""
+    """Format a number for a table."""
     if isinstance(value, dict) and "median" in value:
         low, high = number(value.get("p20")), number(value.get("p80"))
         return f"{number(value['median'])} ({low}-{high})"
@@ -39,7 +38,7 @@ def number(value: Any) -> str:
 
 
 def held_to(value: Any, *, most: float | None = None, least: float | None = None) -> str:
-    """A figure, in bold where its median, as it is printed, is beyond its aim."""
+    """Format a number, in bold if its median, as printed, misses its aim."""
     said = number(value)
     printed = float(re.sub(r" .*|,", "", said))
     missed = (most is not None and printed > most) or (least is not None and printed < least)
@@ -47,7 +46,7 @@ def held_to(value: Any, *, most: float | None = None, least: float | None = None
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     header = list(header)
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(number(cell) for cell in row) + " |" for row in rows]
@@ -55,14 +54,14 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested values by their path; a median with its quantiles is one leaf."""
+    """Return leaves of nested values by path; a median with its quantiles is one leaf."""
     if isinstance(value, dict) and "median" not in value:
         return [leaf for k, v in value.items() for leaf in flat(v, f"{path} / {k}" if path else k)]
     return [(path, value)]
 
 
 def conditions(found: dict[str, Any]) -> str:
-    """The machine and the settings of a run, in a line."""
+    """Return the machine and the settings of a run in one line."""
     machine = found.get("machine", "not recorded")
     if isinstance(machine, dict):
         machine = ", ".join(f"{k} {v}" for k, v in machine.items())
@@ -164,7 +163,7 @@ heap kept it has no lead at D = 512. `torch_chunked` is torch's automatic choice
 
 
 def loss_memory(found: dict[str, Any]) -> str:
-    """Write what is known of the loss in both conditions of memory."""
+    """Return the loss's results in both conditions of memory."""
     rows = {row["D"]: row["ratio_to_products"] for row in found["results"] if row["V"] == 49152}
     names = {"ours": "ours_12", "ce": "cross_entropy"}
     cells = {f"{k}_{d}": number(rows[d][name]) for k, name in names.items() for d in (128, 512)}
@@ -172,7 +171,7 @@ def loss_memory(found: dict[str, Any]) -> str:
 
 
 def anything(found: dict[str, Any]) -> str:
-    """Every figure by its path: for scripts without a table of their own here."""
+    """Return every number by its path, for scripts without a specific table."""
     skipped = ("machine", "settings", "torch")
     leaves = [leaf for k, v in found.items() if k not in skipped for leaf in flat(v, k)]
     rows = []
@@ -184,7 +183,7 @@ def anything(found: dict[str, Any]) -> str:
 
 
 def sampling(found: dict[str, Any]) -> str:
-    """Both conditions of memory beside each other; the aim is held to warm memory."""
+    """Return both conditions of memory side by side; the aim applies to warm memory."""
     names = found["warm"]["ratio_to_softmax"]
     rows = [
         (
@@ -240,7 +239,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
 
 
 def section(name: str, title: str, render: Callable[[dict[str, Any]], str]) -> str:
-    """One benchmark's part of the page."""
+    """Return the section of one benchmark."""
     script = f"`benchmarks/{name}.py`"
     files = sorted(HERE.glob(f"{name}.json")) + sorted(HERE.glob(f"{name}_*.json"))
     parts = [f"## {title}", f"From {script}."]

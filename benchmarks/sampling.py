@@ -1,18 +1,18 @@
-"""What sampling costs, as a ratio to one softmax over the same logits in the same process.
+"""Measure the cost of sampling relative to one softmax over the same logits.
 
     python benchmarks/sampling.py [--vocabulary 128256] [--positions 1024] --out sampling.json
 
-Prints JSON, for two conditions of memory, each in a process of its own:
+Prints JSON for two conditions of memory, each in a separate process:
 
 - "warm": the allocator keeps its pages (glibc's MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_), and
   softmax writes into a buffer given by `out=`. This compares the computations.
-- "default": as the system does it. glibc maps every large tensor anew, and to touch its pages for
-  the first time costs more than a softmax; softmax's result is one such tensor, the samplers' are
-  small. A ratio below one here says that sampling allocates little, not that it computes little.
+- "default": the system's allocator. glibc maps every large tensor anew, and the first access to its
+  pages costs more than a softmax; softmax's result is such a tensor, the samplers' are small. A
+  ratio below one here means that sampling allocates little, not that it computes little.
 
-Runs are interleaved, and a ratio is of the same repetition, as median with the 20th and 80th
-percentile. `marginal_error` is the largest difference between the block-wise distribution that the
-sampler draws from and a float64 softmax.
+Runs are interleaved, and a ratio compares runs of the same repetition, as median with the 20th and
+80th percentile. `marginal_error` is the largest difference between the block-wise distribution that
+the sampler draws from and a float64 softmax.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONDITIONS = {
 
 
 def teacher_like(positions: int, vocabulary: int) -> Tensor:
-    """Gaussian logits with a peaked head: about 3 nats at V = 128 256."""
+    """Draw Gaussian logits with a peaked head: about 3 nats at V = 128 256."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(positions, vocabulary, generator=generator).mul_(2.5)
     logits[:, :64] += torch.randn(positions, 64, generator=generator).mul_(4).add_(6)
@@ -57,7 +57,7 @@ def marginal_error(logits: Tensor) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every sampler over softmax, in this process and its memory condition."""
+    """Measure every sampler relative to softmax, in this process's memory condition."""
     torch.set_num_threads(arguments.threads)
     logits = teacher_like(arguments.positions, arguments.vocabulary)
     entropy = torch.special.entr(logits[:64].softmax(-1)).sum(-1).mean()

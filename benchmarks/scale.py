@@ -1,12 +1,12 @@
-"""A cache of very many shards: listing, opening, memory of readers and of DataLoader workers.
+"""Measure a cache of many shards: listing, opening, memory of readers and DataLoader workers.
 
     python benchmarks/scale.py --shards 100000 --out scale.json
 
-`opening` is over a folder of empty files with shards' names, for no shard is read by it: the first
-look at the folder in a process of its own, a second one, and what the list takes in memory.
-`reading` is over real shards, more of them than a reader keeps open, window after window in a
-shuffled order: resident memory after the first windows and after all of them, in one process and in
-the DataLoader's workers, forked and spawned (the largest of them).
+`opening` lists a folder of empty files with the names of shards, because opening reads no shard:
+the first listing in a separate process, a second one, and the memory of the list. `reading` reads
+real shards, more than a reader keeps open, window by window in a shuffled order: resident memory
+after the first windows and after all of them, in one process and in the DataLoader's workers,
+forked and spawned (the largest of them).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def look(folder: Path) -> dict[str, float]:
 
 
 class Weighed(Dataset[dict[str, float]]):
-    """Windows read and thrown away; what is left is who read them, and in how much memory."""
+    """A dataset that reads and discards windows, and returns the reading process and its memory."""
 
     def __init__(self, folder: Path) -> None:
         self.windows = CacheDataset(folder)

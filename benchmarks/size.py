@@ -1,13 +1,13 @@
-"""Bits an entry and bytes a token of a cache, and what each idea of the coding buys.
+"""Measure a cache's bits per entry and bytes per token, and the gain of each coding idea.
 
     python benchmarks/size.py --teacher DIR --text a.txt b.txt c.txt --windows 8 --out size.json
 
-The teacher reads the first windows of the second half of each text; nothing is fitted on them: what
-an idea needs to fit (token frequencies), it fits on the *other* texts. Prints JSON:
+The teacher reads the first windows of the second half of each text. Nothing is fitted on them:
+token frequencies, which some ideas need, are fitted on the *other* texts. Prints JSON:
 
-    methods   per sampler: a real shard of all windows, every byte counted but the text's tokens
-    ideas     per sampler: bits an entry of ids and counts under rising effort, pages only
-    synthetic the same at V = 128 256, on targets that are made up (said so)
+    methods   per sampler: a real shard of all windows, every byte counted except the text's tokens
+    ideas     per sampler: bits per entry of ids and counts with each further idea, pages only
+    synthetic the same at V = 128 256, on synthetic targets (marked as such)
 
 `--hidden FOLDER` keeps the teacher's final hidden states: a second run needs no forward pass.
 """
@@ -45,7 +45,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 @dataclass
 class Draw:
-    """A window's entries: ids and counts [E], entries a position [L], tokens [L]."""
+    """A window's entries: ids and counts [E], entries per position [L], tokens [L]."""
 
     ids: np.ndarray
     counts: np.ndarray
@@ -54,12 +54,12 @@ class Draw:
 
     @property
     def owner(self) -> np.ndarray:
-        """int64 [E]: the position of each entry."""
+        """Return the position of each entry, int64 [E]."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
 def hidden_states(options: argparse.Namespace, text: Path) -> tuple[torch.Tensor, np.ndarray]:
-    """bf16 [W, L, D] and int32 [W, L]."""
+    """Return hidden states bf16 [W, L, D] and tokens int32 [W, L]."""
     kept = options.hidden and options.hidden / f"{text.stem}.safetensors"
     if kept and kept.exists():
         found = load_file(kept)
@@ -79,7 +79,7 @@ def hidden_states(options: argparse.Namespace, text: Path) -> tuple[torch.Tensor
 def targets_of(
     hidden: torch.Tensor, head: torch.Tensor, samplers: dict[str, Sampler], window: int
 ) -> dict[str, SparseTargets]:
-    """Every sampler's targets of one window."""
+    """Draw the targets of one window with every sampler."""
     parts: dict[str, list[SparseTargets]] = {name: [] for name in samplers}
     for start in range(0, L, 128):
         logits = hidden[start : start + 128].float() @ head
@@ -90,7 +90,7 @@ def targets_of(
 
 
 def in_a_shard(sampler: Sampler, targets: list[SparseTargets], tokens: np.ndarray) -> dict:
-    """What a shard of these windows weighs, from the file itself."""
+    """Return the bytes of a shard of these windows, from the file itself."""
     V = targets[0].vocab_size
     identity = Identity(
         {"name": "benchmark"}, "", V, "all", L, len(targets), {}, {}, 0, 1.0, codec_for(sampler)
@@ -115,7 +115,7 @@ def in_a_shard(sampler: Sampler, targets: list[SparseTargets], tokens: np.ndarra
 
 
 def pages(columns: list[np.ndarray], classes: list[np.ndarray] | None = None) -> int:
-    """Bits of the pages of one column, or of one for each class."""
+    """Return the bits of the pages of one column, or of one column per class."""
     if classes is None:
         return 8 * sum(map(len, encode_column([c.astype(np.uint32) for c in columns]).pages))
     kinds = np.unique(np.concatenate(classes))
@@ -125,7 +125,7 @@ def pages(columns: list[np.ndarray], classes: list[np.ndarray] | None = None) ->
 
 
 def row_gaps(draws: list[Draw], rank: np.ndarray) -> list[np.ndarray]:
-    """Position by position: sorted ids as gaps."""
+    """Code by position: sorted ids as gaps."""
     out = []
     for d in draws:
         key = np.sort(d.owner.astype(np.int64) << 32 | rank[d.ids])
@@ -138,7 +138,7 @@ def row_gaps(draws: list[Draw], rank: np.ndarray) -> list[np.ndarray]:
 
 
 def unigram_bits(draws: list[Draw], frequency: np.ndarray) -> float:
-    """Ideal code length of the sets under a held-out unigram model, their order divided out."""
+    """Return the ideal code length of the unordered sets under a held-out unigram model."""
     p = frequency + 0.5
     cost = -np.log2(p / p.sum())
     factorial = np.concatenate([[0], np.cumsum(np.log2(np.arange(1, 200)))])
@@ -148,7 +148,7 @@ def unigram_bits(draws: list[Draw], frequency: np.ndarray) -> float:
 def inverted(
     draws: list[Draw], *, by_token: bool, classes: bool, hits: bool = False, joint: int = 1
 ) -> int:
-    """Id by id: the lists of positions; `joint` windows share their lists."""
+    """Code by id: lists of positions; `joint` windows share their lists."""
     heads, sizes, gaps, kinds, flags = [], [], [], [], []
     for start in range(0, len(draws), joint):
         group = draws[start : start + joint]
@@ -196,7 +196,7 @@ def counts_ideas(draws: list[Draw]) -> dict[str, int]:
 
 
 def ideas(draws: list[Draw], frequency: np.ndarray) -> dict[str, float]:
-    """Bits an entry, idea by idea."""
+    """Return the bits per entry with each idea."""
     V = len(frequency)
     identity, rank = np.arange(V), np.empty(V, np.int64)
     rank[np.argsort(-frequency, kind="stable")] = np.arange(V)
@@ -230,7 +230,7 @@ def draw_of(target: SparseTargets, tokens: np.ndarray) -> Draw:
 
 
 def synthetic(vocab_size: int = 128256, windows: int = 4) -> Iterator[tuple[str, dict]]:
-    """Made-up targets: Zipf-like priors, and positions of one token share their likely ids."""
+    """Draw targets with Zipf-like priors whose positions of one token share likely ids."""
     chance = np.random.default_rng(0)
     prior = torch.from_numpy(-np.log(np.arange(vocab_size) + 20.0)).float()
     tokens = chance.zipf(1.3, (windows, L)).clip(max=vocab_size - 1).astype(np.int32)

@@ -1,22 +1,23 @@
-"""A training step from the cache against a step without a teacher, loading and decoding included.
+"""Compare a training step from the cache with a step without a teacher, loading included.
 
     python benchmarks/step.py [--teacher DIR --text FILE] --out benchmarks/step.json
 
-    ce            labels alone: the same loss code with the label as its target; windows come from
-                  the packed text, which holds no targets
+    ce            labels only: the same loss code with the label as its target; windows come from
+                  the packed text, which has no targets
     cache         cached targets, read, decoded and padded in this process
-    cache thinned the same, thinned to a quarter of the rounds with fresh noise
-    cache worker  the same by one DataLoader worker; with --clock cpu what the worker computes is
-                  not counted, nor is, in any method, waiting for a disk
-    full          the teacher's whole distribution, its forward pass in the step
+    cache thinned as cache, thinned to 25 % of the rounds with fresh noise
+    cache worker  as cache, decoded by one DataLoader worker; --clock cpu does not count the
+    worker's
+                  time, nor, for any method, waiting for a disk
+    full          the teacher's whole distribution, with its forward pass in the step
 
-One optimiser step each (AdamW, accumulating nothing), interleaved in random order, on one student
-and one optimiser that all methods share: the same step on copies of a student, at other addresses,
-differs by up to 5 %. Ratios are of steps of the same repetition, as median with 20th and 80th
-percentile. Two students of the teacher's vocabulary: in "even" the trunk weighs as much as the
-head, in "head" the head dominates. `loader` says what reading alone costs: microseconds of one core
-a token, and its share of a step. Without options the teacher is the demo's SmolLM2-135M, with
-49 152 ids.
+Each run is one optimiser step (AdamW, no accumulation), interleaved in random order. All methods
+share one student and one optimiser, because the same step on copies of a student, at other memory
+addresses, differs by up to 5 %. Ratios compare steps of the same repetition, as median with 20th
+and 80th percentile. There are two students with the teacher's vocabulary: in "even" the trunk costs
+as much as the head, in "head" the head dominates. `loader` is the cost of reading alone:
+microseconds of one core per token, and its share of a step. Without options the teacher is the
+demo's SmolLM2-135M, with 49 152 ids.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def student(layers: int, vocabulary: int, length: int) -> nn.Module:
 
 
 def batches(dataset: Any, batch: int, workers: int, rounds: int | None) -> Iterator[dict]:
-    """Batches without end, a new order each epoch."""
+    """Yield batches endlessly, in a new order per epoch."""
     thinning = None if rounds is None else Schedule.constant(rounds)
     sampler: Any = WindowSampler(WindowOrder(len(dataset)), thinning=thinning)
     places = sampler
@@ -93,7 +94,7 @@ def batches(dataset: Any, batch: int, workers: int, rounds: int | None) -> Itera
 
 
 class _IndicesOnly:
-    """The same order for a dataset that knows nothing of rounds."""
+    """A sampler of the same order for a dataset without rounds: it yields indices only."""
 
     def __init__(self, sampler: WindowSampler) -> None:
         self.sampler = sampler
@@ -157,7 +158,7 @@ def measure(
 
 
 def loader_cost(cache: CacheDataset, text: TextDataset, args: Any) -> dict[str, Any]:
-    """Microseconds a token of reading alone, in this process; the least of ten batches."""
+    """Return the microseconds per token of reading in this process; the minimum of ten batches."""
 
     def least(dataset: Any, rounds: int | None = None) -> float:
         found = batches(dataset, args.batch, 0, rounds)
@@ -177,7 +178,7 @@ def loader_cost(cache: CacheDataset, text: TextDataset, args: Any) -> dict[str, 
 
 
 def built(online: TransformersTeacher, tokenizer: Any, corpus: PackedCorpus, args: Any) -> Path:
-    """A cache of the corpus, kept between runs."""
+    """Return a cache of the corpus, which is kept between runs."""
     root = WORK / f"cache-{args.length}-{args.windows}-{args.rounds}"
     build_caches(
         online,
@@ -195,7 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--dtype", default="float32", help="of the teacher")
+    parser.add_argument("--dtype", default="float32", help="dtype of the teacher")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
-    parser.add_argument("--build-only", action="store_true", help="the cache, then stop")
+    parser.add_argument("--build-only", action="store_true", help="build the cache, then stop")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,17 +1,18 @@
-"""Train a student on many ranks from one cache, in a plain loop: FSDP2's `fully_shard`.
+"""Train a student on many ranks from one cache, in a plain loop with FSDP2's `fully_shard`.
 
     torchrun --nproc-per-node 8 examples/fsdp2.py --cache C --student S --out O --global-batch 64
 
-Run the same command again, on any number of ranks that divides the global batch, and it goes on
-from the newest checkpoint in O. A step is the same on 2 ranks as on 8, but for rounding:
+C is a cache, S the folder of a student's model, O the output folder. The same command, on any
+number of ranks that divides the global batch, resumes from the newest checkpoint in O. A step on 2
+ranks equals one on 8, apart from rounding:
 
-- step n takes the same windows of one global order; rank r of R reads every R-th of them, no other;
+- step n takes the same windows of one global order; rank r of R reads only every R-th of them;
 - the loss is a mean over the positions of the global batch, not a mean of the ranks' means;
 - weights and optimizer are stored by torch.distributed.checkpoint, which reshards them on loading.
 
-A checkpoint gets its name when all of it is written, so a job may die at any moment. What an epoch
-has beyond its last full global batch is left out of it; other windows in each epoch. Dropout would
-draw other numbers after a restart. Load none but your own checkpoints: torch's hold a pickle.
+A checkpoint gets its name when it is complete, so a job may die at any moment. The windows of an
+epoch after its last full global batch are skipped, different ones in each epoch. Dropout would draw
+different numbers after a restart. Load only your own checkpoints: torch's contain a pickle.
 """
 
 from __future__ import annotations
@@ -47,22 +48,22 @@ from sparselogits.train.objective import Objective, bind
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cache", required=True, help="a finished cache, folder or URL")
-    parser.add_argument("--student", required=True, help="a transformers model to begin from")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints and the trained model")
-    parser.add_argument("--global-batch", type=int, default=64, help="windows a step, all ranks")
+    parser.add_argument("--cache", required=True, help="folder or URL of a finished cache")
+    parser.add_argument("--student", required=True, help="folder of a transformers model to train")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--global-batch", type=int, default=64, help="windows per step")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--alpha", type=float, default=0.0, help="share of the labels in the loss")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the windows")
+    parser.add_argument("--alpha", type=float, default=0.0, help="weight of the labels in the loss")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the windows")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=2, help="processes a rank that read ahead")
+    parser.add_argument("--workers", type=int, default=2, help="reader processes per rank")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights float32")
     return parser.parse_args()
 
 
 def begin() -> torch.device:
-    """Join the ranks that torchrun started, each with a device of its own."""
+    """Join the ranks that torchrun started, each with its own device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -74,9 +75,9 @@ def begin() -> torch.device:
 def sharded_student(
     folder: str, dataset: CacheDataset, *, alpha: float, bf16: bool, device: torch.device
 ) -> nn.Module:
-    """The student with the loss in its own forward, each layer sharded over all ranks.
+    """Return the student with the loss in its forward, each layer sharded over all ranks.
 
-    In this order: the loss must lie inside the forward that FSDP wraps.
+    The loss is bound first, because it must be inside the forward that FSDP wraps.
     """
     student: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     bind(student, Objective("sparse", alpha=alpha, temperature=dataset.identity.temperature))
@@ -92,7 +93,7 @@ def sharded_student(
 def batches(
     dataset: CacheDataset, sampler: WindowSampler, *, global_batch: int, workers: int
 ) -> Iterator[dict[str, Tensor]]:
-    """This rank's part of each global batch left in the sampler's epoch."""
+    """Yield this rank's part of each remaining global batch of the sampler's epoch."""
     mine = global_batch // dist.get_world_size()
     loader = DataLoader(
         dataset, mine, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=True
@@ -103,7 +104,7 @@ def batches(
 def train_step(
     student: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> float:
-    """One step of all ranks; returns the loss, nats a position of the global batch."""
+    """Run one step on all ranks; return the loss in nats per position of the global batch."""
     positions = (batch["shift_labels"] != IGNORE_INDEX).sum()
     dist.all_reduce(positions)
     # FSDP averages gradients over the ranks, so each divides by a rank's mean share of positions
@@ -124,7 +125,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     order: dict[str, int | str],
 ) -> None:
-    """Write a checkpoint; rank 0 names it when every rank's part is there."""
+    """Write a checkpoint; rank 0 names it when every rank's part is written."""
     weights, moments = get_state_dict(student, optimizer)
     unfinished = out / f"unfinished-{step:08d}"
     save_sharded({"student": weights, "optimizer": moments}, checkpoint_id=unfinished)
@@ -136,7 +137,7 @@ def save(
 def resume(
     out: Path, student: nn.Module, optimizer: torch.optim.Optimizer, sampler: WindowSampler
 ) -> int:
-    """Load the newest checkpoint, if there is one, on however many ranks; returns its step."""
+    """Load the newest checkpoint, if any, on any number of ranks; return its step."""
     if dist.get_rank() == 0:
         for unfinished in out.glob("unfinished-*"):
             shutil.rmtree(unfinished)

@@ -1,14 +1,14 @@
-"""Continue a cache-trained student on text of its own, with the teacher online, by TRL's trainer.
+"""Train a cache-trained student further on its own completions, with the teacher online (TRL).
 
     python examples/on_policy.py --student runs/mine/model --teacher MODEL \
         --prompts prompts.jsonl --out runs/on-policy --steps 200 --learning-rate 1e-5
 
-In each step the student completes a batch of prompts at temperature 1, the teacher reads what it
-wrote, and the student minimises KL(student || teacher) over the whole vocabulary at every token it
-wrote. This is the objective of MiniLLM (arXiv 2306.08543) without the part of its gradient that
-passes through the choice of the samples, or GKD (arXiv 2306.13649) with beta 1 and lambda 1. TRL's
-`DistillationTrainer` does the work: it is TRL's successor of `GKDTrainer` for this setting, and TRL
-has no trainer for MiniLLM any more.
+In each step the student completes a batch of prompts at temperature 1, the teacher reads
+the completions, and the student minimises KL(student || teacher) over the whole vocabulary at every
+token of the completions. This is the objective of MiniLLM (arXiv 2306.08543) without the part of
+its gradient that passes through the choice of the samples, or GKD (arXiv 2306.13649) with beta 1
+and lambda 1. TRL's `DistillationTrainer` trains: it is TRL's successor of `GKDTrainer` for this
+setting, and TRL has no trainer for MiniLLM any more.
 
 PROMPTS is a file of JSON lines with `prompt` (text, or a list of messages for the chat template),
 or plain text with one prompt per line. docs/training.md lists the pitfalls.
@@ -38,10 +38,10 @@ def read_prompts(path: Path) -> Dataset:
 
 
 class OnPolicyTrainer(DistillationTrainer):
-    """TRL's trainer, with the passes of the loss in bfloat16 where `bf16` is set.
+    """A TRL trainer that computes the loss in bfloat16 if `bf16` is set.
 
-    In TRL 1.16 `bf16` reaches generation alone: the loss is computed in a forward that replaces the
-    one which accelerate has put under autocast.
+    In TRL 1.16 `bf16` affects only generation: the loss is computed in a forward that replaces the
+    one that accelerate runs under autocast.
     """
 
     def compute_loss_context_manager(self) -> Any:
@@ -64,7 +64,7 @@ def make_trainer(
         teacher: model with the same vocabulary size, in any dtype.
         tokenizer: the tokenizer of both.
         prompts: dataset with a column `prompt`.
-        out: folder for what the trainer writes.
+        out: output folder of the trainer.
         settings: fields of `DistillationConfig` to change.
     """
     given: dict[str, Any] = {

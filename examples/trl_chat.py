@@ -1,14 +1,14 @@
-"""Chat data the TRL way: fine-tune a teacher, cache its answers' targets, distil a student.
+"""Fine-tune a chat teacher with TRL, cache targets of its answers, distil a student.
 
     python examples/trl_chat.py --out runs/chat
     python examples/trl_chat.py --out runs/chat --teacher MODEL --chats chats.jsonl --window 1024
 
 One `datasets.Dataset` with a `messages` column feeds both trainers, one `SFTConfig` sets them up,
-and both learn the assistant's turns only: TRL by `assistant_only_loss`, the cache by
-`completion_only`: prompts are read by the teacher, but neither cached nor trained.
+and both learn only the assistant's turns: TRL by `assistant_only_loss`, the cache by
+`completion_only` (the teacher reads the prompts, but they are neither cached nor trained on).
 
-Without --teacher a small one is made and fine-tuned here, on questions and answers cut from the
-language reference that comes with Python; all of it takes seconds on a CPU.
+Without --teacher a small teacher is made and fine-tuned on questions and answers cut from the
+language reference that comes with Python; this takes seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_tokenizer
 
-# ChatML; TRL reads from the `generation` marks what the assistant says
+# ChatML; TRL finds the assistant's text by the `generation` marks
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>
 {% endgeneration %}{% else %}{{ message.content }}<|im_end|>
@@ -41,7 +41,7 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def chats_from_python() -> Dataset:
-    """Conversations of two questions and two answers, from the language reference."""
+    """Make conversations of two questions and two answers from the language reference."""
     rows = []
     for name, page in sorted(topics.items()):
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n\n+", page)]
@@ -55,7 +55,7 @@ def chats_from_python() -> Dataset:
 
 
 def make_teacher(chats: Dataset, folder: Path, steps: int, device: str) -> None:
-    """A small teacher, fine-tuned on the assistant's turns by TRL."""
+    """Make a small teacher and fine-tune it on the assistant's turns by TRL."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -107,8 +107,8 @@ def settings(out: Path, steps: int, device: str, **changes: object) -> SFTConfig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher", help="a chat model; a small one is made when left out")
-    parser.add_argument("--chats", help="JSON lines with `messages`; Python's own documents else")
+    parser.add_argument("--teacher", help="a chat model; default: make a small one")
+    parser.add_argument("--chats", help="JSON lines with `messages`; default: Python's manual")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--steps", type=int, default=40)

@@ -1,13 +1,13 @@
-"""What do rounds that follow a student buy that student, at equal bytes?
+"""Measure what adaptive rounds gain for the student that they follow, at equal bytes.
 
     python experiments/adaptive_in_training.py --teacher MODEL --data TEXT --work FOLDER \
         --out RESULT.json
 
-A first student reads one pass of systematic targets. It then guides `Adaptive` samplers, whose
-nominal rounds are chosen so that a token costs as many bytes as the systematic target of the same
-windows. From the first student on, second passes over new text are trained from each cache, with
-several seeds of draws and order, and compared on held-out text: loss and KL to the teacher.
-Everything on disk under --work is resumed, so an interrupted run goes on.
+A first student is trained for one pass on systematic targets. It then guides `Adaptive` samplers,
+whose nominal rounds are chosen so that a token costs as many bytes as the systematic target of the
+same windows. Starting from the first student, second passes over new text are trained from each
+cache, with several seeds of draws and order, and compared on held-out text: loss and KL to the
+teacher. Finished work under --work is reused, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ SHARD = 16
 
 @dataclass(frozen=True)
 class PilotWindow:
-    """One window with its teacher's logits.
+    """A window with its teacher's logits.
 
     Args:
-        index: of the window.
+        index: number of the window.
         tokens: int64 [L].
-        slices: what the teacher said, a run of positions at a time.
+        slices: logits of the teacher, for one run of positions each.
     """
 
     index: int
@@ -77,7 +77,7 @@ class PilotWindow:
     slices: list[LogitsSlice]
 
     def draw(self, sampler: Sampler) -> SparseTargets:
-        """Its targets, with the uniforms of a cache of seed 0."""
+        """Draw the window's targets, with the uniforms of a cache of seed 0."""
         uniforms = window_uniforms(0, self.index, len(self.tokens), sampler.uniforms_per_position)
         return SparseTargets.cat(
             [
@@ -98,7 +98,7 @@ def pilot_windows(
 
 
 def bits_a_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: int) -> float:
-    """Coded targets of some windows, without a shard's tables."""
+    """Return the bits per position of some windows' coded targets, without a shard's tables."""
     coded = [
         TargetWindow(
             window.draw(sampler),
@@ -118,7 +118,7 @@ def of_equal_bytes(
     pilot: Sequence[PilotWindow],
     vocabulary: int,
 ) -> Adaptive:
-    """The adaptive sampler whose bits a position come closest from below."""
+    """Return the adaptive sampler with the most bits per position not above the given number."""
     signal, position_power, token_power = how
     base = Adaptive(
         StudentSignal.load(NamedSignal(str(guide), signal)),

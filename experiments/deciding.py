@@ -6,10 +6,10 @@
     python experiments/deciding.py collect --work FOLDER
 
 FILES are Shakespeare's plays, inaugural addresses and State of the Union addresses (1.0 M tokens).
-`run` trains the common ancestor, then one seed after another. Interrupted, it goes on from the last
-64 steps; several processes may run on one FOLDER, each takes seeds that no other has in hand.
-`collect` writes experiments/results/deciding.json with the verdict, and the per-window sums as
-deciding_windows.npz.
+`run` trains the common ancestor, then one seed after another. If interrupted, it resumes from a
+state at most 64 steps old; several processes may share one FOLDER, each takes seeds that no other
+is running. `collect` writes experiments/results/deciding.json with the verdict, and the per-window
+sums as deciding_windows.npz.
 
 **Plan, written before the first run.**
 
@@ -73,7 +73,7 @@ SAVE_STEPS = 64
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a sampler's targets, or full KD or CE where there is none."""
+    """A way to train: a sampler's targets, or full KD or CE if there is no sampler."""
 
     title: str
     sampler: Sampler | None = None
@@ -129,7 +129,7 @@ class Material:
                 f"{folder / 'corpus'} has {len(self.text)} training windows; the experiment needs "
                 f"{first + second}. Train the teacher on more text"
             )
-        # the corpus holds one file of text after another: both parts are spread over all of it
+        # the corpus is a sequence of files: both parts are spread over all of them
         mixed = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(0)).tolist()
         self.first, self.second = mixed[:first], mixed[first : first + second]
 
@@ -183,7 +183,7 @@ def train(
         size: sizes of the experiment.
         draws: seed of the draws of the arm with an index.
         rate: learning rate at a step.
-        checkpoint: where the state is kept every 64 steps.
+        checkpoint: file to which the state is written every 64 steps.
     """
     arms = [arm for arm in ARMS if arm.title in students]
     optimizers = {title: optimizer_of(model, rate(0)) for title, model in students.items()}
@@ -258,7 +258,7 @@ def ancestor(material: Material, size: Size, work: Path) -> Path:
 
 
 def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path) -> None:
-    """Train and measure all arms of one seed, and write what was found."""
+    """Train and measure all arms of one seed, and write the results."""
     students: dict[str, nn.Module] = {
         arm.title: load_causal_lm(str(start), dtype="float32").train() for arm in ARMS
     }
@@ -374,7 +374,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def collect(work: Path, out: Path, size: Size) -> dict[str, Any]:
-    """Put all seeds together, with the verdict once every seed is done."""
+    """Combine all seeds, with the verdict once every seed is done."""
     files = [work / f"seed-{seed}.json" for seed in range(size.seeds)]
     seeds = [json.loads(file.read_text()) for file in files if file.exists()]
     if not seeds:

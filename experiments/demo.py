@@ -1,11 +1,11 @@
-"""README's first figure, table and samples of text, from the JSON that a run of the demo left.
+"""Print the README's figure, table and samples of text from the JSON that the demo wrote.
 
     sparselogits demo --out demo-run && cp demo-run/demo.json experiments/results/demo.json
     python experiments/demo.py --out docs/figures/healing.png
 
 prints the table and the samples, and draws the figure in light and dark colours. Seconds are
-processor seconds of training divided by two, so that a run on a busy machine says what two quiet
-cores take.
+processor seconds of training divided by two: the time on two idle cores, even if the machine was
+busy.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def markdown_samples(samples: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=STORED)
-    parser.add_argument("--out", type=Path, help="figure; FILE_dark.png is drawn beside it")
+    parser.add_argument("--out", type=Path, help="FILE.png; FILE_dark.png is written too")
     given = parser.parse_args()
     results, samples = read(given.results)
     print(markdown_table(results), markdown_samples(samples), sep="\n\n")

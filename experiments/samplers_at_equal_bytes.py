@@ -1,12 +1,12 @@
-"""Which sampler gives the least noise for its bytes?
+"""Compare the noise of samplers at equal bytes.
 
     python experiments/samplers_at_equal_bytes.py --teacher MODEL --text FILE --out RESULT.json
 
-For each sampler and budget: mean entries a position, error of the target against the teacher in
+For each sampler and budget: mean entries per position, error of the target against the teacher in
 hidden space (squared norm of (t - p) @ U, unembedding rows scaled to mean norm one: what the
-student's trunk receives), and bits a position in the library's own codec. Besides the library's
-samplers, the candidates that might replace the default: systematic rounds in other orders of the
-vocabulary, and a threshold of its own at every position so that each has the same expected number
+student's trunk receives), and bits per position in the library's codec. Besides the library's
+samplers, it measures candidates for the default: systematic rounds in other orders of the
+vocabulary, and a separate threshold per position so that each position has the same expected number
 of entries.
 
 Equal bytes: between the two budgets that enclose a given number of bits, log error is interpolated
@@ -50,7 +50,7 @@ BUDGETS = (2, 3, 5, 8, 11, 16, 24, 35, 50)
 
 
 def in_order(sampler: Sampler, order: Order, unembedding: Tensor) -> Draw:
-    """A sampler that walks the vocabulary in another order, which may depend on the position."""
+    """Return a sampler that walks the vocabulary in another order, fixed or per position."""
 
     def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
         ids = order(logits, unembedding).expand(logits.shape)
@@ -79,14 +79,14 @@ def by_probability(logits: Tensor, unembedding: Tensor) -> Tensor:
 
 
 def by_principal_direction(logits: Tensor, unembedding: Tensor) -> Tensor:
-    """Ids along the first principal direction of the unembedding rows."""
+    """Return ids in order along the first principal direction of the unembedding rows."""
     centred = unembedding - unembedding.mean(0)
     _, directions = torch.linalg.eigh(centred.T @ centred)
     return (unembedding @ directions[:, -1]).argsort()[None]
 
 
 def equal_entries_threshold(entries: float) -> Draw:
-    """tau_j of each position solves sum_i min(1, p_i / tau_j) = entries."""
+    """Return tau_j per position, the solution of sum_i min(1, p_i / tau_j) = entries."""
 
     def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
         p = logits.double().softmax(-1)
@@ -112,7 +112,7 @@ def equal_entries_threshold(entries: float) -> Draw:
 def candidates(
     pilot: list[Tensor], unembedding: Tensor, budget: float, spatial: bool
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
-    """(name, parameter, draw, the sampler whose codec stores it)."""
+    """Yield (name, parameter, draw, sampler whose codec stores the targets)."""
     systematic = fit_budget(Systematic(), pilot, budget)
     multinomial = fit_budget(Multinomial(), pilot, budget)
     threshold = fit_budget(Threshold(), pilot, budget)
@@ -138,7 +138,7 @@ def candidates(
 def adaptive_candidates(
     student: str, tokens: Tensor, logits: list[Tensor], rounds: int
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
-    """Adaptive rounds and proposals of one student, one idea at a time and both together."""
+    """Yield adaptive rounds and adaptive proposals of one student, separately and combined."""
     for signal in ("variance", "distance"):
         read = StudentSignal.load(NamedSignal(student, signal))
         reference = float(read.at(tokens[0], slice(0, len(tokens[0]))).strength(logits[0]).mean())
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--student", help="add adaptive samplers that follow this checkpoint")
     parser.add_argument("--spatial", action="store_true", help="add the draws of spatial_draws.py")
     parser.add_argument(
-        "--only", nargs="+", default=[""], help="names that start with one of these"
+        "--only", nargs="+", default=[""], help="run samplers whose names start with one of these"
     )
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window", type=int, default=512)
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def read_teacher(arguments: argparse.Namespace) -> tuple[Tensor, list[Tensor], Tensor]:
-    """tokens int64 [B, L]; float32 hidden states, one [L, D] a window; unembedding [V, D]."""
+    """Return tokens int64 [B, L], float32 hidden states [L, D] per window, unembedding [V, D]."""
     tokenizer = load_tokenizer(arguments.teacher)
     text = arguments.text.read_text(encoding="utf-8", errors="replace")
     needed = arguments.windows * arguments.window
@@ -262,7 +262,7 @@ def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) 
         TargetWindow(targets, window.numpy().astype(np.int32), present)
         for targets, window in zip(drawn, tokens, strict=True)
     ]
-    # The tables are shared by the hundreds of windows of a shard and are left out here.
+    # The tables are shared by the hundreds of windows of a shard and are not counted here.
     _, blocks = codec.encode(windows)
     return sum(len(block) for block in blocks)
 

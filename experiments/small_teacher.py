@@ -1,12 +1,12 @@
-"""Train a small teacher with a vocabulary of its own, for experiments in a pre-training regime.
+"""Train a small teacher with its own vocabulary, for experiments in a pre-training regime.
 
     python experiments/small_teacher.py --text FILE [FILE ...] --out FOLDER
 
 Tokenizer (byte-level BPE) and model (Llama-shaped, 8.7 M parameters by default) are both made from
-the text given, of which a share of the documents is kept aside. Text files are cut into documents
-of about 4 000 characters at blank lines. FOLDER becomes a model folder that every command takes as
---teacher; beside it stands `documents.jsonl`, the text as cut, for --data. Interrupted, the same
-command goes on from the last checkpoint. Some million tokens an hour on two CPU cores.
+the given text, of which a share of the documents is held out. Text files are cut into documents
+of about 4 000 characters at blank lines. FOLDER becomes a model folder for --teacher of every
+command, with the documents in `documents.jsonl` for --data. If interrupted, the same command
+resumes from the last checkpoint. The speed is some million tokens per hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ END = "<|endoftext|>"
 
 
 def documents(files: list[Path]) -> Iterator[str]:
-    """Runs of paragraphs, about DOCUMENT_CHARACTERS long."""
+    """Cut text into runs of paragraphs of about DOCUMENT_CHARACTERS."""
     for file in files:
         gathered = ""
         for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16, help="windows a step")
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")

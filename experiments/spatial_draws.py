@@ -1,14 +1,14 @@
-"""Draws that spread a position's rounds over the space of unembedding rows: candidates only.
+"""Draw rounds spread over the space of unembedding rows (candidates that are not in the library).
 
-Systematic rounds let tokens that are neighbours in id order share one running sum, so their errors
-cancel as far as their unembedding rows are alike. Three ways to do that in the rows' own space
-instead, at a price no sampler could pay in earnest:
+In systematic rounds, tokens that are neighbours in id order share one running sum, so their errors
+cancel to the extent that their unembedding rows are similar. These three draws use neighbourhoods
+in the space of the rows instead, at a cost that is too high for a cache:
 
 - `by_local_direction`: systematic, the position's likely tokens along their own principal
-  direction (weighed by probability), the others in id order behind them;
-- `by_local_tree`: the same, cut in two along the principal direction again and again;
+  direction (weighted by probability), followed by the others in id order;
+- `by_local_tree`: the same, split in two along the principal direction recursively;
 - `LocalPivotal`: the local pivotal method (Grafström, Lundström, Schelin, Biometrics 2012) on the
-  fractional parts of N p: a token's fate is decided in a duel with its nearest neighbour.
+  fractional parts of N p: each step decides between a token and its nearest neighbour.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def by_local_tree(logits: Tensor, unembedding: Tensor) -> Tensor:
 
 
 def _arranged(logits: Tensor, unembedding: Tensor, depth: int) -> Tensor:
-    """int64 [P, V]: an order of the vocabulary for each position."""
+    """Return an order of the vocabulary for each position, int64 [P, V]."""
     likely = min(LIKELY, logits.shape[1])
     probabilities = logits.softmax(-1)
     orders = []
@@ -64,12 +64,12 @@ def _bisect(ids: Tensor, p: Tensor, unembedding: Tensor, depth: int) -> Tensor:
 
 
 class LocalPivotal:
-    """Counts floor(N p_i) or one more, chosen so that near tokens exclude each other.
+    """A draw of counts floor(N p_i) or one more, in which near tokens exclude each other.
 
     Args:
-        rounds: N.
-        unembedding: [V, D], whose distances count.
-        seed: of its own random numbers; the uniforms it is called with are not used.
+        rounds: number of rounds N.
+        unembedding: rows [V, D] whose distances are used.
+        seed: random seed; the uniforms passed to a call are not used.
     """
 
     def __init__(self, rounds: int, unembedding: Tensor, seed: int = 0) -> None:
@@ -77,7 +77,7 @@ class LocalPivotal:
         self.random = np.random.default_rng(seed)
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Draw; the counts of a position sum to N, as a systematic draw's do."""
+        """Draw targets whose counts sum to N at each position, as in a systematic draw."""
         rows = [self._draw(p) for p in logits.double().softmax(-1)]
         ids = torch.cat([row[0] for row in rows])
         counts = torch.cat([row[1] for row in rows])
@@ -99,7 +99,7 @@ class LocalPivotal:
         rows = self.unembedding[top]
         near = torch.cdist(rows, rows).fill_diagonal_(torch.inf).numpy()
         share[top.numpy()] = self._duels(share[top.numpy()], near)
-        # what is left, one last likely token among it, in id order
+        # the remaining tokens, including the last likely one, in id order
         left = (share.cumsum() + self.random.uniform(1e-9, 1 - 1e-9)) // 1
         counts += np.diff(left, prepend=0.0)
         kept = counts.nonzero()[0]

@@ -1,11 +1,11 @@
-"""A Gaussian mixture with a known posterior: calibration of students trained on sparse targets.
+"""Measure calibration of students of sparse targets on a mixture with a known posterior.
 
     python experiments/synthetic_mixture.py        (about half a minute)
 
-400 classes in 8 dimensions with one covariance: the posterior is a linear softmax, which serves as
-teacher and which the student, of the same form, could learn exactly. Each student sees the same
-20 000 points in mini-batches, with sparse targets drawn afresh from the posterior. Calibration
-and loss are measured on labels drawn from the posterior at unseen points. Writes
+The Gaussian mixture has 400 classes in 8 dimensions with one covariance: the posterior is a linear
+softmax. It is the teacher, and a student of the same form could learn it exactly. Each student sees
+the same 20 000 points in mini-batches, with sparse targets drawn afresh from the posterior.
+Calibration and loss are measured on labels drawn from the posterior at unseen points. Writes
 results/synthetic_mixture.{json,png}.
 """
 
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Mixture:
-    """Equal classes with unit covariance around Gaussian centres."""
+    """A mixture of equal classes with unit covariance around Gaussian centres."""
 
     def __init__(self, seed: int, spread: float = 0.8) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -43,12 +43,12 @@ class Mixture:
         return torch.randn(*shape, generator=self.generator)
 
     def points(self, count: int) -> tuple[Tensor, Tensor]:
-        """x [count, DIMENSIONS] and the labels [count] that made them."""
+        """Draw labels [count] and their points x [count, DIMENSIONS]; return (x, labels)."""
         labels = torch.randint(0, CLASSES, (count,), generator=self.generator)
         return self.centres[labels] + self._normal(count, DIMENSIONS), labels
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of the posterior."""
+        """Return the logits of the posterior."""
         return x @ self.centres.T - self.centres.square().sum(-1) / 2
 
 
@@ -78,7 +78,7 @@ def train(sampler: Sampler | str, mixture: Mixture, x: Tensor, labels: Tensor) -
 
 
 def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """Expected calibration error, and (confidence, accuracy) [bins, 2] of equal-mass bins."""
+    """Return the expected calibration error, and (confidence, accuracy) [bins, 2] of equal mass."""
     confidence, guess = probabilities.max(-1)
     order = confidence.argsort()
     right = (guess == labels).float()

@@ -1,4 +1,4 @@
-"""A Zipf teacher: what a student with one free logit a token learns from sparse targets.
+"""Show what a student with one free logit per token learns from a Zipf teacher's sparse targets.
 
     python experiments/synthetic_zipf.py        (about half a minute)
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def train(sampler: Sampler | None, teacher: Tensor) -> Tensor:
-    """The student's distribution [V] at the end; None trains on p itself."""
+    """Return the student's distribution [V] after training; with None it trains on p itself."""
     logits = torch.zeros(VOCABULARY, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -49,7 +49,7 @@ def train(sampler: Sampler | None, teacher: Tensor) -> Tensor:
 
 
 def curve(name: str, probabilities: Tensor) -> list[dict[str, object]]:
-    """Points of a line: probability by rank, as far as a chart down to 1e-8 shows them."""
+    """Return the points of a line, probability by rank, that a chart down to 1e-8 shows."""
     values = enumerate(probabilities.tolist(), 1)
     return [{"method": name, "x": rank, "y": value} for rank, value in values if value >= 1e-8]
 

@@ -1,4 +1,4 @@
-"""The collator: windows into one batch of plain tensors that any Trainer can move and count."""
+"""Collate windows into one batch of plain tensors that any Trainer can move and count."""
 
 from __future__ import annotations
 

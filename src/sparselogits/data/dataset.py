@@ -1,4 +1,4 @@
-"""Datasets of windows for torch's DataLoader and every Trainer.
+"""Define datasets of windows for torch's DataLoader and every Trainer.
 
 Tokens are stored with their targets, so nothing is re-aligned here: position j of `targets` is the
 teacher's distribution of the token after position j, and `shift_labels[j]` is that token.
@@ -62,8 +62,8 @@ class CacheDataset(Dataset[CachedWindow]):
     """The windows of a cache as a dataset for torch's DataLoader and every Trainer.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
-    perhaps `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as `collate`
-    makes it.
+    optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as
+    `collate` makes it.
 
     Args:
         path: directory or URL of the cache.
@@ -185,7 +185,9 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     cached = dataset[chosen[0]]["targets"].rounds
     if cached is None or budget < 1:
         Schedule.constant(1).require_within(cached)
-        raise InvalidArgumentError(f"a budget of {budget:g} entries per position; give at least 1")
+        raise InvalidArgumentError(
+            f"a budget of {budget:g} entries per position is below 1; give at least 1"
+        )
 
     def mean(rounds: int) -> float:
         targets = [dataset[WindowRequest(i, 0, rounds)]["targets"] for i in chosen]
@@ -196,7 +198,7 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     if budget > (most := mean(cached)):
         raise InvalidArgumentError(
             f"a budget of {budget:g} entries per position, but the cache holds {most:.1f}; give "
-            "less, or leave thinning out"
+            "a smaller budget, or omit thinning"
         )
     low, high = 1, cached  # mean(high) >= budget
     while low < high:

@@ -1,4 +1,4 @@
-"""A shuffled order over windows that is computed, not stored.
+"""Compute a shuffled order over windows instead of storing it.
 
 The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
 (seed, epoch), walked until it lands inside the range (cycle walking; Black and Rogaway, "Ciphers
@@ -24,11 +24,11 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """A request of the order for one window of a dataset.
+    """A request for one window of a dataset, made by the order.
 
     Args:
         index: index of the window in the dataset.
-        epoch: epoch, which determines the noise of thinned targets.
+        epoch: number of the epoch, which determines the noise of thinned targets.
         rounds: number of rounds to thin the targets to; None for all.
     """
 
@@ -44,7 +44,7 @@ class WindowOrder:
     Args:
         windows: number of windows.
         seed: random seed; two seeds give unrelated orders.
-        identity: fingerprint of the cache; the state of another cache is refused.
+        identity: fingerprint of the cache; a state with another fingerprint is refused.
     """
 
     windows: int
@@ -55,9 +55,9 @@ class WindowOrder:
         if self.windows < 1:
             raise InvalidArgumentError(f"an order needs at least one window, found {self.windows}")
 
-    def __getitem__(self, place: tuple[int, int]) -> int:
+    def __getitem__(self, position: tuple[int, int]) -> int:
         """Return the window at (epoch, position)."""
-        epoch, value = place
+        epoch, value = position
         if not 0 <= value < self.windows:
             raise IndexError(f"position {value} of an order of {self.windows} windows")
         half = max(1, ((self.windows - 1).bit_length() + 1) // 2)
@@ -81,16 +81,16 @@ class WindowSampler(Sampler[WindowRequest]):
 
     Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on. Every rank gets
     the same number of windows, so that ranks that wait for each other at every step end together:
-    up to R - 1 windows are left out at the end of an epoch, different ones in each epoch. With
+    up to R - 1 windows are skipped at the end of an epoch, different ones in each epoch. With
     `drop_last=False` every window is visited once, and some ranks take one more than others.
 
     Args:
         order: the permutation.
         rank: this rank; 0 if a Trainer divides the windows itself.
         world_size: number of ranks.
-        drop_last: leave out the windows that do not divide by the number of ranks.
+        drop_last: skip the last windows of an epoch that are too few for one per rank.
         thinning: schedule of the rounds to keep; None for all.
-        pace: optimiser step of each position; needed if the rounds change over steps.
+        pace: optimiser step of each position; required if the rounds change over steps.
 
     Raises:
         InvalidArgumentError: the rank is not below `world_size`, or a schedule of several stages
@@ -111,7 +111,8 @@ class WindowSampler(Sampler[WindowRequest]):
             raise InvalidArgumentError(f"rank {rank} is not in [0, {world_size})")
         if thinning is not None and len(thinning.stages) > 1 and pace is None:
             raise InvalidArgumentError(
-                "a thinning schedule of several stages needs a pace; give pace"
+                "a thinning schedule of several stages needs a pace and none was given; "
+                "pass pace=Pace(...)"
             )
         self.order = order
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
@@ -120,23 +121,23 @@ class WindowSampler(Sampler[WindowRequest]):
         self.next_position = 0
 
     def __len__(self) -> int:
-        return len(self._places())
+        return len(self._positions())
 
     def __iter__(self) -> Iterator[WindowRequest]:
-        for place in self._places():
-            yield self._request(place)
+        for position in self._positions():
+            yield self._request(position)
 
-    def _request(self, place: int) -> WindowRequest:
-        index = self.order[self.epoch, place]
+    def _request(self, position: int) -> WindowRequest:
+        index = self.order[self.epoch, position]
         if self.thinning is None:
             return WindowRequest(index, self.epoch)
         step, steps = 0, 1
         if self.pace is not None:
-            step, steps = self.pace.step_of(self.epoch, place), self.pace.steps
+            step, steps = self.pace.step_of(self.epoch, position), self.pace.steps
         noise = self.epoch if self.thinning.fresh_noise else 0
         return WindowRequest(index, noise, self.thinning.rounds_at(step, steps))
 
-    def _places(self) -> range:
+    def _positions(self) -> range:
         left = self.order.windows - self.next_position
         stop = self.order.windows - (left % self.world_size if self.drop_last else 0)
         return range(self.next_position + self.rank, stop, self.world_size)
@@ -165,7 +166,7 @@ class WindowSampler(Sampler[WindowRequest]):
         """Continue from the state of a checkpoint, on any number of ranks.
 
         Raises:
-            InvalidArgumentError: the state is of another cache or seed, or not a state.
+            InvalidArgumentError: the state belongs to another cache or seed, or is not a state.
         """
         order = self.order
         expected = {"identity": order.identity, "windows": order.windows, "seed": order.seed}

@@ -1,4 +1,4 @@
-"""Rows of a `datasets` object of TRL or transformers as a dataset for evaluation."""
+"""Convert rows of a `datasets` object, as TRL and transformers use it, to evaluation items."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from sparselogits.errors import InvalidArgumentError
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """Rows with `input_ids` and perhaps `labels`, of any length.
+    """A dataset of tokenised rows of any length, for evaluation.
 
-    Items are those of a `TextDataset`.
+    Items have the form of a `TextDataset`'s.
 
     Args:
-        rows: a `datasets.Dataset`, whose rows are read by number. `labels` are in the Hugging Face
-            convention (the token at the position itself, -100 where it is not to be predicted).
+        rows: a `datasets.Dataset` with `input_ids` and optionally `labels`. `labels` are in the
+            Hugging Face convention (the token at the position itself, -100 where it is not to be
+            predicted).
 
     Raises:
         InvalidArgumentError: there is no `input_ids`, or rows cannot be read by number.

@@ -1,4 +1,4 @@
-"""Thinning schedules: how many of the cached rounds training uses at each optimiser step.
+"""Schedule how many of the cached rounds training uses at each optimiser step.
 
 One cache serves every smaller budget: the N cached rounds of a window are thinned to fewer (see
 `SparseTargets.thin`), without bias for any number up to N, and a `Schedule` changes the number
@@ -42,8 +42,9 @@ class Schedule:
     """Rounds to keep, as a function of the optimiser step.
 
     Args:
-        stages: stages in order; the last one lasts to the end of training, whatever its end is.
-        fresh_noise: keep other cached rounds in each epoch; otherwise those of epoch 0.
+        stages: stages in order; the end of the last stage is ignored, it lasts to the end of
+            training.
+        fresh_noise: keep different cached rounds in each epoch; otherwise those of epoch 0.
 
     Raises:
         InvalidArgumentError: there are no stages, rounds below one, or ends that do not ascend.
@@ -71,7 +72,7 @@ class Schedule:
         return cls((Stage(rounds),), fresh_noise)
 
     def rounds_at(self, step: int, steps: int) -> int:
-        """Return the rounds to keep in an optimiser step, counted from 0, of a number of steps."""
+        """Return the rounds to keep in an optimiser step, counted from 0, out of `steps`."""
         for stage in self.stages[:-1]:
             if step < stage.ends(steps):
                 return stage.rounds
@@ -87,7 +88,7 @@ class Schedule:
         if cached is None:
             raise InvalidArgumentError(
                 f"rounds={wanted}: the entries of this cache are not drawn in rounds and cannot be "
-                "thinned; leave thinning out"
+                "thinned; omit thinning"
             )
         if wanted > cached:
             raise InvalidArgumentError(
@@ -110,9 +111,9 @@ class Pace:
     steps_per_epoch: int
     steps: int
 
-    def step_of(self, epoch: int, place: int) -> int:
+    def step_of(self, epoch: int, position: int) -> int:
         """Return the step, from 0, that trains on the window at a position of an epoch."""
-        within = min(place // self.windows_per_step, self.steps_per_epoch - 1)
+        within = min(position // self.windows_per_step, self.steps_per_epoch - 1)
         return epoch * self.steps_per_epoch + within
 
 
@@ -122,7 +123,9 @@ def _require_sound(stage: Stage, *, last: bool) -> None:
     if stage.until is not None and stage.until_step is not None:
         raise InvalidArgumentError("give a stage until or until_step, not both")
     if not last and stage.until is None and stage.until_step is None:
-        raise InvalidArgumentError("only the last stage may leave its end out")
+        raise InvalidArgumentError(
+            "a stage has neither until nor until_step; only the last stage may omit both"
+        )
     if stage.until is not None and not 0 < stage.until <= 1:
         raise InvalidArgumentError(f"until is a share of training in (0, 1], found {stage.until}")
     if stage.until_step is not None and stage.until_step < 1:

@@ -1,4 +1,4 @@
-"""Students made from their teacher by removing blocks, channels and heads."""
+"""Make students from their teacher by removing blocks, channels and heads."""
 
 from sparselogits.shrink.plan import ShrinkTarget
 from sparselogits.shrink.saving import save

@@ -2,8 +2,8 @@
 
 Nothing here knows the names of an architecture's modules. The model's class is asked instead: two
 empty models (on torch's "meta" device, which holds shapes and no data) that differ in one size of
-the configuration show which dimensions of which tensors follow that size. What cannot be told from
-shapes alone, the order of rows in fused projections, is tried and verified by `slicing.verify`.
+the configuration show which dimensions of which tensors follow that size. The order of rows in
+fused projections, which shapes do not show, is found by trying (`slicing.order_of`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Dimension:
     """One dimension of one tensor that follows a size.
 
     Args:
-        size: the size that it follows.
-        dim: its number in the tensor.
+        size: the size that the dimension follows.
+        dim: number of the dimension in the tensor.
         repeats: how many indices belong to one unit of the size (rows per group of heads, fused
             gate and up projections).
     """
@@ -67,13 +67,13 @@ class Sizes:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key-value head."""
+        """Return the number of query heads that share one key-value head."""
         return self.heads // self.groups
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's tensors follow its configuration.
+    """A description of how a model's tensors follow its configuration.
 
     Args:
         sizes: the model's sizes.
@@ -91,11 +91,11 @@ class Layout:
     fused: frozenset[str]
 
     def follows(self, size: Size) -> bool:
-        """Whether any tensor follows a size."""
+        """Return whether any tensor follows a size."""
         return any(d.size == size for found in self.dimensions.values() for d in found)
 
     def layer_of(self, name: str) -> int | None:
-        """Number of the block that a tensor or module belongs to; None outside the blocks."""
+        """Return the number of the block that a tensor or module is in; None outside the blocks."""
         found = re.match(re.escape(self.layers) + r"\.(\d+)\.", name + ".")
         return int(found[1]) if found else None
 
@@ -104,7 +104,7 @@ def sizes_of(model: nn.Module) -> Sizes:
     """Read a model's sizes from its configuration.
 
     Raises:
-        ShrinkError: for a configuration without them.
+        ShrinkError: the configuration does not state them.
     """
     config = text_config(model.config)
     try:
@@ -128,13 +128,13 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Find out how a model's tensors follow its configuration.
+    """Find how a model's tensors follow its configuration.
 
     Args:
         model: a transformers causal language model.
 
     Raises:
-        ShrinkError: when the blocks of the model cannot be found.
+        ShrinkError: the blocks of the model cannot be found.
     """
     sizes = sizes_of(model)
     layers = _blocks(model, sizes.layers)
@@ -169,10 +169,10 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
     """Return a copy of a model's configuration with other sizes.
 
     Args:
-        model: whose configuration is copied.
+        model: model whose configuration is copied.
         sizes: new values of `hidden`, `channels`, `heads` and `groups`.
         layers: numbers of the blocks kept; all of them when None. Lists with one value per block
-            (kinds of attention, for one) are shortened alike.
+            (kinds of attention, for example) are shortened in the same way.
     """
     config = copy.deepcopy(model.config)
     text = text_config(config)
@@ -201,7 +201,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 def _changes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> list[tuple[str, int, int, int]]:
-    """(tensor, dimension, length, length at the other sizes) of all that the sizes change."""
+    """Return (tensor, dimension, length, other length) of every dimension that the sizes change."""
     try:
         with torch.device("meta"):
             other: nn.Module = type(model)(resized(model, sizes))
@@ -216,7 +216,7 @@ def _changes(
 
 
 def _channels_name(config: Any) -> str:
-    """Return what a configuration calls the number of MLP channels."""
+    """Return the name of the number of MLP channels in a configuration."""
     return next((name for name in _CHANNEL_NAMES if hasattr(config, name)), _CHANNEL_NAMES[0])
 
 
@@ -226,7 +226,7 @@ def _blocks(model: nn.Module, layers: int) -> str:
             return str(name)
     raise ShrinkError(
         f"{type(model).__name__}: no list of {layers} blocks was found in it, so its layers "
-        "cannot be told apart. Prune this model with a tool made for its architecture"
+        "cannot be identified. Prune this model with a tool made for its architecture"
     )
 
 
@@ -241,7 +241,7 @@ def _add_gpt2(
     sizes: Sizes,
     layers: str,
 ) -> None:
-    """Add GPT-2's dimensions, where shapes alone do not tell heads from the hidden size.
+    """Add GPT-2's dimensions, where shapes alone do not distinguish heads from the hidden size.
 
     transformers' GPT-2 stores weights as [inputs, outputs].
     """

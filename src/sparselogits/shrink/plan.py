@@ -1,4 +1,4 @@
-"""State what is kept of a model: blocks, MLP channels, groups of heads, hidden channels."""
+"""Choose what is kept of a model: blocks, MLP channels, groups of heads, hidden channels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparselogits.shrink.layout import Layout, Sizes
 
 @dataclass(frozen=True)
 class ShrinkTarget:
-    """Sizes that a student should have; None keeps the teacher's.
+    """Requested sizes of a student; None keeps the teacher's.
 
     Args:
         layers: number of transformer blocks.
         drop_layers: numbers of the blocks to remove, instead of a number to keep.
         channels: MLP channels per layer (`intermediate_size`).
         heads: query heads per layer (`num_attention_heads`); heads that share keys and values
-            are removed together, so a multiple of their number.
+            are removed together, so this must be a multiple of their number.
         hidden: width of the residual stream (`hidden_size`).
     """
 
@@ -32,17 +32,17 @@ class ShrinkTarget:
     hidden: int | None = None
 
     def require_possible(self, layout: Layout, architecture: str) -> ShrinkTarget:
-        """Check the sizes against a model, and complete those that follow from others.
+        """Validate the sizes against a model, and complete those that follow from others.
 
         Returns:
             The target; for models whose hidden size and heads are coupled, with both.
 
         Raises:
-            ShrinkError: for sizes out of range, or that this architecture cannot have.
+            ShrinkError: sizes are out of range, or this architecture cannot have them.
         """
         sizes = layout.sizes
         if self.layers is not None and self.drop_layers is not None:
-            raise ShrinkError("both layers and drop_layers are given; give one of them")
+            raise ShrinkError("layers and drop_layers are both given; give only one of them")
         _require_within("layers", self.layers, sizes.layers)
         _require_within("channels", self.channels, sizes.channels)
         _require_within("heads", self.heads, sizes.heads)
@@ -51,8 +51,8 @@ class ShrinkTarget:
         wrong = [n for n in dropped if not 0 <= n < sizes.layers]
         if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= sizes.layers:
             raise ShrinkError(
-                f"drop_layers={list(dropped)}: expected different numbers from 0 to "
-                f"{sizes.layers - 1}, and at least one block left"
+                f"drop_layers={list(dropped)}: expected distinct numbers from 0 to "
+                f"{sizes.layers - 1}; keep at least one block"
             )
         target = self._coupled(sizes) if layout.coupled else self
         if target.heads is not None and target.heads % sizes.heads_per_group:
@@ -93,13 +93,13 @@ class ShrinkTarget:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers of what is kept, ascending.
+    """Numbers of the blocks, channels and heads that are kept, ascending.
 
     Args:
-        layers: the blocks.
-        channels: int64 [channels] for each kept block; None keeps all.
-        groups: int64 [groups] of heads for each kept block; None keeps all.
-        hidden: int64 [hidden] channels of the residual stream; None keeps all.
+        layers: numbers of the blocks.
+        channels: MLP channels, int64 [channels] for each kept block; None keeps all.
+        groups: groups of heads, int64 [groups] for each kept block; None keeps all.
+        hidden: channels of the residual stream, int64 [hidden]; None keeps all.
     """
 
     layers: tuple[int, ...]
@@ -108,7 +108,7 @@ class Kept:
     hidden: Tensor | None = None
 
     def first(self, layers: int) -> Kept:
-        """Return the same for the first few kept blocks alone."""
+        """Return a copy with only the first few of the kept blocks."""
         return Kept(
             self.layers[:layers],
             None if self.channels is None else self.channels[:layers],

@@ -1,4 +1,4 @@
-"""Write a shrunk student as an ordinary transformers folder, with a card that says what it is."""
+"""Write a shrunk student as an ordinary transformers folder, with a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
     Args:
         shrunk: the student.
         out: folder of the student; missing or empty.
-        tokenizer: the teacher's, which the student shares; None leaves it out.
+        tokenizer: tokenizer of teacher and student; None writes none.
         teacher: name of the teacher, for the card.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Measure on calibration text how much each part of a model matters.
+"""Measure on calibration text how much each part of a model contributes.
 
 - Blocks: block influence, one minus the cosine of a block's input and output, mean over positions
   (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
@@ -109,11 +109,11 @@ def width_scores(
         model: a causal language model.
         layout: see `layout_of`.
         windows: int64 [N, L] calibration tokens.
-        sizes: which of "channels", "groups" and "hidden" are wanted.
+        sizes: which of "channels", "groups" and "hidden" to score.
         progress: called after each window.
 
     Returns:
-        By size: float64 [layers, channels], [layers, groups], [hidden].
+        Scores by size, float64: [layers, channels], [layers, groups], [hidden].
     """
     model_sizes, modules = layout.sizes, dict(model.named_modules())
     scores: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """(module, dimension of its weight, block) of the projections whose inputs follow a size."""
+    """Return (module, dimension of its weight, block) of projections whose inputs follow a size."""
     found = []
     for name, dimensions in layout.dimensions.items():
         module = modules.get(name.removesuffix(".weight"))

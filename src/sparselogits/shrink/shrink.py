@@ -1,4 +1,4 @@
-"""Make a student from a teacher: fewer blocks, MLP channels, attention heads, hidden channels."""
+"""Make a student from a teacher by removing blocks, MLP channels, heads and hidden channels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shrink(
     layer_score: LayerScore = "influence",
     progress: Progress | None = None,
 ) -> Shrunk:
-    """Return a smaller model with a model's own weights.
+    """Return a smaller model made from the weights of a larger one.
 
     Blocks are chosen first; channels, heads and the hidden size are scored on the model without
     the removed blocks. The result is verified on a few tokens: it must compute what the larger
@@ -70,16 +70,17 @@ def shrink(
         layers: number of blocks to keep.
         drop_layers: numbers of the blocks to remove, instead of `layers`.
         channels: MLP channels to keep per layer (`intermediate_size`).
-        heads: attention heads to keep per layer; heads that share keys and values go together.
+        heads: attention heads to keep per layer; heads that share keys and values are kept
+            together.
         hidden: hidden size to keep.
-        windows: int64 [N, L] calibration tokens, N >= 1, L >= 2. Needed unless only named blocks
-            are removed.
+        windows: int64 [N, L] calibration tokens, N >= 1, L >= 2. Required unless only
+            `drop_layers` is given.
         layer_score: "influence" (one pass over the windows) or "loss" (one pass per block).
-        progress: called with passes done and passes in all.
+        progress: called with the number of passes done and in total.
 
     Raises:
-        ShrinkError: for sizes the model cannot have, or an architecture that is not understood.
-        InvalidArgumentError: without calibration windows where they are needed.
+        ShrinkError: the model cannot have these sizes, or its structure was not recognised.
+        InvalidArgumentError: calibration windows are required and missing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,7 +147,7 @@ def _kept_width(
     wide: list[str],
     progress: Progress | None,
 ) -> Kept:
-    """Score widths on the model without the removed blocks, and choose."""
+    """Score widths on the model without the removed blocks, and choose what to keep."""
     layout = layout_of(model)
     shallow = model
     if len(kept.layers) < layout.sizes.layers:

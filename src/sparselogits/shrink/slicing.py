@@ -17,16 +17,16 @@ from sparselogits.shrink.plan import Kept
 
 _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
 _TOLERANCE = 1e-3
-"""Largest difference of logits left to rounding in float32, relative to the largest logit."""
+"""Largest difference of logits that counts as float32 rounding, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Slicer:
-    """Which indices of which tensor are kept.
+    """The indices of every tensor that are kept.
 
     Args:
         layout: how the model's tensors follow its sizes.
-        kept: what is kept.
+        kept: numbers of the blocks, channels and heads that are kept.
         order: order of rows in fused projections of queries, keys and values.
     """
 
@@ -38,17 +38,17 @@ class Slicer:
         """Return (dimension, kept indices) for each dimension of a tensor that is pruned."""
         found = []
         layer = self.layout.layer_of(name)
-        place = self.kept.layers.index(layer) if layer in self.kept.layers else None
+        position = self.kept.layers.index(layer) if layer in self.kept.layers else None
         for dimension in self.layout.dimensions.get(name, ()):
             own: Tensor | None = None
             if dimension.size == "hidden" and self.kept.hidden is not None:
                 own = _blocks_of(self.kept.hidden, self.layout.sizes.hidden, dimension.repeats)
-            elif place is not None and dimension.size == "channels" and self.kept.channels:
+            elif position is not None and dimension.size == "channels" and self.kept.channels:
                 own = _blocks_of(
-                    self.kept.channels[place], self.layout.sizes.channels, dimension.repeats
+                    self.kept.channels[position], self.layout.sizes.channels, dimension.repeats
                 )
-            elif place is not None and dimension.size == "groups" and self.kept.groups:
-                own = self._group_rows(name, self.kept.groups[place], dimension.repeats)
+            elif position is not None and dimension.size == "groups" and self.kept.groups:
+                own = self._group_rows(name, self.kept.groups[position], dimension.repeats)
             if own is not None:
                 found.append((dimension.dim, own))
         return found
@@ -117,13 +117,13 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
 
 
 def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
-    """Verify on two blocks that the model is understood, and find the order of fused rows.
+    """Find the order of fused rows, and verify on two blocks that pruning is correct.
 
     The pruned model, with its tensors put back into the larger one's shapes and zeros in place of
     what was removed, must give the same logits.
 
     Raises:
-        ShrinkError: naming the architecture, when it does not.
+        ShrinkError: the logits differ; the message names the architecture.
     """
     few = kept.first(2)
     reason: Exception | None = None
@@ -135,7 +135,7 @@ def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
             reason = error
     raise ShrinkError(
         f"{type(model).__name__}: a model pruned this way does not compute what the larger one "
-        "computes without the removed parts, so its structure is not understood. Prune its "
+        "computes without the removed parts, so its structure was not recognised. Prune its "
         "layers only, or use a tool made for its architecture"
     ) from reason
 
@@ -171,7 +171,7 @@ def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
 def _norms_over(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Let the larger model normalise over the kept channels alone, as the smaller one does."""
+    """Make the larger model normalise over the kept channels only, as the smaller one does."""
     small, large = dict(student.named_modules()), dict(whole.named_modules())
     handles = []
     for name in norms_of(whole, layout):
@@ -214,7 +214,7 @@ def _inputs_of(whole: nn.Module, student: nn.Module, hidden: Tensor) -> Iterator
 
 
 def norms_of(model: nn.Module, layout: Layout) -> list[str]:
-    """Return the names of the normalisations over the hidden size, those in blocks first.
+    """Return the names of the normalisations over the hidden size, with those in blocks first.
 
     Args:
         model: the model that the layout describes, or a smaller one made from it.
@@ -239,10 +239,10 @@ def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
     """Undo what a smaller hidden size changes besides the removed channels.
 
     A normalisation divides by the root of the mean square over D channels. Over D' of them it
-    divides by more, by sqrt(D / D') where the removed ones were zero, which its weight makes up
-    for. Some models (Gemma) multiply embeddings by a function of D; the factor between the two
-    models is measured, and goes into the embedding (out of the last normalisation again where
-    the head is the embedding).
+    divides by a larger number, by sqrt(D / D') times if the removed ones were zero; its weight is
+    multiplied to compensate. Some models (Gemma) multiply embeddings by a function of D; the factor
+    between the two models is measured, and goes into the embedding (out of the last normalisation
+    again where the head is the embedding).
     """
     hidden = slicer.kept.hidden
     assert hidden is not None
@@ -257,8 +257,8 @@ def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
     factor = float((wide * narrow).sum() / (narrow * narrow).sum())
     if not torch.allclose(wide, factor * narrow, rtol=2e-2, atol=1e-3 * float(wide.abs().max())):
         raise ShrinkError(
-            f"{type(model).__name__}: what its embedding gives does not scale with the hidden "
-            "size, so that size cannot be pruned. Prune layers, heads or channels"
+            f"{type(model).__name__}: the output of its embedding does not scale with the hidden "
+            "size, so the hidden size cannot be pruned. Prune layers, heads or channels"
         )
     if abs(factor - 1.0) < 1e-3:
         return
@@ -278,7 +278,7 @@ def _multiply_norm(norm: nn.Module, factor: float) -> None:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Whether a normalisation multiplies by 1 + weight (Gemma) rather than by its weight."""
+    """Return whether a normalisation multiplies by 1 + weight (Gemma) rather than by its weight."""
     weight: Any = norm.weight
     before = weight.clone()
     x = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]
@@ -295,7 +295,7 @@ class _FoundError(Exception):
 
 
 def _first_inputs(model: nn.Module, probe: Tensor) -> Tensor:
-    """Return what the first block of a model is given, [1, L, D]."""
+    """Return the input of the first block of a model, [1, L, D]."""
     found: list[Tensor] = []
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
