@@ -221,8 +221,8 @@ def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
         wanted = {"name": request.sampler.name, **request.sampler.parameters()}
         was, now = _in_words(budget, found), _in_words(request.budget, wanted)
         raise IdentityMismatchError(
-            f"the cache at {request.root} was started with {was}, now {now} is asked for; ask for "
-            "the same, or choose another output directory"
+            f"the cache at {request.root} was started with {was}, this build has {now}; use the "
+            "same settings, or choose another output directory"
         )
     settled = {n: found[n] for n in request.sampler.left_open(budget) if n in found}
     return replace(request.sampler, **settled) if settled else request.sampler  # type: ignore[type-var]

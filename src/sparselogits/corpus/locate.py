@@ -44,7 +44,7 @@ class LeftOut:
     names: tuple[str, ...]
 
     def in_words(self, one: str = "", several: str = "") -> str:
-        """Say how many they are, why, and which; with a clause after the number, if given."""
+        """Return the number of files, the reason and some names; with a clause after the number."""
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
         return f"{files} ({self.reason}: {few})"

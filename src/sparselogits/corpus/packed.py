@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ class PackedCorpus:
         return other
 
     def in_words(self) -> str:
-        """Say how the text became windows, and which of them are held out, for a person."""
+        """Return a sentence on the documents, the windows and the hold-out, for people."""
         summary, length = self.summary, self.packing.window_length
         documents = summary.documents + summary.holdout_documents
         said = counted(documents, "document")
@@ -345,47 +345,36 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
         split = choose_split(paths.holdout, lengths, length, packing.holdout)
     _require_windows(total, packing, split)
     stream = TokenStream(paths.training, lengths)
-    dropped = total.tokens % length
-    summary = CorpusSummary(
-        documents=total.documents,
-        characters=total.characters,
-        tokens=total.tokens,
-        dropped_tokens=dropped,
-        holdout_documents=0,
-        holdout_characters=0,
-        holdout_tokens=0,
-        holdout_dropped_tokens=0,
-        blank_documents=total.blank_documents,
-    )
     index: dict[str, Any] = {"training": lengths, "holdout": []}
+    rules: dict[str, Any] = {}
+    used = total.tokens // length * length
+    documents = characters = held = whole = 0
     if split is None:
-        frequencies -= _counted(stream, total.tokens - dropped, total.tokens, vocab_size)
+        frequencies -= _counted(stream, used, total.tokens, vocab_size)
     else:
         training, holdout = divide(stream, lengths, paths.holdout, split, length)
-        used = training.tokens // length * length
+        used, held = training.tokens // length * length, holdout.tokens
         frequencies = _counted(training, 0, used, vocab_size)
         documents, characters = document_counts(paths.holdout, lengths, split, length)
-        summary = replace(
-            summary,
-            documents=total.documents - documents,
-            characters=total.characters - characters,
-            tokens=total.tokens - holdout.tokens,
-            dropped_tokens=total.tokens - holdout.tokens - used,
-            holdout_documents=documents,
-            holdout_characters=characters,
-            holdout_tokens=holdout.tokens,
-            holdout_dropped_tokens=holdout.tokens - split.windows * length,
-            holdout_rule=split.rule,
-            split_documents=_split_documents(stream, split, length),
-        )
-        index["holdout"] = split.to_json()
+        whole, index["holdout"] = split.windows * length, split.to_json()
+        split_documents = _split_documents(stream, split, length)
+        rules = {"holdout_rule": split.rule, "split_documents": split_documents}
+    index["summary"] = {
+        "documents": total.documents - documents,
+        "characters": total.characters - characters,
+        "tokens": total.tokens - held,
+        "dropped_tokens": total.tokens - held - used,
+        "holdout_documents": documents,
+        "holdout_characters": characters,
+        "holdout_tokens": held,
+        "holdout_dropped_tokens": held - whole,
+        "blank_documents": total.blank_documents,
+        **rules,  # format 1 has none
+    }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
     write_whole(paths.frequencies, sink.getvalue().to_pybytes())
-    described = summary.to_json()
-    if split is None:  # format 1 has no such fields
-        del described["holdout_rule"], described["split_documents"]
-    write_whole(paths.index, canonical_json({"summary": described, **index}))
+    write_whole(paths.index, canonical_json(index))
 
 
 def _split_documents(stream: TokenStream, split: Split, length: int) -> int:

@@ -67,7 +67,7 @@ def pack(
     processes: int = 1,
     part_bytes: int = PART_BYTES,
 ) -> PackedCorpus:
-    """Pack `source` into `out`, or go on where an earlier call was interrupted.
+    """Pack `source` into `out`, or continue an interrupted call.
 
     A complete corpus that was made from the same inputs is opened and returned at once.
 

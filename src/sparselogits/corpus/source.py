@@ -10,7 +10,7 @@
     open_source(dataset)                     a `datasets` object, or any iterable of dicts
 
 Documents come in a stable order: files by their relative path, in each file from its beginning.
-The source is divided into portions that depend on nothing but the source and the size asked for;
+The source is divided into portions that depend only on the source and the requested size;
 packing distributes them over processes and resumes by them.
 """
 
@@ -98,7 +98,7 @@ class Source:
         return described
 
     def in_words(self) -> str:
-        """Say which files are read and which are left out, for a person."""
+        """Return a sentence on which files are read and which are left out, for people."""
         names = [file.name for file in self.files]
         few = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
         said = f"reading {few}" if len(names) == 1 else f"reading {len(names):,} files ({few})"

@@ -152,7 +152,7 @@ def require_tokenizer(
 
 
 def _clash(found: TokenizerFingerprint, theirs: object) -> str | None:
-    """Say which id is two different added tokens; None where no id is."""
+    """Return a sentence on an id that is two different added tokens; None where there is none."""
     if not isinstance(theirs, Mapping):
         return None if theirs == found.record()["added"] else "added tokens differ"
     for place, token in found.added.items():
