@@ -1,4 +1,4 @@
-"""The whole way on a laptop: a teacher is pruned, and the student healed by each method."""
+"""Prune a teacher on a laptop and heal the student by each method."""
 
 from sparselogits.lab.demo.demo import DemoResult, Scale, run_demo
 

@@ -1,4 +1,4 @@
-"""`sparselogits demo`: a pruned student, healed by each method from one pass of its teacher.
+"""Prune a model, heal it by each method from one pass of its teacher, and show the results.
 
 The demo is a comparison (`sparselogits.lab.compare`) with a page and a student to talk to:
 
@@ -78,7 +78,7 @@ SAMPLED = ("not healed", "Top-12", HEALED)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the demo does.
+    """Amount of text and size of the student, which decide how long the demo takes.
 
     Args:
         characters: length of the text; a token has about four.
@@ -100,11 +100,11 @@ cores that do not."""
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo found.
+    """Results of the demo, and where its page and student are.
 
     Args:
         results: the comparison's results.
-        samples: what the models write.
+        samples: texts that the models wrote.
         report: path of the page.
         student: folder of the healed student.
     """

@@ -1,6 +1,6 @@
-"""The demo's text, which needs no hub: the language reference that every CPython carries.
+"""Write the demo's text: the language reference that every CPython installation carries.
 
-Its teacher is the model named `demo`, see `sparselogits.teacher.demo_model`.
+The demo's teacher is the model named `demo`, see `sparselogits.teacher.demo_model`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples of text: models continue a held-out page and answer questions."""
+"""Let models continue a held-out page and answer questions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Prompt:
-    """What models are given.
+    """A text that models continue.
 
     Args:
-        shown: the prompt as a reader sees it.
-        tokens: int64 [L], the prompt as models read it.
+        shown: the text for readers; a question stands without its chat template.
+        tokens: int64 [L], the text for models.
     """
 
     shown: str
@@ -63,7 +63,7 @@ def continuations(
     Args:
         models: transformers models by name.
         tokenizer: the tokenizer of all of them.
-        prompts: what they are given.
+        prompts: the texts to continue.
         seed: random seed of the sampling, the same for each model and prompt.
     """
     found = []

@@ -1,4 +1,4 @@
-"""The demo's numbers as a table, charts and sentences; they are made from its results alone."""
+"""Turn the demo's results into a table, charts and sentences."""
 
 from __future__ import annotations
 
