@@ -1,8 +1,8 @@
-"""Refusals that a user who knows better can lift, each by its name.
+"""Allowances: names by which a user turns a failed check into a warning.
 
 On the command line `--allow NAME`, in a recipe `allow: [NAME]`, in Python `with allowing("NAME"):`
-or, where a function takes it, `allow=["NAME"]`. What is dangerous (pickle, an index that leaves the
-model's folder) or cannot work has no name here.
+or, where a function takes it, `allow=["NAME"]`. Checks against what is dangerous (pickle, an index
+that points outside the model's folder) or cannot work have no allowance.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ ALLOWANCES = {
     "linked-weights": "weight files that are links to files outside of the model's folder",
     "long-windows": "windows longer than the positions that a model has",
 }
-"""What each name allows."""
-
+"""Descriptions of what each name allows."""
 
 _allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset())
 
 
 @contextmanager
 def allowing(*names: str) -> Iterator[None]:
-    """Allow what the names stand for within the block, on top of what is allowed around it.
+    """Turn failures of the named checks into warnings within a `with` block; blocks may be nested.
 
     Raises:
-        InvalidArgumentError: for a name that does not exist.
+        InvalidArgumentError: If a name is unknown.
     """
     require_known(names)
     token = _allowed.set(_allowed.get() | frozenset(names))
@@ -48,7 +47,7 @@ def require_known(allow: Collection[str]) -> None:
     """Validate names of allowances.
 
     Raises:
-        InvalidArgumentError: for a name that does not exist.
+        InvalidArgumentError: If a name is unknown.
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
@@ -58,16 +57,16 @@ def require_known(allow: Collection[str]) -> None:
 
 
 def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> None:
-    """Raise an error, or warn in its place where it is allowed.
+    """Raise the error of a failed check, or warn instead if the check has been allowed to fail.
 
     Args:
-        error: what was found, what was expected, what to do.
-        name: the allowance that lifts it, a key of `ALLOWANCES`.
-        allow: what the user allows beside `allowing`.
+        error: error that says what was found, what was expected and what to do.
+        name: allowance of the check, a key of `ALLOWANCES`.
+        allow: allowances in addition to those of `allowing`.
     """
     require_known(allow)
     message = str(error).rstrip(". ")
     if name in allow or name in _allowed.get():
         warnings.warn(f"{message} (allowed: {name})", SparseLogitsWarning, stacklevel=3)
         return
-    raise type(error)(f"{message}. Or go on all the same: --allow {name}") from error.__cause__
+    raise type(error)(f"{message}. To continue with a warning: --allow {name}") from error.__cause__

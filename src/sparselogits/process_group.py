@@ -1,4 +1,4 @@
-"""Leaving the ranks of a job."""
+"""Shut down the ranks of a distributed job cleanly."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import time
 
 import torch.distributed as dist
 
-RELEASE_SECONDS = 0.5  # a gloo thread needs microseconds of the interpreter's lock, once scheduled
+RELEASE_SECONDS = 0.5  # enough for a gloo thread to be scheduled and to take the interpreter's lock
 
 
 def leave_process_group() -> None:
-    """Wait for all ranks, then leave the default process group, if there is one: a script's end.
+    """Wait for all ranks and destroy the default process group; call this at the end of a script.
 
-    A rank that simply ends may die with "terminate called without an active exception", by chance
-    and more often on a busy machine, and its job counts as failed: a gloo thread that waits for
-    the interpreter's lock, to release the last collective's tensors, is aborted when the
-    interpreter goes away (pytorch issue 190489). Destroying the group joins its threads only if
-    nothing else holds it, and DDP's reducer does; so the lock is left free for them for a moment.
+    Without a process group nothing happens. A rank that ends without this call may abort with
+    "terminate called without an active exception", at random and more often on a busy machine, and
+    its job counts as failed: a gloo thread that waits for the interpreter's lock, to release the
+    tensors of the last collective, is aborted when the interpreter shuts down (pytorch issue
+    190489). `destroy_process_group` joins these threads only if nothing else holds the group, and
+    DDP's reducer holds it; so the lock is left free for `RELEASE_SECONDS` afterwards.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

@@ -1,13 +1,13 @@
-"""Quantise a student: fake quantisation while it is trained, real quantisation in the end.
+"""Quantise a student: fake quantisation during training, real quantisation when it is saved.
 
-Quantisation-aware training rounds weights (and activations, where the format has them) in the
-forward pass and passes gradients through the rounding, so that the student learns with the error
-it will have. torchao does both steps; what is here names its formats and leaves out the head, which
-most runtimes keep in full precision (and which may be tied to the embedding).
+Quantisation-aware training rounds weights (and activations, where the format quantises them) in the
+forward pass and passes gradients through the rounding, so the student learns with the rounding
+error. torchao does both steps. This module names torchao's formats and leaves the head out, which
+most runtimes keep in full precision and which may be tied to the embedding.
 
-The order matters: `prepare` a model, train it, save it (its weights are still in full precision),
-then `load_quantized` rounds them once and for all. The quantised model computes what the
-fake-quantised one computed.
+The order matters: `prepare` a model, train it, save it (the weights are still in full precision),
+then `load_quantized` rounds the weights. The quantised model computes what the fake-quantised model
+computed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ QuantizationFormat = Literal[
     "int8-weight-only", "int4-weight-only", "int3-weight-only", "int2-weight-only",
     "int8-dynamic-int8", "int8-dynamic-int4",
 ]  # fmt: skip
-"""Bits of the weights, after bits of the activations where these are quantised too (per token,
-ranges taken from the data)."""
+"""Names of the formats: the bits of the activations, where these are quantised too (per token, with
+ranges from the data), then the bits of the weights."""
 
 FORMATS: tuple[str, ...] = get_args(QuantizationFormat)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """A format of torchao.
+    """Describe a quantisation format of torchao.
 
     Args:
-        format: see `QuantizationFormat`.
-        group_size: consecutive inputs of a linear layer whose weights share a scale; None shares
-            one scale per output channel.
+        format: name of the format, see `QuantizationFormat`.
+        group_size: number of consecutive inputs of a linear layer whose weights share a scale; None
+            for one scale per output channel.
 
     Raises:
-        InvalidArgumentError: for an unknown format or a group size below 1.
+        InvalidArgumentError: If the format is unknown or the group size is below 1.
 
     Example:
         >>> Quantization("int4-weight-only", group_size=32).described
@@ -57,13 +57,13 @@ class Quantization:
             )
         if self.group_size is not None and self.group_size < 1:
             raise InvalidArgumentError(
-                f"group_size={self.group_size}: expected a number from 1, or none for one scale "
+                f"group_size={self.group_size}: expected a number from 1, or None for one scale "
                 "per output channel"
             )
 
     @property
     def described(self) -> str:
-        """The format in words."""
+        """Description of the format in words."""
         size = self.group_size
         return f"{self.format}, {'one scale per channel' if size is None else f'groups of {size}'}"
 
@@ -71,7 +71,7 @@ class Quantization:
         """Return torchao's configuration of the format.
 
         Raises:
-            MissingDependencyError: torchao is not installed.
+            MissingDependencyError: If torchao is not installed.
         """
         try:
             import torch
@@ -94,7 +94,7 @@ class Quantization:
 
 
 def prepare(model: nn.Module, quantization: Quantization) -> None:
-    """Put fake quantisation into a model's linear layers, in place; the head stays as it is.
+    """Replace a model's linear layers by fake-quantised ones, in place; the head is not changed.
 
     Weights keep their names and their precision, so checkpoints and optimisers are unaffected.
 
@@ -103,9 +103,9 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
         quantization: the format.
 
     Raises:
-        InvalidArgumentError: the group size does not divide the inputs of a layer, or the model is
-            quantised already.
-        MissingDependencyError: torchao is not installed.
+        InvalidArgumentError: If the group size does not divide the inputs of a layer, or the model
+            is quantised already.
+        MissingDependencyError: If torchao is not installed.
     """
     config = quantization.torchao_config()
     from torchao.quantization import quantize_
@@ -122,7 +122,7 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
         if size is not None and layer.in_features % size:
             raise InvalidArgumentError(
                 f"group_size={size} does not divide the {layer.in_features} inputs of {name}; "
-                "choose a divisor, or none for one scale per output channel"
+                "choose a divisor, or None for one scale per output channel"
             )
     quantize_(model, QATConfig(config, step="prepare"), lambda _, name: name in layers)
 
@@ -130,16 +130,16 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
 def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
     """Load a model saved in full precision with its weights quantised.
 
-    `save_pretrained` of the result writes the quantised weights, in a form that transformers loads
+    `save_pretrained` of the result writes the quantised weights in a form that transformers loads
     without further arguments.
 
     Args:
-        folder: a transformers folder; of a model that `prepare` changed and that was trained since,
-            or of any other, which makes this post-training quantisation.
+        folder: transformers folder of a model that was trained after `prepare`. For any other model
+            this is post-training quantisation.
         quantization: the format.
 
     Raises:
-        MissingDependencyError: torchao is not installed.
+        MissingDependencyError: If torchao is not installed.
     """
     from transformers import AutoModelForCausalLM, TorchAoConfig
 

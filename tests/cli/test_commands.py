@@ -203,5 +203,5 @@ def test_interrupted_says_how_to_go_on(teacher_folder: Path, text: Path, tmp_pat
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130, said
-    assert "goes on from there" in said
+    assert "continues from there" in said
     assert "Traceback" not in said

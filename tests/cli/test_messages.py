@@ -52,7 +52,7 @@ MISTAKES = {
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
     "train --cache {cache} --out {new}": ("name the student to train", "--student-config 30m"),
     "train --cache {cache} --out {new} --student a --student-config tiny": (
-        "--student goes on with a model",
+        "--student trains an existing model",
         "give one of them",
     ),
     "train --cache {cache} --out {new} --lora 4": ("--lora", "name it with --student"),

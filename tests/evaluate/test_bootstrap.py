@@ -261,7 +261,7 @@ def test_differences_are_paired(found: dict[str, HeldOut]) -> None:
         assert there.mean == pytest.approx(a.interval(name).mean - b.interval(name).mean)
         assert there.low == pytest.approx(-back.high, abs=1e-9)
         assert a.difference(a, name).high == 0
-    with pytest.raises(InvalidArgumentError, match="no figure is called 'bleu'"):
+    with pytest.raises(InvalidArgumentError, match="unknown metric 'bleu'"):
         a.difference(b, "bleu")
 
 

@@ -192,7 +192,7 @@ def test_a_student_of_another_architecture(kept: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="1,000,000 layers"):
         run(recipe(kept, tmp_path / "deep", student={"config": str(config)}), device="cpu")
     config.write_text("{}")
-    with pytest.raises(RecipeError, match="no configuration of a transformers model"):
+    with pytest.raises(RecipeError, match="not the configuration of a transformers model"):
         run(recipe(kept, tmp_path / "none", student={"config": str(config)}), device="cpu")
 
 

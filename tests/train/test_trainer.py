@@ -525,9 +525,9 @@ def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(
         found = weights(whole, checkpoint)
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
-    with pytest.raises(InvalidArgumentError, match=r"now holds 0 to 63: the run cannot go on"):
+    with pytest.raises(InvalidArgumentError, match=r"now holds 0 to 63: the run cannot resume"):
         weights(Grown(several_shards, ranges[:1]), checkpoint)
-    with pytest.raises(InvalidArgumentError, match="cannot go on in the order it had"):
+    with pytest.raises(InvalidArgumentError, match="cannot resume in the same order"):
         weights(Grown(several_shards, ranges[1:]), checkpoint)
     elsewhere = json.loads((tmp_path / "checkpoint-4" / "sparselogits.json").read_text())
     elsewhere["cache"] = "0" * 64

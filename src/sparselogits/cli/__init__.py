@@ -1,7 +1,7 @@
-"""The commands, thin: options in, one call, a result printed.
+"""Define the commands; each one parses options, makes one call and prints one result.
 
-Results go to standard output (JSON with `--json`), progress and remarks to standard error; exit
-codes and what is said at the end are in `endings`.
+Results go to standard output (JSON with `--json`), progress and notes to standard error. Exit codes
+and final messages are in `endings`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ def _say_version(asked: bool) -> None:
 def _options(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show the traceback of an error. Can be given anywhere on the command line.",
+        ),
     ] = False,
     version: Annotated[
         bool,
@@ -96,7 +100,7 @@ def _options(
 _MAKE, _KEEP = "Make a cache", "Look after a cache"
 _USE, _STUDY = "Train and evaluate", "Study"
 
-# in the order of `sparselogits --help`; a command's example is what its help page ends with
+# in the order of `sparselogits --help`; the help page of a command ends with its example
 _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ("cache", cache, _MAKE, "--teacher demo --data notes.txt --out my-cache --holdout 0.05"),
     (
@@ -133,5 +137,5 @@ for _name, _function, _panel, _example in _COMMANDS:
 
 
 def main() -> None:
-    """Entry point: run a command and turn what it raises into a message and an exit code."""
+    """Run a command, and turn an exception into a message and an exit code."""
     end_of(app)

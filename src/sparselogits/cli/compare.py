@@ -1,4 +1,4 @@
-"""`sparselogits compare`: one table over methods."""
+"""Define `sparselogits compare`, which compares training methods."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparselogits.lab.compare.results import Figure
 
 WIDTH = 132
-"""Characters that a table may take where it is not printed to a terminal."""
+"""Width of a table in characters when it is not printed to a terminal."""
 
 
 def compare(
@@ -72,7 +72,7 @@ def compare(
     for message in results.tasks_not_measured:
         messages.print(styled("task not measured:", "yellow", f" {message}"))
     for message in results.outgrown_teacher:
-        messages.print(styled("the teacher is no better:", "yellow", f" {message}"))
+        messages.print(styled("the teacher is not better:", "yellow", f" {message}"))
     failures = ((row.student, row.gradient_failure) for row in results.methods)
     for student, why in dict.fromkeys(failures):
         if why is not None:
@@ -85,13 +85,13 @@ def compare(
         console.width = max(console.width, WIDTH)
     for table in _tables(results):
         console.print(table)
-    console.print(f"figures, runs and settings in {loaded.out / 'results.json'}, results.csv")
+    console.print(f"metrics, runs and settings in {loaded.out / 'results.json'}, results.csv")
     console.print(f"page: {page}", soft_wrap=True)
     say_next(otherwise=f"open {page} in a browser")
 
 
 def _tables(results: Results) -> list[Table]:
-    """One for each student."""
+    """Return a table per student."""
     titles = ["method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS)]
     measured = any(row.gradient for row in results.methods)
     titles += ["angle °"] if measured else []

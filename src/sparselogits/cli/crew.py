@@ -1,4 +1,4 @@
-"""Which executor runs `sparselogits cache`, and what this process is in it."""
+"""Choose the executor of `sparselogits cache` and the role of this process in it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crew:
-    """This process's part in a build.
+    """Describe the part of this process in a build.
 
     Args:
-        device: where its teacher runs.
-        share: its ranges.
-        workers: the Ray actors it is to engage; None where it works itself.
-        rank: among the processes that run one teacher together; None where each has its own.
+        device: device of the teacher.
+        share: share of the ranges that this process computes.
+        workers: Ray actors that compute instead of this process; None without Ray.
+        rank: rank among the processes that run one teacher together; None if each process has a
+            teacher.
     """
 
     device: str
@@ -36,16 +37,16 @@ class Crew:
 
     @property
     def is_first(self) -> bool:
-        """Whether it packs the text, begins the cache and prints the result."""
+        """Whether this process packs the text, creates the cache and prints the result."""
         return self.share.index == 0
 
     @property
     def follows(self) -> bool:
-        """Whether it does nothing but its part of another's forward passes."""
+        """Whether this process only takes part in the forward passes of the first rank."""
         return bool(self.rank)
 
     def follow(self, engine: Any) -> None:
-        """Run the first rank's passes until it is done."""
+        """Take part in the passes of the first rank until it is done."""
         from sparselogits.process_group import leave_process_group
         from sparselogits.teacher.tensor_parallel import follow
 
@@ -54,7 +55,7 @@ class Crew:
 
     @contextmanager
     def leading(self, engine: Any) -> Iterator[Any]:
-        """The engine to build with, and the end of those that follow, if there are any."""
+        """Yield the engine for the build, and release the ranks that follow afterwards."""
         if self.rank is None:
             yield engine
             return
@@ -66,7 +67,7 @@ class Crew:
         leave_process_group()
 
     def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
-        """Where the first rank has packed the text, once it has, and has begun the cache."""
+        """Wait until the first rank has packed the text and created the cache; return its place."""
         from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
         from sparselogits.store import Cache
@@ -96,7 +97,7 @@ class Crew:
         progress: Callable[[int, int], None],
         **how: Any,
     ) -> BuildReport:
-        """`build_caches` by this executor; `load` makes another teacher, on the device given."""
+        """Run `build_caches` with this executor; `load` makes a teacher on a given device."""
         from sparselogits.caching import begin_job, build_caches, shard_ranges
         from sparselogits.caching.executors import build_caches_on_ray
 
@@ -126,14 +127,14 @@ def crew_of(
     *,
     split: bool = False,
 ) -> Crew:
-    """What the options and the environment make of this process; sets its thread count.
+    """Determine the role of this process from options and environment, and set its threads.
 
-    With `split` the ranks of torchrun run one teacher together, and are one worker.
+    With `split` the ranks of torchrun run one teacher together, and count as one worker.
 
     Raises:
-        InvalidArgumentError: options of another executor, numbers out of range, or no ranks in the
-            environment.
-        MissingDependencyError: Ray is not installed.
+        InvalidArgumentError: If options belong to another executor, numbers are out of range, or
+            the environment has no ranks.
+        MissingDependencyError: If Ray is not installed.
     """
     import torch
 
@@ -143,17 +144,17 @@ def crew_of(
     if executor != "ray" and (workers is not None or gpus is not None):
         raise InvalidArgumentError("--workers and --gpus are for --executor ray")
     if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
-        raise InvalidArgumentError("--threads and --workers are at least 1, --gpus at least 0")
+        raise InvalidArgumentError("--threads and --workers must be at least 1, --gpus at least 0")
     if split and executor != "local":
         raise InvalidArgumentError(
             f"--tp-plan makes one worker of the ranks of torchrun; --executor {executor} is for "
             "workers with a teacher each: leave it out, and divide the text by --windows"
         )
     launched: Mapping[str, str] = os.environ
-    if split:  # of torchrun alone: a Slurm array has nothing to do with who runs a teacher together
+    if split:  # a Slurm array does not say which processes run one teacher together
         launched = {k: v for k, v in launched.items() if not k.startswith("SLURM_")}
     rank = rank_from_environment(launched) if split or executor == "torchrun" else None
-    if threads is None and rank is not None:  # torchrun would leave it at one
+    if threads is None and rank is not None:  # torchrun sets one thread
         threads = max(1, len(os.sched_getaffinity(0)) // rank.local_count)
     if threads is not None:
         torch.set_num_threads(threads)

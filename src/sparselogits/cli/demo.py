@@ -1,4 +1,4 @@
-"""`sparselogits demo`: the whole way on material that comes with Python packages."""
+"""Define `sparselogits demo`, which needs no data or model but those of Python packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def demo(
     """Prune a small model and heal it with each method; about four minutes, without a hub."""
     from sparselogits.extras import require_demo
 
-    require_demo()  # before the seconds that importing torch takes
+    require_demo()  # before torch is imported, which takes seconds
     from sparselogits.lab.demo import run_demo
 
     result = run_demo(out)

@@ -1,9 +1,8 @@
-"""How a command ends: with its result, with one message, or interrupted; without a traceback.
+"""End a command with its result, with one message, or as interrupted, without a traceback.
 
-Exit codes: 0 done, 2 a mistake or a refusal that the message explains, 130 interrupted, 1 a bug of
-ours. A bug is one message too: its traceback goes to a file, because the run may have been long and
-because what it quotes may be a stranger's. `--debug`, anywhere on the command line, shows the
-traceback of everything.
+Exit codes: 0 success, 2 an error that the message explains, 130 interrupted, 1 a bug of this
+package. The traceback of a bug goes to a file, because the run may have been long and the traceback
+may quote text of unknown origin. `--debug`, anywhere on the command line, shows tracebacks.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from sparselogits.untrusted import printable
 
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 
-_KEPT = "what was finished is kept, and the same command goes on from there"
+_KEPT = "finished parts are kept, and the same command continues from there"
 _AFTERWARDS = {
     "cache": _KEPT,
     "compare": _KEPT,
     "demo": _KEPT,
     "merge": _KEPT,
     "push": _KEPT,
-    "repair": "shards already set aside stay so; the same command looks at the rest",
+    "repair": "shards that were set aside stay there; the same command checks the others",
     "train": "with save_steps in its recipe the same command goes on from the last checkpoint, "
     "else it starts again",
 }
@@ -45,7 +44,7 @@ _NEXT_STEPS = {
     errno.ENOENT: "check the path",
     errno.EEXIST: "a file is in the way of a folder: move it, or choose another place",
     errno.ENOTDIR: "a file is in the way of a folder: move it, or choose another place",
-    errno.EISDIR: "a folder is there where a file was expected: check the path",
+    errno.EISDIR: "this is a folder, and a file was expected: check the path",
     errno.EACCES: _ALLOW,
     errno.EPERM: _ALLOW,
     errno.EROFS: _ALLOW,
@@ -55,9 +54,9 @@ _NEXT_STEPS = {
 
 
 def end_of(command_line: Callable[..., Any]) -> NoReturn:
-    """Run a command line and leave the process as this module's head says."""
+    """Run a command line, and end the process as the module's docstring says."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal or a pipe without UTF-8 shows a question mark in the place of ± or an arrow
+        # without UTF-8 a question mark stands for ± or an arrow
         sys.stdout.reconfigure(errors="replace")
     words = sys.argv[1:]
     debug = "--debug" in _before_dashes(words)
@@ -67,7 +66,7 @@ def end_of(command_line: Callable[..., Any]) -> NoReturn:
     try:
         command_line(args=arguments, obj=state)
         sys.exit(0)
-    except SystemExit as stop:  # how typer ends, a usage error (2) or Ctrl-C (130) included
+    except SystemExit as stop:  # typer ends so, with 2 for a usage error and 130 for Ctrl-C
         if stop.code == INTERRUPTED:
             _say_interrupted(state)
         raise
@@ -76,7 +75,7 @@ def end_of(command_line: Callable[..., Any]) -> NoReturn:
             messages.print("".join(traceback.format_exception(error)), soft_wrap=True)
         _say_interrupted(state)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output has enough, as in `| head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
@@ -91,11 +90,11 @@ def end_of(command_line: Callable[..., Any]) -> NoReturn:
 
 
 def explanation(error: BaseException) -> str | None:
-    """What a user is told of an error: the cause and the next step. None for a bug."""
+    """Return the message for an error, with cause and next step; None for a bug."""
     if isinstance(error, SparseLogitsError):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        step = _NEXT_STEPS.get(error.errno or 0, "see to it, then give the same command again")
+        step = _NEXT_STEPS.get(error.errno or 0, "solve this, then give the same command again")
         return f"{error.filename}: {error.strerror}; {step}"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         first = (str(error).strip() or "out of memory").splitlines()[0]
@@ -107,13 +106,13 @@ def explanation(error: BaseException) -> str | None:
 
 
 def _report_of(error: BaseException) -> str:
-    """Say what an unexpected error is, and where its traceback is to be found."""
+    """Return the message for an unexpected error, and write its traceback to a file."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "sparselogits" in Path(frame.filename).parts]
     place = ours[-1] if ours else frames[-1]
     what = f"{type(error).__name__}: {reason_of(error).splitlines()[0]}"
     where = f"{Path(place.filename).name}, line {place.lineno}, in {place.name}"
-    said = f"sparselogits failed in a way it does not foresee: {printable(what, 500)} ({where})."
+    said = f"sparselogits failed with an unexpected error: {printable(what, 500)} ({where})."
     file = user_cache() / "bugs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try:
         write_whole(file, printable("".join(traceback.format_exception(error))))
@@ -130,7 +129,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _say_interrupted(state: dict[str, Any]) -> None:
-    # a second Ctrl-C while threads and files are let go of ends at once: commits are atomic
+    # a second Ctrl-C during clean-up ends the process at once; commits are atomic
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     command = state.get("command")
     said = _AFTERWARDS.get(command, _NOTHING) if command else _NOTHING

@@ -1,4 +1,4 @@
-"""`sparselogits eval`: a student on held-out text."""
+"""Define `sparselogits eval`, which measures a student on held-out text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def evaluate_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Measure on this text in place of held-out text: a text, JSON lines or Parquet "
+            help="Measure on this text instead of held-out text: a text, JSON lines or Parquet "
             "file, a folder of such files, or the name of a dataset.",
             show_default="the cache's held-out text",
             rich_help_panel=DATA,
@@ -177,7 +177,7 @@ def evaluate_command(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Measure a student on text: loss, calibration, and distance to its teacher."""
+    """Measure a student on text: loss, calibration, and divergence from its teacher."""
     from sparselogits.caching import fetch_texts
     from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate import draft_from_prefixes, evaluate
@@ -186,11 +186,11 @@ def evaluate_command(
     from sparselogits.teacher.loading import locate_model
 
     if draft and teacher is None:
-        raise InvalidArgumentError("--draft needs --teacher, which verifies what is drafted")
+        raise InvalidArgumentError("--draft needs --teacher, which verifies the drafted tokens")
     if cache is None and data is None:
         raise InvalidArgumentError(
-            "the text to measure on is missing: give --cache CACHE for a cache's held-out text, or "
-            "--data FILE for any other"
+            "no text is given: give --cache CACHE for the held-out text of a cache, or --data FILE "
+            "for another text"
         )
     if data is not None and corpus is not None:
         raise InvalidArgumentError("--data and --corpus both name a text; give one of them")
@@ -211,7 +211,7 @@ def evaluate_command(
         )
     for name in (student, teacher, tokenizer):
         if name is not None:
-            locate_model(name)  # a path that is not there is said before anything is read
+            locate_model(name)  # a missing path is an error before anything is read
     opened = None if cache is None else Cache.open(cache)
     words = None
     if tasks or other is not None:
@@ -304,8 +304,8 @@ def _require_no_data_options(
     named = [option for option, there in given.items() if there]
     if named:
         raise InvalidArgumentError(
-            f"{', '.join(named)}: for text that is named by --data; a cache's held-out text is "
-            "packed already. Name the text with --data, or leave the option out"
+            f"{', '.join(named)} can only be used with --data: a cache's held-out text is packed "
+            "already. Name a text with --data, or leave the option out"
         )
 
 
@@ -321,7 +321,7 @@ _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
 
 
 def _table(found: dict[str, HeldOut]) -> Table:
-    """Return a row per metric: the student's value with its ±, and the teacher's beside it."""
+    """Return a table with a row per metric, and values with ± of the student and the teacher."""
     table = Table("metric", "", box=MARKDOWN)
     rows = dict(sorted(found.items(), key=lambda item: item[0] == "teacher"))
     for name in rows:
@@ -336,7 +336,7 @@ def _table(found: dict[str, HeldOut]) -> Table:
 
 
 def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
-    """A value and half of its interval, both as the metric is shown."""
+    """Return a value and half of its interval, both in the metric's format."""
     if estimate is None:
         return "-", "-"
     if estimate.low is None or estimate.high is None:
@@ -345,7 +345,7 @@ def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
 
 
 def _half(shown: _Shown, low: float, high: float) -> str:
-    """Half of an interval, with the digits of its ends."""
+    """Return half of an interval, with as many digits as its ends have."""
     first, last = shown(low), shown(high)
     return f"{(float(last) - float(first)) / 2:.{len(last.partition('.')[2])}f}"
 
@@ -379,7 +379,7 @@ def _scores(
 
 
 def _task_table(scores: dict[str, list[TaskScore]]) -> Table:
-    """Return a row per metric of each task; ± is its standard error over the samples."""
+    """Return a table with a row per metric of each task; ± is the standard error over samples."""
     table = Table("task", "metric", "samples", *scores, box=MARKDOWN)
     for column in table.columns[2:]:
         column.justify = "right"

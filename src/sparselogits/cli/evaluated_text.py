@@ -1,4 +1,4 @@
-"""The text that `sparselogits eval` measures on: a cache's held-out text, or any other."""
+"""Provide the text for `sparselogits eval`: held-out text of a cache, or any other text."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class OtherText:
-    """Text that is named by `--data`, and how it is read.
+    """Describe the text of `--data` and how it is read.
 
     Args:
-        data: as `corpus.open_source` takes it.
+        data: file, folder or dataset, as for `corpus.open_source`.
         text_field: field or column of the text.
         split: split of a dataset.
-        completion_only: only the completions are measured.
+        completion_only: whether only completions are measured.
         window: tokens per window; None for the cache's, or `DEFAULT_WINDOW`.
-        reset_attention: documents of one window do not see each other; None for the cache's way.
+        reset_attention: whether attention stays within documents; None for the cache's setting.
         separator_id: token between documents; None for the cache's, or the tokenizer's.
     """
 
@@ -52,19 +52,19 @@ def text_to_evaluate(
     tokenizer: Any,
     limit: int | None,
 ) -> Iterator[TextDataset]:
-    """Give the windows to measure on.
+    """Yield the windows to measure on.
 
     Args:
         student: name of the student, for the size of its vocabulary.
-        cache: the cache that says how text is packed, if there is one.
-        packed: a folder of packed text whose held-out windows are read.
-        other: text to pack now, into a folder that is removed at the end; None for `packed`.
-        tokenizer: needed for `other`.
+        cache: cache whose packing is used; None for the defaults.
+        packed: folder of packed text whose held-out windows are read.
+        other: text to pack into a temporary folder; None for `packed`.
+        tokenizer: tokenizer for `other`.
         limit: largest number of windows.
 
     Raises:
-        InvalidArgumentError: nothing is held out.
-        CorpusError: the text cannot be read, or does not fill a window.
+        InvalidArgumentError: If there is no held-out text.
+        CorpusError: If the text cannot be read, or is shorter than a window.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
     from sparselogits.data import TextDataset
@@ -76,7 +76,7 @@ def text_to_evaluate(
         if len(windows) == 0:
             raise InvalidArgumentError(
                 f"{packed} holds no held-out windows: the cache was built without --holdout. Name "
-                "other text to evaluate on (--data FILE), or build a cache with --holdout 0.05"
+                "another text (--data FILE), or build a cache with --holdout 0.05"
             )
         yield windows
         return
@@ -119,16 +119,16 @@ def _packing(other: OtherText, cache: Cache | None, tokenizer: Any) -> Any:
 
 
 def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
-    """Load the first tokenizer that can be read; it must be the student's, where that has one.
+    """Load the first tokenizer that can be read, and check that it agrees with the student's.
 
     Args:
         names: models or runs, the preferred one first.
-        student: the student's name.
-        purpose: what the tokenizer is needed for, for the error.
+        student: name of the student.
+        purpose: option that needs the tokenizer, for the error.
 
     Raises:
-        TeacherError: none of them has a tokenizer that can be read.
-        IdentityMismatchError: the student's own tokenizer gives other ids.
+        TeacherError: If none of them has a tokenizer that can be read.
+        IdentityMismatchError: If the student's own tokenizer gives other ids.
     """
     from sparselogits.teacher.loading import load_tokenizer
 
@@ -141,18 +141,18 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
             reason = reason or error
     if found is None:
         raise TeacherError(
-            f"{purpose} needs the tokenizer, and {names[0]} has none that can be read; name the "
+            f"{purpose} needs a tokenizer, and {names[0]} has none that can be read; name the "
             "teacher's folder with --teacher or --tokenizer"
         ) from reason
     try:
         own = load_tokenizer(student)
     except TeacherError:
-        return found  # a student without a tokenizer speaks the one it was trained with
+        return found  # a student without a tokenizer uses the one that it was trained with
     theirs = own.get_vocab()
     differing = [t for t, i in found.get_vocab().items() if theirs.get(t, i) != i]
     if differing:
         raise IdentityMismatchError(
-            f"the student {student} has another tokenizer than the one named: {len(differing)} "
+            f"the tokenizer of the student {student} differs from the named one: {len(differing)} "
             f"tokens have other ids, {differing[0]!r} among them. Name the tokenizer that the "
             "student was trained with (--tokenizer)"
         )

@@ -1,4 +1,4 @@
-"""`sparselogits gradients`: the paper's gradient table, on your teacher, student and text."""
+"""Define `sparselogits gradients`, the paper's gradient table for any teacher and text."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from sparselogits.teacher import Engine
 
 PILOT_WINDOWS = 4
-PILOT_STRIDE = 4  # positions of a pilot window that are looked at: every fourth
+PILOT_STRIDE = 4  # every fourth position of a pilot window is used
 
 
 class Rule(StrEnum):
-    """What becomes of Top-K's missing mass."""
+    """Name the rules for the missing mass of Top-K targets."""
 
     drop = "drop"
     renormalise = "renormalise"
@@ -180,7 +180,6 @@ def gradients(
                 f"the text fills {len(windows)} windows of {window} tokens, which is less than one "
                 f"batch of {max(sizes)} tokens; give more text, or smaller batches (--batch)"
             )
-        # what needs no weights has been checked
         messages.print(f"loading the teacher {teacher}")
         learners = _load_students(students, fresh, seed, device_named(device))
         engine = load_teacher(
@@ -244,13 +243,15 @@ def gradients(
 
 
 def _require_students(names: Sequence[str]) -> None:
-    """Check the students' names: paths that are there, with folder names of their own."""
+    """Check that the students' paths exist and their folder names differ."""
     from sparselogits.teacher.loading import locate_model
 
     for name in names:
         locate_model(name)
     if len({Path(name).name for name in names}) < len(names):
-        raise InvalidArgumentError(f"students need folder names of their own, found {names}")
+        raise InvalidArgumentError(
+            f"two students have the same folder name, found {names}: rename a folder"
+        )
 
 
 def _load_students(
@@ -272,7 +273,7 @@ def _load_students(
 
 
 def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
-    """Tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
+    """Return tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
     import torch
 
     from sparselogits.evaluate.passes import teacher_slices
@@ -329,14 +330,14 @@ def _conditions(
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    """JSON with a row of the table on a line of the file."""
+    """Write JSON with one row of the table per line."""
     rows = ",\n".join(json.dumps(row) for row in result["rows"])
     conditions = json.dumps(result["conditions"], indent=1)
     write_whole(path, f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n')
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """All parameters at every batch size, then the largest batch in the other spaces."""
+    """Return tables for all parameters per batch size, and for other spaces at the largest."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]

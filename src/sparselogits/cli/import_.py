@@ -1,4 +1,4 @@
-"""`sparselogits import`: Top-K logprobs that were collected elsewhere, as a cache."""
+"""Define `sparselogits import`, which makes a cache from collected Top-K log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sparselogits info`: what a cache holds."""
+"""Define `sparselogits info`, which shows the contents and origin of a cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def info(
     ] = 16,
     as_json: Json = False,
 ) -> None:
-    """Show what a cache holds and what it was made from, with histograms."""
+    """Show the contents of a cache and its origin, with histograms."""
     print_info(cache, as_json, sampled=sample)
     if not as_json:
         say_train(cache)
@@ -42,8 +42,8 @@ def print_info(
     Args:
         root: folder or URL of the cache.
         as_json: print JSON.
-        sampled: row groups that the histograms are made from; 0 for none.
-        text: what is known of the text that was read, for the JSON.
+        sampled: number of row groups for the histograms; 0 for none.
+        text: facts about the text that was read, for the JSON.
     """
     from sparselogits.store import Cache, sample_cache
 
@@ -87,14 +87,14 @@ def print_info(
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),
     ):
-        # a line each, not a table: in a pipe nothing may be cut to the width of a terminal
+        # lines instead of a table, so that a pipe receives whole values
         console.print(styled(f"{name:<18}", "dim", f" {value}"), soft_wrap=True)
     if sample is not None:
         _draw(console, sample)
 
 
 def _draw(console: Console, sample: CacheSample) -> None:
-    """Three histograms side by side where the terminal is wide enough, else below each other."""
+    """Print three histograms, side by side if the terminal is wide enough."""
     of = counted(sample.of, "window")
     said = (
         f"all of {of}" if sample.windows == sample.of else f"a sample, {sample.windows:,} of {of}"

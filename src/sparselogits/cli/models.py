@@ -1,4 +1,4 @@
-"""Models that options name, loaded."""
+"""Load the models that options name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
 def load_own_teacher(
     name: str, identity: Identity | None, device: str, *, dtype: str
 ) -> TransformersTeacher:
-    """Load the teacher that made a cache; any teacher where no identity of a cache is given.
+    """Load a teacher, and check that it made the cache if the identity of a cache is given.
 
     Raises:
         IdentityMismatchError: another one is named.

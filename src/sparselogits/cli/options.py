@@ -1,4 +1,4 @@
-"""What commands share: option types and where results go."""
+"""Define option types and output functions that several commands use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparselogits.untrusted import json_text
 MODEL, DATA, TARGETS = "Model", "Data", "Targets"
 OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
 TRAINING, MEASUREMENTS = "Training", "Measurements"
-"""Headings that options stand under in `--help`, in the order of first use by a command."""
+"""Headings of the groups of options in `--help`; a page has them in the order of first use."""
 
 MODEL_NAMES = (
     "a folder, a GGUF file, a name on the Hugging Face hub, or `demo` for SmolLM2-135M-Instruct "
@@ -68,7 +68,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         "--allow",
-        help="Go on where this is refused, with a warning; may be given several times. Names: "
+        help="Continue with a warning where this check fails. May be repeated. Names: "
         + ", ".join(ALLOWANCES)
         + ".",
         metavar="NAME",
@@ -80,7 +80,7 @@ Allow = Annotated[
 SeparatorId = Annotated[
     int | None,
     typer.Option(
-        help="Id of the token that is put between documents.",
+        help="Id of the token between documents.",
         show_default="the tokenizer's end-of-text token",
         rich_help_panel=DATA,
     ),
@@ -96,10 +96,10 @@ CacheArgument = Annotated[
 
 
 def device_named(name: str) -> str:
-    """The device an option names; auto is the accelerator where there is one.
+    """Return the device that an option names; auto is CUDA if it is available.
 
     Raises:
-        InvalidArgumentError: a device that torch does not know, or that is not here.
+        InvalidArgumentError: If torch does not know the device, or the device is not available.
     """
     import torch
 
@@ -117,16 +117,16 @@ def device_named(name: str) -> str:
 
 
 def stdout() -> Console:
-    """Return the console of results; progress and remarks go to standard error."""
+    """Return the console for results; progress and notes go to standard error."""
     return results()
 
 
 def say_next(*words: object, otherwise: str = "") -> None:
-    """Print the next command to give, ready to be copied, on standard error.
+    """Print the next command on standard error, ready to be copied.
 
     Args:
-        words: the words of the command behind `sparselogits`.
-        otherwise: what to say in its place where the next step is no command of ours.
+        words: arguments of `sparselogits`.
+        otherwise: text to print if the next step is another command.
     """
     command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
     messages.print(f"Next: {command}", soft_wrap=True)
@@ -136,8 +136,8 @@ def say_train(cache: str | Path, tokenizer: str = "MODEL") -> None:
     """Print the command that trains a student from a cache.
 
     Args:
-        cache: its folder or URL.
-        tokenizer: name of the teacher's tokenizer; a cache at a URL keeps none for its students.
+        cache: folder or URL of the cache.
+        tokenizer: name of the teacher's tokenizer, which a cache at a URL does not contain.
     """
     from sparselogits.store.storage.location import is_url
 
@@ -146,5 +146,5 @@ def say_train(cache: str | Path, tokenizer: str = "MODEL") -> None:
 
 
 def say_json(value: object) -> None:
-    """Print a result as JSON that every parser reads: ASCII, null for what is no finite number."""
+    """Print a result as JSON in ASCII, with null for numbers that are not finite."""
     typer.echo(json_text(value))

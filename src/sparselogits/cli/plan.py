@@ -1,4 +1,4 @@
-"""`sparselogits plan`: what a cache will cost, before anything is run."""
+"""Define `sparselogits plan`, which estimates the cost of a cache without running a model."""
 
 from __future__ import annotations
 
@@ -210,7 +210,9 @@ def plan(
 ) -> None:
     """Estimate what a cache will cost in bytes, hours and money, and when it pays."""
     if vocab < 2:
-        raise InvalidArgumentError(f"the vocabulary has {vocab} tokens; give --vocab 128256, say")
+        raise InvalidArgumentError(
+            f"--vocab must be at least 2, found {vocab}; give the teacher's vocabulary size"
+        )
     storage = StorageCost.ours(vocab, budget)
     if bits is not None:
         storage = replace(storage, bits_per_entry=bits)
@@ -303,7 +305,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Fit:
-    """The question whether a model fits on a device."""
+    """Describe a model, a batch and a device, to find whether the model fits."""
 
     who: str
     option: str
@@ -313,7 +315,7 @@ class _Fit:
     capacity: float | None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Say what is needed, whether it fits, and what to do."""
+        """Return what memory is needed, whether it fits, and what to do, in words."""
         found = self.memory_of(self.batch, 1)
         parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts)
         said = f"{_bytes(found.total)} with {self.option} {self.batch}"
@@ -325,7 +327,7 @@ class _Fit:
         return [(f"memory, {self.who}", said), ("", f"{parts}; shape of {self.shape.name}")]
 
     def _instead(self, capacity: float) -> str:
-        """Say what to do about a model that does not fit with any batch."""
+        """Return advice for a model that does not fit with any batch."""
         devices = fewest_devices(self.memory_of, 1, capacity)
         if devices is None:
             return "no number of such devices is enough"
@@ -431,7 +433,7 @@ def _clock(hours: float, devices: int, name: str) -> str:
 
 
 def _time(hours: float) -> str:
-    """Return a time in the unit that a person would say it in."""
+    """Return a time in seconds, minutes, hours or days."""
     seconds = hours * 3600
     if seconds < 1:
         return "under a second"

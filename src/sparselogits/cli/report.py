@@ -1,4 +1,4 @@
-"""`sparselogits report`: the page of a comparison, made again from its results."""
+"""Define `sparselogits report`, which writes the page of a comparison from its results."""
 
 from __future__ import annotations
 

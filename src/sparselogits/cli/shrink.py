@@ -1,4 +1,4 @@
-"""`sparselogits shrink`: a student made from its teacher by removing parts."""
+"""Define `sparselogits shrink`, which makes a student by removing parts of its teacher."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STUDENT = "Student"
 
 
 class LayerScoreOption(StrEnum):
-    """How blocks are ranked."""
+    """Name the ways of ranking blocks."""
 
     influence = "influence"
     loss = "loss"
@@ -54,7 +54,7 @@ def shrink(
     layers: Annotated[
         int | None,
         typer.Option(
-            help="Number of transformer blocks to keep. Which ones is decided by --layer-score.",
+            help="Number of transformer blocks to keep; --layer-score ranks them.",
             show_default="all",
             rich_help_panel=STUDENT,
         ),
@@ -155,7 +155,7 @@ def shrink(
     by_scores = any(v is not None for v in (layers, channels, heads, hidden))
     if by_scores and (cache is None) == (data is None):
         raise InvalidArgumentError(
-            "what to prune is chosen on calibration text: give either --cache or --data (only "
+            "no calibration text is given, or two are: give either --cache or --data (only "
             "--drop-layers alone needs none)"
         )
     require_new_folder(out)

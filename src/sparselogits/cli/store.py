@@ -1,4 +1,4 @@
-"""`verify`, `repair`, `card`, `push`, `merge`, `export`: caches as they lie on disk."""
+"""Define the commands for stored caches: verify, repair, card, push, merge, export."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def verify(
     from sparselogits.store import verify as verify_cache
     from sparselogits.store.storage.location import is_url
 
-    # a cache in an object store would have to fetch its whole text to know where it ends
+    # for a cache in an object store this would fetch the whole text
     windows = text_of = None
     if not is_url(cache):
         windows, text_of = windows_of_texts(Path(cache)), text_of_windows(Path(cache))

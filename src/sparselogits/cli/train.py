@@ -1,4 +1,4 @@
-"""`sparselogits train`: a student from a cache."""
+"""Define `sparselogits train`, which trains a student from a cache."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def train(
     student: Annotated[
         str | None,
         typer.Option(
-            help="Student to go on with: a folder (of `sparselogits shrink`, say), a name on the "
-            "Hugging Face hub, or `demo`.",
+            help="Existing model to train: a folder (such as one of `sparselogits shrink`), a name "
+            "on the Hugging Face hub, or `demo`.",
             show_default="the recipe's",
             rich_help_panel=MODEL,
         ),
@@ -75,7 +75,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Train an adapter (LoRA) of this rank for --student; it is merged at the end.",
+            help="Train a LoRA adapter of this rank for --student, and merge it at the end.",
             show_default="all weights",
             rich_help_panel=MODEL,
         ),
@@ -201,14 +201,14 @@ def train(
         bool,
         typer.Option(
             "--print-recipe",
-            help="Print a commented recipe with every setting, these options filled in, and stop.",
+            help="Print a commented recipe with every setting and the given options, and exit.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Train a student from a recipe or from options; under torchrun, on all its ranks."""
+    """Train a student from a recipe or from options; under torchrun, on all ranks."""
     from sparselogits.train import leave_process_group, run
     from sparselogits.train.recipe import parse_recipe, read_yaml
 
@@ -240,7 +240,7 @@ def train(
         loaded = parse_recipe(read_yaml(recipe, given), source=str(recipe))
     else:
         loaded = parse_recipe(given, source="the command line")
-    if os.environ.get("RANK", "0") != "0":  # the first of torchrun's ranks speaks for all
+    if os.environ.get("RANK", "0") != "0":  # the first rank of torchrun prints for all
         run(loaded, device=device_named(device))
         leave_process_group()
         return
@@ -261,7 +261,7 @@ def train(
         )
     leave_process_group()
     if not result.fresh:
-        messages.print("this run was finished before; nothing was done")
+        messages.print("this run is finished already; nothing was done")
     if as_json:
         facts = {"out": str(result.out), "seconds": result.seconds, "steps": result.steps}
         say_json(facts | {"curve": result.curve})
@@ -276,15 +276,17 @@ def _teacher_of(name: str | None) -> list[str]:
 
 
 def _student(path: str | None, config: str | None, lora: int | None) -> dict[str, Any] | None:
-    """Return the recipe's `student` as the options name it; None where they do not."""
+    """Return the recipe's `student` from the options; None if they name none."""
     from sparselogits.train.recipe import student_of
 
     if path is not None and config is not None:
         raise RecipeError(
-            "--student goes on with a model, --student-config makes a new one: give one of them"
+            "--student trains an existing model, --student-config makes a new one: give one of them"
         )
     if lora is not None and path is None:
-        raise RecipeError("--lora trains an adapter of an existing model: name it with --student")
+        raise RecipeError(
+            "--lora trains an adapter of an existing model: name the model with --student"
+        )
     if config is not None:
         return student_of(config)
     if path is None:
@@ -315,7 +317,7 @@ def _plan_table(plan: PlannedRun) -> Table:
         "learning rate": f"{plan.learning_rate:g} at its peak",
     }
     if plan.goes_on_from is not None:
-        rows["goes on from"] = plan.goes_on_from
+        rows["resumes from"] = plan.goes_on_from
     return _table(rows)
 
 

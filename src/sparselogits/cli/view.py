@@ -1,4 +1,4 @@
-"""`sparselogits view`: a window of a cache as a web page."""
+"""Define `sparselogits view`, which shows a window of a cache as a web page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def view(
     student: Annotated[
         str | None,
         typer.Option(
-            help="Student to show beside the teacher: a run's folder, a model folder or a hub "
+            help="Student to show next to the teacher: a run's folder, a model folder or a hub "
             "name.",
             show_default="no student",
             rich_help_panel=MODEL,
@@ -69,7 +69,7 @@ def view(
         bool,
         typer.Option(
             "--serve",
-            help="Serve pages of all windows on 127.0.0.1 in place of writing a file.",
+            help="Serve pages of all windows on 127.0.0.1 instead of writing a file.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,

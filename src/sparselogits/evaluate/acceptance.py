@@ -1,14 +1,14 @@
-"""Speculative acceptance: how good a draft model the student is for its teacher.
+"""Compute speculative acceptance: how well a student drafts for its teacher.
 
-A token drafted from the student's s and verified by the teacher's p is accepted with probability
-min(1, p / s), so at one position with probability
+A token drafted from the student's distribution s and verified by the teacher's p is accepted with
+probability min(1, p / s), so the acceptance probability at a position is
 
     sum_i s_i min(1, p_i / s_i) = sum_i min(p_i, s_i)
 
-(Leviathan et al. 2023, arXiv 2211.17192, definition 3.1 and theorem 3.5), one minus the total
-variation distance. `expected_acceptance` is this sum; `draft_and_verify` is one round of the rule
-itself, whose tokens are distributed as the teacher's whatever the student (their appendix A.1).
-Both models are at temperature one.
+(Leviathan et al. 2023, arXiv 2211.17192, definition 3.1 and theorem 3.5), which is one minus the
+total variation distance. `expected_acceptance` is this sum; `draft_and_verify` is one round of the
+algorithm, whose tokens have the teacher's distribution for any student (their appendix A.1). Both
+models are at temperature one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 NextLogits = Callable[[Tensor], Tensor]
-"""From tokens int64 [L] to the student's logits float [V] of the token after them."""
+"""Function from tokens int64 [L] to the student's logits float [V] of the next token."""
 
 LastLogits = Callable[[Tensor, int], Tensor]
-"""From tokens int64 [L] and n to the teacher's logits float [n, V] at the last n positions."""
+"""Function from tokens int64 [L] and n to the teacher's logits float [n, V] of the last n."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One draft and what its verification left of it.
+    """Describe one draft after verification.
 
     Args:
-        tokens: emitted: the accepted ones, and one from the teacher.
-        acceptances: float64 [verified], sum_i min(p_i, s_i) at each verified position: those up to
-            and including the first rejection.
+        tokens: emitted tokens: the accepted ones, and one from the teacher.
+        acceptances: float64 [verified], sum_i min(p_i, s_i) at each verified position, up to and
+            including the first rejection.
     """
 
     tokens: tuple[int, ...]
@@ -41,25 +41,26 @@ class Round:
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that were emitted."""
+        """Number of drafted tokens that were emitted."""
         return len(self.tokens) - 1
 
     @property
     def verified(self) -> int:
-        """Drafted tokens that were accepted or rejected; those after a rejection are neither."""
+        """Number of drafted tokens that were accepted or rejected; later ones are neither."""
         return len(self.acceptances)
 
 
 def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
-    """float64 [P]: sum_i min(p_i, s_i) over the ids both have.
+    """Compute sum_i min(p_i, s_i) over the ids that both models have, float64 [P].
 
     Args:
-        log_p: float [P, V], log-probabilities of one model; -inf where there is none.
-        log_s: float [P, V'] of the other; where one has more ids, the other gives them nothing.
+        log_p: float [P, V], log-probabilities of one model; -inf for probability 0.
+        log_s: float [P, V'], log-probabilities of the other model; ids that only one model has
+            count as probability 0 in the other.
     """
     common = min(log_p.shape[1], log_s.shape[1])
     smaller = torch.minimum(log_p[:, :common], log_s[:, :common]).exp_()
-    # the rounding of the two softmaxes may add up to a little more than certainty
+    # rounding of the two softmaxes may give a sum slightly above 1
     return smaller.sum(1).double().clamp_(max=1.0)
 
 
@@ -70,16 +71,17 @@ def draft_and_verify(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """Draft with the student, verify with the teacher.
+    """Draft with the student, and verify with the teacher.
 
-    The student runs once a drafted token, the teacher once. The student has all the teacher's ids.
+    The student runs once per drafted token, the teacher once. The student must have all ids of the
+    teacher.
 
     Args:
-        prefix: int64 [L], L at least one.
+        prefix: int64 [L], L at least 1.
         student: see `NextLogits`.
         teacher: see `LastLogits`.
-        draft: tokens to draft, at least one.
-        generator: on the CPU, source of all chance.
+        draft: number of tokens to draft, at least 1.
+        generator: random generator on the CPU.
     """
     tokens, given = prefix, []
     for _ in range(draft):
@@ -96,7 +98,7 @@ def draft_and_verify(
     if len(rejected):
         accepted = int(rejected[0])
         rest = (p[accepted] - s[accepted]).clamp(min=0)
-        # p = s up to rounding: what is left over is nothing, and p is right
+        # p = s up to rounding: the residual is empty, and p is the right distribution
         last = rest if float(rest.sum()) > 0 else p[accepted]
     else:
         accepted, last = draft, p[draft]
@@ -106,5 +108,5 @@ def draft_and_verify(
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """float64 on the CPU."""
+    """Return float64 probabilities on the CPU."""
     return logits.cpu().double().softmax(-1)

@@ -1,18 +1,17 @@
-"""Whether a model is as often right as it says: calibration of the next-token prediction.
+"""Compute the calibration of next-token predictions: whether confidence equals accuracy.
 
-A position's confidence is the model's largest probability, and it is a hit if the token that has it
-is the true next one. Positions are put into bins by confidence; with N positions, n_b of them in
-bin b,
+The confidence at a position is the model's largest probability, and the position is a hit if the
+token with that probability is the true next one. Positions are binned by confidence; with N
+positions, n_b of them in bin b,
 
     ECE = sum_b n_b / N |accuracy_b - confidence_b|
 
-(Naeini et al. 2015; Guo et al. 2017, equation 3). Two ways to bin: intervals of equal width, as
-Guo et al. have it, and bins of equal mass (Nguyen and O'Connor 2015), which also tell apart the
-many positions of small confidence that a language model has. ECE has no sign; `overconfidence`,
-mean confidence minus accuracy, has.
+(Naeini et al. 2015; Guo et al. 2017, equation 3). Bins have equal width, as in Guo et al., or equal
+mass (Nguyen and O'Connor 2015), which also resolve the many positions of small confidence of a
+language model. ECE has no sign; `overconfidence`, mean confidence minus accuracy, has one.
 
-Bins of equal mass need all confidences at once. They are kept as one float32 a position and model,
-4 MB for a million positions, the sign saying hit or miss.
+Bins of equal mass need all confidences at once. They are stored as one float32 per position and
+model, 4 MB per million positions, with the sign for hit or miss.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Bin:
-    """Positions of similar confidence: one point of a reliability diagram.
+    """Hold positions of similar confidence: one point of a reliability diagram.
 
     Args:
-        low: lower end; of equal width its edge, of equal mass the smallest confidence in it.
-        high: upper end, likewise.
-        confidence: mean over the bin's positions.
-        accuracy: share of hits among them.
-        count: how many they are.
+        low: lower edge for equal width, smallest confidence in the bin for equal mass.
+        high: upper edge for equal width, largest confidence in the bin for equal mass.
+        confidence: mean confidence of the bin's positions.
+        accuracy: share of hits among the bin's positions.
+        count: number of positions.
     """
 
     low: float
@@ -50,13 +49,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """One way to bin.
+    """Hold the bins of one kind, and their calibration error.
 
     Args:
         ece: expected calibration error, in [0, 1].
-        bins: those that hold a position, by confidence.
+        bins: bins with at least one position, ascending in confidence.
         gaps: float64 [W, B], confidence minus hits summed over each window's positions in each
-            bin: what a resample of the windows needs. The bins stay as they are in a resample.
+            bin, for resamples of the windows. Resamples do not change the bins.
     """
 
     ece: float
@@ -64,19 +63,19 @@ class Reliability:
     gaps: Tensor = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, without `gaps`."""
+        """Return plain JSON values, without `gaps`."""
         return {"ece": self.ece, "bins": [asdict(own) for own in self.bins]}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How confidence and accuracy of the next-token prediction go together.
+    """Describe the calibration of next-token predictions.
 
     Args:
         confidence: mean of the largest probability.
         accuracy: share of positions whose likeliest token is the true one.
         equal_width: bins of equal width in confidence.
-        equal_mass: bins of equally many positions; equal confidences are never parted.
+        equal_mass: bins of equally many positions; equal confidences share a bin.
     """
 
     confidence: float
@@ -86,11 +85,11 @@ class Calibration:
 
     @property
     def overconfidence(self) -> float:
-        """Mean confidence minus accuracy: above zero for a model that is too sure of itself."""
+        """Mean confidence minus accuracy; positive for an overconfident model."""
         return self.confidence - self.accuracy
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "confidence": self.confidence,
             "accuracy": self.accuracy,
@@ -101,38 +100,38 @@ class Calibration:
 
 
 def signed_confidence(largest: Tensor, likeliest: Tensor, labels: Tensor) -> Tensor:
-    """Return float32 [P] on the CPU: the confidence, negative where its token is not the label.
+    """Return the confidence, negative where its token is not the label: float32 [P] on the CPU.
 
     Args:
-        largest: float [P], the largest log-probability per position.
-        likeliest: int64 [P], its token.
-        labels: int64 [P], the true next tokens.
+        largest: float [P], largest log-probability per position.
+        likeliest: int64 [P], token with the largest log-probability.
+        labels: int64 [P], true next tokens.
     """
     confidence = largest.exp().float().clamp_(max=1.0)
     return torch.where(likeliest == labels.to(likeliest.device), confidence, -confidence).cpu()
 
 
 def measure_calibration(windows: Sequence[Tensor], bins: int = BINS) -> Calibration:
-    """Calibration over the positions of all windows.
+    """Compute the calibration over the positions of all windows.
 
     Args:
-        windows: for each window float32 [P], see `signed_confidence`.
-        bins: B, how many.
+        windows: float32 [P] per window, see `signed_confidence`.
+        bins: number of bins B.
 
     Raises:
-        InvalidArgumentError: for no positions, or less than one bin.
+        InvalidArgumentError: If there are no positions, or fewer than one bin.
     """
     signed = torch.cat([torch.empty(0), *windows])
     if bins < 1 or not len(signed):
         raise InvalidArgumentError(
-            f"calibration needs a position and a bin at least; got {len(signed)} positions and "
+            f"calibration needs at least one position and one bin; got {len(signed)} positions and "
             f"{bins} bins"
         )
     confidence, hit = signed.abs().double(), (signed > 0).double()
     window = torch.repeat_interleave(torch.tensor([len(own) for own in windows]))
-    # (b / B, (b + 1) / B] as in Guo et al.; certainty belongs to the last bin
+    # (b / B, (b + 1) / B] as in Guo et al.; confidence 1 belongs to the last bin
     by_width = (confidence * bins).ceil().long().sub(1).clamp_(0, bins - 1)
-    # how many positions are less confident decides, so that equal ones share a bin
+    # the number of less confident positions decides, so that equal confidences share a bin
     below = torch.searchsorted(confidence.sort().values, confidence)
     by_mass = below * bins // len(confidence)
     edges = torch.arange(bins + 1, dtype=torch.float64) / bins
@@ -153,7 +152,7 @@ def _reliability(
     bins: int,
     edges: Tensor | None,
 ) -> Reliability:
-    """Bins of float64 [N] confidences and hits, each in the bin `place` int64 [N]."""
+    """Return the bins of confidences and hits, float64 [N], from bin numbers `place`, int64 [N]."""
     count = torch.bincount(place, minlength=bins)
     sure = torch.bincount(place, confidence, minlength=bins)
     right = torch.bincount(place, hit, minlength=bins)

@@ -1,8 +1,8 @@
-"""Realised acceptance: a student that drafts from held-out prefixes for its teacher.
+"""Measure realised acceptance: a student drafts from held-out prefixes for its teacher.
 
-A prefix of l tokens costs one forward of the student over its l to l + n - 1 tokens for each of n
-drafted tokens and one forward of the teacher over l + n; no keys and values are kept, and an engine
-applies its head to the whole prefix. That is for measuring, not for serving.
+A prefix of l tokens costs n forward passes of the student over l to l + n - 1 tokens, for n drafted
+tokens, and one of the teacher over l + n. No key-value cache is used, and an engine applies its
+head to the whole prefix: this is for measuring, not for serving.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class Drafting:
-    """What came of a student's drafts.
+    """Hold the result of drafting.
 
     Args:
-        drafts: rounds of drafting and verifying.
-        verified: drafted tokens up to and including each draft's first rejection.
-        accepted: those of them that were accepted.
+        drafts: number of rounds of drafting and verifying.
+        verified: number of drafted tokens up to and including each draft's first rejection.
+        accepted: number of verified tokens that were accepted.
         expected: mean of sum_i min(p_i, s_i) over the verified positions.
-        error: standard deviation of `acceptance` about `expected`, were both models right about
-            themselves: the square root of sum a (1 - a) over `verified`. Given its prefix a token
-            is accepted with probability a, so the differences add up as independent ones do.
+        error: standard deviation of `acceptance` about `expected`: the square root of the sum
+            of a (1 - a), over `verified`. Given its prefix, a token is accepted with probability a,
+            so the variances of the differences add up.
     """
 
     drafts: int
@@ -45,16 +45,16 @@ class Drafting:
 
     @property
     def acceptance(self) -> float:
-        """Accepted of the verified tokens."""
+        """Share of the verified tokens that were accepted."""
         return self.accepted / self.verified
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted for each forward of the teacher: accepted ones and the teacher's own."""
+        """Tokens emitted per forward pass of the teacher, including the teacher's own token."""
         return 1 + self.accepted / self.drafts
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         own = {"acceptance": self.acceptance, "tokens_per_pass": self.tokens_per_pass}
         return asdict(self) | own
 
@@ -70,27 +70,27 @@ def draft_from_prefixes(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drafting:
-    """Draft from prefixes of held-out windows and verify, both models at temperature one.
+    """Draft from prefixes of held-out windows and verify, with both models at temperature one.
 
     Args:
-        student: a transformers causal language model; put in eval mode and back.
-        windows: held-out text; of each window so many prefixes are taken, evenly spread.
-        teacher: verifies.
-        draft: tokens drafted at a time.
-        prefixes: of each window.
-        seed: of all chance. The first windows give the same whatever the number of windows.
-        progress: called with windows done and in all.
+        student: transformers causal language model, in eval mode during the call.
+        windows: held-out text.
+        teacher: teacher that verifies the drafts.
+        draft: number of tokens per draft.
+        prefixes: number of prefixes per window, evenly spread.
+        seed: random seed. The results of the first windows do not depend on the number of windows.
+        progress: function that is called with the windows done and their number.
 
     Raises:
-        InvalidArgumentError: for no windows, windows too short for a draft, no draft or prefix, or
-            a student with fewer ids than the teacher.
+        InvalidArgumentError: If there are no windows, the windows are too short for a draft, there
+            is no draft or prefix, or the student has fewer ids than the teacher.
     """
     length = windows.corpus.packing.window_length
     if not len(windows) or draft < 1 or prefixes < 1 or length <= draft:
         raise InvalidArgumentError(
             f"drafting needs held-out windows longer than the draft, a draft and a prefix; got "
             f"{len(windows)} windows of {length} tokens, {draft} drafted tokens and {prefixes} "
-            "prefixes a window"
+            "prefixes per window"
         )
     generator = torch.Generator().manual_seed(seed)
     logits = StudentLogits(student)
@@ -126,7 +126,7 @@ def _draft_once(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """One round after the window's first `end` tokens; drafted tokens go on with its document."""
+    """Run one round after the first `end` tokens; drafted tokens belong to the last document."""
     starts = document_starts(item)
     starts = None if starts is None else starts[starts < end]
 
@@ -139,7 +139,7 @@ def _draft_once(
         return logits
 
     def last_logits(tokens: Tensor, count: int) -> Tensor:
-        # an id the teacher has not is rejected; what it would say after it is not looked at
+        # an id that the teacher does not have is rejected; later logits are not used
         known = tokens.clamp(max=teacher.vocab_size - 1)
         first, found = len(tokens) - count, []
         for piece in teacher.logits(known[None], None if starts is None else [starts]):

@@ -1,9 +1,9 @@
-"""Students on held-out windows, beside their teacher.
+"""Measure students and their teacher on held-out windows.
 
-One pass of the teacher serves every student. Logits exist one slice of positions at a time, the
-teacher's and one student's; of every position one float32 a model stays, for calibration.
+One pass of the teacher serves all students. Logits of the teacher and one student exist for one
+slice of positions at a time; one float32 per position and model is kept, for calibration.
 
-What each figure is, and what the intervals mean: docs/evaluation.md.
+docs/evaluation.md defines the metrics and their intervals.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_id
 from sparselogits.teacher import Engine
 
 BLOCK_ROWS = 32
-"""Positions that are measured at a time on a CPU."""
+"""Number of positions that are measured at a time on a CPU."""
 
 _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A model on held-out text.
+    """Hold the metrics of one model on held-out text.
 
-    Windows are those with a position that has a label.
+    Windows without a label are left out.
 
     Args:
         loss: mean negative log-likelihood of the next token, nats.
         kl: mean KL(teacher || student), nats; None without a teacher.
-        agreement: share of positions whose likeliest token is the teacher's; None without one.
+        agreement: share of positions whose likeliest token is the teacher's; None without a
+            teacher.
         acceptance: mean probability that a token drafted by the model is accepted by the teacher,
-            sum_i min(p_i, s_i) at every position, both at temperature one; None without one.
-        calibration: of the next-token prediction; shares, in [0, 1].
-        positions: how many positions the means are over.
+            sum_i min(p_i, s_i) at every position, both at temperature one; None without a teacher.
+        calibration: calibration of the next-token predictions, as shares in [0, 1].
+        positions: number of positions.
         loss_by_window: mean loss of each window, nats.
-        kl_by_window: likewise; empty without a teacher.
-        agreement_by_window: likewise.
-        acceptance_by_window: likewise.
-        positions_by_window: how many positions each window's means are over.
-        intervals: by name (`FIGURES`) each figure with its 95 % bootstrap interval over windows.
+        kl_by_window: mean KL of each window, nats; empty without a teacher.
+        agreement_by_window: agreement of each window; empty without a teacher.
+        acceptance_by_window: acceptance of each window; empty without a teacher.
+        positions_by_window: number of positions of each window.
+        intervals: metrics by name (`FIGURES`) with their 95 % bootstrap intervals over windows.
     """
 
     loss: float
@@ -80,14 +81,14 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Perplexity, exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     def interval(self, figure: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-        """One of `FIGURES` with its bootstrap interval over windows.
+        """Compute a metric with its bootstrap interval over windows.
 
         Raises:
-            InvalidArgumentError: for a figure there is not, as without a teacher.
+            InvalidArgumentError: If the metric does not exist, or needs a teacher.
         """
         return bootstrap_interval(
             self.sums(figure), statistic_of(figure), resamples=resamples, seed=seed
@@ -96,30 +97,31 @@ class HeldOut:
     def difference(
         self, other: HeldOut, figure: str = "loss", *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Estimate:
-        """This model's figure minus the other's, with the paired bootstrap interval over windows.
+        """Compute this model's metric minus the other's, with its paired interval over windows.
 
         Args:
-            other: measured on the same windows; that they hold as many positions is checked.
-            figure: one of `FIGURES`.
-            resamples: of the windows.
-            seed: of the resamples.
+            other: model on the same windows; the numbers of positions are compared.
+            figure: name of the metric, one of `FIGURES`.
+            resamples: number of resamples of the windows.
+            seed: random seed of the resamples.
 
         Raises:
-            InvalidArgumentError: for other windows, or a figure that one of them has not.
+            InvalidArgumentError: If the windows differ, or one model does not have the metric.
         """
         if self.positions_by_window != other.positions_by_window:
             raise InvalidArgumentError(
-                "a difference is between models on the same windows; these were measured on "
-                f"{self.positions:,} and {other.positions:,} positions, divided differently"
+                "the models were measured on different windows, with "
+                f"{self.positions:,} and {other.positions:,} positions; measure both on the same "
+                "windows"
             )
         first, second = self.sums(figure), other.sums(figure)
         return paired_interval(first, second, statistic_of(figure), resamples=resamples, seed=seed)
 
     def sums(self, figure: str) -> Tensor:
-        """float64 [W, C]: what each window adds to the sums of which `statistic_of` forms a figure.
+        """Return each window's contribution to the sums for `statistic_of`, float64 [W, C].
 
         Raises:
-            InvalidArgumentError: for a figure there is not, as without a teacher.
+            InvalidArgumentError: If the metric does not exist, or needs a teacher.
         """
         count = torch.tensor(self.positions_by_window, dtype=torch.float64)[:, None]
         by_window = {
@@ -138,11 +140,11 @@ class HeldOut:
         }
         if figure not in binned:
             known = [*(name for name, own in by_window.items() if own), *binned]
-            raise InvalidArgumentError(f"no figure is called {figure!r} here; there are {known}")
+            raise InvalidArgumentError(f"unknown metric {figure!r}; available: {known}")
         return torch.cat([binned[figure].gaps, count], 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -163,21 +165,21 @@ class HeldOut:
 ALONE = ("loss", "ece", "ece_equal_mass", "overconfidence")
 BESIDE_A_TEACHER = ("kl", "agreement", "acceptance")
 FIGURES = (*ALONE, *BESIDE_A_TEACHER)
-"""Names of the figures that have an interval; `ece` is that of bins of equal width."""
+"""Names of the metrics with an interval; `ece` is the one of bins of equal width."""
 
 
 def _gap_size(sums: Tensor) -> Tensor:
-    """ECE [R] of [R, B + 1]: gaps of the bins, positions."""
+    """Compute ECE [R] from sums [R, B + 1]: gaps of the bins, then positions."""
     return sums[:, :-1].abs().sum(1) / sums[:, -1]
 
 
 def _gap(sums: Tensor) -> Tensor:
-    """Mean confidence minus accuracy, likewise."""
+    """Compute mean confidence minus accuracy [R] from sums [R, B + 1]."""
     return sums[:, :-1].sum(1) / sums[:, -1]
 
 
 def statistic_of(figure: str) -> Statistic:
-    """What forms one of `FIGURES` of the sums over windows (see `HeldOut.sums`)."""
+    """Return the function that computes a metric from the sums over windows of `HeldOut.sums`."""
     binned: dict[str, Statistic] = {
         "ece": _gap_size,
         "ece_equal_mass": _gap_size,
@@ -196,23 +198,23 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, HeldOut]:
-    """Measure students, and the teacher itself under the name "teacher" if there is one.
+    """Measure students, and the teacher under the name "teacher" if one is given.
 
     Args:
-        students: transformers causal language models by name; put in eval mode and back.
-        windows: held-out text, tokenised as teacher and students were.
-        teacher: for `kl`, `agreement` and `acceptance`.
-        resamples: of the windows, for the intervals.
-        seed: of the resamples.
-        progress: called with windows done and in all.
+        students: transformers causal language models by name, in eval mode during the call.
+        windows: held-out text, with the tokenizer of teacher and students.
+        teacher: teacher for `kl`, `agreement` and `acceptance`; None leaves these out.
+        resamples: number of resamples of the windows, for the intervals.
+        seed: random seed of the resamples.
+        progress: function that is called with the windows done and their number.
 
     Raises:
-        InvalidArgumentError: for no windows, no resamples, or a student with fewer ids than the
-            teacher.
+        InvalidArgumentError: If there are no windows or resamples, or a student has fewer ids than
+            the teacher.
     """
     if len(windows) == 0:
         raise InvalidArgumentError(
-            "there are no held-out windows; build the cache with --holdout 0.05, say"
+            "there are no held-out windows; build the cache with a hold-out, as in --holdout 0.05"
         )
     learners = {name: StudentLogits(model) for name, model in students.items()}
     modes = {name: model.training for name, model in students.items()}
@@ -238,10 +240,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Measured:
-    """A model on one window, or on a slice of it.
+    """Hold sums of one model over one window, or over a slice of it.
 
     Args:
-        sums: float64 [5], of loss, KL, agreements, acceptances and positions.
+        sums: float64 [5], sums of loss, KL, agreements, acceptances and positions.
         confidence: float32 [P], see `signed_confidence`.
     """
 
@@ -275,10 +277,10 @@ def _measure_window(
 
 
 def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
-    """Divide a run of positions so that what is as wide as the vocabulary stays small on a CPU.
+    """Divide a slice of positions, so that tensors as wide as the vocabulary stay small on a CPU.
 
-    A fresh tensor of tens of megabytes is mapped by the system page by page, which costs more than
-    the arithmetic on it; a small one comes from memory that was used a moment ago.
+    The system maps a new tensor of tens of megabytes page by page, which costs more than the
+    arithmetic on it; a small tensor reuses memory.
     """
     rows = positions.stop - positions.start
     if taught is None or taught.device.type == "cpu":
@@ -288,7 +290,7 @@ def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
 
 
 def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
-    """Log-probabilities of the rows that have a label."""
+    """Compute the log-probabilities of the rows that have a label."""
     if not bool(counted.all()):
         logits = logits[counted.to(logits.device)]
     return logits.log_softmax(1)
@@ -296,13 +298,13 @@ def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Taught:
-    """The teacher on some positions, computed once for every student.
+    """Hold the teacher's predictions at some positions, computed once for all students.
 
     Args:
         log_p: float32 [P, V], log-probabilities.
-        p: their exponentials.
-        largest: float32 [P], the largest log-probability.
-        likeliest: int64 [P], its id.
+        p: float32 [P, V], probabilities.
+        largest: float32 [P], largest log-probability.
+        likeliest: int64 [P], id with the largest log-probability.
     """
 
     log_p: Tensor
@@ -318,7 +320,7 @@ class _Taught:
 
 
 def _of_teacher(known: _Taught, labels: Tensor) -> _Measured:
-    """Measure the teacher against the labels; beside itself it agrees everywhere."""
+    """Measure the teacher against the labels; its agreement with itself is 1."""
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(known.log_p, labels)
     sums[_AGREEMENT] = sums[_ACCEPTANCE] = sums[_POSITIONS] = len(labels)
@@ -326,7 +328,7 @@ def _of_teacher(known: _Taught, labels: Tensor) -> _Measured:
 
 
 def _of_student(log_s: Tensor, labels: Tensor, known: _Taught | None) -> _Measured:
-    """Measure a student, float32 [P, V'], against the labels and the teacher, if there is one."""
+    """Measure a student, float32 [P, V'], against the labels and the teacher, if given."""
     largest, likeliest = log_s.max(1)
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(log_s, labels)
@@ -358,7 +360,9 @@ def _summarise(
 ) -> HeldOut:
     used = [own for own in measured if len(own.confidence)]
     if not used:
-        raise InvalidArgumentError("no held-out position has a label; there is nothing to measure")
+        raise InvalidArgumentError(
+            "no held-out position has a label, so nothing can be measured: use other text"
+        )
     table = torch.stack([own.sums for own in used])
     means = table / table[:, _POSITIONS:]
     total = (table.sum(0) / table[:, _POSITIONS].sum()).tolist()

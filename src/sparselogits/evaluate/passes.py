@@ -1,4 +1,4 @@
-"""Forward passes over one window: a student's logits and the teacher's, a slice at a time."""
+"""Run a student and its teacher over one window, and yield their logits in slices of positions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SLICE = 256
 
 
 class StudentLogits:
-    """A student's logits over a run of positions, from hidden states computed once a window.
+    """Compute a student's logits of some positions, from hidden states computed once per window.
 
     Args:
-        model: a transformers causal language model. One whose head cannot be run apart from its
-            trunk gives the logits of the whole window at once.
+        model: transformers causal language model. If its head cannot be run apart from its trunk,
+            the logits of a whole window are computed at once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,11 +32,11 @@ class StudentLogits:
 
     @cached_property
     def documents(self) -> Documents:
-        """How the student runs packed windows; probed when it is first asked for."""
+        """Way in which the student runs packed windows, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def over(self, inputs: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        """Return a function from a run of positions to float32 logits [P, V].
+        """Return a function from a slice of positions to float32 logits [P, V].
 
         Args:
             inputs: the `model_inputs` of one window.
@@ -48,7 +48,7 @@ class StudentLogits:
         return lambda positions: head(states[positions])
 
     def _states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Hidden states [L, D], or logits [L, V] where the student is not taken apart."""
+        """Return hidden states [L, D], or logits [L, V] if head and trunk cannot be run apart."""
         device = next(self.model.parameters()).device
         tokens = inputs["input_ids"].to(device)[None]
         positions = inputs.get("position_ids")
@@ -60,19 +60,19 @@ class StudentLogits:
     def _run(self, **inputs: Any) -> Tensor:
         if self.parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            # a prompt that an adapter puts before the text has logits of its own
+            # the prompt that an adapter puts before the text has logits too
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         states: Tensor = self.parts.trunk(**inputs, use_cache=False).last_hidden_state
         return states
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model reads of a window."""
+    """Return the inputs of a model for one window."""
     return {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
 
 
 def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
-    """Where attention starts anew in a window; None where it does not."""
+    """Return where attention restarts in a window; None if it does not."""
     if "position_ids" not in item:
         return None
     starts: np.ndarray = (item["position_ids"] == 0).nonzero().flatten().numpy()
@@ -82,7 +82,7 @@ def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
 def teacher_slices(
     teacher: Engine | None, item: Mapping[str, Any]
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Runs of positions of one window, with the teacher's logits [P, V] if there is one."""
+    """Yield slices of positions of one window, with logits [P, V] of the teacher if given."""
     length = len(item["input_ids"])
     if teacher is None:
         for start in range(0, length, _SLICE):
@@ -97,7 +97,7 @@ def require_ids(student: int, teacher: int) -> None:
     """Check that a student has an id for every id of its teacher.
 
     Raises:
-        InvalidArgumentError: where it has fewer.
+        InvalidArgumentError: If it has fewer.
     """
     if student < teacher:
         raise InvalidArgumentError(

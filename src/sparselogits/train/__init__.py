@@ -1,4 +1,4 @@
-"""Train students: from a cache, from labels alone, or beside the teacher."""
+"""Train students from a cache, from labels alone, or with the teacher online."""
 
 from sparselogits.process_group import leave_process_group
 from sparselogits.train.recipe import Recipe, load_recipe

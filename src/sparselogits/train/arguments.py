@@ -1,7 +1,7 @@
-"""What each argument of transformers' Trainer and TrainingArguments does to a `SparseKDTrainer`.
+"""Validate the arguments of `SparseKDTrainer`.
 
-Every one either does here what transformers says it does, or is refused by name before anything
-else happens. A test goes through the fields of the transformers that is installed.
+Every argument of transformers' Trainer and TrainingArguments has the effect that transformers
+documents, or is refused by name before any work. A test covers the fields of the installed version.
 """
 
 from __future__ import annotations
@@ -30,44 +30,46 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (
         lambda value: value != "random",
         "the order of the windows is computed from the seed, so that a run resumes exactly and "
-        "every window is read once per epoch; windows all have one length. Leave it at 'random'",
+        "reads every window once per epoch; all windows have the same length. Leave it at "
+        "'random'",
     ),
     "use_liger_kernel": (
         bool,
-        "it replaces the student's forward, and with it the loss. Patch the student before it is "
-        "given to the trainer, without a loss: apply_liger_kernel_to_llama(model=student, "
-        "fused_linear_cross_entropy=False, cross_entropy=False) and its like",
+        "it replaces the student's forward, and with it the loss. Patch the student without a loss "
+        "before making the trainer: apply_liger_kernel_to_llama(model=student, "
+        "fused_linear_cross_entropy=False, cross_entropy=False), or the function for its "
+        "architecture",
     ),
     "label_names": (
         lambda value: value is not None,
-        "the labels are those of the cache's windows. Leave it out",
+        "the labels come from the cache's windows. Leave it out",
     ),
     "deepspeed": (
         lambda value: value is not None,
         "the loss reads the head's weight inside the student's forward, where DeepSpeed's stage 3 "
-        "has taken it away, and no stage is tested. Use torchrun (DDP), or FSDP2 as in "
+        "has partitioned it, and no stage is tested. Use torchrun (DDP), or FSDP2 as in "
         "examples/fsdp2.py",
     ),
     "accelerator_config": (
         _split_or_dispatched,
-        "split_batches and dispatch_batches divide the windows over ranks otherwise than the "
-        "order that checkpoints and thinning are computed from. Leave both out",
+        "split_batches and dispatch_batches assign windows to ranks in another order than the one "
+        "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""By field of TrainingArguments: which values are refused, and why."""
+"""Fields of TrainingArguments with refused values: a test of the value, and the reason."""
 
 REFUSED_OF_TRAINER: dict[str, str] = {
-    "compute_loss_func": f"{_LOSS}. For a loss of your own bind nothing: call "
-    "sparselogits.linear_sparse_cross_entropy in a Trainer of yours",
+    "compute_loss_func": f"{_LOSS}. For another loss, call "
+    "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Arguments of the Trainer itself that are refused, and why."""
+"""Arguments of the Trainer itself that are refused, with the reason."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
-    """Refuse arguments that would do nothing here, or something else than they say.
+    """Refuse arguments that would have no effect, or another effect than documented.
 
     Raises:
-        InvalidArgumentError: naming the argument and what to do instead.
+        InvalidArgumentError: If an argument is refused; the message says what to do instead.
     """
     for name, (refused, why) in REFUSED.items():
         value = getattr(args, name, None)
@@ -88,18 +90,18 @@ def require_objective(
     *,
     teacher: bool,
 ) -> TrainingMethod:
-    """Validate what a student is to be trained on, before anything is made of it.
+    """Validate the arguments of `SparseKDTrainer` that define the objective.
 
     Returns:
-        The method of that name.
+        The training method of the given name.
 
     Raises:
-        InvalidArgumentError: naming the argument, what it is, and what it may be.
+        InvalidArgumentError: If a value has the wrong type or range, or does not fit the method.
     """
     chosen = find_method(method)
     if not _is_number(alpha) or not 0 <= alpha <= 1:
         raise InvalidArgumentError(
-            f"alpha is the labels' share of the loss, a number in [0, 1], found {alpha!r}"
+            f"alpha must be a number in [0, 1] (the labels' share of the loss), found {alpha!r}"
         )
     if beta is not None and not _is_number(beta):
         raise InvalidArgumentError(f"beta must be a number in (0, 1) or None, found {beta!r}")

@@ -1,7 +1,7 @@
-"""Notice a loss that is not finite, without waiting for the device at each step.
+"""Detect a loss that is not finite without waiting for the device in every step.
 
-The losses of batches are kept on the device and looked at together, where the Trainer waits anyway:
-at a log line, before a checkpoint is saved, and at the end.
+The losses of batches stay on the device and are checked together where the Trainer waits anyway: at
+a log line, before a checkpoint is saved, and at the end.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 AT_MOST = 512
-"""Losses kept before they are looked at, whatever the logging interval."""
+"""Largest number of losses that are kept unchecked, whatever the logging interval."""
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """What was found.
+    """Describe the first loss that is not finite.
 
     Args:
-        step: the first step with a loss that is not finite, counted from 0; None where only the
-            weights are not, or where another rank has the loss.
-        batch: number of the batch among those that this rank took in that step.
-        loss: the loss.
+        step: step of the loss, counted from 0; None if only weights are not finite, or if another
+            rank has the loss.
+        batch: number of the batch among the batches of this rank in that step.
+        loss: value of the loss.
     """
 
     step: int | None = None
@@ -33,28 +33,29 @@ class NotFinite:
 
 
 class FiniteGuard:
-    """Losses of a rank's batches since they were last looked at."""
+    """Keep the losses of a rank's batches until they are checked."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []
 
     def clear(self) -> None:
-        """Forget the losses, as at the beginning of a run."""
+        """Discard the losses."""
         self._losses.clear()
 
     def add(self, step: int, loss: Tensor) -> bool:
-        """Keep the loss of a batch; returns whether it is time to look."""
+        """Keep the loss of a batch, and return whether the losses are due for a check."""
         self._losses.append((step, loss.detach().float().reshape(())))
         return len(self._losses) >= AT_MOST
 
     def look(
         self, sum_over_ranks: Callable[[Tensor], Tensor], model: nn.Module | None = None
     ) -> NotFinite | None:
-        """Find the first loss since the last look that is not finite, on any rank.
+        """Return the first loss since the last check that is not finite, on any rank.
 
         Args:
-            sum_over_ranks: sums a vector over all ranks; called on every rank or on none.
-            model: look at these weights as well.
+            sum_over_ranks: function that sums a vector over all ranks; called on every rank or on
+                none.
+            model: model whose weights are checked too; None checks the losses alone.
         """
         kept, self._losses = self._losses, []
         losses = torch.stack([loss for _, loss in kept]) if kept else torch.zeros(0)

@@ -1,14 +1,14 @@
-"""What a log line reports besides the loss, summed without waiting for the device.
+"""Compute the metrics that a log line reports beside the loss, without waiting for the device.
 
     kd                  cross-entropy to the target (divergence, with the teacher online), nats
     ce                  cross-entropy to the label, nats
-    kl                  KL(teacher || student), nats: kd less the teacher's entropy
-    entries             stored entries a position
-    tokens_per_second   over all ranks, evaluation and saving after a log line left out
-    data_seconds        time a rank waited for batches, mean over ranks
+    kl                  KL(teacher || student), nats: kd minus the teacher's entropy
+    entries             stored entries per position
+    tokens_per_second   over all ranks, without evaluation and saving after a log line
+    data_seconds        time that a rank waited for batches, mean over ranks
 
-The cache holds a teacher's entropy as one mean a window, over all its positions; the few without a
-label (the window's last one) are in that mean and not in kd, which `kl` overlooks.
+The cache stores the teacher's entropy as one mean per window over all positions. Positions without
+a label (the last one of a window) count in that mean but not in kd; `kl` ignores the difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUMS = ("kd", "ce", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:
-    """Sums since the last log line; in place in one vector, so a compiled forward can add to it."""
+    """Accumulate sums between log lines in one vector, to which a compiled forward can add."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(_SUMS))
@@ -33,7 +33,7 @@ class LossMeter:
         self._began: float | None = None
 
     def add(self, **values: Tensor | int | None) -> None:
-        """Add sums over a batch's positions, by the names in `_SUMS`; None where there is none."""
+        """Add sums over the positions of a batch, by the names in `_SUMS`; None leaves one out."""
         given = {name: value for name, value in values.items() if value is not None}
         device = next(v.device for v in given.values() if isinstance(v, Tensor))
         if self._sums.device != device:
@@ -43,7 +43,7 @@ class LossMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
+        """Count the time spent in the `with` block as waiting for data."""
         started = time.perf_counter()
         if self._began is None:
             self._began = started
@@ -51,10 +51,10 @@ class LossMeter:
         self._waited += time.perf_counter() - started
 
     def take(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The figures of a log line since the last one, see the module's docstring.
+        """Return the metrics since the last call (see the module's docstring), and start anew.
 
         Args:
-            gather: sums a vector over all ranks; called on every rank or on none.
+            gather: function that sums a vector over all ranks; called on every rank or on none.
         """
         now = time.perf_counter()
         seconds = now - self._began if self._began is not None else 0.0
@@ -82,4 +82,6 @@ class LossMeter:
 def _scalar(value: Tensor | int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().float()
-    return torch.full((), float(value), device=device)  # filled there: copying it would wait
+    return torch.full(
+        (), float(value), device=device
+    )  # a copy from the host would wait for the device

@@ -1,9 +1,9 @@
-"""The loss, bound into a student's own forward.
+"""Bind the loss into a student's own forward.
 
 `bind` gives one model instance a forward that runs the trunk and then the fused loss on the head's
-weight. It has to happen inside the forward that DDP, FSDP2, autocast and torch.compile wrap: a
-trunk called from outside, with the head's weight used beside it, skips DDP's gradient
-synchronisation without an error.
+weight. This happens inside the forward that DDP, FSDP2, autocast and torch.compile wrap: calling
+the trunk from outside and using the head's weight there would skip DDP's gradient synchronisation
+without an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from sparselogits.train.router import BalancingLoss, balances_experts, balancing
 
 @dataclass
 class Objective:
-    """What a student is trained on.
+    """Define what a student is trained on.
 
     Args:
         method: name of a training method, see `methods.METHODS`.
@@ -51,12 +51,12 @@ class Objective:
             default.
         alpha: share of the labels' cross-entropy in the loss, in [0, 1].
         missing_mass: rule for biased targets, see `losses`.
-        temperature: at which the teacher was sampled.
-        unbiased: whether the targets are, so that a KL can be reported.
-        teacher_head: with the teacher online, its head; its hidden states come with each batch.
-        teacher_tokens: likewise, bool [V], which ids are tokens.
+        temperature: temperature at which the teacher was sampled.
+        unbiased: whether the targets are unbiased, so that a KL can be reported.
+        teacher_head: head of the online teacher, whose hidden states come with each batch.
+        teacher_tokens: bool [V], which ids of the online teacher are tokens; None for all.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
-        with_logits: return the student's logits with a loss that is not trained on.
+        with_logits: whether evaluation returns the student's logits too.
     """
 
     method: str
@@ -70,24 +70,24 @@ class Objective:
     label_smoothing: float = 0.0
     with_logits: bool = False
     training: LossMeter = field(default_factory=LossMeter)
-    """Figures of training since the last log line."""
+    """Metrics of training since the last log line."""
     evaluation: LossMeter = field(default_factory=LossMeter)
-    """Figures of an evaluation."""
+    """Metrics of an evaluation."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """How one student computes an objective.
+    """Describe how one student computes an objective.
 
     Args:
-        objective: what is computed.
-        trunk: name of the trunk among the student's modules; None where the loss has to be
-            computed on the logits of the student's own forward.
-        head: name of the head.
-        parts: the parts at the time of binding, of which only scale and softcap are used later.
-        balancing: auxiliary loss of a mixture of experts, from the trunk's output.
+        objective: the objective.
+        trunk: name of the trunk among the student's modules; None if the loss is computed on the
+            logits of the student's own forward.
+        head: name of the head; None without a trunk.
+        parts: trunk and head at the time of binding, of which only scale and softcap are used.
+        balancing: auxiliary loss of a mixture of experts; None for other models.
         router_coefficient: weight of the auxiliary loss.
-        documents: how the student runs packed windows whose attention restarts.
+        documents: way of running packed windows whose attention restarts at document borders.
     """
 
     objective: Objective
@@ -99,10 +99,10 @@ class Wiring:
     documents: Documents
 
     def parts_of(self, model: nn.Module) -> Parts | None:
-        """Return the parts of `model` itself, which may be a replica of the student that was bound.
+        """Return trunk and head of `model`, which may be a replica of the student that was bound.
 
-        Looked up by name at each call: parts kept from the time of binding would make a copy of
-        the student compute the loss with the weights of the original.
+        They are looked up by name in each call: modules kept from the time of binding would make a
+        copy of the student compute the loss with the weights of the original.
         """
         if self.parts is None or self.trunk is None or self.head is None:
             return None
@@ -111,16 +111,15 @@ class Wiring:
 
 
 def bind(model: nn.Module, objective: Objective) -> Wiring:
-    """Give this instance of a student a forward that computes the objective.
+    """Give one instance of a student a forward that computes the objective.
 
-    Called with `shift_labels`, the model returns a loss and no logits: the objective where
-    gradients are recorded, the labels' cross-entropy where they are not (evaluation). Otherwise it
-    does what it always did: its class is replaced by a subclass of the same name, and a copy or a
-    pickle of it is of the class before. A model whose parts cannot be told apart computes its own
-    logits first.
+    Called with `shift_labels`, the model returns a loss without logits: the objective if gradients
+    are recorded, else the labels' cross-entropy (evaluation). Other calls are unchanged. The class
+    of the model is replaced by a subclass of the same name; copies and pickles have the original
+    class. A model whose trunk and head cannot be run apart computes its own logits first.
 
     Returns:
-        what `attach` takes to bind the model again after `unbind`.
+        The wiring, with which `attach` binds the model again after `unbind`.
     """
     unbind(model)
     parts = split(model)
@@ -131,7 +130,7 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
     if parts is not None and balances_experts(model):
         balancing = balancing_loss(model, parts)
         if balancing is None:
-            parts = None  # the router is balanced in the model's own forward only
+            parts = None  # only the model's own forward balances the router
     if parts is None:
         warnings.warn(
             f"{type(model).__name__}: trunk and head cannot be run apart; the loss is computed on "
@@ -162,11 +161,11 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
 
 
 def attach(model: nn.Module, wiring: Wiring) -> None:
-    """Make a student compute the objective of a wiring that `bind` returned for it."""
+    """Make a student compute the objective of a wiring that `bind` returned for the student."""
     if not isinstance(model, _Bound):
         model.__class__ = _bound_class(type(model))  # type: ignore[arg-type]
     model.__dict__[_WIRING] = wiring
-    own = model.__dict__.get("forward")  # set by a library that hooks or patches one instance
+    own = model.__dict__.get("forward")  # of a library that patches one instance
     if own is not None and not _computes(own):
         function = getattr(own, "__func__", None) or _without_self(own)
         model.__dict__[_PATCHED] = own
@@ -174,12 +173,12 @@ def attach(model: nn.Module, wiring: Wiring) -> None:
 
 
 def unbind(model: nn.Module) -> None:
-    """Undo `bind`; a model that is not bound is left as it is."""
+    """Undo `bind`; a model that is not bound is not changed."""
     if isinstance(model, _Bound):
         model.__dict__.pop(_WIRING, None)
         if _PATCHED in model.__dict__:
             model.__dict__["forward"] = model.__dict__.pop(_PATCHED)
-        if _PLAIN in vars(type(model)):  # else another library, like FSDP2, has subclassed it since
+        if _PLAIN in vars(type(model)):  # else another library, such as FSDP2, has subclassed it
             model.__class__ = vars(type(model))[_PLAIN]
 
 
@@ -188,17 +187,17 @@ _PLAIN, _MARK = "_sparselogits_plain_class", "_sparselogits_computes_objective"
 
 
 class _Bound:
-    """Marks the classes that `_bound_class` makes."""
+    """Mark the classes that `_bound_class` makes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Describe an instance for `copy` and `pickle` as one of the class it had before."""
+        """Describe an instance for `copy` and `pickle` as one of the original class."""
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
         function, arguments, state, *others = reduced
         plain = getattr(type(self), _PLAIN)
         if function is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            # pickle refuses `__newobj__` of any class but the instance's own
+            # pickle accepts `__newobj__` with the class of the instance only
             function, arguments = object.__new__, (plain, *arguments[1:])
         if isinstance(state, dict):
             state = {k: v for k, v in state.items() if k not in (_WIRING, _PATCHED)}
@@ -211,8 +210,8 @@ class _Bound:
 def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that looks like `plain` and whose forward computes the objective.
 
-    A class, not a function on the instance: replicas and copies of the model bind a method of a
-    class to themselves, while a function on the instance would stay bound to the original.
+    A method of a class is bound to replicas and copies of the model; a function set on the instance
+    would stay bound to the original.
     """
     return type(
         plain.__name__,
@@ -228,10 +227,10 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that computes the objective where labels are given, else calls `plain`.
+    """Return a forward that computes the objective if labels are given, and else calls `plain`.
 
-    The signature stays that of `plain`: transformers reads from it whether a model takes an
-    attention mask, and generates wrongly in padded batches where it finds none.
+    The signature is that of `plain`: transformers reads from the signature whether a model takes an
+    attention mask, and would generate wrongly in padded batches without one.
     """
 
     @wraps(plain)
@@ -250,7 +249,7 @@ def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _computes(function: Callable[..., Any]) -> bool:
-    """Whether a forward leads to one of ours, as accelerate's for mixed precision does."""
+    """Return whether a forward wraps one of `_computing`, as accelerate's does."""
     innermost = unwrap(function, stop=lambda f: getattr(f, _MARK, False))
     return getattr(innermost, _MARK, False)
 
@@ -279,8 +278,8 @@ def _loss_output(
     if states.shape[:2] != labels.shape:
         raise InvalidArgumentError(
             f"the student gave {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "
-            "labels: it adds or removes positions (as prompt tuning does), where each position "
-            "needs the teacher's target for it; train it with LoRA or in full instead"
+            "labels: it adds or removes positions (as prompt tuning does), and each position needs "
+            "a target; train it with LoRA, or train all weights"
         )
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
@@ -317,10 +316,10 @@ def _loss_output(
         surplus = _label_surplus(states, head, labels, counted)
         loss = loss + criterion.alpha * objective.label_smoothing * surplus
     items = positions if num_items is None else torch.as_tensor(num_items)
-    items = items.reshape(())  # nn.DataParallel hands each replica a row of it
-    items = torch.where(items == 0, 1, items)  # a batch of prompts alone has nothing to learn
+    items = items.reshape(())  # nn.DataParallel gives each replica a row
+    items = torch.where(items == 0, 1, items)  # a batch may have no label
     loss = loss / items
-    if aux is not None:  # over micro-batches and ranks a mean, weighted as the loss is
+    if aux is not None:  # mean over micro-batches and ranks, with the weights of the loss
         loss = loss + aux * (positions / items)
     logits = None
     if objective.with_logits and not training:
@@ -329,10 +328,10 @@ def _loss_output(
 
 
 def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: Tensor) -> Tensor:
-    """Sum over positions of the label's logit less the mean logit.
+    """Return the sum over positions of the label's logit minus the mean logit.
 
     Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
-    this sum: both have the same log-partition, and only the logits that are averaged differ.
+    this sum: both have the same log-partition, and differ in the logits that are averaged.
     """
     rows, taken = states[counted], labels[counted]
     if head is None or head.softcap is not None:
@@ -351,7 +350,7 @@ def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: T
 def _run(
     model: nn.Module, plain: Callable[..., Any], wiring: Wiring, inputs: dict[str, Any]
 ) -> tuple[Tensor, Head | None, Tensor | None]:
-    """Return hidden states and head, or logits and None; and a mixture's auxiliary loss."""
+    """Return hidden states and head, or logits and None; and the auxiliary loss of a mixture."""
     inputs["use_cache"] = False
     parts = wiring.parts_of(model)
     aux: list[Tensor | None] = []
@@ -372,7 +371,7 @@ def _run(
     positions = inputs.get("position_ids")
     if positions is not None and int((positions == 0).sum()) > len(positions):
         del inputs["position_ids"]
-        # one call where other ranks wait for as many, and where experts are balanced over a call
+        # one call if other ranks expect the same number, or experts are balanced over each call
         experts = balances_experts(model)
         together = experts or (dist.is_initialized() and dist.get_world_size() > 1)
         ids = inputs.pop("input_ids")
@@ -421,7 +420,7 @@ def _dense(
     if head is None or taught is None or divergence is None:
         raise InvalidArgumentError(
             "distillation with the teacher online needs a student and a teacher whose trunk and "
-            "head can be run apart"
+            "head can be run apart: use other models, or a method without the teacher"
         )
     teacher = TeacherHead(
         teacher_hidden.flatten(0, 1),

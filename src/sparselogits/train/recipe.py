@@ -1,6 +1,6 @@
-"""A recipe: everything a training run depends on, in one YAML file.
+"""Define recipes: everything that a training run depends on, in one YAML file.
 
-Unknown keys are refused with the nearest valid name, values out of range with what is allowed.
+An unknown key is refused with the nearest valid name, a value out of range with the allowed range.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 
 RATES = {"new": 1e-3, "pretrained": 5e-5, "lora": 2e-4}
-"""Default peak learning rate: a pretrained student forgets at the rate that a new one needs."""
+"""Default peak learning rates; the rate of a new student would make a pretrained one forget."""
 
 
 class _Strict(BaseModel):
@@ -62,70 +62,75 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "300m": (19, 1152, 18),
     "1b": (24, 1856, 29),
 }
-"""Layers, width and heads by name; names are numbers of parameters, without embeddings."""
+"""Layers, width and heads by size name; the name is the number of parameters without embeddings."""
 
 HOW_TO_NAME_A_STUDENT = f"""\
-name the student to train, in one of these ways:
-  --student MODEL               go on with a model: a folder, a hub name, `demo`
-  --student MODEL --lora 16     train an adapter of rank 16 for it, its own weights frozen
+name the student to train in one of these ways:
+  --student MODEL               an existing model: a folder, a hub name, `demo`
+  --student MODEL --lora 16     an adapter of rank 16 for a model whose weights stay frozen
   --student-config 30m          a new model by size: {", ".join(SIZES)}
   --student-config layers=12,width=768
                                 a new model by numbers
   --student-config config.json  a new model of any architecture, by its configuration
 In a recipe: `student: {{path: MODEL}}` or `student: {{size: 30m}}`. `sparselogits shrink` makes a \
-student
-from the teacher, and `sparselogits train --print-recipe` shows every setting."""
+student from the teacher, and `sparselogits train --print-recipe` shows every setting."""
 
 
 class Lora(_Strict):
-    """An adapter of low rank that is trained in place of the student's own weights."""
+    """Train a low-rank adapter instead of the student's own weights."""
 
-    rank: Count = Field(16, description="rank of the adapter's matrices")
+    rank: Count = Field(16, description="rank of the adapter matrices")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="the adapter's scale is alpha / rank; twice the rank when absent"
+        None,
+        description="numerator of the adapter's scale, alpha / rank; twice the rank when absent",
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before it")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout probability before the adapter"
+    )
     targets: str | list[str] = Field(
-        "all-linear", description="modules that get an adapter: all-linear, or a list of names"
+        "all-linear", description="modules with an adapter: all-linear, or a list of names"
     )
 
 
 class Quantize(_Strict):
-    """Quantised weights, which the student is trained for and saved in."""
+    """Train the student for quantised weights, and save it with these."""
 
-    library: Literal["torchao"] = Field("torchao", description="library that quantises")
-    config: QuantizationFormat = Field(description=f"format: {', '.join(FORMATS)}")
+    library: Literal["torchao"] = Field("torchao", description="quantisation library")
+    config: QuantizationFormat = Field(description=f"format of the weights: {', '.join(FORMATS)}")
     group_size: Count | None = Field(
-        32, description="weights that share a scale; null for one scale per output channel"
+        32,
+        description="number of weights that share a scale; null for one scale per output channel",
     )
 
     def settings(self) -> Quantization:
-        """Return the format as `quantization` takes it."""
+        """Return the format as a value of the module `quantization`."""
         return Quantization(self.config, self.group_size)
 
 
 class Student(_Strict):
-    """A student: an existing model to go on from, or a new one with random weights."""
+    """Describe a student: an existing model, or a new one with random weights."""
 
-    path: str | None = Field(
-        None, description="model to go on from: a folder, a hub name, or `demo`"
+    path: str | None = Field(None, description="existing model: a folder, a hub name, or `demo`")
+    lora: Lora | None = Field(
+        None, description="train an adapter of the existing model (see student.lora)"
     )
-    lora: Lora | None = Field(None, description="train an adapter of that model (see student.lora)")
     quantize: Quantize | None = Field(
-        None, description="train for quantised weights and save these (see student.quantize)"
+        None, description="train for quantised weights, and save these (see student.quantize)"
     )
     config: str | None = Field(
-        None, description="config.json (or a folder with one) of a new model, of any architecture"
+        None, description="config.json, or a folder with one, of a new model of any architecture"
     )
     size: str | None = Field(
         None, description=f"size of a new Llama-like model: {', '.join(SIZES)}"
     )
-    hidden_size: Count = Field(128, description="width D of a new model; see also size")
+    hidden_size: Count = Field(128, description="width D of a new model, instead of size")
     layers: Count = Field(4, description="transformer blocks of a new model")
     heads: Count = Field(4, description="attention heads of a new model; divides hidden_size")
-    kv_heads: Count | None = Field(None, description="key-value heads; heads when absent")
-    intermediate_size: Count | None = Field(None, description="MLP width; 8/3 D when absent")
-    tied: bool = Field(True, description="share embedding and head")
+    kv_heads: Count | None = Field(
+        None, description="key-value heads; as many as heads when absent"
+    )
+    intermediate_size: Count | None = Field(None, description="width of the MLP; 8/3 D when absent")
+    tied: bool = Field(True, description="share the weights of embedding and head")
 
     @model_validator(mode="after")
     def _one_way(self) -> Student:
@@ -153,7 +158,7 @@ class Student(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is absent and did not exist before: runs are known by a hash of this."""
+        """Leave out absent fields that the first version did not have: fingerprints hash these."""
         values: dict[str, Any] = handler(self)
         for name in ("lora", "quantize", "config", "size"):
             if values.get(name) is None:
@@ -162,18 +167,18 @@ class Student(_Strict):
 
     @property
     def is_new(self) -> bool:
-        """Whether the weights are random."""
+        """Whether the student starts from random weights."""
         return self.path is None
 
 
 def student_of(config: str) -> dict[str, Any]:
-    """Return the fields of a student from what `--student-config` says.
+    """Parse the value of `--student-config` into the fields of a student.
 
     Args:
-        config: the name of a size, numbers as `layers=12,width=768`, or a path to a config.json.
+        config: name of a size, numbers such as `layers=12,width=768`, or path of a config.json.
 
     Raises:
-        RecipeError: a number or a name that is none of these.
+        RecipeError: If a name or a number is invalid.
     """
     if config in SIZES:
         return {"size": config}
@@ -194,7 +199,7 @@ def student_of(config: str) -> dict[str, Any]:
             values[name] = int(value)
         except ValueError as error:
             raise RecipeError(
-                f"--student-config {shown(config)}: {name} is a whole number, found {shown(value)}"
+                f"--student-config {shown(config)}: {name} must be an integer, found {shown(value)}"
             ) from error
     width = values.get("hidden_size")
     if width is not None and "heads" not in values:
@@ -213,24 +218,28 @@ _SHORT = {
 
 
 class ThinningStage(_Strict):
-    """A stretch of training with one number of rounds."""
+    """Describe a part of training with one number of rounds."""
 
-    rounds: Count = Field(description="rounds to keep a position, at most the cache's")
-    until: float | None = Field(None, description="share of the steps at which it ends, (0, 1]")
-    until_step: int | None = Field(None, description="the step at which it ends, instead")
+    rounds: Count = Field(description="rounds to keep per position, at most the cache's")
+    until: float | None = Field(
+        None, description="end of the stage as a share of the steps, in (0, 1]"
+    )
+    until_step: int | None = Field(None, description="end of the stage as a step, instead of until")
 
 
 class Thinning(_Strict):
-    """Use fewer of the cached rounds: `rounds`, `budget` or `schedule`, one of them."""
+    """Use fewer of the cached rounds; one of `rounds`, `budget` and `schedule` is given."""
 
-    rounds: Count | None = Field(None, description="rounds to keep, at most the cache's")
+    rounds: Count | None = Field(
+        None, description="rounds to keep per position, at most the cache's"
+    )
     budget: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="mean entries a position, turned into rounds on some cached windows"
+        None, description="mean entries per position, turned into rounds on some cached windows"
     )
     schedule: tuple[ThinningStage, ...] | None = Field(
-        None, description="rounds as a function of the step: a list of rounds with until"
+        None, description="rounds as a function of the step: a list of stages with rounds and until"
     )
-    fresh_noise: bool = Field(True, description="keep other rounds in each epoch")
+    fresh_noise: bool = Field(True, description="keep different rounds in each epoch")
 
     @model_validator(mode="after")
     def _one_of_three(self) -> Thinning:
@@ -245,10 +254,10 @@ class Thinning(_Strict):
         return self
 
     def resolved(self, rounds: int) -> Schedule:
-        """As the Trainer takes it.
+        """Return the schedule for the Trainer.
 
         Args:
-            rounds: what `rounds` or `budget` come to.
+            rounds: number of rounds that `rounds` or `budget` stand for.
         """
         if self.schedule is None:
             return Schedule.constant(rounds, fresh_noise=self.fresh_noise)
@@ -388,7 +397,7 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Recipe(TrainingSettings):
-    """One training run."""
+    """Describe one training run."""
 
     cache: Path | str = Field(description="folder or URL of the cache")
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
@@ -400,7 +409,7 @@ class Recipe(TrainingSettings):
         "name",
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of that teacher; auto: as it is stored"
+        "auto", description="number format of the teacher; auto: the format in which it is stored"
     )
     alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
     beta: float | None = Field(
@@ -450,7 +459,7 @@ class Recipe(TrainingSettings):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate, or its default for this kind of student."""
+        """Peak learning rate; the default for the kind of student where none is given."""
         if self.learning_rate is not None:
             return self.learning_rate
         if self.student.is_new:
@@ -459,38 +468,41 @@ class Recipe(TrainingSettings):
 
 
 def load_recipe(path: Path, **overrides: Any) -> Recipe:
-    """Read a recipe.
+    """Read and validate a recipe.
 
     Args:
         path: YAML file.
-        overrides: values that win over the file's; None stands for "as in the file".
+        overrides: values that take precedence over the file's; None keeps the file's value.
 
     Raises:
-        RecipeError: naming the file, the key, what is wrong and, for an unknown key, the nearest
-            valid one.
+        RecipeError: If the recipe is invalid; the message lists the keys and what is wrong.
     """
     return parse_recipe(read_yaml(path, overrides), source=str(path))
 
 
 def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's plain values.
+    """Read the plain values of a recipe, without validation.
 
     Args:
         path: YAML file.
-        overrides: values that win over the file's; None stands for "as in the file".
+        overrides: values that take precedence over the file's; None keeps the file's value.
 
     Raises:
-        RecipeError: when the file cannot be read or is no mapping.
+        RecipeError: If the file cannot be read or is not a mapping.
     """
     values = read_mapping(path, "the recipe")
     return values | {k: v for k, v in overrides.items() if v is not None}
 
 
 def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
-    """A validated recipe from plain values; `source` names them in messages.
+    """Validate the plain values of a recipe.
+
+    Args:
+        values: values by key.
+        source: origin of the values, for messages.
 
     Raises:
-        RecipeError: see `load_recipe`.
+        RecipeError: If the recipe is invalid.
     """
     return validated(Recipe, values, _FIELDS, f"{source} is not a valid recipe")
 
@@ -498,16 +510,16 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
 def validated(
     model: type[_Model], values: dict[str, Any], fields: Mapping[str, Sequence[str]], wrong: str
 ) -> _Model:
-    """Plain values as a model.
+    """Validate plain values as a model.
 
     Args:
-        model: what they should be.
-        values: as read.
-        fields: known keys, by the key they stand under; "recipe" for the outermost.
-        wrong: how the message begins where they are not.
+        model: class of the result.
+        values: values by key.
+        fields: known keys, by the key that contains them; "recipe" for the outermost.
+        wrong: beginning of the error message.
 
     Raises:
-        RecipeError: a line for each key that is wrong.
+        RecipeError: If values are invalid; the message has a line per wrong key.
     """
     try:
         return model.model_validate(values)
@@ -527,14 +539,14 @@ _FIELDS = {
 
 
 def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
-    """What pydantic found wrong with one value of a recipe, as a person would say it.
+    """Return an error of pydantic in words.
 
     Args:
         detail: one of `ValidationError.errors()`.
-        fields: known keys, by the key they stand under; "recipe" for the outermost.
+        fields: known keys, by the key that contains them; "recipe" for the outermost.
     """
     path = [str(part) for part in detail["loc"]]
-    # "(...)" is the alternative of a union that pydantic took, not a key
+    # "(...)" is the alternative of a union that pydantic chose, not a key
     name = ".".join(part for part in path if not part.startswith("("))
     if detail["type"] == "extra_forbidden":
         owner = [part for part in path[:-1] if part in fields]

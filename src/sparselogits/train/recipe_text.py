@@ -1,4 +1,4 @@
-"""A recipe as text for people: a commented file to start from, and the table of the docs."""
+"""Write recipes as text: a commented file to start from, and the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def recipe_text(values: Mapping[str, Any]) -> str:
     """Return a commented recipe with every setting, as YAML that `load_recipe` reads.
 
     Args:
-        values: what stands there already, as `parse_recipe` takes it; the rest are defaults, and
-            `cache`, `out` and `student` examples.
+        values: settings as `parse_recipe` takes them. Other settings appear with their defaults, or
+            with an example for `cache`, `out` and `student`.
     """
     merged = {**_START, **values}
     lines = [
         "# A training run: sparselogits train recipe.yaml",
-        "# Every setting stands here with its default; those that are not set are comments.",
+        "# Every setting is listed with its default; settings that are not set are comments.",
     ]
     for name, field in _fields(Recipe).items():
         lines += ["", *_comment(field), *_entry(name, field, merged)]
     further = {name: values[name] for name in values if name not in Recipe.model_fields}
-    lines += ["", "# Any other field of transformers' TrainingArguments may stand here."]
+    lines += ["", "# Any other field of transformers' TrainingArguments can be added here."]
     lines += [f"{name}: {_scalar(value)}" for name, value in further.items()]
     if not further:
         lines.append("# optim: adafactor")
@@ -84,7 +84,7 @@ def _comment(field: FieldInfo) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """A value as YAML; JSON is YAML, and quotes what has to be quoted."""
+    """Return a value as YAML; JSON is valid YAML, and quotes what needs quotes."""
     if isinstance(value, bool | int | float) or value is None:
         return json.dumps(value)
     plain = str(value)
@@ -101,7 +101,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def recipe_table() -> str:
-    """Return the tables of docs/training.md: every key of a recipe, its default, what it does."""
+    """Return the tables of docs/training.md: key, default and meaning of every recipe setting."""
     parts = []
     models: dict[str, type[BaseModel]] = {
         "": Recipe,

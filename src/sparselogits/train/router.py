@@ -1,8 +1,8 @@
-"""The auxiliary loss that balances a mixture of experts, beside a fused loss.
+"""Compute the auxiliary load-balancing loss of a mixture of experts together with a fused loss.
 
-A mixture's own forward adds it from its router's logits, after the head. Run apart, the trunk
-still gives router logits, and the function that makes a loss of them stands under one name in
-every such model's module.
+The forward of such a model computes this loss from the router's logits, after the head. When the
+trunk runs without the head, it still returns router logits, and every transformers module of such a
+model has the function that turns them into a loss, under one name.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from torch import Tensor, nn
 from sparselogits.causal_lm import PROBE_LENGTH, Parts, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
-"""From the trunk's output and the attention mask to the loss, its coefficient applied."""
+"""Function from the trunk's output and the attention mask to the loss times its coefficient."""
 
 
 def balances_experts(model: nn.Module) -> bool:
-    """Whether the model is configured to add an auxiliary loss of its router."""
+    """Return whether the model is configured to add the auxiliary loss of its router."""
     return bool(getattr(text_config(model.config), "output_router_logits", False))
 
 
 def coefficient(model: nn.Module) -> float:
-    """Weight of the auxiliary loss."""
+    """Return the weight of the auxiliary loss."""
     return float(getattr(text_config(model.config), "router_aux_loss_coef", 0.0))
 
 
 def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
-    """The model's own auxiliary loss, computed from the trunk's output.
+    """Return a function that computes the model's auxiliary loss from the trunk's output.
 
-    None where it cannot be told, or where on a few tokens it is not what the model itself gives.
+    None if the function cannot be found, or if it differs from the model's own loss on a few
+    tokens.
     """
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     experts = getattr(model, "num_experts", None)

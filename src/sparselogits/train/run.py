@@ -1,15 +1,15 @@
-"""A recipe -> a trained student, its curve and its figures, in one directory.
+"""Carry out a recipe: train a student, and write it with its curve and metrics into one folder.
 
     OUT/
-      recipe.json     the recipe, as validated, and which cache it was carried out on
-      model/          the student, as transformers and others load it
-      adapter/        where an adapter was trained: the adapter alone, in PEFT's format
-      logs/           what report_to asked for
-      run.json        losses by step, seconds; written last, so a run without it is unfinished
-      checkpoints/    the Trainer's, while the run is unfinished
+      recipe.json     the validated recipe, and the identity of the cache
+      model/          the student, in transformers' format
+      adapter/        the adapter alone in PEFT's format, if one was trained
+      logs/           logs of the trackers in report_to
+      run.json        losses by step, seconds; written last, so its presence marks a finished run
+      checkpoints/    checkpoints of the Trainer, while the run is unfinished
 
-A run that is finished is not repeated; one that was interrupted goes on from its last checkpoint. A
-cache that was moved is recognised by what it was made from.
+A finished run is not repeated; an interrupted one resumes from its last checkpoint. A cache that
+was moved is recognised by its identity.
 """
 
 from __future__ import annotations
@@ -67,22 +67,23 @@ from sparselogits.train.trainer import SparseKDTrainer
 from sparselogits.untrusted import printable
 
 TrainingProgress = Callable[[int, int, dict[str, float]], None]
-"""Called with steps done, steps in all, and the latest log line."""
+"""Function that is called with the steps done, the number of steps and the latest log line."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind.
+    """Describe a finished run.
 
     Args:
-        out: its directory.
-        seconds: wall time of training; of this process alone where the run was resumed.
-        steps: optimiser steps.
-        curve: (step, training loss in nats) at every log line.
-        label_curve: likewise the labels' cross-entropy, which is comparable between methods.
-        entries: stored entries a position at the last log line, after thinning; None where the
-            method uses none.
-        fresh: False where the run had been finished before.
+        out: folder of the run.
+        seconds: wall time of training; of this process alone if the run was resumed.
+        steps: number of optimiser steps.
+        curve: (step, training loss in nats) of every log line.
+        label_curve: (step, cross-entropy to the labels in nats) of every log line; comparable
+            between methods.
+        entries: stored entries per position at the last log line, after thinning; None for a method
+            without cached targets.
+        fresh: whether this call trained; False if the run had been finished before.
     """
 
     out: Path
@@ -101,21 +102,21 @@ class RunResult:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a run is about to do.
+    """Describe a run before its first step.
 
     Args:
-        student: class of the student and where its weights come from.
-        parameters: of the student.
-        trained: those of them that are trained.
+        student: class of the student and origin of its weights.
+        parameters: number of the student's parameters.
+        trained: number of the trained parameters.
         dtype: number format of the weights and of the computation.
         saved: number format, or format of quantisation, of the saved student.
-        device: where it is trained.
-        windows: windows of the cache.
-        steps: optimiser steps.
-        tokens: tokens that the student reads, over all steps and ranks.
+        device: device of the student.
+        windows: number of windows of the cache.
+        steps: number of optimiser steps.
+        tokens: number of tokens that the student reads, over all steps and ranks.
         learning_rate: peak learning rate.
-        loss: what is minimised.
-        goes_on_from: checkpoint of a run that was interrupted.
+        loss: the loss in words.
+        goes_on_from: checkpoint from which the run resumes; None for a new run.
     """
 
     student: str
@@ -140,28 +141,28 @@ def run(
     progress: TrainingProgress | None = None,
     announce: Callable[[PlannedRun], None] | None = None,
 ) -> RunResult:
-    """Carry out a recipe, or find that it has been.
+    """Carry out a recipe, unless the run is finished already.
 
     Args:
-        recipe: what to do.
-        teacher: for methods with one online, if it is loaded already; else the recipe's is.
-        device: where to train; the Trainer's choice when None, "cpu" to stay off accelerators.
-        progress: called at every log line.
-        announce: called before the first step with what will be done.
+        recipe: the recipe.
+        teacher: loaded teacher for a method with the teacher online; None loads the recipe's.
+        device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
+        progress: function that is called in every step and at every log line.
+        announce: function that is called with the plan before the first step.
 
     Raises:
-        RecipeError: when `out` holds a run of another recipe, or a setting that cannot be.
-        TrainingError: when another process trains in `out`, or the loss is not finite.
-        IdentityMismatchError: when the teacher is not the one the cache was made by.
-        StorageError: when the folder cannot be written.
+        RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
+        TrainingError: If another process trains in `out`, or the loss is not finite.
+        IdentityMismatchError: If the teacher is not the one that the cache was made with.
+        StorageError: If the folder cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":
         with allowing(*recipe.allow):
             return _run(recipe, teacher, device, progress, announce)
     if recipe.out.exists() and not recipe.out.is_dir():
         raise RecipeError(
-            f"out: {recipe.out} is no folder, and a run makes one: a file is in the way. Choose "
-            "another out, or move the file"
+            f"out: {recipe.out} is a file, and a folder is needed there: the file is in the way. "
+            "Choose another out, or move the file"
         )
     with lock_file(recipe.out / ".training") as lock:
         if lock.held is Held.TAKEN:
@@ -175,7 +176,7 @@ def run(
 
 @contextmanager
 def _full_disk_said(out: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises, deep in a library, into a `StorageError`."""
+    """Turn the errors that libraries raise for a full or read-only disk into a `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -213,7 +214,7 @@ def _run(
     tokenizer = find_tokenizer(recipe, dataset)
     if tokenizer is None and os.environ.get("RANK", "0") == "0":
         warnings.warn(
-            f"no tokenizer will be saved with the student: the cache at {recipe.cache} keeps none; "
+            f"no tokenizer will be saved with the student: the cache at {recipe.cache} has none; "
             "name the teacher's with --tokenizer (tokenizer: in the recipe)",
             SparseLogitsWarning,
             stacklevel=2,
@@ -260,15 +261,16 @@ def _run(
 
 
 def save_untrained(recipe: Recipe) -> RunResult:
-    """Save a recipe's student as it is before the first step, in the form a run saves it.
+    """Save the student of a recipe without training, in the form in which a run saves it.
 
-    A quantised student is rounded as after training, so this is post-training quantisation.
+    The weights of a quantised student are rounded as after training, which is post-training
+    quantisation.
 
     Args:
-        recipe: its student, cache, seed and dtype are used; the rest says nothing here.
+        recipe: recipe of which student, cache, seed and save_dtype are used.
 
     Returns:
-        A result of no steps; the model lies where `run` would have put the trained one.
+        A result with 0 steps; the model is where `run` would have saved the trained one.
     """
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
     tokenizer = find_tokenizer(recipe, dataset)
@@ -295,7 +297,7 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     if recipe.student.path is not None:
         student = f"{recipe.student.path} ({student})"
     else:
-        student += ", new with random weights"
+        student += ", a new model with random weights"
     method = METHODS[recipe.method]
     loss = method.loss + (", teacher online" if method.online else "")
     if recipe.alpha and method != METHODS["ce"]:
@@ -319,22 +321,22 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
 
 
 def _heldout(recipe: Recipe) -> TextDataset:
-    """The windows that were held out when the cache was built."""
+    """Return the windows that were held out when the cache was built."""
     folder = Path(str(recipe.cache)) / "corpus"
     heldout = None
     if not is_url(recipe.cache) and folder.is_dir():
         heldout = TextDataset(PackedCorpus.open(folder))
     if not heldout:
         raise RecipeError(
-            f"eval_strategy needs held-out text, and {recipe.cache} has none here: build "
-            "the cache with --holdout 0.05 in a folder, or leave eval_strategy out and use "
-            "`sparselogits eval` afterwards"
+            f"eval_strategy needs held-out text, and {recipe.cache} has none: build the cache with "
+            "--holdout 0.05 in a folder, or leave eval_strategy out and use `sparselogits eval` "
+            "after training"
         )
     return heldout
 
 
 def _require_reporters(names: list[str]) -> None:
-    """Insist that the Trainer can log to where the recipe says, before it does any work."""
+    """Check that the trackers of a recipe are installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     for name in names:
@@ -360,7 +362,7 @@ def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
 
 
 class _LogLastStep(TrainerCallback):  # type: ignore[misc]
-    """Logs the last step, whatever the interval: a short run has a loss to show."""
+    """Log the last step whatever the interval, so that a short run reports a loss."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -368,7 +370,7 @@ class _LogLastStep(TrainerCallback):  # type: ignore[misc]
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Hands the Trainer's log lines to a progress bar."""
+    """Pass the Trainer's log lines to a progress function."""
 
     def __init__(self, progress: TrainingProgress) -> None:
         self.progress = progress
@@ -459,7 +461,7 @@ def _finish(
 
 
 def _keep_logs(out: Path) -> None:
-    """Remove the checkpoints of a finished run, and move what loggers wrote beside them."""
+    """Remove the checkpoints of a finished run, and move logs out of their folder."""
     for left in (out / "checkpoints").glob("*"):
         if left.name.startswith("checkpoint-"):
             shutil.rmtree(left, ignore_errors=True)
@@ -478,16 +480,17 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, f
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values as recipe.json keeps them, with the learning rate that is used."""
-    # what was allowed changes nothing about a run that went on
+    """Return the recipe's values as stored in recipe.json, with the learning rate that is used."""
+    # allowances have no effect on the result of a run
     values = recipe.model_dump(mode="json", exclude={"allow"})
     return values | {"learning_rate": recipe.peak_learning_rate}
 
 
 def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
-    """Say which cache and student these are, wherever they lie.
+    """Return what identifies the cache and the student of a recipe, independent of their paths.
 
-    The cache by its identity and the text of its first shard, an existing student by its files.
+    The cache is identified by its fingerprint and the text of its first shard, an existing student
+    by its files.
     """
     first = dataset.cache.window_index(0)
     made = {
@@ -500,10 +503,10 @@ def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
 
 
 def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunResult | None:
-    """Return the result that is there already, None where there is none yet.
+    """Return the result of a finished run, or None if the run is not finished.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe, or from another cache.
+        RecipeError: If the folder contains a run of another recipe, or from another cache.
     """
     if not (out / "recipe.json").exists():
         return None
@@ -519,17 +522,17 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     except (CacheError, TeacherError):
         if not done or before.get("cache") != described["cache"]:
             raise
-        now = made_from  # a finished run outlives its cache
+        now = made_from  # the cache of a finished run may be gone
     if made_from is None:
         changed += ["cache"] if before.get("cache") != described["cache"] else []
-    else:  # keys that were not recorded then say nothing
+    else:  # an older version may have recorded fewer keys
         other = [key for key in made_from if now.get(key) != made_from[key]]
         changed += ["cache"] if {"cache", "text"} & set(other) else []
         changed += ["the weights of the student"] if "student" in other else []
     if changed:
         raise RecipeError(
-            f"{out} holds a run of another recipe (they differ in {', '.join(changed)}); "
-            "choose another out, or move that folder away"
+            f"{out} contains a run of another recipe (they differ in {', '.join(changed)}); "
+            "choose another out, or move the folder"
         )
     if not done:
         return None
@@ -540,7 +543,7 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """The last one that is whole: the Trainer writes its state last, and a kill may come before."""
+    """Return the last complete checkpoint; the Trainer writes the state of a checkpoint last."""
     found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_whole(f)]
     last = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     return None if last is None else str(last)
@@ -555,16 +558,16 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
-    """Insist that a cache was made by this teacher.
+    """Check that a cache was made with this teacher.
 
     Raises:
-        IdentityMismatchError: naming both.
+        IdentityMismatchError: If it was not; the message names both teachers.
     """
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
         error = IdentityMismatchError(
-            f"the cache was made by {identity.teacher.get('name')} ({theirs}); the teacher given "
-            f"is {teacher.identity['name']} ({mine}); give the cache's own teacher"
+            f"the cache was made with {identity.teacher.get('name')} ({theirs}), and the given "
+            f"teacher is {teacher.identity['name']} ({mine}); give the cache's teacher"
         )
         refuse(error, "other-teacher")
 

@@ -1,7 +1,7 @@
-"""A trained student as a folder that other programs load as it is.
+"""Save a trained student as a folder that other programs load without conversion.
 
-Weights in safetensors, configuration, generation settings, tokenizer with its chat template, and a
-model card that says what it was trained from.
+The folder has the weights in safetensors, the configuration, the generation settings, the tokenizer
+with its chat template, and a model card that says what the student was trained from.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def save_student(
     card: str,
     quantization: Quantization | None = None,
 ) -> None:
-    """Write OUT/model, and OUT/adapter where an adapter was trained; each whole or not at all.
+    """Write OUT/model, and OUT/adapter if an adapter was trained, each folder atomically.
 
     Args:
-        model: the student; one of PEFT is merged into its base afterwards.
+        model: the student; a PEFT model is merged into its base after the adapter is saved.
         out: folder of the run.
-        tokenizer: saved with the student; None for none.
+        tokenizer: tokenizer to save with the student; None saves none.
         dtype: number format of the saved weights.
         card: text of the model card.
-        quantization: format that the student was trained for; its weights are saved in it.
+        quantization: format in which the weights are saved; None saves them in `dtype`.
 
     Raises:
-        StorageError: they cannot be written.
+        StorageError: If a folder cannot be written.
     """
     if hasattr(model, "merge_and_unload"):
         _replace(out / "adapter", lambda folder: model.save_pretrained(folder))  # type: ignore[operator]
@@ -68,10 +68,10 @@ def save_student(
 
 
 def _untie_adapted(model: Any) -> None:
-    """Give embedding and head weights of their own where an adapter changes one of them.
+    """Untie embedding and head if an adapter changes one of them.
 
-    A tied model holds one weight for both: merging an adapter of the one into it would change the
-    other, and loading the saved model would tie them again.
+    A tied model has one weight for both: merging an adapter of the head into that weight would
+    change the embedding too, and loading the saved model would tie them again.
     """
     base = model.get_base_model()
     config = text_config(base.config)
@@ -86,7 +86,7 @@ def _untie_adapted(model: Any) -> None:
 
 
 def _replace(folder: Path, save: Any) -> None:
-    if folder.exists():  # of a run that was stopped before it was finished
+    if folder.exists():  # of a run that was interrupted
         shutil.rmtree(folder)
     with whole_folder(folder) as temporary:
         save(temporary)
@@ -96,9 +96,9 @@ def model_card(recipe: Recipe, identity: Identity, facts: Mapping[str, Any]) -> 
     """Return the model card of a trained student.
 
     Args:
-        recipe: of the run.
-        identity: of the cache.
-        facts: figures of the run, by name.
+        recipe: recipe of the run.
+        identity: identity of the cache.
+        facts: metrics of the run, by name.
     """
     teacher = identity.teacher
     base = recipe.student.path

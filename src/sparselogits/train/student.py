@@ -1,4 +1,4 @@
-"""Make the student of a recipe, an existing model or a new one, and find its tokenizer."""
+"""Make the student of a recipe, from an existing model or a new one, and find its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from sparselogits.train.recipe import SIZES, Lora, Recipe, Student
 from sparselogits.untrusted import shown
 
 MOST_LAYERS = 1024
-"""Blocks of a configuration that a new student is made from: each is a Python object."""
+"""Largest number of blocks of a new student; each block is a Python object."""
 
 
 def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
-    """Make the student that a recipe describes; new weights are drawn by torch's current seed.
+    """Make the student that a recipe describes; torch's current seed determines new weights.
 
     Raises:
-        TeacherError: a model to go on from cannot be loaded.
-        RecipeError: a configuration that no model can be made of, or an adapter that does not fit.
+        TeacherError: If an existing model cannot be loaded.
+        RecipeError: If no model can be made from the configuration, or an adapter does not fit.
     """
     if student.path is not None:
         model = load_causal_lm(student.path, dtype="float32", trainable=True)
@@ -64,14 +64,14 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
-            f"student: no causal language model can be made of {shown(student.config)}: "
+            f"student: cannot make a causal language model from {shown(student.config)}: "
             f"{reason_of(error).splitlines()[0]}"
         ) from error
     return _quantised(model, student)
 
 
 def _quantised(model: nn.Module, student: Student) -> nn.Module:
-    """Put fake quantisation into a student whose recipe asks for it."""
+    """Prepare a student for quantised weights if its recipe asks for them."""
     if student.quantize is not None:
         prepare(model, student.quantize.settings())
     return model
@@ -80,20 +80,20 @@ def _quantised(model: nn.Module, student: Student) -> nn.Module:
 def _configuration(path: str) -> Any:
     if not Path(path).exists():
         raise RecipeError(
-            f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor numbers as "
+            f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor numbers such as "
             "layers=12,width=768, nor a config.json or a folder with one"
         )
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:
         raise RecipeError(
-            f"student: {shown(path)} is no configuration of a transformers model: "
+            f"student: {shown(path)} is not the configuration of a transformers model: "
             f"{reason_of(error).splitlines()[0]}"
         ) from error
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise RecipeError(
-            f"student: {shown(path)} asks for {layers:,} layers, at most {MOST_LAYERS:,} are made"
+            f"student: {shown(path)} has {layers:,} layers; at most {MOST_LAYERS:,} are allowed"
         )
     return config
 
@@ -120,10 +120,10 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
 
 
 def require_finite_weights(model: nn.Module, what: str) -> None:
-    """Refuse a model with weights that are not finite numbers.
+    """Check that all weights of a model are finite numbers.
 
     Raises:
-        TeacherError: naming the first such weight, and how many there are.
+        TeacherError: If some are not; the message names the first one and their number.
     """
     wrong = [
         name
@@ -134,25 +134,25 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
         raise TeacherError(
             f"{what} has values that are not finite (NaN or infinity) in {len(wrong)} of its "
             f"weights, {wrong[0]} first: its training diverged, or the file is damaged. Take an "
-            "earlier checkpoint, or train it again with a lower learning rate"
+            "earlier checkpoint, or train the model again with a lower learning rate"
         )
 
 
 def _plain(parameter: nn.Parameter) -> torch.Tensor:
-    """Return a parameter's values as a plain tensor, those of a quantised one included."""
+    """Return the values of a parameter as a plain tensor; a quantised one is dequantised."""
     values = parameter.detach()
     return values if type(values) is torch.Tensor else values.dequantize()
 
 
 def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
-    """Find the tokenizer to save with the student; None where nobody names one.
+    """Return the tokenizer to save with the student, or None if none is found.
 
-    The recipe's, the student's own, the one kept with the cache, or the online teacher's: whichever
-    comes first. Its ids must mean what they mean in the cache.
+    The first of these: the recipe's tokenizer, the student's own, the one kept with the cache, the
+    online teacher's. Its ids must stand for the same tokens as in the cache.
 
     Raises:
-        TeacherError: the recipe's cannot be read.
-        IdentityMismatchError: ids that mean other tokens.
+        TeacherError: If the recipe's tokenizer cannot be read.
+        IdentityMismatchError: If ids stand for other tokens.
     """
     from sparselogits.corpus import require_tokenizer
 
@@ -174,7 +174,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
         except TeacherError:
             if name == recipe.tokenizer:
                 raise
-            continue  # a student's folder may lack one
+            continue  # the folder of a student may have no tokenizer
         expected, recorded = dataset.identity.tokenizer, dataset.cache.recorded_tokenizer()
         require_tokenizer(tokenizer, expected, recorded, whose=whose)
         return tokenizer
@@ -182,7 +182,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
 
 def give_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Tell a new model its special tokens, so that generation ends where a text ends."""
+    """Write special tokens into the configuration of a new model, so that generation can end."""
     ids = {
         name: getattr(tokenizer, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -195,10 +195,10 @@ def give_tokens(model: nn.Module, tokenizer: Any) -> None:
 
 
 def saved_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the number format to save the student in."""
+    """Return the number format in which the student is saved."""
     if recipe.save_dtype != "auto":
         return DTYPES[recipe.save_dtype]
-    # rounding the weights first would let the quantised student differ from the trained one
+    # rounding the weights first would change the quantised student
     if recipe.student.path is None or recipe.student.quantize is not None:
         return torch.float32
     from sparselogits.teacher.demo_model import model_named
@@ -213,7 +213,7 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, int]:
-    """Count a model's parameters: in all, and those that are trained."""
+    """Count a model's parameters: all of them, and the trained ones."""
     found = {id(p): p for p in model.parameters()}.values()
     return {
         "parameters": sum(p.numel() for p in found),

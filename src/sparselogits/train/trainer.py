@@ -1,8 +1,9 @@
-"""`SparseKDTrainer`: transformers' Trainer, training from a cache.
+"""Train from a cache with transformers' Trainer.
 
-Everything the Trainer does (mixed precision, gradient accumulation, DDP, checkpoints, callbacks,
-logging) it still does. Different are the order, which is computed from a seed and resumes exactly;
-the collation; and the loss, which is bound into the student's own forward (see `objective`).
+`SparseKDTrainer` keeps the features of the Trainer (mixed precision, gradient accumulation, DDP,
+checkpoints, callbacks, logging). It replaces the order of the data, which is computed from a seed
+and resumes exactly, the collation, and the loss, which is bound into the student's own forward (see
+`objective`).
 """
 
 from __future__ import annotations
@@ -59,32 +60,32 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: the student, a transformers causal language model. Its forward computes the loss
-            while this trainer trains or evaluates; at other times, and for every call without
-            `shift_labels`, the model is what it was before.
-        args: transformers' TrainingArguments, or TRL's SFTConfig. What the latter says about
-            preparing data (`max_length`, `packing`, ...) was settled when the cache was built.
-        train_dataset: a cache.
+            while this trainer trains or evaluates, in calls with `shift_labels`; otherwise the
+            model is unchanged.
+        args: transformers' TrainingArguments, or TRL's SFTConfig. Settings of the latter for the
+            preparation of data (`max_length`, `packing`, ...) were fixed when the cache was built.
+        train_dataset: the cache.
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
             distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
             in MiniLLM) or "jensen_shannon" (as in GKD).
         alpha: share of the labels' cross-entropy in the loss.
         beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
-        missing_mass: what becomes of the mass that Top-K and Top-P targets lack.
-        rounds: thin the cached targets to so many rounds, any number up to the cache's; or a
-            `Schedule` that changes it over training.
-        fresh_noise: with a number of `rounds`, keep other cached rounds in each epoch.
+        missing_mass: rule for the probability mass that Top-K and Top-P targets lack.
+        rounds: number of rounds to which the cached targets are thinned, at most the cache's; or a
+            `Schedule` that changes the number during training. None keeps all rounds.
+        fresh_noise: with a number of `rounds`, keep different rounds in each epoch.
         teacher: the cache's teacher, for a method with the teacher online.
-        eval_dataset: held-out windows; their loss is the labels' cross-entropy, and where they have
-            targets their KD part is reported beside it. Or a `datasets.Dataset` of tokenised rows
-            (`input_ids`, perhaps `labels`), or several by name.
-        others: any further argument of transformers' Trainer. docs/training.md lists what each
-            argument of the Trainer and of TrainingArguments does here, and which are refused.
+        eval_dataset: held-out windows, whose loss is the labels' cross-entropy; for windows with
+            targets the KD part is reported too. Or a `datasets.Dataset` of tokenised rows
+            (`input_ids`, optionally `labels`), or several datasets by name.
+        others: further arguments of transformers' Trainer. docs/training.md lists the arguments of
+            the Trainer and of TrainingArguments that differ or are refused.
 
     Raises:
-        InvalidArgumentError: options that contradict each other or the cache, or that would have
-            no effect here.
-        InvalidTargetsError: a student with fewer ids than the targets use.
+        InvalidArgumentError: If arguments contradict each other or the cache, or would have no
+            effect.
+        InvalidTargetsError: If the student has fewer ids than the targets use.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM, TrainingArguments
@@ -164,7 +165,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         if model is not None:
             self._adopt(model)
         elif others.get("model_init") is None:
-            raise InvalidArgumentError("give a student: a model, or model_init=... that makes one")
+            raise InvalidArgumentError(
+                "the student is missing: give a model, or model_init, a function that makes one"
+            )
         collator = others.pop("data_collator", None)
         super().__init__(
             model=model,
@@ -175,17 +178,17 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             **others,
         )
         if not args.use_cache and self._used_cache is not None:
-            # the Trainer turns it off for good, which the bound forward has no need of
+            # the Trainer turns the key-value cache off permanently; the bound forward needs no such
             self._student.config.use_cache = self._used_cache  # type: ignore[union-attr]
         self.label_names = ["labels"]
-        self.label_smoother = None  # part of the objective, where logits exist in chunks alone
-        # the bound forward divides by the items of the whole accumulated batch
+        self.label_smoother = None  # the objective smooths labels; whole logits never exist
+        # the bound forward divides by the number of items of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.add_callback(_KeepOrder(self))
         self.add_callback(_NotebookColumns(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a student with `model_init`, and check it as one that is given."""
+        """Make a student with `model_init`, and validate it like a given one."""
         model: nn.Module = super().call_model_init(trial)
         self._adopt(model)
         return model
@@ -194,7 +197,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         if not hasattr(model, "config"):
             raise InvalidArgumentError(
                 f"the student is a {type(model).__name__} without a configuration; give a causal "
-                "language model of transformers, or one of PEFT around it"
+                "language model of transformers, with or without a PEFT adapter"
             )
         _require_vocabulary(model, self._vocabulary)
         check_window(model, _logits_of(model), self._window_length)
@@ -208,7 +211,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _bound(self) -> Iterator[None]:
-        """Let the student compute the objective inside, and be an ordinary model afterwards."""
+        """Bind the objective to the student within a `with` block; afterwards it is as before."""
         if not self._uses:
             attach(self._student, self._wiring)
         self._uses += 1
@@ -220,11 +223,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 unbind(self._student)
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **options: Any) -> Any:
-        """Train, see transformers' Trainer.
+        """Train as transformers' Trainer does.
 
         Raises:
-            InvalidArgumentError: a checkpoint of another cache, or of other steps.
-            TrainingError: a loss or weights that are not finite.
+            InvalidArgumentError: If a checkpoint belongs to another cache, or to a run with another
+                number of windows per step.
+            TrainingError: If the loss or the weights are not finite.
         """
         if not any(parameter.requires_grad for parameter in self._student.parameters()):
             raise InvalidArgumentError(
@@ -244,13 +248,13 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     def _inner_training_loop(self, *arguments: Any, **options: Any) -> Any:
         self._guard.clear()
-        self.objective.training.take()  # what a run that was stopped left behind
+        self.objective.training.take()  # discards the sums of an interrupted run
         return super()._inner_training_loop(*arguments, **options)
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
-        return data_collator  # targets are no columns, and are needed beside the inputs
+        return data_collator  # the targets are not columns of a dataset
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -260,11 +264,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return self._order
 
     def pace(self) -> Pace:
-        """How many windows an optimiser step takes, and how many steps there will be."""
+        """Return the number of windows per optimiser step and the number of steps."""
         return self._pace(self._windows)
 
     def _pace(self, windows: int) -> Pace:
-        """How the Trainer will divide an epoch into steps; checked when training begins."""
+        """Compute how the Trainer will divide epochs into steps; checked when training begins."""
         windows_per_step = self.get_total_train_batch_size(self.args)
         together = windows_per_step // self.args.gradient_accumulation_steps
         batches = windows // together
@@ -286,12 +290,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, *arguments, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *others: Any) -> Any:
-        """The batches of one step, and how long it took to get them."""
+        """Return the batches of one step, and measure the time that it took to get them."""
         with self.objective.training.waiting():
             return super().get_batch_samples(epoch_iterator, *others)
 
     def training_step(self, model: nn.Module, inputs: Any, *others: Any, **options: Any) -> Tensor:
-        """Take a batch forward and backward, and remember its loss until the next log line."""
+        """Run forward and backward on a batch, and keep its loss until the next log line."""
         loss: Tensor = super().training_step(model, inputs, *others, **options)
         if self._guard.add(self.state.global_step, loss):
             self._require_finite()
@@ -301,8 +305,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Compute the objective in the student's own forward."""
         if inputs.get("shift_labels") is None:
             raise InvalidArgumentError(
-                f"a batch has {', '.join(inputs)}, and no shift_labels: a data_collator calls "
-                "sparselogits.data.collate and changes what it returns"
+                f"a batch has {', '.join(inputs)}, and no shift_labels: let the data_collator call "
+                "sparselogits.data.collate and change its result"
             )
         with self._bound():
             return super().compute_loss(model, inputs, *arguments, **options)
@@ -315,7 +319,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         *others: Any,
         **options: Any,
     ) -> Any:
-        """Evaluate a batch; with logits where `compute_metrics` or `predict` wants them."""
+        """Evaluate a batch; with logits if `compute_metrics` or `predict` needs them."""
         self.objective.with_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *others, **options)
@@ -336,10 +340,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Log, with the figures of `LossMeter` since the last line.
+        """Log as transformers does, with the metrics of `LossMeter` since the last line.
 
         Raises:
-            TrainingError: when a loss since the last line is not finite.
+            TrainingError: If a loss since the last line is not finite.
         """
         if "loss" in logs:
             logs = {**logs, **self.objective.training.take(self._sum_over_ranks)}
@@ -357,8 +361,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         if found is None:
             return
         advice = (
-            "Nothing of it was saved, and earlier checkpoints are as they were. Lower the learning "
-            "rate or max_grad_norm, train in bfloat16 rather than float16, or look at the data"
+            "Nothing was saved, and earlier checkpoints are unchanged. Lower the learning rate or "
+            "max_grad_norm, train in bfloat16 instead of float16, or check the data"
         )
         if found.step is None:
             raise TrainingError(
@@ -374,7 +378,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _windows_of_batch(self, step: int, batch: int) -> list[int]:
-        """Return the numbers of the windows that this rank took as one of a step's batches."""
+        """Return the numbers of the windows in one batch of a step on this rank."""
         assert self._order is not None
         assert self._order.pace is not None
         pace, size = self._order.pace, self._train_batch_size
@@ -388,16 +392,16 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, *arguments: Any, **options: Any
     ) -> dict[str, float]:
-        """Evaluate; `eval_loss` is the labels' cross-entropy, with `eval_kd` and `eval_kl` beside.
+        """Evaluate as transformers does; `eval_loss` is the labels' cross-entropy.
 
-        The last two for windows with targets, and for unbiased ones.
+        Windows with targets have `eval_kd` too, and windows with unbiased targets `eval_kl`.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
         given = as_windows(eval_dataset)
         return super().evaluate(given, *arguments, **options)  # type: ignore[no-any-return]
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        """The Trainer's, with the KD part among its metrics."""
+        """Run the Trainer's loop, and add the KD part to its metrics."""
         with self._bound():
             output = super().evaluation_loop(*arguments, **options)
         found = self.objective.evaluation.take(self._sum_over_ranks)
@@ -406,16 +410,17 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return output
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        # an unused meter is still on the CPU, where NCCL cannot add
+        # an unused meter is still on the CPU, where NCCL cannot reduce
         there = vector.to(self.args.device)
         return self.accelerator.reduce(there, reduction="sum")  # type: ignore[no-any-return]
 
 
 class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
-    """Adds the parts of the loss to the table that transformers shows in a notebook.
+    """Add the parts of the loss to the table that transformers shows in a notebook.
 
-    Runs after transformers' own callback, which has written the line of this step. With evaluation
-    the table has a line per evaluation instead, whose columns transformers takes from the metrics.
+    This callback runs after transformers' own, which has written the line of the step. With
+    evaluation the table has a line per evaluation, and transformers takes its columns from the
+    metrics.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -434,10 +439,10 @@ class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
 
 
 class _KeepOrder(TrainerCallback):  # type: ignore[misc]
-    """Keeps the order at the Trainer's epoch and at its number of steps, and in its checkpoints.
+    """Keep the order in step with the Trainer's epoch, and record it in checkpoints.
 
-    Accelerate forwards an epoch to the sampler, but not through the wrappers with which it skips
-    batches on several ranks: a resumed run would go on in the order of epoch 0.
+    Accelerate passes the epoch to the sampler, but not through the wrappers that skip batches on
+    several ranks: without this callback a resumed run would use the order of epoch 0.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -450,9 +455,9 @@ class _KeepOrder(TrainerCallback):  # type: ignore[misc]
         changing = order.thinning is not None and len(order.thinning.stages) > 1
         if changing and order.pace.steps != state.max_steps:
             raise InvalidArgumentError(
-                f"a thinning schedule over {order.pace.steps} steps, but the Trainer makes "
-                f"{state.max_steps}: batches are divided in a way that is not understood "
-                "(split_batches?)"
+                f"the thinning schedule covers {order.pace.steps} steps, but the Trainer makes "
+                f"{state.max_steps}: use arguments of the Trainer that do not change how batches "
+                "are divided"
             )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -475,32 +480,32 @@ _STEP_FILE = "sparselogits.json"
 
 
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
-    """Refuse other steps: the Trainer counts steps, and would go on elsewhere in the order."""
+    """Check the windows per step: the Trainer counts steps, so others would move the position."""
     before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
         raise InvalidArgumentError(
             f"{checkpoint} was trained with {before} windows per step, this run takes "
-            f"{windows_per_step} (ranks x batch x accumulation) and would go on at another place "
-            f"in the text: make it {before} again, or begin anew in another folder. "
-            "ignore_data_skip=True starts the text from its beginning with the weights so far"
+            f"{windows_per_step} (ranks x batch x accumulation) and would resume at a different "
+            f"position in the data: use {before} windows per step, or start in another folder. "
+            "ignore_data_skip=True keeps the weights and starts the data from the beginning"
         )
 
 
 def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
-    """Return how many of the cache's windows the order of a checkpoint is over.
+    """Return the number of windows that the order of a checkpoint covers.
 
-    A cache that has grown since keeps the windows that the checkpoint knew in front: the run goes
-    on over those.
+    In a cache that has grown since, the windows of the checkpoint come first, and the run continues
+    over these.
 
     Raises:
-        InvalidArgumentError: another cache, or one in which those windows are elsewhere.
+        InvalidArgumentError: If the cache is another one, or has these windows at other positions.
     """
     step = _read_step_file(checkpoint)
     if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
         raise InvalidArgumentError(
             f"{checkpoint} was trained from a cache of fingerprint {step['cache'][:12]}..., the "
             f"cache at {dataset.cache.root} has {dataset.identity.fingerprint[:12]}...: give the "
-            "same cache, or begin anew in another folder"
+            "same cache, or start in another folder"
         )
     known = step.get("ranges")
     if known is None:
@@ -510,15 +515,15 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
         raise InvalidArgumentError(
             f"{checkpoint} was trained on {windows} windows ({_said(known)}), and the cache at "
             f"{dataset.cache.root} now holds {_said(_joined(dataset.cache.ranges))}: the run "
-            "cannot go on in the order it had. Restore those windows, or begin anew in another "
-            "folder; "
-            "ignore_data_skip=True starts the text from its beginning with the weights so far"
+            "cannot resume in the same order. Restore the missing windows, or start in another "
+            "folder. "
+            "ignore_data_skip=True keeps the weights and starts the data from the beginning"
         )
     if windows < len(dataset):
         warnings.warn(
             f"the cache at {dataset.cache.root} has grown from {windows} to {len(dataset)} windows "
-            f"since {checkpoint}: this run goes on over the {windows} it began with. A new run "
-            "takes all",
+            f"since {checkpoint}: this run continues over the first {windows}. A new run uses all "
+            "windows",
             SparseLogitsWarning,
             stacklevel=3,
         )
@@ -529,12 +534,12 @@ def _read_step_file(checkpoint: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((checkpoint / _STEP_FILE).read_text())
     except FileNotFoundError:
-        return {}  # a run killed before it was written
+        return {}  # the run was killed before the file was written
     return found
 
 
 def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> list[list[int]]:
-    """The first so many windows of a cache, as ranges of their numbers with neighbours joined."""
+    """Return the first windows of a cache as ranges of numbers, adjacent ranges joined."""
     found: list[list[int]] = []
     left = sum(stop - start for start, stop in ranges) if windows is None else windows
     for start, stop in ranges:
@@ -565,19 +570,18 @@ def _logits_of(model: nn.Module) -> Callable[..., Tensor]:
 def _require_cache(dataset: Any) -> None:
     if not hasattr(dataset, "identity"):
         raise InvalidArgumentError(
-            f"a student is trained from a CacheDataset, not from a {type(dataset).__name__}: let "
-            "the teacher read the text first (open_source(dataset), pack, build_caches; or "
-            "`sparselogits cache`)"
+            f"train_dataset must be a CacheDataset, found a {type(dataset).__name__}: make a cache "
+            "of the text first (open_source(dataset), pack, build_caches; or `sparselogits cache`)"
         )
 
 
 def _require_what_args_ask(args: TrainingArguments, dataset: CacheDataset) -> None:
-    """Refuse what TRL's arguments ask for beside training, where the cache cannot give it."""
+    """Refuse settings of TRL's arguments that the cache does not satisfy."""
     for name in ("assistant_only_loss", "completion_only_loss"):
         if getattr(args, name, None) and dataset.cache.read(0).mask is None:
             raise InvalidArgumentError(
-                f"{name}=True, but the cache at {dataset.cache.root} was built to learn every "
-                "token; build it with --completion-only (completion_only=True in Python)"
+                f"{name}=True, but the cache at {dataset.cache.root} has no loss mask; build it "
+                "with --completion-only (completion_only=True in Python)"
             )
     if getattr(args, "loss_type", "nll") != "nll":
         raise InvalidArgumentError(
@@ -589,7 +593,7 @@ def _require_vocabulary(model: nn.Module, teacher_vocabulary: int) -> None:
     student = int(text_config(model.config).vocab_size)
     if student < teacher_vocabulary:
         raise InvalidTargetsError(
-            f"the student's vocabulary has {student} ids, the cache's targets may use "
+            f"the student's vocabulary has {student} ids, and the cache's targets use up to "
             f"{teacher_vocabulary}; give the student at least as many (padding rows are harmless)"
         )
 
