@@ -46,16 +46,16 @@ MISTAKES = {
     "info {torn}": ("cache.json is damaged", "restore it from a copy"),
     "info s3:/bucket/x": ("looks like a url", "s3://bucket/prefix"),
     "info s3://": ("looks like a url", "s3://bucket/prefix"),
-    "info nowhere9://x/y": ("no url that can be opened", "protocol not known"),
-    "push {cache} {new}": ("is no url", "hf://datasets/org/name"),
-    "push {cache} nowhere9://x/y": ("no url that can be opened", "protocol not known"),
+    "info nowhere9://x/y": ("no installed driver opens", "protocol not known"),
+    "push {cache} {new}": ("is not a url", "hf://datasets/org/name"),
+    "push {cache} nowhere9://x/y": ("no installed driver opens", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
     "train --cache {cache} --out {new}": ("name the student to train", "--student-config 30m"),
     "train --cache {cache} --out {new} --student a --student-config tiny": (
         "--student trains an existing model",
         "give one of them",
     ),
-    "train --cache {cache} --out {new} --lora 4": ("--lora", "name it with --student"),
+    "train --cache {cache} --out {new} --lora 4": ("--lora", "name the model with --student"),
     "train --cache {cache} --out {new} --student-config nope": (
         "'nope' is neither a size",
         "layers=12,width=768",
@@ -76,20 +76,20 @@ MISTAKES = {
         "check the path",
     ),
     "train --cache {cache} --out {text} --student-config tiny": (
-        "pages.jsonl",
-        "a file is in the way",
+        "pages.jsonl is a file",
+        "choose another out",
     ),
     "train --cache {cache} --out {new} --student-config tiny --alpha 2": (
         "alpha",
         "less than or equal to 1",
     ),
     "train --cache {cache} --out {new} --student-config tiny --method full": (
-        "teacher",
-        "only with them",
+        "runs the teacher online",
+        "give the cache's teacher",
     ),
     "train --cache {cache} --out {new} --student-config tiny --method gkd": (
-        "found 'gkd'",
-        "'ce', 'sparse'",
+        "unknown method 'gkd'",
+        "available: sparse, ce",
     ),
     "train --cache {cache} --out {new} --student-config tiny --device tpu": (
         "--device tpu",

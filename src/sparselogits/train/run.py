@@ -161,7 +161,7 @@ def run(
             return _run(recipe, teacher, device, progress, announce)
     if recipe.out.exists() and not recipe.out.is_dir():
         raise RecipeError(
-            f"out: {recipe.out} is a file, and a folder is needed there: the file is in the way. "
+            f"out: {recipe.out} is a file, and a folder is needed there. "
             "Choose another out, or move the file"
         )
     with lock_file(recipe.out / ".training") as lock:
