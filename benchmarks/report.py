@@ -130,11 +130,10 @@ def loss(found: dict[str, Any]) -> str:
     def cells(row: dict[str, Any]) -> list[Any]:
         measured = row["ratio_to_products"]
         most = LOSS_AIM if row["D"] >= 512 else NARROW_LOSS_AIM
-        held = row["dtype"] == "float32"  # bfloat16 is reported beside it, and held to nothing
         return [
             *(str(row[k]) for k in shape),
             *(
-                held_to(measured[m], most=most if held and m.startswith("ours") else None)
+                held_to(measured[m], most=most if m.startswith("ours") else None)
                 if m in measured
                 else "-"
                 for m in methods
