@@ -176,7 +176,7 @@ def test_a_measurement_that_breaks_loses_nothing_else(
 ) -> None:
     found = compared(copied, gradients={"windows": 5000, "batch_windows": [5000]})
     row = rows_of(found)["systematic 6"]
-    assert "needs more text or a smaller size" in (row.gradient_failure or "")
+    assert "use more text or smaller batches" in (row.gradient_failure or "")
     assert row.figures == rows_of(results)["systematic 6"].figures
     done = [[run for run in own.runs if run.status == "done"] for own in (found, results)]
     assert done[0] == done[1]
