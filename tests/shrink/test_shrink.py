@@ -201,7 +201,7 @@ def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened() -> None:
         ({"layers": 4}, "from 1 to the teacher's 3"),
         ({"layers": 2, "drop_layers": (1,)}, "give one of them"),
         ({"drop_layers": (3,)}, "from 0 to 2"),
-        ({"drop_layers": (0, 1, 2)}, "at least one block left"),
+        ({"drop_layers": (0, 1, 2)}, "keep at least one block"),
         ({"heads": 3}, "a multiple of 2"),
     ],
 )

@@ -42,7 +42,7 @@ class ShrinkTarget:
         """
         sizes = layout.sizes
         if self.layers is not None and self.drop_layers is not None:
-            raise ShrinkError("layers and drop_layers are both given; give only one of them")
+            raise ShrinkError("layers and drop_layers are both given; give one of them")
         _require_within("layers", self.layers, sizes.layers)
         _require_within("channels", self.channels, sizes.channels)
         _require_within("heads", self.heads, sizes.heads)

@@ -1,4 +1,4 @@
-"""What a cache will cost before it is made: bytes, hours, money, and when it beats no cache."""
+"""Estimate the cost of a cache before it is made: bytes, hours, money, and when it pays."""
 
 from sparselogits.lab.planning.cost import Plan, Settings, StorageCost, plan
 from sparselogits.lab.planning.devices import DEVICES, DeviceKind, device_kind

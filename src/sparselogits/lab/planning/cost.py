@@ -1,8 +1,8 @@
-"""The arithmetic of a plan: pure functions of what is given, every constant with its source.
+"""Compute a plan by pure functions of its settings; every constant states its source.
 
-A matrix product with P parameters costs 2 P operations a token forward and 4 P backward (Kaplan et
-al. 2020, arXiv 2001.08361, section 2.1); attention over the window is left out, which at 1 024
-tokens is a few per cent of a 1B model. Teacher and student may reach different utilisations.
+A matrix product with P parameters costs 2 P operations per token forward and 4 P backward (Kaplan
+et al. 2020, arXiv 2001.08361, section 2.1); attention over the window, which at 1 024 tokens is a
+few per cent of a 1B model, is not included. Teacher and student may reach different utilisations.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HOURS_BETWEEN_FAILURES = 50_700.0
 
 @dataclass(frozen=True)
 class StorageCost:
-    """What a token weighs on disk."""
+    """Bytes of a token on disk."""
 
     entries: float = 12.0
     bits_per_entry: float = MEASURED_BITS[0][1]
@@ -49,25 +49,25 @@ class StorageCost:
 
     @classmethod
     def ours(cls, vocab: int, entries: float = 12.0) -> StorageCost:
-        """Our codec: bits an entry on the line through the measurements, in log V."""
+        """Return the cost with this package's codec: measured bits per entry, linear in log V."""
         (small, low), (large, high) = MEASURED_BITS
         share = max(0.0, math.log(vocab / small) / math.log(large / small))
         return cls(entries, low + share * (high - low), TEXT_BYTES)
 
     @classmethod
     def paper(cls, entries: float = 12.0) -> StorageCost:
-        """RS-KD as published: 17-bit id and 7-bit count, the text kept elsewhere."""
+        """Return the cost of RS-KD as published: 17-bit id and 7-bit count, without the text."""
         return cls(entries, 24.0, 0.0)
 
     @property
     def bytes_per_token(self) -> float:
-        """Targets and text."""
+        """Return the bytes of a token's targets and text."""
         return self.entries * self.bits_per_entry / 8 + self.text_bytes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a plan is made from; rates are of one device, prices in any currency."""
+    """Settings of a plan; rates are per device, prices in any currency."""
 
     teacher_params: float
     student_params: float
@@ -87,12 +87,12 @@ class Settings:
     build_overhead: float = BUILD_OVERHEAD
     step_overhead: float = STEP_OVERHEAD
     device_price: float = 0.0
-    """Of one device for an hour."""
+    """Price per device-hour."""
     storage_price: float = 0.0
-    """Of a terabyte (1e12 bytes) for a month."""
+    """Price per terabyte (1e12 bytes) and month."""
     months: float = 1.0
     hours_between_failures: float = HOURS_BETWEEN_FAILURES
-    """Of one device."""
+    """Mean device hours between failures."""
 
     def __post_init__(self) -> None:
         for name in ("teacher_params", "student_params", "tokens", "passes"):
@@ -108,12 +108,12 @@ class Settings:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.storage.entries > 0, "entries", self.storage.entries, "more than 0")
         bits = self.storage.bits_per_entry
-        _require(bits > 0, "bits an entry", bits, "more than 0")
+        _require(bits > 0, "bits per entry", bits, "more than 0")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What comes of it. Hours are of one device; divide by workers or ranks for the clock."""
+    """Result of a plan. Hours are device hours; divide by workers or ranks for elapsed time."""
 
     bytes: float
     bytes_per_token: float
@@ -123,44 +123,44 @@ class Plan:
     tokenising_hours: float
     """Hours of one processor core for tokenising and packing the text, once."""
     teacher_hours: float
-    """The whole pass: forward, sampling, encoding, writing."""
+    """Hours of the teacher's whole pass: forward, sampling, encoding, writing."""
     student_hours: float
-    """One pass of one student over the cache."""
+    """Hours of one student's pass over the cache."""
     ce_hours: float
-    """The same pass without a teacher."""
+    """Hours of the same pass without a teacher."""
     online_hours: float
-    """The same pass with the teacher run beside the student."""
+    """Hours of the same pass with an online teacher."""
     cached_cost: float
-    """Teacher, all passes, storage."""
+    """Price of the teacher's pass, all passes of students, and storage."""
     online_cost: float
-    """All passes beside the teacher."""
+    """Price of all passes with an online teacher."""
     break_even_passes: float | None
-    """Passes from which the cache takes fewer device hours than an online teacher; None: never."""
+    """Number of passes from which the cache takes fewer device hours; None: never."""
     break_even_cost_passes: float | None
-    """The same in money, storage included; None where no price is given, or never."""
+    """Number of passes from which the cache is cheaper, with storage; None: no price, or never."""
     read_bytes_per_second: float
-    """What one student's ranks ask of storage together."""
+    """Bytes per second that all ranks of one student read."""
     read_bytes_per_second_per_rank: float
     write_bytes_per_second: float
-    """What all workers write together."""
+    """Bytes per second that all workers write."""
     list_requests: int
-    """Of one whole listing."""
+    """Requests for one whole listing."""
     put_requests_per_second: float
-    """All workers, one a shard."""
+    """Uploads per second by all workers, one per shard."""
     shuffled_requests_per_second: float
-    """All ranks, every window out of a shard that is not open: the worst order."""
+    """Requests per second of all ranks in the worst order: no window is in an open shard."""
     shuffled_bytes_per_second: float
-    """The same in bytes: a whole row group is fetched for each window."""
+    """Bytes per second in the worst order: a whole row group is fetched per window."""
     shard_hours: float
-    """A worker's time for one shard, the most that its death costs."""
+    """A worker's hours for one shard, the largest loss by one failure."""
     failures: float
-    """Expected among the workers during the teacher's pass."""
+    """Expected failures of workers during the teacher's pass."""
     lost_hours: float
-    """Device hours of the teacher that they cost, half a shard each; restarts left out."""
+    """Device hours lost to these failures, half a shard each, without restarts."""
 
 
 def plan(settings: Settings) -> Plan:
-    """Work a plan out."""
+    """Compute a plan."""
     s = settings
     windows = math.ceil(s.tokens / s.window)
     per_token = s.storage.bytes_per_token
@@ -206,7 +206,7 @@ def plan(settings: Settings) -> Plan:
 
 
 def throughput_lost(ce: float, cached: float) -> float:
-    """Share of CE's throughput that the cache costs, from both over full KD's."""
+    """Return the share of CE's throughput lost to the cache, from speeds relative to full KD."""
     return 1 - cached / ce
 
 

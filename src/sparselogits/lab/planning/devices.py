@@ -108,7 +108,7 @@ def device_kind(name: str, flops: float | None = None, memory: float | None = No
         near = difflib.get_close_matches(plain, [_plain(own) for own in DEVICES], 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InvalidArgumentError(
-            f"device {name!r} is not in the table ({', '.join(DEVICES)}); {hint}for another one "
+            f"device {name!r} is not in the table ({', '.join(DEVICES)}); {hint}for another device "
             "give its dense bfloat16 operations per second, as in --device-flops 500T, and its "
             "memory, as in --device-memory 80G"
         )

@@ -1,4 +1,4 @@
-"""Quantities as people write them, and parameters of a model from its configuration."""
+"""Parse quantities such as 8B, and count a model's parameters from its configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NUMBER = re.compile(r"(\d+(?:[._]\d+)*(?:[eE]\+?\d+)?)\s*([KMBGTP]?)")
 
 
 def quantity(text: str, what: str) -> float:
-    """A positive number, with K, M, B (or G), T or P behind it: '8B', '1.5T', '2e9'.
+    """Parse a positive number with an optional suffix K, M, B (or G), T or P: '8B', '1.5T', '2e9'.
 
     Raises:
-        InvalidArgumentError: for anything else.
+        InvalidArgumentError: the text has another form.
     """
     found = NUMBER.fullmatch(text.strip().upper().replace("_", ""))
     try:
@@ -33,11 +33,11 @@ def quantity(text: str, what: str) -> float:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a plan needs to know of a model.
+    """The size of a model, as a plan needs it.
 
     Args:
-        parameters: their number.
-        shape: width and depth: of the model itself, or of the published one of the nearest size.
+        parameters: number of parameters.
+        shape: width and depth of the model, or of the published model of the nearest size.
     """
 
     parameters: float
@@ -50,19 +50,20 @@ def parameters_of(text: str, what: str) -> float:
 
 
 def size_of(text: str, what: str) -> ModelSize:
-    """Return the size of a model: a count ('8B'), or a folder whose config.json says its shape.
+    """Return the size of a model: a count ('8B'), or a folder with a config.json.
 
-    A folder's model is built without memory for its weights, and counted; a head tied to the
-    embedding counts once, which is right here, for an embedding look-up costs no product.
+    The model of a folder is built without memory for its weights, and its parameters are counted. A
+    head tied to the embedding counts once, because an embedding look-up needs no product.
 
     Raises:
-        InvalidArgumentError: for neither, and for a configuration of no causal language model.
+        InvalidArgumentError: the text is neither, or the configuration is not that of a causal
+            language model.
     """
     folder = Path(text)
     if not folder.is_dir():
         if NUMBER.fullmatch(text.strip().upper().replace("_", "")) is None:
             raise InvalidArgumentError(
-                f"{what} is {text!r}, which is no folder here and no number; give a count of "
+                f"{what} is {text!r}, which is neither a folder nor a number; give a count of "
                 "parameters (8B) or a local folder with a config.json"
             )
         count = quantity(text, what)
@@ -80,8 +81,8 @@ def size_of(text: str, what: str) -> ModelSize:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidArgumentError(
-            f"{what}: {folder}/config.json describes no causal language model that transformers "
-            f"knows ({error}); give a count such as 8B"
+            f"{what}: {folder}/config.json is not the configuration of a causal language model "
+            f"of transformers ({error}); give a count such as 8B"
         ) from error
     count = float(sum(p.numel() for p in model.parameters()))
     text_config = config.get_text_config()

@@ -1,8 +1,8 @@
-"""Zero-shot tasks through lm-evaluation-harness: three whose data are made here, and the hub's.
+"""Run zero-shot tasks by lm-evaluation-harness: three with data made here, and those of the hub.
 
-The three need no download: `continuation` and `last_word` ask about held-out text of the corpus at
-hand, `agreement` about sentences of a small grammar. Each is a YAML file of this folder, as lm-eval
-reads them, and its data are one file of JSON lines, which `write_tasks` makes.
+The three need no download: `continuation` and `last_word` ask about held-out text of the given
+corpus, `agreement` about sentences of a small grammar. Each is a YAML file in lm-eval's form in
+this folder; its data are one file of JSON lines, which `write_tasks` makes.
 """
 
 from sparselogits.lab.tasks.local import LIMIT, LOCAL_TASKS, write_tasks

@@ -1,6 +1,6 @@
-"""All that touches lm-eval; imported when tasks are run, because it takes a second to load.
+"""Call lm-eval; this module is imported when tasks are run, because loading it takes a second.
 
-lm-eval is quiet here: its log lines below errors, its bars and what it prints go nowhere.
+lm-eval's progress bars, its output, and its log lines below errors are suppressed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def score(
     prefix: int | None,
     progress: TaskProgress | None,
 ) -> list[TaskScore]:
-    """See `run_tasks`, which has checked what can be checked without lm-eval."""
+    """Score a model; see `run_tasks`, which validates what needs no lm-eval."""
     was_training = model.training
     with _quiet() as aloud, _randomness_kept(), _no_survey():
 
@@ -80,14 +80,14 @@ def score(
 
 
 def fetch(name: str) -> None:
-    """See `check_task`."""
+    """Fetch the data of a task; see `check_task`."""
     if name not in LOCAL_TASKS:
         with _quiet(), _randomness_kept():
             _task(name, None)
 
 
 class _Student(HFLM):  # type: ignore[misc]
-    """lm-eval's model, whose progress is ours."""
+    """A model for lm-eval that reports progress to this package."""
 
     total, done = 0, 0
     tell: Callable[[int, int], None]
@@ -104,10 +104,12 @@ class _Student(HFLM):  # type: ignore[misc]
 
 
 def _task(name: str, data: Path | None) -> list[Any]:
-    """A task with its data, or a group of them, or what a tag stands for."""
+    """Load a task with its data, a group of tasks, or the tasks of a tag."""
     if name in LOCAL_TASKS:
         if data is None:
-            raise TaskError(f"the task {name!r} needs data: a folder that write_tasks filled")
+            raise TaskError(
+                f"the task {name!r} needs data; pass data=FOLDER that write_tasks filled"
+            )
         own = TaskManager(
             include_path=Path(__file__).parent,
             include_defaults=False,
@@ -117,31 +119,31 @@ def _task(name: str, data: Path | None) -> list[Any]:
     manager = _all_tasks()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [*LOCAL_TASKS, *manager.all_tasks], n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else "."
+        meant = f", did you mean {near[0]!r}?" if near else "."
         raise TaskError(
-            f"nobody knows a task {name!r}{meant} There are {', '.join(LOCAL_TASKS)}, which need "
-            "no network, and what `lm-eval ls tasks` lists"
+            f"unknown task {name!r}{meant} Available: {', '.join(LOCAL_TASKS)}, which need no "
+            "network, and the tasks that `lm-eval ls tasks` lists"
         )
     try:
         loaded = manager.load([name])
     except Exception as error:
         raise TaskError(
             f"the task {name!r} could not be loaded: {_said(error)}. Its data come from a hub, "
-            f"which needs the network once; {', '.join(LOCAL_TASKS)} need none"
+            f"which needs the network once; {', '.join(LOCAL_TASKS)} need no network"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
 @cache
 def _all_tasks() -> TaskManager:
-    """Of lm-eval; reading its thousands of files takes about ten seconds."""
+    """Return lm-eval's index of tasks; reading its thousands of files takes about ten seconds."""
     return TaskManager()
 
 
 def _scores(found: dict[str, Any]) -> list[TaskScore]:
     scores = []
-    for task, figures in found["results"].items():
-        for key, value in figures.items():
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
             metric, _, chain = key.partition(",")
             if not chain or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
@@ -151,13 +153,13 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
                 values = []
             numbers = [float(own) for own in values]
             name = metric if chain == "none" else key
-            count = len(numbers) or int(figures["sample_len"])
+            count = len(numbers) or int(metrics["sample_len"])
             scores.append(TaskScore.of(task, name, float(value), numbers, count))
     return scores
 
 
 def _batch(model: nn.Module) -> int:
-    """Sequences a pass, so that the logits of a batch stay within `_NUMBERS`."""
+    """Return the sequences per pass that keep the logits of a batch within `_NUMBERS`."""
     config: Any = model.config
     length = int(getattr(config, "max_position_embeddings", None) or 2048)
     rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -170,7 +172,7 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Nothing of lm-eval's is shown, except within the context that is handed over."""
+    """Suppress lm-eval's output, except within the context that is yielded."""
     logger = logging.getLogger("lm_eval")
     level, screen = logger.level, sys.stderr
     logger.setLevel(logging.ERROR)
@@ -183,7 +185,7 @@ def _quiet() -> Iterator[Any]:
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """lm-eval seeds all generators; whoever called goes on as if it had not."""
+    """Restore the state of all random generators, which lm-eval seeds."""
     own, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
@@ -195,9 +197,9 @@ def _randomness_kept() -> Iterator[None]:
 
 @contextmanager
 def _no_survey() -> Iterator[None]:
-    """lm-eval asks neither pip what is installed, which takes seconds, nor git where it runs.
+    """Prevent lm-eval from running pip, which takes seconds, and git.
 
-    Outside a repository git complains on the terminal, past any redirection.
+    Outside a repository git prints an error to the terminal that cannot be redirected.
     """
     kept = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda storage: None

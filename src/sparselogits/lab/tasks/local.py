@@ -1,4 +1,4 @@
-"""The data of the local tasks: FOLDER/NAME.jsonl, the same bytes for the same text and seed."""
+"""Make the data of local tasks: FOLDER/NAME.jsonl, the same bytes for the same text and seed."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def write_tasks(
     """Make the data of local tasks.
 
     Args:
-        folder: where `NAME.jsonl` is written for each.
-        names: of `LOCAL_TASKS`.
-        corpus: for `continuation` and `last_word`: its held-out windows are asked about.
-        tokenizer: that it was packed with, a transformers tokenizer.
-        count: items a task, fewer where the held-out text has fewer passages.
-        seed: of what is drawn.
+        folder: folder for the file `NAME.jsonl` of each task.
+        names: names from `LOCAL_TASKS`.
+        corpus: corpus whose held-out windows `continuation` and `last_word` ask about.
+        tokenizer: transformers tokenizer that the corpus was packed with.
+        count: items per task; fewer if the held-out text has fewer passages.
+        seed: random seed.
 
     Returns:
         sha256, in hex, of each file by the task's name.
 
     Raises:
-        TaskError: for another name, no corpus, or text that is too short.
+        TaskError: a name is unknown, there is no corpus, or the text is too short.
     """
     found = {}
     for name in names:
@@ -55,23 +55,23 @@ def write_tasks(
 
 
 def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
-    """The rows of a local task, as its YAML file has lm-eval read them.
+    """Return the rows of a local task; its YAML file tells lm-eval to call this.
 
-    Held in memory: what `datasets` does with a path to JSON lines is to copy it, and to tell a
-    counter on the network that it did.
+    They are read into memory, because `datasets` would copy a file of JSON lines and send a request
+    to a usage counter.
 
     Args:
-        data: folder that `write_tasks` filled; comes with the `TaskManager`'s metadata.
-        file: in it.
+        data: folder that `write_tasks` filled, from the `TaskManager`'s metadata.
+        file: name of the file in the folder.
 
     Raises:
-        TaskError: it is not there.
+        TaskError: the file does not exist.
     """
     from datasets import Dataset
 
     path = Path(data) / file
     if not path.exists():
-        raise TaskError(f"there are no data at {path}; write_tasks makes them")
+        raise TaskError(f"there is no file {path}; make it by write_tasks")
     lines = path.read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
@@ -82,7 +82,7 @@ def _rows(
     if name == "agreement":
         return [asdict(pair) for pair in minimal_pairs(count, seed=seed)]
     if name not in LOCAL_TASKS:
-        raise TaskError(f"there is no local task {name!r}; there are {', '.join(LOCAL_TASKS)}")
+        raise TaskError(f"unknown local task {name!r}; available: {', '.join(LOCAL_TASKS)}")
     if corpus is None or tokenizer is None:
         raise TaskError(f"the task {name!r} asks about held-out text: give a corpus and tokenizer")
     found = passages(corpus, tokenizer, count)

@@ -1,4 +1,4 @@
-"""English minimal pairs, made as BLiMP's are (Warstadt et al. 2020): by a small grammar.
+"""Generate English minimal pairs by a small grammar, as BLiMP does (Warstadt et al. 2020).
 
 Two sentences differ in one word, which makes one of them ungrammatical. Singular and plural occur
 equally often in each phenomenon, so that a preference for one form of a word gains nothing.
@@ -50,9 +50,9 @@ class Pair:
     """Two sentences that differ in one word.
 
     Args:
-        phenomenon: what the difference is about.
-        good: grammatical.
-        bad: not.
+        phenomenon: grammatical phenomenon of the difference.
+        good: the grammatical sentence.
+        bad: the ungrammatical sentence.
     """
 
     phenomenon: str
@@ -61,21 +61,23 @@ class Pair:
 
 
 def minimal_pairs(count: int, *, seed: int = 0) -> list[Pair]:
-    """Pairs in turn from each phenomenon and number, all different.
+    """Return distinct pairs, from each phenomenon and number in turn.
 
     Phenomena: `subject_verb` (The boys are / is quiet.), `subject_verb_attractor` (a noun of the
     other number in between: The boys near the tree are / is quiet.), `determiner_noun` (She saw
     these / this boys.).
 
     Args:
-        count: how many.
-        seed: of the words that are drawn.
+        count: number of pairs.
+        seed: random seed for the words.
 
     Raises:
-        TaskError: for more than the words at hand make.
+        TaskError: the vocabulary gives fewer pairs.
     """
     if not 0 <= count <= MOST:
-        raise TaskError(f"agreement has at most {MOST} pairs of sentences, {count} asked for")
+        raise TaskError(
+            f"count={count}: agreement has at most {MOST} pairs of sentences; ask for fewer"
+        )
     rng = random.Random(f"pairs {seed}")
     turns = itertools.cycle(itertools.product(_PHENOMENA, (0, 1)))
     found: dict[str, Pair] = {}

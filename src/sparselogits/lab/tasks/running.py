@@ -1,4 +1,4 @@
-"""lm-eval's own `simple_evaluate` on a model in memory, and what is kept of what it finds."""
+"""Score a model in memory by lm-eval's `simple_evaluate`, and collect the scores."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TaskProgress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One figure of one task.
+    """A metric of a task.
 
     Args:
-        task: its name.
-        metric: as lm-eval names it (acc, acc_norm, perplexity, ...).
-        value: the figure, over all samples.
-        stderr: standard error over the samples: of a mean sd / sqrt(n), of a perplexity by the
-            delta method; None where the figure is neither.
-        samples: how many the figure is over.
-        values: what each sample adds, in the task's order: 0 or 1 of an accuracy, the word's
-            log-likelihood in nats of a perplexity; empty where a sample has no single number.
+        task: name of the task.
+        metric: lm-eval's name of the metric (acc, acc_norm, perplexity, ...).
+        value: value over all samples.
+        stderr: standard error over the samples: sd / sqrt(n) for a mean, by the delta method for a
+            perplexity; None for other metrics.
+        samples: number of samples.
+        values: value per sample, in the task's order: 0 or 1 for an accuracy, the word's
+            log-likelihood in nats for a perplexity; empty if a sample has no single number.
     """
 
     task: str
@@ -43,12 +43,12 @@ class TaskScore:
 
     @property
     def name(self) -> str:
-        """Task and metric."""
+        """Return the names of task and metric."""
         return f"{self.task}/{self.metric}"
 
     @classmethod
     def of(cls, task: str, metric: str, value: float, values: Sequence[float], n: int) -> TaskScore:
-        """A score, its standard error formed of the samples."""
+        """Make a score, with its standard error computed from the samples."""
         spread = None
         if len(values) > 1:
             mean = statistics.fmean(values)
@@ -61,28 +61,28 @@ class TaskScore:
 
 
 def is_perplexity(metric: str) -> bool:
-    """Whether the figure is exp of minus the samples' mean rather than the mean."""
+    """Return whether the value is exp(-mean) of the samples instead of their mean."""
     return metric.split(",")[0] == "perplexity"
 
 
 def require_lm_eval() -> None:
-    """Insist that the harness is installed.
+    """Validate that lm-eval is installed.
 
     Raises:
-        MissingDependencyError: it is not.
+        MissingDependencyError: lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
         raise MissingDependencyError(
-            "zero-shot tasks are run by lm-eval: pip install 'sparselogits[tasks]'"
+            "zero-shot tasks need lm-eval, which is missing: pip install 'sparselogits[tasks]'"
         )
 
 
 def check_task(name: str) -> None:
-    """Insist that a task's data can be had, without running it; local ones are made here.
+    """Validate that a task's data can be fetched, without running it; local data are made later.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        TaskError: nobody knows it, or its data cannot be fetched.
+        TaskError: the task is unknown, or its data cannot be fetched.
     """
     require_lm_eval()
     from sparselogits.lab.tasks.harness import fetch
@@ -102,39 +102,41 @@ def run_tasks(
 ) -> list[TaskScore]:
     """Score a model on zero-shot tasks.
 
-    Local tasks touch no network. Other names are lm-eval's own; their data come from a hub, and no
-    code that comes with data is run. The generators of random numbers are as before afterwards.
+    Local tasks need no network. Other names are lm-eval's; their data come from a hub, and code
+    that comes with data is not run. The states of random generators are restored afterwards.
 
     Args:
-        model: a transformers causal language model, in memory; left in the mode it was in.
-        tokenizer: the model's, a transformers tokenizer; it is not changed.
-        tasks: names, of `LOCAL_TASKS` or any that lm-eval knows (a group gives a score for each
-            of its tasks, and its own where it has one).
-        limit: at most so many samples a task, its first ones; None for all.
+        model: a transformers causal language model in memory; its mode is restored.
+        tokenizer: transformers tokenizer of the model; it is not changed.
+        tasks: names from `LOCAL_TASKS` or of lm-eval (a group gives a score per task, and one for
+            the group if it defines one).
+        limit: largest number of samples per task, from the first on; None for all.
         data: folder that `write_tasks` filled, for local tasks.
-        prefix_token_id: what stands before a text without context, such as the separator a student
-            has seen before each document; the tokenizer's own bos or eos when None.
-        progress: told after every batch.
+        prefix_token_id: token before a text without context, such as the separator that a student
+            has seen before each document; None for the tokenizer's bos or eos.
+        progress: called after every batch.
 
     Returns:
-        The scores, in the order of the tasks, a score for each metric.
+        The scores, in the order of the tasks, one per metric.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        TaskError: for a task nobody knows, or whose data cannot be had.
-        InvalidArgumentError: for no tasks, one named twice, a limit below one, or a tokenizer with
-            more tokens than the model.
+        TaskError: a task is unknown, or its data cannot be fetched.
+        InvalidArgumentError: there are no tasks, one is named twice, the limit is below one, or the
+            tokenizer has more tokens than the model.
     """
     require_lm_eval()
     if not tasks or len(set(tasks)) < len(tasks):
-        raise InvalidArgumentError(f"give tasks, each once; found {', '.join(tasks) or 'none'}")
+        raise InvalidArgumentError(
+            f"tasks are {', '.join(tasks) or 'missing'}; name at least one task, and each only once"
+        )
     if limit is not None and limit < 1:
-        raise InvalidArgumentError(f"a limit is at least one sample a task, found {limit}")
+        raise InvalidArgumentError(f"limit={limit}: give at least one sample per task")
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InvalidArgumentError(
-            f"the tokenizer has ids up to {largest}, the model {rows} of them; give the tokenizer "
+            f"the tokenizer has ids up to {largest}, the model only {rows} ids; give the tokenizer "
             "that the model was trained with"
         )
     from sparselogits.lab.tasks.harness import score

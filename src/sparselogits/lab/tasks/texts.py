@@ -1,7 +1,7 @@
-"""Passages of held-out text, and what two tasks ask about them.
+"""Cut passages from held-out text, and make the questions of two tasks from them.
 
 Only held-out windows are read, so no student was trained on them. A window is cut at its document
-separators and decoded; the first and the last word of each piece are left out, because a window's
+separators and decoded; the first and the last word of each piece are dropped, because a window's
 edge may cut through them. Passages are disjoint, and all of a corpus are equally long.
 """
 
@@ -35,8 +35,8 @@ class Passage:
 
     Args:
         window: number of the held-out window.
-        text: from the first letter of the first word to the last of the last one.
-        words: (start, stop) of each word in the text, characters.
+        text: text from the first to the last word.
+        words: (start, stop) of each word in the text, in characters.
     """
 
     window: int
@@ -45,21 +45,21 @@ class Passage:
 
 
 def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
-    """Disjoint passages, spread evenly over the held-out windows.
+    """Return disjoint passages, spread evenly over the held-out windows.
 
     Args:
-        corpus: what the students are trained on, with its held-out windows.
-        tokenizer: the teacher's.
-        count: at most so many.
+        corpus: corpus that the students are trained on, with held-out windows.
+        tokenizer: tokenizer of the teacher.
+        count: largest number of passages.
 
     Raises:
-        TaskError: where there are no held-out windows, or too short ones.
+        TaskError: there are no held-out windows, or they are too short.
     """
     available = corpus.holdout_windows
     if not available:
         raise TaskError(
-            f"the corpus at {corpus.folder} keeps no text aside, and a student's score on text it "
-            "was trained on says nothing; pack it with --holdout"
+            f"the corpus at {corpus.folder} has no held-out text, and a score on text that a "
+            "student was trained on is meaningless; pack it with --holdout"
         )
     chosen = spread(available, _WINDOWS_AN_ITEM * count)
     pieces = [
@@ -80,20 +80,20 @@ def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
 
 
 def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, Any]]:
-    """For each passage its beginning, and four spans of which one ends it.
+    """Return for each passage its beginning, and four endings of which one is the true one.
 
-    The last quarter of the words is what has to be found; the other spans are last quarters of
-    passages of other windows, drawn by the seed, and the order of the four is too.
+    The true ending is the last quarter of the words; the others are the last quarters of passages
+    of other windows. The seed determines these and the order of the four.
 
     Args:
         found: see `passages`.
-        seed: of the other spans and of the order.
+        seed: random seed for the other endings and the order.
 
     Returns:
-        Rows with `prefix`, `endings` (four) and `label` (which of them is the true one).
+        Rows with `prefix`, `endings` (four) and `label` (index of the true one).
 
     Raises:
-        TaskError: where other windows do not have three other spans.
+        TaskError: other windows have fewer than three other endings.
     """
     rng = random.Random(f"continuation {seed}")
     halves = [_divided(own) for own in found]
@@ -106,8 +106,8 @@ def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, 
         }
         if len(elsewhere) < ENDINGS - 1:
             raise TaskError(
-                f"the held-out text holds {len(found)} passages, too few to ask for a continuation "
-                "beside three from other windows; keep more of it aside (--holdout)"
+                f"the held-out text holds {len(found)} passages, too few for a continuation "
+                "and three others from other windows; hold out more text (--holdout)"
             )
         endings = [ending, *rng.sample(sorted(elsewhere), ENDINGS - 1)]
         rng.shuffle(endings)
@@ -116,16 +116,16 @@ def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, 
 
 
 def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
-    """For each passage its last word of three letters or more, and what stands before.
+    """Return for each passage its last word of three letters or more, and the text before it.
 
     Args:
         found: see `passages`.
 
     Returns:
-        Rows with `passage` and `word`. A passage without such a word in its second half has none.
+        Rows with `passage` and `word`. A passage without such a word in its second half is skipped.
 
     Raises:
-        TaskError: where no passage has one.
+        TaskError: no passage has such a word.
     """
     rows = []
     for own in found:
@@ -135,12 +135,14 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
                 rows.append({"passage": own.text[:start].rstrip(), "word": word[1]})
                 break
     if not rows:
-        raise TaskError("the held-out text has no words of letters; last_word needs prose")
+        raise TaskError(
+            "the held-out text has no words of letters; use the task last_word with prose only"
+        )
     return rows
 
 
 def _pieces(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:
-    """The text of each document in a window, without separators."""
+    """Return the text of each document in a window, without separators."""
     marks = [own for own in (corpus.packing.separator_id, corpus.packing.bos_id) if own is not None]
     for tokens in np.split(window.tokens, window.document_starts):
         kept = tokens[~np.isin(tokens, marks)]
