@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(name)} is there twice", key.start_mark
+                    None, None, f"the key {shown(name)} occurs twice", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)

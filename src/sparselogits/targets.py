@@ -305,7 +305,7 @@ def thinning_choices(cached: int, kept: int) -> int:
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:
-    """int64 [P + 1] compressed-row offsets of int64 [P] row lengths."""
+    """Return the offsets, int64 [P + 1], of rows with the given lengths, int64 [P]."""
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets

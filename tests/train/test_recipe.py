@@ -157,7 +157,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("content", "said"),
     [
         (BOMB, "anchors .* are not read: repeat the value .line 1, column 4"),
-        ("a: 1\na: 2", "the key 'a' is there twice .line 2"),
+        ("a: 1\na: 2", "the key 'a' occurs twice .line 2"),
         ("1: 2", "the key '1' is not a text: put it in quotes"),
         ("a: " + "[" * 5000, "nested deeper than 32"),
         ("a: " + "9" * 5000, "has 5000 digits"),

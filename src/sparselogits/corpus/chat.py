@@ -96,12 +96,12 @@ class ChatTemplate:
         """Render a conversation.
 
         Args:
-            conversation: with at least one message.
-            masked: whether to find what the assistant says, which alone is learnt.
+            conversation: conversation of at least one message.
+            masked: whether to find the assistant's text, the only part that is learnt.
 
         Raises:
-            CorpusError: the template refuses the messages or exceeds its limits, or it does not
-                show what the assistant says.
+            CorpusError: the template refuses the messages or exceeds its limits, or the
+                assistant's text is not found in its output.
         """
         answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:

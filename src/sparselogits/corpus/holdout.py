@@ -285,7 +285,10 @@ def document_counts(
             documents += int((opens & chosen).sum())
             characters += int(chars[chosen].sum())
         if begin != sum(lengths[: part + 1]):
-            raise damaged(tables / part_name(part), f"it counts {begin} tokens of {length}")
+            raise damaged(
+                tables / part_name(part),
+                f"its documents have {begin} tokens, the part has {length}",
+            )
     return documents, characters
 
 
@@ -324,7 +327,9 @@ def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
         chosen = (key <= np.uint64(up_to)) & (tokens > 0)
         found.append(np.stack([(stops - tokens)[chosen], stops[chosen]], 1))
     if begin != length:
-        raise damaged(tables / part_name(part), f"it counts {begin} tokens of {length}")
+        raise damaged(
+            tables / part_name(part), f"its documents have {begin} tokens, the part has {length}"
+        )
     return np.concatenate(found)
 
 

@@ -75,8 +75,8 @@ class Pilot:
         """Return the mean over positions of the sum of inclusion probabilities over tokens.
 
         Args:
-            inclusion: from the proposal probabilities of tokens to their inclusion probabilities.
-            exponent: of the teacher's probability in the proposal.
+            inclusion: function from proposal probabilities to inclusion probabilities.
+            exponent: exponent of the teacher's probability in the proposal.
         """
         count, mean = self._histogram(exponent)
         return float((count * inclusion(mean)).sum())
@@ -117,13 +117,13 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
     """Return the same sampler with the parameter whose mean entries come closest to a budget.
 
     Args:
-        sampler: its other parameters (proposal exponent) are kept.
+        sampler: sampler whose other parameters (such as the exponent) are kept.
         logits_slices: float [P, V] each, pilot positions spread over the corpus.
         budget: mean entries per position, at least one.
 
     Raises:
-        InvalidArgumentError: for a budget below one or beyond reach, no pilot positions, or a
-            sampler whose entries no single parameter governs.
+        InvalidArgumentError: the budget is below one or cannot be met, there are no pilot
+            positions, or no single parameter determines the sampler's entries.
     """
     sampler.left_open(budget)
     return sampler.fitted(Pilot.of_logits(logits_slices), budget)
@@ -133,7 +133,8 @@ def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
     """Return the size (see `Sampler.of_size`) whose entries come closest to a budget.
 
     Raises:
-        InvalidArgumentError: a budget below one or beyond reach, or no pilot positions.
+        InvalidArgumentError: the budget is below one or cannot be met, or there are no pilot
+            positions.
     """
 
     def entries(size: int) -> float:

@@ -36,9 +36,9 @@ class Stored:
     Make one with `counts`, `counts_and_floats`, `shared_weight` or `floats`.
 
     Args:
-        weights: the name of the weights in the codec's part of a cache's identity.
+        weights: name of the kind of weights, as in the codec's part of a cache's identity.
         rounds: rounds per position, where entries carry counts.
-        tau: the weight that is not written out, where many entries share one.
+        tau: the weight that many entries share and that is stored once; None otherwise.
     """
 
     weights: Literal["counts", "counts+float32", "float32", "threshold"]
@@ -47,17 +47,17 @@ class Stored:
 
     @classmethod
     def counts(cls, rounds: int) -> Stored:
-        """Store counts alone: every weight is count / rounds."""
+        """Store counts only: every weight is count / rounds."""
         return cls("counts", rounds=rounds)
 
     @classmethod
     def counts_and_floats(cls, rounds: int) -> Stored:
-        """Store counts, on which thinning works, and float32 weights."""
+        """Store counts, which thinning needs, and float32 weights."""
         return cls("counts+float32", rounds=rounds)
 
     @classmethod
     def shared_weight(cls, tau: float) -> Stored:
-        """Store float32 weights, except for the entries that weigh exactly tau."""
+        """Store float32 weights, except those that are exactly tau."""
         return cls("threshold", tau=tau)
 
     @classmethod
@@ -72,15 +72,15 @@ class Parameter:
 
     Args:
         kind: int, float or str.
-        default: its value when it is not given; `dataclasses.MISSING` where it has to be.
-        help: what it is, as a phrase without a full stop.
+        default: default value; `dataclasses.MISSING` for a field that must be given.
+        help: help text, a phrase without a full stop.
         least: smallest value, included.
         above: smallest value, excluded.
         most: largest value, included.
-        choices: the allowed words; empty where there is no list.
-        label: how a title shows the value, as a format string; "" leaves it out.
-        is_size: whether it governs the number of entries, as the budget parameter does.
-        required: whether recipes and the command line have to give it.
+        choices: the allowed words; empty if any value in the range is allowed.
+        label: format string for the value in titles; "" omits the value.
+        is_size: whether the field determines the number of entries, like the budget parameter.
+        required: whether recipes and the command line must give the field.
     """
 
     kind: type[int] | type[float] | type[str]
@@ -131,7 +131,7 @@ class Parameter:
         )
 
     def in_title(self, name: str, value: Any) -> str:
-        """Return what a title says of the value."""
+        """Return the value as a title shows it."""
         if self.label is not None:
             return self.label.format(value)
         text = value if isinstance(value, str) else f"{value:g}"
@@ -145,12 +145,12 @@ def parameter(
     kind: type[int] | type[float] | type[str] | None = None,
     **facts: Any,
 ) -> Any:
-    """Declare a field of a sampler, in the place of `dataclasses.field`.
+    """Declare a field of a sampler; use this instead of `dataclasses.field`.
 
     Args:
         default: see `Parameter`.
         help: see `Parameter`.
-        kind: type of the value; that of the default when None.
+        kind: type of the value; None for the type of the default.
         facts: further arguments of `Parameter`.
 
     Examples:
@@ -176,10 +176,10 @@ def declared_by(cls: Any) -> dict[str, Parameter]:
 
 
 def require_declared(value: Any) -> None:
-    """Check the fields of a dataclass against what it declares.
+    """Validate the fields of a dataclass against their declarations.
 
     Raises:
-        InvalidArgumentError: a value of another type or outside its range.
+        InvalidArgumentError: a value has another type or is outside its range.
     """
     for name, declared in declared_by(value).items():
         declared.converted(name, getattr(value, name))
@@ -192,16 +192,16 @@ class Sampler(ABC):
     type or outside its range raises InvalidArgumentError.
 
     Attributes:
-        name: the word that selects the sampler and stands in a cache's identity.
-        title: its name in tables and plots.
+        name: word that selects the sampler, recorded in a cache's identity.
+        title: name in tables and plots.
         unbiased: whether the expectation of the targets over the uniforms is the teacher's
-            distribution. Missing-mass rules of the loss are for samplers where it is not.
-        uniforms_per_position: columns U of the uniforms; 0 where nothing is random.
+            distribution. Missing-mass rules of the loss apply only to biased samplers.
+        uniforms_per_position: columns U of the uniforms; 0 if the sampler is not random.
         budget_parameter: name of the field that a budget (mean entries per position) sets; None
-            where no single field governs the number of entries.
-        needs_size: whether a recipe has to give a budget or the budget parameter, whose default is
-            for use in Python.
-        largest_size: largest argument of `of_size` that a budget is searched up to.
+            if no single field determines the number of entries.
+        needs_size: whether a recipe must give a budget or the budget parameter; the default of the
+            parameter is for Python only.
+        largest_size: largest argument of `of_size` in the search for a budget.
         on_command_line: whether `sparselogits cache` offers it.
     """
 
@@ -216,21 +216,21 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def uniforms_per_position(self) -> int:
-        """Columns of the uniforms; a class attribute where it is a constant."""
+        """Return the number of columns of the uniforms; a constant may be a class attribute."""
 
     @property
     @abstractmethod
     def stores(self) -> Stored:
-        """What a cache stores of the weights."""
+        """Return how a cache stores the weights."""
 
     @abstractmethod
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; `__call__` has checked shapes and uniforms.
+        """Sample a few positions, whose shapes and uniforms `__call__` has validated.
 
         Args:
             logits: float [R, V] of any floating dtype; ids that are no token hold -inf.
             uniforms: float64 [R, uniforms_per_position] in [0, 1), on the device of the logits.
-            first_position: what to add to a row in error messages.
+            first_position: position of the first row, for error messages.
 
         Raises:
             InvalidLogitsError: NaN, +inf, or a row of -inf only.
@@ -240,7 +240,7 @@ class Sampler(ABC):
         require_declared(self)
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Sample.
+        """Sample sparse targets from the distributions of some positions.
 
         Args:
             logits: float [P, V] of any floating dtype; ids that are no token hold -inf.
@@ -262,12 +262,12 @@ class Sampler(ABC):
 
     @property
     def rounds(self) -> int | None:
-        """Rounds per position, or None where entries are not drawn in rounds of equal weight."""
+        """Return the rounds per position; None if there are no rounds of equal weight."""
         return self.stores.rounds
 
     @property
     def is_random(self) -> bool:
-        """Whether two draws with different seeds differ."""
+        """Return whether draws with different seeds differ."""
         return self.uniforms_per_position > 0
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Self:
@@ -275,18 +275,18 @@ class Sampler(ABC):
 
         Args:
             tokens: int64 [L], the window's tokens.
-            positions: those whose logits come next: a run, or int64 indices where some are masked.
+            positions: positions whose logits will be passed: a slice, or int64 indices.
 
         Returns:
-            The sampler itself, unless it follows a student, which has to read the window.
+            The sampler itself; for one that follows a student, a sampler that has read the window.
         """
         return self
 
     def ready(self) -> Self:
-        """Return the sampler with all that drawing needs.
+        """Return the sampler ready to draw.
 
         Returns:
-            The sampler itself, unless it follows a student that has been named and not loaded.
+            The sampler itself; for one that names a student, a sampler with the student loaded.
         """
         return self
 
@@ -307,14 +307,14 @@ class Sampler(ABC):
         """Make a sampler from values of its declared fields.
 
         Args:
-            given: by name, as `parameters` returns them. What is absent has its default.
+            given: values by name, as `parameters` returns them; absent fields get their defaults.
         """
         return cls(**given)
 
     def parameters(self) -> dict[str, Any]:
         """Return the JSON values from which `of` makes the sampler again.
 
-        They stand in a cache's identity, with the name.
+        A cache's identity records them, with the name.
         """
         return {name: getattr(self, name) for name in self.declared()}
 
@@ -325,7 +325,7 @@ class Sampler(ABC):
     def expected_entries(self, pilot: Pilot) -> float:
         """Return the mean entries per position on pilot windows.
 
-        They are measured by drawing. A sampler that knows a formula overrides this.
+        They are measured by drawing; a sampler with a formula overrides this.
         """
         return pilot.drawn_entries(self)
 
@@ -338,7 +338,7 @@ class Sampler(ABC):
         """Return the names of the fields that `fitted` sets.
 
         Raises:
-            InvalidArgumentError: a budget for a sampler without a budget parameter.
+            InvalidArgumentError: there is a budget, and the sampler has no budget parameter.
         """
         if budget is None:
             return ()
@@ -350,14 +350,14 @@ class Sampler(ABC):
         return (self.budget_parameter,)
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Self:
-        """Return the sampler with the fields that are left open set on pilot windows.
+        """Return the sampler with its open fields (see `left_open`) set on pilot windows.
 
         Args:
             pilot: the pilot windows.
-            budget: mean entries per position; None where there is none to meet.
+            budget: mean entries per position; None for no budget.
 
         Raises:
-            InvalidArgumentError: a budget out of reach, or no pilot positions.
+            InvalidArgumentError: the budget cannot be met, or there are no pilot positions.
         """
         from sparselogits.samplers.budget import size_for_budget
 

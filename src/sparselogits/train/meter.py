@@ -1,4 +1,4 @@
-"""Compute the metrics that a log line reports beside the loss, without waiting for the device.
+"""Compute the metrics of a log line apart from the loss, without waiting for the device.
 
     kd                  cross-entropy to the target (divergence, with the teacher online), nats
     ce                  cross-entropy to the label, nats

@@ -1,4 +1,4 @@
-"""The commit, versions and machine that results were computed with."""
+"""Record the commit, the versions and the machine that results were computed with."""
 
 from __future__ import annotations
 

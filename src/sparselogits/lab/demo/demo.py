@@ -266,7 +266,7 @@ def _write_page(
     teacher: TransformersTeacher,
     tokenizer: Any,
 ) -> None:
-    """Write the page, and that of the cache's first window beside it."""
+    """Write the demo's page, and a page of the cache's first window in the same folder."""
     results, out = result.results, recipe.out
     method = next(own for own in recipe.methods if own.title == HEALED)
     cache = out / "caches" / Draw.of(method, recipe, SEED).key

@@ -35,7 +35,7 @@ class DemoText:
 
 
 def demo_text(out: Path, characters: int) -> DemoText:
-    """Write about so many characters of CPython's language reference, whole pages each."""
+    """Write whole pages of CPython's language reference, about `characters` long in total."""
     from pydoc_data.topics import topics
 
     lines, written = [], 0

@@ -5,7 +5,7 @@ for the same student, once for a target that is not random and in several draws 
 Angle, norm ratio, bias and variance (`moments.py`) are computed in five spaces:
 
     logits         dL/dz of every position, positions side by side. Nothing is averaged over
-                   tokens, so the figures do not depend on the batch size.
+                   tokens, so the metrics do not depend on the batch size.
     hidden         the same multiplied by the student's unembedding, dL/dz U: the gradient that the
                    trunk receives.
     summed logits  dL/dz summed over the batch: the gradient of a bias of the head, whether or not
@@ -17,10 +17,10 @@ Angle, norm ratio, bias and variance (`moments.py`) are computed in five spaces:
                    (arXiv 2503.16870) is of this kind.
 
 In the last three the noise of unbiased targets averages out as batches grow, the bias does not.
-Sums and means over the positions of a batch have the same angle and relative figures. The student
-is in eval mode and at temperature one. Positions without a label are left out, as in training.
+Sums and means over the positions of a batch have the same angle and relative metrics. The student
+is in eval mode and at temperature one. Positions without a label are skipped, as in training.
 
-Each figure is a mean over batches (within a batch first over draws) with a t interval over batches
+Each metric is a mean over batches (within a batch first over draws) with a t interval over batches
 of consecutive windows, which are assumed to be independent.
 
 Cost: one teacher pass and one pass of the student's trunk per window; for each target and draw one
@@ -55,7 +55,7 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class GradientFidelity:
-    """Hold the figures of one target's gradient, in one space and at one batch size.
+    """Hold the metrics of one target's gradient, in one space and at one batch size.
 
     Args:
         student: name of the student.

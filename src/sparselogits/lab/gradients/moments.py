@@ -1,4 +1,4 @@
-"""Compare a gradient with another one by inner products, and compute figures from these.
+"""Compare a gradient with another one by inner products, and compute metrics from these.
 
 With g the gradient of full distillation on some text and g_1 ... g_R those of a target in R
 draws, on the same text and for the same student, four kinds of inner products suffice: |g|^2,

@@ -1,8 +1,8 @@
-"""Peak rates and memory of accelerators, as their vendors state them: dense bfloat16 operations.
+"""List peak rates (dense bfloat16 operations) and memory of accelerators, as vendors state them.
 
-Nothing here was measured by us. What a run reaches of the peak is the utilisation, an input of the
-plan; prices change by the week and are an input too. A vendor's GB is taken as 1e9 bytes, which is
-less than most devices report.
+No value here was measured. The share of the peak that a run reaches is the utilisation, an input of
+the plan; prices change often and are inputs too. A vendor's GB is taken as 1e9 bytes, which is less
+than most devices report.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class DeviceKind:
     """An accelerator.
 
     Args:
-        name: as an option names it.
+        name: name in options.
         flops: dense bfloat16 floating-point operations per second.
-        source: where the rate stands.
-        memory: bytes of its own memory; None where that is not known.
+        source: source of the rate.
+        memory: bytes of memory; None if unknown.
     """
 
     name: str
@@ -89,17 +89,17 @@ ALIASES = {
 
 
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:
-    """Return the device that an option names; with `flops` any name will do.
+    """Return the device that an option names; with `flops`, any name is accepted.
 
-    Capitals, spaces, hyphens and the vendor's name do not matter: "NVIDIA H100 80GB HBM3" is h100.
+    Capitals, spaces, hyphens and the vendor's name are ignored: "NVIDIA H100 80GB HBM3" is h100.
 
     Args:
-        name: of the device.
-        flops: dense bfloat16 operations per second, in place of the vendor's.
-        memory: bytes, in place of the vendor's.
+        name: name of the device.
+        flops: dense bfloat16 operations per second, instead of the vendor's value.
+        memory: bytes, instead of the vendor's value.
 
     Raises:
-        InvalidArgumentError: for a device that is not in the table, without its rate.
+        InvalidArgumentError: the device is not in the table, and `flops` is not given.
     """
     plain = _plain(name)
     known = next((kind for own, kind in DEVICES.items() if _plain(own) == plain), None)

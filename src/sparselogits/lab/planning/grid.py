@@ -1,4 +1,4 @@
-"""One plan for every size of student and amount of text."""
+"""Compute a plan for every size of student and amount of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOKENS = {"1B": 1e9, "10B": 1e10, "100B": 1e11, "1T": 1e12, "10T": 1e13}
 
 
 def grid(settings: Settings) -> dict[tuple[str, str], Plan]:
-    """Return a plan by (student, tokens), all else as in `settings`."""
+    """Return plans by (student, tokens), with all other values as in `settings`."""
     return {
         (student, amount): plan(replace(settings, student_params=params, tokens=tokens))
         for student, params in STUDENTS.items()

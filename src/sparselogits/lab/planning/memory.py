@@ -1,10 +1,10 @@
-"""Memory of one device: whether a teacher's pass or a student's training fits.
+"""Estimate the memory of one device, and whether a teacher's pass or a student's training fits.
 
-The estimate counts what grows: weights, activations, the slice of logits that is sampled or the
-chunk whose loss is formed. Coefficients were fitted to a Llama of several shapes, whose allocations
-torch's profiler counted (benchmarks/plan_memory.py; docs/planning.md has the errors). What an
-accelerator takes on top (CUDA context, fragmentation) is the margin. Attention is taken to hold no
-window-by-window matrix, which is so for PyTorch's fused kernels without a mask.
+The estimate counts weights, activations, and the slice of logits that is sampled or the chunk of
+logits in the loss. Coefficients were fitted to Llamas of several shapes, whose allocations torch's
+profiler counted (benchmarks/plan_memory.py; docs/planning.md has the errors). The margin is for an
+accelerator's other memory (CUDA context, fragmentation). Attention is assumed to store no matrix of
+window by window, as in PyTorch's fused kernels without a mask.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ MARGIN = 0.08
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a model: what activations grow with.
+    """The widths and depth of a model, which determine its activations.
 
     Args:
-        name: whose shape it is.
-        parameters: of that model.
+        name: name of the model.
+        parameters: number of parameters of the model.
         hidden: width of the residual stream.
         layers: number of blocks.
         intermediate: width inside the feed-forward block (of the active experts together).
@@ -84,9 +84,9 @@ SHAPES = (
 
 
 def shape_of(parameters: float) -> Shape:
-    """Return the published shape whose number of parameters is nearest, scaled if it is far off.
+    """Return the published shape whose number of parameters is nearest, scaled if it is not near.
 
-    Parameters grow with the square of the widths and with the depth; both are scaled alike.
+    Parameters grow with the square of the widths and with the depth; both are scaled by one factor.
     """
     near = min(SHAPES, key=lambda shape: abs(math.log(shape.parameters / parameters)))
     ratio = parameters / near.parameters
@@ -101,10 +101,10 @@ def shape_of(parameters: float) -> Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one device holds at its peak.
+    """The peak memory of one device.
 
     Args:
-        parts: bytes by what they are for; not all of them are held at once.
+        parts: bytes by purpose; not all of them are allocated at once.
         total: bytes at the peak.
     """
 
@@ -112,7 +112,7 @@ class Memory:
     total: float
 
     def fits(self, capacity: float) -> bool:
-        """Whether the parts and the margin are within a device's memory."""
+        """Return whether the parts and the margin fit in a device's memory."""
         return self.total <= capacity * (1 - MARGIN)
 
 
@@ -129,13 +129,13 @@ def pass_memory(
     """Return the memory of a teacher's pass on each device that the teacher is split over.
 
     Args:
-        parameters: of the teacher.
-        shape: of the teacher.
-        vocab: rows of its head.
+        parameters: number of parameters of the teacher.
+        shape: shape of the teacher.
+        vocab: rows of the teacher's head.
         window: tokens per window.
         batch: windows per forward pass.
-        dtype: of the weights: a name of `BYTES`.
-        devices: over which the weights are split.
+        dtype: dtype of the weights, a key of `BYTES`.
+        devices: number of devices over which the weights are split.
     """
     _require_dtype(dtype)
     computed = max(2, BYTES[dtype])  # quantised weights are multiplied in 16 bits
@@ -172,15 +172,15 @@ def training_memory(
     """Return the memory of a student's training step on each rank.
 
     Args:
-        parameters: of the student.
-        shape: of the student.
-        vocab: rows of its head.
+        parameters: number of parameters of the student.
+        shape: shape of the student.
+        vocab: rows of the student's head.
         window: tokens per window.
         batch: windows per rank and step.
-        dtype: of the products: float32, or bfloat16 by autocast over float32 weights.
-        checkpointing: whether activations are computed again in the backward pass.
-        ranks: over which weights, gradients and moments are sharded (FSDP); 1 for DDP.
-        capacity: bytes of the device, which the loss's chunk of logits grows with.
+        dtype: dtype of the products: float32, or bfloat16 by autocast over float32 weights.
+        checkpointing: whether activations are recomputed in the backward pass.
+        ranks: ranks over which weights, gradients and moments are sharded (FSDP); 1 for DDP.
+        capacity: bytes of the device, which determine the size of the loss's chunks.
     """
     if dtype not in STEP_INTERMEDIATE:
         raise InvalidArgumentError(f"a student's dtype is {dtype!r}; give float32 or bfloat16")
@@ -215,13 +215,13 @@ MemoryOf = Callable[[int, int], Memory]
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest power of two of windows that fits on one device; None if not even one."""
+    """Return the largest power of two as a batch that fits on one device; None if one does not."""
     fitting = [2**power for power in range(16) if memory_of(2**power, 1).fits(capacity)]
     return max(fitting, default=None)
 
 
 def fewest_devices(memory_of: MemoryOf, batch: int, capacity: float) -> int | None:
-    """Return the smallest power of two of devices whose shares fit; None if no 1 024 are enough."""
+    """Return the smallest power of two of devices on which the shares fit; None above 1 024."""
     fitting = (2**power for power in range(11))
     return next((n for n in fitting if memory_of(batch, n).fits(capacity)), None)
 

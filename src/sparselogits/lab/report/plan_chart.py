@@ -1,4 +1,4 @@
-"""The chart of a plan: device hours of the cache's way and of an online teacher's, over tokens."""
+"""Draw the chart of a plan: device hours with a cache and with an online teacher, by tokens."""
 
 from __future__ import annotations
 

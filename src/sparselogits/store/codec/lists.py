@@ -263,4 +263,4 @@ def _require_ascending(ids: Array, offsets: Array) -> None:
     np.greater(ids[1:], ids[:-1], out=ascends[1:-1])
     ascends[offsets] = True
     if not bool(ascends.all()):
-        raise DamageError("an id is there twice at one position")
+        raise DamageError("an id occurs twice at one position")

@@ -133,7 +133,7 @@ def _require_cover(ranges: Sequence[tuple[int, int, int]], stop: int) -> None:
     first = 0
     for start, length, _ in ranges:
         if start != first:
-            raise DamageError(f"its guard leaves bytes {first} to {start} out")
+            raise DamageError(f"its guard does not cover the bytes {first} to {start} exactly once")
         first += length
     if first != stop:
-        raise DamageError(f"its guard covers {first} bytes, {stop} stand before it")
+        raise DamageError(f"its guard covers {first} bytes, and {stop} bytes precede it")

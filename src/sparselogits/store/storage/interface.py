@@ -26,7 +26,7 @@ class ReadableFiles(Protocol):
         ...
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the length of a file in bytes, and its last `length` bytes.
+        """Return the size of a file in bytes, and the last `length` bytes of its content.
 
         Raises:
             FileNotFoundError: there is no such file.

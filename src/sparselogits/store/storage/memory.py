@@ -16,7 +16,7 @@ class FilesInMemory:
         self.location = location
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of a file."""
+        """Return the bytes [start, stop) of a file."""
         if name not in self.files:
             raise FileNotFoundError(name)
         return self.files[name][start:stop]

@@ -108,22 +108,21 @@ class ObjectStorage:
         return self._ask("read", name, get)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the length of an object in bytes, and its last `length` bytes; two requests."""
+        """Return the size of an object and the last `length` bytes of its content; two requests."""
         size = self.size(name)
         return size, self.read(name, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put an object under a name that is free; one request (more above 100 MB).
+        """Create an object if the name is free; one request (more above 100 MB).
 
-        The first put that succeeds is repeated, which must be refused: on servers that ignore the
-        condition, one writer would overwrite another.
+        The first successful request is repeated to test the server: it must refuse the second one.
+        On a server that ignores the condition, one writer could overwrite another.
 
         Returns:
-            False if another writer has put an object there before.
+            False if the name is taken.
 
         Raises:
-            StorageError: the object could not be put, and none is there; or the server ignores the
-                condition.
+            StorageError: the object could not be created, or the server ignores the condition.
         """
         created = self._create(name, data)
         if created and not self._honours_conditions:
