@@ -75,7 +75,7 @@ def test_a_changed_row_is_refused(tmp_path: Path) -> None:
     row = by_pyarrow(tmp_path / "c" / "shards")
     cache = CacheDataset(tmp_path / "c")
     swapped = row | {"tokens": [*row["tokens"][1:], row["tokens"][0]]}
-    with pytest.raises(CacheCorruptionError, match="window 3 is not as it was written"):
+    with pytest.raises(CacheCorruptionError, match="window 3 differs from what was written"):
         decode(swapped, cache)
     for block in (b"", row["targets"][:-3], row["targets"][:20] + b"\xff" * 40):
         bare = {name: row[name] for name in ("window_index", "tokens", "mask")}
