@@ -86,8 +86,8 @@ def step(found: dict[str, Any]) -> str:
     if loader := found.get("loader_microseconds_a_token"):
         said = ", ".join(f"{name} {value:.2f}" for name, value in loader.items())
         parts.append(
-            f"Reading and decoding alone, microseconds of one core a token: {said}; "
-            f"{found['entries_per_token']} entries a token."
+            f"Reading and decoding alone, microseconds of one core per token: {said}; "
+            f"{found['entries_per_token']} entries per token."
         )
     parts.append("The paper's full KD takes 1.7 to 2.6 times its cached step.")
     return "\n\n".join(parts)
@@ -103,7 +103,7 @@ def cache_build(found: dict[str, Any]) -> str:
     ]
     return (
         table(("what", "over the forward pass"), rows)
-        + f"\n\nThe forward pass reads {found['forward_tokens_per_second']:,} tokens a second, "
+        + f"\n\nThe forward pass reads {found['forward_tokens_per_second']:,} tokens per second, "
         f"V = {found['vocabulary']:,}."
     )
 
@@ -118,7 +118,7 @@ def forward_share(found: dict[str, Any]) -> str:
         )
         for r in found["results"]
     ]
-    header = ("dtype", "threads", "tokens a second", *(f"{part}, of wall time" for part in parts))
+    header = ("dtype", "threads", "tokens per second", *(f"{part}, of wall time" for part in parts))
     return table(header, rows)
 
 
@@ -231,7 +231,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
      forward_share),
     ("packing", "Tokenising and packing, and reading packed text again", anything),
     ("sampling", "Sampling, over one softmax of the same logits (at most 1.5)", sampling),
-    ("decode", "Reading a cache (30 M entries and 2 M tokens a second, 2 ms a random window)",
+    ("decode", "Reading a cache (30 M entries and 2 M tokens per second, 2 ms per random window)",
      anything),
     ("size", "Size of a cache", anything),
 ]  # fmt: skip

@@ -84,7 +84,7 @@ def find_method(name: object) -> TrainingMethod:
 
 
 def require_fits(method: TrainingMethod, *, teacher: bool, beta: float | None) -> None:
-    """Validate what is given beside a method.
+    """Validate the settings that are given with a method.
 
     Args:
         method: the method.

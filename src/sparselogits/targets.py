@@ -47,7 +47,7 @@ class SparseTargets:
         vocab_size: number of columns of the teacher's head.
         counts: int32 [E], how many of a position's rounds fell on the entry; None where the
             sampler draws no rounds.
-        rounds: rounds a position, the sum of its counts; positions without entries (masked ones)
+        rounds: rounds per position, the sum of its counts; positions without entries (masked ones)
             are exempt. None where the sampler draws no rounds.
         check: skip validation where the caller has just established it (hot paths only).
 

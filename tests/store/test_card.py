@@ -25,7 +25,7 @@ def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
     found = opened.statistics()
     for figure in (
         f"{found.windows:,} of 32 tokens",
-        f"| entries a token | {found.entries_per_position:.2f} |",
+        f"| entries per token | {found.entries_per_position:.2f} |",
         f"{found.bytes_per_token:.2f}, the text's own",
         f"| teacher's loss on the text | {found.mean_teacher_loss:.3f} nats",
         opened.identity.fingerprint,
@@ -34,7 +34,7 @@ def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
 
 
 def test_the_card_a_build_begins_with_has_no_figures(cache: Path) -> None:
-    assert "entries a token" not in (cache / "README.md").read_text()
+    assert "entries per token" not in (cache / "README.md").read_text()
 
 
 def test_a_hostile_name_stays_text_in_a_card() -> None:

@@ -95,7 +95,7 @@ def plan(
     text_bytes: Annotated[
         float | None,
         typer.Option(
-            help="Bytes per token of the text that is stored beside the targets.",
+            help="Bytes per token of the text that is stored with the targets.",
             show_default="measured for this format",
             rich_help_panel=TARGETS,
         ),

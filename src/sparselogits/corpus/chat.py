@@ -3,7 +3,7 @@
 A conversation is rendered whole, by transformers' own renderer, so that its text is what
 `apply_chat_template` gives; `rendering` says which characters of it are learnt.
 
-Templates are programs from a tokenizer's folder, possibly a stranger's. transformers runs them in
+Templates are untrusted programs from a tokenizer's folder. transformers runs them in
 Jinja's sandbox, which keeps them from files and from Python, but not from endless loops or from
 gigabytes of text. Limits of the operating system do: the rendering process ends when one rendering
 takes more than `CPU_SECONDS` of processor time, and it may take `MEMORY_BYTES` more than at its

@@ -309,10 +309,10 @@ def _reopen(folder: Path, whole: bool) -> PackedCorpus:
 
 
 def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source for publication: its name is without folders of this machine.
+    """Return a source for publication, without the folders in its name.
 
     Args:
-        source: see `Source.to_json`.
+        source: source as `Source.to_json` returns it.
     """
     return {**source, "name": label_of(str(source.get("name", "")))}
 

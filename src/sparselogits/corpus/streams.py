@@ -1,7 +1,7 @@
 """Read and write token streams on disk: a folder of Parquet parts, one row per token.
 
-A stream is the concatenation of its parts, and a window is a range of the stream, in whichever
-parts it lies. So parts are made independently of one another, in any order, by any number of
+A stream is the concatenation of its parts, and a window is a range of the stream, which may
+cross parts. Parts are therefore made independently of one another, in any order, by any number of
 processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
 groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two of them.
 
@@ -9,9 +9,9 @@ Columns: `token` int32; `document_start` bool; `learnt` bool, only where some to
 The footer holds what the part counted, as JSON, and how often each id occurs. A part is written
 whole (`sparselogits.files`): a part that exists is complete.
 
-Packed text is distributed with a cache, so a part may be a stranger's file. What its footer and its
-page headers claim is compared with the file's size and with the form that parts have before
-Parquet's reader allocates it.
+Packed text is distributed with a cache, so a part may be an untrusted file. The sizes in its footer
+and its page headers are compared with the file's size and with the form of a part before Parquet's
+reader allocates them.
 """
 
 from __future__ import annotations

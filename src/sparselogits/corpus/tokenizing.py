@@ -157,7 +157,7 @@ def _ids(ids: list[int]) -> NDArray[np.int64]:
 def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
     """Return the encodings of texts; the tokenizer may fail, or never come to an end.
 
-    A tokenizer's regular expressions come from a stranger's file. Python cannot stop one that runs:
+    A tokenizer's regular expressions come from an untrusted file. Python cannot stop one that runs:
     its thread is abandoned, and ends with the process.
     """
     if not texts:

@@ -33,7 +33,7 @@ class _Head(Sampler):
         return Stored.floats()
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return one and a little: log-probabilities may be collected in half precision."""
+        """Return 1 plus a rounding error, because log-probabilities may have half precision."""
         return 1 + 2 * ROUNDING
 
 

@@ -6,8 +6,8 @@ Another package declares a sampler by an entry point, in its pyproject.toml:
     likeliest = "my_package:Likeliest"
 
 An entry point is there in every process that opens a cache (commands, ranks, Ray and DataLoader
-workers). A call that registers a class would have to be made in each of them. A cache is input
-from strangers: the name in it selects among installed samplers and is never imported.
+workers). A call that registers a class would have to be made in each of them. A cache is
+untrusted input: the name in it selects among installed samplers and is never imported.
 """
 
 from __future__ import annotations

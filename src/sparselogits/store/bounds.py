@@ -1,6 +1,6 @@
-"""Bounds of every size and value in a cache, as docs/format.md states them.
+"""Define the bounds of every size and value in a cache, as docs/format.md states them.
 
-Caches come from strangers. A size is compared with its bound before anything of that size is
+Caches are untrusted files. A size is compared with its bound before anything of that size is
 allocated, and a value before a student is trained on it.
 """
 

@@ -87,7 +87,7 @@ def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
 
 
 def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield the lines of a compressed file, likewise; sizes are those of compressed bytes."""
+    """Yield the lines of a compressed file as `_plain_lines`, with compressed sizes."""
     path, name = span.file.path, span.file.name
     done = number = 0
     with path.open("rb") as raw:

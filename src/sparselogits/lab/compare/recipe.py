@@ -308,7 +308,7 @@ class CompareRecipe(_Strict):
         for what, names in (("methods", titles), ("seeds", list(self.seeds))):
             twice = sorted({str(n) for n in names if list(names).count(n) > 1})
             if twice:
-                raise ValueError(f"{what} are there twice: {', '.join(twice)}; name each once")
+                raise ValueError(f"{what} occur twice: {', '.join(twice)}; name each once")
         if not self.seeds or not self.students:
             raise ValueError("give at least one seed and one student")
         return self

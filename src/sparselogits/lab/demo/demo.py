@@ -73,7 +73,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "full", "name": "full KD"},
 )
 SAMPLED = ("not healed", "Top-12", HEALED)
-"""Methods whose students write samples, beside the teacher."""
+"""Methods whose students write samples, in addition to the teacher."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _keep_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
 def _samples(
     out: Path, runs: dict[str, RunRow], teacher: TransformersTeacher, tokenizer: Any
 ) -> list[Continuation]:
-    """Return what the models write, as it was kept or anew."""
+    """Return the models' samples, read from an earlier run or generated."""
     file, made_by = out / "samples.json", [str(runs[name].folder) for name in SAMPLED]
     if file.exists() and (kept := json.loads(file.read_text()))["of"] == made_by:
         return [Continuation(**sample) for sample in kept["samples"]]

@@ -67,7 +67,7 @@ class GradientFidelity:
         angle: angle to full distillation's gradient, in degrees.
         norm_ratio: norm divided by that of full distillation's gradient.
         squared_bias: squared bias divided by the squared norm of full distillation's gradient.
-        variance: variance, summed over the space, divided likewise.
+        variance: variance, summed over the space, divided by the same squared norm.
         relative_angle: angle divided by that of the target `against` in the same batch; None
             without such a target.
     """

@@ -371,11 +371,11 @@ def _finished(layers: Sequence[Any]) -> alt.LayerChart:
 
 
 def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
-    """Return the specification in the colours of the page.
+    """Return a chart's Vega-Lite specification with the fonts and colours of the page.
 
     Args:
-        chart: what to draw.
-        still: whether the chart is a picture: with a legend, which a page has outside the chart.
+        chart: chart to draw.
+        still: whether the chart is a picture with its own legend; a page has its legend elsewhere.
     """
     if not still:
         chart = chart.properties(width="container", height=HEIGHT)

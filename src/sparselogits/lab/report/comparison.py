@@ -1,4 +1,4 @@
-"""The page of a comparison: a headline, a table, charts and settings; the charts as PNG beside it.
+"""Write the page of a comparison (headline, table, charts, settings), and its charts as PNG.
 
     OUT/report.html      needs nothing else and loads nothing
     OUT/figures/*.png    the charts, of the methods that the page shows at first

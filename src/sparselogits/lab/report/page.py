@@ -66,9 +66,10 @@ class Table:
 
     Args:
         head: heading of the first column.
-        columns: the others.
-        lines: in order.
-        last: cells of the teacher, below all lines in any order; empty without a teacher.
+        columns: the other columns.
+        lines: the lines, in order.
+        last: cells of the teacher, shown below all lines however they are sorted; empty without a
+            teacher.
     """
 
     head: str

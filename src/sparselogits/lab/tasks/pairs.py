@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sparselogits.errors import TaskError
 
 MOST = 3000
-"""Pairs that can be asked for; the words at hand make somewhat more than that."""
+"""Largest number of pairs; the vocabulary gives somewhat more."""
 
 _Words = tuple[tuple[str, str], ...]
 """(singular, plural)"""

@@ -59,7 +59,7 @@ class LocalCopy:
         return data
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the length of a file and its last bytes, and keep them."""
+        """Return the size of a file and its last `length` bytes; both are kept in the folder."""
         key = f"{name}@tail-{length}"
         held = self.folder.get(self.location, key)
         if held is not None and len(held) >= _SIZE.size:

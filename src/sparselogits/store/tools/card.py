@@ -1,4 +1,4 @@
-"""The dataset card of a cache: README.md with the front matter that dataset hubs read."""
+"""Write the dataset card of a cache: README.md with the front matter that dataset hubs read."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _table(identity: Identity, found: CacheStatistics) -> str:
         "windows": f"{found.windows:,} of {identity.window_length} tokens",
         "tokens": f"{found.tokens:,}, of which {found.positions:,} carry a target",
         "sampler": _code(identity.sampler_in_words()),
-        "entries a token": f"{found.entries_per_position:.2f}",
-        "bytes a token": f"{found.bytes_per_token:.2f}, the text's own tokens included",
-        "bits an entry": f"{found.bits_per_entry:.2f}",
+        "entries per token": f"{found.entries_per_position:.2f}",
+        "bytes per token": f"{found.bytes_per_token:.2f}, the text's own tokens included",
+        "bits per entry": f"{found.bits_per_entry:.2f}",
         "size": f"{found.bytes_on_disk:,} bytes in {counted(found.shards, 'shard')}",
         "vocabulary": f"{identity.vocab_size:,} ids; tokenizer sha256 "
         f"{_code(identity.tokenizer[:16])}",
