@@ -17,6 +17,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ import typer
 import yaml
 
 from sparselogits.cli import app, main
+from sparselogits.losses import DIVERGENCES
+from sparselogits.methods import METHODS
 from tests.conftest import tiny_llama
 from tests.pages import DOCS, PAGES, ROOT, RUN, Block, blocks, blocks_of, outside_blocks
 from tests.stand_ins import stand_in_for_named_models
@@ -122,7 +125,8 @@ def test_the_code_of_a_page_runs(
         if block.mark:
             continue
         if block.language == "python":
-            exec(compile(block.code, page.name, "exec"), names)
+            with patch.dict(METHODS), patch.dict(DIVERGENCES):  # a page may register its own
+                exec(compile(block.code, page.name, "exec"), names)
         elif block.language == "yaml":
             check_recipe(block.code)
         else:

@@ -33,6 +33,7 @@ from experiments.healing.tables import filled as in_places  # noqa: E402
 from sparselogits.evaluate import Estimate  # noqa: E402
 from sparselogits.evaluate.intervals import two_sided_p  # noqa: E402
 from sparselogits.lab.compare import Results, read_results  # noqa: E402
+from sparselogits.train.recipe import with_new_names  # noqa: E402
 
 RESULTS, DOCS = ROOT / "experiments" / "results", ROOT / "docs"
 INDEX = re.compile(r"(?m)^\| setting \|.*\n(?:\|.*\n)+")
@@ -193,6 +194,7 @@ def appendix(setting: Setting) -> str:
         f"{k} ({number(v)} parameters)" for k, v in facts["student_parameters"].items()
     )
     seeds = max(len(row.seeds_done) for row in results.methods)
+    batch = with_new_names(recipe["training"])["per_device_train_batch_size"]
     lines = [
         f"# {setting.title}",
         "",
@@ -207,7 +209,7 @@ def appendix(setting: Setting) -> str:
         f"{number(facts['teacher']['vocabulary'])}, {facts['teacher']['dtype']}.",
         f"- Student: {students}.",
         f"- Text: {number(facts['corpus']['training_tokens'])} tokens, {steps} steps of "
-        f"{recipe['training'].get('batch_windows', 4)} windows of {recipe['window']} tokens; "
+        f"{batch} windows of {recipe['window']} tokens; "
         f"{facts['corpus']['heldout_windows']} held-out windows.",
         f"- Seeds: {seeds}, which set the initial weights and the order of the text. Draws are the "
         "same for all seeds.",
