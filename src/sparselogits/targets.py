@@ -155,7 +155,7 @@ class SparseTargets:
         return total.index_add_(0, self.positions, self.weights)
 
     def dense(self) -> Tensor:
-        """float32 [P, V]: for tests and small vocabularies; a real one does not fit."""
+        """Return the targets as float32 [P, V]; for tests and small vocabularies only."""
         full = self.weights.new_zeros(len(self), self.vocab_size)
         full[self.positions, self.ids] = self.weights
         return full

@@ -134,8 +134,8 @@ def _format_of(path: Path) -> Format:
 def _refuse_disguised(file: SourceFile) -> None:
     """Refuse a file that holds something other than its name says.
 
-    What Git leaves instead of a file where LFS is not installed reads as text; a download may be
-    compressed although its name does not say so.
+    Without Git LFS, a file is a small text that points to its content. A download may be compressed
+    although its name does not say so.
     """
     try:
         with file.path.open("rb") as handle:

@@ -1,4 +1,4 @@
-"""Gradients of the targets of a comparison, compared with those of full distillation.
+"""Compare the gradients of a comparison's targets with those of full distillation.
 
 The targets of a method are those of its training: the fitted sampler, the missing-mass rule, the
 share of labels (alpha adds their gradient), thinned to its rounds. They are compared with full
@@ -10,7 +10,7 @@ The student is that of CE with the first seed whose run did not fail; if there i
 first method with one. A run that another process is training is waited for: the
 process that finishes it measures. One process measures at a time (finished.py), others wait.
 
-Cost: see `evaluate/gradients.py`; one pass of the teacher over the windows for each student.
+Cost: see `lab/gradients/measure.py`; one pass of the teacher over the windows for each student.
 """
 
 from __future__ import annotations

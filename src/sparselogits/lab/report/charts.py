@@ -113,7 +113,7 @@ def require_drawing() -> None:
 
 @lru_cache(maxsize=1)
 def vega_script() -> str:
-    """Vega, Vega-Lite and vega-embed as one script, from vl-convert's own copy; no network."""
+    """Return Vega, Vega-Lite and vega-embed as one script from vl-convert's wheel; no network."""
     import altair as alt
     import vl_convert
 

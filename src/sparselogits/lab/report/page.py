@@ -44,7 +44,7 @@ class Column:
     """One column of a table.
 
     Args:
-        head: its heading.
+        head: heading of the column.
         best: which value is the best: the lowest, the highest or the one nearest to zero.
         main: whether the column is shown on a narrow screen before columns are chosen.
         help: what the column holds.

@@ -1,4 +1,4 @@
-"""Writing a shard: the windows of one range as the bytes of one Parquet file, built in memory.
+"""Write a shard: the windows of one range as the bytes of one Parquet file, built in memory.
 
 Any Parquet reader opens it. Rows are windows, eight per row group. Each row stores a CRC32C of its
 values, which other tools keep with the row, and a guard covers the whole file (guard.py).
