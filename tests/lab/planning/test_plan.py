@@ -173,7 +173,9 @@ def test_folders_and_devices_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="has no config"):
         parameters_of(str(tmp_path), "--teacher-params")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(InvalidArgumentError, match="not the configuration of a causal language model"):
+    with pytest.raises(
+        InvalidArgumentError, match="not the configuration of a causal language model"
+    ):
         parameters_of(str(tmp_path), "--teacher-params")
     with pytest.raises(InvalidArgumentError, match="--device-flops"):
         device_kind("tpu")
