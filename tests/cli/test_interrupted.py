@@ -84,7 +84,7 @@ CACHE = (
 )
 COMPARE = "compare recipe.yaml --teacher MODEL --data TEXT --out {out}"
 TRAIN = "train --cache CACHE --student-config tiny --num-train-epochs 50 --out {out}"
-GOES_ON = "the same command goes on"
+GOES_ON = "the same command continues"
 MOMENTS = {
     # command: {moment: what is said of going on}
     CACHE: {
@@ -94,8 +94,8 @@ MOMENTS = {
         "sparselogits.caching.work:_finish:100": GOES_ON,
     },
     TRAIN: {
-        "sparselogits.train.student:make_student:1": "goes on from the last checkpoint",
-        "sparselogits.train.trainer:_prepare_inputs:3": "goes on from the last checkpoint",
+        "sparselogits.train.student:make_student:1": "continues from the last checkpoint",
+        "sparselogits.train.trainer:_prepare_inputs:3": "continues from the last checkpoint",
     },
     COMPARE: {
         "sparselogits.lab.compare.caches:prepare:1": GOES_ON,

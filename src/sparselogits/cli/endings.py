@@ -34,7 +34,7 @@ _AFTERWARDS = {
     "merge": _KEPT,
     "push": _KEPT,
     "repair": "shards that were set aside stay there; the same command checks the others",
-    "train": "with save_steps in its recipe the same command goes on from the last checkpoint, "
+    "train": "with save_steps in its recipe the same command continues from the last checkpoint, "
     "else it starts again",
 }
 _NOTHING = "nothing was changed, and the same command starts again"
