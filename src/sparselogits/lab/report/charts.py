@@ -394,7 +394,7 @@ def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
         legend={
             **{"disable": not still, "title": None, "labelColor": ink, "labelFontSize": 12},
             **{"symbolSize": 90, "symbolStrokeWidth": 2, "labelLimit": 0, "symbolLimit": 0},
-            **{"symbolType": "stroke"},
+            **{"symbolType": "stroke", "symbolOpacity": 1},
         },
     ).to_dict()
     return spec
