@@ -15,11 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import sparselogits.compare
-import sparselogits.report
 import torch
 
 import sparselogits.caching
+import sparselogits.lab.compare
+import sparselogits.lab.report
 import sparselogits.train
 from sparselogits.cli import main
 from tests.conftest import make_tokenizer, tiny_llama

@@ -34,7 +34,7 @@ def teacher_of(model: torch.nn.Module, dtype: str = "float32") -> TransformersTe
 
 def window(length: int, starts: tuple[int, ...] = (0,)) -> SimpleNamespace:
     tokens = np.arange(length) % (VOCABULARY - 3) + 3
-    return SimpleNamespace(tokens=tokens, document_starts=np.array(starts, np.int32))
+    return SimpleNamespace(index=0, tokens=tokens, document_starts=np.array(starts, np.int32))
 
 
 def check(teacher: TransformersTeacher, length: int) -> float:
