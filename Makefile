@@ -1,6 +1,7 @@
 # Commands for a machine with Python 3.11, make and access to a package index:
 #   make demo    prunes a small model and trains it with each method; installs its requirements
 #   make bench   runs every benchmark and writes docs/benchmarks.md (about an hour)
+#   make bench-gpu   runs the benchmark of a GPU, on a machine with one (eight minutes)
 #   make journey makes a student from a text, with the demo's teacher
 #   make test    runs formatter, linter, type checker and tests; installs their requirements
 #   make release rehearses a release; uploads nothing
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo journey test test-fast check browser bench docs faults release clean
+.PHONY: demo journey test test-fast check browser bench bench-gpu docs faults release clean
 
 demo: .venv/.installed-demo
 	$(BIN)/sparselogits demo --out demo-run
@@ -87,6 +88,14 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/packing.py --out benchmarks/packing.json --megabytes 6 --processor
 	$(BIN)/python benchmarks/step.py --out benchmarks/step.json $(STEADY) --repeats 21
 	$(if $(TEXTS),$(BIN)/python benchmarks/size.py --teacher $(TEACHER) --text $(TEXTS) --out benchmarks/size.json)
+	$(BIN)/python benchmarks/report.py
+
+# A loss whose package cannot be installed is left out, with the reason. torch has to be a CUDA build.
+bench-gpu: .venv/.installed-demo
+	-$(PIP) liger-kernel
+	-$(PIP) quack-kernels
+	-$(PIP) cut-cross-entropy
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/gpu.json
 	$(BIN)/python benchmarks/report.py
 
 # Builds, checks and installs a release in an empty environment, one extra at a time; uploads nothing.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from measuring import interleaved, machine, publish, ratios, spread
 from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
-from sparselogits.samplers import Systematic
+from sparselogits.samplers import Sampler, Systematic
 from sparselogits.teacher import TransformersTeacher
 
 
@@ -38,6 +39,62 @@ def forward(teacher: TransformersTeacher, corpus: PackedCorpus, windows: int, ba
         tokens = np.stack([w.tokens for w in rows[first : first + batch]]).astype(np.int64)
         for _ in teacher.logits(torch.from_numpy(tokens)):
             pass
+
+
+def over_forward(
+    teacher: TransformersTeacher,
+    corpus: PackedCorpus,
+    hashed: str,
+    scratch: Path,
+    sampler: Sampler,
+    *,
+    windows: int,
+    batch: int,
+    repeats: int,
+    clock: str,
+) -> dict[str, Any]:
+    """Return the speed of the forward pass, and the ratios of sampling and of a whole build to it.
+
+    A finished cache remains at `scratch / "ready"`.
+    """
+    ready, only = scratch / "ready", (0, windows)
+    how: dict[str, Any] = {
+        "tokenizer_hash": hashed,
+        "windows_per_shard": windows,
+        "only": only,
+        "batch": batch,
+    }
+    built = 0
+
+    def build() -> None:
+        nonlocal built
+        built += 1
+        root = scratch / str(built)
+        root.mkdir()
+        for name in ("cache.json", "README.md"):  # the pilot's pass is not the build's
+            (root / name).write_bytes((ready / name).read_bytes())
+        build_caches(teacher, corpus, [CacheRequest(root, sampler)], **how)
+
+    build_caches(teacher, corpus, [CacheRequest(ready, sampler)], **how)
+    rows = corpus.read(*only)
+    draws = [DrawSettings(sampler, 0, 1.0)]
+    seconds = interleaved(
+        {
+            "forward": lambda: forward(teacher, corpus, windows, batch),
+            "compute": lambda: compute_range(
+                teacher, rows, draws, reset_attention=False, batch=batch
+            ),
+            "build": build,
+        },
+        repeats,
+        clock=clock,
+    )
+    tokens = windows * len(rows[0].tokens)
+    return {
+        "forward_tokens_per_second": round(tokens / spread(seconds["forward"], 7)["median"]),
+        "compute_over_forward": ratios(seconds, "compute", "forward"),
+        "build_over_forward": ratios(seconds, "build", "forward"),
+    }
 
 
 def main() -> None:
@@ -61,51 +118,23 @@ def main() -> None:
     teacher, tokenizer = loaded(args.teacher, args.dtype)
     corpus = packed(tokenizer, teacher.vocab_size, args.text, args.windows, args.length)
     sampler = Systematic(args.rounds)
-    how = {"batch": args.batch}
-    built = 0
     with tempfile.TemporaryDirectory() as scratch:
-        ready = Path(scratch) / "ready"
-        request = CacheRequest(ready, sampler)
-        hashed = tokenizer_fingerprint(tokenizer)
-        only = (0, args.windows)
-
-        def build() -> None:
-            nonlocal built
-            built += 1
-            root = Path(scratch) / str(built)
-            root.mkdir()
-            for name in ("cache.json", "README.md"):  # the pilot's pass is not the build's
-                (root / name).write_bytes((ready / name).read_bytes())
-            again = CacheRequest(root, sampler)
-            build_caches(
-                teacher, corpus, [again], tokenizer_hash=hashed, windows_per_shard=args.windows,
-                only=only, **how,
-            )  # fmt: skip
-
-        build_caches(
-            teacher, corpus, [request], tokenizer_hash=hashed, windows_per_shard=args.windows,
-            only=only, **how,
-        )  # fmt: skip
-        rows = corpus.read(0, args.windows)
-        seconds = interleaved(
-            {
-                "forward": lambda: forward(teacher, corpus, args.windows, args.batch),
-                "compute": lambda: compute_range(
-                    teacher, rows, [DrawSettings(sampler, 0, 1.0)], reset_attention=False, **how
-                ),
-                "build": build,
-            },
-            args.repeats,
+        found = over_forward(
+            teacher,
+            corpus,
+            tokenizer_fingerprint(tokenizer),
+            Path(scratch),
+            sampler,
+            windows=args.windows,
+            batch=args.batch,
+            repeats=args.repeats,
             clock=args.clock,
         )
-    tokens = args.windows * args.length
     report = {
         "machine": machine(),
         "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
         "vocabulary": teacher.vocab_size,
-        "forward_tokens_per_second": round(tokens / spread(seconds["forward"])["median"]),
-        "compute_over_forward": ratios(seconds, "compute", "forward"),
-        "build_over_forward": ratios(seconds, "build", "forward"),
+        **found,
     }
     publish(report, args.out)
 

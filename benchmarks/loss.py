@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measuring import processor, spread
+from measuring import interleaved, processor, ratios, spread
 from sparselogits.losses import TeacherHead, linear_dense_kd, linear_sparse_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,31 +116,10 @@ def products(x: Tensor, head: Tensor, buffer: dict[str, Tensor] = {}) -> tuple[T
     return z @ head, z.t() @ x
 
 
-def seconds(run: Step, device: str, clock: Callable[[], float]) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def measure(
-    runs: dict[str, Step], repeats: int, device: str, clock: Callable[[], float]
-) -> dict[str, object]:
-    for run in runs.values():
-        run()
-    ratios: dict[str, list[float]] = {name: [] for name in runs}
-    times = []
-    for _ in range(repeats):
-        order = random.sample(list(runs), len(runs))
-        taken = {name: seconds(runs[name], device, clock) for name in order}
-        times.append(taken["products"])
-        for name in runs:
-            ratios[name].append(taken[name] / taken["products"])
-    summary = {name: spread(values) for name, values in ratios.items() if name != "products"}
-    return {"products_seconds": spread(times), "ratio_to_products": summary}
+def measure(runs: dict[str, Step], repeats: int, clock: str) -> dict[str, object]:
+    seconds = interleaved(runs, repeats, clock=clock)
+    summary = {name: ratios(seconds, name, "products") for name in runs if name != "products"}
+    return {"products_seconds": spread(seconds["products"]), "ratio_to_products": summary}
 
 
 def add_to(out: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
@@ -206,12 +183,12 @@ def main() -> None:
         print(table(json.loads(args.out.read_text())["results"]))
         return
     torch.set_num_threads(args.threads)
-    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+    clock = "cuda" if args.device == "cuda" else args.clock
     machine = {
         "processor": processor(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": args.threads,
-        "clock": args.clock,
+        "clock": clock,
         "torch": torch.__version__,
     }
     if args.out and args.anew:
@@ -221,7 +198,7 @@ def main() -> None:
         if args.only:
             runs = {name: run for name, run in runs.items() if name in {"products", *args.only}}
         row = {"dtype": dtype, "D": D, "V": V, "rows": args.rows, "repeats": args.repeats}
-        row |= measure(runs, args.repeats, args.device, clock)
+        row |= measure(runs, args.repeats, clock)
         print(json.dumps(row), flush=True)
         if args.out:
             add_to(args.out, machine, [row])

@@ -34,6 +34,43 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float]:
     return {name: round(q[i].item(), digits) for i, name in enumerate(("p20", "median", "p80"))}
 
 
+def seconds_of(run: Callable[[], object], clock: str = "wall") -> float:
+    """Return the seconds of one run.
+
+    Args:
+        run: what is measured.
+        clock: "wall"; "cpu" for processor seconds, which are more stable if the machine does other
+            work, but lack the time of waiting for a disk and are valid with one thread only; or
+            "cuda" for the time between two events on the device, with its second-level cache
+            overwritten before the first. "wall" waits for a device that is in use.
+    """
+    if clock == "cuda":
+        _flush_cache()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / 1000
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    waits = torch.cuda.is_initialized()
+    if waits:
+        torch.cuda.synchronize()
+    started = now()
+    run()
+    if waits:
+        torch.cuda.synchronize()
+    return now() - started
+
+
+def _flush_cache(held: list[torch.Tensor] = []) -> None:  # noqa: B006
+    """Overwrite 256 MiB, more than the second-level cache of any device so far."""
+    if not held:
+        held.append(torch.empty(2**28, dtype=torch.int8, device="cuda"))
+    held[0].zero_()
+
+
 def interleaved(
     runs: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -41,19 +78,12 @@ def interleaved(
     warm_up: int = 1,
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Return the seconds of every run; each repetition runs all of them in random order.
-
-    Clock "cpu" measures processor seconds instead: more stable if the machine does other work, but
-    without the time of waiting for a disk, and valid with one thread only.
-    """
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    """Return the seconds of every run by `seconds_of`; each repetition runs all in random order."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warm_up + repeats):
         for name in order.sample(list(runs), len(runs)):
-            started = now()
-            runs[name]()
-            taken = now() - started
+            taken = seconds_of(runs[name], clock)
             if repetition >= warm_up:
                 seconds[name].append(taken)
     return seconds

@@ -20,10 +20,10 @@ INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/report.py` from the JSON files beside the scripts in `benchmarks/`;
 `make bench` runs those of the loss, of a step, of building, reading and sampling (of sizes, where
-text is given) and writes this page. Runs that are compared are interleaved in one process; ratios
-are of runs of the same repetition, as median with the 20th and 80th percentile in brackets. Seconds
-depend on the machine, ratios on the code and on the allocator: where both conditions of memory were
-measured, both are printed. **Bold: the aim is missed.**
+text is given) and writes this page; `make bench-gpu` runs that of a GPU. Runs that are compared are
+interleaved in one process; ratios are of runs of the same repetition, as median with the 20th and
+80th percentile in brackets. Seconds depend on the machine, ratios on the code and on the allocator:
+where both conditions of memory were measured, both are printed. **Bold: the aim is missed.**
 """
 
 
@@ -208,6 +208,108 @@ def rows_of_results(found: dict[str, Any]) -> str:
     return table(header, [[row.get(k, "-") for k in header] for row in rows])
 
 
+def gpu(found: dict[str, Any]) -> str:
+    """Return the parts that were measured on a GPU, and what was not with the reason."""
+    if found["rehearsal"]:
+        return "Not measured: this file is of a rehearsal on the CPU."
+    parts = found["parts"]
+    text = [
+        f"### {name}\n\n{GPU_PARTS[name](part['results'])}"
+        for name, part in parts.items()
+        if "results" in part
+    ]
+    missing = {name: part["reason"] for name, part in parts.items() if part["reason"]}
+    for row in parts["loss"].get("results", {}).get("problems", []):
+        at = f"D = {row['D']}, {row['rows']} rows"
+        for name, record in row["tuning"].items():
+            if "not_measured" in record:
+                missing[f"loss, {name}, {at}"] = record["not_measured"]
+    if missing:
+        text += ["### Not measured, or not whole", table(("part", "reason"), missing.items())]
+    packages = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
+    return "\n\n".join([*text, f"Versions: {packages}."])
+
+
+def gpu_loss(results: dict[str, Any]) -> str:
+    """Return the loss on a GPU: over the products, over quack, and the peak of memory."""
+    rows = [row for row in results["problems"] if "over_products" in row]
+    names = list(dict.fromkeys(name for row in rows for name in row["over_products"]))
+    shape = ("D", "V", "rows")
+
+    def of_losses(kind: str, row: dict[str, Any], most: float | None) -> list[Any]:
+        return [
+            "-"
+            if name not in row.get(kind, {})
+            else held_to(row[kind][name], most=most if name in GPU_OURS else None)
+            for name in names
+        ]
+
+    def lines(kind: str, most: float | None) -> list[list[Any]]:
+        return [[*(str(row[k]) for k in shape), *of_losses(kind, row, most)] for row in rows]
+
+    text = ["Over the products:", table((*shape, *names), lines("over_products", LOSS_AIM))]
+    if any("over_quack" in row for row in rows):
+        text += ["Over quack:", table((*shape, *names), lines("over_quack", 1.0))]
+    text += [
+        "Peak of memory beyond the input in GiB, gradients included:",
+        table((*shape, *names), lines("peak_gib", None)),
+        "Chosen chunk settings:",
+        table(
+            (*shape, *names),
+            [
+                [
+                    *(str(row[k]) for k in shape),
+                    *(row["tuning"][name].get("chosen", "-") for name in names),
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return "\n\n".join(text)
+
+
+def gpu_sampling(results: dict[str, Any]) -> str:
+    rows = [
+        (dtype, name, held_to(ratio, most=SAMPLING_AIM), found["softmax_seconds"])
+        for dtype, found in results.items()
+        for name, ratio in found["ratio_to_softmax"].items()
+    ]
+    return table(("logits", "sampler", "over a softmax", "softmax, s"), rows)
+
+
+def gpu_build(results: dict[str, Any]) -> str:
+    rows = [
+        ("sampling, loss, entropy", held_to(results["compute_over_forward"], most=BUILD_AIM)),
+        ("the whole build", held_to(results["build_over_forward"], most=BUILD_AIM)),
+    ]
+    speed = results["forward_tokens_per_second"]
+    return (
+        table(("what", "over the forward pass"), rows)
+        + f"\n\n{results['parameters']:,} parameters; the forward pass reads {speed:,} tokens per "
+        "second."
+    )
+
+
+def gpu_step(results: dict[str, Any]) -> str:
+    rows = [(name, held_to(ratio, most=STEP_AIM)) for name, ratio in results["over_ce"].items()]
+    seconds = number(results["ce_step_seconds"])
+    return table(("method", "over a CE step"), rows) + f"\n\nThe CE step takes {seconds} s."
+
+
+def gpu_demo(results: dict[str, Any]) -> str:
+    return f"{len(results['runs'])} methods, {results['seconds']} s from beginning to end."
+
+
+GPU_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "loss": gpu_loss,
+    "sampling": gpu_sampling,
+    "build 1B": gpu_build,
+    "step": gpu_step,
+    "build 8B": gpu_build,
+    "demo": gpu_demo,
+}
+GPU_OURS = ("ours", "triton", "ours_labels", "triton_labels")
+
 LOSS_AIM = 1.10  # D >= 512
 NARROW_LOSS_AIM = 1.35
 STEP_AIM = 1.02
@@ -234,6 +336,7 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("decode", "Reading a cache (30 M entries and 2 M tokens per second, 2 ms per random window)",
      anything),
     ("size", "Size of a cache", anything),
+    ("gpu", "On one GPU (the loss at most 1.10, and no slower than quack)", gpu),
 ]  # fmt: skip
 
 

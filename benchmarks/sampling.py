@@ -39,11 +39,11 @@ CONDITIONS = {
 }
 
 
-def teacher_like(positions: int, vocabulary: int) -> Tensor:
+def teacher_like(positions: int, vocabulary: int, device: str = "cpu") -> Tensor:
     """Draw Gaussian logits with a peaked head: about 3 nats at V = 128 256."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(positions, vocabulary, generator=generator).mul_(2.5)
-    logits[:, :64] += torch.randn(positions, 64, generator=generator).mul_(4).add_(6)
+    how: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    logits = torch.randn(positions, vocabulary, **how).mul_(2.5)
+    logits[:, :64] += torch.randn(positions, 64, **how).mul_(4).add_(6)
     return logits
 
 
@@ -63,22 +63,30 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     entropy = torch.special.entr(logits[:64].softmax(-1)).sum(-1).mean()
     logits = logits.to(getattr(torch, arguments.dtype))
     buffer = torch.empty_like(logits) if arguments.condition == "warm" else None
+    return {
+        "machine": machine(),
+        "entropy_nats": float(entropy),
+        **over_softmax(logits, buffer, arguments.repeats, arguments.clock),
+        "marginal_error": marginal_error(logits[:64]),
+    }
+
+
+def over_softmax(logits: Tensor, buffer: Tensor | None, repeats: int, clock: str) -> dict[str, Any]:
+    """Return the seconds of a softmax into a buffer, and the samplers' ratios to it."""
     samplers = [Systematic(50), Systematic(12), Multinomial(50), Threshold(0.02), TopK(12)]
     runs: dict[str, Callable[[], object]] = {
         "softmax": lambda: torch.softmax(logits, -1, out=buffer)
     }
     for sampler in samplers:
         uniforms = window_uniforms(0, 0, len(logits), sampler.uniforms_per_position)
+        uniforms = uniforms.to(logits.device)
         runs[str(sampler)] = lambda sampler=sampler, uniforms=uniforms: sampler(logits, uniforms)
-    seconds = interleaved(runs, arguments.repeats, clock=arguments.clock)
+    seconds = interleaved(runs, repeats, clock=clock)
     return {
-        "machine": machine(),
-        "entropy_nats": float(entropy),
-        "softmax_seconds": spread(seconds["softmax"]),
+        "softmax_seconds": spread(seconds["softmax"], 7),
         "ratio_to_softmax": {
             name: ratios(seconds, name, "softmax") for name in runs if name != "softmax"
         },
-        "marginal_error": marginal_error(logits[:64]),
     }
 
 

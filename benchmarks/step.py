@@ -113,12 +113,12 @@ def stepper(
     loader: Iterator[dict],
     online: TransformersTeacher | None = None,
 ) -> Callable[[], None]:
-    plain = model.forward
+    plain, device = model.forward, next(model.parameters()).device
     bind(model, objective)
     forward, model.forward = model.forward, plain
 
     def step() -> None:
-        batch = next(loader)
+        batch = {name: tensor.to(device) for name, tensor in next(loader).items()}
         if online is not None:
             batch["teacher_hidden"] = online.hidden(batch["input_ids"])
             del batch["target_ids"], batch["target_weights"]
