@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -227,6 +228,8 @@ class Findings:
 
     def __init__(self) -> None:
         self.deciding = stored("deciding.json")
+        self.small_vocabulary = stored("small_vocabulary.json")
+        self.many_epochs = stored("many_epochs.json")
         self.drafting = stored("drafting_small_teacher.json")
         file = HERE.parent / "healing" / "findings.md"
         self.healing = file.read_text(encoding="utf-8").strip() if file.exists() else ""
@@ -282,6 +285,23 @@ class Findings:
     def bytes(self, setting: str, method: str) -> str:
         """Bytes of the cached targets per token."""
         return f"{BY_FILE[setting].seeds().rows[method].bytes_per_token:.0f}"
+
+    def table(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+        """The table of a pre-registered experiment's endpoints, or of its corrected tests."""
+        named = list(rows.items()) if isinstance(rows, Mapping) else []
+        named = named or [(own["difference"], own) for own in rows]
+        corrected = all("p_holm" in own for _, own in named)
+        lines = [
+            "| difference | nats, paired t over seeds |" + " p, corrected |" * corrected,
+            "|---|---|" + "---|" * corrected,
+        ]
+        for name, own in named:
+            cells = [name, said(Estimate(own["mean"], own["low"], own["high"], 0), 4, 1, "+")]
+            if corrected:
+                p = own["p_holm"]
+                cells.append("below 1e-6" if p < 1e-6 else f"{p:.2g}")
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def drafts(self) -> dict[str, int]:
         """How many methods of the first setting accept as many drafted tokens as expected."""
