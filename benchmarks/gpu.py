@@ -633,7 +633,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file, replaced")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the part too
     started = time.perf_counter()
@@ -654,7 +656,7 @@ def main() -> None:
         parts = report["parts"] = {
             name: {
                 "status": "not measured",
-                "reason": "interrupted before it" if name in args.parts else "not chosen",
+                "reason": "the run was interrupted" if name in args.parts else "not chosen",
             }
             for name in PARTS
         }
@@ -664,6 +666,8 @@ def main() -> None:
             report["seconds"] = round(time.perf_counter() - started, 1)
             write_whole(args.out, json.dumps(report, indent=1) + "\n")
 
+        for name, record in parts.items():
+            save(name, record)
         for name in (name for name in PARTS if name in args.parts):
             left = sizes.total_seconds - (time.perf_counter() - started)
             seconds = min(sizes.limits[name], left)
