@@ -92,9 +92,8 @@ def targets_of(
 def in_a_shard(sampler: Sampler, targets: list[SparseTargets], tokens: np.ndarray) -> dict:
     """Return the bytes of a shard of these windows, from the file itself."""
     V = targets[0].vocab_size
-    identity = Identity(
-        {"name": "benchmark"}, "", V, "all", L, len(targets), {}, {}, 0, 1.0, codec_for(sampler)
-    )
+    codec = codec_for(sampler, exact_weights=True)  # rounded_weights.py measures rounded ones
+    identity = Identity({"name": "benchmark"}, "", V, "all", L, len(targets), {}, {}, 0, 1.0, codec)
     none = np.zeros(0, np.int32)
     records = [
         WindowRecord(i, tokens[i], none, None, target, 0.0, 0.0) for i, target in enumerate(targets)

@@ -107,7 +107,9 @@ def bits_a_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: 
         )
         for window in pilot
     ]
-    _, blocks = TargetCodec.from_identity(codec_for(sampler), vocabulary).encode(coded)
+    _, blocks = TargetCodec.from_identity(
+        codec_for(sampler, exact_weights=True), vocabulary
+    ).encode(coded)
     return 8 * sum(len(block) for block in blocks) / sum(len(w.tokens) for w in pilot)
 
 

@@ -256,7 +256,7 @@ def measure(
 
 
 def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) -> int:
-    codec = TargetCodec.from_identity(codec_for(stored_as), drawn[0].vocab_size)
+    codec = TargetCodec.from_identity(codec_for(stored_as, exact_weights=True), drawn[0].vocab_size)
     present = np.ones(tokens.shape[1], np.bool_)
     windows = [
         TargetWindow(targets, window.numpy().astype(np.int32), present)

@@ -9,6 +9,7 @@ import torch
 
 from sparselogits.identity import Identity
 from sparselogits.store import WindowRecord
+from sparselogits.store.codec import TargetCodec
 from sparselogits.targets import SparseTargets
 
 LENGTH = 64
@@ -18,6 +19,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "float32": {"weights": "float32"},
     "threshold": {"weights": "threshold", "tau": 0.05},
 }
+ROUNDED: dict[str, dict[str, Any]] = {
+    f"{kind}-rounded": {"version": 2, "rounding": rounding, **KINDS[kind]}
+    for kind, rounding in (
+        ("counts+float32", "stochastic"),
+        ("float32", "nearest"),
+        ("threshold", "stochastic"),
+    )
+}
+KINDS |= ROUNDED
 
 
 def identity(kind: str = "counts", *, vocab_size: int = 1000, **changes: Any) -> Identity:
@@ -47,6 +57,7 @@ def distribution(rng: np.random.Generator, positions: int, vocab_size: int) -> n
 def targets(
     kind: str, rng: np.random.Generator, mask: np.ndarray | None, vocab_size: int
 ) -> SparseTargets:
+    kind = KINDS[kind]["weights"]
     p = distribution(rng, LENGTH, 1000)
     tau = KINDS["threshold"]["tau"]
     counts = None
@@ -76,15 +87,19 @@ def targets(
 
 
 def record(kind: str, window: int, *, vocab_size: int = 1000) -> WindowRecord:
-    """The record of a window; equal for equal arguments. Every third window has a mask."""
+    """The record of a window; equal for equal arguments. Every third window has a mask.
+
+    Weights are rounded where the kind rounds them, so that a cache returns the same record.
+    """
     rng = np.random.default_rng([window, vocab_size])
     mask = rng.random(LENGTH) < 0.7 if window % 3 == 2 else None
+    codec = TargetCodec.of(identity(kind, vocab_size=vocab_size))
     return WindowRecord(
         window,
         rng.integers(0, vocab_size, LENGTH).astype(np.int32),
         np.flatnonzero(rng.random(LENGTH) < 0.05).astype(np.int32),
         mask,
-        targets(kind, rng, mask, vocab_size),
+        codec.rounded(targets(kind, rng, mask, vocab_size), 0, window),
         float(np.float32(rng.random())),
         float(np.float32(rng.random())),
     )

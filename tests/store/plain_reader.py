@@ -9,6 +9,8 @@ import base64
 import hashlib
 import json
 import struct
+from decimal import Decimal, localcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 from pcodec import wrapped
+
+
+@cache
+def level_table() -> list[float]:
+    """Levels as docs/format.md defines them, each computed with 50 decimal digits."""
+    with localcontext(prec=50):
+        low = [Decimal(2) ** (Decimal(j) / 32) for j in range(-126 * 32, -32)]
+        middle = [1 - Decimal(2) ** (Decimal(-j) / 32) for j in range(32, 16 * 32 + 1)]
+        high = [Decimal(2) ** (Decimal(j) / 32) for j in range(97 * 32 + 1)]
+        return [float(np.float32(float(v))) for v in (Decimal(0), *low, *middle, *high)]
 
 
 def read_cache(root: Path) -> list[dict[str, Any]]:
@@ -120,14 +132,17 @@ def read_block(
     counts: list[int | None] = [None] * len(entries)
     if "rounds" in codec:
         counts = list(read_counts(entries, hit_at, tokens, codec["rounds"], page))
+    stored = lambda length: page("weights", length)  # noqa: E731
+    if codec["version"] == 2:
+        stored = lambda length: [level_table()[k] for k in page("levels", length)]  # noqa: E731
     if codec["weights"] == "counts":
         weights = [float(np.float32(c) / np.float32(codec["rounds"])) for c in counts]
     elif codec["weights"] == "threshold":
         heavy = page("heavy", len(entries))
-        told = iter(page("weights", sum(heavy)))
+        told = iter(stored(sum(heavy)))
         weights = [next(told) if h else float(np.float32(codec["tau"])) for h in heavy]
     else:
-        weights = page("weights", len(entries))
+        weights = stored(len(entries))
     assert at == len(block)
     return [(p, i, w, c) for (p, i), w, c in zip(entries, weights, counts, strict=True)]
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -76,9 +78,22 @@ def test_what_samplers_draw_comes_back(sampler: Sampler, weights: str, scale: fl
         uniforms = window_uniforms(0, index, L, sampler.uniforms_per_position)
         tokens = torch.randint(0, 600, (L,), generator=generator).to(torch.int32).numpy()
         windows.append(TargetWindow(sampler(logits, uniforms), tokens, np.ones(L, np.bool_)))
-    identity = codec_for(sampler)
-    assert identity["weights"] == weights
+    identity = codec_for(sampler, exact_weights=True)
+    assert identity == {"name": "inverted-lists", "version": 1} | {
+        key: value
+        for key, value in (
+            ("weights", weights),
+            ("rounds", sampler.rounds),
+            ("tau", sampler.stores.tau),
+        )
+        if value is not None
+    }
     require_round_trip(TargetCodec.from_identity(identity, V), windows)
+    identity = codec_for(sampler)
+    assert identity["version"] == (1 if weights == "counts" else 2)
+    codec = TargetCodec.from_identity(identity, V)
+    rounded = [replace(w, targets=codec.rounded(w.targets, 0, i)) for i, w in enumerate(windows)]
+    require_round_trip(codec, rounded)
 
 
 def sets(rows: list[dict[int, int]], vocab_size: int, rounds: int) -> SparseTargets:
@@ -158,7 +173,7 @@ def test_weights_that_are_not_counts_are_refused() -> None:
 
 def test_an_unknown_codec_is_refused() -> None:
     with pytest.raises(CacheError, match="install the version"):
-        TargetCodec.from_identity({"name": "inverted-lists", "version": 2, "weights": "counts"}, 9)
+        TargetCodec.from_identity({"name": "inverted-lists", "version": 3, "weights": "counts"}, 9)
 
 
 @pytest.mark.parametrize("mode", range(1, 256))

@@ -1,7 +1,8 @@
 """The promise on the bytes: golden caches still read, by the library and from the specification.
 
 Golden caches are never rewritten. A new format version gets a folder of its own:
-`python -m tests.store.test_format NAME` writes tests/golden/store/NAME.
+`python -m tests.store.test_format VERSION` writes tests/golden/store/vVERSION, the caches of one
+version of the codec.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def figures(record: WindowRecord) -> dict[str, np.ndarray]:
     }
 
 
-def write_golden(name: str) -> None:
-    for kind in KINDS:
-        root = GOLDEN / name / kind
+def write_golden(version: int) -> None:
+    for kind in (k for k in KINDS if identity(k).codec["version"] == version):
+        root = GOLDEN / f"v{version}" / kind
         cache = Cache.create(root, identity(kind))
         arrays = {}
         for start, stop in ((0, 9), (9, 12)):
@@ -82,4 +83,4 @@ def test_a_reader_from_the_specification_agrees(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_golden(sys.argv[1])
+    write_golden(int(sys.argv[1]))

@@ -41,6 +41,8 @@ class CacheRequest:
             (rounds, k, tau) by pilot windows; None keeps the sampler as it is.
         seed: random seed of the uniforms.
         temperature: temperature by which the teacher's logits are divided.
+        exact_weights: whether real-valued weights are stored as float32 numbers; see `codec_for`.
+            None rounds the weights of a new cache, and continues a cache as it was begun.
     """
 
     root: Location
@@ -48,6 +50,7 @@ class CacheRequest:
     budget: float | None = None
     seed: int = 0
     temperature: float = 1.0
+    exact_weights: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def check_request(
         sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
-        codec=codec_for(sampler),
+        codec=_codec(request, sampler),
     )
     here.require_equal(there, here="this build", there=f"the cache at {request.root}")
 
@@ -254,8 +257,17 @@ def _identity(
         sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
-        codec=codec_for(sampler),
+        codec=_codec(request, sampler),
     )
+
+
+def _codec(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
+    """Return the codec, whose choice of rounding is that of an existing cache unless given."""
+    exact = request.exact_weights
+    if exact is None:
+        there = Cache.open(request.root).identity.codec if Cache.exists(request.root) else None
+        exact = there is not None and "rounding" not in there
+    return codec_for(sampler, exact_weights=exact)
 
 
 def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:

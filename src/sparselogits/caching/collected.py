@@ -65,6 +65,7 @@ def import_collected(
     window: int | None = None,
     k: int | None = None,
     windows_per_shard: int = 512,
+    exact_weights: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ImportReport:
     """Import rows of Top-K logprobs as a cache; `collected_rows` describes the forms of a row.
@@ -82,6 +83,7 @@ def import_collected(
         window: number of tokens per window; None for the length of the rows, which must be equal.
         k: largest number of entries per position; None for the number in the first row.
         windows_per_shard: number of windows per shard.
+        exact_weights: whether probabilities are stored as float32 numbers, and not rounded.
         progress: called with the number of windows done.
 
     Raises:
@@ -110,6 +112,7 @@ def import_collected(
         length,
         window is not None,
         windows_per_shard,
+        exact_weights,
     )
     cutter = _Cutter(length, whole_rows=window is None)
     sequences = (
@@ -254,6 +257,7 @@ def _identity(
     window_length: int,
     packed: bool,
     windows_per_shard: int,
+    exact_weights: bool,
 ) -> Identity:
     packing = packing_for(tokenizer, window_length=window_length, reset_attention=packed).to_json()
     del packing["window_length"]
@@ -276,7 +280,7 @@ def _identity(
         sampler={"name": sampler.name, **sampler.parameters()},
         seed=0,
         temperature=1.0,
-        codec=codec_for(sampler),
+        codec=codec_for(sampler, exact_weights=exact_weights),
     )
 
 

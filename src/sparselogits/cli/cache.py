@@ -140,6 +140,17 @@ def cache(
     seed: Annotated[
         int, typer.Option(min=0, help="Random seed for sampling.", rich_help_panel=TARGETS)
     ] = 0,
+    exact_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact-weights/--rounded-weights",
+            help="Store real-valued weights (topk, topp, threshold, a proposal exponent) as "
+            "float32 numbers, or rounded by at most 2.2 % in a third of the bytes. Counts are "
+            "exact.",
+            show_default="rounded; an existing cache continues as it was begun",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
     out: Annotated[
         str,
         typer.Option(
@@ -278,7 +289,7 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
-    request = CacheRequest(out, drawn, budget, seed, temperature)
+    request = CacheRequest(out, drawn, budget, seed, temperature, exact_weights)
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
     def find_place() -> TextPlace:

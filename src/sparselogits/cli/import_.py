@@ -66,6 +66,14 @@ def import_command(
             rich_help_panel=TARGETS,
         ),
     ] = None,
+    exact_weights: Annotated[
+        bool,
+        typer.Option(
+            "--exact-weights",
+            help="Store probabilities as float32 numbers instead of rounding them.",
+            rich_help_panel=TARGETS,
+        ),
+    ] = False,
     out: Annotated[
         str, typer.Option(help="Folder of the new cache; new or empty.", rich_help_panel=OUTPUT)
     ],
@@ -86,6 +94,7 @@ def import_command(
             window=window,
             k=k,
             windows_per_shard=windows_per_shard,
+            exact_weights=exact_weights,
             progress=update,
         )
     said = f"{counted(report.rows, 'row')} read"

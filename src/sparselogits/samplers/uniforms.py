@@ -11,11 +11,16 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 
-_SAMPLING, _THINNING = 0, 1  # highest word of the counter, so that the streams never overlap
+_SAMPLING, _THINNING, _ROUNDING = (
+    0,
+    1,
+    2,
+)  # highest word of the counter, so that the streams never overlap
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
@@ -66,6 +71,20 @@ def thinning_starts(
     first = _unit_interval(_words(seed, window_index, _THINNING, positions)) * stride
     step = next(s for s in range(round(stride * 0.618), 2 * stride) if math.gcd(s, stride) == 1)
     return torch.from_numpy((first.astype(np.int64) + epoch * step) % stride)
+
+
+def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.float64]:
+    """Return the uniforms by which a cache rounds the weights of one window, float64 [E] in [0, 1).
+
+    Args:
+        seed: seed of the cache, in [0, 2**64).
+        window_index: index of the window within the cache.
+        entries: E, entries of the window.
+
+    Raises:
+        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+    """
+    return _unit_interval(_words(seed, window_index, _ROUNDING, entries))
 
 
 def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:

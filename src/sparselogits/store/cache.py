@@ -18,6 +18,7 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -130,6 +131,8 @@ class Cache:
     def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Location:
         """Write one shard, whole or not at all.
 
+        Real-valued weights are rounded as the codec says (`TargetCodec.rounded`).
+
         If another worker has written the same range before, its file stays: the two hold the same
         targets.
 
@@ -147,6 +150,10 @@ class Cache:
             CacheCorruptionError: the shard does not read back as it was written.
         """
         self._require_consecutive(records)
+        codec, seed = TargetCodec.of(self.identity), self.identity.seed
+        records = [
+            replace(r, targets=codec.rounded(r.targets, seed, r.window_index)) for r in records
+        ]
         name, data = encode_shard(self.identity, records, provenance)
         self._require_reads_back(name, data, records)
         self.storage.create(name, data)

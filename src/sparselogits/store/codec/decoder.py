@@ -20,6 +20,7 @@ from sparselogits.samplers.sampler import COUNTS, THRESHOLD
 from sparselogits.store.bounds import DamageError, entries_bound
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import ColumnDecoder
+from sparselogits.store.codec.levels import levels_at
 from sparselogits.store.codec.lists import Array, Bool, Sets
 from sparselogits.store.codec.target_codec import TargetCodec
 from sparselogits.store.codec.weights import derived_entries, weights_of_counts
@@ -99,9 +100,9 @@ class BlockDecoder:
             told = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
             told[entries[1:] == entries[:-1]] = 0
             weights = np.full(len(heavy), codec.tau, np.float32)
-            weights[heavy] = pages.read("weights", told)
+            weights[heavy] = self._read_weights(pages, told)
         else:
-            weights = pages.read("weights", np.diff(entries))
+            weights = self._read_weights(pages, np.diff(entries))
         if codec.weights != COUNTS:
             _require_weights(weights, sets.offsets, codec)
         return SparseTargets(
@@ -113,6 +114,11 @@ class BlockDecoder:
             rounds=codec.rounds,
             check=False,
         )
+
+    def _read_weights(self, pages: _BlockPages, lengths: Array) -> NDArray[np.float32]:
+        if self.codec.rounding is not None:
+            return levels_at(pages.read("levels", lengths))
+        return pages.read("weights", lengths)
 
 
 @cache
@@ -172,7 +178,7 @@ def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None
     """Validate all weights, and their sums per position. Raises DamageError."""
     if not len(weights):
         return
-    least = float(np.float32(codec.tau or 0.0)) if codec.weights == THRESHOLD else 0.0
+    least = codec.least_weight
     found = float(weights.min()), float(weights.max())  # NaN where there is one
     if not (least <= found[0] and found[1] <= codec.most_mass):
         raise DamageError(

@@ -1,8 +1,9 @@
-"""How the targets of a cache are coded, and the encoder: one block of bytes per window.
+"""Define how the targets of a cache are coded, and encode them: one block of bytes per window.
 
-Written out in docs/format.md. Lossless: ids, counts and float32 weights come back bit for bit.
-The ids come first (lists.py), then the weights, entry by entry (weights.py); a library codes each
-column (columns.py). decoder.py reads blocks back.
+docs/format.md specifies the bytes. Ids and counts come back bit for bit, and so do weights that are
+levels (levels.py) or, in a cache with exact weights, any float32 weights. The ids come first
+(lists.py), then the weights, entry by entry (weights.py); a library codes each column (columns.py).
+decoder.py reads blocks back.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
 from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, THRESHOLD, Sampler
+from sparselogits.samplers.uniforms import rounding_uniforms
 from sparselogits.store.bounds import (
     LARGEST_WINDOW,
     MOST_ROUNDS,
@@ -27,17 +30,36 @@ from sparselogits.store.bounds import (
 )
 from sparselogits.store.codec import lists
 from sparselogits.store.codec.columns import encode_column
+from sparselogits.store.codec.levels import (
+    LARGEST_STEP,
+    NEAREST,
+    STOCHASTIC,
+    indices_of,
+    rounded,
+)
 from sparselogits.store.codec.lists import Array, Bool
-from sparselogits.store.codec.weights import WEIGHT_COLUMNS, derived_entries, weights_of_counts
+from sparselogits.store.codec.weights import (
+    WEIGHT_COLUMNS,
+    derived_entries,
+    weight_columns,
+    weights_of_counts,
+)
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
 
 NAME = "inverted-lists"
-VERSION = 1
+EXACT, ROUNDED = 1, 2
+"""Versions of the codec: with exact weights, and with weights rounded to levels."""
 
 
-def codec_for(sampler: Sampler) -> dict[str, Any]:
+def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any]:
     """Return the codec of a sampler's targets, as written to the identity.
+
+    Args:
+        sampler: the sampler.
+        exact_weights: whether real-valued weights are stored as float32 numbers, and not rounded to
+            levels: stochastically if the sampler is unbiased, else to the nearest. Weights that
+            are count / rounds are exact in any case.
 
     Raises:
         CacheError: more rounds than the format can hold.
@@ -49,7 +71,11 @@ def codec_for(sampler: Sampler) -> dict[str, Any]:
             f"{MOST_ROUNDS}; choose fewer rounds"
         )
     told = {"weights": stored.weights, "rounds": stored.rounds, "tau": stored.tau}
-    return {"name": NAME, "version": VERSION, **{k: v for k, v in told.items() if v is not None}}
+    made: dict[str, Any] = {"name": NAME, "version": EXACT}
+    made |= {k: v for k, v in told.items() if v is not None}
+    if exact_weights or stored.weights == COUNTS:
+        return made
+    return made | {"version": ROUNDED, "rounding": STOCHASTIC if sampler.unbiased else NEAREST}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +103,8 @@ class TargetCodec:
         rounds: rounds per position that carries a target; None if the sampler draws none.
         tau: the weight that light entries share; None for other kinds of weights.
         most_mass: largest sum of the weights of a position.
+        rounding: how real-valued weights are rounded to levels, stochastic or nearest; None if they
+            are exact.
     """
 
     weights: str
@@ -84,6 +112,7 @@ class TargetCodec:
     rounds: int | None = None
     tau: float | None = None
     most_mass: float = math.inf
+    rounding: str | None = None
 
     @classmethod
     def from_identity(
@@ -99,12 +128,23 @@ class TargetCodec:
         Raises:
             CacheError: this library does not know the codec.
         """
-        weights, rounds, tau = (codec.get(key) for key in ("weights", "rounds", "tau"))
-        known = (codec.get("name"), codec.get("version")) == (NAME, VERSION)
+        keys = ("weights", "rounds", "tau", "rounding")
+        weights, rounds, tau, rounding = (codec.get(key) for key in keys)
+        version = codec.get("version")
+        known = codec.get("name") == NAME and version in (EXACT, ROUNDED)
         if not known or not isinstance(weights, str) or weights not in WEIGHT_COLUMNS:
             raise CacheError(
-                f"this library reads targets coded by {NAME} {VERSION}, the cache names "
-                f"{shown(dict(codec))}; install the version of sparselogits that wrote it"
+                f"this library reads targets coded by {NAME} {EXACT} and {ROUNDED}, the cache "
+                f"names {shown(dict(codec))}; install the version of sparselogits that wrote it"
+            )
+        if rounding not in ((STOCHASTIC, NEAREST) if version == ROUNDED else (None,)) or (
+            version,
+            weights,
+        ) == (ROUNDED, COUNTS):
+            raise CacheError(
+                f"the codec {NAME} {ROUNDED} has weights other than {COUNTS} and a rounding, "
+                f"{STOCHASTIC} or {NEAREST}; {NAME} {EXACT} has no rounding. The cache names "
+                f"{shown(dict(codec))}; restore cache.json from a copy"
             )
         has_rounds, has_tau = weights in (COUNTS, COUNTS_AND_FLOATS), weights == THRESHOLD
         if (rounds is not None, tau is not None) != (has_rounds, has_tau):
@@ -113,7 +153,10 @@ class TargetCodec:
                 f"{'' if has_tau else 'no '}tau, the cache names {shown(dict(codec))}; restore "
                 "cache.json from a copy"
             )
-        return cls(weights, vocab_size, rounds, tau, mass_bound(sampler or {}, weights, vocab_size))
+        most_mass = mass_bound(sampler or {}, weights, vocab_size)
+        if rounding is not None:
+            most_mass *= 1 + LARGEST_STEP
+        return cls(weights, vocab_size, rounds, tau, most_mass, rounding)
 
     @classmethod
     def of(cls, identity: Identity) -> TargetCodec:
@@ -123,7 +166,43 @@ class TargetCodec:
     @property
     def columns(self) -> dict[str, Any]:
         """Names and dtypes of the columns of a block, in order."""
-        return dict.fromkeys(lists.COLUMNS, np.uint32) | WEIGHT_COLUMNS[self.weights]
+        return dict.fromkeys(lists.COLUMNS, np.uint32) | weight_columns(
+            self.weights, rounded=self.rounding is not None
+        )
+
+    @property
+    def least_weight(self) -> float:
+        """Smallest weight: tau, or a level next to tau, for heavy entries; else 0."""
+        if self.weights != THRESHOLD:
+            return 0.0
+        tau = float(np.float32(self.tau or 0.0))
+        return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
+
+    def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
+        """Return a window's targets with the weights that the cache stores.
+
+        Stochastic rounding keeps the expectation of every weight. Its uniforms depend on seed,
+        window and entry alone, so that a resumed build makes the same bytes. Weights that are
+        levels stay as they are.
+
+        Args:
+            targets: targets of the window.
+            seed: seed of the cache.
+            window_index: index of the window within the cache.
+
+        Raises:
+            InvalidTargetsError: a weight is negative or not finite.
+        """
+        if self.rounding is None:
+            return targets
+        weights, uniforms = targets.weights.numpy(), None
+        if self.rounding == STOCHASTIC:
+            uniforms = rounding_uniforms(seed % 2**64, window_index, len(weights))
+        made = rounded(weights, uniforms)
+        if self.weights == THRESHOLD:  # light entries share a weight that need not be a level
+            tau = np.float32(self.tau or 0.0)
+            made = np.where(weights == tau, tau, made)
+        return replace(targets, weights=torch.from_numpy(made), check=False)
 
     def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
         """Encode the windows of a shard.
@@ -169,6 +248,8 @@ class TargetCodec:
         if self.weights == THRESHOLD:
             heavy = weights != np.float32(self.tau or 0.0)
             columns |= {"heavy": heavy.astype(np.uint32), "weights": weights[heavy]}
+        if self.rounding is not None:
+            columns["levels"] = indices_of(columns.pop("weights"))
         return columns
 
     def _require_codable(self, targets: SparseTargets, present: NDArray[np.bool_]) -> None:

@@ -1,7 +1,8 @@
-"""The four kinds of weights, and what a block need not store of them.
+"""Name the columns of each kind of weights, and find the counts that a block need not store.
 
 If the sampler draws N rounds, weights are count / N, and one count per position follows from the
-others. If light entries share one weight tau, only heavy entries store a number.
+others. If light entries share one weight tau, only heavy entries store a number. A real-valued
+weight is stored as a float32 number (column `weights`) or rounded to a level (column `levels`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
     FLOATS: {"weights": np.float32},
     THRESHOLD: {"heavy": np.uint32, "weights": np.float32},
 }
+
+
+def weight_columns(weights: str, *, rounded: bool) -> dict[str, Any]:
+    """Return the names and dtypes of the columns of a kind of weights, in order."""
+    columns = WEIGHT_COLUMNS[weights]
+    if not rounded:
+        return columns
+    others = {name: dtype for name, dtype in columns.items() if name != "weights"}
+    return others | {"levels": np.uint32}
 
 
 def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:

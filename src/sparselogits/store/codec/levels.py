@@ -1,0 +1,88 @@
+"""Round real-valued weights to the levels of one fixed table, so that a weight takes 8 to 10 bits.
+
+Levels are logarithmic, 32 per octave. Between 1/2 and 1 the distance to 1 is logarithmic, not the
+weight: where one token has nearly all mass, the mass of all other tokens keeps its relative error,
+and with it the ghost token of the loss. docs/format.md defines the table.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselogits.errors import InvalidTargetsError
+from sparselogits.store.bounds import DamageError
+from sparselogits.store.codec.lists import Array
+
+STOCHASTIC, NEAREST = "stochastic", "nearest"
+
+PER_OCTAVE = 32
+LARGEST_STEP = 2 ** (1 / PER_OCTAVE) - 1
+"""Largest relative distance from a level of at least 2^-126 to the next one."""
+
+_LEAST, _MOST, _NEAREST_TO_ONE = -126, 97, -16  # exponents of two; V^4 is 2^96 at most
+
+
+@cache
+def levels() -> NDArray[np.float32]:
+    """Return the table: float32 levels, ascending from 0 to 2^97."""
+    low = np.exp2(np.arange(_LEAST * PER_OCTAVE, -PER_OCTAVE) / PER_OCTAVE)
+    middle = 1 - np.exp2(np.arange(-PER_OCTAVE, _NEAREST_TO_ONE * PER_OCTAVE - 1, -1) / PER_OCTAVE)
+    high = np.exp2(np.arange(_MOST * PER_OCTAVE + 1) / PER_OCTAVE)
+    table = np.concatenate([[0.0], low, middle, high]).astype(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def rounded(
+    weights: NDArray[np.float32], uniforms: NDArray[np.float64] | None
+) -> NDArray[np.float32]:
+    """Round weights to levels; a weight that is a level stays as it is.
+
+    Args:
+        weights: float32 [E].
+        uniforms: float64 [E] in [0, 1). A weight w between two levels a < b becomes b with
+            probability (w - a) / (b - a), so its expectation is w. None rounds to the nearest
+            level, and to the lower of two that are equally near.
+
+    Raises:
+        InvalidTargetsError: a weight is negative or not finite.
+    """
+    table = levels()
+    if len(weights) and not 0 <= float(weights.min()) <= float(weights.max()) <= table[-1]:
+        raise InvalidTargetsError(
+            f"the weights lie between {weights.min():g} and {weights.max():g}; a cache that rounds "
+            f"weights stores 0 to {table[-1]:g}. Store exact weights, or correct the sampler"
+        )
+    below = np.searchsorted(table[:-1], weights, side="right") - 1
+    a, b = table[below].astype(np.float64), table[below + 1].astype(np.float64)
+    share = (weights - a) / (b - a)
+    above = share > 0.5 if uniforms is None else uniforms < share
+    return table[below + above]
+
+
+def indices_of(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Return the indices of levels in the table.
+
+    Raises:
+        InvalidTargetsError: a weight is not a level.
+    """
+    table = levels()
+    found = np.minimum(np.searchsorted(table, weights), len(table) - 1)
+    if not np.array_equal(table[found], weights):
+        odd = weights[table[found] != weights][0]
+        raise InvalidTargetsError(
+            f"a weight is {odd:g}, which is not a level of the cache's coding; round the targets "
+            "with `TargetCodec.rounded` first, as `Cache.commit` does"
+        )
+    return found.astype(np.uint32)
+
+
+def levels_at(indices: Array) -> NDArray[np.float32]:
+    """Return the levels at some indices of the table. Raises DamageError."""
+    table = levels()
+    if len(indices) and int(indices.max()) >= len(table):
+        raise DamageError(f"level {indices.max()}, where there are {len(table)}")
+    return table.take(indices)
