@@ -62,7 +62,7 @@ ONLINE = [name for name, method in METHODS.items() if method.online]
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """Return names as a list in words."""
+    """Join names to an enumeration, such as `a, b and c`."""
     return f" {last} ".join(", ".join(names).rsplit(", ", 1))
 
 

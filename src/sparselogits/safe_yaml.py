@@ -87,7 +87,10 @@ def _integer(loader: _Loader, node: Any) -> int:
     text = loader.construct_scalar(node)
     if len(text) > 64:
         raise yaml.constructor.ConstructorError(
-            None, None, f"{shown(text)} has {len(text)} digits", node.start_mark
+            None,
+            None,
+            f"{shown(text)} has {len(text)} digits; expected 64 at most",
+            node.start_mark,
         )
     return int(text)
 

@@ -20,12 +20,12 @@ class ThriftError(ValueError):
 
 
 class CompactReader:
-    """Reads structures from bytes.
+    """Read structures of Thrift's compact protocol from bytes.
 
     Args:
-        data: the bytes.
-        at: offset of the first structure.
-        most: number of values that may be read.
+        data: encoded bytes.
+        at: byte offset of the first structure.
+        most: maximum number of values to read; more raise a ThriftError.
     """
 
     def __init__(self, data: bytes, at: int = 0, most: int = 256) -> None:
@@ -120,7 +120,7 @@ class CompactReader:
 
     def _byte(self) -> int:
         if self.at >= len(self.data):
-            raise ThriftError("a structure is cut off")
+            raise ThriftError(f"the data end at byte {self.at}, within a structure")
         self.at += 1
         return self.data[self.at - 1]
 
@@ -137,7 +137,9 @@ class CompactReader:
 
     def _advance(self, length: int) -> None:
         if length > len(self.data) - self.at:
-            raise ThriftError("a structure is cut off")
+            raise ThriftError(
+                f"a value takes {length} bytes, but only {len(self.data) - self.at} are left"
+            )
         self.at += length
 
     def _count(self, values: int) -> None:

@@ -91,7 +91,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
 
 
 def _require_finite(engine: Engine, logits: Tensor, first: int, length: int) -> None:
-    """Raise an error if a logit is not finite, which is not due to the tokenizer."""
+    """Raise an error that names damaged weights or overflow if a token's logit is not finite."""
     tokens = engine.token_mask.to(logits.device)
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):

@@ -113,7 +113,10 @@ def shrink(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text, instead of --cache: any kind of text that `cache` takes.",
+            help=(
+                "Calibration text, instead of --cache: a file, a folder or a dataset, as for "
+                "`sparselogits cache`."
+            ),
             show_default="none; give this or --cache",
             rich_help_panel=DATA,
         ),

@@ -1,14 +1,14 @@
-"""Make text of conversations with a tokenizer's chat template, in a process of its own.
+"""Render conversations to text with a tokenizer's chat template, in a separate process.
 
-A conversation is rendered whole, by transformers' own renderer, so that its text is what
-`apply_chat_template` gives; `rendering` says which characters of it are learnt.
+A conversation is rendered whole, by the renderer of transformers, so that the text is what
+`apply_chat_template` gives; `rendering` decides which characters enter the loss mask.
 
 Templates are untrusted programs from a tokenizer's folder. transformers runs them in
-Jinja's sandbox, which keeps them from files and from Python, but not from endless loops or from
-gigabytes of text. Limits of the operating system do: the rendering process ends when one rendering
-takes more than `CPU_SECONDS` of processor time, and it may take `MEMORY_BYTES` more than at its
-start. One process serves all conversations that a process packs; it ends with the process that
-started it, or after `IDLE_SECONDS` without a conversation, and is started again when there is one.
+Jinja's sandbox, which blocks access to files and to Python, but not endless loops or gigabytes of
+text. Operating-system limits stop those: the rendering process ends when one rendering takes more
+than `CPU_SECONDS` of processor time, and it may take `MEMORY_BYTES` more than at its start. One
+rendering process serves all conversations that a packing process reads; it ends with the packing
+process, or after `IDLE_SECONDS` without a conversation, and restarts at the next conversation.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sparselogits.locks import FileLock, Held
 
 
 class Claim:
-    """A folder that is locked for one text; see `claimed`."""
+    """Hold the lock on a packed-corpus folder, shared by workers that pack the same text."""
 
     def __init__(self, paths: Paths, lock: FileLock) -> None:
         self._paths, self._lock = paths, lock

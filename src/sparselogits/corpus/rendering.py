@@ -349,7 +349,7 @@ class _Bound:
         return at if text[:at] + text[at + len(self.mark) :] == plain else None
 
     def markings(self, message: Message) -> Iterator[Message]:
-        """Yield copies of a message with the mark in one of its texts."""
+        """Yield copies of a message, each with the mark inserted at one position of one text."""
         for path, text in _texts(message):
             start, stop = len(text) - len(text.lstrip()), len(text.rstrip())
             for at in dict.fromkeys((stop, (start + stop) // 2, min(start, stop))):
@@ -375,7 +375,7 @@ class _Bound:
             )
         except MemoryError:
             raise RenderError(
-                "the chat template takes more memory than it may; look at the template's loops"
+                "the chat template takes more memory than is allowed. Check the template's loops"
             ) from None
         except (TemplateError, ArithmeticError, LookupError, AttributeError) as error:
             raise RenderError(f"the chat template refuses it: {error}") from error
@@ -384,8 +384,8 @@ class _Bound:
         text = str(rendered[0])
         if len(text) > self._limit:
             raise RenderError(
-                f"the chat template writes {len(text)} characters, more than the {self._limit} "
-                "that it may; look at the template's loops"
+                f"the chat template writes {len(text)} characters; at most {self._limit} are "
+                "allowed. Check the template's loops"
             )
         return text, marks
 

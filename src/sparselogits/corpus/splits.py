@@ -2,7 +2,7 @@
 
 The rules (keywords in names and folders, `data/SPLIT-00000-of-00001`, `configs` in README.md) are
 those of `datasets.load_dataset`, applied by its functions to the names of the files. So both read
-the same files of a folder, and no pattern leads out of the folder.
+the same files, and no pattern can select a file outside the folder.
 """
 
 from __future__ import annotations

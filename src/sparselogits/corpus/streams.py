@@ -296,7 +296,7 @@ def damaged(path: Path, error: Any) -> CorpusError:
 
 
 class PartError(ValueError):
-    """A file is no part of a packed corpus, or claims more than a part has."""
+    """A file is not a part of a packed corpus, or its footer claims more than a part can hold."""
 
 
 def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:

@@ -143,7 +143,7 @@ class WindowSampler(Sampler[WindowRequest]):
         return range(self.next_position + self.rank, stop, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch, unless it is the current one."""
+        """Move to the start of an epoch; keep the position if this epoch is already current."""
         if epoch != self.epoch:
             self.epoch, self.next_position = epoch, 0
 

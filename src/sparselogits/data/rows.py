@@ -51,9 +51,9 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def as_windows(dataset: Any) -> Any:
-    """Return what evaluation reads: a `datasets` object as `TokenisedRows`, others as they are.
+    """Wrap a `datasets` object in `TokenisedRows`, for evaluation; return other datasets unchanged.
 
-    A mapping of names to datasets is converted one by one.
+    In a mapping of names to datasets, each dataset is converted.
     """
     if isinstance(dataset, Mapping):
         return {name: as_windows(part) for name, part in dataset.items()}

@@ -127,6 +127,8 @@ def _require_sound(stage: Stage, *, last: bool) -> None:
             "a stage has neither until nor until_step; only the last stage may omit both"
         )
     if stage.until is not None and not 0 < stage.until <= 1:
-        raise InvalidArgumentError(f"until is a share of training in (0, 1], found {stage.until}")
+        raise InvalidArgumentError(
+            f"until must be a share of training in (0, 1], found {stage.until}"
+        )
     if stage.until_step is not None and stage.until_step < 1:
-        raise InvalidArgumentError(f"until_step is at least 1, found {stage.until_step}")
+        raise InvalidArgumentError(f"until_step must be at least 1, found {stage.until_step}")

@@ -28,10 +28,10 @@ LastLogits = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Round:
-    """Describe one draft after verification.
+    """Hold the outcome of one draft of speculative decoding that the teacher has verified.
 
     Args:
-        tokens: emitted tokens: the accepted ones, and one from the teacher.
+        tokens: emitted tokens: the accepted draft tokens, then one token of the teacher.
         acceptances: float64 [verified], sum_i min(p_i, s_i) at each verified position, up to and
             including the first rejection.
     """

@@ -314,7 +314,7 @@ class _Taught:
 
     @classmethod
     def of(cls, log_p: Tensor) -> _Taught:
-        """Compute everything from the log-probabilities."""
+        """Compute probabilities and each position's most likely token from log-probabilities."""
         largest, likeliest = log_p.max(1)
         return cls(log_p, log_p.exp(), largest, likeliest)
 

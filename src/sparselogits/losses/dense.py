@@ -57,7 +57,7 @@ class ForwardKL(Divergence):
     """Compute KL(p || s), the limit that unbiased sparse targets approach."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Divergence`."""
+        """Return the divergence and its derivative; see `Divergence.rows_`."""
         log_s = torch.log_softmax(u, 1)
         p = log_p.exp()
         kl = _expected(p, log_p - log_s)
@@ -68,7 +68,7 @@ class ReverseKL(Divergence):
     """Compute KL(s || p), with s over the ids that the teacher has (MiniLLM, Gu et al. 2024)."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Divergence`."""
+        """Return the divergence and its derivative; see `Divergence.rows_`."""
         log_s = torch.log_softmax(u.masked_fill_(log_p == -torch.inf, -torch.inf), 1)
         s = log_s.exp()
         ratio = torch.where(s == 0, 0.0, log_s - log_p)
@@ -97,7 +97,7 @@ class JensenShannon(Divergence):
             )
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Divergence`."""
+        """Return the divergence and its derivative; see `Divergence.rows_`."""
         log_s = torch.log_softmax(u, 1)
         log_m = torch.logaddexp(log_p + math.log(self.beta), log_s + math.log1p(-self.beta))
         p, s = log_p.exp(), log_s.exp()

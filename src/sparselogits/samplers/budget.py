@@ -67,7 +67,7 @@ class Pilot:
         return cls([read])
 
     def _read_few(self) -> list[PilotSlice]:
-        """Return the slices of at most about four windows, evenly spread."""
+        """Read the slices of about four windows, evenly spaced over all pilot windows."""
         chosen = self._windows[:: max(1, len(self._windows) // _FEW_WINDOWS)]
         return [part for read in chosen for part in read()]
 

@@ -1,4 +1,4 @@
-"""Invert a distribution over a large vocabulary without writing it down.
+"""Sample from a large vocabulary by inverse CDF, without materialising the distribution.
 
 A proposal is q_i proportional to w_i = exp(e * (z_i - shift)). To find the tokens in which given
 levels of its cumulative sum fall, the vocabulary is cut into blocks of 64 ids:

@@ -156,7 +156,7 @@ class SamplerChoice:
         return from_parameters(self.parameters())
 
     def title(self, budget: float | None) -> str:
-        """Return the sampler's name for tables, with its budget and its given fields."""
+        """Return the sampler's title for tables, with the budget and the fields that are set."""
         title = self.kind.title + ("" if budget is None else f" {budget:g}")
         declared = self.kind.declared()
         return title + "".join(declared[n].in_title(n, v) for n, v in self.given.items())
@@ -166,7 +166,7 @@ def choose(name: object, given: Mapping[str, Any], *, known: Iterable[str] = ())
     """Check the fields that a user gives a sampler.
 
     Args:
-        name: of the sampler.
+        name: name of the sampler.
         given: values by field; None stands for one that is not given.
         known: further words that may have been meant by an unknown field.
 

@@ -112,10 +112,13 @@ class StudentSignal:
         return spread.clamp_min(0).double()
 
     def unembedding(self, vocabulary: int) -> Tensor:
-        """Return the first rows of the student's unembedding, float32 [V, D].
+        """Return the first V rows of the student's unembedding (LM head), float32 [V, D].
+
+        Args:
+            vocabulary: V, the vocabulary size of the teacher.
 
         Raises:
-            InvalidArgumentError: the student has fewer ids.
+            InvalidArgumentError: the student's vocabulary is smaller than V.
         """
         weight: Tensor = self.engine.model.get_output_embeddings().weight.detach()  # type: ignore[operator]
         if weight.shape[0] < vocabulary:

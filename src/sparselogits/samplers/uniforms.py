@@ -45,11 +45,11 @@ def window_uniforms(seed: int, window_index: int, positions: int, per_position: 
 def thinning_starts(
     seed: int, epoch: int, window_index: int, positions: int, stride: int
 ) -> Tensor:
-    """Return which of the `stride` ways to thin cached rounds each position takes in an epoch.
+    """Choose, per position, one of `stride` subsets of the cached rounds to keep in an epoch.
 
-    Over any `stride` epochs in a row a position takes every way once, so their average is the
-    cached target exactly; consecutive epochs are a golden section of the cycle apart, so that a
-    few of them already average well. Where the cycle begins is random.
+    Over any `stride` consecutive epochs a position uses each subset once, so the average over
+    these epochs is exactly the cached target. Consecutive epochs are about 0.618 of the cycle
+    apart, so that the average over few epochs is already close. The start of the cycle is random.
 
     Args:
         seed: seed of the training run, in [0, 2**64).

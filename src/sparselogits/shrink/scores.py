@@ -153,7 +153,7 @@ def width_scores(
 
 
 def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Callable[..., None]:
-    """Return a hook that adds the mean square of what each unit adds to the residual stream."""
+    """Return a hook that sums each unit's mean squared contribution to the residual stream."""
     count = len(into)
     weight: Any = projection.weight
     by_unit: Tensor = weight.detach().movedim(weight_dim, 0).float()  # [inputs, D]

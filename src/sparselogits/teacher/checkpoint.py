@@ -420,10 +420,10 @@ def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
-    """Refuse, within the block, to create a model that is far larger than its weights.
+    """Raise an error if a model far larger than its weight files is created within the block.
 
     Parameters are counted when modules register them, before memory is filled, so a wrong
-    configuration costs no more than the size of its files.
+    configuration takes no more memory than the size of the weight files.
 
     Args:
         checkpoint: checkpoint whose weights bound the model.

@@ -62,7 +62,7 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
 
 
 def _check_documents(engine: Engine, tokens: Tensor, tolerance: float) -> None:
-    """Check that documents of one window do not see each other."""
+    """Check that documents packed into one window do not attend to each other."""
     middle = tokens.shape[1] // 2
     starts = [np.array([0, middle], np.int32)] * len(tokens)
     try:

@@ -39,10 +39,12 @@ def model_named(name: str) -> str:
 
 
 def demo_model() -> Path:
-    """Return a folder with the model in safetensors, converted on first use in half a minute.
+    """Return the folder of the demo model, in safetensors.
+
+    The first call converts the model from GGUF, which takes about half a minute.
 
     Raises:
-        MissingDependencyError: packages are missing; names all of them.
+        MissingDependencyError: packages are missing; the message names all of them.
     """
     require("the model `demo`", demo_model=True)
     gguf = _gguf_file()

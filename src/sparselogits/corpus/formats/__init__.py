@@ -82,9 +82,9 @@ def format_with_weak_suffix(path: Path) -> Format | None:
 
 
 def format_of_named_file(path: Path) -> Format | None:
-    """Return the format of a file that the user names; None for compressed text.
+    """Return the format of a file that the user names explicitly; None for compressed text.
 
-    Any file is text unless its name says otherwise.
+    A file whose suffix belongs to no format is read as text.
     """
     found = format_in_folder(path)
     if found is None and not is_compressed(path):

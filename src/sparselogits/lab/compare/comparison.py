@@ -96,7 +96,7 @@ def compare(
 
     Args:
         recipe: the comparison.
-        device: of teacher and students.
+        device: device of teacher and students.
         stage: shows progress of a piece of work, see `console.stage`.
 
     Returns:

@@ -58,13 +58,13 @@ class FinishedWork:
         write_whole(self._file(kind, key), json.dumps({"value": value}) + "\n")
 
     def fail(self, kind: str, key: str, why: str, **more: str) -> None:
-        """Keep why an attempt failed, unless another process has kept a value meanwhile.
+        """Record why an attempt failed, unless another process has stored a result by now.
 
         Args:
             kind: kind of the work.
-            key: fingerprint of what determines it.
-            why: the reason.
-            more: what else helps to find the cause, such as a traceback.
+            key: fingerprint of the inputs that determine the work.
+            why: reason of the failure.
+            more: further details to record, such as a traceback.
         """
         if self.value(kind, key) is None:
             content = {"failure": why, **more}

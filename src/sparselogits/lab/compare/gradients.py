@@ -120,7 +120,7 @@ def with_gradients(
 def _asked(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], student: str
 ) -> list[Asked]:
-    """Return a measurement for every method of one student that has a single target."""
+    """Return the measurements of one student: one for each method with a single target."""
     on = _run_to_measure(recipe, [run for run in runs if run.planned.student == student])
     if recipe.gradients is None or on is None:
         return []
@@ -216,7 +216,7 @@ def _measure(
 def _target(
     asked: Asked, recipe: CompareRecipe, setting: Setting, samplers: dict[str, Sampler]
 ) -> Target:
-    """Return the target of a method, named by the fingerprint of the measurement."""
+    """Build the target of a method; its name is the fingerprint of the measurement."""
     method = asked.method
     if method.sampler is None:
         return Target(asked.fingerprint, None)

@@ -1,4 +1,4 @@
-"""Define the targets that a table of gradients compares: the RS-KD paper's and further ones."""
+"""Define the targets whose gradients are compared: those of the RS-KD paper, and further ones."""
 
 from __future__ import annotations
 

@@ -17,26 +17,29 @@ FORWARD, TRAINING = 2, 6
 UTILISATION = 0.4
 """Assumed, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4)."""
 BUILD_OVERHEAD = 0.046
-"""The whole build over the teacher's forward pass, less one: benchmarks/cache_build.json."""
+"""Extra time of a build, as a share of the time of the teacher's forward passes:
+benchmarks/cache_build.json."""
 STEP_OVERHEAD = 0.006
-"""A step from the cache over a CE step, less one: benchmarks/step.json, student 'even'."""
+"""Extra time of a training step from the cache, as a share of the time of a CE step:
+benchmarks/step.json, student 'even'."""
 TEXT_BYTES = 1.49
-"""Bytes a token for the tokens themselves: benchmarks/size.json, V = 49 152."""
+"""Stored bytes per token, without the targets: benchmarks/size.json, V = 49 152."""
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
-"""Bits an entry, systematic N = 21, by vocabulary: benchmarks/size.json. The second is of made-up
-targets in a shard of four windows, so the line through both leans to the safe side."""
+"""Bits per entry (systematic, N = 21) by vocabulary size: benchmarks/size.json. The second is
+measured on synthetic targets in a shard of four windows, so the line through both errs on the safe
+side."""
 ROW_GROUP = 8
-"""Windows in a row group, the least that is fetched: docs/format.md."""
+"""Windows per row group, the smallest unit that is fetched: docs/format.md."""
 TOKENISED_PER_SECOND = 602_000.0
 """Tokens that one core tokenises and packs per second, from text files, with SmolLM2's tokenizer:
 benchmarks/packing.json. Slow pre-tokenizers and compressed sources take several times as long."""
 LIST_PAGE = 1000
-"""Names in a page of a listing: benchmarks/object_store.json, and S3's own limit."""
+"""Names per page of an object-store listing: benchmarks/object_store.json, and S3's own limit."""
 COLD_REQUESTS = 3
 """HEAD and two GET for a window of a shard that is not open: benchmarks/object_store.json."""
 HOURS_BETWEEN_FAILURES = 50_700.0
-"""Of one device: Llama 3 405B met 419 unexpected interruptions in 54 days on 16 384 devices
-(arXiv 2407.21783, section 3.3.4)."""
+"""Mean hours between failures of one device: Llama 3 405B had 419 unexpected interruptions in 54
+days on 16 384 devices (arXiv 2407.21783, section 3.3.4)."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def draw_png(
 
     Args:
         drawing: the chart.
-        path: of the file.
+        path: path of the file.
         width: pixels of the chart itself.
         scale: pixels of the file per pixel.
         dark: whether in the colours of dark pages.

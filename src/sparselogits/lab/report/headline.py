@@ -11,7 +11,7 @@ def headline(results: Results, student: str) -> str:
     """Say what the best cached method reached, compared with CE and full KD.
 
     Args:
-        results: of the comparison.
+        results: results of the comparison.
         student: the one whose methods are compared.
     """
     rows = [row for row in results.methods if row.student == student and _loss(row) is not None]

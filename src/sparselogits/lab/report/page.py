@@ -26,11 +26,11 @@ from sparselogits.untrusted import printable
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table.
+    """Hold one value of a table.
 
     Args:
-        text: as shown.
-        value: by which the column is sorted; None sorts last.
+        text: text that is displayed.
+        value: number by which the column is sorted; None sorts last.
         best: whether the value is marked as the best of its column.
     """
 

@@ -54,7 +54,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Position:
-    """What predicts the token after one position.
+    """Hold what the cache and the models predict for the token after one position.
 
     Args:
         label: id of that token; None if there is none to learn.

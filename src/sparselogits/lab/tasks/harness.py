@@ -128,8 +128,9 @@ def _task(name: str, data: Path | None) -> list[Any]:
         loaded = manager.load([name])
     except Exception as error:
         raise TaskError(
-            f"the task {name!r} could not be loaded: {_said(error)}. Its data come from a hub, "
-            f"which needs the network once; {', '.join(LOCAL_TASKS)} need no network"
+            f"the task {name!r} could not be loaded: {_said(error)}. Its data are "
+            "downloaded from the Hugging Face Hub, which needs the network once. Connect, or use a "
+            f"task that needs no network: {', '.join(LOCAL_TASKS)}"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
@@ -185,7 +186,7 @@ def _quiet() -> Iterator[Any]:
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """Restore the state of all random generators, which lm-eval seeds."""
+    """Restore the state of all random generators after the block, because lm-eval seeds them."""
     own, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

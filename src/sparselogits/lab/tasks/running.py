@@ -43,7 +43,7 @@ class TaskScore:
 
     @property
     def name(self) -> str:
-        """Return the names of task and metric."""
+        """Return the name of the score, as `task/metric`."""
         return f"{self.task}/{self.metric}"
 
     @classmethod

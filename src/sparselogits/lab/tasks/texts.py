@@ -21,7 +21,7 @@ from sparselogits.errors import TaskError
 from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
-"""Of a passage; three quarters of the words of a window where that is less."""
+"""Maximum words per passage; in short windows, a passage has three quarters of the words."""
 ENDINGS = 4
 _FEWEST_WORDS = 4  # so that its last quarter is one
 _WINDOWS_AN_ITEM = 2  # read at most, so that a large hold-out is not decoded whole

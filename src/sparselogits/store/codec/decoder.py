@@ -47,7 +47,9 @@ class BlockDecoder:
         self.codec = codec
         names = codec.columns
         if set(tables) != set(names):
-            raise DamageError(f"coding tables for {sorted(tables)}, expected {sorted(names)}")
+            raise DamageError(
+                f"the shard has coding tables for {sorted(tables)}, expected {sorted(names)}"
+            )
         self._columns = {n: ColumnDecoder(dtype, tables[n]) for n, dtype in names.items()}
         _keep_freed_memory()
 

@@ -1,4 +1,4 @@
-"""Validation of a row group: its pages before Parquet's parser reads them, its values afterwards.
+"""Validate a row group: its pages before Parquet's parser reads them, its values afterwards.
 
 Parquet encodes a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
 compression, or a header that merely claims it. A shard uses none of these but zstd for its tokens,

@@ -72,9 +72,10 @@ class CopyFolder:
             return None
 
     def put(self, location: str, key: str, data: bytes) -> None:
-        """Keep bytes under a key, if they fit; remove others to make room.
+        """Store bytes under a key, and evict other entries if the folder would exceed its limit.
 
-        If the folder cannot be written, a warning is issued and the bytes are not kept.
+        Bytes larger than the limit are not stored. If the folder cannot be written, a warning is
+        issued and the bytes are not stored.
         """
         if len(data) > self.limit:
             return

@@ -28,12 +28,12 @@ FORMATS = ("lists", "topk", "datasets")
 def export(
     cache: Cache, out: str | Path, form: str, *, k: int = 50, progress: Progress | None = None
 ) -> list[Path]:
-    """Write a cache in another form.
+    """Export a cache to another file format.
 
     Args:
-        cache: the cache.
-        out: a folder that does not exist or is empty.
-        form: one of FORMATS.
+        cache: cache to export.
+        out: output folder; must not exist or must be empty.
+        form: output format, one of FORMATS.
         k: entries per position for `topk`; positions with fewer are padded with id 0 and -inf.
         progress: called with (windows done, windows in all).
 

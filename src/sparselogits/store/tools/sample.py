@@ -1,6 +1,7 @@
-"""Histograms of a cache from a sample of its row groups, which `sparselogits info` draws.
+"""Compute histograms for `sparselogits info` from a sample of a cache's row groups.
 
-The number of row groups is bounded, and they are spread over as many shards as possible.
+The number of row groups read is bounded, and the row groups are spread over as many
+shards as possible.
 """
 
 from __future__ import annotations

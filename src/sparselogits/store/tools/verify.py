@@ -221,5 +221,5 @@ class _Totals:
         for key, value in found.items():
             if told[key] != value:
                 raise CacheCorruptionError(
-                    f"{shard.name}: its rows have {key} {value}, its footer says {told[key]}"
+                    f"{shard.name}: rows have {key} {value}, expected {told[key]} as in the footer"
                 )
