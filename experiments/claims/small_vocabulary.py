@@ -123,7 +123,8 @@ def bytes_per_token(sampler: Sampler, logits: Sequence[Tensor], tokens: Sequence
     for index, (own, ids) in enumerate(zip(logits, tokens, strict=True)):
         uniforms = window_uniforms(0, index, len(ids), sampler.uniforms_per_position)
         present = np.ones(len(ids), np.bool_)
-        windows.append(TargetWindow(sampler(own, uniforms), ids.numpy().astype(np.int32), present))
+        targets = codec.rounded(sampler(own, uniforms), 0, index)
+        windows.append(TargetWindow(targets, ids.numpy().astype(np.int32), present))
     _, blocks = codec.encode(windows)
     return sum(len(block) for block in blocks) / sum(len(ids) for ids in tokens)
 

@@ -251,7 +251,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         with stage("reading", "pages") as update:
             update(3, 3)
         terminal.flush()
-        shown = os.read(screen.fileno(), 1 << 16).decode()
+        shown = ""
+        while "reading" not in shown:  # a terminal hands over what it has, in pieces
+            shown += os.read(screen.fileno(), 1 << 16).decode()
     assert "reading" in shown
     assert "\x1b" in shown
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Browser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparselogits.lab.compare import read_results
 from sparselogits.lab.demo import DemoResult, Scale, run_demo
 from sparselogits.lab.demo.demo import HEALED, METHODS, SAMPLED, talk_command
 from sparselogits.lab.demo.samples import QUESTIONS
-from tests.lab.report.browser import DESKTOP, chromium, cut_off, opened
+from tests.lab.report.browser import DESKTOP, cut_off, opened
 from tests.stand_ins import stand_in_for_named_models
 
 SMALL = Scale(characters=6_000, heldout_windows=4, window=48, layers=1)
@@ -129,11 +130,8 @@ def test_the_models_continue_a_page_and_answer(found: DemoResult) -> None:
         assert list(sample.texts) == ["the teacher", *SAMPLED]
 
 
-def test_its_page(found: DemoResult) -> None:
-    with (
-        chromium() as browser,
-        opened(browser, found.report.as_uri(), size=DESKTOP) as page,
-    ):
+def test_its_page(found: DemoResult, browser: Browser) -> None:
+    with opened(browser, found.report.as_uri(), size=DESKTOP) as page:
         words = page.inner_text("main")
         for method in METHODS:
             assert method["name"] in words

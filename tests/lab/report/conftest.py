@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser
 
 from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
@@ -13,16 +11,9 @@ from sparselogits.lab.report import WindowViewer
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
 from tests.conftest import tiny_llama
-from tests.lab.report.browser import chromium
 
 TEXT = '</script><img src=x onerror="document.title=1"> <!-- & \u2028 naïve 東京 😀\n\tend. '
 LENGTH = 48
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="session")
