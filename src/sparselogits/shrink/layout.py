@@ -94,6 +94,10 @@ class Layout:
         """Return whether any tensor follows a size."""
         return any(d.size == size for found in self.dimensions.values() for d in found)
 
+    def blocks_of(self, model: nn.Module) -> nn.ModuleList:
+        """Return the blocks of the model that this describes, or of a smaller one made from it."""
+        return model.get_submodule(self.layers)  # type: ignore[return-value]
+
     def layer_of(self, name: str) -> int | None:
         """Return the number of the block that a tensor or module is in; None outside the blocks."""
         found = re.match(re.escape(self.layers) + r"\.(\d+)\.", name + ".")

@@ -40,7 +40,7 @@ def layer_influence(
     """
     sums = torch.zeros(layout.sizes.layers, dtype=torch.float64)
     handles = []
-    for number, block in enumerate(_blocks(model, layout)):
+    for number, block in enumerate(layout.blocks_of(model)):
 
         def compare(
             _: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
@@ -67,7 +67,7 @@ def layer_losses(
     The arguments are those of `layer_influence`. Costs as many passes as the model has blocks.
     """
     losses = []
-    for number, block in enumerate(_blocks(model, layout)):
+    for number, block in enumerate(layout.blocks_of(model)):
 
         def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
@@ -185,10 +185,6 @@ def _output_projections(
             layer = layout.layer_of(name)
             found.append((name.removesuffix(".weight"), inputs, -1 if layer is None else layer))
     return found
-
-
-def _blocks(model: nn.Module, layout: Layout) -> nn.ModuleList:
-    return model.get_submodule(layout.layers)  # type: ignore[return-value]
 
 
 def _run(model: nn.Module, windows: Tensor, progress: Progress | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparselogits.causal_lm import PROBE_LENGTH
 from sparselogits.errors import ShrinkError
-from sparselogits.shrink.layout import Layout, Order, resized, sizes_of
+from sparselogits.shrink.layout import Layout, Order, resized
 from sparselogits.shrink.plan import Kept
 
 _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
@@ -161,7 +161,11 @@ def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
     if hidden is None:
         found = whole(input_ids=probe, use_cache=False).logits
     else:
-        with _norms_over(hidden, whole, student, slicer.layout), _inputs_of(whole, student, hidden):
+        layout = slicer.layout
+        with (
+            _norms_over(hidden, whole, student, layout),
+            _inputs_of(hidden, whole, student, layout),
+        ):
             found = whole(input_ids=probe, use_cache=False).logits
     limit = _TOLERANCE * float(expected.abs().max().clamp(min=1.0))
     return bool((found - expected).abs().max() <= limit)
@@ -191,22 +195,24 @@ def _norms_over(
 
 
 @contextmanager
-def _inputs_of(whole: nn.Module, student: nn.Module, hidden: Tensor) -> Iterator[None]:
+def _inputs_of(
+    hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
+) -> Iterator[None]:
     """Give the larger model's first block the smaller one's input.
 
     Embeddings that are multiplied by a function of the hidden size were rescaled in the smaller
     model (`_keep_scales`) and are not to be multiplied twice.
     """
-    states = _first_inputs(student, _probe(student))
+    states = _first_inputs(student, layout, _probe(student))
 
     def replaced(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        wide = torch.zeros(*states.shape[:-1], sizes_of(whole).hidden)
+        wide = torch.zeros(*states.shape[:-1], layout.sizes.hidden)
         wide.index_copy_(-1, hidden, states)
         if args:
             return (wide, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": wide}
 
-    handle = _first_block(whole).register_forward_pre_hook(replaced, with_kwargs=True)
+    handle = layout.blocks_of(whole)[0].register_forward_pre_hook(replaced, with_kwargs=True)
     try:
         yield
     finally:
@@ -252,8 +258,8 @@ def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
     for name in names:
         _multiply_norm(modules[name], growth)
     probe = _probe(student)
-    wide = _first_inputs(model, probe)[..., hidden.to(_device(model))].cpu().float()
-    narrow = _first_inputs(student, probe).float()
+    wide = _first_inputs(model, slicer.layout, probe)[..., hidden.to(_device(model))].cpu().float()
+    narrow = _first_inputs(student, slicer.layout, probe).float()
     factor = float((wide * narrow).sum() / (narrow * narrow).sum())
     if not torch.allclose(wide, factor * narrow, rtol=2e-2, atol=1e-3 * float(wide.abs().max())):
         raise ShrinkError(
@@ -294,7 +300,7 @@ class _FoundError(Exception):
     """Ends a forward pass at the first block."""
 
 
-def _first_inputs(model: nn.Module, probe: Tensor) -> Tensor:
+def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
     """Return the input of the first block of a model, [1, L, D]."""
     found: list[Tensor] = []
 
@@ -302,7 +308,7 @@ def _first_inputs(model: nn.Module, probe: Tensor) -> Tensor:
         found.append(args[0] if args else kwargs["hidden_states"])
         raise _FoundError
 
-    handle = _first_block(model).register_forward_pre_hook(remember, with_kwargs=True)
+    handle = layout.blocks_of(model)[0].register_forward_pre_hook(remember, with_kwargs=True)
     try:
         model(input_ids=probe.to(_device(model)), use_cache=False)
     except _FoundError:
@@ -310,14 +316,6 @@ def _first_inputs(model: nn.Module, probe: Tensor) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-def _first_block(model: nn.Module) -> nn.Module:
-    layers = sizes_of(model).layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return module[0]
-    raise AssertionError("layout_of found the blocks before")
 
 
 def _probe(model: nn.Module) -> Tensor:
