@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, reason_of
+from sparselogits.entry_points import load_declared
+from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers.adaptive import Adaptive
 from sparselogits.samplers.heads import TopK, TopP
 from sparselogits.samplers.rounds import Multinomial, Systematic, Uniform
@@ -49,37 +48,25 @@ def find_sampler(name: object) -> type[Sampler] | None:
 
 @cache
 def _of_packages() -> dict[str, type[Sampler]]:
-    found: dict[str, type[Sampler]] = {}
-    for point in entry_points(group=GROUP):
-        try:
-            found[point.name] = _loaded(point)
-        except Exception as error:  # a package that is broken must not break the others
-            warnings.warn(
-                f"the sampler {point.name!r} ({point.value}) cannot be used: {reason_of(error)}. "
-                "Repair or uninstall the package that declares it",
-                SparseLogitsWarning,
-                stacklevel=2,
-            )
-    return found
+    return {kind.name: kind for kind in load_declared(GROUP, "sampler", _checked)}
 
 
-def _loaded(point: EntryPoint) -> type[Sampler]:
-    """Import the class of an entry point and check what it states.
+def _checked(name: str, kind: object) -> type[Sampler]:
+    """Return the class that an entry point names, if it states all facts of a sampler.
 
     Raises:
         InvalidArgumentError: no sampler, or one that does not state a fact.
     """
-    kind = point.load()
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
         raise InvalidArgumentError(f"{kind!r} is no subclass of sparselogits.samplers.Sampler")
     missing = [f for f in ("name", "title", "unbiased") if not hasattr(kind, f)]
     missing += sorted(kind.__abstractmethods__) if inspect.isabstract(kind) else []
     if missing:
         raise InvalidArgumentError(f"the class {kind.__name__} does not define {missing[0]}")
-    if kind.name != point.name or kind.name in _OWN:
+    if kind.name != name or kind.name in _OWN:
         raise InvalidArgumentError(
             f"the class {kind.__name__} has the name {kind.name!r}; expected that of the entry "
-            f"point, {point.name!r}, and none of {', '.join(_OWN)}"
+            f"point, {name!r}, and none of {', '.join(_OWN)}"
         )
     if kind.budget_parameter is not None and kind.budget_parameter not in kind.declared():
         raise InvalidArgumentError(

@@ -9,9 +9,7 @@ pyproject.toml, so that it is known in every process that reads text (commands, 
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from importlib.metadata import entry_points
+from functools import cache, partial
 from pathlib import Path
 
 from sparselogits.corpus.formats.compression import COMPRESSIONS, content_suffix, is_compressed
@@ -19,7 +17,8 @@ from sparselogits.corpus.formats.format import Format, SourceFile, Span, read_er
 from sparselogits.corpus.formats.lines import JsonLines, LineFormat
 from sparselogits.corpus.formats.tables import Arrow, Parquet
 from sparselogits.corpus.formats.text import Text
-from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.entry_points import load_declared
+from sparselogits.errors import InvalidArgumentError
 
 GROUP = "sparselogits.formats"
 _OWN: tuple[Format, ...] = (Text(), JsonLines(), Parquet(), Arrow())
@@ -29,20 +28,12 @@ _OWN: tuple[Format, ...] = (Text(), JsonLines(), Parquet(), Arrow())
 def known_formats() -> tuple[Format, ...]:
     """Return every known format."""
     found = list(_OWN)
-    for point in entry_points(group=GROUP):
-        try:
-            found.append(_checked(point.name, point.load(), found))
-        except Exception as error:  # a package that is broken must not break the others
-            warnings.warn(
-                f"the document format {point.name!r} ({point.value}) cannot be used: {error}. "
-                "Repair or uninstall the package that declares it",
-                SparseLogitsWarning,
-                stacklevel=2,
-            )
+    for own in load_declared(GROUP, "document format", partial(_checked, known=found)):
+        found.append(own)
     return tuple(found)
 
 
-def _checked(name: str, kind: object, known: list[Format]) -> Format:
+def _checked(name: str, kind: object, *, known: list[Format]) -> Format:
     """Return a format of a class that an entry point names.
 
     Raises:
