@@ -137,11 +137,11 @@ def check_request(
         CacheError: the path is a file, or a folder that holds something else.
         IdentityMismatchError: the existing cache was begun with other settings.
     """
-    if not Cache.exists(request.root):
+    there = _existing(request)
+    if there is None:
         require_room(request.root)
         return
-    sampler = _sampler_of_existing(request) or request.sampler
-    there = Cache.open(request.root).identity
+    sampler = _sampler_of_existing(request, there)
     packed = packing.to_json()
     here = replace(
         there,
@@ -152,7 +152,7 @@ def check_request(
         sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
-        codec=_codec(request, sampler),
+        codec=_codec(request, sampler, there),
     )
     here.require_equal(there, here="this build", there=f"the cache at {request.root}")
 
@@ -191,8 +191,10 @@ def _open_caches(
     caches, samplers = [], []
     pilot = None
     for request in requests:
-        sampler = _sampler_of_existing(request)
-        if sampler is None:
+        there = _existing(request)
+        if there is not None:
+            sampler = _sampler_of_existing(request, there)
+        else:
             if pilot is None:
                 pilot = pilot_windows(corpus)
                 check_teacher_on_text(engine, pilot, reset_attention=reset)
@@ -204,21 +206,27 @@ def _open_caches(
                 temperature=request.temperature,
                 reset_attention=reset,
             )
-        identity = _identity(engine, corpus, request, sampler, tokenizer_hash, windows_per_shard)
+        codec = _codec(request, sampler, there)
+        identity = _identity(
+            engine, corpus, request, sampler, codec, tokenizer_hash, windows_per_shard
+        )
         caches.append(Cache.create(request.root, identity))
         samplers.append(sampler)
     return caches, samplers
 
 
-def _sampler_of_existing(request: CacheRequest) -> Sampler | None:
+def _existing(request: CacheRequest) -> Identity | None:
+    """Return the identity of the cache that a request continues; None for a new cache."""
+    return Cache.open(request.root).identity if Cache.exists(request.root) else None
+
+
+def _sampler_of_existing(request: CacheRequest, there: Identity) -> Sampler:
     """Return the sampler that a build settled on when it was begun, for the same request.
 
     It is the request's own, with the fields set that pilot windows settled, so that a sampler with
     a student in memory keeps it.
     """
-    if not Cache.exists(request.root):
-        return None
-    found = dict(Cache.open(request.root).identity.sampler)
+    found = dict(there.sampler)
     budget = found.pop("budget", None)
     if budget != request.budget:
         wanted = {"name": request.sampler.name, **request.sampler.parameters()}
@@ -242,6 +250,7 @@ def _identity(
     corpus: PackedCorpus,
     request: CacheRequest,
     sampler: Sampler,
+    codec: dict[str, Any],
     tokenizer_hash: str,
     windows_per_shard: int,
 ) -> Identity:
@@ -257,16 +266,15 @@ def _identity(
         sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
-        codec=_codec(request, sampler),
+        codec=codec,
     )
 
 
-def _codec(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
+def _codec(request: CacheRequest, sampler: Sampler, there: Identity | None) -> dict[str, Any]:
     """Return the codec, whose choice of rounding is that of an existing cache unless given."""
     exact = request.exact_weights
     if exact is None:
-        there = Cache.open(request.root).identity.codec if Cache.exists(request.root) else None
-        exact = there is not None and "rounding" not in there
+        exact = there is not None and "rounding" not in there.codec
     return codec_for(sampler, exact_weights=exact)
 
 
