@@ -45,7 +45,7 @@ class Writer:
             SparseLogitsError: the previous shard could not be written; see `Cache.commit`.
         """
         self._wait()
-        self._pending = self._thread.submit(self._commit, span, made, provenance)
+        self._pending = self._thread.submit(commit_missing, self._caches, span, made, provenance)
 
     def __enter__(self) -> Writer:
         return self
@@ -67,9 +67,14 @@ class Writer:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _commit(
-        self, span: Range, made: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
-    ) -> None:
-        for cache, records in zip(self._caches, made, strict=True):
-            if not cache.holds(span):
-                cache.commit(records, provenance)
+
+def commit_missing(
+    caches: Sequence[Cache],
+    span: Range,
+    made: Sequence[list[WindowRecord]],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Commit the records of a range to every cache that lacks its shard; see `Cache.commit`."""
+    for cache, records in zip(caches, made, strict=True):
+        if not cache.holds(span):
+            cache.commit(records, provenance)

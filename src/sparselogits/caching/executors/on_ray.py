@@ -18,6 +18,7 @@ import torch
 from sparselogits.caching.builder import BuildReport
 from sparselogits.caching.job import Job
 from sparselogits.caching.plan import windows_in
+from sparselogits.caching.writer import commit_missing
 from sparselogits.errors import CacheError, MissingDependencyError, StorageError
 from sparselogits.progress import Progress
 from sparselogits.store.ranges import Range
@@ -60,9 +61,7 @@ class RangeWorker:
     def build(self, span: Range) -> None:
         """Compute a range and commit it to every cache that lacks it."""
         made, provenance = self._job.compute(self._engine, span)
-        for cache, records in zip(self._job.caches, made, strict=True):
-            if not cache.holds(span):
-                cache.commit(records, provenance)
+        commit_missing(self._job.caches, span, made, provenance)
 
 
 def build_caches_on_ray(
