@@ -51,7 +51,8 @@ class FinishedWork:
 
     def failure(self, kind: str, key: str) -> str | None:
         """Return why the last attempt failed; None if there is a value, or was no attempt."""
-        return self._read(self._file(kind, key)).get("failure")
+        file = self._file(kind, key)
+        return None if file in self._known else self._read(file).get("failure")
 
     def keep(self, kind: str, key: str, value: Any) -> None:
         """Keep a value."""
