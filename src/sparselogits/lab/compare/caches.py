@@ -169,7 +169,7 @@ def prepare(
     draws = {draw.key: draw for draw in all_draws}
     fitted, unfit = _fitted(
         work,
-        {draw.fit_key: replace(draw, seed=None) for draw in all_draws},
+        {draw.fit_key: draw for draw in all_draws},
         teacher,
         corpus,
     )
