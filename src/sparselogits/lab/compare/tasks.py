@@ -9,7 +9,6 @@ to a finished comparison, and only they are measured.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -124,8 +123,7 @@ def prepare_tasks(
         try:
             if name in LOCAL_TASKS:
                 how = {"corpus": setting.corpus, "tokenizer": tokenizer}
-                write_tasks(folder, [name], count=recipe.tasks.limit, **how)
-                data = hashlib.sha256(file.read_bytes()).hexdigest()
+                data = write_tasks(folder, [name], count=recipe.tasks.limit, **how)[name]
             else:
                 check_task(name)
         except Exception as error:  # whatever it is, the other tasks are not lost to it
