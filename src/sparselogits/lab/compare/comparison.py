@@ -50,6 +50,7 @@ from sparselogits.lab.compare.tasks import (
     with_tasks,
 )
 from sparselogits.lab.compare.windows import pack_windows
+from sparselogits.teacher.checkpoint import tensor_shapes
 
 
 class Standing:
@@ -188,16 +189,12 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
 
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
     """Return the number of parameters of a student, counted in the weights of a finished run."""
-    from safetensors import safe_open
-
     for run in runs:
         if run.outcome is None or run.planned.student != student or run.planned.folder is None:
             continue
         file = run.planned.folder / "model" / "model.safetensors"
         if file.exists():
-            with safe_open(file, "pt") as weights:
-                shapes = [weights.get_slice(k).get_shape() for k in weights.keys()]  # noqa: SIM118
-                return int(sum(math.prod(shape) for shape in shapes))
+            return sum(math.prod(shape) for _, shape in tensor_shapes(file))
     return None
 
 
