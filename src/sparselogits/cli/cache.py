@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -371,12 +371,16 @@ class CacheCommand(TyperCommand):
     """The command with the options of the known samplers, made from the fields they declare.
 
     They are made when the command is parsed or its help is shown, because the samplers of other
-    packages are imported for that.
+    packages are imported for that; and once, although click asks for them several times.
     """
+
+    @cached_property
+    def _of_samplers(self) -> list[Any]:
+        return _sampler_params()
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the options; those of samplers follow --budget."""
-        own, of_samplers = super().get_params(ctx), _sampler_params()
+        own, of_samplers = super().get_params(ctx), self._of_samplers
         known = {name for option in own for name in option.opts}
         for option in of_samplers:
             if clash := known.intersection(option.opts):
@@ -390,7 +394,7 @@ class CacheCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, with the options of samplers in the context."""
-        names = [option.name for option in _sampler_params()]
+        names = [option.name for option in self._of_samplers]
         ctx.meta[SAMPLER] = {name: ctx.params.pop(name) for name in names}
         return super().invoke(ctx)
 
