@@ -25,12 +25,10 @@ class DemoText:
 
     Args:
         path: JSON lines, one page of the reference each.
-        documents: number of pages.
         description: what the text is, with its hash; both differ from Python to Python.
     """
 
     path: Path
-    documents: int
     description: str
 
 
@@ -52,7 +50,7 @@ def demo_text(out: Path, characters: int) -> DemoText:
         f"{len(lines)} of {len(topics)} pages of CPython {platform.python_version()}'s language "
         f"reference (pydoc_data.topics), sha256 {digest}"
     )
-    return DemoText(path, len(lines), said)
+    return DemoText(path, said)
 
 
 def _shuffled(name: str) -> bytes:
