@@ -35,10 +35,10 @@ def demo(
     console.print(result.table())
     console.print(result.remark(), soft_wrap=True)
     for sample in result.samples:
-        console.print(f"\n{sample.prompt}", markup=False, soft_wrap=True)
+        console.print(f"\n{sample.prompt}", soft_wrap=True)
         for name, said in sample.texts.items():
-            console.print(f"  {name}: {said}", markup=False, soft_wrap=True)
+            console.print(f"  {name}: {said}", soft_wrap=True)
     console.print(f"\nreport: {result.report}", soft_wrap=True)
     console.print(f"student: {result.student}; talk to it with", soft_wrap=True)
-    console.print(result.talk, markup=False, highlight=False, soft_wrap=True)
+    console.print(result.talk, soft_wrap=True)
     say_next(otherwise=f"open {result.report} in a browser")

@@ -164,7 +164,7 @@ def shrink(
     require_new_folder(out)
     where = device_named(device)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
-    messages.print(f"loading the model {teacher}", markup=False)
+    messages.print(f"loading the model {teacher}")
     model = load_causal_lm(teacher, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
     tokens = None
     if by_scores:
@@ -196,8 +196,7 @@ def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
     share = shrunk.parameters_after / shrunk.parameters_before
     stdout().print(
         f"student in {out}: {shrunk.parameters_after / 1e6:.1f} M parameters, {share:.0%} of the "
-        f"teacher's {shrunk.parameters_before / 1e6:.1f} M",
-        markup=False,
+        f"teacher's {shrunk.parameters_before / 1e6:.1f} M"
     )
     if shrunk.dropped_layers:
         stdout().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
