@@ -20,6 +20,7 @@ from sparselogits.lab.compare import read_results
 from sparselogits.lab.demo import DemoResult, Scale, run_demo
 from sparselogits.lab.demo.demo import HEALED, METHODS, SAMPLED, talk_command
 from sparselogits.lab.demo.samples import QUESTIONS
+from sparselogits.lab.report import write_report
 from tests.lab.report.browser import DESKTOP, cut_off, opened
 from tests.stand_ins import stand_in_for_named_models
 
@@ -141,6 +142,12 @@ def test_its_page(found: DemoResult, browser: Browser) -> None:
         link = page.locator("a", has_text="token by token").get_attribute("href")
     assert link is not None
     assert "Window 0" in (found.report.parent / link).read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_comparison_does_not_replace_it(found: DemoResult) -> None:
+    before = found.report.read_bytes()
+    write_report(found.results, found.report.parent)
+    assert found.report.read_bytes() == before
 
 
 def test_the_python_is_that_of_the_demo(found: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ The demo is a comparison (`sparselogits.lab.compare`) with a page and a student 
       results.json, corpus/, caches/, students/, runs/   see lab/compare/comparison.py
       student/                  the student healed from the systematic cache
       demo.json                 results and samples of text
-      report.html, window-0.html
+      demo.html, window-0.html  the demo's page, and that of the cache's first window
 
 What is finished is not done again, so an interrupted demo goes on where it stood.
 """
@@ -59,6 +59,8 @@ from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
 
 SEED = 7
 HOLDOUT = 0.375
+PAGE = "demo.html"
+"""Not report.html, which `compare` and `report` write into the folder of a comparison."""
 WINDOW_PAGE = "window-0.html"
 HEALED = "systematic 12"
 """The method whose student is kept to talk to."""
@@ -152,7 +154,7 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
 
     Raises:
         MissingDependencyError: naming every missing package that the demo needs.
-        TrainingError: a method's run failed, or another process has it in hand.
+        TrainingError: a method's run failed, or another process is training it.
     """
     require_demo()
     started = time.perf_counter()
@@ -164,15 +166,15 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
     for run in results.runs:
         if run.status != "done":
             raise TrainingError(
-                f"{run.method}: {run.message or 'another process has it in hand'}. The same "
-                "command goes on with what is left"
+                f"{run.method}: {run.message or 'another process is training it'}. The same "
+                "command continues with what is left"
             )
     messages.print("samples of text and the page ...")
     tokenizer = load_tokenizer(NAME)
     student = _keep_student(out, runs[HEALED], tokenizer)
     teacher = load_teacher(NAME, tokenizer=tokenizer, dtype=demo_dtype())
     samples = _samples(out, runs, teacher, tokenizer)
-    result = DemoResult(results, samples, out / "report.html", student)
+    result = DemoResult(results, samples, out / PAGE, student)
     _write_page(result, recipe, text, teacher, tokenizer)
     write_whole(out / "demo.json", json.dumps(result.to_json(), indent=1) + "\n")
     for run in results.runs:
