@@ -275,6 +275,7 @@ def document_counts(
     """
     documents = characters = begin = 0
     for part, length in enumerate(lengths):
+        end = begin + length
         for key, tokens, chars, opens in _rows(tables, part):
             starts = begin + np.cumsum(tokens) - tokens
             begin += int(tokens.sum())
@@ -284,10 +285,10 @@ def document_counts(
                 chosen = starts >= split.first * window_length
             documents += int((opens & chosen).sum())
             characters += int(chars[chosen].sum())
-        if begin != sum(lengths[: part + 1]):
+        if begin != end:
+            held = length + begin - end
             raise damaged(
-                tables / part_name(part),
-                f"its documents have {begin} tokens, the part has {length}",
+                tables / part_name(part), f"its documents have {held} tokens, the part has {length}"
             )
     return documents, characters
 
