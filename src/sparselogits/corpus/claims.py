@@ -34,7 +34,7 @@ class Claim:
 
 def is_abandoned(paths: Paths) -> bool:
     """Return whether a claim may be renewed: no part is finished, and no process is packing."""
-    if paths.index.exists() or any(paths.training.glob("part-*")):
+    if paths.begun:
         return False
     lock = FileLock(paths.lock)
     try:
@@ -88,8 +88,7 @@ def _settled(paths: Paths, made_from: Mapping[str, Any], lock: FileLock) -> bool
 
 def _claim(paths: Paths, made_from: Mapping[str, Any], *, renew: bool) -> None:
     if paths.made_from.exists():
-        begun = paths.index.exists() or any(paths.training.glob("part-*"))
-        if begun or not renew or not _differences(paths, made_from):
+        if paths.begun or not renew or not _differences(paths, made_from):
             return
         paths.clear()
     write_whole(paths.made_from, canonical_json(made_from), replace=False)

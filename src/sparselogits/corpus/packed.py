@@ -95,6 +95,11 @@ class Paths:
         return self.folder / "lock"
 
     @property
+    def begun(self) -> bool:
+        """Whether a part of the corpus is finished, or all of it."""
+        return self.index.exists() or any(self.training.glob("part-*"))
+
+    @property
     def names(self) -> set[str]:
         """Names of everything in the folder of a packed corpus."""
         files = (self.made_from, self.index, self.training, self.holdout, self.frequencies)
