@@ -5,7 +5,7 @@
 
 The words of docs/results.md are in findings.md.jinja beside this script; every number there is an
 expression over experiments/results/*.json. The words of its first section are
-experiments/healing/findings.md, if that file exists; they may hold places for the tables of
+experiments/healing/findings.md, a part of that template; they may hold places for the tables of
 experiments/healing/tables.py. The table of docs/index.md is kept up to date too.
 """
 
@@ -231,8 +231,6 @@ class Findings:
         self.small_vocabulary = stored("small_vocabulary.json")
         self.many_epochs = stored("many_epochs.json")
         self.drafting = stored("drafting_small_teacher.json")
-        file = HERE.parent / "healing" / "findings.md"
-        self.healing = file.read_text(encoding="utf-8").strip() if file.exists() else ""
         self.healing_table = "\n".join(healing())
 
     def mean(
@@ -281,6 +279,19 @@ class Findings:
         """A method's angle to full KD's gradient."""
         found = BY_FILE[setting].seeds().rows[method].gradient.sizes[size].angle
         return said(Estimate(found.mean, found.low, found.high, 0), 0) + "°"
+
+    def recovered(self, setting: str, method: str) -> str:
+        """Write the share of full KD's recovery in a healing setting, with its interval."""
+        return recovery(healed(setting), method)
+
+    def healed(
+        self, setting: str, method: str, other: str = "", metric: str = "kl", scale: float = 1
+    ) -> str:
+        """Write a metric of a healing setting, or its paired difference to another method."""
+        seeds, digits = healed(setting), 3 if scale == 1 else 1
+        if other:
+            return said(seeds.less(method, other, metric), digits, scale, "+")
+        return said(seeds.mean(method, metric), digits, scale)
 
     def bytes(self, setting: str, method: str) -> str:
         """Bytes of the cached targets per token."""
@@ -336,6 +347,19 @@ HEALING = {
 """Settings of experiments/healing/healing.py by the name of their results."""
 
 
+def healed(setting: str) -> Seeds:
+    """Read the runs of a healing setting."""
+    return Seeds(read_results(RESULTS / f"healing_{setting}.json"))
+
+
+def recovery(seeds: Seeds, method: str) -> str:
+    """Return the share of full KD's recovery with its interval, "-" where there is none."""
+    own = seeds.rows[method].recovered if method in seeds.rows else None
+    if own is None:
+        return "-"
+    return percent(Estimate(own.mean, own.seeds.low, own.seeds.high, 0))
+
+
 def healing() -> list[str]:
     """The table of pruned and quantised students: recovery, and the difference to the ghost token.
 
@@ -348,16 +372,14 @@ def healing() -> list[str]:
         file = RESULTS / f"healing_{name}.json"
         if not file.exists():
             continue
-        seeds = Seeds(read_results(file))
+        seeds = healed(name)
         start, full = (seeds.mean(method, "kl") for method in ("before training", "full KD"))
         count = min(
             len(seeds.rows[method].seeds_done) for method in methods if method in seeds.rows
         )
         cells = [words, str(count), *(said(own).split(" ")[0] for own in (start, full))]
         for method in methods:
-            own = seeds.rows[method].recovered if method in seeds.rows else None
-            ends = own and Estimate(own.mean, own.seeds.low, own.seeds.high, count)
-            cells.append("-" if ends is None else percent(ends))
+            cells.append(recovery(seeds, method))
         cells.append(said(seeds.less("systematic 12", "Top-12 ghost", "kl"), sign="+"))
         lines.append(f"| {' | '.join(cells)} |")
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines] if lines else []
@@ -372,7 +394,7 @@ def stored(name: str) -> Any:
 def findings() -> str:
     """The page of findings."""
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader([HERE, HERE.parent / "healing"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

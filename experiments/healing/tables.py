@@ -100,7 +100,8 @@ def comparison_table(results: Results) -> list[str]:
         f"{corpus['training_tokens']:,} tokens to train on, {corpus['heldout_windows']} held-out "
         f"windows, seeds: {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))}. In "
         "brackets: 95 % intervals over seeds (Student's t; Fieller's for shares) on fixed held-out "
-        "text. Tokens per second of processor time, on a machine with other work."
+        "text. Tokens per second of processor time of training, on a machine with other work; the "
+        "teacher's pass that fills a cache is not counted, that of full KD is."
     )
     return [*rows_of(HEAD, rows), "", note]
 
@@ -115,7 +116,12 @@ def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
             best = min(own, key=lambda rate: own[rate])
             rows.append([name, *(f"{own[r]:.3f}" + " *" * (r == best) for r in rates)])
         lines += ["", *rows_of([setting, *rates], rows)]
-    return [*lines[1:], "", "Held-out KL by learning rate; `*` marks the one that is used."]
+    note = (
+        "Held-out KL by learning rate, one seed; `*` marks the one that is used. RS-KD takes the "
+        "rate of systematic rounds. Where `*` stands at an edge, a rate outside the range may be "
+        "better."
+    )
+    return [*lines[1:], "", note]
 
 
 def over_seeds_or_windows(
