@@ -114,14 +114,14 @@ def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VAL
     return value
 
 
-def read_json(path: str | Path, *, largest: int = LARGEST_JSON) -> Any:
+def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST_VALUES) -> Any:
     """Parse a JSON file in bounded memory.
 
     Raises:
         OSError: the file cannot be read, or is no regular file.
         ValueError: see `parse_json`.
     """
-    return parse_json(read_regular(path, largest), largest=largest)
+    return parse_json(read_regular(path, largest), largest=largest, most=most)
 
 
 def printable(text: str, longest: int | None = None) -> str:

@@ -38,7 +38,7 @@ from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
-from sparselogits.untrusted import parse_json, read_regular
+from sparselogits.untrusted import read_json
 from sparselogits.wording import counted
 
 FORMAT_VERSIONS = (1, 2)
@@ -441,7 +441,7 @@ def read_corpus_json(path: Path) -> dict[str, Any]:
         CorpusError: the file cannot be read, or holds something else.
     """
     try:
-        value = parse_json(read_regular(path, _LARGEST_JSON), largest=_LARGEST_JSON, most=1 << 20)
+        value = read_json(path, largest=_LARGEST_JSON, most=1 << 20)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
