@@ -22,6 +22,7 @@ from sparselogits.corpus.claims import is_abandoned
 from sparselogits.corpus.packed import Paths, read_corpus_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
+from sparselogits.identity import differing_fields
 from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
@@ -114,8 +115,8 @@ def _begun_with(folder: Path) -> str | None:
 
 
 def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
-    there, here = before.to_json(), packing.to_json()
-    differing = [f"{k}: {here[k]} here, {there[k]} there" for k in here if here[k] != there[k]]
+    found = differing_fields(packing.to_json(), before.to_json())
+    differing = [f"{name}: {here} here, {there} there" for name, here, there in found]
     if differing:
         raise IdentityMismatchError(
             f"cannot append to {cache}: its texts have another packing ({', '.join(differing)}). "
