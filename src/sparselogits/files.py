@@ -1,9 +1,10 @@
 """Write files and folders that are whole or absent, and clean up after writers that died.
 
-Everything that the library writes to a disk goes through this module: the bytes are written under a
+What the library writes to a disk goes through this module: the bytes are written under a
 temporary name in the same folder, flushed and synced, and renamed to the final name; then the
 folder is synced. So a reader sees either the old or the new file, even after a power cut, and a
-full disk changes nothing. (Shards add a read-back and an exclusive link, see store/storage.)
+full disk changes nothing. (In store/storage, shards add a read-back and an exclusive link; local
+copies of remote bytes, which are fetched again where they are damaged, are not synced.)
 
 A temporary name contains the process that created it. The next writer in the same folder removes
 the files of dead processes.
