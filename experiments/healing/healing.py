@@ -230,7 +230,9 @@ def collect(out: Path) -> None:
     for setting in SETTINGS:
         if (out / setting / "results.json").exists():
             read_results(out / setting)
-            shutil.copy(out / setting / "results.json", RESULTS / f"healing_{setting}.json")
+            text = (out / setting / "results.json").read_text(encoding="utf-8")
+            stored = text.replace(f"{out}/", "")  # paths of this machine
+            (RESULTS / f"healing_{setting}.json").write_text(stored, encoding="utf-8")
             sums = RESULTS / f"healing_{setting}_windows.npz"
             sums.write_bytes(windows_of(out / setting))
 
