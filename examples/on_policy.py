@@ -8,7 +8,7 @@ the completions, and the student minimises KL(student || teacher) over the whole
 token of the completions. This is the objective of MiniLLM (arXiv 2306.08543) without the part of
 its gradient that passes through the choice of the samples, or GKD (arXiv 2306.13649) with beta 1
 and lambda 1. TRL's `DistillationTrainer` trains: it is TRL's successor of `GKDTrainer` for this
-setting, and TRL has no trainer for MiniLLM any more.
+setting, and TRL has no trainer for MiniLLM any more. Needs trl 1.16 or newer.
 
 PROMPTS is a file of JSON lines with `prompt` (text, or a list of messages for the chat template),
 or plain text with one prompt per line. docs/training.md lists the pitfalls.

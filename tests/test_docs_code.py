@@ -146,7 +146,10 @@ def run_bash(block: Block, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 
 def check_recipe(code: str) -> None:
-    """A comparison's recipe is a valid one; so is a piece of a run's, given cache and out."""
+    """A comparison's recipe is a valid one, and so is a run's that sets its learning rate.
+
+    Any other block is a piece of a run's recipe, valid once cache, out and student are given.
+    """
     from sparselogits.lab.compare.recipe import load_compare_recipe
     from sparselogits.train.recipe import parse_recipe
 
@@ -154,8 +157,10 @@ def check_recipe(code: str) -> None:
         Path("comparison.yaml").write_text(code)
         load_compare_recipe(Path("comparison.yaml"))
         return
-    given = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
-    parse_recipe({**given, **yaml.safe_load(code)}, source="the page")
+    values = yaml.safe_load(code)
+    if "learning_rate" not in values:
+        values = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}, **values}
+    parse_recipe(values, source="the page")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
