@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparselogits.allowances import refuse
 from sparselogits.errors import TeacherError, reason_of
 from sparselogits.identity import canonical_json
+from sparselogits.untrusted import read_regular
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -303,14 +304,7 @@ def _inside(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise TeacherError(f"{path} is no regular file; download the model again")
-        if path.stat().st_size > _LARGEST_JSON:
-            raise TeacherError(
-                f"{path} has {path.stat().st_size:,} bytes, more than a configuration may have "
-                f"({_LARGEST_JSON:,}); download the model again"
-            )
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, _LARGEST_JSON))
     except (OSError, ValueError, RecursionError) as error:
         raise TeacherError(
             f"{path} cannot be read as JSON: {reason_of(error)[:200]}; download the model again"

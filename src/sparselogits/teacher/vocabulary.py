@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparselogits.teacher.checkpoint import ADAPTER_CONFIG
 from sparselogits.teacher.loading import locate_model
 
 
@@ -24,7 +25,7 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
     """
     try:
         source, arguments = locate_model(name)
-        if (Path(source) / "adapter_config.json").exists():
+        if (Path(source) / ADAPTER_CONFIG).exists():
             return None
         if "gguf_file" in arguments:
             return _of_gguf(Path(source) / arguments["gguf_file"])
