@@ -42,25 +42,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.planned import collect, each_seed, less, optimizer_of, secondary
+
 from sparselogits import sparse_cross_entropy
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import Estimate, evaluate, t_interval
-from sparselogits.evaluate.intervals import two_sided_p
 from sparselogits.files import write_whole
-from sparselogits.locks import Held, lock_file
+from sparselogits.locks import lock_file
 from sparselogits.samplers import Multinomial, Sampler, Systematic, TopK
 from sparselogits.samplers.uniforms import window_uniforms
 from sparselogits.teacher import load_teacher
@@ -156,13 +157,6 @@ def loss_of(
         return F.cross_entropy(student, teacher.softmax(1))
     ids, weights = arm.sampler(teacher, uniforms).padded()
     return sparse_cross_entropy(student, ids, weights, missing_mass=arm.missing_mass)
-
-
-def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate)
 
 
 def train(
@@ -290,10 +284,7 @@ def run(teacher: Path, work: Path, size: Size) -> None:
     work.mkdir(parents=True, exist_ok=True)
     material = Material(teacher, size)
     start = ancestor(material, size, work)
-    for seed in range(size.seeds):
-        with lock_file(work / f"seed-{seed}.lock") as lock:
-            if lock.held is Held.ALONE and not (work / f"seed-{seed}.json").exists():
-                run_seed(material, start, seed, size, work)
+    each_seed(work, size.seeds, lambda seed: run_seed(material, start, seed, size, work))
 
 
 # -- verdict ---------------------------------------------------------------------------------------
@@ -307,9 +298,6 @@ def judge(kl: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         before and after Holm's correction.
     """
 
-    def less(one: str, other: str) -> list[float]:
-        return [x - y for x, y in zip(kl[one], kl[other], strict=True)]
-
     pairs = {
         "systematic 14 - RS-KD 15 (endpoint)": ("systematic 14", "RS-KD 15"),
         "A/A control - RS-KD 15": ("RS-KD 15, A/A", "RS-KD 15"),
@@ -317,24 +305,15 @@ def judge(kl: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         "Top-12 ghost - RS-KD 15": ("Top-12, ghost", "RS-KD 15"),
         "systematic 28 - full KD": ("systematic 28", "full KD"),
     }
-    found = {name: t_interval(less(*own)) for name, own in pairs.items()}
+    found = {name: t_interval(less(kl, *own)) for name, own in pairs.items()}
     endpoint, same, double, ghost, _ = found.values()
     verdict, reason = _verdict(endpoint, same, double, ghost)
     against = [(one, other) for one in UNBIASED for other in GHOSTS]
-    plain = [two_sided_p(less(*own)) for own in against]
     return {
         "verdict": verdict,
         "reason": reason,
         "endpoints": {name: own.to_json() for name, own in found.items()},
-        "secondary": [
-            {
-                "difference": f"{one} - {other}",
-                **t_interval(less(one, other)).to_json(),
-                "p": p,
-                "p_holm": corrected,
-            }
-            for (one, other), p, corrected in zip(against, plain, holm(plain), strict=True)
-        ],
+        "secondary": secondary(kl, against),
     }
 
 
@@ -364,54 +343,6 @@ def _verdict(
     )
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Correct p-values for their number (Holm 1979); significant at 5 % where at most 0.05."""
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, at in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[at]))
-        corrected[at] = largest
-    return corrected
-
-
-def collect(work: Path, out: Path, size: Size) -> dict[str, Any]:
-    """Combine all seeds, with the verdict once every seed is done."""
-    files = [work / f"seed-{seed}.json" for seed in range(size.seeds)]
-    seeds = [json.loads(file.read_text()) for file in files if file.exists()]
-    if not seeds:
-        raise SystemExit(f"no seed is done in {work}; start `deciding.py run --work {work}` first")
-    positions = np.array(seeds[0]["positions"], np.int32)
-    sums = {
-        name: np.array([[own[name][arm.title] for own in seeds] for arm in ARMS], np.float32)
-        for name in ("kl", "loss")
-    }
-    means = {
-        name: {
-            arm.title: [float(f"{x:.6g}") for x in own.sum(1, dtype=np.float64) / positions.sum()]
-            for arm, own in zip(ARMS, table, strict=True)
-        }
-        for name, table in sums.items()
-    }
-    result = {
-        "seeds": len(seeds),
-        "size": vars(size),
-        "as_planned": size == Size(),
-        "teacher_loss": seeds[0]["teacher_loss"],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **means,
-    }
-    if len(seeds) == size.seeds:
-        result |= judge(means["kl"])
-    else:
-        waiting = (
-            f"{len(seeds)} of {size.seeds} seeds are done; the rule is applied to all of them."
-        )
-        result |= {"verdict": "none yet", "reason": waiting, "endpoints": {}, "secondary": []}
-    write_whole(out, json.dumps(result, indent=1) + "\n")
-    np.savez_compressed(out.with_name(f"{out.stem}_windows.npz"), positions=positions, **sums)
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("run", "collect"))
@@ -425,7 +356,11 @@ def main() -> None:
     if given.what == "collect":
         if size != Size() and given.out == RESULTS / "deciding.json":
             raise SystemExit("other sizes than the plan's are a rehearsal; give --out another file")
-        print(json.dumps(collect(given.work, given.out, size), indent=1))
+        titles = [arm.title for arm in ARMS]
+        found = collect(
+            given.work, given.out, size, Size(), titles, lambda means: judge(means["kl"])
+        )
+        print(json.dumps(found, indent=1))
         return
     if given.teacher is None:
         raise SystemExit("`run` needs --teacher, the folder that small_teacher.py wrote")

@@ -59,14 +59,12 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from experiments.claims.training import (  # noqa: E402
     Arm,
-    Means,
     Size,
     Work,
     command,
-    less,
-    secondary,
     train,
 )
+from experiments.planned import Means, each_seed, less, secondary  # noqa: E402
 
 from sparselogits.evaluate import Estimate, t_interval  # noqa: E402
 from sparselogits.locks import lock_file  # noqa: E402
@@ -135,7 +133,7 @@ def run(work: Work) -> None:
         }
         work.finish(seed, students, facts)
 
-    work.each_seed(run_seed)
+    each_seed(work.folder, work.size.seeds, run_seed)
 
 
 # -- verdict ---------------------------------------------------------------------------------------

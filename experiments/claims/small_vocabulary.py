@@ -71,15 +71,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from experiments.claims.training import (  # noqa: E402
     Arm,
-    Means,
     Size,
     Work,
     command,
-    less,
-    secondary,
     seconds_per_step,
     train,
 )
+from experiments.planned import Means, each_seed, less, secondary  # noqa: E402
 
 from sparselogits.evaluate import Estimate, t_interval  # noqa: E402
 from sparselogits.files import write_whole  # noqa: E402
@@ -209,7 +207,7 @@ def run(work: Work) -> None:
         facts = {"bytes": found, "seconds_per_step": seconds, "steps_at_equal_time": steps}
         work.finish(seed, students, facts)
 
-    work.each_seed(run_seed)
+    each_seed(work.folder, work.size.seeds, run_seed)
 
 
 # -- verdict ---------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiments.deciding import holm, optimizer_of
+from experiments.planned import Judge, collect, optimizer_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,10 +29,9 @@ from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import PackedCorpus, open_source, pack, tokenizer_fingerprint
 from sparselogits.data import CacheDataset, TextDataset, collate
 from sparselogits.data.order import WindowRequest
-from sparselogits.evaluate import evaluate, t_interval
-from sparselogits.evaluate.intervals import two_sided_p
+from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
-from sparselogits.locks import Held, lock_file
+from sparselogits.locks import lock_file
 from sparselogits.samplers import Sampler
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
@@ -188,13 +186,6 @@ class Work:
         """Return the file of a seed's results."""
         return self.folder / f"seed-{seed}.json"
 
-    def each_seed(self, run: Callable[[int], None]) -> None:
-        """Call `run` for every seed that is neither done nor being run by another process."""
-        for seed in range(self.size.seeds):
-            with lock_file(self.folder / f"seed-{seed}.lock") as lock:
-                if lock.held is Held.ALONE and not self.result(seed).exists():
-                    run(seed)
-
 
 Teacher = Callable[[Sequence[int], Tensor], Tensor]
 """Function from windows and their ids [B, L] to the teacher's logits [B, L, V]."""
@@ -334,82 +325,6 @@ def _save(state: Mapping[str, Any], file: Path) -> None:
     temporary = file.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(file)
-
-
-Means = Mapping[str, Mapping[str, Sequence[float]]]
-"""`loss` and `kl` of every arm, one value per seed."""
-
-Judge = Callable[[Means], dict[str, Any]]
-"""Function that applies an experiment's rule."""
-
-
-def less(values: Mapping[str, Sequence[float]], one: str, other: str) -> list[float]:
-    """Return the difference of two arms for every seed."""
-    return [x - y for x, y in zip(values[one], values[other], strict=True)]
-
-
-def secondary(
-    values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]
-) -> list[dict[str, Any]]:
-    """Test paired differences, with Holm's correction over all of them; empty for one seed."""
-    found = [(f"{one} - {other}", less(values, one, other)) for one, other in pairs]
-    if len(found[0][1]) < 2:
-        return []
-    plain = [two_sided_p(own) for _, own in found]
-    return [
-        {"difference": title, **t_interval(own).to_json(), "p": p, "p_holm": corrected}
-        for (title, own), p, corrected in zip(found, plain, holm(plain), strict=True)
-    ]
-
-
-def collect(
-    work: Path, out: Path, size: Size, planned: Size, titles: Sequence[str], judge: Judge
-) -> dict[str, Any]:
-    """Combine all seeds and write the result, with the verdict once every seed is done.
-
-    Per-window sums go to `OUT_windows.npz`: `loss` and `kl` float32 [arms, seeds, windows], and
-    `positions` int32 [windows].
-    """
-    files = [work / f"seed-{seed}.json" for seed in range(size.seeds)]
-    seeds = [json.loads(file.read_text()) for file in files if file.exists()]
-    if not seeds:
-        raise SystemExit(f"no seed is done in {work}; start the command `run` first")
-    positions = np.array(seeds[0]["positions"], np.int32)
-    sums = {
-        name: np.array([[own[name][title] for own in seeds] for title in titles], np.float32)
-        for name in ("loss", "kl")
-    }
-    means = {
-        name: {
-            title: [float(f"{x:.6g}") for x in own.sum(1, dtype=np.float64) / positions.sum()]
-            for title, own in zip(titles, table, strict=True)
-        }
-        for name, table in sums.items()
-    }
-    shared = {
-        name: value for name, value in seeds[0].items() if name not in ("positions", "loss", "kl")
-    }
-    result = {
-        "seeds": len(seeds),
-        "size": asdict(size),
-        "as_planned": size == planned,
-        **shared,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **means,
-    }
-    if len(seeds) == size.seeds:
-        result |= judge(means)
-    else:
-        waiting = (
-            f"{len(seeds)} of {size.seeds} seeds are done; the rule is applied to all of them."
-        )
-        result |= {"verdict": "none yet", "reason": waiting, "endpoints": {}}
-    write_whole(out, json.dumps(result, indent=1) + "\n")
-    np.savez_compressed(
-        out.with_name(f"{out.stem}_windows.npz"), positions=positions, arms=list(titles), **sums
-    )
-    return result
 
 
 def command(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from experiments import deciding, small_teacher
-from experiments.deciding import ARMS, RESULTS, holm, judge
+from experiments.deciding import ARMS, RESULTS, judge
+from experiments.planned import holm
 
 SEEDS = 12
 KL = {  # a plausible outcome in which the hypothesis holds

@@ -1,0 +1,131 @@
+"""Judge and collect experiments that were planned before their first run.
+
+`deciding.py` and the scripts in `claims/` share this. Each trains its arms per seed, writes one
+`seed-N.json` per seed with the per-window sums of every arm, and states the rule of its verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparselogits.evaluate import t_interval
+from sparselogits.evaluate.intervals import two_sided_p
+from sparselogits.files import write_whole
+from sparselogits.locks import Held, lock_file
+
+Means = Mapping[str, Mapping[str, Sequence[float]]]
+"""`loss` and `kl` of every arm, one value per seed."""
+
+Judge = Callable[[Means], dict[str, Any]]
+"""Function that applies an experiment's rule."""
+
+
+def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Make an AdamW that decays matrices alone."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate)
+
+
+def each_seed(work: Path, seeds: int, run: Callable[[int], None]) -> None:
+    """Call `run` for every seed that is neither done nor being run by another process."""
+    for seed in range(seeds):
+        with lock_file(work / f"seed-{seed}.lock") as lock:
+            if lock.held is Held.ALONE and not (work / f"seed-{seed}.json").exists():
+                run(seed)
+
+
+def less(values: Mapping[str, Sequence[float]], one: str, other: str) -> list[float]:
+    """Return the difference of two arms for every seed."""
+    return [x - y for x, y in zip(values[one], values[other], strict=True)]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm 1979); significant at 5 % where at most 0.05."""
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, at in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[at]))
+        corrected[at] = largest
+    return corrected
+
+
+def secondary(
+    values: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Test paired differences, with Holm's correction over all of them; empty for one seed."""
+    found = [(f"{one} - {other}", less(values, one, other)) for one, other in pairs]
+    if len(found[0][1]) < 2:
+        return []
+    plain = [two_sided_p(own) for _, own in found]
+    return [
+        {"difference": title, **t_interval(own).to_json(), "p": p, "p_holm": corrected}
+        for (title, own), p, corrected in zip(found, plain, holm(plain), strict=True)
+    ]
+
+
+def collect(
+    work: Path, out: Path, size: Any, planned: Any, titles: Sequence[str], judge: Judge
+) -> dict[str, Any]:
+    """Combine all seeds and write the result, with the verdict once every seed is done.
+
+    Per-window sums go to `OUT_windows.npz`: `loss` and `kl` float32 [arms, seeds, windows], and
+    `positions` int32 [windows].
+
+    Args:
+        work: folder of the experiment.
+        out: file of the result.
+        size: sizes of the experiment, a dataclass with `seeds`.
+        planned: the sizes of its plan.
+        titles: names of the arms.
+        judge: the rule of the verdict.
+    """
+    files = [work / f"seed-{seed}.json" for seed in range(size.seeds)]
+    seeds = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not seeds:
+        raise SystemExit(f"no seed is done in {work}; start the command `run` first")
+    positions = np.array(seeds[0]["positions"], np.int32)
+    sums = {
+        name: np.array([[own[name][title] for own in seeds] for title in titles], np.float32)
+        for name in ("loss", "kl")
+    }
+    means = {
+        name: {
+            title: [float(f"{x:.6g}") for x in own.sum(1, dtype=np.float64) / positions.sum()]
+            for title, own in zip(titles, table, strict=True)
+        }
+        for name, table in sums.items()
+    }
+    shared = {
+        name: value for name, value in seeds[0].items() if name not in ("positions", "loss", "kl")
+    }
+    result = {
+        "seeds": len(seeds),
+        "size": asdict(size),
+        "as_planned": size == planned,
+        **shared,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **means,
+    }
+    if len(seeds) == size.seeds:
+        result |= judge(means)
+    else:
+        waiting = (
+            f"{len(seeds)} of {size.seeds} seeds are done; the rule is applied to all of them."
+        )
+        result |= {"verdict": "none yet", "reason": waiting, "endpoints": {}, "secondary": []}
+    write_whole(out, json.dumps(result, indent=1) + "\n")
+    np.savez_compressed(
+        out.with_name(f"{out.stem}_windows.npz"), positions=positions, arms=list(titles), **sums
+    )
+    return result
