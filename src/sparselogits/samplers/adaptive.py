@@ -157,8 +157,9 @@ class Adaptive(Sampler):
         return replace(self, signal=StudentSignal.load(self.signal))
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Adaptive:
-        """Return the sampler for some positions of one window, which the student reads."""
-        return replace(self, signal=self._student().at(tokens, positions))
+        """Return the sampler for some positions of one window; for the distance, the student reads it."""
+        student = self._student()
+        return replace(self, signal=student.at(tokens, positions)) if student.reads else self
 
     def signals(self, logits: Tensor) -> Tensor:
         """Return the signal at the positions of `at`, float64 [P], for choosing `reference`."""

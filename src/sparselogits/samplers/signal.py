@@ -4,7 +4,8 @@
 independent round after the student's unembedding, whose square root minimises the summed variance
 for a given total of rounds.
 
-Cost: the student's forward pass over every window, and its head where the signal is the distance.
+Cost: for the distance, the student's forward pass over every window, with its head; for the
+variance, products with the student's unembedding alone.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ class StudentSignal:
             )
         return signal
 
+    @property
+    def reads(self) -> bool:
+        """Whether the signal depends on the student's states, and not on its unembedding alone."""
+        return self.named.signal == "distance"
+
     def at(self, tokens: Tensor, positions: slice | Tensor) -> StudentSignal:
         """Return the signal for some positions of one window, which the student reads."""
         return self.with_states(self.engine.hidden(tokens[None])[0, positions])
@@ -101,7 +107,7 @@ class StudentSignal:
             InvalidArgumentError: the student has not read these positions, or has too few ids.
         """
         teacher = logits.float().softmax(-1)
-        if self.named.signal == "distance":
+        if self.reads:
             head = self.engine.head
             assert head is not None
             student = head(self._states(len(logits))).float()[:, : logits.shape[1]]
