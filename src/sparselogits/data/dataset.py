@@ -180,8 +180,7 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     Raises:
         InvalidArgumentError: the cache is not drawn in rounds, or holds fewer entries.
     """
-    windows = len(dataset)
-    chosen = spread(windows, _PILOT_WINDOWS)
+    chosen = spread(len(dataset), _PILOT_WINDOWS)
     cached = dataset[chosen[0]]["targets"].rounds
     if cached is None or budget < 1:
         Schedule.constant(1).require_within(cached)

@@ -137,6 +137,7 @@ def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
             positions.
     """
 
+    @cache  # a draw, where the sampler has no formula
     def entries(size: int) -> float:
         return sampler.of_size(size).expected_entries(pilot)
 

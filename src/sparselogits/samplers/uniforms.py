@@ -16,11 +16,8 @@ from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 
-_SAMPLING, _THINNING, _ROUNDING = (
-    0,
-    1,
-    2,
-)  # highest word of the counter, so that the streams never overlap
+# highest word of the counter, so that the streams never overlap
+_SAMPLING, _THINNING, _ROUNDING = 0, 1, 2
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:

@@ -101,7 +101,7 @@ class BlockDecoder:
             heavy = told_heavy.astype(np.bool_)
             told = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
             told[entries[1:] == entries[:-1]] = 0
-            weights = np.full(len(heavy), codec.tau, np.float32)
+            weights = np.full(len(heavy), codec.light_weight)
             weights[heavy] = self._read_weights(pages, told)
         else:
             weights = self._read_weights(pages, np.diff(entries))

@@ -137,10 +137,8 @@ class TargetCodec:
                 f"this library reads targets coded by {NAME} {EXACT} and {ROUNDED}, the cache "
                 f"names {shown(dict(codec))}; install the version of sparselogits that wrote it"
             )
-        if rounding not in ((STOCHASTIC, NEAREST) if version == ROUNDED else (None,)) or (
-            version,
-            weights,
-        ) == (ROUNDED, COUNTS):
+        roundings = (STOCHASTIC, NEAREST) if version == ROUNDED else (None,)
+        if rounding not in roundings or (version == ROUNDED and weights == COUNTS):
             raise CacheError(
                 f"the codec {NAME} {ROUNDED} has weights other than {COUNTS} and a rounding, "
                 f"{STOCHASTIC} or {NEAREST}; {NAME} {EXACT} has no rounding. The cache names "
@@ -171,11 +169,17 @@ class TargetCodec:
         )
 
     @property
+    def light_weight(self) -> np.float32:
+        """The weight that light entries share: tau in float32."""
+        assert self.tau is not None
+        return np.float32(self.tau)
+
+    @property
     def least_weight(self) -> float:
         """Smallest weight: tau, or a level next to tau, for heavy entries; else 0."""
         if self.weights != THRESHOLD:
             return 0.0
-        tau = float(np.float32(self.tau or 0.0))
+        tau = float(self.light_weight)
         return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
 
     def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
@@ -200,8 +204,7 @@ class TargetCodec:
             uniforms = rounding_uniforms(seed % 2**64, window_index, len(weights))
         made = rounded(weights, uniforms)
         if self.weights == THRESHOLD:  # light entries share a weight that need not be a level
-            tau = np.float32(self.tau or 0.0)
-            made = np.where(weights == tau, tau, made)
+            made = np.where(weights == self.light_weight, weights, made)
         return replace(targets, weights=torch.from_numpy(made), check=False)
 
     def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
@@ -246,7 +249,7 @@ class TargetCodec:
             kept = ~derived_entries(starts, is_hit, has_hit[window.present])
             columns["counts"] = targets.counts.numpy()[kept].astype(np.uint32) - np.uint32(1)
         if self.weights == THRESHOLD:
-            heavy = weights != np.float32(self.tau or 0.0)
+            heavy = weights != self.light_weight
             columns |= {"heavy": heavy.astype(np.uint32), "weights": weights[heavy]}
         if self.rounding is not None:
             columns["levels"] = indices_of(columns.pop("weights"))
