@@ -10,8 +10,8 @@ from sparselogits.caching.builder import (
 from sparselogits.caching.collected import ImportReport, import_collected
 from sparselogits.caching.job import Job
 from sparselogits.caching.plan import Share, shard_ranges
+from sparselogits.caching.remote_texts import fetch_texts, publish_text
 from sparselogits.caching.text import TextPlace, place_of_text, text_of_windows, windows_of_texts
-from sparselogits.caching.texts_elsewhere import fetch_texts, publish_text
 
 __all__ = [
     "BuildReport",

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from sparselogits.corpus import Window
-from sparselogits.samplers import Figures, Sampler, draw_with_figures, window_uniforms
+from sparselogits.samplers import (
+    DistributionStatistics,
+    Sampler,
+    draw_with_statistics,
+    window_uniforms,
+)
 from sparselogits.store import WindowRecord
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
@@ -111,19 +116,19 @@ def _take_slice(
         logits = logits[kept.to(logits.device)]
     carrying = torch.arange(positions.start, positions.stop)[kept]
     current.carried += len(logits)
-    figures: dict[float, Figures] = {}
+    statistics: dict[float, DistributionStatistics] = {}
     for column, draw in enumerate(draws):
         T = draw.temperature
         scaled = logits if T == 1.0 else logits / T
         sampler = draw.sampler.at(tokens, carrying)
         share = uniforms[column][positions][kept].to(logits.device)
-        if T in figures:
+        if T in statistics:
             drawn = sampler(scaled, share)
         else:
-            drawn, figures[T] = draw_with_figures(sampler, scaled, share)
+            drawn, statistics[T] = draw_with_statistics(sampler, scaled, share)
         current.targets[column].append(_spread_over(drawn.to("cpu"), kept))
-        current.entropies[column] += float(figures[T].entropy.sum())
-    plain = figures[1.0] if 1.0 in figures else Figures.of(logits)
+        current.entropies[column] += float(statistics[T].entropy.sum())
+    plain = statistics[1.0] if 1.0 in statistics else DistributionStatistics.of(logits)
     _add_loss(current, logits, plain.log_normaliser, carrying, tokens)
 
 

@@ -24,21 +24,21 @@ from sparselogits.samplers.threshold import Threshold
 
 if TYPE_CHECKING:
     from sparselogits.samplers.budget import Pilot, PilotSlice, fit_budget
-    from sparselogits.samplers.figures import Figures, draw_with_figures
     from sparselogits.samplers.signal import StudentSignal
+    from sparselogits.samplers.statistics import DistributionStatistics, draw_with_statistics
     from sparselogits.samplers.uniforms import thinning_starts, window_uniforms
 
 # imported when first used, because they import torch
 _HOMES = {
     **dict.fromkeys(("Pilot", "PilotSlice", "fit_budget"), "budget"),
-    **dict.fromkeys(("Figures", "draw_with_figures"), "figures"),
+    **dict.fromkeys(("DistributionStatistics", "draw_with_statistics"), "statistics"),
     "StudentSignal": "signal",
     **dict.fromkeys(("thinning_starts", "window_uniforms"), "uniforms"),
 }
 
 __all__ = [
     "Adaptive",
-    "Figures",
+    "DistributionStatistics",
     "Multinomial",
     "NamedSignal",
     "Parameter",
@@ -54,7 +54,7 @@ __all__ = [
     "TopP",
     "Uniform",
     "choose",
-    "draw_with_figures",
+    "draw_with_statistics",
     "find_sampler",
     "fit_budget",
     "from_parameters",

@@ -157,7 +157,10 @@ class Adaptive(Sampler):
         return replace(self, signal=StudentSignal.load(self.signal))
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Adaptive:
-        """Return the sampler for some positions of one window; for the distance, the student reads it."""
+        """Return the sampler for some positions of one window.
+
+        The student runs over the window if the signal is the distance.
+        """
         student = self._student()
         return replace(self, signal=student.at(tokens, positions)) if student.reads else self
 

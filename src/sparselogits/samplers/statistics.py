@@ -21,7 +21,7 @@ from sparselogits.targets import SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
-class Figures:
+class DistributionStatistics:
     """Hold the log-normaliser and the entropy of P positions.
 
     Args:
@@ -33,7 +33,7 @@ class Figures:
     entropy: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor) -> Figures:
+    def of(cls, logits: Tensor) -> DistributionStatistics:
         """Compute both from logits [P, V]; -inf where an id is no token.
 
         Raises:
@@ -46,16 +46,16 @@ class Figures:
         )
 
     @classmethod
-    def _of_blocks(cls, parts: Sequence[Blocks]) -> Figures:
+    def _of_blocks(cls, parts: Sequence[Blocks]) -> DistributionStatistics:
         totals = torch.cat([part.total[:, 0] for part in parts])
         shifts = torch.cat([part.shift[:, 0] for part in parts]).double()
         moments = torch.cat([part.moment for part in parts if part.moment is not None])
         return cls(totals.log() + shifts, totals.log() - moments / totals)
 
 
-def draw_with_figures(
+def draw_with_statistics(
     sampler: Sampler, logits: Tensor, uniforms: Tensor
-) -> tuple[SparseTargets, Figures]:
+) -> tuple[SparseTargets, DistributionStatistics]:
     """Sample, and compute the metrics of the distribution that is sampled from.
 
     It takes one pass where rounds are drawn from the distribution itself, two otherwise.
@@ -69,11 +69,11 @@ def draw_with_figures(
         InvalidLogitsError: see `Sampler`.
     """
     if not (isinstance(sampler, DrawnInRounds) and sampler.proposal_exponent == 1):
-        return sampler(logits, uniforms), Figures.of(logits)
+        return sampler(logits, uniforms), DistributionStatistics.of(logits)
     uniforms = uniforms.to(logits.device, torch.float64)
     targets, blocks = [], []
     for part in position_slices(logits, uniforms, sampler.uniforms_per_position):
         few = Blocks.of(logits[part], first_position=part.start, with_moment=True)
         targets.append(sampler.draw_from(few, uniforms[part], logits.shape[1]))
         blocks.append(few)
-    return SparseTargets.cat(targets), Figures._of_blocks(blocks)
+    return SparseTargets.cat(targets), DistributionStatistics._of_blocks(blocks)
