@@ -31,6 +31,7 @@ from sparselogits.corpus.records import Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
+from sparselogits.objectives import IGNORE_INDEX, Causal
 from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
 from sparselogits.store.texts import TextSpan, claim_text
@@ -223,13 +224,12 @@ def _figures(window: Collected) -> tuple[float, float]:
     missing = np.clip(1 - np.bincount(owner, p, minlength=count), _LEAST, 1)
     surprise = -p * np.log(np.maximum(p, _LEAST))
     entropies = np.bincount(owner, surprise, minlength=count) - missing * np.log(missing)
-    following = np.append(window.tokens[1:], -1)
-    likelihood = missing.copy()
-    listed = window.ids == following[owner]
-    likelihood[owner[listed]] = np.maximum(p[listed], _LEAST)
     present = window.lengths > 0
-    labelled = present[:-1]
-    losses = -np.log(likelihood[:-1][labelled])
+    labels = Causal().labels(window.tokens, present)
+    likelihood = missing.copy()
+    listed = window.ids == labels[owner]
+    likelihood[owner[listed]] = np.maximum(p[listed], _LEAST)
+    losses = -np.log(likelihood[labels != IGNORE_INDEX])
     return (
         float(losses.mean()) if len(losses) else 0.0,
         float(entropies[present].mean()) if present.any() else 0.0,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.records import Where
 from sparselogits.errors import InvalidTargetsError
+from sparselogits.objectives import Causal
 
 TOKENS = ("input_ids", "tokens", "prompt_token_ids")
 LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
@@ -170,14 +171,14 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 
 
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
-    """Return the ids and logprobs of vLLM's form: element j + 1 belongs to position j."""
+    """Return the ids and logprobs of vLLM's form: an element per token, as it was predicted."""
     if elements and elements[0]:
         _refuse(
             where,
             f"{PROMPT} begins with logprobs; expected null, as nothing predicts the first token",
         )
-    pairs = [list(_pairs(element, where)) for element in elements[1:]]
-    pairs += [[]] * bool(elements)  # no distribution follows the last token
+    predicted = Causal().at_positions(np.arange(len(elements)), -1).tolist()
+    pairs = [[] if token < 0 else list(_pairs(elements[token], where)) for token in predicted]
     return [[i for i, _ in row] for row in pairs], [[x for _, x in row] for row in pairs]
 
 

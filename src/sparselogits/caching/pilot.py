@@ -19,6 +19,7 @@ from torch import Tensor
 from sparselogits.allowances import refuse
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.errors import TeacherError
+from sparselogits.objectives import IGNORE_INDEX, Causal
 from sparselogits.samplers import Pilot, PilotSlice, Sampler
 from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
@@ -67,13 +68,14 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     check_window = getattr(engine, "check_window", None)
     if check_window is not None:
         check_window(len(window.tokens), restarts=how.get("reset_attention", False))
-    tokens = torch.from_numpy(window.tokens.astype(np.int64))
+    wanted = torch.from_numpy(Causal().labels(window.tokens))
     total, count, first = 0.0, 0, 0
     for piece in _slices(engine, window, temperature=1.0, **how):
         logits = piece.logits
-        labels = tokens[first + 1 : first + 1 + len(logits)].to(logits.device)
-        _require_finite(engine, logits, first, len(tokens))
-        rows = logits[: len(labels)]
+        _require_finite(engine, logits, first, len(wanted))
+        labels = wanted[piece.positions].to(logits.device)
+        labelled = labels != IGNORE_INDEX
+        rows, labels = logits[labelled], labels[labelled]
         total += float((rows.logsumexp(1) - rows.gather(1, labels[:, None])[:, 0]).double().sum())
         count, first = count + len(labels), first + len(logits)
     loss = total / max(1, count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparselogits.corpus import Window
+from sparselogits.objectives import IGNORE_INDEX, Causal
 from sparselogits.samplers import (
     DistributionStatistics,
     Sampler,
@@ -139,10 +140,11 @@ def _add_loss(
     positions: Tensor,
     tokens: Tensor,
 ) -> None:
-    labelled = positions + 1 < len(tokens)  # the window's last position has no next token
-    labels = tokens[(positions + 1).clamp_max(len(tokens) - 1)].to(logits.device)
+    labels = Causal().at_positions(tokens, IGNORE_INDEX)[positions].to(logits.device)
+    labelled = labels != IGNORE_INDEX
+    labels = labels.clamp_min(0)
     nll = log_normaliser - logits.gather(1, labels[:, None]).squeeze(1).double()
-    current.nll += float(nll[labelled.to(nll.device)].sum())
+    current.nll += float(nll[labelled].sum())
     current.labelled += int(labelled.sum())
 
 

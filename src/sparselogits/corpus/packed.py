@@ -38,6 +38,7 @@ from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
+from sparselogits.objectives import Causal
 from sparselogits.untrusted import read_json
 from sparselogits.wording import counted
 
@@ -302,8 +303,8 @@ class PackedCorpus:
             starts = np.flatnonzero(tokens.starts[own]).astype(np.int32)
             mask = None
             if tokens.learnt is not None:
-                # position j predicts token j + 1; the last one predicts a token of the next window
-                mask = np.append(tokens.learnt[own][1:], False)
+                # the last position predicts a token of the next window
+                mask = Causal().at_positions(tokens.learnt[own], False)
             result.append(Window(index, tokens.ids[own].copy(), starts, mask))
         return result
 

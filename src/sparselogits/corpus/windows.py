@@ -65,7 +65,7 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """L consecutive tokens; the target at position j predicts token j + 1."""
+    """L consecutive tokens of a text."""
 
     index: int
     """Number of the window within its corpus (hold-out windows are numbered separately)."""

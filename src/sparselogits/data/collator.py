@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sparselogits.data.dataset import IGNORE_INDEX
+from sparselogits.objectives import IGNORE_INDEX, Causal
 
 _FILLERS = {"shift_labels": IGNORE_INDEX}
 
@@ -25,10 +25,10 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids`, `shift_labels`, `labels` int64 [B, L] (`labels` in the Hugging Face
-        convention: the token at the position itself, -100 where it is not to be predicted, so that
-        `labels[:, 1:] == shift_labels[:, :-1]`), `position_ids` if windows have them, and for
-        windows with targets `target_ids` int64 [B, L, K], `target_weights` float32 [B, L, K], whose
-        padding has weight 0, and `teacher_entropy` float32 [B].
+        convention: the token at the position itself, -100 where it is not to be predicted),
+        `position_ids` if windows have them, and for windows with targets `target_ids` int64
+        [B, L, K], `target_weights` float32 [B, L, K], whose padding has weight 0, and
+        `teacher_entropy` float32 [B].
 
     Examples:
         >>> from torch.utils.data import DataLoader
@@ -43,9 +43,7 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for name in ("input_ids", "shift_labels", "position_ids", "teacher_entropy")
         if name in windows[0]
     }
-    labels = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
-    labels[:, 1:] = batch["shift_labels"][:, :-1]
-    batch["labels"] = labels
+    batch["labels"] = Causal().at_tokens(batch["shift_labels"], IGNORE_INDEX)
     if "targets" in windows[0]:
         targets = [window["targets"] for window in windows]
         width = max(int(t.entries_per_position.max()) for t in targets)

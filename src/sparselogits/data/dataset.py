@@ -19,6 +19,7 @@ from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
 from sparselogits.documents import restarting_positions
 from sparselogits.errors import CacheError, InvalidArgumentError
+from sparselogits.objectives import Causal
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, CopyFolder, Location, WindowRecord
 from sparselogits.store.ranges import spread
@@ -27,7 +28,6 @@ from sparselogits.store.storage.location import is_url, storage_at
 from sparselogits.targets import SparseTargets, thinning_choices
 from sparselogits.wording import counted
 
-IGNORE_INDEX = -100
 _PILOT_WINDOWS = 8
 
 
@@ -206,26 +206,9 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     return low if low == 1 or mean(low) - budget <= budget - mean(low - 1) else low - 1
 
 
-def shift_labels(
-    tokens: np.ndarray,
-    document_starts: np.ndarray,
-    mask: np.ndarray | None,
-    *,
-    reset_attention: bool,
-) -> np.ndarray:
-    """Return the next token of each position, -100 where there is none to learn, int64 [L]."""
-    labels = np.full(len(tokens), IGNORE_INDEX, np.int64)
-    labels[:-1] = tokens[1:]
-    if mask is not None:
-        labels[~mask] = IGNORE_INDEX
-    if reset_attention:
-        labels[document_starts[document_starts > 0] - 1] = IGNORE_INDEX
-    return labels
-
-
 def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> TextWindow:
     starts = window.document_starts
-    labels = shift_labels(window.tokens, starts, window.mask, reset_attention=reset_attention)
+    labels = Causal().labels(window.tokens, window.mask, starts if reset_attention else None)
     inputs: TextWindow = {
         "input_ids": torch.from_numpy(window.tokens.astype(np.int64)),
         "shift_labels": torch.from_numpy(labels),

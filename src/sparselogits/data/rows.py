@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.objectives import IGNORE_INDEX, Causal
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
@@ -45,9 +45,10 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         row = self._rows[index]
         tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
         labels = torch.tensor(row.get("labels", row["input_ids"]), dtype=torch.int64)
-        following = torch.full_like(tokens, IGNORE_INDEX)
-        following[:-1] = labels[1:]
-        return {"input_ids": tokens, "shift_labels": following}
+        return {
+            "input_ids": tokens,
+            "shift_labels": Causal().at_positions(labels, IGNORE_INDEX),
+        }
 
 
 def as_windows(dataset: Any) -> Any:

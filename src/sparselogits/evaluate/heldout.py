@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.data import TextDataset
-from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.acceptance import expected_acceptance
 from sparselogits.evaluate.calibration import (
@@ -35,6 +34,7 @@ from sparselogits.evaluate.intervals import (
     ratio,
 )
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
 BLOCK_ROWS = 32

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparselogits.causal_lm import Head, Parts, split
-from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.losses import (
@@ -36,6 +35,7 @@ from sparselogits.losses import (
     sparse_cross_entropy,
 )
 from sparselogits.methods import METHODS
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.positions import positions_explained
 from sparselogits.train.meter import LossMeter
 from sparselogits.train.router import BalancingLoss, balances_experts, balancing_loss, coefficient

@@ -41,13 +41,13 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.data import TextDataset
-from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.intervals import Estimate, t_interval
 from sparselogits.evaluate.passes import teacher_slices
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.moments import Moments
 from sparselogits.lab.gradients.student_gradients import Drawn, Learner, Space
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.samplers import Sampler, thinning_starts, window_uniforms
 from sparselogits.targets import thinning_choices
 from sparselogits.teacher import Engine

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from sparselogits.corpus import require_tokenizer
 from sparselogits.data import CacheDataset
-from sparselogits.data.dataset import IGNORE_INDEX
 from sparselogits.errors import CacheError
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
 from sparselogits.lab.report.page import render_page
 from sparselogits.lab.report.tokens import TokenTexts
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
 

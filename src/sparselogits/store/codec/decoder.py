@@ -81,7 +81,8 @@ class BlockDecoder:
         limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
         if int(listed.sum()) > limit:
             raise DamageError(f"{listed.sum()} lists, where {limit} entries are possible")
-        sets = lists.join(pages, listed, tokens, present, codec.vocab_size, limit)
+        labels = codec.labels(tokens)
+        sets = lists.join(pages, listed, tokens, labels, present, codec.vocab_size, limit)
         targets = self._weigh(sets, present, pages)
         pages.require_end()
         return targets

@@ -5,8 +5,8 @@ bits per pair. Written id by id, each id with the list of positions that hold it
 different ids occur in a window, and a list states its id once and then only gaps. Two things that
 the reader knows make it less. The tokens of the window: positions are numbered by (their token,
 position in the window), so that positions with similar distributions are neighbours and gaps are
-small. And the true next token, which is usually in the set: one bit per position says whether, and
-the lists leave it out. benchmarks/size.py measures what each of these saves.
+small. And the label of each position, which is usually in the set: one bit per position says
+whether, and the lists leave it out. benchmarks/size.py measures what each of these saves.
 
 No model of the vocabulary is fitted or stored.
 """
@@ -51,7 +51,7 @@ class Sets:
     Args:
         ids: int64 [E], ascending within a position, positions in order.
         offsets: int64 [P + 1]: position p owns entries offsets[p] to offsets[p + 1].
-        is_hit: bool [E]: whether the id is the true next token.
+        is_hit: bool [E]: whether the id is the label of its position.
         has_hit: bool [P]: whether a position has such an entry.
     """
 
@@ -61,13 +61,16 @@ class Sets:
     has_hit: Bool
 
 
-def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str, Array]:
+def split(
+    ids: Array, lengths: Array, tokens: Array, labels: Array, present: Bool
+) -> dict[str, Array]:
     """Split the sets of a window into columns.
 
     Args:
         ids: int64 [E], strictly ascending within a position.
         lengths: int64 [L], 0 where `present` is False.
         tokens: int32 [L].
+        labels: int64 [L], the token that each position predicts; negative where there is none.
         present: bool [L]: positions that carry a target.
 
     Returns:
@@ -77,7 +80,7 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
     place_of = np.zeros(len(tokens), np.int64)
     place_of[order] = np.arange(len(order))
     owner = np.repeat(np.arange(len(tokens)), lengths)
-    hit = ids == next_tokens(tokens[None])[owner]
+    hit = ids == labels[owner]
     hits = np.zeros(len(order), np.uint32)
     hits[place_of[owner[hit]]] = 1
     pair_ids, pair_places = ids[~hit], place_of[owner[~hit]]
@@ -93,7 +96,13 @@ def split(ids: Array, lengths: Array, tokens: Array, present: Bool) -> dict[str,
 
 
 def join(
-    pages: Pages, lists: Array, tokens: Array, present: Bool, vocab_size: int, limit: int
+    pages: Pages,
+    lists: Array,
+    tokens: Array,
+    labels: Array,
+    present: Bool,
+    vocab_size: int,
+    limit: int,
 ) -> Sets:
     """Join the columns that `split` made, of W windows at once.
 
@@ -104,6 +113,7 @@ def join(
         pages: numbers of the columns, read in the order of COLUMNS.
         lists: int64 [W], number of lists per window.
         tokens: int32 [W, L].
+        labels: int64 [W, L], see `split`.
         present: bool [W, L].
         vocab_size: V, at most 2^31; ids are below it.
         limit: largest number of entries of all windows together.
@@ -112,8 +122,8 @@ def join(
         DamageError: the numbers of `pages` are not such lists.
     """
     order, carrying = reading_order(tokens, present), present.sum(1)
-    following = next_tokens(tokens)
-    hits = _hits(pages.read("hits", carrying), order, following, vocab_size)
+    labels = labels.reshape(-1)
+    hits = _hits(pages.read("hits", carrying), order, labels, vocab_size)
     listed = _ascending(pages.read("ids", lists), lists, vocab_size)
     sizes = pages.read("sizes", lists).astype(np.int64)
     sizes += 1
@@ -126,12 +136,12 @@ def join(
     positions[pairs:] = hits
     ids = np.empty(len(positions), np.uint32)
     ids[:pairs] = np.repeat(listed.astype(np.uint32), sizes)
-    ids[pairs:] = following.take(hits)
+    ids[pairs:] = labels.take(hits)
     offsets = _exclusive_sums(np.bincount(positions, minlength=tokens.size))
     ids = ids.take(np.argsort(positions, kind="stable"))
     has_hit = np.zeros(tokens.size, np.bool_)
     has_hit[hits] = True
-    ids, is_hit = _hits_in_place(ids, offsets, np.where(has_hit, following, _NONE))
+    ids, is_hit = _hits_in_place(ids, offsets, np.where(has_hit, labels, _NONE))
     _require_ascending(ids, offsets)
     return Sets(ids.astype(np.int64), offsets, is_hit, has_hit)
 
@@ -160,17 +170,6 @@ def reading_order(tokens: Array, present: Bool) -> Array:
     return carrying
 
 
-def next_tokens(tokens: Array) -> Array:
-    """Return the true next token of each position, int64 [W L]; -1 at the last of a window.
-
-    Args:
-        tokens: int32 [W, L].
-    """
-    following = np.full(tokens.shape, -1, np.int64)
-    following[:, :-1] = tokens[:, 1:]
-    return following.reshape(-1)
-
-
 def size_class(sizes: Array) -> Array:
     """Return floor(log2(size)) of positive sizes, 7 at most, uint8."""
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
@@ -183,14 +182,14 @@ def _exclusive_sums(lengths: Array) -> Array:
     return sums
 
 
-def _hits(hits: Array, order: Array, following: Array, vocab_size: int) -> Array:
-    """Return the positions whose next token is in their set, int64."""
+def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
+    """Return the positions whose label is in their set, int64."""
     if len(hits) and int(hits.max()) > 1:
         raise DamageError("a hit is neither 0 nor 1")
     positions: Array = order[hits.astype(np.bool_)]
-    ids = following.take(positions)
+    ids = labels.take(positions)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise DamageError("a hit is at a position without a next token in the vocabulary")
+        raise DamageError("a hit is at a position without a label in the vocabulary")
     return positions
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
+from sparselogits.objectives import Causal
 from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, THRESHOLD, Sampler
 from sparselogits.samplers.uniforms import rounding_uniforms
 from sparselogits.store.bounds import (
@@ -161,6 +162,14 @@ class TargetCodec:
         """Make the codec of a cache from its identity. Raises CacheError."""
         return cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
 
+    def labels(self, tokens: Array) -> NDArray[np.int64]:
+        """Return the token that each position predicts, int64 [..., L]; -1 where there is none.
+
+        Args:
+            tokens: int32 [..., L].
+        """
+        return Causal().at_positions(tokens.astype(np.int64), -1)
+
     @property
     def columns(self) -> dict[str, Any]:
         """Names and dtypes of the columns of a block, in order."""
@@ -238,11 +247,12 @@ class TargetCodec:
         self._require_codable(targets, window.present)
         lengths = targets.entries_per_position.numpy()
         ids, weights = targets.ids.numpy(), targets.weights.numpy()
-        columns = lists.split(ids, lengths, window.tokens, window.present)
+        labels = self.labels(window.tokens)
+        columns = lists.split(ids, lengths, window.tokens, labels, window.present)
         columns["weights"] = weights
         if targets.counts is not None:
             owner = np.repeat(np.arange(len(lengths)), lengths)
-            is_hit = ids == lists.next_tokens(window.tokens[None])[owner]
+            is_hit = ids == labels[owner]
             has_hit = np.zeros(len(lengths), np.bool_)
             has_hit[owner[is_hit]] = True
             starts = targets.offsets.numpy()[:-1][window.present]

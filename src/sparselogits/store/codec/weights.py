@@ -42,12 +42,12 @@ def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
     """Return the one entry per position whose count follows from the others, bool [E].
 
-    It is the entry of the true next token if that is in the set, and the first entry if not: the
+    It is the entry of the position's label if that is in the set, and the first entry if not: the
     likeliest entry, whose count would cost most.
 
     Args:
         starts: int64 [Q]: the first entry of each position that carries a target.
-        is_hit: bool [E]: whether an entry is that of the true next token.
+        is_hit: bool [E]: whether an entry is that of its position's label.
         has_hit: bool [Q]: whether a position has such an entry.
     """
     derived = is_hit.copy()
