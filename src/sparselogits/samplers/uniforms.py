@@ -17,7 +17,8 @@ from torch import Tensor
 from sparselogits.errors import InvalidArgumentError
 
 # highest word of the counter, so that the streams never overlap
-_SAMPLING, _THINNING, _ROUNDING = 0, 1, 2
+_SAMPLING, _THINNING, _ROUNDING, _CORRUPTION, _HELD_OUT_CORRUPTION = range(5)
+"""Highest word of the counter, so that the streams never overlap."""
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
@@ -82,6 +83,24 @@ def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.
         InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
     """
     return _unit_interval(_words(seed, window_index, _ROUNDING, entries))
+
+
+def corruption_uniforms(
+    seed: int, window_index: int, count: int, *, held_out: bool = False
+) -> NDArray[np.float64]:
+    """Return the uniforms by which the input of one window is corrupted, float64 [count] in [0, 1).
+
+    Args:
+        seed: seed of the corruption, in [0, 2**64).
+        window_index: index of the window.
+        count: number of uniforms.
+        held_out: whether the window is one of the held-out windows, which have their own numbers.
+
+    Raises:
+        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+    """
+    stream = _HELD_OUT_CORRUPTION if held_out else _CORRUPTION
+    return _unit_interval(_words(seed, window_index, stream, count))
 
 
 def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:

@@ -1,0 +1,157 @@
+"""Corrupt the input of a window for a masked language model, as a function of seed and window.
+
+A window is cut into units: tokens, words, or spans of geometric length. Each unit is chosen with
+the rate of the window, so every token is chosen with that probability, whatever the units are. Of
+the chosen tokens a share becomes the mask token, a share a random token, and the rest is shown
+unchanged. Special tokens are never chosen, and never drawn as a replacement.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.objectives import LEAST_RATE, Masked
+from sparselogits.samplers.uniforms import corruption_uniforms
+
+_CONTINUES = "##"  # of WordPiece, in front of the rest of a word
+_SENTENCE_PIECE, _BYTE_LEVEL = "\u2581", "\u0120"  # a space in front of a word
+_NOT_OF_WORDS = frozenset(string.punctuation + string.whitespace + "\u010a\u0109\u010d")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKinds:
+    """What corruption has to know about the tokens of a vocabulary.
+
+    Args:
+        special: bool [V], true for ids that are special tokens or no tokens at all.
+        begins: bool [V], true for tokens that begin a word wherever they stand; None where the
+            tokenizer marks no words.
+        head: int8 [V], 1 where a token begins with punctuation or white space, else 0.
+        tail: int8 [V], the same for its end; -1 for the space in front of a word alone. A word
+            also begins where head differs from the tail, not -1, of the token before it. All are 0
+            where the tokenizer does not separate words from punctuation, or marks both.
+    """
+
+    special: NDArray[np.bool_]
+    begins: NDArray[np.bool_] | None
+    head: NDArray[np.int8]
+    tail: NDArray[np.int8]
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocab_size: int) -> TokenKinds:
+        """Read the kinds of tokens from a transformers tokenizer.
+
+        Args:
+            tokenizer: the teacher's tokenizer.
+            vocab_size: number V of columns of the teacher's head.
+        """
+        texts = [""] * vocab_size
+        special = np.ones(vocab_size, np.bool_)
+        for text, token in tokenizer.get_vocab().items():
+            if token < vocab_size:
+                texts[token], special[token] = text, False
+        known = [i for i in tokenizer.all_special_ids if i < vocab_size]
+        special[known] = True
+        for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
+            if added.special and token < vocab_size:
+                special[token] = True
+        none = np.zeros(vocab_size, np.int8)
+        if any(text.startswith(_CONTINUES) and len(text) > len(_CONTINUES) for text in texts):
+            begins = np.array([not text.startswith(_CONTINUES) for text in texts])
+            return cls(special, begins, none, none)
+        begins = np.array([text.startswith(_SENTENCE_PIECE) for text in texts])
+        if begins.any():
+            return cls(special, begins, none, none)
+        begins = np.array([text.startswith(_BYTE_LEVEL) for text in texts])
+        words = [text.removeprefix(_BYTE_LEVEL) for text in texts]
+        head = np.array([word[:1] in _NOT_OF_WORDS for word in words], np.int8)
+        tail = np.array([word[-1:] in _NOT_OF_WORDS if word else -1 for word in words], np.int8)
+        return cls(special, begins if begins.any() else None, head, tail)
+
+
+@dataclass(frozen=True, eq=False)
+class Corrupted:
+    """The input of a window.
+
+    Args:
+        inputs: int32 [L], the tokens that the model reads.
+        chosen: bool [L], true where the original token is to be predicted.
+        rate: probability with which each token was chosen.
+    """
+
+    inputs: NDArray[np.int32]
+    chosen: NDArray[np.bool_]
+    rate: float
+
+
+def corrupt(
+    tokens: NDArray[np.int32],
+    window_index: int,
+    objective: Masked,
+    kinds: TokenKinds,
+    *,
+    held_out: bool = False,
+) -> Corrupted:
+    """Corrupt one window.
+
+    Args:
+        tokens: int32 [L], the original tokens.
+        window_index: number of the window, which together with the seed determines the result.
+        objective: rate, shares, units and seed.
+        kinds: kinds of the tokens of the vocabulary.
+        held_out: whether the window is one of the held-out windows, which have their own numbers.
+
+    Raises:
+        InvalidArgumentError: words are to be chosen, and the tokenizer marks no words.
+    """
+    length = len(tokens)
+    drawn = corruption_uniforms(objective.seed, window_index, 1 + 4 * length, held_out=held_out)
+    rate = objective.rate
+    if rate is None:
+        rate = LEAST_RATE + (1 - LEAST_RATE) * float(drawn[0])
+    choice, kind, replacement, border = drawn[1:].reshape(4, length)
+    allowed = ~kinds.special[tokens]
+    unit = _units(tokens, allowed, border, objective, kinds)
+    chosen = allowed & (choice[unit] < rate)
+    # SpanBERT replaces a span as a whole, BERT the tokens of a whole word one by one
+    kind = kind[unit] if objective.units == "spans" else kind
+    inputs = tokens.copy()
+    inputs[chosen & (kind < objective.masked)] = objective.mask_id
+    randomised = chosen & (kind >= objective.masked) & (kind < objective.masked + objective.random)
+    ordinary = np.flatnonzero(~kinds.special).astype(np.int32)
+    inputs[randomised] = ordinary[(replacement[randomised] * len(ordinary)).astype(np.int64)]
+    return Corrupted(inputs, chosen, rate)
+
+
+def _units(
+    tokens: NDArray[np.int32],
+    allowed: NDArray[np.bool_],
+    border: NDArray[np.float64],
+    objective: Masked,
+    kinds: TokenKinds,
+) -> NDArray[np.int64]:
+    """Return the position at which the unit of each position begins, int64 [L]."""
+    if objective.units == "tokens":
+        return np.arange(len(tokens))
+    if objective.units == "spans":
+        begins = border < 1 / float(objective.span or 1)
+    elif kinds.begins is None:
+        raise InvalidArgumentError(
+            "whole words cannot be chosen: no token of the tokenizer is marked as the beginning "
+            "(\u0120, \u2581) or the rest (##) of a word; choose tokens or spans"
+        )
+    else:
+        begins = kinds.begins[tokens]
+        head, tail = kinds.head[tokens[1:]], kinds.tail[tokens[:-1]]
+        begins[1:] |= (head != tail) & (tail >= 0)
+    begins[:1] = True
+    begins |= ~allowed
+    begins[1:] |= ~allowed[:-1]
+    unit: NDArray[np.int64] = np.maximum.accumulate(np.where(begins, np.arange(len(tokens)), 0))
+    return unit
