@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,20 @@ def test_the_wording_of_numbers(name: str) -> None:
     run_examples(getattr(module, name), name, {name: getattr(module, name)})
 
 
-@pytest.mark.parametrize("name", ["Adaptive", "parameter"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Adaptive", "Multinomial", "StudentSignal.of", "Systematic", "Threshold", "TopK"),
+        *("choose", "fit_budget", "from_parameters", "parameter", "thinning_starts"),
+        "window_uniforms",
+    ],
+)
 def test_samplers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("sparselogits.samplers")
-    run_examples(getattr(module, name), name, {name: getattr(module, name)})
+    names = {name: getattr(module, name) for name in module.__all__}
+    run_examples(attrgetter(name)(module), name, names)
 
 
 def run_examples(described: object, name: str, names: dict[str, object]) -> None:

@@ -219,12 +219,12 @@ def test_budget_is_met(sampler: Sampler, budget: float) -> None:
 
 
 def test_budget_out_of_reach() -> None:
-    for budget in (0.5, 501.0):
-        with pytest.raises(InvalidArgumentError, match="out of reach"):
+    for budget, said in ((0.5, "too small"), (501.0, "out of reach")):
+        with pytest.raises(InvalidArgumentError, match=said):
             fit_budget(Systematic(), [some_logits()], budget)
     with pytest.raises(InvalidArgumentError, match="no pilot positions"):
         fit_budget(Systematic(), [], 5)
-    with pytest.raises(InvalidArgumentError, match="own parameters"):
+    with pytest.raises(InvalidArgumentError, match="give its parameters instead"):
         fit_budget(TopP(), [some_logits()], 5)
     assert thinning_choices(50, 15) == 10
 

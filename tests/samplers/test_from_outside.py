@@ -27,7 +27,7 @@ from sparselogits.samplers import (
     samplers,
     window_uniforms,
 )
-from sparselogits.samplers.registry import GROUP, _of_packages
+from sparselogits.samplers.registry import GROUP, _from_packages
 from sparselogits.store import Cache, codec_for, verify
 from tests.conftest import tiny_llama
 from tests.pages import ROOT, blocks
@@ -50,9 +50,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
-    _of_packages.cache_clear()
+    _from_packages.cache_clear()
     yield folder
-    _of_packages.cache_clear()
+    _from_packages.cache_clear()
 
 
 @pytest.fixture
@@ -172,8 +172,8 @@ class Good(TopK):
     assert known["topk"].__module__ == "sparselogits.samplers.heads"
     for name, reason in {
         **{"absent": "no attribute 'Absent'", "mute": "does not define stores"},
-        **{"topk": "has the name 'topk'", "number": "is no subclass"},
-        "clashing": "'k' of Clashing has a name that is used",
+        **{"topk": "has the name 'topk'", "number": "is not a subclass"},
+        "clashing": "'k' of Clashing has the name of another option",
     }.items():
         assert name not in known or name == "topk"
         assert any(repr(name) in str(w.message) and reason in str(w.message) for w in said), name

@@ -1,7 +1,7 @@
-"""Sample a teacher's distribution into `SparseTargets`, one file per family of samplers.
+"""Sample a teacher's distribution into `SparseTargets`, with one module per family of samplers.
 
-`Systematic` is the default, `Multinomial` the published method, `Threshold` and `Adaptive` are
-unbiased alternatives, `TopK` and `TopP` the biased ones. docs/theory.md has the derivations.
+`Systematic` is the default and `Multinomial` is the published method; `Threshold` and `Adaptive`
+are unbiased alternatives; `TopK` and `TopP` are biased. docs/theory.md derives the estimators.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from sparselogits.samplers.statistics import DistributionStatistics, draw_with_statistics
     from sparselogits.samplers.uniforms import thinning_starts, window_uniforms
 
-# imported when first used, because they import torch
-_HOMES = {
+# Modules of the names that are imported on first use, because these modules import torch.
+_LAZY = {
     **dict.fromkeys(("Pilot", "PilotSlice", "fit_budget"), "budget"),
     **dict.fromkeys(("DistributionStatistics", "draw_with_statistics"), "statistics"),
     "StudentSignal": "signal",
@@ -66,6 +66,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

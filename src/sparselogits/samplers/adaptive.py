@@ -1,12 +1,13 @@
-"""Draw more rounds where a student's learning signal is strong; unbiased for every student.
+"""Draw more sampling rounds at positions where a student's learning signal is strong.
 
-Per position, the number of rounds follows the signal (signal.py). Per token, the proposal is q_i
-proportional to p_i * norm_i ** token_power, with norm_i the norm of the student's unembedding row;
-the weights are exact importance weights, so the mean is p for every student, however bad.
+The number of rounds at a position grows with the signal (signal.py). A token i is drawn with
+probability q_i proportional to p_i * norm_i ** token_power, where norm_i is the norm of row i of
+the student's unembedding. The weights are exact importance weights, so the expectation of the
+targets is p for every student.
 
-Cost: that of the signal. As the number of rounds varies, targets carry weights instead of counts,
-and cannot be thinned; experiments/samplers_at_equal_bytes.py measures what that costs against what
-it buys.
+Cost: the cost of the signal. Because the number of rounds varies, targets store weights instead of
+counts and cannot be thinned; experiments/samplers_at_equal_bytes.py compares this cost with the
+reduction of noise.
 """
 
 from __future__ import annotations
@@ -32,21 +33,25 @@ if TYPE_CHECKING:
     from sparselogits.samplers.signal import StudentSignal
     from sparselogits.targets import SparseTargets
 
-_MOST_FACTOR = 8  # times the nominal rounds, at any one position
+_LARGEST_FACTOR = 8
+"""Largest number of rounds of a position, in multiples of `nominal_rounds`."""
 
 
 @dataclass(frozen=True)
 class NamedSignal:
-    """Record a student's signal, as a recipe or a cache does.
+    """Description of a student's signal in a recipe or a cache, without the student's weights.
 
     Args:
-        student: folder or name of the student's checkpoint; None for a student in memory.
-        signal: distance or variance, see signal.py.
-        fingerprint: hash of the student's weights; None where they have not been read yet.
+        student: folder or hub name of the student's checkpoint; None for a student in memory.
+        signal: "distance" or "variance"; see signal.py.
+        fingerprint: hash of the student's weights; None if the weights have not been read yet.
+
+    Raises:
+        InvalidArgumentError: `signal` is neither "distance" nor "variance".
     """
 
     student: str | None = parameter(
-        None, "Folder or name of the student to follow", kind=str, label="", required=True
+        None, "Folder or hub name of the student", kind=str, label="", required=True
     )
     signal: str = parameter(
         "variance",
@@ -62,18 +67,19 @@ class NamedSignal:
 
 @dataclass(frozen=True)
 class Adaptive(Sampler):
-    """Draw systematic rounds whose number and proposal follow a student.
+    """Sampler of systematic rounds whose number and proposal depend on a student.
 
     Args:
-        signal: the student's learning signal, `StudentSignal.of(student)`; or the name of one, as
-            a cache records it, until `ready` loads the student.
-        nominal_rounds: rounds of a position whose signal equals `reference`; between 1 and 8 times
-            as many are drawn elsewhere.
-        reference: signal that earns the nominal rounds; None for its mean on pilot windows, which
-            is taken when a cache is begun.
-        position_power: rounds grow with signal ** position_power; 0 spends them evenly.
-        token_power: power of the unembedding row's norm in the proposal; 0 leaves the teacher's
-            own distribution.
+        signal: the student's learning signal: `StudentSignal.of(student)`, or a `NamedSignal`,
+            whose student `ready` loads.
+        nominal_rounds: number of rounds at a position whose signal equals `reference`. Other
+            positions get from 1 to 8 * nominal_rounds rounds.
+        reference: signal at which nominal_rounds rounds are drawn; None for the mean signal on
+            pilot windows, which is computed when a cache is created.
+        position_power: exponent of the signal in the number of rounds; with 0 every position gets
+            the same number.
+        token_power: exponent of the norm of the unembedding row in the proposal; with 0 the
+            proposal is the teacher's distribution.
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal
@@ -85,16 +91,16 @@ class Adaptive(Sampler):
 
     signal: StudentSignal | NamedSignal
     nominal_rounds: int = parameter(
-        21, "Rounds of a position with the reference signal", least=1, label=" N = {:g}"
+        21, "Rounds at a position with the reference signal", least=1, label=" N = {:g}"
     )
     reference: float | None = parameter(
-        None, "Signal that earns the nominal rounds", kind=float, above=0, label=""
+        None, "Signal at which the nominal rounds are drawn", kind=float, above=0, label=""
     )
     position_power: float = parameter(
-        0.5, "Power of the signal that the rounds grow with", label=""
+        0.5, "Exponent of the signal in the number of rounds", label=""
     )
     token_power: float = parameter(
-        1.0, "Power of the norm of the student's unembedding row in the proposal", label=""
+        1.0, "Exponent of the norm of the student's unembedding row in the proposal", label=""
     )
 
     name = "adaptive"
@@ -104,34 +110,34 @@ class Adaptive(Sampler):
     budget_parameter = "nominal_rounds"
     needs_size = True
     largest_size = 4096
-    on_command_line = False  # it follows a student that has been trained from another cache
+    on_command_line = False  # needs a student, which is trained from another cache first
 
     @property
     def stores(self) -> Stored:
-        """Store weights, because the number of rounds varies."""
+        """Kind of the stored weights: float32, because the number of rounds varies."""
         return Stored.floats()
 
     @property
     def max_entries(self) -> int:
         """Largest number of entries per position."""
-        return _MOST_FACTOR * self.nominal_rounds
+        return _LARGEST_FACTOR * self.nominal_rounds
 
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
-        """Return the fields, with those of the signal by name."""
+        """Return the declared fields by name, with the fields of `NamedSignal` in place of it."""
         own, named = declared_by(cls), declared_by(NamedSignal)
         first = {name: own.pop(name) for name in ("nominal_rounds", "reference")}
         return {"student": named["student"], **first, "signal": named["signal"], **own}
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Adaptive:
-        """Make the sampler with the name of its signal; `ready` loads the student."""
+        """Create the sampler with a `NamedSignal`; `ready` loads the student."""
         of_signal = {n: v for n, v in given.items() if n in ("student", "signal", "fingerprint")}
         others = {n: v for n, v in given.items() if n not in of_signal}
         return cls(NamedSignal(**of_signal), **others)
 
     def parameters(self) -> dict[str, Any]:
-        """Return what a cache records: the numbers, and the name of the signal."""
+        """Return the fields as a cache records them, with the student's name and fingerprint."""
         named = self.signal if isinstance(self.signal, NamedSignal) else self.signal.named
         return {
             "student": named.student,
@@ -144,11 +150,11 @@ class Adaptive(Sampler):
         }
 
     def ready(self) -> Adaptive:
-        """Return the sampler with the student in memory, loaded if it is only named.
+        """Return the sampler with the student loaded into memory.
 
         Raises:
-            InvalidArgumentError: the cache was drawn with a student in memory.
-            IdentityMismatchError: the student's weights have changed.
+            InvalidArgumentError: the signal names no checkpoint of the student.
+            IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
         """
         if not isinstance(self.signal, NamedSignal):
             return self
@@ -157,35 +163,35 @@ class Adaptive(Sampler):
         return replace(self, signal=StudentSignal.load(self.signal))
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Adaptive:
-        """Return the sampler for some positions of one window.
+        """Return the sampler for some positions of one window; see `Sampler.at`.
 
-        The student runs over the window if the signal is the distance.
+        If the signal is the distance, the student runs over the window.
         """
         student = self._student()
-        return replace(self, signal=student.at(tokens, positions)) if student.reads else self
+        return replace(self, signal=student.at(tokens, positions)) if student.needs_states else self
 
     def signals(self, logits: Tensor) -> Tensor:
-        """Return the signal at the positions of `at`, float64 [P], for choosing `reference`."""
+        """Return the signal at the positions passed to `at`, float64 [P]."""
         return self._student().strength(logits)
 
     def left_open(self, budget: float | None) -> tuple[str, ...]:
-        """Return the names of the fields that pilot windows set."""
+        """Return the names of the fields that `fitted` sets; see `Sampler.left_open`."""
         return super().left_open(budget) + (("reference",) if self.reference is None else ())
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Adaptive:
-        """Return the sampler with its reference and, for a budget, its rounds set."""
+        """Return the sampler with `reference` and, for a budget, `nominal_rounds` set."""
         import torch
 
         sampler = self.ready()
         if sampler.reference is None:
             means = torch.cat(
-                [sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.few()]
+                [sampler.at(p.tokens, p.positions).signals(p.logits) for p in pilot.subset()]
             )
             sampler = replace(sampler, reference=float(means.mean()))
         return super(Adaptive, sampler).fitted(pilot, budget)
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; call `at` first where the signal needs the student's states."""
+        """Sample a few positions; requires a call of `at` if the signal is the distance."""
         import torch
 
         from sparselogits.samplers.distribution import Blocks, count_runs
@@ -213,10 +219,9 @@ class Adaptive(Sampler):
         return SparseTargets(ids, weights.to(torch.float32), offsets, logits.shape[1], check=False)
 
     def _rounds_at(self, student: StudentSignal, logits: Tensor) -> Tensor:
-        """Return the rounds per position, int64 [P].
+        """Return the number of rounds of each position, int64 [P].
 
-        They depend on logits and student alone. If they depended on the uniforms, the targets would
-        be biased.
+        The numbers must not depend on the uniforms: that would bias the targets.
         """
         import torch
 
@@ -225,10 +230,10 @@ class Adaptive(Sampler):
         strength = student.strength(logits)
         if self.reference is None:
             raise InvalidArgumentError(
-                "the reference signal of the adaptive sampler is not set; give a number, or build "
-                "a cache, which takes the mean on pilot windows"
+                "the reference signal of the adaptive sampler is not set; expected a number. Pass "
+                "reference=..., or build a cache, which computes the mean signal on pilot windows"
             )
-        most = float(_MOST_FACTOR * self.nominal_rounds)
+        most = float(_LARGEST_FACTOR * self.nominal_rounds)
         share = (strength / self.reference) ** self.position_power
         return (self.nominal_rounds * share).round().clamp(1, most).to(torch.int64)
 
@@ -236,6 +241,6 @@ class Adaptive(Sampler):
         if isinstance(self.signal, NamedSignal):
             raise InvalidArgumentError(
                 f"the student of the adaptive sampler ({self.signal.student or 'in memory'}) is "
-                "not loaded, and drawing needs it; call sampler.ready()"
+                "not loaded, and sampling needs it; call sampler.ready() first"
             )
         return self.signal

@@ -1,11 +1,11 @@
-"""Turn a budget (mean entries per position) into a sampler's parameters, on pilot windows.
+"""Convert a budget (mean entries per position) to a sampler's parameters, on pilot windows.
 
-Expected entries are computed where a sampler has a formula for them: a token of proposal
-probability q is in a systematic draw of N rounds with probability min(1, N q), in N independent
-rounds with probability 1 - (1 - q)^N. These depend on q alone, so one pass that sorts the pilot
-tokens by log q into narrow bins serves every N. Without a formula they are measured by drawing.
+Some samplers compute their expected number of entries by a formula: a token with proposal
+probability q is drawn in N systematic rounds with probability min(1, N q), and in N independent
+rounds with probability 1 - (1 - q)^N. Both depend on q alone, so one histogram of log q over the
+pilot tokens suffices for every N. For other samplers, the number of entries is measured by drawing.
 
-Cost: one float64 pass over the pilot logits, a few hundred positions.
+Cost: one float64 pass over the logits of about a thousand pilot positions.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers.sampler import Sampler
 from sparselogits.samplers.uniforms import window_uniforms
 
-_PER_OCTAVE = 64
-_OCTAVES = 64  # probabilities below 2**-64 are in no draw
-_FEW_WINDOWS = 4  # that are drawn from: a draw is repeated for each size that is tried
+_PER_OCTAVE = 64  # histogram bins per factor of two of the probability
+_OCTAVES = 64  # probabilities below 2**-64 are counted in the last bin
+_SUBSET_WINDOWS = 4  # pilot windows to draw from: the draw is repeated for every size tried
 
 
 @dataclass(frozen=True, eq=False)
 class PilotSlice:
-    """Hold the teacher's logits at some positions of a pilot window.
+    """Logits of the teacher at some positions of a pilot window.
 
     Args:
-        window: number of the window.
+        window: index of the window.
         tokens: int64 [L], tokens of the whole window.
-        positions: the positions that the logits belong to.
+        positions: positions of the logits in the window.
         logits: float [P, V].
     """
 
@@ -44,20 +44,20 @@ class PilotSlice:
 
 
 class Pilot:
-    """Read pilot windows, which are spread over the corpus, when a sampler needs them.
+    """Pilot windows, spread over the corpus, whose logits are computed when they are first needed.
 
     Args:
-        windows: a function per window, which returns the window's slices.
+        windows: one function per window, which returns the slices of that window.
     """
 
     def __init__(self, windows: Sequence[Callable[[], Iterable[PilotSlice]]]) -> None:
         self._windows = windows
-        self._histogram = cache(self._make_histogram)
-        self.few = cache(self._read_few)
+        self._histogram = cache(self._compute_histogram)
+        self.subset = cache(self._compute_subset)
 
     @classmethod
     def of_logits(cls, slices: Iterable[Tensor]) -> Pilot:
-        """Wrap logits, float [P, V] each, whose tokens are not known."""
+        """Create a pilot from logits, float [P, V] each, without their tokens."""
 
         def read() -> Iterable[PilotSlice]:
             for number, logits in enumerate(slices):
@@ -66,35 +66,38 @@ class Pilot:
 
         return cls([read])
 
-    def _read_few(self) -> list[PilotSlice]:
-        """Read the slices of about four windows, evenly spaced over all pilot windows."""
-        chosen = self._windows[:: max(1, len(self._windows) // _FEW_WINDOWS)]
+    def _compute_subset(self) -> list[PilotSlice]:
+        """Return the slices of at most seven windows, evenly spaced over all pilot windows."""
+        chosen = self._windows[:: max(1, len(self._windows) // _SUBSET_WINDOWS)]
         return [part for read in chosen for part in read()]
 
     def entries(self, inclusion: Callable[[Tensor], Tensor], exponent: float = 1.0) -> float:
-        """Return the mean over positions of the sum of inclusion probabilities over tokens.
+        """Return the expected entries per position: the summed inclusion probabilities of tokens.
 
         Args:
-            inclusion: function from proposal probabilities to inclusion probabilities.
+            inclusion: function from proposal probabilities to inclusion probabilities, float64 [B].
             exponent: exponent of the teacher's probability in the proposal.
+
+        Raises:
+            InvalidArgumentError: there are no pilot positions.
         """
         count, mean = self._histogram(exponent)
         return float((count * inclusion(mean)).sum())
 
     def drawn_entries(self, sampler: Sampler) -> float:
-        """Return the mean entries per position of a draw from a few windows."""
+        """Return the mean entries per position, measured by drawing from a few windows."""
         total, positions = 0, 0
-        for part in self.few():
+        for part in self.subset():
             uniforms = window_uniforms(
                 0, part.window, len(part.tokens), sampler.uniforms_per_position
             )
-            here = sampler.at(part.tokens, part.positions)
-            drawn = here(part.logits, uniforms[part.positions])
+            local = sampler.at(part.tokens, part.positions)
+            drawn = local(part.logits, uniforms[part.positions])
             total, positions = total + drawn.entries, positions + len(drawn)
         return total / max(1, positions)
 
-    def _make_histogram(self, exponent: float) -> tuple[Tensor, Tensor]:
-        """Return per bin of probability: how many tokens per position, and their mean."""
+    def _compute_histogram(self, exponent: float) -> tuple[Tensor, Tensor]:
+        """Return the tokens per position and the mean probability of each bin, float64 [B] each."""
         bins = _PER_OCTAVE * _OCTAVES
         count = torch.zeros(bins, dtype=torch.float64)
         mass = torch.zeros(bins, dtype=torch.float64)
@@ -108,49 +111,56 @@ class Pilot:
             positions += part.logits.shape[0]
         if positions == 0:
             raise InvalidArgumentError(
-                "no pilot positions were given; expected logits of at least one position"
+                "there are no pilot positions to fit a budget on; pass logits of at least one"
             )
         return count / positions, mass / count.clamp_min(1)
 
 
 def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float) -> Sampler:
-    """Return the same sampler with the parameter whose mean entries come closest to a budget.
+    """Return a sampler whose mean entries per position are as close as possible to a budget.
 
     Args:
-        sampler: sampler whose other parameters (such as the exponent) are kept.
-        logits_slices: float [P, V] each, pilot positions spread over the corpus.
-        budget: mean entries per position, at least one.
+        sampler: a sampler; only its budget parameter (such as `rounds`) is replaced.
+        logits_slices: logits of pilot positions spread over the corpus, float [P, V] each.
+        budget: mean entries per position, at least 1.
 
     Raises:
-        InvalidArgumentError: the budget is below one or cannot be met, there are no pilot
-            positions, or no single parameter determines the sampler's entries.
+        InvalidArgumentError: the budget is below 1 or cannot be met, there are no pilot positions,
+            or the sampler has no budget parameter.
+
+    Examples:
+        >>> import torch
+        >>> from sparselogits.samplers import TopK
+        >>> fit_budget(TopK(1), [torch.randn(8, 100)], 12)
+        TopK(k=12)
     """
     sampler.left_open(budget)
     return sampler.fitted(Pilot.of_logits(logits_slices), budget)
 
 
 def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
-    """Return the size (see `Sampler.of_size`) whose entries come closest to a budget.
+    """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget.
 
     Raises:
-        InvalidArgumentError: the budget is below one or cannot be met, or there are no pilot
+        InvalidArgumentError: the budget is below 1 or cannot be met, or there are no pilot
             positions.
     """
 
-    @cache  # a draw, where the sampler has no formula
+    @cache  # without a formula, each evaluation is a draw
     def entries(size: int) -> float:
         return sampler.of_size(size).expected_entries(pilot)
 
     if budget < 1:
         raise InvalidArgumentError(
-            f"a budget of {budget:g} entries is out of reach; expected a mean of at least 1"
+            f"a budget of {budget:g} entries per position is too small; give at least 1"
         )
     low = high = 1
     while entries(high) < budget:
         if high == sampler.largest_size:
             raise InvalidArgumentError(
-                f"a budget of {budget:g} entries is out of reach: on this text the sampler "
-                f"{sampler.name!r} stores at most {entries(high):.1f}; give a smaller budget"
+                f"a budget of {budget:g} entries per position is out of reach: on this text the "
+                f"sampler {sampler.name!r} stores at most {entries(high):.1f}; give a smaller "
+                "budget"
             )
         low, high = high, 2 * high
     while high - low > 1:
@@ -160,6 +170,7 @@ def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
 
 
 def _proposal(logits: Tensor, exponent: float) -> Tensor:
+    """Return the proposal probabilities of logits [P, V], float64 [P V]."""
     scaled = logits.double()
     scaled = scaled.masked_fill(scaled > -torch.inf, 0) if exponent == 0 else scaled * exponent
     return scaled.softmax(-1).flatten()

@@ -1,23 +1,25 @@
-"""Sample from a large vocabulary by inverse CDF, without materialising the distribution.
+"""Sample from a large vocabulary by inverse CDF, without storing the whole distribution.
 
-A proposal is q_i proportional to w_i = exp(e * (z_i - shift)). To find the tokens in which given
-levels of its cumulative sum fall, the vocabulary is cut into blocks of 64 ids:
+A proposal is q_i proportional to w_i = exp(e * (z_i - shift)). To find the tokens that contain
+given levels of the cumulative sum of w, the vocabulary is divided into blocks of 64 ids:
 
-1. `Blocks.of`: w in float32, a few rows at a time (they stay in the processor's cache), summed by
-   block; then the blocks that matter for an accuracy of 1e-9 once more in float64.
-2. `Blocks.edges`: block sums as 62-bit integers, running sums of those. Integer addition does not
-   depend on the order, so the edges are the same on every device and for every batch.
-3. `Blocks.tokens_at`: binary search for the block of each level, then float64 weights for the
-   blocks that are hit, and only for those.
+1. `Blocks.of` computes w in float32 for a few rows at a time, so that they stay in the processor's
+   cache, and sums each block. It then recomputes in float64 the blocks that matter for an accuracy
+   of 1e-9.
+2. `Blocks.edges` converts block sums to 62-bit integers and computes their running sums. The result
+   of integer addition does not depend on its order, so it is the same on every device and for
+   every batch size.
+3. `Blocks.tokens_at` finds the block of each level by binary search, and computes float64 weights
+   only for these blocks.
 
-Accuracy: float32 exponentials err by about 3e-8, with mean zero; only what the light blocks hold
-carries that error, which leaves marginals within 1e-9 of a float64 softmax (tests and
-benchmarks/sampling.py measure it). A token of zero width, a masked one above all, is never hit.
+Accuracy: float32 exponentials have relative errors of about 3e-8 with mean zero. Only light blocks
+have such errors, so marginals are within 1e-9 of a float64 softmax (measured by the tests and
+benchmarks/sampling.py). A token of probability zero, such as a masked one, is never drawn.
 
 Cost: about three `torch.softmax` over the same logits in warm memory (benchmarks/sampling.py).
-Memory beyond the logits, on CPU: 2 MiB of float32 weights whatever the vocabulary, and 24 bytes per
-block for 64 positions (0.4 bytes per position and id); a vocabulary that is no multiple of 64 is
-padded, 64 positions at a time.
+Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
+block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
+of 64 is padded, 64 positions at a time.
 """
 
 from __future__ import annotations
@@ -32,28 +34,32 @@ from torch.nn import functional as F
 from sparselogits.errors import InvalidLogitsError
 from sparselogits.targets import offsets_from_lengths
 
-BLOCK = 64  # ids per block: one gather of 256 bytes, V / 64 block sums
-POSITIONS_AT_ONCE = 64  # positions whose block sums are alive together on a CPU
-# A block is summed in float64 when its share of the mass, times the largest probability, exceeds
-# this: what lighter blocks get wrong moves no marginal by 1e-9.
+BLOCK = 64
+"""Number of ids per block."""
+
+POSITIONS_AT_ONCE = 64
+"""Number of positions whose block sums are in memory together on a CPU."""
+
+# A block is summed in float64 if its share of the mass, times the largest probability, exceeds
+# this. The float32 errors of the other blocks change no marginal by 1e-9.
 _REFINE = 2.0**-14
 _TINY = torch.finfo(torch.float64).tiny
-_NOTHING = -1e4  # exp of it is 0, and 0 times it no NaN
-_SCRATCH = {"cpu": 2**19, "other": 2**26}  # float32 weights alive at once
+_NOTHING = -1e4  # a finite logit difference whose exponential is 0, since 0 * -inf is NaN
+_SCRATCH = {"cpu": 2**19, "other": 2**26}  # number of float32 weights in memory together
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Hold the proposals of R positions, summed by block.
+    """Proposals of R positions, summed by block.
 
     Args:
-        logits: the teacher's logits, [R, V].
-        shift: float32 or float64 [R, 1], each position's largest logit rounded to an integer.
-        sums: float64 [R, B], weight in each block.
+        logits: logits of the teacher, [R, V], with V padded to a multiple of 64.
+        shift: float32 or float64 [R, 1], the largest logit of each position rounded to an integer.
+        sums: float64 [R, B], sum of the weights w in each block.
         exponent: the exponent e of the proposal.
-        ceiling: float64 [R, 1]; tokens that weigh at least this much are left out. None keeps all.
-        moment: float64 [R], sum of w_i (z_i - shift) at exponent 1, for the entropy; None unless
-            it was asked for.
+        ceiling: float64 [R, 1]; tokens with at least this weight are excluded. None excludes none.
+        moment: float64 [R], sum of w_i (z_i - shift) at exponent 1, from which the entropy follows;
+            None if not requested.
     """
 
     logits: Tensor
@@ -76,9 +82,9 @@ class Blocks:
 
         Args:
             logits: float [R, V] of any floating dtype; -inf where the id is no token.
-            exponent: e, of the teacher's probability in the proposal.
-            first_position: what to add to a row in error messages.
-            with_moment: keep `moment` too; for exponent 1.
+            exponent: exponent e of the teacher's probability in the proposal.
+            first_position: position of the first row, for error messages.
+            with_moment: whether to compute `moment`; requires exponent 1.
 
         Raises:
             InvalidLogitsError: NaN, +inf, or a row of -inf only.
@@ -87,8 +93,8 @@ class Blocks:
         peak = logits.amax(-1, keepdim=True).to(high)
         _require_finite(logits, peak, first_position)
         whole = _whole_blocks(logits)
-        # Subtracting an integer is exact for most logits; subtracting the peak itself would round
-        # all of a row alike, by the peak's low bits.
+        # Subtracting an integer is exact for most logits. Subtracting the peak itself would give
+        # all logits of a row the same rounding error.
         shift = peak.round()
         sums, moment = _coarse_sums(whole, shift, exponent, with_moment=with_moment)
         coarse = cls(whole, shift, sums, exponent, moment=moment)
@@ -104,7 +110,12 @@ class Blocks:
         return self.sums.sum(-1, keepdim=True)
 
     def weights_in(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """Return the weights in H blocks, given by row and by block, float64 [H, 64]."""
+        """Return the weights in H blocks, float64 [H, 64].
+
+        Args:
+            rows: int64 [H], row of each block.
+            blocks: int64 [H], index of each block in its row.
+        """
         flat = rows * self.sums.shape[1] + blocks
         chosen = self.logits.view(-1, BLOCK).index_select(0, flat).double()
         weights = _proposal(chosen.sub_(self.shift[rows].double()), self.exponent)
@@ -113,11 +124,11 @@ class Blocks:
         return weights
 
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return p / q of drawn tokens, float64 [E], from logits and the two normalisers.
+        """Return the importance weights p / q of drawn tokens, float64 [E].
 
         Args:
-            ids: int64 [E], position after position.
-            offsets: int64 [R + 1], where the tokens of each position begin.
+            ids: int64 [E], ids of the tokens, in order of position.
+            offsets: int64 [R + 1]; tokens offsets[r] to offsets[r + 1] belong to position r.
         """
         teacher = Blocks.of(self.logits)
         rows = torch.arange(offsets.numel() - 1, device=ids.device)
@@ -130,23 +141,23 @@ class Blocks:
         """Return running block sums in fixed point.
 
         Returns:
-            edges int64 [R, B], inclusive, below 2**62; and the scale float64 [R, 1], a power of
-            two, with which a weight becomes such an integer.
+            Inclusive running sums, int64 [R, B], below 2**62; and the factor that converts a weight
+            to fixed point, float64 [R, 1], a power of two.
         """
         exponent = torch.frexp(self.total).exponent
         scale = torch.ldexp(torch.ones_like(self.total), 61 - exponent)
         return (self.sums * scale).round().to(torch.int64).cumsum(-1), scale
 
     def tokens_at(self, edges: Tensor, levels: Tensor) -> Tensor:
-        """Find the token in which each level of the cumulative distribution falls.
+        """Return the token that contains each level of the cumulative distribution.
 
         Args:
             edges: int64 [R, B] from `edges()`.
             levels: int64 [R, N], ascending in each row, each in [1, edges[:, -1]]. A token whose
-                cumulative weight goes from a to b holds the levels a < level <= b.
+                cumulative weight goes from a to b contains the levels a < level <= b.
 
         Returns:
-            int64 [R, N], ascending in each row; any id for levels outside that range.
+            Ids int64 [R, N], ascending in each row; arbitrary for levels outside that range.
         """
         block = torch.searchsorted(edges, levels).clamp_max(edges.shape[1] - 1)
         upper = edges.gather(1, block)
@@ -157,7 +168,7 @@ class Blocks:
         weights = self.weights_in(hit_rows, hit - hit_rows * edges.shape[1])
         scale = 2.0**52 / weights.sum(-1, keepdim=True).clamp_min(_TINY)
         fine = (weights * scale).round().to(torch.int64).cumsum(-1)
-        # How far into its block a level lies, carried over to the block's exact weights.
+        # A level keeps its relative position in the block when sums are replaced by exact weights.
         share = (levels - lower).double() / (upper - lower).clamp_min(1).double()
         top = fine[:, -1][which]
         level = (share.flatten() * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
@@ -166,49 +177,51 @@ class Blocks:
 
 
 def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge repeated tokens.
+    """Count how often each distinct token of a row occurs.
 
     Args:
         tokens: int64 [R, N], ascending in each row.
-        drawn: bool [R, N], true up to some column of each row: the rounds that count. None for all.
+        drawn: bool [R, N], True in the leading columns of each row, which are counted. None counts
+            all columns.
 
     Returns:
-        The distinct ids int64 [E], how often each was drawn int32 [E], offsets int64 [R + 1].
+        Distinct ids int64 [E], their counts int32 [E], and offsets int64 [R + 1].
     """
     first = torch.ones_like(tokens, dtype=torch.bool)
     first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    kept = tokens
+    first_counted, counted = first.flatten(), tokens.numel()
     if drawn is not None:
         first &= drawn
-        first_kept, kept = first[drawn], tokens[drawn]
-    else:
-        first_kept = first.flatten()
-    begins = first_kept.nonzero()[:, 0]
-    counts = torch.diff(begins, append=begins.new_tensor([kept.numel()]))
+        first_counted, counted = first[drawn], int(drawn.sum())
+    begins = first_counted.nonzero()[:, 0]
+    counts = torch.diff(begins, append=begins.new_tensor([counted]))
     return tokens[first], counts.to(torch.int32), offsets_from_lengths(first.sum(-1))
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct of ascending keys int64 [M], [H], and which of them each key is, [M]."""
+    """Return the distinct keys of ascending keys [M], int64 [H], and the index of each key, [M]."""
     first = torch.ones_like(keys, dtype=torch.bool)
     first[1:] = keys[1:] != keys[:-1]
     return keys[first], first.cumsum(0) - 1
 
 
 def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[slice]:
-    """Check shapes, then walk over the positions, a bounded number at a time; at least one slice.
+    """Validate logits and uniforms, and yield slices of a bounded number of positions.
 
     Args:
-        logits: [P, V].
+        logits: float [P, V].
         uniforms: [P, U].
-        columns: the U the sampler expects.
+        columns: U, the sampler's number of uniforms per position.
+
+    Yields:
+        Slices that cover all positions in order; one empty slice if P is 0.
 
     Raises:
-        InvalidLogitsError: for shapes, dtypes or uniforms that do not fit.
+        InvalidLogitsError: a shape or dtype is wrong, or a uniform is outside [0, 1).
     """
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise InvalidLogitsError(
-            f"logits must be floating point of shape [positions, vocabulary], found {logits.dtype} "
+            f"logits must be floating-point of shape [positions, vocabulary], found {logits.dtype} "
             f"of shape {tuple(logits.shape)}"
         )
     if tuple(uniforms.shape) != (logits.shape[0], columns):
@@ -229,14 +242,14 @@ def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[
 
 
 def _proposal(gap: Tensor, exponent: float) -> Tensor:
-    """Return the weights of logits that lie `gap` above the shift; may overwrite `gap`."""
+    """Return exp(exponent * gap), the weights of logits minus shift; may overwrite `gap`."""
     if exponent == 0:
-        return (gap > -torch.inf).to(gap.dtype)  # 0 * inf is no number
+        return (gap > -torch.inf).to(gap.dtype)  # 0 * inf is NaN
     return (gap if exponent == 1 else gap.mul_(exponent)).exp_()
 
 
 def _whole_blocks(logits: Tensor) -> Tensor:
-    """Return contiguous logits of whole blocks of ids; they are copied only where needed."""
+    """Return contiguous logits padded to whole blocks of ids; copies only if necessary."""
     missing = -logits.shape[1] % BLOCK
     if missing:
         return F.pad(logits, (0, missing), value=-torch.inf)
@@ -246,7 +259,7 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 def _coarse_sums(
     logits: Tensor, shift: Tensor, exponent: float, *, with_moment: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return block sums float64 [P, B], and the moment [P] or None; see `Blocks`."""
+    """Return block sums computed in float32, float64 [P, B], and the moment; see `Blocks`."""
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
     scratch = _SCRATCH.get(logits.device.type, _SCRATCH["other"])
@@ -271,17 +284,20 @@ def _coarse_sums(
 
 
 def _require_finite(logits: Tensor, peak: Tensor, first_position: int) -> None:
+    """Raise InvalidLogitsError if the largest logit of a row, [R, 1], is not finite."""
     wrong = ~peak.isfinite()
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0, 0])
     if peak[row, 0] == -torch.inf:
         raise InvalidLogitsError(
-            f"position {first_position + row}: every logit is -inf; at least one id must be a token"
+            f"position {first_position + row}: every logit is -inf, expected at least one finite "
+            "logit; check the mask of ids that are tokens"
         )
     bad = logits[row].isnan() | (logits[row] == torch.inf)
     token = int(bad.nonzero()[0, 0])
     raise InvalidLogitsError(
-        f"position {first_position + row}: logit of id {token} is {logits[row, token].item()}; "
-        "a teacher that overflows usually needs bfloat16 or float32 instead of float16"
+        f"position {first_position + row}: logit of id {token} is {logits[row, token].item()}, "
+        "expected a finite number or -inf; if the teacher overflows in float16, run it in bfloat16 "
+        "or float32"
     )

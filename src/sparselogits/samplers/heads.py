@@ -1,8 +1,8 @@
-"""Keep the likeliest tokens with their raw probabilities, and nothing else: Top-K and top-p.
+"""Select the likeliest tokens with their raw probabilities: Top-K and top-p.
 
-Biased: the tail is missing, and a student trained on the head alone learns an over-confident
-distribution (docs/theory.md, section 1). What becomes of the missing mass is chosen by the loss,
-at training time, so the raw probabilities are what is stored.
+Both are biased: the tail is missing, and a student trained on the head alone learns an
+over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
+loss decides at training time what to do with the missing mass.
 
 Cost: one selection of the K largest logits and one pass for the normaliser.
 """
@@ -22,27 +22,33 @@ if TYPE_CHECKING:
 
 
 class _Head(Sampler):
-    """State what Top-K and top-p have in common."""
+    """Base class of Top-K and top-p."""
 
     unbiased = False
     uniforms_per_position = 0
 
     @property
     def stores(self) -> Stored:
-        """Store raw probabilities."""
+        """Kind of the stored weights: float32 probabilities."""
         return Stored.floats()
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return 1 plus a rounding error, because log-probabilities may have half precision."""
+        """Return 1 plus a tolerance, because imported probabilities may have half precision."""
         return 1 + 2 * ROUNDING
 
 
 @dataclass(frozen=True)
 class TopK(_Head):
-    """Keep the k likeliest tokens of each position.
+    """Sampler of the k likeliest tokens of each position.
 
     Args:
-        k: entries per position; fewer where fewer ids are tokens.
+        k: entries per position; positions with fewer possible tokens have fewer entries.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> TopK(2)(logits, torch.empty(1, 0)).padded()
+        (tensor([[1, 2]]), tensor([[0.2000, 0.7000]]))
     """
 
     k: int = parameter(12, "Entries per token", least=1, label=" {:g}")
@@ -57,25 +63,25 @@ class TopK(_Head):
         return self.k
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return k, whatever the text."""
+        """Return k, for any text."""
         return self.k
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Select the k likeliest tokens; see `Sampler`."""
+        """Select the k likeliest tokens; see `Sampler.draw`."""
         return _select(logits, first_position, self.k, until=None)
 
 
 @dataclass(frozen=True)
 class TopP(_Head):
-    """Keep the fewest tokens whose probabilities reach p, at most `max_entries` of them.
+    """Sampler of the fewest tokens whose probabilities sum to at least p.
 
     Args:
-        p: mass to reach.
-        max_entries: largest number of entries per position.
+        p: probability mass to reach, in (0, 1].
+        max_entries: largest number of entries per position, even if their mass is below p.
     """
 
     p: float = parameter(
-        0.95, "Probability mass to keep per token", above=0, most=1, label=" {:g}", is_size=True
+        0.95, "Probability mass to reach per token", above=0, most=1, label=" {:g}", is_size=True
     )
     max_entries: int = parameter(
         100,
@@ -89,11 +95,12 @@ class TopP(_Head):
     title = "Top-P"
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Select tokens until their mass reaches p; see `Sampler`."""
+        """Select tokens until their mass reaches p; see `Sampler.draw`."""
         return _select(logits, first_position, self.max_entries, until=self.p)
 
 
 def _select(logits: Tensor, first_position: int, most: int, until: float | None) -> SparseTargets:
+    """Return the `most` likeliest tokens, or fewer whose mass reaches `until`."""
     import torch
 
     from sparselogits.samplers.distribution import Blocks
@@ -104,7 +111,7 @@ def _select(logits: Tensor, first_position: int, most: int, until: float | None)
     probabilities = (values.double() - blocks.shift.double()).exp() / blocks.total
     kept = values > -torch.inf
     if until is not None:
-        # The token that crosses p belongs to the set: keep while the mass before it is short.
+        # The token at which the mass reaches p is included, so compare the mass before each token.
         kept &= probabilities.cumsum(-1) - probabilities < until
     ids, order = ids.sort(-1)
     kept = kept.gather(1, order)

@@ -1,13 +1,13 @@
-"""Know samplers by name: those of this package, and those that other packages declare.
+"""Look up samplers by name: the built-in ones, and those of other packages.
 
-Another package declares a sampler by an entry point, in its pyproject.toml:
+Another package declares a sampler by an entry point in its pyproject.toml:
 
     [project.entry-points."sparselogits.samplers"]
     likeliest = "my_package:Likeliest"
 
-An entry point is there in every process that opens a cache (commands, ranks, Ray and DataLoader
-workers). A call that registers a class would have to be made in each of them. A cache is
-untrusted input: the name in it selects among installed samplers and is never imported.
+Entry points are available in every process that opens a cache (commands, ranks, Ray and DataLoader
+workers), without a call that registers the class in each of them. A cache is untrusted input: the
+name in a cache selects among installed samplers and is never imported.
 """
 
 from __future__ import annotations
@@ -29,89 +29,105 @@ from sparselogits.samplers.threshold import Threshold
 from sparselogits.untrusted import shown
 
 GROUP = "sparselogits.samplers"
-_OWN: dict[str, type[Sampler]] = {
+"""Entry point group of samplers."""
+
+_BUILT_IN: dict[str, type[Sampler]] = {
     kind.name: kind for kind in (Systematic, Multinomial, Uniform, TopK, TopP, Threshold, Adaptive)
 }
 
 
 def samplers() -> dict[str, type[Sampler]]:
-    """Return the class of each known sampler by name."""
-    return _OWN | _of_packages()
+    """Return the classes of all installed samplers by name."""
+    return _BUILT_IN | _from_packages()
 
 
 def find_sampler(name: object) -> type[Sampler] | None:
-    """Return the class of a sampler; None for an unknown name."""
+    """Return the class of the sampler with a name; None for an unknown name."""
     if not isinstance(name, str):
         return None
-    return _OWN.get(name) or _of_packages().get(name)
+    return _BUILT_IN.get(name) or _from_packages().get(name)
 
 
 @cache
-def _of_packages() -> dict[str, type[Sampler]]:
+def _from_packages() -> dict[str, type[Sampler]]:
+    """Return the classes of the samplers of other packages by name."""
     return {kind.name: kind for kind in load_declared(GROUP, "sampler", _checked)}
 
 
 def _checked(name: str, kind: object) -> type[Sampler]:
-    """Return the class that an entry point names, if it states all facts of a sampler.
+    """Return the object of an entry point, if it is a complete sampler class of that name.
 
     Raises:
-        InvalidArgumentError: no sampler, or one that does not state a fact.
+        InvalidArgumentError: the object is not a sampler class, lacks an attribute, or has a name
+            or field that conflicts with another.
     """
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
-        raise InvalidArgumentError(f"{kind!r} is no subclass of sparselogits.samplers.Sampler")
+        raise InvalidArgumentError(f"{kind!r} is not a subclass of sparselogits.samplers.Sampler")
     missing = [f for f in ("name", "title", "unbiased") if not hasattr(kind, f)]
     missing += sorted(kind.__abstractmethods__) if inspect.isabstract(kind) else []
     if missing:
         raise InvalidArgumentError(f"the class {kind.__name__} does not define {missing[0]}")
-    if kind.name != name or kind.name in _OWN:
+    if kind.name != name or kind.name in _BUILT_IN:
         raise InvalidArgumentError(
-            f"the class {kind.__name__} has the name {kind.name!r}; expected that of the entry "
-            f"point, {name!r}, and none of {', '.join(_OWN)}"
+            f"the class {kind.__name__} has the name {kind.name!r}; expected the name of the entry "
+            f"point, {name!r}, and none of {', '.join(_BUILT_IN)}"
         )
     if kind.budget_parameter is not None and kind.budget_parameter not in kind.declared():
         raise InvalidArgumentError(
-            f"the budget parameter {kind.budget_parameter!r} of {kind.__name__} is not declared "
-            "with `parameter`"
+            f"the budget parameter {kind.budget_parameter!r} of {kind.__name__} is not a field "
+            "declared with `parameter`; declare it"
         )
     _require_field_names(kind)
     return kind
 
 
 def _require_field_names(kind: type[Sampler]) -> None:
-    """Check that recipes and the command line can tell a sampler's fields from other words."""
-    kinds = {name: own.kind for known in _OWN.values() for name, own in known.declared().items()}
+    """Validate that a sampler's fields conflict with no other key of recipes or option of `cache`.
+
+    Raises:
+        InvalidArgumentError: a field is called "name" or "budget", or has the name of a field of a
+            built-in sampler and another type.
+    """
+    kinds = {
+        name: parameter.kind
+        for known in _BUILT_IN.values()
+        for name, parameter in known.declared().items()
+    }
     for name, declared in kind.declared().items():
         if name in ("name", "budget") or kinds.get(name, declared.kind) is not declared.kind:
             raise InvalidArgumentError(
-                f"the field {name!r} of {kind.__name__} has a name that is used for something "
-                "else; choose another name"
+                f"the field {name!r} of {kind.__name__} has the name of another option; choose "
+                "another name"
             )
 
 
 def known_sampler(name: object) -> type[Sampler]:
-    """Return the class of a sampler.
+    """Return the class of the sampler with a name.
 
     Raises:
-        InvalidArgumentError: an unknown name, with the known ones.
+        InvalidArgumentError: the name is unknown; the message lists the known names.
     """
     kind = find_sampler(name)
     if kind is None:
         raise InvalidArgumentError(
             f"unknown sampler {shown(name)}; available: {', '.join(samplers())}. If another "
-            f"package has it, install that package (entry point group {GROUP!r})"
+            f"package defines this sampler, install that package (entry point group {GROUP!r})"
         )
     return kind
 
 
 def from_parameters(identity: Mapping[str, Any]) -> Sampler:
-    """Make a sampler from what a cache's identity records of it; no model is loaded.
+    """Create a sampler from the `sampler` field of a cache's identity; no model is loaded.
 
     Args:
-        identity: {"name": sampler.name, **sampler.parameters()}, and perhaps the budget that a
-            parameter was fitted to.
+        identity: {"name": sampler.name, **sampler.parameters()}; a "budget" is ignored.
 
     Raises:
-        InvalidArgumentError: for an unknown name, or parameters that the sampler does not take.
+        InvalidArgumentError: the name or a parameter is unknown, or a value is out of range.
+
+    Examples:
+        >>> from_parameters({"name": "topk", "k": 12})
+        TopK(k=12)
     """
     parameters = {name: value for name, value in identity.items() if name != "budget"}
     kind = known_sampler(parameters.pop("name", None))
@@ -123,55 +139,67 @@ def from_parameters(identity: Mapping[str, Any]) -> Sampler:
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """Hold the name of a sampler with the fields that were given for it; made by `choose`.
+    """A sampler class with values for some of its fields; created by `choose`.
 
     Args:
         kind: class of the sampler.
-        given: values of declared fields, in their types and order. What is absent has its default,
-            or is set by a budget.
+        given: converted values by field, in the order of declaration. Absent fields have their
+            defaults, or are set by a budget.
     """
 
     kind: type[Sampler]
     given: Mapping[str, Any]
 
     def parameters(self) -> dict[str, Any]:
-        """Return the name and the given fields."""
+        """Return the given fields and the name of the sampler."""
         return {"name": self.kind.name, **self.given}
 
     def sampler(self) -> Sampler:
-        """Make the sampler. Raises InvalidArgumentError."""
+        """Create the sampler.
+
+        Raises:
+            InvalidArgumentError: the values do not fit each other.
+        """
         return from_parameters(self.parameters())
 
     def title(self, budget: float | None) -> str:
-        """Return the sampler's title for tables, with the budget and the fields that are set."""
+        """Return the sampler's title for tables, with the budget and the given fields.
+
+        Args:
+            budget: mean entries per position; None for no budget.
+        """
         title = self.kind.title + ("" if budget is None else f" {budget:g}")
         declared = self.kind.declared()
         return title + "".join(declared[n].in_title(n, v) for n, v in self.given.items())
 
 
 def choose(name: object, given: Mapping[str, Any], *, known: Iterable[str] = ()) -> SamplerChoice:
-    """Check the fields that a user gives a sampler.
+    """Validate the name and the fields that a user gives for a sampler.
 
     Args:
         name: name of the sampler.
-        given: values by field; None stands for one that is not given.
-        known: further words that may have been meant by an unknown field.
+        given: values by field; None for a field that is not given.
+        known: other names to suggest if a field is unknown.
 
     Raises:
-        InvalidArgumentError: an unknown sampler or field, with the nearest known; a value of
-            another type or out of range; a required field that is not given.
+        InvalidArgumentError: the sampler or a field is unknown, a value has another type or is out
+            of range, or a required field is not given.
+
+    Examples:
+        >>> choose("topk", {"k": 12}).title(None)
+        'Top-K 12'
     """
     kind = known_sampler(name)
     declared = kind.declared()
     for field in given:
         if field not in declared:
             near = difflib.get_close_matches(str(field), [*declared, *known], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(declared)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"available: {', '.join(declared)}"
             raise InvalidArgumentError(f"sampler {kind.name!r} has no field {shown(field)}; {hint}")
-    for field, own in declared.items():
-        if own.required and given.get(field) is None:
+    for field, parameter in declared.items():
+        if parameter.required and given.get(field) is None:
             raise InvalidArgumentError(
-                f"sampler {kind.name!r} needs a value of {field}: {own.help.lower()}"
+                f"sampler {kind.name!r} requires a value for {field}: {parameter.help.lower()}"
             )
     values = {n: p.converted(n, given[n]) for n, p in declared.items() if given.get(n) is not None}
     return SamplerChoice(kind, values)

@@ -1,16 +1,17 @@
-"""Draw N rounds with equal weight: systematically, independently, or from all tokens alike.
+"""Draw N sampling rounds of equal weight: systematically, independently, or uniformly over ids.
 
-A target is (count_i / N) * p_i / q_i, with q the proposal the rounds are drawn from; with q = p it
-is count_i / N. Unbiased for every proposal that is positive wherever p is.
+The weight of token i is (count_i / N) * p_i / q_i, where q is the proposal from which the rounds
+are drawn; if q = p, it is count_i / N. The weights are unbiased for every proposal that is positive
+wherever p is.
 
-`Systematic` draws all rounds with one uniform: with C the cumulative proposal in token-id order,
-count_i = floor(N C_i + u) - floor(N C_{i-1} + u). A count is then within one of N q_i, so a likely
-token carries next to no noise, and neighbouring ids, which tokenizers make alike, compensate each
-other. Independent rounds (`Multinomial`) are random-sampling knowledge distillation as published,
-arXiv 2503.16870, section 3; they are here to be compared with.
+`Systematic` draws all rounds with one uniform u: with C the cumulative proposal in token-id order,
+count_i = floor(N C_i + u) - floor(N C_{i-1} + u). A count then differs from N q_i by less than one,
+so likely tokens have almost no noise, and the errors of neighbouring ids, which tokenizers assign
+to similar tokens, cancel. Independent rounds (`Multinomial`) are random-sampling knowledge
+distillation as published (arXiv 2503.16870, section 3), for comparison.
 
-Cost: see distribution.py; a proposal exponent other than one doubles it, since the weights then
-need the teacher's own normaliser.
+Cost: see distribution.py. A proposal exponent other than 1 doubles it, because the weights then
+require the normaliser of the teacher's distribution, too.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 
 def _proposal_exponent() -> Any:
+    """Declare the field `proposal_exponent`."""
     return parameter(
         1.0,
-        "Power of the teacher's probabilities to draw from",
+        "Exponent of the teacher's probabilities in the proposal",
         least=0,
         most=2,
         label=", exponent {:g}",
@@ -41,7 +43,7 @@ def _proposal_exponent() -> Any:
 
 @dataclass(frozen=True)
 class DrawnInRounds(Sampler):
-    """Draw rounds; a subclass decides where they fall."""
+    """Base class of samplers that draw N rounds; a subclass defines their `points`."""
 
     rounds: int = parameter(50, "Sampling rounds per token", least=1, most=2**20, label=" N = {:g}")
 
@@ -52,7 +54,7 @@ class DrawnInRounds(Sampler):
 
     @property
     def stores(self) -> Stored:
-        """Store counts, and weights where the proposal is not the teacher's distribution."""
+        """Kind of the stored weights: counts, and float32 weights if the exponent is not 1."""
         if self.proposal_exponent == 1:
             return Stored.counts(self.rounds)
         return Stored.counts_and_floats(self.rounds)
@@ -64,7 +66,10 @@ class DrawnInRounds(Sampler):
 
     @abstractmethod
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return where the rounds read the cumulative proposal.
+        """Return the levels of the cumulative proposal at which the rounds are drawn.
+
+        Args:
+            uniforms: float64 [P, uniforms_per_position] in [0, 1).
 
         Returns:
             float64 [P, N], ascending in (0, 1].
@@ -72,29 +77,39 @@ class DrawnInRounds(Sampler):
 
     @abstractmethod
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """Return the probability that a token is drawn at all, given its proposal probability."""
+        """Return the probability that a token is drawn at least once.
+
+        Args:
+            proposal: proposal probabilities of tokens, float64.
+        """
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return the sum of the inclusion probabilities; nothing is drawn."""
+        """Return the mean sum of the inclusion probabilities, without drawing."""
         return pilot.entries(self.inclusion, self.proposal_exponent)
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return the bound of the importance weights p ** (1 - a) * sum(p ** a)."""
+        """Return the bound of the importance weights p ** (1 - e) * sum(p ** e), e the exponent."""
         ids, exponent = float(vocab_size), self.proposal_exponent
         if exponent <= 1:  # by Hoelder's inequality
             return float(ids ** (1 - exponent)) * (1 + ROUNDING)
-        # unbounded in principle; more than this has not been drawn in 10^15 positions
+        # Such weights have no bound; a larger sum is too improbable to occur in practice.
         return max(2.0, float(ids ** (4 * (exponent - 1))))
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; see `Sampler`."""
+        """Sample a few positions; see `Sampler.draw`."""
         from sparselogits.samplers.distribution import Blocks
 
         blocks = Blocks.of(logits, self.proposal_exponent, first_position)
         return self.draw_from(blocks, uniforms, logits.shape[1])
 
     def draw_from(self, blocks: Blocks, uniforms: Tensor, vocab_size: int) -> SparseTargets:
-        """Sample positions whose proposals are summed by block already."""
+        """Sample a few positions, given the block sums of their proposals.
+
+        Args:
+            blocks: proposals of R positions.
+            uniforms: float64 [R, uniforms_per_position] in [0, 1).
+            vocab_size: V, which the padded logits of `blocks` may exceed.
+        """
         import torch
 
         from sparselogits.samplers.distribution import count_runs
@@ -120,11 +135,17 @@ class DrawnInRounds(Sampler):
 
 @dataclass(frozen=True)
 class Systematic(DrawnInRounds):
-    """Draw N rounds systematically from q proportional to p ** proposal_exponent.
+    """Sampler of N systematic rounds from q proportional to p ** proposal_exponent.
 
     Args:
-        rounds: N; a position has at most N entries.
-        proposal_exponent: 1 draws from the teacher's distribution itself.
+        rounds: number N of rounds; a position has at most N entries.
+        proposal_exponent: exponent of p in the proposal, from 0 to 2; with 1, q = p.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> Systematic(10)(logits, torch.tensor([[0.5]])).counts
+        tensor([1, 2, 7], dtype=torch.int32)
     """
 
     proposal_exponent: float = _proposal_exponent()
@@ -134,7 +155,7 @@ class Systematic(DrawnInRounds):
     uniforms_per_position = 1
 
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return N steps of 1 / N from one uniform, float64 [P, N]."""
+        """Return N levels at distances of 1 / N, shifted by one uniform, float64 [P, N]."""
         import torch
 
         ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
@@ -146,15 +167,15 @@ class Systematic(DrawnInRounds):
 
 
 class _Independent(DrawnInRounds):
-    """Draw independent rounds, each with its own uniform."""
+    """Base class of samplers whose rounds are independent, with one uniform per round."""
 
     @property
     def uniforms_per_position(self) -> int:
-        """Use one uniform per round."""
+        """Number of uniforms per position: one per round."""
         return self.rounds
 
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return the uniforms themselves in ascending order, float64 [P, N]."""
+        """Return one minus the uniforms, in ascending order, float64 [P, N]."""
         return (1 - uniforms).sort(-1).values
 
     def inclusion(self, proposal: Tensor) -> Tensor:
@@ -165,11 +186,17 @@ class _Independent(DrawnInRounds):
 
 @dataclass(frozen=True)
 class Multinomial(_Independent):
-    """Draw N independent rounds from q proportional to p ** proposal_exponent: RS-KD as published.
+    """Sampler of N independent rounds from q proportional to p ** proposal_exponent (RS-KD).
 
     Args:
-        rounds: N; a position has at most N entries.
-        proposal_exponent: 1 draws from the teacher's distribution itself.
+        rounds: number N of rounds; a position has at most N entries.
+        proposal_exponent: exponent of p in the proposal, from 0 to 2; with 1, q = p.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> Multinomial(3)(logits, torch.tensor([[0.1, 0.5, 0.95]])).counts
+        tensor([1, 2], dtype=torch.int32)
     """
 
     proposal_exponent: float = _proposal_exponent()
@@ -180,7 +207,11 @@ class Multinomial(_Independent):
 
 @dataclass(frozen=True)
 class Uniform(_Independent):
-    """Draw N independent rounds from all tokens alike: unbiased, and very noisy."""
+    """Sampler of N independent rounds with equal proposal probabilities: unbiased but very noisy.
+
+    Args:
+        rounds: number N of rounds; a position has at most N entries.
+    """
 
     name = "uniform"
     title = "uniform"

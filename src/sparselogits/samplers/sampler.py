@@ -1,8 +1,8 @@
-"""Define the interface of a sampler, and the facts that a sampler's class states about itself.
+"""Define the interface of a sampler, and the metadata that each sampler class declares.
 
-The codec, the recipes, the command line, budgets, tables and plots read these facts, so a new
-sampler is one class (docs/extending.md). The files of the samplers in this package import torch
-where they draw, because `sparselogits cache --help` lists their fields without loading it.
+The codec, recipes, the command line, budgets, tables and plots read this metadata, so a new sampler
+needs one class only (docs/extending.md). The built-in samplers import torch inside their methods,
+because `sparselogits cache --help` lists their fields without loading it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ if TYPE_CHECKING:
     from sparselogits.targets import SparseTargets
 
 COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD = "counts", "counts+float32", "float32", "threshold"
+"""Kinds of stored weights; see the constructors of `Stored`."""
+
 ROUNDING = 1e-3
-"""Relative error of a sum of float32 numbers."""
+"""Tolerance of a sum of weights, for rounding errors of float32."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """State what a cache stores of the weights of a sampler's entries.
+    """Form in which a cache stores the weights of a sampler's entries.
 
-    Make one with `counts`, `counts_and_floats`, `shared_weight` or `floats`.
+    Create one with `counts`, `counts_and_floats`, `shared_weight` or `floats`.
 
     Args:
-        weights: name of the kind of weights, as in the codec's part of a cache's identity.
-        rounds: rounds per position, where entries carry counts.
-        tau: the weight that many entries share and that is stored once; None otherwise.
+        weights: kind of the weights, as in the `codec` field of a cache's identity.
+        rounds: number of rounds per position; None if entries have no counts.
+        tau: weight that many entries share, which is stored once; None if there is none.
     """
 
     weights: Literal["counts", "counts+float32", "float32", "threshold"]
@@ -47,39 +49,40 @@ class Stored:
 
     @classmethod
     def counts(cls, rounds: int) -> Stored:
-        """Store counts only: every weight is count / rounds."""
+        """Return the form for counts only, where every weight is count / rounds."""
         return cls("counts", rounds=rounds)
 
     @classmethod
     def counts_and_floats(cls, rounds: int) -> Stored:
-        """Store counts, which thinning needs, and float32 weights."""
+        """Return the form for counts, which thinning requires, and float32 weights."""
         return cls("counts+float32", rounds=rounds)
 
     @classmethod
     def shared_weight(cls, tau: float) -> Stored:
-        """Store float32 weights, except those that are exactly tau."""
+        """Return the form for float32 weights, of which those equal to tau are not stored."""
         return cls("threshold", tau=tau)
 
     @classmethod
     def floats(cls) -> Stored:
-        """Store a float32 weight per entry."""
+        """Return the form for one float32 weight per entry."""
         return cls("float32")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """Describe a declared field of a sampler.
+    """Declaration of a sampler's field: its type, range, help text and label.
 
     Args:
-        kind: int, float or str.
-        default: default value; `dataclasses.MISSING` for a field that must be given.
-        help: help text, a phrase without a full stop.
-        least: smallest value, included.
-        above: smallest value, excluded.
-        most: largest value, included.
-        choices: the allowed words; empty if any value in the range is allowed.
-        label: format string for the value in titles; "" omits the value.
-        is_size: whether the field determines the number of entries, like the budget parameter.
+        kind: type of the value: int, float or str.
+        default: default value; `dataclasses.MISSING` for a field without one.
+        help: help text of the command-line option, a phrase without a full stop.
+        least: smallest allowed value, inclusive.
+        above: exclusive lower bound.
+        most: largest allowed value, inclusive.
+        choices: allowed strings; empty if any value in the range is allowed.
+        label: format string for the value in titles; "" omits the value, None formats the field's
+            name and the value.
+        is_size: whether the field governs the number of entries, like the budget parameter.
         required: whether recipes and the command line must give the field.
     """
 
@@ -95,10 +98,14 @@ class Parameter:
     required: bool = False
 
     def converted(self, name: str, value: Any) -> Any:
-        """Return the value in this parameter's type: 1 as 1.0 where the type is float.
+        """Validate a value and convert it to this parameter's type, such as 1 to 1.0.
+
+        Args:
+            name: name of the field, for the message.
+            value: value of the field.
 
         Raises:
-            InvalidArgumentError: another type, or a value outside the range.
+            InvalidArgumentError: the value has another type or is out of range.
         """
         if value is None and self.default is None:
             return None
@@ -113,11 +120,11 @@ class Parameter:
         return self.kind(value)
 
     def expected(self) -> str:
-        """Return the allowed values in words."""
+        """Return a phrase that describes the allowed values."""
         if self.choices:
             return " or ".join(self.choices)
         if self.kind is str:
-            return "a text"
+            return "a string"
         number = "a whole number" if self.kind is int else "a number"
         high = f"{self.most:,}" if self.most < sys.float_info.max else ""
         if self.above > -math.inf:
@@ -131,7 +138,12 @@ class Parameter:
         )
 
     def in_title(self, name: str, value: Any) -> str:
-        """Return the value as a title shows it."""
+        """Return the value formatted for a sampler's title.
+
+        Args:
+            name: name of the field.
+            value: value of the field.
+        """
         if self.label is not None:
             return self.label.format(value)
         text = value if isinstance(value, str) else f"{value:g}"
@@ -145,21 +157,21 @@ def parameter(
     kind: type[int] | type[float] | type[str] | None = None,
     **facts: Any,
 ) -> Any:
-    """Declare a field of a sampler; use this instead of `dataclasses.field`.
+    """Declare a field of a sampler, in place of `dataclasses.field`.
 
     Args:
-        default: see `Parameter`.
-        help: see `Parameter`.
+        default: default value.
+        help: help text of the command-line option, a phrase without a full stop.
         kind: type of the value; None for the type of the default.
-        facts: further arguments of `Parameter`.
+        facts: other arguments of `Parameter`.
 
     Examples:
         >>> from dataclasses import dataclass
         >>> from sparselogits.samplers.sampler import declared_by
         >>> @dataclass(frozen=True)
-        ... class Declared:
+        ... class Example:
         ...     k: int = parameter(12, "Entries per token", least=1)
-        >>> declared_by(Declared)["k"].expected()
+        >>> declared_by(Example)["k"].expected()
         'a whole number of at least 1'
     """
     declared = Parameter(kind or type(default), default, help, **facts)
@@ -167,7 +179,7 @@ def parameter(
 
 
 def declared_by(cls: Any) -> dict[str, Parameter]:
-    """Return the parameters that a dataclass declares, by name, in order."""
+    """Return the declarations of a dataclass's fields by name, in order."""
     return {
         field.name: field.metadata["parameter"]
         for field in dataclasses.fields(cls)
@@ -176,33 +188,36 @@ def declared_by(cls: Any) -> dict[str, Parameter]:
 
 
 def require_declared(value: Any) -> None:
-    """Validate the fields of a dataclass against their declarations.
+    """Validate the fields of a dataclass instance against their declarations.
 
     Raises:
-        InvalidArgumentError: a value has another type or is outside its range.
+        InvalidArgumentError: a value has another type or is out of range.
     """
     for name, declared in declared_by(value).items():
         declared.converted(name, getattr(value, name))
 
 
 class Sampler(ABC):
-    """Map a teacher's logits and uniforms to sparse targets, deterministically.
+    """Base class of samplers: deterministic functions of logits and uniforms.
 
-    A subclass is a frozen dataclass whose fields are declared with `parameter`. A value of another
-    type or outside its range raises InvalidArgumentError.
+    A subclass is a frozen dataclass whose fields are declared with `parameter`; its constructor
+    validates them. docs/extending.md has an example.
 
     Attributes:
-        name: word that selects the sampler, recorded in a cache's identity.
-        title: name in tables and plots.
+        name: name of the sampler in options, recipes and cache identities.
+        title: name of the sampler in tables and plots.
         unbiased: whether the expectation of the targets over the uniforms is the teacher's
             distribution. Missing-mass rules of the loss apply only to biased samplers.
-        uniforms_per_position: columns U of the uniforms; 0 if the sampler is not random.
+        uniforms_per_position: number U of uniforms per position; 0 if the sampler is not random.
         budget_parameter: name of the field that a budget (mean entries per position) sets; None
             if no single field determines the number of entries.
-        needs_size: whether a recipe must give a budget or the budget parameter; the default of the
-            parameter is for Python only.
+        needs_size: whether a recipe must give a budget or the budget parameter, whose default is
+            then used in Python only.
         largest_size: largest argument of `of_size` in the search for a budget.
-        on_command_line: whether `sparselogits cache` offers it.
+        on_command_line: whether `sparselogits cache --sampler` accepts the sampler.
+
+    Raises:
+        InvalidArgumentError: a field has another type or is out of range.
     """
 
     name: ClassVar[str]
@@ -216,38 +231,42 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def uniforms_per_position(self) -> int:
-        """Return the number of columns of the uniforms; a constant may be a class attribute."""
+        """Number U of uniforms per position; a class attribute if it is constant."""
 
     @property
     @abstractmethod
     def stores(self) -> Stored:
-        """Return how a cache stores the weights."""
+        """Form in which a cache stores the weights."""
 
     @abstractmethod
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions, whose shapes and uniforms `__call__` has validated.
+        """Sample a few positions, after `__call__` has validated shapes and uniforms.
 
         Args:
-            logits: float [R, V] of any floating dtype; ids that are no token hold -inf.
+            logits: [R, V] of any floating-point dtype; -inf for ids that are no token.
             uniforms: float64 [R, uniforms_per_position] in [0, 1), on the device of the logits.
             first_position: position of the first row, for error messages.
 
         Raises:
-            InvalidLogitsError: NaN, +inf, or a row of -inf only.
+            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only.
         """
 
     def __post_init__(self) -> None:
         require_declared(self)
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> SparseTargets:
-        """Sample sparse targets from the distributions of some positions.
+        """Sample sparse targets from the teacher's distributions at P positions.
 
         Args:
-            logits: float [P, V] of any floating dtype; ids that are no token hold -inf.
-            uniforms: float64 [P, uniforms_per_position] in [0, 1).
+            logits: [P, V] of any floating-point dtype; -inf for ids that are no token.
+            uniforms: float64 [P, uniforms_per_position] in [0, 1); see `window_uniforms`.
+
+        Returns:
+            Targets of P positions, on the device of the logits.
 
         Raises:
-            InvalidLogitsError: NaN, +inf, a row of -inf only, or shapes that do not fit.
+            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only; or a shape or
+                uniform is invalid.
         """
         from sparselogits.samplers.distribution import position_slices
         from sparselogits.targets import SparseTargets
@@ -262,98 +281,105 @@ class Sampler(ABC):
 
     @property
     def rounds(self) -> int | None:
-        """Return the rounds per position; None if there are no rounds of equal weight."""
+        """Number of rounds per position; None if the sampler draws no rounds of equal weight."""
         return self.stores.rounds
 
     @property
     def is_random(self) -> bool:
-        """Return whether draws with different seeds differ."""
+        """Whether targets depend on the uniforms."""
         return self.uniforms_per_position > 0
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Self:
         """Return the sampler for some positions of one window.
 
         Args:
-            tokens: int64 [L], the window's tokens.
+            tokens: int64 [L], tokens of the window.
             positions: positions whose logits will be passed: a slice, or int64 indices.
 
         Returns:
-            The sampler itself; for one that follows a student, a sampler that has read the window.
+            The sampler itself; a sampler that depends on a student returns a copy with the
+            student's states at these positions.
         """
         return self
 
     def ready(self) -> Self:
-        """Return the sampler ready to draw.
+        """Return the sampler with everything loaded that drawing requires.
 
         Returns:
-            The sampler itself; for one that names a student, a sampler with the student loaded.
+            The sampler itself; a sampler that names a student returns a copy with it loaded.
         """
         return self
 
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
-        """Return the fields that recipes and the command line give, by name."""
+        """Return the declarations of the fields of recipes and the command line, by name."""
         return declared_by(cls)
 
     @classmethod
     def sizes(cls) -> tuple[str, ...]:
         """Return the names of the fields that govern the number of entries."""
         return tuple(
-            n for n, own in cls.declared().items() if own.is_size or n == cls.budget_parameter
+            name
+            for name, declared in cls.declared().items()
+            if declared.is_size or name == cls.budget_parameter
         )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """Make a sampler from values of its declared fields.
+        """Create a sampler from the values of its declared fields.
 
         Args:
-            given: values by name, as `parameters` returns them; absent fields get their defaults.
+            given: values by name, as `parameters` returns them; absent fields have their defaults.
+
+        Raises:
+            InvalidArgumentError: a value has another type or is out of range.
+            TypeError: a name is unknown.
         """
         return cls(**given)
 
     def parameters(self) -> dict[str, Any]:
-        """Return the JSON values from which `of` makes the sampler again.
-
-        A cache's identity records them, with the name.
-        """
+        """Return the sampler's parameters as JSON values, for a cache's identity and for `of`."""
         return {name: getattr(self, name) for name in self.declared()}
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return the largest sum of a position's weights, which readers of a cache enforce."""
+        """Return the largest valid sum of a position's weights; readers of a cache enforce it."""
         return float(vocab_size) ** 4
 
     def expected_entries(self, pilot: Pilot) -> float:
         """Return the mean entries per position on pilot windows.
 
-        They are measured by drawing; a sampler with a formula overrides this.
+        This method draws from the windows; a sampler with a formula overrides it.
         """
         return pilot.drawn_entries(self)
 
     def of_size(self, size: int) -> Self:
-        """Return the sampler with its budget parameter set; entries grow with the size."""
+        """Return a copy whose budget parameter is set by a size, with which entries increase."""
         assert self.budget_parameter is not None
         return dataclasses.replace(self, **{self.budget_parameter: size})  # type: ignore[type-var]
 
     def left_open(self, budget: float | None) -> tuple[str, ...]:
         """Return the names of the fields that `fitted` sets.
 
+        Args:
+            budget: mean entries per position; None for no budget.
+
         Raises:
-            InvalidArgumentError: there is a budget, and the sampler has no budget parameter.
+            InvalidArgumentError: a budget is given, but the sampler has no budget parameter.
         """
         if budget is None:
             return ()
         if self.budget_parameter is None:
             raise InvalidArgumentError(
-                f"sampler {self.name!r} cannot be fitted to a budget of {budget:g} entries; give "
-                f"its own parameters: {', '.join(self.declared())}"
+                f"sampler {self.name!r} has no parameter that a budget of {budget:g} entries "
+                f"could set; give its parameters instead: {', '.join(self.declared())}"
             )
         return (self.budget_parameter,)
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Self:
-        """Return the sampler with its open fields (see `left_open`) set on pilot windows.
+        """Return a copy with the fields of `left_open` fitted on pilot windows.
 
         Args:
-            pilot: the pilot windows.
+            pilot: pilot windows.
             budget: mean entries per position; None for no budget.
 
         Raises:

@@ -1,11 +1,12 @@
-"""Measure a student's learning signal: its distance from the teacher, or its gradient's noise.
+"""Measure the learning signal of a student: its distance from the teacher, or sampling variance.
 
-"distance" is the total variation between teacher and student. "variance" is the variance of one
-independent round after the student's unembedding, whose square root minimises the summed variance
-for a given total of rounds.
+"distance" is the total variation distance between the distributions of teacher and student.
+"variance" is the variance of the unembedding row of one token drawn from the teacher: the noise of
+one independent round in the student's hidden space. Rounds proportional to the square root of the
+variance minimise the total variance for a given total number of rounds.
 
-Cost: for the distance, the student's forward pass over every window, with its head; for the
-variance, products with the student's unembedding alone.
+Cost: the distance needs a forward pass of the student, with its head, over every window; the
+variance needs only products with the student's unembedding.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
 
 @dataclass(frozen=True, eq=False)
 class StudentSignal:
-    """Hold the signal of a student in memory; made by `of` or `load`.
+    """Learning signal of a student in memory; created by `of` or `load`.
 
     Args:
-        engine: runs the student.
-        named: what a cache records of the signal.
-        hidden: the student's states at the positions that are sampled next, float [P, D].
+        engine: engine that runs the student.
+        named: description of the signal, as a cache records it.
+        hidden: hidden states of the student at the positions to sample next, float [P, D]; None
+            before `at` is called.
     """
 
     engine: TransformersTeacher
@@ -39,21 +41,27 @@ class StudentSignal:
     def of(
         cls, student: nn.Module, signal: str = "variance", path: str | None = None
     ) -> StudentSignal:
-        """Make the signal of a model.
+        """Create the signal of a model.
 
         Args:
-            student: a causal language model whose head runs apart from its trunk.
-            signal: distance or variance.
-            path: folder or name that the student was loaded from, which a cache records.
+            student: a causal language model whose head can be run separately.
+            signal: "distance" or "variance".
+            path: folder or hub name from which the student was loaded, which a cache records; None
+                for a student that has no checkpoint.
 
         Raises:
-            InvalidArgumentError: another signal, or a model without such a head.
+            InvalidArgumentError: the signal is unknown, or the head cannot be run separately.
+
+        Examples:
+            >>> from sparselogits.teacher.loading import load_causal_lm
+            >>> signal = StudentSignal.of(load_causal_lm("my-student"), "distance")
         """
         engine = TransformersTeacher(student, identity={})
         if engine.head is None:
             raise InvalidArgumentError(
-                f"the head of the student ({type(student).__name__}) cannot be run apart from its "
-                "trunk; an adaptive sampler needs a student of an architecture where it can"
+                f"the head of the student ({type(student).__name__}) cannot be run separately from "
+                "its trunk, which an adaptive sampler requires; use a student of another "
+                "architecture, or another sampler"
             )
         return cls(engine, NamedSignal(path, signal, module_fingerprint(student)))
 
@@ -61,53 +69,62 @@ class StudentSignal:
     def load(cls, named: NamedSignal) -> StudentSignal:
         """Load the student that a recipe or a cache names.
 
+        Args:
+            named: description of the signal.
+
         Raises:
-            InvalidArgumentError: no student is named.
-            IdentityMismatchError: the student's weights are others than when it was recorded.
+            InvalidArgumentError: the description names no checkpoint.
+            IdentityMismatchError: the checkpoint's weights differ from the recorded fingerprint.
         """
         if named.student is None:
             raise InvalidArgumentError(
-                "the cache was drawn with a student in memory, and names no checkpoint of it; "
-                "expected the student itself: Adaptive(StudentSignal.of(student), ...)"
+                "the cache was drawn with a student in memory and names no checkpoint; pass the "
+                "student: Adaptive(StudentSignal.of(student), ...)"
             )
         signal = cls.of(load_causal_lm(named.student), named.signal, named.student)
         if named.fingerprint not in (None, signal.named.fingerprint):
             raise IdentityMismatchError(
-                f"the student at {named.student} has weights {str(signal.named.fingerprint)[:12]}, "
-                f"the sampler was made with {str(named.fingerprint)[:12]}; restore the checkpoint "
-                "that the cache was drawn with"
+                f"the weights of the student at {named.student} have the fingerprint "
+                f"{str(signal.named.fingerprint)[:12]}, expected {str(named.fingerprint)[:12]}; "
+                "restore the checkpoint with which the cache was begun"
             )
         return signal
 
     @property
-    def reads(self) -> bool:
-        """Whether the signal depends on the student's states, and not on its unembedding alone."""
+    def needs_states(self) -> bool:
+        """Whether the signal depends on the student's hidden states, not only its unembedding."""
         return self.named.signal == "distance"
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> StudentSignal:
-        """Return the signal for some positions of one window, which the student reads."""
+        """Return the signal for some positions of one window, over which the student runs.
+
+        Args:
+            tokens: int64 [L], tokens of the window.
+            positions: positions whose hidden states are computed: a slice, or int64 indices.
+        """
         return self.with_states(self.engine.hidden(tokens[None])[0, positions])
 
     def with_states(self, hidden: Tensor | None) -> StudentSignal:
-        """Return the signal with other states of the student."""
+        """Return a copy of the signal with other hidden states, float [P, D]."""
         return replace(self, hidden=hidden)
 
     def part(self, positions: slice) -> StudentSignal:
-        """Return the signal for a run of the positions that the student has read."""
+        """Return the signal for a contiguous part of the positions passed to `at`."""
         return self if self.hidden is None else self.with_states(self.hidden[positions])
 
-    @torch.no_grad()  # the student's head wants a gradient, and its graph would hold all logits
+    @torch.no_grad()  # the graph of the student's head would keep all logits in memory
     def strength(self, logits: Tensor) -> Tensor:
         """Return the signal at each position, float64 [P].
 
         Args:
-            logits: the teacher's, float [P, V].
+            logits: logits of the teacher, float [P, V].
 
         Raises:
-            InvalidArgumentError: the student has not read these positions, or has too few ids.
+            InvalidArgumentError: `at` was not called for these positions, or the student's
+                vocabulary is smaller than V.
         """
         teacher = logits.float().softmax(-1)
-        if self.reads:
+        if self.needs_states:
             head = self.engine.head
             assert head is not None
             student = head(self._states(len(logits))).float()[:, : logits.shape[1]]
@@ -121,7 +138,7 @@ class StudentSignal:
         """Return the first V rows of the student's unembedding (LM head), float32 [V, D].
 
         Args:
-            vocabulary: V, the vocabulary size of the teacher.
+            vocabulary: vocabulary size V of the teacher.
 
         Raises:
             InvalidArgumentError: the student's vocabulary is smaller than V.
@@ -129,14 +146,17 @@ class StudentSignal:
         weight: Tensor = self.engine.model.get_output_embeddings().weight.detach()  # type: ignore[operator]
         if weight.shape[0] < vocabulary:
             raise InvalidArgumentError(
-                f"the student's vocabulary of {weight.shape[0]} is smaller than the teacher's "
-                f"{vocabulary}; give a student that has all ids of the teacher"
+                f"the student's vocabulary has {weight.shape[0]} ids, expected at least the "
+                f"teacher's {vocabulary}; use a student with the teacher's vocabulary"
             )
         return weight[:vocabulary].float()
 
     def _states(self, positions: int) -> Tensor:
+        """Return the hidden states, if there are as many as positions."""
         if self.hidden is None or len(self.hidden) != positions:
+            found = 0 if self.hidden is None else len(self.hidden)
             raise InvalidArgumentError(
-                "the student has not read these positions: call sampler.at(tokens, positions) first"
+                f"the student's hidden states are known at {found} positions, expected "
+                f"{positions}; call sampler.at(tokens, positions) first"
             )
         return self.hidden

@@ -1,9 +1,9 @@
 """Compute the log-normaliser and the entropy of a distribution while sampling from it.
 
-A build reports the teacher's loss and entropy with its targets. Taken from log-probabilities they
-cost three passes over [P, V] and two tensors of that size, a tenth of the teacher's whole forward
-pass at 135 M parameters and V = 49 152; here they take one product while the weights of a sampler
-in rounds are in the processor's cache, a two-hundredth.
+A cache stores the teacher's loss and entropy next to the targets. Computing them from
+log-probabilities takes three passes over [P, V] and two tensors of that size: a tenth of the time
+of the teacher's forward pass at 135 M parameters and V = 49 152. Here they take one additional
+product while the weights of `Blocks` are in the processor's cache: a two-hundredth.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparselogits.targets import SparseTargets
 
 @dataclass(frozen=True, eq=False)
 class DistributionStatistics:
-    """Hold the log-normaliser and the entropy of P positions.
+    """Log-normalisers and entropies of the distributions at P positions.
 
     Args:
         log_normaliser: float64 [P], logsumexp of the logits.
-        entropy: float64 [P], entropy of their softmax, in nats.
+        entropy: float64 [P], entropy of the softmax of the logits, in nats.
     """
 
     log_normaliser: Tensor
@@ -34,10 +34,13 @@ class DistributionStatistics:
 
     @classmethod
     def of(cls, logits: Tensor) -> DistributionStatistics:
-        """Compute both from logits [P, V]; -inf where an id is no token.
+        """Compute the statistics of logits.
+
+        Args:
+            logits: float [P, V]; -inf for ids that are no token.
 
         Raises:
-            InvalidLogitsError: see `Sampler`.
+            InvalidLogitsError: see `Sampler.__call__`.
         """
         nothing = logits.new_empty(len(logits), 0)
         slices = position_slices(logits, nothing, 0)
@@ -56,24 +59,25 @@ class DistributionStatistics:
 def draw_with_statistics(
     sampler: Sampler, logits: Tensor, uniforms: Tensor
 ) -> tuple[SparseTargets, DistributionStatistics]:
-    """Sample, and compute the metrics of the distribution that is sampled from.
+    """Sample targets, and compute the statistics of the distributions sampled from.
 
-    It takes one pass where rounds are drawn from the distribution itself, two otherwise.
+    This takes one pass over the logits if the sampler draws rounds with proposal exponent 1, and
+    two passes otherwise.
 
     Args:
         sampler: any sampler.
-        logits: see `Sampler`.
-        uniforms: see `Sampler`.
+        logits: float [P, V]; see `Sampler.__call__`.
+        uniforms: float64 [P, uniforms_per_position]; see `Sampler.__call__`.
 
     Raises:
-        InvalidLogitsError: see `Sampler`.
+        InvalidLogitsError: see `Sampler.__call__`.
     """
     if not (isinstance(sampler, DrawnInRounds) and sampler.proposal_exponent == 1):
         return sampler(logits, uniforms), DistributionStatistics.of(logits)
     uniforms = uniforms.to(logits.device, torch.float64)
     targets, blocks = [], []
     for part in position_slices(logits, uniforms, sampler.uniforms_per_position):
-        few = Blocks.of(logits[part], first_position=part.start, with_moment=True)
-        targets.append(sampler.draw_from(few, uniforms[part], logits.shape[1]))
-        blocks.append(few)
+        summed = Blocks.of(logits[part], first_position=part.start, with_moment=True)
+        targets.append(sampler.draw_from(summed, uniforms[part], logits.shape[1]))
+        blocks.append(summed)
     return SparseTargets.cat(targets), DistributionStatistics._of_blocks(blocks)

@@ -1,11 +1,11 @@
-"""Keep likely tokens exactly, and unlikely ones at random with one common weight.
+"""Select likely tokens with their exact probabilities, and sample unlikely ones with one weight.
 
-Every token with p_i >= tau is kept with weight p_i; any other is kept with probability p_i / tau
-and then weighs tau, so the expectation is p. Among unbiased targets with the same expected number
-of entries this has the least squared error in probability space (VarOpt, arXiv 0803.0473;
-efficient unbiased sparsification, arXiv 2402.14925). The tail is drawn systematically in token-id
-order, like `Systematic`'s rounds. Its real-valued weights cost more bits than counts do, which is
-why it is not the default; docs/theory.md, section 5.
+Every token with p_i >= tau is selected with weight p_i. Any other token is selected with
+probability p_i / tau and weight tau, so the expectation of the targets is p. Among unbiased targets
+with the same expected number of entries, this has the smallest squared error in probability space
+(VarOpt, arXiv 0803.0473; efficient unbiased sparsification, arXiv 2402.14925). Unlikely tokens are
+drawn systematically in token-id order, like the rounds of `Systematic`. `Systematic` is the default
+because its counts take fewer bits than real-valued weights (docs/theory.md, section 5).
 
 Cost: as for `Systematic`.
 """
@@ -28,15 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Threshold(Sampler):
-    """Keep likely tokens exactly, and sample the others with weight tau.
+    """Sampler of all tokens of probability tau or more, and of other tokens with weight tau.
 
     Args:
-        tau: smallest probability that is kept exactly; a position has at most 1 / tau + 1 entries.
+        tau: smallest probability that is stored exactly, in [2**-20, 1]. A position has at most
+            1 / tau + 1 entries.
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
+        >>> Threshold(0.3)(logits, torch.tensor([[0.5]])).padded()
+        (tensor([[1, 2]]), tensor([[0.3000, 0.7000]]))
     """
 
     tau: float = parameter(
         0.05,
-        "Smallest probability that is kept exactly",
+        "Smallest probability that is stored exactly",
         least=2.0**-20,
         most=1,
         label=" tau {:g}",
@@ -50,7 +57,7 @@ class Threshold(Sampler):
 
     @property
     def stores(self) -> Stored:
-        """Store the weights of the likely tokens; the others weigh tau."""
+        """Kind of the stored weights: float32 for likely tokens; the others have weight tau."""
         return Stored.shared_weight(self.tau)
 
     @property
@@ -63,11 +70,11 @@ class Threshold(Sampler):
         return replace(self, tau=1 / size)
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return the sum of the inclusion probabilities min(1, p / tau); nothing is drawn."""
+        """Return the mean sum of the inclusion probabilities min(1, p / tau), without drawing."""
         return pilot.entries(lambda p: (p / self.tau).clamp_max(1))
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; see `Sampler`."""
+        """Sample a few positions; see `Sampler.draw`."""
         import torch
 
         from sparselogits.samplers.distribution import Blocks
@@ -91,7 +98,13 @@ class Threshold(Sampler):
         )
 
     def _draw_tail(self, tail: Blocks, uniforms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows and ids of light tokens, each included with probability p / tau."""
+        """Return rows int64 [T] and ids int64 [T] of sampled light tokens (p < tau).
+
+        Args:
+            tail: light tokens of R positions.
+            uniforms: float64 [R, 1] in [0, 1).
+            total: float64 [R, 1], sum of the weights of all tokens.
+        """
         import torch
 
         edges, scale = tail.edges()
@@ -100,20 +113,25 @@ class Threshold(Sampler):
         inside = level <= edges[:, -1:]
         level = torch.where(inside, level, edges[:, -1:].double())
         tokens = tail.tokens_at(edges, level.ceil().to(torch.int64).clamp_min(1))
-        # A light token is narrower than the spacing of the levels. If rounding lets it be hit
-        # twice all the same, one of the two is dropped.
+        # The interval of a light token is shorter than the distance of two levels. Rounding may
+        # still put two levels in it; the second one is dropped.
         inside[:, 1:] &= tokens[:, 1:] != tokens[:, :-1]
         return inside.nonzero(as_tuple=True)[0], tokens[inside]
 
 
 def _split(blocks: Blocks, ceiling: Tensor) -> tuple[Blocks, Tensor, Tensor, Tensor]:
-    """Split positions into light and heavy tokens.
+    """Separate light tokens from heavy ones, whose weight is at least the ceiling.
+
+    Args:
+        blocks: proposals of R positions.
+        ceiling: float64 [R, 1].
 
     Returns:
-        The light tokens' blocks; rows int64 [H], ids int64 [H], weights float64 [H] of the heavy.
+        Blocks of the light tokens; rows int64 [H], ids int64 [H] and weights float64 [H] of the
+        heavy tokens.
     """
-    suspects = blocks.sums >= ceiling * (1 - 1e-5)  # a block sum may be float32's
-    rows, index = suspects.nonzero(as_tuple=True)
+    candidates = blocks.sums >= ceiling * (1 - 1e-5)  # block sums may have float32 errors
+    rows, index = candidates.nonzero(as_tuple=True)
     weights = blocks.weights_in(rows, index)
     heavy = weights >= ceiling[rows]
     sums = blocks.sums.clone()

@@ -1,8 +1,8 @@
 """Generate the random numbers of a cache from a counter, keyed by seed and window index alone.
 
-So batch size, rank, executor and restart cannot change a draw. The stream is Philox 4x64 with ten
-rounds, read as raw 64-bit words and scaled here: NumPy guarantees the bit stream of a bit generator
-for all versions, and not that of a distribution's method.
+Batch size, rank, executor and restarts therefore do not change a draw. The generator is Philox 4x64
+with ten rounds, whose raw 64-bit words are scaled here: NumPy guarantees the raw stream of a bit
+generator across versions, but not the output of distribution methods.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 
-# highest word of the counter, so that the streams never overlap
 _SAMPLING, _THINNING, _ROUNDING, _CORRUPTION, _HELD_OUT_CORRUPTION = range(5)
-"""Highest word of the counter, so that the streams never overlap."""
+"""Highest words of the counters of the streams, which therefore never overlap."""
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
-    """Return the uniforms that a sampler consumes for one window.
+    """Return the uniforms that a sampler uses for one window.
 
     Args:
-        seed: seed of the cache, in [0, 2**64).
-        window_index: index of the window within the cache.
-        positions: P, positions of the window.
-        per_position: U, the sampler's `uniforms_per_position`.
+        seed: random seed of the cache, in [0, 2**64).
+        window_index: index of the window in the corpus, in [0, 2**64).
+        positions: number P of positions.
+        per_position: number U of uniforms per position: the sampler's `uniforms_per_position`.
 
     Returns:
         float64 [P, U], multiples of 2**-53 in [0, 1).
 
     Raises:
-        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+        InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
+
+    Examples:
+        >>> window_uniforms(0, 7, 1024, 1).shape
+        torch.Size([1024, 1])
     """
     words = _words(seed, window_index, _SAMPLING, positions * per_position)
     return torch.from_numpy(_unit_interval(words)).view(positions, per_position)
@@ -43,24 +46,32 @@ def window_uniforms(seed: int, window_index: int, positions: int, per_position: 
 def thinning_starts(
     seed: int, epoch: int, window_index: int, positions: int, stride: int
 ) -> Tensor:
-    """Choose, per position, one of `stride` subsets of the cached rounds to keep in an epoch.
+    """Choose, per position, the subset of the cached rounds that an epoch trains on.
 
-    Over any `stride` consecutive epochs a position uses each subset once, so the average over
-    these epochs is exactly the cached target. Consecutive epochs are about 0.618 of the cycle
-    apart, so that the average over few epochs is already close. The start of the cycle is random.
+    Over any `stride` consecutive epochs a position uses each subset once, so the average of the
+    targets over these epochs is exactly the cached target. Consecutive epochs are about 0.618 of
+    the cycle apart, so the average over a few epochs is already close to it. The first subset is
+    random.
 
     Args:
-        seed: seed of the training run, in [0, 2**64).
-        epoch: number of the epoch, from 0.
-        window_index: index of the window within the cache.
-        positions: P, positions of the window.
-        stride: number of starts; `targets.thinning_choices(cached, kept)`.
+        seed: random seed of the training run, in [0, 2**64).
+        epoch: index of the epoch, from 0.
+        window_index: index of the window in the corpus, in [0, 2**64).
+        positions: number P of positions.
+        stride: number of subsets: `targets.thinning_choices(cached, kept)`.
 
     Returns:
-        int64 [P] in [0, stride), uniform and independent over positions.
+        The first round of each position's subset, int64 [P] in [0, stride), uniform and independent
+        over positions.
 
     Raises:
-        InvalidArgumentError: for a stride below one, a negative epoch or a key outside 64 bits.
+        InvalidArgumentError: `stride` is below 1, `epoch` is negative, or `seed` or `window_index`
+            is not in [0, 2**64).
+
+    Examples:
+        >>> starts = [int(thinning_starts(0, epoch, 7, 1, 4)) for epoch in range(4)]
+        >>> sorted(starts)
+        [0, 1, 2, 3]
     """
     if stride < 1 or epoch < 0:
         raise InvalidArgumentError(
@@ -72,15 +83,15 @@ def thinning_starts(
 
 
 def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.float64]:
-    """Return the uniforms by which a cache rounds the weights of one window, float64 [E] in [0, 1).
+    """Return uniforms for the stochastic rounding of a window's weights, float64 [E] in [0, 1).
 
     Args:
-        seed: seed of the cache, in [0, 2**64).
-        window_index: index of the window within the cache.
-        entries: E, entries of the window.
+        seed: random seed of the cache, in [0, 2**64).
+        window_index: index of the window in the corpus, in [0, 2**64).
+        entries: number E of entries of the window.
 
     Raises:
-        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+        InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
     """
     return _unit_interval(_words(seed, window_index, _ROUNDING, entries))
 
@@ -88,25 +99,26 @@ def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.
 def corruption_uniforms(
     seed: int, window_index: int, count: int, *, held_out: bool = False
 ) -> NDArray[np.float64]:
-    """Return the uniforms by which the input of one window is corrupted, float64 [count] in [0, 1).
+    """Return uniforms for the corruption of a window's input, float64 [count] in [0, 1).
 
     Args:
-        seed: seed of the corruption, in [0, 2**64).
-        window_index: index of the window.
+        seed: random seed of the corruption, in [0, 2**64).
+        window_index: index of the window among the training windows or the held-out windows.
         count: number of uniforms.
-        held_out: whether the window is one of the held-out windows, which have their own numbers.
+        held_out: whether the window is a held-out window; these use a separate stream.
 
     Raises:
-        InvalidArgumentError: seed or window_index outside the 64 bits of a Philox key.
+        InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
     """
     stream = _HELD_OUT_CORRUPTION if held_out else _CORRUPTION
     return _unit_interval(_words(seed, window_index, stream, count))
 
 
 def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:
+    """Return the first raw words of one of the streams of a window, uint64 [count]."""
     for name, value in (("seed", seed), ("window_index", window_index)):
         if not 0 <= value < 2**64:
-            raise InvalidArgumentError(f"{name} must lie in [0, 2**64), found {value}")
+            raise InvalidArgumentError(f"{name} must be in [0, 2**64), found {value}")
     generator = np.random.Philox(
         counter=np.array([0, 0, 0, stream], dtype=np.uint64),
         key=np.array([seed, window_index], dtype=np.uint64),
@@ -115,4 +127,5 @@ def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:
 
 
 def _unit_interval(words: np.ndarray) -> np.ndarray:
+    """Convert uint64 words to float64 in [0, 1)."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -44,7 +44,7 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"methods": [{"sampler": "systematic", "budget": 5, "rounds": 5}]}, "not both"),
         (
             {"methods": [{"sampler": "adaptive", "budget": 5}]},
-            "adaptive' needs a value of stu",
+            "adaptive' requires a value for stu",
         ),
         ({"tasks": {"name": ["agreement"]}}, "tasks.name: unknown key; did you mean 'names'"),
         ({"tasks": {"names": []}}, "tasks.names: .*at least 1 item"),
@@ -74,7 +74,7 @@ def test_mistakes_are_named(change: dict, said: str) -> None:
         ({"sampler": "topk", "k": 2.5}, "k is 2.5; expected a whole number"),
         ({"sampler": "topk", "k": "five"}, "k is 'five'; expected a whole number"),
         ({"sampler": "topp", "p": 0}, "p is 0; expected a number above 0, at most 1"),
-        ({"sampler": "topp", "budget": 5}, "cannot be fitted to a budget.*p, max_entries"),
+        ({"sampler": "topp", "budget": 5}, "a budget of 5 entries could set.*p, max_entries"),
         ({"sampler": "threshold", "taw": 0.1}, "no field 'taw'; did you mean 'tau'"),
         ({"sampler": "systematic", "bugdet": 5}, "no field 'bugdet'; did you mean 'budget'"),
         ({"sampler": "sistematic", "budget": 5}, "unknown sampler 'sistematic'; available: sys"),
