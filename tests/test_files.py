@@ -108,12 +108,12 @@ def _save(path: Path, save: Callable[[Any, Path], object]) -> None:
 def test_a_full_disk_changes_nothing_and_says_what_to_do(small_disk: Path) -> None:
     path = small_disk / "file"
     write_whole(path, "before")
-    with pytest.raises(StorageError, match=r"disk/file: No space left.*Make room"):
+    with pytest.raises(StorageError, match=r"disk/file: No space left.*Free space"):
         write_whole(path, "x" * 70_000)
-    with pytest.raises(StorageError, match=r"disk/file: No space left.*Make room"):
+    with pytest.raises(StorageError, match=r"disk/file: No space left.*Free space"):
         _write_piecemeal(path)
     for save in (save_file, torch.save):
-        with pytest.raises(StorageError, match=r"disk/model: No space left.*Make room"):
+        with pytest.raises(StorageError, match=r"disk/model: No space left.*Free space"):
             _save(small_disk / "model", save)
     assert names(small_disk) == ["file"]
     assert path.read_text() == "before"
@@ -162,7 +162,7 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
     KINDS[kind](path)
     before = path.lstat()
-    with pytest.raises(InvalidArgumentError, match="only where a regular file or nothing is"):
+    with pytest.raises(InvalidArgumentError, match="expected a regular file or a path that does not exist"):
         write_whole(path, "x")
     assert path.lstat().st_ino == before.st_ino
     assert set(names(tmp_path)) <= {"out", "target"}
@@ -285,12 +285,12 @@ def test_a_disk_that_fails_at_the_last_moment(
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InvalidArgumentError, match=r"not empty.*holds file"):
+    with pytest.raises(InvalidArgumentError, match=r"not empty.*contains file"):
         require_new_folder(tmp_path)
-    with pytest.raises(InvalidArgumentError, match="is no folder"):
+    with pytest.raises(InvalidArgumentError, match="is not a folder"):
         require_new_folder(tmp_path / "file")
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(InvalidArgumentError, match="is no folder"):
+    with pytest.raises(InvalidArgumentError, match="is not a folder"):
         require_new_folder(tmp_path / "link")
 
 

@@ -2,8 +2,8 @@
 
     from sparselogits import CacheDataset, SparseKDTrainer
 
-The names below are the public ones; they are imported when first used, so that importing the
-package costs nothing.
+The names in `__all__` are public. They are imported at first use, so that importing the package is
+fast.
 """
 
 import logging
@@ -45,18 +45,17 @@ __all__ = [
 ]
 
 
-def _is_no_chatter(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(
         ("Failed to load ", "%s is an Enum subclass and is now natively supported by torch.compile")
     )
 
 
-# Where torchao is installed, transformers imports it with its quantizers, that is, with any model;
-# nothing but patching transformers prevents that. torchao then lists the kernels it has for other
-# devices and Pythons, and calls a function of torch that is deprecated. Users can do nothing about
-# either; other messages of the two loggers pass.
+# transformers imports torchao, if installed, with any model. torchao then logs which kernels do not
+# match this device and Python version, and calls a deprecated function of torch. Users can do
+# nothing about either message; all other messages of the two loggers pass.
 for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).addFilter(_is_no_chatter)
+    logging.getLogger(_name).addFilter(_is_useful)
 
 
 def __getattr__(name: str) -> Any:

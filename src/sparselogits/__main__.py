@@ -1,4 +1,4 @@
-"""`python -m sparselogits` is the same as the `sparselogits` command."""
+"""Run the `sparselogits` command as `python -m sparselogits`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point; Ctrl-C is clean from its first moment, while the command line is loading too."""
+    """Run the command line; Ctrl-C ends it without a traceback, even while it is being imported."""
     try:
         from sparselogits.cli import main as command_line
 

@@ -1,8 +1,9 @@
-"""Allowances: names by which a user turns a failed check into a warning.
+"""Define allowances: names of checks whose failure a user may turn into a warning.
 
-On the command line `--allow NAME`, in a recipe `allow: [NAME]`, in Python `with allowing("NAME"):`
-or, where a function takes it, `allow=["NAME"]`. Checks against what is dangerous (pickle, an index
-that points outside the model's folder) or cannot work have no allowance.
+An allowance is given on the command line by `--allow NAME`, in a recipe by `allow: [NAME]`, and in
+Python by `with allowing("NAME"):` or by the argument `allow=["NAME"]` of functions that have it.
+Checks against dangerous input (pickle, an index that points outside the model's folder) and against
+settings that cannot work have no allowance.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsError, SparseL
 ALLOWANCES = {
     "worse-than-guessing": "a teacher whose loss on the text is worse than guessing",
     "other-tokenizer": "a tokenizer whose ids mean other tokens than the cache's",
-    "other-teacher": "a teacher whose weights are not those that the cache was made by",
+    "other-teacher": "a teacher whose weights differ from those that the cache was built with",
     "missing-weights": "a checkpoint that lacks weights of its model, which stay random",
     "tokens-without-rows": "a tokenizer with ids that the model's head or embedding lacks",
     "linked-weights": "weight files that are links to files outside of the model's folder",
     "long-windows": "windows longer than the positions that a model has",
 }
-"""Descriptions of what each name allows."""
+"""Descriptions of the allowances, by name."""
 
 _allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset())
 
@@ -31,6 +32,9 @@ _allowed: ContextVar[frozenset[str]] = ContextVar("allowed", default=frozenset()
 @contextmanager
 def allowing(*names: str) -> Iterator[None]:
     """Turn failures of the named checks into warnings within a `with` block; blocks may be nested.
+
+    Args:
+        names: keys of `ALLOWANCES`.
 
     Raises:
         InvalidArgumentError: If a name is unknown.
@@ -45,6 +49,9 @@ def allowing(*names: str) -> Iterator[None]:
 
 def require_known(allow: Collection[str]) -> None:
     """Validate names of allowances.
+
+    Args:
+        allow: names that must be keys of `ALLOWANCES`.
 
     Raises:
         InvalidArgumentError: If a name is unknown.
@@ -63,6 +70,9 @@ def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> 
         error: error that says what was found, what was expected and what to do.
         name: allowance of the check, a key of `ALLOWANCES`.
         allow: allowances in addition to those of `allowing`.
+
+    Raises:
+        SparseLogitsError: If the check is not allowed to fail; of the type of `error`.
     """
     require_known(allow)
     message = str(error).rstrip(". ")

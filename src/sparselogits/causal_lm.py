@@ -1,12 +1,12 @@
 """Split a causal language model into trunk and head, and measure what it does to its logits.
 
-Teacher and student both need hidden states from the trunk, and the head applied to them a slice of
-positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` finds the
-parts and checks them against the model. What the model does to its logits after the head (a scale,
-a soft cap) is measured rather than read from a list of names: known float32 numbers replace the
-head's output, and the model's own code turns them into logits. So a bfloat16 model is checked as
-strictly as any. For a model that does something else `split` returns None, and the caller uses the
-model's own forward pass.
+Teacher and student both compute hidden states by the trunk and apply the head to a slice of
+positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` returns the
+two parts after comparing them with the model. A scale or soft cap that the model applies after the
+head is measured rather than read from a list of configuration names: known float32 numbers replace
+the head's output, and the model's own code turns them into logits. So the check is equally strict
+for a bfloat16 model. For a model that transforms its logits in another way `split` returns None,
+and the caller uses the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 PROBE_LENGTH = 16
+"""Number of tokens on which models are compared with their parts."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Maps hidden states h to logits: softcap(scale * (h W^T + b)).
+    """Language-model head that maps hidden states h to logits softcap(scale * (h W^T + b)).
 
     Args:
         weight: W, [V, D].
-        bias: b, [V], or None.
+        bias: b, [V]; None for a head without bias.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
-        softcap: c in c * tanh(logits / c) (Gemma's `final_logit_softcapping`), or None.
-        module: module that computes the product where the weight is sharded over ranks, all of
-            which call it; else None.
+        softcap: c in c * tanh(logits / c) (Gemma's `final_logit_softcapping`); None without a cap.
+        module: module that computes h W^T + b if the weight is sharded over ranks, all of which
+            must call it; None if the weight is a plain tensor.
     """
 
     weight: Tensor
@@ -43,7 +44,7 @@ class Head:
     module: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [..., V] of states [..., D], multiplied in the weight's dtype."""
+        """Return float32 logits [..., V] for hidden states [..., D] in the weight's dtype."""
         if self.module is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias).float()
         else:
@@ -57,7 +58,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Parts:
-    """The trunk of a model, which returns hidden states, and the head."""
+    """Trunk and head of a causal language model.
+
+    Args:
+        trunk: module that returns hidden states as `last_hidden_state`.
+        head: linear layer from hidden states to logits.
+        scale: see `Head`.
+        softcap: see `Head`.
+    """
 
     trunk: nn.Module
     head: nn.Module
@@ -65,41 +73,47 @@ class Parts:
     softcap: float | None
 
     def bound_head(self) -> Head:
-        """Return the head with its current weights; call this where hooks have gathered them."""
+        """Return the head with its current weights; call this after hooks have gathered them."""
         weight: Any = self.head.weight
         module = self.head if isinstance(weight, DTensor) else None
         return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
 
 
 def split(model: nn.Module) -> Parts | None:
-    """Return the parts of a transformers causal language model; None where they are unknown.
+    """Split a transformers causal language model into trunk and head.
 
-    The parts are unknown where the head is not a plain linear layer (with LoRA, quantised), where
-    more than a scale and a soft cap happens to the logits, and where head(trunk(x)) differs from
-    the model's own logits.
+    Args:
+        model: a transformers causal language model.
+
+    Returns:
+        The parts; None if the head is not a plain linear layer (with LoRA, or quantised), if the
+        model transforms its logits by more than a scale and a soft cap, or if head(trunk(x))
+        differs from the model's own logits.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     trunk = getattr(model, "get_decoder", lambda: None)()
     if type(head) is not nn.Linear or trunk is None or trunk is model:
         return None
-    measured = _measured(model, head)
+    measured = _measure_scale_and_softcap(model, head)
     if measured is None:
         return None
     parts = Parts(trunk, head, *measured)
-    return parts if _agree(model, parts) else None
+    return parts if _agree_with(model, parts) else None
 
 
 @torch.no_grad()
-def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] | None:
-    """Return scale and soft cap of a model's logits; None where something else happens to them.
+def _measure_scale_and_softcap(
+    model: nn.Module, head: nn.Module
+) -> tuple[float, float | None] | None:
+    """Return scale and soft cap of a model's logits; None if the model transforms them otherwise.
 
-    The head's output is replaced by a ramp from 2^-10 to 2^16 of both signs, of which every column
-    gets a part. The smallest numbers give the scale, the largest the soft cap, and all of them show
-    whether anything else happens.
+    The head's output is replaced by a ramp from 2^-10 to 2^16 with both signs, spread over the
+    columns. The smallest numbers give the scale, the largest give the soft cap, and all of them
+    must equal the result of these two operations.
     """
     weight: Any = head.weight
     if weight.is_meta:
-        return None  # offloaded: the weight has no values here
+        return None  # an offloaded weight has no values in memory
     magnitudes = torch.logspace(-10, 16, 79, base=2.0)
     ramp = torch.cat([magnitudes, -magnitudes]).to(weight.device)
     rows = torch.arange(PROBE_LENGTH, device=weight.device)[:, None] * 37
@@ -110,8 +124,8 @@ def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] |
         # a model may compute the last position only
         return given[:, : output.shape[1]].clone()
 
-    with _hooked(head, replaced):
-        found = _own_logits(model, _probe(model, weight.device))
+    with _forward_hook(head, replaced):
+        found = _logits_of(model, _probe_tokens(model, weight.device))
     if found is None or found.shape != given.shape:
         return None
     found = found.float()
@@ -120,8 +134,8 @@ def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] |
     cap = float(found.abs().max())
     capped = cap < 0.5 * abs(scale) * float(magnitudes[-1])
     config = text_config(model.config)
-    scale = _configured(config, scale)
-    softcap = _configured(config, cap) if capped else None
+    scale = _configured_value(config, scale)
+    softcap = _configured_value(config, cap) if capped else None
     expected = given * scale
     if softcap is not None:
         expected = softcap * (expected / softcap).tanh()
@@ -130,8 +144,12 @@ def _measured(model: nn.Module, head: nn.Module) -> tuple[float, float | None] |
     return scale, softcap
 
 
-def _configured(config: Any, measured: float) -> float:
-    """Return the configured number (or its inverse) that equals a measured one, if there is one."""
+def _configured_value(config: Any, measured: float) -> float:
+    """Return the number in a configuration that equals a measured one, to remove rounding.
+
+    The inverses of the configured numbers count too. Without a match the measured number is
+    returned.
+    """
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
     candidates = [1.0, *known, *(1.0 / v for v in known if v)]
@@ -140,7 +158,7 @@ def _configured(config: Any, measured: float) -> float:
 
 
 @contextmanager
-def _hooked(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     handle = head.register_forward_hook(hook)
     try:
         yield
@@ -148,13 +166,13 @@ def _hooked(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def _probe(model: nn.Module, device: Any) -> Tensor:
+def _probe_tokens(model: nn.Module, device: Any) -> Tensor:
     tokens: Tensor = torch.arange(PROBE_LENGTH, device=device) * 7919 % embedding_rows(model)
     return tokens[None]
 
 
-def _own_logits(model: nn.Module, tokens: Tensor) -> Tensor | None:
-    """Return the logits of the model's own forward pass; None where it fails."""
+def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Return the logits [1, L, V] of a model's own forward pass; None if the pass fails."""
     was_training = model.training
     model.eval()
     try:
@@ -167,32 +185,36 @@ def _own_logits(model: nn.Module, tokens: Tensor) -> Tensor | None:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Return the number of ids of a model's input embedding, which may be wrapped."""
+    """Return the number of rows of a model's input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def text_config(config: Any) -> Any:
-    """Return the language part of a configuration that may describe several modalities."""
+    """Return the part of a configuration that describes the language model.
+
+    This is the configuration itself, unless it describes several modalities.
+    """
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, parts: Parts) -> bool:
+def _agree_with(model: nn.Module, parts: Parts) -> bool:
     """Return whether head(trunk(x)) equals the model's own logits on a few tokens.
 
-    The head's input has to equal the trunk's output, up to rounding: this detects a factor or a
-    norm in between. The logits may differ by the rounding of the products in the model's dtype.
+    The head's input must equal the trunk's output up to rounding, which detects a factor or a
+    normalisation between them. The logits may differ by the rounding of products in the model's
+    dtype.
     """
     weight: Any = parts.head.weight
-    tokens = _probe(model, weight.device)
+    tokens = _probe_tokens(model, weight.device)
     entered: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs:
             entered.append(inputs[0])
 
-    with _hooked(parts.head, keep):
-        whole = _own_logits(model, tokens)
+    with _forward_hook(parts.head, record):
+        whole = _logits_of(model, tokens)
     was_training = model.training
     model.eval()
     try:
@@ -205,12 +227,12 @@ def _agree(model: nn.Module, parts: Parts) -> bool:
     if whole is None or whole.shape != sliced.shape or len(entered) != 1:
         return False
     eps = torch.finfo(weight.dtype).eps
-    if entered[0].shape != hidden.shape or not _near(entered[0], hidden, 4 * eps):
+    if entered[0].shape != hidden.shape or not _is_close(entered[0], hidden, 4 * eps):
         return False
-    return _near(whole, sliced, 16 * eps)
+    return _is_close(whole, sliced, 16 * eps)
 
 
-def _near(one: Tensor, other: Tensor, share: float) -> bool:
-    """Return whether two tensors differ by at most a share of the largest number."""
-    one, other = one.float(), other.float().to(one.device)
-    return bool((one - other).abs().max() <= share * other.abs().max())
+def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether tensors differ by at most `tolerance` times the largest expected number."""
+    actual, expected = actual.float(), expected.float().to(actual.device)
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())

@@ -1,9 +1,9 @@
-"""Print results, and the progress of long work with its rate and remaining time.
+"""Print results, messages, and the progress of long work with its rate and remaining time.
 
-Names, paths and errors may come from a file of unknown origin, and a terminal executes control
-characters (which change its title, write the clipboard, or clear the screen). The consoles made
-here therefore escape control characters in all text, and do not interpret markup in a string: style
-comes from `styled`.
+Names, paths and errors may come from untrusted files, and a terminal executes control characters
+(they can change the window title, write to the clipboard, or clear the screen). The consoles of
+this module therefore escape control characters in all text, and do not interpret markup in strings;
+use `styled` for styled text.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sparselogits.wording import duration, rate, significant
 
 
 class EscapingConsole(Console):
-    """A console that escapes the control characters in all text.
+    """A rich console that escapes the control characters in all text.
 
-    In pipes and logs, which have no width, lines are not wrapped.
+    Lines are wrapped on a terminal, and not in pipes and logs, which have no width.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does."""
-        if not self.is_terminal and all(isinstance(one, str) for one in objects):
+        """Print objects with the options of `rich.console.Console.print`."""
+        if not self.is_terminal and all(isinstance(each, str) for each in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Convert a string to text, escaped before its width is measured."""
+        """Return rich text for a string, escaped before its width is measured."""
         return super().render_str(printable(text), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as rich does, and escape the text of each segment."""
+        """Yield the segments that rich renders, with the text of each escaped."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text)
             yield segment if text == segment.text else segment._replace(text=text)
@@ -54,24 +54,27 @@ def _console(**options: Any) -> Console:
 
 
 messages = _console(stderr=True)
-"""Progress and remarks; results go to standard output."""
+"""Console on standard error, for progress and messages; `results` returns the one for results."""
 
 
 def results() -> Console:
-    """Return the console on which results are printed; progress and messages go to `messages`."""
+    """Return the console on standard output, for results."""
     return _console()
 
 
 def styled(label: str, style: str, rest: str = "") -> Text:
-    """Return a styled label with plain text behind it."""
+    """Return a label in a rich style, followed by plain text."""
     return Text.assemble((label, style), printable(rest))
 
 
 LOG_SECONDS = 15.0
+"""Seconds between two progress lines in pipes and logs."""
+
 MEASURABLE_SECONDS = 0.2
-"""A rate over less than this says nothing."""
+"""Seconds of work before a rate is shown; over a shorter time it is meaningless."""
 
 NOTEBOOK_SECONDS = 0.5
+"""Seconds between two updates of a progress line in a notebook."""
 
 
 def quiet_transformers() -> None:
@@ -81,7 +84,7 @@ def quiet_transformers() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if "transformers" in sys.modules:  # it read the environment when it was imported
+    if "transformers" in sys.modules:  # transformers reads the environment when it is imported
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -92,24 +95,28 @@ def quiet_transformers() -> None:
 
 
 Update = Callable[..., None]
-"""update(done, total | None, note="")"""
+"""Function `update(done, total=None, note="")` that displays a count, its total and a remark."""
 
 
 @contextmanager
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
-    """Show progress of one piece of work.
+    """Display the progress of one task; yield the function that updates the display.
 
-    On a terminal this is a bar; in a notebook one line that is overwritten twice per second;
-    elsewhere (pipes, CI logs) a line every `LOG_SECONDS` and one at the end, without control
-    characters.
+    A terminal shows a bar, a notebook one line that is overwritten every `NOTEBOOK_SECONDS`. A pipe
+    or log gets a line every `LOG_SECONDS` and one at the end, without control characters.
 
     Args:
-        what: the work, as a gerund ("packing text").
-        unit: name of what is counted, in the plural ("tokens").
-        per_unit: units per step of the counts passed to `update`.
+        what: the task, as a gerund ("packing text").
+        unit: name of the counted unit, in the plural ("tokens").
+        per_unit: number of units per step of the counts that are passed to `update`.
+
+    Example:
+        >>> with stage("reading windows", "windows") as update:
+        ...     for done in range(1, 4):
+        ...         update(done, 3)
     """
     started = time.monotonic()
-    first: list[tuple[float, float]] = []  # when, and what was there already
+    first: list[tuple[float, float]] = []  # time and count of the first update
 
     def describe(done: float, total: float | None, note: str) -> str:
         now = time.monotonic()
@@ -117,35 +124,36 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
             first.append((now, done))
         elapsed, gained = now - first[0][0], done - first[0][1]
         amounts = [amount * per_unit for amount in ([done] if total is None else [done, total])]
-        one = unit.removesuffix("s")
-        said = "/".join(map(significant, amounts)) + f" {one if amounts[-1] == 1 else unit}"
-        parts = [said]
+        noun = unit.removesuffix("s") if amounts[-1] == 1 else unit
+        parts = [f"{'/'.join(map(significant, amounts))} {noun}"]
         if gained > 0 and elapsed >= MEASURABLE_SECONDS:
             parts.append(rate(gained * per_unit / elapsed, unit))
             if total and done < total:
                 parts.append(f"{duration((total - done) * elapsed / gained)} left")
         return " · ".join([*parts, note] if note else parts)
 
-    if _draws():
+    if _can_draw_bar():
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[said]}", markup=False),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=messages, transient=False) as bar:
-            task = bar.add_task(what, total=None, said="")
+            task = bar.add_task(what, total=None, state="")
 
             def draw(done: float, total: float | None = None, note: str = "") -> None:
-                said = describe(done, total, note)
-                bar.update(task, completed=done, total=total, said=said)
+                state = describe(done, total, note)
+                bar.update(task, completed=done, total=total, state=state)
 
             yield draw
         return
     last_line, latest = started, ""
-    pause, say = (
-        (NOTEBOOK_SECONDS, _write_over) if messages.is_jupyter else (LOG_SECONDS, messages.print)
+    pause, write = (
+        (NOTEBOOK_SECONDS, _overwrite_line)
+        if messages.is_jupyter
+        else (LOG_SECONDS, messages.print)
     )
 
     def log(done: float, total: float | None = None, note: str = "") -> None:
@@ -153,27 +161,28 @@ def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
         latest = describe(done, total, note)
         if time.monotonic() - last_line >= pause:
             last_line = time.monotonic()
-            say(f"{what}: {latest}")
+            write(f"{what}: {latest}")
 
     yield log
-    say(f"{what}: {latest or 'nothing to do'} · {duration(time.monotonic() - started)}")
+    write(f"{what}: {latest or 'nothing to do'} · {duration(time.monotonic() - started)}")
     if messages.is_jupyter:
         sys.stderr.write("\n")
 
 
-def _write_over(line: str) -> None:
-    """Overwrite the previous line of a notebook, which may have been longer.
+def _overwrite_line(line: str) -> None:
+    """Overwrite the progress line of a notebook, padded to cover a longer previous line.
 
-    Printed through rich, each line would be a separate output, a block of HTML.
+    rich is not used, because it would add a separate block of HTML per line.
     """
     sys.stderr.write(f"\r{line:<100}")
     sys.stderr.flush()
 
 
-def _draws() -> bool:
-    """Return whether a bar can be drawn: on a terminal with a movable cursor, despite FORCE_COLOR.
+def _can_draw_bar() -> bool:
+    """Return whether standard error is a terminal with a movable cursor.
 
-    In a notebook rich requires ipywidgets, and warns instead of drawing if it is missing.
+    The file is asked, because rich's own property is also true in a pipe with FORCE_COLOR. In a
+    notebook rich needs ipywidgets to draw a bar, so a plain line is written there.
     """
     if messages.is_jupyter or messages.is_dumb_terminal:
         return False

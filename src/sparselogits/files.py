@@ -1,13 +1,13 @@
-"""Write files and folders that are whole or absent, and clean up after writers that died.
+"""Write files and folders completely or not at all, and remove what dead processes left.
 
-What the library writes to a disk goes through this module: the bytes are written under a
-temporary name in the same folder, flushed and synced, and renamed to the final name; then the
-folder is synced. So a reader sees either the old or the new file, even after a power cut, and a
-full disk changes nothing. (In store/storage, shards add a read-back and an exclusive link; local
-copies of remote bytes, which are fetched again where they are damaged, are not synced.)
+Files are written by this module: the bytes are written under a temporary name in the same folder,
+flushed and synced, and renamed to the final name; then the folder is synced. So a reader gets
+either the old or the new file, even after a power failure, and a full disk changes nothing. (In
+store/storage, shards add a read-back and an exclusive link; local copies of remote bytes, which are
+downloaded again if they are damaged, are not synced.)
 
-A temporary name contains the process that created it. The next writer in the same folder removes
-the files of dead processes.
+A temporary name contains the id of the process that created it. The next process that writes into
+the folder removes the temporary files of dead processes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from typing import Any, BinaryIO
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, StorageError
 
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
-"""Locks of the kernel; None on Windows, which has others."""
+"""Module `fcntl` with the kernel's file locks; None on Windows, which does not have it."""
 
 TEMPORARY_PREFIX = ".tmp-"
+"""Beginning of the names of temporary files and folders."""
+
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
 _DAY = 86_400.0
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -43,22 +45,22 @@ _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
     r"|iostream error"
 )
-"""Messages of safetensors and torch, which raise no `OSError`, for a failed write."""
+"""Pattern of the messages of failed writes by safetensors and torch, which raise no `OSError`."""
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
-    """Write a small file whole or not at all; its folder is created where it is missing.
+    """Write a small file completely or not at all, and create its folder if it is missing.
 
-    Several processes may write the same file at once: the last one to finish wins.
+    If several processes write the same file, the content of the last one to finish remains.
 
     Args:
-        path: the file; an existing one must be a regular file.
+        path: path of the file; an existing file must be a regular one.
         content: bytes, or text that is written as UTF-8.
-        replace: whether to replace an existing file; else the new content is discarded.
+        replace: whether to replace an existing file; if not, the new content is discarded.
 
     Raises:
         StorageError: the file cannot be written; an existing file is unchanged.
-        InvalidArgumentError: the path is something other than a regular file.
+        InvalidArgumentError: the path exists and is not a regular file.
     """
     with writing_whole(path, replace=replace) as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
@@ -70,13 +72,13 @@ def writing_whole(
 ) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when the block ends without an exception.
 
-    An `OSError` inside the block counts as a failure to write; after an exception of any kind an
-    existing file is unchanged.
+    After an exception an existing file is unchanged; an `OSError` in the block is raised as a
+    `StorageError`.
 
     Args:
         path: see `write_whole`.
         replace: see `write_whole`.
-        name: returns the name of the file when the block has ended, for a file that is named by its
+        name: function that returns the file's name after the block, for a file that is named by its
             content; None for the name in `path`.
 
     Raises:
@@ -92,7 +94,7 @@ def writing_whole(
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             handle = open(descriptor, "wb")  # noqa: PTH123, SIM115 (of a descriptor; closed below)
             try:
-                with contextlib.suppress(OSError):  # keep the mode of an existing file
+                with contextlib.suppress(OSError):  # a replaced file passes on its mode, if any
                     os.fchmod(descriptor, stat.S_IMODE(path.lstat().st_mode))
                 yield handle
                 handle.flush()
@@ -113,10 +115,14 @@ def writing_whole(
 
 
 def take_name(source: Path, target: Path) -> bool:
-    """Give a file a name, unless the name is taken; return whether it was free.
+    """Link or rename a file to a name that does not exist yet; return whether it did not exist.
 
-    Afterwards the file may still have its old name as well. The operation is exclusive where the
-    file system has hard links; elsewhere among processes of one machine that use this function.
+    With hard links the operation is exclusive among all processes, and the file also retains its
+    old name. Without them it is exclusive among processes of one machine that use this function.
+
+    Args:
+        source: existing file.
+        target: new path of the file, on the same file system.
     """
     try:
         os.link(source, target)
@@ -131,10 +137,14 @@ def take_name(source: Path, target: Path) -> bool:
 
 
 def move(source: Path, target: Path) -> bool:
-    """Rename a file or folder, unless the new name is taken; return whether it was free.
+    """Rename a file or folder unless the new name exists; return whether it was renamed.
+
+    Args:
+        source: existing file or folder.
+        target: new path, on the same file system.
 
     Raises:
-        FileNotFoundError: there is nothing to rename.
+        FileNotFoundError: `source` does not exist.
     """
     with _folder_lock(target.parent):
         if os.path.lexists(target):
@@ -147,11 +157,11 @@ def move(source: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Exclude other processes from a block per folder, where the folder can be locked."""
+    """Hold an exclusive lock on a folder during a block, if its file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # network file systems lock no folders
+            with contextlib.suppress(OSError):  # some network file systems cannot lock folders
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -162,16 +172,16 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder whose content appears at a path when the block succeeds.
 
-    This serves content of many files, above all of other libraries: models, datasets. All files are
+    This is for content that other libraries write as several files, such as models. All files are
     synced first. A new folder appears by one rename; an existing empty folder (perhaps a mount
     point) is filled by one rename per entry.
 
     Args:
-        path: a folder that is missing or empty.
+        path: path of a folder that is missing or empty.
 
     Raises:
-        StorageError: the folder cannot be written; nothing remains of it.
-        InvalidArgumentError: the path is not empty.
+        StorageError: the folder cannot be written; the temporary folder has been removed.
+        InvalidArgumentError: the path is a file, or a folder that is not empty.
     """
     with disk_errors(path):
         require_new_folder(path)
@@ -195,9 +205,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def require_new_folder(path: Path) -> None:
-    """Validate that a folder is missing or empty, so that it can be filled.
+    """Validate that a folder is missing or empty, after removing leftovers of dead processes.
 
-    Leftovers of dead writers are removed first.
+    Args:
+        path: path of the folder.
 
     Raises:
         InvalidArgumentError: the path is a file, or a folder that is not empty.
@@ -206,28 +217,31 @@ def require_new_folder(path: Path) -> None:
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
-        raise InvalidArgumentError(f"{path} is no folder; name a new or empty folder")
+        raise InvalidArgumentError(f"{path} is not a folder; give a new or empty folder")
     found = sorted(entry.name for entry in path.iterdir() if not is_clutter(entry.name))
     if found:
         raise InvalidArgumentError(
-            f"{path} is not empty (it holds {found[0]}); name a new or empty folder"
+            f"{path} is not empty (it contains {found[0]}); give a new or empty folder"
         )
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether an operating system, not a user, created a name in a folder.
+    """Return whether a file name is one that operating systems create in folders.
 
-    These are a file system's folder at the root of a volume, macOS's view settings, and NFS's name
-    of a file that was removed while it was open.
+    These are `lost+found` at the root of a volume, macOS's view settings, and NFS's names of files
+    that were removed while they were open.
     """
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a `StorageError` that names the path and what to do.
+    """Convert errors of writing within a block to a `StorageError` that names the path.
 
-    It covers `OSError` and what safetensors and torch raise on a full disk.
+    These are `OSError`, and the errors that safetensors and torch raise on a full disk.
+
+    Raises:
+        StorageError: writing failed; the message contains advice for the cause.
     """
     try:
         yield
@@ -244,32 +258,35 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     if error.errno in _FULL:
-        advice = "Make room on its disk, or name a path on another one"
+        advice = "Free space on its disk, or give a path on another disk"
     elif error.errno in _FORBIDDEN:
-        advice = "Make its folder writable, or name another path"
+        advice = "Make its folder writable, or give another path"
     elif error.errno == errno.ENAMETOOLONG:
-        advice = "Name a shorter path"
+        advice = "Give a shorter path"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY):
-        advice = "Name a path whose folder exists or can be made, and that is free"
+        advice = "Give a path that does not exist yet, in a folder that exists or can be created"
     else:
         advice = "Check the path and its disk"
     return (
-        f"cannot write {path}: {error.strerror or error}; nothing half-written was left under that "
+        f"cannot write {path}: {error.strerror or error}; no partial file was left under that "
         f"name. {advice}; then start the same command again"
     )
 
 
 def require_file_or_nothing(path: Path) -> None:
-    """Validate that a path may be written: it is a regular file or does not exist.
+    """Validate that a path is a regular file or does not exist, so that a file can be written.
 
-    `write_whole` calls this; commands call it before expensive work as well.
+    `write_whole` validates its path; commands do so before expensive work as well.
+
+    Args:
+        path: path of a file.
 
     Raises:
         InvalidArgumentError: the path is a folder, a link, a device, a pipe or a socket.
     """
     try:
         mode = path.lstat().st_mode
-    except OSError:  # it does not exist
+    except OSError:  # the path does not exist
         return
     if stat.S_ISREG(mode):
         return
@@ -281,15 +298,15 @@ def require_file_or_nothing(path: Path) -> None:
         stat.S_ISFIFO: "a named pipe",
         stat.S_ISSOCK: "a socket",
     }
-    kind = next((word for test, word in kinds.items() if test(mode)), "no regular file")
+    kind = next((word for test, word in kinds.items() if test(mode)), "not a regular file")
     raise InvalidArgumentError(
-        f"{path} is {kind}; a file is written only where a regular file or nothing is. Name "
-        "another path (for a link, the file that it points to)"
+        f"{path} is {kind}; expected a regular file or a path that does not exist. Give another "
+        "path (instead of a link, the file that it points to)"
     )
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a new name in the folder of a path that contains the machine and the process."""
+    """Return a new temporary path in the folder of `path`, named after this machine and process."""
     pid = os.getpid()
     return path.with_name(
         f"{TEMPORARY_PREFIX}{_host()}-{pid}-{_started(pid)}-{secrets.token_hex(6)}"
@@ -297,10 +314,10 @@ def temporary_name(path: Path) -> Path:
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove the temporary files and folders of dead writers from a folder; return their names.
+    """Remove the temporary files and folders of dead processes from a folder; return their names.
 
-    A process of this machine is dead if the system has no such process. Files of other machines are
-    removed when they have not changed for a day.
+    A process of this machine is dead if its id does not exist, or belongs to a process that started
+    later. Files of other machines are removed if they have not changed for a day.
     """
     removed = []
     try:
@@ -311,7 +328,7 @@ def clean_leftovers(folder: Path) -> list[str]:
     for name in names:
         found = _TEMPORARY.fullmatch(name)
         path = folder / name
-        if found is None or not _is_dead(path, *_words(found)):
+        if found is None or not _is_dead(path, *_owner(found)):
             continue
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -325,10 +342,11 @@ def clean_leftovers(folder: Path) -> list[str]:
 def is_leftover(name: str) -> bool:
     """Return whether a temporary name belongs to a dead process of this machine."""
     found = _TEMPORARY.fullmatch(name)
-    return found is not None and found[1] == _host() and _is_dead(Path(name), *_words(found))
+    return found is not None and found[1] == _host() and _is_dead(Path(name), *_owner(found))
 
 
-def _words(found: re.Match[str]) -> tuple[str, int, str | None]:
+def _owner(found: re.Match[str]) -> tuple[str, int, str | None]:
+    """Return the host, process id and start time in a temporary name."""
     return found[1], int(found[2]), found[3]
 
 
@@ -344,7 +362,7 @@ def _is_dead(path: Path, host: str, pid: int, started: str | None) -> bool:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Return a name for the scope in which process ids are valid: host, boot, pid namespace."""
+    """Return a hash of host name, boot id and pid namespace, within which process ids are valid."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -354,9 +372,9 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; "0" where that is unknown.
+    """Return the start time of a process in clock ticks since boot; "0" if it is unknown.
 
-    It distinguishes a process from a later one with the same id.
+    The start time distinguishes a process from a later one with the same id.
     """
     try:
         line = Path(f"/proc/{pid}/stat").read_text()
@@ -376,7 +394,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Write an open file's bytes to the disk, where its file system supports that.
+    """Flush an open file to its disk, if its file system supports that.
 
     Raises:
         OSError: the disk is full or broken.
@@ -389,7 +407,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable, where its file system supports that."""
+    """Make renames within a folder durable, if its file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot sync folders
@@ -399,7 +417,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync all files of a folder that another library wrote."""
+    """Sync all files and folders below a folder, and the folder."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -415,6 +433,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def user_cache() -> Path:
-    """Return this user's folder for files that can be created or fetched again."""
+    """Return the folder of this user for files that can be created or downloaded again.
+
+    The folder is `sparselogits` in `$XDG_CACHE_HOME`, or in `~/.cache` if the variable is not set.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "sparselogits"

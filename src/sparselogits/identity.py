@@ -1,10 +1,10 @@
-"""Describe what a cache was made from, in canonical form, and hash the description.
+"""Describe what a cache is built from in canonical form, and hash the description.
 
-Two shards belong together exactly when their identities are equal. An identity holds what changes
-the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes (codec,
-format); versions of libraries and the device change only low-order bits and are recorded in each
-shard's provenance instead. The corpus is not part of the identity, so that text can be appended:
-each shard carries the fingerprint of its own piece of text.
+Two shards belong to one cache if and only if their identities are equal. An identity contains what
+changes the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes
+(codec, format). Versions of libraries and the device change only low-order bits; they are recorded
+in each shard's provenance instead. The corpus is not part of the identity, so that text can be
+appended: each shard contains the fingerprint of its windows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.untrusted import printable, shown
 
 FORMAT_VERSION = 1
+"""Version of the directory and shard layout that this library writes and reads."""
+
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+?)/snapshots/")
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("teacher", "packing", "sampler", "codec"), dict),
     **dict.fromkeys(("tokenizer", "token_mask"), str),
     **dict.fromkeys(("vocab_size", "window_length", "windows_per_shard", "seed"), int),
@@ -33,10 +35,10 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that two shards must share to belong to one cache.
+    """Settings that are equal in all shards of a cache.
 
     Args:
-        teacher: name (for people, not compared), sha256 of the weights, dtype, engine and
+        teacher: name (for display, not compared), sha256 of the weights, dtype, engine and
             quantization of the teacher.
         tokenizer: sha256 of the tokenizer's canonical bytes.
         vocab_size: number of columns of the teacher's head.
@@ -65,7 +67,7 @@ class Identity:
     format_version: int = FORMAT_VERSION
 
     def without_paths(self) -> Identity:
-        """Return the same identity with the folders removed from the teacher's name."""
+        """Return a copy of the identity with the folders removed from the teacher's name."""
         if not isinstance(self.teacher.get("name"), str):
             return self
         return replace(self, teacher={**self.teacher, "name": label_of(self.teacher["name"])})
@@ -76,11 +78,11 @@ class Identity:
 
     @classmethod
     def from_json(cls, value: object) -> Identity:
-        """Return the identity that `to_json` wrote.
+        """Return the identity for the JSON object that `to_json` returned.
 
         Raises:
-            CacheError: a field is missing, unknown or of the wrong type, or the format version is
-                another one.
+            CacheError: a field is missing, unknown or of the wrong type, or the format version
+                differs from `FORMAT_VERSION`.
         """
         if not isinstance(value, dict):
             raise CacheError("the identity is not a JSON object; restore cache.json from a copy")
@@ -97,7 +99,7 @@ class Identity:
                 f"the identity has missing or unknown fields: {shown(odd)}; restore cache.json "
                 "from a copy"
             )
-        for name, kind in _KINDS.items():
+        for name, kind in _FIELD_TYPES.items():
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
                 raise CacheError(
                     f"the identity's {name} is {shown(value[name])}, which has the wrong type; "
@@ -106,18 +108,18 @@ class Identity:
         return cls(**value)
 
     def teacher_in_words(self) -> str:
-        """Return the teacher's name and dtype on one line, for people."""
-        name, dtype = (_word(self.teacher.get(key)) for key in ("name", "dtype"))
+        """Return the teacher's name and dtype on one line, for display."""
+        name, dtype = (_one_line(self.teacher.get(key)) for key in ("name", "dtype"))
         return f"{name or 'unnamed'} ({dtype or 'unknown'})"
 
     def sampler_in_words(self) -> str:
-        """Return the sampler's name and parameters on one line, for people."""
+        """Return the sampler's name and parameters on one line, for display."""
         parameters = [
-            f"{_word(k)} {_word(v)}"
+            f"{_one_line(k)} {_one_line(v)}"
             for k, v in self.sampler.items()
             if k != "name" and v is not None
         ]
-        return f"{_word(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
+        return f"{_one_line(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
 
     def _compared(self) -> dict[str, Any]:
         compared = self.to_json()
@@ -126,11 +128,11 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of the canonical JSON of all fields that are compared."""
+        """Hexadecimal sha256 of the canonical JSON of all fields that are compared."""
         return hashlib.sha256(canonical_json(self._compared())).hexdigest()
 
     def differences(self, other: Identity) -> list[tuple[str, Any, Any]]:
-        """Return (dotted field, value here, value there) for every field that differs."""
+        """Return (dotted field name, value in self, value in other) for every differing field."""
         return list(differing_fields(self._compared(), other._compared()))
 
     def require_equal(self, other: Identity, *, here: str, there: str) -> None:
@@ -138,11 +140,12 @@ class Identity:
 
         Args:
             other: identity to compare with.
-            here: what `self` describes, for the message ("the cache at ...").
-            there: what `other` describes.
+            here: name of the object that `self` describes, for the message ("the cache at ...").
+            there: name of the object that `other` describes.
 
         Raises:
-            IdentityMismatchError: the identities differ; names the fields and both values.
+            IdentityMismatchError: the identities differ; the message contains the differing fields
+                with both values.
         """
         found = self.differences(other)
         if found:
@@ -157,7 +160,7 @@ class Identity:
 
 
 def label_of(name: str) -> str:
-    """Return the name of a model or a text for publication: a hub name, or a name without folders.
+    """Return the name of a model or text without local folders, for publication.
 
     Examples:
         >>> label_of("/home/me/models/teacher/"), label_of("HuggingFaceTB/SmolLM2-135M")
@@ -174,8 +177,8 @@ def label_of(name: str) -> str:
     return parts[-1] if parts else "unnamed"
 
 
-def _word(value: object) -> str:
-    """Return a value of an identity as one line of text; an empty text for None."""
+def _one_line(value: object) -> str:
+    """Return a value of an identity as one line of text; an empty string for None."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else shown(value)
@@ -183,7 +186,7 @@ def _word(value: object) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the canonical bytes of a value: sorted keys, no spaces, UTF-8, shortest floats."""
+    """Encode a value as JSON in UTF-8 with sorted keys, no spaces and shortest floats."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -192,9 +195,9 @@ def canonical_json(value: object) -> bytes:
 def differing_fields(
     here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted name, value here, value there) of every value that differs in nested mappings.
+    """Yield (dotted name, value in here, value in there) for every difference of two mappings.
 
-    A key that one mapping lacks counts as None there.
+    Nested mappings are compared key by key; a missing key equals None.
 
     Examples:
         >>> list(differing_fields({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}))

@@ -1,8 +1,8 @@
-"""Take advisory locks on files, which the kernel releases when their process dies.
+"""Acquire advisory file locks, which the kernel releases when the process dies.
 
-A lock is a lock file with `flock`. Where the file system (some network mounts) or the platform
-(Windows) has no such locks, the result is `UNSUPPORTED`, and the caller does only what is safe
-without a lock.
+A lock is held by `flock` on a lock file. If the file system (some network mounts) or the platform
+(Windows) does not support it, the result is `UNSUPPORTED`, and the caller must restrict itself to
+operations that are safe without a lock.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class Held(Enum):
-    """The result of an attempt to take a lock."""
+    """State of a lock after an attempt to acquire it."""
 
     ALONE = "alone"
-    """This process holds the lock alone."""
+    """This process holds an exclusive lock."""
     SHARED = "shared"
-    """This process holds the lock, and others may share it."""
+    """This process holds a shared lock, and other processes may hold it as well."""
     TAKEN = "taken"
-    """Another process holds the lock."""
+    """This process does not hold the lock; after `take`, because another process does."""
     UNSUPPORTED = "unsupported"
-    """The file system has no locks."""
+    """The file system or platform does not support locks."""
 
 
 class FileLock:
-    """A lock on a file; `lock_file` holds one for a block.
+    """Advisory lock on a lock file; `lock_file` holds one during a block.
 
     Args:
-        path: the lock file, created with its folder where it is missing.
+        path: path of the lock file, which is created with its folder if it is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,14 +46,15 @@ class FileLock:
         self._descriptor: int | None = None
 
     def take(self, *, alone: bool, wait: bool) -> Held:
-        """Take the lock, or change between exclusive and shared.
+        """Acquire the lock, or convert it between exclusive and shared; return its new state.
 
-        The change from `ALONE` to `SHARED` is not atomic: another process may hold the lock alone
-        in between, so the caller has to check the guarded files again.
+        The conversion from `ALONE` to `SHARED` is not atomic: another process may hold an exclusive
+        lock in between, so the caller must check the guarded files again.
 
         Args:
-            alone: whether to exclude all other processes; else they may share the lock.
-            wait: whether to wait for the lock; else `TAKEN` is returned at once, without a lock.
+            alone: whether to acquire an exclusive lock instead of a shared one.
+            wait: whether to wait for the lock; if not, and another process holds it, `TAKEN` is
+                returned at once.
 
         Raises:
             StorageError: the lock file cannot be created.
@@ -83,16 +84,16 @@ class FileLock:
             if self._is_current():
                 self.held = Held.ALONE if alone else Held.SHARED
                 return self.held
-            self.release()  # its last holder has removed the file: take the new one
+            self.release()  # the last holder removed this file: lock the new one
 
     def remove(self) -> None:
-        """Remove the lock file; this process still holds the lock."""
+        """Remove the lock file, if this process holds the lock, without releasing the lock."""
         if self.held in (Held.ALONE, Held.SHARED):
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
     def release(self) -> None:
-        """Release the lock."""
+        """Release the lock; without a lock this has no effect."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -108,10 +109,12 @@ class FileLock:
 
 @contextlib.contextmanager
 def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[FileLock]:
-    """Take a lock for a block, if it is free (see `held`); an exclusive one removes the lock file.
+    """Try to hold a lock during a block; an exclusive lock removes the lock file at the end.
+
+    The block runs in any case; the yielded lock's `held` is the result.
 
     Args:
-        path: the lock file.
+        path: path of the lock file.
         alone: see `FileLock.take`.
         wait: see `FileLock.take`.
 

@@ -1,7 +1,7 @@
-"""Training methods: the name, loss and needs of each, stated once.
+"""Define the table of training methods with the name, loss and requirements of each.
 
-Recipes, the command line, `SparseKDTrainer`, comparisons and their reports read this table. To add
-a divergence, write it in `losses/dense.py` and add a row here.
+Recipes, the command line, `SparseKDTrainer`, comparisons and reports read this table. To add a
+divergence, implement it in `losses/dense.py` and add a row here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from sparselogits.untrusted import shown
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """Describe one way to train a student.
+    """Description of one method to train a student.
 
     Args:
         name: name in recipes and on the command line.
         title: name in tables and charts.
-        loss: the loss in words.
+        loss: description of the loss, for help texts and tables.
         cached: whether the loss uses the cached targets.
-        divergence: name in `losses.DIVERGENCES` of the divergence that is computed with the teacher
-            online; None for a method without the teacher.
-        beta: default share of the teacher in the divergence's mixture; None for a divergence
-            without a mixture.
+        divergence: key in `losses.DIVERGENCES` of the divergence to a teacher that runs online;
+            None for a method without an online teacher.
+        beta: default share of the teacher in the divergence's mixture, in (0, 1); None for a
+            divergence without a mixture.
     """
 
     name: str
@@ -58,11 +58,19 @@ METHODS = {
         ),
     )
 }
+"""Training methods by name."""
+
 ONLINE = [name for name, method in METHODS.items() if method.online]
+"""Names of the methods that run the teacher in every training step."""
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """Join names to an enumeration, such as `a, b and c`."""
+    """Join names to an enumeration, such as `a, b and c`.
+
+    Args:
+        names: names in order.
+        last: word before the last name.
+    """
     return f" {last} ".join(", ".join(names).rsplit(", ", 1))
 
 
@@ -70,13 +78,17 @@ METHODS_IN_WORDS = "; ".join(
     f"{name}: {method.loss}{', teacher online' if method.online else ''}"
     for name, method in METHODS.items()
 )
+"""Names and losses of all methods, for help texts."""
 
 
 def find_method(name: object) -> TrainingMethod:
-    """Return the method of a name.
+    """Return the training method with a name.
+
+    Args:
+        name: key of `METHODS`; any other value is rejected.
 
     Raises:
-        InvalidArgumentError: If there is no such method.
+        InvalidArgumentError: If the name is unknown.
     """
     if not isinstance(name, str) or name not in METHODS:
         raise InvalidArgumentError(f"unknown method {shown(name)}; available: {', '.join(METHODS)}")
@@ -84,12 +96,12 @@ def find_method(name: object) -> TrainingMethod:
 
 
 def require_fits(method: TrainingMethod, *, teacher: bool, beta: float | None) -> None:
-    """Validate the settings that are given with a method.
+    """Validate that the settings given with a training method fit the method.
 
     Args:
-        method: the method.
+        method: training method.
         teacher: whether a teacher is given.
-        beta: the share of the teacher in the mixture; None for the method's own.
+        beta: share of the teacher in the mixture; None for the default of the method.
 
     Raises:
         InvalidArgumentError: If a teacher is missing or superfluous, or beta has no effect or is
@@ -97,23 +109,24 @@ def require_fits(method: TrainingMethod, *, teacher: bool, beta: float | None) -
     """
     if method.online and not teacher:
         raise InvalidArgumentError(
-            f"method {method.name!r} runs the teacher online, and no teacher is given: give the "
-            "cache's teacher, or choose a method without one"
+            f"method {method.name!r} runs the teacher online, but no teacher is given; give the "
+            "cache's teacher, or choose a method without an online teacher"
         )
     if teacher and not method.online:
         raise InvalidArgumentError(
-            f"method {method.name!r} does not use a teacher, and one is given: leave the teacher "
-            f"out, or choose {listed(ONLINE, 'or')}"
+            f"method {method.name!r} does not use a teacher, but one is given; remove the teacher, "
+            f"or choose {listed(ONLINE, 'or')}"
         )
     if beta is None:
         return
     if method.beta is None:
         with_beta = [name for name, other in METHODS.items() if other.beta is not None]
         raise InvalidArgumentError(
-            f"method {method.name!r} has no beta, and beta={beta:g} is given: leave it out, or "
+            f"method {method.name!r} has no beta, but beta={beta:g} is given; remove beta, or "
             f"choose {listed(with_beta, 'or')}"
         )
     if not 0.0 < beta < 1.0:
         raise InvalidArgumentError(
-            f"beta must be in (0, 1), found {beta:g}: its limits are full and reverse_kl"
+            f"beta must be in (0, 1), found {beta:g}; at the limits choose the methods full or "
+            "reverse_kl"
         )

@@ -1,8 +1,8 @@
-"""Compare the length of windows with a model's positions before work starts.
+"""Validate that a model can run windows of a given length, before expensive work starts.
 
-A model with a table of positions (GPT-2, OPT, GPT-J, MPT, ...) cannot run longer sequences. A model
-that computes positions (rotary embeddings) can, but its predictions there are worse than its loss
-on shorter text suggests.
+A model with a table of position embeddings (GPT-2, OPT, GPT-J, MPT, ...) cannot run sequences that
+are longer than the table. A model with rotary embeddings can, but its predictions beyond the
+positions of its training are worse.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_RESERVED = 2  # rows of a table that some models keep for padding
+_RESERVED = 2  # rows of the table that some models reserve for padding
 _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return the number of positions of a model; None where its configuration has no limit."""
+    """Return the number of positions that a model supports; None if it is not configured."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-            return max(limit, _stretched(config))
+            return max(limit, _scaled_positions(config))
     return None
 
 
-def _stretched(config: object) -> int:
-    """Return the positions after rotary scaling, where the configured number precedes scaling."""
+def _scaled_positions(config: object) -> int:
+    """Return the number of positions after rotary scaling; 0 without scaling.
+
+    Some configurations state only the number before scaling in `max_position_embeddings`.
+    """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
         return 0
@@ -53,17 +56,21 @@ def check_window(
     restarts: bool = False,
     allow: Collection[str] = (),
 ) -> None:
-    """Check that a model can run windows of a length; a length beyond its positions is tried.
+    """Validate that a model can run windows of a given length.
+
+    If the length exceeds the model's positions, one window is run; if that succeeds, a warning
+    says that predictions may be poor.
 
     Args:
         model: a transformers causal language model.
-        run: forward pass of the model, from `input_ids`.
+        run: forward pass of the model from `input_ids`.
         length: number of tokens per window.
-        restarts: whether positions restart at documents, which may all be short enough.
-        allow: where positions restart, "long-windows" turns the refusal into a warning.
+        restarts: whether positions restart at document starts, so that the positions may suffice.
+        allow: names of `ALLOWANCES`; with `restarts`, "long-windows" turns the error into a
+            warning.
 
     Raises:
-        InvalidArgumentError: the model has too few positions.
+        InvalidArgumentError: the model fails on windows of this length.
     """
     limit = trained_positions(model)
     if limit is None or length <= limit:
@@ -73,11 +80,11 @@ def check_window(
     try:
         run(input_ids=tokens)
     except _FAILURES as error:
-        refused = _too_long(model, length, limit)
-        refused.__cause__ = error
+        too_long = _too_long(model, length, limit)
         if not restarts:
-            raise refused from error
-        refuse(refused, "long-windows", allow)
+            raise too_long from error
+        too_long.__cause__ = error
+        refuse(too_long, "long-windows", allow)
         return
     warnings.warn(
         f"windows of {length:,} tokens are longer than the {limit:,} positions that "
@@ -90,10 +97,15 @@ def check_window(
 
 @contextmanager
 def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
-    """Turn the failure of a model on a sequence beyond its positions into a typed error.
+    """Convert a forward pass's failure on a sequence beyond the model's positions to a typed error.
+
+    Args:
+        model: a transformers causal language model, which the block runs.
+        length: number of tokens per sequence.
 
     Raises:
-        InvalidArgumentError: the forward pass failed on a sequence that is too long.
+        InvalidArgumentError: the block failed, and the sequence has more tokens than the model has
+            positions.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""Define how long-running functions report progress."""
+"""Define the type of the callbacks to which long-running functions report progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called repeatedly with the number of units done and their total; the function that takes it names
-the unit (windows, shards, bytes, passes)."""
+"""Callback that receives the number of finished units and their total; the unit (windows, shards,
+bytes, passes) is documented by the function that calls it."""

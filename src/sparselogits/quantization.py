@@ -1,13 +1,13 @@
 """Quantise a student: fake quantisation during training, real quantisation when it is saved.
 
-Quantisation-aware training rounds weights (and activations, where the format quantises them) in the
+Quantisation-aware training rounds weights (and activations, if the format quantises them) in the
 forward pass and passes gradients through the rounding, so the student learns with the rounding
-error. torchao does both steps. This module names torchao's formats and leaves the head out, which
-most runtimes keep in full precision and which may be tied to the embedding.
+error. torchao implements both steps. This module selects torchao's formats and excludes the head,
+which most runtimes store in full precision and which may be tied to the embedding.
 
-The order matters: `prepare` a model, train it, save it (the weights are still in full precision),
-then `load_quantized` rounds the weights. The quantised model computes what the fake-quantised model
-computed.
+The steps are: `prepare` a model, train it, save it (its weights are still in full precision), and
+load it by `load_quantized`, which rounds the weights. The quantised model then computes the same
+logits as the fake-quantised one.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ QuantizationFormat = Literal[
     "int8-weight-only", "int4-weight-only", "int3-weight-only", "int2-weight-only",
     "int8-dynamic-int8", "int8-dynamic-int4",
 ]  # fmt: skip
-"""Names of the formats: the bits of the activations, where these are quantised too (per token, with
-ranges from the data), then the bits of the weights."""
+"""Name of a quantisation format.
+
+`intN-weight-only` quantises weights to N bits; `int8-dynamic-intN` also quantises activations to 8
+bits, per token, with ranges computed from the data.
+"""
 
 FORMATS: tuple[str, ...] = get_args(QuantizationFormat)
+"""Names of all quantisation formats."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Describe a quantisation format of torchao.
+    """Quantisation format of torchao.
 
     Args:
-        format: name of the format, see `QuantizationFormat`.
+        format: name of the format; see `QuantizationFormat`.
         group_size: number of consecutive inputs of a linear layer whose weights share a scale; None
             for one scale per output channel.
 
@@ -63,12 +67,12 @@ class Quantization:
 
     @property
     def described(self) -> str:
-        """Description of the format in words."""
+        """Description of the format for display."""
         size = self.group_size
         return f"{self.format}, {'one scale per channel' if size is None else f'groups of {size}'}"
 
     def torchao_config(self) -> Any:
-        """Return torchao's configuration of the format.
+        """Return torchao's configuration object for the format.
 
         Raises:
             MissingDependencyError: If torchao is not installed.
@@ -94,17 +98,18 @@ class Quantization:
 
 
 def prepare(model: nn.Module, quantization: Quantization) -> None:
-    """Replace a model's linear layers by fake-quantised ones, in place; the head is not changed.
+    """Replace a model's linear layers, except the head, by fake-quantised ones in place.
 
-    Weights keep their names and their precision, so checkpoints and optimisers are unaffected.
+    The names and the precision of the weights do not change, so checkpoints and optimisers are not
+    affected.
 
     Args:
         model: a transformers causal language model.
-        quantization: the format.
+        quantization: quantisation format.
 
     Raises:
         InvalidArgumentError: If the group size does not divide the inputs of a layer, or the model
-            is quantised already.
+            has no linear layers in full precision besides its head.
         MissingDependencyError: If torchao is not installed.
     """
     config = quantization.torchao_config()
@@ -128,15 +133,15 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
 
 
 def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
-    """Load a model saved in full precision with its weights quantised.
+    """Load a model that was saved in full precision, and quantise its weights.
 
-    `save_pretrained` of the result writes the quantised weights in a form that transformers loads
+    `save_pretrained` of the result writes the quantised weights in a format that transformers loads
     without further arguments.
 
     Args:
         folder: transformers folder of a model that was trained after `prepare`. For any other model
             this is post-training quantisation.
-        quantization: the format.
+        quantization: quantisation format.
 
     Raises:
         MissingDependencyError: If torchao is not installed.

@@ -1,9 +1,9 @@
-"""Read YAML that people write by hand, from files of unknown origin.
+"""Read hand-written YAML from untrusted files.
 
-PyYAML's safe loader runs no code, but follows YAML 1.1: `1e-3` is a text, `no` is False, `1:30` is
-90, a date is a date object, a key may be anything and be given twice, and a few hundred bytes of
-anchors expand to gigabytes. Here the scalars are those of YAML 1.2's core schema, keys are texts
-that occur once, anchors are refused, and the size of a file is bounded.
+PyYAML's safe loader runs no code, but implements YAML 1.1: `1e-3` is a string, `no` is False,
+`1:30` is 90, a date is a date object, a key may be of any type and occur twice, and a few hundred
+bytes of anchors expand to gigabytes. This loader uses the scalars of YAML 1.2's core schema,
+requires unique string keys, rejects anchors, and limits the size of a file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sparselogits.errors import RecipeError, reason_of
 from sparselogits.untrusted import printable, read_regular, shown
 
 LARGEST = 1 << 20
-"""Bytes of a file."""
+"""Maximum size of a file, in bytes."""
 DEEPEST = 32
-"""Mappings and lists inside one another."""
+"""Maximum depth of nested mappings and lists."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds nothing but mappings, lists, texts, numbers, booleans and null."""
+    """Loader that creates only mappings, lists, strings, numbers, booleans and null."""
 
     depth = 0
 
@@ -34,12 +34,15 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None,
                 None,
-                "anchors (&name) and aliases (*name) are not read: repeat the value",
+                "anchors (&name) and aliases (*name) are not supported: repeat the value",
                 event.start_mark,
             )
         if self.depth >= DEEPEST:
             raise yaml.composer.ComposerError(
-                None, None, f"it is nested deeper than {DEEPEST} levels", event.start_mark
+                None,
+                None,
+                f"values are nested deeper than {DEEPEST} levels: use fewer levels",
+                event.start_mark,
             )
         self.depth += 1
         try:
@@ -55,12 +58,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"the key {shown(name)} is not a text: put it in quotes",
+                    f"the key {shown(name)} is not a string: put it in quotes",
                     key.start_mark,
                 )
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(name)} occurs twice", key.start_mark
+                    None, None, f"the key {shown(name)} occurs twice: remove one", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
@@ -89,29 +92,30 @@ def _integer(loader: _Loader, node: Any) -> int:
         raise yaml.constructor.ConstructorError(
             None,
             None,
-            f"{shown(text)} has {len(text)} digits; expected 64 at most",
+            f"{shown(text)} has {len(text)} digits; expected at most 64",
             node.start_mark,
         )
     return int(text)
 
 
 _CORE = ("null", "bool", "int", "float", "str", "seq", "map")
-_KEPT = {None, *(f"tag:yaml.org,2002:{kind}" for kind in _CORE)}
+_CORE_TAGS = {None, *(f"tag:yaml.org,2002:{kind}" for kind in _CORE)}
 _Loader.yaml_constructors = {
-    tag: build for tag, build in yaml.SafeLoader.yaml_constructors.items() if tag in _KEPT
+    tag: build for tag, build in yaml.SafeLoader.yaml_constructors.items() if tag in _CORE_TAGS
 }
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that holds a mapping of keys to values.
+    """Return the mapping of keys to values in a YAML file.
 
     Args:
-        path: a regular file of at most `LARGEST` bytes in UTF-8.
-        what: its name in messages, as "the recipe".
+        path: path of a regular file of at most `LARGEST` bytes in UTF-8.
+        what: kind of the file for messages, as in "the recipe".
 
     Raises:
-        RecipeError: it cannot be read, is no YAML as the module's head describes it, or no mapping.
+        RecipeError: the file cannot be read, is not YAML as described in this module's docstring,
+            or does not contain a mapping.
     """
     try:
         text = read_regular(path, LARGEST).decode("utf-8")
@@ -121,36 +125,40 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"{what} {path} is not YAML: byte {error.start} is no UTF-8; save it as UTF-8"
+            f"{what} {path} is not YAML: byte {error.start} is not valid UTF-8; save it as UTF-8"
         ) from error
     except ValueError as error:
-        raise RecipeError(f"{what} {path} cannot be read: {error}") from error
+        raise RecipeError(f"{what} {path} cannot be read: {error}; give a smaller file") from error
     values = parse_yaml(text, f"{what} {path}")
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{what} {path} must be a mapping of keys to values, as in `cache: my-cache`; it holds "
+            f"{what} {path} must be a mapping of keys to values, as in `cache: my-cache`; found "
             f"{'nothing' if values is None else shown(values)}"
         )
     return values
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Parse one document, see the module's head.
+    """Return the value of one YAML document, as described in this module's docstring.
+
+    Args:
+        text: YAML document.
+        what: name of the document for messages.
 
     Raises:
-        RecipeError: it is not such YAML; says where.
+        RecipeError: the text is not YAML of this form; the message contains the line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{what} is not YAML: {_where(error)}") from error
+        raise RecipeError(f"{what} is not YAML: {_explain(error)}") from error
 
 
-def _where(error: Exception) -> str:
-    """One line: what is wrong, in which line and column."""
+def _explain(error: Exception) -> str:
+    """Return the problem with its line and column, on one line of text."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = error.problem or error.context or "it cannot be parsed"
-        place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        return f"{printable(problem, 200)}{place}"
+        position = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        return f"{printable(problem, 200)}{position}"
     return printable(reason_of(error).splitlines()[0], 200)

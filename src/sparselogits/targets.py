@@ -1,9 +1,9 @@
-"""`SparseTargets`: the one value that flows from samplers through the cache to the loss.
+"""Define `SparseTargets`, the targets that samplers create, caches store and the loss uses.
 
-Ragged targets in compressed-row form. Position j owns entries `offsets[j]:offsets[j + 1]`; an
-entry is a vocabulary id with a weight that estimates the teacher's probability of that id.
-Weights are never renormalised behind the caller's back: an unbiased target's mass is one only in
-expectation, and dividing by it would bias it.
+Targets are ragged, in compressed-row form. The entries of position j are
+`offsets[j]:offsets[j + 1]`; an entry is a vocabulary id with a weight that estimates the teacher's
+probability of that id. No function renormalises the weights implicitly: the mass of an unbiased
+target is one only in expectation, and dividing by the mass would bias the target.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparselogits.wording import counted, significant
 
 
 class Entries(NamedTuple):
-    """The entries of one position.
+    """Entries of one position.
 
     Args:
-        ids: int64 [K], strictly ascending.
-        weights: float32 [K].
+        ids: int64 [K], strictly ascending vocabulary ids.
+        weights: float32 [K], estimates of the teacher's probabilities of the ids.
     """
 
     ids: Tensor
@@ -35,27 +35,29 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """Sparse teacher targets for P positions, E entries in all.
+    """Sparse teacher targets for P positions with E entries in total.
 
-    `targets[j]` is the ids and weights of position j, `targets[a:b]` the targets of a run of
-    positions.
+    `targets[j]` returns the ids and weights of position j, and `targets[a:b]` the targets of
+    positions a to b - 1.
 
     Args:
         ids: int64 [E], strictly ascending within a position, each in [0, vocab_size).
         weights: float32 [E], non-negative estimates of the teacher's probabilities.
-        offsets: int64 [P + 1], from 0 to E, never descending.
+        offsets: int64 [P + 1], non-decreasing from 0 to E.
         vocab_size: number of columns of the teacher's head.
-        counts: int32 [E], how many of a position's rounds fell on the entry; None where the
-            sampler draws no rounds.
-        rounds: rounds per position, the sum of its counts; positions without entries (masked ones)
-            are exempt. None where the sampler draws no rounds.
-        check: skip validation where the caller has just established it (hot paths only).
+        counts: int32 [E], number of a position's rounds that drew the entry; None if the sampler
+            does not draw in rounds.
+        rounds: number of rounds per position, equal to the sum of the position's counts unless the
+            position has no entries (is masked); None if the sampler does not draw in rounds.
+        check: whether to validate the arguments; False only for arguments that are known to be
+            valid, where speed matters.
 
     Raises:
-        InvalidTargetsError: naming the first position that breaks an invariant.
+        InvalidTargetsError: an argument is invalid; the message contains the first invalid
+            position.
 
     Examples:
-        Two positions; the first has two entries, the second one:
+        The first of two positions has two entries, and the second has one:
 
         >>> import torch
         >>> targets = SparseTargets(
@@ -87,16 +89,16 @@ class SparseTargets:
             _validate(self)
 
     def __len__(self) -> int:
-        """Number of positions P."""
+        """Return the number of positions P."""
         return self.offsets.numel() - 1
 
     def __repr__(self) -> str:
         parts = [counted(len(self), "position"), counted(self.entries, "entry")]
         if len(self):
             parts.append(f"{significant(self.entries / len(self))} per position")
-            owned = self.entries_per_position > 0
-            if bool(owned.any()):
-                parts.append(f"mean mass {float(self.mass()[owned].mean()):.3f}")
+            filled = self.entries_per_position > 0
+            if bool(filled.any()):
+                parts.append(f"mean mass {float(self.mass()[filled].mean()):.3f}")
         parts.append(counted(self.vocab_size, "id"))
         if self.rounds is not None:
             parts.append(counted(self.rounds, "round"))
@@ -108,18 +110,24 @@ class SparseTargets:
     @overload
     def __getitem__(self, positions: slice) -> SparseTargets: ...
     def __getitem__(self, positions: SupportsIndex | slice) -> Entries | SparseTargets:
-        """Ids and weights of one position, or targets of a contiguous run, as views."""
+        """Return the entries of one position, or the targets of a slice of positions, as views.
+
+        Raises:
+            IndexError: a position does not exist.
+            InvalidTargetsError: a slice has a step other than 1.
+        """
         if not isinstance(positions, slice):
             position = index(positions)
             if not -len(self) <= position < len(self):
-                raise IndexError(f"position {position} of {len(self)}")
+                raise IndexError(f"position {position} is out of range for {len(self)} positions")
             position %= len(self)
-            own = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
-            return Entries(self.ids[own], self.weights[own])
+            entries = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
+            return Entries(self.ids[entries], self.weights[entries])
         start, stop, step = positions.indices(len(self))
         if step != 1:
             raise InvalidTargetsError(
-                f"positions are sliced with step 1, not {step}; gather windows instead"
+                f"the slice of positions has step {step}; expected step 1. Index single positions, "
+                "or concatenate slices by SparseTargets.cat"
             )
         stop = max(start, stop)
         first, last = int(self.offsets[start]), int(self.offsets[stop])
@@ -140,37 +148,40 @@ class SparseTargets:
 
     @property
     def entries_per_position(self) -> Tensor:
-        """int64 [P]."""
+        """Number of entries of each position, int64 [P]."""
         return self.offsets.diff()
 
     @property
     def positions(self) -> Tensor:
-        """int64 [E]: the position that owns each entry."""
+        """Number of the position of each entry, int64 [E]."""
         index = torch.arange(len(self), device=self.offsets.device)
         return index.repeat_interleave(self.entries_per_position, output_size=self.entries)
 
     def mass(self) -> Tensor:
-        """float32 [P]: sum of a position's weights (one in expectation for unbiased targets)."""
+        """Return the sum of each position's weights, float32 [P].
+
+        The expected sum of unbiased targets is one.
+        """
         total = torch.zeros(len(self), dtype=self.weights.dtype, device=self.weights.device)
         return total.index_add_(0, self.positions, self.weights)
 
     def dense(self) -> Tensor:
-        """Return the targets as float32 [P, V]; for tests and small vocabularies only."""
+        """Return the weights of all ids as float32 [P, V], for tests and small vocabularies."""
         full = self.weights.new_zeros(len(self), self.vocab_size)
         full[self.positions, self.ids] = self.weights
         return full
 
     def padded(self, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Rectangular form.
+        """Return ids and weights as rectangular tensors, padded to the same number of entries.
 
         Args:
-            width: K; the largest number of entries of a position when None.
+            width: number K of columns; None for the largest number of entries of a position.
 
         Returns:
             ids int64 [P, K] and weights float32 [P, K]; padding has id 0 and weight 0.
 
         Raises:
-            InvalidTargetsError: when a position has more than `width` entries; cutting would bias.
+            InvalidTargetsError: a position has more than `width` entries.
         """
         lengths = self.entries_per_position
         longest = int(lengths.max()) if len(self) else 0
@@ -178,8 +189,8 @@ class SparseTargets:
             width = longest
         elif width < longest:
             raise InvalidTargetsError(
-                f"a position has {longest} entries, more than width={width}; cutting it would bias "
-                f"the target: pass width >= {longest}, or thin the targets first"
+                f"a position has {longest} entries, more than width={width}; removing entries "
+                f"would bias the target. Pass width >= {longest}, or thin the targets first"
             )
         column = torch.arange(self.entries, device=self.ids.device) - self.offsets[
             :-1
@@ -191,7 +202,12 @@ class SparseTargets:
         return ids, weights
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
-        """The same targets on another device."""
+        """Return the targets on another device.
+
+        Args:
+            device: target device.
+            non_blocking: passed to `torch.Tensor.to`.
+        """
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -208,22 +224,30 @@ class SparseTargets:
 
     @staticmethod
     def cat(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """Positions of several targets, one after another.
+        """Concatenate targets along their positions.
+
+        Args:
+            parts: at least one SparseTargets, all with the same `vocab_size` and `rounds`.
 
         Raises:
-            InvalidTargetsError: for an empty sequence, or parts of different vocabulary or rounds.
+            InvalidTargetsError: `parts` is empty, or its elements differ in `vocab_size`, `rounds`
+                or the presence of counts.
         """
         if not parts:
-            raise InvalidTargetsError("nothing to concatenate: pass at least one SparseTargets")
+            raise InvalidTargetsError("nothing to concatenate; pass at least one SparseTargets")
         first = parts[0]
         for part in parts:
             if (part.vocab_size, part.rounds) != (first.vocab_size, first.rounds):
                 raise InvalidTargetsError(
                     "targets to concatenate differ: vocab_size and rounds are "
-                    f"({first.vocab_size}, {first.rounds}) and ({part.vocab_size}, {part.rounds})"
+                    f"({first.vocab_size}, {first.rounds}) and ({part.vocab_size}, {part.rounds}); "
+                    "concatenate targets of one sampler only"
                 )
             if (part.counts is None) != (first.counts is None):
-                raise InvalidTargetsError("targets to concatenate differ: only some carry counts")
+                raise InvalidTargetsError(
+                    "targets to concatenate differ: only some have counts; concatenate targets of "
+                    "one sampler only"
+                )
         lengths = torch.cat([part.entries_per_position for part in parts])
         counts = [part.counts for part in parts if part.counts is not None]
         return SparseTargets(
@@ -237,82 +261,88 @@ class SparseTargets:
         )
 
     def thin(self, rounds: int, starts: Tensor | int) -> SparseTargets:
-        """Keep `rounds` of each position's ordered rounds, evenly spaced, from a given start.
+        """Return targets with `rounds` of each position's ordered rounds, evenly spaced.
 
-        Where `rounds` divides `self.rounds` this keeps every k-th round, k = self.rounds / rounds:
-        of a systematic draw again a systematic draw, and the k starts partition the cached rounds.
-        For other ratios round r is kept when (r * rounds - g * start) mod self.rounds < rounds,
-        with g their greatest common divisor: gaps of two neighbouring lengths, no longer exactly
-        systematic. Either way each round is kept by the same share of the starts, so that with a
-        uniform start the result is unbiased, and averaging over all starts gives back these
-        targets.
+        If `rounds` divides `self.rounds`, every k-th round is selected, k = self.rounds / rounds. A
+        systematic draw then remains systematic, and the k possible starts partition the rounds. For
+        other ratios, round r is selected if (r * rounds - g * start) mod self.rounds < rounds, with
+        g the greatest common divisor of the two numbers; the gaps between selected rounds then have
+        two neighbouring lengths, and the draw is no longer exactly systematic. In both cases the
+        same share of the starts selects each round, so the result is unbiased for a uniformly drawn
+        start, and its mean over all starts equals these targets.
 
         Args:
-            rounds: rounds to keep a position, at most `self.rounds`.
-            starts: int or int64 [P], in [0, thinning_choices(self.rounds, rounds)).
+            rounds: number of rounds to select per position, at most `self.rounds`.
+            starts: offsets of the selection, int or int64 [P], in
+                [0, thinning_choices(self.rounds, rounds)).
 
         Raises:
-            InvalidTargetsError: when the targets carry no counts, there are fewer than `rounds`
-                rounds, or a start lies outside its range.
+            InvalidTargetsError: the targets have no counts or fewer than `rounds` rounds, or a
+                start is out of range.
         """
         if self.counts is None or self.rounds is None:
             raise InvalidTargetsError(
-                "only targets drawn in rounds can be thinned; these carry no counts "
-                "(top-k, top-p and threshold targets do not)"
+                "these targets have no counts; only targets drawn in rounds can be thinned "
+                "(not those of top-k, top-p and threshold). Use the targets as they are"
             )
         choices = thinning_choices(self.rounds, rounds)
         start = torch.as_tensor(starts, dtype=torch.int64, device=self.ids.device).expand(len(self))
         if len(self) and not bool(((start >= 0) & (start < choices)).all()):
             raise InvalidTargetsError(
                 f"starts must lie in [0, {choices}) to thin {self.rounds} rounds to {rounds}, "
-                f"found {int(start.min())} to {int(start.max())}"
+                f"found {int(start.min())} to {int(start.max())}; draw them from that range"
             )
         cached, positions, counts = self.rounds, self.positions, self.counts.long()
         after = _running_sum_within(counts, self.offsets, positions)
         shift = (start * (cached // choices))[positions]
 
-        def kept_up_to(end: Tensor) -> Tensor:
-            # How many rounds r < end are kept, up to a constant: the indicator above is
-            # floor((r rounds - shift) / N) - floor(((r - 1) rounds - shift) / N), and telescopes.
+        def selected_before(end: Tensor) -> Tensor:
+            # The number of selected rounds r < end, up to a constant: whether round r is selected
+            # is floor((r rounds - shift) / N) - floor(((r - 1) rounds - shift) / N), whose sum
+            # telescopes.
             return ((end - 1) * rounds - shift).div(cached, rounding_mode="floor")
 
-        kept = kept_up_to(after) - kept_up_to(after - counts)
-        alive = kept > 0
-        lengths = torch.zeros_like(self.offsets[1:]).index_add_(0, positions, alive.long())
-        scale = (kept * cached).double() / (counts * rounds).double()
+        selected = selected_before(after) - selected_before(after - counts)
+        remains = selected > 0
+        lengths = torch.zeros_like(self.offsets[1:]).index_add_(0, positions, remains.long())
+        scale = (selected * cached).double() / (counts * rounds).double()
         return SparseTargets(
-            self.ids[alive],
-            (self.weights * scale)[alive].to(self.weights.dtype),
+            self.ids[remains],
+            (self.weights * scale)[remains].to(self.weights.dtype),
             offsets_from_lengths(lengths),
             self.vocab_size,
-            counts=kept[alive].to(torch.int32),
+            counts=selected[remains].to(torch.int32),
             rounds=rounds,
             check=False,
         )
 
 
 def thinning_choices(cached: int, kept: int) -> int:
-    """How many starts there are to thin `cached` rounds to `kept`: cached / gcd(cached, kept).
+    """Return the number of possible starts for thinning, cached / gcd(cached, kept).
+
+    Args:
+        cached: number of rounds per position before thinning.
+        kept: number of rounds per position after thinning.
 
     Raises:
         InvalidTargetsError: unless 1 <= kept <= cached.
     """
     if not 1 <= kept <= cached:
         raise InvalidTargetsError(
-            f"cannot thin {cached} rounds to {kept}: keep at least 1 and at most {cached}"
+            f"cannot thin {cached} rounds to {kept}; give a number from 1 to {cached}"
         )
     return cached // math.gcd(cached, kept)
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:
-    """Return the offsets, int64 [P + 1], of rows with the given lengths, int64 [P]."""
+    """Return the offsets, int64 [P + 1], of consecutive rows with `lengths` int64 [P]."""
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
 
 
 def _running_sum_within(values: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
-    """Inclusive prefix sums int64 [E] that start anew at each position."""
+    """Return inclusive prefix sums, int64 [E], of the values within each position."""
     total = values.cumsum(0)
     before = torch.cat([total.new_zeros(1), total])[offsets[:-1]]
     return total - before[positions]
@@ -330,7 +360,7 @@ def _validate(targets: SparseTargets) -> None:
                 f"{tuple(tensor.shape)}"
             )
     if (targets.counts is None) != (targets.rounds is None):
-        raise InvalidTargetsError("counts and rounds come together: pass both or neither")
+        raise InvalidTargetsError("only one of counts and rounds is given; pass both or neither")
     if targets.vocab_size < 1:
         raise InvalidTargetsError(f"vocab_size must be positive, found {targets.vocab_size}")
     _validate_offsets(targets)
@@ -346,11 +376,15 @@ def _validate_offsets(targets: SparseTargets) -> None:
         )
     if bool((offsets.diff() < 0).any()):
         position = int((offsets.diff() < 0).nonzero()[0])
-        raise InvalidTargetsError(f"offsets descend at position {position}")
+        raise InvalidTargetsError(
+            f"offsets descend at position {position}; expected non-decreasing offsets"
+        )
     for name in ("weights", "counts"):
         tensor = getattr(targets, name)
         if tensor is not None and tensor.numel() != entries:
-            raise InvalidTargetsError(f"{entries} ids, but {tensor.numel()} {name}")
+            raise InvalidTargetsError(
+                f"found {entries} ids, but {tensor.numel()} {name}; expected equal numbers"
+            )
 
 
 def _validate_entries(targets: SparseTargets) -> None:
@@ -364,13 +398,13 @@ def _validate_entries(targets: SparseTargets) -> None:
             )
 
     inside = (ids >= 0) & (ids < targets.vocab_size)
-    require(inside, ids, f"id {{}} lies outside the vocabulary of {targets.vocab_size}")
-    sound = weights.isfinite() & (weights >= 0)
-    require(sound, weights, "weight {} is not a finite non-negative number")
+    require(inside, ids, f"id {{}} lies outside the vocabulary of {targets.vocab_size} ids")
+    valid = weights.isfinite() & (weights >= 0)
+    require(valid, weights, "weight {} is not a finite non-negative number")
     same = positions[1:] == positions[:-1]
     ascending = torch.ones_like(ids, dtype=torch.bool)
     ascending[1:] = ~same | (ids[1:] > ids[:-1])
-    require(ascending, ids, "id {} repeats or breaks the ascending order")
+    require(ascending, ids, "id {} is not larger than the id before it; expected ascending ids")
     if targets.counts is None:
         return
     require(targets.counts > 0, targets.counts, "count {} is not positive")
@@ -380,6 +414,6 @@ def _validate_entries(targets: SparseTargets) -> None:
     if bool(wrong.any()):
         position = int(wrong.nonzero()[0])
         raise InvalidTargetsError(
-            f"position {position}: counts sum to {int(drawn[position])}, not to the "
+            f"position {position}: counts sum to {int(drawn[position])}, expected the "
             f"{targets.rounds} rounds"
         )

@@ -1,8 +1,9 @@
-"""Read Thrift's compact protocol, as far as Parquet's headers need it, in bounded memory.
+"""Parse the part of Thrift's compact protocol that Parquet's headers use, in bounded memory.
 
-A Parquet reader allocates what a page header or a footer claims: a page of sixty bytes may claim
-two gigabytes, a list of two bytes a million column chunks. So the claims of a shard are read here
-first, by a parser that allocates nothing for them, and checked before Parquet's reader sees them.
+A Parquet reader allocates the sizes that a page header or a footer claims: a page of sixty bytes
+may claim two gigabytes, and a list of two bytes a million column chunks. This parser returns the
+claimed sizes without allocating them, so that they can be validated before a Parquet reader opens
+the file.
 """
 
 from __future__ import annotations
@@ -12,33 +13,37 @@ from typing import Any
 BOOLEANS = (1, 2)
 BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
 _INTEGERS = (I16, I32, I64)
-_DEEPEST = 16  # Parquet's own structures are five deep
+_DEEPEST = 16  # Parquet's structures are nested up to five levels deep
 
 
 class ThriftError(ValueError):
-    """The bytes are no structure of the compact protocol, or hold more values than allowed."""
+    """Raised if bytes are not a structure of the compact protocol, or have too many values."""
 
 
 class CompactReader:
-    """Read structures of Thrift's compact protocol from bytes.
+    """Reader of structures of Thrift's compact protocol.
 
     Args:
         data: encoded bytes.
-        at: byte offset of the first structure.
-        most: maximum number of values to read; more raise a ThriftError.
+        at: byte offset of the first structure; advanced by each read.
+        most: maximum number of values to read; more values raise a ThriftError.
     """
 
     def __init__(self, data: bytes, at: int = 0, most: int = 256) -> None:
         self.data, self.at, self._left = data, at, most
 
     def structure(self, depth: int = 0) -> dict[int, Any]:
-        """Return the fields of the structure at the current offset, by their numbers.
+        """Return the fields of the structure at the current offset, by field number.
 
-        Integers, booleans and structures are returned as such, strings as their lengths, lists as
-        (type of the elements, number of elements); the elements of lists are skipped.
+        Integers, booleans and structures (as dicts) are returned as values, strings as their
+        lengths in bytes, and lists as (type of the elements, number of elements); the elements of
+        lists are skipped.
+
+        Args:
+            depth: number of structures around this one.
 
         Raises:
-            ThriftError: there is no structure, or it is too large.
+            ThriftError: the bytes are not a structure, or it has too many values.
         """
         fields: dict[int, Any] = {}
         number = 0
@@ -53,11 +58,23 @@ class CompactReader:
         return fields
 
     def fields(self) -> Any:
-        """Yield (number, type) of each field; the caller reads or skips the value."""
+        """Yield (number, type) of each field; the caller must read or skip each value.
+
+        Raises:
+            ThriftError: the bytes are not a structure, or it has too many fields.
+        """
         return self._headers(0)
 
     def skip(self, kind: int, depth: int = 0) -> None:
-        """Skip a value; raises ThriftError."""
+        """Skip the value at the current offset.
+
+        Args:
+            kind: type of the value.
+            depth: number of structures around the value.
+
+        Raises:
+            ThriftError: the bytes are not a value of this type, or it has too many values.
+        """
         if kind == STRUCT:
             for _, inner in self._headers(depth):
                 self.skip(inner, depth + 1)
@@ -67,14 +84,14 @@ class CompactReader:
             self._scalar(kind, depth)
 
     def list_header(self) -> tuple[int, int]:
-        """Return the type and the number of a list's elements."""
+        """Return the type of the elements and the length of the list at the current offset."""
         header = self._byte()
         count = header >> 4
         return header & 15, self._varint() if count == 15 else count
 
     def _headers(self, depth: int) -> Any:
         if depth > _DEEPEST:
-            raise ThriftError("structures are nested too deep")
+            raise ThriftError(f"structures are nested deeper than {_DEEPEST} levels")
         number = 0
         while True:
             header = self._byte()
@@ -116,11 +133,11 @@ class CompactReader:
                     self.skip(kinds >> 4, depth + 1)
                     self.skip(kinds & 15, depth + 1)
             return count
-        raise ThriftError(f"a value of unknown type {kind}")
+        raise ThriftError(f"a value has the unknown type {kind}")
 
     def _byte(self) -> int:
         if self.at >= len(self.data):
-            raise ThriftError(f"the data end at byte {self.at}, within a structure")
+            raise ThriftError(f"the data end at byte {self.at}, inside a structure")
         self.at += 1
         return self.data[self.at - 1]
 
@@ -133,21 +150,21 @@ class CompactReader:
                 return value
             shift += 7
             if shift > 63:
-                raise ThriftError("an integer is too long")
+                raise ThriftError("an integer has more than 64 bits")
 
     def _advance(self, length: int) -> None:
         if length > len(self.data) - self.at:
             raise ThriftError(
-                f"a value takes {length} bytes, but only {len(self.data) - self.at} are left"
+                f"a value has {length} bytes, but only {len(self.data) - self.at} remain"
             )
         self.at += length
 
     def _count(self, values: int) -> None:
         self._left -= values
         if self._left < 0:
-            raise ThriftError("a structure has more values than it may")
+            raise ThriftError("a structure has more values than allowed")
 
 
 def _signed(value: int) -> int:
-    """Undo the zigzag coding."""
+    """Decode a zigzag-encoded integer."""
     return (value >> 1) ^ -(value & 1)

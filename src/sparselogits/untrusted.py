@@ -1,9 +1,8 @@
-"""Open, parse and display files of unknown origin safely.
+"""Open, parse and display untrusted files safely.
 
-Only regular files are opened (`open_regular`): a pipe or a device could block a reader or never
-end. JSON is parsed only after its size has been checked (`parse_json`). Text is displayed with
-control characters escaped (`printable`): a terminal executes them, and bidirectional overrides make
-a line read as another one.
+`open_regular` opens regular files only, since a pipe or device could block a reader or never end.
+`parse_json` checks the size of JSON before it parses. `printable` escapes control characters, since
+a terminal executes them and bidirectional overrides change how a line is displayed.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LARGEST_JSON = 1 << 20
-"""Bytes that a JSON document may have by default."""
+"""Default maximum size of a JSON document, in bytes."""
 
 MOST_VALUES = 1 << 16
-"""Values that a JSON document may have by default; each takes up to about 100 bytes."""
+"""Default maximum number of values in a JSON document; each occupies up to about 100 bytes."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -33,26 +32,29 @@ _KINDS = (
 
 _UNSAFE = re.compile(
     "["
-    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, save tab and line feed
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed
     "\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"  # bidirectional and invisible ones
     "\u2028\u2029\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff"  # surrogates, which no encoding writes
-    "\U000e0000-\U000e007f"  # tags: text that is not seen
+    "\ud800-\udfff"  # surrogates, which UTF-8 cannot encode
+    "\U000e0000-\U000e007f"  # tag characters, which are invisible
     "]"
 )
 
 
 class NotRegularError(OSError):
-    """A path is a pipe, device, socket or folder; a regular file is expected."""
+    """Raised if a path is a pipe, device, socket or folder instead of a regular file."""
 
 
 def open_regular(path: str | Path) -> int:
-    """Open a regular file for reading and return its descriptor, which the caller closes.
+    """Open a regular file for reading and return its descriptor, which the caller must close.
 
-    Symbolic links are followed. Opening a pipe does not block.
+    Symbolic links are followed, and opening a pipe does not block.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        NotRegularError: the path is something else.
+        NotRegularError: the path is not a regular file.
         OSError: the file cannot be opened.
     """
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -65,17 +67,21 @@ def open_regular(path: str | Path) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        what = next((name for test, name in _KINDS if test(mode)), "no regular file")
+        what = next((name for test, name in _KINDS if test(mode)), "of an unknown kind")
         raise _not_regular(path, what)
     return descriptor
 
 
 def read_regular(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
-    """Read a regular file whole.
+    """Return the bytes of a regular file of limited size.
+
+    Args:
+        path: path of the file.
+        largest: maximum size of the file, in bytes.
 
     Raises:
         NotRegularError: the path is a pipe, a device, a socket or a folder.
-        ValueError: the file has more than `largest` bytes, which were not read.
+        ValueError: the file is larger than `largest` bytes.
         OSError: the file cannot be read.
     """
     with os.fdopen(open_regular(path), "rb") as file:
@@ -84,32 +90,33 @@ def read_regular(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
             data = file.read(largest + 1)  # a file of /proc reports a size of 0
             size = max(size, len(data))
         if size > largest:
-            raise ValueError(f"it has {size:,} bytes, more than the {largest:,} that are read")
+            raise ValueError(f"it has {size:,} bytes, more than the {largest:,} that are allowed")
         return data
 
 
 def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VALUES) -> Any:
-    """Parse JSON in memory that is bounded before anything is parsed.
+    """Parse JSON in bounded memory: size and number of values are checked before parsing.
 
     Args:
         data: JSON in UTF-8.
-        largest: number of bytes that it may have.
-        most: number of values that it may have, keys included.
+        largest: maximum number of bytes.
+        most: maximum number of values, including keys.
 
     Raises:
-        ValueError: the data are larger, or no JSON; `NaN`, lone surrogates and nesting deeper than
-            the parser recurses are refused too.
+        ValueError: the data exceed a limit, are not JSON, are nested too deep, or contain `NaN` or
+            lone surrogates.
     """
     if len(data) > largest:
-        raise ValueError(f"it has {len(data):,} bytes, more than the {largest:,} that are read")
-    values = sum(map(data.count, (b",", b"[", b"{", b":")))  # those in strings too
+        raise ValueError(f"it has {len(data):,} bytes, more than the {largest:,} that are allowed")
+    # an upper bound, since the characters may also occur in strings
+    values = sum(map(data.count, (b",", b"[", b"{", b":")))
     if values > most:
-        raise ValueError(f"it has about {values:,} values, more than the {most:,} that are read")
+        raise ValueError(f"it has about {values:,} values, more than the {most:,} that are allowed")
     try:
-        value = json.loads(data.decode(), parse_constant=_no_number)
+        value = json.loads(data.decode(), parse_constant=_reject_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    if b"\\u" in data:  # an escape may name half a character
+    if b"\\u" in data:  # an escape may be a lone surrogate, which cannot be encoded
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -117,19 +124,25 @@ def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VAL
 def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST_VALUES) -> Any:
     """Parse a JSON file in bounded memory.
 
+    Args:
+        path: path of a regular file.
+        largest: see `parse_json`.
+        most: see `parse_json`.
+
     Raises:
-        OSError: the file cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is not a regular file.
         ValueError: see `parse_json`.
     """
     return parse_json(read_regular(path, largest), largest=largest, most=most)
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Return text that is safe to display: control characters are escaped, as `\\x1b`.
+    """Return text with control characters escaped (as `\\x1b`), which is safe to display.
 
     Args:
-        text: any text; tabs and line feeds stay.
-        longest: number of characters to keep; the middle of a longer text is cut out.
+        text: any text; tabs and line feeds are not escaped.
+        longest: number of characters to retain of a longer text, whose middle is cut out; None for
+            all.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2
@@ -138,11 +151,11 @@ def printable(text: str, longest: int | None = None) -> str:
 
 
 def shown(value: object, longest: int = 120) -> str:
-    """Return a value for an error message: like `repr`, but escaped and never long.
+    """Return a short `repr` of a value with control characters escaped, for error messages.
 
     Args:
         value: any value, however large or deeply nested.
-        longest: number of characters of a single string or number in it.
+        longest: maximum number of characters per string or number within the value.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 8, 8, 8
@@ -154,7 +167,7 @@ def shown(value: object, longest: int = 120) -> str:
 
 
 def json_text(value: object, *, indent: int | None = 2) -> str:
-    """Return a value as ASCII JSON text, with null for NaN and infinity, which JSON lacks."""
+    """Return a value as ASCII JSON text; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -169,12 +182,12 @@ def _finite(value: object) -> object:
 
 
 def _not_regular(path: str | Path, what: str) -> NotRegularError:
-    said = f"it is {what}, where a regular file is expected"
-    return NotRegularError(errno.EINVAL, said, str(path))
+    message = f"it is {what}, where a regular file is expected"
+    return NotRegularError(errno.EINVAL, message, str(path))
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Write counts, rates and durations for people: "1 shard", "1,230 tokens/s", "2.5 s"."""
+"""Format counts, rates and durations for display: "1 shard", "1,230 tokens/s", "2.5 s"."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ _IRREGULAR = {"batch": "batches", "entry": "entries", "index": "indices"}
 
 
 def counted(number: int, one: str) -> str:
-    """Return a count with its noun in the singular or the plural.
+    """Return a count followed by its noun in the singular or plural.
+
+    Args:
+        number: the count.
+        one: the noun in the singular.
 
     Examples:
         >>> counted(1, "shard"), counted(1024, "window"), counted(0, "entry")
@@ -16,7 +20,7 @@ def counted(number: int, one: str) -> str:
 
 
 def significant(value: float) -> str:
-    """Return a number with three significant digits, in full where it has more before the point.
+    """Format a number with three significant digits; numbers from 100 on as whole numbers.
 
     Examples:
         >>> significant(48123.4), significant(12.34), significant(0.05), significant(2)
@@ -28,7 +32,7 @@ def significant(value: float) -> str:
 
 
 def rate(per_second: float, unit: str) -> str:
-    """Return a rate with three significant digits; a slow one as the time that each unit takes.
+    """Format a rate with three significant digits; below 0.1 per second, as time per unit.
 
     Args:
         per_second: units per second, above 0.
@@ -46,7 +50,7 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours.
+    """Format a duration in seconds, minutes or hours.
 
     Examples:
         >>> duration(0.31), duration(42.4), duration(600), duration(8100)

@@ -20,7 +20,7 @@ from sparselogits.cli import main
 def shown_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where progress goes: the display on a terminal holds locks that lines in a pipe do not."""
     if request.param == "terminal":
-        monkeypatch.setattr("sparselogits.console._draws", lambda: True)
+        monkeypatch.setattr("sparselogits.console._can_draw_bar", lambda: True)
     return request.param
 
 

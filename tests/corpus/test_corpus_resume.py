@@ -171,7 +171,7 @@ def test_a_full_disk_keeps_what_is_finished(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"No space left.*Make room.*same command again"):
+    with pytest.raises(StorageError, match=r"No space left.*Free space.*same command again"):
         run(source, tokenizer, out)
     monkeypatch.undo()
     kept = contents(out)

@@ -193,7 +193,7 @@ def test_a_loss_of_ones_own_is_refused(cache: Path, tmp_path: Path) -> None:
         ({"method": "kl"}, "unknown method 'kl'; available: sparse, ce, full, reverse_kl"),
         ({"method": None}, "unknown method None"),
         ({"method": ["ce"]}, "unknown method"),
-        ({"method": "jensen_shannon"}, "runs the teacher online, and no teacher is given"),
+        ({"method": "jensen_shannon"}, "runs the teacher online, but no teacher is given"),
         ({"beta": 0.5}, "'sparse' has no beta"),
         ({"beta": "half"}, "beta must be a number"),
         ({"alpha": 1.5}, r"a number in \[0, 1\] .*found 1.5"),

@@ -337,7 +337,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(
             raise error if full == "rust" else full
 
         patch.setattr(LlamaForCausalLM, "save_pretrained", fail)
-        with pytest.raises(StorageError, match="Make room"):
+        with pytest.raises(StorageError, match="Free space"):
             run(recipe(kept, out, **wanted), device="cpu")
     assert not (out / "model").exists()
     assert run(recipe(kept, out, **wanted), device="cpu").fresh
