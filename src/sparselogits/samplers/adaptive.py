@@ -213,8 +213,8 @@ class Adaptive(Sampler):
         tokens = proposal.tokens_at(edges, levels)
         ids, counts, offsets = count_runs(tokens, drawn=ordinal <= rounds[:, None])
         rows = torch.arange(len(rounds), device=ids.device).repeat_interleave(offsets.diff())
-        log_p = logits[rows, ids].double() - teacher.shift[rows, 0] - teacher.total[rows, 0].log()
-        log_q = tilted[rows, ids].double() - proposal.shift[rows, 0] - proposal.total[rows, 0].log()
+        log_p = logits[rows, ids].double() - teacher.log_normaliser[rows, 0]
+        log_q = tilted[rows, ids].double() - proposal.log_normaliser[rows, 0]
         weights = counts / rounds[rows] * (log_p - log_q).exp()
         return SparseTargets(ids, weights.to(torch.float32), offsets, logits.shape[1], check=False)
 

@@ -108,7 +108,7 @@ def _select(logits: Tensor, first_position: int, most: int, until: float | None)
 
     blocks = Blocks.of(logits, first_position=first_position)
     values, ids = logits.topk(min(most, logits.shape[1]), dim=-1)
-    probabilities = (values.double() - blocks.shift.double()).exp() / blocks.total
+    probabilities = (values.double() - blocks.log_normaliser).exp()
     kept = values > -torch.inf
     if until is not None:
         # The token at which the mass reaches p is included, so compare the mass before each token.

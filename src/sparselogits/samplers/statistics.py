@@ -50,10 +50,9 @@ class DistributionStatistics:
 
     @classmethod
     def _of_blocks(cls, parts: Sequence[Blocks]) -> DistributionStatistics:
-        totals = torch.cat([part.total[:, 0] for part in parts])
-        shifts = torch.cat([part.shift[:, 0] for part in parts]).double()
-        moments = torch.cat([part.moment for part in parts if part.moment is not None])
-        return cls(totals.log() + shifts, totals.log() - moments / totals)
+        log_normaliser = torch.cat([part.log_normaliser[:, 0] for part in parts])
+        entropy = torch.cat([part.entropy for part in parts])
+        return cls(log_normaliser, entropy)
 
 
 def draw_with_statistics(
