@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 
 def read_prompts(path: Path) -> Dataset:
@@ -110,8 +110,8 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.student)
     dtype = "bfloat16" if torch.cuda.is_available() else "auto"
     trainer = make_trainer(
-        load_causal_lm(arguments.student, dtype="float32"),
-        load_causal_lm(arguments.teacher, dtype=dtype),
+        load_language_model(arguments.student, dtype="float32"),
+        load_language_model(arguments.teacher, dtype=dtype),
         tokenizer,
         prompts,
         arguments.out,

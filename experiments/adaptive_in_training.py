@@ -49,7 +49,7 @@ from sparselogits.store.codec import TargetCodec, TargetWindow
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.engine import LogitsSlice
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 from sparselogits.train import run
 from sparselogits.train.recipe import Recipe, Student
 
@@ -227,8 +227,8 @@ def main() -> None:
     for (name, seed), folder in folders.items():
         out = work / f"run-{folder.name}"
         path = train(folder, out, seed, go_on, arguments.learning_rate / 2)
-        students[f"{name}/{seed}"] = load_causal_lm(str(path), dtype="float32")
-    students["guide"] = load_causal_lm(str(guide), dtype="float32")
+        students[f"{name}/{seed}"] = load_language_model(str(path), dtype="float32")
+    students["guide"] = load_language_model(str(guide), dtype="float32")
     found = evaluate(students, heldout, engine)
     for (name, seed), folder in folders.items():
         facts = Cache.open(folder).statistics()

@@ -65,7 +65,7 @@ from sparselogits.locks import lock_file
 from sparselogits.samplers import Multinomial, Sampler, Systematic, TopK
 from sparselogits.samplers.uniforms import window_uniforms
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 MARGIN = 0.003
@@ -119,7 +119,7 @@ class Material:
     """The teacher and its text: which windows the ancestor and the arms read."""
 
     def __init__(self, folder: Path, size: Size) -> None:
-        self.teacher = load_causal_lm(str(folder), dtype="bfloat16").eval()
+        self.teacher = load_language_model(str(folder), dtype="bfloat16").eval()
         self.folder = folder
         self.corpus = PackedCorpus.open(folder / "corpus")
         self.text = TextDataset(self.corpus, holdout=False)
@@ -254,7 +254,7 @@ def ancestor(material: Material, size: Size, work: Path) -> Path:
 def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path) -> None:
     """Train and measure all arms of one seed, and write the results."""
     students: dict[str, nn.Module] = {
-        arm.title: load_causal_lm(str(start), dtype="float32").train() for arm in ARMS
+        arm.title: load_language_model(str(start), dtype="float32").train() for arm in ARMS
     }
     order = torch.randperm(len(material.second), generator=torch.Generator().manual_seed(seed))
     train(

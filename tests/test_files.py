@@ -162,7 +162,9 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
     KINDS[kind](path)
     before = path.lstat()
-    with pytest.raises(InvalidArgumentError, match="expected a regular file or a path that does not exist"):
+    with pytest.raises(
+        InvalidArgumentError, match="expected a regular file or a path that does not exist"
+    ):
         write_whole(path, "x")
     assert path.lstat().st_ino == before.st_ino
     assert set(names(tmp_path)) <= {"out", "target"}

@@ -34,7 +34,7 @@ from sparselogits.files import write_whole
 from sparselogits.locks import lock_file
 from sparselogits.samplers import Sampler
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 SAVE_STEPS = 64
 PEAK_RATE = 4e-3
@@ -117,7 +117,7 @@ class Work:
                 f"{data} has {len(self.text)} training windows; the experiment needs "
                 f"{size.text_windows}. Give documents.py more --characters"
             )
-        self.model = load_causal_lm(str(teacher), dtype="bfloat16").eval()
+        self.model = load_language_model(str(teacher), dtype="bfloat16").eval()
 
     def engine(self) -> Any:
         """Load the teacher as an engine."""

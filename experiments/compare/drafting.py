@@ -20,7 +20,7 @@ from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
 from sparselogits.evaluate import draft_from_prefixes
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     rows = json.loads(given.out.read_text()) if given.out.exists() else []
     for method in given.methods:
         (run,) = sorted((given.comparison / "runs").glob(f"{method}--*--0--*"))
-        student = load_causal_lm(str(run / "model"), dtype="float32")
+        student = load_language_model(str(run / "model"), dtype="float32")
         found = draft_from_prefixes(
             student,
             windows,

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from small_teacher import documents
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 BATCH = 16
 REQUESTS = (
@@ -43,7 +43,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.teacher)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = load_causal_lm(arguments.teacher, dtype="bfloat16").eval()
+    model = load_language_model(arguments.teacher, dtype="bfloat16").eval()
     passages = [text[:400].rpartition(" ")[0] for text in documents([arguments.text])]
     random.Random(arguments.seed).shuffle(passages)
     asked = [

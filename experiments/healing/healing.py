@@ -46,7 +46,7 @@ from sparselogits.lab.compare.results import Results, read_results
 from sparselogits.lab.compare.windows import windows_of
 from sparselogits.locks import lock_file
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -164,7 +164,7 @@ def judge(
     found: dict[str, dict[str, float]] = {}
     for rate in rates:
         students = {
-            row.method.partition(" @ ")[0]: load_causal_lm(
+            row.method.partition(" @ ")[0]: load_language_model(
                 str(out / f"tune-{setting}" / str(row.folder) / "model"), dtype="float32"
             )
             for row in results.runs

@@ -24,7 +24,7 @@ from sparselogits.files import write_whole
 from sparselogits.lab.compare.results import read_results
 from sparselogits.lab.tasks import run_tasks, write_tasks
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 TASKS = ("agreement", "last_word")
 SEPARATOR = 0
@@ -59,7 +59,7 @@ def main() -> None:
             if name in kept:
                 continue
             path, dtype = ("demo", "bfloat16") if folder is None else (str(folder), "float32")
-            model = load_causal_lm(path, dtype=dtype)
+            model = load_language_model(path, dtype=dtype)
             scores = run_tasks(
                 model,
                 tokenizer,

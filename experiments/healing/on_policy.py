@@ -74,7 +74,7 @@ from sparselogits.lab.compare import read_results
 from sparselogits.lab.compare.provenance import provenance
 from sparselogits.locks import Held, lock_file
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 RESULT = Path(__file__).parents[1] / "results" / "healing_on_policy.json"
 RATES = (5e-5, 1e-4, 2e-4)
@@ -227,7 +227,7 @@ class Bench:
             The student, and how long and on how much it was trained.
         """
         torch.manual_seed(seed)
-        student = load_causal_lm(str(self.grid.starts[start]), dtype="float32")
+        student = load_language_model(str(self.grid.starts[start]), dtype="float32")
         student.requires_grad_(True)
         clock = Clock(seconds)
         optimizer = torch.optim.AdamW(
@@ -373,7 +373,7 @@ def measured(bench: Bench, name: str, seed: int, seconds: dict[str, float]) -> d
     arm, corpus = ARMS[name], bench.grid.corpus
     facts: dict[str, float] = {"trained_seconds": 0.0}
     if arm.method is None:
-        student = load_causal_lm(str(bench.grid.starts[arm.start]), dtype="float32").eval()
+        student = load_language_model(str(bench.grid.starts[arm.start]), dtype="float32").eval()
     else:
         rate = bench.grid.rates.get(arm.method) or best_rate(bench.out, arm.start)
         budget = sum(seconds[part] for part in arm.seconds)

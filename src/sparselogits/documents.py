@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.language_model import embedding_rows, text_config
 
 Forward = Callable[..., Tensor]
 """Forward pass from `input_ids` int64 [B, L] and further keyword inputs to states or logits

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.allowances import refuse
-from sparselogits.causal_lm import embedding_rows, text_config
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.language_model import embedding_rows, text_config
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _RESERVED = 2  # rows of the table that some models reserve for padding

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparselogits.causal_lm import Head
+from sparselogits.language_model import Head
 from sparselogits.losses import (
     SparseKDLoss,
     TeacherHead,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 from sparselogits.train.objective import Objective, bind
 from tests.conftest import PADDED_VOCABULARY, VOCABULARY, tiny_llama
 
@@ -114,7 +114,7 @@ def test_logits_and_gradients_with_every_kind_of_adapter(
     torch.testing.assert_close(later, alone, rtol=1e-4, atol=1e-4)
     if name in PROMPTS:
         return  # PEFT trains none that were loaded
-    student: nn.Module = load_causal_lm(str(folder), trainable=True)
+    student: nn.Module = load_language_model(str(folder), trainable=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SparseLogitsWarning)
         bind(student, Objective("ce"))
@@ -198,7 +198,7 @@ def test_pickled_adapters_and_loops_are_refused(
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(TeacherError, match=r"pickle \(adapter_model.bin\).*save_pretrained"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
     assert "has run" not in capsys.readouterr().out
     again = save_adapter(base, tmp_path / "again", KINDS["lora"]())
     described = json.loads((again / "adapter_config.json").read_text())
@@ -211,7 +211,7 @@ def test_pickled_adapters_and_loops_are_refused(
         changed = described | {"base_model_name_or_path": wrong}
         (again / "adapter_config.json").write_text(json.dumps(changed))
         with pytest.raises(TeacherError, match=said):
-            load_causal_lm(str(again))
+            load_language_model(str(again))
 
 
 def test_an_adapter_of_a_size_that_its_file_does_not_hold_is_refused(
@@ -221,4 +221,4 @@ def test_an_adapter_of_a_size_that_its_file_does_not_hold_is_refused(
     described = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(described | {"r": 10**7}))
     with pytest.raises(TeacherError, match="far larger than its weights"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer, weights_fingerprint
+from sparselogits.teacher.loading import load_language_model, load_tokenizer, weights_fingerprint
 from tests.conftest import tiny_llama
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    return weights_fingerprint(str(folder), load_causal_lm(str(folder)))
+    return weights_fingerprint(str(folder), load_language_model(str(folder)))
 
 
 def sharded(folder: Path, names: list[str]) -> None:
@@ -55,7 +55,7 @@ def test_a_plain_folder_keeps_the_fingerprint_that_old_caches_hold(folder: Path)
 
     from sparselogits.identity import canonical_json
 
-    config = load_causal_lm(str(folder)).config.to_dict()
+    config = load_language_model(str(folder)).config.to_dict()
     volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures")
     stable = {k: v for k, v in config.items() if k not in (*volatile, "distributed_config")}
     digest = hashlib.sha256(canonical_json(json.loads(json.dumps(stable))))
@@ -86,20 +86,20 @@ def test_an_index_that_leaves_the_folder_is_refused(folder: Path, name: str) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
     shutil.move(folder / "b.safetensors", folder.parent / "b.safetensors")
     with pytest.raises(TeacherError, match="outside of the model's folder"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 def test_an_index_that_names_pickle_is_refused(folder: Path) -> None:
     sharded(folder, ["a.safetensors", "b.bin"])
     with pytest.raises(TeacherError, match=r"points to 'b.bin'; expected safetensors"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 @pytest.mark.parametrize("weights", ["b.bin", "../model.safetensors", "x.safetensors.index.json"])
 def test_a_configuration_that_names_other_weights_is_refused(folder: Path, weights: str) -> None:
     change_config(folder, transformers_weights=weights)
     with pytest.raises(TeacherError, match="weights"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 def test_links_that_leave_the_folder_are_refused_unless_allowed(folder: Path) -> None:
@@ -107,16 +107,16 @@ def test_links_that_leave_the_folder_are_refused_unless_allowed(folder: Path) ->
     shutil.move(folder / "model.safetensors", elsewhere)
     (folder / "model.safetensors").symlink_to(elsewhere)
     with pytest.raises(TeacherError, match=r"link to .*--allow linked-weights"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
     with pytest.warns(SparseLogitsWarning, match="link to"):
-        load_causal_lm(str(folder), allow=["linked-weights"])
+        load_language_model(str(folder), allow=["linked-weights"])
 
 
 def test_weights_that_are_no_regular_file_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(TeacherError, match="no regular file"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 def test_a_teacher_that_changes_while_it_is_read_is_refused(
@@ -161,7 +161,7 @@ def test_a_configuration_that_its_weights_do_not_bear_out_is_refused_at_once(
 ) -> None:
     change_config(folder, **changes)
     with pytest.raises(TeacherError, match=said):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 def test_a_tokenizer_beside_such_a_configuration_is_refused(folder: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_tokenizer_beside_such_a_configuration_is_refused(folder: Path) -> Non
 def test_a_configuration_that_is_no_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(TeacherError, match=r"config\.json"):
-        load_causal_lm(str(folder))
+        load_language_model(str(folder))
 
 
 def test_a_hub_name_is_known_by_its_commit(
@@ -215,11 +215,11 @@ def test_code_that_comes_with_a_model_is_part_of_its_identity(folder: Path) -> N
     code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    pass\n"
     (folder / "modeling_own.py").write_text(code)
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-    assert type(load_causal_lm(str(folder))).__name__ == "LlamaForCausalLM"
+    assert type(load_language_model(str(folder))).__name__ == "LlamaForCausalLM"
     found = []
     for text in (code, code + "    scale = 2\n"):
         (folder / "modeling_own.py").write_text(text)
-        model = load_causal_lm(str(folder), trust_remote_code=True)
+        model = load_language_model(str(folder), trust_remote_code=True)
         assert type(model).__name__ == "Own"
         found.append(weights_fingerprint(str(folder), model))
     assert found[0] != found[1]

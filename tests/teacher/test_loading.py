@@ -11,7 +11,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 from sparselogits.errors import TeacherError
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import (
-    load_causal_lm,
+    load_language_model,
     load_tokenizer,
     token_mask,
     weights_fingerprint,
@@ -30,8 +30,8 @@ def test_a_local_folder(teacher_folder: Path, tokenizer: PreTrainedTokenizerFast
 
 def test_other_weights_have_another_fingerprint(teacher_folder: Path, tmp_path: Path) -> None:
     tiny_llama(seed=1).save_pretrained(tmp_path)
-    same = [weights_fingerprint(str(teacher_folder), load_causal_lm(str(teacher_folder)))] * 2
-    other = weights_fingerprint(str(tmp_path), load_causal_lm(str(tmp_path)))
+    same = [weights_fingerprint(str(teacher_folder), load_language_model(str(teacher_folder)))] * 2
+    other = weights_fingerprint(str(tmp_path), load_language_model(str(tmp_path)))
     assert same[0] == same[1] != other
 
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
     trunk.config.architectures = ["LlamaModel"]
     trunk.save_pretrained(tmp_path / "trunk")
     with pytest.raises(TeacherError, match="lm_head"):
-        load_causal_lm(str(tmp_path / "trunk"))
+        load_language_model(str(tmp_path / "trunk"))
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     )
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match="head"):
-        load_causal_lm(str(tmp_path))
+        load_language_model(str(tmp_path))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(TeacherError, match=r"pickle \(pytorch_model.bin\)"):
-        load_causal_lm(str(tmp_path))
+        load_language_model(str(tmp_path))
 
 
 def test_a_foreign_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -76,7 +76,7 @@ def test_a_foreign_tokenizer_is_refused(tokenizer: PreTrainedTokenizerFast) -> N
 )
 def test_a_missing_model(name: str, said: str) -> None:
     with pytest.raises(TeacherError, match=said):
-        load_causal_lm(name)
+        load_language_model(name)
 
 
 def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
@@ -86,4 +86,4 @@ def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
 
 def test_an_unknown_dtype(teacher_folder: Path) -> None:
     with pytest.raises(TeacherError, match="unknown dtype 'int4'"):
-        load_causal_lm(str(teacher_folder), dtype="int4")
+        load_language_model(str(teacher_folder), dtype="int4")

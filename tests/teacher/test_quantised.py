@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPTQConfig, PreTrainedTokenizerFast
 
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, quantization, weights_fingerprint
+from sparselogits.teacher.loading import load_language_model, quantization, weights_fingerprint
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
 
 KINDS = {
@@ -130,7 +130,7 @@ def test_a_folder_of_quantised_weights(
     ).save_pretrained(after)
     teacher = load_teacher(after, tokenizer=tokenizer, device_map="cpu")
     assert teacher.identity["quantization"] == said
-    whole = load_causal_lm(before)
+    whole = load_language_model(before)
     assert teacher.identity["weights"] != weights_fingerprint(before, whole)
     tokens = torch.arange(20)[None]
     found = torch.cat([piece.logits for piece in teacher.logits(tokens)])

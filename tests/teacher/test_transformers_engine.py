@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from sparselogits.causal_lm import split
 from sparselogits.errors import SparseLogitsWarning, TeacherError
+from sparselogits.language_model import split
 from sparselogits.teacher import TransformersTeacher
 from tests.architectures import CONFIGURATIONS, tiny_model
 from tests.conftest import tiny_llama

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
 from tests.conftest import documents
@@ -78,11 +78,11 @@ def test_a_cache_trained_student_comes_closer_to_its_teacher_on_its_own_text(
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, given)])
     example["main"]()
     assert f"sparselogits eval {out}" in capsys.readouterr().out
-    teacher = load_causal_lm(str(teacher_folder), dtype="float32")
+    teacher = load_language_model(str(teacher_folder), dtype="float32")
     tokenizer = load_tokenizer(str(out))
     tokens = [tokenizer.encode(page[60:])[:8] for page in documents()]
     before, after = (
-        on_own_text(load_causal_lm(str(folder), dtype="float32"), teacher, tokens)
+        on_own_text(load_language_model(str(folder), dtype="float32"), teacher, tokens)
         for folder in (student, out)
     )
     assert after < 0.9 * before
@@ -92,7 +92,7 @@ def test_the_loss_is_the_reverse_kl_of_what_the_student_wrote(
     tmp_path: Path, example: dict[str, Any], student: Path, teacher_folder: Path, prompts: Path
 ) -> None:
     model, teacher = (
-        load_causal_lm(str(folder), dtype="float32") for folder in (student, teacher_folder)
+        load_language_model(str(folder), dtype="float32") for folder in (student, teacher_folder)
     )
     tokenizer = load_tokenizer(str(student))
     trainer = example["make_trainer"](

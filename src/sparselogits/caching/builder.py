@@ -21,6 +21,7 @@ from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
+from sparselogits.language_model import require_predicting
 from sparselogits.progress import Progress
 from sparselogits.samplers import Sampler
 from sparselogits.store import Cache, Location, codec_for
@@ -171,6 +172,9 @@ def begin_job(
 
     Arguments and errors are those of `build_caches`.
     """
+    model = getattr(engine, "model", None)
+    if model is not None:
+        require_predicting(model, masked=False, whose="the teacher", of="this cache")
     caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
     draws = [
         DrawSettings(sampler, request.seed, request.temperature)

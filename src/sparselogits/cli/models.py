@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
     """Load a student by its folder, its hub name, or the folder of the run that trained it."""
-    from sparselogits.teacher.loading import load_causal_lm
+    from sparselogits.teacher.loading import load_language_model
     from sparselogits.train.student import require_finite_weights
 
-    model = load_causal_lm(name, dtype=dtype).to(device)
+    model = load_language_model(name, dtype=dtype).to(device)
     require_finite_weights(model, f"the student at {name}")
     return model
 

@@ -147,7 +147,7 @@ def shrink(
 ) -> None:
     """Make a student from a teacher by removing blocks, MLP channels, heads or hidden channels."""
     from sparselogits.shrink import save, shrink
-    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+    from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
     dropped = _numbers(drop_layers)
     if all(v is None for v in (layers, dropped, channels, heads, hidden)):
@@ -165,7 +165,7 @@ def shrink(
     where = device_named(device)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     messages.print(f"loading the model {teacher}")
-    model = load_causal_lm(teacher, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
+    model = load_language_model(teacher, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
     tokens = None
     if by_scores:
         tokens = (

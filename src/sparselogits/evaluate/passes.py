@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.language_model import require_predicting, split
 from sparselogits.positions import positions_explained
 from sparselogits.teacher import Engine
 
@@ -24,9 +24,13 @@ class StudentLogits:
     Args:
         model: transformers causal language model. If its head cannot be run apart from its trunk,
             the logits of a whole window are computed at once.
+
+    Raises:
+        InvalidArgumentError: If the model is a masked language model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        require_predicting(model, masked=False, whose="the student", of="this text")
         self.model = model
         self.parts = split(model)
 
@@ -62,8 +66,7 @@ class StudentLogits:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
             # the prompt that an adapter puts before the text has logits too
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
-        states: Tensor = self.parts.trunk(**inputs, use_cache=False).last_hidden_state
-        return states
+        return self.parts.states(**inputs)
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -83,8 +83,8 @@ class Adaptive(Sampler):
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal
-        >>> from sparselogits.teacher.loading import load_causal_lm
-        >>> signal = StudentSignal.of(load_causal_lm("my-student"), "distance")
+        >>> from sparselogits.teacher.loading import load_language_model
+        >>> signal = StudentSignal.of(load_language_model("my-student"), "distance")
         >>> Adaptive(signal, nominal_rounds=12).left_open(None)
         ('reference',)
     """

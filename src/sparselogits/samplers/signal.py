@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.samplers.adaptive import NamedSignal
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
+from sparselogits.teacher.loading import load_language_model, module_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class StudentSignal:
                 "the cache was drawn with a student in memory and names no checkpoint; pass the "
                 "student: Adaptive(StudentSignal.of(student), ...)"
             )
-        signal = cls.of(load_causal_lm(named.student), named.signal, named.student)
+        signal = cls.of(load_language_model(named.student), named.signal, named.student)
         if named.fingerprint not in (None, signal.named.fingerprint):
             raise IdentityMismatchError(
                 f"the weights of the student at {named.student} have the fingerprint "

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sparselogits.causal_lm import text_config
 from sparselogits.errors import ShrinkError
+from sparselogits.language_model import text_config
 
 Size = Literal["hidden", "channels", "groups"]
 """Hidden size, MLP channels per layer, or groups of attention heads that share keys and values."""

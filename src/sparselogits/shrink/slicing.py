@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import PROBE_LENGTH
 from sparselogits.errors import ShrinkError
+from sparselogits.language_model import PROBE_LENGTH
 from sparselogits.shrink.layout import Layout, Order, resized
 from sparselogits.shrink.plan import Kept
 

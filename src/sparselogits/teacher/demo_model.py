@@ -58,11 +58,11 @@ def demo_model() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+    from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
     started = time.monotonic()
     tokenizer = load_tokenizer(str(gguf))
-    model = load_causal_lm(str(gguf), dtype="bfloat16")
+    model = load_language_model(str(gguf), dtype="bfloat16")
     model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
     if folder.exists():  # without config.json: from a version that did not write folders whole
         shutil.rmtree(folder)

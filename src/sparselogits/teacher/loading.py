@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.allowances import refuse
-from sparselogits.causal_lm import embedding_rows
 from sparselogits.errors import (
     InvalidArgumentError,
     MissingDependencyError,
@@ -28,6 +27,7 @@ from sparselogits.errors import (
 from sparselogits.extras import require
 from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
+from sparselogits.language_model import embedding_rows, masked_classes
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -178,7 +178,7 @@ def load_teacher(
     )
 
 
-def load_causal_lm(
+def load_language_model(
     name: str,
     *,
     dtype: str = "auto",
@@ -189,7 +189,10 @@ def load_causal_lm(
     trainable: bool = False,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """Load a causal language model, all of whose weights must be in the checkpoint.
+    """Load a language model, all of whose weights must be in the checkpoint.
+
+    A checkpoint whose configuration names a class of masked language models is loaded as one, any
+    other as a causal language model.
 
     For the folder of a PEFT adapter, the base model is loaded with the adapter, as PEFT does.
 
@@ -204,8 +207,8 @@ def load_causal_lm(
         allow: names of `ALLOWANCES`, refusals that become warnings.
 
     Raises:
-        TeacherError: the model cannot be read, is not a causal language model, or lacks weights (a
-            head would stay random).
+        TeacherError: the model cannot be read, is not a language model, or lacks weights (a head
+            would stay random).
         MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
     """
     return _load(
@@ -226,7 +229,7 @@ def _load(
     if found.base is not None:
         base = _load(found.base, dtype=dtype, trainable=False, allow=allow, **how)
         return _with_adapter(found, base, trainable)
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
     from transformers.distributed import DistributedConfig
 
     if dtype != "auto" and dtype not in DTYPES:
@@ -243,8 +246,10 @@ def _load(
     if (tp_plan := arguments.pop("tp_plan")) is not None:
         arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
+        masked = _is_masked(found, trust_remote_code=how.get("trust_remote_code", False))
+        kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         with bounded_by(found):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 found.source,
                 dtype=DTYPES.get(dtype, "auto"),
                 output_loading_info=True,
@@ -254,17 +259,29 @@ def _load(
         raise
     except Exception as error:
         raise TeacherError(
-            f"{name!r} could not be loaded as a causal language model: {_first_line(error)}"
+            f"{name!r} could not be loaded as a language model: {_first_line(error)}"
         ) from error
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         lacking = TeacherError(
             f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...); "
-            "a checkpoint without a language-model head cannot teach: use the causal language "
-            "model's checkpoint, not the bare encoder's or decoder's"
+            "a checkpoint without a language-model head cannot teach: use the checkpoint of the "
+            "language model, not that of the bare encoder or decoder"
         )
         refuse(lacking, "missing-weights", allow)
     return model  # type: ignore[no-any-return]
+
+
+def _is_masked(found: Checkpoint, *, trust_remote_code: bool) -> bool:
+    """Return whether a checkpoint's configuration names the class of a masked language model."""
+    from transformers import AutoConfig
+
+    if found.gguf is not None:
+        return False
+    config: Any = AutoConfig.from_pretrained(
+        found.source, revision=found.commit, trust_remote_code=trust_remote_code
+    )
+    return not masked_classes(config).isdisjoint(getattr(config, "architectures", None) or ())
 
 
 def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Module:

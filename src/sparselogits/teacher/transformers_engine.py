@@ -1,8 +1,8 @@
-"""Use a transformers causal language model as a teacher.
+"""Use a transformers language model, causal or masked, as a teacher.
 
 The trunk runs over a batch of windows; the head runs over slices of positions, so that the largest
 tensor with a vocabulary dimension has `slice_positions` rows. Where a model cannot be split into
-trunk and head (see `causal_lm`), its own forward pass runs one window at a time.
+trunk and head (see `language_model`), its own forward pass runs one window at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import Head, split
 from sparselogits.documents import Documents, restarting_positions
 from sparselogits.errors import SparseLogitsWarning, TeacherError
+from sparselogits.language_model import Head, split
 from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
@@ -32,7 +32,7 @@ class TransformersTeacher:
     """A teacher that runs in this process.
 
     Args:
-        model: a transformers causal language model, which is set to eval mode.
+        model: a transformers language model, causal or masked, which is set to eval mode.
         token_mask: bool [V], true for ids that are tokens; None if all are.
         identity: see `Identity.teacher`.
         slice_positions: number of rows of logits that exist at a time.
@@ -56,8 +56,8 @@ class TransformersTeacher:
         embeddings = getattr(model, "get_output_embeddings", lambda: None)()
         if embeddings is None:
             raise TeacherError(
-                f"{type(model).__name__} has no language-model head; give a causal language model "
-                "(AutoModelForCausalLM)"
+                f"{type(model).__name__} has no language-model head; give a causal or a masked "
+                "language model (AutoModelForCausalLM, AutoModelForMaskedLM)"
             )
         parts = split(model)
         if parts is None:
@@ -169,8 +169,7 @@ class TransformersTeacher:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
             # an adapter may put a prompt before the text, which has logits as well
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
-        states: Tensor = self._parts.trunk(**inputs, use_cache=False).last_hidden_state
-        return states
+        return self._parts.states(**inputs)
 
     def _slices(self, length: int) -> Iterator[slice]:
         for start in range(0, length, self.slice_positions):

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sparselogits.causal_lm import Head, Parts, split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
+from sparselogits.language_model import Head, Parts, split
 from sparselogits.losses import (
     Criterion,
     LossParts,
@@ -144,8 +144,7 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
         if parts is None:
             logits: Tensor = plain(use_cache=False, **given).logits
             return logits
-        states: Tensor = parts.trunk(use_cache=False, **given).last_hidden_state
-        return states
+        return parts.states(**given)
 
     wiring = Wiring(
         objective,

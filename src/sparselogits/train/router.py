@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import PROBE_LENGTH, Parts, text_config
+from sparselogits.language_model import PROBE_LENGTH, Parts, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
 """Function from the trunk's output and the attention mask to the loss times its coefficient."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparselogits.causal_lm import text_config
 from sparselogits.files import whole_folder, write_whole
 from sparselogits.identity import Identity
+from sparselogits.language_model import text_config
 from sparselogits.quantization import Quantization, load_quantized
 from sparselogits.train.recipe import Recipe
 from sparselogits.train.recipe_text import recipe_text

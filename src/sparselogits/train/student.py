@@ -17,7 +17,7 @@ from sparselogits.store.storage.location import is_url
 from sparselogits.teacher.loading import (
     DTYPES,
     TOKENIZER_FOLDER,
-    load_causal_lm,
+    load_language_model,
     load_tokenizer,
 )
 from sparselogits.train.recipe import SIZES, Lora, Recipe, Student
@@ -35,7 +35,7 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         RecipeError: If no model can be made from the configuration, or an adapter does not fit.
     """
     if student.path is not None:
-        model = load_causal_lm(student.path, dtype="float32", trainable=True)
+        model = load_language_model(student.path, dtype="float32", trainable=True)
         require_finite_weights(model, f"the student at {student.path}")
         if student.lora is not None:
             return _with_adapter(model, student.lora)

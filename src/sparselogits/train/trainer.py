@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from sparselogits.causal_lm import text_config
 from sparselogits.data import (
     CacheDataset,
     Pace,
@@ -39,6 +38,7 @@ from sparselogits.errors import (
     TrainingError,
 )
 from sparselogits.files import write_whole
+from sparselogits.language_model import require_predicting, text_config
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS
 from sparselogits.positions import check_window
@@ -199,6 +199,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 f"the student is a {type(model).__name__} without a configuration; give a causal "
                 "language model of transformers, with or without a PEFT adapter"
             )
+        require_predicting(model, masked=False, whose="the student", of="the cache")
         _require_vocabulary(model, self._vocabulary)
         check_window(model, _logits_of(model), self._window_length)
         self._used_cache = getattr(model.config, "use_cache", None)

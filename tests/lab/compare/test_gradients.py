@@ -23,7 +23,7 @@ from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.gradients import Target, measure_gradients
 from sparselogits.samplers import from_parameters
 from sparselogits.teacher import load_teacher
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 from sparselogits.train.trainer import SparseKDTrainer
 
 SYSTEMATIC = {"sampler": "systematic", "budget": 6}
@@ -90,7 +90,7 @@ def test_figures_are_those_of_the_methods_targets_on_the_student_of_ce(
     rows, out = rows_of(results), Path(values["out"])
     teacher = load_teacher(values["teacher"], tokenizer=load_tokenizer(values["teacher"]))
     ce = next(run for run in results.runs if run.method == "CE")
-    student = load_causal_lm(str(out / str(ce.folder) / "model"), dtype="float32")
+    student = load_language_model(str(out / str(ce.folder) / "model"), dtype="float32")
     own = rows["systematic 6"].sampler
     assert own is not None
     sampler = from_parameters(own)

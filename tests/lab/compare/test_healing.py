@@ -115,7 +115,7 @@ def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(
     assert same["reverse_kl"] == pytest.approx([0.0] * 3, abs=1e-4)
     assert same["acceptance"] == pytest.approx(same["tokens"])
     other = bench.own_text(
-        own.load_causal_lm(str(found.starts["pruned"]), dtype="float32"), prompts
+        own.load_language_model(str(found.starts["pruned"]), dtype="float32"), prompts
     )
     assert min(other["reverse_kl"]) > 0.01
     assert all(0 < tokens <= 4 * 8 for tokens in other["tokens"])

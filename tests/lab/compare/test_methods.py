@@ -36,7 +36,7 @@ from sparselogits.samplers import Adaptive, from_parameters, window_uniforms
 from sparselogits.store import Cache
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.teacher.loading import load_causal_lm, module_fingerprint
+from sparselogits.teacher.loading import load_language_model, module_fingerprint
 
 DRAFT, PREFIXES = 3, 4  # tokens at a time, and how often in a window
 BUDGETS = {"multinomial": 5.0, "threshold": 6.0, "systematic": 8.0, "adaptive": 6.0}
@@ -258,7 +258,7 @@ def test_adaptive_follows_the_student_of_an_earlier_run(
     parameters = rows["adaptive"].sampler
     assert parameters is not None
     assert parameters["student"] == str(student)
-    assert parameters["fingerprint"] == module_fingerprint(load_causal_lm(str(student)))
+    assert parameters["fingerprint"] == module_fingerprint(load_language_model(str(student)))
     sampler = from_parameters(parameters).ready()
     assert isinstance(sampler, Adaptive)
     signals, entries = [], []
@@ -285,7 +285,7 @@ def test_reverse_kl_is_the_other_divergence(
 
     def reverse(run: RunRow) -> float:
         """Mean KL(student || teacher) over the tokens there are."""
-        model = load_causal_lm(str(recipe.out / str(run.folder) / "model"), dtype="float32")
+        model = load_language_model(str(recipe.out / str(run.folder) / "model"), dtype="float32")
         mask, total = setting.teacher.token_mask, []
         for window in setting.corpus.read_holdout(0, 4):
             tokens = torch.from_numpy(window.tokens.astype(np.int64))

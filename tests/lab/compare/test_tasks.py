@@ -21,7 +21,7 @@ from sparselogits.lab.compare import Results, compare, parse_compare_recipe, rea
 from sparselogits.lab.compare import tasks as of_comparisons
 from sparselogits.lab.report.comparison import report_page
 from sparselogits.lab.tasks import run_tasks
-from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.teacher.loading import load_language_model
 from sparselogits.train.trainer import SparseKDTrainer
 from tests.pages import ROOT
 
@@ -75,12 +75,12 @@ def test_scores_are_of_the_saved_students(values: dict[str, Any], results: Resul
 
     tokenizer, out = load_tokenizer(values["teacher"]), Path(values["out"])
     for run in results.runs:
-        model = load_causal_lm(str(out / str(run.folder) / "model"), dtype="float32")
+        model = load_language_model(str(out / str(run.folder) / "model"), dtype="float32")
         how = {"limit": 20, "data": out / "tasks", "prefix_token_id": 0}
         found = {own.name: own.value for own in run_tasks(model, tokenizer, NAMES, **how)}
         assert run.tasks == pytest.approx(found)
     assert results.teacher is not None
-    teacher = load_causal_lm(values["teacher"], dtype="float32")
+    teacher = load_language_model(values["teacher"], dtype="float32")
     found = {own.name: own.value for own in run_tasks(teacher, tokenizer, NAMES, **how)}
     assert results.teacher.tasks == pytest.approx(found)
 
@@ -193,7 +193,7 @@ def test_what_fails_is_recorded_and_loses_nothing(
     assert "Not measured: <bdi>continuation: no space left</bdi>" in report_page(found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(of_comparisons, "load_causal_lm", no_text)
+        patch.setattr(of_comparisons, "load_language_model", no_text)
         found = carried_out(values, **out)
     assert [run.tasks_failed for run in found.runs] == [{"continuation": "no space left"}] * 4
     assert all("agreement/acc" in run.tasks for run in found.runs)

@@ -265,10 +265,10 @@ def refuse(*where, **_):
     raise OSError("no network")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 from sparselogits.lab.tasks import LOCAL_TASKS, run_tasks
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 name = {str(teacher_folder)!r}
 found = run_tasks(
-    load_causal_lm(name), load_tokenizer(name), LOCAL_TASKS, data=pathlib.Path({str(data)!r})
+    load_language_model(name), load_tokenizer(name), LOCAL_TASKS, data=pathlib.Path({str(data)!r})
 )
 print(len(found), asked)
 """

@@ -31,7 +31,7 @@ from sparselogits.lab.compare.summary import Run
 from sparselogits.lab.gradients import GradientFidelity, Target, measure_gradients
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.store import Cache
-from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.teacher.loading import load_language_model
 
 MEASURED = 1
 """Raised when the measurement changes, so that older ones are not used."""
@@ -193,7 +193,7 @@ def _measure(
         return
     assert on is not None
     assert on.folder is not None  # it is done
-    model = load_causal_lm(str(on.folder / "model"), dtype="float32").to(device)
+    model = load_language_model(str(on.folder / "model"), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=wanted.windows)
     with stage(f"comparing gradients, {on.student}", "tokens", per_unit=recipe.window) as update:
         rows = measure_gradients(

@@ -28,7 +28,7 @@ from sparselogits.lab.compare.recipe import UNTRAINED, CompareRecipe, MethodSpec
 from sparselogits.store import Cache
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
-from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.teacher.loading import load_language_model
 from sparselogits.train import Recipe, RunResult, run, save_untrained
 from sparselogits.train.recipe import with_old_names
 
@@ -196,7 +196,7 @@ def _train_and_measure(
             progress=None if progress is None else lambda done, total, _: progress(done, total),
         )
     cpu_seconds = time.process_time() - clock
-    model = load_causal_lm(str(result.model_path), dtype="float32").to(device)
+    model = load_language_model(str(result.model_path), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
     with setting.teacher.remembering():  # its pass over these windows serves all runs
         found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]

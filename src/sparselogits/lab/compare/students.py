@@ -15,7 +15,7 @@ from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
 from sparselogits.shrink import save, shrink
 from sparselogits.store.ranges import spread
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.teacher.loading import load_language_model
 from sparselogits.train.recipe import Student
 
 
@@ -65,7 +65,7 @@ def _pruned(
     folder = recipe.out / "students" / f"{slug(name)}-{fingerprint(determined)[:8]}"
     if (folder / "config.json").exists():
         return folder
-    model = load_causal_lm(recipe.teacher, dtype=recipe.teacher_dtype)
+    model = load_language_model(recipe.teacher, dtype=recipe.teacher_dtype)
     chosen = spread(corpus.windows, student.calibration_windows)
     tokens = [torch.from_numpy(corpus.read(i, i + 1)[0].tokens).long() for i in chosen]
     shrunk = shrink(

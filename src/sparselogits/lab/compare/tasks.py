@@ -38,7 +38,7 @@ from sparselogits.lab.tasks import (
     write_tasks,
 )
 from sparselogits.lab.tasks.running import TaskProgress
-from sparselogits.teacher.loading import load_causal_lm
+from sparselogits.teacher.loading import load_language_model
 
 MEASURED = 1
 """Raised when what a task measures changes, so that older scores are not used."""
@@ -168,7 +168,7 @@ def measure_tasks(run: Planned, tasks: TaskSetting | None, *, device: str = "cpu
     if not missing:
         return
     try:
-        model = load_causal_lm(str(run.folder / "model"), dtype="float32").to(device)
+        model = load_language_model(str(run.folder / "model"), dtype="float32").to(device)
     except Exception as error:
         _fail(missing, run.fingerprint, tasks, error)
         return

@@ -55,7 +55,7 @@ from sparselogits.lab.report import (
 from sparselogits.lab.report.charts import can_draw
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.teacher.demo_model import NAME
-from sparselogits.teacher.loading import load_causal_lm, load_tokenizer
+from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 SEED = 7
 HOLDOUT = 0.375
@@ -236,7 +236,7 @@ def _keep_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
     source = out / str(run.folder) / "model"
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder) as partial:
-        load_causal_lm(str(source), dtype="bfloat16").save_pretrained(partial)  # type: ignore[operator]
+        load_language_model(str(source), dtype="bfloat16").save_pretrained(partial)  # type: ignore[operator]
         tokenizer.save_pretrained(partial)
         shutil.copy(source / "README.md", partial)
         (partial / "from.txt").write_text(mark)
@@ -251,7 +251,7 @@ def _samples(
     if file.exists() and (kept := json.loads(file.read_text()))["of"] == made_by:
         return [Continuation(**sample) for sample in kept["samples"]]
     models = {"the teacher": teacher.model} | {
-        name: load_causal_lm(str(out / str(runs[name].folder) / "model"), dtype=demo_dtype())
+        name: load_language_model(str(out / str(runs[name].folder) / "model"), dtype=demo_dtype())
         for name in SAMPLED
     }
     prompts = prompts_of(PackedCorpus.open(out / "corpus"), tokenizer)
@@ -277,7 +277,7 @@ def _write_page(
         dataset,
         tokenizer=tokenizer,
         teacher=teacher,
-        student=load_causal_lm(str(result.student), dtype=demo_dtype()),
+        student=load_language_model(str(result.student), dtype=demo_dtype()),
     )
     page = view_page(viewer.view(0), rounds=dataset.identity.sampler.get("rounds"))
     write_whole(out / WINDOW_PAGE, page)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparselogits.causal_lm import Parts, split
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.moments import Moments
+from sparselogits.language_model import Parts, split
 from sparselogits.losses import Criterion, sparse_cross_entropy
 from sparselogits.losses.targets import accumulation_dtype
 

@@ -1,8 +1,10 @@
-"""Split a causal language model into trunk and head, and measure what it does to its logits.
+"""Split a language model into trunk and head, and measure what it does to its logits.
 
 Teacher and student both compute hidden states by the trunk and apply the head to a slice of
 positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` returns the
-two parts after comparing them with the model. A scale or soft cap that the model applies after the
+two parts after comparing them with the model. A masked language model transforms its hidden states
+in front of the head, in ways that differ by architecture, so its trunk is the model itself, run
+with the product of the head left out. A scale or soft cap that the model applies after the
 head is measured rather than read from a list of configuration names: known float32 numbers replace
 the head's output, and the model's own code turns them into logits. So the check is equally strict
 for a bfloat16 model. For a model that transforms its logits in another way `split` returns None,
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from sparselogits.errors import InvalidArgumentError
 
 PROBE_LENGTH = 16
 """Number of tokens on which models are compared with their parts."""
@@ -58,19 +62,43 @@ class Head:
 
 @dataclass(frozen=True)
 class Parts:
-    """Trunk and head of a causal language model.
+    """Trunk and head of a language model.
 
     Args:
-        trunk: module that returns hidden states as `last_hidden_state`.
+        trunk: module that returns hidden states as `last_hidden_state`; the model itself if
+            `in_model`.
         head: linear layer from hidden states to logits.
         scale: see `Head`.
         softcap: see `Head`.
+        in_model: whether the states are the head's input in the model's own forward pass.
     """
 
     trunk: nn.Module
     head: nn.Module
     scale: float
     softcap: float | None
+    in_model: bool = False
+
+    def states(self, **inputs: Any) -> Tensor:
+        """Run the trunk and return hidden states [B, L, D], which the head can be applied to."""
+        if self.in_model:
+            with self.without_product():
+                states: Tensor = self.trunk(**inputs, use_cache=False).logits
+        else:
+            states = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return states
+
+    @contextmanager
+    def without_product(self) -> Iterator[None]:
+        """Make the head return its input, so that the model returns states in place of logits."""
+        own = self.head.__dict__.get("forward")  # of a library that patches one instance
+        self.head.forward = _unchanged
+        try:
+            yield
+        finally:
+            del self.head.forward
+            if own is not None:
+                self.head.forward = own
 
     def bound_head(self) -> Head:
         """Return the head with its current weights; call this after hooks have gathered them."""
@@ -79,11 +107,59 @@ class Parts:
         return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
 
 
-def split(model: nn.Module) -> Parts | None:
-    """Split a transformers causal language model into trunk and head.
+def _unchanged(states: Tensor) -> Tensor:
+    return states
+
+
+def masked_classes(config: Any) -> set[str]:
+    """Return the names of all classes of masked language models, with a configuration's own one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    def named(mapping: Any) -> set[str]:
+        return {name for own in mapping.values() for name in ([own] if type(own) is str else own)}
+
+    # the classes of BART, MBart and XLM stand in both
+    masked = named(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    masked -= named(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    of_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
+    return masked | {str(of_code).rpartition(".")[2]}
+
+
+def predicts_masked(model: nn.Module) -> bool:
+    """Return whether a model, perhaps inside an adapter, is a masked language model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    known = masked_classes(getattr(model, "config", None))
+    return any(kind.__name__ in known for kind in type(inner).__mro__)
+
+
+def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -> None:
+    """Validate that a model predicts what targets or text are for: masked tokens, or the next one.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
+        masked: whether masked tokens are to be predicted.
+        whose: the model, for the message ("the student").
+        of: what it is used with, for the message ("the cache").
+
+    Raises:
+        InvalidArgumentError: the model is of the other kind.
+    """
+    found = predicts_masked(model)
+    if found == masked:
+        return
+    kinds = ("a causal language model", "a masked language model")
+    raise InvalidArgumentError(
+        f"{whose} ({type(model).__name__}) is {kinds[found]}, and {of} is for {kinds[masked]}: "
+        "masked models predict tokens that their input hides, causal ones the next token. Use a "
+        "model of the other kind"
+    )
+
+
+def split(model: nn.Module) -> Parts | None:
+    """Split a transformers language model into trunk and head.
+
+    Args:
+        model: a transformers language model, causal or masked.
 
     Returns:
         The parts; None if the head is not a plain linear layer (with LoRA, or quantised), if the
@@ -91,13 +167,16 @@ def split(model: nn.Module) -> Parts | None:
         differs from the model's own logits.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    trunk = getattr(model, "get_decoder", lambda: None)()
-    if type(head) is not nn.Linear or trunk is None or trunk is model:
+    if type(head) is not nn.Linear:
+        return None
+    in_model = predicts_masked(model)
+    trunk = model if in_model else getattr(model, "get_decoder", lambda: None)()
+    if trunk is None or (trunk is model and not in_model):
         return None
     measured = _measure_scale_and_softcap(model, head)
-    if measured is None:
-        return None
-    parts = Parts(trunk, head, *measured)
+    if measured is None or (in_model and measured != (1.0, None)):
+        return None  # without the product, a scale would apply to the states
+    parts = Parts(trunk, head, *measured, in_model)
     return parts if _agree_with(model, parts) else None
 
 
@@ -218,7 +297,7 @@ def _agree_with(model: nn.Module, parts: Parts) -> bool:
     was_training = model.training
     model.eval()
     try:
-        hidden = parts.trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = parts.states(input_ids=tokens)
         sliced = parts.bound_head()(hidden)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False

@@ -1,0 +1,128 @@
+"""Masked language models as teachers: logits of the engine are transformers' own."""
+
+import pytest
+import torch
+from transformers import (
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.passes import StudentLogits
+from sparselogits.language_model import predicts_masked, split
+from sparselogits.teacher import TransformersTeacher
+from sparselogits.teacher.loading import load_language_model
+from tests.conftest import tiny_llama
+from tests.masked_models import tiny_bert
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+
+MODELS = {
+    "BERT": lambda **tied: tiny_bert(**tied),
+    "RoBERTa": lambda **tied: RobertaForMaskedLM(RobertaConfig(**SMALL | SPECIAL | tied)),
+    "DistilBERT": lambda **tied: DistilBertForMaskedLM(
+        DistilBertConfig(
+            vocab_size=96,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            **tied,
+        )
+    ),
+    "ModernBERT": lambda **tied: ModernBertForMaskedLM(ModernBertConfig(**SMALL | SPECIAL | tied)),
+    "ELECTRA's generator": lambda **tied: ElectraForMaskedLM(
+        ElectraConfig(**SMALL, embedding_size=16, **tied)
+    ),
+}
+TOKENS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, tied: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    made = MODELS[request.param](tie_word_embeddings=tied).eval()
+    head = made.get_output_embeddings()
+    assert (head.weight is made.get_input_embeddings().weight) == tied
+    torch.nn.init.normal_(head.bias, std=0.5)  # it begins at zero, and would not show
+    return made
+
+
+def test_logits_are_the_models_own_a_slice_at_a_time(model: torch.nn.Module) -> None:
+    assert predicts_masked(model)
+    expected = model(input_ids=TOKENS).logits
+    teacher = TransformersTeacher(model, identity={}, slice_positions=16)
+    assert teacher.head is not None
+    rows: list[list[torch.Tensor]] = [[] for _ in TOKENS]
+    for piece in teacher.logits(TOKENS):
+        assert len(piece.logits) <= 16
+        rows[piece.row].append(piece.logits)
+    found = torch.stack([torch.cat(row) for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_as_before_and_gradients_reach_what_stands_in_front_of_the_head(
+    model: torch.nn.Module,
+) -> None:
+    before = model(input_ids=TOKENS).logits
+    parts = split(model)
+    states = parts.states(input_ids=TOKENS)
+    parts.bound_head()(states).square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(input_ids=TOKENS).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert torch.equal(model(input_ids=TOKENS).logits, before)
+
+
+def test_a_scale_behind_the_head_of_a_masked_model_takes_the_plain_path() -> None:
+    class Scaled(type(tiny_bert())):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model = tiny_bert()
+    model.__class__ = Scaled
+    assert split(model) is None
+
+
+def test_a_causal_model_is_none() -> None:
+    assert not predicts_masked(tiny_llama())
+
+
+def test_a_checkpoint_is_loaded_as_what_its_configuration_names(tmp_path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    again = load_language_model(str(tmp_path))
+    assert type(again) is type(model)
+    assert torch.equal(again(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits)
+
+
+def test_a_masked_model_is_refused_where_the_next_token_is_predicted() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"the student \(BertForMaskedLM\) is a masked"):
+        StudentLogits(tiny_bert())
