@@ -53,8 +53,8 @@ class StudentSignal:
             InvalidArgumentError: the signal is unknown, or the head cannot be run separately.
 
         Examples:
-            >>> from sparselogits.teacher.loading import load_causal_lm
-            >>> signal = StudentSignal.of(load_causal_lm("my-student"), "distance")
+            >>> from sparselogits.teacher.loading import load_language_model
+            >>> signal = StudentSignal.of(load_language_model("my-student"), "distance")
         """
         engine = TransformersTeacher(student, identity={})
         if engine.head is None:
