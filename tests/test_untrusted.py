@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from sparselogits.cli.endings import end_of
+from sparselogits.cli.exits import run_and_exit
 from sparselogits.console import results, styled
 from sparselogits.errors import CacheError
 from sparselogits.untrusted import (
@@ -163,11 +163,11 @@ def test_a_bug_is_one_message_and_its_traceback_is_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["sparselogits", "info"])
     with pytest.raises(SystemExit) as stopped:
-        end_of(broken)
+        run_and_exit(broken)
     said = capsys.readouterr().err
     assert stopped.value.code == 1
     assert "KeyError" in said
-    assert "Please report this" in said
+    assert "Please report it" in said
     assert "Traceback" not in said
     assert not dangerous(said)
     (kept,) = (tmp_path / "sparselogits/bugs").iterdir()

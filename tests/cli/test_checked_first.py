@@ -93,7 +93,7 @@ MISTAKES = {
         "--window can only be used with --data",
         "or leave the option out",
     ),
-    "eval {student} --data {text} --corpus {cache}": ("both name a text", "one of them"),
+    "eval {student} --data {text} --corpus {cache}": ("both name the text", "one of them"),
     "eval {student} --data {text}": ("--data needs a tokenizer", "--tokenizer"),
     "eval {student} --data {latin} --tokenizer {teacher}": ("byte 0xf1", "iconv"),
     "eval {student} --data {short} --tokenizer {teacher}": ("too short", "--window"),

@@ -75,7 +75,7 @@ def test_options_stand_in_groups_the_common_ones_first(pages: dict[str, str]) ->
 
 def test_commands_stand_in_groups() -> None:
     shown = page()
-    for heading in ("Make a cache", "Train and evaluate", "Look after a cache", "Study"):
+    for heading in ("Create a cache", "Train and evaluate", "Manage a cache", "Analyse"):
         assert heading in shown
 
 

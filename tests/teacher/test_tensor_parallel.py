@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import CacheRequest, build_caches
-from sparselogits.cli.crew import crew_of
+from sparselogits.cli.role import build_role
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers import Systematic
@@ -106,11 +106,11 @@ def test_two_ranks_are_the_whole_teacher(
 
 def test_the_ranks_of_a_split_teacher_are_one_worker() -> None:
     with pytest.raises(InvalidArgumentError, match="one worker"):
-        crew_of("torchrun", None, None, None, "cpu", split=True)
+        build_role("torchrun", None, None, None, "cpu", split=True)
 
 
 def test_a_split_teacher_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InvalidArgumentError, match="torchrun"):
-        crew_of("local", None, None, None, "cpu", split=True)
+        build_role("local", None, None, None, "cpu", split=True)

@@ -1,7 +1,7 @@
-"""Define the commands; each one parses options, makes one call and prints one result.
+"""Define the command line: a command parses options, calls the library once and prints the result.
 
-Results go to standard output (JSON with `--json`), progress and notes to standard error. Exit codes
-and final messages are in `endings`.
+Results go to standard output (JSON with `--json`), progress and notes to standard error. The module
+`exits` defines exit codes and final messages.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sparselogits import __version__
 from sparselogits.cli.cache import CacheCommand, cache
 from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
-from sparselogits.cli.endings import end_of
 from sparselogits.cli.evaluate import evaluate_command
+from sparselogits.cli.exits import run_and_exit
 from sparselogits.cli.gradients import gradients
 from sparselogits.cli.import_ import import_command
 from sparselogits.cli.info import info
@@ -42,13 +42,14 @@ app = typer.Typer(
 
 
 _NAME_WIDTH = 32
+"""Width of the first column of an option table, in characters."""
 
 
 class _OptionTable(Table):
-    """A table of options in two columns: names with types, which are never cut, and help texts."""
+    """Table of options in two columns: names with types, never truncated, and help texts."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row as rich does; `cells` are those of typer: names, the type and the help text."""
+        """Add a row; of the `cells` (names, type, help text), all but the last form one column."""
         if len(cells) < 3:
             super().add_row(*cells, **options)
             return
@@ -65,12 +66,13 @@ class _OptionTable(Table):
         self.columns[0].no_wrap = True
 
 
-# typer draws help pages with the class of this name; its own six columns leave no room for texts
+# typer draws help pages with `rich_utils.Table`; its six columns leave too little width for texts
 setattr(typer.rich_utils, "Table", _OptionTable)  # noqa: B010
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    """Print the version and exit, if requested."""
+    if requested:
         typer.echo(f"sparselogits {__version__}")
         raise typer.Exit
 
@@ -88,44 +90,47 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version and exit.", callback=_say_version, is_eager=True
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
         ),
     ] = False,
 ) -> None:
+    """Store the name of the command for `exits`, and silence transformers."""
     state = context.ensure_object(dict)
     state["command"] = context.invoked_subcommand
     quiet_transformers()
 
 
-_MAKE, _KEEP = "Make a cache", "Look after a cache"
-_USE, _STUDY = "Train and evaluate", "Study"
+_CREATE, _MANAGE = "Create a cache", "Manage a cache"
+_USE, _ANALYSE = "Train and evaluate", "Analyse"
+"""Headings of the groups of commands in `sparselogits --help`."""
 
-# in the order of `sparselogits --help`; the help page of a command ends with its example
 _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
-    ("cache", cache, _MAKE, "--teacher demo --data notes.txt --out my-cache --holdout 0.05"),
+    ("cache", cache, _CREATE, "--teacher demo --data notes.txt --out my-cache --holdout 0.05"),
     (
         "import",
         import_command,
-        _MAKE,
+        _CREATE,
         "logprobs.jsonl --tokenizer MODEL --vocab-size 128256 --out my-cache",
     ),
-    ("plan", plan, _MAKE, "--teacher-params 8B --student-params 1B --tokens 10B"),
-    ("demo", demo, _MAKE, "--out demo-run"),
+    ("plan", plan, _CREATE, "--teacher-params 8B --student-params 1B --tokens 10B"),
+    ("demo", demo, _CREATE, "--out demo-run"),
     ("train", train, _USE, "--cache my-cache --student-config tiny --out my-run"),
     ("shrink", shrink, _USE, "demo --layers 24 --cache my-cache --out student"),
     ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
-    ("info", info, _KEEP, "my-cache"),
-    ("view", view, _KEEP, "my-cache --window 3 --teacher demo"),
-    ("verify", verify, _KEEP, "my-cache"),
-    ("repair", repair, _KEEP, "my-cache"),
-    ("merge", merge, _KEEP, "part-1 part-2 --out my-cache"),
-    ("export", export, _KEEP, "my-cache --out plain --format lists"),
-    ("card", card, _KEEP, "my-cache"),
-    ("push", push, _KEEP, "my-cache hf://datasets/me/my-cache"),
-    ("compare", compare, _STUDY, "comparison.yaml"),
-    ("report", report, _STUDY, "my-comparison"),
-    ("gradients", gradients, _STUDY, "my-run --teacher demo --data other.txt"),
+    ("info", info, _MANAGE, "my-cache"),
+    ("view", view, _MANAGE, "my-cache --window 3 --teacher demo"),
+    ("verify", verify, _MANAGE, "my-cache"),
+    ("repair", repair, _MANAGE, "my-cache"),
+    ("merge", merge, _MANAGE, "part-1 part-2 --out my-cache"),
+    ("export", export, _MANAGE, "my-cache --out plain --format lists"),
+    ("card", card, _MANAGE, "my-cache"),
+    ("push", push, _MANAGE, "my-cache hf://datasets/me/my-cache"),
+    ("compare", compare, _ANALYSE, "comparison.yaml"),
+    ("report", report, _ANALYSE, "my-comparison"),
+    ("gradients", gradients, _ANALYSE, "my-run --teacher demo --data other.txt"),
 )
+"""Name, function, group and example arguments of each command, in the order of `--help`."""
+
 for _name, _function, _panel, _example in _COMMANDS:
     app.command(
         _name,
@@ -138,4 +143,4 @@ for _name, _function, _panel, _example in _COMMANDS:
 
 def main() -> None:
     """Run a command, and turn an exception into a message and an exit code."""
-    end_of(app)
+    run_and_exit(app)

@@ -1,4 +1,4 @@
-"""`sparselogits cache`: run the teacher once over a text and cache sparse targets."""
+"""Define `sparselogits cache`, which runs the teacher once over a text and caches its targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sparselogits.cli.crew import crew_of
 from sparselogits.cli.info import print_info
 from sparselogits.cli.options import (
     DATA,
@@ -30,9 +29,10 @@ from sparselogits.cli.options import (
     Teacher,
     TrustRemoteCode,
     WindowsPerShard,
-    say_next,
-    say_train,
+    print_next,
+    print_train_command,
 )
+from sparselogits.cli.role import build_role
 from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.methods import listed
@@ -44,13 +44,15 @@ if TYPE_CHECKING:
     from sparselogits.samplers import Sampler
 
 DEFAULT_BUDGET = 12.0
+"""Mean number of entries per token if neither a budget nor the sampler's size is given."""
+
 DEFAULT_SAMPLER = "systematic"
 SAMPLER = "sparselogits.cli.cache"
-"""Where the context keeps the values of the samplers' options."""
+"""Key in the `meta` of the click context under which the values of sampler options are stored."""
 
 
 class ExecutorName(StrEnum):
-    """What runs the build."""
+    """Names of the executors of a build."""
 
     local = "local"
     torchrun = "torchrun"
@@ -66,7 +68,7 @@ def cache(
     temperature: Annotated[
         float,
         typer.Option(
-            help="Number that the teacher's logits are divided by before sampling.",
+            help="Temperature that divides the teacher's logits before sampling.",
             rich_help_panel=MODEL,
         ),
     ] = 1.0,
@@ -89,14 +91,14 @@ def cache(
     holdout: Annotated[
         float,
         typer.Option(
-            help="Share of the text that is kept aside for `sparselogits eval`, as in 0.05.",
+            help="Fraction of the text to hold out for `sparselogits eval`, for example 0.05.",
             rich_help_panel=DATA,
         ),
     ] = 0.0,
     text_field: Annotated[
         str,
         typer.Option(
-            help="Field (JSON lines) or column (Parquet, dataset) that holds the text.",
+            help="Field (JSON lines) or column (Parquet, dataset) that contains the text.",
             rich_help_panel=DATA,
         ),
     ] = "text",
@@ -107,7 +109,7 @@ def cache(
         bool,
         typer.Option(
             "--completion-only",
-            help="Cache targets for answers only. Records hold either `messages` or `prompt` and "
+            help="Cache targets for answers only. A record has either `messages`, or `prompt` and "
             "`completion`.",
             rich_help_panel=DATA,
         ),
@@ -144,18 +146,16 @@ def cache(
         bool | None,
         typer.Option(
             "--exact-weights/--rounded-weights",
-            help="Store real-valued weights (topk, topp, threshold, a proposal exponent) as "
-            "float32 numbers, or rounded by at most 2.2 % in a third of the bytes. Counts are "
-            "exact.",
-            show_default="rounded; an existing cache continues as it was begun",
+            help="Store real-valued weights (of topk, topp, threshold or a proposal exponent) as "
+            "float32, or rounded by at most 2.2 % in a third of the bytes. Counts stay exact.",
+            show_default="rounded; for an existing cache, its setting",
             rich_help_panel=TARGETS,
         ),
     ] = None,
     out: Annotated[
         str,
         typer.Option(
-            help="Folder or URL (s3://bucket/prefix) of the cache. A cache that is already there "
-            "is resumed.",
+            help="Folder or URL (s3://bucket/prefix) of the cache. An existing cache is resumed.",
             rich_help_panel=OUTPUT,
         ),
     ],
@@ -173,7 +173,7 @@ def cache(
         int,
         typer.Option(
             min=1,
-            help="Windows per forward pass of the teacher. Lower it if memory runs out.",
+            help="Windows per forward pass of the teacher. Reduce it if memory runs out.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = 8,
@@ -184,15 +184,15 @@ def cache(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="PyTorch threads per worker. The same number gives the same bytes.",
-            show_default="PyTorch's own choice; under torchrun, the cores divided by the ranks",
+            help="PyTorch threads per worker. Builds with the same number write the same bytes.",
+            show_default="PyTorch's default; under torchrun, the cores divided by the ranks",
             rich_help_panel=PERFORMANCE,
         ),
     ] = None,
     device_map: Annotated[
         str | None,
         typer.Option(
-            help="auto: spread the teacher's layers over all devices, memory and disk.",
+            help="auto: distribute the teacher's layers over all devices, host memory and disk.",
             show_default="the whole teacher on --device",
             rich_help_panel=PERFORMANCE,
         ),
@@ -200,14 +200,14 @@ def cache(
     executor: Annotated[
         ExecutorName,
         typer.Option(
-            help="What runs the build: this process, the ranks of torchrun, or a Ray cluster.",
+            help="Processes that run the build: this one, the ranks of torchrun, or a Ray cluster.",
             rich_help_panel=DISTRIBUTED,
         ),
     ] = ExecutorName.local,
     windows: Annotated[
         str | None,
         typer.Option(
-            help="Build only windows A to B - 1, written A:B as in 0:512.",
+            help="Build only windows A to B - 1, given as A:B, for example 0:512.",
             show_default="all windows",
             rich_help_panel=DISTRIBUTED,
         ),
@@ -215,8 +215,8 @@ def cache(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Largest number of Ray workers.",
-            show_default="as many as the cluster has room for",
+            help="Maximum number of Ray workers.",
+            show_default="as many as fit on the cluster",
             rich_help_panel=DISTRIBUTED,
         ),
     ] = None,
@@ -231,7 +231,7 @@ def cache(
     tp_plan: Annotated[
         str | None,
         typer.Option(
-            help="auto: split each layer of the teacher over the ranks of torchrun "
+            help="auto: split each layer of the teacher across the ranks of torchrun "
             "(tensor parallelism).",
             show_default="not split",
             rich_help_panel=DISTRIBUTED,
@@ -258,19 +258,19 @@ def cache(
     drawn, budget = _sampler(context.meta[SAMPLER], budget)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise InvalidArgumentError(
-            f"--temperature is {temperature}; expected a number above 0, which divides the logits"
+            f"--temperature is {temperature}; expected a finite number above 0"
         )
     if not 0 <= holdout < 1:
         raise InvalidArgumentError(
-            f"--holdout is {holdout:g}; expected the share of the text to keep aside, from 0 to "
+            f"--holdout is {holdout:g}; expected the fraction of the text to hold out, from 0 to "
             "below 1"
         )
     only = _window_range(windows)
-    crew = crew_of(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
+    role = build_role(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
     source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
-    if crew.is_first:
+    if role.is_first:
         messages.print(source.in_words())
-    locate_model(teacher)  # files that are refused are refused before the text is packed
+    locate_model(teacher)  # rejects unusable model files before the text is packed
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     load = partial(
         load_teacher,
@@ -280,7 +280,7 @@ def cache(
         device_map=device_map,
         tp_plan=tp_plan,
         trust_remote_code=trust_remote_code,
-        allow=tuple(allow or ()),  # for workers, which are other processes
+        allow=tuple(allow or ()),  # allowances apply per process, and workers are processes
     )
     packing = packing_for(
         tokenizer,
@@ -306,20 +306,20 @@ def cache(
                 progress=update,
                 processes=processes,
             )
-        if crew.is_first:
+        if role.is_first:
             messages.print(packed.in_words())
-        if crew.is_first and not is_url(out):
-            keep_tokenizer(tokenizer, out)  # the folder is this text's and tokenizer's by now
+        if role.is_first and not is_url(out):
+            keep_tokenizer(tokenizer, out)  # after packing, which rejects another tokenizer
         shard_ranges(packed.windows, windows_per_shard, only, first_window=place.first_window)
         return packed
 
-    # what needs no weights comes first, because a teacher takes minutes to load
-    if crew.follows:
-        crew.wait_for_packing(find_place)
-        crew.follow(load())
+    # steps that need no weights come first, because a teacher takes minutes to load
+    if role.follows:
+        role.wait_for_packing(find_place)
+        role.follow(load())
         return
     check_request(request, packing, tokenizer_hash, windows_per_shard)
-    place = find_place() if crew.is_first else crew.wait_for_text(out, find_place)
+    place = find_place() if role.is_first else role.wait_for_text(out, find_place)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code
     )
@@ -328,19 +328,18 @@ def cache(
         corpus = pack_text(place, vocab_size)
         publish_text(out, corpus.folder)
     messages.print(f"loading the teacher {teacher}")
-    with crew.leading(load(device=crew.device)) as engine:
+    with role.leading(load(device=role.device)) as engine:
         if corpus is None:
             corpus = pack_text(place, engine.vocab_size)
             publish_text(out, corpus.folder)
         if engine.vocab_size != corpus.vocab_size:
             raise IdentityMismatchError(
                 f"the text in {place.folder} was packed for {corpus.vocab_size} token ids, but the "
-                f"teacher has {engine.vocab_size}: expected the teacher that the cache was begun "
-                "with, and a configuration that names its vocabulary. Delete that folder to pack "
-                "the text again, or choose another --out"
+                f"teacher has {engine.vocab_size}. Name the teacher that the cache was begun with, "
+                "delete that folder to pack the text again, or choose another --out"
             )
         with stage("caching", "tokens", per_unit=window) as update:
-            report = crew.build(
+            report = role.build(
                 load,
                 engine,
                 corpus,
@@ -355,52 +354,52 @@ def cache(
     if report.windows_found:
         there = "was" if report.windows_found == 1 else "were"
         messages.print(f"{counted(report.windows_found, 'window')} {there} in the cache already")
-    if crew.is_first:
+    if role.is_first:
         text = source.selection() | {"summary": corpus.summary.to_json()}
         print_info(out, as_json, text=text)
         if not as_json and only is None:
-            say_train(out, tokenizer=teacher)
+            print_train_command(out, tokenizer=teacher)
         elif not as_json:
-            say_next(
+            print_next(
                 otherwise="build the other windows, then check that all are there: "
                 + f"sparselogits verify {out}"
             )
 
 
 class CacheCommand(TyperCommand):
-    """The command with the options of the known samplers, made from the fields they declare.
+    """Command with one option per field that the installed samplers declare.
 
-    They are made when the command is parsed or its help is shown, because the samplers of other
-    packages are imported for that; and once, although click asks for them several times.
+    The options are created when the command is parsed or its help is shown, because that imports
+    samplers of other packages.
     """
 
     @cached_property
-    def _of_samplers(self) -> list[Any]:
-        return _sampler_params()
+    def _sampler_options(self) -> list[Any]:
+        return _sampler_options()
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options; those of samplers follow --budget."""
-        own, of_samplers = super().get_params(ctx), self._of_samplers
+        """Return all options; the options of samplers follow --budget."""
+        own, of_samplers = super().get_params(ctx), self._sampler_options
         known = {name for option in own for name in option.opts}
         for option in of_samplers:
             if clash := known.intersection(option.opts):
                 raise InvalidArgumentError(
-                    f"a sampler of another package declares a field with the option {clash.pop()}, "
-                    "which `sparselogits cache` has already; rename the field or uninstall the "
+                    f"a sampler of another package declares a field for the option {clash.pop()}, "
+                    "which `sparselogits cache` already has; rename the field or uninstall the "
                     "package"
                 )
         first = 1 + next(i for i, option in enumerate(own) if option.name == "budget")
         return [*own[:first], *of_samplers, *own[first:]]
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, with the options of samplers in the context."""
-        names = [option.name for option in self._of_samplers]
+        """Run the command, with the values of sampler options in the context."""
+        names = [option.name for option in self._sampler_options]
         ctx.meta[SAMPLER] = {name: ctx.params.pop(name) for name in names}
         return super().invoke(ctx)
 
 
-def _sampler_params() -> list[Any]:
-    """Return `--sampler` and an option per field that a sampler declares."""
+def _sampler_options() -> list[Any]:
+    """Return `--sampler` and one option per field that a sampler declares, as click options."""
     from sparselogits.samplers import samplers
 
     offered = {name: kind for name, kind in samplers().items() if kind.on_command_line}
@@ -432,7 +431,7 @@ def _sampler_params() -> list[Any]:
 
 
 def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
-    """Return the annotation of the option for a field that some samplers declare."""
+    """Return the type annotation of the option for a field that samplers declare."""
     owners = {name: kind for name, kind in offered.items() if field in kind.declared()}
     kind = next(iter(owners.values()))
     declared = kind.declared()[field]
@@ -447,7 +446,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
 
 
 def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:
-    """Return the sampler, and the budget that is yet to set one of its fields."""
+    """Return the sampler, and the budget to fit its size to (None if its options give the size)."""
     from sparselogits.samplers import choose, samplers
 
     kind = samplers()[given["sampler"]]
@@ -474,13 +473,15 @@ def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, f
 
 
 def _dashed(field: str) -> str:
+    """Return the command-line option of a sampler's field."""
     return f"--{field.replace('_', '-')}"
 
 
 def _window_range(text: str | None) -> tuple[int, int] | None:
+    """Parse `--windows` into the first window and the window after the last."""
     if text is None:
         return None
     first, colon, stop = text.partition(":")
     if not (colon and first.isdigit() and stop.isdigit()):
-        raise InvalidArgumentError(f"--windows is {text!r}; expected A:B, as in 0:512")
+        raise InvalidArgumentError(f"--windows is {text!r}; expected A:B, for example 0:512")
     return int(first), int(stop)

@@ -1,4 +1,4 @@
-"""Define `sparselogits compare`, which compares training methods."""
+"""Define `sparselogits compare`, which trains a student by several methods and compares them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Json,
-    device_named,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import messages, stage, styled
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparselogits.lab.compare.results import Figure
 
 WIDTH = 132
-"""Width of a table in characters when it is not printed to a terminal."""
+"""Width of a table in characters when the output is not a terminal."""
 
 
 def compare(
@@ -45,7 +45,11 @@ def compare(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text to distil on.", show_default="the recipe's", rich_help_panel=DATA),
+        typer.Option(
+            help="Text to distil on, as for `sparselogits cache`.",
+            show_default="the recipe's",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -57,28 +61,28 @@ def compare(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Train the same student with each method of a recipe, and compare the results."""
-    from sparselogits.lab.compare import compare as carry_out
+    """Train the same student by each method of a recipe, and compare the results."""
+    from sparselogits.lab.compare import compare as run_comparison
     from sparselogits.lab.compare import load_compare_recipe
     from sparselogits.lab.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
-    results = carry_out(loaded, device=device_named(device), stage=stage)
+    results = run_comparison(loaded, device=resolve_device(device), stage=stage)
     page = write_report(results, loaded.out)
     for run in results.runs:
         if run.status == "failed":
-            what = f"{run.method}, {run.student}, seed {run.seed}"
-            messages.print(styled("failed:", "yellow", f" {what}: {run.message}"))
+            name = f"{run.method}, {run.student}, seed {run.seed}"
+            messages.print(styled("failed:", "yellow", f" {name}: {run.message}"))
     for message in results.tasks_not_measured:
         messages.print(styled("task not measured:", "yellow", f" {message}"))
     for message in results.outgrown_teacher:
         messages.print(styled("the teacher is not better:", "yellow", f" {message}"))
     failures = ((row.student, row.gradient_failure) for row in results.methods)
-    for student, why in dict.fromkeys(failures):
-        if why is not None:
-            messages.print(styled("no gradients:", "yellow", f" {student}: {why}"))
+    for student, reason in dict.fromkeys(failures):
+        if reason is not None:
+            messages.print(styled("no gradients:", "yellow", f" {student}: {reason}"))
     if as_json:
-        say_json(results.model_dump(mode="json"))
+        print_json(results.model_dump(mode="json"))
         return
     console = stdout()
     if not console.is_terminal:
@@ -87,11 +91,11 @@ def compare(
         console.print(table)
     console.print(f"metrics, runs and settings in {loaded.out / 'results.json'}, results.csv")
     console.print(f"page: {page}", soft_wrap=True)
-    say_next(otherwise=f"open {page} in a browser")
+    print_next(otherwise=f"open {page} in a browser")
 
 
 def _tables(results: Results) -> list[Table]:
-    """Return a table per student."""
+    """Return one table per student, with a row per method."""
     titles = ["method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS)]
     measured = any(row.gradient for row in results.methods)
     titles += ["angle °"] if measured else []
@@ -112,48 +116,53 @@ def _tables(results: Results) -> list[Table]:
             "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
         )
         if measured:
-            table.caption += "; angle: of the targets' gradient to full KD's"
+            table.caption += "; angle: between the gradients of the targets and of full KD"
         table.caption_justify = "left"
         tables.append(table)
     if results.teacher is not None and tables:
-        figures = results.teacher.figures
+        teacher = results.teacher.figures
         tables[-1].caption = (
-            f"teacher: loss {figures['loss']:.3f}, ECE {100 * figures['ece']:.2f} %. "
+            f"teacher: loss {teacher['loss']:.3f}, ECE {100 * teacher['ece']:.2f} %. "
             f"{tables[-1].caption}"
         )
     return tables
 
 
-def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
-    if figure is None:
+def _with_interval(metric: Figure | None, scale: float, digits: int) -> str:
+    """Return the mean of a metric, times a scale, with ± half of its interval."""
+    if metric is None:
         return "-"
-    said = f"{scale * figure.mean:.{digits}f}"
-    low, high = figure.both.low, figure.both.high
+    mean = f"{scale * metric.mean:.{digits}f}"
+    low, high = metric.both.low, metric.both.high
     if low is None or high is None:
-        return said
-    return f"{said} ±{scale * (high - low) / 2:.{digits}f}"
+        return mean
+    return f"{mean} ±{scale * (high - low) / 2:.{digits}f}"
 
 
 def _angle(row: MethodRow) -> str:
+    """Return the angle between the gradients of a method and of full KD, in degrees."""
     return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"
 
 
-def _figure(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
-    return lambda row: _with_half(row.figures.get(name), scale, digits)
+def _metric(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
+    """Return the function that formats a metric of a row."""
+    return lambda row: _with_interval(row.figures.get(name), scale, digits)
 
 
 _COLUMNS: tuple[tuple[str, Callable[[MethodRow], str]], ...] = (
-    ("loss", _figure("loss", 1, 3)),
-    ("- CE", lambda row: _with_half(row.minus_ce.get("loss"), 1, 3)),
-    ("gap %", lambda row: _with_half(row.gap_closed, 1, 0)),
-    ("KL", _figure("kl", 1, 3)),
-    ("ECE %", _figure("ece", 100, 1)),
-    ("over %", _figure("overconfidence", 100, 1)),
-    ("acc. %", _figure("acceptance", 100, 1)),
+    ("loss", _metric("loss", 1, 3)),
+    ("- CE", lambda row: _with_interval(row.minus_ce.get("loss"), 1, 3)),
+    ("gap %", lambda row: _with_interval(row.gap_closed, 1, 0)),
+    ("KL", _metric("kl", 1, 3)),
+    ("ECE %", _metric("ece", 100, 1)),
+    ("over %", _metric("overconfidence", 100, 1)),
+    ("acc. %", _metric("acceptance", 100, 1)),
 )
+"""Titles of the columns of metrics, and the functions that format their cells."""
 
 
 def _cells(row: MethodRow) -> list[str]:
+    """Return the cells of a method, except its name and its angle."""
     seeds = str(len(row.seeds_done))
     if row.seeds_failed:
         seeds += f" ({len(row.seeds_failed)} failed)"

@@ -15,7 +15,7 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from sparselogits.cli.evaluated_text import OtherText, text_to_evaluate, tokenizer_of
-from sparselogits.cli.models import load_own_teacher, load_student
+from sparselogits.cli.models import load_cache_teacher, load_student
 from sparselogits.cli.options import (
     DATA,
     MEASUREMENTS,
@@ -26,9 +26,9 @@ from sparselogits.cli.options import (
     Dtype,
     Json,
     SeparatorId,
-    device_named,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import stage
@@ -46,14 +46,16 @@ if TYPE_CHECKING:
 def evaluate_command(
     student: Annotated[
         str,
-        typer.Argument(help="Student to measure: a run's folder, a model folder, or a hub name."),
+        typer.Argument(
+            help="Student to evaluate: the folder of a run, a model folder or a hub name."
+        ),
     ],
     *,
     teacher: Annotated[
         str | None,
         typer.Option(
             help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}.",
-            show_default="no teacher: loss and calibration only",
+            show_default="none; loss and calibration only",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -62,16 +64,16 @@ def evaluate_command(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="Folder or URL of the cache whose held-out text is read. With --data, the cache "
-            "says how text is packed.",
-            show_default="none: --data names the text",
+            help="Folder or URL of the cache whose held-out text is evaluated. With --data, only "
+            "the cache's packing settings are used.",
+            show_default="none; give this or --data",
             rich_help_panel=DATA,
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Measure on this text instead of held-out text: a text, JSON lines or Parquet "
+            help="Text to evaluate on instead of the held-out text: a text, JSON lines or Parquet "
             "file, a folder of such files, or the name of a dataset.",
             show_default="the cache's held-out text",
             rich_help_panel=DATA,
@@ -87,7 +89,9 @@ def evaluate_command(
     ] = None,
     text_field: Annotated[
         str,
-        typer.Option(help="Field or column that holds the text, for --data.", rich_help_panel=DATA),
+        typer.Option(
+            help="Field or column that contains the text, for --data.", rich_help_panel=DATA
+        ),
     ] = "text",
     split: Annotated[
         str, typer.Option(help="Split of a dataset, for --data.", rich_help_panel=DATA)
@@ -96,7 +100,7 @@ def evaluate_command(
         bool,
         typer.Option(
             "--completion-only",
-            help="Measure only completions and what assistants say, for --data.",
+            help="Evaluate completions and assistant messages only, for --data.",
             rich_help_panel=DATA,
         ),
     ] = False,
@@ -104,7 +108,7 @@ def evaluate_command(
         bool | None,
         typer.Option(
             "--reset-attention/--no-reset-attention",
-            help="Keep documents of one window from seeing each other, for --data.",
+            help="Prevent documents that share a window from attending to each other, for --data.",
             show_default="as in the cache, else no",
             rich_help_panel=DATA,
         ),
@@ -113,8 +117,8 @@ def evaluate_command(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of another packed corpus to read the held-out text from.",
-            show_default="the cache's own",
+            help="Folder of another packed corpus whose held-out text is evaluated.",
+            show_default="the cache's corpus",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -122,7 +126,7 @@ def evaluate_command(
         int | None,
         typer.Option(
             min=1,
-            help="Largest number of windows to read.",
+            help="Maximum number of windows to evaluate.",
             show_default="all held-out windows",
             rich_help_panel=DATA,
         ),
@@ -131,8 +135,8 @@ def evaluate_command(
         int,
         typer.Option(
             min=0,
-            help="Also measure speculative decoding: the student drafts this many tokens at a time "
-            "and the teacher verifies them. 0 leaves it out.",
+            help="Also measure speculative decoding: number of tokens that the student drafts per "
+            "forward pass of the teacher, which verifies them. 0 disables it.",
             rich_help_panel=MEASUREMENTS,
         ),
     ] = 0,
@@ -149,7 +153,7 @@ def evaluate_command(
         int | None,
         typer.Option(
             min=1,
-            help="Largest number of samples per task.",
+            help="Maximum number of samples per task.",
             show_default="200",
             rich_help_panel=MEASUREMENTS,
         ),
@@ -166,7 +170,7 @@ def evaluate_command(
         int,
         typer.Option(
             min=1,
-            help="Bootstrap resamples of the windows, for the intervals.",
+            help="Number of bootstrap resamples of the windows, for the intervals.",
             rich_help_panel=MEASUREMENTS,
         ),
     ] = 1000,
@@ -177,7 +181,7 @@ def evaluate_command(
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Measure a student on text: loss, calibration, and divergence from its teacher."""
+    """Evaluate a student on text: loss, calibration, and divergence from its teacher."""
     from sparselogits.caching import fetch_texts
     from sparselogits.corpus import require_tokenizer
     from sparselogits.evaluate import draft_from_prefixes, evaluate
@@ -186,14 +190,18 @@ def evaluate_command(
     from sparselogits.teacher.loading import locate_model
 
     if draft and teacher is None:
-        raise InvalidArgumentError("--draft needs --teacher, which verifies the drafted tokens")
+        raise InvalidArgumentError(
+            "--draft needs --teacher, which verifies the drafted tokens; name the teacher"
+        )
     if cache is None and data is None:
         raise InvalidArgumentError(
-            "no text is given: give --cache CACHE for the held-out text of a cache, or --data FILE "
-            "for another text"
+            "no text to evaluate on: give --cache CACHE for the held-out text of a cache, or "
+            "--data FILE for another text"
         )
     if data is not None and corpus is not None:
-        raise InvalidArgumentError("--data and --corpus both name a text; give one of them")
+        raise InvalidArgumentError(
+            "--data and --corpus both name the text to evaluate on; give only one of them"
+        )
     other = None
     if data is not None:
         other = OtherText(
@@ -211,29 +219,33 @@ def evaluate_command(
         )
     for name in (student, teacher, tokenizer):
         if name is not None:
-            locate_model(name)  # a missing path is an error before anything is read
+            locate_model(name)  # reports a missing path before any file is read
     opened = None if cache is None else Cache.open(cache)
-    words = None
+    loaded_tokenizer = None
     if tasks or other is not None:
         if tasks:
             require_lm_eval()
         named = [tokenizer] if tokenizer else [*([teacher] if teacher else []), student]
-        words = tokenizer_of(named, student, purpose="--tasks" if tasks else "--data")
+        loaded_tokenizer = tokenizer_of(named, student, purpose="--tasks" if tasks else "--data")
         if opened is not None:
-            require_tokenizer(words, opened.identity.tokenizer, opened.recorded_tokenizer())
+            require_tokenizer(
+                loaded_tokenizer, opened.identity.tokenizer, opened.recorded_tokenizer()
+            )
     with ExitStack() as stack:
         packed = corpus
         if packed is None and cache is not None:
             packed = fetch_texts(cache) / "corpus"
         windows = stack.enter_context(
-            text_to_evaluate(student, opened, packed, other, tokenizer=words, limit=limit)
+            text_to_evaluate(
+                student, opened, packed, other, tokenizer=loaded_tokenizer, limit=limit
+            )
         )
-        where = device_named(device)
-        model = load_student(student, where)
+        device = resolve_device(device)
+        model = load_student(student, device)
         engine = None
         if teacher is not None:
             identity = None if opened is None else opened.identity
-            engine = load_own_teacher(teacher, identity, where, dtype=dtype)
+            engine = load_cache_teacher(teacher, identity, device, dtype=dtype)
         length = windows.corpus.packing.window_length
         with stage("evaluating", "tokens", per_unit=length) as update:
             found = evaluate(
@@ -248,14 +260,14 @@ def evaluate_command(
         scores: dict[str, list[TaskScore]] = {}
         if tasks:
             models = {"student": model} | ({} if engine is None else {"teacher": engine.model})
-            scores = _scores(models, words, windows.corpus, tasks, task_limit)
+            scores = _scores(models, loaded_tokenizer, windows.corpus, tasks, task_limit)
     if as_json:
         rows = {name: row.to_json() for name, row in found.items()}
-        for name, own in scores.items():
-            rows[name]["tasks"] = [asdict(score) for score in own]
+        for name, of_model in scores.items():
+            rows[name]["tasks"] = [asdict(score) for score in of_model]
         if drafting is not None:
             rows["student"]["drafting"] = drafting.to_json()
-        say_json(rows)
+        print_json(rows)
         return
     stdout().print(_table(found))
     measured = found["student"]
@@ -278,11 +290,11 @@ def evaluate_command(
         stdout().print(_task_table(scores))
     if engine is None:
         text = ("--cache", cache) if cache is not None else ("--data", data)
-        say_next("eval", student, *text, "--teacher", "MODEL")
+        print_next("eval", student, *text, "--teacher", "MODEL")
     elif cache is not None:
-        say_next("view", cache, "--teacher", teacher, "--student", student)
+        print_next("view", cache, "--teacher", teacher, "--student", student)
     else:
-        say_next("eval", student, "--data", data, "--teacher", teacher, "--draft", 4)
+        print_next("eval", student, "--data", data, "--teacher", teacher, "--draft", 4)
 
 
 def _require_no_data_options(
@@ -293,6 +305,7 @@ def _require_no_data_options(
     reset_attention: bool | None,
     separator_id: int | None,
 ) -> None:
+    """Check that no option of `--data` is given without `--data`."""
     given = {
         "--window": window is not None,
         "--text-field": text_field != "text",
@@ -301,11 +314,11 @@ def _require_no_data_options(
         "--reset-attention": reset_attention is not None,
         "--separator-id": separator_id is not None,
     }
-    named = [option for option, there in given.items() if there]
-    if named:
+    unused = [option for option, is_given in given.items() if is_given]
+    if unused:
         raise InvalidArgumentError(
-            f"{', '.join(named)} can only be used with --data: a cache's held-out text is packed "
-            "already. Name a text with --data, or leave the option out"
+            f"{', '.join(unused)} can only be used with --data: the held-out text of a cache is "
+            "already packed. Name a text with --data, or leave the option out"
         )
 
 
@@ -318,10 +331,11 @@ _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
     ("speculative acceptance %", "↑", "acceptance", lambda x: f"{100 * x:.1f}"),
     ("agreement with the teacher %", "↑", "agreement", lambda x: f"{100 * x:.1f}"),
 )
+"""Title, better direction, name and format of each metric in the table."""
 
 
 def _table(found: dict[str, HeldOut]) -> Table:
-    """Return a table with a row per metric, and values with ± of the student and the teacher."""
+    """Return a table with a row per metric, and a value and a ± column per model."""
     table = Table("metric", "", box=MARKDOWN)
     rows = dict(sorted(found.items(), key=lambda item: item[0] == "teacher"))
     for name in rows:
@@ -336,7 +350,7 @@ def _table(found: dict[str, HeldOut]) -> Table:
 
 
 def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
-    """Return a value and half of its interval, both in the metric's format."""
+    """Return a value and half of its confidence interval, both in the metric's format."""
     if estimate is None:
         return "-", "-"
     if estimate.low is None or estimate.high is None:
@@ -345,7 +359,7 @@ def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
 
 
 def _half(shown: _Shown, low: float, high: float) -> str:
-    """Return half of an interval, with as many digits as its ends have."""
+    """Return half of an interval, with the number of decimals of its formatted ends."""
     first, last = shown(low), shown(high)
     return f"{(float(last) - float(first)) / 2:.{len(last.partition('.')[2])}f}"
 
@@ -357,6 +371,7 @@ def _scores(
     tasks: Sequence[str],
     limit: int | None,
 ) -> dict[str, list[TaskScore]]:
+    """Return the zero-shot scores of each model, one per task and metric."""
     from sparselogits.lab.tasks import LIMIT, LOCAL_TASKS, run_tasks, write_tasks
 
     limit = limit or LIMIT
@@ -383,10 +398,10 @@ def _task_table(scores: dict[str, list[TaskScore]]) -> Table:
     table = Table("task", "metric", "samples", *scores, box=MARKDOWN)
     for column in table.columns[2:]:
         column.justify = "right"
-    for same in zip(*scores.values(), strict=True):
+    for row in zip(*scores.values(), strict=True):
         cells = [
-            f"{own.value:.4g}" + ("" if own.stderr is None else f" ± {own.stderr:.2g}")
-            for own in same
+            f"{score.value:.4g}" + ("" if score.stderr is None else f" ± {score.stderr:.2g}")
+            for score in row
         ]
-        table.add_row(same[0].task, same[0].metric, f"{same[0].samples:,}", *cells)
+        table.add_row(row[0].task, row[0].metric, f"{row[0].samples:,}", *cells)
     return table

@@ -1,4 +1,4 @@
-"""Provide the text for `sparselogits eval`: held-out text of a cache, or any other text."""
+"""Provide the text for `sparselogits eval`: the held-out text of a cache, or another text."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
     from sparselogits.store import Cache
 
 DEFAULT_WINDOW = 1024
+"""Tokens per window if neither an option nor a cache gives the window length."""
 
 
 @dataclass(frozen=True)
 class OtherText:
-    """Describe the text of `--data` and how it is read.
+    """Text of `--data` and the options for reading and packing it.
 
     Args:
         data: file, folder or dataset, as for `corpus.open_source`.
-        text_field: field or column of the text.
+        text_field: field or column that contains the text.
         split: split of a dataset.
-        completion_only: whether only completions are measured.
-        window: tokens per window; None for the cache's, or `DEFAULT_WINDOW`.
-        reset_attention: whether attention stays within documents; None for the cache's setting.
-        separator_id: token between documents; None for the cache's, or the tokenizer's.
+        completion_only: whether only completions and assistant messages are evaluated.
+        window: tokens per window; None for the cache's window length, else `DEFAULT_WINDOW`.
+        reset_attention: whether attention is limited to one document; None for the cache's
+            setting.
+        separator_id: id of the token between documents; None for the cache's separator, else the
+            tokenizer's.
     """
 
     data: str
@@ -52,18 +55,18 @@ def text_to_evaluate(
     tokenizer: Any,
     limit: int | None,
 ) -> Iterator[TextDataset]:
-    """Yield the windows to measure on.
+    """Yield the windows to evaluate on.
 
     Args:
-        student: name of the student, for the size of its vocabulary.
-        cache: cache whose packing is used; None for the defaults.
-        packed: folder of packed text whose held-out windows are read.
-        other: text to pack into a temporary folder; None for `packed`.
+        student: name of the student, whose configuration gives the vocabulary size.
+        cache: cache whose packing settings are used; None for the defaults.
+        packed: folder of packed text whose held-out windows are used if `other` is None.
+        other: text to pack into a temporary folder; None to use `packed`.
         tokenizer: tokenizer for `other`.
-        limit: largest number of windows.
+        limit: maximum number of windows.
 
     Raises:
-        InvalidArgumentError: If there is no held-out text.
+        InvalidArgumentError: If the packed text has no held-out windows.
         CorpusError: If the text cannot be read, or is shorter than a window.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
@@ -75,7 +78,7 @@ def text_to_evaluate(
         windows = TextDataset(PackedCorpus.open(packed), limit=limit)
         if len(windows) == 0:
             raise InvalidArgumentError(
-                f"{packed} holds no held-out windows: the cache was built without --holdout. Name "
+                f"{packed} has no held-out windows: the cache was built without --holdout. Name "
                 "another text (--data FILE), or build a cache with --holdout 0.05"
             )
         yield windows
@@ -105,30 +108,31 @@ def text_to_evaluate(
 
 
 def _packing(other: OtherText, cache: Cache | None, tokenizer: Any) -> Any:
+    """Return the packing for a text; options take precedence over the settings of the cache."""
     from sparselogits.corpus import packing_for
 
-    there = {} if cache is None else dict(cache.identity.packing)
+    of_cache = {} if cache is None else dict(cache.identity.packing)
     window = cache.identity.window_length if cache is not None else DEFAULT_WINDOW
     separator, reset = other.separator_id, other.reset_attention
     return packing_for(
         tokenizer,
         window_length=window if other.window is None else other.window,
-        separator_id=there.get("separator_id") if separator is None else separator,
-        reset_attention=bool(there.get("reset_attention")) if reset is None else reset,
+        separator_id=of_cache.get("separator_id") if separator is None else separator,
+        reset_attention=bool(of_cache.get("reset_attention")) if reset is None else reset,
     )
 
 
 def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
-    """Load the first tokenizer that can be read, and check that it agrees with the student's.
+    """Load the first readable tokenizer, and check that it agrees with the student's tokenizer.
 
     Args:
-        names: models or runs, the preferred one first.
+        names: models or runs to load the tokenizer from, in order of preference.
         student: name of the student.
-        purpose: option that needs the tokenizer, for the error.
+        purpose: option that needs the tokenizer, for the error message.
 
     Raises:
-        TeacherError: If none of them has a tokenizer that can be read.
-        IdentityMismatchError: If the student's own tokenizer gives other ids.
+        TeacherError: If none of the models has a readable tokenizer.
+        IdentityMismatchError: If the student's tokenizer assigns other ids to tokens.
     """
     from sparselogits.teacher.loading import load_tokenizer
 
@@ -141,19 +145,18 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
             reason = reason or error
     if found is None:
         raise TeacherError(
-            f"{purpose} needs a tokenizer, and {names[0]} has none that can be read; name the "
-            "teacher's folder with --teacher or --tokenizer"
+            f"{purpose} needs a tokenizer, but {names[0]} has no readable one; name the teacher's "
+            "folder with --teacher or --tokenizer"
         ) from reason
     try:
-        own = load_tokenizer(student)
+        of_student = load_tokenizer(student).get_vocab()
     except TeacherError:
-        return found  # a student without a tokenizer uses the one that it was trained with
-    theirs = own.get_vocab()
-    differing = [t for t, i in found.get_vocab().items() if theirs.get(t, i) != i]
+        return found  # a student saved without a tokenizer uses that of its training
+    differing = [t for t, i in found.get_vocab().items() if of_student.get(t, i) != i]
     if differing:
         raise IdentityMismatchError(
             f"the tokenizer of the student {student} differs from the named one: {len(differing)} "
-            f"tokens have other ids, {differing[0]!r} among them. Name the tokenizer that the "
+            f"tokens have other ids, for example {differing[0]!r}. Name the tokenizer that the "
             "student was trained with (--tokenizer)"
         )
     return found

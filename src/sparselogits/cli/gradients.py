@@ -1,4 +1,4 @@
-"""Define `sparselogits gradients`, the paper's gradient table for any teacher and text."""
+"""Define `sparselogits gradients`, which compares the gradients of targets, as in the paper."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from sparselogits.cli.options import (
     Json,
     SeparatorId,
     Teacher,
-    device_named,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -45,11 +45,14 @@ if TYPE_CHECKING:
     from sparselogits.teacher import Engine
 
 PILOT_WINDOWS = 4
-PILOT_STRIDE = 4  # every fourth position of a pilot window is used
+"""Number of windows from which the sizes of the targets are fitted."""
+
+PILOT_STRIDE = 4
+"""Distance between the positions that are used in a pilot window."""
 
 
 class Rule(StrEnum):
-    """Name the rules for the missing mass of Top-K targets."""
+    """Rules for the missing mass of Top-K targets."""
 
     drop = "drop"
     renormalise = "renormalise"
@@ -62,7 +65,7 @@ def gradients(
     students: Annotated[
         list[str],
         typer.Argument(
-            help="Students to measure: folders of runs, model folders or hub names.",
+            help="Students to compute gradients for: folders of runs, model folders or hub names.",
             metavar="STUDENT...",
         ),
     ],
@@ -74,14 +77,14 @@ def gradients(
         bool,
         typer.Option(
             "--fresh",
-            help="Also measure the first student with random weights.",
+            help="Also use the first student with random weights.",
             rich_help_panel=MODEL,
         ),
     ] = False,
     data: Annotated[
         str,
         typer.Option(
-            help="Text that neither teacher nor student was trained on, as for `sparselogits "
+            help="Text on which neither teacher nor student was trained, as for `sparselogits "
             "cache --data`.",
             rich_help_panel=DATA,
         ),
@@ -118,7 +121,7 @@ def gradients(
     missing_mass: Annotated[
         list[Rule] | None,
         typer.Option(
-            help="What Top-K targets do with the probability they leave out. May be repeated.",
+            help="Rule for the probability that Top-K targets omit. May be repeated.",
             show_default="drop",
             rich_help_panel=TARGETS,
         ),
@@ -126,14 +129,16 @@ def gradients(
     adaptive: Annotated[
         str | None,
         typer.Option(
-            help="Student whose learning signal the adaptive sampler follows.",
+            help="Student whose learning signal controls the adaptive sampler.",
             show_default="no adaptive sampler",
             rich_help_panel=TARGETS,
         ),
     ] = None,
     draws: Annotated[
         int,
-        typer.Option(help="Draws of each random target per batch.", rich_help_panel=TARGETS),
+        typer.Option(
+            help="Number of draws of each random target per batch.", rich_help_panel=TARGETS
+        ),
     ] = 4,
     seed: Annotated[
         int,
@@ -143,14 +148,14 @@ def gradients(
         Path | None,
         typer.Option(
             help="JSON file to write the results to.",
-            show_default="printed only",
+            show_default="no file",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Compare each target's gradient with full distillation's: angle, norm, bias and noise."""
+    """Compare the gradient of each target with that of full KD: angle, norm, bias and noise."""
     from sparselogits.corpus import open_source, pack, packing_for
     from sparselogits.data import TextDataset
     from sparselogits.lab.gradients import measure_gradients, standard_targets
@@ -177,13 +182,13 @@ def gradients(
         windows = TextDataset(corpus, holdout=False, limit=batches * max(sizes) // window)
         if len(windows) * window < max(sizes):
             raise InvalidArgumentError(
-                f"the text fills {len(windows)} windows of {window} tokens, which is less than one "
-                f"batch of {max(sizes)} tokens; give more text, or smaller batches (--batch)"
+                f"the text fills {len(windows)} windows of {window} tokens; expected at least one "
+                f"batch of {max(sizes)} tokens. Give more text, or smaller batches (--batch)"
             )
         messages.print(f"loading the teacher {teacher}")
-        learners = _load_students(students, fresh, seed, device_named(device))
+        learners = _load_students(students, fresh, seed, resolve_device(device))
         engine = load_teacher(
-            teacher, tokenizer=tokenizer, dtype=dtype, device=device_named(device)
+            teacher, tokenizer=tokenizer, dtype=dtype, device=resolve_device(device)
         )
         pilot = _pilot(engine, windows)
         targets = standard_targets(
@@ -224,12 +229,12 @@ def gradients(
     if out is not None:
         _write(out, result)
     if as_json:
-        say_json(result)
+        print_json(result)
         return
     for name in learners:
         _print_table(name, rows)
     stdout().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
-    say_next(
+    print_next(
         "cache",
         "--teacher",
         teacher,
@@ -243,20 +248,21 @@ def gradients(
 
 
 def _require_students(names: Sequence[str]) -> None:
-    """Check that the students' paths exist and their folder names differ."""
+    """Check that the students exist and that their folder names, which label results, differ."""
     from sparselogits.teacher.loading import locate_model
 
     for name in names:
         locate_model(name)
     if len({Path(name).name for name in names}) < len(names):
         raise InvalidArgumentError(
-            f"two students have the same folder name, found {names}: rename a folder"
+            f"two students have the same folder name, found {names}; rename one of the folders"
         )
 
 
 def _load_students(
     names: Sequence[str], fresh: bool, seed: int, device: str
 ) -> dict[str, nn.Module]:
+    """Load the students in float32 and, with `fresh`, add one with random weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -273,7 +279,7 @@ def _load_students(
 
 
 def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
-    """Return tokens int64 [L] and float32 logits [P, V] of some positions of a few windows."""
+    """Return tokens int64 [L] and float32 logits [P, V] of some positions for each pilot window."""
     import torch
 
     from sparselogits.evaluate.passes import teacher_slices
@@ -288,7 +294,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Make the sampler that draws the default's rounds where the signal has its pilot mean."""
+    """Create an adaptive sampler: the default's rounds where the signal equals its pilot mean."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
@@ -304,6 +310,7 @@ def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: floa
 def _conditions(
     data: str, fingerprint: str, engine: Engine, learners: dict[str, nn.Module]
 ) -> dict[str, Any]:
+    """Return what the results depend on: teacher, text, students and version of torch."""
     import torch
 
     from sparselogits.teacher.loading import module_fingerprint
@@ -330,14 +337,14 @@ def _conditions(
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON with one row of the table per line."""
+    """Write the results as JSON, with one row of the table per line."""
     rows = ",\n".join(json.dumps(row) for row in result["rows"])
     conditions = json.dumps(result["conditions"], indent=1)
     write_whole(path, f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n')
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Return tables for all parameters per batch size, and for other spaces at the largest."""
+    """Print a table per batch size for all parameters, and one per other space at the largest."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]
@@ -347,14 +354,14 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
     for space, size in views:
         shown = [row for row in own if (row.space, row.batch_tokens) == (space, size)]
         first = shown[0]
-        what = "all parameters" if space == "parameters" else space
+        label = "all parameters" if space == "parameters" else space
         count = f"{first.angle.units} batch" + ("es" if first.angle.units > 1 else "")
         table = Table(
             *("target", "entries", "angle", "/ RS-KD's", "norm", "bias", "noise"),
             show_edge=False,
             pad_edge=False,
             collapse_padding=True,
-            title=f"{student}: {what}, {count} of {size:,} tokens",
+            title=f"{student}: {label}, {count} of {size:,} tokens",
             title_justify="left",
             box=SIMPLE,
         )
@@ -375,6 +382,7 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
 
 
 def _plus_minus(estimate: Estimate, digits: int) -> str:
+    """Return the mean of an estimate, with ± half of its interval if it has one."""
     if estimate.high is None:
         return f"{estimate.mean:.{digits}f}"
     return f"{estimate.mean:.{digits}f}±{estimate.high - estimate.mean:.{digits}f}"

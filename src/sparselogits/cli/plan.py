@@ -18,8 +18,8 @@ from sparselogits.cli.options import (
     PERFORMANCE,
     TARGETS,
     Json,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
     stdout,
 )
 from sparselogits.console import styled
@@ -38,32 +38,34 @@ from sparselogits.lab.planning import (
     size_of,
     training_memory,
 )
-from sparselogits.lab.planning import plan as work_out
+from sparselogits.lab.planning import plan as estimate
 from sparselogits.lab.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
 from sparselogits.lab.planning.grid import grid
 
 COST = "Cost"
+"""Heading of the group of options about prices in `--help`."""
 
 
 def plan(
     teacher_params: Annotated[
         str,
         typer.Option(
-            help="Parameters of the teacher, as in 8B, or a model folder to count them in.",
+            help="Number of parameters of the teacher, such as 8B, or a model folder.",
             rich_help_panel=MODEL,
         ),
     ],
     student_params: Annotated[
         str,
         typer.Option(
-            help="Parameters of the student, as in 1B, or a model folder.", rich_help_panel=MODEL
+            help="Number of parameters of the student, such as 1B, or a model folder.",
+            rich_help_panel=MODEL,
         ),
     ] = "1B",
     vocab: Annotated[
         int, typer.Option(help="Vocabulary size of the teacher.", rich_help_panel=MODEL)
     ] = 128_256,
     tokens: Annotated[
-        str, typer.Option(help="Tokens of text, as in 100B.", rich_help_panel=DATA)
+        str, typer.Option(help="Number of tokens of the text, such as 100B.", rich_help_panel=DATA)
     ] = "100B",
     dtype: Annotated[
         str,
@@ -76,7 +78,7 @@ def plan(
     passes: Annotated[
         float,
         typer.Option(
-            help="Passes over the cache: students times epochs times restarts.",
+            help="Passes over the cache: students times epochs times repeated runs.",
             rich_help_panel=DATA,
         ),
     ] = 1.0,
@@ -88,15 +90,15 @@ def plan(
         float | None,
         typer.Option(
             help="Bits per entry on disk.",
-            show_default="measured for this codec at that budget",
+            show_default="as measured with this codec at that budget",
             rich_help_panel=TARGETS,
         ),
     ] = None,
     text_bytes: Annotated[
         float | None,
         typer.Option(
-            help="Bytes per token of the text that is stored with the targets.",
-            show_default="measured for this format",
+            help="Bytes per token for the text that is stored with the targets.",
+            show_default="as measured with this format",
             rich_help_panel=TARGETS,
         ),
     ] = None,
@@ -106,24 +108,24 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            help="Kind of accelerator: a100-80gb, a100-40gb, h100, h200, b200, l4, l40s, rtx4090, "
-            "mi300x and others, or any name together with --device-flops.",
+            help="Type of accelerator: a100-80gb, a100-40gb, h100, h200, b200, l4, l40s, rtx4090, "
+            "mi300x and others; another name needs --device-flops.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = "h100",
     device_flops: Annotated[
         str | None,
         typer.Option(
-            help="Dense bfloat16 operations per second of the device, as in 500T.",
-            show_default="known for the names above",
+            help="Dense bfloat16 operations per second of the device, such as 500T.",
+            show_default="as published for the types of --device",
             rich_help_panel=PERFORMANCE,
         ),
     ] = None,
     device_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the device in bytes, as in 80G.",
-            show_default="known for the names above",
+            help="Memory of the device in bytes, such as 80G.",
+            show_default="as published for the types of --device",
             rich_help_panel=PERFORMANCE,
         ),
     ] = None,
@@ -143,43 +145,46 @@ def plan(
         bool,
         typer.Option(
             "--checkpointing",
-            help="Compute the student's activations again in the backward pass.",
+            help="Recompute the student's activations in the backward pass.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = False,
     teacher_utilisation: Annotated[
         float,
         typer.Option(
-            help="Share of the device's peak that the teacher reaches.",
+            help="Fraction of the device's peak throughput that the teacher reaches.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = UTILISATION,
     student_utilisation: Annotated[
         float,
         typer.Option(
-            help="Share of the device's peak that the student reaches.",
+            help="Fraction of the device's peak throughput that the student reaches.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = UTILISATION,
     build_overhead: Annotated[
         float,
         typer.Option(
-            help="Time of a build divided by that of the teacher's forward passes.",
+            help="Time of a build divided by the time of the teacher's forward passes.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = BUILD_OVERHEAD,
     step_overhead: Annotated[
         float,
         typer.Option(
-            help="Time of a training step from the cache divided by that of a cross-entropy step.",
+            help="Time of a training step from the cache divided by the time of a step with "
+            "cross-entropy.",
             rich_help_panel=PERFORMANCE,
         ),
     ] = STEP_OVERHEAD,
     workers: Annotated[
-        int, typer.Option(help="Devices that run the teacher.", rich_help_panel=DISTRIBUTED)
+        int,
+        typer.Option(help="Number of devices that run the teacher.", rich_help_panel=DISTRIBUTED),
     ] = 1,
     ranks: Annotated[
-        int, typer.Option(help="Devices that train one student.", rich_help_panel=DISTRIBUTED)
+        int,
+        typer.Option(help="Number of devices that train one student.", rich_help_panel=DISTRIBUTED),
     ] = 1,
     price: Annotated[
         float, typer.Option(help="Price per device-hour.", rich_help_panel=COST)
@@ -201,17 +206,17 @@ def plan(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw that table as a PNG file at this path.",
-            show_default="no picture",
+            help="PNG file to plot the table of --grid to.",
+            show_default="no plot",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a cache will cost in bytes, hours and money, and when it pays."""
+    """Estimate size, hours and cost of a cache, and when it is cheaper than an online teacher."""
     if vocab < 2:
         raise InvalidArgumentError(
-            f"--vocab must be at least 2, found {vocab}; give the teacher's vocabulary size"
+            f"--vocab is {vocab}; expected at least 2. Give the teacher's vocabulary size"
         )
     storage = StorageCost.ours(vocab, budget)
     if bits is not None:
@@ -244,9 +249,9 @@ def plan(
         storage_price,
         months,
     )
-    found = work_out(settings)
-    memories = (
-        _Fit(
+    estimated = estimate(settings)
+    models = (
+        _ModelMemory(
             "teacher",
             "--batch",
             teacher.shape,
@@ -262,7 +267,7 @@ def plan(
             ),
             kind.memory,
         ),
-        _Fit(
+        _ModelMemory(
             "student",
             "--student-batch",
             student.shape,
@@ -285,12 +290,12 @@ def plan(
 
         draw_plan(settings, plot)
     if as_json:
-        say_json(_as_json(settings, found, sizes) | {"memory": _memory_as_json(memories)})
+        print_json(_as_json(settings, estimated, sizes) | {"memory": _memory_as_json(models)})
         return
-    stdout().print(_one(settings, found, memories))
+    stdout().print(_plan_table(settings, estimated, models))
     if sizes:
-        stdout().print(_table(settings))
-    say_next(
+        stdout().print(_grid_table(settings))
+    print_next(
         "cache",
         "--teacher",
         "MODEL",
@@ -304,10 +309,19 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """Describe a model, a batch and a device, to find whether the model fits."""
+class _ModelMemory:
+    """Memory that a model needs on one kind of device, compared with the device's memory.
 
-    who: str
+    Args:
+        role: `teacher` or `student`.
+        option: option that sets the batch size.
+        shape: dimensions of the model.
+        batch: windows per batch.
+        memory_of: function that returns the memory for a batch size and a number of devices.
+        capacity: memory of the device in bytes; None if unknown.
+    """
+
+    role: str
     option: str
     shape: Shape
     batch: int
@@ -315,48 +329,47 @@ class _Fit:
     capacity: float | None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return what memory is needed, whether it fits, and what to do, in words."""
-        found = self.memory_of(self.batch, 1)
-        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts)
-        said = f"{_bytes(found.total)} with {self.option} {self.batch}"
+        """Return table rows: the required memory, whether it fits, advice, and the parts."""
+        needed = self.memory_of(self.batch, 1)
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in needed.parts)
+        text = f"{_bytes(needed.total)} with {self.option} {self.batch}"
         if self.capacity is not None:
-            fits = "fits" if found.fits(self.capacity) else "does not fit"
-            said += f": {fits} in {_bytes(self.capacity)}"
+            fits = "fits" if needed.fits(self.capacity) else "does not fit"
+            text += f": {fits} in {_bytes(self.capacity)}"
             most = largest_batch(self.memory_of, self.capacity)
-            said += f"; the largest is {most}" if most else f"; {self._instead(self.capacity)}"
-        return [(f"memory, {self.who}", said), ("", f"{parts}; shape of {self.shape.name}")]
+            text += f"; the largest is {most}" if most else f"; {self._advice(self.capacity)}"
+        return [(f"memory, {self.role}", text), ("", f"{parts}; shape of {self.shape.name}")]
 
-    def _instead(self, capacity: float) -> str:
-        """Return advice for a model that does not fit with any batch."""
+    def _advice(self, capacity: float) -> str:
+        """Return advice for a model that does not fit with any batch size."""
         devices = fewest_devices(self.memory_of, 1, capacity)
         if devices is None:
             return "no number of such devices is enough"
-        if self.who == "teacher":
+        if self.role == "teacher":
             return f"split it over {devices} (cache --device-map or --tp-plan)"
         return f"shard it over {devices} (FSDP)"
 
 
-def _memory_as_json(fits: Sequence[_Fit]) -> dict[str, object]:
-    return {
-        fit.who: {
-            "batch": fit.batch,
-            "shape": asdict(fit.shape),
-            "parts": dict(fit.memory_of(fit.batch, 1).parts),
-            "total": fit.memory_of(fit.batch, 1).total,
-            "capacity": fit.capacity,
-            "fits": None
-            if fit.capacity is None
-            else fit.memory_of(fit.batch, 1).fits(fit.capacity),
-            "largest_batch": None
-            if fit.capacity is None
-            else largest_batch(fit.memory_of, fit.capacity),
+def _memory_as_json(models: Sequence[_ModelMemory]) -> dict[str, object]:
+    """Return the required memory of each model as JSON values, in bytes."""
+    rows: dict[str, object] = {}
+    for model in models:
+        needed, capacity = model.memory_of(model.batch, 1), model.capacity
+        rows[model.role] = {
+            "batch": model.batch,
+            "shape": asdict(model.shape),
+            "parts": dict(needed.parts),
+            "total": needed.total,
+            "capacity": capacity,
+            "fits": None if capacity is None else needed.fits(capacity),
+            "largest_batch": None if capacity is None else largest_batch(model.memory_of, capacity),
         }
-        for fit in fits
-    }
+    return rows
 
 
-def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:
-    shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(found)}
+def _as_json(settings: Settings, estimated: Plan, sizes: bool) -> dict[str, object]:
+    """Return the settings, the plan and, with `sizes`, the grid of plans as JSON values."""
+    shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(estimated)}
     if sizes:
         shown["grid"] = [
             {"student": student, "tokens": amount} | asdict(entry)
@@ -365,19 +378,20 @@ def _as_json(settings: Settings, found: Plan, sizes: bool) -> dict[str, object]:
     return shown
 
 
-def _one(settings: Settings, found: Plan, fits: Sequence[_Fit]) -> Table:
+def _plan_table(settings: Settings, found: Plan, models: Sequence[_ModelMemory]) -> Table:
+    """Return the table of a plan, with one quantity per row."""
     table = Table(show_header=False, box=None, pad_edge=False)
     even = found.break_even_passes
     s = settings
     rows = [
         ("size", f"{_bytes(found.bytes)}, {found.bytes_per_token:.2f} bytes per token"),
         ("files", f"{found.shards:,} of {_bytes(found.shard_bytes)}"),
-        *(row for fit in fits for row in fit.rows()),
+        *(row for model in models for row in model.rows()),
         ("tokenising", f"{_time(found.tokenising_hours)} on one processor core"),
         ("teacher", _clock(found.teacher_hours, s.workers, s.device.name)),
-        ("a student", _clock(found.student_hours, s.ranks, s.device.name)),
+        ("training", _clock(found.student_hours, s.ranks, s.device.name)),
         ("  without a teacher", _clock(found.ce_hours, s.ranks, s.device.name)),
-        ("  teacher beside it", _clock(found.online_hours, s.ranks, s.device.name)),
+        ("  with an online teacher", _clock(found.online_hours, s.ranks, s.device.name)),
         ("break-even", "never" if even is None else f"from {even:.2f} passes over the text"),
         ("writing", f"{_bytes(found.write_bytes_per_second)} per second, all workers"),
         (
@@ -391,26 +405,27 @@ def _one(settings: Settings, found: Plan, fits: Sequence[_Fit]) -> Table:
             f"{found.put_requests_per_second:.3g} writes per second",
         ),
         (
-            "  wholly shuffled",
+            "  fully shuffled",
             f"{found.shuffled_requests_per_second:,.0f} requests and "
-            f"{_bytes(found.shuffled_bytes_per_second)} per second, nothing kept locally",
+            f"{_bytes(found.shuffled_bytes_per_second)} per second, nothing cached locally",
         ),
         (
             "failures",
-            f"{found.failures:.2g} expected, {_time(found.lost_hours)} of a device lost, "
+            f"{found.failures:.2g} expected, {_time(found.lost_hours)} of device time lost, "
             f"{_time(found.shard_hours)} per file",
         ),
     ]
     if s.device_price > 0:
         rows.append(("cost", f"{found.cached_cost:,.0f}, online teacher {found.online_cost:,.0f}"))
-        paid = found.break_even_cost_passes
-        rows.append(("  break-even", "never" if paid is None else f"from {paid:.2f} passes"))
+        passes = found.break_even_cost_passes
+        rows.append(("  break-even", "never" if passes is None else f"from {passes:.2f} passes"))
     for name, value in rows:
         table.add_row(styled(name, "dim"), value)
     return table
 
 
-def _table(settings: Settings) -> Table:
+def _grid_table(settings: Settings) -> Table:
+    """Return the table of `--grid`, with a row per student size and amount of text."""
     table = Table(box=None, pad_edge=False)
     for name in ("student", "tokens", "size", "files", "teacher h", "student h", "online h"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -427,13 +442,14 @@ def _table(settings: Settings) -> Table:
 
 
 def _clock(hours: float, devices: int, name: str) -> str:
+    """Return the elapsed time of a number of device-hours on a number of devices."""
     if devices == 1:
         return f"{_time(hours)} on one {name}"
     return f"{_time(hours / devices)} on {devices:,} {name}, {hours:,.1f} device-hours"
 
 
 def _time(hours: float) -> str:
-    """Return a time in seconds, minutes, hours or days."""
+    """Return a time with a unit: seconds, minutes, hours or days."""
     seconds = hours * 3600
     if seconds < 1:
         return "under a second"
@@ -445,6 +461,7 @@ def _time(hours: float) -> str:
 
 
 def _bytes(count: float) -> str:
+    """Return a number of bytes with a decimal unit, from B to PB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

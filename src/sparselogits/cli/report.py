@@ -1,4 +1,4 @@
-"""Define `sparselogits report`, which writes the page of a comparison from its results."""
+"""Define `sparselogits report`, which writes the report page of a comparison."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from typing import Annotated
 
 import typer
 
-from sparselogits.cli.options import say_next, stdout
+from sparselogits.cli.options import print_next, stdout
 
 
 def report(
-    comparison: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
+    comparison: Annotated[
+        Path, typer.Argument(help="Folder of a comparison, or its results.json.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the page and its pictures.", show_default="the comparison's own"
+            help="Folder for the page and its pictures.", show_default="the comparison's folder"
         ),
     ] = None,
 ) -> None:
-    """Write a comparison's page again from its results.json, also while it is running."""
+    """Write the report page of a comparison from its results.json, even while it is running."""
     from sparselogits.lab.compare import read_results
     from sparselogits.lab.report import write_report
 
     folder = comparison if comparison.is_dir() else comparison.parent
     page = write_report(read_results(comparison), out or folder)
     stdout().print(str(page), soft_wrap=True)
-    say_next(otherwise=f"open {page} in a browser")
+    print_next(otherwise=f"open {page} in a browser")

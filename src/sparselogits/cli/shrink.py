@@ -1,4 +1,4 @@
-"""Define `sparselogits shrink`, which makes a student by removing parts of its teacher."""
+"""Define `sparselogits shrink`, which creates a student by removing parts of its teacher."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparselogits.cli.options import (
     Device,
     Json,
     TrustRemoteCode,
-    device_named,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from sparselogits.shrink import Shrunk
 
 STUDENT = "Student"
+"""Heading of the group of options about the student in `--help`."""
 
 
 class LayerScoreOption(StrEnum):
-    """Name the ways of ranking blocks."""
+    """Criteria for ranking blocks."""
 
     influence = "influence"
     loss = "loss"
@@ -44,7 +45,7 @@ def shrink(
     teacher: Annotated[
         str,
         typer.Argument(
-            help="Model to make the student from: a folder, a hub name, or `demo`.",
+            help="Model to create the student from: a folder, a hub name, or `demo`.",
             metavar="TEACHER",
         ),
     ],
@@ -54,7 +55,7 @@ def shrink(
     layers: Annotated[
         int | None,
         typer.Option(
-            help="Number of transformer blocks to keep; --layer-score ranks them.",
+            help="Number of transformer blocks to keep, ranked by --layer-score.",
             show_default="all",
             rich_help_panel=STUDENT,
         ),
@@ -62,7 +63,7 @@ def shrink(
     drop_layers: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of the blocks to remove, as in 13,14,15, instead of --layers.",
+            help="Numbers of the blocks to remove, for example 13,14,15, instead of --layers.",
             show_default="none",
             rich_help_panel=STUDENT,
         ),
@@ -71,7 +72,7 @@ def shrink(
         int | None,
         typer.Option(
             "--intermediate-size",
-            help="MLP channels to keep per block.",
+            help="Number of MLP channels to keep per block.",
             show_default="all",
             rich_help_panel=STUDENT,
         ),
@@ -79,8 +80,8 @@ def shrink(
     heads: Annotated[
         int | None,
         typer.Option(
-            help="Attention heads to keep per block. Heads that share keys and values are kept or "
-            "removed together.",
+            help="Number of attention heads to keep per block. Heads that share keys and values "
+            "are kept or removed together.",
             show_default="all",
             rich_help_panel=STUDENT,
         ),
@@ -97,8 +98,9 @@ def shrink(
     layer_score: Annotated[
         LayerScoreOption,
         typer.Option(
-            help="How blocks are ranked: influence (one minus the cosine of a block's input and "
-            "output; one pass) or loss (loss on the text without the block; one pass per block).",
+            help="Criterion for ranking blocks: influence (one minus the cosine of a block's input "
+            "and output; one forward pass) or loss (loss on the text without the block; one "
+            "forward pass per block).",
             rich_help_panel=STUDENT,
         ),
     ] = LayerScoreOption.influence,
@@ -124,7 +126,9 @@ def shrink(
     windows: Annotated[
         int,
         typer.Option(
-            min=1, help="Calibration windows, spread over the text.", rich_help_panel=DATA
+            min=1,
+            help="Number of calibration windows, spread evenly over the text.",
+            rich_help_panel=DATA,
         ),
     ] = 32,
     window: Annotated[
@@ -136,7 +140,7 @@ def shrink(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Number format of the student's weights: auto (the teacher's), float32, bfloat16 "
+            help="Data type of the student's weights: auto (the teacher's), float32, bfloat16 "
             "or float16.",
             rich_help_panel=MODEL,
         ),
@@ -145,33 +149,35 @@ def shrink(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Make a student from a teacher by removing blocks, MLP channels, heads or hidden channels."""
+    """Create a student from a teacher by removing blocks, MLP channels, heads or hidden width."""
     from sparselogits.shrink import save, shrink
     from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
-    dropped = _numbers(drop_layers)
+    dropped = _block_numbers(drop_layers)
     if all(v is None for v in (layers, dropped, channels, heads, hidden)):
         raise ShrinkError(
             "nothing to prune: give --layers, --drop-layers, --intermediate-size, --heads or "
             "--hidden-size"
         )
-    by_scores = any(v is not None for v in (layers, channels, heads, hidden))
-    if by_scores and (cache is None) == (data is None):
+    needs_text = any(v is not None for v in (layers, channels, heads, hidden))
+    if needs_text and (cache is None) == (data is None):
         raise InvalidArgumentError(
-            "no calibration text is given, or two are: give either --cache or --data (only "
-            "--drop-layers alone needs none)"
+            "expected one calibration text, found "
+            + ("none" if cache is None else "--cache and --data")
+            + ": give either --cache or --data (--drop-layers alone needs neither)"
         )
     require_new_folder(out)
-    where = device_named(device)
+    device = resolve_device(device)
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
     messages.print(f"loading the model {teacher}")
-    model = load_language_model(teacher, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
+    model = load_language_model(teacher, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = model.to(device)
     tokens = None
-    if by_scores:
+    if needs_text:
         tokens = (
-            _of_cache(cache, tokenizer, windows)
+            _tokens_of_cache(cache, tokenizer, windows)
             if cache is not None
-            else _of_text(str(data), tokenizer, model, window, windows)
+            else _tokens_of_text(str(data), tokenizer, model, window, windows)
         )
     with stage("measuring", "passes") as update:
         shrunk = shrink(
@@ -186,12 +192,13 @@ def shrink(
             progress=update,
         )
     save(shrunk, out, tokenizer, teacher=Path(teacher).name)
-    _say(shrunk, out, cache, as_json)
+    _print_student(shrunk, out, cache, as_json)
 
 
-def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
+def _print_student(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
+    """Print the size of the student and the removed blocks, as text or as JSON."""
     if as_json:
-        say_json({"out": str(out), **shrunk.to_json()})
+        print_json({"out": str(out), **shrunk.to_json()})
         return
     share = shrunk.parameters_after / shrunk.parameters_before
     stdout().print(
@@ -200,22 +207,23 @@ def _say(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) -> None:
     )
     if shrunk.dropped_layers:
         stdout().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
-    say_next("train", "--cache", cache or "CACHE", "--student", out, "--out", "my-run")
+    print_next("train", "--cache", cache or "CACHE", "--student", out, "--out", "my-run")
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _block_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Parse the value of `--drop-layers`."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise InvalidArgumentError(
-            f"--drop-layers takes numbers of blocks separated by commas, as in 13,14; got {text!r}"
+            f"--drop-layers is {text!r}; expected block numbers separated by commas, such as 13,14"
         )
     return tuple(int(part) for part in parts)
 
 
-def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
-    """Return int64 [N, L] tokens of windows spread over a cache, made with the same tokenizer."""
+def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
+    """Return tokens int64 [N, L] of `count` windows spread over a cache; check its tokenizer."""
     import torch
 
     from sparselogits.corpus import require_tokenizer
@@ -229,8 +237,8 @@ def _of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
     return torch.stack([cache[i]["input_ids"] for i in spread(len(cache), count)])
 
 
-def _of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
-    """Return int64 [N, L] tokens of windows spread over a text."""
+def _tokens_of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
+    """Return tokens int64 [N, L] of `count` windows spread over a text."""
     import numpy as np
     import torch
 

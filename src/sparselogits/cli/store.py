@@ -1,4 +1,4 @@
-"""Define the commands for stored caches: verify, repair, card, push, merge, export."""
+"""Define the commands that manage caches: verify, repair, card, push, merge, export."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sparselogits.cli.options import (
     OUTPUT,
     CacheArgument,
     Json,
-    say_json,
-    say_next,
-    say_train,
+    print_json,
+    print_next,
+    print_train_command,
     stdout,
 )
 from sparselogits.console import messages, stage, styled
@@ -30,19 +30,19 @@ def verify(
         int | None,
         typer.Option(
             min=0,
-            help="Row groups to decode per file, for a quick look.",
-            show_default="all of them",
+            help="Number of row groups to decode per file, for a quick check.",
+            show_default="all row groups",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte, checksum and invariant of a cache; exit with 2 if it is damaged."""
+    """Check every byte, checksum and invariant of a cache; exit with code 2 if it is damaged."""
     from sparselogits.caching import text_of_windows, windows_of_texts
     from sparselogits.store import Cache
     from sparselogits.store import verify as verify_cache
     from sparselogits.store.storage.location import is_url
 
-    # for a cache in an object store this would fetch the whole text
+    # a cache in an object store would have to download the whole text
     windows = text_of = None
     if not is_url(cache):
         windows, text_of = windows_of_texts(Path(cache)), text_of_windows(Path(cache))
@@ -51,7 +51,7 @@ def verify(
         report = verify_cache(opened, sample=sample, stop=windows, text_of=text_of, progress=update)
     damaged = [shard for shard in report.shards if shard.error is not None]
     if as_json:
-        say_json(asdict(report))
+        print_json(asdict(report))
     else:
         for shard in damaged:
             stdout().print(styled("damaged", "red", f" {shard.name}: {shard.error}"))
@@ -61,9 +61,12 @@ def verify(
         shards, found = counted(len(report.shards), "shard"), len(damaged) or "none"
         stdout().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
     if damaged:
-        messages.print("`sparselogits repair` sets damaged shards aside; `cache` builds them again")
+        messages.print(
+            "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
+            "builds them again"
+        )
     if not as_json:
-        say_next("repair", cache) if damaged else say_train(cache)
+        print_next("repair", cache) if damaged else print_train_command(cache)
     if damaged:
         raise typer.Exit(2)
 
@@ -72,7 +75,7 @@ def repair(
     cache: CacheArgument,
     as_json: Json = False,
 ) -> None:
-    """Set damaged files of a cache aside, without deleting them, and list what to build again."""
+    """Move damaged files out of a cache, without deleting them, and list the windows to rebuild."""
     from sparselogits.caching import text_of_windows
     from sparselogits.store import Cache
     from sparselogits.store import repair as repair_cache
@@ -82,31 +85,31 @@ def repair(
     with stage("verifying", "shards") as update:
         report = repair_cache(Cache.open(cache), text_of=text_of, progress=update)
     if as_json:
-        say_json(asdict(report))
+        print_json(asdict(report))
         return
     for before, after in report.set_aside:
         stdout().print(f"moved {before} to {after}")
     if report.rebuild:
         ranges = ", ".join(f"{start}:{stop}" for start, stop in report.rebuild)
-        stdout().print(f"windows to build again: {ranges}")
-        say_next(
-            otherwise="the `sparselogits cache` command that built it, which builds these only"
+        stdout().print(f"windows to rebuild: {ranges}")
+        print_next(
+            otherwise="the `sparselogits cache` command that built the cache; it builds only these"
         )
     else:
         stdout().print("nothing to repair")
-        say_train(cache)
+        print_train_command(cache)
 
 
 def card(
     cache: CacheArgument,
 ) -> None:
-    """Print a dataset card with the cache's statistics, for its README.md."""
+    """Print a dataset card with the statistics of a cache, for its README.md."""
     from sparselogits.store import Cache
     from sparselogits.store.tools.card import dataset_card
 
     opened = Cache.open(cache)
     typer.echo(dataset_card(opened.identity, opened.statistics()), nl=False)
-    say_next("push", cache, "hf://datasets/ORG/NAME")
+    print_next("push", cache, "hf://datasets/ORG/NAME")
 
 
 def push(
@@ -114,7 +117,7 @@ def push(
     url: Annotated[
         str,
         typer.Argument(
-            help="Where to publish it: hf://datasets/ORG/NAME, s3://bucket/prefix, ...",
+            help="URL to publish the cache at: hf://datasets/ORG/NAME, s3://bucket/prefix, ...",
             metavar="URL",
         ),
     ],
@@ -122,12 +125,12 @@ def push(
         bool,
         typer.Option(
             "--without-text",
-            help="Leave out the packed text, which includes the held-out documents.",
+            help="Do not publish the packed text, which includes the held-out documents.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a cache with a dataset card on a hub or in an object store."""
+    """Publish a cache with a dataset card on the Hugging Face hub or in an object store."""
     from sparselogits.caching import publish_text
     from sparselogits.caching.text import packed_texts
     from sparselogits.store import Cache
@@ -139,18 +142,18 @@ def push(
         for folder in packed_texts(Path(cache)):
             publish_text(url, folder)
     if as_json:
-        say_json(asdict(report))
+        print_json(asdict(report))
         return
-    stdout().print(_moved(report, "pushed"))
+    stdout().print(_copied(report, "pushed"))
     stdout().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
-    say_train(url)
+    print_train_command(url)
 
 
 def merge(
     caches: Annotated[
         list[str],
         typer.Argument(
-            help="Folders or URLs of caches that were built with the same settings.",
+            help="Folders or URLs of caches built with the same settings.",
             metavar="CACHE...",
         ),
     ],
@@ -159,36 +162,36 @@ def merge(
     ],
     as_json: Json = False,
 ) -> None:
-    """Join caches that hold different windows of the same text."""
+    """Merge caches that contain different windows of the same text."""
     from sparselogits.store import Cache
     from sparselogits.store import merge as merge_caches
 
     with stage("merging", "shards") as update:
         report = merge_caches([Cache.open(path) for path in caches], out, progress=update)
     if as_json:
-        say_json(asdict(report))
+        print_json(asdict(report))
     else:
-        stdout().print(_moved(report, "copied"))
-        say_next("verify", out)
+        stdout().print(_copied(report, "copied"))
+        print_next("verify", out)
 
 
 def export(
     cache: CacheArgument,
     out: Annotated[
-        Path, typer.Option(help="Folder to write to; new or empty.", rich_help_panel=OUTPUT)
+        Path, typer.Option(help="Output folder; it must be new or empty.", rich_help_panel=OUTPUT)
     ],
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            help="lists: Parquet, with lists of ids and weights per token. topk: Parquet, with the "
-            "heaviest ids per token and their log-weights. datasets: a folder for "
-            "datasets.load_from_disk, with the columns of lists.",
+            help="lists: Parquet with lists of ids and weights per token. topk: Parquet with the "
+            "ids of the largest weights per token and their log-weights. datasets: a folder for "
+            "datasets.load_from_disk with the columns of lists.",
             rich_help_panel=OUTPUT,
         ),
     ] = "lists",
     k: Annotated[
-        int, typer.Option(help="Entries per token, for topk.", rich_help_panel=OUTPUT)
+        int, typer.Option(help="Entries per token, for --format topk.", rich_help_panel=OUTPUT)
     ] = 50,
 ) -> None:
     """Write a cache in a format that other tools read without sparselogits."""
@@ -199,12 +202,15 @@ def export(
         written = export_cache(Cache.open(cache), out, form, k=k, progress=update)
     if form == "datasets":
         stdout().print(f"a datasets folder written to {out}", soft_wrap=True)
-        say_next(otherwise=f'datasets.load_from_disk("{out}") in Python')
+        print_next(otherwise=f'datasets.load_from_disk("{out}") in Python')
     else:
         stdout().print(f"{counted(len(written), 'file')} written to {out}", soft_wrap=True)
-        say_next(otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader')
+        print_next(
+            otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader'
+        )
 
 
-def _moved(report: MergeReport, done: str) -> str:
+def _copied(report: MergeReport, done: str) -> str:
+    """Return how many shards were copied, and how many already existed."""
     copied, kept = counted(len(report.copied), "shard"), len(report.kept)
     return f"{copied} {done}, {kept} {'was' if kept == 1 else 'were'} there already"

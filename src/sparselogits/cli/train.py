@@ -19,9 +19,9 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Json,
-    device_named,
-    say_json,
-    say_next,
+    print_json,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import messages, stage
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 
 def _renamed(new: str) -> Any:
-    """Return a hidden option that refuses the former name of an option and says the new one."""
+    """Return a hidden option that rejects the former name of an option and reports the new name."""
 
-    def refuse(option: typer.CallbackParam, value: str | None) -> None:
+    def reject(option: typer.CallbackParam, value: str | None) -> None:
         if value is not None:
             raise RecipeError(f"{option.opts[0]} was renamed; use {new} (as in transformers)")
 
-    return typer.Option(hidden=True, callback=refuse)
+    return typer.Option(hidden=True, callback=reject)
 
 
 def train(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            help="YAML recipe of the run; options take precedence over it.",
+            help="YAML recipe of the run. Options take precedence over the recipe.",
             show_default="options only",
         ),
     ] = None,
@@ -56,8 +56,8 @@ def train(
     student: Annotated[
         str | None,
         typer.Option(
-            help="Existing model to train: a folder (such as one of `sparselogits shrink`), a name "
-            "on the Hugging Face hub, or `demo`.",
+            help="Existing model to train: a folder (for example from `sparselogits shrink`), a "
+            "name on the Hugging Face hub, or `demo`.",
             show_default="the recipe's",
             rich_help_panel=MODEL,
         ),
@@ -66,7 +66,7 @@ def train(
         str | None,
         typer.Option(
             help="New student with random weights: a size (tiny, 3m, 10m, 30m, 100m, 300m, 1b), "
-            "numbers (layers=12,width=768,heads=12), or a config.json.",
+            "dimensions (layers=12,width=768,heads=12), or a config.json.",
             show_default="the recipe's",
             rich_help_panel=MODEL,
         ),
@@ -75,15 +75,15 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Train a LoRA adapter of this rank for --student, and merge it at the end.",
-            show_default="all weights",
+            help="Rank of a LoRA adapter that is trained for --student and merged at the end.",
+            show_default="no adapter; all weights are trained",
             rich_help_panel=MODEL,
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"Loss. {METHODS_IN_WORDS}.",
+            help=f"Loss to train with. {METHODS_IN_WORDS}.",
             show_default="sparse",
             rich_help_panel=MODEL,
         ),
@@ -140,7 +140,7 @@ def train(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Share of the labels' cross-entropy in the loss, between 0 and 1.",
+            help="Weight of the cross-entropy on labels in the loss, from 0 to 1.",
             show_default="0",
             rich_help_panel=TRAINING,
         ),
@@ -148,7 +148,7 @@ def train(
     beta: Annotated[
         float | None,
         typer.Option(
-            help="Share of the teacher in the mixture of jensen_shannon, between 0 and 1.",
+            help="Weight of the teacher in the mixture of jensen_shannon, between 0 and 1.",
             show_default=f"{METHODS['jensen_shannon'].beta}",
             rich_help_panel=TRAINING,
         ),
@@ -157,7 +157,7 @@ def train(
         bool | None,
         typer.Option(
             "--bf16/--no-bf16",
-            help="Compute in bfloat16 instead of float32; the weights stay float32.",
+            help="Compute in bfloat16; the weights stay in float32.",
             show_default="float32",
             rich_help_panel=TRAINING,
         ),
@@ -166,7 +166,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Steps between checkpoints, from which an interrupted run resumes.",
+            help="Steps between checkpoints. An interrupted run resumes from the last checkpoint.",
             show_default="no checkpoints",
             rich_help_panel=TRAINING,
         ),
@@ -191,8 +191,8 @@ def train(
     save_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Number format of the saved student: float32, bfloat16, float16, or auto for "
-            "that of --student (float32 for a new one).",
+            help="Data type of the saved student: float32, bfloat16, float16, or auto for that of "
+            "--student (float32 for a new student).",
             show_default="auto",
             rich_help_panel=OUTPUT,
         ),
@@ -201,14 +201,14 @@ def train(
         bool,
         typer.Option(
             "--print-recipe",
-            help="Print a commented recipe with every setting and the given options, and exit.",
+            help="Print a commented recipe with all settings and the given options, and exit.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:
-    """Train a student from a recipe or from options; under torchrun, on all ranks."""
+    """Train a student from a cache, as described by a recipe or options; torchrun is supported."""
     from sparselogits.train import leave_process_group, run
     from sparselogits.train.recipe import parse_recipe, read_yaml
 
@@ -240,8 +240,8 @@ def train(
         loaded = parse_recipe(read_yaml(recipe, given), source=str(recipe))
     else:
         loaded = parse_recipe(given, source="the command line")
-    if os.environ.get("RANK", "0") != "0":  # the first rank of torchrun prints for all
-        run(loaded, device=device_named(device))
+    if os.environ.get("RANK", "0") != "0":  # under torchrun only the first rank prints
+        run(loaded, device=resolve_device(device))
         leave_process_group()
         return
     planned: list[PlannedRun] = []
@@ -253,7 +253,7 @@ def train(
     with stage("training", "steps") as update:
         result = run(
             loaded,
-            device=device_named(device),
+            device=resolve_device(device),
             progress=lambda done, total, line: update(
                 done, total, f"loss {line['loss']:.3f}" if "loss" in line else ""
             ),
@@ -261,31 +261,28 @@ def train(
         )
     leave_process_group()
     if not result.fresh:
-        messages.print("this run is finished already; nothing was done")
+        messages.print("this run is already finished; nothing was changed")
     if as_json:
         facts = {"out": str(result.out), "seconds": result.seconds, "steps": result.steps}
-        say_json(facts | {"curve": result.curve})
+        print_json(facts | {"curve": result.curve})
     else:
         tokens = planned[0].tokens if planned else None
         stdout().print(_summary(loaded, result, tokens))
-        say_next("eval", result.out, "--cache", loaded.cache, *_teacher_of(loaded.teacher))
-
-
-def _teacher_of(name: str | None) -> list[str]:
-    return [] if name is None else ["--teacher", name]
+        named = [] if loaded.teacher is None else ["--teacher", loaded.teacher]
+        print_next("eval", result.out, "--cache", loaded.cache, *named)
 
 
 def _student(path: str | None, config: str | None, lora: int | None) -> dict[str, Any] | None:
-    """Return the recipe's `student` from the options; None if they name none."""
+    """Return the value of `student` for a recipe; None if no option names a student."""
     from sparselogits.train.recipe import student_of
 
     if path is not None and config is not None:
         raise RecipeError(
-            "--student trains an existing model, --student-config makes a new one: give one of them"
+            "--student trains an existing model, --student-config a new one; give one of them"
         )
     if lora is not None and path is None:
         raise RecipeError(
-            "--lora trains an adapter of an existing model: name the model with --student"
+            "--lora trains an adapter for an existing model; name the model with --student"
         )
     if config is not None:
         return student_of(config)
@@ -296,6 +293,7 @@ def _student(path: str | None, config: str | None, lora: int | None) -> dict[str
 
 
 def _table(rows: dict[str, str]) -> Table:
+    """Return a table of names and values."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -305,16 +303,17 @@ def _table(rows: dict[str, str]) -> Table:
 
 
 def _plan_table(plan: PlannedRun) -> Table:
+    """Return a table of what a run is about to do."""
     parameters = f"{_millions(plan.parameters)} parameters"
     if plan.trained != plan.parameters:
         parameters += f", {_millions(plan.trained)} of them trained"
     rows = {
         "student": f"{plan.student}, {parameters}",
-        "numbers": f"{plan.dtype} on {plan.device}; saved in {plan.saved}",
+        "data type": f"{plan.dtype} on {plan.device}; saved in {plan.saved}",
         "data": f"{counted(plan.windows, 'window')}, {counted(plan.steps, 'step')}, "
         f"{counted(plan.tokens, 'token')}",
         "loss": plan.loss,
-        "learning rate": f"{plan.learning_rate:g} at its peak",
+        "learning rate": f"{plan.learning_rate:g} (peak)",
     }
     if plan.goes_on_from is not None:
         rows["resumes from"] = plan.goes_on_from
@@ -322,6 +321,7 @@ def _plan_table(plan: PlannedRun) -> Table:
 
 
 def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
+    """Return a table of the results of a run; `tokens` are those trained on, if known."""
     rows = {"student": str(result.model_path), "steps": counted(result.steps, "step")}
     rows["steps"] += f" in {result.seconds:,.0f} s"
     if tokens is not None and result.seconds > 0 and result.fresh:
@@ -337,6 +337,7 @@ def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
 
 
 def _millions(count: int) -> str:
+    """Return a number of parameters, in millions or billions if it is large."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} B"
     return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparselogits.cli.models import load_own_teacher, load_student
+from sparselogits.cli.models import load_cache_teacher, load_student
 from sparselogits.cli.options import (
     DATA,
     MODEL,
@@ -17,8 +17,8 @@ from sparselogits.cli.options import (
     CacheArgument,
     Device,
     Dtype,
-    device_named,
-    say_next,
+    print_next,
+    resolve_device,
     stdout,
 )
 from sparselogits.console import messages
@@ -35,7 +35,7 @@ def view(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help=f"Teacher of the cache, to show its whole distribution: {MODEL_NAMES}.",
+            help=f"Teacher of the cache, to show the full distribution: {MODEL_NAMES}.",
             show_default="cached entries only",
             rich_help_panel=MODEL,
         ),
@@ -43,8 +43,8 @@ def view(
     student: Annotated[
         str | None,
         typer.Option(
-            help="Student to show next to the teacher: a run's folder, a model folder or a hub "
-            "name.",
+            help="Student to show next to the teacher: the folder of a run, a model folder or a "
+            "hub name.",
             show_default="no student",
             rich_help_panel=MODEL,
         ),
@@ -52,7 +52,7 @@ def view(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Tokenizer that turns ids into text: a model folder, GGUF file or hub name.",
+            help="Tokenizer that decodes ids: a model folder, GGUF file or hub name.",
             show_default="the teacher's",
             rich_help_panel=MODEL,
         ),
@@ -76,19 +76,22 @@ def view(
     port: Annotated[
         int,
         typer.Option(
-            min=0, max=65535, help="Port for --serve; 0 takes a free one.", rich_help_panel=OUTPUT
+            min=0,
+            max=65535,
+            help="Port for --serve; 0 selects a free port.",
+            rich_help_panel=OUTPUT,
         ),
     ] = 0,
     allow: Allow = None,
 ) -> None:
-    """Show a window's text with the distribution that predicts each token, as a web page."""
+    """Show the text of a window, with the predicted distribution of each token, as a web page."""
     from sparselogits.files import require_file_or_nothing, write_whole
     from sparselogits.lab.report import PREFIX, PageServer, view_page
 
     path = out or Path(f"window-{window}.html")
     if not serve:
         require_file_or_nothing(path)
-    viewer = _viewer(cache, window, teacher, student, tokenizer, dtype, device_named(device))
+    viewer = _viewer(cache, window, teacher, student, tokenizer, dtype, resolve_device(device))
     rounds = viewer.dataset.identity.sampler.get("rounds")
     if serve:
 
@@ -105,7 +108,7 @@ def view(
     text = view_page(viewer.view(window), rounds=rounds)
     write_whole(path, text)
     stdout().print(str(path), soft_wrap=True)
-    say_next(otherwise=f"open {path} in a browser")
+    print_next(otherwise=f"open {path} in a browser")
 
 
 def _viewer(
@@ -117,6 +120,7 @@ def _viewer(
     dtype: str,
     device: str,
 ) -> WindowViewer:
+    """Check the window number and the model names, and load the models to show."""
     from sparselogits.data import CacheDataset
     from sparselogits.lab.report import WindowViewer
     from sparselogits.teacher.loading import load_tokenizer, locate_model
@@ -125,14 +129,14 @@ def _viewer(
     WindowViewer(dataset, tokenizer=None).require(window)
     for name in (teacher, student):
         if name is not None:
-            locate_model(name)  # before either is loaded
+            locate_model(name)  # reports a missing path before a model is loaded
     named = tokenizer or teacher
-    words = None if named is None else load_tokenizer(named)
-    if words is None:
-        messages.print("tokens are shown by number; --tokenizer names the teacher's tokenizer")
+    decoder = None if named is None else load_tokenizer(named)
+    if decoder is None:
+        messages.print("tokens are shown as ids; name the teacher's tokenizer with --tokenizer")
     engine, learner = None, None
     if teacher is not None:
-        engine = load_own_teacher(teacher, dataset.identity, device, dtype=dtype)
+        engine = load_cache_teacher(teacher, dataset.identity, device, dtype=dtype)
     if student is not None:
         learner = load_student(student, device)
-    return WindowViewer(dataset, tokenizer=words, teacher=engine, student=learner)
+    return WindowViewer(dataset, tokenizer=decoder, teacher=engine, student=learner)

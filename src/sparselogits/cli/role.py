@@ -1,4 +1,4 @@
-"""Choose the executor of `sparselogits cache` and the role of this process in it."""
+"""Determine the executor of `sparselogits cache` and the role of this process in the build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparselogits.cli.options import device_named
+from sparselogits.cli.options import resolve_device
 from sparselogits.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Describe the part of this process in a build.
+class BuildRole:
+    """Role of this process in a build, and the steps of the build that depend on the role.
 
     Args:
-        device: device of the teacher.
-        share: share of the ranges that this process computes.
+        device: device on which this process runs the teacher.
+        share: share of the window ranges that this process computes.
         workers: Ray actors that compute instead of this process; None without Ray.
-        rank: rank among the processes that run one teacher together; None if each process has a
-            teacher.
+        rank: rank among the processes that run one teacher by tensor parallelism; None if each
+            process runs a teacher of its own.
     """
 
     device: str
@@ -42,11 +42,11 @@ class Crew:
 
     @property
     def follows(self) -> bool:
-        """Whether this process only takes part in the forward passes of the first rank."""
+        """Whether this process only computes its part of the forward passes of the first rank."""
         return bool(self.rank)
 
     def follow(self, engine: Any) -> None:
-        """Take part in the passes of the first rank until it is done."""
+        """Compute this rank's part of each forward pass until the first rank has finished."""
         from sparselogits.process_group import leave_process_group
         from sparselogits.teacher.tensor_parallel import follow
 
@@ -55,7 +55,7 @@ class Crew:
 
     @contextmanager
     def leading(self, engine: Any) -> Iterator[Any]:
-        """Yield the engine for the build, and release the ranks that follow afterwards."""
+        """Yield the engine for the build; on exit, end the `follow` call of every other rank."""
         if self.rank is None:
             yield engine
             return
@@ -67,7 +67,15 @@ class Crew:
         leave_process_group()
 
     def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
-        """Wait until the first rank has packed the text and created the cache; return its place."""
+        """Wait until the first rank has packed the text and created the cache.
+
+        Args:
+            out: folder or URL of the cache.
+            find: function that returns the location of the packed text.
+
+        Returns:
+            The location of the packed text.
+        """
         from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
         from sparselogits.store import Cache
@@ -78,7 +86,7 @@ class Crew:
         return find()
 
     def wait_for_packing(self, find: Callable[[], TextPlace]) -> None:
-        """Wait until the first rank has packed the text."""
+        """Wait until the first rank has packed the text; `find` returns its location."""
         from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
 
@@ -95,30 +103,42 @@ class Crew:
         windows_per_shard: int,
         first_window: int,
         progress: Callable[[int, int], None],
-        **how: Any,
+        **options: Any,
     ) -> BuildReport:
-        """Run `build_caches` with this executor; `load` makes a teacher on a given device."""
+        """Build the missing shards of caches with this executor.
+
+        Args:
+            load: function that loads the teacher on the device given as `device`.
+            engine: teacher of this process.
+            corpus: packed text.
+            requests: caches to build from the same forward passes.
+            only: first and last-plus-one window to build; None for all windows.
+            windows_per_shard: windows per shard.
+            first_window: number in the cache of the first window of the corpus.
+            progress: function called with windows done and windows in total.
+            options: remaining options of `build_caches`.
+        """
         from sparselogits.caching import begin_job, build_caches, shard_ranges
         from sparselogits.caching.executors import build_caches_on_ray
 
-        text = {"windows_per_shard": windows_per_shard, "first_window": first_window}
+        shards = {"windows_per_shard": windows_per_shard, "first_window": first_window}
         if self.workers is None:
             return build_caches(
                 *(engine, corpus, requests),
-                **(text | how),
+                **(shards | options),
                 only=only,
                 share=self.share,
                 progress=progress,
             )
         ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
-        job = begin_job(engine, corpus, requests, **(text | how))
+        job = begin_job(engine, corpus, requests, **(shards | options))
         device = "cuda" if self.workers.gpus else "cpu"
         return build_caches_on_ray(
             partial(load, device=device), job, ranges, self.workers, progress=progress
         )
 
 
-def crew_of(
+def build_role(
     executor: str,
     threads: int | None,
     workers: int | None,
@@ -126,14 +146,20 @@ def crew_of(
     device: str,
     *,
     split: bool = False,
-) -> Crew:
-    """Determine the role of this process from options and environment, and set its threads.
+) -> BuildRole:
+    """Determine the role of this process and set its number of PyTorch threads.
 
-    With `split` the ranks of torchrun run one teacher together, and count as one worker.
+    Args:
+        executor: `local`, `torchrun` or `ray`.
+        threads: PyTorch threads; None for the executor's default.
+        workers: number of Ray workers; None for as many as fit on the cluster.
+        gpus: GPUs per Ray worker; None for 1 with a CUDA device and 0 otherwise.
+        device: value of `--device`.
+        split: whether the ranks of torchrun run one teacher by tensor parallelism.
 
     Raises:
-        InvalidArgumentError: If options belong to another executor, numbers are out of range, or
-            the environment has no ranks.
+        InvalidArgumentError: If an option belongs to another executor, a number is out of range,
+            or the environment defines no ranks.
         MissingDependencyError: If Ray is not installed.
     """
     import torch
@@ -142,37 +168,39 @@ def crew_of(
     from sparselogits.caching.plan import WHOLE
 
     if executor != "ray" and (workers is not None or gpus is not None):
-        raise InvalidArgumentError("--workers and --gpus are for --executor ray")
+        raise InvalidArgumentError(
+            "--workers and --gpus are options of --executor ray; add it, or leave them out"
+        )
     if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
         raise InvalidArgumentError("--threads and --workers must be at least 1, --gpus at least 0")
     if split and executor != "local":
         raise InvalidArgumentError(
-            f"--tp-plan makes one worker of the ranks of torchrun; --executor {executor} is for "
-            "workers with a teacher each: leave it out, and divide the text by --windows"
+            f"--tp-plan combines the ranks of torchrun into one worker, but --executor {executor} "
+            "expects one teacher per worker; leave --executor out, and divide the text by --windows"
         )
     launched: Mapping[str, str] = os.environ
-    if split:  # a Slurm array does not say which processes run one teacher together
+    if split:  # a Slurm array does not define which processes run one teacher together
         launched = {k: v for k, v in launched.items() if not k.startswith("SLURM_")}
     rank = rank_from_environment(launched) if split or executor == "torchrun" else None
-    if threads is None and rank is not None:  # torchrun sets one thread
+    if threads is None and rank is not None:  # torchrun sets OMP_NUM_THREADS to 1
         threads = max(1, len(os.sched_getaffinity(0)) // rank.local_count)
     if threads is not None:
         torch.set_num_threads(threads)
-    if split and rank is not None:  # transformers takes the device of the local rank
-        return Crew("auto", WHOLE, rank=rank.share.index)
-    device = device_named(device)
+    if split and rank is not None:  # transformers selects the device of the local rank
+        return BuildRole("auto", WHOLE, rank=rank.share.index)
+    device = resolve_device(device)
     if rank is not None:
         if device == "cuda":
             device = f"cuda:{rank.local % torch.cuda.device_count()}"
-        return Crew(device, rank.share)
+        return BuildRole(device, rank.share)
     if executor == "local":
-        return Crew(device, WHOLE)
+        return BuildRole(device, WHOLE)
     ray = connect()
     if gpus is None:
         gpus = 1.0 if device.startswith("cuda") else 0.0
     threads = torch.get_num_threads()
     if workers is None:
-        room = ray.cluster_resources()
-        fit = room.get("GPU", 0) / gpus if gpus else room.get("CPU", 0) / threads
+        resources = ray.cluster_resources()
+        fit = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / threads
         workers = max(1, int(fit))
-    return Crew(device, WHOLE, Workers(workers, threads, gpus))
+    return BuildRole(device, WHOLE, Workers(workers, threads, gpus))
