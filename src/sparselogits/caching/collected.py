@@ -238,9 +238,9 @@ def _figures(window: Collected) -> tuple[float, float]:
 
 def _rows(data: str) -> Iterator[tuple[Mapping[str, Any], Where]]:
     for file in locate(data, "train").files:
-        if not file.format.holds_records:
+        if not file.format.holds_records or file.format.holds_tokens:
             raise CorpusError(
-                f"{file.path} holds plain text; logprobs are read from .jsonl and .parquet files"
+                f"{file.path} holds no records; logprobs are read from .jsonl and .parquet files"
             )
         with read_errors(file.path):
             for span in file.format.spans(file, 1 << 62, None):

@@ -24,11 +24,14 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Dtype,
+    JoinRows,
     Json,
     SeparatorId,
     Teacher,
+    TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
+    named_tokenizer,
     print_next,
     print_train_command,
 )
@@ -114,6 +117,8 @@ def cache(
             rich_help_panel=DATA,
         ),
     ] = False,
+    tokenized_by: TokenizedBy = None,
+    join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
     reset_attention: Annotated[
         bool,
@@ -267,7 +272,14 @@ def cache(
         )
     only = _window_range(windows)
     role = build_role(executor.value, threads, workers, gpus, device, split=tp_plan is not None)
-    source = open_source(data, text_field=text_field, split=split, completion_only=completion_only)
+    source = open_source(
+        data,
+        text_field=text_field,
+        split=split,
+        completion_only=completion_only,
+        tokenized_by=named_tokenizer(tokenized_by, trust_remote_code=trust_remote_code),
+        join_rows=join_rows,
+    )
     if role.is_first:
         messages.print(source.in_words())
     locate_model(teacher)  # rejects unusable model files before the text is packed

@@ -24,8 +24,10 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Dtype,
+    JoinRows,
     Json,
     SeparatorId,
+    TokenizedBy,
     print_json,
     print_next,
     resolve_device,
@@ -113,6 +115,8 @@ def evaluate_command(
             rich_help_panel=DATA,
         ),
     ] = None,
+    tokenized_by: TokenizedBy = None,
+    join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
     corpus: Annotated[
         Path | None,
@@ -212,10 +216,21 @@ def evaluate_command(
             window=window,
             reset_attention=reset_attention,
             separator_id=separator_id,
+            tokenized_by=tokenized_by,
+            join_rows=join_rows,
         )
     else:
         _require_no_data_options(
-            window, text_field, split, completion_only, reset_attention, separator_id
+            {
+                "--window": window is not None,
+                "--text-field": text_field != "text",
+                "--split": split != "train",
+                "--completion-only": completion_only,
+                "--reset-attention": reset_attention is not None,
+                "--separator-id": separator_id is not None,
+                "--tokenized-by": tokenized_by is not None,
+                "--join-rows": join_rows,
+            }
         )
     for name in (student, teacher, tokenizer):
         if name is not None:
@@ -297,23 +312,8 @@ def evaluate_command(
         print_next("eval", student, "--data", data, "--teacher", teacher, "--draft", 4)
 
 
-def _require_no_data_options(
-    window: int | None,
-    text_field: str,
-    split: str,
-    completion_only: bool,
-    reset_attention: bool | None,
-    separator_id: int | None,
-) -> None:
+def _require_no_data_options(given: dict[str, bool]) -> None:
     """Check that no option of `--data` is given without `--data`."""
-    given = {
-        "--window": window is not None,
-        "--text-field": text_field != "text",
-        "--split": split != "train",
-        "--completion-only": completion_only,
-        "--reset-attention": reset_attention is not None,
-        "--separator-id": separator_id is not None,
-    }
     unused = [option for option, is_given in given.items() if is_given]
     if unused:
         raise InvalidArgumentError(

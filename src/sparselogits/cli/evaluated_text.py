@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparselogits.cli.options import named_tokenizer
 from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, TeacherError
 
@@ -34,6 +35,8 @@ class OtherText:
             setting.
         separator_id: id of the token between documents; None for the cache's separator, else the
             tokenizer's.
+        tokenized_by: tokenizer that made the token ids in the data; None for text.
+        join_rows: whether rows of token ids are concatenated and cut.
     """
 
     data: str
@@ -43,6 +46,8 @@ class OtherText:
     window: int | None = None
     reset_attention: bool | None = None
     separator_id: int | None = None
+    tokenized_by: str | None = None
+    join_rows: bool = False
 
 
 @contextmanager
@@ -88,6 +93,8 @@ def text_to_evaluate(
         text_field=other.text_field,
         split=other.split,
         completion_only=other.completion_only,
+        tokenized_by=named_tokenizer(other.tokenized_by),
+        join_rows=other.join_rows,
     )
     messages.print(source.in_words())
     vocab_size = vocabulary_size(student) or max(tokenizer.get_vocab().values()) + 1

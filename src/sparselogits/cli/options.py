@@ -87,6 +87,23 @@ SeparatorId = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+TokenizedBy = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokenizer that made the token ids which the data hold (column `input_ids`, or .ds, "
+        ".bin and .idx files): a folder or a name on the Hugging Face hub. Each row is a window.",
+        show_default="the data hold text",
+        rich_help_panel=DATA,
+    ),
+]
+JoinRows = Annotated[
+    bool,
+    typer.Option(
+        "--join-rows",
+        help="Concatenate the rows of --tokenized-by data and cut windows from them.",
+        rich_help_panel=DATA,
+    ),
+]
 WindowsPerShard = Annotated[
     int,
     typer.Option(min=1, help="Windows per file of the cache.", rich_help_panel=OUTPUT),
@@ -116,6 +133,13 @@ def resolve_device(name: str) -> str:
             "build of torch that supports the device"
         ) from error
     return name
+
+
+def named_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> object:
+    """Return the tokenizer that an option names; None where it names none."""
+    from sparselogits.teacher.loading import load_tokenizer
+
+    return None if name is None else load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def stdout() -> Console:

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from sparselogits.corpus.formats import JsonLines, SourceFile
@@ -126,7 +125,7 @@ def _of_pandas(value: Any) -> Any:
 def _plain_lists(value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if isinstance(value, np.ndarray | np.generic):
+    if hasattr(value, "tolist"):  # of numpy and of torch
         return _plain_lists(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain_lists(item) for item in value]

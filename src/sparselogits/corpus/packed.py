@@ -409,7 +409,8 @@ def _require_windows(total: Counts, packing: Packing, split: Split | None) -> No
     if not total.documents:
         raise NoWindowsError(
             "the corpus holds no text: every document is empty or white space, or has no answer to "
-            "learn (with completion-only, if no message has the role 'assistant'); name other text"
+            "learn (with completion-only, if no message has the role 'assistant'), or no file of "
+            "token ids fills a window; name other text"
         )
     if total.tokens < length:
         raise NoWindowsError(

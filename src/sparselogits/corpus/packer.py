@@ -73,7 +73,8 @@ def pack(
 
     Args:
         source: text from `open_source`.
-        tokenizer: transformers tokenizer of the teacher; its chat template renders messages.
+        tokenizer: transformers tokenizer of the teacher; its chat template renders messages. Of
+            token ids it must be the one that made them.
         packing: how documents become windows, usually from `packing_for`.
         out: folder for the packed corpus alone.
         vocab_size: number of ids that the teacher knows; larger ids are refused.
@@ -86,7 +87,7 @@ def pack(
         CorpusError: the text cannot be read, is empty, or does not fill a window; an id lies
             outside the vocabulary; or the folder holds something else.
         IdentityMismatchError: `out` was packed from other text, or with other settings; names the
-            fields.
+            fields. Or the token ids of the source were made by another tokenizer.
         StorageError: the folder cannot be written; finished parts are kept.
     """
     _check_ids(packing, vocab_size)
@@ -94,7 +95,8 @@ def pack(
         raise InvalidArgumentError(
             f"found processes={processes} and part_bytes={part_bytes}; give at least 1 for each"
         )
-    paths, source = Paths(Path(out)), source.read_by(tokenizer)
+    paths = Paths(Path(out))
+    source = source.read_by(tokenizer).cut_by(packing, vocab_size)
     made_from = {
         "format": format_of(packing),
         "source": public_source(source.to_json()),
@@ -172,6 +174,11 @@ def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing
     writer.counts.characters += piece.stop - piece.start
     ids, learnt = encoded
     tokens = len(ids)
+    if piece.tokens is not None:  # complete: it has its own separators
+        if piece.opens:
+            writer.begin_document()
+        writer.append(ids, learnt=learnt, starts=piece.tokens.starts)
+        return tokens
     if piece.opens:
         writer.begin_document()
         # rendered text, and text that begins with the token, does not get it twice
@@ -193,7 +200,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     size = 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text)
+        size += piece.weight
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -24,6 +24,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sparselogits.errors import CorpusError
 
 PIECE_BYTES = 64 * 1024
@@ -36,9 +39,20 @@ Read = Callable[[int, int], bytes]
 """Returns the bytes [start, stop) of a file or string, fewer at its end."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRow:
+    """Tokens of one row of a trainer's data."""
+
+    ids: NDArray[np.int64]
+    learnt: NDArray[np.bool_]
+    """Whether each token carries a target."""
+    starts: NDArray[np.bool_]
+    """Whether a document begins at each token, besides the first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of one document's text, to be tokenised at once.
+    """A run of one document's text, to be tokenised at once, or of its tokens.
 
     Pieces of a document follow one another; `opens` and `closes` mark its first and last. A
     document that spans two portions of a source is opened in one and closed in another.
@@ -63,6 +77,8 @@ class Piece:
     `carries_target` holds for all of them."""
     rendered: bool = False
     """Whether a chat template made the text, so that no beginning-of-text token is added."""
+    tokens: TokenRow | None = None
+    """Tokens of a document that has no text, complete as they are; None where text is."""
 
     @property
     def whole(self) -> bool:
@@ -72,7 +88,17 @@ class Piece:
     @property
     def blank(self) -> bool:
         """Whether the piece is a whole document of nothing but white space."""
-        return self.opens and self.closes and not self.text.strip()
+        return self.tokens is None and self.opens and self.closes and not self.text.strip()
+
+    @property
+    def weight(self) -> int:
+        """Bytes that the piece takes in memory, about."""
+        return len(self.text) + (0 if self.tokens is None else 8 * len(self.tokens.ids))
+
+
+def blank_piece(size: int) -> Piece:
+    """Return the piece of a document that holds nothing; `size` is that of the source."""
+    return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
 
 
 def document_key(head: bytes) -> int:

@@ -8,6 +8,8 @@ conversation (`prompt` and `completion` may be messages, too) becomes one text b
 and is tokenised at once, as transformers' `apply_chat_template` does; its completions are the
 assistant's turns. A record without any text (null, empty or white space only, or without a
 completion where only completions count) becomes a blank piece, which is left out and counted.
+
+Records of token ids (`token_rows`) are read only if the user names the tokenizer that made them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from typing import Any, NamedTuple
 
 from sparselogits.corpus.chat import ChatTemplate, Rendered
 from sparselogits.corpus.conversation import EXTRAS, MESSAGES, conversation_of, holds_messages
-from sparselogits.corpus.pieces import PIECE_BYTES, Piece, cut_pieces, document_key
+from sparselogits.corpus.pieces import (
+    PIECE_BYTES,
+    Piece,
+    blank_piece,
+    cut_pieces,
+    document_key,
+)
+from sparselogits.corpus.token_rows import COLUMNS, IDS, TokenReading, record_row
 from sparselogits.errors import CorpusError
 
 Where = Callable[[], str]
@@ -49,6 +58,8 @@ class Fields:
     """Whether only completions carry targets; every record must then hold one."""
     chat: ChatTemplate | None = None
     """Template that makes text of conversations; None where the tokenizer has none."""
+    tokens: TokenReading | None = None
+    """How token ids are read; None where records hold text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
         """Return the columns to read among those that a table has.
@@ -56,6 +67,8 @@ class Fields:
         Raises:
             CorpusError: no column could hold text; names the file and its columns.
         """
+        if self.tokens is not None:
+            return [name for name in COLUMNS if name in found]
         forms = self._forms(found)
         if self.completion_only and self.text in found:
             forms.append([self.text])  # may hold conversations, which the records show
@@ -82,6 +95,8 @@ class Fields:
 
     def kept(self, record: Mapping[str, Any], where: Where) -> dict[str, Any]:
         """Return the fields that decide what text a record becomes; raises what `chosen` raises."""
+        if self.tokens is not None:
+            return {name: record[name] for name in COLUMNS if record.get(name) is not None}
         names = self.chosen(record, where)
         if is_conversation(record, names):
             names = [*names, *(name for name in EXTRAS if record.get(name) is not None)]
@@ -102,6 +117,8 @@ class Fields:
             advice = ". Give records that hold completions, or learn all tokens"
         if self.completion_only and self.text in found:
             advice = ". Plain text has no completions: leave it out, or learn all tokens"
+        if IDS in found:
+            advice = ". To read its token ids, name the tokenizer that made them (tokenized_by)"
         names = ", ".join(f"`{name}`" for name in found) or "none"
         return CorpusError(f"{where()} has no field {wanted}; its fields are {names}{advice}")
 
@@ -126,6 +143,9 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
             conversation.
     """
     values, where, size = record
+    if fields.tokens is not None:
+        yield record_row(values, where, size, fields.tokens) or blank_piece(size)
+        return
     names = fields.chosen(values, where)
     if is_conversation(values, names):
         yield from _conversation_pieces(record, names, fields)
@@ -133,7 +153,7 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
     parts = [(_text(values[name], name, where), name != "prompt") for name in names]
     wanted = "".join(text for text, learnt in parts if learnt or not fields.completion_only)
     if not wanted.strip():
-        yield _blank(size)
+        yield blank_piece(size)
         return
     encoded = [(raw, learnt) for text, learnt in parts if (raw := _encoded(text, names, where))]
     key = document_key(b"".join(raw for raw, _ in encoded))
@@ -150,7 +170,7 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
 def _conversation_pieces(record: Record, names: Sequence[str], fields: Fields) -> Iterator[Piece]:
     rendered = _rendered(record, names, fields)
     if rendered is None:
-        yield _blank(record.size)
+        yield blank_piece(record.size)
         return
     learnt = tuple(rendered.learnt) if fields.completion_only else None
     raw = _encoded(rendered.text, names, record.where)
@@ -194,10 +214,6 @@ def _rendered(record: Record, names: Sequence[str], fields: Fields) -> Rendered 
         said = "".join(rendered.text[start:stop] for start, stop in rendered.learnt)
         return rendered if said.strip() else None
     return rendered if rendered.text.strip() else None
-
-
-def _blank(size: int) -> Piece:
-    return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
 
 
 def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterator[Piece]:

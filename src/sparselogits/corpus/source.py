@@ -8,6 +8,7 @@
     open_source("saved/")                    a dataset saved with `datasets`' save_to_disk
     open_source("org/dataset:config")        a dataset on the Hugging Face hub, downloaded once
     open_source(dataset)                     a `datasets` object, or any iterable of dicts
+    open_source("tokens.bin", tokenized_by=tokenizer)   token ids of a trainer, see `token_rows`
 
 Documents come in a stable order: files by their relative path, in each file from its beginning.
 The source is divided into portions that depend only on the source and the requested size;
@@ -31,7 +32,11 @@ from sparselogits.corpus.given import Records, chosen_split, write_down
 from sparselogits.corpus.locate import LeftOut, Located, locate
 from sparselogits.corpus.pieces import Piece
 from sparselogits.corpus.records import Fields
-from sparselogits.errors import CorpusError
+from sparselogits.corpus.token_rows import TokenReading
+from sparselogits.corpus.tokenizer_identity import require_tokenizer, tokenizer_fingerprint
+from sparselogits.corpus.windows import Packing
+from sparselogits.errors import CorpusError, InvalidArgumentError
+from sparselogits.identity import label_of
 
 Portion = tuple[Span, ...]
 """Spans, in order, that one process packs into one part."""
@@ -60,7 +65,7 @@ class Source:
     @property
     def masked(self) -> bool:
         """Whether some tokens carry no target."""
-        return self.fields.completion_only
+        return self.fields.completion_only or self.fields.tokens is not None
 
     @cached_property
     def size(self) -> int:
@@ -82,7 +87,8 @@ class Source:
                 [file.name, file.format.name], ensure_ascii=False, separators=(",", ":")
             )
             digest.update(described.encode("utf-8", "surrogateescape") + b"\n")
-            digest.update(_sampled(file.path))
+            for path in file.format.files(file.path):
+                digest.update(_sampled(path))
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +101,8 @@ class Source:
         }
         if self.fields.chat is not None:
             described["chat_template"] = self.fields.chat.fingerprint
+        if self.fields.tokens is not None:
+            described["tokens"] = self.fields.tokens.to_json()
         return described
 
     def in_words(self) -> str:
@@ -119,10 +127,29 @@ class Source:
 
         The template makes text of the records that hold conversations, and its hash stands in
         `to_json`. A source without records is returned unchanged. `pack` calls this.
+
+        Raises:
+            IdentityMismatchError: the source holds token ids that another tokenizer made.
         """
+        if (tokens := self.fields.tokens) is not None:
+            require_tokenizer(
+                tokenizer,
+                tokens.tokenizer,
+                tokens.tokenizer.record(),
+                whose="the teacher's tokenizer",
+                origin=label_of(self.name),
+            )
+            return self
         if not any(file.format.holds_records for file in self.files):
             return self
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
+
+    def cut_by(self, packing: Packing, vocab_size: int) -> Source:
+        """Return the same source with the packing that rows of token ids are cut by."""
+        if self.fields.tokens is None:
+            return self
+        tokens = replace(self.fields.tokens, packing=packing, vocab_size=vocab_size)
+        return replace(self, fields=replace(self.fields, tokens=tokens))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
         """Divide the source into portions of about `portion_bytes`, in order."""
@@ -163,6 +190,8 @@ def open_source(
     text_field: str = "text",
     split: str = "train",
     completion_only: bool = False,
+    tokenized_by: Any = None,
+    join_rows: bool = False,
     work: Path | None = None,
 ) -> Source:
     """Find the text that `data` names, or is.
@@ -176,12 +205,30 @@ def open_source(
         split: split to read, of a dataset that has several.
         completion_only: whether records are `prompt` and `completion`, or `messages`, of which
             only completions (what the assistant says) are learnt.
+        tokenized_by: transformers tokenizer that made the token ids which the data hold; None for
+            text. Rows of ids are windows as they are, see `token_rows`.
+        join_rows: whether rows of ids are concatenated and cut into windows instead.
         work: folder to write given records to; None for one in the user's cache folder.
 
     Raises:
         CorpusError: nothing is found, the folder holds no text, or a file cannot be read.
+        InvalidArgumentError: options for text are given for token ids, or the reverse.
     """
     fields = Fields(text_field, completion_only)
+    if tokenized_by is not None:
+        if completion_only:
+            raise InvalidArgumentError(
+                "found completion_only for token ids, in which labels say what is learnt; leave "
+                "out completion_only"
+            )
+        fields = replace(
+            fields, tokens=TokenReading(tokenizer_fingerprint(tokenized_by), join_rows)
+        )
+    elif join_rows:
+        raise InvalidArgumentError(
+            "found join_rows for text, whose documents are always joined; leave it out, or name "
+            "the tokenizer that made the token ids (tokenized_by)"
+        )
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
         located = locate(name, split)
@@ -194,6 +241,16 @@ def open_source(
             f"{name} holds plain text, which has no completions; use JSON lines or Parquet with "
             "`prompt` and `completion`, or leave out completion_only"
         )
+    for file in located.files:
+        if tokenized_by is None and file.format.holds_tokens:
+            raise CorpusError(
+                f"{file.name} holds token ids; name the tokenizer that made them (tokenized_by)"
+            )
+        if tokenized_by is not None and not file.format.holds_records:
+            raise CorpusError(
+                f"{file.name} is read as text, but a tokenizer is named as if it held token ids; "
+                "leave out tokenized_by, or name files of token ids"
+            )
     return Source(name, located.files, fields, located.left_out, located.shared)
 
 

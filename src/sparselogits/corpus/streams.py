@@ -152,8 +152,14 @@ class PartWriter:
         self.counts.documents += 1
         self._begins = True
 
-    def append(self, ids: NDArray[np.int64], *, learnt: NDArray[np.bool_] | bool) -> None:
-        """Add tokens of one document.
+    def append(
+        self,
+        ids: NDArray[np.int64],
+        *,
+        learnt: NDArray[np.bool_] | bool,
+        starts: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Add tokens of one document, or of several if `starts` says where they begin.
 
         Raises:
             CorpusError: an id lies outside the vocabulary.
@@ -167,8 +173,8 @@ class PartWriter:
                 f"{vocab_size} ids: the tokenizer does not belong to this teacher. Use the "
                 "tokenizer that was published with it."
             )
-        starts = np.zeros(len(ids), np.bool_)
-        starts[0], self._begins = self._begins, False
+        starts = np.zeros(len(ids), np.bool_) if starts is None else starts.copy()
+        starts[0], self._begins = starts[0] or self._begins, False
         flags = np.full(len(ids), learnt) if "learnt" in self._schema.names else None
         self._parts.append(Tokens(ids.astype(np.int32), starts, flags))
         self._length += len(ids)

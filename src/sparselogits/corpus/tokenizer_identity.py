@@ -100,6 +100,7 @@ def require_tokenizer(
     recorded: object = None,
     *,
     whose: str = "the tokenizer given",
+    origin: str = "the cache",
     allow: Collection[str] = (),
 ) -> None:
     """Check that the ids of a tokenizer mean what they mean in a cache.
@@ -114,6 +115,7 @@ def require_tokenizer(
         recorded: what a shard's provenance records (`Cache.recorded_tokenizer`); None in caches of
             versions that did not record it, where only an identical tokenizer is recognised.
         whose: whose tokenizer it is, for messages.
+        origin: what was made with the expected tokenizer, for messages.
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
@@ -125,12 +127,12 @@ def require_tokenizer(
     there = recorded if isinstance(recorded, Mapping) else {}
     own, theirs = found.added, there.get("added")
     if there.get("ids") == found.ids:
-        clash = _clash(found, theirs)
+        clash = _clash(found, theirs, origin)
         if clash is None:
-            differing = _differing(found.roles, there.get("roles"), own, theirs)
+            differing = _differing(found.roles, there.get("roles"), own, theirs, origin)
             if differing:
                 warnings.warn(
-                    f"the ids of {whose} mean what they mean in the cache, but it differs in: "
+                    f"the ids of {whose} mean what they mean in {origin}, but it differs in: "
                     f"{differing}",
                     SparseLogitsWarning,
                     stacklevel=2,
@@ -141,37 +143,37 @@ def require_tokenizer(
         known = "its ids mean other tokens (vocabulary, merges, normalisation or pre-tokenizer)"
     else:
         known = (
-            "the cache does not record what its ids mean, only this fingerprint, so other roles of "
+            f"{origin} does not record what its ids mean, only this fingerprint, so other roles of "
             "special tokens cannot be distinguished from other ids"
         )
     error = IdentityMismatchError(
-        f"{whose} ({found[:12]}...) is not the one that the cache was made with "
-        f"({expected[:12]}...): {known}. Use the tokenizer of the cache's teacher"
+        f"{whose} ({found[:12]}...) is not the one that {origin} was made with "
+        f"({expected[:12]}...): {known}. Use the tokenizer that {origin} was made with"
     )
     refuse(error, "other-tokenizer", allow)
 
 
-def _clash(found: TokenizerFingerprint, theirs: object) -> str | None:
+def _clash(found: TokenizerFingerprint, theirs: object, origin: str) -> str | None:
     """Return a sentence on an id that is two different added tokens; None where there is none."""
     if not isinstance(theirs, Mapping):
         return None if theirs == found.record()["added"] else "added tokens differ"
     for place, token in found.added.items():
         if theirs.get(place, token) != token:
-            return f"id {place} is {token!r} here and {theirs[place]!r} in the cache"
+            return f"id {place} is {token!r} here and {theirs[place]!r} in {origin}"
     return None
 
 
 def _differing(
-    here: Mapping[str, str], there: object, own: Mapping[str, str], theirs: object
+    here: Mapping[str, str], there: object, own: Mapping[str, str], theirs: object, origin: str
 ) -> str:
     other = there if isinstance(there, Mapping) else {}
     found = [
-        f"{name} is {here.get(name)!r} here and {other.get(name)!r} in the cache"
+        f"{name} is {here.get(name)!r} here and {other.get(name)!r} in {origin}"
         for name in _ROLES
         if here.get(name) != other.get(name)
     ]
     if isinstance(theirs, Mapping):
-        for more, less, where in ((theirs, own, "in the cache"), (own, theirs, "here")):
+        for more, less, where in ((theirs, own, f"in {origin}"), (own, theirs, "here")):
             alone = [str(more[place]) for place in more if place not in less]
             if alone:
                 said = "1 added token is" if len(alone) == 1 else f"{len(alone)} added tokens are"

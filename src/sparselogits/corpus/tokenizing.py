@@ -70,19 +70,27 @@ class Encoder:
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
         """Return the tokens of each piece, without tokens that the tokenizer adds by itself.
 
+        Pieces that have tokens keep them.
+
         Raises:
             CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
         """
+        encoded = {
+            i: Encoded(row.ids, row.learnt)
+            for i, piece in enumerate(pieces)
+            if (row := piece.tokens) is not None
+        }
+        texts = [i for i in range(len(pieces)) if i not in encoded]
         if self._slow is not None:
-            return [_slowly(self._slow, piece) for piece in pieces]
-        encoded: dict[int, Encoded] = {}
+            encoded |= {i: _slowly(self._slow, pieces[i]) for i in texts}
+            return [encoded[i] for i in range(len(pieces))]
         # only margins and masks need offsets, which the fast variant leaves out
         offsets = [not piece.whole or piece.learnt is not None for piece in pieces]
         for needed in (True, False):
-            chosen = [i for i, own in enumerate(offsets) if own is needed]
+            chosen = [i for i in texts if offsets[i] is needed]
             encode = self._fast.encode_batch if needed else self._fast.encode_batch_fast
-            texts = [pieces[i].text for i in chosen]
-            for i, encoding in zip(chosen, _watched(encode, texts), strict=True):
+            given = [pieces[i].text for i in chosen]
+            for i, encoding in zip(chosen, _watched(encode, given), strict=True):
                 encoded[i] = (
                     _own(encoding, pieces[i])
                     if needed

@@ -17,11 +17,15 @@ from sparselogits.corpus.formats.format import Format, SourceFile, Span, read_er
 from sparselogits.corpus.formats.lines import JsonLines, LineFormat
 from sparselogits.corpus.formats.tables import Arrow, Parquet
 from sparselogits.corpus.formats.text import Text
+from sparselogits.corpus.formats.tokens import Datatrove, Megatron, TokenShard
 from sparselogits.entry_points import load_declared
 from sparselogits.errors import InvalidArgumentError
 
 GROUP = "sparselogits.formats"
-_OWN: tuple[Format, ...] = (Text(), JsonLines(), Parquet(), Arrow())
+_OWN: tuple[Format, ...] = (
+    *(Text(), JsonLines(), Parquet(), Arrow()),
+    *(Datatrove(), TokenShard(), Megatron()),
+)
 
 
 @cache

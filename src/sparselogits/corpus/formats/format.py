@@ -66,6 +66,8 @@ class Format:
     """Whether a document is a record with named fields; else it is plain text."""
     compressible: ClassVar[bool] = False
     """Whether `.gz`, `.bz2`, `.xz` or `.zst` may follow the suffix."""
+    holds_tokens: ClassVar[bool] = False
+    """Whether documents are token ids, which are read by `pieces` alone."""
     binary: ClassVar[bool] = False
     """Whether the files are not text; text files that begin like an archive are refused."""
 
@@ -73,6 +75,10 @@ class Format:
     def all_suffixes(self) -> tuple[str, ...]:
         """Suffixes of every file that is read if the user names it."""
         return (*self.suffixes, *self.weak_suffixes, *self.named_suffixes)
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """Return the files that the content of a file is in, itself first."""
+        return (path,)
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
         """Divide a file into spans of about `span_bytes`, in order.

@@ -61,7 +61,7 @@ class Parquet(Format):
             for group in range(span.start, span.stop):
                 place = f"{name}, row group {group}"
                 batches = _parquet_batches(reader, group, columns, place)
-                yield from _rows(batches, columns, place, decode=fields is not None)
+                yield from _rows(batches, columns, place, fields)
 
 
 class Arrow(Format):
@@ -91,7 +91,7 @@ class Arrow(Format):
                 return
             if number >= span.start:
                 columns = _columns(batch.schema, name, fields)
-                yield from _rows([batch], columns, name, row, decode=fields is not None)
+                yield from _rows([batch], columns, name, fields, row)
             row += batch.num_rows
 
 
@@ -134,7 +134,7 @@ def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
         return list(schema.names)
     columns = fields.columns(schema.names, lambda: name)
     # messages, and columns that may hold either, are looked at record by record
-    if fields.text in columns and not fields.completion_only:
+    if fields.text in columns and not fields.completion_only and fields.tokens is None:
         kind = schema.field(fields.text).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
@@ -158,19 +158,21 @@ def _rows(
     batches: Iterable[pa.RecordBatch],
     columns: list[str],
     place: str,
+    fields: Fields | None,
     first: int = 0,
-    *,
-    decode: bool,
 ) -> Iterator[Record]:
-    """Yield the rows of batches, one in memory at a time; `decode` makes them as JSON has them."""
+    """Yield the rows of batches, one in memory at a time; for `fields`, as JSON has them."""
     number = first
     for batch in batches:
         arrays = [batch.column(column) for column in columns]
         size = sum(array.nbytes for array in arrays) // max(batch.num_rows, 1)
         for row in range(batch.num_rows):
             where = partial("{}, row {}".format, place, number)
-            values = [array[row].as_py() for array in arrays]
-            if decode:
+            if fields is not None and fields.tokens is not None:
+                values = [_numbers(array[row]) for array in arrays]
+            else:
+                values = [array[row].as_py() for array in arrays]
+            if fields is not None and fields.tokens is None:
                 try:
                     values = [plain(v, a.type) for v, a in zip(values, arrays, strict=True)]
                 except ValueError as error:
@@ -180,6 +182,15 @@ def _rows(
                     ) from error
             yield Record(dict(zip(columns, values, strict=True)), where, size)
             number += 1
+
+
+def _numbers(scalar: pa.Scalar) -> Any:
+    """Return a list of numbers as an array, and anything else as a Python value."""
+    values = getattr(scalar, "values", None)
+    if values is None or values.null_count:
+        return scalar.as_py()
+    whole = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
+    return values.to_numpy(zero_copy_only=False) if whole else scalar.as_py()
 
 
 def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:

@@ -1,0 +1,387 @@
+"""Read binary files of token ids that trainers train on.
+
+- `.ds` of datatrove, which nanotron reads: ids in uint16 or uint32. Next to it are `.ds.metadata`
+  (its first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64: ends of documents)
+  and `.ds.loss` (a byte per id, 0 where the id is not learnt).
+- `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first number is 20240520 for uint16
+  or 20240801 for uint32, the second a version, the third the number of ids.
+- `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
+  then int32 lengths and int64 first bytes of the sequences in `.bin`, and int64 ends of documents.
+
+The first two are streams of ids, which their trainers cut into windows from the beginning of each
+file; what is left at a file's end is not read. In the third, each sequence is a row (`token_rows`).
+
+Files come from strangers: nothing is read before the sizes that a file claims are compared with its
+size, and memory is bounded by a window, or by `_BLOCK` ids of a joined sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselogits.corpus.formats.format import Format, SourceFile, Span
+from sparselogits.corpus.pieces import Piece, blank_piece
+from sparselogits.corpus.records import Fields
+from sparselogits.corpus.token_rows import TokenReading, require_fitting, token_piece
+from sparselogits.errors import CorpusError
+from sparselogits.untrusted import open_regular
+
+_Array = NDArray[Any]
+_BLOCK = 1 << 20
+_LARGEST_METADATA = 1 << 12
+_HEADER = struct.Struct("<256i")
+_SHARD_KINDS = {20240520: "<u2", 20240801: "<u4"}
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+class TokenFormat(Format):
+    """A format of token ids alone. A subclass defines `spans` and `pieces`."""
+
+    holds_records = True
+    holds_tokens = True
+    binary = True
+
+    def records(self, span: Span, fields: Fields | None) -> NoReturn:
+        """Refuse: token ids are no records."""
+        raise CorpusError(
+            f"{span.file.name} holds token ids, no records with named fields; name other files"
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the ids of a file are, and what is known of them."""
+
+    kind: str
+    """numpy's name of the type of an id."""
+    first: int
+    """Byte of the first id."""
+    count: int
+    """Number of ids."""
+    ends: Path | None = None
+    """File of the ends of documents."""
+    learnt: Path | None = None
+    """File of a byte per id."""
+
+
+class _Stream(TokenFormat):
+    """A file of ids that is cut into windows; the units of a span are windows.
+
+    A subclass defines `_layout`.
+    """
+
+    def _layout(self, file: SourceFile) -> _Layout:
+        raise NotImplementedError
+
+    def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
+        """Divide a file into runs of windows."""
+        layout, length = self._layout(file), _reading(fields).settled.window_length
+        size = np.dtype(layout.kind).itemsize * length
+        step, windows = max(span_bytes // size, 1), layout.count // length
+        for start in range(0, windows, step):
+            stop = min(start + step, windows)
+            yield Span(file, start, stop, (stop - start) * size)
+
+    def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
+        """Yield the windows of a span, in order."""
+        file, reading, layout = span.file, _reading(fields), self._layout(span.file)
+        length, size = reading.settled.window_length, np.dtype(layout.kind).itemsize
+        with (
+            _opened(file.path) as ids,
+            _opened(layout.ends) as ends,
+            _opened(layout.learnt) as mask,
+        ):
+            for window in range(span.start, span.stop):
+                where = partial("{}, window {}".format, file.name, window)
+                begin = window * length
+                found = _read(ids, layout.first + begin * size, length, layout.kind, file.name)
+                learnt = starts = None
+                if mask is not None:
+                    learnt = _read(mask, begin, length, "u1", f"{file.name}.loss") != 0
+                if ends is not None:
+                    starts = _ends_within(ends, begin, begin + length, f"{file.name}.index") - begin
+                else:
+                    starts = self._starts(found, reading)
+                yield token_piece(
+                    *(found, where, reading, length * size), learnt=learnt, starts=starts
+                )
+
+    def _starts(self, ids: _Array, reading: TokenReading) -> _Array | None:
+        """Return where documents begin in a window of a file that does not say it."""
+        return None
+
+
+class Datatrove(_Stream):
+    """Token files of datatrove, which nanotron reads in windows of a sequence and one id more."""
+
+    name = "datatrove"
+    weak_suffixes = (".ds",)
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """Return the file, and those that datatrove wrote for it."""
+        others = (Path(f"{path}.{name}") for name in ("metadata", "index", "loss"))
+        return (path, *(other for other in others if other.is_file()))
+
+    def _layout(self, file: SourceFile) -> _Layout:
+        size = file.path.stat().st_size
+        found = {path.suffix: path for path in self.files(file.path)[1:]}
+        ends, learnt = found.get(".index"), found.get(".loss")
+        last = _last_end(ends, file.name) if ends is not None else None
+        width = _width(found.get(".metadata")) or (size // last if last else None)
+        if width not in (2, 4):
+            raise CorpusError(
+                f"{file.name}: the bytes per id are unknown. Keep {file.name}.metadata or "
+                f"{file.name}.index next to it, or write the former: its first line is `NAME|2` "
+                "for uint16 or `NAME|4` for uint32"
+            )
+        count, rest = divmod(size, width)
+        if rest or (last is not None and last != count):
+            expected = f"{last} ids" if last is not None else "a whole number of ids"
+            raise CorpusError(
+                f"{file.name} has {size:,} bytes, expected {expected} of {width} bytes: it was not "
+                "written or fetched whole, or its index is another file's. Fetch both anew"
+            )
+        if learnt is not None and learnt.stat().st_size != count:
+            raise CorpusError(
+                f"{file.name}.loss has {learnt.stat().st_size:,} bytes, expected one per id, "
+                f"{count:,}; fetch it anew, or remove it to learn all tokens"
+            )
+        return _Layout(f"<u{width}", 0, count, ends, learnt)
+
+
+class TokenShard(_Stream):
+    """Token shards of llm.c and modded-nanogpt; a separator begins each document."""
+
+    name = "token-shard"
+    weak_suffixes = (".bin",)
+
+    def _layout(self, file: SourceFile) -> _Layout:
+        with _opened(file.path) as handle:
+            size = os.fstat(handle).st_size
+            header = os.pread(handle, _HEADER.size, 0)
+        whole = len(header) == _HEADER.size
+        magic, version, count, *_ = _HEADER.unpack(header) if whole else (None, None, 0)
+        if magic not in _SHARD_KINDS:
+            advice = (
+                "name files that begin with 256 numbers, the first of them 20240520 or 20240801"
+            )
+            if file.path.with_suffix(".idx").exists():
+                advice = f"it belongs to {file.path.with_suffix('.idx').name}: name that file"
+            raise CorpusError(f"{file.name} begins with {magic}, which is no token shard; {advice}")
+        kind = _SHARD_KINDS[magic]
+        expected = _HEADER.size + count * np.dtype(kind).itemsize
+        if count < 0 or size != expected:
+            raise CorpusError(
+                f"{file.name} claims {count:,} ids of version {version}, {expected:,} bytes, and "
+                f"has {size:,}: it was not written or fetched whole; fetch it anew"
+            )
+        return _Layout(kind, _HEADER.size, count)
+
+    def _starts(self, ids: _Array, reading: TokenReading) -> _Array:
+        return np.flatnonzero(ids == reading.settled.separator_id)
+
+
+class Megatron(TokenFormat):
+    """Indexed datasets of Megatron-LM; the units of a span are sequences, each of them a row."""
+
+    name = "megatron"
+    weak_suffixes = (".idx",)
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """Return the index and the file of ids."""
+        ids = path.with_suffix(".bin")
+        if not ids.is_file():
+            raise CorpusError(
+                f"{path.name} is an index without its ids: {ids.name} is missing next to it; fetch "
+                "both"
+            )
+        return path, ids
+
+    def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
+        """Divide a file into runs of sequences, after checking that all lie within the ids."""
+        index, ids = self.files(file.path)
+        kind, count = self._open_index(file)
+        width, size = np.dtype(kind).itemsize, ids.stat().st_size
+        start = held = end = 0
+        with _opened(index) as handle:
+            for first, lengths, begins in _sequences(handle, 0, count, count, file.name):
+                stops = begins + lengths.astype(np.int64) * width
+                before = np.append(end, stops[:-1])
+                wrong = np.flatnonzero(
+                    (lengths < 0) | (begins < before) | (begins > size) | (stops > size)
+                )
+                if len(wrong):
+                    at = int(wrong[0])
+                    raise CorpusError(
+                        f"{file.name}: sequence {first + at} claims {lengths[at]:,} ids from byte "
+                        f"{begins[at]:,} on; {ids.name} has {size:,} bytes, and sequences follow "
+                        "one another. The two files do not belong together, or one was not "
+                        "written whole: fetch or make both anew"
+                    )
+                end = int(stops[-1])
+                for at, length in enumerate(lengths.tolist(), first + 1):
+                    held += length * width
+                    if held >= span_bytes:
+                        yield Span(file, start, at, held)
+                        start, held = at, 0
+        if start < count:
+            yield Span(file, start, count, held)
+
+    def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
+        """Yield the sequences of a span, in order; a long one that is joined, in blocks."""
+        file, reading = span.file, _reading(fields)
+        index, ids = self.files(file.path)
+        kind, count = self._open_index(file)
+        width = np.dtype(kind).itemsize
+        with _opened(index) as handle, _opened(ids) as tokens:
+            runs = _sequences(handle, span.start, span.stop, count, file.name)
+            for first, lengths, begins in runs:
+                for at, (length, begin) in enumerate(
+                    zip(lengths.tolist(), begins.tolist(), strict=True), first
+                ):
+                    where = partial("{}, sequence {}".format, file.name, at)
+                    if not length:
+                        yield blank_piece(0)
+                    require_fitting(length, where, reading)
+                    for start in range(0, length, _BLOCK):
+                        part = min(_BLOCK, length - start)
+                        found = _read(tokens, begin + start * width, part, kind, ids.name)
+                        yield token_piece(
+                            *(found, where, reading, part * width),
+                            opens=start == 0,
+                            closes=start + part == length,
+                        )
+
+    def _open_index(self, file: SourceFile) -> tuple[str, int]:
+        """Return the type of the ids and the number of sequences, from a checked header."""
+        with _opened(file.path) as handle:
+            size = os.fstat(handle).st_size
+            header = os.pread(handle, _INDEX_HEADER.size, 0)
+        if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+            raise CorpusError(
+                f"{file.name} is no index of Megatron-LM: it begins with {header[:9]!r}, expected "
+                f"{_INDEX_MAGIC!r}; name the .idx file of an indexed dataset"
+            )
+        _, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        if version != 1 or code not in _INDEX_KINDS:
+            raise CorpusError(
+                f"{file.name} has version {version} and ids of type {code}; expected version 1 and "
+                f"whole numbers ({', '.join(map(str, _INDEX_KINDS))}). Make it anew"
+            )
+        expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+        if size == expected + sequences and sequences:
+            raise CorpusError(
+                f"{file.name} is a multimodal dataset: it has a mode for each sequence. Only text "
+                "is read"
+            )
+        if size != expected:
+            raise CorpusError(
+                f"{file.name} claims {sequences:,} sequences and {documents:,} documents, "
+                f"{expected:,} bytes, and has {size:,}: it was not written or fetched whole; fetch "
+                "it anew"
+            )
+        return _INDEX_KINDS[code], sequences
+
+
+def _reading(fields: Fields | None) -> TokenReading:
+    assert fields is not None
+    assert fields.tokens is not None  # checked by `open_source`
+    return fields.tokens
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[Any]:
+    """Open a regular file for `os.pread`; None for no file."""
+    if path is None:
+        yield None
+        return
+    handle = open_regular(path)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
+    """Return numbers of a file; an error where it ends before."""
+    size = count * np.dtype(kind).itemsize
+    data = os.pread(handle, size, first)
+    while 0 < len(data) < size and (more := os.pread(handle, size - len(data), first + len(data))):
+        data += more
+    if len(data) != size:
+        raise CorpusError(
+            f"{name} ends at byte {first + len(data):,}, expected {size:,} bytes from byte "
+            f"{first:,} on; it became shorter while it was read. Fetch it anew"
+        )
+    return np.frombuffer(data, kind).astype(np.int64)
+
+
+def _sequences(
+    handle: int, start: int, stop: int, count: int, name: str
+) -> Iterator[tuple[int, _Array, _Array]]:
+    """Yield, in blocks, the first number, the lengths and the first bytes of sequences."""
+    for first in range(start, stop, _BLOCK):
+        many = min(_BLOCK, stop - first)
+        lengths = _read(handle, _INDEX_HEADER.size + 4 * first, many, "<i4", name)
+        begins = _INDEX_HEADER.size + 4 * count + 8 * first
+        yield first, lengths, _read(handle, begins, many, "<i8", name)
+
+
+def _width(path: Path | None) -> int | None:
+    """Return the bytes per id that datatrove's metadata states; None where they do not."""
+    if path is None:
+        return None
+    with path.open("rb") as handle:
+        line = handle.read(_LARGEST_METADATA).partition(b"\n")[0]
+    _, bar, width = line.rpartition(b"|")
+    return int(width) if bar and width.isdigit() and len(width) < 4 else None
+
+
+class _Ends:
+    """The ends of documents in a file, as a sequence that `bisect` reads."""
+
+    def __init__(self, handle: int, count: int, name: str) -> None:
+        self._handle, self._count, self._name = handle, count, name
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: int) -> int:
+        return int(_read(self._handle, 8 * at, 1, "<u8", self._name)[0])
+
+
+def _last_end(path: Path, name: str) -> int:
+    with _opened(path) as handle:
+        count, rest = divmod(os.fstat(handle).st_size, 8)
+        if rest or not count:
+            raise CorpusError(
+                f"{name}.index has {8 * count + rest} bytes, expected 8 for each document; fetch "
+                "it anew, or remove it"
+            )
+        return _Ends(handle, count, name)[count - 1]
+
+
+def _ends_within(handle: int, start: int, stop: int, name: str) -> _Array:
+    """Return the ends of documents in (start, stop), which are the starts of the next ones."""
+    ends = _Ends(handle, os.fstat(handle).st_size // 8, name)
+    first, last = bisect_right(ends, start), bisect_left(ends, stop)
+    many = min(max(last - first, 0), stop - start)
+    found = _read(handle, 8 * first, many, "<u8", name)
+    if many != last - first or (np.diff(found) < 0).any():
+        raise CorpusError(
+            f"{name} does not ascend at its document {first}; fetch it anew, or remove it"
+        )
+    return found
