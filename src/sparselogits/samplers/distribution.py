@@ -18,7 +18,8 @@ benchmarks/sampling.py). A token of probability zero, such as a masked one, is n
 
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
-Cost: about two `torch.softmax` over the same logits in warm memory (benchmarks/sampling.py).
+Cost: about 1.3 `torch.softmax` over the same logits in warm memory where a C compiler is found
+(compiled.py), about 2 otherwise (benchmarks/sampling.py).
 Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
 block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
 of 64 is padded, 64 positions at a time.
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparselogits.errors import InvalidLogitsError
+from sparselogits.samplers import compiled
 from sparselogits.targets import offsets_from_lengths
 
 BLOCK = 64
@@ -99,12 +101,14 @@ class Blocks:
             InvalidLogitsError: NaN, +inf, or a row of -inf only.
         """
         whole = _whole_blocks(logits)
-        peak, shift, sums, moment = _coarse_sums(whole, exponent, with_moment=with_moment)
+        peak, shift, sums, moments = _block_sums(whole, exponent, with_moment)
         _require_finite(logits, peak, first_position)
+        shift = shift.double() * (1 + factors(exponent)[1])
+        moment = None if moments is None else moments.sum(-1)
         coarse = cls(whole, shift, sums, exponent, moment=moment)
         heavy = sums * coarse.weights_of(peak, shift) > _REFINE * coarse.total.square()
-        rows, blocks = heavy.nonzero(as_tuple=True)
-        sums[rows, blocks] = coarse.weights_in(rows, blocks).sum(-1)
+        blocks = heavy.flatten().nonzero()[:, 0]
+        sums.view(-1)[blocks] = coarse.weights_in(blocks).sum(-1)
         return coarse
 
     @property
@@ -128,18 +132,16 @@ class Blocks:
         """Return the weights of logits, float64 [H, n], from the shifts of their rows, [H, 1]."""
         if self.exponent == 0:
             return (logits > -torch.inf).double()  # 0 * inf is NaN
-        exponents = logits.to(torch.float64, copy=True)
-        return exponents.mul_(self.exponent * _LOG2_E).sub_(shift).exp2_()
+        return torch.add(-shift, logits.double(), alpha=self.exponent * _LOG2_E).exp2_()
 
-    def weights_in(self, rows: Tensor, blocks: Tensor) -> Tensor:
+    def weights_in(self, blocks: Tensor) -> Tensor:
         """Return the weights in H blocks, float64 [H, 64].
 
         Args:
-            rows: int64 [H], row of each block.
-            blocks: int64 [H], index of each block in its row.
+            blocks: int64 [H], indices of blocks, numbered row after row.
         """
-        flat = rows * self.sums.shape[1] + blocks
-        chosen = self.logits.view(-1, BLOCK).index_select(0, flat)
+        chosen = self.logits.view(-1, BLOCK).index_select(0, blocks)
+        rows = blocks.div(self.sums.shape[1], rounding_mode="floor")
         weights = self.weights_of(chosen, self.shift[rows])
         if self.ceiling is not None:
             weights.masked_fill_(weights >= self.ceiling[rows], 0)
@@ -168,7 +170,7 @@ class Blocks:
         """
         exponent = torch.frexp(self.total).exponent
         scale = torch.ldexp(torch.ones_like(self.total), 61 - exponent)
-        return (self.sums * scale).round().to(torch.int64).cumsum(-1), scale
+        return (self.sums * scale).round_().to(torch.int64).cumsum(-1), scale
 
     def tokens_at(self, edges: Tensor, levels: Tensor) -> Tensor:
         """Return the token that contains each level of the cumulative distribution.
@@ -186,15 +188,14 @@ class Blocks:
         lower = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0)
         rows = torch.arange(levels.shape[0], device=levels.device)[:, None].expand_as(block)
         hit, which = _distinct((rows * edges.shape[1] + block).flatten())
-        hit_rows = hit.div(edges.shape[1], rounding_mode="floor")
-        weights = self.weights_in(hit_rows, hit - hit_rows * edges.shape[1])
+        weights = self.weights_in(hit)
         scale = 2.0**52 / weights.sum(-1, keepdim=True).clamp_min(_TINY)
-        fine = (weights * scale).round().to(torch.int64).cumsum(-1)
+        fine = (weights * scale).round_().to(torch.int64).cumsum(-1)
         # A level keeps its relative position in the block when sums are replaced by exact weights.
         share = (levels - lower).double() / (upper - lower).clamp_min(1).double()
         top = fine[:, -1][which]
         level = (share.flatten() * top).ceil().to(torch.int64).clamp_min(1).minimum(top)
-        column = (fine[which] < level[:, None]).sum(-1)
+        column = torch.searchsorted(fine[which], level[:, None])
         return block * BLOCK + column.view_as(block)
 
 
@@ -271,14 +272,40 @@ def _whole_blocks(logits: Tensor) -> Tensor:
     return logits.contiguous()
 
 
-def _coarse_sums(
-    logits: Tensor, exponent: float, *, with_moment: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return what `Blocks` needs, computed in float32.
+def _block_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
+    """Return what `torch_block_sums` returns, computed by the compiled function where there is one.
+
+    Args:
+        logits: float [P, V], with V a multiple of 64.
+        exponent: exponent of the proposal.
+        with_moment: whether to compute the moments.
+    """
+    slope, remainder = factors(exponent)
+    if (
+        logits.device.type == "cpu"
+        and logits.dtype == torch.float32
+        and exponent != 0
+        and logits.numel() >= compiled.WORTHWHILE
+        and (fast := compiled.block_sums()) is not None
+    ):
+        return fast(logits, slope, remainder, with_moment)
+    return torch_block_sums(logits, slope, remainder, with_moment)
+
+
+def torch_block_sums(
+    logits: Tensor, slope: float, remainder: float, with_moment: bool
+) -> compiled.Sums:
+    """Sum weights by block in float32; block_sums.c does the same operations in the same order.
+
+    Args:
+        logits: float [P, V], with V a multiple of 64.
+        slope: see `factors`.
+        remainder: see `factors`.
+        with_moment: whether to compute the moments.
 
     Returns:
-        Largest logits [P, 1]; shifts float64 [P, 1]; block sums float64 [P, B]; the moment, float64
-        [P], or None.
+        Largest logits [P, 1]; their exponents without `remainder`, less 8, [P, 1]; sums of weights
+        float64 [P, B]; sums of weights times exponents float64 [P, B], or None.
     """
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
@@ -287,34 +314,31 @@ def _coarse_sums(
     weights = torch.empty(at_once, vocabulary, dtype=torch.float32, device=logits.device)
     powers = torch.empty_like(weights) if with_moment else weights
     sums = torch.empty(positions, blocks, dtype=torch.float64, device=logits.device)
-    moment = sums.new_empty(positions) if with_moment else None
+    moments = torch.empty_like(sums) if with_moment else None
     high = torch.promote_types(logits.dtype, torch.float32)
     peaks = torch.empty(positions, 1, dtype=high, device=logits.device)
     shifts = torch.zeros_like(peaks)
-    slope, remainder = _factors(exponent)
     for start in range(0, positions, at_once):
         part = slice(start, min(start + at_once, positions))
         power, weight = powers[: part.stop - start], weights[: part.stop - start]
         few = logits[part]
         peaks[part] = few.amax(-1, keepdim=True)
-        if exponent == 0:
-            torch.gt(few, -torch.inf, out=weight)
+        if slope == 0:
+            torch.gt(few, -torch.inf, out=weight)  # 0 * inf is NaN
         else:
             shifts[part] = (peaks[part] * slope).round() - _PEAK
             torch.add(-shifts[part], few, alpha=slope, out=power)
             power.add_(power, alpha=remainder)
-            if with_moment:
-                power.clamp_min_(_NOTHING)
             torch.exp2(power, out=weight)
         sums[part] = weight.view(-1, blocks, BLOCK).sum(-1)
-        if moment is not None:
-            product = torch.mul(weight, power, out=power).view(-1, blocks, BLOCK)
-            moment[part] = product.sum(-1).double().sum(-1)
-    return peaks, shifts.double() * (1 + remainder), sums, moment
+        if moments is not None:
+            torch.mul(weight, power.clamp_min_(_NOTHING), out=power)
+            moments[part] = power.view(-1, blocks, BLOCK).sum(-1)
+    return peaks, shifts, sums, moments
 
 
 @cache
-def _factors(exponent: float) -> tuple[float, float]:
+def factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a and b such that a * (1 + b) is exponent / ln 2 within 1e-10.
 
     The rounding error of a single float32 factor, up to 6e-8, is the same for all tokens, so it
@@ -332,7 +356,7 @@ def _require_finite(logits: Tensor, peak: Tensor, first_position: int) -> None:
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0, 0])
-    if peak[row, 0] == -torch.inf:
+    if bool((logits[row] == -torch.inf).all()):
         raise InvalidLogitsError(
             f"position {first_position + row}: every logit is -inf, expected at least one finite "
             "logit; check the mask of ids that are tokens"

@@ -131,11 +131,12 @@ def _split(blocks: Blocks, ceiling: Tensor) -> tuple[Blocks, Tensor, Tensor, Ten
         heavy tokens.
     """
     candidates = blocks.sums >= ceiling * (1 - 1e-5)  # block sums may have float32 errors
-    rows, index = candidates.nonzero(as_tuple=True)
-    weights = blocks.weights_in(rows, index)
+    index = candidates.flatten().nonzero()[:, 0]
+    rows = index.div(blocks.sums.shape[1], rounding_mode="floor")
+    weights = blocks.weights_in(index)
     heavy = weights >= ceiling[rows]
     sums = blocks.sums.clone()
-    sums[rows, index] = weights.masked_fill(heavy, 0).sum(-1)
+    sums.view(-1)[index] = weights.masked_fill(heavy, 0).sum(-1)
     hit, column = heavy.nonzero(as_tuple=True)
-    ids = index[hit] * weights.shape[1] + column
+    ids = (index - rows * blocks.sums.shape[1])[hit] * weights.shape[1] + column
     return replace(blocks, sums=sums, ceiling=ceiling), rows[hit], ids, weights[heavy]
