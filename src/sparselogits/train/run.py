@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -230,12 +231,8 @@ def _run(
     if online:
         assert teacher is not None
         require_same_teacher(teacher, dataset.identity)
-    torch.manual_seed(recipe.seed)
-    model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
-    if recipe.student.is_new and tokenizer is not None:
-        give_tokens(model, tokenizer)
     trainer = SparseKDTrainer(
-        model,
+        _new_student(recipe, dataset, tokenizer),
         arguments,
         train_dataset=dataset,
         eval_dataset=evaluated,
@@ -274,20 +271,37 @@ def save_untrained(recipe: Recipe) -> RunResult:
     """
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
     tokenizer = find_tokenizer(recipe, dataset)
+    model = _new_student(recipe, dataset, tokenizer)
+    _save(model, recipe, dataset, tokenizer, {"steps": 0})
+    return RunResult(recipe.out, 0.0, 0, [], [], None, fresh=True)
+
+
+def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
+    """Return the untrained student of a recipe."""
     torch.manual_seed(recipe.seed)
     model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
     if recipe.student.is_new and tokenizer is not None:
         give_tokens(model, tokenizer)
+    return model
+
+
+def _save(
+    model: nn.Module,
+    recipe: Recipe,
+    dataset: CacheDataset,
+    tokenizer: Any | None,
+    figures: Mapping[str, Any],
+) -> None:
+    """Save the student of a recipe, with the figures of the run in its model card."""
     quantize = recipe.student.quantize
     save_student(
         model,
         recipe.out,
         tokenizer=tokenizer,
         dtype=saved_dtype(recipe),
-        card=model_card(recipe, dataset.identity, {"steps": 0}),
+        card=model_card(recipe, dataset.identity, figures),
         quantization=None if quantize is None else quantize.settings(),
     )
-    return RunResult(recipe.out, 0.0, 0, [], [], None, fresh=True)
 
 
 def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -> PlannedRun:
@@ -426,7 +440,6 @@ def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments
 def _finish(
     trainer: SparseKDTrainer, recipe: Recipe, tokenizer: Any | None, seconds: float
 ) -> RunResult:
-    out, identity = recipe.out, trainer.train_dataset.identity
     model = trainer.accelerator.unwrap_model(trainer.model)
     history = trainer.state.log_history
     facts: dict[str, Any] = {
@@ -434,7 +447,7 @@ def _finish(
         "steps": int(trainer.state.global_step),
         "curve": _curve(history, "loss"),
         "label_curve": _curve(history, "ce"),
-        "entries": next((line["entries"] for line in reversed(history) if "entries" in line), None),
+        "entries": _last(history, "entries"),
     }
     if trainer.is_world_process_zero():
         figures = {"steps": facts["steps"]} | {
@@ -445,19 +458,10 @@ def _finish(
         evaluated = _last(history, "eval_loss")
         if evaluated is not None:
             figures["held-out loss"] = f"{evaluated:.4f} nats per token"
-        card = model_card(recipe, identity, figures)
-        quantize = recipe.student.quantize
-        save_student(
-            model,
-            out,
-            tokenizer=tokenizer,
-            dtype=saved_dtype(recipe),
-            card=card,
-            quantization=None if quantize is None else quantize.settings(),
-        )
-        _keep_logs(out)
-        write_whole(out / "run.json", _json(facts))
-    return RunResult(out, **facts, fresh=True)
+        _save(model, recipe, trainer.train_dataset, tokenizer, figures)
+        _keep_logs(recipe.out)
+        write_whole(recipe.out / "run.json", _json(facts))
+    return RunResult(recipe.out, **facts, fresh=True)
 
 
 def _keep_logs(out: Path) -> None:
