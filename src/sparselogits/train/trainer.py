@@ -261,20 +261,16 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = WindowOrder(self._windows, seed, dataset.identity.fingerprint)
-        self._order = WindowSampler(order, thinning=self._thinning, pace=self._pace(self._windows))
+        self._order = WindowSampler(order, thinning=self._thinning, pace=self.pace())
         return self._order
 
     def pace(self) -> Pace:
-        """Return the number of windows per optimiser step and the number of steps."""
-        return self._pace(self._windows)
-
-    def _pace(self, windows: int) -> Pace:
         """Compute how the Trainer will divide epochs into steps; checked when training begins."""
         windows_per_step = self.get_total_train_batch_size(self.args)
         together = windows_per_step // self.args.gradient_accumulation_steps
-        batches = windows // together
+        batches = self._windows // together
         if not self.args.dataloader_drop_last:
-            batches = math.ceil(windows / together)
+            batches = math.ceil(self._windows / together)
         steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         steps = self.args.max_steps
         if steps <= 0:
