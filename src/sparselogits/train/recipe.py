@@ -42,6 +42,7 @@ from sparselogits.untrusted import printable, shown
 _Model = TypeVar("_Model", bound=BaseModel)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 
@@ -408,7 +409,7 @@ class Recipe(TrainingSettings):
         description=f"the cache's teacher, for {listed(ONLINE)}: a model folder, GGUF file or hub "
         "name",
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    teacher_dtype: DtypeName = Field(
         "auto", description="number format of the teacher; auto: the format in which it is stored"
     )
     alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
@@ -425,7 +426,7 @@ class Recipe(TrainingSettings):
     thinning: Thinning | None = Field(
         None, description="use fewer of the cached rounds (see thinning)"
     )
-    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    save_dtype: DtypeName = Field(
         "auto",
         description="number format of the saved student; auto: that of the existing model it was "
         "trained from, float32 for a new one",

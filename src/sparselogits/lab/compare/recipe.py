@@ -41,6 +41,7 @@ from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
 from sparselogits.samplers import SamplerChoice, TopK, choose
 from sparselogits.train.recipe import (
     Count,
+    DtypeName,
     Fraction,
     Quantize,
     Student,
@@ -260,7 +261,7 @@ class CompareRecipe(_Strict):
 
     title: str = Field("comparison", description="title of the report")
     teacher: str = Field(description="model folder, GGUF file or hub name")
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    teacher_dtype: DtypeName = "auto"
     data: str = Field(description="text, JSONL or Parquet file, folder, or dataset")
     text_field: str = "text"
     completion_only: bool = Field(
