@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.language_model import embedding_rows, text_config
+from sparselogits.language_model import embedding_rows, in_eval_mode, text_config
 
 Forward = Callable[..., Tensor]
 """Forward pass from `input_ids` int64 [B, L] and further keyword inputs to states or logits
@@ -75,12 +75,8 @@ class Documents:
         config = text_config(getattr(model, "config", None))
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
         limits = [limit for limit in (rotary, chunk) if limit is not None]
-        was_training = model.training
-        model.eval()
-        try:
+        with in_eval_mode(model):
             way = _probe_way(run, _probe_tokens(model), equal=rotary is not None)
-        finally:
-            model.train(was_training)
         return cls(type(model).__name__, way, min(limits, default=None), rotary)
 
     def run(

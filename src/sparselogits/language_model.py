@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from sparselogits.errors import InvalidArgumentError
 
-PROBE_LENGTH = 16
+_PROBE_LENGTH = 16
 """Number of tokens on which models are compared with their parts."""
 
 
@@ -195,7 +195,7 @@ def _measure_scale_and_softcap(
         return None  # an offloaded weight has no values in memory
     magnitudes = torch.logspace(-10, 16, 79, base=2.0)
     ramp = torch.cat([magnitudes, -magnitudes]).to(weight.device)
-    rows = torch.arange(PROBE_LENGTH, device=weight.device)[:, None] * 37
+    rows = torch.arange(_PROBE_LENGTH, device=weight.device)[:, None] * 37
     columns = torch.arange(weight.shape[0], device=weight.device)[None]
     given = ramp[(rows + columns) % len(ramp)][None]
 
@@ -204,7 +204,7 @@ def _measure_scale_and_softcap(
         return given[:, : output.shape[1]].clone()
 
     with _forward_hook(head, replaced):
-        found = _logits_of(model, _probe_tokens(model, weight.device))
+        found = _logits_of(model, probe_tokens(model, weight.device))
     if found is None or found.shape != given.shape:
         return None
     found = found.float()
@@ -245,21 +245,30 @@ def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def _probe_tokens(model: nn.Module, device: Any) -> Tensor:
-    tokens: Tensor = torch.arange(PROBE_LENGTH, device=device) * 7919 % embedding_rows(model)
+def probe_tokens(model: nn.Module, device: Any = "cpu") -> Tensor:
+    """Return different token ids, int64 [1, L], on which a model is compared with its parts."""
+    tokens: Tensor = torch.arange(_PROBE_LENGTH, device=device) * 7919 % embedding_rows(model)
     return tokens[None]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval mode within a `with` block, and restore its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
     """Return the logits [1, L, V] of a model's own forward pass; None if the pass fails."""
-    was_training = model.training
-    model.eval()
     try:
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        with in_eval_mode(model):
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
-    finally:
-        model.train(was_training)
     return logits
 
 
@@ -285,7 +294,7 @@ def _agree_with(model: nn.Module, parts: Parts) -> bool:
     dtype.
     """
     weight: Any = parts.head.weight
-    tokens = _probe_tokens(model, weight.device)
+    tokens = probe_tokens(model, weight.device)
     entered: list[Tensor] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -294,15 +303,12 @@ def _agree_with(model: nn.Module, parts: Parts) -> bool:
 
     with _forward_hook(parts.head, record):
         whole = _logits_of(model, tokens)
-    was_training = model.training
-    model.eval()
     try:
-        hidden = parts.states(input_ids=tokens)
-        sliced = parts.bound_head()(hidden)
+        with in_eval_mode(model):
+            hidden = parts.states(input_ids=tokens)
+            sliced = parts.bound_head()(hidden)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return False
-    finally:
-        model.train(was_training)
     if whole is None or whole.shape != sliced.shape or len(entered) != 1:
         return False
     eps = torch.finfo(weight.dtype).eps

@@ -20,6 +20,7 @@ from sparselogits.documents import restarting_positions
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.acceptance import Round, draft_and_verify
 from sparselogits.evaluate.passes import StudentLogits, document_starts, require_ids
+from sparselogits.language_model import in_eval_mode
 from sparselogits.teacher import Engine
 
 
@@ -94,10 +95,8 @@ def draft_from_prefixes(
         )
     generator = torch.Generator().manual_seed(seed)
     logits = StudentLogits(student)
-    training = student.training
-    student.eval()
     rounds = []
-    try:
+    with in_eval_mode(student):
         for index in range(len(windows)):
             item = windows[index]
             for i in range(prefixes):
@@ -105,8 +104,6 @@ def draft_from_prefixes(
                 rounds.append(_draft_once(item, end, logits, teacher, draft, generator))
             if progress is not None:
                 progress(index + 1, len(windows))
-    finally:
-        student.train(training)
     acceptances = torch.cat([own.acceptances for own in rounds])
     variance = float((acceptances * (1 - acceptances)).clamp(min=0).sum())
     return Drafting(

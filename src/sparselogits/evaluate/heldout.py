@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from sparselogits.evaluate.intervals import (
     ratio,
 )
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
+from sparselogits.language_model import in_eval_mode
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
@@ -217,21 +219,17 @@ def evaluate(
             "there are no held-out windows; build the cache with a hold-out, as in --holdout 0.05"
         )
     learners = {name: StudentLogits(model) for name, model in students.items()}
-    modes = {name: model.training for name, model in students.items()}
-    for model in students.values():
-        model.eval()
     names = [*(["teacher"] if teacher is not None else []), *students]
     found: dict[str, list[_Measured]] = {name: [] for name in names}
-    try:
+    with ExitStack() as modes:
+        for model in students.values():
+            modes.enter_context(in_eval_mode(model))
         for done in range(len(windows)):
             measured = _measure_window(windows[done], learners, teacher)
             for name, own in measured.items():
                 found[name].append(own)
             if progress is not None:
                 progress(done + 1, len(windows))
-    finally:
-        for name, model in students.items():
-            model.train(modes[name])
     return {
         name: _summarise(own, with_teacher=teacher is not None, resamples=resamples, seed=seed)
         for name, own in found.items()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparselogits.errors import InvalidArgumentError, ShrinkError
+from sparselogits.language_model import in_eval_mode
 from sparselogits.progress import Progress
 from sparselogits.shrink.layout import layout_of, sizes_of
 from sparselogits.shrink.plan import Kept, ShrinkTarget, kept_layers, largest
@@ -112,9 +113,7 @@ def shrink(
             "choosing what to prune needs calibration windows, int64 [N, L]; give some, or name "
             "the layers to drop"
         )
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         scores = None
         if chosen_by_score:
             assert windows is not None
@@ -126,8 +125,6 @@ def shrink(
             kept = _kept_width(model, target, kept, windows, wide, progress)
         order = order_of(model, layout, kept)
         student = build(model, Slicer(layout, kept, order))
-    finally:
-        model.train(was_training)
     return Shrunk(
         model=student,
         dropped_layers=tuple(n for n in range(layout.sizes.layers) if n not in kept.layers),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselogits.errors import ShrinkError
-from sparselogits.language_model import PROBE_LENGTH
+from sparselogits.language_model import probe_tokens
 from sparselogits.shrink.layout import Layout, Order, resized
 from sparselogits.shrink.plan import Kept
 
@@ -155,7 +155,7 @@ def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
             inside = torch.zeros(shape, dtype=inside.dtype).index_copy_(dim, index, inside)
         padded[name] = inside
     whole.load_state_dict(padded)
-    probe = _probe(student)
+    probe = probe_tokens(student)
     expected = student(input_ids=probe, use_cache=False).logits
     hidden = slicer.kept.hidden
     if hidden is None:
@@ -203,7 +203,7 @@ def _inputs_of(
     Embeddings that are multiplied by a function of the hidden size were rescaled in the smaller
     model (`_keep_scales`) and are not to be multiplied twice.
     """
-    states = _first_inputs(student, layout, _probe(student))
+    states = _first_inputs(student, layout, probe_tokens(student))
 
     def replaced(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wide = torch.zeros(*states.shape[:-1], layout.sizes.hidden)
@@ -257,7 +257,7 @@ def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
     names = norms_of(student, slicer.layout)
     for name in names:
         _multiply_norm(modules[name], growth)
-    probe = _probe(student)
+    probe = probe_tokens(student)
     wide = _first_inputs(model, slicer.layout, probe)[..., hidden.to(_device(model))].cpu().float()
     narrow = _first_inputs(student, slicer.layout, probe).float()
     factor = float((wide * narrow).sum() / (narrow * narrow).sum())
@@ -316,11 +316,6 @@ def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-def _probe(model: nn.Module) -> Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return (torch.arange(PROBE_LENGTH) * 7919 % vocabulary)[None]  # type: ignore[no-any-return]
 
 
 def _device(model: nn.Module) -> torch.device:

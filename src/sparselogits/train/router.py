@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.language_model import PROBE_LENGTH, Parts, text_config
+from sparselogits.language_model import Parts, in_eval_mode, probe_tokens, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
 """Function from the trunk's output and the attention mask to the loss times its coefficient."""
@@ -52,16 +52,11 @@ def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
 
 @torch.no_grad()
 def _agrees(model: nn.Module, parts: Parts, loss: BalancingLoss, scale: float) -> bool:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    device = parts.head.weight.device
-    probe = torch.arange(PROBE_LENGTH, device=device)[None] * 7919 % vocabulary  # type: ignore[arg-type]
-    was_training = model.training
-    model.eval()
+    given = {"input_ids": probe_tokens(model, parts.head.weight.device), "use_cache": False}
     try:
-        own = model(input_ids=probe, use_cache=False, output_router_logits=True).aux_loss
-        apart = loss(parts.trunk(input_ids=probe, use_cache=False, output_router_logits=True), None)
+        with in_eval_mode(model):
+            own = model(**given, output_router_logits=True).aux_loss
+            apart = loss(parts.trunk(**given, output_router_logits=True), None)
     except (AttributeError, TypeError, RuntimeError):
         return False
-    finally:
-        model.train(was_training)
     return own is not None and bool(torch.isclose(apart, scale * own, rtol=1e-3, atol=1e-6))
