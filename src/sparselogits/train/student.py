@@ -214,8 +214,7 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
 
 def parameters_of(model: nn.Module) -> Mapping[str, int]:
     """Count a model's parameters: all of them, and the trained ones."""
-    found = {id(p): p for p in model.parameters()}.values()
     return {
-        "parameters": sum(p.numel() for p in found),
-        "trained": sum(p.numel() for p in found if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
