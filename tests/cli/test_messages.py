@@ -50,7 +50,7 @@ MISTAKES = {
     "push {cache} {new}": ("is not a url", "hf://datasets/org/name"),
     "push {cache} nowhere9://x/y": ("no installed driver opens", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
-    "train --cache {cache} --out {new}": ("name the student to train", "--student-config 30m"),
+    "train --cache {cache} --out {new}": ("specify the student to train", "--student-config 30m"),
     "train --cache {cache} --out {new} --student a --student-config tiny": (
         "--student trains an existing model",
         "give one of them",

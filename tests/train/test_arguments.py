@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.data import Schedule, WindowOrder, collate
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
-from sparselogits.train.arguments import REFUSED, REFUSED_OF_TRAINER
+from sparselogits.train.arguments import REJECTED, REJECTED_BY_TRAINER
 from tests.conftest import tiny_llama
 from tests.train.test_trainer import KeepLogs, arguments
 
@@ -122,7 +122,7 @@ def few(cache: Path, windows: int = 8) -> CacheDataset:
 
 def test_every_field_is_decided_about() -> None:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    decided = [set(WORKS), set(REFUSED), set(ELSEWHERE), set(NEED_MORE)]
+    decided = [set(WORKS), set(REJECTED), set(ELSEWHERE), set(NEED_MORE)]
     assert set().union(*decided) == fields
     assert sum(map(len, decided)) == len(fields)
 
@@ -132,7 +132,7 @@ def test_every_argument_of_the_trainer_is_decided_about() -> None:
     works |= {"processing_class", "compute_metrics", "preprocess_logits_for_metrics"}
     works |= {"callbacks", "optimizers", "optimizer_cls_and_kwargs"}
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    assert works | set(REFUSED_OF_TRAINER) == known
+    assert works | set(REJECTED_BY_TRAINER) == known
 
 
 @pytest.mark.parametrize("name", WORKS)

@@ -245,9 +245,9 @@ def test_logs_are_kept_and_held_out_text_is_evaluated(kept: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("further", "said"),
     [
-        ({"lr_scheduler_type": "nope"}, "refuses these settings"),
+        ({"lr_scheduler_type": "nope"}, "rejects these settings"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
-        ({"dataloader_prefetch_factor": 3}, "refuses these settings"),
+        ({"dataloader_prefetch_factor": 3}, "rejects these settings"),
     ],
 )
 def test_settings_of_the_trainer_that_cannot_be(

@@ -525,7 +525,7 @@ def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(
         found = weights(whole, checkpoint)
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
-    with pytest.raises(InvalidArgumentError, match=r"now holds 0 to 63: the run cannot resume"):
+    with pytest.raises(InvalidArgumentError, match=r"now contains 0 to 63: the run cannot resume"):
         weights(Grown(several_shards, ranges[:1]), checkpoint)
     with pytest.raises(InvalidArgumentError, match="cannot resume in the same order"):
         weights(Grown(several_shards, ranges[1:]), checkpoint)

@@ -1,7 +1,8 @@
 """Validate the arguments of `SparseKDTrainer`.
 
 Every argument of transformers' Trainer and TrainingArguments has the effect that transformers
-documents, or is refused by name before any work. A test covers the fields of the installed version.
+documents, or is rejected by name before training starts. A test covers all fields of the installed
+version.
 """
 
 from __future__ import annotations
@@ -18,31 +19,28 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.losses import MissingMass
 from sparselogits.methods import TrainingMethod, find_method, require_fits
 
-_LOSS = "the loss is that of `method` and `alpha`"
-
 
 def _split_or_dispatched(value: Any) -> bool:
     settings = value if isinstance(value, Mapping) else vars(value) if value is not None else {}
     return bool(settings.get("split_batches") or settings.get("dispatch_batches"))
 
 
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (
         lambda value: value != "random",
         "the order of the windows is computed from the seed, so that a run resumes exactly and "
-        "reads every window once per epoch; all windows have the same length. Leave it at "
-        "'random'",
+        "reads every window once per epoch; all windows have the same length. Use 'random'",
     ),
     "use_liger_kernel": (
         bool,
-        "it replaces the student's forward, and with it the loss. Patch the student without a loss "
-        "before making the trainer: apply_liger_kernel_to_llama(model=student, "
+        "Liger would replace the student's forward, and with it the loss. Patch the student "
+        "without a loss before creating the trainer: apply_liger_kernel_to_llama(model=student, "
         "fused_linear_cross_entropy=False, cross_entropy=False), or the function for its "
         "architecture",
     ),
     "label_names": (
         lambda value: value is not None,
-        "the labels come from the cache's windows. Leave it out",
+        "the labels are those of the cache's windows. Leave it out",
     ),
     "deepspeed": (
         lambda value: value is not None,
@@ -56,26 +54,30 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""Fields of TrainingArguments with refused values: a test of the value, and the reason."""
+"""Fields of TrainingArguments with unsupported values: test of the value, reason with advice."""
 
-REFUSED_OF_TRAINER: dict[str, str] = {
-    "compute_loss_func": f"{_LOSS}. For another loss, call "
+REJECTED_BY_TRAINER: dict[str, str] = {
+    "compute_loss_func": "`method` and `alpha` define the loss. For another loss, call "
     "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Arguments of the Trainer itself that are refused, with the reason."""
+"""Arguments of the Trainer itself that are not supported, with the reason and advice."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
-    """Refuse arguments that would have no effect, or another effect than documented.
+    """Check that every argument would have the effect that transformers documents.
+
+    Args:
+        args: transformers' TrainingArguments.
+        others: arguments of the Trainer itself, by name.
 
     Raises:
-        InvalidArgumentError: If an argument is refused; the message says what to do instead.
+        InvalidArgumentError: If an argument is not supported; the message says what to do instead.
     """
-    for name, (refused, why) in REFUSED.items():
+    for name, (rejected, why) in REJECTED.items():
         value = getattr(args, name, None)
-        if refused(value):
+        if rejected(value):
             raise InvalidArgumentError(f"{name}={_cut(value)} cannot be used here: {why}")
-    for name, why in REFUSED_OF_TRAINER.items():
+    for name, why in REJECTED_BY_TRAINER.items():
         if others.get(name) is not None:
             raise InvalidArgumentError(f"{name} cannot be used here: {why}")
 
@@ -92,8 +94,10 @@ def require_objective(
 ) -> TrainingMethod:
     """Validate the arguments of `SparseKDTrainer` that define the objective.
 
+    `teacher` is whether a teacher is given; the other arguments are those of `SparseKDTrainer`.
+
     Returns:
-        The training method of the given name.
+        The training method named by `method`.
 
     Raises:
         InvalidArgumentError: If a value has the wrong type or range, or does not fit the method.
@@ -107,10 +111,11 @@ def require_objective(
         raise InvalidArgumentError(f"beta must be a number in (0, 1) or None, found {beta!r}")
     if missing_mass not in get_args(MissingMass):
         raise InvalidArgumentError(
-            f"missing_mass must be one of {_listed(MissingMass)}, found {missing_mass!r}"
+            f"missing_mass must be one of {', '.join(map(repr, get_args(MissingMass)))}, "
+            f"found {missing_mass!r}"
         )
-    whole = isinstance(rounds, int) and not isinstance(rounds, bool)
-    if rounds is not None and not isinstance(rounds, Schedule) and not whole:
+    is_integer = isinstance(rounds, int) and not isinstance(rounds, bool)
+    if rounds is not None and not isinstance(rounds, Schedule) and not is_integer:
         raise InvalidArgumentError(
             f"rounds must be an integer, a Schedule, or None for all rounds, found {rounds!r}"
         )
@@ -122,10 +127,6 @@ def require_objective(
 
 def _is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def _listed(choices: Any) -> str:
-    return ", ".join(map(repr, get_args(choices)))
 
 
 def _cut(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""Compute the metrics of a log line apart from the loss, without waiting for the device.
+"""Accumulate the metrics of a log line, all but the loss, without waiting for the device.
 
     kd                  cross-entropy to the target (divergence, with the teacher online), nats
     ce                  cross-entropy to the label, nats
     kl                  KL(teacher || student), nats: kd minus the teacher's entropy
     entries             stored entries per position
-    tokens_per_second   over all ranks, without evaluation and saving after a log line
-    data_seconds        time that a rank waited for batches, mean over ranks
+    tokens_per_second   tokens of all ranks per second, evaluation and saving excluded
+    data_seconds        seconds that a rank waited for batches, mean over ranks
 
 The cache stores the teacher's entropy as one mean per window over all positions. Positions without
 a label (the last one of a window) count in that mean but not in kd; `kl` ignores the difference.
@@ -24,7 +24,7 @@ _SUMS = ("kd", "ce", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:
-    """Accumulate sums between log lines in one vector, to which a compiled forward can add."""
+    """Accumulate sums over positions, in one tensor to which a compiled forward can add."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(_SUMS))
@@ -33,7 +33,12 @@ class LossMeter:
         self._began: float | None = None
 
     def add(self, **values: Tensor | int | None) -> None:
-        """Add sums over the positions of a batch, by the names in `_SUMS`; None leaves one out."""
+        """Add the sums of a batch.
+
+        Args:
+            values: sums over the positions of the batch, by the names in `_SUMS`; None for a sum
+                that does not exist for the method.
+        """
         given = {name: value for name, value in values.items() if value is not None}
         device = next(v.device for v in given.values() if isinstance(v, Tensor))
         if self._sums.device != device:
@@ -51,10 +56,13 @@ class LossMeter:
         self._waited += time.perf_counter() - started
 
     def take(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Return the metrics since the last call (see the module's docstring), and start anew.
+        """Return the metrics since the last call, and reset the sums.
 
         Args:
             gather: function that sums a vector over all ranks; called on every rank or on none.
+
+        Returns:
+            The metrics that the module's docstring lists, by name; empty without any position.
         """
         now = time.perf_counter()
         seconds = now - self._began if self._began is not None else 0.0
@@ -82,6 +90,5 @@ class LossMeter:
 def _scalar(value: Tensor | int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().float()
-    return torch.full(
-        (), float(value), device=device
-    )  # a copy from the host would wait for the device
+    # a copy from the host would wait for the device
+    return torch.full((), float(value), device=device)

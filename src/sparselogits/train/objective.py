@@ -1,9 +1,9 @@
-"""Bind the loss into a student's own forward.
+"""Compute the loss inside a student's own forward.
 
-`bind` gives one model instance a forward that runs the trunk and then the fused loss on the head's
-weight. This happens inside the forward that DDP, FSDP2, autocast and torch.compile wrap: calling
-the trunk from outside and using the head's weight there would skip DDP's gradient synchronisation
-without an error.
+`bind` replaces the forward of one model instance by one that runs the trunk and then the fused loss
+on the head's weight. The loss must be computed inside the forward that DDP, FSDP2, autocast and
+torch.compile wrap: calling the trunk from outside and using the head's weight there would skip
+DDP's gradient synchronisation without an error.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from sparselogits.train.router import BalancingLoss, balances_experts, balancing
 
 @dataclass
 class Objective:
-    """Define what a student is trained on.
+    """Define the loss that a student is trained with, and accumulate its metrics.
 
     Args:
         method: name of a training method, see `methods.METHODS`.
         beta: share of the teacher in the mixture of a divergence that has one; None for the
             default.
         alpha: share of the labels' cross-entropy in the loss, in [0, 1].
-        missing_mass: rule for biased targets, see `losses`.
+        missing_mass: rule for the probability mass that biased targets lack, see `losses`.
         temperature: temperature at which the teacher was sampled.
         unbiased: whether the targets are unbiased, so that a KL can be reported.
-        teacher_head: head of the online teacher, whose hidden states come with each batch.
-        teacher_tokens: bool [V], which ids of the online teacher are tokens; None for all.
+        teacher_head: head of the online teacher, whose hidden states are in each batch.
+        teacher_tokens: mask of the ids of the online teacher that are tokens, bool [V]; None if
+            all are.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
         with_logits: whether evaluation returns the student's logits too.
     """
@@ -72,22 +73,23 @@ class Objective:
     training: LossMeter = field(default_factory=LossMeter)
     """Metrics of training since the last log line."""
     evaluation: LossMeter = field(default_factory=LossMeter)
-    """Metrics of an evaluation."""
+    """Metrics of evaluation since its start."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Describe how one student computes an objective.
+    """Describe how a student computes an objective.
 
     Args:
         objective: the objective.
         trunk: name of the trunk among the student's modules; None if the loss is computed on the
             logits of the student's own forward.
-        head: name of the head; None without a trunk.
-        parts: trunk and head at the time of binding, of which only scale and softcap are used.
-        balancing: auxiliary loss of a mixture of experts; None for other models.
-        router_coefficient: weight of the auxiliary loss.
-        documents: way of running packed windows whose attention restarts at document borders.
+        head: name of the head among the student's modules; None if `trunk` is None.
+        parts: trunk and head of the student; None if `trunk` is None.
+        balancing: function that computes the load-balancing loss of a mixture of experts; None for
+            other models.
+        router_coefficient: coefficient of the load-balancing loss.
+        documents: method of running packed windows whose attention restarts at document borders.
     """
 
     objective: Objective
@@ -99,10 +101,9 @@ class Wiring:
     documents: Documents
 
     def parts_of(self, model: nn.Module) -> Parts | None:
-        """Return trunk and head of `model`, which may be a replica of the student that was bound.
+        """Return trunk and head of `model`, the bound student or a copy or replica of the student.
 
-        They are looked up by name in each call: modules kept from the time of binding would make a
-        copy of the student compute the loss with the weights of the original.
+        Trunk and head are looked up by name, because `parts` has the modules of the original.
         """
         if self.parts is None or self.trunk is None or self.head is None:
             return None
@@ -111,12 +112,13 @@ class Wiring:
 
 
 def bind(model: nn.Module, objective: Objective) -> Wiring:
-    """Give one instance of a student a forward that computes the objective.
+    """Replace the forward of one model instance by one that computes the objective.
 
     Called with `shift_labels`, the model returns a loss without logits: the objective if gradients
-    are recorded, else the labels' cross-entropy (evaluation). Other calls are unchanged. The class
-    of the model is replaced by a subclass of the same name; copies and pickles have the original
-    class. A model whose trunk and head cannot be run apart computes its own logits first.
+    are recorded, otherwise the labels' cross-entropy (evaluation). Other calls are unchanged. The
+    class of the model is replaced by a subclass of the same name; copies and pickles have the
+    original class. If trunk and head cannot be run separately, the loss is computed on the logits
+    of the model's forward, with a warning.
 
     Returns:
         The wiring, with which `attach` binds the model again after `unbind`.
@@ -164,7 +166,7 @@ def attach(model: nn.Module, wiring: Wiring) -> None:
     if not isinstance(model, _Bound):
         model.__class__ = _bound_class(type(model))  # type: ignore[arg-type]
     model.__dict__[_WIRING] = wiring
-    own = model.__dict__.get("forward")  # of a library that patches one instance
+    own = model.__dict__.get("forward")  # set by a library that patches one instance
     if own is not None and not _computes(own):
         function = getattr(own, "__func__", None) or _without_self(own)
         model.__dict__[_PATCHED] = own
@@ -172,7 +174,7 @@ def attach(model: nn.Module, wiring: Wiring) -> None:
 
 
 def unbind(model: nn.Module) -> None:
-    """Undo `bind`; a model that is not bound is not changed."""
+    """Undo `bind` or `attach`; a model that is not bound is not changed."""
     if isinstance(model, _Bound):
         model.__dict__.pop(_WIRING, None)
         if _PATCHED in model.__dict__:
@@ -186,10 +188,13 @@ _PLAIN, _MARK = "_sparselogits_plain_class", "_sparselogits_computes_objective"
 
 
 class _Bound:
-    """Mark the classes that `_bound_class` makes."""
+    """Mark the classes that `_bound_class` creates, and copy their instances as original ones."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Describe an instance for `copy` and `pickle` as one of the original class."""
+        """Return the state for `copy` and `pickle` that restores an instance of the original class.
+
+        See `object.__reduce_ex__` for arguments and result.
+        """
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
@@ -207,10 +212,10 @@ class _Bound:
 
 @cache
 def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass that looks like `plain` and whose forward computes the objective.
+    """Return a subclass of `plain`, with the same name, whose forward computes the objective.
 
-    A method of a class is bound to replicas and copies of the model; a function set on the instance
-    would stay bound to the original.
+    A method of a class is bound to the copy or replica that calls it; a function set on an instance
+    would remain bound to the original.
     """
     return type(
         plain.__name__,
@@ -226,10 +231,10 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that computes the objective if labels are given, and else calls `plain`.
+    """Return a forward that computes the objective if labels are given, else calls `plain`.
 
-    The signature is that of `plain`: transformers reads from the signature whether a model takes an
-    attention mask, and would generate wrongly in padded batches without one.
+    The signature must be that of `plain`: transformers inspects the signature to decide whether a
+    model takes an attention mask, and would generate wrongly in padded batches without one.
     """
 
     @wraps(plain)
@@ -248,7 +253,7 @@ def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _computes(function: Callable[..., Any]) -> bool:
-    """Return whether a forward wraps one of `_computing`, as accelerate's does."""
+    """Return whether a forward is a result of `_computing`, possibly wrapped (by accelerate)."""
     innermost = unwrap(function, stop=lambda f: getattr(f, _MARK, False))
     return getattr(innermost, _MARK, False)
 
@@ -276,9 +281,9 @@ def _loss_output(
         states, head, aux = _run(model, plain, wiring, inputs)
     if states.shape[:2] != labels.shape:
         raise InvalidArgumentError(
-            f"the student gave {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "
-            "labels: it adds or removes positions (as prompt tuning does), and each position needs "
-            "a target; train it with LoRA, or train all weights"
+            f"the student returned {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "
+            "labels: the student adds or removes positions (as prompt tuning does), but each "
+            "position needs a target; train with LoRA, or train all weights"
         )
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
@@ -315,10 +320,10 @@ def _loss_output(
         surplus = _label_surplus(states, head, labels, counted)
         loss = loss + criterion.alpha * objective.label_smoothing * surplus
     items = positions if num_items is None else torch.as_tensor(num_items)
-    items = items.reshape(())  # nn.DataParallel gives each replica a row
+    items = items.reshape(())  # nn.DataParallel passes each replica a tensor of shape [1]
     items = torch.where(items == 0, 1, items)  # a batch may have no label
     loss = loss / items
-    if aux is not None:  # mean over micro-batches and ranks, with the weights of the loss
+    if aux is not None:  # averaged over micro-batches and ranks like the loss, by positions
         loss = loss + aux * (positions / items)
     logits = None
     if objective.with_logits and not training:
@@ -330,7 +335,7 @@ def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: T
     """Return the sum over positions of the label's logit minus the mean logit.
 
     Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
-    this sum: both have the same log-partition, and differ in the logits that are averaged.
+    this sum: both contain the same log-partition, and differ in the logits that are averaged.
     """
     rows, taken = states[counted], labels[counted]
     if head is None or head.softcap is not None:
@@ -349,7 +354,12 @@ def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: T
 def _run(
     model: nn.Module, plain: Callable[..., Any], wiring: Wiring, inputs: dict[str, Any]
 ) -> tuple[Tensor, Head | None, Tensor | None]:
-    """Return hidden states and head, or logits and None; and the auxiliary loss of a mixture."""
+    """Run a bound student without its loss.
+
+    Returns:
+        Hidden states [B, L, D] (logits [B, L, V] if trunk and head cannot be run separately), the
+        head (None with logits), and the load-balancing loss of a mixture of experts (or None).
+    """
     inputs["use_cache"] = False
     parts = wiring.parts_of(model)
     aux: list[Tensor | None] = []
@@ -370,7 +380,7 @@ def _run(
     positions = inputs.get("position_ids")
     if positions is not None and int((positions == 0).sum()) > len(positions):
         del inputs["position_ids"]
-        # one call if other ranks expect the same number, or experts are balanced over each call
+        # one call, if other ranks expect the same number or experts are balanced over each call
         experts = balances_experts(model)
         together = experts or (dist.is_initialized() and dist.get_world_size() > 1)
         ids = inputs.pop("input_ids")
@@ -418,8 +428,9 @@ def _dense(
     divergence = METHODS[objective.method].divergence
     if head is None or taught is None or divergence is None:
         raise InvalidArgumentError(
-            "distillation with the teacher online needs a student and a teacher whose trunk and "
-            "head can be run apart: use other models, or a method without the teacher"
+            "the trunk and head of the student or the teacher cannot be run separately, which "
+            "distillation with the teacher online needs: use other models, or a method without the "
+            "teacher"
         )
     teacher = TeacherHead(
         teacher_hidden.flatten(0, 1),

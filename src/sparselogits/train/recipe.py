@@ -1,6 +1,7 @@
-"""Define recipes: everything that a training run depends on, in one YAML file.
+"""Define, read and validate recipes: YAML files with all settings of a training run.
 
-An unknown key is refused with the nearest valid name, a value out of range with the allowed range.
+The error for an unknown key suggests the nearest valid key; the error for a value out of range
+states the allowed range.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ Count = Annotated[int, Field(ge=1)]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
-
+# the rate for random weights would destroy what a pretrained student has learned
 RATES = {"new": 1e-3, "pretrained": 5e-5, "lora": 2e-4}
-"""Default peak learning rates; the rate of a new student would make a pretrained one forget."""
+"""Default peak learning rates of AdamW, by kind of student."""
 
 
 class _Strict(BaseModel):
@@ -63,38 +64,41 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "300m": (19, 1152, 18),
     "1b": (24, 1856, 29),
 }
-"""Layers, width and heads by size name; the name is the number of parameters without embeddings."""
+"""Number of layers, hidden size and number of attention heads of a new student, by name of a size.
+
+Except for "tiny", a name is the approximate number of parameters without embeddings.
+"""
 
 HOW_TO_NAME_A_STUDENT = f"""\
-name the student to train in one of these ways:
+specify the student to train in one of these ways:
   --student MODEL               an existing model: a folder, a hub name, `demo`
   --student MODEL --lora 16     an adapter of rank 16 for a model whose weights stay frozen
-  --student-config 30m          a new model by size: {", ".join(SIZES)}
+  --student-config 30m          a new model of a named size: {", ".join(SIZES)}
   --student-config layers=12,width=768
-                                a new model by numbers
-  --student-config config.json  a new model of any architecture, by its configuration
+                                a new model of the given dimensions
+  --student-config config.json  a new model of any architecture, from a configuration file
 In a recipe: `student: {{path: MODEL}}` or `student: {{size: 30m}}`. `sparselogits shrink` makes a \
 student from the teacher, and `sparselogits train --print-recipe` shows every setting."""
 
 
 class Lora(_Strict):
-    """Train a low-rank adapter instead of the student's own weights."""
+    """Configure a low-rank adapter (LoRA), trained instead of the student's weights."""
 
     rank: Count = Field(16, description="rank of the adapter matrices")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="numerator of the adapter's scale, alpha / rank; twice the rank when absent",
+        description="numerator of the adapter's scale alpha / rank; twice the rank when absent",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="dropout probability before the adapter"
     )
     targets: str | list[str] = Field(
-        "all-linear", description="modules with an adapter: all-linear, or a list of names"
+        "all-linear", description="modules that get an adapter: all-linear, or a list of names"
     )
 
 
 class Quantize(_Strict):
-    """Train the student for quantised weights, and save it with these."""
+    """Configure quantisation-aware training and the format of the saved weights."""
 
     library: Literal["torchao"] = Field("torchao", description="quantisation library")
     config: QuantizationFormat = Field(description=f"format of the weights: {', '.join(FORMATS)}")
@@ -104,7 +108,7 @@ class Quantize(_Strict):
     )
 
     def settings(self) -> Quantization:
-        """Return the format as a value of the module `quantization`."""
+        """Convert these settings to a `Quantization`."""
         return Quantization(self.config, self.group_size)
 
 
@@ -116,22 +120,34 @@ class Student(_Strict):
         None, description="train an adapter of the existing model (see student.lora)"
     )
     quantize: Quantize | None = Field(
-        None, description="train for quantised weights, and save these (see student.quantize)"
+        None,
+        description="train with simulated quantisation and save quantised weights (see "
+        "student.quantize)",
     )
     config: str | None = Field(
-        None, description="config.json, or a folder with one, of a new model of any architecture"
+        None,
+        description="configuration of a new model of any architecture: config.json, or a folder "
+        "with one",
     )
     size: str | None = Field(
         None, description=f"size of a new Llama-like model: {', '.join(SIZES)}"
     )
-    hidden_size: Count = Field(128, description="width D of a new model, instead of size")
-    layers: Count = Field(4, description="transformer blocks of a new model")
-    heads: Count = Field(4, description="attention heads of a new model; divides hidden_size")
-    kv_heads: Count | None = Field(
-        None, description="key-value heads; as many as heads when absent"
+    hidden_size: Count = Field(
+        128, description="hidden size D of a new model whose dimensions are given instead of size"
     )
-    intermediate_size: Count | None = Field(None, description="width of the MLP; 8/3 D when absent")
-    tied: bool = Field(True, description="share the weights of embedding and head")
+    layers: Count = Field(4, description="number of transformer blocks of a new model")
+    heads: Count = Field(
+        4, description="number of attention heads of a new model; must divide hidden_size"
+    )
+    kv_heads: Count | None = Field(
+        None, description="number of key-value heads of a new model; as many as heads when absent"
+    )
+    intermediate_size: Count | None = Field(
+        None, description="hidden size of the MLP of a new model; 8/3 D when absent"
+    )
+    tied: bool = Field(
+        True, description="whether embedding and head of a new model share their weights"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Student:
@@ -140,11 +156,11 @@ class Student(_Strict):
         numbers = sorted(name for name in shape & self.model_fields_set if self._differs(name))
         if len(ways) > 1 or (ways and numbers):
             found = " and ".join([*ways, *numbers])
-            raise ValueError(f"give one of path, config, size or numbers (found {found})")
+            raise ValueError(f"give one of path, config, size, or dimensions (found {found})")
         if self.size is not None and self.size not in SIZES:
             raise ValueError(f"unknown size {shown(self.size)}; choose {', '.join(SIZES)}")
         if self.lora is not None and self.path is None:
-            raise ValueError("lora trains an adapter of an existing model: give its path")
+            raise ValueError("lora needs an existing model: give path, or leave lora out")
         if self.lora is not None and self.quantize is not None:
             raise ValueError("lora and quantize cannot be combined: give one of them")
         if self.hidden_size % self.heads:
@@ -159,7 +175,7 @@ class Student(_Strict):
 
     @model_serializer(mode="wrap")
     def _without_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out absent fields that the first version did not have: fingerprints hash these."""
+        """Omit unset fields that the first version lacked, so that fingerprints do not change."""
         values: dict[str, Any] = handler(self)
         for name in ("lora", "quantize", "config", "size"):
             if values.get(name) is None:
@@ -168,7 +184,7 @@ class Student(_Strict):
 
     @property
     def is_new(self) -> bool:
-        """Whether the student starts from random weights."""
+        """Whether the student is a new model with random weights."""
         return self.path is None
 
 
@@ -219,28 +235,37 @@ _SHORT = {
 
 
 class ThinningStage(_Strict):
-    """Describe a part of training with one number of rounds."""
+    """Describe a stage of a thinning schedule, in which the number of rounds is constant."""
 
-    rounds: Count = Field(description="rounds to keep per position, at most the cache's")
-    until: float | None = Field(
-        None, description="end of the stage as a share of the steps, in (0, 1]"
+    rounds: Count = Field(
+        description="number of rounds used per position, at most the number in the cache"
     )
-    until_step: int | None = Field(None, description="end of the stage as a step, instead of until")
+    until: float | None = Field(
+        None, description="end of the stage as a share of all steps, in (0, 1]"
+    )
+    until_step: int | None = Field(
+        None, description="end of the stage as a number of steps, instead of until"
+    )
 
 
 class Thinning(_Strict):
-    """Use fewer of the cached rounds; one of `rounds`, `budget` and `schedule` is given."""
+    """Configure training on fewer rounds than the cache stores.
+
+    Exactly one of `rounds`, `budget` and `schedule` is given.
+    """
 
     rounds: Count | None = Field(
-        None, description="rounds to keep per position, at most the cache's"
+        None, description="number of rounds used per position, at most the number in the cache"
     )
     budget: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="mean entries per position, turned into rounds on some cached windows"
+        None,
+        description="mean entries per position; converted to rounds on a sample of the cached "
+        "windows",
     )
     schedule: tuple[ThinningStage, ...] | None = Field(
         None, description="rounds as a function of the step: a list of stages with rounds and until"
     )
-    fresh_noise: bool = Field(True, description="keep different rounds in each epoch")
+    fresh_noise: bool = Field(True, description="whether to use different rounds in each epoch")
 
     @model_validator(mode="after")
     def _one_of_three(self) -> Thinning:
@@ -255,10 +280,10 @@ class Thinning(_Strict):
         return self
 
     def resolved(self, rounds: int) -> Schedule:
-        """Return the schedule for the Trainer.
+        """Return the thinning schedule for the Trainer.
 
         Args:
-            rounds: number of rounds that `rounds` or `budget` stand for.
+            rounds: rounds per position that `rounds` or `budget` gives; unused with `schedule`.
         """
         if self.schedule is None:
             return Schedule.constant(rounds, fresh_noise=self.fresh_noise)
@@ -274,25 +299,29 @@ RENAMED = {
     "precision": "bf16",
     "log_steps": "logging_steps",
 }
-"""Names that earlier versions gave to training settings, and transformers' names for them."""
+"""Field of TrainingArguments by the key that the setting had in recipes of earlier versions."""
 
 
 class TrainingSettings(_Strict):
-    """Training settings of a recipe, under the names that transformers' TrainingArguments has.
+    """Define the training settings of a recipe, named like fields of TrainingArguments.
 
-    Any further field of TrainingArguments is accepted beside the fields declared here.
+    All other fields of transformers' TrainingArguments are accepted too.
     """
 
     model_config = ConfigDict(extra="allow")
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out"}
-    """Fields of TrainingArguments that are set by another key of the recipe, and that key."""
+    """Key of the recipe that sets a field of TrainingArguments, by the name of the field."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="passes over the cache"
+        1.0, description="number of passes over the cache"
     )
-    per_device_train_batch_size: Count = Field(8, description="windows per batch and device")
-    gradient_accumulation_steps: Count = Field(1, description="batches per optimiser step")
+    per_device_train_batch_size: Count = Field(
+        8, description="number of windows per batch and device"
+    )
+    gradient_accumulation_steps: Count = Field(
+        1, description="number of batches per optimiser step"
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description=f"peak learning rate of AdamW; {RATES['new']:g} for a new student, "
@@ -300,21 +329,21 @@ class TrainingSettings(_Strict):
     )
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         0.05,
-        description="steps over which the learning rate rises; a number below 1 is a share of all "
+        description="number of steps over which the learning rate rises; below 1, a share of all "
         "steps. `warmup_ratio`, its name for a share before transformers 5, is accepted too",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="weight decay of AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="norm to which gradients are clipped"
+        1.0, description="largest norm of the gradients, to which larger norms are clipped"
     )
     bf16: bool = Field(
-        False, description="compute in bfloat16 instead of float32; weights stay float32"
+        False, description="compute in bfloat16 instead of float32; weights stay in float32"
     )
-    logging_steps: Count = Field(10, description="steps between log lines")
+    logging_steps: Count = Field(10, description="number of steps between log lines")
     save_steps: Count | None = Field(
         None,
-        description="steps between checkpoints, from which an interrupted run resumes; no "
-        "checkpoints when absent",
+        description="number of steps between checkpoints, from which an interrupted run resumes; "
+        "no checkpoints when absent",
     )
 
     @model_validator(mode="before")
@@ -340,7 +369,7 @@ class TrainingSettings(_Strict):
 
     @classmethod
     def _why_unknown(cls, name: Any) -> str | None:
-        """Return what is wrong with the name of a key; None where it is known."""
+        """Return why a key is invalid and what to do; None for a valid key."""
         if name in cls.model_fields:
             return None
         if name in cls.set_elsewhere:
@@ -367,21 +396,21 @@ class TrainingSettings(_Strict):
 
     @property
     def training_arguments(self) -> dict[str, Any]:
-        """Values of the fields of TrainingArguments that these settings give."""
+        """Keyword arguments for TrainingArguments, by name."""
         given = {name: getattr(self, name) for name in TrainingSettings.model_fields}
         return given | (self.model_extra or {})
 
 
 @cache
 def training_argument_names() -> tuple[str, ...]:
-    """Return the names of the fields that the installed TrainingArguments takes."""
+    """Return the names of the arguments that the installed TrainingArguments accepts."""
     from transformers import TrainingArguments
 
     return tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe of any version under the names of this one, as recipe.json stores them."""
+    """Convert the keys of a recipe.json of any version to those of this version."""
     new = {RENAMED.get(name, name): value for name, value in values.items() if name != "trainer"}
     if "precision" in values:
         new["bf16"] = values["precision"] == "bfloat16"
@@ -389,7 +418,7 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return training settings under their first names, by which fingerprints know runs."""
+    """Convert training settings to the keys and values of the first version, for fingerprints."""
     old_names = {new: old for old, new in RENAMED.items()}
     old = {old_names.get(name, name): value for name, value in values.items()}
     if "precision" in old:
@@ -398,7 +427,7 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Recipe(TrainingSettings):
-    """Describe one training run."""
+    """Define all settings of a training run."""
 
     cache: Path | str = Field(description="folder or URL of the cache")
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
@@ -424,25 +453,26 @@ class Recipe(TrainingSettings):
         "ground_truth",
     )
     thinning: Thinning | None = Field(
-        None, description="use fewer of the cached rounds (see thinning)"
+        None, description="train on fewer rounds than the cache stores (see thinning)"
     )
     save_dtype: DtypeName = Field(
         "auto",
-        description="number format of the saved student; auto: that of the existing model it was "
-        "trained from, float32 for a new one",
+        description="number format of the saved student; auto: the format of the existing model, "
+        "float32 for a new one",
     )
     tokenizer: str | None = Field(
         None,
-        description="tokenizer to save with the student; the student's own, the cache's or the "
-        "teacher's when absent",
+        description="tokenizer to save with the student; when absent, the first that exists of "
+        "the student's, the cache's and the teacher's",
     )
     seed: int = Field(0, ge=0, description="random seed for initial weights and data order")
     report_to: list[str] = Field(
         default_factory=list,
-        description="trackers to log to, as [tensorboard]; logs are in OUT/logs",
+        description="experiment trackers, for example [tensorboard]; logs are in OUT/logs",
     )
     allow: list[str] = Field(
-        default_factory=list, description="checks whose failure becomes a warning, see --allow"
+        default_factory=list,
+        description="checks whose failure is a warning instead of an error (see --allow)",
     )
 
     @model_validator(mode="before")
@@ -460,7 +490,7 @@ class Recipe(TrainingSettings):
 
     @property
     def peak_learning_rate(self) -> float:
-        """Peak learning rate; the default for the kind of student where none is given."""
+        """Peak learning rate of AdamW; if not set, the default for the kind of student."""
         if self.learning_rate is not None:
             return self.learning_rate
         if self.student.is_new:
@@ -473,20 +503,20 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: values that take precedence over the file's; None keeps the file's value.
+        overrides: values that replace those of the file, by key; None leaves the file's value.
 
     Raises:
-        RecipeError: If the recipe is invalid; the message lists the keys and what is wrong.
+        RecipeError: If the recipe cannot be read or is invalid; the message lists the wrong keys.
     """
     return parse_recipe(read_yaml(path, overrides), source=str(path))
 
 
 def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the plain values of a recipe, without validation.
+    """Read the values of a recipe without validating them.
 
     Args:
         path: YAML file.
-        overrides: values that take precedence over the file's; None keeps the file's value.
+        overrides: values that replace those of the file, by key; None leaves the file's value.
 
     Raises:
         RecipeError: If the file cannot be read or is not a mapping.
@@ -496,14 +526,14 @@ def read_yaml(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
-    """Validate the plain values of a recipe.
+    """Validate the values of a recipe.
 
     Args:
-        values: values by key.
-        source: origin of the values, for messages.
+        values: settings by key, as read from YAML.
+        source: origin of the values, for error messages.
 
     Raises:
-        RecipeError: If the recipe is invalid.
+        RecipeError: If the recipe is invalid; the message lists the wrong keys.
     """
     return validated(Recipe, values, _FIELDS, f"{source} is not a valid recipe")
 
@@ -511,12 +541,12 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
 def validated(
     model: type[_Model], values: dict[str, Any], fields: Mapping[str, Sequence[str]], wrong: str
 ) -> _Model:
-    """Validate plain values as a model.
+    """Create an instance of a pydantic model from values read from YAML.
 
     Args:
         model: class of the result.
-        values: values by key.
-        fields: known keys, by the key that contains them; "recipe" for the outermost.
+        values: settings by key.
+        fields: valid keys of each mapping, by the key of the mapping; "recipe" for the outermost.
         wrong: beginning of the error message.
 
     Raises:
@@ -540,11 +570,11 @@ _FIELDS = {
 
 
 def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
-    """Return an error of pydantic in words.
+    """Return the line of an error message that describes one error found by pydantic.
 
     Args:
-        detail: one of `ValidationError.errors()`.
-        fields: known keys, by the key that contains them; "recipe" for the outermost.
+        detail: element of `ValidationError.errors()`.
+        fields: valid keys of each mapping, by the key of the mapping; "recipe" for the outermost.
     """
     path = [str(part) for part in detail["loc"]]
     # "(...)" is the alternative of a union that pydantic chose, not a key

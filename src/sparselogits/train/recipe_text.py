@@ -1,4 +1,4 @@
-"""Write recipes as text: a commented file to start from, and the tables of the documentation."""
+"""Format recipe settings as a commented YAML file and as tables of the documentation."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _WIDTH = 98
 
 
 def recipe_text(values: Mapping[str, Any]) -> str:
-    """Return a commented recipe with every setting, as YAML that `load_recipe` reads.
+    """Return a YAML recipe that has every setting, each with a comment.
 
     Args:
-        values: settings as `parse_recipe` takes them. Other settings appear with their defaults, or
-            with an example for `cache`, `out` and `student`.
+        values: settings by key, as for `parse_recipe`. All other settings have their defaults;
+            `cache`, `out` and `student` have example values.
     """
     merged = {**_START, **values}
     lines = [
@@ -53,7 +53,7 @@ def recipe_text(values: Mapping[str, Any]) -> str:
 
 
 def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the fields of a model, its own before those that it inherits."""
+    """Return the fields of a pydantic model by name, inherited fields last."""
     names = [name for name in model.__annotations__ if name in model.model_fields]
     return {name: model.model_fields[name] for name in [*names, *model.model_fields]}
 
@@ -84,7 +84,7 @@ def _comment(field: FieldInfo) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """Return a value as YAML; JSON is valid YAML, and quotes what needs quotes."""
+    """Format a value as YAML; all but simple words are written as JSON, which is valid YAML."""
     if isinstance(value, bool | int | float) or value is None:
         return json.dumps(value)
     plain = str(value)
@@ -101,7 +101,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def recipe_table() -> str:
-    """Return the tables of docs/training.md: key, default and meaning of every recipe setting."""
+    """Return the Markdown tables of key, default and meaning of all settings of a recipe."""
     parts = []
     models: dict[str, type[BaseModel]] = {
         "": Recipe,
@@ -109,8 +109,8 @@ def recipe_table() -> str:
         "student.lora.": Lora,
         "student.quantize.": Quantize,
         "thinning.": Thinning,
+        "thinning.schedule[].": ThinningStage,
     }
-    models["thinning.schedule[]."] = ThinningStage
     for prefix, model in models.items():
         parts.append("| key | default | meaning |\n|---|---|---|")
         for name, field in _fields(model).items():

@@ -1,8 +1,8 @@
-"""Compute the auxiliary load-balancing loss of a mixture of experts together with a fused loss.
+"""Compute the load-balancing loss of a mixture of experts whose trunk runs without the head.
 
-The forward of such a model computes this loss from the router's logits, after the head. When the
-trunk runs without the head, it still returns router logits, and every transformers module of such a
-model has the function that turns them into a loss, under one name.
+A mixture of experts of transformers computes this auxiliary loss in its forward, after the head,
+with the function `load_balancing_loss_func` of the module that defines the model. Here the function
+is called on the router logits that the trunk returns.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from torch import Tensor, nn
 from sparselogits.language_model import Parts, in_eval_mode, probe_tokens, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
-"""Function from the trunk's output and the attention mask to the loss times its coefficient."""
+"""Function of the trunk's output and the attention mask; returns the loss times its coefficient."""
 
 
 def balances_experts(model: nn.Module) -> bool:
-    """Return whether the model is configured to add the auxiliary loss of its router."""
+    """Return whether the model's configuration adds the load-balancing loss to the total loss."""
     return bool(getattr(text_config(model.config), "output_router_logits", False))
 
 
 def coefficient(model: nn.Module) -> float:
-    """Return the weight of the auxiliary loss."""
+    """Return the coefficient of the load-balancing loss in the total loss."""
     return float(getattr(text_config(model.config), "router_aux_loss_coef", 0.0))
 
 
 def balancing_loss(model: nn.Module, parts: Parts) -> BalancingLoss | None:
-    """Return a function that computes the model's auxiliary loss from the trunk's output.
+    """Return a function that computes the model's load-balancing loss from the trunk's output.
 
-    None if the function cannot be found, or if it differs from the model's own loss on a few
-    tokens.
+    Returns:
+        The function; None if the model's module does not define one, or if the result on a few
+        tokens differs from the loss that the model computes itself.
     """
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     experts = getattr(model, "num_experts", None)

@@ -1,4 +1,4 @@
-"""Carry out a recipe: train a student, and write it with its curve and metrics into one folder.
+"""Run a recipe: train a student, and write the model and the metrics of training to one folder.
 
     OUT/
       recipe.json     the validated recipe, and the identity of the cache
@@ -8,8 +8,8 @@
       run.json        losses by step, seconds; written last, so its presence marks a finished run
       checkpoints/    checkpoints of the Trainer, while the run is unfinished
 
-A finished run is not repeated; an interrupted one resumes from its last checkpoint. A cache that
-was moved is recognised by its identity.
+A finished run is not repeated; an interrupted run resumes from its last checkpoint. The cache is
+recognised by its identity, so it may be moved.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class PlannedRun:
         steps: number of optimiser steps.
         tokens: number of tokens that the student reads, over all steps and ranks.
         learning_rate: peak learning rate.
-        loss: the loss in words.
-        goes_on_from: checkpoint from which the run resumes; None for a new run.
+        loss: description of the loss.
+        goes_on_from: path of the checkpoint from which the run resumes; None for a new run.
     """
 
     student: str
@@ -142,11 +142,11 @@ def run(
     progress: TrainingProgress | None = None,
     announce: Callable[[PlannedRun], None] | None = None,
 ) -> RunResult:
-    """Carry out a recipe, unless the run is finished already.
+    """Train the student of a recipe, or return the result of a finished run.
 
     Args:
         recipe: the recipe.
-        teacher: loaded teacher for a method with the teacher online; None loads the recipe's.
+        teacher: loaded teacher for a method with the teacher online; None to load the recipe's.
         device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
         progress: function that is called in every step and at every log line.
         announce: function that is called with the plan before the first step.
@@ -154,7 +154,7 @@ def run(
     Raises:
         RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
         TrainingError: If another process trains in `out`, or the loss is not finite.
-        IdentityMismatchError: If the teacher is not the one that the cache was made with.
+        IdentityMismatchError: If the teacher is not the teacher of the cache.
         StorageError: If the folder cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -162,8 +162,8 @@ def run(
             return _run(recipe, teacher, device, progress, announce)
     if recipe.out.exists() and not recipe.out.is_dir():
         raise RecipeError(
-            f"out: {recipe.out} is a file, and a folder is needed there. "
-            "Choose another out, or move the file"
+            f"out: {recipe.out} is a file, expected a folder or an unused path. Choose another "
+            "out, or move the file"
         )
     with lock_file(recipe.out / ".training") as lock:
         if lock.held is Held.TAKEN:
@@ -171,13 +171,13 @@ def run(
                 f"another process is training in {recipe.out}: wait for it, or choose another "
                 "folder with --out (out: in the recipe)"
             )
-        with _full_disk_said(recipe.out), allowing(*recipe.allow):
+        with _full_disk_reported(recipe.out), allowing(*recipe.allow):
             return _run(recipe, teacher, device, progress, announce)
 
 
 @contextmanager
-def _full_disk_said(out: Path) -> Iterator[None]:
-    """Turn the errors that libraries raise for a full or read-only disk into a `StorageError`."""
+def _full_disk_reported(out: Path) -> Iterator[None]:
+    """Convert the errors that libraries raise for a full or read-only disk to `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -208,7 +208,7 @@ def _run(
     if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
             f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
-            f"{recipe.cache} holds {len(dataset)} windows, less than one batch. Use a smaller "
+            f"{recipe.cache} contains {len(dataset)} windows, less than one batch. Use a smaller "
             "batch, or build more of the cache"
         )
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
@@ -258,16 +258,15 @@ def _run(
 
 
 def save_untrained(recipe: Recipe) -> RunResult:
-    """Save the student of a recipe without training, in the form in which a run saves it.
+    """Save the untrained student of a recipe as `run` saves a trained one.
 
-    The weights of a quantised student are rounded as after training, which is post-training
-    quantisation.
+    The weights of a quantised student are rounded, which is post-training quantisation.
 
     Args:
-        recipe: recipe of which student, cache, seed and save_dtype are used.
+        recipe: the recipe; settings of training have no effect.
 
     Returns:
-        A result with 0 steps; the model is where `run` would have saved the trained one.
+        A result with 0 steps.
     """
     dataset = CacheDataset(recipe.cache, seed=recipe.seed)
     tokenizer = find_tokenizer(recipe, dataset)
@@ -277,7 +276,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
 
 
 def _new_student(recipe: Recipe, dataset: CacheDataset, tokenizer: Any | None) -> nn.Module:
-    """Return the untrained student of a recipe."""
+    """Create the untrained student of a recipe."""
     torch.manual_seed(recipe.seed)
     model = make_student(recipe.student, vocab_size=dataset.identity.vocab_size, dataset=dataset)
     if recipe.student.is_new and tokenizer is not None:
@@ -290,16 +289,16 @@ def _save(
     recipe: Recipe,
     dataset: CacheDataset,
     tokenizer: Any | None,
-    figures: Mapping[str, Any],
+    metrics: Mapping[str, Any],
 ) -> None:
-    """Save the student of a recipe, with the figures of the run in its model card."""
+    """Save the student of a recipe, with the metrics of the run in the model card."""
     quantize = recipe.student.quantize
     save_student(
         model,
         recipe.out,
         tokenizer=tokenizer,
         dtype=saved_dtype(recipe),
-        card=model_card(recipe, dataset.identity, figures),
+        card=model_card(recipe, dataset.identity, metrics),
         quantization=None if quantize is None else quantize.settings(),
     )
 
@@ -401,10 +400,11 @@ class _Report(TrainerCallback):  # type: ignore[misc]
 
 
 def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments:
-    """Return the Trainer's arguments.
+    """Return the TrainingArguments of a recipe.
 
     Raises:
-        RecipeError: a value that TrainingArguments or `SparseKDTrainer` refuses.
+        RecipeError: If TrainingArguments rejects a value.
+        InvalidArgumentError: If `SparseKDTrainer` does not support an argument.
     """
     settings: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
@@ -431,8 +431,8 @@ def _training_arguments(recipe: Recipe, device: str | None) -> TrainingArguments
             raise
         given = ", ".join(recipe.model_extra)
         raise RecipeError(
-            f"TrainingArguments refuses these settings ({printable(given, 200)}): "
-            f"{printable(reason_of(error), 400)}"
+            f"TrainingArguments rejects these settings ({printable(given, 200)}): "
+            f"{printable(reason_of(error), 400)}. Correct them, or leave them out"
         ) from error
     return arguments
 
@@ -450,28 +450,26 @@ def _finish(
         "entries": _last(history, "entries"),
     }
     if trainer.is_world_process_zero():
-        figures = {"steps": facts["steps"]} | {
+        metrics = {"steps": facts["steps"]} | {
             f"last training {name}": f"{value:.4f} nats per token"
             for name in ("loss", "kd", "ce", "kl")
             if (value := _last(history, name)) is not None
         }
         evaluated = _last(history, "eval_loss")
         if evaluated is not None:
-            figures["held-out loss"] = f"{evaluated:.4f} nats per token"
-        _save(model, recipe, trainer.train_dataset, tokenizer, figures)
-        _keep_logs(recipe.out)
+            metrics["held-out loss"] = f"{evaluated:.4f} nats per token"
+        _save(model, recipe, trainer.train_dataset, tokenizer, metrics)
+        _remove_checkpoints(recipe.out)
         write_whole(recipe.out / "run.json", _json(facts))
     return RunResult(recipe.out, **facts, fresh=True)
 
 
-def _keep_logs(out: Path) -> None:
-    """Remove the checkpoints of a finished run, and move logs out of their folder."""
-    for left in (out / "checkpoints").glob("*"):
-        if left.name.startswith("checkpoint-"):
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+def _remove_checkpoints(out: Path) -> None:
+    """Remove OUT/checkpoints of a finished run; logs that it contains are moved to OUT/logs."""
+    for path in (out / "checkpoints").glob("*"):
+        if not path.name.startswith("checkpoint-"):
             (out / "logs").mkdir(exist_ok=True)
-            shutil.move(left, out / "logs" / left.name)
+            shutil.move(path, out / "logs" / path.name)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
@@ -491,11 +489,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 
 
 def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
-    """Return what identifies the cache and the student of a recipe, independent of their paths.
-
-    The cache is identified by its fingerprint and the text of its first shard, an existing student
-    by its files.
-    """
+    """Return fingerprints of the cache, its text and an existing student, independent of paths."""
     first = dataset.cache.window_index(0)
     made = {
         "cache": dataset.identity.fingerprint,
@@ -547,14 +541,14 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """Return the last complete checkpoint; the Trainer writes the state of a checkpoint last."""
-    found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_whole(f)]
+    """Return the path of the last complete checkpoint, or None."""
+    found = [f for f in (out / "checkpoints").glob("checkpoint-*") if _is_complete(f)]
     last = max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     return None if last is None else str(last)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # the Trainer writes this file last
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
@@ -562,15 +556,15 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def require_same_teacher(teacher: TransformersTeacher, identity: Identity) -> None:
-    """Check that a cache was made with this teacher.
+    """Check that a cache was built with this teacher.
 
     Raises:
-        IdentityMismatchError: If it was not; the message names both teachers.
+        IdentityMismatchError: If the weights differ; the message names both teachers.
     """
     mine, theirs = teacher.identity["weights"], identity.teacher.get("weights")
     if mine != theirs:
         error = IdentityMismatchError(
-            f"the cache was made with {identity.teacher.get('name')} ({theirs}), and the given "
+            f"the cache was built with {identity.teacher.get('name')} ({theirs}), and the given "
             f"teacher is {teacher.identity['name']} ({mine}); give the cache's teacher"
         )
         refuse(error, "other-teacher")

@@ -1,7 +1,7 @@
 """Save a trained student as a folder that other programs load without conversion.
 
-The folder has the weights in safetensors, the configuration, the generation settings, the tokenizer
-with its chat template, and a model card that says what the student was trained from.
+The folder contains the weights in safetensors, the configuration, the generation settings, the
+tokenizer with its chat template, and a model card with the recipe and the cache's fingerprint.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def save_student(
     """Write OUT/model, and OUT/adapter if an adapter was trained, each folder atomically.
 
     Args:
-        model: the student; a PEFT model is merged into its base after the adapter is saved.
+        model: the student; the adapter of a PEFT model is saved and then merged into the weights.
         out: folder of the run.
-        tokenizer: tokenizer to save with the student; None saves none.
+        tokenizer: tokenizer to save with the student; None to save none.
         dtype: number format of the saved weights.
         card: text of the model card.
-        quantization: format in which the weights are saved; None saves them in `dtype`.
+        quantization: quantisation of the saved weights; None for weights in `dtype`.
 
     Raises:
         StorageError: If a folder cannot be written.
@@ -68,10 +68,10 @@ def save_student(
 
 
 def _untie_adapted(model: Any) -> None:
-    """Untie embedding and head if an adapter changes one of them.
+    """Untie embedding and head if one of them has an adapter.
 
-    A tied model has one weight for both: merging an adapter of the head into that weight would
-    change the embedding too, and loading the saved model would tie them again.
+    In a tied model both are one weight: merging the head's adapter into that weight would change
+    the embedding too, and loading the saved model would tie embedding and head again.
     """
     base = model.get_base_model()
     config = text_config(base.config)
@@ -86,19 +86,19 @@ def _untie_adapted(model: Any) -> None:
 
 
 def _replace(folder: Path, save: Any) -> None:
-    if folder.exists():  # of a run that was interrupted
+    if folder.exists():  # left by an interrupted run
         shutil.rmtree(folder)
     with whole_folder(folder) as temporary:
         save(temporary)
 
 
-def model_card(recipe: Recipe, identity: Identity, facts: Mapping[str, Any]) -> str:
-    """Return the model card of a trained student.
+def model_card(recipe: Recipe, identity: Identity, metrics: Mapping[str, Any]) -> str:
+    """Return the model card of a trained student, as Markdown.
 
     Args:
         recipe: recipe of the run.
         identity: identity of the cache.
-        facts: metrics of the run, by name.
+        metrics: metrics of the run, by name.
     """
     teacher = identity.teacher
     base = recipe.student.path
@@ -106,7 +106,7 @@ def model_card(recipe: Recipe, identity: Identity, facts: Mapping[str, Any]) -> 
     if base is not None:
         front["base_model"] = base
     given = recipe.model_dump(mode="json", exclude_defaults=True)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
     quantize = recipe.student.quantize
     quantised = f"| weights | {quantize.settings().described} (torchao) |\n" if quantize else ""
     return f"""---

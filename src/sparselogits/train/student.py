@@ -1,4 +1,4 @@
-"""Make the student of a recipe, from an existing model or a new one, and find its tokenizer."""
+"""Create the student of a recipe from an existing model or a configuration; load its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,22 @@ from sparselogits.train.recipe import SIZES, Lora, Recipe, Student
 from sparselogits.untrusted import shown
 
 MOST_LAYERS = 1024
-"""Largest number of blocks of a new student; each block is a Python object."""
+"""Largest number of transformer blocks that a configuration file may define."""
 
 
 def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) -> nn.Module:
-    """Make the student that a recipe describes; torch's current seed determines new weights.
+    """Create the student that a recipe describes, in float32.
+
+    New weights are drawn from torch's global random state.
+
+    Args:
+        student: the student's settings.
+        vocab_size: number of token ids of a new model.
+        dataset: dataset whose window length and separator token a new model is created for.
 
     Raises:
-        TeacherError: If an existing model cannot be loaded.
-        RecipeError: If no model can be made from the configuration, or an adapter does not fit.
+        TeacherError: If an existing model cannot be loaded, or has weights that are not finite.
+        RecipeError: If the configuration is invalid, or an adapter does not fit the model.
     """
     if student.path is not None:
         model = load_language_model(student.path, dtype="float32", trainable=True)
@@ -64,14 +71,14 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
-            f"student: cannot make a causal language model from {shown(student.config)}: "
-            f"{reason_of(error).splitlines()[0]}"
+            f"student: cannot create a causal language model from {shown(student.config)}: "
+            f"{reason_of(error).splitlines()[0]}. Give the configuration of a causal language model"
         ) from error
     return _quantised(model, student)
 
 
 def _quantised(model: nn.Module, student: Student) -> nn.Module:
-    """Prepare a student for quantised weights if its recipe asks for them."""
+    """Prepare a student for quantisation-aware training if its settings have `quantize`."""
     if student.quantize is not None:
         prepare(model, student.quantize.settings())
     return model
@@ -80,15 +87,15 @@ def _quantised(model: nn.Module, student: Student) -> nn.Module:
 def _configuration(path: str) -> Any:
     if not Path(path).exists():
         raise RecipeError(
-            f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor numbers such as "
-            "layers=12,width=768, nor a config.json or a folder with one"
+            f"student: {shown(path)} is neither a size ({', '.join(SIZES)}), nor dimensions such "
+            "as layers=12,width=768, nor a config.json or a folder with one"
         )
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:
         raise RecipeError(
             f"student: {shown(path)} is not the configuration of a transformers model: "
-            f"{reason_of(error).splitlines()[0]}"
+            f"{reason_of(error).splitlines()[0]}. Give a config.json that transformers can read"
         ) from error
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MOST_LAYERS:
@@ -123,7 +130,7 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
     """Check that all weights of a model are finite numbers.
 
     Raises:
-        TeacherError: If some are not; the message names the first one and their number.
+        TeacherError: If some are not; the message contains their number and the first name.
     """
     wrong = [
         name
@@ -145,25 +152,25 @@ def _plain(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
-    """Return the tokenizer to save with the student, or None if none is found.
+    """Load the tokenizer to save with the student; None if there is none.
 
-    The first of these: the recipe's tokenizer, the student's own, the one kept with the cache, the
-    online teacher's. Its ids must stand for the same tokens as in the cache.
+    The first of these is loaded: the recipe's tokenizer, the student's, the tokenizer stored with
+    the cache, the online teacher's.
 
     Raises:
         TeacherError: If the recipe's tokenizer cannot be read.
-        IdentityMismatchError: If ids stand for other tokens.
+        IdentityMismatchError: If the tokenizer's ids do not mean the same tokens as the cache's.
     """
     from sparselogits.corpus import require_tokenizer
 
-    kept = None
+    stored = None
     if not is_url(recipe.cache):
         folder = Path(recipe.cache) / TOKENIZER_FOLDER
-        kept = str(folder) if folder.is_dir() else None
+        stored = str(folder) if folder.is_dir() else None
     named = {
         "the recipe's tokenizer": recipe.tokenizer,
         f"the tokenizer of the student at {recipe.student.path}": recipe.student.path,
-        "the tokenizer kept with the cache": kept,
+        "the tokenizer stored with the cache": stored,
         f"the tokenizer of {recipe.teacher}": recipe.teacher,
     }
     for whose, name in named.items():
@@ -182,7 +189,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
 
 def give_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Write special tokens into the configuration of a new model, so that generation can end."""
+    """Set the special tokens of a new model's configuration, so that generation can end."""
     ids = {
         name: getattr(tokenizer, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -213,7 +220,7 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, int]:
-    """Count a model's parameters: all of them, and the trained ones."""
+    """Return the number of parameters of a model (`parameters`) and of trained ones (`trained`)."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

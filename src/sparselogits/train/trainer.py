@@ -1,9 +1,9 @@
 """Train from a cache with transformers' Trainer.
 
-`SparseKDTrainer` keeps the features of the Trainer (mixed precision, gradient accumulation, DDP,
-checkpoints, callbacks, logging). It replaces the order of the data, which is computed from a seed
-and resumes exactly, the collation, and the loss, which is bound into the student's own forward (see
-`objective`).
+`SparseKDTrainer` inherits mixed precision, gradient accumulation, DDP, checkpoints, callbacks and
+logging from the Trainer, and replaces three parts: the order of the windows, which is computed from
+a seed and resumes exactly; the collation; and the loss, which is computed in the student's own
+forward (see `objective`).
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         alpha: share of the labels' cross-entropy in the loss.
         beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
         missing_mass: rule for the probability mass that Top-K and Top-P targets lack.
-        rounds: number of rounds to which the cached targets are thinned, at most the cache's; or a
-            `Schedule` that changes the number during training. None keeps all rounds.
-        fresh_noise: with a number of `rounds`, keep different rounds in each epoch.
+        rounds: number of rounds to which the cached targets are thinned, at most the number in the
+            cache; or a `Schedule` that changes the number during training. None uses all rounds.
+        fresh_noise: with an integer `rounds`, whether to use different rounds in each epoch.
         teacher: the cache's teacher, for a method with the teacher online.
         eval_dataset: held-out windows, whose loss is the labels' cross-entropy; for windows with
             targets the KD part is reported too. Or a `datasets.Dataset` of tokenised rows
             (`input_ids`, optionally `labels`), or several datasets by name.
-        others: further arguments of transformers' Trainer. docs/training.md lists the arguments of
-            the Trainer and of TrainingArguments that differ or are refused.
+        others: other arguments of transformers' Trainer. docs/training.md lists the arguments of
+            the Trainer and of TrainingArguments that behave differently or are rejected.
 
     Raises:
         InvalidArgumentError: If arguments contradict each other or the cache, or would have no
@@ -136,7 +136,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             self._thinning.require_within(sampler.rounds)
         args = args if args is not None else TrainingArguments("sparselogits-run")
         require_known(args, others)
-        _require_what_args_ask(args, train_dataset)
+        _require_trl_settings(args, train_dataset)
         if args.label_smoothing_factor and method != "ce" and not alpha:
             warnings.warn(
                 f"label_smoothing_factor={args.label_smoothing_factor:g} smooths the labels' part "
@@ -166,7 +166,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             self._adopt(model)
         elif others.get("model_init") is None:
             raise InvalidArgumentError(
-                "the student is missing: give a model, or model_init, a function that makes one"
+                "the student is missing: give a model, or model_init, a function that creates one"
             )
         collator = others.pop("data_collator", None)
         super().__init__(
@@ -178,17 +178,19 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             **others,
         )
         if not args.use_cache and self._used_cache is not None:
-            # the Trainer turns the key-value cache off permanently; the bound forward needs no such
+            # the Trainer has disabled the key-value cache in the student's configuration, although
+            # the bound forward passes use_cache=False in each call
             self._student.config.use_cache = self._used_cache  # type: ignore[union-attr]
         self.label_names = ["labels"]
-        self.label_smoother = None  # the objective smooths labels; whole logits never exist
+        # the Trainer's label smoother needs all logits; the objective smooths labels without them
+        self.label_smoother = None
         # the bound forward divides by the number of items of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
-        self.add_callback(_KeepOrder(self))
+        self.add_callback(_SynchroniseOrder(self))
         self.add_callback(_NotebookColumns(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a student with `model_init`, and validate it like a given one."""
+        """Create a student with `model_init`, and validate it as the constructor does."""
         model: nn.Module = super().call_model_init(trial)
         self._adopt(model)
         return model
@@ -212,7 +214,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _bound(self) -> Iterator[None]:
-        """Bind the objective to the student within a `with` block; afterwards it is as before."""
+        """Bind the objective to the student within a `with` block; nested blocks are allowed."""
         if not self._uses:
             attach(self._student, self._wiring)
         self._uses += 1
@@ -224,11 +226,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 unbind(self._student)
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **options: Any) -> Any:
-        """Train as transformers' Trainer does.
+        """Train the student; arguments and result are those of transformers' `Trainer.train`.
 
         Raises:
-            InvalidArgumentError: If a checkpoint belongs to another cache, or to a run with another
-                number of windows per step.
+            InvalidArgumentError: If no weight can be trained, or if a checkpoint belongs to another
+                cache or to a run with another number of windows per step.
             TrainingError: If the loss or the weights are not finite.
         """
         if not any(parameter.requires_grad for parameter in self._student.parameters()):
@@ -249,7 +251,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     def _inner_training_loop(self, *arguments: Any, **options: Any) -> Any:
         self._guard.clear()
-        self.objective.training.take()  # discards the sums of an interrupted run
+        self.objective.training.take()  # an interrupted run may have left sums
         return super()._inner_training_loop(*arguments, **options)
 
     def _get_collator_with_removed_columns(
@@ -265,12 +267,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return self._order
 
     def pace(self) -> Pace:
-        """Compute how the Trainer will divide epochs into steps; checked when training begins."""
+        """Compute windows per step, steps per epoch and total steps, as the Trainer will."""
         windows_per_step = self.get_total_train_batch_size(self.args)
-        together = windows_per_step // self.args.gradient_accumulation_steps
-        batches = self._windows // together
+        windows_per_batch = windows_per_step // self.args.gradient_accumulation_steps
+        batches = self._windows // windows_per_batch
         if not self.args.dataloader_drop_last:
-            batches = math.ceil(self._windows / together)
+            batches = math.ceil(self._windows / windows_per_batch)
         steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         steps = self.args.max_steps
         if steps <= 0:
@@ -287,12 +289,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, *arguments, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *others: Any) -> Any:
-        """Return the batches of one step, and measure the time that it took to get them."""
+        """Return the batches of one optimiser step, and measure the time spent waiting for them."""
         with self.objective.training.waiting():
             return super().get_batch_samples(epoch_iterator, *others)
 
     def training_step(self, model: nn.Module, inputs: Any, *others: Any, **options: Any) -> Tensor:
-        """Run forward and backward on a batch, and keep its loss until the next log line."""
+        """Run forward and backward on a batch, and store the loss until it is checked."""
         loss: Tensor = super().training_step(model, inputs, *others, **options)
         if self._guard.add(self.state.global_step, loss):
             self._require_finite()
@@ -302,8 +304,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Compute the objective in the student's own forward."""
         if inputs.get("shift_labels") is None:
             raise InvalidArgumentError(
-                f"a batch has {', '.join(inputs)}, and no shift_labels: let the data_collator call "
-                "sparselogits.data.collate and change its result"
+                f"a batch has the keys {', '.join(inputs)}, but no shift_labels, which the loss "
+                "needs: let the data_collator call sparselogits.data.collate and change its result"
             )
         with self._bound():
             return super().compute_loss(model, inputs, *arguments, **options)
@@ -316,7 +318,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         *others: Any,
         **options: Any,
     ) -> Any:
-        """Evaluate a batch; with logits if `compute_metrics` or `predict` needs them."""
+        """Evaluate a batch; the logits are computed only if `prediction_loss_only` is False."""
         self.objective.with_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *others, **options)
@@ -337,7 +339,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Log as transformers does, with the metrics of `LossMeter` since the last line.
+        """Log as transformers does, and add the metrics of `LossMeter` since the last log line.
 
         Raises:
             TrainingError: If a loss since the last line is not finite.
@@ -354,7 +356,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(*arguments, **options)
 
     def _require_finite(self, *, weights: bool = False) -> None:
-        found = self._guard.look(self._sum_over_ranks, self._student if weights else None)
+        found = self._guard.check(self._sum_over_ranks, self._student if weights else None)
         if found is None:
             return
         advice = (
@@ -375,7 +377,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _windows_of_batch(self, step: int, batch: int) -> list[int]:
-        """Return the numbers of the windows in one batch of a step on this rank."""
+        """Return the indices of the windows in one batch of a step on this rank."""
         assert self._order is not None
         assert self._order.pace is not None
         pace, size = self._order.pace, self._train_batch_size
@@ -383,22 +385,23 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         first = within * pace.windows_per_step
         first += (batch * self.args.world_size + self.args.process_index) * size
         order, dataset = self._order.order, self.train_dataset
-        places = range(first, min(first + size, order.windows))
-        return [dataset.cache.window_index(order[epoch, place]) for place in places]
+        positions = range(first, min(first + size, order.windows))
+        return [dataset.cache.window_index(order[epoch, position]) for position in positions]
 
     def evaluate(
         self, eval_dataset: Any = None, *arguments: Any, **options: Any
     ) -> dict[str, float]:
         """Evaluate as transformers does; `eval_loss` is the labels' cross-entropy.
 
-        Windows with targets have `eval_kd` too, and windows with unbiased targets `eval_kl`.
+        For windows with targets the metrics also contain `eval_kd`, for windows with unbiased
+        targets `eval_kl`.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
         given = as_windows(eval_dataset)
         return super().evaluate(given, *arguments, **options)  # type: ignore[no-any-return]
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
-        """Run the Trainer's loop, and add the KD part to its metrics."""
+        """Run the Trainer's evaluation loop, and add the KD part of the loss to the metrics."""
         with self._bound():
             output = super().evaluation_loop(*arguments, **options)
         found = self.objective.evaluation.take(self._sum_over_ranks)
@@ -408,16 +411,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
         # an unused meter is still on the CPU, where NCCL cannot reduce
-        there = vector.to(self.args.device)
-        return self.accelerator.reduce(there, reduction="sum")  # type: ignore[no-any-return]
+        on_device = vector.to(self.args.device)
+        return self.accelerator.reduce(on_device, reduction="sum")  # type: ignore[no-any-return]
 
 
 class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
     """Add the parts of the loss to the table that transformers shows in a notebook.
 
-    This callback runs after transformers' own, which has written the line of the step. With
-    evaluation the table has a line per evaluation, and transformers takes its columns from the
-    metrics.
+    The callback must run after that of transformers, which writes the row of the step. With
+    evaluation it does nothing: the table has a row per evaluation, with all metrics as columns.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -435,8 +437,8 @@ class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
                 tracker.display()
 
 
-class _KeepOrder(TrainerCallback):  # type: ignore[misc]
-    """Keep the order in step with the Trainer's epoch, and record it in checkpoints.
+class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
+    """Pass the Trainer's epoch to the order of the windows, and record the order in checkpoints.
 
     Accelerate passes the epoch to the sampler, but not through the wrappers that skip batches on
     several ranks: without this callback a resumed run would use the order of epoch 0.
@@ -453,8 +455,8 @@ class _KeepOrder(TrainerCallback):  # type: ignore[misc]
         if changing and order.pace.steps != state.max_steps:
             raise InvalidArgumentError(
                 f"the thinning schedule covers {order.pace.steps} steps, but the Trainer makes "
-                f"{state.max_steps}: use arguments of the Trainer that do not change how batches "
-                "are divided"
+                f"{state.max_steps}: leave out the arguments of the Trainer that change the number "
+                "of batches per epoch or step"
             )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -477,7 +479,10 @@ _STEP_FILE = "sparselogits.json"
 
 
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
-    """Check the windows per step: the Trainer counts steps, so others would move the position."""
+    """Check that a checkpoint was trained with the same number of windows per step.
+
+    The Trainer counts steps: with another number it would resume at another position in the data.
+    """
     before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
         raise InvalidArgumentError(
@@ -491,11 +496,11 @@ def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
 def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
     """Return the number of windows that the order of a checkpoint covers.
 
-    In a cache that has grown since, the windows of the checkpoint come first, and the run continues
-    over these.
+    The number is smaller than that of the cache if the cache has grown since.
 
     Raises:
-        InvalidArgumentError: If the cache is another one, or has these windows at other positions.
+        InvalidArgumentError: If the checkpoint belongs to another cache, or if the cache has its
+            windows at other positions.
     """
     step = _read_step_file(checkpoint)
     if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
@@ -510,11 +515,11 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
     windows: int = sum(stop - start for start, stop in known)
     if windows > len(dataset) or _joined(dataset.cache.ranges, windows) != known:
         raise InvalidArgumentError(
-            f"{checkpoint} was trained on {windows} windows ({_said(known)}), and the cache at "
-            f"{dataset.cache.root} now holds {_said(_joined(dataset.cache.ranges))}: the run "
+            f"{checkpoint} was trained on {windows} windows ({_ranges_in_words(known)}), and the "
+            f"cache at {dataset.cache.root} now contains "
+            f"{_ranges_in_words(_joined(dataset.cache.ranges))}: the run "
             "cannot resume in the same order. Restore the missing windows, or start in another "
-            "folder. "
-            "ignore_data_skip=True keeps the weights and starts the data from the beginning"
+            "folder. ignore_data_skip=True keeps the weights and starts the data from the beginning"
         )
     if windows < len(dataset):
         warnings.warn(
@@ -536,7 +541,12 @@ def _read_step_file(checkpoint: Path) -> dict[str, Any]:
 
 
 def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> list[list[int]]:
-    """Return the first windows of a cache as ranges of numbers, adjacent ranges joined."""
+    """Return the ranges of the first windows of a cache, with adjacent ranges joined.
+
+    Args:
+        ranges: ranges of window indices, ascending.
+        windows: number of windows in the result; None for all.
+    """
     found: list[list[int]] = []
     left = sum(stop - start for start, stop in ranges) if windows is None else windows
     for start, stop in ranges:
@@ -551,7 +561,7 @@ def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> li
     return found
 
 
-def _said(ranges: list[list[int]]) -> str:
+def _ranges_in_words(ranges: list[list[int]]) -> str:
     some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:3])
     return some + (", ..." if len(ranges) > 3 else "")
 
@@ -567,13 +577,14 @@ def _logits_of(model: nn.Module) -> Callable[..., Tensor]:
 def _require_cache(dataset: Any) -> None:
     if not hasattr(dataset, "identity"):
         raise InvalidArgumentError(
-            f"train_dataset must be a CacheDataset, found a {type(dataset).__name__}: make a cache "
-            "of the text first (open_source(dataset), pack, build_caches; or `sparselogits cache`)"
+            f"train_dataset must be a CacheDataset, found a {type(dataset).__name__}: build a "
+            "cache of the text first, with `sparselogits cache`, or in Python with "
+            "open_source(dataset), pack and build_caches"
         )
 
 
-def _require_what_args_ask(args: TrainingArguments, dataset: CacheDataset) -> None:
-    """Refuse settings of TRL's arguments that the cache does not satisfy."""
+def _require_trl_settings(args: TrainingArguments, dataset: CacheDataset) -> None:
+    """Check that the cache and the objective satisfy the settings of TRL's arguments."""
     for name in ("assistant_only_loss", "completion_only_loss"):
         if getattr(args, name, None) and dataset.cache.read(0).mask is None:
             raise InvalidArgumentError(
@@ -582,7 +593,8 @@ def _require_what_args_ask(args: TrainingArguments, dataset: CacheDataset) -> No
             )
     if getattr(args, "loss_type", "nll") != "nll":
         raise InvalidArgumentError(
-            f"loss_type={args.loss_type!r}: the loss is that of `method` and `alpha`; leave it out"
+            f"loss_type={args.loss_type!r} would have no effect: `method` and `alpha` define the "
+            "loss; leave loss_type out"
         )
 
 
