@@ -214,9 +214,9 @@ def test_the_students_mode_is_left_alone_and_more_ids_are_no_harm(
 
 
 def test_mistakes_say_what_to_do(windows: TextDataset, teacher: TransformersTeacher) -> None:
-    with pytest.raises(InvalidArgumentError, match="longer than the draft"):
+    with pytest.raises(InvalidArgumentError, match="longer than a draft"):
         draft_from_prefixes(tiny_llama(), windows, teacher, draft=24)
     with pytest.raises(InvalidArgumentError, match="0 windows"):
         draft_from_prefixes(tiny_llama(), TextDataset(windows.corpus, limit=0), teacher)
-    with pytest.raises(InvalidArgumentError, match="not fewer"):
+    with pytest.raises(InvalidArgumentError, match="fewer than the teacher"):
         draft_from_prefixes(tiny_llama(vocab_size=515), windows, teacher)

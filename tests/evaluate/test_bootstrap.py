@@ -20,7 +20,7 @@ from torch import Tensor
 from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.evaluate import FIGURES, HeldOut, evaluate
+from sparselogits.evaluate import METRICS, HeldOut, evaluate
 from sparselogits.evaluate import intervals as module
 from sparselogits.evaluate.intervals import (
     bootstrap_interval,
@@ -183,7 +183,7 @@ def test_the_seed_and_only_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> 
     found = bootstrap_interval(units, seed=3)
     assert bootstrap_interval(units, seed=3) == found
     assert bootstrap_interval(units, seed=4) != found
-    monkeypatch.setattr(module, "_NUMBERS", 64)  # many blocks
+    monkeypatch.setattr(module, "_BLOCK_SIZE", 64)  # many blocks
     assert bootstrap_interval(units, seed=3) == found
 
 
@@ -233,7 +233,7 @@ def found(
 
 def test_every_figure_has_its_interval(found: dict[str, HeldOut]) -> None:
     for own in found.values():
-        assert set(own.intervals) == set(FIGURES)
+        assert set(own.intervals) == set(METRICS)
         plain = {
             "loss": own.loss,
             "kl": own.kl,
@@ -250,13 +250,13 @@ def test_every_figure_has_its_interval(found: dict[str, HeldOut]) -> None:
             assert interval == own.interval(name, resamples=200, seed=5)
         assert own.positions == sum(own.positions_by_window)
     told = json.loads(json.dumps(found["a"].to_json()))
-    assert set(told["intervals"]) == set(FIGURES)
+    assert set(told["intervals"]) == set(METRICS)
     assert len(told["acceptance_by_window"]) == 12
 
 
 def test_differences_are_paired(found: dict[str, HeldOut]) -> None:
     a, b = found["a"], found["b"]
-    for name in FIGURES:
+    for name in METRICS:
         there, back = a.difference(b, name), b.difference(a, name)
         assert there.mean == pytest.approx(a.interval(name).mean - b.interval(name).mean)
         assert there.low == pytest.approx(-back.high, abs=1e-9)

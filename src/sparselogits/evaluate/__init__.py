@@ -2,7 +2,7 @@
 
 from sparselogits.evaluate.calibration import Bin, Calibration, Reliability
 from sparselogits.evaluate.drafting import Drafting, draft_from_prefixes
-from sparselogits.evaluate.heldout import FIGURES, HeldOut, evaluate, statistic_of
+from sparselogits.evaluate.heldout import METRICS, HeldOut, evaluate, statistic_of
 from sparselogits.evaluate.intervals import (
     Estimate,
     SeedEstimate,
@@ -14,7 +14,7 @@ from sparselogits.evaluate.intervals import (
 )
 
 __all__ = [
-    "FIGURES",
+    "METRICS",
     "Bin",
     "Calibration",
     "Drafting",

@@ -6,9 +6,9 @@ probability min(1, p / s), so the acceptance probability at a position is
     sum_i s_i min(1, p_i / s_i) = sum_i min(p_i, s_i)
 
 (Leviathan et al. 2023, arXiv 2211.17192, definition 3.1 and theorem 3.5), which is one minus the
-total variation distance. `expected_acceptance` is this sum; `draft_and_verify` is one round of the
-algorithm, whose tokens have the teacher's distribution for any student (their appendix A.1). Both
-models are at temperature one.
+total variation distance. `expected_acceptance` computes this sum; `draft_and_verify` runs one round
+of the algorithm, whose tokens have the teacher's distribution for any student (appendix A.1 of the
+same paper). Both models are at temperature one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 
 NextLogits = Callable[[Tensor], Tensor]
-"""Function from tokens int64 [L] to the student's logits float [V] of the next token."""
+"""Function of tokens, int64 [L]; returns the student's logits of the next token, float [V]."""
 
 LastLogits = Callable[[Tensor, int], Tensor]
-"""Function from tokens int64 [L] and n to the teacher's logits float [n, V] of the last n."""
+"""Function of tokens, int64 [L], and n; returns the teacher's last n logits, float [n, V]."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Hold the outcome of one draft of speculative decoding that the teacher has verified.
+    """Describe the result of one round of speculative decoding.
 
     Args:
-        tokens: emitted tokens: the accepted draft tokens, then one token of the teacher.
-        acceptances: float64 [verified], sum_i min(p_i, s_i) at each verified position, up to and
-            including the first rejection.
+        tokens: emitted tokens: the accepted drafted tokens, then one token of the teacher.
+        acceptances: sum_i min(p_i, s_i) at each verified position, float64 [`verified`].
     """
 
     tokens: tuple[int, ...]
@@ -46,17 +45,20 @@ class Round:
 
     @property
     def verified(self) -> int:
-        """Number of drafted tokens that were accepted or rejected; later ones are neither."""
+        """Number of drafted tokens up to and including the first rejected one."""
         return len(self.acceptances)
 
 
 def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
-    """Compute sum_i min(p_i, s_i) over the ids that both models have, float64 [P].
+    """Compute sum_i min(p_i, s_i) over the ids that both models have.
 
     Args:
-        log_p: float [P, V], log-probabilities of one model; -inf for probability 0.
-        log_s: float [P, V'], log-probabilities of the other model; ids that only one model has
-            count as probability 0 in the other.
+        log_p: log-probabilities of one model, float [P, V]; -inf for probability 0.
+        log_s: log-probabilities of the other model, float [P, V']. An id that only one model has
+            counts as probability 0 in the other.
+
+    Returns:
+        The sum per position, float64 [P].
     """
     common = min(log_p.shape[1], log_s.shape[1])
     smaller = torch.minimum(log_p[:, :common], log_s[:, :common]).exp_()
@@ -71,23 +73,23 @@ def draft_and_verify(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """Draft with the student, and verify with the teacher.
+    """Draft tokens with the student, and verify them with the teacher.
 
     The student runs once per drafted token, the teacher once. The student must have all ids of the
     teacher.
 
     Args:
-        prefix: int64 [L], L at least 1.
-        student: see `NextLogits`.
-        teacher: see `LastLogits`.
+        prefix: tokens before the draft, int64 [L], L at least 1.
+        student: function that computes the student's logits of the next token.
+        teacher: function that computes the teacher's logits of the last tokens.
         draft: number of tokens to draft, at least 1.
         generator: random generator on the CPU.
     """
-    tokens, given = prefix, []
+    tokens, drafted_from = prefix, []
     for _ in range(draft):
-        given.append(_probabilities(student(tokens)))
-        tokens = torch.cat([tokens, torch.multinomial(given[-1], 1, generator=generator)])
-    s, drafted = torch.stack(given), tokens[len(prefix) :]
+        drafted_from.append(_probabilities(student(tokens)))
+        tokens = torch.cat([tokens, torch.multinomial(drafted_from[-1], 1, generator=generator)])
+    s, drafted = torch.stack(drafted_from), tokens[len(prefix) :]
     p = _probabilities(teacher(tokens, draft + 1))
     known = p.shape[1]
     p = torch.nn.functional.pad(p, (0, s.shape[1] - known))
@@ -97,9 +99,9 @@ def draft_and_verify(
     rejected = (chance >= p[at, drafted] / s[at, drafted]).nonzero().flatten()
     if len(rejected):
         accepted = int(rejected[0])
-        rest = (p[accepted] - s[accepted]).clamp(min=0)
-        # p = s up to rounding: the residual is empty, and p is the right distribution
-        last = rest if float(rest.sum()) > 0 else p[accepted]
+        residual = (p[accepted] - s[accepted]).clamp(min=0)
+        # if p = s up to rounding, the residual is zero and p is the distribution to draw from
+        last = residual if float(residual.sum()) > 0 else p[accepted]
     else:
         accepted, last = draft, p[draft]
     extra = torch.multinomial(last, 1, generator=generator)
@@ -108,5 +110,5 @@ def draft_and_verify(
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """Return float64 probabilities on the CPU."""
+    """Compute the softmax of logits over the last dimension, float64 on the CPU."""
     return logits.cpu().double().softmax(-1)

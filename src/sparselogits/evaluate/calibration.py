@@ -1,17 +1,17 @@
 """Compute the calibration of next-token predictions: whether confidence equals accuracy.
 
 The confidence at a position is the model's largest probability, and the position is a hit if the
-token with that probability is the true next one. Positions are binned by confidence; with N
+token with that probability is the true next token. Positions are binned by confidence; with N
 positions, n_b of them in bin b,
 
     ECE = sum_b n_b / N |accuracy_b - confidence_b|
 
 (Naeini et al. 2015; Guo et al. 2017, equation 3). Bins have equal width, as in Guo et al., or equal
 mass (Nguyen and O'Connor 2015), which also resolve the many positions of small confidence of a
-language model. ECE has no sign; `overconfidence`, mean confidence minus accuracy, has one.
+language model. ECE is not signed; `overconfidence`, mean confidence minus accuracy, is.
 
-Bins of equal mass need all confidences at once. They are stored as one float32 per position and
-model, 4 MB per million positions, with the sign for hit or miss.
+Bins of equal mass are computed from all confidences at once. The confidences are stored as one
+float32 per position and model, 4 MB per million positions, negative for a miss.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch import Tensor
 from sparselogits.errors import InvalidArgumentError
 
 BINS = 15
+"""Default number of bins, as in Guo et al."""
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Hold positions of similar confidence: one point of a reliability diagram.
+    """Describe positions of similar confidence, which are one point of a reliability diagram.
 
     Args:
         low: lower edge for equal width, smallest confidence in the bin for equal mass.
@@ -49,13 +50,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Hold the bins of one kind, and their calibration error.
+    """Describe the calibration by bins of equal width or of equal mass.
 
     Args:
         ece: expected calibration error, in [0, 1].
         bins: bins with at least one position, ascending in confidence.
-        gaps: float64 [W, B], confidence minus hits summed over each window's positions in each
-            bin, for resamples of the windows. Resamples do not change the bins.
+        gaps: sum of confidence minus hit (1 or 0) over the positions of each window in each bin,
+            float64 [W, B]; resamples of the windows are computed from these sums.
     """
 
     ece: float
@@ -63,8 +64,8 @@ class Reliability:
     gaps: Tensor = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, without `gaps`."""
-        return {"ece": self.ece, "bins": [asdict(own) for own in self.bins]}
+        """Return the fields except `gaps` as JSON values."""
+        return {"ece": self.ece, "bins": [asdict(each) for each in self.bins]}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Calibration:
 
     Args:
         confidence: mean of the largest probability.
-        accuracy: share of positions whose likeliest token is the true one.
+        accuracy: share of positions whose most likely token is the true next token.
         equal_width: bins of equal width in confidence.
         equal_mass: bins of equally many positions; equal confidences share a bin.
     """
@@ -89,7 +90,7 @@ class Calibration:
         return self.confidence - self.accuracy
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the fields and `overconfidence` as JSON values."""
         return {
             "confidence": self.confidence,
             "accuracy": self.accuracy,
@@ -100,12 +101,12 @@ class Calibration:
 
 
 def signed_confidence(largest: Tensor, likeliest: Tensor, labels: Tensor) -> Tensor:
-    """Return the confidence, negative where its token is not the label: float32 [P] on the CPU.
+    """Return the confidence per position, negative for a miss, float32 [P] on the CPU.
 
     Args:
-        largest: float [P], largest log-probability per position.
-        likeliest: int64 [P], token with the largest log-probability.
-        labels: int64 [P], true next tokens.
+        largest: largest log-probability per position, float [P].
+        likeliest: token with the largest log-probability, int64 [P].
+        labels: true next tokens, int64 [P].
     """
     confidence = largest.exp().float().clamp_(max=1.0)
     return torch.where(likeliest == labels.to(likeliest.device), confidence, -confidence).cpu()
@@ -115,7 +116,7 @@ def measure_calibration(windows: Sequence[Tensor], bins: int = BINS) -> Calibrat
     """Compute the calibration over the positions of all windows.
 
     Args:
-        windows: float32 [P] per window, see `signed_confidence`.
+        windows: confidences of each window, float32 [P], as `signed_confidence` returns them.
         bins: number of bins B.
 
     Raises:
@@ -124,14 +125,14 @@ def measure_calibration(windows: Sequence[Tensor], bins: int = BINS) -> Calibrat
     signed = torch.cat([torch.empty(0), *windows])
     if bins < 1 or not len(signed):
         raise InvalidArgumentError(
-            f"calibration needs at least one position and one bin; got {len(signed)} positions and "
-            f"{bins} bins"
+            f"found {len(signed)} positions and {bins} bins, expected at least one of each; "
+            "measure calibration on text with labels"
         )
     confidence, hit = signed.abs().double(), (signed > 0).double()
-    window = torch.repeat_interleave(torch.tensor([len(own) for own in windows]))
+    window = torch.repeat_interleave(torch.tensor([len(each) for each in windows]))
     # (b / B, (b + 1) / B] as in Guo et al.; confidence 1 belongs to the last bin
     by_width = (confidence * bins).ceil().long().sub(1).clamp_(0, bins - 1)
-    # the number of less confident positions decides, so that equal confidences share a bin
+    # binned by the number of less confident positions, so that equal confidences share a bin
     below = torch.searchsorted(confidence.sort().values, confidence)
     by_mass = below * bins // len(confidence)
     edges = torch.arange(bins + 1, dtype=torch.float64) / bins
@@ -148,25 +149,35 @@ def _reliability(
     hit: Tensor,
     window: Tensor,
     windows: int,
-    place: Tensor,
+    bin_index: Tensor,
     bins: int,
     edges: Tensor | None,
 ) -> Reliability:
-    """Return the bins of confidences and hits, float64 [N], from bin numbers `place`, int64 [N]."""
-    count = torch.bincount(place, minlength=bins)
-    sure = torch.bincount(place, confidence, minlength=bins)
-    right = torch.bincount(place, hit, minlength=bins)
-    gaps = torch.bincount(window * bins + place, confidence - hit, minlength=windows * bins)
+    """Compute the bins of one kind.
+
+    Args:
+        confidence: confidence per position, float64 [N].
+        hit: 1 for a hit and 0 for a miss, float64 [N].
+        window: index of the position's window, int64 [N].
+        windows: number of windows.
+        bin_index: index of the position's bin, int64 [N].
+        bins: number of bins B.
+        edges: edges of the bins, float64 [B + 1]; None for the range of confidences in each bin.
+    """
+    count = torch.bincount(bin_index, minlength=bins)
+    confidences = torch.bincount(bin_index, confidence, minlength=bins)
+    hits = torch.bincount(bin_index, hit, minlength=bins)
+    gaps = torch.bincount(window * bins + bin_index, confidence - hit, minlength=windows * bins)
     if edges is None:
         ends = torch.zeros(bins, dtype=torch.float64)
-        low = ends.scatter_reduce(0, place, confidence, "amin", include_self=False)
-        high = ends.scatter_reduce(0, place, confidence, "amax", include_self=False)
+        low = ends.scatter_reduce(0, bin_index, confidence, "amin", include_self=False)
+        high = ends.scatter_reduce(0, bin_index, confidence, "amax", include_self=False)
     else:
         low, high = edges[:-1], edges[1:]
     found = tuple(
-        Bin(float(low[b]), float(high[b]), float(sure[b] / n), float(right[b] / n), n)
+        Bin(float(low[b]), float(high[b]), float(confidences[b] / n), float(hits[b] / n), n)
         for b, n in enumerate(count.tolist())
         if n
     )
-    ece = float((sure - right).abs().sum() / len(confidence))
+    ece = float((confidences - hits).abs().sum() / len(confidence))
     return Reliability(ece, found, gaps.view(windows, bins))

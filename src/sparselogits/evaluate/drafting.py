@@ -1,8 +1,8 @@
-"""Measure realised acceptance: a student drafts from held-out prefixes for its teacher.
+"""Measure the acceptance of tokens that a student drafts from held-out prefixes for its teacher.
 
-A prefix of l tokens costs n forward passes of the student over l to l + n - 1 tokens, for n drafted
-tokens, and one of the teacher over l + n. No key-value cache is used, and an engine applies its
-head to the whole prefix: this is for measuring, not for serving.
+A draft of n tokens after a prefix of l tokens costs n forward passes of the student, over l to
+l + n - 1 tokens, and one of the teacher, over l + n. No key-value cache is used, and an engine
+applies its head to the whole prefix: the module is for measuring, not for serving.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class Drafting:
-    """Hold the result of drafting.
+    """Describe the result of drafting.
 
     Args:
-        drafts: number of rounds of drafting and verifying.
+        drafts: number of drafts, each verified once.
         verified: number of drafted tokens up to and including each draft's first rejection.
         accepted: number of verified tokens that were accepted.
         expected: mean of sum_i min(p_i, s_i) over the verified positions.
-        error: standard deviation of `acceptance` about `expected`: the square root of the sum
-            of a (1 - a), over `verified`. Given its prefix, a token is accepted with probability a,
-            so the variances of the differences add up.
+        error: standard deviation of `acceptance - expected`: the square root of the sum of
+            a (1 - a) over the verified positions, divided by `verified`. Given the prefix, a token
+            is accepted with probability a.
     """
 
     drafts: int
@@ -51,13 +51,13 @@ class Drafting:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted per forward pass of the teacher, including the teacher's own token."""
+        """Mean number of tokens emitted per forward pass of the teacher, its own token included."""
         return 1 + self.accepted / self.drafts
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        own = {"acceptance": self.acceptance, "tokens_per_pass": self.tokens_per_pass}
-        return asdict(self) | own
+        """Return the fields and the derived metrics as JSON values."""
+        derived = {"acceptance": self.acceptance, "tokens_per_pass": self.tokens_per_pass}
+        return asdict(self) | derived
 
 
 @torch.no_grad()
@@ -77,21 +77,21 @@ def draft_from_prefixes(
         student: transformers causal language model, in eval mode during the call.
         windows: held-out text.
         teacher: teacher that verifies the drafts.
-        draft: number of tokens per draft.
-        prefixes: number of prefixes per window, evenly spread.
+        draft: number of tokens per draft, at least 1.
+        prefixes: number of prefixes per window, at least 1, at evenly spaced positions.
         seed: random seed. The results of the first windows do not depend on the number of windows.
-        progress: function that is called with the windows done and their number.
+        progress: function that is called with the number of windows done and of all windows.
 
     Raises:
-        InvalidArgumentError: If there are no windows, the windows are too short for a draft, there
-            is no draft or prefix, or the student has fewer ids than the teacher.
+        InvalidArgumentError: If there are no windows, windows are not longer than a draft, `draft`
+            or `prefixes` is less than 1, or the student has fewer ids than the teacher.
     """
     length = windows.corpus.packing.window_length
     if not len(windows) or draft < 1 or prefixes < 1 or length <= draft:
         raise InvalidArgumentError(
-            f"drafting needs held-out windows longer than the draft, a draft and a prefix; got "
-            f"{len(windows)} windows of {length} tokens, {draft} drafted tokens and {prefixes} "
-            "prefixes per window"
+            f"found {len(windows)} windows of {length} tokens, {draft} drafted tokens and "
+            f"{prefixes} prefixes per window, expected at least one of each and windows longer "
+            "than a draft; build the cache with a hold-out (--holdout 0.05), or draft fewer tokens"
         )
     generator = torch.Generator().manual_seed(seed)
     logits = StudentLogits(student)
@@ -104,12 +104,12 @@ def draft_from_prefixes(
                 rounds.append(_draft_once(item, end, logits, teacher, draft, generator))
             if progress is not None:
                 progress(index + 1, len(windows))
-    acceptances = torch.cat([own.acceptances for own in rounds])
+    acceptances = torch.cat([each.acceptances for each in rounds])
     variance = float((acceptances * (1 - acceptances)).clamp(min=0).sum())
     return Drafting(
         drafts=len(rounds),
         verified=len(acceptances),
-        accepted=sum(own.accepted for own in rounds),
+        accepted=sum(each.accepted for each in rounds),
         expected=float(acceptances.mean()),
         error=math.sqrt(variance) / len(acceptances),
     )
@@ -123,7 +123,7 @@ def _draft_once(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """Run one round after the first `end` tokens; drafted tokens belong to the last document."""
+    """Draft and verify after the first `end` tokens, continuing the document at that position."""
     starts = document_starts(item)
     starts = None if starts is None else starts[starts < end]
 
@@ -136,7 +136,8 @@ def _draft_once(
         return logits
 
     def last_logits(tokens: Tensor, count: int) -> Tensor:
-        # an id that the teacher does not have is rejected; later logits are not used
+        # a drafted id beyond the teacher's vocabulary is rejected, and logits after a rejection are
+        # not used, so any id can replace it
         known = tokens.clamp(max=teacher.vocab_size - 1)
         first, found = len(tokens) - count, []
         for piece in teacher.logits(known[None], None if starts is None else [starts]):

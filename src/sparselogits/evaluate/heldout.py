@@ -1,7 +1,7 @@
 """Measure students and their teacher on held-out windows.
 
 One pass of the teacher serves all students. Logits of the teacher and one student exist for one
-slice of positions at a time; one float32 per position and model is kept, for calibration.
+slice of positions at a time; one float32 per position and model is stored, for calibration.
 
 docs/evaluation.md defines the metrics and their intervals.
 """
@@ -40,32 +40,30 @@ from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
 BLOCK_ROWS = 32
-"""Number of positions that are measured at a time on a CPU."""
+"""Number of positions per block on a CPU."""
 
 _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Hold the metrics of one model on held-out text.
-
-    Windows without a label are left out.
+    """Describe a model by its metrics on held-out text; windows without a label are excluded.
 
     Args:
         loss: mean negative log-likelihood of the next token, nats.
         kl: mean KL(teacher || student), nats; None without a teacher.
-        agreement: share of positions whose likeliest token is the teacher's; None without a
-            teacher.
+        agreement: share of positions at which model and teacher have the same most likely token;
+            None without a teacher.
         acceptance: mean probability that a token drafted by the model is accepted by the teacher,
             sum_i min(p_i, s_i) at every position, both at temperature one; None without a teacher.
-        calibration: calibration of the next-token predictions, as shares in [0, 1].
-        positions: number of positions.
+        calibration: calibration of the next-token predictions.
+        positions: number of positions with a label.
         loss_by_window: mean loss of each window, nats.
         kl_by_window: mean KL of each window, nats; empty without a teacher.
         agreement_by_window: agreement of each window; empty without a teacher.
         acceptance_by_window: acceptance of each window; empty without a teacher.
         positions_by_window: number of positions of each window.
-        intervals: metrics by name (`FIGURES`) with their 95 % bootstrap intervals over windows.
+        intervals: estimates with 95 % bootstrap intervals over windows, by the names in `METRICS`.
     """
 
     loss: float
@@ -86,29 +84,35 @@ class HeldOut:
         """Perplexity, exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
-    def interval(self, figure: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    def interval(self, metric: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
         """Compute a metric with its bootstrap interval over windows.
+
+        Args:
+            metric: name of the metric, one of `METRICS`.
+            resamples: number of resamples of the windows.
+            seed: random seed of the resamples.
 
         Raises:
             InvalidArgumentError: If the metric does not exist, or needs a teacher.
         """
         return bootstrap_interval(
-            self.sums(figure), statistic_of(figure), resamples=resamples, seed=seed
+            self.sums(metric), statistic_of(metric), resamples=resamples, seed=seed
         )
 
     def difference(
-        self, other: HeldOut, figure: str = "loss", *, resamples: int = RESAMPLES, seed: int = 0
+        self, other: HeldOut, metric: str = "loss", *, resamples: int = RESAMPLES, seed: int = 0
     ) -> Estimate:
-        """Compute this model's metric minus the other's, with its paired interval over windows.
+        """Compute this model's metric minus the other's, with a paired interval over windows.
 
         Args:
-            other: model on the same windows; the numbers of positions are compared.
-            figure: name of the metric, one of `FIGURES`.
+            other: metrics of the other model on the same windows.
+            metric: name of the metric, one of `METRICS`.
             resamples: number of resamples of the windows.
             seed: random seed of the resamples.
 
         Raises:
-            InvalidArgumentError: If the windows differ, or one model does not have the metric.
+            InvalidArgumentError: If the numbers of positions per window differ, or one model does
+                not have the metric.
         """
         if self.positions_by_window != other.positions_by_window:
             raise InvalidArgumentError(
@@ -116,11 +120,18 @@ class HeldOut:
                 f"{self.positions:,} and {other.positions:,} positions; measure both on the same "
                 "windows"
             )
-        first, second = self.sums(figure), other.sums(figure)
-        return paired_interval(first, second, statistic_of(figure), resamples=resamples, seed=seed)
+        first, second = self.sums(metric), other.sums(metric)
+        return paired_interval(first, second, statistic_of(metric), resamples=resamples, seed=seed)
 
-    def sums(self, figure: str) -> Tensor:
-        """Return each window's contribution to the sums for `statistic_of`, float64 [W, C].
+    def sums(self, metric: str) -> Tensor:
+        """Return the sums per window from which `statistic_of` computes a metric.
+
+        Args:
+            metric: name of the metric, one of `METRICS`.
+
+        Returns:
+            float64 [W, C]: for binned metrics (`ece`, `ece_equal_mass`, `overconfidence`) the gap
+            of each bin and the number of positions, otherwise the metric's sum and the number.
 
         Raises:
             InvalidArgumentError: If the metric does not exist, or needs a teacher.
@@ -132,7 +143,7 @@ class HeldOut:
             "agreement": self.agreement_by_window,
             "acceptance": self.acceptance_by_window,
         }
-        if values := by_window.get(figure):
+        if values := by_window.get(metric):
             mean = torch.tensor(values, dtype=torch.float64)[:, None]
             return torch.cat([mean * count, count], 1)
         binned: dict[str, Reliability] = {
@@ -140,13 +151,13 @@ class HeldOut:
             "ece_equal_mass": self.calibration.equal_mass,
             "overconfidence": self.calibration.equal_width,
         }
-        if figure not in binned:
-            known = [*(name for name, own in by_window.items() if own), *binned]
-            raise InvalidArgumentError(f"unknown metric {figure!r}; available: {known}")
-        return torch.cat([binned[figure].gaps, count], 1)
+        if metric not in binned:
+            known = [*(name for name, values in by_window.items() if values), *binned]
+            raise InvalidArgumentError(f"unknown metric {metric!r}; available: {known}")
+        return torch.cat([binned[metric].gaps, count], 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the metrics as JSON values."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -164,30 +175,29 @@ class HeldOut:
         }
 
 
-ALONE = ("loss", "ece", "ece_equal_mass", "overconfidence")
-BESIDE_A_TEACHER = ("kl", "agreement", "acceptance")
-FIGURES = (*ALONE, *BESIDE_A_TEACHER)
-"""Names of the metrics with an interval; `ece` is the one of bins of equal width."""
+_WITHOUT_TEACHER = ("loss", "ece", "ece_equal_mass", "overconfidence")
+METRICS = (*_WITHOUT_TEACHER, "kl", "agreement", "acceptance")
+"""Names of the metrics with an interval; `ece` uses bins of equal width."""
 
 
-def _gap_size(sums: Tensor) -> Tensor:
-    """Compute ECE [R] from sums [R, B + 1]: gaps of the bins, then positions."""
+def _ece(sums: Tensor) -> Tensor:
+    """Compute ECE [R] from sums [R, B + 1]: gaps of the bins, then the number of positions."""
     return sums[:, :-1].abs().sum(1) / sums[:, -1]
 
 
-def _gap(sums: Tensor) -> Tensor:
-    """Compute mean confidence minus accuracy [R] from sums [R, B + 1]."""
+def _overconfidence(sums: Tensor) -> Tensor:
+    """Compute mean confidence minus accuracy [R] from sums [R, B + 1], see `_ece`."""
     return sums[:, :-1].sum(1) / sums[:, -1]
 
 
-def statistic_of(figure: str) -> Statistic:
-    """Return the function that computes a metric from the sums over windows of `HeldOut.sums`."""
+def statistic_of(metric: str) -> Statistic:
+    """Return the function that computes a metric from `HeldOut.sums`, summed over windows."""
     binned: dict[str, Statistic] = {
-        "ece": _gap_size,
-        "ece_equal_mass": _gap_size,
-        "overconfidence": _gap,
+        "ece": _ece,
+        "ece_equal_mass": _ece,
+        "overconfidence": _overconfidence,
     }
-    return binned.get(figure, ratio)
+    return binned.get(metric, ratio)
 
 
 @torch.no_grad()
@@ -200,15 +210,18 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, HeldOut]:
-    """Measure students, and the teacher under the name "teacher" if one is given.
+    """Measure students, and optionally their teacher, on held-out windows.
 
     Args:
         students: transformers causal language models by name, in eval mode during the call.
-        windows: held-out text, with the tokenizer of teacher and students.
-        teacher: teacher for `kl`, `agreement` and `acceptance`; None leaves these out.
+        windows: held-out text, tokenised with the tokenizer of teacher and students.
+        teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of resamples of the windows, for the intervals.
         seed: random seed of the resamples.
-        progress: function that is called with the windows done and their number.
+        progress: function that is called with the number of windows done and of all windows.
+
+    Returns:
+        The metrics by name of the student; those of a teacher under the name "teacher".
 
     Raises:
         InvalidArgumentError: If there are no windows or resamples, or a student has fewer ids than
@@ -225,24 +238,23 @@ def evaluate(
         for model in students.values():
             modes.enter_context(in_eval_mode(model))
         for done in range(len(windows)):
-            measured = _measure_window(windows[done], learners, teacher)
-            for name, own in measured.items():
-                found[name].append(own)
+            for name, measured in _measure_window(windows[done], learners, teacher).items():
+                found[name].append(measured)
             if progress is not None:
                 progress(done + 1, len(windows))
     return {
-        name: _summarise(own, with_teacher=teacher is not None, resamples=resamples, seed=seed)
-        for name, own in found.items()
+        name: _summarise(measured, with_teacher=teacher is not None, resamples=resamples, seed=seed)
+        for name, measured in found.items()
     }
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Hold sums of one model over one window, or over a slice of it.
+    """Store the sums of one model over a window or a slice of a window.
 
     Args:
-        sums: float64 [5], sums of loss, KL, agreements, acceptances and positions.
-        confidence: float32 [P], see `signed_confidence`.
+        sums: sums of loss, KL, agreements, acceptances and positions, float64 [5].
+        confidence: confidence per position, float32 [P], as `signed_confidence` returns it.
     """
 
     sums: Tensor
@@ -253,32 +265,31 @@ def _measure_window(
     item: Mapping[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
 ) -> dict[str, _Measured]:
     labels = item["shift_labels"]
-    logits_of = {name: own.over(model_inputs(item)) for name, own in learners.items()}
+    logits_of = {name: student.over(model_inputs(item)) for name, student in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]
     pieces: dict[str, list[_Measured]] = {name: [] for name in names}
     for positions, taught in teacher_slices(teacher, item):
         for rows in _blocks(positions, taught):
-            wanted = labels[rows]
-            counted = wanted != IGNORE_INDEX
+            counted = labels[rows] != IGNORE_INDEX
             if not bool(counted.any()):
                 continue
-            wanted = wanted[counted]
-            known = None
+            next_tokens = labels[rows][counted]
+            predicted = None
             if taught is not None:
-                here = slice(rows.start - positions.start, rows.stop - positions.start)
-                known = _Taught.of(_log_softmax(taught[here], counted))
-                pieces["teacher"].append(_of_teacher(known, wanted))
+                within = slice(rows.start - positions.start, rows.stop - positions.start)
+                predicted = _TeacherPredictions.of(_log_softmax(taught[within], counted))
+                pieces["teacher"].append(_measure_teacher(predicted, next_tokens))
             for name, logits in logits_of.items():
                 log_s = _log_softmax(logits(rows), counted)
-                pieces[name].append(_of_student(log_s, wanted, known))
-    return {name: _joined(own) for name, own in pieces.items()}
+                pieces[name].append(_measure_student(log_s, next_tokens, predicted))
+    return {name: _joined(slices) for name, slices in pieces.items()}
 
 
 def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
-    """Divide a slice of positions, so that tensors as wide as the vocabulary stay small on a CPU.
+    """Divide a slice of positions into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
 
-    The system maps a new tensor of tens of megabytes page by page, which costs more than the
-    arithmetic on it; a small tensor reuses memory.
+    The system maps the memory of a new tensor of tens of megabytes page by page, which costs more
+    than the arithmetic on the tensor; a small tensor reuses memory.
     """
     rows = positions.stop - positions.start
     if taught is None or taught.device.type == "cpu":
@@ -295,14 +306,14 @@ def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Taught:
-    """Hold the teacher's predictions at some positions, computed once for all students.
+class _TeacherPredictions:
+    """Store the teacher's predictions at P positions, computed once for all students.
 
     Args:
-        log_p: float32 [P, V], log-probabilities.
-        p: float32 [P, V], probabilities.
-        largest: float32 [P], largest log-probability.
-        likeliest: int64 [P], id with the largest log-probability.
+        log_p: log-probabilities, float32 [P, V].
+        p: probabilities, float32 [P, V].
+        largest: largest log-probability, float32 [P].
+        likeliest: id with the largest log-probability, int64 [P].
     """
 
     log_p: Tensor
@@ -311,34 +322,42 @@ class _Taught:
     likeliest: Tensor
 
     @classmethod
-    def of(cls, log_p: Tensor) -> _Taught:
-        """Compute probabilities and each position's most likely token from log-probabilities."""
+    def of(cls, log_p: Tensor) -> _TeacherPredictions:
+        """Compute probabilities and most likely tokens from log-probabilities, float32 [P, V]."""
         largest, likeliest = log_p.max(1)
         return cls(log_p, log_p.exp(), largest, likeliest)
 
 
-def _of_teacher(known: _Taught, labels: Tensor) -> _Measured:
-    """Measure the teacher against the labels; its agreement with itself is 1."""
+def _measure_teacher(predicted: _TeacherPredictions, labels: Tensor) -> _Measured:
+    """Measure the teacher's predictions; agreement and acceptance are 1 at each position."""
     sums = torch.zeros(5, dtype=torch.float64)
-    sums[_LOSS] = _loss(known.log_p, labels)
+    sums[_LOSS] = _loss(predicted.log_p, labels)
     sums[_AGREEMENT] = sums[_ACCEPTANCE] = sums[_POSITIONS] = len(labels)
-    return _Measured(sums, signed_confidence(known.largest, known.likeliest, labels))
+    return _Measured(sums, signed_confidence(predicted.largest, predicted.likeliest, labels))
 
 
-def _of_student(log_s: Tensor, labels: Tensor, known: _Taught | None) -> _Measured:
-    """Measure a student, float32 [P, V'], against the labels and the teacher, if given."""
+def _measure_student(
+    log_s: Tensor, labels: Tensor, predicted: _TeacherPredictions | None
+) -> _Measured:
+    """Measure a student's predictions at P positions.
+
+    Args:
+        log_s: the student's log-probabilities, float32 [P, V'].
+        labels: true next tokens, int64 [P].
+        predicted: the teacher's predictions; None to measure only loss and calibration.
+    """
     largest, likeliest = log_s.max(1)
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(log_s, labels)
     sums[_POSITIONS] = len(labels)
-    if known is not None:
-        common = known.log_p.shape[1]
+    if predicted is not None:
+        common = predicted.log_p.shape[1]
         require_ids(log_s.shape[1], common)
-        p, log_p = known.p.to(log_s.device), known.log_p.to(log_s.device)
-        # where p = 0 the term is 0, also against log s = -inf
+        p, log_p = predicted.p.to(log_s.device), predicted.log_p.to(log_s.device)
+        # the term of p = 0 is 0, but 0 * inf is computed as NaN
         terms = (log_p - log_s[:, :common]).mul_(p).masked_fill_(p == 0, 0.0)
         sums[_KL] = float(terms.sum(1).double().sum())
-        sums[_AGREEMENT] = float((likeliest == known.likeliest.to(likeliest.device)).sum())
+        sums[_AGREEMENT] = float((likeliest == predicted.likeliest.to(likeliest.device)).sum())
         sums[_ACCEPTANCE] = float(expected_acceptance(log_p, log_s).sum())
     return _Measured(sums, signed_confidence(largest, likeliest, labels))
 
@@ -348,20 +367,21 @@ def _loss(log_s: Tensor, labels: Tensor) -> float:
 
 
 def _joined(slices: list[_Measured]) -> _Measured:
-    none = torch.zeros(5, dtype=torch.float64)
-    sums = torch.stack([none, *(own.sums for own in slices)]).sum(0)
-    return _Measured(sums, torch.cat([torch.empty(0), *(own.confidence for own in slices)]))
+    empty = _Measured(torch.zeros(5, dtype=torch.float64), torch.empty(0))
+    parts = [empty, *slices]
+    sums = torch.stack([part.sums for part in parts]).sum(0)
+    return _Measured(sums, torch.cat([part.confidence for part in parts]))
 
 
 def _summarise(
     measured: list[_Measured], *, with_teacher: bool, resamples: int, seed: int
 ) -> HeldOut:
-    used = [own for own in measured if len(own.confidence)]
+    used = [window for window in measured if len(window.confidence)]
     if not used:
         raise InvalidArgumentError(
-            "no held-out position has a label, so nothing can be measured: use other text"
+            "no held-out position has a label, expected at least one: hold out other text"
         )
-    table = torch.stack([own.sums for own in used])
+    table = torch.stack([window.sums for window in used])
     means = table / table[:, _POSITIONS:]
     total = (table.sum(0) / table[:, _POSITIONS].sum()).tolist()
 
@@ -373,14 +393,14 @@ def _summarise(
         kl=total[_KL] if with_teacher else None,
         agreement=total[_AGREEMENT] if with_teacher else None,
         acceptance=total[_ACCEPTANCE] if with_teacher else None,
-        calibration=measure_calibration([own.confidence for own in used]),
+        calibration=measure_calibration([window.confidence for window in used]),
         positions=int(table[:, _POSITIONS].sum()),
         loss_by_window=by_window(_LOSS),
         kl_by_window=by_window(_KL) if with_teacher else (),
         agreement_by_window=by_window(_AGREEMENT) if with_teacher else (),
         acceptance_by_window=by_window(_ACCEPTANCE) if with_teacher else (),
-        positions_by_window=tuple(len(own.confidence) for own in used),
+        positions_by_window=tuple(len(window.confidence) for window in used),
     )
-    names = FIGURES if with_teacher else ALONE
+    names = METRICS if with_teacher else _WITHOUT_TEACHER
     intervals = {n: result.interval(n, resamples=resamples, seed=seed) for n in names}
     return replace(result, intervals=intervals)

@@ -1,13 +1,13 @@
-"""Compute means with their intervals: Student's t, Fieller's, and the bootstrap over windows.
+"""Compute means and ratios with intervals: Student's t, Fieller's, and the bootstrap over windows.
 
-Student's t interval is for values that come from a handful of runs or batches, and Fieller's for
-the ratio of two means of such values. The percentile bootstrap (Efron and Tibshirani 1993, section
-13.3) is for metrics over many windows: windows are drawn with replacement, the metric is computed
-from each resample, and the interval lies between two quantiles. Windows are drawn, not positions,
-because the positions of one window are not independent.
+Student's t interval is for the mean of values from a few runs or batches, and Fieller's interval
+for the ratio of two means of such values. The percentile bootstrap (Efron and Tibshirani 1993,
+section 13.3) is for metrics over many windows: windows are drawn with replacement, the metric is
+computed from each resample, and the interval lies between two quantiles. Windows are drawn instead
+of positions, because the positions of one window are not independent.
 
-A bootstrap over three seeds is no substitute for the first two: its 95 % interval covers the truth
-in four of five experiments or fewer (`tests/evaluate/test_bootstrap.py`).
+The bootstrap is not suitable for three seeds: its 95 % interval covers the true mean in at most
+80 % of experiments (`tests/evaluate/test_bootstrap.py`).
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ from torch import Tensor
 from sparselogits.errors import InvalidArgumentError
 
 CONFIDENCE = 0.95
+"""Default coverage of an interval."""
 RESAMPLES = 1000
-_NUMBERS = 1 << 22  # numbers in one block of resamples, 32 MB
+"""Default number of bootstrap resamples."""
+_BLOCK_SIZE = 1 << 22
+"""Number of float64 values in one block of resamples, which takes 32 MiB."""
 
 Statistic = Callable[[Tensor], Tensor]
-"""Function from sums over the units, float64 [R, C], to one value per resample, float64 [R]."""
+"""Function of sums over units, float64 [R, C]; returns one value per resample, float64 [R]."""
 
 _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value computed from independent units, with its interval.
+    """Describe a value that was computed from independent units, with its interval.
 
     Args:
-        mean: mean of the units, or in general the value computed from all of them.
-        low: lower end of the interval; None where no finite interval can be given.
-        high: upper end of the interval, None likewise.
+        mean: the value computed from all units.
+        low: lower end of the interval; None if no finite interval exists.
+        high: upper end of the interval; None if no finite interval exists.
         units: number of units.
     """
 
@@ -52,15 +55,19 @@ class Estimate:
     units: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
+        """Return the fields as JSON values."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "units": self.units}
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Compute the mean and its two-sided t interval, for independent values close to normal.
+    """Compute the mean of independent, approximately normal values and its two-sided t interval.
+
+    Args:
+        values: one value per unit; the interval of a single value is None.
+        confidence: coverage of the interval, in (0, 1).
 
     Raises:
-        InvalidArgumentError: if there is no value, or `confidence` is outside (0, 1).
+        InvalidArgumentError: If there is no value, or `confidence` is outside (0, 1).
     """
     count = _checked(values, confidence)
     mean = math.fsum(values) / count
@@ -73,13 +80,13 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
 def fieller_interval(
     numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Compute the ratio of two means and Fieller's interval around it, for paired values.
+    """Compute the ratio of the means of paired values and Fieller's interval.
 
-    With means a and b over n pairs and the covariances s of these means, the interval holds every
-    ratio r that a t test does not reject, (a - r b)^2 <= t^2 (s_aa - 2 r s_ab + r^2 s_bb), where t
-    is the quantile of Student's t with n - 1 degrees of freedom. It lies between the roots of that
-    quadratic, if b differs from zero by the same test. Otherwise the set is unbounded and no finite
-    interval exists. The interval is in general not symmetric around the ratio.
+    With means a and b over n pairs and the covariances s of these means, the interval contains
+    every ratio r that a t test does not reject, (a - r b)^2 <= t^2 (s_aa - 2 r s_ab + r^2 s_bb),
+    where t is the quantile of Student's t with n - 1 degrees of freedom. The ends are the roots of
+    that quadratic, if b differs from zero by the same test. Otherwise the set is unbounded and no
+    finite interval exists. The interval is in general not symmetric around the ratio.
 
     Source: Fieller (1954), "Some problems in interval estimation", Journal of the Royal Statistical
     Society B 16(2), 175-185.
@@ -87,17 +94,17 @@ def fieller_interval(
     Args:
         numerators: one value per unit.
         denominators: one value per unit, in the same order of units.
-        confidence: coverage of the interval.
+        confidence: coverage of the interval, in (0, 1).
 
     Returns:
-        The ratio of the means. Both ends are None for a single pair, and where the mean of the
+        The ratio of the means. Both ends are None for a single pair, and if the mean of the
         denominators is not distinguishable from zero.
 
     Raises:
-        InvalidArgumentError: if there are no pairs, the two lengths differ, the mean of the
+        InvalidArgumentError: If there are no pairs, the two lengths differ, the mean of the
             denominators is zero, or `confidence` is outside (0, 1).
 
-    Example:
+    Examples:
         >>> found = fieller_interval([0.28, 0.40, 0.34], [0.36, 0.41, 0.47])
         >>> round(found.mean, 2), round(found.low, 2), round(found.high, 2)
         (0.82, 0.53, 1.18)
@@ -105,34 +112,34 @@ def fieller_interval(
     count = _checked(numerators, confidence)
     if len(denominators) != count:
         raise InvalidArgumentError(
-            f"a ratio of means needs paired values; got {count} numerators and "
-            f"{len(denominators)} denominators. Give one of each per unit"
+            f"found {count} numerators and {len(denominators)} denominators, expected one of each "
+            "per unit. Give paired values"
         )
-    above, below = math.fsum(numerators) / count, math.fsum(denominators) / count
-    if not below:
+    a, b = math.fsum(numerators) / count, math.fsum(denominators) / count
+    if not b:
         raise InvalidArgumentError(
             "the mean of the denominators is zero, so the ratio of the means does not exist. "
             "Report the difference instead"
         )
     if count == 1:
-        return Estimate(above / below, None, None, 1)
+        return Estimate(a / b, None, None, 1)
     squared = t_quantile(count - 1, (1 + confidence) / 2) ** 2
-    leading = below**2 - squared * _covariance(denominators, denominators)
-    middle = above * below - squared * _covariance(numerators, denominators)
-    last = above**2 - squared * _covariance(numerators, numerators)
+    leading = b**2 - squared * _covariance(denominators, denominators)
+    middle = a * b - squared * _covariance(numerators, denominators)
+    last = a**2 - squared * _covariance(numerators, numerators)
     if leading <= 0:
-        return Estimate(above / below, None, None, count)
-    # non-negative: the quadratic is at most zero at the ratio itself
+        return Estimate(a / b, None, None, count)
+    # negative only by rounding: the quadratic is at most zero at the ratio a / b
     root = math.sqrt(max(0.0, middle**2 - leading * last))
-    return Estimate(above / below, (middle - root) / leading, (middle + root) / leading, count)
+    return Estimate(a / b, (middle - root) / leading, (middle + root) / leading, count)
 
 
 def _checked(values: Sequence[float], confidence: float) -> int:
-    """Return the number of values, after checking the arguments of an interval."""
+    """Validate the arguments of an interval, and return the number of values."""
     if not values or not 0 < confidence < 1:
         raise InvalidArgumentError(
-            f"an interval needs at least one value and a confidence in (0, 1); got {len(values)} "
-            f"values and {confidence}"
+            f"found {len(values)} values and the confidence {confidence}; give at least one value "
+            "and a confidence in (0, 1), such as 0.95"
         )
     return len(values)
 
@@ -146,7 +153,7 @@ def _covariance(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def ratio(sums: Tensor) -> Tensor:
-    """Compute a mean: the first column of the sums divided by the last."""
+    """Divide the first column of sums, float64 [R, C], by the last, which gives means [R]."""
     return sums[:, 0] / sums[:, -1]
 
 
@@ -158,50 +165,46 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Compute a value from the sums over all units, with its percentile bootstrap interval.
+    """Compute a value from sums over units, with its percentile bootstrap interval.
 
-    The same seed draws the same resamples for the same number of units.
+    Calls with the same seed and number of units draw the same resamples.
 
     Args:
-        units: float64 [W, C], contribution of each unit to each of C sums.
-        statistic: computes the value; a ratio of sums for a mean over units of different sizes.
+        units: contribution of each unit to each of C sums, float64 [W, C].
+        statistic: function that computes the value from the sums; the default computes a mean over
+            units of different sizes.
         resamples: number of resamples; a 95 % interval needs several hundred.
         seed: random seed of the resamples.
-        confidence: share of the resamples inside the interval.
+        confidence: share of the resamples inside the interval, in (0, 1).
 
     Raises:
-        InvalidArgumentError: if there is no unit or no resample, or `confidence` is outside (0, 1).
+        InvalidArgumentError: If there is no unit or no resample, or `confidence` is outside (0, 1).
     """
     count = len(units)
     if not count or resamples < 1 or not 0 < confidence < 1:
         raise InvalidArgumentError(
-            f"a bootstrap needs a unit, a resample and a confidence in (0, 1); got {count} units, "
-            f"{resamples} resamples and {confidence}"
+            f"found {count} units, {resamples} resamples and the confidence {confidence}; give at "
+            "least one unit and one resample, and a confidence in (0, 1), such as 0.95"
         )
     value = float(statistic(units.sum(0, keepdim=True)))
     if count == 1:
         return Estimate(value, None, None, 1)
     found = torch.cat([statistic(sums) for sums in _resampled(units, resamples, seed)])
-    return Estimate(value, *_between(found, confidence), count)
+    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = torch.quantile(found, ends).tolist()
+    return Estimate(value, low, high, count)
 
 
 def _resampled(units: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
-    """Yield the sums of resamples of the units, float64 [R, C], in blocks of bounded memory."""
+    """Yield the sums over resampled units, float64 [R, C], in blocks of bounded memory."""
     count = len(units)
     generator = torch.Generator().manual_seed(seed)
-    block = max(1, _NUMBERS // count)
+    block = max(1, _BLOCK_SIZE // count)
     for first in range(0, resamples, block):
         chosen = torch.randint(count, (min(block, resamples - first), count), generator=generator)
         times = torch.zeros(chosen.shape, dtype=torch.float64)
         times.scatter_add_(1, chosen, torch.ones_like(times))
         yield times @ units
-
-
-def _between(found: Tensor, confidence: float) -> tuple[float, float]:
-    """Return the two quantiles that enclose this share of the values."""
-    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.quantile(found, ends).tolist()
-    return low, high
 
 
 def paired_interval(
@@ -213,22 +216,23 @@ def paired_interval(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Compute the difference of two models' values, with both in every resample of the same units.
+    """Compute the difference of two models' values from paired resamples of the same units.
 
-    What makes a window hard for both models cancels, so the interval is narrower than the intervals
-    of the two values suggest.
+    The difficulty of a window for both models cancels, so the interval is narrower than the
+    intervals of the two values suggest.
 
     Args:
-        first: float64 [W, C], see `bootstrap_interval`.
-        second: float64 [W, C], in the same order of units.
-        statistic: see `bootstrap_interval`, as for the other arguments.
+        first: contribution of each unit to each of C sums of the first model, float64 [W, C].
+        second: the same for the second model, in the same order of units.
+        statistic: as in `bootstrap_interval`, like the other arguments.
 
     Raises:
-        InvalidArgumentError: if the numbers of units differ, and as `bootstrap_interval` does.
+        InvalidArgumentError: If the numbers of units differ, or `bootstrap_interval` raises it.
     """
     if len(first) != len(second):
         raise InvalidArgumentError(
-            f"a paired interval is over the same windows; got {len(first)} and {len(second)}"
+            f"the models were measured on {len(first)} and {len(second)} windows; measure both on "
+            "the same windows"
         )
     width = first.shape[1]
 
@@ -243,14 +247,15 @@ def paired_interval(
 
 @dataclass(frozen=True)
 class SeedEstimate:
-    """A metric of several trained models, one per seed, all measured on the same windows.
+    """Describe a metric of several trained models, one per seed, on the same windows.
 
     Args:
         mean: mean over the models; for a ratio, the ratio of two means over the models.
-        windows: bootstrap over windows, drawn alike for all models. The models are fixed.
-        seeds: Student's t over the models, Fieller's interval for a ratio. The text is fixed.
-        both: covers both: Student's t (Fieller's) over the models, averaged over the resamples of
-            the windows. Equal to `windows` for a single model.
+        windows: bootstrap interval over windows, with the same resamples for all models; the
+            models are fixed.
+        seeds: Student's t interval over the models, Fieller's for a ratio; the text is fixed.
+        both: interval over models and windows: Student's t (Fieller's) over the models, averaged
+            over the resamples of the windows. Equal to `windows` for a single model.
     """
 
     mean: float
@@ -269,23 +274,23 @@ def over_seeds(
 ) -> SeedEstimate:
     """Compute a metric's mean over seeds, or a ratio of two such means, with its intervals.
 
-    The interval `both` ends where the average over the resamples of P(T <= (x - m) / s) reaches 2.5
-    and 97.5 %; m and s are the mean over models and its standard error in one resample, T has
-    Student's t distribution. For a ratio (x - m) / s is (x b - a) / se(a - x b), as in
-    `fieller_interval`. Windows that do not matter leave the t interval, models that do not differ
-    leave the bootstrap over windows.
+    The ends of the interval `both` are the values x at which the average of P(T <= (x - m) / s)
+    over the resamples is 2.5 % and 97.5 %; m and s are the mean over models and its standard error
+    in one resample, T has Student's t distribution. For a ratio a / b, (x - m) / s is replaced by
+    (x b - a) / se(a - x b), as in `fieller_interval`. If all windows are equal, the interval is
+    Student's t; if all models are equal, it is the bootstrap interval.
 
     Args:
-        units: float64 [S, W, C], contribution of each window to each of C sums, per seed. For a
-            metric of several models (a difference, say) their sums side by side, paired by seed.
-        statistic: computes the metric for one seed, see `bootstrap_interval`.
-        denominator: computes what the metric is divided by; the mean over seeds of the one is then
-            divided by the mean over seeds of the other.
+        units: contribution of each window to each of C sums, per seed, float64 [S, W, C]. For a
+            metric of several models, such as a difference, C counts the sums of all of them.
+        statistic: function that computes the metric of one seed, see `bootstrap_interval`.
+        denominator: function that computes the denominator of one seed; the result is then the
+            ratio of the two means over seeds. None for the mean of `statistic`.
         resamples: number of resamples of the windows.
         seed: random seed of the resamples.
 
     Raises:
-        InvalidArgumentError: as `bootstrap_interval` does.
+        InvalidArgumentError: If there is no window or no resample.
     """
     models, count, sums = units.shape
     side_by_side = units.transpose(0, 1).flatten(1)
@@ -317,7 +322,13 @@ def over_seeds(
 
 
 def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Estimate:
-    """Find the ends of `SeedEstimate.both`, from the numerators and denominators [R, S]."""
+    """Compute the interval `SeedEstimate.both`.
+
+    Args:
+        value: the metric over all windows and models.
+        above: numerators per resample and model, float64 [R, S].
+        below: denominators per resample and model, float64 [R, S].
+    """
     models = above.shape[1]
     a, b = above.mean(1), below.mean(1)
     off_a, off_b = above - a[:, None], below - b[:, None]
@@ -339,7 +350,13 @@ def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Es
 
 
 def _reached(rising: Callable[[float], float], start: float, step: float) -> float | None:
-    """Return where a rising function reaches the upper quantile; None if it never does."""
+    """Return the argument at which a distribution function reaches the upper quantile, or None.
+
+    Args:
+        rising: distribution function.
+        start: argument at which the search starts, below the result.
+        step: first step of the search, which is doubled until the result is enclosed.
+    """
     wanted = (1 + CONFIDENCE) / 2
     low = high = start
     for _ in range(60):
@@ -358,8 +375,9 @@ def _reached(rising: Callable[[float], float], start: float, step: float) -> flo
 def t_quantile(degrees: int, probability: float) -> float:
     """Compute a quantile of Student's t distribution, for a probability in [0.5, 1).
 
-    Bisects in theta = atan(t / sqrt(degrees)), in which the distribution for an integer number of
-    degrees of freedom is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    The quantile is found by bisection in theta = atan(t / sqrt(degrees)), in which the distribution
+    for an integer number of degrees of freedom is a finite sum (Abramowitz and Stegun, 26.7.3 and
+    26.7.4).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):
@@ -370,21 +388,21 @@ def t_quantile(degrees: int, probability: float) -> float:
 
 
 def two_sided_p(values: Sequence[float]) -> float:
-    """Compute the p-value of the t test that the mean of independent values is zero.
+    """Compute the two-sided p-value of the t test that the mean of independent values is zero.
 
     Raises:
-        InvalidArgumentError: if there are fewer than two values.
+        InvalidArgumentError: If there are fewer than two values.
     """
     count = len(values)
     if count < 2:
-        raise InvalidArgumentError(f"a t test needs at least two values; got {count}")
+        raise InvalidArgumentError(f"found {count} values for a t test; give at least two")
     mean, error = math.fsum(values) / count, math.sqrt(_covariance(values, values))
     theta = math.atan2(abs(mean), error * math.sqrt(count - 1))
     return 1 - float(_inside(np.float64(theta), count - 1))
 
 
 def _inside(theta: _Floats | np.float64, degrees: int) -> Any:
-    """Compute P(|T| < sqrt(degrees) tan theta), with the sign of theta."""
+    """Compute P(|T| < sqrt(degrees) |tan theta|) of Student's t, with the sign of theta."""
     cosine = np.cos(theta)
     odd = degrees % 2
     term = total = cosine if odd else np.ones_like(cosine)

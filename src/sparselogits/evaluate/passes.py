@@ -1,4 +1,4 @@
-"""Run a student and its teacher over one window, and yield their logits in slices of positions."""
+"""Compute the logits of a student and its teacher over one window, in slices of positions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SLICE = 256
 
 
 class StudentLogits:
-    """Compute a student's logits of some positions, from hidden states computed once per window.
+    """Compute a student's logits of a slice of positions, from the hidden states of a window.
 
     Args:
-        model: transformers causal language model. If its head cannot be run apart from its trunk,
-            the logits of a whole window are computed at once.
+        model: transformers causal language model. If trunk and head cannot be run separately, the
+            logits of a whole window are computed at once.
 
     Raises:
         InvalidArgumentError: If the model is a masked language model.
@@ -36,14 +36,17 @@ class StudentLogits:
 
     @cached_property
     def documents(self) -> Documents:
-        """Way in which the student runs packed windows, probed at the first access."""
+        """Method by which the student runs packed windows, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def over(self, inputs: dict[str, Tensor]) -> Callable[[slice], Tensor]:
-        """Return a function from a slice of positions to float32 logits [P, V].
+        """Run the student over one window.
 
         Args:
-            inputs: the `model_inputs` of one window.
+            inputs: result of `model_inputs` for the window.
+
+        Returns:
+            Function of a slice of P positions that computes their logits, float32 [P, V].
         """
         states = self._states(inputs)
         if self.parts is None:
@@ -52,7 +55,7 @@ class StudentLogits:
         return lambda positions: head(states[positions])
 
     def _states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return hidden states [L, D], or logits [L, V] if head and trunk cannot be run apart."""
+        """Compute hidden states [L, D], or logits [L, V] if the head cannot be run separately."""
         device = next(self.model.parameters()).device
         tokens = inputs["input_ids"].to(device)[None]
         positions = inputs.get("position_ids")
@@ -64,18 +67,18 @@ class StudentLogits:
     def _run(self, **inputs: Any) -> Tensor:
         if self.parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            # the prompt that an adapter puts before the text has logits too
+            # an adapter may prepend a prompt, whose positions have logits too
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         return self.parts.states(**inputs)
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs of a model for one window."""
+    """Return the arguments of a model's forward for one window, each of shape [L]."""
     return {k: v for k, v in item.items() if k in ("input_ids", "position_ids")}
 
 
 def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
-    """Return where attention restarts in a window; None if it does not."""
+    """Return the positions at which attention restarts in a window; None if it never does."""
     if "position_ids" not in item:
         return None
     starts: np.ndarray = (item["position_ids"] == 0).nonzero().flatten().numpy()
@@ -85,7 +88,10 @@ def document_starts(item: Mapping[str, Any]) -> np.ndarray | None:
 def teacher_slices(
     teacher: Engine | None, item: Mapping[str, Any]
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield slices of positions of one window, with logits [P, V] of the teacher if given."""
+    """Yield the slices of positions of one window, each with the teacher's logits [P, V].
+
+    Without a teacher, None is yielded instead of logits.
+    """
     length = len(item["input_ids"])
     if teacher is None:
         for start in range(0, length, _SLICE):
@@ -97,13 +103,17 @@ def teacher_slices(
 
 
 def require_ids(student: int, teacher: int) -> None:
-    """Check that a student has an id for every id of its teacher.
+    """Check that a student's vocabulary is at least as large as the teacher's.
+
+    Args:
+        student: number of ids of the student.
+        teacher: number of ids of the teacher.
 
     Raises:
-        InvalidArgumentError: If it has fewer.
+        InvalidArgumentError: If the student has fewer ids.
     """
     if student < teacher:
         raise InvalidArgumentError(
-            f"the student's vocabulary has {student} ids, the teacher's {teacher}; "
-            "a student may have more ids than its teacher, not fewer"
+            f"the student's vocabulary has {student} ids, fewer than the teacher's {teacher}; give "
+            "a student with at least as many ids (padding rows are harmless)"
         )

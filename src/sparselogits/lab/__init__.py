@@ -1,4 +1,1 @@
-"""Studies on top of the library: comparisons, gradients, tasks, planning, reports, the demo.
-
-The library never imports from here.
-"""
+"""Compare, plan, report and demonstrate distillation; the library does not import this package."""

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparselogits.evaluate import FIGURES, Drafting
+from sparselogits.evaluate import METRICS, Drafting
 from sparselogits.evaluate.calibration import measure_calibration
 from sparselogits.lab.compare import Results, parse_compare_recipe
 from sparselogits.lab.compare.caches import Setting, prepare
@@ -74,7 +74,7 @@ def outcome(windows: Sequence[float], **changes: Any) -> Outcome:
     made = Outcome(
         fingerprint="",
         figures={"loss": mean_loss(windows)},
-        sums={name: gaps if name in binned else sums for name in FIGURES},
+        sums={name: gaps if name in binned else sums for name in METRICS},
         reliability={"equal_width": [], "equal_mass": []},
         drafting=None,
         curve=[(1, 3.0)],
@@ -206,7 +206,7 @@ LOSSES = {
 def test_figures_are_means_over_positions_and_seeds(summed: Any) -> None:
     row = summed(trained(LOSSES))[OWN]
     of_seeds = [mean_loss(LOSSES[OWN][seed]) for seed in range(3)]
-    assert row.figures.keys() == set(FIGURES)
+    assert row.figures.keys() == set(METRICS)
     for name in ("loss", "kl", "acceptance", "agreement"):
         found = row.figures[name]
         assert found.mean == pytest.approx(statistics.fmean(of_seeds))

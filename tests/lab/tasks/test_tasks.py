@@ -212,17 +212,17 @@ def test_mistakes_are_named(
     data: Path, corpus: PackedCorpus, tokenizer: Any, tmp_path: Path, text: Path
 ) -> None:
     model = tiny_llama()
-    with pytest.raises(InvalidArgumentError, match="tasks are agreement, agreement; name"):
+    with pytest.raises(InvalidArgumentError, match="found the tasks agreement, agreement; give"):
         run_tasks(model, tokenizer, ["agreement", "agreement"], data=data)
-    with pytest.raises(InvalidArgumentError, match="at least one sample"):
+    with pytest.raises(InvalidArgumentError, match="give at least 1"):
         run_tasks(model, tokenizer, ["agreement"], data=data, limit=0)
-    with pytest.raises(InvalidArgumentError, match="ids up to 511, the model only 300"):
+    with pytest.raises(InvalidArgumentError, match="ids up to 511, but the model has only 300"):
         run_tasks(tiny_llama(vocab_size=300), tokenizer, ["agreement"], data=data)
-    with pytest.raises(TaskError, match=r"there is no file .*make it by write_tasks"):
+    with pytest.raises(TaskError, match=r"the file .* does not exist; create it with write_tasks"):
         run_tasks(model, tokenizer, ["agreement"], data=tmp_path)
-    with pytest.raises(TaskError, match="FOLDER that write_tasks filled"):
+    with pytest.raises(TaskError, match=r"call write_tasks\(FOLDER"):
         run_tasks(model, tokenizer, ["agreement"])
-    with pytest.raises(TaskError, match="give a corpus and tokenizer"):
+    with pytest.raises(TaskError, match="give a corpus and its tokenizer"):
         write_tasks(tmp_path, ["last_word"])
     with pytest.raises(TaskError, match="unknown local task 'hellaswag'"):
         write_tasks(tmp_path, ["hellaswag"])

@@ -118,7 +118,7 @@ class MethodRow(_Value):
     seeds_done: list[int]
     seeds_failed: list[int]
     seeds_not_run: list[int]
-    figures: dict[str, Figure] = Field(description="loss, kl, ... (evaluate.FIGURES)")
+    figures: dict[str, Figure] = Field(description="loss, kl, ... (evaluate.METRICS)")
     minus_ce: dict[str, Figure] = Field(
         description="the same less those of CE, paired by seed and window; empty without CE"
     )

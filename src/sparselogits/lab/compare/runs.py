@@ -20,7 +20,7 @@ from typing import Any
 
 from sparselogits.data import TextDataset
 from sparselogits.errors import reason_of
-from sparselogits.evaluate import FIGURES, HeldOut, draft_from_prefixes, evaluate
+from sparselogits.evaluate import METRICS, HeldOut, draft_from_prefixes, evaluate
 from sparselogits.lab.compare.caches import Draw, Setting
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.provenance import commit
@@ -69,7 +69,7 @@ class Outcome:
     Args:
         fingerprint: see `Planned`.
         figures: metrics by name.
-        sums: sums per window by metric (`FIGURES`), float64 [W, C] as lists, see `HeldOut.sums`.
+        sums: sums per window by metric (`METRICS`), float64 [W, C] as lists, see `HeldOut.sums`.
         reliability: bins of equal width and of equal mass.
         drafting: see `Drafting`; None if drafting was not measured.
         curve: (step, training cross-entropy to the labels).
@@ -213,7 +213,7 @@ def _train_and_measure(
     return Outcome(
         fingerprint=planned.fingerprint,
         figures=figures_of(found),
-        sums={name: found.sums(name).tolist() for name in FIGURES},
+        sums={name: found.sums(name).tolist() for name in METRICS},
         reliability={
             "equal_width": found.calibration.to_json()["equal_width"]["bins"],
             "equal_mass": found.calibration.to_json()["equal_mass"]["bins"],

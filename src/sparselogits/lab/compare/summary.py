@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselogits.evaluate import FIGURES, Estimate, SeedEstimate, over_seeds, statistic_of
+from sparselogits.evaluate import METRICS, Estimate, SeedEstimate, over_seeds, statistic_of
 from sparselogits.evaluate.intervals import Statistic, ratio
 from sparselogits.lab.compare.caches import Draw, Setting
 from sparselogits.lab.compare.recipe import CompareRecipe, MethodSpec
@@ -34,7 +34,7 @@ Place = tuple[str, str, int]
 """Title of the method, name of the student, seed."""
 
 Sums = Mapping[str, Any]
-"""By metric (`FIGURES`) an array-like [W, C], see `HeldOut.sums`."""
+"""By metric (`METRICS`) an array-like [W, C], see `HeldOut.sums`."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def metrics_of(
 
     alone, with_ce = aligned(), aligned(ce)
     figures, minus_ce = {}, {}
-    for name in FIGURES:
+    for name in METRICS:
         if alone:
             figures[name] = as_figure(
                 over_seeds(_units(name, alone), statistic_of(name), resamples=resamples)

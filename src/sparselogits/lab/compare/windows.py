@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sparselogits.errors import CacheError
-from sparselogits.evaluate import FIGURES
+from sparselogits.evaluate import METRICS
 from sparselogits.lab.compare.results import Figure, MethodRow, Results, read_results
 from sparselogits.lab.compare.summary import Lines, Place, Sums, metrics_of
 
@@ -36,7 +36,7 @@ def pack_windows(sums: Mapping[Place, Sums]) -> bytes:
     names = list(dict.fromkeys(name for place in sums for name in place[:2]))
     runs = [[names.index(method), names.index(student), seed] for method, student, seed in sums]
     arrays: dict[str, Any] = {
-        name: np.array([own[name] for own in sums.values()], np.float32) for name in FIGURES
+        name: np.array([own[name] for own in sums.values()], np.float32) for name in METRICS
     }
     out = io.BytesIO()
     np.savez_compressed(
@@ -81,7 +81,7 @@ def read_windows(path: Path) -> dict[Place, Sums]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             names = stored["names"].tolist()
-            columns = {name: stored[name].astype(np.float64) for name in FIGURES}
+            columns = {name: stored[name].astype(np.float64) for name in METRICS}
             return {
                 (names[method], names[student], seed): {
                     name: column[row] for name, column in columns.items()

@@ -1,4 +1,4 @@
-"""Compare the gradients of targets with those of full distillation."""
+"""Compare the gradients of sparse targets with those of full distillation."""
 
 from sparselogits.lab.gradients.compared import Target, standard_targets
 from sparselogits.lab.gradients.measure import GradientFidelity, measure_gradients

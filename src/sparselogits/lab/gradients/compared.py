@@ -1,4 +1,4 @@
-"""Define the targets whose gradients are compared: those of the RS-KD paper, and further ones."""
+"""Define the targets whose gradients are compared with full distillation's."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from sparselogits.samplers import (
 )
 
 PUBLISHED = Multinomial.title
-"""Name of the published method's row: independent rounds from the teacher's distribution."""
+"""Name of the target of RS-KD as published: independent rounds from the teacher's distribution."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Describe one row of the table.
+    """Describe a target whose gradient is measured.
 
     Args:
-        name: name of the row.
-        sampler: the sampler that draws the target; None for the label itself, which is
-            cross-entropy without a teacher.
-        missing_mass: the loss's rule for the mass that a biased target lacks.
-        alpha: share of the labels' cross-entropy in the loss, in [0, 1]. The target is compared
-            with full distillation without labels, whatever alpha.
-        rounds: rounds to thin the draw to, as in training; None for all.
+        name: name of the target.
+        sampler: sampler that draws the target; None for the label, which is cross-entropy without
+            a teacher.
+        missing_mass: rule for the probability mass that a biased target lacks.
+        alpha: share of the labels' cross-entropy in the loss, in [0, 1]. The gradient is compared
+            with that of full distillation without labels for any alpha.
+        rounds: number of rounds to which draws are thinned, as in training; None for all.
 
     Raises:
-        InvalidArgumentError: If the rule would bias an unbiased target, alpha is out of range, or
-            there are more rounds than are drawn.
+        InvalidArgumentError: If the rule would bias an unbiased target, `alpha` is out of range, or
+            `rounds` exceeds the rounds of the sampler.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Target:
             Schedule.constant(self.rounds).require_within(drawn)
 
     def draws(self, wanted: int) -> int:
-        """Return the number of draws to make: one for a target that is not random."""
+        """Return the number of draws: `wanted` for a random target, otherwise one."""
         return wanted if self.sampler is not None and self.sampler.is_random else 1
 
 
@@ -73,24 +73,24 @@ def standard_targets(
     """Return Top-K targets with each rule, unbiased targets of one budget, and the label.
 
     Args:
-        pilot: the teacher's logits, float [P, V] each, from positions spread over the text; they
-            turn the budget into rounds and thresholds.
+        pilot: the teacher's logits at positions spread over the text, float [P, V] each, by which
+            the samplers are fitted to the budget.
         budget: mean entries per position of the unbiased targets.
         top_k: entries per position of the Top-K targets.
-        missing_mass: rules to combine with every K.
-        adaptive: a sampler that follows a student, compared as it is.
+        missing_mass: rules that are combined with every K.
+        adaptive: sampler that follows a student; added without fitting if given.
     """
-    rows = []
+    targets = []
     for k in top_k:
         sampler = TopK(k)
-        rows += [Target(_top_k_name(k, rule), sampler, rule) for rule in missing_mass]
-    rows += [
+        targets += [Target(_top_k_name(k, rule), sampler, rule) for rule in missing_mass]
+    targets += [
         Target(sampler.title, fit_budget(sampler, pilot, budget))
         for sampler in (Multinomial(), Systematic(), Threshold(), Uniform())
     ]
     if adaptive is not None:
-        rows.append(Target(adaptive.title, adaptive))
-    return [*rows, Target("label (CE)", None)]
+        targets.append(Target(adaptive.title, adaptive))
+    return [*targets, Target("label (CE)", None)]
 
 
 def _top_k_name(k: int, rule: MissingMass) -> str:

@@ -1,7 +1,7 @@
-"""Compute one student's gradients on a window: full distillation's and every target's.
+"""Compute the gradients of full distillation and of all targets for one student.
 
-Each target's gradient with respect to the logits is that of the library's own loss, by autograd.
-See `measure.py` for the five spaces that it is taken to, and for the cost.
+The gradient of a target with respect to the logits is computed by autograd from the library's loss.
+The docstring of `measure.py` describes the five spaces of gradients, and the cost.
 """
 
 from __future__ import annotations
@@ -18,29 +18,43 @@ from torch.func import functional_call
 
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.evaluate.passes import require_ids
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.moments import Moments
-from sparselogits.language_model import Parts, split
+from sparselogits.language_model import Parts, in_eval_mode, split
 from sparselogits.losses import Criterion, sparse_cross_entropy
 from sparselogits.losses.targets import accumulation_dtype
 
 Space = Literal["logits", "hidden", "summed logits", "summed hidden", "parameters"]
+"""Name of a space of gradients, see `measure.py`."""
 
 
 class Drawn(NamedTuple):
-    """Hold one draw of a target at the counted positions of a slice.
+    """Store one draw of a target at the P positions of a slice that have a label.
 
-    Attributes:
-        ids: int64 [P, K].
-        weights: float32 [P, K].
+    Args:
+        ids: vocabulary ids, int64 [P, K].
+        weights: weights of the ids, float32 [P, K]; 0 for padding.
     """
 
     ids: Tensor
     weights: Tensor
 
 
-class Learner:
-    """Compute one student's gradients on the current window and add them up over batches."""
+class StudentGradients:
+    """Compute a student's gradients window by window, and add them up over batches.
+
+    `begin`, `add_slice` for each slice of positions, and `end` are called for each window.
+
+    Args:
+        model: the student.
+        targets: targets whose gradients are computed.
+        draws: number of draws of each target.
+        sizes: batch sizes in windows.
+
+    Raises:
+        InvalidArgumentError: If trunk and head cannot be run separately, or logits are capped.
+    """
 
     def __init__(
         self,
@@ -51,7 +65,7 @@ class Learner:
     ) -> None:
         self.model, self.targets, self.draws = model, targets, draws
         self.parts = _require_parts(model)
-        # separate leaves over the student's storage, so that the student has no gradients after
+        # gradients are computed for views of the parameters, so that the student's stay unset
         trunk, head = self.parts.trunk, self.parts.head
         leaves: dict[Tensor, Tensor] = {}
         for parameter in (*trunk.parameters(), *head.parameters()):
@@ -60,36 +74,37 @@ class Learner:
         self.leaves = list(leaves.values())
         self.head_weight = leaves[head.weight]  # type: ignore[index]
         self.head_bias = None if head.bias is None else leaves[head.bias]  # type: ignore[index]
-        self.levels = [Batches(size) for size in sizes]
+        self.batches = [Batches(size) for size in sizes]
 
     def begin(self, item: Mapping[str, Any]) -> None:
-        """Run the trunk over a window."""
+        """Run the trunk over a window.
+
+        Args:
+            item: window of a `TextDataset`.
+        """
         device = self.parts.head.weight.device
         tokens = item["input_ids"].to(device)[None]
         positions = item.get("position_ids")
-        was_training = self.model.training
-        self.model.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), in_eval_mode(self.model):
             if positions is None or int((positions == 0).sum()) == 1:
                 states = self._run(input_ids=tokens)
             else:
                 states = self.documents.run(self._run, tokens, positions[None])
-        self.model.train(was_training)
         self.states: Tensor = states[0]
         head = self.parts.bound_head()
         dtype = accumulation_dtype(self.states.dtype)
         self.weight = head.weight.detach().to(dtype)
         self.bias = None if head.bias is None else head.bias.detach().to(dtype)
-        self.full = WindowGradient.empty(self.states, self.weight)
-        self.own = [
-            [WindowGradient.empty(self.states, self.weight) for _ in range(draws)]
+        self.full = WindowGradient.zeros(self.states, self.weight)
+        self.of_targets = [
+            [WindowGradient.zeros(self.states, self.weight) for _ in range(draws)]
             for draws in self.draws
         ]
         self.moments = [Moments.zero(draws) for draws in self.draws]
 
     @cached_property
     def documents(self) -> Documents:
-        """How the student runs packed windows; probed on first use."""
+        """Method by which the student runs packed windows, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -99,7 +114,7 @@ class Learner:
         return states
 
     @torch.no_grad()
-    def take(
+    def add_slice(
         self,
         part: slice,
         counted: Tensor,
@@ -107,34 +122,40 @@ class Learner:
         drawn: Sequence[Sequence[Drawn]],
         labels: Tensor,
     ) -> None:
-        """Add the gradients of a slice of positions."""
+        """Add the gradients of a slice of positions.
+
+        Args:
+            part: slice of positions of the window.
+            counted: mask of the positions with a label, bool [L of the slice].
+            teacher_logits: the teacher's logits of the slice, [L of the slice, V].
+            drawn: draws of each target at the positions with a label.
+            labels: next tokens of the slice, int64 [L of the slice].
+
+        Raises:
+            InvalidArgumentError: If the student has fewer ids than the teacher.
+        """
         device, dtype = self.weight.device, self.weight.dtype
         rows = torch.arange(part.start, part.stop)[counted].to(device)
         states = self.states.detach()[rows].to(dtype)
         z = F.linear(states, self.weight, self.bias).mul_(self.parts.scale)
         logits = teacher_logits[counted.to(teacher_logits.device)].to(device, dtype)
-        vocabulary = z.shape[1]
-        if vocabulary < logits.shape[1]:
-            raise InvalidArgumentError(
-                f"the student's vocabulary has {vocabulary} ids, the teacher's {logits.shape[1]}; "
-                "a student may have more ids than its teacher, not fewer"
-            )
-        wanted = labels[counted].to(device)
+        require_ids(z.shape[1], logits.shape[1])
+        next_tokens = labels[counted].to(device)
 
         def add(gradient: Tensor, window: WindowGradient) -> None:
             window.hidden[rows] = (gradient @ self.weight).mul_(self.parts.scale)
             window.weight.addmm_(gradient.T, states, alpha=self.parts.scale)
             window.logits.add_(gradient.sum(0))
 
-        def formed(target: Target, draws: Sequence[Drawn], index: int) -> Iterator[Tensor]:
+        def gradients(target: Target, draws: Sequence[Drawn], index: int) -> Iterator[Tensor]:
             criterion = Criterion(target.alpha, target.missing_mass, reduction="sum")
-            for window, (ids, weights) in zip(self.own[index], draws, strict=True):
+            for window, (ids, weights) in zip(self.of_targets[index], draws, strict=True):
                 with torch.enable_grad():
                     loss = sparse_cross_entropy(
                         z.requires_grad_(),
                         ids.to(device),
                         weights.to(device),
-                        labels=wanted,
+                        labels=next_tokens,
                         criterion=criterion,
                     )
                 (gradient,) = torch.autograd.grad(loss, z)
@@ -145,32 +166,40 @@ class Learner:
         full[:, : logits.shape[1]] -= logits.softmax(1)
         add(full, self.full)
         for index, (target, draws) in enumerate(zip(self.targets, drawn, strict=True)):
-            self.moments[index] += Moments.of(full, formed(target, draws, index))
+            self.moments[index] += Moments.of(full, gradients(target, draws, index))
 
     def end(self) -> None:
-        """Add the window's gradients, including those of all parameters, to the batches."""
+        """Compute the gradients of all parameters, and add all gradients to the batches."""
         full = self.full
-        self._add("summed logits", None, [full.logits])
-        self._add("summed hidden", None, [full.hidden.sum(0)])
-        self._add("parameters", None, [self._all_parameters(full)])
-        for index, own in enumerate(self.own):
-            hidden = Moments.of(full.hidden, [w.hidden for w in own])
-            for level in self.levels:
-                level.add_moments("logits", index, self.moments[index])
-                level.add_moments("hidden", index, hidden)
-            self._add("summed logits", index, [w.logits for w in own])
-            self._add("summed hidden", index, [w.hidden.sum(0) for w in own])
-            self._add("parameters", index, [self._all_parameters(w) for w in own])
-        for level in self.levels:
-            level.end_window()
-        del self.states, self.full, self.own
+        self._add_sums(None, [full])
+        for index, drawn in enumerate(self.of_targets):
+            hidden = Moments.of(full.hidden, [w.hidden for w in drawn])
+            for batches in self.batches:
+                batches.add_moments("logits", index, self.moments[index])
+                batches.add_moments("hidden", index, hidden)
+            self._add_sums(index, drawn)
+        for batches in self.batches:
+            batches.end_window()
+        del self.states, self.full, self.of_targets
 
-    def _add(self, space: Space, target: int | None, vectors: list[Tensor]) -> None:
-        for level in self.levels:
-            level.add(space, target, vectors)
+    def _add_sums(self, target: int | None, drawn: Sequence[WindowGradient]) -> None:
+        """Add the gradients of a target's draws in the spaces that are summed over positions.
+
+        Args:
+            target: index of the target; None for full distillation.
+            drawn: gradient of each draw.
+        """
+        sums: dict[Space, list[Tensor]] = {
+            "summed logits": [w.logits for w in drawn],
+            "summed hidden": [w.hidden.sum(0) for w in drawn],
+            "parameters": [self._all_parameters(w) for w in drawn],
+        }
+        for space, vectors in sums.items():
+            for batches in self.batches:
+                batches.add(space, target, vectors)
 
     def _all_parameters(self, window: WindowGradient) -> Tensor:
-        """Return the gradient of every parameter, of head and trunk, in one vector."""
+        """Compute the gradient of all parameters of trunk and head, concatenated."""
         gradients = torch.autograd.grad(
             self.states,
             self.leaves,
@@ -180,24 +209,23 @@ class Learner:
         )
         pieces = []
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            own = torch.zeros_like(leaf) if gradient is None else gradient
-            if leaf is self.head_weight:  # tied to the embedding, or not
-                own = own + window.weight.to(own.dtype)
+            total = torch.zeros_like(leaf) if gradient is None else gradient
+            if leaf is self.head_weight:  # a tied weight also has the embedding's gradient
+                total = total + window.weight.to(total.dtype)
             elif leaf is self.head_bias:
-                own = own + window.logits.to(own.dtype) * self.parts.scale
-            pieces.append(own.flatten())
+                total = total + window.logits.to(total.dtype) * self.parts.scale
+            pieces.append(total.flatten())
         return torch.cat(pieces)
 
 
 @dataclass(frozen=True)
 class WindowGradient:
-    """Hold a gradient on one window.
+    """Store the gradient of a loss on one window.
 
     Args:
-        hidden: [L, D], with respect to the head's input, per position.
-        weight: [V, D], with respect to the head's weight, summed over positions; without the
-            contribution of a tied embedding.
-        logits: [V], with respect to the logits, summed over positions.
+        hidden: gradient of the head's input at each position, [L, D].
+        weight: gradient of the head's weight, without the contribution of a tied embedding, [V, D].
+        logits: gradient of the logits, summed over positions, [V].
     """
 
     hidden: Tensor
@@ -205,18 +233,21 @@ class WindowGradient:
     logits: Tensor
 
     @staticmethod
-    def empty(states: Tensor, weight: Tensor) -> WindowGradient:
-        """Return zeros for a window with these states [L, D] and a head of this weight [V, D]."""
+    def zeros(states: Tensor, weight: Tensor) -> WindowGradient:
+        """Return a zero gradient for hidden states [L, D] and a head's weight [V, D]."""
         zeros = torch.zeros(states.shape, dtype=weight.dtype, device=weight.device)
         return WindowGradient(zeros, torch.zeros_like(weight), weight.new_zeros(len(weight)))
 
 
 @dataclass
 class Batches:
-    """Add up gradients over batches of `size` consecutive windows.
+    """Add up gradients over batches of consecutive windows, and compute the moments of each batch.
 
-    The moments of a batch are computed when the gradients of its last window are added, so no sum
-    is kept longer than needed. The full gradient (target None) must be added first.
+    The gradient of full distillation (target None) of a window must be added before the targets'.
+
+    Args:
+        size: number of windows per batch.
+        found: moments of each complete batch, by space and index of the target.
     """
 
     size: int
@@ -227,7 +258,13 @@ class Batches:
     _full: dict[Space, Tensor] = field(default_factory=dict)
 
     def add(self, space: Space, target: int | None, vectors: list[Tensor]) -> None:
-        """Add a window's gradients, one per draw."""
+        """Add the gradients of a window in a space that is summed over positions.
+
+        Args:
+            space: name of the space.
+            target: index of the target; None for full distillation.
+            vectors: gradient of each draw.
+        """
         last = self._done == self.size - 1
         sums = self._sums.pop((space, target), None)
         if sums is None:
@@ -243,7 +280,7 @@ class Batches:
             self._close(space, target, Moments.of(self._full[space], sums))
 
     def add_moments(self, space: Space, target: int, moments: Moments) -> None:
-        """Add a window's moments, for spaces in which positions are kept side by side."""
+        """Add the moments of a window in a space in which positions are concatenated."""
         before = self._moments.pop((space, target), None)
         total = moments if before is None else before + moments
         if self._done == self.size - 1:
@@ -252,7 +289,7 @@ class Batches:
             self._moments[space, target] = total
 
     def end_window(self) -> None:
-        """Note that all gradients of a window have been added."""
+        """Count a window whose gradients have all been added."""
         self._done = (self._done + 1) % self.size
         self._full.clear()
 
@@ -269,12 +306,12 @@ def _require_parts(model: nn.Module) -> Parts:
     parts = split(model)
     if parts is None:
         raise InvalidArgumentError(
-            f"{type(model).__name__}: head and trunk cannot be run separately, which gradients in "
-            "hidden space need; measure a student with a plain linear head"
+            f"{type(model).__name__}: trunk and head cannot be run separately, which gradients in "
+            "hidden space need; measure a student with a linear head"
         )
     if parts.softcap is not None:
         raise InvalidArgumentError(
             f"{type(model).__name__} caps its logits at {parts.softcap}, and gradients through a "
-            "softcap are not measured; measure a student without one"
+            "softcap are not supported; measure a student without a softcap"
         )
     return parts

@@ -1,4 +1,4 @@
-"""Estimate the cost of a cache before it is made: bytes, hours, money, and when it pays."""
+"""Estimate the cost of a cache before it is built: bytes, hours, price and break-even point."""
 
 from sparselogits.lab.planning.cost import Plan, Settings, StorageCost, plan
 from sparselogits.lab.planning.devices import DEVICES, DeviceKind, device_kind

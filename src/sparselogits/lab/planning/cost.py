@@ -1,8 +1,8 @@
-"""Compute a plan by pure functions of its settings; every constant states its source.
+"""Compute the cost of a cache and of training from it; every constant has a source.
 
 A matrix product with P parameters costs 2 P operations per token forward and 4 P backward (Kaplan
-et al. 2020, arXiv 2001.08361, section 2.1); attention over the window, which at 1 024 tokens is a
-few per cent of a 1B model, is not included. Teacher and student may reach different utilisations.
+et al. 2020, arXiv 2001.08361, section 2.1). The products of attention, which are a few per cent of
+a 1B model's at 1 024 tokens, are not counted.
 """
 
 from __future__ import annotations
@@ -14,37 +14,56 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.planning.devices import DEVICES, DeviceKind
 
 FORWARD, TRAINING = 2, 6
+"""Operations per parameter and token of a forward pass and of a training step."""
 UTILISATION = 0.4
-"""Assumed, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4)."""
+"""Default share of a device's peak rate that a model reaches.
+
+An assumption, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4).
+"""
 BUILD_OVERHEAD = 0.046
-"""Extra time of a build, as a share of the time of the teacher's forward passes:
-benchmarks/cache_build.json."""
+"""Extra time of a build as a share of the teacher's passes (benchmarks/cache_build.json)."""
 STEP_OVERHEAD = 0.006
-"""Extra time of a training step from the cache, as a share of the time of a CE step:
-benchmarks/step.json, student 'even'."""
+"""Extra time of a step from the cache as a share of a CE step (benchmarks/step.json, 'even')."""
 TEXT_BYTES = 1.49
-"""Stored bytes per token, without the targets: benchmarks/size.json, V = 49 152."""
+"""Stored bytes per token without the targets (benchmarks/size.json, V = 49 152)."""
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
-"""Bits per entry (systematic, N = 21) by vocabulary size: benchmarks/size.json. The second is
-measured on synthetic targets in a shard of four windows, so the line through both errs on the safe
-side."""
+"""Pairs of vocabulary size and bits per entry, systematic sampler, N = 21 (benchmarks/size.json).
+
+The second pair was measured on synthetic targets in a shard of four windows, so interpolation
+overestimates the bits.
+"""
 ROW_GROUP = 8
-"""Windows per row group, the smallest unit that is fetched: docs/format.md."""
+"""Number of windows per row group, the smallest unit that is fetched (docs/format.md)."""
 TOKENISED_PER_SECOND = 602_000.0
-"""Tokens that one core tokenises and packs per second, from text files, with SmolLM2's tokenizer:
-benchmarks/packing.json. Slow pre-tokenizers and compressed sources take several times as long."""
+"""Tokens that one core tokenises and packs per second (benchmarks/packing.json).
+
+Measured on text files with SmolLM2's tokenizer; slow pre-tokenizers and compressed sources take
+several times as long.
+"""
 LIST_PAGE = 1000
-"""Names per page of an object-store listing: benchmarks/object_store.json, and S3's own limit."""
+"""Number of names per page of an object-store listing, as S3 limits it."""
 COLD_REQUESTS = 3
-"""HEAD and two GET for a window of a shard that is not open: benchmarks/object_store.json."""
+"""Requests (one HEAD, two GET) to read a window of a shard that is not open.
+
+Source: benchmarks/object_store.json.
+"""
 HOURS_BETWEEN_FAILURES = 50_700.0
-"""Mean hours between failures of one device: Llama 3 405B had 419 unexpected interruptions in 54
-days on 16 384 devices (arXiv 2407.21783, section 3.3.4)."""
+"""Mean hours between failures of one device.
+
+Llama 3 405B had 419 unexpected interruptions in 54 days on 16 384 devices (arXiv 2407.21783,
+section 3.3.4).
+"""
 
 
 @dataclass(frozen=True)
 class StorageCost:
-    """Bytes of a token on disk."""
+    """Describe the bytes that a token takes on disk.
+
+    Args:
+        entries: mean entries per token.
+        bits_per_entry: stored bits per entry.
+        text_bytes: stored bytes per token without the targets.
+    """
 
     entries: float = 12.0
     bits_per_entry: float = MEASURED_BITS[0][1]
@@ -52,50 +71,77 @@ class StorageCost:
 
     @classmethod
     def ours(cls, vocab: int, entries: float = 12.0) -> StorageCost:
-        """Return the cost with this package's codec: measured bits per entry, linear in log V."""
+        """Return the cost with this package's codec, interpolated in log V between measurements.
+
+        Args:
+            vocab: vocabulary size V.
+            entries: mean entries per token.
+        """
         (small, low), (large, high) = MEASURED_BITS
         share = max(0.0, math.log(vocab / small) / math.log(large / small))
         return cls(entries, low + share * (high - low), TEXT_BYTES)
 
     @classmethod
     def paper(cls, entries: float = 12.0) -> StorageCost:
-        """Return the cost of RS-KD as published: 17-bit id and 7-bit count, without the text."""
+        """Return the cost of the published RS-KD: a 17-bit id and a 7-bit count, without text.
+
+        Args:
+            entries: mean entries per token.
+        """
         return cls(entries, 24.0, 0.0)
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the bytes of a token's targets and text."""
+        """Bytes per token of targets and text."""
         return self.entries * self.bits_per_entry / 8 + self.text_bytes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a plan; rates are per device, prices in any currency."""
+    """Define the inputs of a plan; prices may be in any currency.
+
+    Args:
+        teacher_params: number of parameters of the teacher.
+        student_params: number of parameters of a student.
+        tokens: number of tokens of text.
+        storage: bytes per token on disk.
+        passes: number of passes over the cached text: students times epochs times restarts.
+        device: device that runs teacher and students.
+        teacher_utilisation: share of the device's peak rate that the teacher reaches, in (0, 1].
+        student_utilisation: share of the device's peak rate that a student reaches, in (0, 1].
+        workers: number of devices that run the teacher.
+        ranks: number of devices that train one student.
+        window: number of tokens per window.
+        windows_per_shard: number of windows per shard.
+        build_overhead: extra time of a build as a share of the teacher's forward passes.
+        step_overhead: extra time of a step from the cache as a share of a CE step.
+        device_price: price per device-hour.
+        storage_price: price per terabyte (1e12 bytes) and month.
+        months: number of months for which the cache is stored.
+        hours_between_failures: mean hours between failures of one device.
+
+    Raises:
+        InvalidArgumentError: If a value is out of range.
+    """
 
     teacher_params: float
     student_params: float
     tokens: float
     storage: StorageCost = field(default_factory=StorageCost)
     passes: float = 1.0
-    """Times the cached text is trained on: students times epochs times restarts."""
     device: DeviceKind = DEVICES["h100"]
     teacher_utilisation: float = UTILISATION
     student_utilisation: float = UTILISATION
     workers: int = 1
-    """Devices that run the teacher."""
     ranks: int = 1
-    """Devices that train one student."""
     window: int = 1024
     windows_per_shard: int = 512
     build_overhead: float = BUILD_OVERHEAD
     step_overhead: float = STEP_OVERHEAD
     device_price: float = 0.0
-    """Price per device-hour."""
     storage_price: float = 0.0
-    """Price per terabyte (1e12 bytes) and month."""
     months: float = 1.0
     hours_between_failures: float = HOURS_BETWEEN_FAILURES
-    """Mean device hours between failures."""
 
     def __post_init__(self) -> None:
         for name in ("teacher_params", "student_params", "tokens", "passes"):
@@ -116,7 +162,41 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Result of a plan. Hours are device hours; divide by workers or ranks for elapsed time."""
+    """Describe the cost of a cache and of training from it.
+
+    Hours are device hours unless stated otherwise; divided by workers or ranks they are elapsed
+    time.
+
+    Args:
+        bytes: bytes of the cache.
+        bytes_per_token: bytes of the cache per token.
+        windows: number of windows.
+        shards: number of shards.
+        shard_bytes: bytes of a full shard.
+        tokenising_hours: hours of one processor core to tokenise and pack the text.
+        teacher_hours: hours of the build: forward passes, sampling, encoding and writing.
+        student_hours: hours of a student's pass over the cache.
+        ce_hours: hours of a student's pass over the text without a teacher.
+        online_hours: hours of a student's pass over the text with the teacher online.
+        cached_cost: price of the build, all passes of students, and storage.
+        online_cost: price of all passes with the teacher online.
+        break_even_passes: number of passes from which the cache takes fewer device hours than the
+            teacher online; None if it never does.
+        break_even_cost_passes: number of passes from which the cache is cheaper than the teacher
+            online, storage included; None if it never is, or without a price.
+        read_bytes_per_second: bytes per second that all ranks of one student read.
+        read_bytes_per_second_per_rank: bytes per second that one rank reads.
+        write_bytes_per_second: bytes per second that all workers write.
+        list_requests: number of requests to list all shards.
+        put_requests_per_second: uploads of shards per second, by all workers.
+        shuffled_requests_per_second: requests per second of all ranks of one student in the worst
+            order, in which each window is in a shard that is not open.
+        shuffled_bytes_per_second: bytes per second that all ranks of one student read in the worst
+            order, in which a row group is fetched per window.
+        shard_hours: hours of a worker for one shard, which is the most that a failure loses.
+        failures: expected number of failures of workers during the build.
+        lost_hours: hours lost to these failures, half a shard each, without the time to restart.
+    """
 
     bytes: float
     bytes_per_token: float
@@ -124,46 +204,34 @@ class Plan:
     shards: int
     shard_bytes: float
     tokenising_hours: float
-    """Hours of one processor core for tokenising and packing the text, once."""
     teacher_hours: float
-    """Hours of the teacher's whole pass: forward, sampling, encoding, writing."""
     student_hours: float
-    """Hours of one student's pass over the cache."""
     ce_hours: float
-    """Hours of the same pass without a teacher."""
     online_hours: float
-    """Hours of the same pass with an online teacher."""
     cached_cost: float
-    """Price of the teacher's pass, all passes of students, and storage."""
     online_cost: float
-    """Price of all passes with an online teacher."""
     break_even_passes: float | None
-    """Number of passes from which the cache takes fewer device hours; None: never."""
     break_even_cost_passes: float | None
-    """Number of passes from which the cache is cheaper, with storage; None: no price, or never."""
     read_bytes_per_second: float
-    """Bytes per second that all ranks of one student read."""
     read_bytes_per_second_per_rank: float
     write_bytes_per_second: float
-    """Bytes per second that all workers write."""
     list_requests: int
-    """Requests for one whole listing."""
     put_requests_per_second: float
-    """Uploads per second by all workers, one per shard."""
     shuffled_requests_per_second: float
-    """Requests per second of all ranks in the worst order: no window is in an open shard."""
     shuffled_bytes_per_second: float
-    """Bytes per second in the worst order: a whole row group is fetched per window."""
     shard_hours: float
-    """A worker's hours for one shard, the largest loss by one failure."""
     failures: float
-    """Expected failures of workers during the teacher's pass."""
     lost_hours: float
-    """Device hours lost to these failures, half a shard each, without restarts."""
 
 
 def plan(settings: Settings) -> Plan:
-    """Compute a plan."""
+    """Compute the cost of a cache and of training from it.
+
+    Examples:
+        >>> found = plan(Settings(teacher_params=8e9, student_params=1e9, tokens=1e9))
+        >>> found.windows, round(found.bytes_per_token, 2)
+        (976563, 16.01)
+    """
     s = settings
     windows = math.ceil(s.tokens / s.window)
     per_token = s.storage.bytes_per_token
@@ -209,7 +277,12 @@ def plan(settings: Settings) -> Plan:
 
 
 def throughput_lost(ce: float, cached: float) -> float:
-    """Return the share of CE's throughput lost to the cache, from speeds relative to full KD."""
+    """Return the share of the throughput of CE that training from the cache loses.
+
+    Args:
+        ce: throughput of CE.
+        cached: throughput of training from the cache, in the same unit.
+    """
     return 1 - cached / ce
 
 

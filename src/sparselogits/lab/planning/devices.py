@@ -1,8 +1,7 @@
 """List peak rates (dense bfloat16 operations) and memory of accelerators, as vendors state them.
 
-No value here was measured. The share of the peak that a run reaches is the utilisation, an input of
-the plan; prices change often and are inputs too. A vendor's GB is taken as 1e9 bytes, which is less
-than most devices report.
+No value was measured. The share of the peak rate that a model reaches (the utilisation) and prices
+are inputs of a plan. A vendor's GB is taken as 1e9 bytes, which is less than most devices report.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from sparselogits.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """An accelerator.
+    """Describe a kind of accelerator.
 
     Args:
-        name: name in options.
+        name: name by which options select the device.
         flops: dense bfloat16 floating-point operations per second.
-        source: source of the rate.
+        source: source of `flops`.
         memory: bytes of memory; None if unknown.
     """
 
@@ -33,7 +32,7 @@ class DeviceKind:
 
 _AMPERE = "NVIDIA A100 data sheet, BF16 tensor core, dense"
 _ADA = "NVIDIA Ada GPU architecture white paper, BF16 with FP32 accumulate, dense"
-DEVICES = {
+DEVICES: dict[str, DeviceKind] = {
     kind.name: kind
     for kind in (
         DeviceKind("a100-40gb", 312e12, _AMPERE, 40e9),
@@ -67,7 +66,8 @@ DEVICES = {
         ),
     )
 }
-ALIASES = {
+"""Known kinds of devices, by name."""
+_ALIASES = {
     "a100": "a100-80gb",
     "a100sxm": "a100-80gb",
     "a10080gbsxm": "a100-80gb",
@@ -85,36 +85,39 @@ ALIASES = {
     "4090": "rtx4090",
     "5090": "rtx5090",
 }
-"""Other names of the same devices, as `_plain` writes them."""
+"""Names of `DEVICES` by other names of the same devices, which are normalised by `_normalised`."""
 
 
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:
-    """Return the device that an option names; with `flops`, any name is accepted.
+    """Return the kind of a device by name.
 
     Capitals, spaces, hyphens and the vendor's name are ignored: "NVIDIA H100 80GB HBM3" is h100.
 
     Args:
-        name: name of the device.
-        flops: dense bfloat16 operations per second, instead of the vendor's value.
-        memory: bytes, instead of the vendor's value.
+        name: name of the device; any name if `flops` is given.
+        flops: dense bfloat16 operations per second; None for the vendor's value.
+        memory: bytes of memory; None for the vendor's value.
 
     Raises:
-        InvalidArgumentError: the device is not in the table, and `flops` is not given.
+        InvalidArgumentError: If the device is unknown, and `flops` is not given.
+
+    Examples:
+        >>> device_kind("NVIDIA H100 80GB HBM3").name
+        'h100'
     """
-    plain = _plain(name)
-    known = next((kind for own, kind in DEVICES.items() if _plain(own) == plain), None)
-    known = known or DEVICES.get(ALIASES.get(plain, ""))
-    if known is None and flops is None:
-        near = difflib.get_close_matches(plain, [_plain(own) for own in DEVICES], 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+    normalised = {_normalised(known): kind for known, kind in DEVICES.items()}
+    wanted = _normalised(name)
+    known = normalised.get(wanted) or DEVICES.get(_ALIASES.get(wanted, ""))
+    if known is None:
+        if flops is not None:
+            return DeviceKind(name, flops, "given", memory)
+        near = difflib.get_close_matches(wanted, normalised, 1)
+        hint = f", did you mean {near[0]}?" if near else "."
         raise InvalidArgumentError(
-            f"device {name!r} is not in the table ({', '.join(DEVICES)}); {hint}for another device "
-            "give its dense bfloat16 operations per second, as in --device-flops 500T, and its "
+            f"unknown device {name!r}{hint} Available: {', '.join(DEVICES)}. For another device "
+            "give the dense bfloat16 operations per second, as in --device-flops 500T, and the "
             "memory, as in --device-memory 80G"
         )
-    if known is None:
-        assert flops is not None
-        return DeviceKind(name, flops, "given", memory)
     return DeviceKind(
         known.name,
         known.flops if flops is None else flops,
@@ -123,5 +126,5 @@ def device_kind(name: str, flops: float | None = None, memory: float | None = No
     )
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|amd|instinct|[^a-z0-9]", "", name.lower())

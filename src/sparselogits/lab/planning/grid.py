@@ -1,4 +1,4 @@
-"""Compute a plan for every size of student and amount of text."""
+"""Compute plans for several sizes of student and amounts of text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from dataclasses import replace
 from sparselogits.lab.planning.cost import Plan, Settings, plan
 
 STUDENTS = {"300M": 3e8, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
+"""Number of parameters of each student of the grid, by label."""
 TOKENS = {"1B": 1e9, "10B": 1e10, "100B": 1e11, "1T": 1e12, "10T": 1e13}
+"""Number of tokens of each text of the grid, by label."""
 
 
 def grid(settings: Settings) -> dict[tuple[str, str], Plan]:
-    """Return plans by (student, tokens), with all other values as in `settings`."""
+    """Compute a plan for each pair of `STUDENTS` and `TOKENS`, by (student, tokens).
+
+    Args:
+        settings: all other inputs of the plans.
+    """
     return {
         (student, amount): plan(replace(settings, student_params=params, tokens=tokens))
         for student, params in STUDENTS.items()

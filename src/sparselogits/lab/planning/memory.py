@@ -1,10 +1,10 @@
 """Estimate the memory of one device, and whether a teacher's pass or a student's training fits.
 
-The estimate counts weights, activations, and the slice of logits that is sampled or the chunk of
-logits in the loss. Coefficients were fitted to Llamas of several shapes, whose allocations torch's
-profiler counted (benchmarks/plan_memory.py; docs/planning.md has the errors). The margin is for an
-accelerator's other memory (CUDA context, fragmentation). Attention is assumed to store no matrix of
-window by window, as in PyTorch's fused kernels without a mask.
+The estimate is the sum of weights, activations, and the logits that exist at a time. Coefficients
+were fitted to the allocations of Llama models of several shapes, counted by torch's profiler
+(benchmarks/plan_memory.py; docs/planning.md states the errors). A margin covers an accelerator's
+other memory (CUDA context, fragmentation). Attention is assumed to be computed by a fused kernel,
+which stores no matrix of window by window.
 """
 
 from __future__ import annotations
@@ -18,46 +18,66 @@ from sparselogits.errors import InvalidArgumentError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
 """Bytes per weight by data type."""
 PASS_HIDDEN, PASS_INTERMEDIATE = 4.1, 3.0
-"""Values per token at the peak of a forward pass without gradients, per unit of hidden and of
-intermediate width: benchmarks/plan_memory.json."""
+"""Values per token at the peak of a forward pass without gradients (benchmarks/plan_memory.json).
+
+The first is per unit of hidden size, the second per unit of intermediate size.
+"""
+# a test compares the value with the teacher's, which is not imported because that would load torch
 SLICE_POSITIONS = 256
-"""Positions whose logits a teacher has at a time, as in `teacher.transformers_engine`; checked by a
-test."""
+"""Number of positions whose logits a teacher computes at a time."""
 SLICE_BYTES = 4 * 2.5
-"""Bytes per logit of a slice: the new one in float32, the one before, the head's own dtype:
-benchmarks/plan_memory.json."""
+"""Bytes per logit of a slice of positions (benchmarks/plan_memory.json).
+
+Two float32 copies exist at the peak, of this slice and the previous one, and one in bfloat16.
+"""
 SAMPLER_BYTES = 4
-"""Bytes per logit of a slice for the sampler: one float32 copy of the weights. On a CPU it is less
-(`samplers/distribution.py`); assumed for accelerators, not measured."""
+"""Bytes per logit of a slice for the sampler: one float32 copy, assumed and not measured.
+
+On a CPU the sampler takes less (`samplers/distribution.py`).
+"""
 STEP_HIDDEN = 40.0
+"""Bytes per token, layer and unit of hidden size that a training step stores for the backward pass.
+
+Source: benchmarks/plan_memory.json.
+"""
 STEP_INTERMEDIATE = {"float32": 16.0, "bfloat16": 8.5}
-"""Bytes per token and layer that a training step keeps, per unit of width; bfloat16 is autocast
-over float32 weights: benchmarks/plan_memory.json."""
+"""Bytes per token, layer and unit of intermediate size that a training step stores, by dtype.
+
+bfloat16 is autocast over float32 weights. Source: benchmarks/plan_memory.json.
+"""
 KEPT_HIDDEN = 4.0
+"""Bytes per token, layer and unit of hidden size that are stored with activation checkpointing."""
 RECOMPUTED_HIDDEN = {"float32": 46.0, "bfloat16": 42.0}
+"""Bytes per token and unit of hidden size to recompute one layer, by dtype.
+
+Source: benchmarks/plan_memory.json.
+"""
 RECOMPUTED_INTERMEDIATE = {"float32": 24.0, "bfloat16": 12.0}
-"""With checkpointed activations: what each layer keeps, and what the layer that is recomputed takes
-once: benchmarks/plan_memory.json."""
+"""Bytes per token and unit of intermediate size to recompute one layer, by dtype.
+
+Source: benchmarks/plan_memory.json.
+"""
 TRAINED_BYTES = 16
 """Bytes per parameter in training: float32 weight, gradient and AdamW's two moments."""
 GRADIENT_BYTES = 4
+"""Bytes per parameter of a float32 gradient."""
+# as in losses.chunked.default_chunk_rows; a test checks it
 CHUNK_SHARE, CHUNK_LEAST, CHUNK_MOST = 1 / 64, 64 * 2**20, 2**30
-"""Bytes of float32 logits that the loss holds at a time on an accelerator: a share of its memory,
-within limits, as `losses.chunked.default_chunk_rows` has it; checked by a test."""
+"""Share of a device's memory for a chunk of float32 logits in the loss, and its limits in bytes."""
 MARGIN = 0.08
-"""Share of the device that is left free: CUDA context, workspaces, fragmentation. Assumed."""
+"""Share of the device's memory for CUDA context, workspaces and fragmentation; an assumption."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths and depth of a model, which determine its activations.
+    """Describe the dimensions of a model, which determine the size of its activations.
 
     Args:
         name: name of the model.
-        parameters: number of parameters of the model.
-        hidden: width of the residual stream.
-        layers: number of blocks.
-        intermediate: width inside the feed-forward block (of the active experts together).
+        parameters: number of parameters.
+        hidden: hidden size.
+        layers: number of transformer blocks.
+        intermediate: intermediate size of the MLP, of all active experts together.
     """
 
     name: str
@@ -80,13 +100,15 @@ SHAPES = (
     Shape("Llama-3.1-70B", 70.6e9, 8192, 80, 28672),
     Shape("Llama-3.1-405B", 405e9, 16384, 126, 53248),
 )
-"""Shapes as their published config.json files state them."""
+"""Shapes of published models, from their config.json files."""
 
 
 def shape_of(parameters: float) -> Shape:
-    """Return the published shape whose number of parameters is nearest, scaled if it is not near.
+    """Return a plausible shape of a model with this number of parameters.
 
-    Parameters grow with the square of the widths and with the depth; both are scaled by one factor.
+    The shape is that of the published model of the nearest size. If the sizes differ by a factor of
+    1.5 or more, widths and depth are scaled by the cube root of the ratio, because the number of
+    parameters grows with the square of the widths and with the depth.
     """
     near = min(SHAPES, key=lambda shape: abs(math.log(shape.parameters / parameters)))
     ratio = parameters / near.parameters
@@ -101,10 +123,10 @@ def shape_of(parameters: float) -> Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of one device.
+    """Describe the peak memory of one device.
 
     Args:
-        parts: bytes by purpose; not all of them are allocated at once.
+        parts: pairs of purpose and bytes, which are not all allocated at the same time.
         total: bytes at the peak.
     """
 
@@ -112,7 +134,7 @@ class Memory:
     total: float
 
     def fits(self, capacity: float) -> bool:
-        """Return whether the parts and the margin fit in a device's memory."""
+        """Return whether the peak and the margin fit in a memory of `capacity` bytes."""
         return self.total <= capacity * (1 - MARGIN)
 
 
@@ -126,16 +148,19 @@ def pass_memory(
     dtype: str = "bfloat16",
     devices: int = 1,
 ) -> Memory:
-    """Return the memory of a teacher's pass on each device that the teacher is split over.
+    """Estimate the memory of a teacher's forward pass per device.
 
     Args:
         parameters: number of parameters of the teacher.
         shape: shape of the teacher.
-        vocab: rows of the teacher's head.
-        window: tokens per window.
-        batch: windows per forward pass.
-        dtype: dtype of the weights, a key of `BYTES`.
+        vocab: number of rows of the teacher's head.
+        window: number of tokens per window.
+        batch: number of windows per forward pass.
+        dtype: data type of the weights, a key of `BYTES`.
         devices: number of devices over which the weights are split.
+
+    Raises:
+        InvalidArgumentError: If `dtype` is unknown.
     """
     _require_dtype(dtype)
     computed = max(2, BYTES[dtype])  # quantised weights are multiplied in 16 bits
@@ -152,7 +177,7 @@ def pass_memory(
             ("logits", logits),
             ("sampler", sampler),
         ),
-        # when logits are made, of the activations only the last hidden states are left
+        # when logits are computed, only the last hidden states remain of the activations
         weights + max(activations, states + logits + sampler),
     )
 
@@ -169,63 +194,84 @@ def training_memory(
     ranks: int = 1,
     capacity: float = 80e9,
 ) -> Memory:
-    """Return the memory of a student's training step on each rank.
+    """Estimate the memory of a student's training step per rank.
 
     Args:
         parameters: number of parameters of the student.
         shape: shape of the student.
-        vocab: rows of the student's head.
-        window: tokens per window.
-        batch: windows per rank and step.
-        dtype: dtype of the products: float32, or bfloat16 by autocast over float32 weights.
+        vocab: number of rows of the student's head.
+        window: number of tokens per window.
+        batch: number of windows per rank and step.
+        dtype: data type of the products: float32, or bfloat16 by autocast over float32 weights.
         checkpointing: whether activations are recomputed in the backward pass.
-        ranks: ranks over which weights, gradients and moments are sharded (FSDP); 1 for DDP.
-        capacity: bytes of the device, which determine the size of the loss's chunks.
+        ranks: number of ranks over which weights, gradients and moments are sharded (FSDP); 1 for
+            DDP.
+        capacity: bytes of the device's memory, which determine the size of the loss's chunks.
+
+    Raises:
+        InvalidArgumentError: If `dtype` is neither float32 nor bfloat16.
     """
     if dtype not in STEP_INTERMEDIATE:
-        raise InvalidArgumentError(f"a student's dtype is {dtype!r}; give float32 or bfloat16")
+        raise InvalidArgumentError(f"the student's dtype is {dtype!r}; give float32 or bfloat16")
     tokens, product = batch * window, BYTES[dtype]
     if checkpointing:
-        kept = tokens * shape.layers * KEPT_HIDDEN * shape.hidden
+        stored = tokens * shape.layers * KEPT_HIDDEN * shape.hidden
         widths = RECOMPUTED_HIDDEN[dtype] * shape.hidden
-        again = tokens * (widths + RECOMPUTED_INTERMEDIATE[dtype] * shape.intermediate)
+        recomputed = tokens * (widths + RECOMPUTED_INTERMEDIATE[dtype] * shape.intermediate)
     else:
         widths = STEP_HIDDEN * shape.hidden + STEP_INTERMEDIATE[dtype] * shape.intermediate
-        kept, again = tokens * shape.layers * widths, 0.0
+        stored, recomputed = tokens * shape.layers * widths, 0.0
     copies = product * parameters if dtype == "bfloat16" else 0.0
     state = ((TRAINED_BYTES - GRADIENT_BYTES) * parameters + copies) / ranks
     gradients = GRADIENT_BYTES * parameters / ranks
     chunk = min(max(capacity * CHUNK_SHARE, CHUNK_LEAST), CHUNK_MOST, tokens * vocab * 4)
     head = vocab * shape.hidden * (GRADIENT_BYTES + (product if dtype == "bfloat16" else 0))
-    loss = chunk * (1 + product / 4) + head  # a chunk's copy in the products' dtype
+    loss = chunk * (1 + product / 4) + head  # in float32, and a copy in the products' dtype
     return Memory(
         (
             ("weights and moments", state),
             ("gradients", gradients),
-            ("activations", kept + again),
+            ("activations", stored + recomputed),
             ("loss", loss),
         ),
-        # gradients grow while activations are given back
-        state + max(kept + loss, kept + again + head, gradients),
+        # gradients are allocated while activations are freed
+        state + max(stored + loss, stored + recomputed + head, gradients),
     )
 
 
 MemoryOf = Callable[[int, int], Memory]
-"""Returns the memory for a number of windows, on each of a number of devices."""
+"""Function of the windows per batch and the number of devices; returns the memory per device."""
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest power of two as a batch that fits on one device; None if one does not."""
+    """Return the largest batch that fits on one device, a power of two.
+
+    Args:
+        memory_of: function that estimates the memory.
+        capacity: bytes of the device's memory.
+
+    Returns:
+        The number of windows; None if one window does not fit.
+    """
     fitting = [2**power for power in range(16) if memory_of(2**power, 1).fits(capacity)]
     return max(fitting, default=None)
 
 
 def fewest_devices(memory_of: MemoryOf, batch: int, capacity: float) -> int | None:
-    """Return the smallest power of two of devices on which the shares fit; None above 1 024."""
+    """Return the smallest number of devices on which a batch fits, a power of two.
+
+    Args:
+        memory_of: function that estimates the memory.
+        batch: number of windows per batch.
+        capacity: bytes of a device's memory.
+
+    Returns:
+        The number of devices; None if 1 024 are too few.
+    """
     fitting = (2**power for power in range(11))
     return next((n for n in fitting if memory_of(batch, n).fits(capacity)), None)
 
 
 def _require_dtype(dtype: str) -> None:
     if dtype not in BYTES:
-        raise InvalidArgumentError(f"dtype is {dtype!r}; give one of {', '.join(BYTES)}")
+        raise InvalidArgumentError(f"unknown dtype {dtype!r}; give one of {', '.join(BYTES)}")

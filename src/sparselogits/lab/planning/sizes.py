@@ -1,4 +1,4 @@
-"""Parse quantities such as 8B, and count a model's parameters from its configuration."""
+"""Parse quantities such as 8B, and count the parameters of a model from its configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ NUMBER = re.compile(r"(\d+(?:[._]\d+)*(?:[eE]\+?\d+)?)\s*([KMBGTP]?)")
 
 
 def quantity(text: str, what: str) -> float:
-    """Parse a positive number with an optional suffix K, M, B (or G), T or P: '8B', '1.5T', '2e9'.
+    """Parse a positive number with an optional suffix K, M, B (or G), T or P.
+
+    Args:
+        text: text such as '8B', '1.5T' or '2e9'.
+        what: name of the quantity, for the error message.
 
     Raises:
-        InvalidArgumentError: the text has another form.
+        InvalidArgumentError: If the text has another form.
+
+    Examples:
+        >>> quantity("1.5T", "tokens")
+        1500000000000.0
     """
     found = NUMBER.fullmatch(text.strip().upper().replace("_", ""))
     try:
@@ -33,11 +41,11 @@ def quantity(text: str, what: str) -> float:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a model, as a plan needs it.
+    """Describe the size of a model.
 
     Args:
         parameters: number of parameters.
-        shape: width and depth of the model, or of the published model of the nearest size.
+        shape: dimensions of the model, or a plausible shape (see `shape_of`) if they are unknown.
     """
 
     parameters: float
@@ -50,13 +58,18 @@ def parameters_of(text: str, what: str) -> float:
 
 
 def size_of(text: str, what: str) -> ModelSize:
-    """Return the size of a model: a count ('8B'), or a folder with a config.json.
+    """Return the size of a model from a count of parameters or from a configuration.
 
-    The model of a folder is built without memory for its weights, and its parameters are counted. A
-    head tied to the embedding counts once, because an embedding look-up needs no product.
+    The model of a configuration is created without memory for its weights, and its parameters are
+    counted. A head tied to the embedding counts once, because an embedding look-up needs no
+    product.
+
+    Args:
+        text: count such as '8B', or path of a folder with a config.json.
+        what: name of the model, for the error message.
 
     Raises:
-        InvalidArgumentError: the text is neither, or the configuration is not that of a causal
+        InvalidArgumentError: If the text is neither, or the configuration is not that of a causal
             language model.
     """
     folder = Path(text)
@@ -86,11 +99,11 @@ def size_of(text: str, what: str) -> ModelSize:
         ) from error
     count = float(sum(p.numel() for p in model.parameters()))
     text_config = config.get_text_config()
-    widths: list[int] = [
+    dimensions: list[int] = [
         value
         for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
         if isinstance(value := getattr(text_config, name, None), int)
     ]
-    if len(widths) < 3:  # an architecture with other words for its shape
+    if len(dimensions) < 3:  # the architecture names its dimensions differently
         return ModelSize(count, shape_of(count))
-    return ModelSize(count, Shape(folder.resolve().name, count, *widths))
+    return ModelSize(count, Shape(folder.resolve().name, count, *dimensions))

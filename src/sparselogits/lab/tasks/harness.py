@@ -1,6 +1,6 @@
-"""Call lm-eval; this module is imported when tasks are run, because loading it takes a second.
+"""Call lm-eval, with its progress bars, its output and its log lines below errors suppressed.
 
-lm-eval's progress bars, its output, and its log lines below errors are suppressed.
+The module is imported only when tasks are run, because importing lm-eval takes a second.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
+from sparselogits.causal_lm import in_eval_mode
 from sparselogits.errors import TaskError, reason_of
 from sparselogits.lab.tasks.local import LOCAL_TASKS
 from sparselogits.lab.tasks.running import TaskProgress, TaskScore
 
-_NUMBERS = 1 << 25  # of a batch's logits, 128 MB
+_BATCH_LOGITS = 1 << 25
+"""Largest number of float32 logits per batch, which take 128 MiB."""
 _MOST_SEQUENCES = 32
+"""Largest number of sequences per batch."""
 
 
 def score(
@@ -42,55 +45,60 @@ def score(
     prefix: int | None,
     progress: TaskProgress | None,
 ) -> list[TaskScore]:
-    """Score a model; see `run_tasks`, which validates what needs no lm-eval."""
-    was_training = model.training
-    with _quiet() as aloud, _randomness_kept(), _no_survey():
+    """Score a model on tasks; arguments and result are those of `run_tasks`."""
+    with _quiet() as with_stderr, _restored_randomness(), _no_environment_report():
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if progress is not None:
-                with aloud():
+                with with_stderr():
                     progress(done, total, ", ".join(names))
 
-        loaded = [own for name in names for own in _task(name, data)]
+        loaded = [task for name in names for task in _load(name, data)]
         try:
-            student = _Student(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token
-                backend="causal",
-                batch_size=_batch(model),
-                softmax_dtype="float32",
-                prefix_token_id=prefix,
-                # two requests of the same tokens, divided differently, would get one's answer
-                logits_cache=False,
-            )
-            student.tell = tell
-            found = evaluator.simple_evaluate(
-                student,
-                tasks=loaded,
-                limit=limit,
-                bootstrap_iters=0,
-                task_manager=TaskManager(include_defaults=False),  # they are loaded
-            )
+            with in_eval_mode(model):
+                student = _Student(
+                    pretrained=model,
+                    tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token
+                    backend="causal",
+                    batch_size=_batch_size(model),
+                    softmax_dtype="float32",
+                    prefix_token_id=prefix,
+                    # the cache's keys do not contain where a request divides its tokens
+                    logits_cache=False,
+                )
+                student.report = report
+                found = evaluator.simple_evaluate(
+                    student,
+                    tasks=loaded,
+                    limit=limit,
+                    bootstrap_iters=0,
+                    task_manager=TaskManager(include_defaults=False),  # the tasks are loaded
+                )
         except Exception as error:
-            raise TaskError(f"lm-eval failed on {', '.join(names)}: {_said(error)}") from error
-        finally:
-            model.train(was_training)
-    assert found is not None  # it is of the first rank, and there are no others
+            raise TaskError(
+                f"lm-eval failed on {', '.join(names)}: {_first_line(error)}. Leave out the task "
+                "that failed, or use a version of lm-eval that supports the task"
+            ) from error
+    assert found is not None  # None on other ranks than the first, of which there are none
     return _scores(found)
 
 
 def fetch(name: str) -> None:
-    """Fetch the data of a task; see `check_task`."""
+    """Download the data of a task of lm-eval; do nothing for a local task.
+
+    Raises:
+        TaskError: If the task is unknown, or its data cannot be downloaded.
+    """
     if name not in LOCAL_TASKS:
-        with _quiet(), _randomness_kept():
-            _task(name, None)
+        with _quiet(), _restored_randomness():
+            _load(name, None)
 
 
 class _Student(HFLM):  # type: ignore[misc]
-    """A model for lm-eval that reports progress to this package."""
+    """Adapt a model in memory to lm-eval, and report progress after each batch."""
 
     total, done = 0, 0
-    tell: Callable[[int, int], None]
+    report: Callable[[int, int], None]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         self.total += len(requests)
@@ -99,45 +107,50 @@ class _Student(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: Tensor, *others: Any, **named: Any) -> Any:
         logits = super()._model_call(inps, *others, **named)
         self.done += len(inps)
-        self.tell(self.done, max(self.total, self.done))
+        self.report(self.done, max(self.total, self.done))
         return logits
 
 
-def _task(name: str, data: Path | None) -> list[Any]:
-    """Load a task with its data, a group of tasks, or the tasks of a tag."""
+def _load(name: str, data: Path | None) -> list[Any]:
+    """Load a task with its data, a group of tasks, or the tasks of a tag.
+
+    Args:
+        name: name of a local task, or of a task, group or tag of lm-eval.
+        data: folder that `write_tasks` filled, for a local task.
+    """
     if name in LOCAL_TASKS:
         if data is None:
             raise TaskError(
-                f"the task {name!r} needs data; pass data=FOLDER that write_tasks filled"
+                f"the task {name!r} needs data: call write_tasks(FOLDER, ...), and pass data=FOLDER"
             )
-        own = TaskManager(
+        manager = TaskManager(
             include_path=Path(__file__).parent,
             include_defaults=False,
             metadata={"data": str(data)},
         )
-        return list(own.load([name])["tasks"].values())
+        return list(manager.load([name])["tasks"].values())
     manager = _all_tasks()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, [*LOCAL_TASKS, *manager.all_tasks], n=1)
-        meant = f", did you mean {near[0]!r}?" if near else "."
+        hint = f", did you mean {near[0]!r}?" if near else "."
         raise TaskError(
-            f"unknown task {name!r}{meant} Available: {', '.join(LOCAL_TASKS)}, which need no "
+            f"unknown task {name!r}{hint} Available: {', '.join(LOCAL_TASKS)}, which need no "
             "network, and the tasks that `lm-eval ls tasks` lists"
         )
     try:
         loaded = manager.load([name])
     except Exception as error:
         raise TaskError(
-            f"the task {name!r} could not be loaded: {_said(error)}. Its data are "
-            "downloaded from the Hugging Face Hub, which needs the network once. Connect, or use a "
-            f"task that needs no network: {', '.join(LOCAL_TASKS)}"
+            f"the task {name!r} could not be loaded: {_first_line(error)}. The data of this task "
+            "are downloaded from the Hugging Face Hub, which needs the network once. Connect, or "
+            f"use a task that needs no network: {', '.join(LOCAL_TASKS)}"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
 @cache
 def _all_tasks() -> TaskManager:
-    """Return lm-eval's index of tasks; reading its thousands of files takes about ten seconds."""
+    """Return lm-eval's index of tasks, cached because reading its files takes about 10 seconds."""
     return TaskManager()
 
 
@@ -145,67 +158,75 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
     scores = []
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
-            metric, _, chain = key.partition(",")
-            if not chain or metric.endswith("_stderr") or not isinstance(value, int | float):
+            # keys are METRIC,FILTER; the filter "none" passes all answers on
+            metric, _, answer_filter = key.partition(",")
+            if not answer_filter or metric.endswith("_stderr"):
                 continue
-            rows = [row for row in found["samples"].get(task, ()) if row["filter"] == chain]
-            values = [row[metric] for row in rows if metric in row]
-            if not all(isinstance(own, int | float) for own in values):
+            if not isinstance(value, int | float):
+                continue
+            samples = found["samples"].get(task, ())
+            values = [
+                row[metric] for row in samples if row["filter"] == answer_filter and metric in row
+            ]
+            if not all(isinstance(each, int | float) for each in values):
                 values = []
-            numbers = [float(own) for own in values]
-            name = metric if chain == "none" else key
-            count = len(numbers) or int(metrics["sample_len"])
-            scores.append(TaskScore.of(task, name, float(value), numbers, count))
+            name = metric if answer_filter == "none" else key
+            count = len(values) or int(metrics["sample_len"])
+            scores.append(TaskScore.of(task, name, float(value), list(map(float, values)), count))
     return scores
 
 
-def _batch(model: nn.Module) -> int:
-    """Return the sequences per pass that keep the logits of a batch within `_NUMBERS`."""
+def _batch_size(model: nn.Module) -> int:
+    """Return the number of sequences per batch whose logits fit in `_BATCH_LOGITS`."""
     config: Any = model.config
     length = int(getattr(config, "max_position_embeddings", None) or 2048)
     rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-    return max(1, min(_MOST_SEQUENCES, _NUMBERS // (min(length, 256) * rows)))
+    return max(1, min(_MOST_SEQUENCES, _BATCH_LOGITS // (min(length, 256) * rows)))
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return reason_of(error).splitlines()[0].rstrip(".")
 
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Suppress lm-eval's output, except within the context that is yielded."""
+    """Suppress lm-eval's output within a `with` block.
+
+    Yields:
+        Function that returns a context manager, within which stderr is not suppressed.
+    """
     logger = logging.getLogger("lm_eval")
-    level, screen = logger.level, sys.stderr
+    level, stderr = logger.level, sys.stderr
     logger.setLevel(logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield lambda: redirect_stderr(screen)
+            yield lambda: redirect_stderr(stderr)
     finally:
         logger.setLevel(level)
 
 
 @contextmanager
-def _randomness_kept() -> Iterator[None]:
-    """Restore the state of all random generators after the block, because lm-eval seeds them."""
-    own, numpys = random.getstate(), np.random.get_state()
+def _restored_randomness() -> Iterator[None]:
+    """Restore the states of all random generators after a `with` block; lm-eval seeds them."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            random.setstate(own)
-            np.random.set_state(numpys)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 @contextmanager
-def _no_survey() -> Iterator[None]:
+def _no_environment_report() -> Iterator[None]:
     """Prevent lm-eval from running pip, which takes seconds, and git.
 
     Outside a repository git prints an error to the terminal that cannot be redirected.
     """
-    kept = evaluator.add_env_info, evaluator.get_git_commit_hash
+    originals = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda storage: None
     evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        evaluator.add_env_info, evaluator.get_git_commit_hash = kept
+        evaluator.add_env_info, evaluator.get_git_commit_hash = originals

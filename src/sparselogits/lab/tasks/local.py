@@ -1,4 +1,4 @@
-"""Make the data of local tasks: FOLDER/NAME.jsonl, the same bytes for the same text and seed."""
+"""Write the data of local tasks as FOLDER/NAME.jsonl; equal text and seeds give equal bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from sparselogits.lab.tasks.pairs import minimal_pairs
 from sparselogits.lab.tasks.texts import continuations, last_words, passages
 
 LOCAL_TASKS = ("continuation", "last_word", "agreement")
+"""Names of the tasks that need no download."""
 LIMIT = 200
-"""Items of a task, unless another number is asked for: some seconds of one core for a student."""
+"""Default number of items per task."""
 
 
 def write_tasks(
@@ -29,21 +30,22 @@ def write_tasks(
     count: int = LIMIT,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Make the data of local tasks.
+    """Write the data of local tasks.
 
     Args:
-        folder: folder for the file `NAME.jsonl` of each task.
+        folder: folder in which `NAME.jsonl` is written for each task.
         names: names from `LOCAL_TASKS`.
-        corpus: corpus whose held-out windows `continuation` and `last_word` ask about.
+        corpus: corpus with the held-out windows from which `continuation` and `last_word` are made;
+            not needed for `agreement`.
         tokenizer: transformers tokenizer that the corpus was packed with.
-        count: items per task; fewer if the held-out text has fewer passages.
+        count: number of items per task; fewer if the held-out text has fewer passages.
         seed: random seed.
 
     Returns:
-        sha256, in hex, of each file by the task's name.
+        SHA-256 of each file as hexadecimal text, by the task's name.
 
     Raises:
-        TaskError: a name is unknown, there is no corpus, or the text is too short.
+        TaskError: If a name is unknown, there is no corpus, or the text is too short.
     """
     found = {}
     for name in names:
@@ -55,23 +57,26 @@ def write_tasks(
 
 
 def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
-    """Return the rows of a local task; its YAML file tells lm-eval to call this.
+    """Read the rows of a local task; lm-eval calls this function, which the YAML file names.
 
-    They are read into memory, because `datasets` would copy a file of JSON lines and send a request
-    to a usage counter.
+    The rows are read into memory, because `datasets` would copy a file of JSON lines and send a
+    request to a usage counter.
 
     Args:
-        data: folder that `write_tasks` filled, from the `TaskManager`'s metadata.
+        data: folder that `write_tasks` filled.
         file: name of the file in the folder.
 
+    Returns:
+        A `datasets.Dataset` of the rows, by the name of its split.
+
     Raises:
-        TaskError: the file does not exist.
+        TaskError: If the file does not exist.
     """
     from datasets import Dataset
 
     path = Path(data) / file
     if not path.exists():
-        raise TaskError(f"there is no file {path}; make it by write_tasks")
+        raise TaskError(f"the file {path} does not exist; create it with write_tasks")
     lines = path.read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 
@@ -84,6 +89,8 @@ def _rows(
     if name not in LOCAL_TASKS:
         raise TaskError(f"unknown local task {name!r}; available: {', '.join(LOCAL_TASKS)}")
     if corpus is None or tokenizer is None:
-        raise TaskError(f"the task {name!r} asks about held-out text: give a corpus and tokenizer")
+        raise TaskError(
+            f"the task {name!r} is made from held-out text: give a corpus and its tokenizer"
+        )
     found = passages(corpus, tokenizer, count)
     return continuations(found, seed=seed) if name == "continuation" else last_words(found)

@@ -1,7 +1,8 @@
 """Generate English minimal pairs by a small grammar, as BLiMP does (Warstadt et al. 2020).
 
-Two sentences differ in one word, which makes one of them ungrammatical. Singular and plural occur
-equally often in each phenomenon, so that a preference for one form of a word gains nothing.
+The two sentences of a pair differ in one word, which makes one of them ungrammatical. Singular and
+plural occur equally often in each phenomenon, so a model that always prefers one form of a word
+does not exceed chance.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from sparselogits.errors import TaskError
 
 MOST = 3000
-"""Largest number of pairs; the vocabulary gives somewhat more."""
+"""Largest number of pairs, slightly below the number of different pairs of the grammar."""
 
 _Words = tuple[tuple[str, str], ...]
-"""(singular, plural)"""
+"""Pairs of the singular and the plural form of a word."""
 
 _NOUNS: _Words = (
     *(("man", "men"), ("woman", "women"), ("child", "children"), ("boy", "boys")),
@@ -47,10 +48,10 @@ _BESIDE = ("near", "behind", "beside")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sentences that differ in one word.
+    """Store two sentences that differ in one word.
 
     Args:
-        phenomenon: grammatical phenomenon of the difference.
+        phenomenon: name of the grammatical phenomenon.
         good: the grammatical sentence.
         bad: the ungrammatical sentence.
     """
@@ -61,31 +62,30 @@ class Pair:
 
 
 def minimal_pairs(count: int, *, seed: int = 0) -> list[Pair]:
-    """Return distinct pairs, from each phenomenon and number in turn.
+    """Generate distinct pairs, cycling through the phenomena and through singular and plural.
 
-    Phenomena: `subject_verb` (The boys are / is quiet.), `subject_verb_attractor` (a noun of the
-    other number in between: The boys near the tree are / is quiet.), `determiner_noun` (She saw
-    these / this boys.).
+    The phenomena are `subject_verb` (The boys are / is quiet.), `subject_verb_attractor` (The boys
+    near the tree are / is quiet.) and `determiner_noun` (She saw these / this boys.).
 
     Args:
-        count: number of pairs.
+        count: number of pairs, at most `MOST`.
         seed: random seed for the words.
 
     Raises:
-        TaskError: the vocabulary gives fewer pairs.
+        TaskError: If `count` is out of range.
     """
     if not 0 <= count <= MOST:
         raise TaskError(
-            f"count={count}: agreement has at most {MOST} pairs of sentences; ask for fewer"
+            f"count={count}: the task agreement has at most {MOST} pairs; give a smaller count"
         )
     rng = random.Random(f"pairs {seed}")
     turns = itertools.cycle(itertools.product(_PHENOMENA, (0, 1)))
     found: dict[str, Pair] = {}
     while len(found) < count:
-        make, number = next(turns)
-        pair = make(rng, number)
+        generate, number = next(turns)
+        pair = generate(rng, number)
         while pair.good in found:
-            pair = make(rng, number)
+            pair = generate(rng, number)
         found[pair.good] = pair
     return list(found.values())
 
@@ -103,14 +103,14 @@ def _attractor(rng: random.Random, number: int) -> Pair:
 
 def _verb_pair(phenomenon: str, subject: str, rng: random.Random, number: int) -> Pair:
     verb, state = rng.choice(_VERBS), rng.choice(_STATES)
-    good, bad = (f"{subject} {verb[own]} {state}." for own in (number, 1 - number))
+    good, bad = (f"{subject} {verb[form]} {state}." for form in (number, 1 - number))
     return Pair(phenomenon, good, bad)
 
 
 def _determiner_noun(rng: random.Random, number: int) -> Pair:
     determiner, noun = rng.choice(_DETERMINERS), rng.choice(_NOUNS + _THINGS)[number]
     who, saw = rng.choice(_SUBJECTS).capitalize(), rng.choice(_SAW)
-    good, bad = (f"{who} {saw} {determiner[own]} {noun}." for own in (number, 1 - number))
+    good, bad = (f"{who} {saw} {determiner[form]} {noun}." for form in (number, 1 - number))
     return Pair("determiner_noun", good, bad)
 
 

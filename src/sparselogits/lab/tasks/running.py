@@ -1,4 +1,4 @@
-"""Score a model in memory by lm-eval's `simple_evaluate`, and collect the scores."""
+"""Score a model in memory on zero-shot tasks with lm-eval."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from sparselogits.errors import InvalidArgumentError, MissingDependencyError
 from sparselogits.lab.tasks.local import LIMIT
 
 TaskProgress = Callable[[int, int, str], None]
-"""progress(sequences scored, all of them, names of the tasks)"""
+"""Function of the number of sequences scored, their total number, and the names of the tasks."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task.
+    """Describe a model's score in one metric of a task.
 
     Args:
         task: name of the task.
         metric: lm-eval's name of the metric (acc, acc_norm, perplexity, ...).
         value: value over all samples.
-        stderr: standard error over the samples: sd / sqrt(n) for a mean, by the delta method for a
-            perplexity; None for other metrics.
+        stderr: standard error over the samples: standard deviation / sqrt(n) for a mean, by the
+            delta method for a perplexity; None for other metrics.
         samples: number of samples.
-        values: value per sample, in the task's order: 0 or 1 for an accuracy, the word's
-            log-likelihood in nats for a perplexity; empty if a sample has no single number.
+        values: value per sample, in the task's order: 0 or 1 for an accuracy, the log-likelihood of
+            the word in nats for a perplexity; empty if samples have no single number.
     """
 
     task: str
@@ -43,12 +43,12 @@ class TaskScore:
 
     @property
     def name(self) -> str:
-        """Return the name of the score, as `task/metric`."""
+        """Name of the score, as `task/metric`."""
         return f"{self.task}/{self.metric}"
 
     @classmethod
     def of(cls, task: str, metric: str, value: float, values: Sequence[float], n: int) -> TaskScore:
-        """Make a score, with its standard error computed from the samples."""
+        """Create a score, and compute the standard error from the values of its n samples."""
         spread = None
         if len(values) > 1:
             mean = statistics.fmean(values)
@@ -61,28 +61,29 @@ class TaskScore:
 
 
 def is_perplexity(metric: str) -> bool:
-    """Return whether the value is exp(-mean) of the samples instead of their mean."""
+    """Return whether a metric's value is exp(-mean of the samples) instead of the mean."""
     return metric.split(",")[0] == "perplexity"
 
 
 def require_lm_eval() -> None:
-    """Validate that lm-eval is installed.
+    """Check that lm-eval is installed.
 
     Raises:
-        MissingDependencyError: lm-eval is not installed.
+        MissingDependencyError: If lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
         raise MissingDependencyError(
-            "zero-shot tasks need lm-eval, which is missing: pip install 'sparselogits[tasks]'"
+            "zero-shot tasks need lm-eval, which is not installed: pip install "
+            "'sparselogits[tasks]'"
         )
 
 
 def check_task(name: str) -> None:
-    """Validate that a task's data can be fetched, without running it; local data are made later.
+    """Check that a task exists, and download its data if it is a task of lm-eval.
 
     Raises:
-        MissingDependencyError: lm-eval is not installed.
-        TaskError: the task is unknown, or its data cannot be fetched.
+        MissingDependencyError: If lm-eval is not installed.
+        TaskError: If the task is unknown, or its data cannot be downloaded.
     """
     require_lm_eval()
     from sparselogits.lab.tasks.harness import fetch
@@ -102,42 +103,43 @@ def run_tasks(
 ) -> list[TaskScore]:
     """Score a model on zero-shot tasks.
 
-    Local tasks need no network. Other names are lm-eval's; their data come from a hub, and code
-    that comes with data is not run. The states of random generators are restored afterwards.
+    Local tasks need no network. The data of lm-eval's tasks are downloaded from the Hugging Face
+    Hub; code in a dataset is not run. The states of random generators are restored afterwards.
 
     Args:
-        model: a transformers causal language model in memory; its mode is restored.
-        tokenizer: transformers tokenizer of the model; it is not changed.
-        tasks: names from `LOCAL_TASKS` or of lm-eval (a group gives a score per task, and one for
-            the group if it defines one).
-        limit: largest number of samples per task, from the first on; None for all.
-        data: folder that `write_tasks` filled, for local tasks.
-        prefix_token_id: token before a text without context, such as the separator that a student
-            has seen before each document; None for the tokenizer's bos or eos.
-        progress: called after every batch.
+        model: transformers causal language model, in eval mode during the call.
+        tokenizer: transformers tokenizer of the model; a copy is used.
+        tasks: names of local tasks (`LOCAL_TASKS`), or of tasks and groups of lm-eval. A group is
+            scored per task, and as a whole if lm-eval defines a score of the group.
+        limit: largest number of samples per task, counted from the first; None for all.
+        data: folder that `write_tasks` filled; needed for local tasks.
+        prefix_token_id: token that is placed before a text without context, such as the document
+            separator of the training text; None for the tokenizer's bos or eos.
+        progress: function that is called after every batch.
 
     Returns:
-        The scores, in the order of the tasks, one per metric.
+        One score per task and metric, in the order of the tasks.
 
     Raises:
-        MissingDependencyError: lm-eval is not installed.
-        TaskError: a task is unknown, or its data cannot be fetched.
-        InvalidArgumentError: there are no tasks, one is named twice, the limit is below one, or the
-            tokenizer has more tokens than the model.
+        MissingDependencyError: If lm-eval is not installed.
+        TaskError: If a task is unknown or fails, or its data are missing.
+        InvalidArgumentError: If there are no tasks, a name is repeated, the limit is less than 1,
+            or the tokenizer has more ids than the model.
     """
     require_lm_eval()
     if not tasks or len(set(tasks)) < len(tasks):
         raise InvalidArgumentError(
-            f"tasks are {', '.join(tasks) or 'missing'}; name at least one task, and each only once"
+            f"found the tasks {', '.join(tasks) or '(none)'}; give at least one task, and each "
+            "task only once"
         )
     if limit is not None and limit < 1:
-        raise InvalidArgumentError(f"limit={limit}: give at least one sample per task")
+        raise InvalidArgumentError(f"limit={limit}: give at least 1, or None for all samples")
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InvalidArgumentError(
-            f"the tokenizer has ids up to {largest}, the model only {rows} ids; give the tokenizer "
-            "that the model was trained with"
+            f"the tokenizer has ids up to {largest}, but the model has only {rows} ids; give the "
+            "tokenizer that the model was trained with"
         )
     from sparselogits.lab.tasks.harness import score
 

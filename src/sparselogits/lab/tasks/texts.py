@@ -1,8 +1,8 @@
-"""Cut passages from held-out text, and make the questions of two tasks from them.
+"""Select passages of held-out text, and create the questions of two tasks from the passages.
 
-Only held-out windows are read, so no student was trained on them. A window is cut at its document
-separators and decoded; the first and the last word of each piece are dropped, because a window's
-edge may cut through them. Passages are disjoint, and all of a corpus are equally long.
+Only held-out windows are used, on which no student was trained. A window is divided at its document
+separators and decoded; the first and the last word of each part are dropped, because the edge of
+the window may cut through a word. Passages do not overlap, and have the same number of words.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from sparselogits.errors import TaskError
 from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
-"""Maximum words per passage; in short windows, a passage has three quarters of the words."""
+"""Largest number of words per passage; at most three quarters of a window's mean number."""
 ENDINGS = 4
-_FEWEST_WORDS = 4  # so that its last quarter is one
-_WINDOWS_AN_ITEM = 2  # read at most, so that a large hold-out is not decoded whole
-_LOST = "\ufffd"  # what decoding makes of half a character
+"""Number of endings per question, one of which is true."""
+_FEWEST_WORDS = 4  # the last quarter of a passage has at least one word
+_WINDOWS_PER_ITEM = 2  # limits the windows that are decoded of a large hold-out
+_REPLACEMENT = "\ufffd"  # decoding an incomplete character gives this one
 _LAST_WORD = re.compile(r"([^\W\d_]{3,})\W*")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A run of words of one document.
+    """Store consecutive words of one document.
 
     Args:
-        window: number of the held-out window.
+        window: index of the held-out window.
         text: text from the first to the last word.
-        words: (start, stop) of each word in the text, in characters.
+        words: range (start, stop) of each word in the text, in characters.
     """
 
     window: int
@@ -45,126 +46,132 @@ class Passage:
 
 
 def passages(corpus: PackedCorpus, tokenizer: Any, count: int) -> list[Passage]:
-    """Return disjoint passages, spread evenly over the held-out windows.
+    """Return passages that do not overlap, evenly spaced over the held-out windows.
 
     Args:
-        corpus: corpus that the students are trained on, with held-out windows.
-        tokenizer: tokenizer of the teacher.
+        corpus: corpus with held-out windows.
+        tokenizer: transformers tokenizer that the corpus was packed with.
         count: largest number of passages.
 
     Raises:
-        TaskError: there are no held-out windows, or they are too short.
+        TaskError: If there are no held-out windows, or they are too short.
     """
     available = corpus.holdout_windows
     if not available:
         raise TaskError(
             f"the corpus at {corpus.folder} has no held-out text, and a score on text that a "
-            "student was trained on is meaningless; pack it with --holdout"
+            "student was trained on is meaningless; pack the text with --holdout"
         )
-    chosen = spread(available, _WINDOWS_AN_ITEM * count)
-    pieces = [
+    chosen = spread(available, _WINDOWS_PER_ITEM * count)
+    parts = [
         (index, text)
         for index in chosen
-        for text in _pieces(corpus.read_holdout(index, index + 1)[0], corpus, tokenizer)
+        for text in _document_texts(corpus.read_holdout(index, index + 1)[0], corpus, tokenizer)
     ]
-    words = sum(len(_words(text)) for _, text in pieces)
+    words = sum(len(_words(text)) for _, text in parts)
     mean = words / len(chosen)
     length = min(PASSAGE_WORDS, round(0.75 * mean))
     if length < _FEWEST_WORDS:
         raise TaskError(
-            f"held-out windows of {corpus.packing.window_length} tokens hold {mean:.1f} words on "
-            "average, too few for a passage; pack longer windows (--window)"
+            f"held-out windows of {corpus.packing.window_length} tokens contain {mean:.1f} words "
+            "on average, too few for a passage; pack longer windows (--window)"
         )
-    found = [own for index, text in pieces for own in _cut(index, text, length)]
+    found = [passage for index, text in parts for passage in _divide(index, text, length)]
     return [found[i] for i in spread(len(found), count)]
 
 
 def continuations(found: Sequence[Passage], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Return for each passage its beginning, and four endings of which one is the true one.
+    """Create a question per passage: which of four endings continues the beginning.
 
-    The true ending is the last quarter of the words; the others are the last quarters of passages
-    of other windows. The seed determines these and the order of the four.
+    The true ending is the last quarter of the passage's words; the other three are the last
+    quarters of passages of other windows.
 
     Args:
-        found: see `passages`.
-        seed: random seed for the other endings and the order.
+        found: passages, as `passages` returns them.
+        seed: random seed for the choice of the other endings and the order of the four.
 
     Returns:
-        Rows with `prefix`, `endings` (four) and `label` (index of the true one).
+        Rows with `prefix`, `endings` (four) and `label` (index of the true ending).
 
     Raises:
-        TaskError: other windows have fewer than three other endings.
+        TaskError: If passages of other windows have fewer than three different endings.
     """
     rng = random.Random(f"continuation {seed}")
-    halves = [_divided(own) for own in found]
+    divided = [_prefix_and_ending(passage) for passage in found]
     rows = []
-    for own, (prefix, ending) in zip(found, halves, strict=True):
-        elsewhere = {
-            span
-            for other, (_, span) in zip(found, halves, strict=True)
-            if other.window != own.window and span != ending
+    for passage, (prefix, ending) in zip(found, divided, strict=True):
+        others = {
+            other_ending
+            for other, (_, other_ending) in zip(found, divided, strict=True)
+            if other.window != passage.window and other_ending != ending
         }
-        if len(elsewhere) < ENDINGS - 1:
+        if len(others) < ENDINGS - 1:
             raise TaskError(
-                f"the held-out text holds {len(found)} passages, too few for a continuation "
-                "and three others from other windows; hold out more text (--holdout)"
+                f"the held-out text has {len(found)} passages, but an item needs the endings of "
+                "three passages of other windows; hold out more text (--holdout)"
             )
-        endings = [ending, *rng.sample(sorted(elsewhere), ENDINGS - 1)]
+        endings = [ending, *rng.sample(sorted(others), ENDINGS - 1)]
         rng.shuffle(endings)
         rows.append({"prefix": prefix, "endings": endings, "label": endings.index(ending)})
     return rows
 
 
 def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
-    """Return for each passage its last word of three letters or more, and the text before it.
+    """Create a question per passage: predict the last word of three letters or more.
+
+    A passage without such a word in its second half is skipped.
 
     Args:
-        found: see `passages`.
+        found: passages, as `passages` returns them.
 
     Returns:
-        Rows with `passage` and `word`. A passage without such a word in its second half is skipped.
+        Rows with `passage` (the text before the word) and `word`.
 
     Raises:
-        TaskError: no passage has such a word.
+        TaskError: If no passage has such a word.
     """
     rows = []
-    for own in found:
-        for start, stop in reversed(own.words[len(own.words) // 2 :]):
-            word = _LAST_WORD.fullmatch(own.text[start:stop])
+    for passage in found:
+        for start, stop in reversed(passage.words[len(passage.words) // 2 :]):
+            word = _LAST_WORD.fullmatch(passage.text[start:stop])
             if word is not None:
-                rows.append({"passage": own.text[:start].rstrip(), "word": word[1]})
+                rows.append({"passage": passage.text[:start].rstrip(), "word": word[1]})
                 break
     if not rows:
         raise TaskError(
-            "the held-out text has no words of letters; use the task last_word with prose only"
+            "the held-out text has no words of three letters or more; use the task last_word with "
+            "prose, or leave it out"
         )
     return rows
 
 
-def _pieces(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:
-    """Return the text of each document in a window, without separators."""
-    marks = [own for own in (corpus.packing.separator_id, corpus.packing.bos_id) if own is not None]
+def _document_texts(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:
+    """Yield the text of each document in a window, without separators."""
+    marks = (corpus.packing.separator_id, corpus.packing.bos_id)
+    separators = [mark for mark in marks if mark is not None]
     for tokens in np.split(window.tokens, window.document_starts):
-        kept = tokens[~np.isin(tokens, marks)]
+        text_tokens = tokens[~np.isin(tokens, separators)]
         yield tokenizer.decode(
-            kept.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            text_tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
 
 def _words(text: str) -> list[tuple[int, int]]:
+    """Return the ranges of all words but the first and the last, in characters."""
     return [match.span() for match in re.finditer(r"\S+", text)][1:-1]
 
 
-def _cut(window: int, text: str, length: int) -> Iterator[Passage]:
+def _divide(window: int, text: str, length: int) -> Iterator[Passage]:
+    """Yield the passages of `length` words of a document's text."""
     words = _words(text)
     for first in range(0, len(words) - length + 1, length):
-        own = words[first : first + length]
-        start, stop = own[0][0], own[-1][1]
-        if _LOST not in text[start:stop]:
-            spans = tuple((a - start, b - start) for a, b in own)
+        chosen = words[first : first + length]
+        start, stop = chosen[0][0], chosen[-1][1]
+        if _REPLACEMENT not in text[start:stop]:
+            spans = tuple((a - start, b - start) for a, b in chosen)
             yield Passage(window, text[start:stop], spans)
 
 
-def _divided(own: Passage) -> tuple[str, str]:
-    start = own.words[-(len(own.words) // ENDINGS)][0]
-    return own.text[:start].rstrip(), own.text[start:]
+def _prefix_and_ending(passage: Passage) -> tuple[str, str]:
+    start = passage.words[-(len(passage.words) // ENDINGS)][0]
+    return passage.text[:start].rstrip(), passage.text[start:]
