@@ -24,10 +24,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
-from sparselogits.causal_lm import in_eval_mode
 from sparselogits.errors import TaskError, reason_of
 from sparselogits.lab.tasks.local import LOCAL_TASKS
 from sparselogits.lab.tasks.running import TaskProgress, TaskScore
+from sparselogits.language_model import in_eval_mode
 
 _BATCH_LOGITS = 1 << 25
 """Largest number of float32 logits per batch, which take 128 MiB."""
