@@ -1,13 +1,13 @@
-"""Measure what adaptive rounds gain for the student that they follow, at equal bytes.
+"""Measure the gain of adaptive rounds for the student that guides them, at equal bytes.
 
     python experiments/adaptive_in_training.py --teacher MODEL --data TEXT --work FOLDER \
         --out RESULT.json
 
 A first student is trained for one pass on systematic targets. It then guides `Adaptive` samplers,
-whose nominal rounds are chosen so that a token costs as many bytes as the systematic target of the
-same windows. Starting from the first student, second passes over new text are trained from each
-cache, with several seeds of draws and order, and compared on held-out text: loss and KL to the
-teacher. Finished work under --work is reused, so an interrupted run resumes.
+whose nominal rounds are chosen so that a token takes as many bytes as the systematic target of the
+same windows. Starting from the first student, a second pass over new text is trained from each
+cache, with several seeds of draws and order. The resulting students are compared on held-out text
+by loss and KL to the teacher. Finished work under --work is reused, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -60,16 +60,17 @@ ADAPTIVE = {  # name: signal, position power, token power
     "adaptive, rounds and tokens": ("variance", 0.5, 1.0),
 }
 SHARD = 16
+"""Windows per shard."""
 
 
 @dataclass(frozen=True)
 class PilotWindow:
-    """A window with its teacher's logits.
+    """Window with the teacher's logits.
 
     Args:
         index: number of the window.
-        tokens: int64 [L].
-        slices: logits of the teacher, for one run of positions each.
+        tokens: token ids, int64 [L].
+        slices: logits of the teacher for consecutive runs of positions.
     """
 
     index: int
@@ -77,7 +78,7 @@ class PilotWindow:
     slices: list[LogitsSlice]
 
     def draw(self, sampler: Sampler) -> SparseTargets:
-        """Draw the window's targets, with the uniforms of a cache of seed 0."""
+        """Draw the targets of the window, with the uniforms of a cache with seed 0."""
         uniforms = window_uniforms(0, self.index, len(self.tokens), sampler.uniforms_per_position)
         return SparseTargets.cat(
             [
@@ -90,6 +91,7 @@ class PilotWindow:
 def pilot_windows(
     engine: TransformersTeacher, corpus: PackedCorpus, indices: Sequence[int]
 ) -> list[PilotWindow]:
+    """Run the teacher on some windows."""
     pilot = []
     for index in indices:
         tokens = torch.from_numpy(corpus.read(index, index + 1)[0].tokens.astype(np.int64))
@@ -97,8 +99,8 @@ def pilot_windows(
     return pilot
 
 
-def bits_a_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: int) -> float:
-    """Return the bits per position of some windows' coded targets, without a shard's tables."""
+def bits_per_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: int) -> float:
+    """Return the bits per position of the coded targets of windows, without coding tables."""
     coded = [
         TargetWindow(
             window.draw(sampler),
@@ -115,13 +117,13 @@ def bits_a_position(sampler: Sampler, pilot: Sequence[PilotWindow], vocabulary: 
 
 def of_equal_bytes(
     guide: Path,
-    how: tuple[str, float, float],
+    settings: tuple[str, float, float],
     bits: float,
     pilot: Sequence[PilotWindow],
     vocabulary: int,
 ) -> Adaptive:
-    """Return the adaptive sampler with the most bits per position not above the given number."""
-    signal, position_power, token_power = how
+    """Return the adaptive sampler with the most rounds that fits in `bits` per position."""
+    signal, position_power, token_power = settings
     base = Adaptive(
         StudentSignal.load(NamedSignal(str(guide), signal)),
         position_power=position_power,
@@ -137,7 +139,7 @@ def of_equal_bytes(
     while high - low > 1:
         middle = (low + high) // 2
         trial = replace(base, nominal_rounds=middle, reference=reference)
-        fits = bits_a_position(trial, pilot, vocabulary) <= bits
+        fits = bits_per_position(trial, pilot, vocabulary) <= bits
         low, high = (middle, high) if fits else (low, middle)
     return replace(base, nominal_rounds=low, reference=reference)
 
@@ -200,14 +202,14 @@ def main() -> None:
     pilot = pilot_windows(engine, corpus, [first + i * second // 4 for i in range(4)])
     logits = [part.logits for window in pilot for part in window.slices]
     systematic = fit_budget(Systematic(), logits, arguments.budget)
-    bits = bits_a_position(systematic, pilot, engine.vocab_size)
+    bits = bits_per_position(systematic, pilot, engine.vocab_size)
     samplers: dict[str, Sampler] = {
         "systematic": systematic,
         "independent rounds": fit_budget(Multinomial(), logits, arguments.budget * 0.95),
         "systematic, half the rounds": Systematic(max(1, systematic.rounds // 2)),
     }
-    for name, how in ADAPTIVE.items():
-        samplers[name] = of_equal_bytes(guide, how, bits, pilot, engine.vocab_size)
+    for name, settings in ADAPTIVE.items():
+        samplers[name] = of_equal_bytes(guide, settings, bits, pilot, engine.vocab_size)
         print(name, samplers[name].parameters()["nominal_rounds"], flush=True)
 
     rows = []
@@ -223,10 +225,10 @@ def main() -> None:
     ]
     build_caches(engine, corpus, requests, only=(first, first + second), **common)
     students = {}
-    go_on = Student(path=str(guide))
+    start = Student(path=str(guide))
     for (name, seed), folder in folders.items():
         out = work / f"run-{folder.name}"
-        path = train(folder, out, seed, go_on, arguments.learning_rate / 2)
+        path = train(folder, out, seed, start, arguments.learning_rate / 2)
         students[f"{name}/{seed}"] = load_language_model(str(path), dtype="float32")
     students["guide"] = load_language_model(str(guide), dtype="float32")
     found = evaluate(students, heldout, engine)
@@ -241,7 +243,7 @@ def main() -> None:
                     k: v for k, v in samplers[name].parameters().items() if k != "student"
                 },
                 "entries": facts.entries_per_position,
-                "bits": bits_a_position(samplers[name], pilot, engine.vocab_size),
+                "bits": bits_per_position(samplers[name], pilot, engine.vocab_size),
                 "loss": measured.loss,
                 "kl": measured.kl,
             }

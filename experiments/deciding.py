@@ -74,7 +74,7 @@ SAVE_STEPS = 64
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: a sampler's targets, or full KD or CE if there is no sampler."""
+    """Training method: the targets of a sampler, or full KD or CE without a sampler."""
 
     title: str
     sampler: Sampler | None = None
@@ -100,7 +100,7 @@ GHOSTS = ("Top-12, ghost", "Top-50, ghost")
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of the experiment; the defaults are the plan's."""
+    """Sizes of the experiment; the defaults are those of the plan."""
 
     seeds: int = 12
     windows: int = 4
@@ -116,7 +116,7 @@ class Size:
 
 
 class Material:
-    """The teacher and its text: which windows the ancestor and the arms read."""
+    """Teacher and text, and the windows that the ancestor and the arms read."""
 
     def __init__(self, folder: Path, size: Size) -> None:
         self.teacher = load_language_model(str(folder), dtype="bfloat16").eval()
@@ -130,19 +130,19 @@ class Material:
                 f"{folder / 'corpus'} has {len(self.text)} training windows; the experiment needs "
                 f"{first + second}. Train the teacher on more text"
             )
-        # the corpus is a sequence of files: both parts are spread over all of them
+        # the corpus is a sequence of files; shuffling spreads both parts over all files
         mixed = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(0)).tolist()
         self.first, self.second = mixed[:first], mixed[first : first + second]
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids [B, L], labels of the P positions that have one, and their mask [B, L]."""
+        """Return ids [B, L], labels [P] of positions that have one, and their mask [B, L]."""
         items = [self.text[index] for index in windows]
         labels = torch.stack([own["shift_labels"] for own in items])
         return torch.stack([own["input_ids"] for own in items]), labels[labels >= 0], labels >= 0
 
     @torch.no_grad()
     def logits(self, ids: Tensor, kept: Tensor) -> Tensor:
-        """Return the teacher's logits of the P positions that have a label, float32 [P, V]."""
+        """Return the teacher's logits at the P positions with a label, float32 [P, V]."""
         found: Tensor = self.teacher(ids).logits
         return found[kept].float()
 
@@ -168,16 +168,16 @@ def train(
     rate: Callable[[int], float],
     checkpoint: Path,
 ) -> None:
-    """Train all arms' students side by side, so that one pass of the teacher serves them all.
+    """Train the students of all arms in one loop, with one teacher pass per batch for all of them.
 
     Args:
         material: teacher and text.
-        students: models by the arm's title.
-        order: windows in the order in which they are read.
+        students: models by title of the arm.
+        order: window numbers in reading order.
         size: sizes of the experiment.
-        draws: seed of the draws of the arm with an index.
-        rate: learning rate at a step.
-        checkpoint: file to which the state is written every 64 steps.
+        draws: function from the index of an arm to the seed of its draws.
+        rate: function from a step to its learning rate.
+        checkpoint: file to which the state is written every `SAVE_STEPS` steps.
     """
     arms = [arm for arm in ARMS if arm.title in students]
     optimizers = {title: optimizer_of(model, rate(0)) for title, model in students.items()}
@@ -281,6 +281,7 @@ def run_seed(material: Material, start: Path, seed: int, size: Size, work: Path)
 
 
 def run(teacher: Path, work: Path, size: Size) -> None:
+    """Train the ancestor, then all seeds that no other process runs."""
     work.mkdir(parents=True, exist_ok=True)
     material = Material(teacher, size)
     start = ancestor(material, size, work)
@@ -320,6 +321,7 @@ def judge(kl: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def _verdict(
     endpoint: Estimate, same: Estimate, double: Estimate, ghost: Estimate
 ) -> tuple[str, str]:
+    """Return the verdict and its reason by the rule of the plan."""
     ends = (endpoint.low, endpoint.high, same.low, same.high, ghost.low)
     if any(end is None for end in ends):
         return "none", "An interval needs at least two seeds."

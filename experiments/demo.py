@@ -3,8 +3,8 @@
     sparselogits demo --out demo-run && cp demo-run/demo.json experiments/results/demo.json
     python experiments/demo.py --out docs/figures/healing.png
 
-prints the table and the samples, and draws the figure in light and dark colours. Seconds are those
-of a clock on the wall, so the demo has to run on a machine with no other work.
+This prints the table and the samples, and draws the figure in light and dark colours. Seconds are
+elapsed time, so the demo has to run on a machine without other work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparselogits.lab.report.charts import draw_png
 
 STORED = Path(__file__).parent / "results" / "demo.json"
 SHOWN = (1, 2)
-"""Numbers of the samples that README shows: the questions."""
+"""Indices of the samples that README.md shows."""
 
 
 def read(file: Path = STORED) -> tuple[Results, list[dict[str, Any]]]:
@@ -41,7 +41,7 @@ def markdown_table(results: Results) -> str:
 
 
 def markdown_samples(samples: list[dict[str, Any]]) -> str:
-    """Return what the models write after the prompts of `SHOWN`, as a table in Markdown."""
+    """Return the completions of the prompts of `SHOWN` by all models, as a table in Markdown."""
 
     def literal(text: str) -> str:
         return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", text)

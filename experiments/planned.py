@@ -1,7 +1,8 @@
 """Judge and collect experiments that were planned before their first run.
 
-`deciding.py` and the scripts in `claims/` share this. Each trains its arms per seed, writes one
-`seed-N.json` per seed with the per-window sums of every arm, and states the rule of its verdict.
+`deciding.py` and the scripts in `claims/` use this module. Each of them trains its arms per seed,
+writes one `seed-N.json` per seed with the per-window sums of every arm, and defines the rule of its
+verdict.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from sparselogits.files import write_whole
 from sparselogits.locks import Held, lock_file
 
 Means = Mapping[str, Mapping[str, Sequence[float]]]
-"""`loss` and `kl` of every arm, one value per seed."""
+"""Mean `loss` and `kl` per arm, with one value per seed."""
 
 Judge = Callable[[Means], dict[str, Any]]
-"""Function that applies an experiment's rule."""
+"""Function that returns verdict, reason, endpoints and secondary tests from the means."""
 
 
 def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Make an AdamW that decays matrices alone."""
+    """Return an AdamW optimizer with weight decay on matrices only."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -38,7 +39,7 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 
 def each_seed(work: Path, seeds: int, run: Callable[[int], None]) -> None:
-    """Call `run` for every seed that is neither done nor being run by another process."""
+    """Call `run` for every seed that is not finished and not run by another process."""
     for seed in range(seeds):
         with lock_file(work / f"seed-{seed}.lock") as lock:
             if lock.held is Held.ALONE and not (work / f"seed-{seed}.json").exists():
@@ -46,12 +47,12 @@ def each_seed(work: Path, seeds: int, run: Callable[[int], None]) -> None:
 
 
 def less(values: Mapping[str, Sequence[float]], one: str, other: str) -> list[float]:
-    """Return the difference of two arms for every seed."""
+    """Return the difference of two arms per seed."""
     return [x - y for x, y in zip(values[one], values[other], strict=True)]
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Correct p-values for their number (Holm 1979); significant at 5 % where at most 0.05."""
+    """Return p-values corrected for multiple comparisons (Holm 1979)."""
     corrected, largest = [0.0] * len(p), 0.0
     for rank, at in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         largest = max(largest, min(1.0, (len(p) - rank) * p[at]))
@@ -85,9 +86,9 @@ def collect(
         work: folder of the experiment.
         out: file of the result.
         size: sizes of the experiment, a dataclass with `seeds`.
-        planned: the sizes of its plan.
+        planned: sizes of the plan.
         titles: names of the arms.
-        judge: the rule of the verdict.
+        judge: function that applies the rule of the verdict.
     """
     files = [work / f"seed-{seed}.json" for seed in range(size.seeds)]
     seeds = [json.loads(file.read_text()) for file in files if file.exists()]
@@ -120,10 +121,8 @@ def collect(
     if len(seeds) == size.seeds:
         result |= judge(means)
     else:
-        waiting = (
-            f"{len(seeds)} of {size.seeds} seeds are done; the rule is applied to all of them."
-        )
-        result |= {"verdict": "none yet", "reason": waiting, "endpoints": {}, "secondary": []}
+        reason = f"{len(seeds)} of {size.seeds} seeds are done; the rule is applied to all of them."
+        result |= {"verdict": "none yet", "reason": reason, "endpoints": {}, "secondary": []}
     write_whole(out, json.dumps(result, indent=1) + "\n")
     np.savez_compressed(
         out.with_name(f"{out.stem}_windows.npz"), positions=positions, arms=list(titles), **sums

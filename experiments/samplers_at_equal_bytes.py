@@ -2,15 +2,15 @@
 
     python experiments/samplers_at_equal_bytes.py --teacher MODEL --text FILE --out RESULT.json
 
-For each sampler and budget: mean entries per position, error of the target against the teacher in
-hidden space (squared norm of (t - p) @ U, unembedding rows scaled to mean norm one: what the
-student's trunk receives), and bits per position in the library's codec. Besides the library's
-samplers, it measures candidates for the default: systematic rounds in other orders of the
-vocabulary, and a separate threshold per position so that each position has the same expected number
-of entries.
+For each sampler and budget, it measures the mean entries per position, the error of the target in
+hidden space (squared norm of (t - p) @ U, with unembedding rows scaled to mean norm one, which is
+the error that the student's trunk receives), and the bits per position in the library's codec.
+Besides the library's samplers, it measures candidates for the default: systematic rounds in other
+orders of the vocabulary, and a separate threshold per position with the same expected number of
+entries at each position.
 
 Equal bytes: between the two budgets that enclose a given number of bits, log error is interpolated
-against log bits. `error_at_bits` in the output is that table.
+against log bits. The result is the table `error_at_bits` of the output.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BUDGETS = (2, 3, 5, 8, 11, 16, 24, 35, 50)
 
 
 def in_order(sampler: Sampler, order: Order, unembedding: Tensor) -> Draw:
-    """Return a sampler that walks the vocabulary in another order, fixed or per position."""
+    """Return a draw with the vocabulary in another order, fixed or per position."""
 
     def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
         ids = order(logits, unembedding).expand(logits.shape)
@@ -71,22 +71,24 @@ def in_order(sampler: Sampler, order: Order, unembedding: Tensor) -> Draw:
 
 
 def random_order(logits: Tensor, unembedding: Tensor) -> Tensor:
+    """Return all ids in one random order, int64 [1, V]."""
     return torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))[None]
 
 
 def by_probability(logits: Tensor, unembedding: Tensor) -> Tensor:
+    """Return the ids of each position by falling probability, int64 [P, V]."""
     return logits.argsort(dim=-1, descending=True, stable=True)
 
 
 def by_principal_direction(logits: Tensor, unembedding: Tensor) -> Tensor:
-    """Return ids in order along the first principal direction of the unembedding rows."""
+    """Return ids ordered along the first principal direction of the unembedding rows, [1, V]."""
     centred = unembedding - unembedding.mean(0)
     _, directions = torch.linalg.eigh(centred.T @ centred)
     return (unembedding @ directions[:, -1]).argsort()[None]
 
 
 def equal_entries_threshold(entries: float) -> Draw:
-    """Return tau_j per position, the solution of sum_i min(1, p_i / tau_j) = entries."""
+    """Return a threshold draw whose tau_j solves sum_i min(1, p_i / tau_j) = entries."""
 
     def draw(logits: Tensor, uniforms: Tensor) -> SparseTargets:
         p = logits.double().softmax(-1)
@@ -112,7 +114,7 @@ def equal_entries_threshold(entries: float) -> Draw:
 def candidates(
     pilot: list[Tensor], unembedding: Tensor, budget: float, spatial: bool
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
-    """Yield (name, parameter, draw, sampler whose codec stores the targets)."""
+    """Yield name, parameter, draw, and the sampler whose codec stores the targets."""
     systematic = fit_budget(Systematic(), pilot, budget)
     multinomial = fit_budget(Multinomial(), pilot, budget)
     threshold = fit_budget(Threshold(), pilot, budget)
@@ -138,13 +140,13 @@ def candidates(
 def adaptive_candidates(
     student: str, tokens: Tensor, logits: list[Tensor], rounds: int
 ) -> Iterator[tuple[str, str, Draw, Sampler]]:
-    """Yield adaptive rounds and adaptive proposals of one student, separately and combined."""
+    """Yield adaptive rounds and adaptive proposals for a student, separately and combined."""
     for signal in ("variance", "distance"):
         read = StudentSignal.load(NamedSignal(student, signal))
         reference = float(read.at(tokens[0], slice(0, len(tokens[0]))).strength(logits[0]).mean())
         for position_power, token_power in ((0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
             if position_power == 0 and signal == "distance":
-                continue  # the signal is not used
+                continue  # the signal has no effect
             sampler = Adaptive(read, rounds, reference, position_power, token_power)
             name = f"adaptive, {signal}^{position_power}, norm^{token_power}"
             yield name, f"N={rounds}", sampler, sampler
@@ -229,6 +231,7 @@ def measure(
     unembedding: Tensor,
     seed: int,
 ) -> dict[str, float]:
+    """Draw the targets of all windows, and return entries, error and bits per position."""
     drawn, error, positions = [], 0.0, tokens.numel()
     for index, window in enumerate(logits):
         uniforms = window_uniforms(seed, index, len(window), stored_as.uniforms_per_position or 1)
@@ -256,18 +259,20 @@ def measure(
 
 
 def coded_bytes(drawn: list[SparseTargets], stored_as: Sampler, tokens: Tensor) -> int:
+    """Return the bytes of the coded targets, without coding tables."""
     codec = TargetCodec.from_identity(codec_for(stored_as, exact_weights=True), drawn[0].vocab_size)
     present = np.ones(tokens.shape[1], np.bool_)
     windows = [
         TargetWindow(targets, window.numpy().astype(np.int32), present)
         for targets, window in zip(drawn, tokens, strict=True)
     ]
-    # The tables are shared by the hundreds of windows of a shard and are not counted here.
+    # a shard shares its tables among hundreds of windows, so they are not counted
     _, blocks = codec.encode(windows)
     return sum(len(block) for block in blocks)
 
 
 def error_at_bits(rows: list[dict], levels: list[float]) -> dict[str, dict[str, float]]:
+    """Interpolate the error of each sampler at given bits per position."""
     table: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((row["bits"], row["error"]) for row in rows if row["sampler"] == name)

@@ -1,11 +1,11 @@
-"""Train a small teacher with its own vocabulary, for experiments in a pre-training regime.
+"""Train a small teacher and its tokenizer from text, for experiments in a pre-training regime.
 
     python experiments/small_teacher.py --text FILE [FILE ...] --out FOLDER
 
-Tokenizer (byte-level BPE) and model (Llama-shaped, 8.7 M parameters by default) are both made from
-the given text, of which a share of the documents is held out. Text files are cut into documents
-of about 4 000 characters at blank lines. FOLDER becomes a model folder for --teacher of every
-command, with the documents in `documents.jsonl` for --data. If interrupted, the same command
+Tokenizer (byte-level BPE) and model (a Llama of 8.7 M parameters by default) are trained on the
+given text, without the held-out documents. Text files are cut into documents of about 4 000
+characters at blank lines. FOLDER becomes a model folder for --teacher of every command, and
+contains the documents as `documents.jsonl` for --data. After an interruption the same command
 resumes from the last checkpoint. The speed is some million tokens per hour on two CPU cores.
 """
 
@@ -35,11 +35,13 @@ from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset, collate
 
 DOCUMENT_CHARACTERS = 4000
+"""Approximate number of characters per document of a text file."""
+
 END = "<|endoftext|>"
 
 
 def documents(files: list[Path]) -> Iterator[str]:
-    """Cut text into runs of paragraphs of about DOCUMENT_CHARACTERS."""
+    """Yield runs of paragraphs of about DOCUMENT_CHARACTERS characters."""
     for file in files:
         gathered = ""
         for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
@@ -54,6 +56,7 @@ def documents(files: list[Path]) -> Iterator[str]:
 
 
 def byte_level_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on texts."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -136,7 +139,7 @@ def main() -> None:
             report_to="none",
             disable_tqdm=True,
             dataloader_drop_last=True,
-            remove_unused_columns=False,  # the model passes them on to its loss
+            remove_unused_columns=False,  # the loss needs all columns
         ),
         train_dataset=TextDataset(corpus, holdout=False),
         eval_dataset=TextDataset(corpus),

@@ -1,12 +1,12 @@
-"""Draw rounds spread over the space of unembedding rows (candidates that are not in the library).
+"""Draw rounds that are spread over the space of unembedding rows (not part of the library).
 
-In systematic rounds, tokens that are neighbours in id order share one running sum, so their errors
-cancel to the extent that their unembedding rows are similar. These three draws use neighbourhoods
-in the space of the rows instead, at a cost that is too high for a cache:
+In systematic rounds, tokens with neighbouring ids share one running sum, so their errors cancel to
+the extent that their unembedding rows are similar. The three draws of this module use
+neighbourhoods in the space of the rows instead, at a cost that is too high for a cache:
 
-- `by_local_direction`: systematic, the position's likely tokens along their own principal
-  direction (weighted by probability), followed by the others in id order;
-- `by_local_tree`: the same, split in two along the principal direction recursively;
+- `by_local_direction`: systematic rounds, with the likely tokens of a position ordered along their
+  principal direction (weighted by probability), followed by the others in id order;
+- `by_local_tree`: the same, with a recursive split in two along the principal direction;
 - `LocalPivotal`: the local pivotal method (Grafström, Lundström, Schelin, Biometrics 2012) on the
   fractional parts of N p: each step decides between a token and its nearest neighbour.
 """
@@ -20,15 +20,19 @@ from torch import Tensor
 from sparselogits import SparseTargets
 from sparselogits.targets import offsets_from_lengths
 
-LIKELY = 1024  # tokens of a position that are arranged; the others hold a few per cent of the mass
+LIKELY = 1024
+"""Number of likely tokens per position to order; the others have a few per cent of the mass."""
+
 TREE_DEPTH = 6
 
 
 def by_local_direction(logits: Tensor, unembedding: Tensor) -> Tensor:
+    """Return ids [P, V] ordered along the principal direction of each position's likely tokens."""
     return _arranged(logits, unembedding, depth=1)
 
 
 def by_local_tree(logits: Tensor, unembedding: Tensor) -> Tensor:
+    """Return ids [P, V] ordered by recursive splits of each position's likely tokens."""
     return _arranged(logits, unembedding, depth=TREE_DEPTH)
 
 
@@ -47,13 +51,14 @@ def _arranged(logits: Tensor, unembedding: Tensor, depth: int) -> Tensor:
 
 
 def _bisect(ids: Tensor, p: Tensor, unembedding: Tensor, depth: int) -> Tensor:
+    """Order ids by recursive splits of the probability in halves along a principal direction."""
     if depth == 0 or len(ids) < 3:
         return ids
     weight = p[ids] / p[ids].sum()
     rows = unembedding[ids]
     centred = (rows - weight @ rows) * weight.sqrt()[:, None]
     direction = centred[weight.argmax()] + 1e-6
-    for _ in range(4):  # power iteration: the direction need not be exact
+    for _ in range(4):  # power iteration; an approximate direction is enough
         direction = centred.T @ (centred @ direction)
         direction = direction / direction.norm().clamp_min(1e-30)
     order = (rows @ direction).argsort()
@@ -64,12 +69,12 @@ def _bisect(ids: Tensor, p: Tensor, unembedding: Tensor, depth: int) -> Tensor:
 
 
 class LocalPivotal:
-    """A draw of counts floor(N p_i) or one more, in which near tokens exclude each other.
+    """Draw of counts floor(N p_i) or one more, in which near tokens exclude each other.
 
     Args:
         rounds: number of rounds N.
-        unembedding: rows [V, D] whose distances are used.
-        seed: random seed; the uniforms passed to a call are not used.
+        unembedding: rows [V, D], whose distances define near tokens.
+        seed: random seed, used instead of the uniforms passed to a call.
     """
 
     def __init__(self, rounds: int, unembedding: Tensor, seed: int = 0) -> None:
@@ -106,6 +111,7 @@ class LocalPivotal:
         return torch.from_numpy(kept), torch.from_numpy(counts[kept])
 
     def _duels(self, share: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Round fractional parts [LIKELY] to 0 or 1, by decisions between nearest neighbours."""
         open_ = (share > 0) & (share < 1)
         near = np.where(open_[None], near, np.inf)
         for one in self.random.permutation(len(share)):
@@ -120,6 +126,7 @@ class LocalPivotal:
         return share
 
     def _duel(self, a: float, b: float) -> tuple[float, float]:
+        """Move mass between two fractional parts until one of them is 0 or 1, without bias."""
         total, chance = a + b, self.random.random()
         if total < 1:
             return (total, 0.0) if chance * total < a else (0.0, total)

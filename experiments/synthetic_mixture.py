@@ -1,10 +1,11 @@
-"""Measure calibration of students of sparse targets on a mixture with a known posterior.
+"""Measure the calibration of students trained on sparse targets of a known posterior.
 
     python experiments/synthetic_mixture.py        (about half a minute)
 
 The Gaussian mixture has 400 classes in 8 dimensions with one covariance: the posterior is a linear
-softmax. It is the teacher, and a student of the same form could learn it exactly. Each student sees
-the same 20 000 points in mini-batches, with sparse targets drawn afresh from the posterior.
+softmax. The posterior is the teacher, and a student of the same form can learn it exactly. Each
+student is trained on the same 20 000 points in mini-batches, with sparse targets newly drawn from
+the posterior.
 Calibration and loss are measured on labels drawn from the posterior at unseen points. Writes
 results/synthetic_mixture.{json,png}.
 """
@@ -33,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Mixture:
-    """A mixture of equal classes with unit covariance around Gaussian centres."""
+    """Gaussian mixture of equally likely classes with unit covariance and Gaussian centres."""
 
     def __init__(self, seed: int, spread: float = 0.8) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -43,16 +44,17 @@ class Mixture:
         return torch.randn(*shape, generator=self.generator)
 
     def points(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draw labels [count] and their points x [count, DIMENSIONS]; return (x, labels)."""
+        """Draw labels and points of their classes; return points [count, DIMENSIONS] and labels."""
         labels = torch.randint(0, CLASSES, (count,), generator=self.generator)
         return self.centres[labels] + self._normal(count, DIMENSIONS), labels
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits of the posterior."""
+        """Return the logits of the posterior at points x, [N, CLASSES]."""
         return x @ self.centres.T - self.centres.square().sum(-1) / 2
 
 
 def train(sampler: Sampler | str, mixture: Mixture, x: Tensor, labels: Tensor) -> torch.nn.Module:
+    """Train a linear student on a sampler's targets, on "labels" or on the "full" posterior."""
     torch.manual_seed(0)
     student = torch.nn.Linear(DIMENSIONS, CLASSES)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
@@ -78,7 +80,7 @@ def train(sampler: Sampler | str, mixture: Mixture, x: Tensor, labels: Tensor) -
 
 
 def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """Return the expected calibration error, and (confidence, accuracy) [bins, 2] of equal mass."""
+    """Return the calibration error, and confidence and accuracy of equal-mass bins, [bins, 2]."""
     confidence, guess = probabilities.max(-1)
     order = confidence.argsort()
     right = (guess == labels).float()

@@ -2,9 +2,9 @@
 
     python experiments/synthetic_zipf.py        (about half a minute)
 
-The teacher is p_i ~ 1 / i over 1 000 tokens. The student sees a fresh sparse target of the same p
-at every step and minimises cross-entropy. Top-K teaches it the head, renormalised to one, and to
-push the tail to zero; unbiased targets teach it p. Writes results/synthetic_zipf.{json,png}.
+The teacher is p_i ~ 1 / i over 1 000 tokens. At every step the student gets a new sparse target
+of the same p and minimises cross-entropy. From Top-K it learns the head, renormalised to one, and a
+tail of zero; from unbiased targets it learns p. Writes results/synthetic_zipf.{json,png}.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def train(sampler: Sampler | None, teacher: Tensor) -> Tensor:
-    """Return the student's distribution [V] after training; with None it trains on p itself."""
+    """Return the student's distribution [V] after training; without a sampler the target is p."""
     logits = torch.zeros(VOCABULARY, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -49,7 +49,7 @@ def train(sampler: Sampler | None, teacher: Tensor) -> Tensor:
 
 
 def curve(name: str, probabilities: Tensor) -> list[dict[str, object]]:
-    """Return the points of a line, probability by rank, that a chart down to 1e-8 shows."""
+    """Return the points of a line, probability by rank, without probabilities below 1e-8."""
     values = enumerate(probabilities.tolist(), 1)
     return [{"method": name, "x": rank, "y": value} for rank, value in values if value >= 1e-8]
 

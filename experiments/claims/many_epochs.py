@@ -15,8 +15,8 @@ many_epochs_windows.npz. Estimate: see experiments/README.md.
 **The setting** is that of the "slowrun" contest (qlabs-eng/slowrun): little text, many epochs. Its
 form here would be 5 M tokens and 12 epochs. Scaled down to two cores: the 12 epochs are kept, the
 text is divided by 38 (131 072 tokens), and the student has 482 040 parameters: 0.27 tokens of text
-and 3.3 tokens of training per parameter. What is left out: a mixture of the caches of
-two teachers, which needs a feature that the library does not have yet.
+and 3.3 tokens of training per parameter. Omitted: a mixture of the caches of two
+teachers, which the library did not support when the plan was written.
 
 **Plan, written before the first run.**
 
@@ -114,6 +114,7 @@ def stored_logits(work: Work) -> np.ndarray:
 
 
 def run(work: Work) -> None:
+    """Train and measure all arms of every seed that no other process runs."""
     logits = stored_logits(work)
 
     def teacher(windows: Sequence[int], _: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def run(work: Work) -> None:
 
 
 def judge(means: Means) -> dict[str, Any]:
-    """Apply the plan's rule to the KL of every arm, one value per seed."""
+    """Apply the rule of the plan to the KL of every arm, one value per seed."""
     kl = means["kl"]
     endpoint = t_interval(less(kl, "4 rounds, fresh", "4 rounds, frozen"))
     same = t_interval(less(kl, "4 rounds, frozen, A/A", "4 rounds, frozen"))
@@ -157,6 +158,7 @@ def judge(means: Means) -> dict[str, Any]:
 
 
 def _verdict(endpoint: Estimate, same: Estimate) -> tuple[str, str]:
+    """Return the verdict and its reason by the rule of the plan."""
     ends = (endpoint.low, endpoint.high, same.low, same.high)
     if any(end is None for end in ends):
         return "none", "An interval needs at least two seeds."

@@ -16,8 +16,8 @@ as small_vocabulary_windows.npz. Estimate: see experiments/README.md.
 **The claim.** In a contest of ten minutes of training (openai/parameter-golf, pull request 1029), a
 student trained on the cached Top-32 of a vocabulary of 1 024 was no better than one trained on the
 text. Its author names two possible reasons: the tail that Top-32 cuts, and the cost per step. The
-mixture of losses that the author used is not known here; half labels, half the renormalised Top-32
-(what a softmax over 32 cached logits gives) stands for it.
+mixture of losses that the author used is unknown; this experiment uses half labels, half the
+renormalised Top-32 (which a softmax over 32 cached logits gives).
 
 **Plan, written before the first run.**
 
@@ -47,7 +47,7 @@ mixture of losses that the author used is not known here; half labels, half the 
   loss(systematic with half labels) minus loss(CE) at equal time are both below -0.003.
 - **Refuted**, if the lower limit of the endpoint is above -0.003: sampling gains nothing either.
 - **Undecided** otherwise.
-- Remarks beside the verdict: if the claim is repeated and Top-32 with half labels is ahead of CE at
+- Additional remarks: if the claim is repeated and Top-32 with half labels is ahead of CE at
   equal steps (upper limit below -0.003), the cost per step is a reason. If full KD is not ahead of
   CE at equal steps (lower limit above -0.003), distillation as such does not help here.
 - Secondary: the other differences to CE, at equal steps and equal time, two-sided paired t tests
@@ -147,7 +147,7 @@ def rounds_within(
 
 
 def budgets(work: Work) -> dict[str, Any]:
-    """Choose the rounds at equal bytes, once, and keep them in the folder."""
+    """Determine the rounds at equal bytes once, and store them in the folder."""
     file = work.folder / "budgets.json"
     with lock_file(work.folder / "budgets.lock", wait=True):
         if not file.exists():
@@ -169,6 +169,7 @@ def budgets(work: Work) -> dict[str, Any]:
 
 
 def run(work: Work) -> None:
+    """Train and measure all arms of every seed that no other process runs."""
     found = budgets(work)
     samplers: dict[str, Sampler] = {
         "top": TopK(K),
@@ -214,7 +215,7 @@ def run(work: Work) -> None:
 
 
 def judge(means: Means) -> dict[str, Any]:
-    """Apply the plan's rule to the held-out loss of every arm, one value per seed."""
+    """Apply the rule of the plan to the held-out loss of every arm, one value per seed."""
     loss = means["loss"]
     claim = t_interval(less(loss, CLAIMED + TIMED, "CE"))
     endpoint = t_interval(less(loss, SAMPLED + TIMED, CLAIMED + TIMED))
@@ -244,6 +245,7 @@ def judge(means: Means) -> dict[str, Any]:
 
 
 def _verdict(claim: Estimate, endpoint: Estimate, sampled: Estimate) -> tuple[str, str]:
+    """Return the verdict and its reason by the rule of the plan."""
     ends = (claim.low, claim.high, endpoint.low, endpoint.high, sampled.high)
     if any(end is None for end in ends):
         return "none", "An interval needs at least two seeds."

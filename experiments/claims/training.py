@@ -1,7 +1,7 @@
 """Train the arms of the experiments in this folder from text, from caches and from the teacher.
 
-A `Plan` is what one experiment fixes: its sizes and its arms. `Work` is the folder in which any
-number of processes run it: the packed text, one folder per seed with the caches and the trained
+An experiment defines its `Size` and its `Arm`s. `Work` is the folder in which any number of
+processes run it: the packed text, one folder per seed with the caches and the trained
 students, and one result per seed. A process takes a seed that no other process is running, and
 resumes an interrupted one from a state at most 64 steps old.
 """
@@ -42,16 +42,16 @@ PEAK_RATE = 4e-3
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train.
+    """Training method of an experiment.
 
     Args:
         title: name in tables.
-        cache: name of the cache it reads; empty for text alone.
-        missing_mass: rule for the mass that the cached targets lack.
-        alpha: share of the labels' cross-entropy in the loss.
-        rounds: cached rounds to keep per position; None for all.
+        cache: name of the cache; empty to train without cached targets.
+        missing_mass: rule for the missing mass of the cached targets.
+        alpha: weight of the cross-entropy on labels in the loss.
+        rounds: cached rounds to use per position; None for all.
         frozen: epoch whose choice of rounds all epochs use; None for fresh rounds in each epoch.
-        full: train on the teacher's whole distribution.
+        full: whether to train on the teacher's full distribution.
     """
 
     title: str
@@ -64,13 +64,13 @@ class Arm:
 
     @property
     def file(self) -> str:
-        """Title as a file name."""
+        """Return the title as a file name."""
         return "".join(c if c.isalnum() else "-" for c in self.title)
 
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of an experiment; an experiment states its own."""
+    """Sizes of an experiment: seeds, windows per step, steps, epochs, held-out windows, student."""
 
     seeds: int
     windows: int
@@ -83,15 +83,15 @@ class Size:
 
     @property
     def text_windows(self) -> int:
-        """Windows of training text."""
+        """Return the number of windows of training text."""
         return self.windows * self.steps // self.epochs
 
 
 class Work:
-    """A folder in which an experiment runs.
+    """Folder in which an experiment runs, with its teacher and text.
 
     Args:
-        folder: the folder; created if it is missing.
+        folder: path of the folder, created if it does not exist.
         teacher: folder that small_teacher.py wrote.
         data: JSON lines of documents, as documents.py writes them.
         size: sizes of the experiment.
@@ -145,7 +145,7 @@ class Work:
         return {name: CacheDataset(root, seed=seed) for name, root in roots.items()}
 
     def student(self, seed: int) -> LlamaForCausalLM:
-        """Make a student with random weights, which all arms of a seed share."""
+        """Return the student with random weights from which all arms of a seed start."""
         torch.manual_seed(seed)
         size = self.size
         return LlamaForCausalLM(
@@ -161,7 +161,7 @@ class Work:
         )
 
     def order(self, seed: int) -> list[int]:
-        """Return the windows in the order in which all arms of a seed read them."""
+        """Return the window numbers in the order in which all arms of a seed read them."""
         generator = torch.Generator().manual_seed(seed)
         windows = self.size.text_windows
         passes = [torch.randperm(windows, generator=generator) for _ in range(self.size.epochs)]
@@ -170,7 +170,7 @@ class Work:
     def finish(
         self, seed: int, students: Mapping[str, nn.Module], facts: Mapping[str, Any]
     ) -> None:
-        """Measure a seed's students on held-out text and write its results."""
+        """Measure the students of a seed on held-out text and write the results."""
         found = evaluate(students, self.heldout, self.engine(), resamples=1)
         result = {
             **facts,
@@ -183,7 +183,7 @@ class Work:
         print(f"seed {seed}:", {t: round(own.loss, 4) for t, own in found.items()}, flush=True)
 
     def result(self, seed: int) -> Path:
-        """Return the file of a seed's results."""
+        """Return the file of the results of a seed."""
         return self.folder / f"seed-{seed}.json"
 
 
@@ -200,7 +200,7 @@ def step_loss(
     windows: Sequence[int],
     epoch: int,
 ) -> Tensor:
-    """Read a batch and compute an arm's loss on it."""
+    """Read a batch and compute the loss of an arm on it."""
     if cache is None:
         batch = collate([work.text[i] for i in windows])
     else:
@@ -234,19 +234,19 @@ def train(
     steps: int,
     name: str = "",
 ) -> nn.Module:
-    """Train one arm's student, or load it if it is trained.
+    """Train the student of an arm, or load it if it is already trained.
 
     AdamW (weight decay 0.1, gradients clipped at norm 1), learning rate 4e-3 with 5 % warm-up and
     linear decay over `steps`, bfloat16 autocast.
 
     Args:
-        arm: the way to train.
-        work: the experiment's folder.
-        cache: the arm's cache; None for text alone.
-        teacher: source of the teacher's logits.
-        seed: seed of the weights and of the order.
-        steps: steps to train; fewer than the plan's read a part of the order.
-        name: file name of the student; by default the arm's.
+        arm: training method.
+        work: folder of the experiment.
+        cache: cache of the arm; None to train without cached targets.
+        teacher: function that returns the teacher's logits.
+        seed: random seed of weights and order.
+        steps: number of training steps; fewer than in the plan read only a part of the text.
+        name: file name of the student; by default that of the arm.
     """
     folder = work.folder / f"seed-{seed}"
     folder.mkdir(exist_ok=True)
@@ -286,7 +286,7 @@ def update(
     windows: Sequence[int],
     epoch: int = 0,
 ) -> None:
-    """Make one optimiser step."""
+    """Run one optimiser step."""
     step_loss(arm, work, cache, teacher, model, windows, epoch).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -302,10 +302,10 @@ def seconds_per_step(
     blocks: int,
     steps: int,
 ) -> dict[str, float]:
-    """Measure processor seconds per step of every arm, the median over interleaved blocks.
+    """Measure the processor seconds per step of every arm, as the median over interleaved blocks.
 
-    One thread; reading and decoding the cache and running the teacher count. Processor time, not
-    the clock, so that another process on the machine does not enter.
+    One thread; the time includes reading and decoding the cache and running the teacher. Processor
+    time is used because other processes on the machine do not affect it.
     """
     students = {arm.title: work.student(0).train() for arm in arms}
     optimizers = {title: optimizer_of(model, 1e-4) for title, model in students.items()}
@@ -322,6 +322,7 @@ def seconds_per_step(
 
 
 def _save(state: Mapping[str, Any], file: Path) -> None:
+    """Write a state to a file atomically."""
     temporary = file.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(file)
@@ -335,7 +336,7 @@ def command(
     judge: Judge,
     run: Callable[[Work], None],
 ) -> None:
-    """Parse the command line of an experiment and run or collect it."""
+    """Parse the command line of an experiment and run the experiment or collect its results."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("what", choices=("run", "collect"))
     parser.add_argument("--teacher", type=Path, help="folder that small_teacher.py wrote")
@@ -343,7 +344,7 @@ def command(
     parser.add_argument("--work", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--out", type=Path, default=result, help="result of `collect`")
     for name, value in asdict(plan).items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"the plan has {value}")
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"plan: {value}")
     given = parser.parse_args()
     size = Size(**{name: getattr(given, name) for name in asdict(plan)})
     if given.what == "collect":

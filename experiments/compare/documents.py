@@ -1,11 +1,11 @@
-"""A random part of a text, as JSON lines: a comparison's training and held-out text.
+"""Write a random part of a text as JSON lines: training and held-out text of a comparison.
 
     python experiments/compare/documents.py --data FILE [FILE ...] --out PART.jsonl --characters N
 
-Plain text is cut into documents of about 4 000 characters at blank lines; of JSON lines the field
-`text` of each is a document. The part is a random one of the documents to train on, with all
-that `holdout` keeps aside, in random order. Which are kept aside depends on their content alone, so
-with the hold-out of `small_teacher.py` they are the ones that teacher never saw.
+Plain text is cut into documents of about 4 000 characters at blank lines; in JSON lines the field
+`text` of each line is a document. The output has a random part of the training documents and all
+held-out documents, in random order. Whether a document is held out depends only on its content, so
+with the hold-out of `small_teacher.py` the teacher has not seen the held-out documents.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from small_teacher import documents
 
 
 def texts(files: list[Path]) -> Iterator[str]:
+    """Yield the documents of text files and JSON lines."""
     for file in files:
         if file.suffix == ".jsonl":
             yield from (json.loads(line)["text"] for line in file.open(encoding="utf-8"))
@@ -35,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, type=Path, nargs="+")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--characters", required=True, type=int, help="to train on")
-    parser.add_argument("--holdout", type=float, default=0.05, help="the recipe's own")
+    parser.add_argument("--characters", required=True, type=int, help="characters of training text")
+    parser.add_argument("--holdout", type=float, default=0.05, help="hold-out of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     found = list(texts(arguments.data))

@@ -1,8 +1,8 @@
-"""Draft again, from more prefixes, with students of a finished comparison.
+"""Measure drafting with students of a finished comparison, from more prefixes.
 
-A comparison drafts from few prefixes, and all students of one seed share them and their random
-numbers. This asks whether what is accepted differs from what is expected with more of both. Rows
-are added to those that OUT has.
+A comparison drafts from few prefixes, and all students of a seed share these prefixes and their
+random numbers. With more of both, this tests whether the accepted share differs from the expected
+one. Rows are appended to those of OUT.
 
 python experiments/compare/drafting.py --comparison FOLDER --teacher TEACHER --seed 1 \
     --out experiments/results/drafting_small_teacher.json systematic-12 uniform-12
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--draft", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("methods", nargs="+", help="beginnings of names of folders under runs/")
+    parser.add_argument("methods", nargs="+", help="prefixes of folder names under runs/")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     tokenizer = load_tokenizer(given.teacher)

@@ -1,7 +1,7 @@
-"""The first figure of docs/results.md: storage against held-out loss, from a stored comparison.
+"""Draw storage against held-out loss of a stored comparison.
 
-Losses are means over the seeds that all methods shown have: a mean over other seeds for some would
-put differences between seeds, which are as large as those between good methods, on show.
+Losses are means over the seeds that all shown methods have. Means over different seeds would differ
+between methods because of the seeds, by as much as good methods differ.
 
 python experiments/compare/figure.py experiments/results/compare_small_teacher.json \
     --out docs/figures/storage_against_loss.png
@@ -24,19 +24,19 @@ FAMILIES = {
     "Top-K, smooth": "Top-K, smoothing",
     "Top-K, ground truth": "Top-K, naive fix",
 }
-"""What is drawn, without the budget in the method's name; docs/results.md has the rest."""
+"""Legend entries by family, which is the name of a method without its budget."""
 
 LEVELS = {"ce": "cross-entropy, no teacher", "full": "full KD, nothing cached"}
 
 
 def family(row: MethodRow) -> str:
-    """The method's name without its budget: "Top-K 12, smooth" is "Top-K, smooth"."""
+    """Return a method's name without its budget: "Top-K, smooth" for "Top-K 12, smooth"."""
     head, comma, remedy = row.method.partition(", ")
     return head.rsplit(" ", 1)[0] + comma + remedy
 
 
 def mean_losses(results: Results) -> dict[str, float]:
-    """By method, over the seeds that all of those shown have."""
+    """Return the mean loss per method, over the seeds that all shown methods have."""
     by_method: dict[str, dict[int, float]] = {}
     shown = {row.method for row in results.methods if family(row) in FAMILIES}
     shown |= {row.method for row in results.methods if row.family in ("ce", "full")}
@@ -45,12 +45,12 @@ def mean_losses(results: Results) -> dict[str, float]:
             by_method.setdefault(run.method, {})[run.seed] = run.figures["loss"]
     common = set.intersection(*(set(own) for own in by_method.values()))
     if not common:
-        raise SystemExit("no seed is done for all methods that have one; run the comparison on")
+        raise SystemExit("no seed is finished for all shown methods; continue the comparison")
     return {name: fmean(own[seed] for seed in common) for name, own in by_method.items()}
 
 
 def drawing(results: Results) -> Drawing:
-    """The methods of `FAMILIES`, and CE and full KD, which store nothing, as lines."""
+    """Return the chart of the methods of `FAMILIES`, with CE and full KD as horizontal lines."""
     losses = mean_losses(results)
     done = [row for row in results.methods if row.method in losses]
     points = []

@@ -3,10 +3,10 @@
     python experiments/compare/pages.py            write the pages
     python experiments/compare/pages.py --check    exit with 1 if a page would change
 
-The words of docs/results.md are in findings.md.jinja beside this script; every number there is an
-expression over experiments/results/*.json. The words of its first section are
-experiments/healing/findings.md, a part of that template; they may hold places for the tables of
-experiments/healing/tables.py. The table of docs/index.md is kept up to date too.
+The text of docs/results.md is in findings.md.jinja next to this script; every number there is an
+expression over experiments/results/*.json. The text of its first section is
+experiments/healing/findings.md, which that template includes; it may mark tables of
+experiments/healing/tables.py. The table of docs/index.md is updated too.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 @dataclass(frozen=True)
 class Setting:
-    """A stored comparison and what its page says of it.
+    """Stored comparison and the text of its page.
 
     Args:
-        file: name of the results without `compare_` and the ending; also the page's name.
+        file: name of the results without `compare_` and suffix; also the name of the page.
         title: heading of the page.
-        overview: name in the table of all settings; empty for settings that are not in it.
-        about: a paragraph on teacher, student and text that the numbers do not say.
-        pictures: paths under docs/figures with a description each.
+        overview: name in the table of all settings; empty if the setting is not in the table.
+        about: paragraph on teacher, student and text.
+        pictures: paths under docs/figures and their descriptions.
     """
 
     file: str
@@ -61,11 +61,11 @@ class Setting:
 
     @cached_property
     def results(self) -> Results:
-        """The stored comparison."""
+        """Return the stored comparison."""
         return read_results(RESULTS / f"compare_{self.file}.json")
 
     def seeds(self, student: str | None = None) -> Seeds:
-        """The runs of one student, by default the first."""
+        """Return the runs of one student, by default of the first one."""
         names = list(dict.fromkeys(row.student for row in self.results.methods))
         found = [name for name in names if student is None or name.startswith(student)]
         return Seeds(self.results, found[0])
@@ -102,7 +102,7 @@ SETTINGS = (
         "Small teacher, one pass, adaptive rounds",
         "",
         "Text, seeds and reference runs are those of the first setting. Adaptive rounds follow the "
-        "student that CE with seed 0 left: more rounds where its distribution differs from the "
+        "student that CE trained with seed 0: more rounds where its distribution differs from the "
         "teacher's. Their weights are not counts, which is why they need more bytes.",
     ),
     Setting(
@@ -139,7 +139,7 @@ SETTINGS = (
         "small_teacher_convergence",
         "Better small teacher, twelve passes of cross-entropy",
         "",
-        "As the setting with six passes, with twice as many, cross-entropy and one seed alone.",
+        "As the setting with six passes, with twice as many passes, one seed and only CE.",
     ),
     Setting(
         "smollm2",
@@ -154,17 +154,17 @@ OVERVIEW = ("CE", "full KD", "systematic 12", "RS-KD 12", "Top-K 12")
 
 
 def number(value: float) -> str:
-    """Write a count with spaces between its thousands."""
+    """Format a count with spaces between thousands."""
     return f"{value:,.0f}".replace(",", SPACE)
 
 
 def percent(found: Estimate | None) -> str:
-    """Write a share with its interval, as "82 % (53 to 120)"."""
+    """Format a share with its interval, for example "82 % (53 to 120)"."""
     return re.sub(r"^-?[\d.]+", lambda mean: f"{mean[0]}{SPACE}%", said(found, 0))
 
 
 def overview() -> list[str]:
-    """The table of all settings: loss, and the share of the gap with its interval."""
+    """Return the table of all settings: loss, and closed share of the gap with its interval."""
     head = ["setting", "student", "tokens of text", *OVERVIEW]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for setting in SETTINGS:
@@ -187,7 +187,7 @@ def overview() -> list[str]:
 
 
 def appendix(setting: Setting) -> str:
-    """The page of one setting."""
+    """Return the page of one setting."""
     results = setting.results
     facts, recipe = results.settings, results.settings["recipe"]
     steps = next(run.steps for run in results.runs if run.status == "done")
@@ -224,7 +224,7 @@ def appendix(setting: Setting) -> str:
 
 
 class Findings:
-    """The expressions of findings.md.jinja; a setting is named by its results file."""
+    """Functions for the expressions of findings.md.jinja; settings are named by results file."""
 
     def __init__(self) -> None:
         self.deciding = stored("deciding.json")
@@ -236,69 +236,69 @@ class Findings:
     def mean(
         self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
     ) -> str:
-        """A metric's mean with its interval."""
+        """Return the mean of a metric with its interval."""
         return said(BY_FILE[setting].seeds().mean(method, metric), digits, scale)
 
     def point(
         self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
     ) -> str:
-        """A metric's mean alone."""
+        """Return the mean of a metric without its interval."""
         found = BY_FILE[setting].seeds().mean(method, metric)
         assert found is not None
         return f"{scale * found.mean:.{digits}f}"
 
     def less(self, setting: str, method: str, other: str, metric: str = "loss", **how: Any) -> str:
-        """A paired difference with its interval."""
+        """Return a paired difference of two methods with its interval."""
         found = BY_FILE[setting].seeds(how.pop("student", None)).less(method, other, metric)
         return said(found, how.get("digits", 3), how.get("scale", 1), "+")
 
     def gap(self, setting: str, method: str, student: str | None = None) -> str:
-        """The share of the gap, per cent, with Fieller's interval."""
+        """Return the closed share of the gap in per cent, with Fieller's interval."""
         return percent(BY_FILE[setting].seeds(student).gap(method))
 
     def p(self, setting: str, method: str, other: str) -> float:
-        """The p-value of a paired difference in loss."""
+        """Return the p-value of a paired difference in loss."""
         return two_sided_p(BY_FILE[setting].seeds().differences(method, other))
 
     def each(self, setting: str, method: str, metric: str = "loss", digits: int = 2) -> str:
-        """A metric of every seed."""
+        """Return a metric of every seed, separated by commas."""
         (own,) = BY_FILE[setting].seeds().values(method, metric=metric)
         return ", ".join(f"{value:.{digits}f}" for value in own)
 
     def row(self, setting: str, method: str, student: str | None = None) -> Any:
-        """The stored row of a method."""
+        """Return the stored row of a method."""
         return BY_FILE[setting].seeds(student).rows[method]
 
     def noise(self, setting: str, method: str, other: str, student: str | None = None) -> float:
-        """The ratio of two methods' gradient noise, in the largest batch."""
+        """Return the ratio of the gradient noise of two methods in the largest batch."""
         seeds = BY_FILE[setting].seeds(student)
         one, another = (seeds.rows[name].gradient.sizes[-1].noise for name in (method, other))
         return one / another
 
     def angle(self, setting: str, method: str, size: int = -1) -> str:
-        """A method's angle to full KD's gradient."""
+        """Return the angle between the gradients of a method and of full KD."""
         found = BY_FILE[setting].seeds().rows[method].gradient.sizes[size].angle
         return said(Estimate(found.mean, found.low, found.high, 0), 0) + "°"
 
     def recovered(self, setting: str, method: str) -> str:
-        """Write the share of full KD's recovery in a healing setting, with its interval."""
+        """Return the share of full KD's recovery in a healing setting, with its interval."""
         return recovery(healed(setting), method)
 
     def healed(
         self, setting: str, method: str, other: str = "", metric: str = "kl", scale: float = 1
     ) -> str:
-        """Write a metric of a healing setting, or its paired difference to another method."""
+        """Return a metric of a healing setting, or its paired difference to another method."""
         seeds, digits = healed(setting), 3 if scale == 1 else 1
         if other:
             return said(seeds.less(method, other, metric), digits, scale, "+")
         return said(seeds.mean(method, metric), digits, scale)
 
     def bytes(self, setting: str, method: str) -> str:
-        """Bytes of the cached targets per token."""
+        """Return the bytes of the cached targets per token."""
         return f"{BY_FILE[setting].seeds().rows[method].bytes_per_token:.0f}"
 
     def table(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-        """The table of a pre-registered experiment's endpoints, or of its corrected tests."""
+        """Return the table of the endpoints of a pre-registered experiment, or of its tests."""
         named = list(rows.items()) if isinstance(rows, Mapping) else []
         named = named or [(own["difference"], own) for own in rows]
         corrected = all("p_holm" in own for _, own in named)
@@ -315,17 +315,17 @@ class Findings:
         return "\n".join(lines)
 
     def drafts(self) -> dict[str, int]:
-        """How many methods of the first setting accept as many drafted tokens as expected."""
+        """Count the methods of the first setting with the expected acceptance of drafts."""
         own = [row.realised for row in BY_FILE["small_teacher"].results.methods if row.realised]
         within = sum(abs(x.acceptance - x.expected) <= 2 * x.error for x in own)
         return {"methods": len(own), "within": within}
 
     def largest_draft_error(self) -> float:
-        """The largest distance from expectation when drafting from 1 024 prefixes."""
+        """Return the largest deviation from expected acceptance, with 1 024 prefixes."""
         return max(abs(own["standard_errors"]) for own in self.drafting)
 
     def span(self, setting: str, metric: str, families: list[str]) -> str:
-        """The range of a metric over all methods of some families, per cent."""
+        """Return the range of a metric over all methods of some families, in per cent."""
         seeds = BY_FILE[setting].seeds()
         found = [
             100 * own.mean
@@ -344,7 +344,7 @@ HEALING = {
     "greedy": "24 layers, the teacher's greedy answers",
     "drawn": "24 layers, the teacher's drawn answers",
 }
-"""Settings of experiments/healing/healing.py by the name of their results."""
+"""Descriptions of the settings of experiments/healing/healing.py by name of their results."""
 
 
 def healed(setting: str) -> Seeds:
@@ -353,7 +353,7 @@ def healed(setting: str) -> Seeds:
 
 
 def recovery(seeds: Seeds, method: str) -> str:
-    """Return the share of full KD's recovery with its interval, "-" where there is none."""
+    """Return the share of full KD's recovery with its interval, or "-" if it is unknown."""
     own = seeds.rows[method].recovered if method in seeds.rows else None
     if own is None:
         return "-"
@@ -361,9 +361,9 @@ def recovery(seeds: Seeds, method: str) -> str:
 
 
 def healing() -> list[str]:
-    """The table of pruned and quantised students: recovery, and the difference to the ghost token.
+    """Return the table of healed students: recovery, and the difference to the ghost token.
 
-    A setting that is not finished has fewer seeds, or dashes.
+    An unfinished setting has fewer seeds, or dashes.
     """
     methods = ("systematic 12", "RS-KD 12", "Top-12", "Top-12 ghost")
     head = ["student", "seeds", "KL before", "full KD's KL", *methods, "KL, systematic 12 - ghost"]
@@ -386,13 +386,13 @@ def healing() -> list[str]:
 
 
 def stored(name: str) -> Any:
-    """Read a result that may not be there yet."""
+    """Read a result; return None if it does not exist yet."""
     file = RESULTS / name
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def findings() -> str:
-    """The page of findings."""
+    """Return the text of docs/results.md."""
     environment = Environment(
         loader=FileSystemLoader([HERE, HERE.parent / "healing"]),
         undefined=StrictUndefined,
@@ -408,7 +408,7 @@ def findings() -> str:
 
 
 def filled(block: str) -> str:
-    """Fill the lines of a paragraph; tables, headings, lists and pictures stay as they are."""
+    """Wrap a paragraph; return tables, headings, lists and pictures unchanged."""
     block = block.strip("\n")
     if block.startswith(("|", "#", "- ", "!", "<!--")):
         return block
@@ -416,7 +416,7 @@ def filled(block: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page with its text."""
+    """Return the text of every page by path."""
     index = DOCS / "index.md"
     table = ("\n".join(overview()) + "\n").replace("\\", r"\\")
     found = {

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/results/SETTING.md from a stored comparison, as PNG.
+"""Draw the charts of docs/results/SETTING.md from a stored comparison, as PNG files.
 
 python experiments/compare/pictures.py experiments/results/compare_small_teacher.json \
     --out docs/figures/small_teacher loss-0 gradient-0
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("charts", nargs="+", help="names of figures, without .png")
+    parser.add_argument("charts", nargs="+", help="names of charts, without .png")
     parser.add_argument("--methods", nargs="+", help="methods to show [default: all]")
     given = parser.parse_args()
     results = read_results(given.results)

@@ -1,11 +1,11 @@
-"""Print the tables of a stored comparison, every interval over its seeds.
+"""Print the tables of a stored comparison, with intervals over seeds.
 
     python experiments/compare/tables.py experiments/results/compare_small_teacher.json
 
 Intervals are computed here from the seeds' own numbers (`runs` of results.json): Student's t for
-means and differences paired by seed, Fieller's for shares of the gap. So they are the same for
-results of every age. Intervals of zero-shot tasks are the stored bootstrap over samples, those of
-gradients the stored t interval over batches.
+means and differences paired by seed, Fieller's for shares of the gap. So they do not
+depend on the version that wrote the results. Intervals of zero-shot tasks are the stored bootstrap
+intervals over samples, those of gradients the stored t intervals over batches.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ HEAD = (
 
 
 class Seeds:
-    """Metrics of one student's runs, by method and seed.
+    """Metrics of the runs of one student, by method and seed.
 
     Args:
-        results: the comparison.
+        results: stored comparison.
         student: name of the student; by default the first one.
     """
 
@@ -44,30 +44,30 @@ class Seeds:
         }
 
     def values(self, *methods: str, metric: str = "loss") -> list[list[float]]:
-        """Return a metric of several methods, per method, over the seeds that all of them have."""
+        """Return a metric of each method, over the seeds that all given methods have."""
         done = [{s for m, s in self._runs if m == method} for method in methods]
         seeds = sorted(set.intersection(*done))
         return [[self._runs[method, seed][metric] for seed in seeds] for method in methods]
 
     def mean(self, method: str, metric: str = "loss") -> Estimate | None:
-        """Return a metric's mean with Student's t over the seeds; None if nothing was run."""
+        """Return the mean of a metric with Student's t over seeds; None without finished runs."""
         (own,) = self.values(method, metric=metric)
         return t_interval(own) if own else None
 
     def less(self, method: str, other: str, metric: str = "loss") -> Estimate | None:
-        """Return the paired difference of two methods; None where they share no seed."""
+        """Return the paired difference of two methods; None if they share no seed."""
         found = self.differences(method, other, metric)
         return t_interval(found) if found else None
 
     def differences(self, method: str, other: str, metric: str = "loss") -> list[float]:
-        """Return the difference of two methods for every seed."""
+        """Return the difference of two methods per seed; empty if a method is missing."""
         if method not in self.rows or other not in self.rows:
             return []
         one, another = self.values(method, other, metric=metric)
         return [x - y for x, y in zip(one, another, strict=True)]
 
     def gap(self, method: str) -> Estimate | None:
-        """Return the share of the gap between CE and full KD, per cent; None without a gap."""
+        """Return the closed share of the gap from CE to full KD in per cent; None if no gap."""
         if not {method, "CE", "full KD"} <= set(self.rows):
             return None
         own, ce, full = self.values(method, "CE", "full KD")
@@ -80,7 +80,7 @@ class Seeds:
 
 
 def said(found: Estimate | None, digits: int = 3, scale: float = 1, sign: str = "") -> str:
-    """Write an estimate with its interval, as "0.734 (0.490 to 0.979)"."""
+    """Format an estimate with its interval, for example "0.734 (0.490 to 0.979)"."""
     if found is None:
         return "-"
 
@@ -93,7 +93,7 @@ def said(found: Estimate | None, digits: int = 3, scale: float = 1, sign: str = 
 
 
 def line(row: MethodRow, seeds: Seeds) -> str:
-    """Write a method's line of the main table."""
+    """Return the line of a method in the main table."""
     if not row.seeds_done:
         state = "failed" if row.seeds_failed else "not run"
         return f"| {row.method} | {state} |" + " - |" * 11
@@ -123,7 +123,7 @@ def line(row: MethodRow, seeds: Seeds) -> str:
 
 
 def main_table(results: Results) -> list[str]:
-    """Every method's metrics, with the teacher's below."""
+    """Return the table of the metrics of all methods, with those of the teacher below."""
     seeds = Seeds(results)
     lines = [HEAD, "|---" * 13 + "|", *(line(row, seeds) for row in results.methods)]
     if results.teacher is None:
@@ -151,11 +151,11 @@ PAIRS = [
     ),
     ("systematic 12, thinned to 4, fresh", "systematic 12, thinned to 4, frozen"),
 ]
-"""Pairs whose difference is printed; those that a comparison lacks are left out."""
+"""Pairs of methods whose difference is printed if the comparison has both."""
 
 
 def pairs_table(results: Results) -> list[str]:
-    """Differences of loss, paired by seed."""
+    """Return the table of differences in loss, paired by seed."""
     seeds, lines = Seeds(results), []
     for one, other in PAIRS:
         if differences := seeds.differences(one, other):
@@ -172,6 +172,7 @@ def pairs_table(results: Results) -> list[str]:
 
 
 def drafting_table(results: Results) -> list[str]:
+    """Return the table of realised and expected acceptance; empty if none was measured."""
     lines = [
         "| method | verified | realised % | expected there % | standard error % |",
         "|---|---|---|---|---|",
@@ -193,7 +194,7 @@ def drafting_table(results: Results) -> list[str]:
 
 
 def order_of_acceptance(results: Results) -> list[str]:
-    """Whether acceptance orders the methods as the loss does: Spearman's rank correlation."""
+    """Return Spearman's rank correlation of acceptance and loss over methods, as a sentence."""
     done = [row.figures for row in results.methods if row.seeds_done]
     if len(done) < 3:
         return []
@@ -206,6 +207,7 @@ def order_of_acceptance(results: Results) -> list[str]:
 
 
 def tasks_table(results: Results) -> list[str]:
+    """Return the table of zero-shot scores; empty if none was measured."""
     names = list(dict.fromkeys(name for row in results.methods for name in row.tasks))
     if not names:
         return []
@@ -222,16 +224,16 @@ def tasks_table(results: Results) -> list[str]:
     return lines
 
 
-def over_samples(figure: Figure | None, scale: float, digits: int) -> str:
-    """Write a task's score with its bootstrap over samples."""
-    if figure is None:
+def over_samples(score: Figure | None, scale: float, digits: int) -> str:
+    """Format the score of a task with its bootstrap interval over samples."""
+    if score is None:
         return "-"
-    own = figure.windows
-    return said(Estimate(figure.mean, own.low, own.high, 0), digits, scale)
+    own = score.windows
+    return said(Estimate(score.mean, own.low, own.high, 0), digits, scale)
 
 
 def gradient_table(results: Results) -> list[str]:
-    """Angles in batches of every size; norm ratio, bias and noise in the largest."""
+    """Return the table of gradient angles per batch size, and norm ratio, bias and noise."""
     measured = [row for row in results.methods if row.gradient is not None]
     if not measured:
         return []
@@ -262,12 +264,14 @@ def gradient_table(results: Results) -> list[str]:
     return lines
 
 
-def over_batches(figure: OfBatches, digits: int) -> str:
-    said = f"{figure.mean:.{digits}f}"
-    return said if figure.high is None else f"{said} ± {figure.high - figure.mean:.{digits}f}"
+def over_batches(metric: OfBatches, digits: int) -> str:
+    """Format the mean of a metric with ± half of its interval over batches."""
+    mean = f"{metric.mean:.{digits}f}"
+    return mean if metric.high is None else f"{mean} ± {metric.high - metric.mean:.{digits}f}"
 
 
 def of_student(results: Results, student: str) -> Results:
+    """Return the results with the methods and runs of one student only."""
     rows = [row for row in results.methods if row.student == student]
     runs = [run for run in results.runs if run.student == student]
     return results.model_copy(update={"methods": rows, "runs": runs})
@@ -284,7 +288,7 @@ TABLES = (
 
 
 def tables_of(results: Results) -> list[str]:
-    """All tables of a comparison, as lines of Markdown; one group for every student."""
+    """Return all tables of a comparison as lines of Markdown, in one group per student."""
     students = list(dict.fromkeys(row.student for row in results.methods))
     lines: list[str] = []
     for student in students:

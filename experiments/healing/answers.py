@@ -1,10 +1,10 @@
-"""The teacher's own answers, as conversations: text on which its distribution is peaked.
+"""Generate conversations with the teacher's answers, on which its distribution is peaked.
 
     python experiments/healing/answers.py --text FILE --out ANSWERS.jsonl [--temperature 0]
 
-Each prompt asks for an explanation of a passage of FILE. Temperature 0 is greedy; 1 draws from the
-teacher's whole distribution. Lines are records of `messages`, so that a cache built with
-`--completion-only` holds targets for the answers alone.
+Each prompt asks for an explanation of a passage of FILE. Temperature 0 is greedy decoding;
+1 samples from the teacher's full distribution. Each line is a record with `messages`, so that a
+cache built with `--completion-only` contains targets for the answers only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--teacher", default="demo")
     parser.add_argument("--answers", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="maximum number of tokens per answer"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -46,18 +48,23 @@ def main() -> None:
     model = load_language_model(arguments.teacher, dtype="bfloat16").eval()
     passages = [text[:400].rpartition(" ")[0] for text in documents([arguments.text])]
     random.Random(arguments.seed).shuffle(passages)
-    asked = [
+    requests = [
         [{"role": "user", "content": f"{REQUESTS[i % len(REQUESTS)]}\n\n{passage}"}]
         for i, passage in enumerate(passages[: arguments.answers])
     ]
-    how = {"do_sample": False}
+    sampling = {"do_sample": False}
     if arguments.temperature:
-        how = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {
+            "do_sample": True,
+            "temperature": arguments.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
     torch.manual_seed(arguments.seed)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", encoding="utf-8") as out:
-        for first in range(0, len(asked), BATCH):
-            part = asked[first : first + BATCH]
+        for first in range(0, len(requests), BATCH):
+            part = requests[first : first + BATCH]
             prompts = [
                 tokenizer.apply_chat_template(own, add_generation_prompt=True, tokenize=False)
                 for own in part
@@ -68,15 +75,15 @@ def main() -> None:
                     **given,
                     max_new_tokens=arguments.tokens,
                     pad_token_id=tokenizer.pad_token_id,
-                    **how,
+                    **sampling,
                 )
             for own, row in zip(part, written, strict=True):
                 answer = tokenizer.decode(
                     row[given["input_ids"].shape[1] :], skip_special_tokens=True
                 )
-                said = {"role": "assistant", "content": answer.strip()}
-                out.write(json.dumps({"messages": [*own, said]}) + "\n")
-            print(f"{first + len(part)} of {len(asked)} answers", flush=True)
+                reply = {"role": "assistant", "content": answer.strip()}
+                out.write(json.dumps({"messages": [*own, reply]}) + "\n")
+            print(f"{first + len(part)} of {len(requests)} answers", flush=True)
 
 
 if __name__ == "__main__":

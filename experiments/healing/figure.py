@@ -1,10 +1,10 @@
-"""The figure of a healing setting: entries (or bytes) per token against the share of recovery.
+"""Draw the figure of a healing setting: entries (or bytes) per token against recovery.
 
 python experiments/healing/figure.py experiments/results/healing_layers24.json \
     --out docs/figures/healing_layers24.png
 
-The share is that of full KD's recovery in held-out KL, with its 95 % interval over seeds. A dark
-version is written beside the figure.
+Recovery is the share of full KD's reduction of the held-out KL, with its 95 % interval over seeds.
+A version in dark colours is written next to the figure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERIES = {
     ("topk", "ghost"): "Top-K, ghost token",
     ("topk", None): "Top-K",
 }
-"""Sampler and missing-mass rule -> name of the line; other methods are not drawn."""
+"""Names of the lines by sampler and missing-mass rule; other methods are not drawn."""
 AXES = {
     "entries": ("entries", "entries per token"),
     "bytes": ("bytes_per_token", "cached targets, bytes per token"),
@@ -30,10 +30,12 @@ LEVELS = {"full": "full KD, nothing cached", "ce": "cross-entropy, no teacher"}
 
 
 def series_of(row: MethodRow) -> str | None:
+    """Return the name of the line that a method belongs to; None if it is not drawn."""
     return SERIES.get((row.family, row.spec.get("missing_mass")))
 
 
 def drawing(results: Results, axis: str) -> Drawing:
+    """Return the chart of a comparison, with full KD and CE as horizontal lines."""
     field, title = AXES[axis]
     points = []
     levels = []

@@ -1,22 +1,23 @@
-"""Students made from the teacher, healed from a cache: the grid of methods, settings and seeds.
+"""Heal students created from the teacher from a cache: a grid of methods, settings and seeds.
 
     python experiments/healing/healing.py tune SETTING --text FILE.txt --out FOLDER
     python experiments/healing/healing.py run  SETTING --text FILE.txt --out FOLDER
     python experiments/healing/healing.py collect --out FOLDER
 
 `tune` trains every family of methods at three learning rates on other text than `run` (one seed)
-and keeps the rate with the lowest held-out KL. `run` compares all methods at their rates on three
-seeds, draws varied with the seed, order of the data common to all methods of a seed. `collect`
-puts what is finished into experiments/results/healing_SETTING.json and healing_rates.json.
-Interrupted, the same command goes on; several processes may work on one folder.
+and selects the rate with the lowest held-out KL. `run` compares all methods at their rates on three
+seeds; a seed sets the draws and the order of the data, which all methods of the seed share.
+`collect` writes the finished results to experiments/results/healing_SETTING.json and
+healing_rates.json. After an interruption the same command resumes; several processes may work on
+one folder.
 
 Decided before the first run:
 
 - Primary endpoint: the share of full KD's recovery in held-out KL(teacher || student) that a method
-  reaches at equal steps, 24 of 30 layers, 10 240 tokens, mean over three seeds with Student's t
-  over seeds. The aim holds for a method if the mean is at least 95 %.
-- The rivals at 12 entries are Top-12 and Top-12 with the ghost token; unbiased targets are ahead
-  of the ghost token if the t interval of the difference in KL lies below zero.
+  reaches at equal steps, 24 of 30 layers, 10 240 tokens, mean over three seeds,
+  interval by Student's t over seeds. The aim holds for a method if the mean is at least 95 %.
+- At 12 entries, unbiased targets are compared with Top-12 and with Top-12 with the ghost token;
+  they are ahead of the ghost token if the t interval of the difference in KL lies below zero.
 - Settings: 24 and 18 layers; weights of 3 bits in groups of 32, 4 bits per output channel, 4 bits
   in groups of 32 with 8-bit activations; 24 layers on the teacher's own answers, greedy and drawn.
 - Learning rates 1e-4, 2e-4, 4e-4 for pruned students, 2e-5, 5e-5, 1e-4 for quantised ones, chosen
@@ -78,20 +79,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "full KD": {"method": "full"},
 }
 RATE_OF = {"RS-KD 12": "systematic 12", "RS-KD 5": "systematic 5"}
-"""Methods that take the learning rate of another one."""
+"""Methods that use the learning rate chosen for another method."""
 
 CHARACTERS_PER_TOKEN = 4.8
+"""Mean number of characters per token of the text, rounded up."""
+
 HELDOUT_WINDOWS = 16
-HELDOUT_TOKENS = (HELDOUT_WINDOWS + 1) * 256  # a window may be cut off
+HELDOUT_TOKENS = (HELDOUT_WINDOWS + 1) * 256  # the last window may be incomplete
 TUNING_HOLDOUT = 0.05
+"""Fraction of the tuning text that is held out."""
 
 
 def rates_file(out: Path, setting: str) -> Path:
+    """Return the file with the held-out KL of each learning rate for a setting."""
     return out / f"rates-{'bits3' if 'quantize' in SETTINGS[setting]['student'] else 'layers24'}"
 
 
 def documents_of(text: Path, out: Path, characters: int, holdout: float) -> Path:
-    """A random part of a text as JSON lines, made once."""
+    """Write a random part of a text as JSON lines, if it does not exist yet; return its file."""
     if not out.exists():
         script = HERE.parent / "compare" / "documents.py"
         temporary = out.with_suffix(f".{id(out)}")
@@ -103,7 +108,7 @@ def documents_of(text: Path, out: Path, characters: int, holdout: float) -> Path
 
 
 def answers_of(text: Path, out: Path, temperature: float, tokens: int) -> Path:
-    """The teacher's answers, made once."""
+    """Generate the teacher's answers, if they do not exist yet; return their file."""
     if not out.exists():
         temporary = out.with_suffix(f".{id(out)}")
         command = [sys.executable, str(HERE / "answers.py"), "--text", str(text)]
@@ -115,6 +120,7 @@ def answers_of(text: Path, out: Path, temperature: float, tokens: int) -> Path:
 
 
 def common(setting: str, data: Path, out: Path) -> dict[str, Any]:
+    """Return the fields of a comparison's recipe that tuning and runs share."""
     own = SETTINGS[setting]
     values = {
         "title": f"healing, {setting}",
@@ -135,7 +141,7 @@ def common(setting: str, data: Path, out: Path) -> dict[str, Any]:
 
 
 def tune(setting: str, text: Path, out: Path) -> None:
-    """The learning rate of each family with the lowest held-out KL."""
+    """Train each family of methods at each learning rate, and store the held-out KL of all."""
     data = documents_of(text, out / "tuning.jsonl", 46_000, TUNING_HOLDOUT)
     with lock_file(out / ".unseen", wait=True):
         other = unseen(text, data, out / "tuning-heldout")
@@ -159,7 +165,7 @@ def tune(setting: str, text: Path, out: Path) -> None:
 def judge(
     setting: str, results: Results, rates: Sequence[float], other: TextDataset, out: Path
 ) -> None:
-    """Measure every tuned student on other windows, and keep the KL of each rate."""
+    """Measure every tuned student on other windows, and write the KL of each rate."""
     teacher = load_teacher("demo", tokenizer=load_tokenizer("demo"), dtype="bfloat16")
     found: dict[str, dict[str, float]] = {}
     for rate in rates:
@@ -177,7 +183,7 @@ def judge(
 
 
 def unseen(text: Path, seen: Path, folder: Path) -> TextDataset:
-    """Windows of documents that tuning did not train on; few are left over by its own hold-out."""
+    """Return windows of documents that tuning did not use; its own hold-out is too small."""
     trained = {json.loads(line)["text"] for line in seen.read_text().splitlines()}
     file = folder.with_suffix(".jsonl")
     others = [own for own in documents([text]) if own not in trained][::7]
@@ -189,11 +195,13 @@ def unseen(text: Path, seen: Path, folder: Path) -> TextDataset:
 
 
 def chosen_rate(found: dict[str, dict[str, float]], name: str) -> float:
+    """Return the learning rate with the lowest held-out KL for a method."""
     own = found[RATE_OF.get(name, name)]
     return float(min(own, key=lambda rate: own[rate]))
 
 
 def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
+    """Compare all methods of a setting, each at its chosen learning rate."""
     own = SETTINGS[setting]
     if "answers" in own:
         file = out / f"{setting}.jsonl"
@@ -216,11 +224,12 @@ def run(setting: str, text: Path, out: Path, seeds: list[int]) -> None:
         "holdout": holdout,
     }
     for done in compare(parse_compare_recipe(values, source="run")).runs:
-        if done.seed != seeds[0] and done.status == "done":  # half a gigabyte each
+        if done.seed != seeds[0] and done.status == "done":  # saves half a gigabyte each
             shutil.rmtree(out / setting / str(done.folder) / "model", ignore_errors=True)
 
 
 def collect(out: Path) -> None:
+    """Copy the finished results of all settings to experiments/results."""
     rates = {
         name: json.loads(file.read_text())
         for name in ("layers24", "bits3")
@@ -229,9 +238,9 @@ def collect(out: Path) -> None:
     (RESULTS / "healing_rates.json").write_text(json.dumps(rates, indent=1) + "\n")
     for setting in SETTINGS:
         if (out / setting / "results.json").exists():
-            read_results(out / setting)
+            read_results(out / setting)  # validates the file
             text = (out / setting / "results.json").read_text(encoding="utf-8")
-            stored = text.replace(f"{out}/", "")  # paths of this machine
+            stored = text.replace(f"{out}/", "")  # without local paths
             (RESULTS / f"healing_{setting}.json").write_text(stored, encoding="utf-8")
             sums = RESULTS / f"healing_{setting}_windows.npz"
             sums.write_bytes(windows_of(out / setting))

@@ -1,10 +1,10 @@
-"""What a user of the healed students would notice: zero-shot tasks, and drafting for the teacher.
+"""Score the healed students on zero-shot tasks and as draft models for the teacher.
 
     python experiments/healing/in_use.py --grid FOLDER/layers24 --out RESULT.json [--methods ...]
 
-The students are those of the grid's first seed (healing.py keeps their weights). Each is scored on
-the local tasks `agreement` and `last_word`, and drafts four tokens at a time for the teacher from
-prefixes of held-out windows. Rows that RESULT has already are not measured again.
+The students are those of the grid's first seed, whose weights healing.py stores. Each student is
+scored on the local tasks `agreement` and `last_word`, and drafts four tokens at a time for the
+teacher from prefixes of held-out windows. Existing rows of RESULT are not measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--grid", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--methods", nargs="+", help="all that have weights when absent")
+    parser.add_argument(
+        "--methods", nargs="+", help="methods to score; default: all with stored weights"
+    )
     parser.add_argument("--limit", type=int, default=200, help="samples per task")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,13 +1,13 @@
-"""What a cache gives first, and what on-policy training with the reverse KL adds to it.
+"""Measure what on-policy training with the reverse KL adds to healing from a cache.
 
     python experiments/healing/on_policy.py run     --grid FOLDER/layers24 --out FOLDER/on-policy
     python experiments/healing/on_policy.py collect --out FOLDER/on-policy
 
 `run` starts from a finished setting of healing.py: its pruned student, and the student that its
 seed 0 healed from systematic rounds of 12 entries per token. Each arm is trained for a given
-processor time and measured; `collect` puts what is finished into
-experiments/results/healing_on_policy.json. An arm that was interrupted begins again, finished arms
-stay, and several processes may work on one folder.
+processor time and measured; `collect` writes the finished results to
+experiments/results/healing_on_policy.json. An interrupted arm starts again, finished arms are
+kept, and several processes may work on one folder.
 
 Arms, with T seconds of on-policy training (--seconds), H seconds of the healing that the grid did,
 and P seconds of the teacher's pass over the cached windows:
@@ -23,7 +23,7 @@ and P seconds of the teacher's pass over the cached windows:
 All seconds are processor seconds of one process. The learning rate falls linearly to zero over an
 arm's seconds, after three steps of warm-up. The trainer of on-policy training is that of
 examples/on_policy.py: TRL's, KL(student || teacher) over the whole vocabulary, samples at
-temperature 1. Its prompts are runs of 32 tokens of the training windows, completed by 32 tokens.
+temperature 1. Its prompts are runs of 32 tokens of the training windows, completed with 32 tokens.
 
 Measured on the grid's held-out windows: loss, KL(teacher || student), expected acceptance, ECE. On
 the student's own text: every held-out window gives four prompts of 32 tokens, which the student
@@ -37,12 +37,12 @@ Decided before the first run:
 
 - Primary endpoint: the reverse KL of a sequence, "healed, then on-policy" less "healed for longer",
   at equal total time; paired by window and bootstrapped over windows for one seed, Student's t over
-  seeds where there are several. On-policy training adds something if the interval lies below zero.
-- What the cache gives first: "healed, then on-policy" less "on-policy for longer", likewise.
-- The price, reported whatever it is: held-out KL(teacher || student) and acceptance on given text.
+  seeds for several. On-policy training adds something if the interval lies below zero.
+- Value of the cache: "healed, then on-policy" less "on-policy for longer", likewise.
+- Cost, reported in any case: held-out KL(teacher || student) and acceptance on given text.
 - Learning rates of on-policy training: 5e-5, 1e-4, 2e-4, for each start by the reverse KL on
   the student's own text after a quarter of T, on prompts from eight training windows that no arm
-  takes prompts from. "healed for longer" and full KD take the rates that the grid chose.
+  uses. "healed for longer" and full KD use the rates that the grid chose.
 - Seeds set the order and the samples; the pruned and the healed start are the same for all.
 """
 
@@ -82,20 +82,20 @@ HEALED = "systematic 12"
 PROMPT, COMPLETION, BATCH = 32, 32, 8
 PROMPTS_PER_WINDOW = 4
 TOGETHER = 4
-"""Windows whose prompts are completed in one batch."""
+"""Number of windows whose prompts are completed in one batch."""
 TUNING_WINDOWS = 8
 EVALUATION_SEED = 1234
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How a student is trained.
+    """Arm of the experiment: an initial student and its further training.
 
     Args:
-        start: "pruned" or "healed", the student it begins from.
-        method: "on-policy", "sparse" or "full"; None for a student that is measured as it is.
-        seconds: processor seconds of training, of T, H and P.
-        before: processor seconds that were spent before, likewise.
+        start: initial student, "pruned" or "healed".
+        method: "on-policy", "sparse" or "full"; None for no further training.
+        seconds: processor seconds of further training, as a sum of T, H and P.
+        before: processor seconds spent on the initial student, as a sum of T, H and P.
     """
 
     start: str
@@ -124,7 +124,7 @@ AT_EQUAL_TIME = (
 
 @dataclass(frozen=True)
 class Grid:
-    """What is taken from a finished setting of the grid.
+    """Parts of a finished setting of the grid that this experiment uses.
 
     Args:
         starts: folders of the pruned and of the healed student.
@@ -132,8 +132,8 @@ class Grid:
         corpus: packed windows.
         rates: learning rates that the grid chose, by method.
         window_batch: windows per step of the grid's training.
-        heldout_windows: number of windows that the grid measured on.
-        teacher: name of the teacher, and the dtype it was run in.
+        heldout_windows: number of held-out windows of the grid.
+        teacher: name of the teacher and dtype of its weights.
         healing_seconds: processor seconds of the healed student's training.
     """
 
@@ -148,7 +148,7 @@ class Grid:
 
     @classmethod
     def read(cls, folder: Path) -> Grid:
-        """Read results.json and the folders beside it."""
+        """Read results.json and the folders next to it."""
         results = read_results(folder)
         recipe = results.settings["recipe"]
         row = next(row for row in results.methods if row.method == HEALED)
@@ -158,7 +158,7 @@ class Grid:
         (pruned,) = (file.parent for file in (folder / "students").glob("*/config.json"))
         assert run.tokens is not None
         assert run.steps is not None
-        # an interrupted run has no time; every method with a cache trains alike
+        # a resumed run has no time; all methods that read a cache train at the same speed
         speeds = [r.tokens_per_cpu_second for r in (row, *results.methods) if r.sampler]
         speed = next(one for one in speeds if one)
         cache = Path(json.loads((healed / "recipe.json").read_text())["cache"])
@@ -175,7 +175,7 @@ class Grid:
 
 
 def prompts_of(read: Callable[[int, int], list[Any]], windows: range) -> list[list[Tensor]]:
-    """Cut the prompts of each window, equally spaced."""
+    """Return equally spaced prompts of each window, int64 [PROMPT] each."""
     found = []
     for window in read(windows.start, windows.stop):
         tokens = torch.from_numpy(window.tokens).long()
@@ -185,7 +185,7 @@ def prompts_of(read: Callable[[int, int], list[Any]], windows: range) -> list[li
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Stop a training after a processor time, and lower the learning rate towards then."""
+    """Callback that stops training after a processor time and decays the learning rate to zero."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -193,17 +193,17 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.spent = 0.0
 
     def scale(self, step: int) -> float:
-        """Factor of the learning rate."""
+        """Return the factor of the learning rate at a step."""
         if self.started is not None:
             self.spent = time.process_time() - self.started
         return max(0.0, 1 - self.spent / self.seconds) * min(1.0, (step + 1) / 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Start to count."""
+        """Start the clock."""
         self.started = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Stop where the time is over."""
+        """Stop training if the time is over."""
         assert self.started is not None
         self.spent = time.process_time() - self.started
         control.should_training_stop = self.spent >= self.seconds
@@ -211,7 +211,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 @dataclass
 class Bench:
-    """The models and texts that all arms share."""
+    """Models, text and folders that all arms share."""
 
     grid: Grid
     out: Path
@@ -224,7 +224,7 @@ class Bench:
         """Train a student for a processor time.
 
         Returns:
-            The student, and how long and on how much it was trained.
+            The student, and its learning rate, steps, tokens and seconds of training.
         """
         torch.manual_seed(seed)
         student = load_language_model(str(self.grid.starts[start]), dtype="float32")
@@ -256,7 +256,7 @@ class Bench:
                 bf16=False,
                 **common,
             )
-            # the loss alone: decoding reads float32 weights faster than it casts them per token
+            # only for the loss: generation is faster in float32 than with a cast per token
             trainer.compute_loss_context_manager = lambda: torch.autocast("cpu", torch.bfloat16)
         else:
             trainer = SparseKDTrainer(
@@ -276,7 +276,7 @@ class Bench:
         trainer.add_callback(clock)
         trainer.train()
         for model in (student, self.teacher.model):
-            vars(model).pop("forward", None)  # accelerate's
+            vars(model).pop("forward", None)  # set by accelerate
         steps = trainer.state.global_step
         read = steps * self.grid.window_batch * self.grid.corpus.packing.window_length
         if method == "on-policy":
@@ -293,10 +293,10 @@ class Bench:
     def own_text(
         self, student: nn.Module, prompts: Sequence[Sequence[Tensor]]
     ) -> dict[str, list[float]]:
-        """Measure a student on what it writes after prompts.
+        """Measure a student on the completions that it generates for prompts.
 
         Returns:
-            Sums by window: reverse KL in nats, expected acceptance, student's entropy, tokens.
+            Sums per window: reverse KL in nats, expected acceptance, student's entropy, tokens.
         """
         torch.manual_seed(EVALUATION_SEED)
         ends = torch.tensor(
@@ -327,18 +327,18 @@ class Bench:
                     for model in (student, self.teacher.model)
                 )
                 s = log_s.exp()
-                figures = {
+                metrics = {
                     "reverse_kl": s * (log_s - log_p),
                     "acceptance": torch.minimum(s, log_p.exp()),
                     "entropy": -s * log_s,
                 }
-                for name, terms in figures.items():
+                for name, terms in metrics.items():
                     found[name].append(float(terms.sum(-1).double().sum()))
                 found["tokens"].append(float(counted.sum()))
         return found
 
     def teacher_seconds(self) -> float:
-        """Processor seconds of the teacher's pass over all training windows, from eight of them."""
+        """Estimate the processor seconds of a teacher pass over all training windows from eight."""
         windows = self.grid.corpus.read(0, min(8, self.grid.corpus.windows))
         tokens = torch.stack([torch.from_numpy(window.tokens).long() for window in windows])
         started = time.process_time()
@@ -350,7 +350,7 @@ class Bench:
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Read what a file holds, or make it; None where another process is making it."""
+    """Read a JSON file, or create it by `make`; return None if another process is creating it."""
     with lock_file(file.with_suffix(".lock")) as lock:
         if not file.exists():
             if lock.held is Held.TAKEN:
@@ -360,7 +360,7 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | Non
 
 
 def tuned(bench: Bench, start: str, rate: float, seconds: float) -> dict[str, Any]:
-    """Measure a learning rate of on-policy training on the prompts that are kept for it."""
+    """Measure a learning rate of on-policy training on the prompts reserved for tuning."""
     corpus = bench.grid.corpus
     student, facts = bench.train(start, "on-policy", seconds, rate, seed=100)
     windows = range(corpus.windows - TUNING_WINDOWS, corpus.windows)
@@ -402,21 +402,22 @@ def measured(bench: Bench, name: str, seed: int, seconds: dict[str, float]) -> d
 
 
 def best_rate(out: Path, start: str) -> float:
-    """Return the rate that was lowest in reverse KL, for a start."""
+    """Return the learning rate with the lowest reverse KL for an initial student."""
     found = [json.loads(file.read_text()) for file in out.glob(f"tuning--{start}--*.json")]
     return float(min(found, key=lambda one: one["reverse_kl"])["learning_rate"])
 
 
 def run(folder: Path, out: Path, seeds: Sequence[int], seconds: float) -> None:
+    """Tune the learning rates, then train and measure every arm that is not finished."""
     grid = Grid.read(folder)
     name, dtype = grid.teacher
     tokenizer = load_tokenizer(name)
     teacher = load_teacher(name, tokenizer=tokenizer, dtype=dtype)
     bench = Bench(grid, out, teacher, tokenizer)
     with lock_file(out / ".teacher", wait=True):
-        told = kept(out / "pass.json", lambda: {"P": bench.teacher_seconds()})
-    assert told is not None
-    times = {"T": seconds, "H": grid.healing_seconds, **told}
+        times = kept(out / "pass.json", lambda: {"P": bench.teacher_seconds()})
+    assert times is not None
+    times = {"T": seconds, "H": grid.healing_seconds, **times}
     settings = {
         "seconds": times,
         "teacher": teacher.identity,
@@ -435,7 +436,9 @@ def run(folder: Path, out: Path, seeds: Sequence[int], seconds: float) -> None:
             missing |= found is None
             print(f"{start}, rate {rate:g}: {found and found['reverse_kl']}", flush=True)
     if missing:
-        raise SystemExit("another process is still trying learning rates; run this again then")
+        raise SystemExit(
+            "another process is still tuning learning rates; run this again when it has finished"
+        )
     for seed in seeds:
         for name, arm in ARMS.items():
             if arm.method is None and seed != seeds[0]:
@@ -448,6 +451,7 @@ def run(folder: Path, out: Path, seeds: Sequence[int], seconds: float) -> None:
 
 
 def collect(out: Path, result: Path) -> None:
+    """Write the finished arms and the tuning to one file."""
     arms = [json.loads(file.read_text()) for file in sorted(out.glob("arm--*.json"))]
     arms.sort(key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
     tuning = [json.loads(file.read_text()) for file in sorted(out.glob("tuning--*.json"))]
@@ -461,7 +465,9 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="folder of a finished setting of healing.py")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=240.0, help="T, of one core")
+    parser.add_argument(
+        "--seconds", type=float, default=240.0, help="T, processor seconds of one core"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--result", type=Path, default=RESULT, help="file of `collect`")
     arguments = parser.parse_args()

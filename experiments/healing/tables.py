@@ -1,10 +1,11 @@
-"""The tables of the healing experiments, printed or put into pages.
+"""Print the tables of the healing experiments, or write them into the pages.
 
     python experiments/healing/tables.py            print every table
-    python experiments/healing/tables.py --write    put them into docs/compress.md and results.md
+    python experiments/healing/tables.py --write    write them into docs/compress.md and
+                                                    docs/results.md
 
-A page has a place for a table between the lines `<!-- table: NAME -->` and `<!-- end of table -->`,
-where NAME is that of a file of experiments/results without its suffix, such as healing_layers24.
+A page marks a table by the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
+a file of experiments/results without its suffix, such as healing_layers24.
 tests/lab/compare/test_healing.py compares the pages with the stored results.
 """
 
@@ -35,23 +36,25 @@ HEAD = (
 
 
 def rows_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay out a Markdown table."""
+    """Return the lines of a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def number(value: float | None, digits: int, scale: float = 1) -> str:
+    """Format a number, times a scale; "-" for None."""
     return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
 def with_ends(mean: float, ends: Ends | Estimate, digits: int) -> str:
+    """Format a mean with its interval, if it has one."""
     if ends.low is None or ends.high is None:
         return number(mean, digits)
     return f"{mean:.{digits}f} ({ends.low:.{digits}f} to {ends.high:.{digits}f})"
 
 
 def less_rival(results: Results, row: MethodRow) -> str:
-    """The difference in KL to the ghost token's, paired by seed, with Student's t over seeds."""
+    """Return the difference in KL to Top-12 with the ghost token, paired, with Student's t."""
     kl = {
         (run.method, run.seed): run.figures["kl"]
         for run in results.runs
@@ -65,7 +68,9 @@ def less_rival(results: Results, row: MethodRow) -> str:
 
 
 def cells(results: Results, row: MethodRow) -> list[str]:
-    def figure(name: str, digits: int, scale: float = 1) -> str:
+    """Return the cells of a method in the table of a comparison."""
+
+    def metric(name: str, digits: int, scale: float = 1) -> str:
         own = row.figures.get(name)
         return number(own and own.mean, digits, scale)
 
@@ -76,10 +81,10 @@ def cells(results: Results, row: MethodRow) -> list[str]:
         row.method,
         number(row.entries, 1),
         number(row.bytes_per_token, 1),
-        figure("loss", 3),
-        figure("kl", 3),
-        figure("acceptance", 1, 100),
-        figure("ece", 1, 100),
+        metric("loss", 3),
+        metric("kl", 3),
+        metric("acceptance", 1, 100),
+        metric("ece", 1, 100),
         share,
         less_rival(results, row),
         number(row.tokens_per_cpu_second or None, 0),
@@ -87,7 +92,7 @@ def cells(results: Results, row: MethodRow) -> list[str]:
 
 
 def comparison_table(results: Results) -> list[str]:
-    """Every method of a setting, over the seeds that are done."""
+    """Return the table of all methods of a setting, over the finished seeds."""
     rows = [cells(results, row) for row in results.methods if row.seeds_done]
     if results.teacher is not None:
         own = results.teacher.figures
@@ -107,7 +112,7 @@ def comparison_table(results: Results) -> list[str]:
 
 
 def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Held-out KL of every learning rate that was tried, on text that no table reports."""
+    """Return the table of the held-out KL at every learning rate, on tuning text."""
     lines = []
     for setting, methods in found.items():
         rates = list(next(iter(methods.values())))
@@ -117,9 +122,8 @@ def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
             rows.append([name, *(f"{own[r]:.3f}" + " *" * (r == best) for r in rates)])
         lines += ["", *rows_of([setting, *rates], rows)]
     note = (
-        "Held-out KL by learning rate, one seed; `*` marks the one that is used. RS-KD takes the "
-        "rate of systematic rounds. Where `*` stands at an edge, a rate outside the range may be "
-        "better."
+        "Held-out KL by learning rate, one seed; `*` marks the rate that is used. RS-KD uses the "
+        "rate of systematic rounds. If `*` is at an edge, a rate outside the range may be better."
     )
     return [*lines[1:], "", note]
 
@@ -127,7 +131,7 @@ def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
 def over_seeds_or_windows(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> tuple[Estimate, str]:
-    """The difference in reverse KL of a sequence between two arms, with its interval."""
+    """Return the difference of two arms in reverse KL per sequence, and what is resampled."""
     seeds = [row["seed"] for row in first if row["seed"] in {other["seed"] for other in second}]
     by_seed = [{row["seed"]: row for row in arm} for arm in (first, second)]
     if len(seeds) > 1:
@@ -149,7 +153,7 @@ PAIRS = (
 
 
 def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
-    """The arms of on_policy.py, means over seeds, and its endpoints."""
+    """Return the table of the arms of on_policy.py, means over seeds, and its endpoints."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for row in stored["arms"]:
         arms.setdefault(row["arm"], []).append(row)
@@ -194,7 +198,7 @@ def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
 
 
 def in_use_table(stored: Mapping[str, Any]) -> list[str]:
-    """Zero-shot tasks and drafting of in_use.py."""
+    """Return the table of in_use.py: zero-shot tasks and drafting."""
     tasks = list(dict.fromkeys(name for row in stored.values() for name in row["tasks"]))
     heads = [name.replace("/", " ") + " %" * (not name.endswith("perplexity")) for name in tasks]
     rows = []
@@ -211,9 +215,9 @@ def in_use_table(stored: Mapping[str, Any]) -> list[str]:
         rows.append(line)
     head = ("method", *heads, "accepted %", "expected %", "error %")
     note = (
-        "After \N{PLUS-MINUS SIGN}: the standard error over samples. Accepted: of the tokens that "
-        "the student drafted and the teacher verified; error: the standard deviation of that "
-        "about what was expected."
+        "After \N{PLUS-MINUS SIGN}: the standard error over samples. Accepted: share of the "
+        "verified tokens that the teacher accepted; error: standard error of the accepted share "
+        "around the expected one."
     )
     return [*rows_of(head, rows), "", note]
 
@@ -223,11 +227,11 @@ TABLES = {
     "healing_on_policy": on_policy_table,
     "healing_in_use": in_use_table,
 }
-"""Tables of files that are no comparison's results."""
+"""Functions for the tables of files that do not contain a comparison."""
 
 
 def table(name: str) -> list[str]:
-    """The table of a file of experiments/results."""
+    """Return the table of a file of experiments/results, or "Not run." if it does not exist."""
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return ["Not run."]
@@ -237,17 +241,18 @@ def table(name: str) -> list[str]:
 
 
 def filled(page: str) -> str:
-    """A page with every table in its place."""
+    """Return the text of a page with all tables up to date."""
     return PLACE.sub(lambda m: f"{m[1]}\n" + "\n".join(table(m[2])) + f"\n\n{m[3]}", page)
 
 
 def names_in(page: str) -> Iterator[str]:
+    """Yield the names of the tables that a page marks."""
     yield from (place[1] for place in PLACE.findall(page))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
+    parser.add_argument("--write", action="store_true", help="write the tables into the pages")
     if parser.parse_args().write:
         for page in PAGES:
             page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
