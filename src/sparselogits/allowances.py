@@ -22,6 +22,7 @@ ALLOWANCES = {
     "missing-weights": "a checkpoint that lacks weights of its model, which stay random",
     "tokens-without-rows": "a tokenizer with ids that the model's head or embedding lacks",
     "linked-weights": "weight files that are links to files outside of the model's folder",
+    "unnormalised-logits": "imported Top-K logits whose normaliser is unknown",
     "long-windows": "windows longer than the positions that a model has",
 }
 """Descriptions of the allowances, by name."""

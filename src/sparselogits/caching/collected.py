@@ -7,16 +7,23 @@ engine are unknown, so the cache is never taken for one of a known teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sparselogits.allowances import refuse
+from sparselogits.caching.collected_forms import (
+    has_normaliser,
+    plain_row,
+    settings_of,
+    unnormalised,
+)
 from sparselogits.caching.collected_rows import Collected, entries_per_position, read_row, tokens_of
 from sparselogits.corpus import (
     Window,
@@ -67,9 +74,13 @@ def import_collected(
     k: int | None = None,
     windows_per_shard: int = 512,
     exact_weights: bool = False,
+    compression: Path | None = None,
+    allow: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> ImportReport:
-    """Import rows of Top-K logprobs as a cache; `collected_rows` describes the forms of a row.
+    """Import rows of Top-K logprobs as a cache.
+
+    `collected_rows` and `collected_forms` describe the forms of a row.
 
     The rows are concatenated, and windows are cut from them without gaps; attention restarts where
     a row begins, as it did for the teacher. Memory holds one row and one shard. The cache appears
@@ -85,6 +96,9 @@ def import_collected(
         k: largest number of entries per position; None for the number in the first row.
         windows_per_shard: number of windows per shard.
         exact_weights: whether probabilities are stored as float32 numbers, and not rounded.
+        compression: file with the settings of DistillKit's packing; None for the file
+            `compression_config.yaml` next to the data.
+        allow: names of `ALLOWANCES`; "unnormalised-logits" takes the K likeliest tokens for all.
         progress: called with the number of windows done.
 
     Raises:
@@ -97,12 +111,12 @@ def import_collected(
     """
     _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
     folder = _new_folder(out)
-    rows = _rows(data)
+    rows = _rows(data, compression, allow)
     first = next(rows, None)
     if first is None:
         raise CorpusError(f"{data} holds no rows; name files of collected logprobs")
-    sampler = TopK(k or entries_per_position(*first))
-    length = window or tokens_of(*first)
+    sampler = TopK(k or entries_per_position(first.values, first.where))
+    length = window or tokens_of(first.values, first.where)
     named = tokenizer_fingerprint(tokenizer)
     identity = _identity(
         tokenizer,
@@ -114,10 +128,12 @@ def import_collected(
         window is not None,
         windows_per_shard,
         exact_weights,
+        normalised=first.normalised,
     )
     cutter = _Cutter(length, whole_rows=window is None)
     sequences = (
-        (read_row(row, where, vocab_size, sampler.k), where) for row, where in chain([first], rows)
+        (read_row(row.values, row.where, vocab_size, sampler.k), row.where)
+        for row in chain([first], rows)
     )
     with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
@@ -236,16 +252,32 @@ def _figures(window: Collected) -> tuple[float, float]:
     )
 
 
-def _rows(data: str) -> Iterator[tuple[Mapping[str, Any], Where]]:
+class _Row(NamedTuple):
+    """A row with lists of ids and logprobs."""
+
+    values: Mapping[str, Any]
+    where: Where
+    normalised: bool
+    """Whether its probabilities are those over the whole vocabulary."""
+
+
+def _rows(data: str, compression: Path | None, allow: Collection[str]) -> Iterator[_Row]:
+    warned = False
     for file in locate(data, "train").files:
         if not file.format.holds_records or file.format.holds_tokens:
             raise CorpusError(
                 f"{file.path} holds no records; logprobs are read from .jsonl and .parquet files"
             )
+        packing = settings_of(file.path.parent, compression)
         with read_errors(file.path):
             for span in file.format.spans(file, 1 << 62, None):
                 for record in file.format.records(span, None):
-                    yield record.values, record.where
+                    normalised = has_normaliser(record.values)
+                    if not (normalised or warned):
+                        refuse(unnormalised(record.where), "unnormalised-logits", allow)
+                        warned = True
+                    row = plain_row(record.values, record.where, packing)
+                    yield _Row(row, record.where, normalised)
 
 
 def _identity(
@@ -258,9 +290,12 @@ def _identity(
     packed: bool,
     windows_per_shard: int,
     exact_weights: bool,
+    *,
+    normalised: bool,
 ) -> Identity:
     packing = packing_for(tokenizer, window_length=window_length, reset_attention=packed).to_json()
     del packing["window_length"]
+    rows = "as collected" if normalised else "as collected, normalised over the listed ids"
     return Identity(
         teacher={
             "name": teacher,
@@ -276,7 +311,7 @@ def _identity(
         window_length=window_length,
         windows_per_shard=windows_per_shard,
         # the rows contain their separators; the id ends a student's text
-        packing=packing | {"bos_id": None, "rows": "as collected"},
+        packing=packing | {"bos_id": None, "rows": rows},
         sampler={"name": sampler.name, **sampler.parameters()},
         seed=0,
         temperature=1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from sparselogits.cli.options import (
     MODEL_NAMES,
     OUTPUT,
     TARGETS,
+    Allow,
     Json,
     TrustRemoteCode,
     WindowsPerShard,
@@ -74,12 +76,21 @@ def import_command(
             rich_help_panel=TARGETS,
         ),
     ] = False,
+    compression_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the settings of DistillKit's packing, for rows that are packed.",
+            show_default="compression_config.yaml next to the data",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
     out: Annotated[
         str,
         typer.Option(help="Folder of the cache; it must be new or empty.", rich_help_panel=OUTPUT),
     ],
     windows_per_shard: WindowsPerShard = 512,
     as_json: Json = False,
+    allow: Allow = None,
 ) -> None:
     """Create a cache (biased) from Top-K log-probabilities collected by vLLM or another tool."""
     from sparselogits.caching import import_collected
@@ -96,6 +107,8 @@ def import_command(
             k=k,
             windows_per_shard=windows_per_shard,
             exact_weights=exact_weights,
+            compression=compression_config,
+            allow=tuple(allow or ()),
             progress=update,
         )
     said = f"{counted(report.rows, 'row')} read"
