@@ -46,9 +46,9 @@ MISTAKES = {
     "info {torn}": ("cache.json is damaged", "restore it from a copy"),
     "info s3:/bucket/x": ("looks like a url", "s3://bucket/prefix"),
     "info s3://": ("looks like a url", "s3://bucket/prefix"),
-    "info nowhere9://x/y": ("no installed driver opens", "protocol not known"),
+    "info nowhere9://x/y": ("no installed fsspec driver opens", "protocol not known"),
     "push {cache} {new}": ("is not a url", "hf://datasets/org/name"),
-    "push {cache} nowhere9://x/y": ("no installed driver opens", "protocol not known"),
+    "push {cache} nowhere9://x/y": ("no installed fsspec driver opens", "protocol not known"),
     "train /nowhere.yaml": ("/nowhere.yaml cannot be read", "check the path"),
     "train --cache {cache} --out {new}": ("specify the student to train", "--student-config 30m"),
     "train --cache {cache} --out {new} --student a --student-config tiny": (

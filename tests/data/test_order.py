@@ -89,11 +89,11 @@ def test_the_epoch_keys_the_noise_unless_frozen() -> None:
 
 def test_a_state_of_another_cache_is_refused() -> None:
     state = WindowSampler(WindowOrder(10)).state_dict()
-    with pytest.raises(InvalidArgumentError, match="windows 10 there, 11 here"):
+    with pytest.raises(InvalidArgumentError, match="windows is 10, expected 11"):
         WindowSampler(WindowOrder(11)).load_state_dict(state)
-    with pytest.raises(InvalidArgumentError, match="identity '' there, 'f00d' here"):
+    with pytest.raises(InvalidArgumentError, match="identity is '', expected 'f00d'"):
         WindowSampler(WindowOrder(10, identity="f00d")).load_state_dict(state)
-    with pytest.raises(InvalidArgumentError, match="seed None there"):
+    with pytest.raises(InvalidArgumentError, match="seed is None"):
         WindowSampler(WindowOrder(10)).load_state_dict({})
 
 

@@ -103,5 +103,5 @@ def test_the_identity_is_read_where_the_cache_lies(tmp_path: Path) -> None:
 def test_an_identity_without_bounds_is_read_in_part(tmp_path: Path) -> None:
     with (tmp_path / "cache.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CacheCorruptionError, match=f"more than the {LARGEST_CACHE_JSON:,} bytes"):
+    with pytest.raises(CacheCorruptionError, match=f"more than {LARGEST_CACHE_JSON:,} bytes"):
         Cache.open(tmp_path)

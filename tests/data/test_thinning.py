@@ -92,7 +92,7 @@ def test_what_the_cache_does_not_hold_is_refused() -> None:
         Schedule.constant(13).require_within(12)
     with pytest.raises(InvalidArgumentError, match="not drawn in rounds"):
         Schedule.constant(2).require_within(None)
-    with pytest.raises(InvalidArgumentError, match="needs a pace"):
+    with pytest.raises(InvalidArgumentError, match="requires a pace"):
         WindowSampler(WindowOrder(9), thinning=CURRICULUM)
 
 

@@ -160,7 +160,7 @@ def test_ids_out_of_range_are_caught_on_cpu():
         ({"alhpa": 0.5}, TypeError, "alhpa"),
         ({"labels": torch.zeros(3).long()}, InvalidArgumentError, "labels must have shape"),
         ({"position_weights": torch.ones(3)}, InvalidArgumentError, "position_weights"),
-        ({"linear_weight": torch.ones(7, 2)}, InvalidArgumentError, "do not fit"),
+        ({"linear_weight": torch.ones(7, 2)}, InvalidArgumentError, "of the same D"),
         ({"linear_bias": torch.ones(2)}, InvalidArgumentError, "linear_bias"),
         ({"input": torch.ones(N, D)}, InvalidArgumentError, "one dtype"),
         ({"target_ids": torch.zeros(N, 3).long()}, InvalidTargetsError, "both have shape"),

@@ -26,8 +26,8 @@ def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
     for figure in (
         f"{found.windows:,} of 32 tokens",
         f"| entries per token | {found.entries_per_position:.2f} |",
-        f"{found.bytes_per_token:.2f}, the text's own",
-        f"| teacher's loss on the text | {found.mean_teacher_loss:.3f} nats",
+        f"{found.bytes_per_token:.2f}, including",
+        f"| mean loss of the teacher | {found.mean_teacher_loss:.3f} nats",
         opened.identity.fingerprint,
     ):
         assert figure in text

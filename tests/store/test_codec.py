@@ -172,7 +172,7 @@ def test_weights_that_are_not_counts_are_refused() -> None:
 
 
 def test_an_unknown_codec_is_refused() -> None:
-    with pytest.raises(CacheError, match="install the version"):
+    with pytest.raises(CacheError, match="Install the version"):
         TargetCodec.from_identity({"name": "inverted-lists", "version": 3, "weights": "counts"}, 9)
 
 

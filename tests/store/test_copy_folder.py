@@ -96,7 +96,7 @@ def test_dropped_by_prefix(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     folder = CopyFolder(tmp_path / "file/copy")
-    with pytest.warns(SparseLogitsWarning, match="cannot keep a copy"):
+    with pytest.warns(SparseLogitsWarning, match="cannot store a copy"):
         folder.put("s3://x", "a", b"1")
     assert folder.get("s3://x", "a") is None
 

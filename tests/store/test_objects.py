@@ -163,7 +163,7 @@ def test_urls_of_other_kinds() -> None:
     build(url, 0)
     assert same_record(Cache.open(url).read(7), record("counts", 7))
     assert verify(build(url, 0)).ok
-    with pytest.raises(InvalidArgumentError, match="no installed driver opens"):
+    with pytest.raises(InvalidArgumentError, match="no installed fsspec driver opens"):
         Cache.open("carrier-pigeon://loft/c")
 
 

@@ -72,7 +72,7 @@ def test_a_mixture_does_not_verify(tmp_path: Path) -> None:
     shutil.copy(shard, tmp_path / "a/shards")
     report = verify(cache)
     assert [found.windows for found in report.damaged] == [(20, 40)]
-    assert "text bbbbbbbbbbbb (windows 0:40), which the cache does not name" in str(
+    assert "text bbbbbbbbbbbb (windows 0:40), which the cache does not record" in str(
         report.damaged[0].error
     )
     assert not verify(other, sample=0).damaged
@@ -93,7 +93,7 @@ def test_a_mixture_without_names_does_not_verify(tmp_path: Path) -> None:
 def test_a_shard_outside_its_own_text(tmp_path: Path) -> None:
     short = TextSpan("a" * 64, 0, 10)
     [damaged] = verify(build(tmp_path, short, 0)).damaged
-    assert "are not in its text" in str(damaged.error)
+    assert "are not in the shard's text" in str(damaged.error)
 
 
 def test_the_packed_text_at_hand_is_compared(tmp_path: Path) -> None:

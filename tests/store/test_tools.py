@@ -70,7 +70,7 @@ def test_what_checksums_do_not_see_is_seen(tmp_path: Path) -> None:
         1000,
     )
     said = forge(tmp_path / "a", replace(whole, targets=emptied), "float32")
-    assert "position 0 carries a target but owns no entries" in said
+    assert "position 0 has a target but no entries" in said
     beyond = replace(whole, tokens=whole.tokens + np.int32(1000))
     assert "outside the vocabulary of 1000 ids" in forge(tmp_path / "b", beyond, "float32")
     light = record("threshold", 0)

@@ -1,4 +1,4 @@
-"""Collate windows into one batch of plain tensors that any Trainer can move and count."""
+"""Collate windows into a batch of plain tensors, as every Trainer expects it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sparselogits.objectives import IGNORE_INDEX, Causal
 
-_FILLERS = {"shift_labels": IGNORE_INDEX}
+_PADDING = {"shift_labels": IGNORE_INDEX}
+"""Padding values by column; 0 for other columns."""
 
 
 def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack windows and pad their targets to the widest position of the batch.
 
-    Windows without targets may differ in length: the shorter ones are padded on the right with id 0
-    and no labels, which no position with a label attends to.
+    Windows without targets may differ in length: shorter ones are padded on the right with id 0 and
+    label -100. Under causal attention no position with a label attends to the padding.
 
     Args:
-        windows: items of a `CacheDataset`, a `TextDataset` or `TokenisedRows`.
+        windows: items of a `CacheDataset`, `TextDataset` or `TokenisedRows`.
 
     Returns:
-        `input_ids`, `shift_labels`, `labels` int64 [B, L] (`labels` in the Hugging Face
-        convention: the token at the position itself, -100 where it is not to be predicted),
-        `position_ids` if windows have them, and for windows with targets `target_ids` int64
-        [B, L, K], `target_weights` float32 [B, L, K], whose padding has weight 0, and
-        `teacher_entropy` float32 [B].
+        A dict with `input_ids`, `shift_labels` and `labels`, int64 [B, L] (`labels` follow the
+        Hugging Face convention: the token at the position itself, or -100); `position_ids`, int64
+        [B, L], if the windows have them; and for windows with targets `target_ids`, int64
+        [B, L, K], `target_weights`, float32 [B, L, K], where padding has weight 0, and
+        `teacher_entropy`, float32 [B].
 
     Examples:
         >>> from torch.utils.data import DataLoader
@@ -39,7 +40,7 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         True
     """
     batch: dict[str, Tensor] = {
-        name: _stacked([window[name] for window in windows], filler=_FILLERS.get(name, 0))
+        name: _stacked([window[name] for window in windows], padding=_PADDING.get(name, 0))
         for name in ("input_ids", "shift_labels", "position_ids", "teacher_entropy")
         if name in windows[0]
     }
@@ -53,7 +54,8 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def _stacked(rows: Sequence[Tensor], *, filler: int) -> Tensor:
+def _stacked(rows: Sequence[Tensor], *, padding: int) -> Tensor:
+    """Stack tensors, padded on the right to the longest one."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
-    return pad_sequence(list(rows), batch_first=True, padding_value=filler)
+    return pad_sequence(list(rows), batch_first=True, padding_value=padding)

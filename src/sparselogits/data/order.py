@@ -1,10 +1,11 @@
 """Compute a shuffled order over windows instead of storing it.
 
 The order of an epoch is a pseudo-random permutation of the windows: a Feistel network keyed by
-(seed, epoch), walked until it lands inside the range (cycle walking; Black and Rogaway, "Ciphers
-with arbitrary finite domains", 2002). Memory is constant, any position can be computed alone, and
-all ranks agree without communication. The state is (identity, seed, epoch, next position), so a run
-that stops on 8 ranks can continue on 6 or 16 and still visit every window exactly once.
+(seed, epoch) and applied repeatedly until the result is in range (cycle walking; Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002). Memory is constant, each position is computed
+independently, and all ranks compute the same order without communication. The state is (identity,
+seed, epoch, next position), so a run that stops on 8 ranks can resume on 6 or 16 and still visits
+every window exactly once per epoch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """A request for one window of a dataset, made by the order.
+    """Index of a window with the thinning of its targets, which `WindowSampler` yields.
 
     Args:
         index: index of the window in the dataset.
-        epoch: number of the epoch, which determines the noise of thinned targets.
-        rounds: number of rounds to thin the targets to; None for all.
+        epoch: index of the epoch, from 0, which selects the rounds that thinning keeps.
+        rounds: number of rounds per position after thinning; None for all cached rounds.
     """
 
     index: int
@@ -39,12 +40,20 @@ class WindowRequest:
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """A permutation of `range(windows)` for every epoch.
+    """Permutations of `range(windows)`, one per epoch.
 
     Args:
-        windows: number of windows.
-        seed: random seed; two seeds give unrelated orders.
-        identity: fingerprint of the cache; a state with another fingerprint is refused.
+        windows: number of windows, at least 1.
+        seed: random seed; different seeds give unrelated orders.
+        identity: fingerprint of the cache, which is stored in checkpoints and compared on resuming.
+
+    Raises:
+        InvalidArgumentError: `windows` is below 1.
+
+    Examples:
+        >>> order = WindowOrder(5, seed=1)
+        >>> sorted(order[0, position] for position in range(5))
+        [0, 1, 2, 3, 4]
     """
 
     windows: int
@@ -53,13 +62,19 @@ class WindowOrder:
 
     def __post_init__(self) -> None:
         if self.windows < 1:
-            raise InvalidArgumentError(f"an order needs at least one window, found {self.windows}")
+            raise InvalidArgumentError(
+                f"an order has at least one window, found {self.windows}; pass windows >= 1"
+            )
 
     def __getitem__(self, position: tuple[int, int]) -> int:
-        """Return the window at (epoch, position)."""
+        """Return the index of the window at (epoch, position).
+
+        Raises:
+            IndexError: the position is not in [0, windows).
+        """
         epoch, value = position
         if not 0 <= value < self.windows:
-            raise IndexError(f"position {value} of an order of {self.windows} windows")
+            raise IndexError(f"position {value} is out of range for {self.windows} windows")
         half = max(1, ((self.windows - 1).bit_length() + 1) // 2)
         while True:
             value = self._permute(epoch, value, half)
@@ -67,6 +82,7 @@ class WindowOrder:
                 return value
 
     def _permute(self, epoch: int, value: int, half: int) -> int:
+        """Return the image of a value in [0, 4**half) under the epoch's Feistel network."""
         mask = (1 << half) - 1
         left, right = value >> half, value & mask
         for turn in range(_FEISTEL_ROUNDS):
@@ -77,24 +93,32 @@ class WindowOrder:
 
 
 class WindowSampler(Sampler[WindowRequest]):
-    """The order as a sampler of torch's DataLoader, for one rank of several.
+    """Sampler for torch's DataLoader that yields one rank's share of an order.
 
-    Rank r of R takes positions r, r + R, r + 2 R, ... from the next position on. Every rank gets
-    the same number of windows, so that ranks that wait for each other at every step end together:
-    up to R - 1 windows are skipped at the end of an epoch, different ones in each epoch. With
-    `drop_last=False` every window is visited once, and some ranks take one more than others.
+    Rank r of R yields positions r, r + R, r + 2 R, ... Every rank yields the same number of
+    windows, so that ranks that synchronise at every step finish together: up to R - 1 windows are
+    skipped at the end of an epoch, different ones in each epoch. With `drop_last=False` every
+    window is visited, and some ranks yield one window more than others.
 
     Args:
-        order: the permutation.
-        rank: this rank; 0 if a Trainer divides the windows itself.
+        order: order of the windows.
+        rank: rank of this process; 0 if a Trainer distributes the windows.
         world_size: number of ranks.
-        drop_last: skip the last windows of an epoch that are too few for one per rank.
-        thinning: schedule of the rounds to keep; None for all.
-        pace: optimiser step of each position; required if the rounds change over steps.
+        drop_last: whether to skip the last windows of an epoch if there are fewer than ranks.
+        thinning: schedule of the number of rounds; None for all cached rounds.
+        pace: maps positions to optimiser steps; required if the schedule has several stages.
 
     Raises:
-        InvalidArgumentError: the rank is not below `world_size`, or a schedule of several stages
+        InvalidArgumentError: the rank is not in [0, world_size), or a schedule of several stages
             has no pace.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> from sparselogits import CacheDataset
+        >>> from sparselogits.data import collate
+        >>> cache = CacheDataset("my-cache")
+        >>> sampler = WindowSampler(WindowOrder(len(cache), seed=1))
+        >>> batches = DataLoader(cache, batch_size=4, sampler=sampler, collate_fn=collate)
     """
 
     def __init__(
@@ -108,11 +132,13 @@ class WindowSampler(Sampler[WindowRequest]):
         pace: Pace | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise InvalidArgumentError(f"rank {rank} is not in [0, {world_size})")
+            raise InvalidArgumentError(
+                f"found rank {rank} of {world_size} ranks, expected a rank in [0, {world_size}); "
+                "pass the rank and world size of the process group"
+            )
         if thinning is not None and len(thinning.stages) > 1 and pace is None:
             raise InvalidArgumentError(
-                "a thinning schedule of several stages needs a pace and none was given; "
-                "pass pace=Pace(...)"
+                "a thinning schedule with several stages requires a pace; pass pace=Pace(...)"
             )
         self.order = order
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
@@ -128,6 +154,7 @@ class WindowSampler(Sampler[WindowRequest]):
             yield self._request(position)
 
     def _request(self, position: int) -> WindowRequest:
+        """Return the window at a position of the current epoch, with its thinning."""
         index = self.order[self.epoch, position]
         if self.thinning is None:
             return WindowRequest(index, self.epoch)
@@ -138,21 +165,23 @@ class WindowSampler(Sampler[WindowRequest]):
         return WindowRequest(index, noise, self.thinning.rounds_at(step, steps))
 
     def _positions(self) -> range:
+        """Return the remaining positions of this rank in the current epoch."""
         left = self.order.windows - self.next_position
         stop = self.order.windows - (left % self.world_size if self.drop_last else 0)
         return range(self.next_position + self.rank, stop, self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to the start of an epoch; keep the position if this epoch is already current."""
+        """Start an epoch at its first position; do nothing if the epoch is the current one."""
         if epoch != self.epoch:
             self.epoch, self.next_position = epoch, 0
 
     def state_dict(self, windows_taken: int = 0) -> dict[str, int | str]:
-        """Return the state of the order for a checkpoint.
+        """Return the state for a checkpoint.
 
         Args:
-            windows_taken: windows that all ranks together have trained on in this epoch since the
-                sampler was made or loaded. Workers read ahead, so the sampler cannot count them.
+            windows_taken: number of windows that all ranks together have trained on in this epoch
+                since the sampler was created or loaded. The caller must count them, because
+                DataLoader workers read ahead.
         """
         return {
             "identity": self.order.identity,
@@ -163,19 +192,23 @@ class WindowSampler(Sampler[WindowRequest]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a checkpoint, on any number of ranks.
+        """Resume from the state of a checkpoint, on any number of ranks.
+
+        Args:
+            state: a value that `state_dict` returned.
 
         Raises:
-            InvalidArgumentError: the state belongs to another cache or seed, or is not a state.
+            InvalidArgumentError: the state belongs to another cache, number of windows or seed.
         """
         order = self.order
         expected = {"identity": order.identity, "windows": order.windows, "seed": order.seed}
         differing = {k: (state.get(k), v) for k, v in expected.items() if state.get(k) != v}
         if differing:
-            told = ", ".join(
-                f"{k} {was!r} there, {now!r} here" for k, (was, now) in differing.items()
+            listed = ", ".join(
+                f"{k} is {was!r}, expected {now!r}" for k, (was, now) in differing.items()
             )
             raise InvalidArgumentError(
-                f"the saved order is of another cache or seed: {told}; resume with the same ones"
+                f"the checkpoint's order belongs to another cache or seed: {listed}; resume with "
+                "the same cache and seed"
             )
         self.epoch, self.next_position = int(state["epoch"]), int(state["next_position"])

@@ -1,4 +1,4 @@
-"""Convert rows of a `datasets` object, as TRL and transformers use it, to evaluation items."""
+"""Convert the rows of a `datasets.Dataset` with token ids to items for evaluation."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from sparselogits.objectives import IGNORE_INDEX, Causal
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """A dataset of tokenised rows of any length, for evaluation.
+    """Dataset of tokenised rows of any length, for evaluation.
 
-    Items have the form of a `TextDataset`'s.
+    `dataset[i]` is a dict with `input_ids` and `shift_labels`, like the items of `TextDataset`.
 
     Args:
-        rows: a `datasets.Dataset` with `input_ids` and optionally `labels`. `labels` are in the
-            Hugging Face convention (the token at the position itself, -100 where it is not to be
-            predicted).
+        rows: a `datasets.Dataset` with `input_ids` and optionally `labels`. `labels` follow the
+            Hugging Face convention: the token at the position itself, or -100 if the token is not
+            to be predicted.
 
     Raises:
-        InvalidArgumentError: there is no `input_ids`, or rows cannot be read by number.
+        InvalidArgumentError: there is no column `input_ids`, or the rows have no random access.
     """
 
     def __init__(self, rows: Any) -> None:
         columns = list(rows.column_names or ())
         if "input_ids" not in columns or not hasattr(rows, "__len__"):
             raise InvalidArgumentError(
-                f"a {type(rows).__name__} with the columns {', '.join(columns) or 'unknown'} "
-                "cannot be evaluated on: rows with `input_ids` that can be read by number are "
-                "expected. Tokenise them (as TRL's SFTTrainer does with its eval_dataset), or pack "
-                "the text and give TextDataset(corpus)"
+                f"cannot evaluate on a {type(rows).__name__} with the columns "
+                f"{', '.join(columns) or 'unknown'}; expected rows with `input_ids` and random "
+                "access. Tokenise the rows (as TRL's SFTTrainer does with its eval_dataset), or "
+                "pack the text and pass TextDataset(corpus)"
             )
         kept = [name for name in ("input_ids", "labels") if name in columns]
         self._rows = rows.select_columns(kept).with_format(None)
@@ -52,9 +52,10 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def as_windows(dataset: Any) -> Any:
-    """Wrap a `datasets` object in `TokenisedRows`, for evaluation; return other datasets unchanged.
+    """Wrap a `datasets.Dataset` in `TokenisedRows`; return any other dataset unchanged.
 
-    In a mapping of names to datasets, each dataset is converted.
+    Args:
+        dataset: a dataset, or a mapping from names to datasets, each of which is converted.
     """
     if isinstance(dataset, Mapping):
         return {name: as_windows(part) for name, part in dataset.items()}

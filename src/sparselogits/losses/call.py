@@ -1,7 +1,7 @@
-"""Check the tensors of one call of a loss, and attach the finished gradients to them.
+"""Validate the tensors of one call of a loss, and attach the computed gradients to them.
 
-Every loss begins with `prepare` and ends with `Call.finish`. Sums and gradients are computed in
-between, without autograd. Nothing here waits for the device.
+Every loss starts with `prepare` and ends with `Call.finish`. Sums and gradients are computed in
+between, without autograd. No function here synchronises with the device.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from sparselogits.losses.targets import RowTargets, accumulation_dtype, place_mi
 
 
 class LossParts(NamedTuple):
-    """Hold a loss and its two parts, for logging.
+    """A loss and its two parts, for logging.
 
     Attributes:
-        loss: (1 - alpha) * kd + alpha * ce, 0-dimensional, with its gradient.
-        kd: cross-entropy to the target (for dense losses the divergence), reduced like the loss;
+        loss: (1 - alpha) * kd + alpha * ce, 0-dimensional, differentiable.
+        kd: cross-entropy to the target, or the divergence of a dense loss; reduced like the loss,
             0-dimensional, detached.
-        ce: cross-entropy to the label, likewise, whatever alpha is; None without labels.
+        ce: cross-entropy to the label for any alpha; reduced like the loss, 0-dimensional,
+            detached. None without labels.
     """
 
     loss: Tensor
@@ -34,12 +35,12 @@ class LossParts(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Hold the tensors that logits are computed from, which are those that receive gradients.
+    """Tensors from which logits are computed, and which receive gradients.
 
     Attributes:
-        input: hidden states [..., D], or logits [..., V] if there is no weight.
-        weight: the head [V, D], or a slice of it; None if `input` holds logits.
-        bias: [V] or None.
+        input: hidden states [..., D], or logits [..., V] if `weight` is None.
+        weight: head [V, D], or a slice of it; None if `input` contains logits.
+        bias: bias [V] of the head; None without one.
     """
 
     input: Tensor
@@ -48,12 +49,12 @@ class Operands(NamedTuple):
 
 
 class LossAndGradients(NamedTuple):
-    """Hold sums over rows, weighted but not divided, and gradients of (1 - alpha) kd + alpha ce.
+    """Weighted sums over rows, before the reduction, and gradients of (1 - alpha) kd + alpha ce.
 
     Attributes:
-        kd: 0-dimensional sum.
-        ce: 0-dimensional sum.
-        gradients: with respect to each of the `Operands`; None where none was asked for.
+        kd: sum of row_weight * kd, 0-dimensional.
+        ce: sum of row_weight * ce, 0-dimensional.
+        gradients: gradients with respect to the `Operands`; None for those not requested.
     """
 
     kd: Tensor
@@ -63,16 +64,16 @@ class LossAndGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """Hold the checked tensors of one call, with N rows.
+    """Validated tensors of one call, with N rows.
 
     Args:
-        operands: input with N rows; all three are cast as autocast would cast them.
-        ids: int64 [N, K].
-        weights: [N, K], as given.
-        row_weight: [N], in the dtype to accumulate in; 0 where a row adds nothing.
-        label: int64 [N], 0 where ignored; None without labels.
-        factor: 0-dimensional factor of the sums over rows.
-        criterion: the options.
+        operands: operands after the casts of autocast; the input has N rows.
+        ids: target ids, int64 [N, K].
+        weights: target weights [N, K], in the dtype given.
+        row_weight: [N], in the accumulation dtype; 0 for rows excluded from the loss.
+        label: int64 [N], 0 for ignored rows; None without labels.
+        factor: factor of the reduction, by which sums over rows are multiplied, 0-dimensional.
+        criterion: options of the loss.
     """
 
     operands: Operands
@@ -85,12 +86,16 @@ class Call:
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
-        """Whether input, weight and bias need a gradient; read it while gradients are recorded."""
+        """Whether input, weight and bias require a gradient, evaluated in the current grad mode."""
         input, weight, bias = self.operands  # noqa: A001
         return _needs(input), _needs(weight), _needs(bias)
 
     def targets(self, vocab_size: int) -> RowTargets:
-        """Return the targets, with the missing mass placed among `vocab_size` ids."""
+        """Return the targets after the missing-mass rule is applied.
+
+        Args:
+            vocab_size: vocabulary size V of the student.
+        """
         return place_missing_mass(
             self.ids,
             self.weights,
@@ -101,7 +106,7 @@ class Call:
         )
 
     def finish(self, sums: LossAndGradients, *, with_ce: bool) -> LossParts:
-        """Return the loss, attached to the operands that its gradients belong to.
+        """Return the reduced loss, with the gradients attached to the operands.
 
         Args:
             sums: sums over rows and their gradients.
@@ -109,7 +114,7 @@ class Call:
         """
         alpha = self.criterion.alpha
         kd, ce = sums.kd * self.factor, sums.ce * self.factor
-        # with alpha = 0 the label's part serves logging only: an infinite one must not reach loss
+        # With alpha = 0, ce is only logged: it may be infinite, and 0 * inf would be NaN.
         loss = kd.clone() if alpha == 0.0 else (1.0 - alpha) * kd + alpha * ce
         if any(gradient is not None for gradient in sums.gradients):
             loss = _Attach.apply(  # type: ignore[no-untyped-call]
@@ -126,11 +131,19 @@ def prepare(
     position_weights: Tensor | None,
     criterion: Criterion,
 ) -> Call:
-    """Check the tensors of a call and convert them; shapes as in `linear_sparse_cross_entropy`.
+    """Validate and convert the tensors of a call.
+
+    Args:
+        operands: see `Operands`.
+        ids: int64 [..., K].
+        weights: float [..., K].
+        labels: int64 [...]; None without labels.
+        position_weights: float [...], weight of each row; None for ones.
+        criterion: options of the loss.
 
     Raises:
-        InvalidArgumentError: If shapes or dtypes do not fit, or labels are needed and missing.
-        InvalidTargetsError: If targets have the wrong shape or dtype.
+        InvalidArgumentError: shapes or dtypes do not match, or labels are required and missing.
+        InvalidTargetsError: targets have a wrong shape or dtype.
     """
     criterion.require_labels(labels is not None)
     if operands.weight is not None:
@@ -160,7 +173,14 @@ def prepare(
 
 
 def reduction_factor(row_weight: Tensor, reduction: Reduction) -> Tensor:
-    """Return the factor of sums over rows: one over the sum of weights, or 1 if no row counts."""
+    """Return the factor by which a reduction multiplies sums over rows, 0-dimensional.
+
+    For "mean" it is one over the sum of row weights, or 1 if that sum is 0; for "sum" it is 1.
+
+    Args:
+        row_weight: [N], in the accumulation dtype.
+        reduction: "mean" or "sum".
+    """
     if reduction == "sum":
         return row_weight.new_ones(())
     total = row_weight.sum()
@@ -168,11 +188,12 @@ def reduction_factor(row_weight: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _needs(tensor: Tensor | None) -> bool:
+    """Return whether a tensor requires a gradient in the current grad mode."""
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
 def _as_autocast_would(operands: Operands) -> Operands:
-    """Cast as autocast would for `F.linear`; logits, given without a weight, are not cast."""
+    """Cast operands as autocast does for `F.linear`; do not cast logits."""
     input, weight, bias = operands  # noqa: A001
     device = input.device.type
     if weight is None or not torch.is_autocast_enabled(device):
@@ -182,17 +203,17 @@ def _as_autocast_would(operands: Operands) -> Operands:
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  # noqa: A002
-    """Check that input [..., D], weight [V, D] and bias [V] fit in shape and dtype."""
+    """Validate that input [..., D], weight [V, D] and bias [V] match in shape and dtype."""
     if hasattr(weight, "placements"):
         raise InvalidArgumentError(
-            "linear_weight is a sharded DTensor, and the loss needs a whole tensor: compute the "
+            "linear_weight is a sharded DTensor, and the loss requires a whole tensor: compute the "
             "loss inside the wrapped module's forward, where FSDP has gathered it (or use "
             "register_fsdp_forward_method), or pass this rank's slice to "
             "vocabulary_parallel_sparse_cross_entropy"
         )
     if input.dim() < 2 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise InvalidArgumentError(
-            "input [..., D] and linear_weight [V, D] do not fit: found "
+            "expected input [..., D] and linear_weight [V, D] of the same D, found shapes "
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -216,10 +237,12 @@ def _check_targets(
     labels: Tensor | None,
     position_weights: Tensor | None,
 ) -> None:
-    """Check for targets [..., K] and one label and weight per row of input [..., D]."""
+    """Validate that targets [..., K], labels and weights [...] match the rows of input [..., D]."""
     lead = tuple(input.shape[:-1])
     if not lead:
-        raise InvalidArgumentError(f"expected rows [..., D], found {tuple(input.shape)}")
+        raise InvalidArgumentError(
+            f"expected input of at least two dimensions [..., D], found shape {tuple(input.shape)}"
+        )
     if tuple(ids.shape[:-1]) != lead or ids.shape != weights.shape:
         raise InvalidTargetsError(
             f"target_ids and target_weights must both have shape {(*lead, 'K')}, found "
@@ -238,10 +261,10 @@ def _check_targets(
 
 
 class _Attach(torch.autograd.Function):
-    """Give a loss the gradients that exist already; backward scales them.
+    """Autograd function that attaches computed gradients to a loss; backward scales them.
 
-    Backward scales in place, so that no second set of gradients is allocated. A second backward
-    over the same graph finds the saved tensors changed, and autograd raises.
+    Backward scales in place, so that no second set of gradients is allocated. In a second backward
+    pass over the same graph, autograd detects that the saved tensors have changed and raises.
     """
 
     @staticmethod
@@ -263,7 +286,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         factor, *gradients = ctx.saved_tensors
         factor = factor * d_loss
-        # a compiler plans memory itself, and does not let saved tensors change
+        # torch.compile plans memory itself and forbids changes of saved tensors
         in_place = not torch.compiler.is_compiling()
         scaled = (
             None if g is None else (g.mul_(factor) if in_place else g * factor).to(ctx.dtype)

@@ -1,21 +1,22 @@
 """Compute a loss and its gradients one chunk of rows at a time.
 
-Three products per chunk, and none that autograd would not need too: logits = x W^T, then, with the
-gradient g written in place of the logits, dx = g W and dW += g^T x.
+Each chunk takes the same three matrix products as autograd: logits = x W^T, then, with the gradient
+g written over the logits, dx = g W and dW += g^T x.
 
 Peak memory beyond the gradients: one chunk of logits, in the input's dtype (CPU) or in float32
-(CUDA, with a copy in the input's dtype for the products), one block of rows of that chunk, and,
-for a low-precision head in more than one chunk, the head's gradient in float32 until the end (on
-CPU with one more copy, in which the contribution of a chunk is rounded).
+(CUDA, with a copy in the input's dtype for the products); one block of rows of that chunk; and, for
+a low-precision head and more than one chunk, the head's gradient in float32 (on a CPU with one more
+copy, which receives the rounded contribution of a chunk).
 
-Precision: float64 input is computed in float64 and float32 input in float32 throughout. For
-bfloat16 and float16, softmax, sums and losses are always float32. On CUDA the products also return
-logits and weight gradients in float32. A CPU has no such product: logits and each chunk's
-contribution to the weight gradient are rounded to the input's dtype once, as in `F.linear`, and
-contributions are added in float32.
+Precision: float64 input is computed in float64, float32 input in float32. For bfloat16 and float16,
+softmax, sums and losses are float32. On CUDA the products also return logits and weight gradients
+in float32. On a CPU such products do not exist: logits and each chunk's contribution to the weight
+gradient are rounded to the input's dtype once, as in `F.linear`, and contributions are added in
+float32.
 
-Nothing here waits for the device. Chunk sizes depend on shapes and on an accelerator's total
-memory, not on free memory: a resumed run repeats its bits only if it adds in the same order.
+No function here synchronises with the device. Chunk sizes depend on shapes and on an accelerator's
+total memory, not on its free memory, because a resumed run is bitwise equal only if it adds in the
+same order.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ _MIB = 2**20
 
 
 class ChunkLosses(Protocol):
-    """Turn a chunk of logits into losses and their gradient."""
+    """Callable that computes the losses of a chunk of logits, and their gradient."""
 
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted loss sums of some rows.
+        """Compute the weighted loss sums of R rows.
 
         Args:
             logits: raw logits [R, V] of these rows, in any floating-point dtype; overwritten.
-            gradient: [R, V] to fill, possibly `logits` itself; None if none is needed.
-            rows: the position of these rows among the N rows.
+            gradient: output [R, V], possibly `logits` itself; None if no gradient is required.
+            rows: indices of these rows among the N rows.
 
         Returns:
             0-dimensional sums of row_weight * kd and row_weight * ce.
@@ -70,12 +71,12 @@ def loss_and_gradients(
     """Compute loss sums over N rows and their gradients, without autograd and autocast.
 
     Args:
-        operands: a head's input [N, D], weight [V, D] and bias in one dtype, or logits [N, V].
-            Beyond the gradient of given logits, no copy of all of them is made.
-        row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 where a row adds nothing.
-        losses_of: computes the loss of a chunk.
-        needs: the gradients to compute.
-        chunk_rows: rows whose logits exist at a time; None chooses.
+        operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V].
+            For given logits, one tensor of their size is allocated: their gradient.
+        row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 for rows excluded from the loss.
+        losses_of: computes the losses of a chunk.
+        needs: gradients to compute.
+        chunk_rows: number of rows per chunk; None for `default_chunk_rows`.
 
     Returns:
         The sums, and gradients in the dtype of the operands, or in float32 for float16.
@@ -96,6 +97,7 @@ def _of_head(
     needs: Needs,
     chunk_rows: int | None,
 ) -> LossAndGradients:
+    """Compute `loss_and_gradients` for a head."""
     N, V = input.shape[0], weight.shape[0]
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, input.device, input.dtype))
     logits, g = _chunk_buffers(input, rows, V)
@@ -107,7 +109,7 @@ def _of_head(
     d_bias = row_weight.new_zeros(V) if needs[2] else None
     for start in range(0, N, rows):
         stop = min(start + rows, N)
-        # a row that does not count may hold NaN, and 0 * NaN would reach the weight's gradient
+        # excluded rows may contain NaN, and 0 * NaN would make the weight's gradient NaN
         x = torch.where((row_weight[start:stop] != 0)[:, None], input[start:stop], 0.0)
         z = logits[: stop - start]
         gradient = z if g is logits else g[: stop - start]
@@ -138,6 +140,7 @@ def _of_logits(
     needs_grad: bool,
     chunk_rows: int | None,
 ) -> LossAndGradients:
+    """Compute `loss_and_gradients` for given logits."""
     N, V = logits.shape
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, logits.device, logits.dtype))
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
@@ -156,14 +159,14 @@ def _of_logits(
 
 
 def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
-    """Compute the loss of sparse targets, of a head or of logits, by "chunked" or "triton".
+    """Compute the loss of sparse targets by the implementation "chunked" or "triton".
 
-    Under `torch.compile` the work is one opaque operator, so memory and the order of additions are
-    those of eager mode, and the number of chunks is not part of the graph.
+    Under `torch.compile` the computation is one opaque operator, so memory and the order of
+    additions are the same as in eager mode, and the graph does not depend on the number of chunks.
 
     Args:
-        call: the tensors and options.
-        with_ce: whether to compute the label's part also where alpha is 0, if there are labels.
+        call: tensors and options.
+        with_ce: whether to compute ce, if there are labels, even if alpha is 0.
     """
     criterion, operands = call.criterion, call.operands
     with_ce = call.label is not None and (with_ce or criterion.alpha > 0)
@@ -186,6 +189,7 @@ def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
 def _sparse_sums(
     operands: Operands, targets: RowTargets, criterion: Criterion, with_ce: bool, needs: Needs
 ) -> LossAndGradients:
+    """Compute sums and gradients for sparse targets."""
     losses_of: ChunkLosses = SparseLosses(targets, criterion, with_ce)
     if criterion.impl == "triton":
         from sparselogits.losses.triton_rows import TritonLosses
@@ -197,7 +201,7 @@ def _sparse_sums(
 
 
 def _schema() -> str:
-    """Return the operator's schema: the fields of operands, targets and criterion, flattened."""
+    """Return the operator's schema, whose arguments are the fields of three value classes."""
     types = {"float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?"}
     tensors = [
         f"Tensor{'?' if name in value._field_defaults else ''} {name}"
@@ -212,7 +216,7 @@ def _schema() -> str:
 def _unflattened(
     arguments: Iterable[Any],
 ) -> tuple[Operands, RowTargets, Criterion, bool, Needs]:
-    """Return the values that the operator's arguments are the fields of."""
+    """Rebuild the value classes from the operator's arguments, which are their fields in order."""
     left = iter(arguments)
     operands = Operands(*(next(left) for _ in Operands._fields))
     targets = RowTargets(*(next(left) for _ in RowTargets._fields))
@@ -222,6 +226,7 @@ def _unflattened(
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the operator: kd, ce and three gradients, which are empty if not requested."""
     operands, targets, criterion, with_ce, needs = _unflattened(arguments)
     kd, ce, gradients = _sparse_sums(operands, targets, criterion, with_ce, needs)
     empty = (operands.input.new_empty(0) if g is None else g for g in gradients)
@@ -235,6 +240,7 @@ _operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return empty tensors with the shapes and dtypes of the operator's results."""
     operands, targets, _, _, needs = _unflattened(arguments)
     input, kept = operands.input, _kept_dtype(operands.input.dtype)  # noqa: A001
     gradients = (
@@ -245,22 +251,28 @@ def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of gradients between forward and backward.
+    """Return the dtype in which gradients are stored between forward and backward.
 
-    float32 for float16: backward applies the loss scale, and before it float16 would underflow.
+    It is float32 for float16, where gradients would underflow before backward applies the loss
+    scale.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many of `rows` rows have logits at a time.
+    """Return the number of rows per chunk.
 
-    On an accelerator, as many float32 rows as take 1/64 of its memory (of 16 GiB if the device is
-    not CUDA), at least 64 MiB and at most 1 GiB: large enough for products at full speed. On a CPU
-    64 MiB, but at most half of the rows: the system provides a new buffer page by page, which only
-    several chunks make up for (at D = 128 all rows at once cost more than the softmax). And at
-    least 256 rows, in low precision 512: each chunk packs the weight for its products anew and
-    adds to the weight's gradient, in low precision by a separate pass.
+    On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory (of 16 GiB if the
+    device is not CUDA), but from 64 MiB to 1 GiB, which is enough for products at full speed. On a
+    CPU a chunk takes 64 MiB, but at most half of the rows, because the page faults of a new buffer
+    are amortised only over several chunks, and at least 256 rows (512 in low precision), because
+    each chunk repacks the weight for its products and adds to the weight's gradient.
+
+    Args:
+        rows: number of rows of the call.
+        vocab_size: vocabulary size, V.
+        device: device of the logits.
+        dtype: dtype of the input.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256
@@ -273,17 +285,17 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
 def _accelerator_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return 16 * 1024 * _MIB  # assumed: other devices do not say
+    return 16 * 1024 * _MIB  # assumed, because torch has no query for other devices
 
 
 def _balanced(total: int, at_most: int) -> int:
-    """Return rows per chunk such that all chunks are about equal: a short one wastes products."""
+    """Return rows per chunk, at most `at_most`, such that all chunks have about equal sizes."""
     chunks = max(1, -(-total // at_most))
     return max(1, -(-total // chunks))
 
 
 def _chunk_buffers(input: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-    """Return buffers for logits and their gradient: one buffer where the dtypes allow."""
+    """Return buffers for logits and their gradient: the same buffer if their dtypes are equal."""
     gradient = input.new_empty(rows, vocab_size)
     if input.dtype in _LOW_PRECISION and input.device.type == "cuda":
         return torch.empty_like(gradient, dtype=torch.float32), gradient
@@ -291,6 +303,7 @@ def _chunk_buffers(input: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, T
 
 
 def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
+    """Return a buffer for the weight's gradient, zeros if there are no chunks."""
     if chunks == 0:
         return torch.zeros_like(weight, dtype=kept)
     low = weight.dtype in _LOW_PRECISION and chunks > 1
@@ -298,7 +311,7 @@ def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
 
 
 def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
-    """Return whether a chunk's contribution to the weight's gradient has low precision."""
+    """Return whether each chunk's contribution to the weight's gradient is rounded."""
     on_cpu = weight.device.type == "cpu"
     return gradient is not None and gradient.dtype != weight.dtype and on_cpu
 
@@ -306,9 +319,17 @@ def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
 def _product(
     a: Tensor, b: Tensor, *, out: Tensor, add: bool = False, rounded: Tensor | None = None
 ) -> None:
-    """Compute out (+)= a b, with float32 out of low-precision factors where the device can.
+    """Compute out = a b, or out += a b.
 
-    Where it cannot, the product is rounded, in the buffer `rounded` if one is given.
+    If `out` is float32 and the factors have low precision, CUDA computes the product in float32; on
+    other devices the product is rounded first.
+
+    Args:
+        a: [m, k].
+        b: [k, n].
+        out: output [m, n].
+        add: whether to add to `out`.
+        rounded: buffer [m, n] for the rounded product; None to allocate one.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)

@@ -1,4 +1,4 @@
-"""Define the options of the loss: one frozen value that all its functions take and pass on.
+"""Define the options of the loss, which all its functions take as one frozen value.
 
 With the raw logits a = x W^T + b of one position, the loss of that position is
 
@@ -27,29 +27,29 @@ Implementation = Literal["auto", "chunked", "triton", "reference"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """Hold the options of the loss; the module's docstring has the formula.
+    """Options of the loss; `sparselogits.losses.criterion` has the formula.
 
     Args:
-        alpha: share of the labels' cross-entropy, in [0, 1]. A positive share needs labels.
-        missing_mass: what happens to the probability mass that a biased target (top-k, top-p)
-            lacks: "drop", "renormalise", "smooth", "ghost" or "ground_truth"; `targets.py` has the
-            formulas. Unbiased targets need "drop".
+        alpha: share of the cross-entropy to labels, in [0, 1]. A positive share requires labels.
+        missing_mass: rule for the probability mass that a biased target (top-k, top-p) lacks:
+            "drop", "renormalise", "smooth", "ghost" or "ground_truth";
+            `sparselogits.losses.targets` has the formulas. Unbiased targets require "drop".
         logit_scale: factor of the raw logits (Cohere's `logit_scale`, 1 / Granite's
             `logits_scaling`).
         logit_softcap: bound of the scaled logits (Gemma's `final_logit_softcapping`), positive;
             None for no bound.
-        temperature: divisor of the student's logits in the KD part only, positive. The loss is not
-            multiplied by its square.
-        ignore_index: label of rows that add nothing to the loss, their KD part included.
-        reduction: "mean" divides the sum over rows by the sum of the position weights of the rows
-            that count, and is 0 if no row counts; "sum" does not divide.
+        temperature: positive divisor of the student's logits in the KD part only. The loss is not
+            multiplied by the square of the temperature.
+        ignore_index: label of rows that are excluded from the loss, including its KD part.
+        reduction: "mean" divides the sum over rows by the sum of the weights of all rows that are
+            not excluded, and is 0 if all are; "sum" does not divide.
         impl: "chunked" (any device), "triton" (CUDA), "reference" (plain autograd over whole
-            logits) or "auto", which chooses "chunked".
-        chunk_rows: rows whose logits exist at a time. None chooses from the shapes, the dtype and
-            an accelerator's total memory, never from the memory that is free.
+            logits) or "auto", which selects "chunked".
+        chunk_rows: number of rows whose logits exist at the same time. None derives it from the
+            shapes, the dtype and an accelerator's total memory.
 
     Raises:
-        InvalidArgumentError: If a number is out of range or a name is unknown.
+        InvalidArgumentError: a number is out of range, or a name is unknown.
 
     Examples:
         >>> Criterion(alpha=0.1, logit_softcap=30.0).temperature
@@ -99,39 +99,42 @@ class Criterion:
             options: new values by field name.
 
         Raises:
-            InvalidArgumentError: If a value is invalid.
-            TypeError: If a name is not a field's.
+            InvalidArgumentError: a value is invalid.
+            TypeError: a name is not a field.
         """
         return Criterion(**(dict(zip(_NAMES, self.values(), strict=True)) | options))
 
     def require_labels(self, given: bool) -> None:
-        """Check that labels are given where the formula needs them.
+        """Validate that labels are given if the options require them.
+
+        Args:
+            given: whether labels are given.
 
         Raises:
-            InvalidArgumentError: If labels are needed and missing.
+            InvalidArgumentError: labels are required and missing.
         """
         if not given and self.alpha > 0:
             raise InvalidArgumentError(
-                f"alpha={self.alpha} needs labels, and none are given: pass labels, or alpha=0"
+                f"alpha={self.alpha} requires labels, but none are given: pass labels, or alpha=0"
             )
         if not given and self.missing_mass == "ground_truth":
             raise InvalidArgumentError(
-                "missing_mass='ground_truth' gives the missing mass to the label, and no labels "
-                "are given: pass labels, or choose another rule"
+                "missing_mass='ground_truth' adds the missing mass to the label, but no labels are "
+                "given: pass labels, or choose another rule"
             )
 
     def require_chunked(self, caller: str) -> None:
-        """Check that no other implementation than the chunked one is asked for.
+        """Validate that `impl` is "auto" or "chunked".
 
         Args:
-            caller: name of the function that has no other, for the message.
+            caller: name of the calling function, for the message.
 
         Raises:
-            InvalidArgumentError: If `impl` is "triton" or "reference".
+            InvalidArgumentError: `impl` is "triton" or "reference".
         """
         if self.impl not in ("auto", "chunked"):
             raise InvalidArgumentError(
-                f"{caller} has no impl={self.impl!r}: use impl='auto' or 'chunked'"
+                f"{caller} does not support impl={self.impl!r}: use impl='auto' or 'chunked'"
             )
 
 
@@ -142,23 +145,23 @@ PLAIN = Criterion()
 
 
 def require_rule_for(rule: MissingMass, *, unbiased: bool) -> None:
-    """Check that a missing-mass rule fits the targets.
+    """Validate that a missing-mass rule is applicable to the targets.
 
-    The mass of unbiased targets differs from one by chance only, and every rule but "drop" would
-    turn that noise into a bias.
+    The mass of unbiased targets differs from one only by sampling noise, and every rule except
+    "drop" would convert that noise to a bias.
 
     Args:
-        rule: the loss's `missing_mass`.
-        unbiased: whether the sampler that made the targets is unbiased.
+        rule: option `missing_mass` of the loss.
+        unbiased: whether the sampler of the targets is unbiased.
 
     Raises:
-        InvalidArgumentError: If the targets are unbiased and the rule is not "drop".
+        InvalidArgumentError: the targets are unbiased and the rule is not "drop".
 
     Examples:
         >>> require_rule_for("ghost", unbiased=False)
     """
     if unbiased and rule != "drop":
         raise InvalidArgumentError(
-            f"missing_mass={rule!r} would bias targets that are unbiased: use "
-            "missing_mass='drop', or targets sampled by top-k or top-p"
+            f"missing_mass={rule!r} would make unbiased targets biased: use missing_mass='drop', "
+            "or targets of the samplers topk or topp"
         )

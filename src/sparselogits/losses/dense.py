@@ -1,9 +1,9 @@
-"""Distil with the teacher online: the dense baselines that sparse targets are compared with.
+"""Compute dense distillation losses with an online teacher, as baselines for sparse targets.
 
-The teacher is given as hidden states and head, so the logits of both sides exist one chunk of rows
-at a time. A divergence is a `Divergence` with one method; the chunks, the label's part, scale,
-softcap and temperature are the same for all. With u and v the logits of student and teacher divided
-by the temperature, s and p their softmax:
+The teacher is given as hidden states and head, so the logits of both models exist one chunk of rows
+at a time. A divergence is a subclass of `Divergence` with one method; chunks, cross-entropy to
+labels, scale, softcap and temperature are shared code. With u and v the logits of student and
+teacher divided by the temperature, s and p their softmax:
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)
@@ -11,10 +11,10 @@ by the temperature, s and p their softmax:
                      as in TRL's GKD                     d/du = (1 - beta) s (r - <s, r>),
                                                          r = log s - log m
 
-The sparse loss is the cross-entropy to p, which is forward_kl plus the teacher's entropy, with the
-same gradient. Ids that the teacher does not have (a longer student vocabulary) or that are no token
-(`token_mask`) have p = 0. Under reverse_kl the loss would then be infinite, so s is the student's
-distribution over the ids that the teacher has.
+The sparse loss is the cross-entropy to p: forward_kl plus the teacher's entropy, with the same
+gradient. Ids outside the teacher's vocabulary (which may be smaller than the student's) or excluded
+by `token_mask` have p = 0. reverse_kl would then be infinite, so for reverse_kl s is the student's
+distribution restricted to the ids with p > 0.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from sparselogits.losses.targets import RowTargets
 
 
 class Divergence(ABC):
-    """Measure how far the student's distribution is from the teacher's, row by row."""
+    """Base class of divergences between the distributions of teacher and student."""
 
     @abstractmethod
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the divergence of R rows and its derivative.
 
         Args:
-            u: the student's logits divided by the temperature, [R, V]; may be overwritten.
-            log_p: log probabilities of the teacher, [R, V], in the same dtype, -inf for ids that
-                the teacher does not have; may be overwritten.
+            u: logits of the student divided by the temperature, [R, V]; may be overwritten.
+            log_p: log-probabilities of the teacher, [R, V], in the same dtype, -inf for ids with
+                p = 0; may be overwritten.
 
         Returns:
             The divergence [R] and its derivative with respect to u, [R, V].
@@ -54,7 +54,7 @@ class Divergence(ABC):
 
 
 class ForwardKL(Divergence):
-    """Compute KL(p || s), the limit that unbiased sparse targets approach."""
+    """KL(p || s), the limit of unbiased sparse targets with many entries."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the divergence and its derivative; see `Divergence.rows_`."""
@@ -65,7 +65,7 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """Compute KL(s || p), with s over the ids that the teacher has (MiniLLM, Gu et al. 2024)."""
+    """KL(s || p), with s restricted to ids with p > 0 (MiniLLM, Gu et al. 2024)."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the divergence and its derivative; see `Divergence.rows_`."""
@@ -78,13 +78,13 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class JensenShannon(Divergence):
-    """Compute the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
+    """Generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
 
     Args:
         beta: share of the teacher in the mixture m, in (0, 1).
 
     Raises:
-        InvalidArgumentError: If beta is not in (0, 1).
+        InvalidArgumentError: beta is not in (0, 1).
     """
 
     beta: float = 0.5
@@ -92,8 +92,8 @@ class JensenShannon(Divergence):
     def __post_init__(self) -> None:
         if not 0.0 < self.beta < 1.0:
             raise InvalidArgumentError(
-                f"beta must be in (0, 1), found {self.beta}: use forward_kl or reverse_kl, which "
-                "are the limits"
+                f"beta must be in (0, 1), found {self.beta}: use forward_kl or reverse_kl for the "
+                "limits"
             )
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,20 +112,20 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     "reverse_kl": ReverseKL,
     "jensen_shannon": JensenShannon,
 }
-"""Divergences by the names that `linear_dense_kd` takes."""
+"""Divergence classes by name, for `linear_dense_kd`."""
 
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """Hold a teacher's last hidden states and its head; nothing of it is differentiated.
+    """Last hidden states and head of a teacher, which receive no gradients.
 
     Args:
         hidden: hidden states [N, Dt], one row per row of the student.
-        weight: the head [Vt, Dt]; Vt is at most the student's V.
-        bias: [Vt] or None.
-        logit_softcap: bound of the teacher's logits, after scaling; None for no bound.
+        weight: head [Vt, Dt]; Vt is at most the student's V.
+        bias: bias [Vt] of the head; None without one.
+        logit_softcap: bound of the teacher's logits after scaling; None for no bound.
         logit_scale: factor of the teacher's logits.
-        token_mask: bool [Vt], True where an id is a token; None if all are.
+        token_mask: bool [Vt], True for ids that are tokens; None if all are.
     """
 
     hidden: Tensor
@@ -136,7 +136,15 @@ class TeacherHead:
     token_mask: Tensor | None = None
 
     def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return transformed logits [R, Vt] in `dtype`, -inf for ids that are no token."""
+        """Return the logits after scale and softcap, [R, Vt].
+
+        Args:
+            rows: indices of R rows.
+            dtype: dtype of the result.
+
+        Returns:
+            Logits, -inf for ids excluded by `token_mask`.
+        """
         v = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).to(dtype)
         v, _ = transform_(v, self.logit_scale, self.logit_softcap, with_slope=False)
         if self.token_mask is not None:
@@ -160,27 +168,27 @@ def linear_dense_kd(
     """Compute a divergence over the whole vocabulary, mixed with cross-entropy to labels.
 
     Args:
-        input: the student's hidden states [N, D], in any floating-point dtype.
-        linear_weight: the student's head [V, D] in the same dtype.
-        teacher: the teacher's hidden states of the same N rows, and its head.
-        divergence: a `Divergence`, or a name in `DIVERGENCES`.
-        beta: with divergence="jensen_shannon", the share of the teacher in the mixture; None for
-            1/2.
-        labels: int64 [N]; rows labelled `ignore_index` add nothing.
-        linear_bias: the student's bias [V].
+        input: hidden states of the student [N, D], in any floating-point dtype.
+        linear_weight: head of the student [V, D] in the same dtype.
+        teacher: hidden states of the teacher for the same N rows, and its head.
+        divergence: a `Divergence`, or a key of `DIVERGENCES`.
+        beta: share of the teacher in the mixture of "jensen_shannon"; None for 1/2.
+        labels: int64 [N]; rows labelled `ignore_index` are excluded. None without labels.
+        linear_bias: bias [V] of the student's head; None without one.
         position_weights: float [N], weight of each row; None for ones.
-        criterion: the options of the loss. Scale and softcap are the student's; the temperature
-            divides the logits of both sides in the KD part. There is no missing mass, and "chunked"
-            is the only implementation.
-        options: fields of `Criterion` as keywords; they replace those of `criterion`.
+        criterion: options of the loss. Scale and softcap are those of the student; the temperature
+            divides the logits of both models in the KD part. `missing_mass` must be "drop", and
+            `impl` "auto" or "chunked".
+        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
-        The loss and its parts; `kd` is the divergence. 0-dimensional, float32 (float64 for float64
-        input).
+        The loss and its parts, where `kd` is the divergence; 0-dimensional, float32 (float64 for
+        float64 input).
 
     Raises:
-        InvalidArgumentError: If options are out of range, or the teacher does not fit.
-        TypeError: If an option is not a field of `Criterion`.
+        InvalidArgumentError: an option is out of range, or the teacher's rows or vocabulary do not
+            match the student's.
+        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch
@@ -194,8 +202,8 @@ def linear_dense_kd(
     criterion.require_chunked("linear_dense_kd")
     if criterion.missing_mass != "drop":
         raise InvalidArgumentError(
-            f"missing_mass={criterion.missing_mass!r} has no meaning for a dense teacher, which "
-            "lacks no mass: leave it at 'drop'"
+            f"missing_mass={criterion.missing_mass!r} is not applicable to a dense teacher, whose "
+            "targets have no missing mass: use 'drop'"
         )
     if isinstance(divergence, str):
         divergence = _named(divergence, beta)
@@ -215,7 +223,13 @@ def linear_dense_kd(
 
 @dataclass(frozen=True)
 class _DenseLosses:
-    """Compute the losses of a dense teacher: `chunked.ChunkLosses` for any divergence."""
+    """Losses of a dense teacher for any divergence, as `chunked.ChunkLosses`.
+
+    Args:
+        teacher: hidden states and head of the teacher.
+        divergence: divergence of the KD part.
+        call: tensors and options.
+    """
 
     teacher: TeacherHead
     divergence: Divergence
@@ -231,21 +245,21 @@ class _DenseLosses:
         step = WHOLE.block_rows(logits)
         for start in range(0, logits.shape[0], step):
             block = slice(start, start + step)
-            own = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            weight = row_weight[own]
+            among_all = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+            weight = row_weight[among_all]
             raw = logits[block].to(row_weight.dtype)
             d_label = None
             if self.call.label is not None:
                 mixed = with_grad and criterion.alpha > 0
-                d_label, ce_rows = self._label_part(raw.clone(), own, with_grad=mixed)
+                d_label, ce_rows = self._label_part(raw.clone(), among_all, with_grad=mixed)
                 ce = ce + weight.dot(ce_rows)
             z, slope = transform_(
                 raw, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
             )
             log_p = _log_softmax(teacher_logits[block].div_(T), z.shape[1])
             kd_rows, d_u = self.divergence.rows_(z.div_(T), log_p)
-            del log_p  # as wide as the logits: free it before the next block's
-            # the teacher's side of rows that do not count may hold anything
+            del log_p  # frees a tensor of the logits' size before the next block
+            # excluded rows of the teacher may contain NaN
             kd = kd + torch.where(weight != 0, weight * kd_rows, 0.0).sum()
             if gradient is None:
                 continue
@@ -256,13 +270,19 @@ class _DenseLosses:
         return kd, ce
 
     def _label_part(
-        self, raw: Tensor, own: slice, *, with_grad: bool
+        self, raw: Tensor, rows: slice, *, with_grad: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Return alpha times the weighted gradient of the label's part, and that part [R]."""
+        """Return the gradient of alpha * row_weight * ce, [R, V] or None, and ce, [R].
+
+        Args:
+            raw: raw logits [R, V]; overwritten.
+            rows: indices of these rows among the N rows.
+            with_grad: whether to compute the gradient.
+        """
         assert self.call.label is not None
-        criterion, weight = self.call.criterion, self.call.row_weight[own]
+        criterion, weight = self.call.criterion, self.call.row_weight[rows]
         none = weight.new_zeros(weight.shape[0], 0)
-        targets = RowTargets(none.long(), none, weight, none.sum(1), self.call.label[own])
+        targets = RowTargets(none.long(), none, weight, none.sum(1), self.call.label[rows])
         at_one = criterion.updated({"alpha": 1.0, "temperature": 1.0})
         losses = row_losses_(raw, targets, at_one, with_ce=True, with_grad=with_grad)
         assert losses.ce is not None
@@ -270,12 +290,13 @@ class _DenseLosses:
 
 
 def _log_softmax(v: Tensor, vocab_size: int) -> Tensor:
-    """Return log probabilities [R, vocab_size] of logits [R, Vt], -inf for ids beyond Vt."""
+    """Return log-probabilities [R, vocab_size] of logits [R, Vt], -inf for ids of Vt and above."""
     log_p = torch.log_softmax(v, 1)
     return F.pad(log_p, (0, vocab_size - v.shape[1]), value=-torch.inf)
 
 
 def _named(name: str, beta: float | None) -> Divergence:
+    """Create the divergence with a name. Raises InvalidArgumentError for an unknown name."""
     if name not in DIVERGENCES:
         raise InvalidArgumentError(
             f"unknown divergence {name!r}; choose one of {', '.join(DIVERGENCES)}"
@@ -285,12 +306,12 @@ def _named(name: str, beta: float | None) -> Divergence:
 
 
 def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return the sum of p * log_ratio per row, where 0 * inf is 0 (an id of p = 0), NaN is NaN."""
+    """Return the sum of p * log_ratio per row, where terms with p = 0 are 0."""
     return torch.where(p == 0, 0.0, p * log_ratio).sum(1)
 
 
 def _check_teacher(student: Operands, teacher: TeacherHead) -> None:
-    """Check that a teacher's rows and vocabulary fit the student's."""
+    """Validate that a teacher has the student's rows and no larger vocabulary."""
     assert student.weight is not None
     if teacher.hidden.shape[0] != student.input.shape[0]:
         raise InvalidArgumentError(
@@ -300,5 +321,5 @@ def _check_teacher(student: Operands, teacher: TeacherHead) -> None:
     if teacher.weight.shape[0] > student.weight.shape[0]:
         raise InvalidArgumentError(
             f"the teacher's vocabulary ({teacher.weight.shape[0]}) is larger than the student's "
-            f"({student.weight.shape[0]}): distillation needs one tokenizer"
+            f"({student.weight.shape[0]}): use a student with the teacher's tokenizer"
         )

@@ -1,8 +1,8 @@
-"""Provide the sparse loss as functions and as a module.
+"""Define the sparse loss as functions and as a module.
 
-`linear_sparse_cross_entropy` takes the head's input and weight, so logits exist one chunk of rows
-at a time; `sparse_cross_entropy` takes logits. Both resemble their namesakes in
-`torch.nn.functional`, and no teacher tensor is as wide as the vocabulary.
+`linear_sparse_cross_entropy` takes the input and weight of the head, so that logits exist one chunk
+of rows at a time; `sparse_cross_entropy` takes logits. Both resemble `linear_cross_entropy` and
+`cross_entropy` of `torch.nn.functional`. No tensor of the teacher has the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -56,43 +56,42 @@ def linear_sparse_cross_entropy(
 ) -> Tensor | LossParts:
     """Compute cross-entropy of `softmax(input @ linear_weight.T)` to sparse targets and to labels.
 
-    With z the logits after scale and softcap (`Criterion`), t the target after its missing-mass
+    With z the logits after scale and softcap (`Criterion`), t the target after the missing-mass
     rule, and y and w the label and the weight of a row:
 
         kd = -sum_i t_i log softmax(z / temperature)_i        ce = -log softmax(z)_y
         loss = sum_rows w ((1 - alpha) kd + alpha ce) / sum_rows w
 
-    With importance-sampled targets it is the loss of random sampling KD (RS-KD): the gradient is
-    that of full distillation in expectation (docs/theory.md, section 2).
+    With importance-sampled targets this is the loss of random sampling KD (RS-KD): the expectation
+    of its gradient is the gradient of full distillation (docs/theory.md, section 2).
 
-    Gradients flow to `input`, `linear_weight` and `linear_bias` only. "chunked" and "triton"
+    Only `input`, `linear_weight` and `linear_bias` receive gradients. "chunked" and "triton"
     compute them in the forward pass, so logits exist one chunk of rows at a time; a second backward
-    raises. Ids out of range are an indexing error of the device: check targets where they are read.
+    pass raises. Ids and labels are not validated here, because that would synchronise with the
+    device; an id out of range is an indexing error of the device.
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.
-        linear_weight: the head [V, D] in the same dtype; V may exceed the teacher's vocabulary.
-        target_ids: int64 [..., K] in [0, V), distinct among entries of a row that have weight.
-            K may be 0.
-        target_weights: float [..., K], usually float32, of any sum; 0 marks padding, whatever its
-            id.
-        labels: int64 [...], the next token of each row. Rows labelled `ignore_index` add nothing
-            to the loss, their KD part included. Without labels every row counts.
-        linear_bias: [V], in the dtype of `input`.
+        linear_weight: head [V, D] in the same dtype; V may exceed the teacher's vocabulary.
+        target_ids: int64 [..., K] in [0, V); entries of a row with non-zero weight have distinct
+            ids. K may be 0.
+        target_weights: float [..., K], usually float32, with any sum; 0 for padding.
+        labels: int64 [...], label of each row. Rows labelled `ignore_index` are excluded from the
+            loss, including its KD part. None without labels, when no row is excluded.
+        linear_bias: bias [V] in the dtype of `input`; None without one.
         position_weights: float [...], weight of each row; None for ones.
-        criterion: the options of the loss.
-        return_parts: whether to return kd and ce as well, reduced and detached, for logging.
-        options: fields of `Criterion` as keywords, such as `alpha=0.1`; they replace those of
-            `criterion`.
+        criterion: options of the loss.
+        return_parts: whether to return `LossParts`, with kd and ce for logging.
+        options: fields of `Criterion` as keywords, such as `alpha=0.1`; they override `criterion`.
 
     Returns:
         The loss, 0-dimensional, in float32 (float64 for float64 input); or `LossParts`.
 
     Raises:
-        InvalidArgumentError: If options are out of range or contradict each other, or shapes or
-            dtypes do not fit.
-        InvalidTargetsError: If targets have the wrong shape or dtype.
-        TypeError: If an option is not a field of `Criterion`.
+        InvalidArgumentError: an option is out of range or contradicts another, or shapes or dtypes
+            do not match.
+        InvalidTargetsError: targets have a wrong shape or dtype.
+        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         Six positions with four entries each, hidden width 8, vocabulary 100:
@@ -150,11 +149,29 @@ def sparse_cross_entropy(
     return_parts: bool = False,
     **options: Any,
 ) -> Tensor | LossParts:
-    """Compute the loss of `linear_sparse_cross_entropy` from logits [..., V] that exist already.
+    """Compute the loss of `linear_sparse_cross_entropy` from logits.
 
-    Allocates one tensor of the size of the logits, their gradient. A model that has applied its
-    own softcap or scale needs neither here. Arguments, result and errors are those of
-    `linear_sparse_cross_entropy`.
+    One tensor of the size of the logits is allocated: their gradient.
+
+    Args:
+        logits: [..., V], in any floating-point dtype. If the model has already applied its scale
+            and softcap, leave `logit_scale` and `logit_softcap` at their defaults.
+        target_ids: int64 [..., K] in [0, V).
+        target_weights: float [..., K]; 0 for padding.
+        labels: int64 [...]; None without labels.
+        position_weights: float [...], weight of each row; None for ones.
+        criterion: options of the loss.
+        return_parts: whether to return `LossParts`, with kd and ce for logging.
+        options: fields of `Criterion` as keywords; they override `criterion`.
+
+    Returns:
+        The loss, 0-dimensional, in float32 (float64 for float64 logits); or `LossParts`.
+
+    Raises:
+        InvalidArgumentError: an option is out of range or contradicts another, or shapes or dtypes
+            do not match.
+        InvalidTargetsError: targets have a wrong shape or dtype.
+        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch
@@ -173,15 +190,15 @@ def sparse_cross_entropy(
 
 
 class SparseKDLoss(nn.Module):
-    """Compute `linear_sparse_cross_entropy` with the options bound; holds no parameters.
+    """Module without parameters that computes `linear_sparse_cross_entropy` with fixed options.
 
     Args:
-        criterion: the options of the loss.
-        options: fields of `Criterion` as keywords; they replace those of `criterion`.
+        criterion: options of the loss.
+        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Raises:
-        InvalidArgumentError: If a number is out of range or a name is unknown.
-        TypeError: If an option is not a field of `Criterion`.
+        InvalidArgumentError: a number is out of range, or a name is unknown.
+        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch
@@ -205,15 +222,14 @@ class SparseKDLoss(nn.Module):
         target_weights: Tensor,
         **tensors: Tensor | None,
     ) -> LossParts:
-        """Return the loss and its parts.
+        """Compute the loss and its parts; see `linear_sparse_cross_entropy`.
 
         Args:
             input: hidden states [..., D].
-            linear_weight: the head [V, D].
+            linear_weight: head [V, D].
             target_ids: int64 [..., K].
             target_weights: float [..., K].
-            tensors: `labels`, `linear_bias` and `position_weights` of
-                `linear_sparse_cross_entropy`.
+            tensors: `labels`, `linear_bias` and `position_weights` as keywords.
         """
         return linear_sparse_cross_entropy(
             input,
@@ -231,11 +247,11 @@ class SparseKDLoss(nn.Module):
 
 
 def loss_parts(call: Call, *, with_ce: bool = True) -> LossParts:
-    """Compute the loss by the implementation that the criterion names.
+    """Compute the loss by the implementation that the criterion selects.
 
     Args:
-        call: the tensors and options.
-        with_ce: whether to compute the label's part also where alpha is 0, if there are labels.
+        call: tensors and options.
+        with_ce: whether to compute ce, if there are labels, even if alpha is 0.
     """
     if call.criterion.impl == "reference":
         return reference_parts(call)

@@ -1,18 +1,18 @@
-"""Compute the loss across ranks, with the head or the sequence split among them.
+"""Compute the loss with the head or the sequence divided among ranks.
 
-Vocabulary-parallel (for tensor-parallel trainers): each rank holds a slice of the head, of any
-width, and the same rows. A chunk costs three reductions of a few numbers per row over the group
-(stored logits, maximum, sum; one more for labels, one for smoothing, and two, another maximum and
-sum, where labels are used with a target of another temperature). The input's gradient costs one sum
-of [N, D] at the end, as in any column-parallel layer.
+Vocabulary-parallel (for tensor-parallel trainers): each rank has a slice of the head, of any width,
+and the same rows. A chunk costs three all-reduces of a few numbers per row (stored logits, maximum,
+sum), one more with labels, one more with smoothing, and two more (maximum, sum) if labels are used
+with a temperature other than 1. The input's gradient costs one all-reduce of [N, D] at the end, as
+in any column-parallel layer.
 
-Sequence-parallel and context-parallel: each rank holds some of the positions and the whole head.
-Only the sum of weights and the value of the loss cross ranks. Rows are independent, so any
-permutation of positions is possible (such as a ring's zigzag order) if hidden states, targets and
-labels have the same one. Megatron's [sequence, batch, ...] layout needs no transposition either:
-pass targets in that order.
+Sequence-parallel and context-parallel: each rank has some of the positions and the whole head. Only
+the sum of weights and the values of the loss are reduced over ranks. Rows are independent, so
+positions may be permuted (such as the zigzag order of ring attention) if hidden states, targets and
+labels are permuted alike. Megatron's [sequence, batch, ...] layout requires no transposition: pass
+targets in that layout, too.
 
-Both are collective calls: every rank of the group makes them, with the same options and, for
+Both are collective calls: every rank of the group must make them, with the same options and, for
 vocabulary-parallel, the same rows and `chunk_rows`.
 """
 
@@ -35,51 +35,53 @@ from sparselogits.losses.rows import SparseLosses, Vocabulary
 
 @dataclass(frozen=True)
 class VocabularySlice(Vocabulary):
-    """Reduce and index logits of which this rank holds a slice of the columns.
+    """Reductions and indexing of logits whose columns are divided among ranks.
 
     Args:
         first_id: vocabulary id of this rank's first column.
-        group: process group whose slices make up the vocabulary; None for all ranks.
+        group: process group whose slices cover the vocabulary; None for all ranks.
     """
 
     first_id: int
     group: dist.ProcessGroup | None = None
 
     def block_rows(self, logits: Tensor) -> int:
-        """Return all rows: each block would cost its own reductions."""
+        """Return the number of all rows, because each block would need its own all-reduces."""
         return max(1, logits.shape[0])
 
     def gather(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Return the values at ids, each from the rank that holds its column."""
-        local, held = self._local(ids, logits.shape[1])
-        return self._reduce(torch.where(held, logits.gather(1, local), 0.0), dist.ReduceOp.SUM)
+        """Return the values [R, E] at ids of the whole vocabulary, int64 [R, E]."""
+        local, is_local = self._local(ids, logits.shape[1])
+        return self._reduce(torch.where(is_local, logits.gather(1, local), 0.0), dist.ReduceOp.SUM)
 
     def add_at_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
-        """Add values at ids, each on the rank that holds its column."""
-        local, held = self._local(ids, logits.shape[1])
-        logits.scatter_add_(1, local, torch.where(held, values, 0.0))
+        """Add values [R, E] in place at those ids [R, E] whose columns are on this rank."""
+        local, is_local = self._local(ids, logits.shape[1])
+        logits.scatter_add_(1, local, torch.where(is_local, values, 0.0))
 
     def max(self, logits: Tensor) -> Tensor:
-        """Return the maximum over the columns of all ranks."""
+        """Return the maximum over the columns of all ranks, [R, 1]."""
         return self._reduce(super().max(logits), dist.ReduceOp.MAX)
 
     def sum(self, logits: Tensor) -> Tensor:
-        """Return the sum over the columns of all ranks."""
+        """Return the sum over the columns of all ranks, [R, 1]."""
         return self._reduce(super().sum(logits), dist.ReduceOp.SUM)
 
     def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """Replace logits by the softmax over the columns of all ranks, return its maximum."""
+        """Replace logits by the softmax over all ranks' columns; return its maximum, [R, 1]."""
         exponentials = logits.sub_(maximum).exp_()
         largest = self.sum(exponentials).reciprocal()
         exponentials.mul_(largest)
         return largest
 
     def _local(self, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Return the local columns of ids (0 for other ids), and whether they are on this rank."""
         local = ids - self.first_id
-        held = (local >= 0) & (local < width)
-        return torch.where(held, local, 0), held
+        is_local = (local >= 0) & (local < width)
+        return torch.where(is_local, local, 0), is_local
 
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        """Reduce a tensor over the group in place, and return it."""
         dist.all_reduce(tensor, op=operation, group=self.group)
         return tensor
 
@@ -99,30 +101,30 @@ def vocabulary_parallel_sparse_cross_entropy(
     criterion: Criterion = PLAIN,
     **options: Any,
 ) -> LossParts:
-    """Compute `linear_sparse_cross_entropy` with the head's rows spread over a process group.
-
-    Tensors, options and errors that are not listed here are those of `linear_sparse_cross_entropy`;
-    ids and labels are those of the whole vocabulary.
+    """Compute `linear_sparse_cross_entropy` with the rows of the head divided among ranks.
 
     Args:
-        input: [..., D], the same on every rank. Its gradient is complete on every rank.
+        input: hidden states [..., D], the same on every rank. Every rank gets the whole gradient.
         linear_weight: this rank's slice [W, D] of the head, W >= 1; widths may differ.
-        target_ids: int64 [..., K].
-        target_weights: float [..., K].
-        first_id: id of the slice's first row.
-        vocab_size: V, the sum of all widths.
+        target_ids: int64 [..., K], ids of the whole vocabulary.
+        target_weights: float [..., K]; 0 for padding.
+        first_id: id of the first row of the slice.
+        vocab_size: vocabulary size V, the sum of all widths.
         group: process group; None for all ranks.
-        labels: int64 [...].
-        linear_bias: this rank's slice [W].
-        position_weights: float [...].
-        criterion: the options, the same on every rank; "chunked" is the only implementation.
-        options: fields of `Criterion` as keywords; they replace those of `criterion`.
+        labels: int64 [...], ids of the whole vocabulary; None without labels.
+        linear_bias: this rank's slice [W] of the bias; None without one.
+        position_weights: float [...], weight of each row; None for ones.
+        criterion: options of the loss, the same on every rank; `impl` is "auto" or "chunked".
+        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
         The loss and its parts, the same on every rank.
 
     Raises:
-        InvalidArgumentError: If the slice is empty or outside the vocabulary, or as there.
+        InvalidArgumentError: the slice is empty or outside the vocabulary; or see
+            `linear_sparse_cross_entropy`.
+        InvalidTargetsError: targets have a wrong shape or dtype.
+        TypeError: an option is not a field of `Criterion`.
     """
     criterion = criterion.updated(options)
     criterion.require_chunked("vocabulary_parallel_sparse_cross_entropy")
@@ -131,13 +133,14 @@ def vocabulary_parallel_sparse_cross_entropy(
     last_id = first_id + linear_weight.shape[0]
     if not 0 <= first_id < last_id <= vocab_size:
         raise InvalidArgumentError(
-            f"a slice of ids {first_id} to {last_id} is empty or outside a vocabulary of "
-            f"{vocab_size} ids: pass first_id and vocab_size of the whole head"
+            f"the slice of ids [{first_id}, {last_id}) is empty or outside the vocabulary of "
+            f"{vocab_size} ids: pass the id of the slice's first row and the size of the whole "
+            "vocabulary"
         )
     x, with_ce = call.operands.input, call.label is not None
-    # slices may differ in width, chunks must not: all ranks choose by an even share
-    share = -(-vocab_size // dist.get_world_size(group))
-    rows = criterion.chunk_rows or default_chunk_rows(x.shape[0], share, x.device, x.dtype)
+    # widths may differ but chunks must not, so every rank computes with the mean width
+    mean_width = -(-vocab_size // dist.get_world_size(group))
+    rows = criterion.chunk_rows or default_chunk_rows(x.shape[0], mean_width, x.device, x.dtype)
     result = loss_and_gradients(
         call.operands,
         call.row_weight,
@@ -148,7 +151,7 @@ def vocabulary_parallel_sparse_cross_entropy(
         chunk_rows=rows,
     )
     d_input = result.gradients[0]
-    if d_input is not None:  # each rank has the contribution of its own columns
+    if d_input is not None:  # the contribution of this rank's columns
         dist.all_reduce(d_input, group=group)
     return call.finish(result, with_ce=with_ce)
 
@@ -168,23 +171,28 @@ def sequence_parallel_sparse_cross_entropy(
 ) -> LossParts:
     """Compute `linear_sparse_cross_entropy` over the positions of all ranks.
 
-    Tensors, options and errors that are not listed here are those of `linear_sparse_cross_entropy`.
-
     Args:
-        input: this rank's rows [..., D]; their number may differ between ranks and be 0.
-        linear_weight: the whole head [V, D]. Its gradient is this rank's contribution to a sum
-            over the group (a sum, where data parallelism averages).
+        input: hidden states [..., D] of this rank's rows, whose number may be 0 and may differ
+            between ranks.
+        linear_weight: whole head [V, D]. Its gradient is this rank's contribution: sum the
+            gradients over the group (data parallelism averages instead).
         target_ids: int64 [..., K] of this rank's rows.
-        target_weights: float [..., K].
+        target_weights: float [..., K]; 0 for padding.
         group: process group; None for all ranks.
-        labels: int64 [...] of this rank's rows.
-        linear_bias: [V]; its gradient is a contribution likewise.
-        position_weights: float [...] of this rank's rows.
-        criterion: the options; a mean is over the rows of all ranks, `chunk_rows` may differ.
-        options: fields of `Criterion` as keywords; they replace those of `criterion`.
+        labels: int64 [...] of this rank's rows; None without labels.
+        linear_bias: bias [V], whose gradient is this rank's contribution; None without one.
+        position_weights: float [...] of this rank's rows; None for ones.
+        criterion: options of the loss; "mean" averages over the rows of all ranks. `chunk_rows`
+            may differ between ranks.
+        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
         The loss and its parts over the positions of all ranks, the same on every rank.
+
+    Raises:
+        InvalidArgumentError: see `linear_sparse_cross_entropy`.
+        InvalidTargetsError: targets have a wrong shape or dtype.
+        TypeError: an option is not a field of `Criterion`.
     """
     criterion = criterion.updated(options)
     call = prepare(

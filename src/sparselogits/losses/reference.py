@@ -1,6 +1,6 @@
-"""Compute the loss by plain autograd over a dense target: the oracle of the tests.
+"""Compute the loss by plain autograd over dense targets, as a reference for tests.
 
-Costs several [N, V] tensors; use it for tests and small vocabularies.
+The cost is several [N, V] tensors, so use it for tests and small vocabularies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sparselogits.losses.criterion import Criterion
 
 
 def reference_parts(call: Call) -> LossParts:
-    """Compute the loss and its parts from whole logits."""
+    """Compute the loss and its parts from all logits at once, by autograd."""
     row_weight, factor, alpha = call.row_weight, call.factor, call.criterion.alpha
     counted = (row_weight != 0)[:, None]
     input, weight, bias = call.operands  # noqa: A001
@@ -34,7 +34,7 @@ def reference_parts(call: Call) -> LossParts:
 def _row_losses(
     logits: Tensor, ids: Tensor, weights: Tensor, label: Tensor | None, criterion: Criterion
 ) -> tuple[Tensor, Tensor | None]:
-    """Return unweighted kd [N], and ce [N] or None without labels, in the dtype of the logits."""
+    """Return kd [N], and ce [N] or None without labels, in the dtype of the logits."""
     N, V = logits.shape
     z = logits * criterion.logit_scale
     if criterion.logit_softcap is not None:
@@ -52,7 +52,7 @@ def _row_losses(
     elif rule == "ground_truth":
         assert label is not None  # checked by Criterion.require_labels
         target = target.scatter_add(1, label[:, None], missing)
-    # 0 * NaN must stay NaN, 0 * -inf must not become NaN: ids that are no token have logits of -inf
+    # ids that are no token have logits of -inf, whose product with a target of 0 must be 0, not NaN
     kd = -torch.where((target == 0) & (log_s == -torch.inf), 0.0, target * log_s).sum(1)
     if rule == "ghost":
         stored = target != 0

@@ -1,11 +1,11 @@
-"""Compute the loss of a block of rows and its gradient, in place of the logits.
+"""Compute the loss of a block of rows, and replace the logits by their gradient.
 
-Four passes over the rows: maximum, softmax in place, maximum again, scaling; then sparse
-corrections at the stored ids. The second maximum is the softmax at the largest logit, so minus its
-logarithm is the logsumexp relative to that logit: no exponential is computed twice. Logits are
-compared only after the row's maximum is subtracted, so logits of 1e4 lose no precision in float32.
-Beyond the rows themselves, nothing of their size is allocated, except one copy with a softcap (its
-derivative) and one where target and label need softmaxes of different temperature.
+The computation takes four passes over the rows (maximum, softmax in place, maximum, scaling) and
+sparse corrections at the stored ids. The second maximum is the largest probability; minus its
+logarithm is the logsumexp relative to the largest logit, so no exponential is computed twice. The
+row's maximum is subtracted before any other operation, so logits of 1e4 lose no precision in
+float32. No other tensor of the rows' size is allocated, except the derivative of a softcap, and a
+copy if target and label require softmaxes at different temperatures.
 
 With s = softmax(u), t the target of mass M_t, m the mass of the ghost class and M the student's
 mass on it, the gradient of the KD part with respect to u is
@@ -27,18 +27,18 @@ from torch import Tensor
 from sparselogits.losses.criterion import Criterion
 from sparselogits.losses.targets import RowTargets
 
-_BLOCK_ELEMENTS = 2**21  # 8 MiB of float32: a block that stays in a CPU's cache between passes
+_BLOCK_ELEMENTS = 2**21  # 8 MiB of float32, which stay in a CPU's cache between passes
 
 
 class Vocabulary:
-    """Reduce and index logits [R, V] along the vocabulary, whose columns are all in one tensor.
+    """Reductions and indexing of logits [R, V] along the vocabulary.
 
-    `parallel.VocabularySlice` does the same for a slice of the columns on each of several ranks.
+    The subclass `parallel.VocabularySlice` is for columns that are divided among ranks.
     """
 
     def block_rows(self, logits: Tensor) -> int:
-        """Return the number of rows to treat at a time, at least 1."""
-        if logits.device.type != "cpu":  # a launch costs more than caches save; 1/8 bounds copies
+        """Return the number of rows per block, at least 1."""
+        if logits.device.type != "cpu":  # few kernel launches; temporary copies of 1/8 of the rows
             return max(1, -(-logits.shape[0] // 8))
         return max(8, _BLOCK_ELEMENTS // logits.shape[1])
 
@@ -47,7 +47,7 @@ class Vocabulary:
         return logits.gather(1, ids)
 
     def add_at_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
-        """Add values [R, E] at ids [R, E], in place; an id may repeat within a row."""
+        """Add values [R, E] in place at ids [R, E], which may repeat within a row."""
         logits.scatter_add_(1, ids, values)
 
     def max(self, logits: Tensor) -> Tensor:
@@ -59,23 +59,28 @@ class Vocabulary:
         return logits.sum(1, keepdim=True)
 
     def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """Replace logits by their softmax, given their maximum, and return its maximum, [R, 1]."""
-        # a row is read before it is written, and on a CPU stays in cache in between
+        """Replace logits by their softmax; return the largest probability, [R, 1].
+
+        Args:
+            logits: [R, V], overwritten.
+            maximum: largest logit of each row, [R, 1].
+        """
         return torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
 
 
 WHOLE = Vocabulary()
+"""The vocabulary whose columns are all on this rank."""
 
 
 @dataclass(frozen=True)
 class SparseLosses:
-    """Compute the losses of sparse targets: `chunked.ChunkLosses` in torch operations on blocks.
+    """Losses of sparse targets in torch operations, as `chunked.ChunkLosses`.
 
     Args:
         targets: targets of all N rows.
-        criterion: the options.
-        with_ce: whether to compute the label's part.
-        vocabulary: where the columns of the logits are.
+        criterion: options of the loss.
+        with_ce: whether to compute ce.
+        vocabulary: reductions and indexing of the logits.
     """
 
     targets: RowTargets
@@ -86,7 +91,7 @@ class SparseLosses:
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted sums of some rows; see `chunked.ChunkLosses`."""
+        """Compute the weighted loss sums of some rows; see `chunked.ChunkLosses`."""
         targets = self.targets.rows(rows)
         dtype = targets.row_weight.dtype
         kd = ce = targets.row_weight.new_zeros(())
@@ -94,7 +99,7 @@ class SparseLosses:
         for start in range(0, logits.shape[0], step):
             block = logits[start : start + step]
             part = targets.rows(slice(start, start + step))
-            work = block.to(dtype)  # the block itself where the dtype is the same
+            work = block.to(dtype)  # the block itself if it has this dtype
             losses = row_losses_(
                 work,
                 part,
@@ -113,7 +118,12 @@ class SparseLosses:
 
 
 class RowLosses(NamedTuple):
-    """Hold unweighted losses of R rows: kd [R] and ce [R], None where not computed."""
+    """Unweighted losses of R rows.
+
+    Attributes:
+        kd: [R]; None if not computed.
+        ce: [R]; None if not computed.
+    """
 
     kd: Tensor | None
     ce: Tensor | None
@@ -128,20 +138,17 @@ def row_losses_(
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
 ) -> RowLosses:
-    """Compute the losses of R rows and replace `logits` by their gradient.
+    """Compute the losses of R rows, and replace `logits` by their gradient.
 
     Args:
-        logits: raw logits [R, V], in the dtype of the targets' weights. Overwritten: with
+        logits: raw logits [R, V], in the dtype of the targets' weights; overwritten with
             row_weight * d((1 - alpha) kd + alpha ce) / d(logits) if `with_grad`, else with
             intermediate values.
         targets: targets of the same R rows.
-        criterion: the options.
-        with_ce: whether to compute the label's part (needed if alpha > 0).
+        criterion: options of the loss.
+        with_ce: whether to compute ce; required if alpha > 0.
         with_grad: whether to compute the gradient.
-        vocabulary: where the columns are.
-
-    Returns:
-        The two parts of the loss.
+        vocabulary: reductions and indexing of the logits.
     """
     z, slope = transform_(
         logits, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
@@ -175,7 +182,17 @@ def row_losses_(
 def transform_(
     logits: Tensor, scale: float, cap: float | None, *, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply scale and softcap in place; with a softcap also return the derivative [R, V]."""
+    """Apply scale and softcap to logits in place.
+
+    Args:
+        logits: raw logits [R, V], overwritten.
+        scale: factor of the logits.
+        cap: bound of the scaled logits; None for no bound.
+        with_slope: whether to compute the derivative of the result, if there is a bound.
+
+    Returns:
+        The transformed logits, and their derivative with respect to the raw logits, [R, V] or None.
+    """
     if cap is None:
         return (logits if scale == 1.0 else logits.mul_(scale)), None
     z = logits.mul_(scale / cap).tanh_()
@@ -184,24 +201,32 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Hold the values that losses and gradients need after logits were replaced by a softmax.
+    """Values from which losses and gradients follow after logits are replaced by their softmax.
 
-    The softmax is over all ids, except the stored ids where there is a ghost class. Logits are
+    The softmax is over all ids; with a ghost class, over all ids that are not stored. Logits are
     relative to the row's maximum over all ids.
+
+    Attributes:
+        values: logits of the stored ids, 0 at padding, [R, E]; None without the KD part.
+        label_value: logit of the label, [R, 1]; None without ce.
+        log_rest: logsumexp over the ids of the softmax, [R, 1].
+        log_sum: logsumexp over all ids, [R, 1].
+        total: sum of all logits, [R, 1]; None without smoothing.
+        ghost: mass of the ghost class, 0 if all ids are stored, [R, 1]; None without one.
     """
 
-    values: Tensor | None  # [R, E] logits of the stored ids, 0 at padding
-    label_value: Tensor | None  # [R, 1] logit of the label
-    log_rest: Tensor  # [R, 1] logsumexp over the ids of the softmax
-    log_sum: Tensor  # [R, 1] logsumexp over the vocabulary
-    total: Tensor | None  # [R, 1] sum of the logits (smooth)
-    ghost: Tensor | None  # [R, 1] mass of the ghost class, 0 where all ids are stored
+    values: Tensor | None
+    label_value: Tensor | None
+    log_rest: Tensor
+    log_sum: Tensor
+    total: Tensor | None
+    ghost: Tensor | None
 
 
 def _softmax_(
     u: Tensor, targets: RowTargets, vocabulary: Vocabulary, *, with_kd: bool, with_ce: bool
 ) -> _Softmax:
-    """Replace the rows of u by softmaxes and return what the losses need."""
+    """Replace the rows of u, [R, V], by their softmax."""
     values = label_value = total = ghost = None
     stored = targets.weights != 0
     if with_kd:
@@ -216,7 +241,7 @@ def _softmax_(
     top = pivot = above = vocabulary.max(u)
     if values is not None and ghost is not None:
         nothing_left = pivot == -torch.inf  # all ids stored
-        u.masked_fill_(nothing_left, 0.0)  # any finite value: it is multiplied by 0 later
+        u.masked_fill_(nothing_left, 0.0)  # any finite value, which is multiplied by 0 later
         above = torch.where(nothing_left, 0.0, pivot)
         masked = values.masked_fill(~stored, -torch.inf)
         top = torch.cat([pivot, masked], 1).amax(1, keepdim=True)
@@ -239,7 +264,7 @@ def _softmax_(
 
 
 def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
-    """Return the mass [R, 1] of the target, with ghost class and smoothing."""
+    """Return the total mass of the target, including ghost class and smoothing, [R, 1]."""
     mass = targets.mass[:, None]
     if softmax.ghost is not None and targets.ghost is not None:
         mass = mass - (targets.ghost[:, None] - softmax.ghost)
@@ -247,11 +272,11 @@ def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
 
 
 def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
-    """Return the losses that the values kept in `softmax` determine."""
+    """Return the unweighted losses, given the values of `_softmax_`."""
     kd = ce = None
     if softmax.values is not None:
         mass = _target_mass(softmax, targets)
-        # where(), not a product: a logit of -inf at padding must not become 0 * inf
+        # where(), because at padding the product 0 * -inf would be NaN
         stored = torch.where(targets.weights != 0, targets.weights * softmax.values, 0.0)
         kd = mass * softmax.log_sum - stored.sum(1, keepdim=True)
         if softmax.total is not None and targets.spread is not None:
@@ -272,7 +297,7 @@ def _gradient_(
     ce_share: float,
     vocabulary: Vocabulary,
 ) -> None:
-    """Replace the softmaxes in u by row_weight * (kd_share dkd/du + ce_share dce/du)."""
+    """Replace the softmax in u, [R, V], by row_weight * (kd_share dkd/du + ce_share dce/du)."""
     weight = targets.row_weight[:, None]
     kd_weight = kd_share * weight
     whole = kd_weight * _target_mass(softmax, targets) + ce_share * weight

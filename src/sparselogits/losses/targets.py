@@ -1,14 +1,14 @@
-"""Convert targets to the form that the row losses take, and apply the missing-mass rules.
+"""Apply the missing-mass rules, and convert targets to the input of the row losses.
 
 With t the stored weights of a position, V the student's vocabulary size and m = max(0, 1 - sum t)
-the missing mass (section 3 of the RS-KD paper: Top-K and its partial remedies), the rules are:
+the missing mass (RS-KD paper, section 3), the target of each rule is:
 
-    drop           t is left as it is, whatever its mass
+    drop           t, unchanged
     renormalise    t / sum t
     smooth         t_j + m / V on every id j
-    ghost          one more class, "none of the stored ids": m against the student's mass M there,
-                   so the gradient is s - t on stored ids and s (1 - m / M) on all others
-    ground_truth   t, and m on the label
+    ghost          t, and mass m on one more class, the union of all other ids; with M the student's
+                   mass on them, the gradient is s - t on stored ids and s (1 - m / M) on the others
+    ground_truth   t, and mass m on the label
 
 The cost is a few [N, K] temporaries.
 """
@@ -24,16 +24,16 @@ from sparselogits.losses.criterion import MissingMass
 
 
 class RowTargets(NamedTuple):
-    """Hold the targets of N rows, in the dtype that the loss computes in.
+    """Targets of N rows, in the accumulation dtype of the loss.
 
     Attributes:
         ids: int64 [N, E].
-        weights: [N, E]; 0 marks padding. The last column may hold the label (ground_truth).
-        row_weight: [N]; 0 where a row adds nothing (ignored label or position weight 0).
-        mass: [N], total mass of the target, including what a rule has added.
-        label: int64 [N], 0 where ignored; None without labels.
-        ghost: [N], mass of the ghost class; None without one.
-        spread: [N], mass added to every id of the vocabulary; None without smoothing.
+        weights: [N, E]; 0 for padding. With "ground_truth" the last column is the label's.
+        row_weight: [N]; 0 for rows excluded from the loss (ignored label or position weight 0).
+        mass: total mass of the target after the missing-mass rule, [N].
+        label: int64 [N], 0 for ignored rows; None without labels.
+        ghost: mass of the ghost class, [N]; None without one.
+        spread: mass added to every id of the vocabulary, [N]; None without smoothing.
     """
 
     ids: Tensor
@@ -45,12 +45,12 @@ class RowTargets(NamedTuple):
     spread: Tensor | None = None
 
     def rows(self, rows: slice) -> RowTargets:
-        """Return a contiguous run of rows, as views."""
+        """Return the targets of some rows, as views."""
         return RowTargets._make(None if t is None else t[rows] for t in self)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that losses and sums are computed in: float64 for float64, else float32."""
+    """Return the dtype of losses and sums: float64 for float64 input, float32 for any other."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -62,20 +62,20 @@ def place_missing_mass(
     rule: MissingMass,
     vocab_size: int,
 ) -> RowTargets:
-    """Apply one of the rules of the module's docstring.
+    """Apply a missing-mass rule.
 
     Args:
         ids: int64 [N, K]; padding has weight 0 and any valid id.
         weights: float [N, K].
-        row_weight: [N], in the dtype to compute in.
-        label: int64 [N] or None; "ground_truth" needs labels.
-        rule: the rule.
-        vocab_size: V, the student's vocabulary size.
+        row_weight: [N], in the accumulation dtype.
+        label: int64 [N]; None without labels, which "ground_truth" requires.
+        rule: name of the rule.
+        vocab_size: vocabulary size V of the student.
 
     Returns:
         Targets in the dtype of `row_weight`.
     """
-    # Rows that do not count may hold anything: their weights become 0, their ids stay.
+    # Excluded rows may contain NaN: their weights are set to 0.
     weights = torch.where((row_weight != 0)[:, None], weights.to(row_weight.dtype), 0.0)
     mass = weights.sum(1)
     if rule == "drop":

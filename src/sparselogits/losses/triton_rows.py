@@ -1,19 +1,19 @@
-"""Compute the loss of a chunk of rows by one Triton kernel: `rows.py` fused, for CUDA.
+"""Compute the loss of a chunk of rows by one Triton kernel, which fuses `rows.py` for CUDA.
 
-Two reads and one write of the chunk, compared with about ten in torch operations. The matrix
-products around it remain cuBLAS's.
+The kernel reads the chunk twice and writes it once; torch operations access it about ten times. The
+matrix products are still computed by cuBLAS.
 
-One program computes one row. It reads the logits of the stored ids, runs once over the row for
-maximum and sums (online), once more to write the gradient, and writes the entries of the stored ids
-last, with their sparse corrections held in registers: no atomics, one rounding, the same bits every
-time.
+One program computes one row. It reads the logits of the stored ids, passes over the row once for
+maximum and sums (online softmax) and once more to write the gradient, and writes the entries at the
+stored ids last, with sparse corrections from registers. Without atomics and with one rounding per
+entry, results are bitwise reproducible.
 
-Computes in float32; float64 needs "chunked". Also runs under Triton's interpreter on a CPU
-(TRITON_INTERPRET=1), slowly.
+The kernel computes in float32; for float64 use "chunked". It also runs in Triton's interpreter on a
+CPU (TRITON_INTERPRET=1), slowly.
 """
 
-# Triton reads the source of the kernel's functions: their arguments cannot be annotated, constants
-# are upper case, and only names that Triton knows may be used.
+# Triton parses the source of the kernel's functions: arguments cannot be annotated, constants are
+# upper case, and only names known to Triton may be used.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: N803
 
@@ -33,22 +33,22 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise MissingDependencyError(
-        "impl='triton' needs the package triton, which is not installed: pip install "
+        "impl='triton' requires the package triton, which is not installed: pip install "
         "'sparselogits[triton]', or use impl='chunked'"
     ) from error
 
 
 @dataclass(frozen=True)
 class TritonLosses:
-    """Compute the losses of sparse targets: `chunked.ChunkLosses`, one kernel launch per chunk.
+    """Losses of sparse targets with one kernel launch per chunk, as `chunked.ChunkLosses`.
 
     Args:
         targets: targets of all N rows, float32.
-        criterion: the options.
-        with_ce: whether to compute the label's part.
+        criterion: options of the loss.
+        with_ce: whether to compute ce.
 
     Raises:
-        InvalidArgumentError: If the targets are float64, which float64 input makes them.
+        InvalidArgumentError: the targets are float64, because the input is.
     """
 
     targets: RowTargets
@@ -64,7 +64,7 @@ class TritonLosses:
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted sums of some rows; see `chunked.ChunkLosses`."""
+        """Compute the weighted loss sums of some rows; see `chunked.ChunkLosses`."""
         t, c = self.targets.rows(rows), self.criterion
         kd, ce = torch.empty_like(t.row_weight), torch.zeros_like(t.row_weight)
         ids, weights = t.ids.contiguous(), t.weights.contiguous()
@@ -100,7 +100,7 @@ class TritonLosses:
 
 
 def _constants(t: RowTargets, c: Criterion, with_ce: bool, with_grad: bool) -> dict[str, bool]:
-    """Return the constants that the kernel is specialised on."""
+    """Return the compile-time constants of the kernel."""
     return {
         "WITH_GRAD": with_grad,
         "WITH_CE": with_ce,
@@ -113,6 +113,7 @@ def _constants(t: RowTargets, c: Criterion, with_ce: bool, with_grad: bool) -> d
 
 @triton.jit
 def _transform(a, scale, cap, HAS_CAP: tl.constexpr):
+    """Return the raw logit a after scale and softcap."""
     z = a * scale
     if HAS_CAP:
         shrunk = tl.exp(-2.0 * tl.abs(z / cap))
@@ -123,7 +124,7 @@ def _transform(a, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _slope(z, scale, cap, HAS_CAP: tl.constexpr):
-    """Return dz/da at the transformed logit z."""
+    """Return the derivative dz/da at the transformed logit z."""
     slope = scale
     if HAS_CAP:
         slope = scale * (1.0 - (z / cap) * (z / cap))
@@ -160,10 +161,10 @@ def row_loss_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Compute the losses of one row, and its gradient in place of its logits or in a buffer.
+    """Compute the losses of one row, and write its gradient over its logits or to a buffer.
 
-    Names as in `rows.py`. A name that ends in 1 belongs to the label's softmax at temperature 1,
-    where the target's softmax has another temperature.
+    Names are those of `rows.py`. Names that end in 1 belong to the label's softmax at temperature 1
+    if the target's softmax has another temperature.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
@@ -184,12 +185,12 @@ def row_loss_kernel(
         label = tl.load(label_ptr + row)
         raw_label = tl.load(logits_ptr + label).to(tl.float32)
         label_value = _transform(raw_label, scale, cap, HAS_CAP)
-    if HAS_GHOST:  # mask the stored ids in the row
+    if HAS_GHOST:  # exclude the stored ids from the pass over the row
         tl.debug_barrier()
         tl.store(logits_ptr + ids, tl.full((BLOCK_E,), -infinity, tl.float32), mask=stored)
         tl.debug_barrier()
 
-    # one run over the row: maximum and sums, rescaled when the maximum grows
+    # one pass over the row: maximum and sums, which are rescaled when the maximum increases
     pivot = -infinity
     rest = 0.0
     rest1 = 0.0
@@ -199,10 +200,10 @@ def row_loss_kernel(
         inside = column < V
         a = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
         z = tl.where(inside, _transform(a, scale, cap, HAS_CAP), -infinity)
-        if HAS_GHOST:  # masked ids stay masked, though the cap would make them -cap
+        if HAS_GHOST:  # ids stay excluded, although the softcap maps -inf to -cap
             z = tl.where(a == -infinity, -infinity, z)
         higher = tl.maximum(pivot, tl.max(z, 0))
-        base = tl.where(higher == -infinity, 0.0, higher)  # all -inf so far: avoid inf - inf
+        base = tl.where(higher == -infinity, 0.0, higher)  # avoids inf - inf
         drop = tl.where(pivot == -infinity, 0.0, pivot - base)
         rest = rest * tl.exp(drop * cold) + tl.sum(tl.exp((z - base) * cold), 0)
         if TWO_TEMPERATURES:
@@ -249,7 +250,7 @@ def row_loss_kernel(
         kd_weight = (1.0 - alpha) * cold * weight
         ce_weight = alpha * weight
         push = kd_weight * mass  # factor of s at the target's temperature
-        push1 = 0.0  # factor of s at temperature 1, where that differs
+        push1 = 0.0  # factor of s at temperature 1, if the target's is another
         if WITH_CE:
             if TWO_TEMPERATURES:
                 push1 = ce_weight
@@ -262,7 +263,7 @@ def row_loss_kernel(
         if TWO_TEMPERATURES:
             share1 = push1 * tl.exp(pivot - top) / whole_sum1
 
-        # entries at stored ids, and at the label where it is not stored
+        # gradient at the stored ids
         at_stored = push * tl.exp(values * cold) / whole_sum - kd_weight * spread
         for other in range(0, E):
             other_id = tl.load(ids_ptr + row * E + other)
@@ -279,7 +280,7 @@ def row_loss_kernel(
             inside = column < V
             a = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
             z = _transform(a, scale, cap, HAS_CAP)
-            # with a ghost class, wrong at the stored ids, which are written below
+            # with a ghost class, wrong at the stored ids, which are overwritten below
             g = share * tl.exp((z - pivot) * cold) - kd_weight * spread
             if TWO_TEMPERATURES:
                 g += share1 * tl.exp(z - pivot)

@@ -1,7 +1,7 @@
-"""Define the bounds of every size and value in a cache, as docs/format.md states them.
+"""Define the bounds of all sizes and values in a cache, as specified in docs/format.md.
 
-Caches are untrusted files. A size is compared with its bound before anything of that size is
-allocated, and a value before a student is trained on it.
+Caches are untrusted files: sizes are validated before memory of that size is allocated, and values
+before a student is trained on them.
 """
 
 from __future__ import annotations
@@ -20,71 +20,93 @@ LARGEST_CACHE_JSON = 1 << 20
 """Largest size of cache.json in bytes."""
 
 LARGEST_VOCABULARY = 1 << 24
+"""Largest vocabulary size."""
+
 LONGEST_WINDOW = 1 << 20
+"""Largest number of tokens per window."""
+
 MOST_ROUNDS = (1 << 20) - 1
+"""Largest number of rounds per position."""
+
 LEAST_TAU = 2.0**-20
+"""Smallest tau of threshold sampling."""
 
 LARGEST_WINDOW = 1 << 24
-"""Largest number of entries of a window."""
+"""Largest number of entries per window."""
 
 FREE_ENTRIES = 1 << 20
-ENTRIES_PER_BYTE = 16
-"""Largest number of entries of windows decoded together: a constant, and more per byte of blocks.
+"""Number of entries that windows decoded together may have for any size of their blocks.
 
-Real targets take 8 bits per entry or more. Constant targets (an untrained teacher, all of whose
-tokens are equally likely) take almost none, hence the constant.
+Constant targets (of an untrained teacher, whose tokens are all equally likely) take almost no bits.
 """
 
+ENTRIES_PER_BYTE = 16
+"""Largest number of entries per byte of blocks, beyond FREE_ENTRIES; usual targets have one."""
+
 LARGEST_LOSS = 1e6
+"""Largest mean loss of the teacher on a window, in nats."""
 
 
 class DamageError(ValueError):
-    """Raised for bytes that no writer of shards makes; the message says why, the caller where."""
+    """Error for bytes that no valid shard contains; the caller adds the file and row."""
 
 
 def entries_bound(block_bytes: int) -> int:
-    """Return the largest number of entries that blocks of so many bytes may decode to."""
+    """Return the largest number of entries of windows decoded together.
+
+    Args:
+        block_bytes: size of their blocks in bytes.
+    """
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
 
 def description_bound(file_bytes: int) -> int:
-    """Return the largest size in bytes of the JSON in the footer of a file."""
+    """Return the largest size in bytes of the JSON description in a shard's footer.
+
+    Args:
+        file_bytes: size of the shard in bytes.
+    """
     return (1 << 18) + file_bytes // 8
 
 
 def footer_bound(groups: int, description: int) -> int:
-    """Return the largest size in bytes of a footer: its JSON and the description of row groups."""
+    """Return the largest size in bytes of a shard's footer.
+
+    Args:
+        groups: number of row groups.
+        description: size in bytes of the JSON description.
+    """
     return (1 << 14) + (1 << 11) * groups + description
 
 
 def mass_bound(sampler: Mapping[str, Any], weights: str, vocab_size: int) -> float:
-    """Return the largest sum of the weights of a position, which also bounds a single weight.
+    """Return the largest sum of a position's weights, which also bounds each weight.
 
     Args:
         sampler: name and parameters of the sampler, from the identity.
-        weights: kind of the weights.
-        vocab_size: V.
+        weights: kind of the weights; see `sparselogits.samplers.Stored`.
+        vocab_size: vocabulary size, V.
     """
     if weights == COUNTS:
         return 1 + ROUNDING
     if weights == THRESHOLD:
-        # heavy entries are probabilities; the others weigh tau, and as many as fit in the rest
+        # heavy entries are probabilities; the systematically drawn light entries sum to at most 1
         return 2 + ROUNDING
     try:
         return from_parameters(sampler).most_mass(vocab_size)
-    except InvalidArgumentError:  # of a package that is not installed here, or damaged
+    except InvalidArgumentError:  # the sampler's package is not installed, or the name is damaged
         return float(vocab_size) ** 4
 
 
 def require_bounds(identity: Identity, where: str) -> None:
-    """Validate the sizes that an identity states.
+    """Validate the sizes in an identity.
 
     Args:
         identity: identity of a cache, read from its cache.json or about to be written.
-        where: the cache, for messages.
+        where: description of the cache, for messages.
 
     Raises:
-        CacheError: names the field, its value and its bounds.
+        CacheError: a field is out of bounds; the message has its name, value and bounds.
     """
     codec, sampler = identity.codec, identity.sampler
     for name, value, least, most in (
@@ -101,21 +123,22 @@ def require_bounds(identity: Identity, where: str) -> None:
             least <= value <= most
         ):
             raise CacheError(
-                f"{where}: {name} is {shown(value)}, where {'a whole' if whole else 'a'} number "
-                f"from {least:,} to {most:,} is expected. The cache was not written by this "
-                "library, or was damaged: restore cache.json from a copy"
+                f"{where}: {name} is {shown(value)}, expected {'a whole' if whole else 'a'} number "
+                f"from {least:,} to {most:,}. cache.json is damaged or was not written by this "
+                "library: restore it from a copy"
             )
     _require_packing(identity, where)
     for name in ("rounds", "tau"):
         if name in sampler and name in codec and sampler[name] != codec[name]:
             raise CacheError(
-                f"{where}: its sampler has {name} {shown(sampler[name])}, its codec "
-                f"{shown(codec[name])}; the two are equal in every cache that this library "
-                "writes: restore cache.json from a copy"
+                f"{where}: the sampler has {name} {shown(sampler[name])} but the codec has "
+                f"{shown(codec[name])}; expected equal values. cache.json is damaged or was not "
+                "written by this library: restore it from a copy"
             )
 
 
 def _require_packing(identity: Identity, where: str) -> None:
+    """Validate the packing of an identity. Raises CacheError."""
     packing, largest = identity.packing, identity.vocab_size - 1
     sound = {
         "window_length": packing.get("window_length", identity.window_length)
@@ -135,6 +158,7 @@ def _require_packing(identity: Identity, where: str) -> None:
 
 
 def _is_number(value: object) -> bool:
+    """Return whether a value is an integer or a finite float, and not a bool."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -1,15 +1,15 @@
-"""A cache on disk: an identity and shards of windows, which never change once written.
+"""Create, read and extend caches: folders with an identity and immutable shards of windows.
 
     CACHE/
       cache.json      the identity (canonical JSON) and its fingerprint
-      README.md       a dataset card, so that the folder can be pushed to a hub as it is
+      README.md       a dataset card, for hubs to which the folder is pushed
       shards/windows-000000000000-000000000512.parquet ...
 
-CACHE is a folder of this machine or a prefix of an object store (storage/location.py).
+CACHE is a local folder or a prefix of an object store (storage/location.py).
 
-There is no index and no consolidation: the list of shards is a listing of the folder, and a shard
-that exists is complete. Any number of processes may write to a cache and read from it at once.
-A reader keeps a few shards open and one row group of each in memory, whatever the size.
+A cache has no index file: the list of shards is the listing of a folder, and an existing shard is
+complete. Any number of processes may write and read a cache concurrently. A reader keeps a few
+shards open and one row group of each in memory, for caches of any size.
 """
 
 from __future__ import annotations
@@ -47,13 +47,26 @@ from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import parse_json
 
 CACHE_JSON = "cache.json"
+"""Name of the file with the identity."""
+
 OPEN_SHARDS = 8
+"""Number of shards that a cache keeps open."""
 
 
 class Cache:
-    """An open cache; `Cache.create` and `Cache.open` make one.
+    """An open cache, which `Cache.create` and `Cache.open` return.
 
-    Forked and spawned processes may read from one object; each thread needs its own.
+    Forked and spawned processes may share an object; each thread needs a separate one.
+
+    Args:
+        storage: storage of the cache.
+        identity: identity of the cache, which must be valid.
+
+    Examples:
+        >>> cache = Cache.open("my-cache")
+        >>> record = cache.read(0)
+        >>> len(record.tokens) == cache.identity.window_length
+        True
     """
 
     def __init__(self, storage: Storage, identity: Identity) -> None:
@@ -67,17 +80,18 @@ class Cache:
 
     @classmethod
     def create(cls, root: Location | Storage, identity: Identity) -> Cache:
-        """Create a cache, or open the one that is there if its identity is the same.
+        """Create a cache, or open an existing cache with the same identity.
 
         Args:
-            root: folder or URL, or a storage.
+            root: folder, URL or storage.
             identity: identity of the cache.
 
         Raises:
-            IdentityMismatchError: the cache that is there has another identity.
-            CacheError: the folder cannot be written.
+            IdentityMismatchError: the existing cache has another identity.
+            CacheError: a size in the identity is out of bounds.
+            StorageError: the folder or URL cannot be written.
         """
-        require_bounds(identity, f"the cache to be made at {root}")
+        require_bounds(identity, f"the new cache at {root}")
         storage = storage_at(root)
         storage.clean("")
         storage.clean(SHARDS)
@@ -92,62 +106,68 @@ class Cache:
 
     @classmethod
     def open(cls, root: Location | Storage) -> Cache:
-        """Open the cache in a folder or at a URL.
+        """Open an existing cache.
+
+        Args:
+            root: folder, URL or storage.
 
         Raises:
-            CacheError: there is no cache, or one of another format version.
-            CacheCorruptionError: its cache.json is damaged.
-            StorageError: the cache cannot be reached.
+            CacheError: there is no cache, or its format or codec version is unknown.
+            CacheCorruptionError: cache.json is damaged.
+            StorageError: the folder or URL cannot be reached.
         """
         storage = storage_at(root)
         return cls(storage, read_identity(storage))
 
     @staticmethod
     def exists(root: Location | Storage) -> bool:
-        """Return whether there is a cache. Raises StorageError."""
+        """Return whether a folder, URL or storage contains a cache.
+
+        Raises:
+            StorageError: the folder or URL cannot be reached.
+        """
         try:
             return storage_at(root).size(CACHE_JSON) > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the shard of a range exists now; one request, not a listing."""
+        """Return whether the shard of a range of windows exists; one request, without a listing."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:
             return False
 
     def finished(self) -> list[Range]:
-        """List the shards anew; return their ranges (start, stop), sorted."""
+        """List the shards again, and return their sorted ranges (start, stop)."""
         self._ranges = listed_ranges(self.storage.names(SHARDS))
         self._before = list(accumulate((stop - start for start, stop in self._ranges), initial=0))
         return list(self._ranges)
 
     @property
     def ranges(self) -> list[Range]:
-        """Sorted ranges (start, stop) of the shards, as of the last listing."""
+        """Sorted ranges (start, stop) of the shards at the time of the last listing."""
         return list(self._listed())
 
     def commit(self, records: Sequence[WindowRecord], provenance: Mapping[str, Any]) -> Location:
-        """Write one shard, whole or not at all.
+        """Write a shard atomically.
 
-        Real-valued weights are rounded as the codec says (`TargetCodec.rounded`).
-
-        If another worker has written the same range before, its file stays: the two hold the same
+        Real-valued weights are rounded according to the codec (`TargetCodec.rounded`). If another
+        worker has already written the same range, its shard is kept, because it contains the same
         targets.
 
         Args:
             records: records of consecutive windows, at least one.
-            provenance: JSON values that say how the windows were computed: fingerprint of the text,
-                versions, device, threads, batch size.
+            provenance: JSON values that describe how the windows were computed: fingerprint of the
+                text, versions, device, threads, batch size.
 
         Returns:
             Path or URL of the shard.
 
         Raises:
-            InvalidTargetsError: records that do not fit the identity or each other.
-            CacheError: the disk is full or read-only, or the object store cannot be reached.
-            CacheCorruptionError: the shard does not read back as it was written.
+            InvalidTargetsError: a record does not match the identity or the other records.
+            StorageError: the shard cannot be written, for example because the disk is full.
+            CacheCorruptionError: the bytes read back differ from the bytes written.
         """
         self._require_consecutive(records)
         codec, seed = TargetCodec.of(self.identity), self.identity.seed
@@ -161,20 +181,32 @@ class Cache:
         return inside(self.root, name)
 
     def provenance(self, start: int) -> dict[str, Any]:
-        """Return the provenance of the shard that holds window `start`."""
+        """Return the provenance of the shard that contains a window.
+
+        Args:
+            start: index of the window in the corpus.
+
+        Raises:
+            CacheError: no shard contains the window.
+            CacheCorruptionError: the shard is damaged.
+        """
         return dict(self._shard(self._range_of(start)).description["provenance"])
 
     def recorded_tokenizer(self) -> object:
-        """Return the tokenizer that the first shard records; None if it records none."""
+        """Return the tokenizer's description in the first shard's provenance; None if absent."""
         return self.provenance(self.window_index(0)).get("tokenizer") if len(self) else None
 
     def __len__(self) -> int:
-        """Return the number of windows, as of the last listing."""
+        """Return the number of windows at the time of the last listing."""
         self._listed()
         return self._before[-1]
 
     def window_index(self, i: int) -> int:
-        """Return the index in the corpus of the i-th window of the cache."""
+        """Return the corpus index of the i-th window of the cache.
+
+        Raises:
+            IndexError: the cache has fewer windows.
+        """
         (start, _), row = self._locate(i)
         return start + row
 
@@ -183,7 +215,8 @@ class Cache:
 
         Raises:
             IndexError: the cache has fewer windows.
-            CacheCorruptionError: names the file, the row and what is wrong.
+            CacheCorruptionError: the shard is damaged; the message has the file and the row.
+            StorageError: the shard cannot be reached.
         """
         shard_range, row = self._locate(i)
         try:
@@ -192,17 +225,21 @@ class Cache:
             copies = self.storage if isinstance(self.storage, LocalCopy) else None
             if copies is None or not copies.forget(shard_name(*shard_range)):
                 raise
-            # the local copy was damaged or old; read again from where the cache is stored
+            # the copy was damaged or outdated; read the cache itself
             self._shards.pop(shard_range, None)
             return self._shard(shard_range).read(row)
 
     def statistics(self) -> CacheStatistics:
-        """Return the statistics of the cache, from the footers of its shards."""
+        """Compute the statistics of the cache from the footers of its shards.
+
+        Raises:
+            CacheCorruptionError: a shard is damaged.
+        """
         ranges = self.finished()
         totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
         sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
-        for found in ranges:
-            shard = self._open(found)  # one at a time: a footer in memory takes half a megabyte
+        for shard_range in ranges:
+            shard = self._open(shard_range)  # not kept open: each takes half a megabyte of memory
             for key in ("positions", "entries"):
                 totals[key] += shard.description[key]
             for key in sums:
@@ -224,53 +261,64 @@ class Cache:
         )
 
     def entries_per_position(self, shards: int = 4) -> float:
-        """Return the mean entries per position that carries a target, from some shards' footers."""
+        """Return the mean entries per position with a target, from the footers of some shards.
+
+        Args:
+            shards: largest number of shards to read.
+        """
         chosen = [self._shard(r).description for r in self.ranges[:shards]]
-        positions = sum(int(told["positions"]) for told in chosen)
-        return sum(int(told["entries"]) for told in chosen) / positions if positions else 0.0
+        positions = sum(int(found["positions"]) for found in chosen)
+        return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0
 
     def decode(self, row: Mapping[str, Any]) -> SparseTargets:
-        """Return the targets of a row that another tool read from one of the shards.
+        """Decode the targets of a row of one of the shards that was read by another tool.
 
         Args:
             row: columns of the row by name; see `Shard.decode_row`.
 
         Raises:
-            InvalidArgumentError: the row lacks columns.
-            CacheError: no shard of this cache holds its window.
-            CacheCorruptionError: the row differs from what was written.
+            InvalidArgumentError: a column is missing.
+            CacheError: no shard of this cache contains the window of the row.
+            CacheCorruptionError: the row differs from the row of the shard.
         """
         if "window_index" not in row:
             raise InvalidArgumentError(missing_columns(row))
         return self._shard(self._range_of(int(row["window_index"]))).decode_row(row)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for spawned workers, which open their own files."""
+        """Return the state without open shards, which a spawned process must open itself."""
         return self.__dict__ | {"_shards": OrderedDict()}
 
     def _listed(self) -> list[Range]:
+        """Return the sorted ranges of the shards; list them unless they are known."""
         if self._ranges is None:
             self.finished()
         assert self._ranges is not None
         return self._ranges
 
     def _locate(self, i: int) -> tuple[Range, int]:
+        """Return the shard and the row of the i-th window. Raises IndexError."""
         ranges, count = self._listed(), len(self)
         if not -count <= i < count:
-            raise IndexError(f"window {i} of a cache with {count} windows")
+            raise IndexError(f"window {i} is out of range for a cache of {count} windows")
         i %= count
-        place = bisect_right(self._before, i) - 1
-        return ranges[place], i - self._before[place]
+        index = bisect_right(self._before, i) - 1
+        return ranges[index], i - self._before[index]
 
     def _range_of(self, window: int) -> Range:
+        """Return the shard that contains a window of the corpus. Raises CacheError."""
         ranges = self._listed()
-        place = bisect_right(ranges, (window, float("inf"))) - 1
-        if place < 0 or not ranges[place][0] <= window < ranges[place][1]:
-            raise CacheError(f"no shard of {self.root} holds window {window}; build it first")
-        return ranges[place]
+        index = bisect_right(ranges, (window, float("inf"))) - 1
+        if index < 0 or not ranges[index][0] <= window < ranges[index][1]:
+            raise CacheError(
+                f"no shard of {self.root} contains window {window}; build this window first with "
+                "`sparselogits cache`"
+            )
+        return ranges[index]
 
     def _shard(self, shard_range: Range) -> Shard:
-        if self._process != os.getpid():  # a forked reader must not share open shards
+        """Return an open shard, and close the least recently used one if there are too many."""
+        if self._process != os.getpid():  # a forked process must not share open shards
             self._shards, self._process = OrderedDict(), os.getpid()
         shard = self._shards.pop(shard_range, None) or self._open(shard_range)
         self._shards[shard_range] = shard
@@ -279,55 +327,61 @@ class Cache:
         return shard
 
     def _open(self, shard_range: Range) -> Shard:
+        """Open a shard."""
         return Shard(self.storage, shard_name(*shard_range), self.identity)
 
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
+        """Validate records and that their windows are consecutive. Raises InvalidTargetsError."""
         if not records:
-            raise InvalidTargetsError("there are no records; a shard holds at least one window")
-        for place, record in enumerate(records):
+            raise InvalidTargetsError("found no records; a shard contains at least one window")
+        for index, record in enumerate(records, records[0].window_index):
             record.validate(self.identity.window_length)
-            if record.window_index != records[0].window_index + place:
+            if record.window_index != index:
                 raise InvalidTargetsError(
-                    f"window {record.window_index} found, window "
-                    f"{records[0].window_index + place} expected: the windows of a shard are "
-                    "consecutive"
+                    f"found window {record.window_index}, expected window {index}; pass the "
+                    "windows of a shard in order and without gaps"
                 )
 
     def _require_reads_back(self, name: str, data: bytes, records: Sequence[WindowRecord]) -> None:
+        """Validate that an encoded shard decodes to its records. Raises CacheCorruptionError."""
         shard = Shard(FilesInMemory({name: data}), name, self.identity)
         for row, record in enumerate(records):
             if not same_record(shard.read(row), record):
                 raise CacheCorruptionError(
                     f"{self.root}/{name}, row {row} (window {record.window_index}) does not decode "
-                    "to what was encoded. Nothing was written; please report this"
+                    "to the record that was encoded, and no shard was written. This is a bug of "
+                    "sparselogits or faulty memory; please report it"
                 )
 
 
 def read_identity(storage: ReadableFiles) -> Identity:
-    """Read the identity from cache.json.
+    """Read and validate the identity in cache.json.
+
+    Args:
+        storage: files of the cache.
 
     Raises:
-        CacheError: there is no cache.json.
+        CacheError: cache.json is missing, or its format or codec version is unknown.
         CacheCorruptionError: cache.json is damaged.
     """
     try:
-        # bounded without a request for the size
+        # reads a bounded number of bytes, without a request for the size
         raw = storage.read(CACHE_JSON, 0, LARGEST_CACHE_JSON + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(
             f"there is no cache at {storage.location}: it has no {CACHE_JSON}. Check the path, or "
-            "make a cache there with `sparselogits cache --out`"
+            "build a cache there with `sparselogits cache --out`"
         ) from error
     if len(raw) > LARGEST_CACHE_JSON:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON} has more than the {LARGEST_CACHE_JSON:,} bytes that "
-            "are expected at most: this library did not write it; restore it from a copy"
+            f"{storage.location}/{CACHE_JSON} has more than {LARGEST_CACHE_JSON:,} bytes, the "
+            "largest valid size; restore it from a copy"
         )
     try:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
-    except CacheError as error:
+    except CacheError as error:  # the message says what to do, but not where
         raise CacheError(f"{storage.location}/{CACHE_JSON}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(
@@ -336,8 +390,8 @@ def read_identity(storage: ReadableFiles) -> Identity:
         ) from error
     if not sound:
         raise CacheCorruptionError(
-            f"{storage.location}/{CACHE_JSON}: the identity does not match its fingerprint, so it "
-            "was edited or damaged; restore it from a copy"
+            f"{storage.location}/{CACHE_JSON} was edited or damaged: the identity does not match "
+            "its fingerprint. Restore the file from a copy"
         )
     require_bounds(identity, f"{storage.location}/{CACHE_JSON}")
     TargetCodec.of(identity)
@@ -345,9 +399,9 @@ def read_identity(storage: ReadableFiles) -> Identity:
 
 
 def same_record(a: WindowRecord, b: WindowRecord) -> bool:
-    """Return whether two records are equal bit for bit (loss and entropy in float32)."""
+    """Return whether two records are bitwise equal, with loss and entropy in float32."""
 
-    def figures(record: WindowRecord) -> list[Any]:
+    def arrays(record: WindowRecord) -> list[Any]:
         targets = record.targets
         return [
             record.tokens,
@@ -363,4 +417,4 @@ def same_record(a: WindowRecord, b: WindowRecord) -> bool:
     return (
         (a.window_index, a.targets.rounds, a.targets.vocab_size, a.mask is None)
         == (b.window_index, b.targets.rounds, b.targets.vocab_size, b.mask is None)
-    ) and all(np.array_equal(x, y) for x, y in zip(figures(a), figures(b), strict=True))
+    ) and all(np.array_equal(x, y) for x, y in zip(arrays(a), arrays(b), strict=True))

@@ -1,6 +1,6 @@
-"""Define ranges of windows, and the file names that contain them.
+"""Convert between ranges of windows and the file names of shards.
 
-A shard's name gives its windows, so the list of shards is a directory listing.
+The name of a shard contains its range, so the list of shards is a directory listing.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ from itertools import pairwise
 from sparselogits.errors import CacheError
 
 SHARDS = "shards"
+"""Folder of the shards in a cache."""
+
 _NAME = re.compile(r"windows-(\d{12,18})-(\d{12,18})\.parquet")
 
 Range = tuple[int, int]
-"""First window and one past the last."""
+"""Indices of the first window and of the window after the last one."""
 
 
 def shard_name(start: int, stop: int) -> str:
-    """Return the name, with its folder, of the shard of the windows [start, stop)."""
+    """Return the path of the shard of windows [start, stop), relative to the cache."""
     return f"{SHARDS}/windows-{start:012d}-{stop:012d}.parquet"
 
 
 def parse_shard_name(name: str) -> Range:
-    """Return the windows that a shard's name gives.
+    """Return the range of windows in the name of a shard.
+
+    Args:
+        name: file name or path.
 
     Raises:
-        ValueError: the name is not a shard's.
+        ValueError: the name is not the name of a shard.
     """
     match = _NAME.fullmatch(name.rpartition("/")[2])
     if match is None or not int(match[1]) < int(match[2]):
@@ -36,7 +41,10 @@ def parse_shard_name(name: str) -> Range:
 
 
 def listed_ranges(names: Iterable[str]) -> list[Range]:
-    """Return the ranges of the shards in a listing, in window order; other files are skipped.
+    """Return the ranges of the shards in a directory listing, in window order.
+
+    Args:
+        names: file names; names of other files are skipped.
 
     Raises:
         CacheError: two shards overlap.
@@ -46,14 +54,21 @@ def listed_ranges(names: Iterable[str]) -> list[Range]:
     for before, after in pairwise(ranges):
         if after[0] < before[1]:
             raise CacheError(
-                f"shards {shard_name(*before)} and {shard_name(*after)} overlap, as builds with "
-                "different shard boundaries write them; move one of the two away"
+                f"shards {shard_name(*before)} and {shard_name(*after)} overlap, expected disjoint "
+                "ranges; builds with different shard boundaries wrote to this cache. Move one of "
+                "the two files away"
             )
     return ranges
 
 
 def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[Range]:
-    """Return the runs of windows in [start, stop) that no shard holds."""
+    """Return the ranges of windows in [start, stop) that no shard contains.
+
+    Args:
+        present: ranges of the shards, sorted and disjoint.
+        stop: window after the last one.
+        start: first window.
+    """
     missing, at = [], start
     for first, last in present:
         if first > at:
@@ -65,7 +80,7 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Return at most `count` indices below `total`, evenly spaced and ascending.
+    """Return at most `count` indices in [0, total), evenly spaced and ascending.
 
     Examples:
         >>> spread(10, 5), spread(2, 5)

@@ -1,4 +1,4 @@
-"""The values that the store reads and writes: a window with its targets, and statistics."""
+"""Define the values that the store reads and writes: windows with targets, and statistics."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Bool: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class WindowRecord:
-    """One window of L tokens with the teacher's targets: a row of a shard.
+    """Window of L tokens with the teacher's targets: a row of a shard.
 
     Args:
         window_index: index of the window in the corpus, from 0.
         tokens: int32 [L].
-        document_starts: int32, ascending positions in the window at which a document starts (0
-            only if one starts there).
-        mask: bool [L], True where the position carries a target; None if all do.
-        targets: targets of L positions; positions masked out own no entries.
-        teacher_loss: mean negative log-likelihood of the true next tokens, in nats.
+        document_starts: int32, ascending positions at which a document starts; 0 is included only
+            if a document starts at the first token.
+        mask: bool [L], True for positions with a target; None if all positions have one.
+        targets: targets of L positions; masked positions have no entries.
+        teacher_loss: mean negative log-likelihood of the labels, in nats.
         teacher_entropy: mean entropy of the teacher's distribution, in nats.
     """
 
@@ -42,52 +42,55 @@ class WindowRecord:
     teacher_entropy: float
 
     def present(self) -> Bool:
-        """Return which positions carry a target, bool [L]."""
+        """Return whether each position has a target, bool [L]."""
         return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
 
     def validate(self, window_length: int) -> None:
-        """Validate that the parts fit each other and are within their bounds.
+        """Validate dtypes, shapes and bounds of the fields.
+
+        Args:
+            window_length: expected number of tokens, L.
 
         Raises:
-            InvalidTargetsError: names the window and the part.
+            InvalidTargetsError: a field is invalid; the message has the window and the field.
         """
         starts = self.document_starts
         for good, what in (
-            (self.tokens.dtype == np.int32, f"tokens are {self.tokens.dtype}, not int32"),
+            (self.tokens.dtype == np.int32, f"tokens are {self.tokens.dtype}, expected int32"),
             (
                 self.tokens.shape == (window_length,),
-                f"tokens have shape {self.tokens.shape}, not ({window_length},)",
+                f"tokens have shape {self.tokens.shape}, expected ({window_length},)",
             ),
-            (starts.dtype == np.int32, f"document_starts are {starts.dtype}, not int32"),
+            (starts.dtype == np.int32, f"document_starts are {starts.dtype}, expected int32"),
             (
                 starts.ndim == 1
                 and bool((starts[1:] > starts[:-1]).all())
                 and bool(((starts >= 0) & (starts < window_length)).all()),
-                "document_starts do not ascend within the window",
+                f"document_starts are not ascending positions in [0, {window_length})",
             ),
             (
                 self.mask is None
                 or (self.mask.dtype == np.bool_ and self.mask.shape == (window_length,)),
-                f"mask is not bool [{window_length}]",
+                f"mask is not a bool array of shape ({window_length},)",
             ),
             (
                 len(self.targets) == window_length,
-                f"targets have {len(self.targets)} positions, not {window_length}",
+                f"targets have {len(self.targets)} positions, expected {window_length}",
             ),
             (
                 len(self.tokens) == 0
                 or 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < self.targets.vocab_size,
-                f"tokens do not lie in the vocabulary of {self.targets.vocab_size} ids",
+                f"tokens are not all in the vocabulary of {self.targets.vocab_size} ids",
             ),
             (
                 -ROUNDING <= self.teacher_loss <= LARGEST_LOSS,
                 f"the teacher's loss is {self.teacher_loss}, expected 0 to {LARGEST_LOSS:g} nats. "
-                "The text may hold a token that the teacher cannot predict",
+                "The text may contain a token to which the teacher assigns probability 0",
             ),
             (
                 -ROUNDING <= self.teacher_entropy <= math.log(self.targets.vocab_size) + 0.01,
-                f"the teacher's entropy is {self.teacher_entropy}, which no distribution over "
-                f"{self.targets.vocab_size} ids has",
+                f"the teacher's entropy is {self.teacher_entropy} nats, expected 0 to "
+                f"log({self.targets.vocab_size})",
             ),
         ):
             if not good:
@@ -96,18 +99,18 @@ class WindowRecord:
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Statistics of a cache, summed from the footers of its shards.
+    """Statistics of a cache, computed from the footers of its shards.
 
     Args:
-        shards: number of files.
-        windows: number of rows.
-        tokens: number of positions, with a target or without.
-        positions: number of positions that carry a target.
-        entries: number of stored ids.
-        bytes_on_disk: size of all shard files.
-        text_bytes: size of the tokens of the text in them.
-        mean_teacher_loss: mean over windows, nats.
-        mean_teacher_entropy: mean over windows, nats.
+        shards: number of shards.
+        windows: number of windows.
+        tokens: number of positions with or without a target.
+        positions: number of positions with a target.
+        entries: number of stored entries.
+        bytes_on_disk: size of all shards in bytes.
+        text_bytes: size in bytes of the tokens in the shards.
+        mean_teacher_loss: loss of the teacher in nats, averaged over windows.
+        mean_teacher_entropy: entropy of the teacher in nats, averaged over windows.
     """
 
     shards: int
@@ -122,15 +125,15 @@ class CacheStatistics:
 
     @property
     def bits_per_entry(self) -> float:
-        """Bits on disk per entry; everything counts but the tokens of the text."""
+        """Bits on disk per entry, without the tokens of the text."""
         return 8 * (self.bytes_on_disk - self.text_bytes) / self.entries if self.entries else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes on disk per position, with the tokens of the text."""
+        """Bytes on disk per position, including the tokens of the text."""
         return self.bytes_on_disk / self.tokens if self.tokens else 0.0
 
     @property
     def entries_per_position(self) -> float:
-        """Mean entries per position that carries a target."""
+        """Mean entries per position with a target."""
         return self.entries / self.positions if self.positions else 0.0

@@ -1,11 +1,11 @@
-"""The texts of a cache: which text each run of windows was cut from.
+"""Record which text each range of a cache's windows comes from.
 
-    CACHE/texts/windows-000000000000.json    the text whose windows begin there
+    CACHE/texts/windows-000000000000.json    the text whose first window has this index
 
-The identity of a cache leaves the text out, so that more can be appended. Without more, shards of
-two texts would look like one cache. So a text is claimed before its first shard is written: its
-file is created exclusively, under the number of its first window, and read back. Each shard stores
-the same values in its provenance, and `verify` compares the two.
+The identity of a cache does not include the text, so that text can be appended. To prevent a cache
+from mixing shards of different texts, a text is claimed before its first shard is written: its file
+is created exclusively, named by the index of its first window, and read back. Each shard has the
+same values in its provenance, and `verify` compares the two.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from sparselogits.store.storage.interface import Storage
 from sparselogits.untrusted import parse_json, shown
 
 TEXTS = "texts"
-_LARGEST = 1 << 12
+"""Folder of the files that claim texts."""
+
+_LARGEST = 1 << 12  # bytes of such a file
 
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A text, and the windows of a cache that are cut from it.
+    """A text and the range of windows that come from it.
 
     Args:
-        fingerprint: sha256, in hex, of the text and of how it was read.
-        first_window: number of the first window in the cache.
-        windows: number of windows; None if not known before the text is read to its end.
+        fingerprint: sha256, in hex, of the text and of the settings by which it was read.
+        first_window: index of the first window in the cache.
+        windows: number of windows; None if it is unknown until the text has been read.
     """
 
     fingerprint: str
@@ -39,15 +41,15 @@ class TextSpan:
     windows: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, as written to `texts/` and to a shard's provenance."""
+        """Return the JSON values that are written to `texts/` and to a shard's provenance."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: object) -> TextSpan:
-        """Make a span from the values that `to_json` returned.
+        """Create a span from the values that `to_json` returned.
 
         Raises:
-            ValueError: other values.
+            ValueError: the values do not describe a span.
         """
         match value:
             case {"fingerprint": str(fingerprint), "first_window": int(first), "windows": windows}:
@@ -57,12 +59,12 @@ class TextSpan:
         raise ValueError(f"{shown(value)} does not describe a text")
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the text contains a range of windows."""
+        """Return whether all windows of a range come from the text."""
         start, stop = windows
         return self.first_window <= start and (self.windows is None or stop <= self._stop)
 
     def overlaps(self, other: TextSpan) -> bool:
-        """Return whether two texts claim a common window."""
+        """Return whether two texts claim the same window."""
         return self.first_window < other._stop and other.first_window < self._stop
 
     def __str__(self) -> str:
@@ -71,25 +73,30 @@ class TextSpan:
 
     @property
     def _stop(self) -> float:
+        """Index of the window after the last one; infinite if unknown."""
         return float("inf") if self.windows is None else self.first_window + self.windows
 
 
 def named_texts(storage: Storage) -> list[TextSpan]:
-    """Return the texts that a cache names, in order; older versions wrote none.
+    """Return the texts that a cache records, in order; old versions recorded none.
 
     Raises:
-        CacheCorruptionError: a file of `texts/` is damaged.
+        CacheCorruptionError: a file in `texts/` is damaged.
         StorageError: the cache cannot be reached.
     """
     return [_read(storage, _file(name)) for name in storage.names(TEXTS) if name.endswith(".json")]
 
 
 def claim_text(storage: Storage, text: TextSpan) -> None:
-    """Name a text of a cache, unless it is named already.
+    """Record a text in a cache, unless the cache records it already.
+
+    Args:
+        storage: storage of the cache.
+        text: text to record.
 
     Raises:
-        IdentityMismatchError: another text is named for the same windows.
-        CacheCorruptionError: a file of `texts/` is damaged.
+        IdentityMismatchError: the cache records another text for the same windows.
+        CacheCorruptionError: a file in `texts/` is damaged.
         StorageError: the cache cannot be reached or written.
     """
     storage.clean(TEXTS)
@@ -98,16 +105,16 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
             raise _mismatch(storage, other, text)
     name = _file(f"windows-{text.first_window:012d}.json")
     storage.create(name, canonical_json(text.to_json()) + b"\n")
-    made = _read(storage, name)  # another process may have been first
-    if made != text:
-        raise _mismatch(storage, made, text)
+    recorded = _read(storage, name)  # by this process, or by another that was faster
+    if recorded != text:
+        raise _mismatch(storage, recorded, text)
 
 
 class TextCheck:
-    """Compares the texts that shards name with those of the cache, and with each other.
+    """Comparison of the texts in shards' provenance with those of the cache, and with each other.
 
     Args:
-        named: texts that the cache names; see `named_texts`.
+        named: texts that the cache records; see `named_texts`.
     """
 
     def __init__(self, named: Iterable[TextSpan]) -> None:
@@ -116,61 +123,66 @@ class TextCheck:
 
     @property
     def texts(self) -> list[TextSpan]:
-        """The named texts, or without any those of the shards that were checked, in order."""
+        """Texts that the cache records, or if there are none, the texts of all validated shards."""
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
-        """Validate the text that a shard names.
+        """Validate the text of a shard.
 
         Args:
             windows: range of the shard.
-            provenance: provenance of the shard; older versions wrote no text to it.
+            provenance: provenance of the shard, in which old versions recorded no text.
 
         Raises:
-            ValueError: the cache does not name the text, or the text does not contain the windows.
+            ValueError: the cache does not record the text, the windows do not come from it, or it
+                overlaps the text of another shard.
         """
         if "text" not in provenance:
             return
         text = TextSpan.from_json(provenance["text"])
         if not text.holds(windows):
-            raise ValueError(f"its windows {windows[0]}:{windows[1]} are not in its {text}")
+            raise ValueError(f"windows {windows[0]}:{windows[1]} are not in the shard's {text}")
         if self._closed and text not in self._known.values():
-            raise ValueError(f"it was made from {text}, which the cache does not name")
+            raise ValueError(f"the shard was built from {text}, which the cache does not record")
         self.add(text)
 
     def add(self, text: TextSpan) -> None:
-        """Add a text.
+        """Add a text to those that shards may come from.
 
         Raises:
-            ValueError: another text claims some of its windows.
+            ValueError: another text claims some of the same windows.
         """
         other = next((t for t in self._known.values() if t != text and t.overlaps(text)), None)
         if other is not None:
-            raise ValueError(f"it was made from {text}, other shards from {other}")
+            raise ValueError(f"the shard was built from {text}, but other shards from {other}")
         self._known[text.first_window] = text
 
 
 def _file(name: str) -> str:
+    """Return the path of a file in `texts/`, relative to the cache."""
     return f"{TEXTS}/{name}"
 
 
 def _read(storage: Storage, name: str) -> TextSpan:
+    """Read a file in `texts/`. Raises CacheCorruptionError."""
     try:
         return TextSpan.from_json(parse_json(storage.read(name, 0, _LARGEST)))
     except FileNotFoundError as error:
         raise CacheCorruptionError(
-            f"{storage.location}/{name} was removed while the cache was read; start again"
+            f"{storage.location}/{name} was removed while the cache was read; start the same "
+            "command again"
         ) from error
     except ValueError as error:
         raise CacheCorruptionError(
             f"{storage.location}/{name} is damaged ({error}); restore it from a copy, or delete "
-            "it: the next build names the text again"
+            "it, and the next build records the text again"
         ) from error
 
 
 def _mismatch(storage: Storage, there: TextSpan, here: TextSpan) -> IdentityMismatchError:
+    """Return the error for a build of another text than the cache records."""
     return IdentityMismatchError(
-        f"the cache at {storage.location} was begun with other text: it names {there}, this "
-        f"build has {here}. Give that text to go on, append this text to the cache, or choose "
-        "another output directory"
+        f"the cache at {storage.location} was begun with other text: it records {there}, this "
+        f"build has {here}. Continue with the recorded text, append this text to the cache, or "
+        "choose another output directory"
     )

@@ -1,4 +1,4 @@
-"""The coding of targets: the windows of a shard as blocks of bytes, and back."""
+"""Encode the targets of windows as blocks of bytes, and decode them."""
 
 from sparselogits.store.codec.decoder import BlockDecoder
 from sparselogits.store.codec.target_codec import TargetCodec, TargetWindow, codec_for

@@ -1,9 +1,9 @@
-"""Columns of small numbers: one array per window, entropy-coded with tables that a shard shares.
+"""Encode columns of numbers, one array per window, with coding tables shared by a shard.
 
-The coder is pcodec's wrapped format. Its tables ("chunk metadata": bins, their frequencies, their
-offset bits) cost some hundred bytes, shared by the windows of a shard; the page of each window
-decodes by itself. A page does not state how many numbers it holds: the caller does, which bounds
-what a damaged or forged page can allocate.
+The coder is the wrapped format of pcodec. Its tables ("chunk metadata": bins, their frequencies and
+offset bits) take some hundred bytes and are shared by the windows of a shard; the page of each
+window is decoded independently. A page does not contain its number of values, which the caller
+passes, so that a damaged or forged page cannot allocate more.
 """
 
 from __future__ import annotations
@@ -20,21 +20,30 @@ from sparselogits.store.bounds import DamageError
 from sparselogits.store.codec.lists import Array
 
 _NAMES = {np.dtype(np.uint32): "u32", np.dtype(np.float32): "f32"}
-_LARGEST_CHUNK = 1 << 22  # numbers that share a table; pcodec allows 1 << 24
-_CLASSIC_WITHOUT_DELTA = b"\0"  # mode and delta encoding are the first two times four bits
-_LEVEL = 8  # pcodec's default; the highest, 12, saves less than one part in a thousand
+_LARGEST_CHUNK = 1 << 22  # largest number of values that share a table; pcodec allows 1 << 24
+_CLASSIC_WITHOUT_DELTA = b"\0"  # first byte of a table: four bits each for mode and delta encoding
+_LEVEL = 8  # pcodec's default; the highest level, 12, saves less than 0.1 %
 
 
 @dataclass(frozen=True)
 class CodedColumn:
-    """An encoded column: tables, each with the first window that it serves, and pages."""
+    """Encoded column of a shard.
+
+    Args:
+        tables: coding tables with the index of the first window of each.
+        pages: page of each window.
+    """
 
     tables: tuple[tuple[int, bytes], ...]
     pages: tuple[bytes, ...]
 
 
 def encode_column(windows: Sequence[Array]) -> CodedColumn:
-    """Encode one array per window, all uint32 or all float32."""
+    """Encode a column.
+
+    Args:
+        windows: values of each window, all uint32 or all float32.
+    """
     tables: list[tuple[int, bytes]] = []
     pages: list[bytes] = []
     for first, stop in _chunks([len(window) for window in windows]):
@@ -45,23 +54,25 @@ def encode_column(windows: Sequence[Array]) -> CodedColumn:
 
 
 class ColumnDecoder:
-    """Decodes the pages of one column.
+    """Decoder of the pages of one column.
 
     Args:
         dtype: uint32 or float32.
-        tables: as `encode_column` made them.
+        tables: coding tables, see `CodedColumn`.
 
     Raises:
-        DamageError: tables that pcodec cannot read, or that `encode_column` does not write.
+        DamageError: pcodec cannot read the tables, or `encode_column` does not write such tables.
     """
 
     def __init__(self, dtype: Any, tables: Sequence[tuple[int, bytes]]) -> None:
         self._firsts = [first for first, _ in tables]
         if self._firsts[:1] != [0] or self._firsts != sorted(set(self._firsts)):
-            raise DamageError(f"tables start at windows {self._firsts}, not ascending from 0")
+            raise DamageError(
+                f"coding tables start at windows {self._firsts}, expected ascending from 0"
+            )
         name = _NAMES[np.dtype(dtype)]
         if any(table[:1] not in (b"", _CLASSIC_WITHOUT_DELTA) for _, table in tables):
-            # pcodec would allocate as much as a forged dictionary says, and abort where it cannot
+            # pcodec would allocate the size in a forged dictionary, and abort if it cannot
             raise DamageError("a coding table is not in classic mode without delta encoding")
         try:
             file, _ = wrapped.FileDecompressor.new(_HEADER)
@@ -70,37 +81,43 @@ class ColumnDecoder:
             raise DamageError(f"a coding table is unreadable: {error}") from error
 
     def decode_into(self, out: Array, window: int, data: bytes) -> int:
-        """Fill `out` from the page at the beginning of `data`; return the size of the page.
+        """Decode the page at the beginning of `data` into `out`; return its size in bytes.
+
+        Args:
+            out: output array, whose length is the number of values to decode.
+            window: index of the window in the shard.
+            data: bytes that start with the page.
 
         Raises:
-            DamageError: the page does not hold that many numbers.
+            DamageError: the page does not contain that many values.
         """
         if len(out) == 0:
             return 0
         chunk = self._chunks[bisect_right(self._firsts, window) - 1]
         if chunk is None:
-            raise DamageError("a page holds numbers, but its coding table is empty")
+            raise DamageError("a page contains values, but its coding table is empty")
         try:
             progress, used = chunk.read_page_into(data, len(out), out)
         except (RuntimeError, TypeError, ValueError) as error:
             raise DamageError(f"a page does not decode: {error}") from error
         if not progress.finished or progress.n_processed != len(out):
-            raise DamageError(f"a page holds {progress.n_processed} of {len(out)} numbers")
+            raise DamageError(f"a page has {progress.n_processed} values, expected {len(out)}")
         return int(used)
 
 
 def _chunks(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the runs of windows that share a table."""
-    runs, first, held = [], 0, 0
+    """Return the ranges of windows that share a table, given the number of values of each."""
+    runs, first, values = [], 0, 0
     for index, length in enumerate(lengths):
-        if held and held + length > _LARGEST_CHUNK:
+        if values and values + length > _LARGEST_CHUNK:
             runs.append((first, index))
-            first, held = index, 0
-        held += length
+            first, values = index, 0
+        values += length
     return [*runs, (first, len(lengths))]
 
 
 def _encode_chunk(windows: Sequence[Array]) -> tuple[bytes, list[bytes]]:
+    """Return a table, and the pages of the windows that share it."""
     sizes = [len(window) for window in windows if len(window)]
     if not sizes:
         return b"", [b""] * len(windows)

@@ -1,9 +1,8 @@
-"""The decoder of blocks: any number of windows of a shard in one pass.
+"""Decode the blocks of consecutive windows of a shard in one pass.
 
 Each numpy operation costs a call and a pass over memory, so the windows of a row group are decoded
-together: their pages one by one, as they are coded, everything else on all of them at once. Every
-size is bounded before it is allocated. Whatever the bytes are, the result is sound targets or a
-`DamageError`.
+together: pages are decoded one by one, and all further operations cover all windows. Every size is
+bounded before memory is allocated. Any bytes decode to valid targets or raise `DamageError`.
 """
 
 from __future__ import annotations
@@ -27,60 +26,65 @@ from sparselogits.store.codec.weights import derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
+"""Coding tables of a shard by column: (first window, table)."""
 
-
-_KEPT_FREE = 31 << 20  # bytes; glibc's threshold does not rise beyond 32 MiB
+_FREED_BYTES = 31 << 20  # the threshold of glibc's malloc does not exceed 32 MiB
 
 
 class BlockDecoder:
-    """Decodes the blocks of one shard.
+    """Decoder of the blocks of one shard.
 
     Args:
         codec: codec of the cache.
         tables: coding tables of the shard.
 
     Raises:
-        DamageError: the tables are not those of this codec.
+        DamageError: the tables do not belong to the codec.
     """
 
     def __init__(self, codec: TargetCodec, tables: Tables) -> None:
         self.codec = codec
         names = codec.columns
         if set(tables) != set(names):
-            raise DamageError(
-                f"the shard has coding tables for {sorted(tables)}, expected {sorted(names)}"
-            )
+            raise DamageError(f"found coding tables for {sorted(tables)}, expected {sorted(names)}")
         self._columns = {n: ColumnDecoder(dtype, tables[n]) for n, dtype in names.items()}
         _keep_freed_memory()
 
     def decode(self, window: int, block: bytes, tokens: Array, present: Bool) -> SparseTargets:
-        """Decode the targets of one window; see `decode_run`."""
+        """Decode the targets of one window; see `decode_run`.
+
+        Args:
+            window: index of the window in the shard, from 0.
+            block: block of the window.
+            tokens: int32 [L].
+            present: bool [L], True for positions with a target.
+        """
         return self.decode_run(window, [block], tokens[None], present[None])
 
     def decode_run(
         self, first: int, blocks: Sequence[bytes], tokens: Array, present: Bool
     ) -> SparseTargets:
-        """Decode the targets of W consecutive windows, W L positions.
+        """Decode the targets of W consecutive windows into one value of W L positions.
 
         Args:
             first: index of the first window in the shard, from 0.
-            blocks: W blocks, as `TargetCodec.encode` made them.
+            blocks: block of each window; see `TargetCodec.encode`.
             tokens: int32 [W, L].
-            present: bool [W, L], True where the position carries a target.
+            present: bool [W, L], True for positions with a target.
 
         Raises:
-            DamageError: a block is damaged; or the windows together have more entries than a single
-                one may have, and must be decoded one by one.
+            DamageError: a block is damaged, or the windows together exceed the bound of entries, so
+                that they must be decoded one by one.
         """
         codec = self.codec
         pages = _BlockPages(self._columns, codec.columns, first, blocks)
         listed = pages.listed()
         if int(listed.max()) > codec.vocab_size:
-            raise DamageError(f"{listed.max()} lists over a vocabulary of {codec.vocab_size}")
+            raise DamageError(f"found {listed.max()} lists for {codec.vocab_size} ids")
         most = min(codec.vocab_size, codec.rounds or codec.vocab_size)
         limit = min(entries_bound(sum(map(len, blocks))), int(present.sum()) * most)
         if int(listed.sum()) > limit:
-            raise DamageError(f"{listed.sum()} lists, where {limit} entries are possible")
+            raise DamageError(f"found {listed.sum()} lists, expected at most {limit} entries")
         labels = codec.labels(tokens)
         sets = lists.join(pages, listed, tokens, labels, present, codec.vocab_size, limit)
         targets = self._weigh(sets, present, pages)
@@ -88,6 +92,7 @@ class BlockDecoder:
         return targets
 
     def _weigh(self, sets: Sets, present: Bool, pages: _BlockPages) -> SparseTargets:
+        """Read the weights of the entries and return the targets. Raises DamageError."""
         codec, entries = self.codec, sets.offsets[:: present.shape[1]]
         counts = None
         if codec.rounds is not None:
@@ -96,14 +101,14 @@ class BlockDecoder:
             assert counts is not None
             weights = weights_of_counts(counts, codec.rounds or 1)
         elif codec.weights == THRESHOLD:
-            told_heavy = pages.read("heavy", np.diff(entries))
-            if int(told_heavy.max(initial=0)) > 1:
-                raise DamageError("a column of flags holds other numbers than 0 and 1")
-            heavy = told_heavy.astype(np.bool_)
-            told = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
-            told[entries[1:] == entries[:-1]] = 0
+            flags = pages.read("heavy", np.diff(entries))
+            if int(flags.max(initial=0)) > 1:
+                raise DamageError("the column of flags contains numbers other than 0 and 1")
+            heavy = flags.astype(np.bool_)
+            lengths = np.add.reduceat(np.append(heavy, False), entries[:-1], dtype=np.int64)
+            lengths[entries[1:] == entries[:-1]] = 0
             weights = np.full(len(heavy), codec.light_weight)
-            weights[heavy] = self._read_weights(pages, told)
+            weights[heavy] = self._read_weights(pages, lengths)
         else:
             weights = self._read_weights(pages, np.diff(entries))
         if codec.weights != COUNTS:
@@ -119,6 +124,7 @@ class BlockDecoder:
         )
 
     def _read_weights(self, pages: _BlockPages, lengths: Array) -> NDArray[np.float32]:
+        """Read the real-valued weights of each window, float32."""
         if self.codec.rounding is not None:
             return levels_at(pages.read("levels", lengths))
         return pages.read("weights", lengths)
@@ -126,17 +132,24 @@ class BlockDecoder:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Make the allocator take temporary arrays of a megabyte from the heap.
+    """Make glibc's malloc allocate temporary arrays of some megabytes on the heap.
 
-    glibc's malloc maps large blocks one by one and unmaps them when they are freed, so every pass
-    over a temporary array faults on each of its pages: half of the time of decoding. The size from
-    which malloc does so rises to that of the largest such block ever freed, which this frees.
+    malloc maps large blocks separately and unmaps them when they are freed, so that each pass over
+    a temporary array causes page faults, which take half of the time of decoding. The threshold
+    rises to the size of the largest block that was ever freed, so this function frees one.
     """
-    np.empty(_KEPT_FREE, np.uint8)
+    np.empty(_FREED_BYTES, np.uint8)
 
 
 class _BlockPages:
-    """The columns of several blocks, one column after another."""
+    """Reader of the columns of several blocks, in order; see `lists.Pages`.
+
+    Args:
+        columns: decoder of each column.
+        dtypes: dtype of each column.
+        first: index of the first window in the shard.
+        blocks: block of each window.
+    """
 
     def __init__(
         self,
@@ -149,14 +162,14 @@ class _BlockPages:
         self._blocks, self._at = blocks, [4] * len(blocks)
 
     def listed(self) -> NDArray[np.int64]:
-        """Return int64 [W], the number of lists of each block, which is its first word."""
+        """Return the number of lists of each block (its first word), int64 [W]."""
         shortest = min(map(len, self._blocks))
         if shortest < 4:
-            raise DamageError(f"a block of {shortest} bytes is shorter than its header")
+            raise DamageError(f"a block of {shortest} bytes is shorter than a block's header")
         return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
 
     def read(self, column: str, lengths: Array) -> Array:
-        """Return the next numbers of a column, `lengths[w]` of each window w."""
+        """Return the next numbers of a column, `lengths[w]` for each window w."""
         stops = np.cumsum(lengths).tolist()
         out = np.empty(stops[-1], self._dtypes[column])
         self.fill(column, out, [0, *stops[:-1]], stops)
@@ -171,18 +184,18 @@ class _BlockPages:
                 at[w] += decoder.decode_into(out[start:stop], self._first + w, rest)
 
     def require_end(self) -> None:
-        """Validate that no bytes are left. Raises DamageError."""
+        """Validate that all bytes have been read. Raises DamageError."""
         for block, at in zip(self._blocks, self._at, strict=True):
             if at != len(block):
-                raise DamageError(f"a block has {len(block)} bytes, of which {at} are used")
+                raise DamageError(f"a block has {len(block)} bytes, expected {at}")
 
 
 def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None:
-    """Validate all weights, and their sums per position. Raises DamageError."""
+    """Validate weights, float32 [E], and their sums per position. Raises DamageError."""
     if not len(weights):
         return
     least = codec.least_weight
-    found = float(weights.min()), float(weights.max())  # NaN where there is one
+    found = float(weights.min()), float(weights.max())  # NaN if a weight is NaN
     if not (least <= found[0] and found[1] <= codec.most_mass):
         raise DamageError(
             f"weights from {found[0]:g} to {found[1]:g}, expected {least:g} to {codec.most_mass:g}"
@@ -190,28 +203,40 @@ def _require_weights(weights: Array, offsets: Array, codec: TargetCodec) -> None
     starts = offsets[:-1][offsets[1:] > offsets[:-1]]
     mass = float(np.add.reduceat(weights, starts, dtype=np.float64).max())
     if mass > codec.most_mass:
-        raise DamageError(f"a position's weights sum to {mass:g}, expected {codec.most_mass:g}")
+        raise DamageError(
+            f"the weights of a position sum to {mass:g}, expected at most {codec.most_mass:g}"
+        )
 
 
 def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> NDArray[np.int32]:
-    """Return the counts, int32 [E], positive and summing to N per position; or DamageError."""
+    """Read the counts, int32 [E], which are positive and sum to N at each position.
+
+    Args:
+        sets: ids of the entries.
+        present: bool [W, L].
+        rounds: number N of rounds per position.
+        pages: columns of the windows.
+
+    Raises:
+        DamageError: a position with a target has no entries, or its counts exceed N.
+    """
     flat = present.reshape(-1)
     starts, others, has_hit = sets.offsets[:-1], np.diff(sets.offsets) - 1, sets.has_hit
     if not bool(flat.all()):
         starts, others, has_hit = starts[flat], others[flat], has_hit[flat]
     if len(others) and int(others.min()) < 0:
-        raise DamageError("a position that carries a target has no entries")
+        raise DamageError("a position with a target has no entries")
     entries = np.diff(sets.offsets[:: present.shape[1]])
-    told = pages.read("counts", entries - present.sum(1))
-    running = np.zeros(len(told) + 1, np.int64)
-    np.cumsum(told, out=running[1:])
+    stored = pages.read("counts", entries - present.sum(1))
+    running = np.zeros(len(stored) + 1, np.int64)
+    np.cumsum(stored, out=running[1:])
     before = starts - np.arange(len(starts))
     rest = rounds - others - (running[before + others] - running[before])
     if len(rest) and int(rest.min()) < 1:
-        raise DamageError(f"counts of a position exceed its {rounds} rounds")
+        raise DamageError(f"the counts of a position exceed its {rounds} rounds")
     derived = derived_entries(starts, sets.is_hit, has_hit)
-    told += np.uint32(1)
+    stored += np.uint32(1)
     counts = np.empty(len(sets.ids), np.int32)
-    counts[~derived] = told.view(np.int32)
+    counts[~derived] = stored.view(np.int32)
     counts[np.flatnonzero(derived)] = rest
     return counts

@@ -1,8 +1,8 @@
-"""Round real-valued weights to the levels of one fixed table, so that a weight takes 8 to 10 bits.
+"""Round real-valued weights to the levels of a fixed table, so that a weight takes 8 to 10 bits.
 
-Levels are logarithmic, 32 per octave. Between 1/2 and 1 the distance to 1 is logarithmic, not the
-weight: where one token has nearly all mass, the mass of all other tokens keeps its relative error,
-and with it the ghost token of the loss. docs/format.md defines the table.
+Levels are logarithmic, with 32 levels per octave. From 1/2 to 1, the distance to 1 is logarithmic
+instead of the weight, so that the mass of the other tokens (the ghost token of the loss) has a
+small relative error if one token has almost all mass. docs/format.md defines the table.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from sparselogits.store.bounds import DamageError
 from sparselogits.store.codec.lists import Array
 
 STOCHASTIC, NEAREST = "stochastic", "nearest"
+"""Names of the rounding modes in a cache's identity."""
 
 PER_OCTAVE = 32
+"""Number of levels per factor of two."""
+
 LARGEST_STEP = 2 ** (1 / PER_OCTAVE) - 1
-"""Largest relative distance from a level of at least 2^-126 to the next one."""
+"""Largest relative distance between consecutive levels of at least 2^-126."""
 
 _LEAST, _MOST, _NEAREST_TO_ONE = -126, 97, -16  # exponents of two; V^4 is 2^96 at most
 
 
 @cache
 def levels() -> NDArray[np.float32]:
-    """Return the table: float32 levels, ascending from 0 to 2^97."""
+    """Return the table of levels, ascending from 0 to 2^97."""
     low = np.exp2(np.arange(_LEAST * PER_OCTAVE, -PER_OCTAVE) / PER_OCTAVE)
     middle = 1 - np.exp2(np.arange(-PER_OCTAVE, _NEAREST_TO_ONE * PER_OCTAVE - 1, -1) / PER_OCTAVE)
     high = np.exp2(np.arange(_MOST * PER_OCTAVE + 1) / PER_OCTAVE)
@@ -39,13 +42,13 @@ def levels() -> NDArray[np.float32]:
 def rounded(
     weights: NDArray[np.float32], uniforms: NDArray[np.float64] | None
 ) -> NDArray[np.float32]:
-    """Round weights to levels; a weight that is a level stays as it is.
+    """Round weights to levels; weights that are levels do not change.
 
     Args:
         weights: float32 [E].
-        uniforms: float64 [E] in [0, 1). A weight w between two levels a < b becomes b with
-            probability (w - a) / (b - a), so its expectation is w. None rounds to the nearest
-            level, and to the lower of two that are equally near.
+        uniforms: float64 [E] in [0, 1), for stochastic rounding: a weight w between the levels
+            a < b is rounded to b with probability (w - a) / (b - a), so its expectation is w. None
+            rounds to the nearest level, and to the lower one of two that are equally near.
 
     Raises:
         InvalidTargetsError: a weight is negative or not finite.
@@ -53,7 +56,7 @@ def rounded(
     table = levels()
     if len(weights) and not 0 <= float(weights.min()) <= float(weights.max()) <= table[-1]:
         raise InvalidTargetsError(
-            f"the weights lie between {weights.min():g} and {weights.max():g}; a cache that rounds "
+            f"weights are between {weights.min():g} and {weights.max():g}; a cache with rounded "
             f"weights stores 0 to {table[-1]:g}. Store exact weights, or correct the sampler"
         )
     below = np.searchsorted(table[:-1], weights, side="right") - 1
@@ -64,25 +67,32 @@ def rounded(
 
 
 def indices_of(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the indices of levels in the table.
+    """Return the indices of weights in the table.
+
+    Args:
+        weights: float32 [E].
 
     Raises:
         InvalidTargetsError: a weight is not a level.
     """
     table = levels()
-    found = np.minimum(np.searchsorted(table, weights), len(table) - 1)
-    if not np.array_equal(table[found], weights):
-        odd = weights[table[found] != weights][0]
+    indices = np.minimum(np.searchsorted(table, weights), len(table) - 1)
+    if not np.array_equal(table[indices], weights):
+        other = weights[table[indices] != weights][0]
         raise InvalidTargetsError(
-            f"a weight is {odd:g}, which is not a level of the cache's coding; round the targets "
+            f"a weight is {other:g}, which is not a level of the cache's codec; round the targets "
             "with `TargetCodec.rounded` first, as `Cache.commit` does"
         )
-    return found.astype(np.uint32)
+    return indices.astype(np.uint32)
 
 
 def levels_at(indices: Array) -> NDArray[np.float32]:
-    """Return the levels at some indices of the table. Raises DamageError."""
+    """Return the levels at indices of the table, float32 [E].
+
+    Raises:
+        DamageError: an index is out of range.
+    """
     table = levels()
     if len(indices) and int(indices.max()) >= len(table):
-        raise DamageError(f"level {indices.max()}, where there are {len(table)}")
+        raise DamageError(f"found level {indices.max()}, expected a level below {len(table)}")
     return table.take(indices)

@@ -1,12 +1,12 @@
-"""The coding of ids: a window's sets as an inverted index over positions sorted by their token.
+"""Encode the sets of ids of a window as an inverted index over positions sorted by token.
 
-The ids of a window are a set of (id, position) pairs. Written position by position they cost 11
-bits per pair. Written id by id, each id with the list of positions that hold it, they cost 9: few
-different ids occur in a window, and a list states its id once and then only gaps. Two things that
-the reader knows make it less. The tokens of the window: positions are numbered by (their token,
-position in the window), so that positions with similar distributions are neighbours and gaps are
-small. And the label of each position, which is usually in the set: one bit per position says
-whether, and the lists leave it out. benchmarks/size.py measures what each of these saves.
+The sets of ids of a window are pairs of an id and a position. Stored by position they take 11 bits
+per pair. Stored by id, as one list of positions per id, they take 9 bits, because few different ids
+occur in a window and a list contains only gaps between positions. Two facts known to the decoder
+reduce this further. Positions are numbered in the order of (token, position), so that positions
+with similar distributions are neighbours and gaps are small. And the label of a position, which is
+usually in the set, is not in the lists: one bit per position states whether it is in the set (a
+hit). benchmarks/size.py measures both savings.
 
 No model of the vocabulary is fitted or stored.
 """
@@ -26,17 +26,19 @@ Array = NDArray[Any]
 Bool = NDArray[np.bool_]
 
 SIZE_CLASSES = 8
+"""Number of classes of lists by size, whose gaps are in separate columns."""
+
 COLUMNS = ("hits", "ids", "sizes", *(f"places_{c}" for c in range(SIZE_CLASSES)))
 
-_NONE = np.iinfo(np.uint32).max  # no id
+_NO_ID = np.iinfo(np.uint32).max
 _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.uint8)
 
 
 class Pages(Protocol):
-    """The coded columns of a run of windows, read one after another."""
+    """Interface of the encoded columns of consecutive windows, which are read in order."""
 
     def read(self, column: str, lengths: Array) -> Array:
-        """Return the next `lengths[w]` numbers of each window w, uint32, window after window."""
+        """Return the next `lengths[w]` numbers of each window w, concatenated, uint32."""
         ...
 
     def fill(self, column: str, out: Array, starts: Sequence[int], stops: Sequence[int]) -> None:
@@ -46,13 +48,13 @@ class Pages(Protocol):
 
 @dataclass(frozen=True)
 class Sets:
-    """The sets of ids of the P = W L positions of W windows.
+    """Sets of ids of the P = W L positions of W windows.
 
     Args:
-        ids: int64 [E], ascending within a position, positions in order.
-        offsets: int64 [P + 1]: position p owns entries offsets[p] to offsets[p + 1].
-        is_hit: bool [E]: whether the id is the label of its position.
-        has_hit: bool [P]: whether a position has such an entry.
+        ids: int64 [E], in order of position and ascending within a position.
+        offsets: int64 [P + 1]; position p has entries offsets[p] to offsets[p + 1].
+        is_hit: bool [E], whether the id is the label of its position.
+        has_hit: bool [P], whether the label of the position is in its set.
     """
 
     ids: Array
@@ -64,31 +66,31 @@ class Sets:
 def split(
     ids: Array, lengths: Array, tokens: Array, labels: Array, present: Bool
 ) -> dict[str, Array]:
-    """Split the sets of a window into columns.
+    """Convert the sets of a window to columns.
 
     Args:
-        ids: int64 [E], strictly ascending within a position.
-        lengths: int64 [L], 0 where `present` is False.
+        ids: int64 [E], in order of position and strictly ascending within a position.
+        lengths: int64 [L], number of ids of each position; 0 where `present` is False.
         tokens: int32 [L].
-        labels: int64 [L], the token that each position predicts; negative where there is none.
-        present: bool [L]: positions that carry a target.
+        labels: int64 [L], the token that each position predicts; negative if there is none.
+        present: bool [L], True for positions with a target.
 
     Returns:
         uint32 arrays by the names in COLUMNS; "ids" has one number per list.
     """
     order = reading_order(tokens[None], present[None])
-    place_of = np.zeros(len(tokens), np.int64)
-    place_of[order] = np.arange(len(order))
+    rank_of = np.zeros(len(tokens), np.int64)
+    rank_of[order] = np.arange(len(order))
     owner = np.repeat(np.arange(len(tokens)), lengths)
     hit = ids == labels[owner]
     hits = np.zeros(len(order), np.uint32)
-    hits[place_of[owner[hit]]] = 1
-    pair_ids, pair_places = ids[~hit], place_of[owner[~hit]]
-    by_id = np.lexsort((pair_places, pair_ids))
-    pair_ids, pair_places = pair_ids[by_id], pair_places[by_id]
+    hits[rank_of[owner[hit]]] = 1
+    pair_ids, pair_ranks = ids[~hit], rank_of[owner[~hit]]
+    by_id = np.lexsort((pair_ranks, pair_ids))
+    pair_ids, pair_ranks = pair_ids[by_id], pair_ranks[by_id]
     listed, starts, sizes = np.unique(pair_ids, return_index=True, return_counts=True)
-    gaps = np.diff(pair_places, prepend=-1) - 1
-    gaps[starts] = pair_places[starts]
+    gaps = np.diff(pair_ranks, prepend=-1) - 1
+    gaps[starts] = pair_ranks[starts]
     class_of_pair = np.repeat(size_class(sizes), sizes)
     columns = {"hits": hits, "ids": np.diff(listed, prepend=-1) - 1, "sizes": sizes - 1}
     columns |= {f"places_{c}": gaps[class_of_pair == c] for c in range(SIZE_CLASSES)}
@@ -104,22 +106,22 @@ def join(
     vocab_size: int,
     limit: int,
 ) -> Sets:
-    """Join the columns that `split` made, of W windows at once.
+    """Convert the columns of W windows to sets of ids: the inverse of `split`.
 
-    Pairs are put in the order of their ids by arithmetic on whole lists; a stable radix sort by
-    position then leaves the ids of every position ascending, followed by its hit, if it has one.
+    Pairs are first arranged in order of id, and hits are appended. A stable radix sort by position
+    then results in ascending ids at each position, followed by the position's hit, if any.
 
     Args:
-        pages: numbers of the columns, read in the order of COLUMNS.
-        lists: int64 [W], number of lists per window.
+        pages: columns, which are read in the order of COLUMNS.
+        lists: int64 [W], number of lists of each window.
         tokens: int32 [W, L].
-        labels: int64 [W, L], see `split`.
-        present: bool [W, L].
-        vocab_size: V, at most 2^31; ids are below it.
+        labels: int64 [W, L]; see `split`.
+        present: bool [W, L], True for positions with a target.
+        vocab_size: vocabulary size V, at most 2^31.
         limit: largest number of entries of all windows together.
 
     Raises:
-        DamageError: the numbers of `pages` are not such lists.
+        DamageError: the columns do not encode sets of ids.
     """
     order, carrying = reading_order(tokens, present), present.sum(1)
     labels = labels.reshape(-1)
@@ -129,10 +131,12 @@ def join(
     sizes += 1
     pairs = int(sizes.sum())
     if pairs + len(hits) > limit:
-        raise DamageError(f"{pairs} pairs and {len(hits)} hits, where {limit} entries are possible")
+        raise DamageError(
+            f"found {pairs} pairs and {len(hits)} hits, expected at most {limit} entries"
+        )
     positions = np.empty(pairs + len(hits), np.min_scalar_type(tokens.size))
-    destinations, places = _places(pages, lists, sizes, carrying)
-    positions[destinations] = order.astype(positions.dtype).take(places)
+    destinations, ranks = _ranks(pages, lists, sizes, carrying)
+    positions[destinations] = order.astype(positions.dtype).take(ranks)
     positions[pairs:] = hits
     ids = np.empty(len(positions), np.uint32)
     ids[:pairs] = np.repeat(listed.astype(np.uint32), sizes)
@@ -141,17 +145,17 @@ def join(
     ids = ids.take(np.argsort(positions, kind="stable"))
     has_hit = np.zeros(tokens.size, np.bool_)
     has_hit[hits] = True
-    ids, is_hit = _hits_in_place(ids, offsets, np.where(has_hit, labels, _NONE))
+    ids, is_hit = _merge_hits(ids, offsets, np.where(has_hit, labels, _NO_ID))
     _require_ascending(ids, offsets)
     return Sets(ids.astype(np.int64), offsets, is_hit, has_hit)
 
 
 def reading_order(tokens: Array, present: Bool) -> Array:
-    """Return the positions w L + p that carry a target, by (window w, token, position p), int64.
+    """Return the positions w L + p with a target, int64, sorted by (window w, token, position p).
 
     Args:
         tokens: int32 [W, L].
-        present: bool [W, L].
+        present: bool [W, L], True for positions with a target.
     """
     windows, length = tokens.shape
     shift = max(length - 1, 1).bit_length()
@@ -161,7 +165,7 @@ def reading_order(tokens: Array, present: Bool) -> Array:
     key |= np.arange(length, dtype=key.dtype)
     everywhere = bool(present.all())
     if not everywhere:
-        key[~present] = np.iinfo(key.dtype).max  # behind all others
+        key[~present] = np.iinfo(key.dtype).max  # sorted last
     key.sort(axis=1)
     order: Array = (key & ((1 << shift) - 1)) + np.arange(windows)[:, None] * length
     if everywhere:
@@ -171,21 +175,21 @@ def reading_order(tokens: Array, present: Bool) -> Array:
 
 
 def size_class(sizes: Array) -> Array:
-    """Return floor(log2(size)) of positive sizes, 7 at most, uint8."""
+    """Return the size class of lists, uint8: min(floor(log2(size)), 7) of positive sizes."""
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
 
 
 def _exclusive_sums(lengths: Array) -> Array:
-    """Return where each of n runs starts, and where the last one ends, int64 [n + 1]."""
+    """Return the sums of the first 0 to n of n lengths, int64 [n + 1]."""
     sums = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums
 
 
 def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
-    """Return the positions whose label is in their set, int64."""
+    """Return the positions whose label is in their set, int64. Raises DamageError."""
     if len(hits) and int(hits.max()) > 1:
-        raise DamageError("a hit is neither 0 nor 1")
+        raise DamageError("a hit flag is neither 0 nor 1")
     positions: Array = order[hits.astype(np.bool_)]
     ids = labels.take(positions)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -193,18 +197,18 @@ def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
     return positions
 
 
-def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
-    """Move the hit of each position from behind its other ids to its place among them.
+def _merge_hits(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
+    """Move the hit of each position, which is its last id, so that the ids ascend.
 
-    Inserting h into an ascending sequence a gives max(a[i - 1], min(a[i], h)) at every i.
+    Element i of the ascending sequence a with h inserted is max(a[i - 1], min(a[i], h)).
 
     Args:
         ids: uint32 [E].
         offsets: int64 [P + 1].
-        hit_ids: int64 [P], _NONE where there is no hit.
+        hit_ids: int64 [P], id of the hit; _NO_ID for positions without a hit.
 
     Returns:
-        uint32 [E] and bool [E]: where the hits are now.
+        The sorted ids, uint32 [E], and whether each id is a hit, bool [E].
     """
     inserted = np.repeat(hit_ids.astype(np.uint32), np.diff(offsets))
     before = np.empty(len(ids) + 1, np.uint32)
@@ -216,21 +220,33 @@ def _hits_in_place(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, B
 
 
 def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
-    """Return the ids of the lists of each window, int64 [D]."""
+    """Return the ids of all lists of all windows, int64 [D]. Raises DamageError."""
     running: Array = np.cumsum(gaps, dtype=np.int64) + np.arange(1, len(gaps) + 1)
     stops = np.cumsum(lists)
     last = np.append(0, running)[stops]
     before = np.append(0, last[:-1])
     if bool((last - before > vocab_size).any()):
-        raise DamageError(f"id {int((last - before).max()) - 1} is not below {vocab_size}")
+        raise DamageError(
+            f"found id {int((last - before).max()) - 1}, expected an id below {vocab_size}"
+        )
     running -= np.repeat(before + 1, lists)
     return running
 
 
-def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
-    """Return the index of every listed pair in the order of ids, and its place.
+def _ranks(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
+    """Return the index of each pair in order of id, and the rank of its position, int64 each.
 
-    Pages hold the lists of a window by (size class, id). Places are counted through all windows.
+    The columns contain the lists of a window in order of (size class, id). The rank of a position
+    is its index in `reading_order`.
+
+    Args:
+        pages: columns of the windows.
+        lists: int64 [W], number of lists of each window.
+        sizes: int64 [D], size of each list.
+        carrying: int64 [W], number of positions with a target.
+
+    Raises:
+        DamageError: a rank exceeds the number of positions with a target.
     """
     windows, window = len(lists), np.repeat(np.arange(len(lists)), lists)
     classes = (window * SIZE_CLASSES + size_class(sizes)).astype(np.min_scalar_type(8 * windows))
@@ -243,21 +259,21 @@ def _places(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[
     gaps = np.empty(ends[-1], np.uint32)
     for c in range(SIZE_CLASSES):
         pages.fill(f"places_{c}", gaps, ends[c:-1:SIZE_CLASSES], ends[c + 1 :: SIZE_CLASSES])
-    # running sums of gaps, less what came before a list, are places
+    # ranks are running sums of gaps, minus the sum before each list
     index = np.arange(len(gaps))
-    places = np.cumsum(gaps, dtype=np.int64)
-    places += index
-    stops = places.take(bounds[1:] - 1) + 1 if len(sizes) else bounds[1:]
+    ranks = np.cumsum(gaps, dtype=np.int64)
+    ranks += index
+    stops = ranks.take(bounds[1:] - 1) + 1 if len(sizes) else bounds[1:]
     before = np.append(0, stops)[:-1]
     if bool((stops - before > carrying[window]).any()):
-        raise DamageError("a gap leads beyond the positions that carry a target")
-    places += np.repeat(_exclusive_sums(carrying)[window] - before, sizes)
+        raise DamageError("a gap exceeds the positions with a target")
+    ranks += np.repeat(_exclusive_sums(carrying)[window] - before, sizes)
     index += np.repeat(starts - bounds[:-1], sizes)
-    return index, places
+    return index, ranks
 
 
 def _require_ascending(ids: Array, offsets: Array) -> None:
-    """Validate that ids ascend: a hit that is also in a list would be there twice."""
+    """Validate that ids ascend strictly at each position. Raises DamageError."""
     ascends = np.empty(len(ids) + 1, np.bool_)
     np.greater(ids[1:], ids[:-1], out=ascends[1:-1])
     ascends[offsets] = True

@@ -1,9 +1,9 @@
-"""Define how the targets of a cache are coded, and encode them: one block of bytes per window.
+"""Define the codec of a cache's targets, and encode targets as one block of bytes per window.
 
-docs/format.md specifies the bytes. Ids and counts come back bit for bit, and so do weights that are
-levels (levels.py) or, in a cache with exact weights, any float32 weights. The ids come first
-(lists.py), then the weights, entry by entry (weights.py); a library codes each column (columns.py).
-decoder.py reads blocks back.
+docs/format.md specifies the bytes. The codec is lossless for ids and counts, for weights that are
+levels (levels.py) and, in caches with exact weights, for any float32 weights. A block contains the
+columns of the ids (lists.py) and of the weights (weights.py), each encoded by pcodec (columns.py).
+decoder.py decodes blocks.
 """
 
 from __future__ import annotations
@@ -49,44 +49,51 @@ from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import shown
 
 NAME = "inverted-lists"
+"""Name of the codec in a cache's identity."""
+
 EXACT, ROUNDED = 1, 2
-"""Versions of the codec: with exact weights, and with weights rounded to levels."""
+"""Versions of the codec: exact weights, and weights rounded to levels."""
 
 
 def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any]:
-    """Return the codec of a sampler's targets, as written to the identity.
+    """Return the codec of a sampler's targets, for a cache's identity.
 
     Args:
         sampler: the sampler.
-        exact_weights: whether real-valued weights are stored as float32 numbers, and not rounded to
-            levels: stochastically if the sampler is unbiased, else to the nearest. Weights that
-            are count / rounds are exact in any case.
+        exact_weights: whether to store real-valued weights as float32. Otherwise they are rounded
+            to levels: stochastically for an unbiased sampler, to the nearest level for a biased
+            one. Weights of the form count / rounds are always exact.
 
     Raises:
-        CacheError: more rounds than the format can hold.
+        CacheError: the sampler draws more rounds than the format supports.
+
+    Examples:
+        >>> from sparselogits.samplers import Systematic
+        >>> codec_for(Systematic(50))
+        {'name': 'inverted-lists', 'version': 1, 'weights': 'counts', 'rounds': 50}
     """
     stored = sampler.stores
     if stored.rounds is not None and stored.rounds > MOST_ROUNDS:
         raise CacheError(
-            f"the sampler draws {stored.rounds} rounds per position, and a cache can store at most "
+            f"the sampler draws {stored.rounds} rounds per position, but a cache stores at most "
             f"{MOST_ROUNDS}; choose fewer rounds"
         )
-    told = {"weights": stored.weights, "rounds": stored.rounds, "tau": stored.tau}
-    made: dict[str, Any] = {"name": NAME, "version": EXACT}
-    made |= {k: v for k, v in told.items() if v is not None}
+    parameters = {"weights": stored.weights, "rounds": stored.rounds, "tau": stored.tau}
+    codec: dict[str, Any] = {"name": NAME, "version": EXACT}
+    codec |= {k: v for k, v in parameters.items() if v is not None}
     if exact_weights or stored.weights == COUNTS:
-        return made
-    return made | {"version": ROUNDED, "rounding": STOCHASTIC if sampler.unbiased else NEAREST}
+        return codec
+    return codec | {"version": ROUNDED, "rounding": STOCHASTIC if sampler.unbiased else NEAREST}
 
 
 @dataclass(frozen=True, eq=False)
 class TargetWindow:
-    """A window as the encoder takes it.
+    """Window to encode.
 
     Args:
         targets: targets of L positions.
         tokens: int32 [L].
-        present: bool [L], True where the position carries a target.
+        present: bool [L], True for positions with a target.
     """
 
     targets: SparseTargets
@@ -96,16 +103,16 @@ class TargetWindow:
 
 @dataclass(frozen=True)
 class TargetCodec:
-    """The codec of one cache.
+    """Codec of a cache's targets.
 
     Args:
-        weights: kind of the weights, one of the four of weights.py.
-        vocab_size: V; ids are below it.
-        rounds: rounds per position that carries a target; None if the sampler draws none.
-        tau: the weight that light entries share; None for other kinds of weights.
-        most_mass: largest sum of the weights of a position.
-        rounding: how real-valued weights are rounded to levels, stochastic or nearest; None if they
-            are exact.
+        weights: kind of the weights, a key of `WEIGHT_COLUMNS`.
+        vocab_size: vocabulary size, V.
+        rounds: number of rounds per position with a target; None if the sampler draws none.
+        tau: weight that light entries share; None for other kinds of weights.
+        most_mass: largest valid sum of a position's weights.
+        rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
+            weights are exact.
     """
 
     weights: str
@@ -119,15 +126,16 @@ class TargetCodec:
     def from_identity(
         cls, codec: Mapping[str, Any], vocab_size: int, sampler: Mapping[str, Any] | None = None
     ) -> TargetCodec:
-        """Make the codec that an identity names.
+        """Create the codec that an identity describes.
 
         Args:
             codec: name and parameters of the codec.
-            vocab_size: V.
-            sampler: name and parameters of the sampler, which bound the weights.
+            vocab_size: vocabulary size, V.
+            sampler: name and parameters of the sampler, from which the bound of the weights
+                follows.
 
         Raises:
-            CacheError: this library does not know the codec.
+            CacheError: the codec is unknown, or its parameters contradict each other.
         """
         keys = ("weights", "rounds", "tau", "rounding")
         weights, rounds, tau, rounding = (codec.get(key) for key in keys)
@@ -135,22 +143,22 @@ class TargetCodec:
         known = codec.get("name") == NAME and version in (EXACT, ROUNDED)
         if not known or not isinstance(weights, str) or weights not in WEIGHT_COLUMNS:
             raise CacheError(
-                f"this library reads targets coded by {NAME} {EXACT} and {ROUNDED}, the cache "
-                f"names {shown(dict(codec))}; install the version of sparselogits that wrote it"
+                f"the cache has the codec {shown(dict(codec))}; this library reads {NAME} {EXACT} "
+                f"and {ROUNDED}. Install the version of sparselogits that wrote the cache"
             )
         roundings = (STOCHASTIC, NEAREST) if version == ROUNDED else (None,)
         if rounding not in roundings or (version == ROUNDED and weights == COUNTS):
             raise CacheError(
-                f"the codec {NAME} {ROUNDED} has weights other than {COUNTS} and a rounding, "
-                f"{STOCHASTIC} or {NEAREST}; {NAME} {EXACT} has no rounding. The cache names "
-                f"{shown(dict(codec))}; restore cache.json from a copy"
+                f"the cache has the codec {shown(dict(codec))}; {NAME} {ROUNDED} has weights other "
+                f"than {COUNTS} and the rounding {STOCHASTIC} or {NEAREST}, and {NAME} {EXACT} has "
+                "no rounding. Restore cache.json from a copy"
             )
         has_rounds, has_tau = weights in (COUNTS, COUNTS_AND_FLOATS), weights == THRESHOLD
         if (rounds is not None, tau is not None) != (has_rounds, has_tau):
             raise CacheError(
-                f"the codec of weights {weights!r} has {'' if has_rounds else 'no '}rounds and "
-                f"{'' if has_tau else 'no '}tau, the cache names {shown(dict(codec))}; restore "
-                "cache.json from a copy"
+                f"the cache has the codec {shown(dict(codec))}; expected "
+                f"{'' if has_rounds else 'no '}rounds and {'' if has_tau else 'no '}tau for the "
+                f"weights {weights!r}. Restore cache.json from a copy"
             )
         most_mass = mass_bound(sampler or {}, weights, vocab_size)
         if rounding is not None:
@@ -159,11 +167,11 @@ class TargetCodec:
 
     @classmethod
     def of(cls, identity: Identity) -> TargetCodec:
-        """Make the codec of a cache from its identity. Raises CacheError."""
+        """Create the codec of a cache from its identity; see `from_identity`."""
         return cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
 
     def labels(self, tokens: Array) -> NDArray[np.int64]:
-        """Return the token that each position predicts, int64 [..., L]; -1 where there is none.
+        """Return the token that each position predicts, int64 [..., L]; -1 if there is none.
 
         Args:
             tokens: int32 [..., L].
@@ -179,29 +187,29 @@ class TargetCodec:
 
     @property
     def light_weight(self) -> np.float32:
-        """The weight that light entries share: tau in float32."""
+        """Weight that light entries share: tau in float32."""
         assert self.tau is not None
         return np.float32(self.tau)
 
     @property
     def least_weight(self) -> float:
-        """Smallest weight: tau, or a level next to tau, for heavy entries; else 0."""
+        """Smallest valid stored weight: tau, or the level below tau; 0 for other kinds."""
         if self.weights != THRESHOLD:
             return 0.0
         tau = float(self.light_weight)
         return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
 
     def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
-        """Return a window's targets with the weights that the cache stores.
+        """Return a window's targets with weights rounded to levels; unchanged for exact weights.
 
-        Stochastic rounding keeps the expectation of every weight. Its uniforms depend on seed,
-        window and entry alone, so that a resumed build makes the same bytes. Weights that are
-        levels stay as they are.
+        Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
+        seed, window and entry, so that a resumed build writes the same bytes. Weights that are
+        levels do not change.
 
         Args:
             targets: targets of the window.
-            seed: seed of the cache.
-            window_index: index of the window within the cache.
+            seed: random seed of the cache.
+            window_index: index of the window in the corpus.
 
         Raises:
             InvalidTargetsError: a weight is negative or not finite.
@@ -211,19 +219,22 @@ class TargetCodec:
         weights, uniforms = targets.weights.numpy(), None
         if self.rounding == STOCHASTIC:
             uniforms = rounding_uniforms(seed % 2**64, window_index, len(weights))
-        made = rounded(weights, uniforms)
-        if self.weights == THRESHOLD:  # light entries share a weight that need not be a level
-            made = np.where(weights == self.light_weight, weights, made)
-        return replace(targets, weights=torch.from_numpy(made), check=False)
+        levels = rounded(weights, uniforms)
+        if self.weights == THRESHOLD:  # the weight of light entries may not be a level
+            levels = np.where(weights == self.light_weight, weights, levels)
+        return replace(targets, weights=torch.from_numpy(levels), check=False)
 
     def encode(self, windows: Sequence[TargetWindow]) -> tuple[dict[str, Any], list[bytes]]:
         """Encode the windows of a shard.
 
+        Args:
+            windows: windows of the shard, in order.
+
         Returns:
-            The coding tables that the windows share, and one block per window.
+            The coding tables of the shard by column, and one block per window.
 
         Raises:
-            InvalidTargetsError: targets that this codec cannot return as they are.
+            InvalidTargetsError: the codec cannot encode the targets without loss.
         """
         split = [self._split(window) for window in windows]
         columns = {name: encode_column([arrays[name] for arrays in split]) for name in self.columns}
@@ -235,14 +246,14 @@ class TargetCodec:
         for window, block in zip(windows, blocks, strict=True):
             if window.targets.entries > entries_bound(len(block)):
                 raise InvalidTargetsError(
-                    f"{window.targets.entries} entries of a window take {len(block)} bytes, of "
-                    f"which a reader accepts {entries_bound(len(block))} entries at most. Use "
+                    f"{window.targets.entries} entries of a window take {len(block)} bytes, from "
+                    f"which a reader accepts at most {entries_bound(len(block))} entries. Use "
                     "shorter windows or a smaller budget"
                 )
         return {name: column.tables for name, column in columns.items()}, blocks
 
     def _split(self, window: TargetWindow) -> dict[str, Array]:
-        """Return the numbers of a window by column."""
+        """Return the values of a window by column."""
         targets = window.targets
         self._require_codable(targets, window.present)
         lengths = targets.entries_per_position.numpy()
@@ -256,8 +267,8 @@ class TargetCodec:
             has_hit = np.zeros(len(lengths), np.bool_)
             has_hit[owner[is_hit]] = True
             starts = targets.offsets.numpy()[:-1][window.present]
-            kept = ~derived_entries(starts, is_hit, has_hit[window.present])
-            columns["counts"] = targets.counts.numpy()[kept].astype(np.uint32) - np.uint32(1)
+            stored = ~derived_entries(starts, is_hit, has_hit[window.present])
+            columns["counts"] = targets.counts.numpy()[stored].astype(np.uint32) - np.uint32(1)
         if self.weights == THRESHOLD:
             heavy = weights != self.light_weight
             columns |= {"heavy": heavy.astype(np.uint32), "weights": weights[heavy]}
@@ -266,36 +277,48 @@ class TargetCodec:
         return columns
 
     def _require_codable(self, targets: SparseTargets, present: NDArray[np.bool_]) -> None:
+        """Validate that targets can be encoded without loss. Raises InvalidTargetsError."""
         lengths = targets.entries_per_position.numpy()
         if targets.vocab_size != self.vocab_size or targets.rounds != self.rounds:
             raise InvalidTargetsError(
-                f"the targets have {targets.vocab_size} ids and {_rounds(targets.rounds)}; the "
-                f"cache was begun with {self.vocab_size} ids and {_rounds(self.rounds)}. Give the "
-                "teacher's vocabulary, and a sampler whose `stores` says what it draws"
+                f"targets have a vocabulary of {targets.vocab_size} ids and "
+                f"{_rounds(targets.rounds)}, expected {self.vocab_size} ids and "
+                f"{_rounds(self.rounds)} as in the cache's identity. Use the teacher's vocabulary "
+                "size, and a sampler whose `stores` matches the targets"
             )
         if len(targets.weights) and self.weights != COUNTS:
             mass = float(targets.mass().max())
             if not mass <= self.most_mass:
                 raise InvalidTargetsError(
-                    f"the weights of a position sum to {mass:g}, expected {self.most_mass:g} at "
-                    "most with this sampler"
+                    f"the weights of a position sum to {mass:g}, expected at most "
+                    f"{self.most_mass:g}; correct `most_mass` or the weights of the sampler"
                 )
         if targets.entries > LARGEST_WINDOW:
             raise InvalidTargetsError(
-                f"{targets.entries} entries in a window, more than {LARGEST_WINDOW}: use shorter "
-                "windows or a smaller budget"
+                f"a window has {targets.entries} entries, expected at most {LARGEST_WINDOW}; use "
+                "shorter windows or a smaller budget"
             )
         if bool(lengths[~present].any()):
             position = int(np.flatnonzero((lengths > 0) & ~present)[0])
-            raise InvalidTargetsError(f"position {position} is masked out but owns entries")
+            raise InvalidTargetsError(
+                f"position {position} is masked but has entries; pass targets without entries at "
+                "masked positions"
+            )
         if self.rounds is not None and not bool(lengths[present].all()):
             position = int(np.flatnonzero((lengths == 0) & present)[0])
-            raise InvalidTargetsError(f"position {position} carries a target but owns no entries")
+            raise InvalidTargetsError(
+                f"position {position} has a target but no entries; mask the position, or correct "
+                "the sampler"
+            )
         if self.weights == COUNTS and targets.counts is not None:
             expected = weights_of_counts(targets.counts.numpy(), self.rounds or 1)
             if not np.array_equal(expected, targets.weights.numpy()):
-                raise InvalidTargetsError("weights are not count / rounds, in float32")
+                raise InvalidTargetsError(
+                    "weights are not equal to count / rounds in float32; correct the sampler, or "
+                    "its `stores`"
+                )
 
 
 def _rounds(rounds: int | None) -> str:
+    """Return a phrase with the number of rounds."""
     return "no rounds" if rounds is None else f"{rounds} rounds per position"

@@ -1,8 +1,8 @@
-"""Name the columns of each kind of weights, and find the counts that a block need not store.
+"""Define the columns of each kind of weights, and which counts are not stored.
 
 If the sampler draws N rounds, weights are count / N, and one count per position follows from the
-others. If light entries share one weight tau, only heavy entries store a number. A real-valued
-weight is stored as a float32 number (column `weights`) or rounded to a level (column `levels`).
+others. If light entries share the weight tau, only the weights of heavy entries are stored. A
+real-valued weight is stored as float32 (column `weights`) or as the index of a level (`levels`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
     FLOATS: {"weights": np.float32},
     THRESHOLD: {"heavy": np.uint32, "weights": np.float32},
 }
+"""Names and dtypes of the columns of exact weights, by kind."""
 
 
 def weight_columns(weights: str, *, rounded: bool) -> dict[str, Any]:
-    """Return the names and dtypes of the columns of a kind of weights, in order."""
+    """Return the names and dtypes of the columns of a kind of weights, in order.
+
+    Args:
+        weights: kind of the weights, a key of `WEIGHT_COLUMNS`.
+        rounded: whether real-valued weights are rounded to levels.
+    """
     columns = WEIGHT_COLUMNS[weights]
     if not rounded:
         return columns
@@ -33,22 +39,23 @@ def weight_columns(weights: str, *, rounded: bool) -> dict[str, Any]:
 
 
 def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
-    """Return count / rounds, float32 [E], rounded once."""
+    """Return count / rounds in float32, [E]."""
     weights = counts.astype(np.float32)
     weights /= np.float32(rounds)
     return weights
 
 
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
-    """Return the one entry per position whose count follows from the others, bool [E].
+    """Return whether the count of an entry is not stored, bool [E].
 
-    It is the entry of the position's label if that is in the set, and the first entry if not: the
-    likeliest entry, whose count would cost most.
+    The count of one entry per position follows from the others: of the entry of the position's
+    label if there is one, which is usually likely and has a large count, and otherwise of the first
+    entry.
 
     Args:
-        starts: int64 [Q]: the first entry of each position that carries a target.
-        is_hit: bool [E]: whether an entry is that of its position's label.
-        has_hit: bool [Q]: whether a position has such an entry.
+        starts: int64 [Q], first entry of each position with a target.
+        is_hit: bool [E], whether the entry's id is the position's label.
+        has_hit: bool [Q], whether the position has such an entry.
     """
     derived = is_hit.copy()
     derived[starts[~has_hit]] = True

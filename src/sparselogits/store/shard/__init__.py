@@ -1,1 +1,1 @@
-"""Shard files: a Parquet file with checksums of its own, written whole and read by row group."""
+"""Write and read shards: Parquet files with additional checksums."""

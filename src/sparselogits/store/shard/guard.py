@@ -1,15 +1,16 @@
-"""The guard of a shard: checksums of every byte of the file, checked before anything is parsed.
+"""Add a guard to a shard: checksums of all its bytes, which are verified before parsing.
 
-Parquet's page checksums do not cover the footer and the page headers, and a parser that trusts a
-damaged header may allocate gigabytes. So a table of CRC32C values lies between the last page and
-the footer, where Parquet readers do not look:
+Parquet's page checksums do not cover the footer and the page headers, and a parser that reads a
+damaged header may allocate gigabytes. A table of CRC32C values is therefore stored between the last
+page and the footer, which Parquet readers skip:
 
-    range...   n times: u64 first byte, u64 length, u32 CRC32C; one per row group, together they
-               cover the file from its first byte to the guard
+    range...   n times: u64 first byte, u64 length, u32 CRC32C; one range per row group, which
+               together cover the file from its first byte to the guard
     tail       u32 n, u32 CRC32C of the footer (with its length and the closing magic),
-               u32 CRC32C of the guard up to here, 8 bytes magic "SLGUARD1"
+               u32 CRC32C of the preceding bytes of the guard, 8 bytes magic "SLGUARD1"
 
-All little-endian. A guard is found from the end: last 8 bytes, footer length, tail, ranges.
+All numbers are little-endian. A reader locates the guard from the end of the file: last 8 bytes,
+footer length, tail, ranges.
 """
 
 from __future__ import annotations
@@ -28,39 +29,50 @@ _RANGE = struct.Struct("<QQI")
 _TAIL = struct.Struct("<III8s")
 _CLOSING = struct.Struct("<I4s")
 LARGEST_FOOTER = 1 << 26
-_FIRST_READ = 1 << 16  # bytes; holds guard and footer of most shards
+"""Largest size of a footer in bytes."""
+
+_FIRST_READ = 1 << 16  # bytes, enough for guard and footer of most shards
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The guard of a file, validated.
+    """Validated guard of a shard.
 
     Args:
-        ranges: (first byte, length, CRC32C) of each row group.
-        footer_start: byte at which the Parquet footer begins.
+        ranges: (first byte, length in bytes, CRC32C) of each row group.
+        footer_start: offset in bytes of the Parquet footer.
     """
 
     ranges: tuple[tuple[int, int, int], ...]
     footer_start: int
 
     def require(self, group: int, data: bytes) -> None:
-        """Validate the bytes of a row group. Raises DamageError."""
+        """Validate the length and checksum of a row group.
+
+        Args:
+            group: index of the row group.
+            data: bytes of the row group.
+
+        Raises:
+            DamageError: the length or the checksum is wrong.
+        """
         first, length, expected = self.ranges[group]
         if len(data) != length:
-            raise DamageError(f"{len(data)} of the {length} bytes from byte {first} on are there")
+            raise DamageError(f"found {len(data)} bytes from byte {first} on, expected {length}")
         found = google_crc32c.value(data)
         if found != expected:
             raise DamageError(
-                f"bytes {first} to {first + length} have CRC32C {found:08x}, not {expected:08x}"
+                f"bytes {first} to {first + length} have CRC32C {found:08x}, "
+                f"expected {expected:08x}"
             )
 
 
 def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
-    """Return a Parquet file with a guard before its footer.
+    """Return a Parquet file with a guard inserted before its footer.
 
     Args:
-        parquet: the file without a guard.
-        group_stops: the byte after the last page of each row group; the last one begins the footer.
+        parquet: content of the file without a guard.
+        group_stops: offset of the byte after each row group; the last one starts the footer.
     """
     footer_length, _ = _CLOSING.unpack_from(parquet, len(parquet) - _CLOSING.size)
     start = len(parquet) - _CLOSING.size - footer_length
@@ -75,11 +87,15 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
 
 
 def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
-    """Read the size of a shard, its guard, and its last bytes from the guard on or before.
+    """Read the size of a shard, its guard, and its last bytes, which include guard and footer.
+
+    Args:
+        files: files of the cache.
+        name: name of the shard.
 
     Raises:
-        DamageError: names what does not match.
-        FileNotFoundError: there is no such file.
+        DamageError: the guard or the footer is damaged.
+        FileNotFoundError: the file does not exist.
     """
     wanted = _FIRST_READ
     while True:
@@ -91,49 +107,54 @@ def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
 
 
 def read_guard(tail: bytes, size: int) -> Guard | int:
-    """Read the guard of a file of `size` bytes from its last bytes.
+    """Parse the guard of a shard from its last bytes, and validate guard and footer.
+
+    Args:
+        tail: last bytes of the file.
+        size: size of the file in bytes.
 
     Returns:
-        The guard, validated together with the footer; or, if `tail` is too short to hold both, the
-        number of last bytes to pass instead.
+        The guard; or, if `tail` does not include guard and footer, the number of last bytes that
+        the caller must pass.
 
     Raises:
-        DamageError: names what does not match.
+        DamageError: the guard or the footer is damaged.
     """
     if size < _CLOSING.size + _TAIL.size or len(tail) < _CLOSING.size:
-        raise DamageError(f"a file of {size} bytes is too short to be a shard: it was cut off")
+        raise DamageError(f"the file is truncated: it has {size} bytes, too few for a shard")
     footer_length, magic = _CLOSING.unpack_from(tail, len(tail) - _CLOSING.size)
     if magic != b"PAR1":
-        raise DamageError(f"it ends with {magic!r}, not with Parquet's b'PAR1': it was cut off")
+        raise DamageError(f"the file is truncated: it ends with {magic!r}, expected b'PAR1'")
     framed = int(footer_length) + _CLOSING.size + _TAIL.size
     if framed > min(size, LARGEST_FOOTER):
-        raise DamageError(f"its footer claims {footer_length} of the file's {size} bytes")
+        raise DamageError(f"the footer claims {footer_length} of the file's {size} bytes")
     if len(tail) < framed:
         return framed
     count, footer_crc, guard_crc, magic = _TAIL.unpack_from(tail, len(tail) - framed)
     if magic != MAGIC:
-        raise DamageError("there is no guard before its footer")
+        raise DamageError("there is no guard before the footer")
     whole = framed + int(count) * _RANGE.size
     if whole > size:
-        raise DamageError(f"its guard claims {count} row groups in {size} bytes")
+        raise DamageError(f"the guard claims {count} row groups in a file of {size} bytes")
     if len(tail) < whole:
         return whole
     footer_start = len(tail) - framed + _TAIL.size
     guard_start = len(tail) - whole
     if google_crc32c.value(tail[guard_start : footer_start - 12]) != guard_crc:
-        raise DamageError("its guard fails its own checksum")
+        raise DamageError("the checksum of the guard does not match")
     if google_crc32c.value(tail[footer_start:]) != footer_crc:
-        raise DamageError("its footer fails its checksum")
+        raise DamageError("the checksum of the footer does not match")
     ranges = tuple(_RANGE.iter_unpack(tail[guard_start : guard_start + count * _RANGE.size]))
     _require_cover(ranges, size - whole)
     return Guard(ranges, size - framed + _TAIL.size)
 
 
 def _require_cover(ranges: Sequence[tuple[int, int, int]], stop: int) -> None:
+    """Validate that ranges cover the bytes [0, stop) exactly once. Raises DamageError."""
     first = 0
     for start, length, _ in ranges:
         if start != first:
-            raise DamageError(f"its guard does not cover the bytes {first} to {start} exactly once")
+            raise DamageError(f"the guard does not cover bytes {first} to {start} exactly once")
         first += length
     if first != stop:
-        raise DamageError(f"its guard covers {first} bytes, and {stop} bytes precede it")
+        raise DamageError(f"the guard covers {first} bytes, expected the {stop} bytes before it")

@@ -1,9 +1,10 @@
-"""Reading a shard: one row group at a time, and nothing is parsed before it is validated.
+"""Read shards, one row group at a time, and validate all bytes before they are parsed.
 
-This module checks what Parquet does not: every byte is compared with a CRC32C of the guard before
-it is parsed (guard.py), the footer with the name and size of the file and with the identity of the
-cache, the pages with both (row_group.py), and each row with its CRC32C. Checksums detect damage,
-not forgery: sizes in files of unknown origin are bounded before they are allocated (bounds.py).
+The reader validates more than Parquet does: the bytes against the checksums of the guard
+(guard.py), the footer against the name and size of the file and the identity of the cache, the
+pages against footer and identity (row_group.py), and each row against its CRC32C. Checksums detect
+damage but not forgery, so sizes are also compared with their bounds before memory is allocated
+(bounds.py).
 """
 
 from __future__ import annotations
@@ -50,30 +51,32 @@ _NO_TARGETS = SparseTargets(
     check=False,
 )
 
-_WALKED = 1 << 17
-"""Bytes of a footer above which its structures are counted before Parquet parses them: Parquet
-allocates some three hundred bytes per byte of an empty column chunk."""
+_LARGEST_UNCOUNTED_FOOTER = 1 << 17
+"""Size in bytes of a footer above which its structures are counted before Parquet parses them.
 
-_VALUES_PER_GROUP = 512  # numbers, strings and lists that describe a row group; 200 are usual
+Parquet's parser allocates about 300 bytes per byte of an empty column chunk.
+"""
+
+_VALUES_PER_GROUP = 512  # largest number of thrift values per row group; valid ones have about 200
 
 
 class Shard:
-    """One open shard file: the footer is validated, rows are read on demand.
+    """An open shard whose footer is validated and whose rows are read on demand.
 
     Args:
         storage: files of the cache.
-        name: name of the shard, with its folder.
+        name: path of the shard, relative to the cache.
         identity: identity of the cache.
 
     Raises:
-        CacheCorruptionError: the file is damaged, or not a shard of this cache.
+        CacheCorruptionError: the file is damaged, or belongs to another cache.
     """
 
     def __init__(self, storage: ReadableFiles, name: str, identity: Identity) -> None:
         self.name = name
         self._storage = storage
         self._identity = identity
-        self._file = _HeldRange()
+        self._file = _BufferedRange()
         try:
             self.start, self.stop = parse_shard_name(name)
             self.size, self._guard, self._file.data = read_frame(storage, name)
@@ -91,7 +94,7 @@ class Shard:
             self._decoder = BlockDecoder(codec, tables)
         except _FAILURES as error:
             raise self._damaged(f"footer ({_windows_named(name)})", error) from error
-        self._held: tuple[int, Rows] | None = None
+        self._group: tuple[int, Rows] | None = None  # the last row group that was read
         self._ahead: dict[int, WindowRecord] = {}
         self._next = 0
 
@@ -100,10 +103,10 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the file that hold the tokens of the text.
+        """Size in bytes of the column of tokens.
 
         Raises:
-            CacheCorruptionError: the footer states more bytes than the file has.
+            CacheCorruptionError: the footer claims more bytes than the file has.
         """
         column, total = SCHEMA.get_field_index("tokens"), 0
         for group, (_, length, _) in enumerate(self._guard.ranges):
@@ -115,36 +118,42 @@ class Shard:
         return total
 
     def read(self, row: int) -> WindowRecord:
-        """Return a window with its targets decoded; `row` counts from 0 in the shard.
+        """Read a row and decode its targets.
 
-        Rows that are read in order are decoded together, to the end of their row group, which is
-        faster by half. A row that is read at random is decoded alone.
+        When rows are read in order, all remaining rows of a row group are decoded together, which
+        takes two thirds of the time. A row that is read at random is decoded alone.
+
+        Args:
+            row: index of the row in the shard, from 0.
+
+        Raises:
+            CacheCorruptionError: the row or its row group is damaged.
         """
         in_order, self._next = row == self._next, row + 1
         if row in self._ahead:
             return self._ahead.pop(row)
-        group, place = divmod(row, ROWS_PER_GROUP)
-        if self._held is None or self._held[0] != group:
-            self._held = (group, self._read_group(group))
-        rows = self._held[1]
-        last = min(len(rows), place + self._together) if in_order else place + 1
+        group, at = divmod(row, ROWS_PER_GROUP)
+        if self._group is None or self._group[0] != group:
+            self._group = (group, self._read_group(group))
+        rows = self._group[1]
+        last = min(len(rows), at + self._rows_per_pass) if in_order else at + 1
         try:
-            records = self._decode(group, range(place, last), rows)
-        except CacheCorruptionError:  # perhaps of another row of the group
-            records = self._decode(group, range(place, place + 1), rows)
+            records = self._decode(group, range(at, last), rows)
+        except CacheCorruptionError:  # perhaps the damage is in another row
+            records = self._decode(group, range(at, at + 1), rows)
         self._ahead = {record.window_index - self.start: record for record in records[1:]}
         return records[0]
 
     def decode_row(self, row: Mapping[str, Any]) -> SparseTargets:
-        """Return the targets of one of this shard's rows, read by another tool.
+        """Decode the targets of a row of this shard that was read by another tool.
 
         Args:
-            row: `window_index`, `tokens`, `mask` and `targets` by name, as lists, arrays and bytes.
-                If all columns are there, the checksum of the row is verified.
+            row: columns by name: `window_index`, `tokens`, `mask` and `targets`, as lists, arrays
+                or bytes. If all columns of the shard are present, the row's checksum is verified.
 
         Raises:
-            InvalidArgumentError: the row lacks columns.
-            CacheCorruptionError: the row differs from what was written.
+            InvalidArgumentError: a column is missing.
+            CacheCorruptionError: the row differs from the row of the shard.
         """
         if not set(row.keys()) >= set(_NEEDED):
             raise InvalidArgumentError(missing_columns(row))
@@ -154,7 +163,7 @@ class Shard:
             self._require_bounds(record)
             whole = set(row.keys()) >= set(SCHEMA.names)
             if whole and row_crc(record, block) != int(row["crc32c"]):
-                raise DamageError("its checksum does not match")
+                raise DamageError("the checksum of the row does not match")
             return self._decoder.decode(window - self.start, block, record.tokens, record.present())
         except _FAILURES as error:
             raise CacheCorruptionError(
@@ -168,23 +177,33 @@ class Shard:
         return int(self.metadata.num_row_groups)
 
     def read_group(self, group: int) -> list[WindowRecord]:
-        """Return all windows of a row group; Parquet's page checksums are verified too."""
+        """Read all rows of a row group, and verify Parquet's page checksums as well.
+
+        Args:
+            group: index of the row group.
+
+        Raises:
+            CacheCorruptionError: the row group is damaged.
+        """
         rows = self._read_group(group, page_checksums=True)
-        places = range(len(rows))
+        step = self._rows_per_pass
         try:
-            if len(rows) > self._together:
-                raise DamageError("windows too long to be decoded together")
-            return self._decode(group, places, rows)
-        except (DamageError, CacheCorruptionError):  # one by one, to name the damaged one
-            alone = (self._decode(group, range(p, p + 1), rows) for p in places)
-            return [record for records in alone for record in records]
+            starts = range(0, len(rows), step)
+            parts = [self._decode(group, range(a, min(a + step, len(rows))), rows) for a in starts]
+        except CacheCorruptionError:  # decoded one by one, so that the error names the damaged row
+            parts = [self._decode(group, range(a, a + 1), rows) for a in range(len(rows))]
+        return [record for records in parts for record in records]
 
     def read_bytes(self) -> bytes:
-        """Return the whole file, every byte verified with the guard; nothing is decoded."""
+        """Return the content of the file, verified with the guard and not decoded.
+
+        Raises:
+            CacheCorruptionError: the file is damaged.
+        """
         data = self._storage.read(self.name)
         try:
             if len(data) != self.size:
-                raise DamageError(f"the file has {len(data)} of {self.size} bytes")
+                raise DamageError(f"found {len(data)} bytes, expected {self.size}")
             for group, (first, length, _) in enumerate(self._guard.ranges):
                 self._guard.require(group, data[first : first + length])
         except DamageError as error:
@@ -192,16 +211,22 @@ class Shard:
         return data
 
     @property
-    def _together(self) -> int:
-        """Number of windows decoded in one pass, which bounds the temporary arrays."""
+    def _rows_per_pass(self) -> int:
+        """Largest number of rows decoded in one pass, which bounds the temporary arrays."""
         return max(1, FREE_ENTRIES // self._identity.window_length)
 
-    def _decode(self, group: int, places: range, rows: Rows) -> list[WindowRecord]:
-        """Decode the windows at some places of a row group in one pass."""
-        first, length = group * ROWS_PER_GROUP + places.start, self._identity.window_length
+    def _decode(self, group: int, indices: range, rows: Rows) -> list[WindowRecord]:
+        """Decode consecutive rows of a row group in one pass.
+
+        Args:
+            group: index of the row group.
+            indices: indices of the rows in the row group.
+            rows: rows of the row group.
+        """
+        first, length = group * ROWS_PER_GROUP + indices.start, self._identity.window_length
         try:
-            records = [self._record(place, rows) for place in places]
-            chosen = slice(places.start, places.stop)
+            records = [self._record(index, rows) for index in indices]
+            chosen = slice(indices.start, indices.stop)
             targets = self._decoder.decode_run(
                 first,
                 rows.blocks[chosen],
@@ -209,7 +234,7 @@ class Shard:
                 np.stack([record.present() for record in records]),
             )
         except _FAILURES as error:
-            window, last = self.start + first, self.start + first + len(places) - 1
+            window, last = self.start + first, self.start + first + len(indices) - 1
             where = f"row {first} (windows {window} to {last})"
             raise self._damaged(where, error) from error
         return [
@@ -218,55 +243,63 @@ class Shard:
         ]
 
     def _require_modest_footer(self) -> None:
-        """Validate the sizes in the footer before Parquet's parser allocates them."""
-        guard, named = self._guard, -(-(self.stop - self.start) // ROWS_PER_GROUP)
-        if len(guard.ranges) != named:
+        """Validate the sizes in the footer before Parquet's parser allocates memory for them."""
+        guard, groups = self._guard, -(-(self.stop - self.start) // ROWS_PER_GROUP)
+        if len(guard.ranges) != groups:
             raise DamageError(
-                f"its name states {self.stop - self.start} windows, which is {named} row groups; "
-                f"its guard covers {len(guard.ranges)}"
+                f"the guard covers {len(guard.ranges)} row groups, expected {groups} for the "
+                f"{self.stop - self.start} windows in the file's name"
             )
         footer = self._file.data[guard.footer_start - self._file.start :]
-        allowed = footer_bound(named, description_bound(self.size))
+        allowed = footer_bound(groups, description_bound(self.size))
         if len(footer) > allowed:
             raise DamageError(
-                f"its footer has {len(footer):,} bytes, expected {allowed:,} at most for {named} "
+                f"the footer has {len(footer):,} bytes, expected at most {allowed:,} for {groups} "
                 f"row groups in {self.size:,} bytes"
             )
-        # an Arrow schema would be parsed, and extension types made from it
+        # pyarrow would parse an Arrow schema and instantiate its extension types
         if b"ARROW:" in footer:
-            raise DamageError("its footer contains an Arrow schema, which no shard does")
-        if len(footer) > _WALKED:
-            reader = CompactReader(footer, most=(1 << 14) + _VALUES_PER_GROUP * named)
+            raise DamageError("the footer contains an Arrow schema, which no valid shard does")
+        if len(footer) > _LARGEST_UNCOUNTED_FOOTER:
+            reader = CompactReader(footer, most=(1 << 14) + _VALUES_PER_GROUP * groups)
             for _, kind in reader.fields():
                 reader.skip(kind)
 
     def _read_description(self) -> dict[str, Any]:
+        """Parse and validate the JSON description in the footer. Raises DamageError."""
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(SCHEMA):
-            raise DamageError(f"its columns are {shown(self._parquet.schema_arrow.names)}")
+            raise DamageError(
+                f"the columns are {shown(self._parquet.schema_arrow.names)}, expected the schema "
+                f"of {', '.join(SCHEMA.names)}"
+            )
         text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
         description = parse_json(
             text, largest=description_bound(self.size), most=description_bound(self.size)
         )
         if not isinstance(description, dict):
-            raise DamageError("its key-value metadata lacks the description of a shard")
+            raise DamageError("the key-value metadata does not contain a description of the shard")
         found = {key: description.get(key) for key in ("format_version", "start", "stop")}
         expected = {"format_version": FORMAT_VERSION, "start": start, "stop": stop}
         if found != expected:
-            raise DamageError(f"its description states {shown(found)}, its name says {expected}")
+            raise DamageError(f"the description states {shown(found)}, expected {expected}")
         if description.get("fingerprint") != self._identity.fingerprint:
             raise DamageError(
-                f"it belongs to a cache of fingerprint {shown(description.get('fingerprint'))}, "
-                f"not {self._identity.fingerprint}"
+                "the shard belongs to a cache with the fingerprint "
+                f"{shown(description.get('fingerprint'))}, expected {self._identity.fingerprint}"
             )
         _require_totals(description, stop - start, self._identity)
         rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         whole, rest = divmod(stop - start, ROWS_PER_GROUP)
         if rows != [ROWS_PER_GROUP] * whole + [rest] * (rest > 0):
-            raise DamageError(f"its row groups hold {shown(rows)} rows")
+            raise DamageError(
+                f"the row groups have {shown(rows)} rows, expected {ROWS_PER_GROUP} in all but the "
+                "last one"
+            )
         return description
 
     def _read_group(self, group: int, *, page_checksums: bool = False) -> Rows:
+        """Read and validate a row group without decoding its targets."""
         first, length, _ = self._guard.ranges[group]
         first_window = self.start + group * ROWS_PER_GROUP
         data = self._storage.read(self.name, first, first + length)
@@ -291,18 +324,18 @@ class Shard:
             where = f"rows from {first_row} on (windows {first_window} to {last})"
             raise self._damaged(where, error) from error
 
-    def _record(self, place: int, rows: Rows) -> WindowRecord:
-        """Return the parts of a row, without its targets."""
+    def _record(self, index: int, rows: Rows) -> WindowRecord:
+        """Return a row with empty targets, after its checksum is verified."""
         record = WindowRecord(
-            rows.window_index[place],
-            rows.tokens[place],
-            rows.document_starts[place],
-            rows.masks[place],
+            rows.window_index[index],
+            rows.tokens[index],
+            rows.document_starts[index],
+            rows.masks[index],
             _NO_TARGETS,
-            rows.teacher_loss[place],
-            rows.teacher_entropy[place],
+            rows.teacher_loss[index],
+            rows.teacher_entropy[index],
         )
-        if row_crc(record, rows.blocks[place]) != rows.crc32c[place]:
+        if row_crc(record, rows.blocks[index]) != rows.crc32c[index]:
             raise DamageError(
                 f"the checksum of row {record.window_index - self.start} does not match"
             )
@@ -312,14 +345,15 @@ class Shard:
         """Validate the tokens of one row, as `rows_of` does for a row group."""
         length, ids = self._identity.window_length, self._identity.vocab_size
         if record.tokens.shape != (length,) or record.present().shape != (length,):
-            raise DamageError(f"it has {record.tokens.size} tokens, a window has {length}")
+            raise DamageError(f"the row has {record.tokens.size} tokens, expected {length}")
         if length and not 0 <= int(record.tokens.min()) <= int(record.tokens.max()) < ids:
-            raise DamageError(f"a token lies outside the vocabulary of {ids}")
+            raise DamageError(f"a token is outside the vocabulary of {ids} ids")
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
+        """Return an error that adds the file and what to do to the cause."""
         return CacheCorruptionError(
             f"{self._storage.location}/{self.name}, {where}: {error}. Run `sparselogits repair` on "
-            "the cache, which sets the file aside, then build its windows again"
+            "the cache, which moves the file aside, then build its windows again"
         )
 
 
@@ -333,10 +367,17 @@ _FAILURES = (
     ArithmeticError,
     AttributeError,
 )
+"""Exceptions that pyarrow and the decoders raise for damaged bytes."""
 
 
-class _HeldRange(io.RawIOBase):
-    """A file of which one range is in memory: pyarrow parses only what was validated."""
+class _BufferedRange(io.RawIOBase):
+    """File of which one validated range is in memory, so that pyarrow can read nothing else.
+
+    Attributes:
+        start: offset of the range in bytes.
+        size: size of the file in bytes.
+        data: bytes of the range.
+    """
 
     start: int = 0
     size: int = 0
@@ -360,7 +401,7 @@ class _HeldRange(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         first = self._at - self.start
         if first < 0 or first > len(self.data):
-            raise DamageError(f"the footer points outside of its row group, to byte {self._at}")
+            raise DamageError(f"the footer refers to byte {self._at}, outside of the row group")
         part = self.data[first:] if size < 0 else self.data[first : first + size]
         self._at += len(part)
         return part
@@ -370,18 +411,18 @@ _NEEDED = ("window_index", "tokens", "mask", "targets")
 
 
 def missing_columns(row: Mapping[str, Any]) -> str:
-    """Return the message for a row that lacks columns."""
+    """Return the error message for a row that lacks columns."""
     missing = [name for name in _NEEDED if name not in row]
     return (
         f"a row to decode lacks {', '.join(missing)} (it has {', '.join(map(str, row.keys()))}); "
-        f"select {', '.join(_NEEDED)}, or all columns to have the checksum verified, too"
+        f"select {', '.join(_NEEDED)}, or all columns so that the checksum is verified, too"
     )
 
 
 def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
-    """Return the parts of a row, whatever kinds of lists a tool makes of its columns."""
+    """Convert the columns of a row, which may be lists or arrays of any tool."""
     mask = row["mask"]
-    if not hasattr(mask, "__len__"):  # None, or the null of a data frame
+    if not hasattr(mask, "__len__"):  # None, or the null value of a data frame
         mask = None
     starts = row.get("document_starts", ())
     record = WindowRecord(
@@ -397,6 +438,7 @@ def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
 
 
 def _windows_named(name: str) -> str:
+    """Return a phrase with the windows in the name of a shard."""
     try:
         start, stop = parse_shard_name(name)
     except ValueError:
@@ -405,7 +447,7 @@ def _windows_named(name: str) -> str:
 
 
 def _require_totals(description: Mapping[str, Any], windows: int, identity: Identity) -> None:
-    """Validate the types and bounds of the totals in a footer."""
+    """Validate the types and bounds of the totals in a description. Raises DamageError."""
     positions = windows * identity.window_length
     for name, kinds, least, most in (
         ("positions", int, 0, positions),
@@ -415,17 +457,20 @@ def _require_totals(description: Mapping[str, Any], windows: int, identity: Iden
     ):
         value = description.get(name)
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise DamageError(f"its {name} are {shown(value)}, expected {least:g} to {most:g}")
+            raise DamageError(f"{name} is {shown(value)}, expected {least:g} to {most:g}")
     for name in ("tables", "provenance"):
         if not isinstance(description.get(name), dict):
-            raise DamageError(f"its {name} are {shown(description.get(name))}, not an object")
+            raise DamageError(f"{name} is {shown(description.get(name))}, expected an object")
 
 
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
+    """Return the coding tables by column: (first window, table). Raises DamageError."""
     tables: dict[str, list[tuple[int, bytes]]] = {}
     for name, column in value.items():
         if not isinstance(column, list):
-            raise DamageError(f"its coding tables of {shown(name)} are {shown(column)}")
+            raise DamageError(
+                f"the coding tables of {shown(name)} are {shown(column)}, expected a list"
+            )
         tables[name] = []
         for entry in column:
             if not (
@@ -434,6 +479,9 @@ def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, byt
                 and isinstance(entry[0], int)
                 and isinstance(entry[1], str)
             ):
-                raise DamageError(f"a coding table of {shown(name)} is {shown(entry)}")
+                raise DamageError(
+                    f"a coding table of {shown(name)} is {shown(entry)}, expected a window and "
+                    "base64 text"
+                )
             tables[name].append((entry[0], base64.b64decode(entry[1], validate=True)))
     return tables

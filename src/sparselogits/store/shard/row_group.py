@@ -1,9 +1,9 @@
 """Validate a row group: its pages before Parquet's parser reads them, its values afterwards.
 
-Parquet encodes a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
-compression, or a header that merely claims it. A shard uses none of these but zstd for its tokens,
-whose number is known. So a page of any other form is refused, and the size that a page may decode
-to is bounded by its bytes and by the window length.
+Parquet can encode a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
+compression, or a header with a forged size. A shard uses none of these except zstd for its tokens,
+whose number is known. Pages of any other form are therefore rejected, and the decoded size of a
+page is bounded by its encoded size and the window length.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _DATA_PAGE = 0
 _TOKENS = SCHEMA.get_field_index("tokens")
 _STARTS = SCHEMA.get_field_index("document_starts")
 _MASK = SCHEMA.get_field_index("mask")
-# of a page header and of the data page header in it
+# thrift field numbers of a page header, and of the data page header in it
 _TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE_HEADER = 1, 2, 3, 5
 _VALUES, _ENCODING, _DEFINITIONS, _REPETITIONS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The windows of a row group, with coded targets.
+    """The R windows of a row group, with encoded targets.
 
     Args:
-        window_index: int64 [R].
+        window_index: index of each window.
         tokens: int32 [R, L].
-        document_starts: R arrays int32.
-        masks: R arrays bool [L], or None.
-        blocks: R coded targets.
-        crc32c: R checksums.
-        teacher_loss: R values.
-        teacher_entropy: R values.
+        document_starts: positions of document starts of each window, int32.
+        masks: mask of each window, bool [L]; None if all its positions have a target.
+        blocks: encoded targets of each window.
+        crc32c: checksum of each row.
+        teacher_loss: mean loss of the teacher on each window, in nats.
+        teacher_entropy: mean entropy of the teacher on each window, in nats.
     """
 
     window_index: list[int]
@@ -63,33 +63,33 @@ class Rows:
 
 
 def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: int) -> None:
-    """Validate the page headers of a row group: one plain data page per column, of bounded size.
+    """Validate that each column of a row group has one plain data page of bounded size.
 
     Args:
-        group: the row group as the footer describes it.
-        first: byte of the file at which the row group begins.
+        group: description of the row group in the footer.
+        first: offset of the row group in the file, in bytes.
         data: bytes of the row group.
         length: window length, L.
 
     Raises:
-        DamageError: names the column and what is wrong.
-        ThriftError: a header cannot be read.
+        DamageError: a page is invalid; the message has the column.
+        ThriftError: a page header cannot be parsed.
     """
     rows = group.num_rows
-    at = 4 if first == 0 else 0  # after the magic number, one column follows the other
+    at = 4 if first == 0 else 0  # columns are contiguous; the first follows the file's magic number
     if group.num_columns != len(SCHEMA):
         raise DamageError(f"{group.num_columns} column chunks, expected {len(SCHEMA)}")
     for number, name in enumerate(SCHEMA.names):
         chunk = group.column(number)
         size, offset = chunk.total_compressed_size, chunk.data_page_offset - first
-        # chunk.compression is not read: it aborts the process if the codec does not exist; the
-        # sizes below bound what any compression can decode to
+        # chunk.compression must not be read, because pyarrow aborts the process for an unknown
+        # codec; the sizes below bound the output of every compression
         if chunk.has_dictionary_page:
-            raise DamageError(f"column {name} has a dictionary, which no writer gives it")
+            raise DamageError(f"column {name} has a dictionary, which no valid shard has")
         if offset != at or not 0 <= size <= len(data) - offset:
             raise DamageError(
-                f"column {name} has bytes {offset} to {offset + size} of its row group, where "
-                f"byte {at} is next and {len(data)} are there"
+                f"column {name} has bytes {offset} to {offset + size} of its row group, expected "
+                f"bytes from {at} to at most {len(data)}"
             )
         at += size
         reader = CompactReader(data, offset)
@@ -98,7 +98,7 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         encoding = _BYTE_STREAM_SPLIT if number == _TOKENS else _PLAIN
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
         if form != (_DATA_PAGE, encoding, _RLE, _RLE):
-            raise DamageError(f"column {name} has a page of another kind or encoding: {form}")
+            raise DamageError(f"column {name} has a page of an invalid kind or encoding: {form}")
         values, packed, plain = (
             page.get(_VALUES),
             header.get(_COMPRESSED),
@@ -111,34 +111,34 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         least, most = _values_bounds(number, rows, length)
         if not least <= values <= most:
             raise DamageError(f"column {name} has {values} values, expected {least} to {most}")
-        # tokens: four bytes each, and two levels of at most a bit each, coded in groups of eight
+        # a token has four bytes and two levels of at most one bit, coded in groups of eight
         allowed = 5 * values + 64 if number == _TOKENS else packed
         if not 0 <= plain <= allowed or (number != _TOKENS and plain != packed):
             raise DamageError(
-                f"column {name} claims to decompress to {plain} bytes, expected {allowed} at most"
+                f"column {name} claims to decompress to {plain} bytes, expected at most {allowed}"
             )
     if at != len(data):
-        raise DamageError(f"{len(data) - at} bytes of it belong to no column")
+        raise DamageError(f"{len(data) - at} bytes of the row group belong to no column")
 
 
 def _values_bounds(column: int, rows: int, length: int) -> tuple[int, int]:
-    """Return the bounds of the number of values of a column; a row without a list has one."""
+    """Return the smallest and largest number of values of a column; an empty list counts as one."""
     if column == _TOKENS:
         return rows * length, rows * length
     return (rows, rows * max(1, length)) if column in (_STARTS, _MASK) else (rows, rows)
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
-    """Return the rows of a row group, with every value but the targets validated.
+    """Return the rows of a row group, after all values except the targets are validated.
 
     Args:
-        table: one row group, as Parquet's reader returns it.
-        start: number of its first window.
+        table: row group, as Parquet's reader returns it.
+        start: index of its first window.
         length: window length, L.
-        vocab_size: V.
+        vocab_size: vocabulary size, V.
 
     Raises:
-        DamageError: names the window and what is wrong.
+        DamageError: a value is invalid; the message has the window.
     """
     columns: dict[str, Any] = {name: _only_chunk(table, name) for name in SCHEMA.names}
     rows = table.num_rows
@@ -146,16 +146,16 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     tokens, token_bounds = _lists(columns["tokens"])
     starts, start_bounds = _lists(columns["document_starts"])
     expected = np.arange(start, start + rows)
-    _require(index == expected, start, "holds another window's number")
+    _require(index == expected, start, "has the index of another window")
     lengths = np.diff(token_bounds)
-    _require(lengths == length, start, f"does not hold {length} tokens")
+    _require(lengths == length, start, f"does not have {length} tokens")
     tokens = tokens[token_bounds[0] : token_bounds[-1]].reshape(rows, length)
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         sound = ((tokens >= 0) & (tokens < vocab_size)).all(1)
-        _require(sound, start, f"holds a token outside the vocabulary of {vocab_size} ids")
+        _require(sound, start, f"has a token outside the vocabulary of {vocab_size} ids")
     _require_starts(starts, start_bounds, start, length)
     loss, entropy = (columns[n].to_numpy() for n in ("teacher_loss", "teacher_entropy"))
-    # NaN compares false
+    # comparisons with NaN are False
     _require((loss >= -ROUNDING) & (loss <= LARGEST_LOSS), start, "has an impossible teacher_loss")
     most = np.log(vocab_size) + 0.01
     _require((entropy >= -ROUNDING) & (entropy <= most), start, "has an impossible teacher_entropy")
@@ -172,6 +172,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+    """Return the values of a column of a row group."""
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
         raise DamageError(f"column {name} has missing values")
@@ -179,33 +180,36 @@ def _only_chunk(table: pa.Table, name: str) -> pa.Array:
 
 
 def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Return the values and the bounds of a column of lists."""
+    """Return the concatenated values of a column of lists, and the bounds of each list."""
     if column.values.null_count:
         raise DamageError("a list has missing values")
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
 def _pairs(bounds: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Return the start and stop of each list."""
     return pairwise(bounds.tolist())
 
 
 def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
+    """Return the mask of each row, after lengths are validated."""
     values, bounds = _lists(column)
     if column.null_count == len(column):
         return [None] * len(column)
-    there = column.is_valid().to_numpy(zero_copy_only=False)
-    lengths = np.diff(bounds)
-    _require(~there | (lengths == length), start, f"has a mask of another length than {length}")
+    masked = column.is_valid().to_numpy(zero_copy_only=False)
+    _require(
+        ~masked | (np.diff(bounds) == length), start, f"has a mask whose length is not {length}"
+    )
     return [
-        values[a:b] if valid else None
-        for (a, b), valid in zip(_pairs(bounds), there.tolist(), strict=True)
+        values[a:b] if has_mask else None
+        for (a, b), has_mask in zip(_pairs(bounds), masked.tolist(), strict=True)
     ]
 
 
 def _require_starts(
     starts: NDArray[Any], bounds: NDArray[np.int32], start: int, length: int
 ) -> None:
-    """Validate that document starts ascend strictly within [0, L), row by row."""
+    """Validate that the document starts of each row ascend strictly in [0, L)."""
     first, last = int(bounds[0]), int(bounds[-1])
     inner = starts[first:last]
     if not len(inner):
@@ -217,14 +221,15 @@ def _require_starts(
     ascends[begins] = True
     ascends &= (inner >= 0) & (inner < length)
     if not bool(ascends.all()):
-        place = int(np.flatnonzero(~ascends)[0]) + first
-        row = int(np.searchsorted(bounds, place, side="right")) - 1
+        wrong = int(np.flatnonzero(~ascends)[0]) + first
+        row = int(np.searchsorted(bounds, wrong, side="right")) - 1
         raise DamageError(
-            f"window {start + row} has document starts that do not ascend within its {length} "
-            f"tokens: {starts[place]}"
+            f"window {start + row} has the document start {starts[wrong]}, expected ascending "
+            f"positions in [0, {length})"
         )
 
 
 def _require(sound: Any, start: int, what: str) -> None:
+    """Raise DamageError for the first window whose value is not sound, bool [R]."""
     if not bool(sound.all()):
         raise DamageError(f"window {start + int(np.flatnonzero(~sound)[0])} {what}")

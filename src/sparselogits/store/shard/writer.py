@@ -1,7 +1,8 @@
-"""Write a shard: the windows of one range as the bytes of one Parquet file, built in memory.
+"""Encode the windows of a range as a Parquet file in memory: a shard.
 
-Any Parquet reader opens it. Rows are windows, eight per row group. Each row stores a CRC32C of its
-values, which other tools keep with the row, and a guard covers the whole file (guard.py).
+Every Parquet reader can open a shard. Rows are windows, eight per row group. Each row contains a
+CRC32C of its values, so that a row remains verifiable in other tools, and a guard covers the whole
+file (guard.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from sparselogits.store.records import WindowRecord
 from sparselogits.store.shard.guard import insert_guard
 
 ROWS_PER_GROUP = 8
+"""Number of windows per row group, except the last one of a shard."""
+
 METADATA_KEY = b"sparselogits"
+"""Key of the JSON description in the footer's key-value metadata."""
+
 SCHEMA = pa.schema(
     [
         pa.field("window_index", pa.int64(), nullable=False),
@@ -44,15 +49,15 @@ SCHEMA = pa.schema(
 def encode_shard(
     identity: Identity, records: Sequence[WindowRecord], provenance: Mapping[str, Any]
 ) -> tuple[str, bytes]:
-    """Return the name and the bytes of a shard; they are the same for one version of pyarrow.
+    """Return the name and the content of a shard, which depend only on the version of pyarrow.
 
     Args:
         identity: identity of the cache.
         records: records of consecutive windows, at least one.
-        provenance: JSON values that say how the windows were computed.
+        provenance: JSON values that describe how the windows were computed.
 
     Raises:
-        InvalidTargetsError: records that do not fit the identity or each other.
+        InvalidTargetsError: a record does not match the identity or the other records.
     """
     first, stop = records[0].window_index, records[0].window_index + len(records)
     codec = TargetCodec.of(identity)
@@ -78,6 +83,7 @@ def encode_shard(
 
 
 def _table(records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
+    """Return the rows of a shard, given the encoded targets of each record."""
     columns = {
         "window_index": [r.window_index for r in records],
         "tokens": [r.tokens for r in records],
@@ -92,6 +98,7 @@ def _table(records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table
 
 
 def _write_parquet(table: pa.Table, description: bytes) -> bytes:
+    """Return a table and a JSON description as a Parquet file."""
     out = io.BytesIO()
     with pq.ParquetWriter(
         out,
@@ -111,6 +118,7 @@ def _write_parquet(table: pa.Table, description: bytes) -> bytes:
 
 
 def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
+    """Yield the offset of the byte after each row group."""
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         column = group.column(group.num_columns - 1)
@@ -118,7 +126,12 @@ def _group_stops(metadata: pq.FileMetaData) -> Iterator[int]:
 
 
 def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
-    """Return the CRC32C of a row: of all its values but the checksum."""
+    """Return the CRC32C of all values of a row except the checksum.
+
+    Args:
+        record: the row, whose targets are not read.
+        block: encoded targets of the row.
+    """
     mask = b"" if record.mask is None else record.mask.astype(np.uint8).tobytes()
     parts = (
         struct.pack("<qI", record.window_index, len(record.tokens)),

@@ -1,1 +1,1 @@
-"""Where the files of a cache are kept: a folder, an object store, memory, and local copies."""
+"""Storages of a cache's files: a folder, an object store, memory, and local copies."""

@@ -1,9 +1,9 @@
-"""A folder of this machine with copies of remote bytes, bounded in size.
+"""Store copies of remote bytes in a local folder of bounded size.
 
-Any number of threads, processes and caches may share it. The sum of its files never exceeds the
-limit: files are added under a lock, which also guards the running total, and the least recently
-used ones are removed. A reader needs no lock: a removed file was a copy, and an open file stays
-readable. Readers verify what they get.
+Any number of threads, processes and caches may share the folder. Its files never exceed the limit
+together: files are added under a lock, which also protects the running total, and the least
+recently used files are evicted. Reading needs no lock: an evicted file was a copy, and an open file
+remains readable. Callers verify the bytes that they read.
 """
 
 from __future__ import annotations
@@ -21,33 +21,45 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.files import user_cache
 
 LIMIT = 10 << 30
+"""Default limit of a folder in bytes."""
+
 _LOCK, _TEMPORARY = ".lock", ".tmp"
 
 
 class CopyFolder:
-    """Copies of byte strings by (location, key), bounded in size.
+    """Folder of bounded size with copies of byte strings by location and key.
 
     Args:
-        path: the folder; created when something is first kept.
-        limit: largest size of all files together, in bytes.
+        path: path of the folder, which is created when the first copy is stored.
+        limit: largest total size of the files in bytes.
+
+    Raises:
+        InvalidArgumentError: the limit is below one byte.
+
+    Examples:
+        >>> copies = CopyFolder("copies", limit=1 << 30)
+        >>> copies.put("s3://bucket/cache", "a-key", b"data")
+        >>> copies.get("s3://bucket/cache", "a-key")
+        b'data'
     """
 
     def __init__(self, path: str | Path, limit: int = LIMIT) -> None:
         if limit < 1:
             raise InvalidArgumentError(
-                f"a folder of copies has room for {limit} bytes; give at least 1"
+                f"the limit of a folder of copies is {limit} bytes; give at least 1"
             )
         self.path = Path(path)
         self.limit = limit
 
     @classmethod
     def default(cls) -> CopyFolder:
-        """Return the folder and limit of SPARSELOGITS_COPY and SPARSELOGITS_COPY_GB.
+        """Create the folder that environment variables configure.
 
-        Defaults are a folder in the user's cache folder, and 10 GiB.
+        SPARSELOGITS_COPY is its path, by default `copy` in the user's cache folder, and
+        SPARSELOGITS_COPY_GB its limit in GiB, by default 10.
 
         Raises:
-            InvalidArgumentError: the size is not a number above zero.
+            InvalidArgumentError: the limit is not a positive number.
         """
         folder = os.environ.get("SPARSELOGITS_COPY")
         size = os.environ.get("SPARSELOGITS_COPY_GB", str(LIMIT >> 30))
@@ -60,22 +72,32 @@ class CopyFolder:
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
     def get(self, location: str, key: str) -> bytes | None:
-        """Return the bytes of a key; None if there are none."""
+        """Return the bytes of a key, and mark them as used; None if the key is not stored.
+
+        Args:
+            location: path or URL of the cache.
+            key: key of the bytes in the cache.
+        """
         path = self._path(location, key)
         try:
             with path.open("rb") as file:
-                with contextlib.suppress(OSError):  # the folder is read-only
+                with contextlib.suppress(OSError):  # the folder may be read-only
                     now = time.time_ns()
                     os.utime(file.fileno(), ns=(now, now))
                 return file.read()
-        except OSError:  # usually because there is none
+        except OSError:
             return None
 
     def put(self, location: str, key: str, data: bytes) -> None:
-        """Store bytes under a key, and evict other entries if the folder would exceed its limit.
+        """Store bytes under a key, and evict other files if the folder would exceed its limit.
 
-        Bytes larger than the limit are not stored. If the folder cannot be written, a warning is
-        issued and the bytes are not stored.
+        Bytes larger than the limit are not stored. If the folder cannot be written, the bytes are
+        not stored and a warning is issued.
+
+        Args:
+            location: path or URL of the cache.
+            key: key of the bytes in the cache.
+            data: the bytes.
         """
         if len(data) > self.limit:
             return
@@ -88,22 +110,27 @@ class CopyFolder:
                 total = _total(lock) + len(data)
                 if total > self.limit:
                     total = len(data) + self._make_room(len(data))
-                os.pwrite(
-                    lock, b"%20d" % total, 0
-                )  # before the file: after a kill the total is too large, not too small
+                # written before the file, so that after a kill the total is not too small
+                os.pwrite(lock, b"%20d" % total, 0)
                 temporary = path.parent / _TEMPORARY
                 temporary.write_bytes(data)
                 temporary.replace(path)
         except OSError as error:
             warnings.warn(
-                f"cannot keep a copy in {self.path} ({error.strerror or error}): bytes are fetched "
-                "again each time. Make room there, or set SPARSELOGITS_COPY to another folder",
+                f"cannot store a copy in {self.path} ({error.strerror or error}), so bytes "
+                "are downloaded again at each use. Free disk space, or set SPARSELOGITS_COPY to "
+                "another folder",
                 SparseLogitsWarning,
                 stacklevel=2,
             )
 
     def drop(self, location: str, prefix: str) -> bool:
-        """Remove everything under keys with a prefix; return whether there was anything."""
+        """Remove the bytes of all keys with a prefix; return whether there were any.
+
+        Args:
+            location: path or URL of the cache.
+            prefix: prefix of the keys.
+        """
         found = list(self._path(location, "").glob(f"{_escaped(prefix)}*"))
         for path in found:
             path.unlink(missing_ok=True)
@@ -114,6 +141,7 @@ class CopyFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
+        """Lock the folder exclusively; yield the descriptor of the lock file."""
         descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -122,13 +150,18 @@ class CopyFolder:
             os.close(descriptor)
 
     def _make_room(self, wanted: int) -> int:
-        """Remove the least recently used until an eighth and `wanted` are free; return the sum."""
+        """Evict the least recently used files; return the total size of the others in bytes.
+
+        Args:
+            wanted: number of bytes to free in addition to an eighth of the limit.
+        """
         files = []
         for path in self.path.glob("*/*"):
             with contextlib.suppress(OSError):
                 facts = path.stat()
-                age = 0 if path.name == _TEMPORARY else facts.st_mtime_ns  # of a dead writer
-                files.append((age, facts.st_size, path))
+                # a temporary file belongs to a dead writer, because the lock is held
+                used = 0 if path.name == _TEMPORARY else facts.st_mtime_ns
+                files.append((used, facts.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= max(0, self.limit * 7 // 8 - wanted):
@@ -139,9 +172,11 @@ class CopyFolder:
 
 
 def _total(lock: int) -> int:
+    """Return the total size of the files in bytes, as the lock file states it."""
     text = os.pread(lock, 20, 0)
     return int(text) if text.strip().isdigit() else 0
 
 
 def _escaped(key: str) -> str:
+    """Return the file name of a key."""
     return key.replace("/", "+")

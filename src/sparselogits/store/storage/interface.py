@@ -1,7 +1,7 @@
-"""The operations that a cache needs of the files it is stored in: all that store/ asks of a disk.
+"""Define the interface of storages: the file operations that caches use.
 
-Every file is written once, whole, and never changed afterwards, so there is nothing to lock and
-nothing to merge. Names are relative to the cache and use `/`.
+Every file is written once and completely, and never changed afterwards, so that no locks are
+required. Names are paths relative to the cache, separated by `/`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from typing import Protocol
 
 
 class ReadableFiles(Protocol):
-    """Files that can be read by name: what a shard is read from."""
+    """Interface of files that can be read by name, from which a shard is opened.
+
+    Every method may raise StorageError if the files cannot be reached.
+    """
 
     @property
     def location(self) -> str:
@@ -18,49 +21,58 @@ class ReadableFiles(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of a file, fewer if the file ends before `stop`.
+        """Return the bytes [start, stop) of a file, or fewer if the file ends before `stop`.
+
+        Args:
+            name: name of the file.
+            start: first byte.
+            stop: byte after the last one; None for the end of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         ...
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of a file in bytes, and the last `length` bytes of its content.
+        """Return the size of a file in bytes, and its last `length` bytes.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         ...
 
 
 class Storage(ReadableFiles, Protocol):
-    """A folder of write-once files: what a cache is stored in."""
+    """Interface of a folder of write-once files, in which a cache is stored."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files in a folder; none if there is no such folder."""
+        """Return the sorted names of the files in a folder; an empty list if it does not exist."""
         ...
 
     def size(self, name: str) -> int:
-        """Return the length of a file in bytes.
+        """Return the size of a file in bytes.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new file, whole or not at all; return False if the name is taken already."""
+        """Write a new file atomically; return False if the file already exists."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file whole whether or not the name is taken; used for the card alone."""
+        """Write a file atomically, replacing an existing one; used only for the dataset card."""
         ...
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file to a name that is free."""
+        """Rename a file.
+
+        Raises:
+            CacheError: the new name already exists.
+        """
         ...
 
     def clean(self, folder: str) -> list[str]:
-        """Remove what dead writers left in a folder; return the names."""
+        """Remove temporary files of dead writers from a folder; return their names."""
         ...

@@ -1,7 +1,7 @@
-"""A folder as a `Storage`. A file that it created is complete and survives a power cut.
+"""Store a cache in a local folder. A created file is complete and survives a power failure.
 
-The bytes go to a unique temporary name, are flushed and synced, dropped from the page cache, read
-back and compared, and only then linked under their final name, whose folder is synced too.
+The bytes are written under a unique temporary name, synced, dropped from the page cache, read back
+and compared. Then the file is linked under its final name, and the folder is synced.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from sparselogits.files import (
 )
 from sparselogits.untrusted import NotRegularError, open_regular
 
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+_UNREACHABLE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+"""Error numbers of `open` that do not mean that the file is missing or damaged."""
 
 
 class LocalStorage:
-    """Files under a folder of this machine, or of a network file system mounted on it.
+    """Storage in a local folder or on a mounted network file system; see `Storage`.
 
     Args:
-        root: the folder; created on the first write.
+        root: path of the folder, which is created by the first write.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -45,7 +46,7 @@ class LocalStorage:
         return str(self.root)
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files in a folder, without temporary ones."""
+        """Return the sorted names of the files in a folder, without temporary files."""
         try:
             with os.scandir(self.root / folder) as entries:
                 return sorted(e.name for e in entries if not e.name.startswith(TEMPORARY_PREFIX))
@@ -53,31 +54,32 @@ class LocalStorage:
             return []
 
     def size(self, name: str) -> int:
-        """Return the length of a file in bytes."""
+        """Return the size of a file in bytes."""
         return (self.root / name).stat().st_size
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of a file."""
+        """Return the bytes [start, stop) of a file; see `ReadableFiles.read`."""
         with self._opened(name) as descriptor:
             if stop is None:
                 stop = os.fstat(descriptor).st_size
             return _read_exactly(descriptor, start, stop)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the length of a file in bytes, and its last `length` bytes."""
+        """Return the size of a file in bytes, and its last `length` bytes."""
         with self._opened(name) as descriptor:
             size = os.fstat(descriptor).st_size
             return size, _read_exactly(descriptor, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file durably under a name that is free.
+        """Write a new file durably and atomically.
 
         Returns:
-            False if another writer has put a complete file there before.
+            False if the file already exists.
 
         Raises:
-            StorageError: the disk is full, the folder is read-only, or the like; nothing is left.
-            CacheCorruptionError: the disk returned other bytes than were written.
+            StorageError: the file cannot be written, for example because the disk is full or the
+                folder is read-only; no partial file remains.
+            CacheCorruptionError: the bytes read back differ from the bytes written.
         """
         path = self.root / name
         temporary = temporary_name(path)
@@ -94,26 +96,26 @@ class LocalStorage:
         return created
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file whole, replacing what is there."""
+        """Write a file atomically, replacing an existing one."""
         write_whole(self.root / name, data)
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file to a free name."""
+        """Rename a file; raise CacheError if the new name already exists."""
         source, target = self.root / name, self.root / to
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             if not move(source, target):
-                raise CacheError(f"{target} exists already; move it away, then try again")
+                raise CacheError(
+                    f"cannot rename {source}: {target} already exists; move it away, then try again"
+                )
 
     def clean(self, folder: str) -> list[str]:
-        """Remove temporary files of dead writers of this machine; return their names.
-
-        Those of other machines, and of processes that are alive, stay.
-        """
+        """Remove temporary files of this machine's dead processes; return their names."""
         return clean_leftovers(self.root / folder)
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
+        """Open a regular file; yield its descriptor."""
         path = self.root / name
         try:
             descriptor = open_regular(path)
@@ -123,7 +125,7 @@ class LocalStorage:
                 "it from a copy"
             ) from error
         except OSError as error:
-            if error.errno in _REFUSED:
+            if error.errno in _UNREACHABLE:
                 raise StorageError(
                     f"cannot open {path}: {error.strerror}. This does not mean that the data is "
                     "damaged: check permissions and the limit of open files, then try again"
@@ -136,28 +138,31 @@ class LocalStorage:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
+    """Write a new file, sync it, and drop it from the page cache."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         view = memoryview(data)
-        while view:  # a write may be cut short, by a signal or a nearly full disk
+        while view:  # a signal or a nearly full disk may cut a write short
             view = view[os.write(descriptor, view) :]
         sync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # so that the reading back reaches the disk
+        if hasattr(os, "posix_fadvise"):  # so that reading back accesses the disk
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
 
 def _require_same(path: Path, data: bytes) -> None:
+    """Validate that a file contains exactly the given bytes. Raises CacheCorruptionError."""
     with path.open("rb", buffering=0) as file:
         if _read_exactly(file.fileno(), 0, len(data) + 1) != data:
             raise CacheCorruptionError(
-                f"{path}: the disk returned other bytes than were written. Check the disk (dmesg, "
-                "smartctl), then start the same command again"
+                f"{path}: the bytes read back differ from the bytes written. Check the disk "
+                "(dmesg, smartctl), then start the same command again"
             )
 
 
 def _read_exactly(descriptor: int, start: int, stop: int) -> bytes:
+    """Return the bytes [start, stop) of an open file, or fewer if the file ends before `stop`."""
     parts: list[bytes] = []
     while start < stop:
         part = os.pread(descriptor, min(stop - start, 1 << 30), start)

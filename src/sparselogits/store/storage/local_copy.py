@@ -1,10 +1,10 @@
-"""A storage with copies of what was read from it on this machine's disk, bounded in size.
+"""Store copies of the ranges read from a remote storage on the local disk, bounded in size.
 
-Copies are kept of what readers of shards read: the tail of a file, with its footer, and row groups.
-So a cache far larger than the disk can be read in any order. A copy is found by name and range,
-without a request. Copies are not trusted: if bytes fail their checksum, the reader drops the copies
-of that file and reads again (`Cache.read`), so neither a damaged copy nor a shard that was repaired
-meanwhile is taken for damage of the cache.
+Copies are made of what is read from shards: the end of a file, with its footer, and row groups. A
+cache can therefore be much larger than the disk and be read in any order. Copies are found by name
+and range, without a request. If bytes fail their checksum, the reader drops the copies of that file
+and reads the storage again (`Cache.read`), so a damaged copy, or the copy of a shard that has been
+repaired since, is not reported as damage to the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """A `Storage` in front of another: writes pass through, ranges that are read are kept.
+    """Storage that copies what is read from another storage, and forwards all writes to it.
 
     Args:
         storage: storage of the files.
@@ -36,56 +36,56 @@ class LocalCopy:
         return self.storage.location
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files in a folder, as they are now."""
+        """Return the current sorted names of the files in a folder."""
         return self.storage.names(folder)
 
     def size(self, name: str) -> int:
-        """Return the length of a file in bytes, as it is now."""
+        """Return the current size of a file in bytes."""
         return self.storage.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of a file; ranges of shards are kept, other files are not.
+        """Return the bytes [start, stop) of a file, from a copy if it is a range of a shard.
 
-        So a new cache under the same URL is recognised by its cache.json.
+        Other files are not copied, so that a new cache at the same URL is detected by its
+        cache.json.
         """
         if stop is None or not name.startswith(f"{SHARDS}/"):
             return self.storage.read(name, start, stop)
         key = f"{name}@{start}-{stop}"
-        held = self.folder.get(self.location, key)
-        if held is not None:
-            return held
-        data = self.storage.read(name, start, stop)
-        self.folder.put(self.location, key, data)
+        data = self.folder.get(self.location, key)
+        if data is None:
+            data = self.storage.read(name, start, stop)
+            self.folder.put(self.location, key, data)
         return data
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of a file and its last `length` bytes; both are kept in the folder."""
+        """Return the size of a file in bytes and its last `length` bytes, from a copy if any."""
         key = f"{name}@tail-{length}"
-        held = self.folder.get(self.location, key)
-        if held is not None and len(held) >= _SIZE.size:
-            return _SIZE.unpack_from(held)[0], held[_SIZE.size :]
+        copy = self.folder.get(self.location, key)
+        if copy is not None and len(copy) >= _SIZE.size:
+            return _SIZE.unpack_from(copy)[0], copy[_SIZE.size :]
         size, data = self.storage.tail(name, length)
         self.folder.put(self.location, key, _SIZE.pack(size) + data)
         return size, data
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a new file to the storage."""
+        """Write a new file to the storage; return False if the file already exists."""
         return self.storage.create(name, data)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file to the storage."""
+        """Write a file to the storage, replacing an existing one, and drop its copies."""
         self.storage.replace(name, data)
         self.forget(name)
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file of the storage."""
+        """Rename a file of the storage, and drop its copies."""
         self.storage.move(name, to)
         self.forget(name)
 
     def clean(self, folder: str) -> list[str]:
-        """Remove what dead writers left in the storage."""
+        """Remove temporary files of dead writers from the storage; return their names."""
         return self.storage.clean(folder)
 
     def forget(self, name: str) -> bool:
-        """Drop the copies of a file; return whether there were any."""
+        """Drop all copies of a file; return whether there were any."""
         return self.folder.drop(self.location, f"{name}@")

@@ -1,4 +1,4 @@
-"""Locations of caches: a folder of this machine, or a URL of an object store."""
+"""Resolve locations of caches, which are local folders or URLs of object stores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sparselogits.store.storage.local import LocalStorage
 from sparselogits.store.storage.objects import ObjectStorage
 
 Location: TypeAlias = str | Path
-"""A folder, or a URL such as `s3://bucket/prefix`. A URL is a string: a Path would lose a slash."""
+"""Path of a folder, or URL such as `s3://bucket/prefix` as a string (a Path would lose a slash)."""
 
-_NOT_QUITE_A_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/).*|[a-z][a-z0-9+]+:///*")
-"""A scheme followed by one slash, or by nothing after the slashes."""
+_MALFORMED_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/).*|[a-z][a-z0-9+]+:///*")
+"""A scheme followed by a single slash, or a scheme followed by slashes only."""
 
 
 def is_url(location: Location) -> bool:
@@ -24,29 +24,32 @@ def is_url(location: Location) -> bool:
 
 
 def storage_at(location: Location | Storage) -> Storage:
-    """Return the storage at a location; a storage is returned as it is.
+    """Return the storage at a location; a storage is returned unchanged.
+
+    Args:
+        location: path, URL or storage.
 
     Raises:
-        InvalidArgumentError: no installed driver opens this kind of URL.
+        InvalidArgumentError: the URL is malformed, or fsspec has no driver for its scheme.
         MissingDependencyError: the driver of the URL is not installed.
     """
     if not isinstance(location, str | Path):
         return location
-    if _NOT_QUITE_A_URL.fullmatch(str(location)):
+    if _MALFORMED_URL.fullmatch(str(location)):
         raise InvalidArgumentError(
-            f"{location} looks like a URL but is not one; write it as s3://bucket/prefix, as a "
-            "string (a Path loses a slash)"
+            f"{location} is a malformed URL; write it as s3://bucket/prefix, as a string (a Path "
+            "loses a slash)"
         )
     if not is_url(location):
         return LocalStorage(location)
     scheme, _, path = str(location).partition("://")
-    if scheme in ("file", "local"):  # a folder, which LocalStorage writes more safely than a driver
+    if scheme in ("file", "local"):  # LocalStorage writes more safely than fsspec's driver
         return LocalStorage(Path(f"/{path.lstrip('/')}" if path.startswith("/") else path))
     return ObjectStorage(str(location))
 
 
 def location_of(storage: Storage) -> Location:
-    """Return the location of a storage, as `storage_at` takes it."""
+    """Return the location of a storage, from which `storage_at` returns an equal storage."""
     return Path(storage.location) if isinstance(storage, LocalStorage) else storage.location
 
 

@@ -1,14 +1,14 @@
-"""Files held in memory, in which a shard is verified before it is written."""
+"""Read files from memory, so that a shard can be verified before it is written."""
 
 from __future__ import annotations
 
 
 class FilesInMemory:
-    """`ReadableFiles` without a disk.
+    """In-memory implementation of `ReadableFiles`.
 
     Args:
         files: contents by name.
-        location: where they come from, for messages.
+        location: path or URL from which the files were read, for messages.
     """
 
     def __init__(self, files: dict[str, bytes], location: str = "memory") -> None:
@@ -22,6 +22,6 @@ class FilesInMemory:
         return self.files[name][start:stop]
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the length of a file in bytes, and its last `length` bytes."""
+        """Return the size of a file in bytes, and its last `length` bytes."""
         data = self.read(name)
         return len(data), data[max(0, len(data) - length) :]

@@ -1,16 +1,17 @@
-"""An object store as a `Storage`: the same write-once files, as objects under a prefix.
+"""Store a cache in an object store, as write-once objects under a prefix.
 
-fsspec provides the drivers: s3fs for `s3://`, and others for other URLs (`hf://` to publish on a
-hub and read from it, `memory://` in tests). A driver must put objects only where none exists, read
-ranges, and list. A conditional put is atomic, so there are no temporary objects and nothing to
-clean, and of two writers either may win. Drivers without a conditional put, such as `hf://`, check
-for the name and then put: use one writer at a time. Drivers whose puts may not be atomic, such as
-`sftp://`, write under a temporary name, compare the size, and rename.
+fsspec provides the drivers: s3fs for `s3://`, and others for other URLs (`hf://` for the Hugging
+Face hub, `memory://` for tests). A driver must support reading ranges, listing, and a conditional
+put, which creates an object only if it does not exist. A conditional put is atomic, so temporary
+objects are not required and either of two writers may succeed. Drivers without a conditional put,
+such as `hf://`, check for the name before the put: use one writer at a time. With drivers whose
+puts may not be atomic, such as `sftp://`, an object is written under a temporary name, its size is
+compared, and it is renamed.
 
-The server compares a checksum of each put before the object exists (botocore adds a CRC32), so
-nothing is read back. Failed requests are repeated with growing pauses; a lasting failure is a
-`StorageError`, which says nothing about the data. A put whose response was lost may find its object
-when it is repeated: it reports the name as taken, and the object is complete.
+The server validates a checksum of each put before it creates the object (botocore adds a CRC32), so
+objects are not read back. Failed requests are retried with increasing pauses; a permanent failure
+raises StorageError. A put whose response was lost may report that the object already exists when it
+is retried; the object is then complete.
 """
 
 from __future__ import annotations
@@ -34,18 +35,24 @@ from sparselogits.files import TEMPORARY_PREFIX, is_leftover, temporary_name
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+
 _TAKEN = {"PreconditionFailed", "412"}
+"""Error codes of a put whose object already exists."""
+
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
+"""Error codes of a put while another writer puts the same object."""
+
+_BEYOND_END = {"InvalidRange", "416"}
+"""Error codes of a read that starts after the end of the object."""
+
 _ATOMIC = {
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory")
 }
-"""Schemes whose puts are atomic: an object that exists is complete."""
-
-_BEYOND_END = {"InvalidRange", "416"}
+"""URL schemes whose puts are atomic, so that an existing object is complete."""
 
 
 class ObjectStorage:
-    """Objects under a prefix.
+    """Storage of objects under the prefix of an object store; see `Storage`.
 
     Credentials, region and endpoint of S3 come from botocore's usual sources (AWS_ACCESS_KEY_ID,
     AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, the role of an instance, ...).
@@ -58,7 +65,7 @@ class ObjectStorage:
         options: options of the driver.
 
     Raises:
-        InvalidArgumentError: no installed driver opens this kind of URL.
+        InvalidArgumentError: fsspec has no driver for the scheme of the URL.
         MissingDependencyError: the driver of the URL is not installed.
     """
 
@@ -75,7 +82,7 @@ class ObjectStorage:
         return self.url
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the objects in a folder; one request per thousand."""
+        """Return the sorted names of the objects in a folder; one request per thousand objects."""
         files, root = self._open()
         path = f"{root}/{folder}".rstrip("/")
         try:
@@ -87,12 +94,12 @@ class ObjectStorage:
         return sorted(name for name in found if not name.startswith(TEMPORARY_PREFIX))
 
     def size(self, name: str) -> int:
-        """Return the length of an object in bytes; one request."""
+        """Return the size of an object in bytes; one request."""
         files, root = self._open()
         return int(self._ask("find", name, lambda: files.info(f"{root}/{name}"))["size"])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return bytes start to stop of an object; one request."""
+        """Return the bytes [start, stop) of an object; one request."""
         if stop is not None and stop <= start:
             return b""
         files, root = self._open()
@@ -108,33 +115,35 @@ class ObjectStorage:
         return self._ask("read", name, get)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of an object and the last `length` bytes of its content; two requests."""
+        """Return the size of an object in bytes, and its last `length` bytes; two requests."""
         size = self.size(name)
         return size, self.read(name, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create an object if the name is free; one request (more above 100 MB).
+        """Create an object; one request (more above 100 MB).
 
-        The first successful request is repeated to test the server: it must refuse the second one.
-        On a server that ignores the condition, one writer could overwrite another.
+        The first successful put is repeated to test whether the server rejects the second one.
+        Otherwise the server ignores the condition, and one writer could overwrite another.
 
         Returns:
-            False if the name is taken.
+            False if the object already exists.
 
         Raises:
-            StorageError: the object could not be created, or the server ignores the condition.
+            StorageError: the object cannot be created, or the server ignores the condition.
         """
         created = self._create(name, data)
         if created and not self._honours_conditions:
             if self._create(name, data):
                 raise StorageError(
-                    f"the server of {self.url} ignores If-None-Match, so one writer could "
-                    f"overwrite another ({name} was put twice). Use a server that respects it"
+                    f"the server of {self.url} ignores If-None-Match ({name} was put twice), so "
+                    "one writer could overwrite another. Use a server that supports conditional "
+                    "puts"
                 )
             self._honours_conditions = True
         return created
 
     def _create(self, name: str, data: bytes) -> bool:
+        """Create an object by one conditional put; return False if the object already exists."""
         files, root = self._open()
 
         def put() -> bool:
@@ -152,8 +161,8 @@ class ObjectStorage:
                         return False
                     if _code(error) not in _CONFLICT:
                         raise
-                    time.sleep(0.05 * 2**attempt)  # another writer is putting this name
-            raise OSError(f"{_ATTEMPTS} puts in a row conflicted with another writer")
+                    time.sleep(0.05 * 2**attempt)
+            raise OSError(f"{_ATTEMPTS} consecutive puts conflicted with another writer")
 
         try:
             return self._ask("write", name, put)
@@ -164,7 +173,7 @@ class ObjectStorage:
             ) from error
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put an object whether or not the name is taken; used for the card alone."""
+        """Put an object, replacing an existing one; used only for the dataset card."""
         files, root = self._open()
         path = f"{root}/{name}"
         if self._puts_are_atomic:
@@ -173,14 +182,21 @@ class ObjectStorage:
             self._ask("write", name, lambda: _put_whole(files, path, data, replace=True))
 
     def move(self, name: str, to: str) -> None:
-        """Rename an object: read it, put it under the new name, delete the old; three requests."""
+        """Rename an object by reading, putting and deleting it; three requests.
+
+        Raises:
+            CacheError: the new name already exists.
+        """
         if not self.create(to, self.read(name)):
-            raise CacheError(f"{self.url}/{to} exists already; move it away, then try again")
+            raise CacheError(
+                f"cannot rename {self.url}/{name}: {self.url}/{to} already exists; move it away, "
+                "then try again"
+            )
         files, root = self._open()
         self._ask("remove", name, lambda: files.rm_file(f"{root}/{name}"))
 
     def clean(self, folder: str) -> list[str]:
-        """Remove temporary objects of dead writers of this machine; atomic puts leave none."""
+        """Remove temporary objects of this machine's dead processes; return their names."""
         if self._puts_are_atomic:
             return []
         files, root = self._open()
@@ -195,25 +211,37 @@ class ObjectStorage:
         return removed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for spawned workers, which open their own connections."""
+        """Return the state without connections, which a spawned process must open itself."""
         return self.__dict__ | {"_opened": None}
 
     @property
     def _puts_are_atomic(self) -> bool:
+        """Whether an existing object is always complete."""
         return self.url.partition("://")[0] in _ATOMIC
 
     def _open(self) -> tuple[Any, str]:
-        """Return the file system of the driver and the root in it, opened by this process."""
+        """Return this process's fsspec file system, and the path of the prefix in it."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), *_driver(self.url, self._options))
         return self._opened[1:]
 
     def _ask(self, verb: str, name: str, request: Callable[[], T]) -> T:
+        """Return the result of a request, and convert its errors to StorageError.
+
+        Args:
+            verb: operation, for the message.
+            name: name of the object, for the message.
+            request: sends the request.
+
+        Raises:
+            FileNotFoundError: the object does not exist.
+            StorageError: the request failed in any other way.
+        """
         try:
             return request()
         except FileNotFoundError:
             raise
-        except Exception as error:  # of the driver, its client or its sockets
+        except Exception as error:  # drivers raise errors of their client libraries and sockets
             raise StorageError(
                 f"cannot {verb} {self.url}/{name}: {type(error).__name__}: {error}. This does not "
                 "mean that the data is damaged: check network, credentials (AWS_*) and endpoint, "
@@ -222,11 +250,17 @@ class ObjectStorage:
 
 
 def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> None:
-    """Put an object under a temporary name and rename it, if the driver can rename.
+    """Put an object under a temporary name and rename it, if the driver supports renaming.
+
+    Args:
+        files: fsspec file system.
+        path: path of the object.
+        data: content of the object.
+        replace: whether to replace an existing object.
 
     Raises:
-        FileExistsError: the name is taken.
-        OSError: the object could not be put; what was written is removed.
+        FileExistsError: the object already exists.
+        OSError: the object could not be put; no partial object remains.
     """
     from fsspec import AbstractFileSystem
 
@@ -241,7 +275,7 @@ def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> 
         files.invalidate_cache()
         size = files.info(temporary)["size"]
         if size != len(data):
-            raise OSError(f"the store holds {size} of {len(data)} bytes that were written")
+            raise OSError(f"only {size} of {len(data)} bytes were written")
         if renames and not replace and files.exists(path):
             raise FileExistsError(path)
         if renames:
@@ -253,6 +287,7 @@ def _put_whole(files: Any, path: str, data: bytes, *, replace: bool = False) -> 
 
 
 def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path of the URL in it."""
     import fsspec
 
     scheme = url.partition("://")[0]
@@ -262,8 +297,7 @@ def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
             "mode": os.environ.get("AWS_RETRY_MODE", "standard"),
             "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
         }
-        # fsspec returns one driver, with its connections, for equal options in one process; so the
-        # endpoint is among the options
+        # fsspec shares one driver among equal options, so the endpoint must be an option
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         defaults = {
             "use_listings_cache": False,
@@ -278,12 +312,12 @@ def _driver(url: str, options: dict[str, Any]) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise InvalidArgumentError(
-            f"no installed driver opens {url}: {error}. Check the URL"
+            f"no installed fsspec driver opens {url}: {error}. Correct the URL"
         ) from error
     return files, str(root).rstrip("/")
 
 
 def _code(error: BaseException) -> str:
-    """Return the code of an error of an S3 server."""
+    """Return the error code in an S3 server's response; "" for other errors."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))

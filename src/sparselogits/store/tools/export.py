@@ -1,9 +1,10 @@
-"""Export: write a cache in forms that other tools read, one shard at a time, in constant memory.
+"""Export a cache to formats of other tools, one shard at a time, in constant memory.
 
-lists      Parquet; a row is a window: tokens, and the ids and weights of each position as lists
-topk       Parquet; a row is a window: tokens, and the K heaviest ids of each position with the
-           logarithms of their weights, in the rectangular form that Top-K trainers expect
-datasets   a folder that `datasets.load_from_disk` reads, with the columns of `lists`
+lists      Parquet with one row per window: tokens, and the ids and weights of each position as
+           lists
+topk       Parquet with one row per window: tokens, and the K ids with the largest weights at each
+           position with the logarithms of their weights, as rectangular arrays for Top-K trainers
+datasets   folder for `datasets.load_from_disk`, with the columns of `lists`
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
 
 FORMATS = ("lists", "topk", "datasets")
+"""Names of the export formats."""
 
 
 def export(
@@ -31,28 +33,37 @@ def export(
     """Export a cache to another file format.
 
     Args:
-        cache: cache to export.
-        out: output folder; must not exist or must be empty.
+        cache: the cache.
+        out: output folder, which must be missing or empty.
         form: output format, one of FORMATS.
-        k: entries per position for `topk`; positions with fewer are padded with id 0 and -inf.
-        progress: called with (windows done, windows in all).
+        k: entries per position in the format `topk`; positions with fewer entries are padded with
+            id 0 and logarithm -inf.
+        progress: called with the numbers of windows done and in total.
 
     Returns:
-        The files written, or the folder of a `datasets` export.
+        Paths of the files, or of the folder for the format `datasets`.
 
     Raises:
-        InvalidArgumentError: an unknown form, k < 1, or a folder that is not empty.
+        InvalidArgumentError: the format is unknown, k is below 1, or the folder is not empty.
         CacheError: the cache is empty.
-        StorageError: the folder cannot be written; nothing is left behind.
+        StorageError: the folder cannot be written; no partial export remains.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> len(export(Cache.open("my-cache"), "exported", "lists")) >= 1
+        True
     """
     folder = Path(out)
     if form not in FORMATS or k < 1:
         raise InvalidArgumentError(
-            f"cannot export as {form!r} with k={k}; choose one of {', '.join(FORMATS)} and k >= 1"
+            f"cannot export to format {form!r} with k={k}; choose one of {', '.join(FORMATS)}, and "
+            "k of at least 1"
         )
     require_new_folder(folder)
     if not len(cache):
-        raise CacheError(f"{cache.root} holds no windows yet; build some first")
+        raise CacheError(
+            f"{cache.root} contains no windows yet; build it with `sparselogits cache` first"
+        )
     with whole_folder(folder) as partial:
         if form == "datasets":
             _export_dataset(cache, partial, progress)
@@ -64,6 +75,7 @@ def export(
 def _export_parquet(
     cache: Cache, folder: Path, form: str, k: int, progress: Progress | None
 ) -> list[str]:
+    """Write one Parquet file per shard; return the names of the files."""
     names, done = [], 0
     for start, stop in cache.finished():
         name = f"windows-{start:012d}-{stop:012d}.parquet"
@@ -85,19 +97,19 @@ def _export_parquet(
 def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> None:
     """Save the columns of `lists` as a `datasets` folder.
 
-    Written through Parquet files: `Dataset.from_generator` would pickle the generator, and with it
-    the caller's progress display, to name its cache.
+    The dataset is created from Parquet files, because `Dataset.from_generator` would pickle the
+    generator with the caller's progress display.
     """
-    from datasets import Dataset  # heavy, and needed here only
+    from datasets import Dataset  # slow to import
 
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
         names = _export_parquet(cache, Path(work), "lists", 0, progress)
         parts = [f"{work}/{name}" for name in names]
-        made = Dataset.from_parquet(parts, cache_dir=f"{work}/arrow")
-        made.save_to_disk(str(folder))
+        Dataset.from_parquet(parts, cache_dir=f"{work}/arrow").save_to_disk(str(folder))
 
 
 def _lists(record: WindowRecord) -> pa.Table:
+    """Return the row of a window in the format `lists`."""
     targets = record.targets
     offsets = pa.array(targets.offsets.numpy().astype(np.int32))
     ids = pa.ListArray.from_arrays(offsets, pa.array(targets.ids.numpy().astype(np.int32)))
@@ -106,6 +118,7 @@ def _lists(record: WindowRecord) -> pa.Table:
 
 
 def _top(record: WindowRecord, k: int) -> pa.Table:
+    """Return the row of a window in the format `topk`."""
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
@@ -122,7 +135,12 @@ def _top(record: WindowRecord, k: int) -> pa.Table:
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """Return one row: index and tokens of a window, and `columns`, one element per position."""
+    """Return a table of one row: index and tokens of a window, and one list per column.
+
+    Args:
+        record: the window.
+        columns: values by name, one per position.
+    """
     whole = {"tokens": pa.array(record.tokens), **columns}
     arrays = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)

@@ -1,4 +1,4 @@
-"""Merge caches of one identity that were built apart; files are copied, never rewritten."""
+"""Merge caches with the same identity by copying their shards."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sparselogits.store.tools.verify import is_sound
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
+    """Result of a merge.
 
     Args:
         copied: ranges whose shards were copied.
-        kept: ranges that were in the merged cache before.
-        set_aside: (old name, new name) of damaged files that were in the merged cache.
+        kept: ranges whose shards existed in the merged cache and were kept.
+        set_aside: (old name, new name) of damaged files of the merged cache that were moved aside.
     """
 
     copied: tuple[Range, ...]
@@ -38,45 +38,54 @@ class MergeReport:
 def merge(
     sources: Sequence[Cache], out: Location, *, progress: Progress | None = None
 ) -> MergeReport:
-    """Copy the shards of several caches into one, which may exist already.
+    """Copy the shards of several caches to one cache, which is created if it is missing.
 
-    Every byte is verified. An interrupted merge continues when it is called again. If two sources
-    hold the same range, the shard of the first is copied: the two hold the same targets. A shard
-    that is in the merged cache already is compared by size and checksums; a damaged one, as a
-    storage without atomic writes may hold, is set aside and written again.
+    All bytes are verified. After an interruption, call the function again to continue. If two
+    sources contain the same range, the shard of the first source is copied, because both contain
+    the same targets. An existing shard of the merged cache is compared by size and checksums; a
+    damaged one, which a storage without atomic writes may leave, is moved aside and written again.
 
     Args:
         sources: at least one cache.
         out: folder or URL of the merged cache.
-        progress: called with (shards done, shards in all).
+        progress: called with the numbers of shards done and in total.
 
     Raises:
-        IdentityMismatchError: names the fields in which two sources differ; or the shards are of
-            different texts.
-        CacheError: ranges overlap without being equal; nothing is written then.
-        CacheCorruptionError: a shard is damaged; the ones before it have been copied.
+        IdentityMismatchError: two sources have different identities, or were built from different
+            texts.
+        CacheError: there is no source, or two ranges overlap without being equal; nothing was
+            written.
+        CacheCorruptionError: a shard is damaged; the shards before it were copied.
+        StorageError: a cache cannot be reached or written.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> report = merge([Cache.open("my-cache")], "merged")
+        >>> report.copied == tuple(Cache.open("merged").ranges)
+        True
     """
     if not sources:
-        raise CacheError("there is nothing to merge: name at least one cache")
+        raise CacheError("found no caches to merge; name at least one")
     first = sources[0]
     for other in sources[1:]:
         first.identity.require_equal(other.identity, here=str(first.root), there=str(other.root))
-    # listed once, since a source may grow meanwhile
+    # listed once, because builds may add shards during the merge
     shards = [(source, windows) for source in sources for windows in source.finished()]
     holder = {windows: source for source, windows in reversed(shards)}
     texts = _texts_of(sources, shards, holder)
     target = Cache.create(out, first.identity)
     kept = target.finished()
     _require_disjoint({**holder, **dict.fromkeys(kept, target)})
-    if not named_texts(target.storage):  # written by an older version
+    if not named_texts(target.storage):  # written by an old version
         _require_texts(texts, ((windows, target) for windows in kept))
     for text in texts.texts:
         claim_text(target.storage, text)
-    copied, stay, aside = [], [], []
+    copied, aside = [], []
+    kept_ranges = [windows for windows in kept if windows not in holder]
     for done, windows in enumerate(sorted(holder)):
         name, source = shard_name(*windows), holder[windows]
-        if windows in kept and _stays(source, target, windows):
-            stay.append(windows)
+        if windows in kept and _is_kept(source, target, windows):
+            kept_ranges.append(windows)
         else:
             if windows in kept:
                 aside.append((name, set_aside(target, name)))
@@ -85,8 +94,7 @@ def merge(
         if progress is not None:
             progress(done + 1, len(holder))
     target.finished()
-    others = [windows for windows in kept if windows not in holder]
-    return MergeReport(tuple(copied), tuple(sorted([*stay, *others])), tuple(aside))
+    return MergeReport(tuple(copied), tuple(sorted(kept_ranges)), tuple(aside))
 
 
 def _texts_of(
@@ -94,10 +102,15 @@ def _texts_of(
     shards: Sequence[tuple[Cache, Range]],
     holder: Mapping[Range, Cache],
 ) -> TextCheck:
-    """Return the texts that the sources and their shards name.
+    """Return the texts that the sources and their shards record.
+
+    Args:
+        sources: the caches.
+        shards: all shards of all caches.
+        holder: for each range, the cache whose shard is copied.
 
     Raises:
-        IdentityMismatchError: two of them claim the same windows.
+        IdentityMismatchError: two texts claim the same windows.
     """
     texts = TextCheck([])
     for source in sources:
@@ -115,33 +128,35 @@ def _texts_of(
 
 
 def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> None:
+    """Validate the texts in the provenance of shards. Raises IdentityMismatchError."""
     for windows, cache in sorted(shards, key=lambda shard: shard[0]):
         try:
             texts.require(windows, cache.provenance(windows[0]))
         except CacheCorruptionError:
-            continue  # raised when it is copied
+            continue  # raised again when the shard is copied
         except ValueError as error:
             name = shard_name(*windows)
             raise IdentityMismatchError(f"{cache.root}/{name}: {error}; {_APART}") from error
 
 
-_APART = "caches of different texts cannot be merged: give each its own folder"
+_APART = "caches of different texts cannot be merged; store each text in a separate cache"
 
 
 def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
+    """Validate that a range of two caches has the same text. Raises IdentityMismatchError."""
     found = [cache.provenance(windows[0]).get("corpus") for cache in (one, other)]
     if found[0] != found[1]:
         raise IdentityMismatchError(
-            f"windows {windows[0]}:{windows[1]} of {one.root} and of {other.root} were made from "
-            f"different text; {_APART}"
+            f"windows {windows[0]}:{windows[1]} of {one.root} and of {other.root} were built from "
+            f"different texts; {_APART}"
         )
 
 
-def _stays(source: Cache, target: Cache, windows: Range) -> bool:
-    """Return whether the shard that is in the merged cache is sound.
+def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
+    """Return whether the existing shard of the merged cache is sound.
 
     Raises:
-        IdentityMismatchError: it is sound, and of other text.
+        IdentityMismatchError: the shard is sound but was built from other text.
     """
     name = shard_name(*windows)
     here, there = _frame(source.storage, name), _frame(target.storage, name)
@@ -149,12 +164,13 @@ def _stays(source: Cache, target: Cache, windows: Range) -> bool:
         return True
     if not is_sound(target, windows):
         return False
-    _require_same_text(source, target, windows)  # one of another machine may differ in low bits
+    # sound shards of two machines may differ in low-order bits
+    _require_same_text(source, target, windows)
     return True
 
 
 def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
-    """Return the checksums and the footer of a shard; None if they do not match each other."""
+    """Return the guard and the footer of a shard; None if they are damaged."""
     try:
         size, guard, tail = read_frame(storage, name)
     except (DamageError, OSError):
@@ -163,10 +179,12 @@ def _frame(storage: Storage, name: str) -> tuple[Guard, bytes] | None:
 
 
 def _require_disjoint(holder: dict[Range, Cache]) -> None:
+    """Validate that ranges do not overlap. Raises CacheError."""
     for before, after in pairwise(sorted(holder)):
         if after[0] < before[1]:
             raise CacheError(
                 f"windows {before[0]} to {before[1] - 1} of {holder[before].root} and "
-                f"{after[0]} to {after[1] - 1} of {holder[after].root} overlap: they were built "
-                "with different shard boundaries. Build one of them again with those of the other"
+                f"{after[0]} to {after[1] - 1} of {holder[after].root} overlap, expected equal or "
+                "disjoint ranges. Build one of the caches again with the shard boundaries of the "
+                "other"
             )

@@ -1,10 +1,9 @@
-"""Publish a cache of this machine at a URL.
+"""Publish a local cache at a URL.
 
-Files are put in the order in which a build writes them: cache.json first, which claims the name,
-then the shards, each verified as it is read; the dataset card with the statistics is the last.
-Nothing else is touched there, and no link is followed. A sound shard that is there stays, so an
-interrupted push continues when it is called again, the next push adds what was built meanwhile, and
-readers may begin at once.
+Files are written in the order of a build: cache.json, which claims the URL, then the shards, each
+of which is verified, and finally the dataset card with statistics. Other files are not changed, and
+links are not followed. Sound shards at the URL are kept, so a push can be interrupted and repeated,
+a later push adds the shards built since, and readers can open the cache during a push.
 """
 
 from __future__ import annotations
@@ -24,56 +23,66 @@ from sparselogits.store.tools.merge import MergeReport, merge
 
 
 def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> MergeReport:
-    """Copy a cache to a URL, and write a dataset card with its statistics there.
+    """Copy a cache to a URL, with a dataset card that contains its statistics.
 
-    One put is one request. On the Hugging Face hub (`hf://datasets/ORG/NAME`, which must exist) it
-    is one commit, so upload a cache of thousands of shards as a folder.
+    On the Hugging Face hub (`hf://datasets/ORG/NAME`, an existing dataset) each file is one commit,
+    so upload a cache of thousands of shards as a folder instead.
 
     Args:
         cache: a cache with at least one finished shard.
-        url: a URL that fsspec can write to.
-        progress: called with (shards done, shards in all).
+        url: URL to which fsspec can write.
+        progress: called with the numbers of shards done and in total.
 
     Raises:
-        InvalidArgumentError: not a URL; or a file of the cache is a link.
-        IdentityMismatchError: another cache is there; names the fields in which they differ.
-        CacheError: there is nothing to publish, or shards there overlap these.
-        CacheCorruptionError: a shard is damaged; the ones before it have been copied.
+        InvalidArgumentError: `url` is not a URL, or a file of the cache is a link.
+        IdentityMismatchError: the URL contains a cache with another identity or text.
+        CacheError: the cache has no shard, or its shards overlap those at the URL.
+        CacheCorruptionError: a shard is damaged; the shards before it were copied.
         StorageError: the URL cannot be reached or written.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> report = push(Cache.open("my-cache"), "memory://published/my-cache")
+        >>> len(report.copied) >= 1
+        True
     """
     if not is_url(url):
         raise InvalidArgumentError(
-            f"{url} is not a URL. Push to one (hf://datasets/ORG/NAME, s3://bucket/prefix), or "
-            "copy the folder"
+            f"{url} is not a URL; give a URL such as hf://datasets/ORG/NAME or s3://bucket/prefix, "
+            "or copy the folder"
         )
     if not cache.finished():
-        raise CacheError(f"{cache.root} has no finished shard yet; build some first")
+        raise CacheError(
+            f"{cache.root} has no finished shard yet; build it with `sparselogits cache` first"
+        )
     if isinstance(cache.storage, LocalStorage):
         _require_no_links(cache, cache.storage.root)
     storage = storage_at(url)
     report = merge([cache], url, progress=progress)
-    there = Cache.open(storage)
-    whole = cache if there.finished() == cache.finished() else there
-    storage.replace("README.md", dataset_card(there.identity, whole.statistics()).encode())
+    published = Cache.open(storage)
+    # statistics are read from the local copy if both have the same shards
+    source = cache if published.finished() == cache.finished() else published
+    storage.replace("README.md", dataset_card(published.identity, source.statistics()).encode())
     return report
 
 
 def require_unlinked(path: Path) -> None:
-    """Validate that a path to be published is a file or a folder, not a link.
+    """Validate that a path is a regular file or a folder, not a link.
 
     Raises:
-        InvalidArgumentError: the path is something else.
+        InvalidArgumentError: the path is a link or a special file.
     """
     mode = path.lstat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         what = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
         raise InvalidArgumentError(
-            f"{path} is {what}; only files and folders of the cache are published. Replace it by "
-            "a copy of the file (cp -L), or remove it, then push again"
+            f"{path} is {what}; only regular files and folders can be published. Replace the link "
+            "with a copy of the file (cp -L), or remove it, then push again"
         )
 
 
 def _require_no_links(cache: Cache, root: Path) -> None:
+    """Validate that no file of a local cache is a link. Raises InvalidArgumentError."""
     require_unlinked(root / CACHE_JSON)
     for folder in (SHARDS, TEXTS):
         if (root / folder).exists():

@@ -1,6 +1,6 @@
-"""Repair: move damaged shards aside, so that the next build fills their ranges again.
+"""Repair a cache: move damaged shards aside, so that the next build computes their ranges again.
 
-Nothing is deleted: the file may help to find the cause, such as a failing disk.
+Files are not deleted, because they may help to find the cause, such as a failing disk.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from sparselogits.store.storage.local import LocalStorage
 from sparselogits.store.tools.verify import TextOf, VerifyReport, is_sound, verify
 
 DAMAGED = "damaged"
+"""Folder of a cache to which damaged files are moved."""
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """The result of a repair.
+    """Result of a repair.
 
     Args:
         set_aside: (old name, new name) of each moved file, relative to the cache.
-        rebuild: ranges of windows to build again, in order, with those that were missing.
+        rebuild: sorted ranges of windows to build again, including missing ranges.
     """
 
     set_aside: tuple[tuple[str, str], ...]
@@ -40,9 +41,9 @@ def repair(
     text_of: TextOf | None = None,
     progress: Progress | None = None,
 ) -> RepairReport:
-    """Move every damaged shard into the folder `damaged` of the cache.
+    """Move all damaged shards to the folder `damaged` of the cache.
 
-    A build may run meanwhile: a shard that is sound by now stays.
+    A build may run at the same time: shards that have been rebuilt since the report are kept.
 
     Args:
         cache: the cache.
@@ -51,17 +52,22 @@ def repair(
         progress: see `verify`.
 
     Raises:
-        CacheError: another process is repairing this cache.
-        StorageError: the cache cannot be reached or written; files that were moved stay moved.
+        CacheError: another process is repairing the cache.
+        StorageError: the cache cannot be reached or written; moved files are not moved back.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> repair(Cache.open("my-cache")).set_aside
+        ()
     """
-    with _alone(cache):
+    with _exclusive(cache):
         report = report or verify(cache, text_of=text_of, progress=progress)
         moved, rebuild = [], list(report.missing)
         sound = [shard.windows for shard in report.shards if shard.error is None]
         for shard in report.damaged:
             if is_sound(cache, shard.windows, beside=sound, text_of=text_of):
-                continue  # rebuilt since the report was made
-            with suppress(FileNotFoundError):  # removed by hand meanwhile
+                continue  # rebuilt since the report
+            with suppress(FileNotFoundError):  # removed since the report
                 moved.append((shard.name, set_aside(cache, shard.name)))
             rebuild.append(shard.windows)
         cache.finished()
@@ -69,8 +75,8 @@ def repair(
 
 
 @contextmanager
-def _alone(cache: Cache) -> Iterator[None]:
-    """Exclude other repairs, which could move a shard that was rebuilt after this one."""
+def _exclusive(cache: Cache) -> Iterator[None]:
+    """Exclude other repairs, which could move a shard that has been rebuilt. Raises CacheError."""
     storage = cache.storage
     if not isinstance(storage, LocalStorage):
         yield
@@ -78,23 +84,27 @@ def _alone(cache: Cache) -> Iterator[None]:
     with lock_file(storage.root / ".repair.lock") as lock:
         if lock.held is Held.TAKEN:
             raise CacheError(
-                f"another process is repairing {storage.location}. Wait until it has finished, "
-                "then check with `sparselogits verify` whether anything is left to repair"
+                f"another process is repairing {storage.location}. Wait until that process has "
+                "finished, then run `sparselogits verify` to check the cache again"
             )
         yield
 
 
 def set_aside(cache: Cache, name: str) -> str:
-    """Move a file of a cache into the folder `damaged`; return its new name.
+    """Move a file of a cache to the folder `damaged`; return its new name.
+
+    Args:
+        cache: the cache.
+        name: path of the file, relative to the cache.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         StorageError: the file cannot be moved.
     """
-    taken, own = set(cache.storage.names(DAMAGED)), name.rpartition("/")[2]
-    free, number = own, 1
+    taken, base = set(cache.storage.names(DAMAGED)), name.rpartition("/")[2]
+    free, number = base, 1
     while free in taken:
         number += 1
-        free = f"{own}.{number}"
+        free = f"{base}.{number}"
     cache.storage.move(name, f"{DAMAGED}/{free}")
     return f"{DAMAGED}/{free}"

@@ -1,7 +1,6 @@
-"""Compute histograms for `sparselogits info` from a sample of a cache's row groups.
+"""Compute histograms of a cache from a sample of row groups, for `sparselogits info`.
 
-The number of row groups read is bounded, and the row groups are spread over as many
-shards as possible.
+A bounded number of row groups is read, spread over as many shards as possible.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ from sparselogits.store.ranges import shard_name, spread
 from sparselogits.store.shard.reader import Shard
 
 GROUPS = 16
-_DECADES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
+"""Default number of row groups in a sample."""
+
+_LOG_WEIGHT_EDGES = (-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram.
+    """Histogram with B bins.
 
     Args:
-        edges: B + 1 numbers, ascending; a bin holds its lower edge, the last bin both.
-        counts: B counts.
+        edges: B + 1 ascending edges. A bin includes its lower edge; the last bin includes both.
+        counts: number of values in each bin.
     """
 
     edges: tuple[float, ...]
@@ -40,9 +41,9 @@ class CacheSample:
     Args:
         windows: number of windows in the sample.
         of: number of windows in the cache.
-        entries: positions that carry a target, by their number of entries.
-        weights: entries, by the decimal logarithm of their weight.
-        entropy: windows, by the mean entropy of the teacher in nats.
+        entries: histogram of entries per position with a target.
+        weights: histogram of the decimal logarithm of the weights.
+        entropy: histogram of the mean entropy of the teacher per window, in nats.
     """
 
     windows: int
@@ -53,20 +54,30 @@ class CacheSample:
 
 
 def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
-    """Read at most `groups` row groups, spread over the shards and within each.
+    """Compute histograms from at most `groups` row groups, spread over the shards and within each.
+
+    Args:
+        cache: the cache.
+        groups: largest number of row groups to read.
 
     Raises:
         CacheCorruptionError: a shard or row group of the sample is damaged.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> sample = sample_cache(Cache.open("my-cache"))
+        >>> sum(sample.entropy.counts) == sample.windows
+        True
     """
     ranges = cache.finished()
     chosen = [ranges[i] for i in spread(len(ranges), groups)]
     count = len(chosen)
     records = []
-    for place, shard_range in enumerate(chosen):
+    for index, shard_range in enumerate(chosen):
         shard = Shard(cache.storage, shard_name(*shard_range), cache.identity)
-        # other places in every shard, so that not only beginnings of shards are read
-        at = range(place, groups - groups % count, count)
-        for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in at}):
+        # different relative positions in each shard, so that the sample covers all of them
+        slots = range(index, groups - groups % count, count)
+        for group in sorted({(2 * i + 1) * shard.groups // (2 * groups) for i in slots}):
             records += shard.read_group(group)
     none = torch.empty(0)
     entries = [
@@ -78,7 +89,7 @@ def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
         windows=len(records),
         of=sum(stop - start for start, stop in ranges),
         entries=_whole_numbers(torch.cat([none, *entries])),
-        weights=_histogram(weights[weights > 0].log10(), _DECADES),
+        weights=_histogram(weights[weights > 0].log10(), _LOG_WEIGHT_EDGES),
         entropy=_histogram(torch.tensor([r.teacher_entropy for r in records]), None),
     )
 
@@ -93,13 +104,19 @@ def _whole_numbers(values: Tensor, bins: int = 8) -> Histogram:
 
 
 def _histogram(values: Tensor, edges: Sequence[float] | None, bins: int = 8) -> Histogram:
-    """Return a histogram of float values; the outermost bins also count values beyond the edges."""
+    """Return a histogram of float values; the outer bins also count values beyond the edges.
+
+    Args:
+        values: float [N].
+        edges: edges of the bins; None for bins of equal width between smallest and largest value.
+        bins: number of bins if edges is None.
+    """
     if edges is None:
         low = float(values.min()) if len(values) else 0.0
         high = float(values.max()) if len(values) else 1.0
         high = high if high > low else low + 1e-3
         edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     inner = torch.tensor(edges[1:-1], dtype=torch.float32)
-    found = torch.bucketize(values.float(), inner, right=True)
-    counts = torch.bincount(found, minlength=len(edges) - 1)
+    bin_of = torch.bucketize(values.float(), inner, right=True)
+    counts = torch.bincount(bin_of, minlength=len(edges) - 1)
     return Histogram(tuple(map(float, edges)), tuple(counts.tolist()))

@@ -1,9 +1,9 @@
 """Verify a cache, shard by shard.
 
-Verified are the guard's checksum of every byte, Parquet's page checksums, the CRC of each row, the
-decoding, the invariants of the targets (ids ascending and below V, a target at every unmasked
-position, rounds complete, weights consistent with the sampler), the totals in the footers, the
-fingerprint of the text, the identity, and which windows are there.
+`verify` checks the guard's checksums of all bytes, Parquet's page checksums, the CRC of each row,
+the decoding, the invariants of the targets (ascending ids below V, a target at every unmasked
+position, complete rounds, weights consistent with the sampler), the totals in the footers, the
+fingerprint of the text, the identity, and that no window is missing.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
 
 TextOf = Callable[[Range], str | None]
+"""Function from a range of windows to the fingerprint of its text; None for unavailable text."""
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """The result for one shard.
+    """Result of the verification of one shard.
 
     Args:
-        windows: range of windows, from the name of the file.
-        name: name of the file, relative to the cache.
-        checked: number of windows that were read and decoded.
-        error: what is wrong; None for a sound shard.
+        windows: range of windows in the name of the file.
+        name: path of the file, relative to the cache.
+        checked: number of windows that were decoded.
+        error: message of the first error; None for a sound shard.
     """
 
     windows: Range
@@ -51,11 +52,11 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result for a cache.
+    """Result of the verification of a cache.
 
     Args:
         shards: one report per shard, in window order.
-        missing: ranges of windows that no shard holds.
+        missing: ranges of windows that no shard contains.
     """
 
     shards: tuple[ShardReport, ...]
@@ -63,7 +64,7 @@ class VerifyReport:
 
     @property
     def damaged(self) -> tuple[ShardReport, ...]:
-        """Reports of the shards that are not sound."""
+        """Reports of the damaged shards."""
         return tuple(shard for shard in self.shards if shard.error is not None)
 
     @property
@@ -80,22 +81,24 @@ def verify(
     text_of: TextOf | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Verify a cache.
+    """Verify all shards of a cache; damage to shards is reported, not raised.
 
     Args:
         cache: the cache.
-        sample: number of row groups to decode per shard, spread evenly; None for all.
+        sample: number of evenly spaced row groups to decode per shard; None for all.
         stop: number of windows of the corpus; None for the end of the last shard.
-        text_of: returns the fingerprint of the packed text of a range of windows, or None if that
-            text is not available; it is compared with the text of the shard.
-        progress: called with (shards done, shards in all).
-
-    Returns:
-        A report. Damage is reported, not raised.
+        text_of: returns the fingerprint of the packed text of a range of windows, which is compared
+            with the text in the shard's provenance; None to compare nothing.
+        progress: called with the numbers of shards done and in total.
 
     Raises:
-        StorageError: a shard could not be reached.
-        CacheCorruptionError: a file that names a text is damaged.
+        StorageError: a shard cannot be reached.
+        CacheCorruptionError: a file in `texts/` is damaged.
+
+    Examples:
+        >>> from sparselogits.store import Cache
+        >>> verify(Cache.open("my-cache")).ok
+        True
     """
     ranges = cache.finished()
     reports, texts = [], TextCheck(named_texts(cache.storage))
@@ -111,16 +114,17 @@ def verify(
 def is_sound(
     cache: Cache, windows: Range, *, beside: Iterable[Range] = (), text_of: TextOf | None = None
 ) -> bool:
-    """Return whether `verify` would find one shard sound.
+    """Return whether one shard is sound; see `verify`.
 
     Args:
         cache: the cache.
         windows: range of the shard.
-        beside: sound shards, whose texts are compared if the cache names none.
+        beside: sound shards, with whose texts the shard's text is compared if the cache records no
+            texts.
         text_of: see `verify`.
 
     Raises:
-        StorageError: the shard could not be reached.
+        StorageError: the shard cannot be reached.
     """
     named = named_texts(cache.storage)
     texts = TextCheck(named)
@@ -132,12 +136,13 @@ def is_sound(
 def _verify_shard(
     cache: Cache, windows: Range, sample: int | None, texts: TextCheck, text_of: TextOf | None
 ) -> ShardReport:
+    """Verify one shard; see `verify`."""
     name, checked = shard_name(*windows), 0
     try:
         shard = Shard(cache.storage, name, cache.identity)
-        if sample is None:  # read whole once, then decoded from memory
-            held = FilesInMemory({name: shard.read_bytes()}, cache.storage.location)
-            shard = Shard(held, name, cache.identity)
+        if sample is None:  # read the file once, then decode it from memory
+            file = FilesInMemory({name: shard.read_bytes()}, cache.storage.location)
+            shard = Shard(file, name, cache.identity)
         records = _Totals()
         for group in spread(shard.groups, sample or shard.groups):
             for record in shard.read_group(group):
@@ -147,7 +152,7 @@ def _verify_shard(
         if checked == len(shard):
             records.require(shard)
         _require_text(shard, windows, texts, text_of)
-    except StorageError:  # an unreachable shard may be sound
+    except StorageError:  # the shard may be sound
         raise
     except (SparseLogitsError, OSError) as error:
         return ShardReport(windows, name, checked, str(error))
@@ -155,20 +160,21 @@ def _verify_shard(
 
 
 def _require_text(shard: Shard, windows: Range, texts: TextCheck, text_of: TextOf | None) -> None:
+    """Validate the text in a shard's provenance. Raises CacheCorruptionError."""
     provenance = shard.description["provenance"]
     try:
         texts.require(windows, provenance)
     except ValueError as error:
-        raise CacheCorruptionError(f"{shard.name}: {error}") from error
+        raise CacheCorruptionError(f"{shard.name}: {error}; {_REBUILD}") from error
     expected = None if text_of is None else text_of(windows)
     if expected is not None and provenance.get("corpus", expected) != expected:
         raise CacheCorruptionError(
-            f"{shard.name} was made from other text than the packed text of this cache"
+            f"{shard.name} was built from other text than the packed text of this cache; {_REBUILD}"
         )
 
 
 def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
-    """Validate the invariants that decoding does not enforce."""
+    """Validate the invariants that decoding does not enforce. Raises CacheCorruptionError."""
     targets, where = record.targets, f"{shard.name}, window {record.window_index}"
     try:
         record.validate(cache.identity.window_length)
@@ -181,16 +187,19 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
             rounds=targets.rounds,
         )
     except InvalidTargetsError as error:
-        raise CacheCorruptionError(f"{where}: {error}") from error
+        raise CacheCorruptionError(f"{where}: {error}; {_REBUILD}") from error
     has_entries = (targets.entries_per_position > 0).numpy()
     wrong = np.flatnonzero(has_entries != record.present())
     if len(wrong):
-        what = "is masked out but owns" if has_entries[wrong[0]] else "carries a target but owns no"
-        raise CacheCorruptionError(f"{where}: position {wrong[0]} {what} entries")
+        what = "is masked but has" if has_entries[wrong[0]] else "has a target but no"
+        raise CacheCorruptionError(f"{where}: position {wrong[0]} {what} entries; {_REBUILD}")
+
+
+_REBUILD = "run `sparselogits repair` on the cache, then build its windows again"
 
 
 class _Totals:
-    """Totals of the rows of a shard, which are compared with those in its footer."""
+    """Totals of the rows of a shard, to be compared with the totals in its footer."""
 
     def __init__(self) -> None:
         self.entries = self.positions = 0
@@ -199,6 +208,7 @@ class _Totals:
         self.text: list[Window] = []
 
     def add(self, record: WindowRecord) -> None:
+        """Add a row."""
         self.entries += record.targets.entries
         self.positions += int(record.present().sum())
         self.losses.append(record.teacher_loss)
@@ -208,18 +218,20 @@ class _Totals:
         )
 
     def require(self, shard: Shard) -> None:
-        told = dict(shard.description)
+        """Validate the totals in a shard's footer. Raises CacheCorruptionError."""
+        recorded = dict(shard.description)
         found: dict[str, object] = {
             "entries": self.entries,
             "positions": self.positions,
             "teacher_loss": float(np.mean(np.array(self.losses, np.float32))),
             "teacher_entropy": float(np.mean(np.array(self.entropies, np.float32))),
         }
-        if "corpus" in told["provenance"]:
-            told["corpus"] = told["provenance"]["corpus"]
+        if "corpus" in recorded["provenance"]:
+            recorded["corpus"] = recorded["provenance"]["corpus"]
             found["corpus"] = fingerprint(self.text)
         for key, value in found.items():
-            if told[key] != value:
+            if recorded[key] != value:
                 raise CacheCorruptionError(
-                    f"{shard.name}: rows have {key} {value}, expected {told[key]} as in the footer"
+                    f"{shard.name}: the rows have {key} {value}, expected {recorded[key]} as in "
+                    f"the footer; {_REBUILD}"
                 )
