@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.caching import import_collected
-from sparselogits.caching.collected import _Cutter
+from sparselogits.caching.collected import _WindowCutter
 from sparselogits.caching.collected_rows import read_row
 from sparselogits.cli import main
 from sparselogits.errors import (
@@ -204,7 +204,7 @@ def test_a_long_stream_keeps_less_than_a_window() -> None:
             row = {"input_ids": tokens, "topk_ids": [[1]] * n, "topk_logprobs": [[-1.0]] * n}
             yield read_row(row, str, V, 1), str
 
-    cutter, seen = _Cutter(64, whole_rows=False), 0
+    cutter, seen = _WindowCutter(64, whole_rows=False), 0
     for window in cutter.windows(rows()):
         seen += len(window)
         assert window.ids.base is None, "a view keeps the whole row alive"
@@ -253,19 +253,22 @@ GOOD: Row = {
 BAD = {
     "NaN": ({"topk_logprobs": [[-1.0, math.nan], [-0.5, -3.0], []]}, "position 0 has the logprob"),
     "positive": ({"topk_logprobs": [[-1.0, -2.0], [0.5, -3.0], []]}, "position 1 has the logprob"),
-    "id": ({"topk_ids": [[1, 2], [3, V], []]}, f"id {V} lies outside the vocabulary of {V}"),
-    "negative id": ({"topk_ids": [[1, 2], [3, -1], []]}, "id -1 lies outside"),
-    "token": ({"input_ids": [5, 6, V]}, f"token id {V} lies outside"),
-    "twice": ({"topk_ids": [[1, 2], [3, 3], []]}, "position 1 names the id 3 more than once"),
-    "mass": ({"topk_logprobs": [[-0.1, -0.2], [-0.5, -3.0], []]}, "position 0 has probabilities"),
+    "id": ({"topk_ids": [[1, 2], [3, V], []]}, f"id {V} is outside the vocabulary of {V}"),
+    "negative id": ({"topk_ids": [[1, 2], [3, -1], []]}, "id -1 is outside"),
+    "token": ({"input_ids": [5, 6, V]}, f"token id {V} is outside"),
+    "twice": ({"topk_ids": [[1, 2], [3, 3], []]}, "position 1 has the id 3 more than once"),
+    "mass": (
+        {"topk_logprobs": [[-0.1, -0.2], [-0.5, -3.0], []]},
+        "probabilities of position 0",
+    ),
     "pair": ({"topk_ids": [[1, 2], [3], []]}, "position 1 has 1 ids and 2 logprobs"),
-    "length": ({"topk_ids": [[1, 2], [3, 4]]}, "3 tokens, but topk_ids has 2 elements"),
+    "length": ({"topk_ids": [[1, 2], [3, 4]]}, "topk_ids has 2 elements; expected 3"),
     "column": ({"labels": [1, 2, 3]}, "the columns are .*labels; expected one of input_ids"),
     "fraction": ({"topk_ids": [[1.5, 2], [3, 4], []]}, "ids are not all whole numbers"),
-    "no list": ({"topk_ids": [1, 2, 3]}, "topk_ids holds 1 where a position's list"),
+    "no list": ({"topk_ids": [1, 2, 3]}, "topk_ids contains 1; expected a list"),
 }
 SERVED_BAD = {
-    "first": ([{"1": -1.0}, {"2": -1.0}], "begins with logprobs"),
+    "first": ([{"1": -1.0}, {"2": -1.0}], "starts with logprobs"),
     "key": ([None, {"x": -1.0}], "has the key 'x'"),
     "shape": ([None, {"1": {"rank": 1}}], "logprobs are not all numbers"),
 }
@@ -315,7 +318,7 @@ def test_what_is_there_is_left_alone(
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
-        ({"vocab_size": 100}, InvalidArgumentError, "more than the vocabulary of 100"),
+        ({"vocab_size": 100}, InvalidArgumentError, "more than the vocabulary size of 100"),
         ({"vocab_size": V, "window": 5000}, CorpusError, "too few for a window of 5000"),
         ({"vocab_size": V, "out": "s3://there/c"}, CacheError, "is a URL"),
     ],

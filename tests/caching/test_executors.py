@@ -152,7 +152,7 @@ def test_an_environment_without_ranks(variables: dict[str, str], said: str) -> N
 
 
 def test_a_first_rank_that_never_begins() -> None:
-    with pytest.raises(CacheError, match="has not begun"):
+    with pytest.raises(CacheError, match="has not created"):
         wait_for_first_rank(lambda: False, seconds=0.02, every=0.005)
 
 

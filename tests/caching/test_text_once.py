@@ -90,5 +90,5 @@ def test_other_text_is_noticed_in_a_sample(
     monkeypatch.setattr(job, "CHECKED_SHARDS", 1)
     read = PackedCorpus.read
     monkeypatch.setattr(PackedCorpus, "read", lambda self, a, b: read(self, a + 1, b + 1))
-    with pytest.raises(IdentityMismatchError, match="made from other text"):
+    with pytest.raises(IdentityMismatchError, match="built from other text"):
         build_caches(engine, corpus, [request], only=(0, 5 * SHARD), **how)

@@ -70,12 +70,12 @@ CACHE = "cache --teacher {teacher} --data {text} --window 32"
 BEGUN = "cache --teacher {teacher} --data {text} --out {cache} --window 32 --rounds 12"
 MISTAKES = {
     CACHE + " --out {new} --holdout 1": ("--holdout is 1;", "below 1"),
-    CACHE + " --out {new} --windows 0:99999999": ("do not lie in the corpus", "windows 0:"),
+    CACHE + " --out {new} --windows 0:99999999": ("are not in the corpus", "windows 0:"),
     CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
     CACHE + " --out {new} --tokenized-by {teacher}": ("no column `input_ids`", "tokenized data"),
     CACHE + " --out {new} --join-rows": ("join_rows for text", "leave it out"),
     CACHE + " --out {new} --append": ("cannot append", "run the command that began"),
-    CACHE + " --out {other}": ("holds no cache", "choose an empty"),
+    CACHE + " --out {other}": ("is not a cache", "choose an empty"),
     CACHE + " --out {latin}": ("latin.txt", "choose another folder"),
     BEGUN: ("packing.holdout: 0.0 in this build, 0.2", "use the same settings"),
     BEGUN + " --holdout 0.2": ("was begun with other text", "--append"),

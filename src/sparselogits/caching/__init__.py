@@ -1,4 +1,4 @@
-"""Build caches: run windows of a corpus through a teacher, and store what samplers draw."""
+"""Build caches: run windows of a corpus through a teacher, sample targets, and store them."""
 
 from sparselogits.caching.builder import (
     BuildReport,

@@ -1,8 +1,8 @@
-"""Build caches from a packed corpus; one forward pass of the teacher serves any number of caches.
+"""Build caches from a packed corpus, any number of caches with one forward pass of the teacher.
 
-A build that was interrupted at any moment continues with the first missing shard; a shard that
-exists is complete. Finished shards must come from the same text: their fingerprints are compared
-with the corpus before any work is done (`job.CHECKED_SHARDS`).
+An interrupted build resumes with the first missing shard; an existing shard is complete. Existing
+shards must come from the same text: their fingerprints are compared with the corpus before the
+teacher runs (`job.CHECKED_SHARDS`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 WINDOWS_PER_SHARD = 512
+"""Default number of windows per shard."""
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """One cache to build.
+    """Location and settings of a cache to build.
 
     Args:
         root: directory or URL of the cache.
-        sampler: how entries are chosen.
-        budget: mean number of entries per position, which sets the sampler's budget parameter
-            (rounds, k, tau) by pilot windows; None keeps the sampler as it is.
-        seed: random seed of the uniforms.
-        temperature: temperature by which the teacher's logits are divided.
-        exact_weights: whether real-valued weights are stored as float32 numbers; see `codec_for`.
-            None rounds the weights of a new cache, and continues a cache as it was begun.
+        sampler: sampler of the targets.
+        budget: mean entries per position, to which the sampler's budget parameter (rounds, k, tau)
+            is fitted on pilot windows; None to use the sampler unchanged.
+        seed: random seed for sampling.
+        temperature: divisor of the teacher's logits.
+        exact_weights: whether to store real-valued weights as float32; see `codec_for`. None
+            rounds the weights of a new cache, and follows the identity of an existing one.
     """
 
     root: Location
@@ -56,12 +57,12 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The result of a build.
+    """Result of a build.
 
     Args:
-        caches: the opened caches.
+        caches: open caches, one per request.
         windows_built: number of windows that were computed.
-        windows_found: number of windows in shards that were finished before.
+        windows_found: number of windows in shards that existed before.
     """
 
     caches: list[Cache]
@@ -82,24 +83,26 @@ def build_caches(
     share: Share = WHOLE,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build one cache per request, or continue an interrupted build.
+    """Build one cache per request, or resume an interrupted build.
 
     Args:
-        engine: the teacher.
+        engine: engine of the teacher.
         corpus: text, packed with the teacher's tokenizer.
-        requests: the caches to build.
+        requests: caches to build.
         tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
         batch: number of windows per forward pass.
         windows_per_shard: number of windows per shard.
         only: range of windows to build, for builds that are divided manually; None for all.
-        first_window: number of the corpus' first window in the caches; above 0 for appended text
+        first_window: index of the corpus' first window in the caches; above 0 for appended text
             (see `caching.text`).
-        share: which of the ranges this process builds, where several processes divide them.
-        progress: called after every batch with windows done and their total.
+        share: share of the ranges that this process builds, if several processes divide them.
+        progress: called after each batch with the numbers of windows done and in total.
 
     Raises:
-        IdentityMismatchError: a directory holds a cache with other settings, or from other text.
-        TeacherError: the teacher is worse than guessing on the text.
+        IdentityMismatchError: an existing cache has other settings, or was built from other text.
+        TeacherError: the teacher's loss on the text is worse than guessing, or its logits overflow.
+        InvalidArgumentError: a budget cannot be met, or the range of windows is invalid.
+        StorageError: a cache cannot be reached or written.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
     job = begin_job(
@@ -117,6 +120,7 @@ def build_caches(
     done = found = total - windows_in(missing)
 
     def advance(windows: int) -> None:
+        """Report the progress."""
         nonlocal done
         done += windows
         if progress is not None:
@@ -132,20 +136,26 @@ def build_caches(
 def check_request(
     request: CacheRequest, packing: Packing, tokenizer_hash: str, windows_per_shard: int
 ) -> None:
-    """Validate what can be validated of a request without its teacher and its text.
+    """Validate the parts of a request that require neither the teacher nor the text.
+
+    Args:
+        request: the cache to build.
+        packing: packing of the text.
+        tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
+        windows_per_shard: number of windows per shard.
 
     Raises:
-        CacheError: the path is a file, or a folder that holds something else.
-        IdentityMismatchError: the existing cache was begun with other settings.
+        CacheError: the path is a file, or a folder with other content.
+        IdentityMismatchError: the existing cache has other settings.
     """
-    there = _existing(request)
-    if there is None:
+    existing = _existing(request)
+    if existing is None:
         require_room(request.root)
         return
-    sampler = _sampler_of_existing(request, there)
+    sampler = _sampler_of_existing(request, existing)
     packed = packing.to_json()
-    here = replace(
-        there,
+    requested = replace(
+        existing,
         tokenizer=str(tokenizer_hash),
         window_length=packed.pop("window_length"),
         windows_per_shard=windows_per_shard,
@@ -153,9 +163,9 @@ def check_request(
         sampler=_described(request, sampler),
         seed=request.seed,
         temperature=request.temperature,
-        codec=_codec(request, sampler, there),
+        codec=_codec(request, sampler, existing),
     )
-    here.require_equal(there, here="this build", there=f"the cache at {request.root}")
+    requested.require_equal(existing, here="this build", there=f"the cache at {request.root}")
 
 
 def begin_job(
@@ -168,9 +178,9 @@ def begin_job(
     windows_per_shard: int,
     first_window: int = 0,
 ) -> Job:
-    """Choose the samplers' parameters and create the caches, or open the existing ones.
+    """Fit the samplers' parameters, and create the caches or open existing ones.
 
-    Arguments and errors are those of `build_caches`.
+    See `build_caches` for arguments and errors.
     """
     model = getattr(engine, "model", None)
     if model is not None:
@@ -180,8 +190,8 @@ def begin_job(
         DrawSettings(sampler, request.seed, request.temperature)
         for sampler, request in zip(samplers, requests, strict=True)
     ]
-    told = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
-    return Job(corpus, first_window, caches, draws, batch, told)
+    record = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
+    return Job(corpus, first_window, caches, draws, batch, record)
 
 
 def _open_caches(
@@ -191,13 +201,14 @@ def _open_caches(
     tokenizer_hash: str,
     windows_per_shard: int,
 ) -> tuple[list[Cache], list[Sampler]]:
+    """Create or open the cache of each request; return caches and fitted samplers."""
     reset = corpus.packing.reset_attention
     caches, samplers = [], []
     pilot = None
     for request in requests:
-        there = _existing(request)
-        if there is not None:
-            sampler = _sampler_of_existing(request, there)
+        existing = _existing(request)
+        if existing is not None:
+            sampler = _sampler_of_existing(request, existing)
         else:
             if pilot is None:
                 pilot = pilot_windows(corpus)
@@ -210,7 +221,7 @@ def _open_caches(
                 temperature=request.temperature,
                 reset_attention=reset,
             )
-        codec = _codec(request, sampler, there)
+        codec = _codec(request, sampler, existing)
         identity = _identity(
             engine, corpus, request, sampler, codec, tokenizer_hash, windows_per_shard
         )
@@ -220,30 +231,31 @@ def _open_caches(
 
 
 def _existing(request: CacheRequest) -> Identity | None:
-    """Return the identity of the cache that a request continues; None for a new cache."""
+    """Return the identity of a request's existing cache; None if there is no cache."""
     return Cache.open(request.root).identity if Cache.exists(request.root) else None
 
 
-def _sampler_of_existing(request: CacheRequest, there: Identity) -> Sampler:
-    """Return the sampler that a build settled on when it was begun, for the same request.
+def _sampler_of_existing(request: CacheRequest, existing: Identity) -> Sampler:
+    """Return the request's sampler with the fields that were fitted when the cache was created.
 
-    It is the request's own, with the fields set that pilot windows settled, so that a sampler with
-    a student in memory keeps it.
+    Raises:
+        IdentityMismatchError: the cache was created for another budget.
     """
-    found = dict(there.sampler)
-    budget = found.pop("budget", None)
+    parameters = dict(existing.sampler)
+    budget = parameters.pop("budget", None)
     if budget != request.budget:
-        wanted = {"name": request.sampler.name, **request.sampler.parameters()}
-        was, now = _in_words(budget, found), _in_words(request.budget, wanted)
+        requested = {"name": request.sampler.name, **request.sampler.parameters()}
+        was, now = _in_words(budget, parameters), _in_words(request.budget, requested)
         raise IdentityMismatchError(
             f"the cache at {request.root} was started with {was}, this build has {now}; use the "
             "same settings, or choose another output directory"
         )
-    settled = {n: found[n] for n in request.sampler.left_open(budget) if n in found}
-    return replace(request.sampler, **settled) if settled else request.sampler  # type: ignore[type-var]
+    fitted = {n: parameters[n] for n in request.sampler.left_open(budget) if n in parameters}
+    return replace(request.sampler, **fitted) if fitted else request.sampler  # type: ignore[type-var]
 
 
 def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
+    """Return a phrase with the budget, or without a budget with the sampler's parameters."""
     if budget is not None:
         return f"a budget of {budget:g}"
     return " and ".join(f"{name} {value}" for name, value in parameters.items())
@@ -258,6 +270,7 @@ def _identity(
     tokenizer_hash: str,
     windows_per_shard: int,
 ) -> Identity:
+    """Return the identity of a new cache."""
     packing = corpus.packing.to_json()
     return Identity(
         teacher=engine.identity,
@@ -274,15 +287,16 @@ def _identity(
     )
 
 
-def _codec(request: CacheRequest, sampler: Sampler, there: Identity | None) -> dict[str, Any]:
-    """Return the codec, whose choice of rounding is that of an existing cache unless given."""
+def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -> dict[str, Any]:
+    """Return the codec; without `exact_weights` in the request, as in an existing cache."""
     exact = request.exact_weights
     if exact is None:
-        exact = there is not None and "rounding" not in there.codec
+        exact = existing is not None and "rounding" not in existing.codec
     return codec_for(sampler, exact_weights=exact)
 
 
 def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
+    """Return the `sampler` field of the identity."""
     described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
     if request.budget is not None:
         described["budget"] = float(request.budget)
@@ -290,6 +304,7 @@ def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
 
 
 def _mask_fingerprint(engine: Engine) -> str:
+    """Return the sha256, in hex, of the mask of ids that are tokens; "all" if all ids are."""
     import hashlib
 
     import numpy as np

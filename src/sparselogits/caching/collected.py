@@ -1,8 +1,8 @@
-"""Import Top-K logprobs that were collected elsewhere as a cache; no teacher runs.
+"""Import Top-K logprobs from an inference server or another trainer as a cache.
 
-The result is an ordinary cache of the `topk` sampler, with the same bias: the tail is missing. The
-identity records that the targets were imported, and that the teacher's weights, precision and
-engine are unknown, so the cache is never taken for one of a known teacher.
+The result is a cache of the `topk` sampler with the usual bias: the tail is missing. The identity
+records that the targets were imported and that the teacher's weights, precision and engine are
+unknown, so that the cache cannot be confused with that of a known teacher.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _LEAST = 1e-9  # smallest probability in logarithms
 
 @dataclass(frozen=True)
 class ImportReport:
-    """The result of an import.
+    """Result of an import.
 
     Args:
-        cache: the opened cache.
-        rows: number of sequences that were read.
+        cache: the open cache.
+        rows: number of rows that were read.
         tokens_dropped: number of tokens at the end that did not fill a window.
     """
 
@@ -80,30 +80,31 @@ def import_collected(
 ) -> ImportReport:
     """Import rows of Top-K logprobs as a cache.
 
-    `collected_rows` and `collected_forms` describe the forms of a row.
+    `collected_rows` and `collected_forms` describe the formats of a row.
 
-    The rows are concatenated, and windows are cut from them without gaps; attention restarts where
-    a row begins, as it did for the teacher. Memory holds one row and one shard. The cache appears
-    under its name only when it is complete.
+    The rows are concatenated and divided into windows without gaps; attention restarts at the
+    beginning of each row, as it did in the teacher. One row and one shard are in memory at a time.
+    The folder is created atomically, when the cache is complete.
 
     Args:
-        data: JSON lines or Parquet: a file, a folder or a pattern.
-        tokenizer: the teacher's tokenizer, which made the ids.
-        out: a folder that does not exist, or is empty.
-        vocab_size: number V of columns of the teacher's head.
+        data: path or pattern of JSON Lines or Parquet files, or a folder of such files.
+        tokenizer: tokenizer of the teacher.
+        out: output folder, which must be missing or empty.
+        vocab_size: vocabulary size V: number of columns of the teacher's head.
         teacher: name of the teacher, if known.
         window: number of tokens per window; None for the length of the rows, which must be equal.
         k: largest number of entries per position; None for the number in the first row.
         windows_per_shard: number of windows per shard.
-        exact_weights: whether probabilities are stored as float32 numbers, and not rounded.
+        exact_weights: whether to store probabilities as float32 instead of rounding them.
         compression: file with the settings of DistillKit's packing; None for the file
             `compression_config.yaml` next to the data.
-        allow: names of `ALLOWANCES`; "unnormalised-logits" takes the K likeliest tokens for all.
+        allow: names of `ALLOWANCES`. With "unnormalised-logits", logits are normalised over the K
+            listed tokens.
         progress: called with the number of windows done.
 
     Raises:
-        InvalidTargetsError: a row has another form; names the file and the row.
-        CorpusError: the data cannot be read, or are too short for a window.
+        InvalidTargetsError: a row is invalid; the message has the file and the row.
+        CorpusError: the data cannot be read, or have too few tokens for a window.
         CacheError: `out` is a URL.
         StorageError: `out` cannot be written.
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
@@ -114,13 +115,13 @@ def import_collected(
     rows = _rows(data, compression, allow)
     first = next(rows, None)
     if first is None:
-        raise CorpusError(f"{data} holds no rows; name files of collected logprobs")
+        raise CorpusError(f"{data} contains no rows; give files with Top-K logprobs")
     sampler = TopK(k or entries_per_position(first.values, first.where))
     length = window or tokens_of(first.values, first.where)
-    named = tokenizer_fingerprint(tokenizer)
+    tokenizer_hash = tokenizer_fingerprint(tokenizer)
     identity = _identity(
         tokenizer,
-        str(named),
+        str(tokenizer_hash),
         sampler,
         vocab_size,
         teacher,
@@ -130,40 +131,50 @@ def import_collected(
         exact_weights,
         normalised=first.normalised,
     )
-    cutter = _Cutter(length, whole_rows=window is None)
+    cutter = _WindowCutter(length, whole_rows=window is None)
     sequences = (
         (read_row(row.values, row.where, vocab_size, sampler.k), row.where)
         for row in chain([first], rows)
     )
     with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
-        own = TextSpan(open_source(data).fingerprint, 0, None)
-        claim_text(cache.storage, own)
+        text = TextSpan(open_source(data).fingerprint, 0, None)
+        claim_text(cache.storage, text)
         windows = cutter.windows(sequences)
-        _commit_all(cache, windows, windows_per_shard, own, named.record(), progress)
+        _commit_all(cache, windows, windows_per_shard, text, tokenizer_hash.record(), progress)
         if not len(cache):
             raise CorpusError(
-                f"{data} holds {cutter.left} tokens, too few for a window of {length}; give more "
-                "rows, or a shorter window"
+                f"{data} contains {cutter.left} tokens, too few for a window of {length}; give "
+                "more rows, or a shorter window"
             )
     return ImportReport(Cache.open(folder), cutter.rows, cutter.left)
 
 
-class _Cutter:
-    """Cuts windows from a stream of sequences, keeping only the rest in memory."""
+class _WindowCutter:
+    """Divider of a stream of rows into windows, which stores only the remaining tokens.
+
+    Args:
+        length: number of tokens per window.
+        whole_rows: whether every row must have that length.
+
+    Attributes:
+        rows: number of rows that were read.
+        left: number of tokens that do not yet fill a window.
+    """
 
     def __init__(self, length: int, *, whole_rows: bool) -> None:
         self.rows = self.left = 0
         self._length, self._whole_rows = length, whole_rows
 
     def windows(self, sequences: Iterator[tuple[Collected, Where]]) -> Iterator[Collected]:
+        """Yield windows. Raises InvalidArgumentError for a row of another length."""
         waiting: list[Collected] = []
         for sequence, where in sequences:
             self.rows += 1
             if self._whole_rows and len(sequence) != self._length:
                 raise InvalidArgumentError(
-                    f"{where()} has {len(sequence)} tokens, the rows before it {self._length}; "
-                    "give the number of tokens per window (--window) to pack the rows"
+                    f"{where()} has {len(sequence)} tokens, expected {self._length} as in the rows "
+                    "before; give the number of tokens per window (--window) to pack the rows"
                 )
             waiting.append(sequence)
             self.left += len(sequence)
@@ -180,21 +191,23 @@ def _commit_all(
     cache: Cache,
     windows: Iterator[Collected],
     windows_per_shard: int,
-    own: TextSpan,
-    named: dict[str, Any],
+    text: TextSpan,
+    tokenizer: dict[str, Any],
     progress: Callable[[int], None] | None,
 ) -> None:
+    """Write all windows to a cache, one shard at a time."""
     records: list[WindowRecord] = []
 
     def commit() -> None:
-        text = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
-        made = {
-            "corpus": fingerprint(text),
-            "text": own.to_json(),
+        """Write a shard."""
+        tokens = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
+        provenance = {
+            "corpus": fingerprint(tokens),
+            "text": text.to_json(),
             "sparselogits": version("sparselogits"),
-            "tokenizer": named,
+            "tokenizer": tokenizer,
         }
-        cache.commit(records, made)
+        cache.commit(records, provenance)
         records.clear()
 
     for index, window in enumerate(windows):
@@ -208,6 +221,7 @@ def _commit_all(
 
 
 def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
+    """Return the record of a window."""
     offsets = np.append(0, np.cumsum(window.lengths))
     targets = SparseTargets(
         torch.from_numpy(window.ids),
@@ -216,7 +230,7 @@ def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
         vocab_size,
     )
     present = window.lengths > 0
-    loss, entropy = _figures(window)
+    loss, entropy = _loss_and_entropy(window)
     return WindowRecord(
         window_index=index,
         tokens=window.tokens,
@@ -228,11 +242,10 @@ def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
     )
 
 
-def _figures(window: Collected) -> tuple[float, float]:
-    """Return lower bounds of the teacher's loss and entropy, in nats, from Top-K lists.
+def _loss_and_entropy(window: Collected) -> tuple[float, float]:
+    """Return lower bounds of the teacher's mean loss and entropy on a window, in nats.
 
-    The tail counts as one class with the missing mass; a true token that is not listed has at most
-    that mass.
+    The missing mass counts as one class, and as the probability of a label that is not listed.
     """
     count = len(window)
     owner = np.repeat(np.arange(count), window.lengths)
@@ -253,20 +266,26 @@ def _figures(window: Collected) -> tuple[float, float]:
 
 
 class _Row(NamedTuple):
-    """A row with lists of ids and logprobs."""
+    """Row with lists of ids and logprobs.
+
+    Attributes:
+        values: columns of the row by name.
+        where: returns the location of the row, for messages.
+        normalised: whether the probabilities are those over the whole vocabulary.
+    """
 
     values: Mapping[str, Any]
     where: Where
     normalised: bool
-    """Whether its probabilities are those over the whole vocabulary."""
 
 
 def _rows(data: str, compression: Path | None, allow: Collection[str]) -> Iterator[_Row]:
+    """Yield the rows of JSON Lines and Parquet files. Raises CorpusError."""
     warned = False
     for file in locate(data, "train").files:
         if not file.format.holds_records or file.format.holds_tokens:
             raise CorpusError(
-                f"{file.path} holds no records; logprobs are read from .jsonl and .parquet files"
+                f"{file.path} has no records; give .jsonl or .parquet files with Top-K logprobs"
             )
         packing = settings_of(file.path.parent, compression)
         with read_errors(file.path):
@@ -282,7 +301,7 @@ def _rows(data: str, compression: Path | None, allow: Collection[str]) -> Iterat
 
 def _identity(
     tokenizer: Any,
-    fingerprint_of_tokenizer: str,
+    tokenizer_hash: str,
     sampler: TopK,
     vocab_size: int,
     teacher: str,
@@ -293,24 +312,25 @@ def _identity(
     *,
     normalised: bool,
 ) -> Identity:
+    """Return the identity of the imported cache."""
     packing = packing_for(tokenizer, window_length=window_length, reset_attention=packed).to_json()
     del packing["window_length"]
     rows = "as collected" if normalised else "as collected, normalised over the listed ids"
     return Identity(
         teacher={
             "name": teacher,
-            "claimed": teacher,  # compared, unlike the name
+            "claimed": teacher,  # unlike the name, part of the comparison of identities
             "engine": "imported",
             "weights": _UNKNOWN,
             "dtype": _UNKNOWN,
             "quantization": _UNKNOWN,
         },
-        tokenizer=fingerprint_of_tokenizer,
+        tokenizer=tokenizer_hash,
         vocab_size=vocab_size,
         token_mask=_UNKNOWN,
         window_length=window_length,
         windows_per_shard=windows_per_shard,
-        # the rows contain their separators; the id ends a student's text
+        # rows contain their separators, so separator_id is used only to end generated text
         packing=packing | {"bos_id": None, "rows": rows},
         sampler={"name": sampler.name, **sampler.parameters()},
         seed=0,
@@ -320,9 +340,10 @@ def _identity(
 
 
 def _new_folder(out: str | Path) -> Path:
+    """Return the absolute path of a new folder, after it is validated."""
     if "://" in str(out):
         raise CacheError(
-            f"{out} is a URL; import into a folder, then copy it there with `sparselogits merge`"
+            f"{out} is a URL; import to a folder, then copy the cache with `sparselogits merge`"
         )
     folder = Path(out).expanduser().absolute()
     require_new_folder(folder)
@@ -330,12 +351,13 @@ def _new_folder(out: str | Path) -> Path:
 
 
 def _require_sizes(vocab_size: int, windows_per_shard: int, tokens: int) -> None:
+    """Validate sizes, given the number of the tokenizer's ids. Raises InvalidArgumentError."""
     if windows_per_shard < 1:
         raise InvalidArgumentError(
-            f"found windows_per_shard={windows_per_shard}; a shard holds at least one window"
+            f"windows_per_shard must be at least 1, found {windows_per_shard}"
         )
     if vocab_size < tokens:
         raise InvalidArgumentError(
-            f"the tokenizer has {tokens} ids, more than the vocabulary of {vocab_size}: give the "
-            "number of columns of the teacher's head (vocab_size in its config.json)"
+            f"the tokenizer has {tokens} ids, more than the vocabulary size of {vocab_size}; give "
+            "the number of columns of the teacher's head (vocab_size in its config.json)"
         )

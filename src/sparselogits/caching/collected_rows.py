@@ -1,10 +1,10 @@
-"""Validate rows of Top-K logprobs from an inference server or another trainer, and flatten them.
+"""Validate rows of Top-K logprobs and convert them to flat arrays.
 
-Two forms are read. In lists of the tokens' length, `topk_ids` and `topk_logprobs` (or `top_ids` and
-`top_logprobs`, as `export --format topk` writes them), element j is the teacher's distribution of
-the token *after* token j. In vLLM's `prompt_logprobs`, element j is the distribution *of* token j,
-{id: logprob} or {id: {"logprob": ...}}, and the first one is null. A null or empty element is a
-position without a target; an entry with the logprob -inf is padding.
+A row has token ids and logprobs in one of two formats. In the lists `topk_ids` and `topk_logprobs`
+(or `top_ids` and `top_logprobs`, as written by `export --format topk`), element j is the teacher's
+distribution of the token *after* token j. In the list `prompt_logprobs` of vLLM, element j is the
+distribution *of* token j, {id: logprob} or {id: {"logprob": ...}}, and the first element is null. A
+null or empty element is a position without a target; entries with the logprob -inf are padding.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from sparselogits.errors import InvalidTargetsError
 from sparselogits.objectives import Causal
 
 TOKENS = ("input_ids", "tokens", "prompt_token_ids")
-LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
-PROMPT = "prompt_logprobs"
-MASS_TOLERANCE = 1e-3  # half-precision probabilities may sum to a little more than one
+"""Names of the column of token ids."""
 
-_BESIDE = ("window_index",)  # further columns of `export --format topk`
+LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
+"""Names of the columns of ids and logprobs in the first format."""
+
+PROMPT = "prompt_logprobs"
+"""Name of the column of ids and logprobs in the second format."""
+
+MASS_TOLERANCE = 1e-3
+"""Tolerance of a sum of probabilities above one, for half precision."""
+
+_IGNORED = ("window_index",)  # a column of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
     [*(" with ".join(pair) for pair in LISTS), PROMPT]
 )
@@ -36,15 +43,16 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """A sequence of n tokens with its collected targets of E entries in total.
+    """A sequence of n tokens with targets of E entries in total.
+
+    Position j is the teacher's distribution of the token after token j.
 
     Args:
         tokens: int32 [n].
-        starts: bool [n], true where a row begins.
-        lengths: int64 [n], number of entries of each position; 0 where it carries no target.
-            Position j is the distribution of the token after token j.
-        ids: int64 [E], ascending within a position.
-        weights: float32 [E], the teacher's raw probabilities.
+        starts: bool [n], True for the first token of a row.
+        lengths: int64 [n], number of entries of each position; 0 without a target.
+        ids: int64 [E], in order of position and ascending within a position.
+        weights: float32 [E], probabilities of the teacher.
     """
 
     tokens: _Array
@@ -58,13 +66,13 @@ class Collected:
         return len(self.tokens)
 
     def cut(self, start: int, stop: int) -> Collected:
-        """Return copies of tokens [start, stop) and their targets; views keep the rest alive."""
+        """Return copies of the tokens [start, stop) and their targets."""
         first, last = (int(self.lengths[:end].sum()) for end in (start, stop))
-        here, entries = slice(start, stop), slice(first, last)
-        return Collected(
-            self.tokens[here].copy(),
-            self.starts[here].copy(),
-            self.lengths[here].copy(),
+        tokens, entries = slice(start, stop), slice(first, last)
+        return Collected(  # copies, because views would keep the whole arrays in memory
+            self.tokens[tokens].copy(),
+            self.starts[tokens].copy(),
+            self.lengths[tokens].copy(),
             self.ids[entries].copy(),
             self.weights[entries].copy(),
         )
@@ -77,28 +85,42 @@ class Collected:
 
 
 def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
-    """Return the K with which a row was collected: the length of its longest list.
+    """Return the number K of entries per position with which a row was collected.
 
-    Of `prompt_logprobs` it is the shortest, since vLLM adds the true token to the K likeliest where
-    it is not among them. (A row in which it never is gives one too many.)
+    It is the length of the longest list; for `prompt_logprobs` of the shortest one, because vLLM
+    adds the actual token to the K likeliest if it is not one of them. (If it never is in a row, the
+    result is too large by one.)
+
+    Args:
+        record: columns of the row by name.
+        where: returns the location of the row, for messages.
+
+    Raises:
+        InvalidTargetsError: the row has another format, or no position has logprobs.
     """
     _, ids, _ = _parts(record, where)
     lengths = [len(row) for row in ids if row]
     if not lengths:
-        _refuse(where, "no position has logprobs, so K is unknown; give --k")
+        _fail(where, "no position has logprobs, so K is unknown; give --k")
     return min(lengths) if PROMPT in record else max(lengths)
 
 
 def tokens_of(record: Mapping[str, Any], where: Where) -> int:
-    """Return the number of tokens of a row."""
+    """Return the number of tokens of a row. Raises InvalidTargetsError."""
     return len(_parts(record, where)[0])
 
 
 def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -> Collected:
-    """Validate a row and return it; a position with more than k entries keeps its k likeliest.
+    """Validate a row, and convert it to arrays with at most k entries per position.
+
+    Args:
+        record: columns of the row by name.
+        where: returns the location of the row, for messages.
+        vocab_size: vocabulary size, V.
+        k: number of likeliest entries per position to select.
 
     Raises:
-        InvalidTargetsError: the row has another form; names the file and the row.
+        InvalidTargetsError: the row is invalid; the message has the file and the row.
     """
     raw, id_rows, log_rows = _parts(record, where)
     tokens = _numbers(raw, "iu", "token ids", where)
@@ -106,15 +128,15 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
     lengths = np.array([len(row) for row in id_rows], np.int64)
     for position, row in enumerate(log_rows):
         if len(row) != lengths[position]:
-            there = f"position {position} has {lengths[position]} ids and {len(row)} logprobs"
-            _refuse(where, f"{there}; expected pairs")
+            found = f"position {position} has {lengths[position]} ids and {len(row)} logprobs"
+            _fail(where, f"{found}; expected equal numbers")
     ids = _numbers(list(chain.from_iterable(id_rows)), "iu", "ids", where)
     logs = _numbers(list(chain.from_iterable(log_rows)), "fiu", "logprobs", where)
     owner = np.repeat(np.arange(len(tokens)), lengths)
     wrong = np.flatnonzero(~(logs <= 0))  # NaN included
     if len(wrong):
         found = f"position {owner[wrong[0]]} has the logprob {logs[wrong[0]]}"
-        _refuse(where, f"{found}; expected 0 or less")
+        _fail(where, f"{found}; expected 0 or less")
     kept = logs > -np.inf
     ids, logs, owner = ids[kept], logs[kept].astype(np.float64), owner[kept]
     _require_ids(ids, vocab_size, "id", where)
@@ -129,20 +151,24 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 def _sets(
     ids: _Array, logs: _Array, owner: _Array, k: int, where: Where
 ) -> tuple[_Array, _Array, _Array]:
-    """Return the k likeliest entries of each position, ordered by position and id."""
+    """Return the ids, logprobs and positions of the k likeliest entries of each position.
+
+    The result is sorted by position and id. Raises InvalidTargetsError for repeated ids, or
+    probabilities that sum to more than one.
+    """
     by_id = np.lexsort((ids, owner))
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
     again = np.flatnonzero((owner[1:] == owner[:-1]) & (ids[1:] == ids[:-1]))
     if len(again):
-        _refuse(
+        _fail(
             where,
-            f"position {owner[again[0]]} names the id {ids[again[0]]} more than once",
+            f"position {owner[again[0]]} has the id {ids[again[0]]} more than once",
         )
     mass = np.bincount(owner, np.exp(logs))
     heavy = np.flatnonzero(mass > 1 + MASS_TOLERANCE)
     if len(heavy):
-        found = f"position {heavy[0]} has probabilities that sum to {mass[heavy[0]]:.4f}"
-        _refuse(where, f"{found}, more than 1; give natural logarithms at temperature 1")
+        found = f"the probabilities of position {heavy[0]} sum to {mass[heavy[0]]:.4f}"
+        _fail(where, f"{found}, expected at most 1; give natural logarithms at temperature 1")
     likeliest = np.lexsort((-logs, owner))
     ranked = owner[likeliest]
     rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
@@ -151,19 +177,24 @@ def _sets(
 
 
 def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return tokens, and each position's ids and logprobs, as lists of equal length."""
+    """Return the tokens, and the lists of ids and logprobs of each position.
+
+    Raises:
+        InvalidTargetsError: the row has another format.
+    """
     named = [name for name in TOKENS if name in record]
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
-    if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_BESIDE}:
-        _refuse(where, f"the columns are {', '.join(record)}; expected {_EXPECTED}, and no others")
+    if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_IGNORED}:
+        _fail(where, f"the columns are {', '.join(record)}; expected {_EXPECTED}, and no others")
     for name in (*named, *shapes[0]):
         if not isinstance(record[name], list):
-            _refuse(where, f"{name} is {type(record[name]).__name__}, not a list")
+            _fail(where, f"{name} is of type {type(record[name]).__name__}; expected a list")
     tokens = record[named[0]]
     for name in shapes[0]:
         if len(record[name]) != len(tokens):
-            _refuse(where, f"{len(tokens)} tokens, but {name} has {len(record[name])} elements")
+            found = f"{name} has {len(record[name])} elements"
+            _fail(where, f"{found}; expected {len(tokens)}, one per token")
     if shapes[0] == (PROMPT,):
         return tokens, *_of_prompt(record[PROMPT], where)
     ids, logs = ([_list(row, name, where) for row in record[name]] for name in shapes[0])
@@ -171,43 +202,51 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 
 
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
-    """Return the ids and logprobs of vLLM's form: an element per token, as it was predicted."""
+    """Return the lists of ids and logprobs of each position, from vLLM's format."""
     if elements and elements[0]:
-        _refuse(
-            where,
-            f"{PROMPT} begins with logprobs; expected null, as nothing predicts the first token",
-        )
+        _fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
     predicted = Causal().at_positions(np.arange(len(elements)), -1).tolist()
     pairs = [[] if token < 0 else list(_pairs(elements[token], where)) for token in predicted]
     return [[i for i, _ in row] for row in pairs], [[x for _, x in row] for row in pairs]
 
 
 def _pairs(element: Any, where: Where) -> Iterator[tuple[int, Any]]:
-    # a map of Parquet is a list of pairs
-    if isinstance(element, Mapping):
+    """Yield the id and logprob of each entry of an element of vLLM's format."""
+    if isinstance(element, Mapping):  # a map column of Parquet is a list of pairs already
         element = list(element.items())
     for pair in _list(element, PROMPT, where):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            _refuse(where, f"{PROMPT} holds {pair!r}, not an id with its logprob")
+            _fail(where, f"{PROMPT} contains {pair!r}; expected an id and its logprob")
         key, value = pair
         if isinstance(value, Mapping):
             value = value.get("logprob")
         try:
             yield int(key), value
         except (TypeError, ValueError):
-            _refuse(where, f"{PROMPT} has the key {key!r}, which is no token id")
+            _fail(where, f"{PROMPT} has the key {key!r}; expected a token id")
 
 
 def _list(value: Any, name: str, where: Where) -> list[Any]:
+    """Return the list of a position; an empty one for None. Raises InvalidTargetsError."""
     if value is None:
         return []
     if not isinstance(value, list):
-        _refuse(where, f"{name} holds {value!r} where a position's list is expected")
+        _fail(where, f"{name} contains {value!r}; expected a list or null for each position")
     return value
 
 
 def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
-    """Return the values as an array, refused unless all are numbers of these kinds."""
+    """Convert numbers to an array.
+
+    Args:
+        values: the numbers.
+        kinds: allowed kinds of the array's dtype: "iu" for integers, "fiu" for numbers.
+        what: name of the numbers, for messages.
+        where: returns the location of the row, for messages.
+
+    Raises:
+        InvalidTargetsError: a value is not a number of these kinds.
+    """
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)
     try:
@@ -216,15 +255,21 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
         array = np.array([None])
     if array.ndim != 1 or array.dtype.kind not in kinds:
         whole = "whole " if kinds == "iu" else ""
-        _refuse(where, f"its {what} are not all {whole}numbers")
+        _fail(where, f"{what} are not all {whole}numbers; correct or remove the row")
     return array
 
 
 def _require_ids(ids: _Array, vocab_size: int, what: str, where: Where) -> None:
+    """Validate that ids are in the vocabulary. Raises InvalidTargetsError."""
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
-        _refuse(where, f"the {what} {wrong[0]} lies outside the vocabulary of {vocab_size} ids")
+        _fail(
+            where,
+            f"the {what} {wrong[0]} is outside the vocabulary of {vocab_size} ids; give the "
+            "vocabulary size of the teacher's head",
+        )
 
 
-def _refuse(where: Where, what: str) -> NoReturn:
+def _fail(where: Where, what: str) -> NoReturn:
+    """Raise InvalidTargetsError with the location of a row."""
     raise InvalidTargetsError(f"{where()}: {what}")

@@ -1,7 +1,7 @@
-"""Describe a build that has begun: everything but the teacher that a worker needs for any range.
+"""Describe a build so that any worker can compute any range of windows.
 
-A job holds the paths of the caches, what is drawn for each, and the text. It can be sent to another
-process or machine that has access to the same folders.
+A job contains the text, the caches and their samplers, but not the teacher. It can be sent to
+another process or machine that has access to the same folders.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.teacher import Engine
 
 CHECKED_SHARDS = 256
-"""Number of finished shards whose text is compared before a build continues. Of more shards, evenly
-spaced ones are compared, so that continuing a very large build does not read all of its text."""
+"""Largest number of existing shards whose text is compared when a build resumes.
+
+Of more shards, evenly spaced ones are compared, so that a very large build does not read all of its
+text again.
+"""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A build that has begun.
+    """A build whose caches have been created.
 
     Args:
-        corpus: the text.
-        first_window: number of the text's first window in the caches.
-        caches: the caches, created with the identity of the build.
-        draws: how each cache is drawn.
+        corpus: packed text.
+        first_window: index of the corpus' first window in the caches.
+        caches: open caches.
+        draws: sampling settings of each cache.
         batch: number of windows per forward pass.
-        tokenizer: what the shards record of the tokenizer, see `TokenizerFingerprint.record`.
+        tokenizer: description of the tokenizer for the shards' provenance; see
+            `TokenizerFingerprint.record`.
     """
 
     corpus: PackedCorpus
@@ -51,19 +55,21 @@ class Job:
 
     @property
     def text(self) -> TextSpan:
-        """The text with its window numbers in the caches."""
+        """The text with its range of windows in the caches."""
         fingerprint = self.corpus.text_fingerprint
         return TextSpan(fingerprint, self.first_window, self.corpus.windows)
 
     def missing(self, ranges: Sequence[Range]) -> list[Range]:
-        """Return the ranges that at least one cache lacks, and claim the caches for this text.
+        """Return the ranges that at least one cache lacks, and record the text in the caches.
 
         The text of at most `CHECKED_SHARDS` existing shards is compared first.
 
+        Args:
+            ranges: ranges of windows to build.
+
         Raises:
-            CacheError: an existing shard overlaps a range in part.
-            IdentityMismatchError: a shard was made from other text, or a cache belongs to other
-                text.
+            CacheError: an existing shard overlaps a range without being equal to it.
+            IdentityMismatchError: a shard or a cache was built from other text.
         """
         finished = [set(cache.finished()) for cache in self.caches]
         wanted = set(ranges)
@@ -71,14 +77,13 @@ class Job:
             for start, stop in sorted(have):
                 if (start, stop) not in wanted and any(a < stop and start < b for a, b in ranges):
                     raise CacheError(
-                        f"{cache.root} holds windows {start}:{stop}, which do not match the shards "
-                        "of this corpus, as after text was added or removed. Build into another "
-                        "directory"
+                        f"{cache.root} has a shard of windows {start}:{stop}, which overlaps the "
+                        "ranges of this corpus without being equal to one, for example because "
+                        "text was added or removed. Choose another output directory"
                     )
         end = self.first_window + self.corpus.windows
-        there = sorted(r for r in set().union(*finished) if self.first_window <= r[0] < end)
-        for place in spread(len(there), CHECKED_SHARDS):
-            span = there[place]
+        existing = sorted(r for r in set().union(*finished) if self.first_window <= r[0] < end)
+        for span in (existing[i] for i in spread(len(existing), CHECKED_SHARDS)):
             holders = [c for c, have in zip(self.caches, finished, strict=True) if span in have]
             self._require_same_text(span, holders)
         for cache in self.caches:
@@ -86,21 +91,24 @@ class Job:
         return [r for r in ranges if any(r not in have for have in finished)]
 
     def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
+        """Validate that a range of caches has the text of the corpus."""
         expected = fingerprint(self._windows(span))
         for cache in holders:
             if cache.provenance(span[0]).get("corpus") != expected:
                 raise IdentityMismatchError(
-                    f"windows {span[0]}:{span[1]} of {cache.root} were made from other text than "
-                    "the corpus given now; use the same text, or another output directory"
+                    f"windows {span[0]}:{span[1]} of {cache.root} were built from other text than "
+                    "this corpus; use the same text, or another output directory"
                 )
 
     def compute(
         self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
-        """Return the records of one range for each cache, and the provenance of their shards.
+        """Compute the records of a range for each cache, and the provenance of their shards.
 
-        The text is read once, so the provenance's fingerprint is that of the tokens that the
-        teacher read.
+        Args:
+            engine: engine of the teacher.
+            span: range of windows.
+            progress: called after each batch with its number of windows.
         """
         windows = self._windows(span)
         text = {"corpus": fingerprint(windows), "text": self.text.to_json()}
@@ -108,21 +116,23 @@ class Job:
         if self.tokenizer is not None:
             provenance["tokenizer"] = self.tokenizer
         reset = self.corpus.packing.reset_attention
-        made = compute_range(
+        records = compute_range(
             engine, windows, self.draws, batch=self.batch, reset_attention=reset, progress=progress
         )
-        return made, provenance
+        return records, provenance
 
     def _windows(self, span: Range) -> list[Window]:
+        """Read a range of windows of the corpus."""
         return read_windows(self.corpus, self.first_window, *span)
 
 
 def _provenance(engine: Engine, batch: int) -> dict[str, Any]:
+    """Return the settings that change the low-order bits of results, as JSON values."""
     device = getattr(engine, "device", torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    together = getattr(engine, "ranks", 1)  # sums over ranks round differently
+    ranks = getattr(engine, "ranks", 1)  # sums over ranks have other rounding errors
     return {
-        **({"ranks": together} if together > 1 else {}),
+        **({"ranks": ranks} if ranks > 1 else {}),
         "sparselogits": version("sparselogits"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

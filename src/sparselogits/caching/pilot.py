@@ -1,8 +1,8 @@
-"""Run a few windows before a build: to check the teacher on the text, and to resolve a budget.
+"""Run pilot windows before a build, to validate the teacher on the text and to fit a budget.
 
-A budget is a mean number of entries per position, which depends on the teacher's entropy on the
-text; a sampler takes rounds (k, tau). The translation is made once, by the process that begins the
-build, and written into the identity; resuming reads it from there.
+A budget is a mean number of entries per position. Which rounds, k or tau meet it depends on the
+teacher's entropy on the text. The process that starts the build fits them once and stores the
+result in the identity, from which a resumed build reads it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024
-"""Number of pilot positions; they give the mean number of entries to two or three per cent."""
+"""Number of pilot positions, from which the mean entries are estimated to 2 or 3 %."""
 
 NATS_WORSE_THAN_UNIFORM = 1.0
+"""Difference in nats to the loss of a uniform distribution above which a teacher is rejected."""
 
 
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
-    """Return pilot windows, evenly spaced over the corpus."""
+    """Read pilot windows, evenly spaced over the corpus."""
     count = max(1, PILOT_POSITIONS // corpus.packing.window_length)
     return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
 
@@ -39,17 +40,17 @@ def pilot_windows(corpus: PackedCorpus) -> list[Window]:
 def resolve_budget(
     engine: Engine, windows: Sequence[Window], sampler: Sampler, budget: float | None, **how: Any
 ) -> Sampler:
-    """Return the sampler with the fields set that pilot windows settle: rounds (k, tau).
+    """Return the sampler with its open fields fitted on pilot windows; see `Sampler.fitted`.
 
     Args:
-        engine: the teacher.
+        engine: engine of the teacher.
         windows: pilot windows.
         sampler: the sampler.
-        budget: mean entries per position; None where there is none to meet.
-        how: temperature and reset_attention of the build.
+        budget: mean entries per position; None for no budget.
+        how: `temperature` and `reset_attention` of the build.
 
     Raises:
-        InvalidArgumentError: a budget out of reach, or for a sampler that takes none.
+        InvalidArgumentError: the budget cannot be met, or the sampler has no budget parameter.
     """
     if not sampler.left_open(budget):
         return sampler
@@ -57,12 +58,17 @@ def resolve_budget(
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
-    """Return the teacher's mean loss on a pilot window, in nats.
+    """Return the mean loss of the teacher on the first pilot window, in nats.
+
+    Args:
+        engine: engine of the teacher.
+        windows: pilot windows.
+        how: `reset_attention` of the build.
 
     Raises:
-        TeacherError: the loss is worse than guessing, as with another model's tokenizer, or logits
-            overflow.
-        InvalidArgumentError: the window is longer than the teacher's positions.
+        TeacherError: the loss is worse than guessing, for example because the tokenizer belongs to
+            another model, or logits are not finite.
+        InvalidArgumentError: the window is longer than the teacher supports.
     """
     window = windows[0]
     check_window = getattr(engine, "check_window", None)
@@ -81,40 +87,41 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     loss = total / max(1, count)
     uniform = math.log(float(engine.token_mask.sum()))
     if not loss <= uniform + NATS_WORSE_THAN_UNIFORM:
-        half = "" if _dtype(engine) != "float16" else ", or float16 is too narrow for it"
+        half = "" if _dtype(engine) != "float16" else ", or the range of float16 is too small"
         error = TeacherError(
             f"the teacher's loss on this text is {loss:.2f} nats, worse than guessing among its "
-            f"{int(engine.token_mask.sum())} tokens ({uniform:.2f}); the tokenizer is most likely "
-            f"not the teacher's own, or the weights are damaged{half}. Check the tokenizer files "
-            "of the teacher"
+            f"{int(engine.token_mask.sum())} tokens ({uniform:.2f}). The tokenizer probably "
+            f"belongs to another model, or the weights are damaged{half}. Check the tokenizer "
+            "files of the teacher"
         )
         refuse(error, "worse-than-guessing")
     return loss
 
 
 def _require_finite(engine: Engine, logits: Tensor, first: int, length: int) -> None:
-    """Raise an error that names damaged weights or overflow if a token's logit is not finite."""
+    """Validate that the logits of all tokens are finite. Raises TeacherError."""
     tokens = engine.token_mask.to(logits.device)
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):
         return
-    place = first + int(broken.nonzero()[0, 0])
+    position = first + int(broken.nonzero()[0, 0])
     found = (
-        f"the teacher's logits are NaN or infinite from position {place} of a window of {length} "
-        "tokens on"
+        f"the teacher's logits are NaN or infinite from position {position} of a window of "
+        f"{length} tokens on"
     )
     if _dtype(engine) == "float16":
         raise TeacherError(
-            f"{found}: its activations overflow in float16, whose largest number is 65 504. Run it "
-            "with --dtype bfloat16 or float32"
+            f"{found}: activations overflow in float16, whose largest number is 65 504. Use "
+            "--dtype bfloat16 or float32"
         )
     raise TeacherError(
-        f"{found}, in {_dtype(engine)}: weights are damaged or activations overflow. "
-        "Run it with --dtype float32, and download the weights again if that does not help"
+        f"{found}, in {_dtype(engine)}: weights are damaged or activations overflow. Use --dtype "
+        "float32, or download the weights again"
     )
 
 
 def _dtype(engine: Engine) -> str:
+    """Return the name of the teacher's dtype; "" if unknown."""
     return str(engine.identity.get("dtype", ""))
 
 

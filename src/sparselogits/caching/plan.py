@@ -1,6 +1,6 @@
-"""Divide the work of a build into ranges of windows, one range per shard.
+"""Divide a build into ranges of windows, one range per shard.
 
-Ranges are fixed by the corpus and the identity alone, so any number of workers can divide them
+The ranges depend only on the corpus and the identity, so any number of workers can divide them
 without communication.
 """
 
@@ -15,51 +15,64 @@ from sparselogits.store.ranges import Range
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's share of the work, where workers divide it without communication.
+    """Share of one worker in a build that several workers divide without communication.
 
     Args:
-        index: number of the worker, from 0.
+        index: index of the worker, from 0.
         count: number of workers.
+
+    Examples:
+        >>> Share(1, 2).of([(0, 8), (8, 16), (16, 24)])
+        [(8, 16)]
     """
 
     index: int
     count: int
 
     def of(self, ranges: Sequence[Range]) -> list[Range]:
-        """Return every count-th range, whether finished or not, so that no range is missed."""
+        """Return every `count`-th range, starting with range `index`.
+
+        Args:
+            ranges: all ranges, including finished ones, so that all workers divide equal lists.
+        """
         return list(ranges[self.index :: self.count])
 
 
 WHOLE = Share(0, 1)
+"""The share of a single worker: all ranges."""
 
 
 def shard_ranges(
     windows: int, windows_per_shard: int, only: Range | None = None, *, first_window: int = 0
 ) -> list[Range]:
-    """Return the ranges of windows of the shards of a corpus, or of a part of it.
+    """Return the range of windows of each shard of a corpus.
 
     Args:
         windows: number of windows of the corpus.
-        windows_per_shard: number of windows per shard; the last shard may hold fewer.
-        only: range of windows to build; its ends must be ends of shards.
-        first_window: number of the corpus' first window in the cache; above 0 for appended text.
+        windows_per_shard: number of windows per shard; the last shard may have fewer.
+        only: range of windows to build, which must start and end at shard boundaries; None for all.
+        first_window: index of the corpus' first window in the cache; above 0 for appended text.
 
     Raises:
-        InvalidArgumentError: the range does not lie in the corpus, or cuts through a shard.
+        InvalidArgumentError: `only` is not in the corpus, or does not end at shard boundaries.
+
+    Examples:
+        >>> shard_ranges(20, 8)
+        [(0, 8), (8, 16), (16, 20)]
     """
     end = first_window + windows
     first, stop = only if only is not None else (first_window, end)
     if not first_window <= first < stop <= end:
         raise InvalidArgumentError(
-            f"windows {first}:{stop} do not lie in the corpus; give a range within "
+            f"windows {first}:{stop} are not in the corpus; give a range within "
             f"{first_window}:{end}"
         )
     cut = (first - first_window) % windows_per_shard, (stop - first_window) % windows_per_shard
     if cut[0] or (cut[1] and stop != end):
         after = f"{first_window} plus " if first_window else ""
         raise InvalidArgumentError(
-            f"windows {first}:{stop} cut through a shard; use {after}multiples of "
-            f"{windows_per_shard} (or the corpus' end, {end})"
+            f"windows {first}:{stop} do not start and end at shard boundaries; use {after}"
+            f"multiples of {windows_per_shard} (or {end}, the end of the corpus)"
         )
     return [
         (start, min(start + windows_per_shard, stop))
@@ -68,5 +81,5 @@ def shard_ranges(
 
 
 def windows_in(ranges: Sequence[Range]) -> int:
-    """Return the number of windows that ranges cover together."""
+    """Return the total number of windows in ranges."""
     return sum(stop - start for start, stop in ranges)

@@ -1,10 +1,10 @@
 """Synchronise the packed texts of a cache in an object store with a local folder.
 
-Text is packed on this machine, because packing writes small pieces and the teacher reads windows at
-random. Then the packed text is uploaded to the cache, so that the held-out windows are available
-for evaluation and a build can continue on another machine without packing again. Objects are
-created once: `corpus.json`, which describes the text, is the first, so that of two texts with one
-name one is refused; `index.json` is the last, so that a text that has one is complete.
+Text is packed locally, because packing writes small pieces and the teacher reads windows at random.
+The packed text is then uploaded to the cache, so that the held-out windows are available for
+evaluation and a build can resume on another machine without packing again. `corpus.json`, which
+describes the text, is uploaded first and atomically, so that a name cannot be used for two texts;
+`index.json` is uploaded last, so that it marks a complete text.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from sparselogits.store.tools.push import require_unlinked
 from sparselogits.untrusted import parse_json
 
 CORPUS = "corpus"
+"""Name of the first text's folder, and prefix of the others."""
 
 
 def fetch_texts(cache: Location, work: Path | None = None) -> Path:
-    """Return the local folder that holds a cache's packed texts, each in a subfolder.
+    """Return the local folder with the packed texts of a cache, each in a subfolder.
 
-    For a URL, texts that are complete there and missing here are downloaded. A local text that
-    differs from the one at the URL is removed.
+    For a URL, complete texts are downloaded if they are missing locally. A local text that differs
+    from the text at the URL is replaced.
 
     Args:
-        cache: folder of the cache, which is returned unchanged, or URL.
-        work: for a URL, the folder for the texts; None for one in the user's cache folder.
+        cache: URL of the cache, or its folder, which is returned unchanged.
+        work: folder for the texts of a URL; None for a folder in the user's cache folder.
 
     Raises:
         StorageError: the object store cannot be reached.
-        CorpusError: another process packs another text in the work folder.
+        CorpusError: an uploaded text is damaged, or another process is packing another text in the
+            work folder.
     """
     if not is_url(cache):
         return Path(cache)
@@ -51,15 +53,15 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
     for number in count():
         text = f"{CORPUS}-{number:04d}" if number else CORPUS
         paths = Paths(folder / text)
-        there = _made_from(storage, text)
-        if paths.index.exists() and (there is None or _is_of(paths, there)):
+        remote = _remote_description(storage, text)
+        if paths.index.exists() and (remote is None or _has_text(paths, remote)):
             continue
-        files = [] if there is None else _files(storage, text)
+        files = [] if remote is None else _remote_files(storage, text)
         if not files:
             return folder
-        assert there is not None
-        _make_way(paths, there)
-        with claimed(paths, there):
+        assert remote is not None
+        _remove_other_text(paths, remote)
+        with claimed(paths, remote):
             for file in files:
                 path = paths.folder / file
                 if not path.exists():
@@ -68,10 +70,14 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
 
 
 def publish_text(cache: Location, folder: Path) -> None:
-    """Upload a packed text to its cache, if the cache is a URL.
+    """Upload a packed text to its cache; do nothing if the cache is not a URL.
 
-    Only files of a packed text are uploaded, and no link is followed. The name of the text in
-    `corpus.json` is uploaded without folders of this machine.
+    Only the files of a packed text are uploaded, links are not followed, and `corpus.json` is
+    uploaded without local paths.
+
+    Args:
+        cache: folder or URL of the cache.
+        folder: folder of the packed text, whose name is that of the text in the cache.
 
     Raises:
         IdentityMismatchError: the cache has another text of that name.
@@ -81,29 +87,33 @@ def publish_text(cache: Location, folder: Path) -> None:
     if not is_url(cache):
         return
     paths, storage, text = Paths(folder), storage_at(cache), folder.name
-    made_from = {**read_corpus_json(paths.made_from)}
-    made_from["source"] = public_source(made_from["source"])
-    files = _own_files(paths)
+    description = {**read_corpus_json(paths.made_from)}
+    description["source"] = public_source(description["source"])
+    files = _local_files(paths)
     name = f"{text}/{paths.made_from.name}"
-    if not storage.create(name, canonical_json(made_from)):
-        there = _made_from(storage, text)
-        if there is None or _nameless(there) != _nameless(made_from):
+    if not storage.create(name, canonical_json(description)):
+        remote = _remote_description(storage, text)
+        if remote is None or _without_name(remote) != _without_name(description):
             raise _other_text(storage, name)
-    whole = "index.json" in storage.names(text)
-    for path in [paths.index] if whole else [*files, paths.index]:
+    is_complete = "index.json" in storage.names(text)
+    for path in [paths.index] if is_complete else [*files, paths.index]:
         name = f"{text}/{path.relative_to(folder).as_posix()}"
         data = path.read_bytes()
-        if storage.create(name, data) or _same(storage, name, data):
+        if storage.create(name, data) or _has_content(storage, name, data):
             continue
-        if whole:
+        if is_complete:
             raise _other_text(storage, name)
-        # a writer died here, in a store without atomic puts
+        # a partial object of a dead writer, in a store without atomic puts
         storage.move(name, f"damaged/{name.replace('/', '-')}-{secrets.token_hex(4)}")
         storage.create(name, data)
 
 
-def _own_files(paths: Paths) -> list[Path]:
-    """Return the files of a packed text without the first and the last one."""
+def _local_files(paths: Paths) -> list[Path]:
+    """Return the files of a packed text except `corpus.json` and `index.json`, none of them links.
+
+    Raises:
+        InvalidArgumentError: a file is a link.
+    """
     found = [paths.frequencies]
     for stream in (paths.training, paths.holdout):
         if stream.exists():
@@ -114,8 +124,12 @@ def _own_files(paths: Paths) -> list[Path]:
     return found
 
 
-def _made_from(storage: Storage, text: str) -> dict[str, Any] | None:
-    """Return what an uploaded text was made from; None where no text has that name."""
+def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
+    """Return the `corpus.json` of an uploaded text; None if there is no text of that name.
+
+    Raises:
+        CorpusError: the file is damaged.
+    """
     name = f"{text}/{Paths(Path(text)).made_from.name}"
     try:
         value: dict[str, Any] = parse_json(storage.read(name))
@@ -124,55 +138,68 @@ def _made_from(storage: Storage, text: str) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(
-            f"{storage.location}/{name} is damaged ({error}); delete it, then start the same "
-            "command again"
+            f"{storage.location}/{name} is damaged ({error}); delete the object, then start the "
+            "same command again"
         ) from error
     return value
 
 
-def _is_of(paths: Paths, made_from: dict[str, Any]) -> bool:
-    return _nameless(read_corpus_json(paths.made_from)) == _nameless(made_from)
+def _has_text(paths: Paths, description: dict[str, Any]) -> bool:
+    """Return whether the local text has a description."""
+    return _without_name(read_corpus_json(paths.made_from)) == _without_name(description)
 
 
-def _nameless(made_from: dict[str, Any]) -> dict[str, Any]:
-    return {**made_from, "source": {**made_from["source"], "name": ""}}
+def _without_name(description: dict[str, Any]) -> dict[str, Any]:
+    """Return a description without the name of the text, which depends on local paths."""
+    return {**description, "source": {**description["source"], "name": ""}}
 
 
-def _make_way(paths: Paths, made_from: dict[str, Any]) -> None:
-    """Remove another text from a work folder, unless a process is packing it."""
-    if not paths.made_from.exists() or _is_of(paths, made_from):
+def _remove_other_text(paths: Paths, description: dict[str, Any]) -> None:
+    """Remove the local text if it has another description.
+
+    Raises:
+        CorpusError: another process is packing the local text.
+    """
+    if not paths.made_from.exists() or _has_text(paths, description):
         return
     with lock_file(paths.lock) as lock:
         if lock.held is Held.TAKEN:
             raise CorpusError(
-                f"another process is packing another text in {paths.folder}; wait for it to end, "
-                "or name another work folder (--work)"
+                f"another process is packing another text in {paths.folder}; wait until that "
+                "process has finished, or give another work folder (--work)"
             )
         paths.remove()
 
 
 def _other_text(storage: Storage, name: str) -> IdentityMismatchError:
+    """Return the error for an object of another text."""
     return IdentityMismatchError(
         f"{storage.location}/{name} belongs to another packed text; build from the same text and "
         "settings, or choose another URL"
     )
 
 
-def _same(storage: Storage, name: str, data: bytes) -> bool:
+def _has_content(storage: Storage, name: str, data: bytes) -> bool:
+    """Return whether an object exists and has a content."""
     try:
         return storage.read(name) == data
     except FileNotFoundError:
         return False
 
 
-def _files(storage: Storage, text: str) -> list[str]:
-    """Return the files of a complete packed text, the index last; else an empty list."""
+def _remote_files(storage: Storage, text: str) -> list[str]:
+    """Return the objects of an uploaded text, the index last; none if the text is incomplete.
+
+    Raises:
+        CorpusError: the text has an index but no parts.
+    """
     files = storage.names(text)
     if "index.json" not in files:
         return []
     parts = [f"{s}/{n}" for s in ("training", "holdout") for n in storage.names(f"{text}/{s}")]
     if not parts:
         raise CorpusError(
-            f"{storage.location}/{text} has an index.json but no parts; delete it and build again"
+            f"{storage.location}/{text} has an index.json but no parts; delete these objects, then "
+            "start the same command again"
         )
     return [*(name for name in files if name != "index.json"), *parts, "index.json"]

@@ -1,8 +1,7 @@
-"""Compute one range of windows: run the teacher, draw samples, and return records.
+"""Compute the records of a range of windows: run the teacher and sample targets.
 
-The result depends on the windows, the teacher and the samplers, not on the caller: batches start at
-the range's first window and never extend beyond its end, and the uniforms of a window are keyed by
-the window.
+The result depends only on the windows, the teacher and the samplers: batches start at the first
+window of the range and do not extend beyond its end, and uniforms are keyed by window.
 """
 
 from __future__ import annotations
@@ -29,7 +28,13 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How one cache is drawn from the teacher's distribution."""
+    """Sampling settings of one cache.
+
+    Args:
+        sampler: sampler of the targets.
+        seed: random seed for sampling.
+        temperature: divisor of the teacher's logits.
+    """
 
     sampler: Sampler
     seed: int
@@ -38,7 +43,15 @@ class DrawSettings:
 
 @dataclass
 class _WindowInProgress:
-    """The slices of one window so far."""
+    """Results of the slices of one window that have been computed.
+
+    Attributes:
+        targets: targets of each slice, per draw.
+        nll: sum of the negative log-likelihoods of the labels, in nats.
+        labelled: number of positions with a label.
+        entropies: sum of the teacher's entropies, in nats, per draw.
+        carried: number of positions with a target.
+    """
 
     targets: list[list[SparseTargets]]
     nll: float = 0.0
@@ -59,18 +72,18 @@ def compute_range(
     """Return the records of a range of windows, one list per draw.
 
     Args:
-        engine: the teacher.
+        engine: engine of the teacher.
         windows: windows of the range, in order.
-        draws: what to draw; one forward pass serves all of them.
+        draws: sampling settings of each cache, which share a forward pass.
         batch: number of windows per forward pass.
         reset_attention: whether attention restarts at document starts.
-        progress: called with the number of windows done since the last call.
+        progress: called after each batch with its number of windows.
     """
     records: list[list[WindowRecord]] = [[] for _ in draws]
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
-        for made in _compute_batch(engine, group, draws, reset_attention):
-            for column, record in zip(records, made, strict=True):
+        for of_window in _compute_batch(engine, group, draws, reset_attention):
+            for column, record in zip(records, of_window, strict=True):
                 column.append(record)
         if progress is not None:
             progress(len(group))
@@ -80,6 +93,7 @@ def compute_range(
 def _compute_batch(
     engine: Engine, windows: Sequence[Window], draws: Sequence[DrawSettings], reset_attention: bool
 ) -> Iterator[list[WindowRecord]]:
+    """Yield the records of each window, one per draw, after one forward pass."""
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows]).astype(np.int64))
     starts = [w.document_starts for w in windows] if reset_attention else None
     length = tokens.shape[1]
@@ -109,6 +123,17 @@ def _take_slice(
     draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
+    """Add the results of one slice of positions to those of its window.
+
+    Args:
+        current: results of the window.
+        logits: logits of the teacher, [P, V].
+        positions: positions of the logits.
+        window: the window.
+        tokens: int64 [L], tokens of the window.
+        draws: sampling settings of each cache.
+        uniforms: float64 [L, U] per draw.
+    """
     carries = torch.ones(len(tokens), dtype=torch.bool)
     if window.mask is not None:
         carries = torch.from_numpy(window.mask)
@@ -140,6 +165,7 @@ def _add_loss(
     positions: Tensor,
     tokens: Tensor,
 ) -> None:
+    """Add the teacher's loss at some positions to the results of their window."""
     labels = Causal().at_positions(tokens, IGNORE_INDEX)[positions].to(logits.device)
     labelled = labels != IGNORE_INDEX
     labels = labels.clamp_min(0)
@@ -149,7 +175,12 @@ def _add_loss(
 
 
 def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
-    """Return the targets of all positions, of which the masked ones are empty."""
+    """Return targets of all positions, without entries at masked positions.
+
+    Args:
+        drawn: targets of the positions that are not masked.
+        kept: bool [P], False for masked positions.
+    """
     if bool(kept.all()):
         return drawn
     lengths = torch.zeros(len(kept), dtype=torch.int64)
@@ -167,6 +198,7 @@ def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
 
 
 def _finish(window: Window, done: _WindowInProgress) -> list[WindowRecord]:
+    """Return the records of a window, one per draw."""
     return [
         WindowRecord(
             window_index=window.index,

@@ -1,7 +1,7 @@
-"""Encode and write shards in a thread while the teacher continues.
+"""Encode and write shards in a thread while the teacher runs.
 
-Encoding, reading back and writing take about twenty microseconds of one core per token, for which a
-teacher on a GPU does not wait. One shard is written at a time, so at most two are in memory.
+Encoding, reading back and writing take about 20 microseconds of one core per token. One shard is
+written at a time, so at most two are in memory.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sparselogits.store.ranges import Range
 
 
 class Writer:
-    """Commits shards in order, in a separate thread.
+    """Context manager that writes shards in order, in a separate thread.
 
-    An error there is raised by the next `write`, or at the end of the block. After an exception in
-    the block, such as Ctrl-C, the shard being written is finished (it is whole or absent in any
-    case) before the exception propagates.
+    An error in the thread is raised by the next `write`, or at the end of the block. If the block
+    raises an exception, such as KeyboardInterrupt, the current shard is finished before the
+    exception propagates.
 
     Args:
-        caches: one cache per list of records in `write`.
+        caches: caches, one per list of records in `write`.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -32,20 +32,20 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def write(
-        self, span: Range, made: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
+        self, span: Range, records: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
     ) -> None:
-        """Wait for the previous shard, then start writing this one.
+        """Wait until the previous shard is written, then start writing a shard.
 
         Args:
-            span: range of the shard; caches that have it already are not written.
-            made: records of the shard for each cache.
+            span: range of the shard; caches that already have the shard are skipped.
+            records: records of the shard for each cache.
             provenance: see `Cache.commit`.
 
         Raises:
             SparseLogitsError: the previous shard could not be written; see `Cache.commit`.
         """
         self._wait()
-        self._pending = self._thread.submit(commit_missing, self._caches, span, made, provenance)
+        self._pending = self._thread.submit(commit_missing, self._caches, span, records, provenance)
 
     def __enter__(self) -> Writer:
         return self
@@ -63,6 +63,7 @@ class Writer:
             self._thread.shutdown(wait=True)
 
     def _wait(self) -> None:
+        """Wait until the previous shard is written; raise its error, if any."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -71,10 +72,17 @@ class Writer:
 def commit_missing(
     caches: Sequence[Cache],
     span: Range,
-    made: Sequence[list[WindowRecord]],
+    records: Sequence[list[WindowRecord]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Commit the records of a range to every cache that lacks its shard; see `Cache.commit`."""
-    for cache, records in zip(caches, made, strict=True):
+    """Write the shard of a range to each cache that lacks it; see `Cache.commit`.
+
+    Args:
+        caches: the caches.
+        span: range of the shard.
+        records: records of the shard for each cache.
+        provenance: provenance of the shard.
+    """
+    for cache, of_cache in zip(caches, records, strict=True):
         if not cache.holds(span):
-            cache.commit(records, provenance)
+            cache.commit(of_cache, provenance)

@@ -1,7 +1,7 @@
-"""Run a build in several processes: ranks that divide it, or actors of a Ray cluster.
+"""Run a build in several processes: ranks of torchrun or Slurm, or actors of a Ray cluster.
 
-Every executor computes the same ranges by `Job.compute`, with a thread count that it sets and the
-batch size of the job, so all executors write the same bytes for the same ranges.
+All executors compute the same ranges by `Job.compute` with a fixed number of threads and the job's
+batch size, so they write the same bytes.
 """
 
 from sparselogits.caching.executors.on_ray import Workers, build_caches_on_ray, connect

@@ -1,8 +1,8 @@
-"""Run a build on a Ray cluster: each actor holds a teacher and computes one range at a time.
+"""Run a build on a Ray cluster: each actor loads a teacher and computes one range at a time.
 
-This process keeps the list of ranges, and an idle actor receives the next one. Actors for which the
-cluster has no room wait until machines join. An actor that dies is replaced, and another actor
-computes its range.
+This process has the list of ranges and sends the next range to each idle actor. Actors for which
+the cluster has no resources start when machines join. An actor that dies is replaced, and its range
+is computed again.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 TRIES = 3
-"""Number of times that actors may die with the same range, or before any range is done, until the
-build fails."""
+"""Number of actors that may die with the same range, or while loading, before the build fails."""
 
 READY = None
-"""Marks, in place of a range, the call in which an actor loads the teacher."""
+"""Value that stands for loading the teacher in place of a range."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The actors of a build.
+    """Number and resources of the actors of a build.
 
     Args:
-        count: largest number of actors; fewer run while the cluster has no room.
-        threads: number of torch threads per actor; equal numbers give equal bytes.
-        gpus: number of GPUs per actor, possibly a fraction; with 0 each actor takes `threads` CPUs.
+        count: largest number of actors; fewer run if the cluster lacks resources.
+        threads: number of torch threads per actor, on which the low-order bits of results depend.
+        gpus: number of GPUs per actor, possibly a fraction; with 0 each actor reserves `threads`
+            CPUs.
     """
 
     count: int
@@ -48,20 +48,26 @@ class Workers:
 
 
 class RangeWorker:
-    """An actor: it holds a teacher and computes ranges."""
+    """Actor that loads a teacher and computes ranges.
+
+    Args:
+        load: loads the teacher.
+        job: the build.
+        threads: number of torch threads.
+    """
 
     def __init__(self, load: Callable[[], Engine], job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         self._load, self._job = load, job
 
     def ready(self) -> None:
-        """Load the teacher; Ray would pass on exceptions of the constructor as text only."""
+        """Load the teacher, not in the constructor, whose exceptions Ray converts to text."""
         self._engine = self._load()
 
     def build(self, span: Range) -> None:
-        """Compute a range and commit it to every cache that lacks it."""
-        made, provenance = self._job.compute(self._engine, span)
-        commit_missing(self._job.caches, span, made, provenance)
+        """Compute a range of windows and write it to each cache that lacks it."""
+        records, provenance = self._job.compute(self._engine, span)
+        commit_missing(self._job.caches, span, records, provenance)
 
 
 def build_caches_on_ray(
@@ -75,32 +81,32 @@ def build_caches_on_ray(
     """Build the missing ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
 
     Args:
-        load: loads the teacher; called in each actor. It is pickled like the job, and their folders
-            must exist on every machine.
+        load: loads the teacher in each actor; pickled like the job. Their folders must exist on
+            every machine.
         job: the build, from `begin_job`.
-        ranges: ranges to build.
+        ranges: ranges of windows to build.
         workers: number and resources of the actors.
-        progress: called after every range with windows done and their total.
+        progress: called after each range with the numbers of windows done and in total.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        CacheError: actors died `TRIES` times with one range, or while loading the teacher.
-        SparseLogitsError: a range failed in an actor.
+        CacheError: `TRIES` actors died with the same range, or while loading the teacher.
+        SparseLogitsError: an actor raised an error for a range.
     """
     ray = connect()
     missing = job.missing(ranges)
     found = windows_in(ranges) - windows_in(missing)
     if missing:
-        crew = _Crew(ray, load, job, workers)
+        actors = _Actors(ray, load, job, workers)
         try:
-            crew.run(missing, found, windows_in(ranges), progress)
+            actors.run(missing, found, windows_in(ranges), progress)
         finally:
-            crew.dismiss()
+            actors.stop()
     return BuildReport(job.caches, windows_in(missing), found)
 
 
-class _Crew:
-    """The actors of a build, the range of each, and the remaining ranges."""
+class _Actors:
+    """Pool of actors that builds ranges."""
 
     def __init__(self, ray: Any, load: Callable[[], Engine], job: Job, workers: Workers) -> None:
         self._ray, self._workers = ray, workers
@@ -114,9 +120,17 @@ class _Crew:
     def run(
         self, missing: Sequence[Range], done: int, total: int, progress: Progress | None
     ) -> None:
+        """Build all missing ranges.
+
+        Args:
+            missing: ranges to build.
+            done: number of windows that existed before.
+            total: number of windows of all ranges.
+            progress: see `build_caches_on_ray`.
+        """
         waiting = deque(missing)
         for _ in range(min(self._workers.count, len(missing))):
-            self._engage()
+            self._start_actor()
         while waiting or any(span is not READY for _, span in self._doing.values()):
             if progress is not None:
                 progress(done, total)
@@ -130,7 +144,7 @@ class _Crew:
                 actor = None
             if actor is None:
                 if len(self._doing) < len(waiting) + 1:
-                    self._engage()
+                    self._start_actor()
             elif waiting:
                 span = waiting.popleft()
                 self._doing[actor.build.remote(span)] = actor, span
@@ -139,17 +153,27 @@ class _Crew:
         if progress is not None:
             progress(done, total)
 
-    def dismiss(self) -> None:
-        """Stop all actors; a shard that is being written is whole or absent."""
+    def stop(self) -> None:
+        """Kill all actors, which write shards atomically."""
         for actor, _ in self._doing.values():
             self._ray.kill(actor)
 
-    def _engage(self) -> None:
+    def _start_actor(self) -> None:
+        """Start an actor that loads the teacher."""
         actor = self._actor.remote(*self._arguments)
         self._doing[actor.ready.remote()] = actor, READY
 
     def _succeeded(self, call: Any, span: Range | None) -> bool:
-        """Return False where the actor died, or storage failed, and the range should be retried."""
+        """Return whether a call succeeded; if it did not, the range must be computed again.
+
+        Args:
+            call: reference of the call.
+            span: range of the call, or READY.
+
+        Raises:
+            CacheError: too many actors died.
+            SparseLogitsError: the call raised an error that another attempt cannot solve.
+        """
         errors = self._ray.exceptions
         try:
             self._ray.get(call)
@@ -166,9 +190,9 @@ class _Crew:
                     else f"computing windows {span[0]}:{span[1]}"
                 )
                 raise CacheError(
-                    f"{TRIES} workers died while {doing}, most likely for lack of memory; the last "
-                    f"one: {error}. Finished shards are kept: give each worker more memory, or use "
-                    "fewer workers, and start the same command again"
+                    f"{TRIES} workers died while {doing}, probably for lack of memory; the last "
+                    f"error was: {error}. Give each worker more memory, or use fewer workers, then "
+                    "start the same command again; finished shards are kept"
                 ) from error
             return False
         if span is not READY:
@@ -176,12 +200,13 @@ class _Crew:
         return True
 
     def _is_last_try(self, span: Range | None) -> bool:
+        """Count a failure with a range, or READY; return whether the build must fail."""
         self._deaths[span] += 1
         return self._deaths[span] >= TRIES
 
 
 def connect() -> Any:
-    """Return the ray module, connected to the cluster of `RAY_ADDRESS` or to a new local one.
+    """Connect to the Ray cluster of `RAY_ADDRESS`, or to a new local one; return the ray module.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -190,7 +215,7 @@ def connect() -> Any:
         import ray
     except ImportError as error:
         raise MissingDependencyError(
-            "--executor ray needs Ray: pip install 'sparselogits[ray]'"
+            "--executor ray requires Ray, which is not installed: pip install 'sparselogits[ray]'"
         ) from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

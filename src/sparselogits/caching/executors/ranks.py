@@ -1,8 +1,8 @@
 """Divide a build among ranks of torchrun or Slurm, without communication.
 
-A rank derives its share from the environment alone, so the tasks of a Slurm array need not run at
-the same time, or at all: the next run builds what a task did not finish. The first rank packs the
-text, resolves the budget and creates the caches; the others poll the folder until it has done so.
+A rank derives its share from environment variables, so the tasks of a Slurm array need not run at
+the same time, and a later run computes the ranges of tasks that did not finish. The first rank
+packs the text, fits the budget and creates the caches; the other ranks poll until the caches exist.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from sparselogits.caching.plan import Share
 from sparselogits.errors import CacheError, InvalidArgumentError
 
 WAIT_SECONDS = 6 * 3600.0
-"""Longest wait for the first rank: for packing a large text, or until it is scheduled."""
+"""Longest time to wait for the first rank, in seconds."""
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
+"""Time between two checks whether the first rank has created the caches, in seconds."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The position of this process among those that divide a build.
+    """Rank of this process in a build that several processes divide.
 
     Args:
-        share: share of the work.
-        local: number of the process on this machine, from 0, which selects the device.
-        local_count: number of processes on this machine, as far as the launcher tells.
+        share: share of the build.
+        local: index of the process on this machine, from 0, which selects the device.
+        local_count: number of processes on this machine; 1 if the launcher does not set it.
     """
 
     share: Share
@@ -36,15 +37,18 @@ class Rank:
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank:
-    """Return the rank of this process under torchrun or srun, within the tasks of a Slurm array.
+    """Return the rank of this process under torchrun or srun, possibly within a Slurm array.
 
-    It reads `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK`, `LOCAL_WORLD_SIZE`), else
-    `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS` (srun; a batch script's own process has no step, and
-    its `SLURM_NTASKS` counts tasks that were not started), and `SLURM_ARRAY_TASK_ID` with its
-    `COUNT`, `MIN` and `STEP`.
+    The rank is read from `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK` and
+    `LOCAL_WORLD_SIZE`), or from `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS` (srun; `SLURM_NTASKS` is
+    not read, because in a batch script it counts tasks that were not started). The task of an array
+    is read from `SLURM_ARRAY_TASK_ID` and its `COUNT`, `MIN` and `STEP`.
+
+    Args:
+        environment: environment variables.
 
     Raises:
-        InvalidArgumentError: the variables of a launcher are missing or inconsistent.
+        InvalidArgumentError: variables are missing or inconsistent.
     """
     inner = local = None
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -61,52 +65,53 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     outer = _array_task(environment)
     if inner is None and outer is None:
         raise InvalidArgumentError(
-            "--executor torchrun finds no ranks in the environment; start the command as 'torchrun "
-            "--nproc-per-node 8 -m sparselogits cache ... --executor torchrun', by srun, or in a "
-            "Slurm array (docs/scaling.md)"
+            "--executor torchrun requires the environment variables of a launcher, and none are "
+            "set; start the command as 'torchrun --nproc-per-node 8 -m sparselogits cache ... "
+            "--executor torchrun', by srun, or in a Slurm array (docs/scaling.md)"
         )
     inner, outer = inner or Share(0, 1), outer or Share(0, 1)
     share = Share(outer.index * inner.count + inner.index, outer.count * inner.count)
     for part in (inner, outer):
         if not 0 <= part.index < part.count:
             raise InvalidArgumentError(
-                f"the environment gives this process the number {part.index} (from 0) of "
-                f"{part.count}; the tasks of an array must have no gaps, as in --array=0-15. "
-                "Submit all of them again: existing shards are not built twice"
+                f"the environment states rank {part.index} of {part.count} ranks, expected a rank "
+                f"in [0, {part.count}); the tasks of an array must have no gaps, as in "
+                "--array=0-15. Submit all tasks again: existing shards are not built twice"
             )
     return Rank(share, *(local or (0, 1)))
 
 
 def wait_for_first_rank(
-    begun: Callable[[], bool], *, seconds: float = WAIT_SECONDS, every: float = LOOK_SECONDS
+    begun: Callable[[], bool], *, seconds: float = WAIT_SECONDS, every: float = POLL_SECONDS
 ) -> None:
-    """Return once the first rank has packed the text and begun the caches.
+    """Wait until the first rank has packed the text and created the caches.
 
     Args:
-        begun: returns whether the first rank has done so.
-        seconds: longest time to wait.
-        every: seconds between two calls of `begun`.
+        begun: returns whether the first rank has created the caches.
+        seconds: longest time to wait, in seconds.
+        every: time between two calls of `begun`, in seconds.
 
     Raises:
-        CacheError: the first rank has not done so in that time.
+        CacheError: the caches do not exist after that time.
     """
     end = time.monotonic() + seconds
     while not begun():
         if time.monotonic() > end:
             raise CacheError(
-                f"the first rank has not begun the cache within {seconds / 3600:g} hours; read its "
-                "output, then start all ranks again"
+                f"the first rank has not created the cache within {seconds / 3600:g} hours; check "
+                "the output of the first rank, then start all ranks again"
             )
         time.sleep(every)
 
 
 def _array_task(environment: Mapping[str, str]) -> Share | None:
+    """Return the share of this task of a Slurm array; None outside of an array."""
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return None
     first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
     step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", 1))
-    place = _number(environment, "SLURM_ARRAY_TASK_ID") - first
-    return Share(place // step, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
+    offset = _number(environment, "SLURM_ARRAY_TASK_ID") - first
+    return Share(offset // step, _number(environment, "SLURM_ARRAY_TASK_COUNT"))
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
@@ -117,10 +122,11 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return an environment variable as a number. Raises InvalidArgumentError."""
     text = environment.get(name, "" if default is None else str(default))
     if not text.isdigit():
         raise InvalidArgumentError(
-            f"the environment variable {name} is {text!r}, not a number; start the ranks by "
+            f"the environment variable {name} is {text!r}, expected a number; start the ranks with "
             "torchrun, srun or a Slurm array (docs/scaling.md)"
         )
     return int(text)
