@@ -66,7 +66,7 @@ def fetch_texts(cache: Location, work: Path | None = None) -> Path:
                 path = paths.folder / file
                 if not path.exists():
                     write_whole(path, storage.read(f"{text}/{file}"), replace=False)
-    raise AssertionError("the numbers do not end")
+    raise AssertionError("unreachable: the loop is infinite")
 
 
 def publish_text(cache: Location, folder: Path) -> None:

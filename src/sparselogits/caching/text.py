@@ -113,7 +113,7 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
                 "the command with which they were begun again, then append"
             ) from error
         _require_equal(cache, before.packing, packing)
-    raise AssertionError("the numbers do not end")
+    raise AssertionError("unreachable: the loop is infinite")
 
 
 def _begun_with(folder: Path) -> str | None:

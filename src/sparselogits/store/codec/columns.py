@@ -117,7 +117,7 @@ def _chunks(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _encode_chunk(windows: Sequence[Array]) -> tuple[bytes, list[bytes]]:
-    """Return a table, and the pages of the windows that share it."""
+    """Encode windows that share a coding table; return the table and their pages."""
     sizes = [len(window) for window in windows if len(window)]
     if not sizes:
         return b"", [b""] * len(windows)
