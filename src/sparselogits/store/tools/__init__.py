@@ -1,1 +1,1 @@
-"""Tools for finished caches: verify, repair, merge, push, export, sample, and the dataset card."""
+"""Tools for existing caches: verify, repair, merge, push, export, sample, and the dataset card."""
