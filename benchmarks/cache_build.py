@@ -1,12 +1,12 @@
-"""Compare the time of building a cache with that of the teacher's forward pass alone.
+"""Compare the time of building a cache with the time of the teacher's forward pass.
 
     python benchmarks/cache_build.py [--teacher DIR --text FILE] --out benchmarks/cache_build.json
 
     forward   the teacher's pass over the windows, head included, one slice of logits at a time, as
               in a build; the logits are discarded
     compute   forward, sampling, and the window's metrics (teacher's loss, entropy)
-    build     compute, encoding, reading back, writing and fsync: everything that
-              `sparselogits cache` does for one shard
+    build     compute, encoding, reading back, writing and fsync: all work of
+              `sparselogits cache` for one shard
 
 Runs are interleaved in one process, in random order; ratios compare runs of the same repetition,
 as median with 20th and 80th percentile. Without options the teacher is the demo's,
@@ -34,6 +34,7 @@ from sparselogits.teacher import TransformersTeacher
 
 
 def forward(teacher: TransformersTeacher, corpus: PackedCorpus, windows: int, batch: int) -> None:
+    """Run the teacher over windows and discard the logits."""
     rows = corpus.read(0, windows)
     for first in range(0, windows, batch):
         tokens = np.stack([w.tokens for w in rows[first : first + batch]]).astype(np.int64)
@@ -53,9 +54,9 @@ def over_forward(
     repeats: int,
     clock: str,
 ) -> dict[str, Any]:
-    """Return the speed of the forward pass, and the ratios of sampling and of a whole build to it.
+    """Measure the forward pass, and the time of sampling and of a whole build relative to it.
 
-    A finished cache remains at `scratch / "ready"`.
+    The cache at `scratch / "ready"` is complete afterwards.
     """
     ready, only = scratch / "ready", (0, windows)
     how: dict[str, Any] = {
@@ -71,7 +72,7 @@ def over_forward(
         built += 1
         root = scratch / str(built)
         root.mkdir()
-        for name in ("cache.json", "README.md"):  # the pilot's pass is not the build's
+        for name in ("cache.json", "README.md"):  # the build must not include the pilot pass
             (root / name).write_bytes((ready / name).read_bytes())
         build_caches(teacher, corpus, [CacheRequest(root, sampler)], **how)
 

@@ -1,4 +1,4 @@
-"""Measure the speed of reading a cache: decoding, random and sequential windows, opening shards.
+"""Measure the speed of reading a cache: decoding, random and sequential windows, opening.
 
     python benchmarks/decode.py --out decode.json
 
@@ -6,7 +6,7 @@ Targets are synthetic: Zipf-like sets whose sizes and sharing resemble a languag
 on English prose: 10.9 entries per position, 2 900 lists per window at N = 21), 1 024 positions per
 window, V = 49 152. Windows are decoded eight at a time, as in sequential reading, and one at a
 time, as in random reading. Times are the minimum over many repetitions of the same window, summed
-over windows, in one process on one core; on a busy machine the mean would measure the other
+over windows, in one process on one core; on a busy machine a mean would depend on the other
 processes. `against_plain` divides by the time of the simplest codec in the same run (sorted ids as
 gaps and all counts, by pcodec, decoded into the same arrays), which needs 20 % more bytes. `--clock
 cpu` measures the thread's processor time instead of elapsed time, for machines that do other work
@@ -41,7 +41,7 @@ PACKING = {"reset_attention": False}
 
 
 def made_up(rounds: int, windows: int) -> list[TargetWindow]:
-    """Draw targets in which positions of one token share likely ids, over a Zipf-like prior."""
+    """Draw windows of targets in which equal tokens share likely ids, over a Zipf-like prior."""
     chance = np.random.default_rng(0)
     out = []
     for _ in range(windows):
@@ -87,7 +87,7 @@ def least(actions: list[Callable[[], object]], repeats: int) -> float:
 
 
 def plain(windows: list[TargetWindow]) -> tuple[list[Callable[[], object]], int]:
-    """Return the decoders and the bytes of the codec to compare with."""
+    """Return a decoder per window and the coded bytes of the simplest codec."""
     gaps, counts = [], []
     for window in windows:
         ids, starts = window.targets.ids.numpy(), window.targets.offsets.numpy()[:-1]
@@ -114,6 +114,7 @@ def plain(windows: list[TargetWindow]) -> tuple[list[Callable[[], object]], int]
 
 
 def decoding(rounds: int, repeats: int) -> dict[str, float]:
+    """Measure the decoding of eight windows, together and one at a time."""
     windows = made_up(rounds, 8)
     codec = TargetCodec("counts", V, rounds)
     tables, blocks = codec.encode(windows)
@@ -140,6 +141,7 @@ def decoding(rounds: int, repeats: int) -> dict[str, float]:
 
 
 def reading(repeats: int) -> dict[str, float]:
+    """Measure the reading of random and of consecutive windows from a cache on disk."""
     windows = made_up(21, 128)
     none = np.zeros(0, np.int32)
     codec = {"name": "inverted-lists", "version": 1, "weights": "counts", "rounds": 21}
@@ -171,15 +173,15 @@ def reading(repeats: int) -> dict[str, float]:
 
 
 def opening(shards: int) -> dict[str, float]:
-    """Measure a listing of many shards; the files are empty, because opening reads none of them."""
+    """Measure opening a cache of many shards, which are empty files, because none is read."""
     codec = {"name": "inverted-lists", "version": 1, "weights": "counts", "rounds": 21}
     identity = Identity({"name": "made up"}, "", V, "all", L, 512, {}, {}, 0, 1.0, codec)
     with tempfile.TemporaryDirectory() as folder:
         Cache.create(folder, identity)
-        place = Path(folder) / "shards"
-        place.mkdir()
+        directory = Path(folder) / "shards"
+        directory.mkdir()
         for i in range(shards):
-            (place / f"windows-{512 * i:012d}-{512 * i + 512:012d}.parquet").touch()
+            (directory / f"windows-{512 * i:012d}-{512 * i + 512:012d}.parquet").touch()
         start = clock()
         count = len(Cache.open(folder))
         return {"shards": shards, "windows": count, "seconds": clock() - start}

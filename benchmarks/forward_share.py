@@ -1,12 +1,12 @@
-"""Measure the share of the teacher's forward pass in a build's elapsed time (aim: 95 %).
+"""Measure the share of the teacher's forward pass in a build's elapsed time (target: 95 %).
 
     python benchmarks/forward_share.py [--teacher DIR --text FILE] --out forward_share.json
 
-Elapsed time of a whole build of several shards, from reading windows to the last fsync.
+The elapsed time is that of a whole build of several shards, from reading windows to the last fsync.
 `forward` is the time in which the engine computes logits, head included. During the rest the device
 does not run the teacher: `sampling` is the time in the samplers and the window's metrics, `rest` is
-reading windows, waiting until the previous shard is written, and everything else of the build's own
-thread. Encoding and writing run in another thread and count only where they slow the build down.
+reading windows, waiting until the previous shard is written, and all other work in the build's main
+thread. Encoding and writing run in another thread and count only if they delay the build.
 The cache's budget and identity exist already, as in any resumed build.
 
 Each precision and thread count runs once per repetition, in random order. Without options the
@@ -38,7 +38,7 @@ from sparselogits.teacher import LogitsSlice, TransformersTeacher
 
 
 class Watched:
-    """A teacher that measures the seconds in its forward pass and in the consumer of its slices."""
+    """Teacher that measures the seconds of its forward pass and of the consumer of its logits."""
 
     def __init__(self, teacher: TransformersTeacher) -> None:
         self._teacher = teacher
@@ -49,7 +49,7 @@ class Watched:
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """See `Engine.logits`."""
+        """Yield the logits of the wrapped teacher, as `Engine.logits`."""
         slices = self._teacher.logits(tokens, document_starts)
         asked = time.perf_counter()
         for piece in slices:
@@ -64,7 +64,7 @@ class Watched:
 def build(
     engine: Watched, corpus: PackedCorpus, request: CacheRequest, **how: Any
 ) -> dict[str, float]:
-    """Return the seconds of a build by part."""
+    """Build a cache and return the seconds of each part."""
     engine.forward = engine.sampling = 0.0
     started = time.perf_counter()
     build_caches(engine, corpus, [request], **how)

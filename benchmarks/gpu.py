@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out benchmarks/gpu.json    on a machine with one NVIDIA GPU
     python benchmarks/gpu.py --rehearse --out FILE        every part on the CPU, at tiny sizes
 
-The parts run in this order, the most important first. Each has a time limit and a process of its
-own, so that a crash or a hanging kernel of one leaves the others alone; the file is written after
-every part, and after every result of a part, so that an interrupted run leaves what it measured.
-What is not measured stands in the file with its reason.
+The parts run in this order, the most important first. Each part has a time limit and a separate
+process, so that a crash or a hanging kernel does not affect the others. The file is written after
+every part and after every result of a part, so that an interrupted run keeps its results. The file
+states the reason for each part that is not measured.
 
     loss      forward and backward in bfloat16, over three cuBLAS products in the same process, and
               the peak of memory. The other losses run with their package if it is installed
@@ -15,17 +15,17 @@ What is not measured stands in the file with its reason.
     sampling  the samplers, over a softmax into an existing buffer
     build 1B  sampling and a whole build, over the teacher's forward pass. The teacher has the shape
               of Llama 3.2 1B and random bfloat16 weights, made on the device. Its distribution is
-              nearly uniform, so draws hit more blocks of the vocabulary, and sampling costs more,
-              than with a trained teacher.
+              nearly uniform, so draws are spread over more blocks of the vocabulary and sampling
+              takes longer than with a trained teacher.
     step      an optimiser step of a student of that shape from the cache of "build 1B", over a step
-              without a teacher; loading included
+              without a teacher; includes loading
     build 8B  as "build 1B", with the shape of Llama 3.1 8B
-    demo      `sparselogits demo` from beginning to end, in seconds. It trains on the CPU.
+    demo      the whole of `sparselogits demo`, in seconds; it trains on the CPU
 
 Runs that are compared are interleaved in random order after a warm-up; ratios compare runs of the
 same repetition, as median with the 20th and 80th percentile. The loss and the samplers are timed by
 CUDA events, after the device's second-level cache was overwritten; builds and steps, part of which
-is work of the host, by the clock on the wall.
+is work of the host, by elapsed time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# the parts are forks of this process, which must not open the device before them
+# the parts are forks of this process, which must not open the device before the fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -112,7 +112,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes and limits of a run.
+    """Sizes and time limits of a run.
 
     Args:
         limits: time limit of each part, in seconds.
@@ -120,17 +120,17 @@ class Sizes:
         device: "cuda" or "cpu".
         clock: clock of the loss and the samplers, see `measuring.seconds_of`.
         total_seconds: time limit of all parts together.
-        tuning_seconds: time in which one loss tries its chunk settings, at one size.
+        tuning_seconds: time limit for trying the chunk settings of one loss at one size.
         losses: width, vocabulary and rows of each size of the loss.
         entries: entries per row of the sparse targets.
-        positions: positions that are sampled, over the vocabulary of the model "8B".
+        positions: number of sampled positions, with the vocabulary of the model "8B".
         windows: windows of a build.
         length: tokens per window.
         batch: windows per forward pass of the teacher, and per step of the student.
         rounds: rounds of systematic sampling in a build.
         repeats: repetitions of the loss and the samplers.
         build_repeats: repetitions of a build and a step.
-        demo: arguments of `Scale`; None for the demo's own.
+        demo: arguments of `Scale`; None for the defaults of the demo.
     """
 
     limits: dict[str, float]
@@ -190,15 +190,15 @@ REHEARSAL = Sizes(
 )
 
 Write = Callable[[dict[str, Any]], None]
-"""Write the results so far of a part; what was written last remains."""
+"""Function that replaces the stored results of a part by its results so far."""
 
 
 class NotMeasuredError(Exception):
-    """Report that a part cannot be measured on this machine; the message is the reason."""
+    """Raised if a part cannot be measured on this machine; the message is the reason."""
 
 
 class Problem(NamedTuple):
-    """The input of a loss, and both kinds of targets."""
+    """Inputs of a loss: hidden states, head, labels and sparse targets."""
 
     x: Tensor
     head: Tensor
@@ -208,36 +208,43 @@ class Problem(NamedTuple):
 
 
 def ours(p: Problem, **chunks: Any) -> Tensor:
+    """Compute this library's loss on sparse targets."""
     return linear_sparse_cross_entropy(p.x, p.head, p.ids, p.weights, **chunks)
 
 
 def ours_of_labels(p: Problem, **chunks: Any) -> Tensor:
+    """Compute this library's loss on labels, as sparse targets of one entry."""
     ones = torch.ones_like(p.labels, dtype=torch.float32)[:, None]
     return linear_sparse_cross_entropy(p.x, p.head, p.labels[:, None], ones, **chunks)
 
 
 def cross_entropy(p: Problem) -> Tensor:
+    """Compute torch's cross-entropy from all logits."""
     return F.cross_entropy(F.linear(p.x, p.head), p.labels)
 
 
 def torch_chunked(p: Problem, **chunks: Any) -> Tensor:
+    """Compute torch's chunked cross-entropy."""
     options = torch.nn.LinearCrossEntropyOptions(**chunks)
     return F.linear_cross_entropy(p.x, p.head, p.labels, options=options)
 
 
 def liger(p: Problem, **chunks: Any) -> Tensor:
+    """Compute Liger's fused linear cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(p.x, p.head, p.labels, **chunks)
 
 
 def quack(p: Problem, **chunks: Any) -> Tensor:
+    """Compute quack's chunked linear cross-entropy."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(p.x, p.head, p.labels, **chunks)
 
 
 def cut(p: Problem, **chunks: Any) -> Tensor:
+    """Compute Cut Cross-Entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(p.x, p.head, p.labels, **chunks)
@@ -254,9 +261,9 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], list[dict[str, Any]]]] = {
         torch_chunked,
         [{}, *({"batch_chunk_size": rows} for rows in (512, 1024, 2048, 4096, 8192))],
     ),
-    # the budget of logits; older versions have none to set, and run without an argument only
+    # the budget of logits; older versions lack the argument, and run only without it
     "liger": (liger, [{}, *({"chunk_mem_const": budget} for budget in (2, 4, 8, 16, 32))]),
-    # its search for a kernel ("tuned") may take longer than the limit: the first runs without
+    # the search for a kernel ("tuned") may exceed the limit, so the first setting omits it
     "quack": (
         quack,
         [
@@ -264,22 +271,22 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], list[dict[str, Any]]]] = {
             *({"chunk_size": rows} for rows in (4096, 2048, 8192, 1024)),
         ],
     ),
-    # "cce" leaves out gradients below a threshold; "cce_exact" does not exist in release 25.1
+    # "cce" omits gradients below a threshold; "cce_exact" does not exist in release 25.1
     "cut": (cut, [{"impl": "cce"}]),
     "cut_exact": (cut, [{"impl": "cce_exact"}, {"impl": "cce", "filter_eps": None}]),
     "cut_compiled": (cut, [{"impl": "torch_compile"}]),
 }
-"""Every loss with the settings that it is tuned over. `ours` and `triton` have sparse targets; all
-others compute the cross-entropy of labels, `*_labels` as a sparse target of one entry."""
+"""Functions of the losses and the settings to try. `ours` and `triton` have sparse targets; all
+others compute the cross-entropy of labels, `*_labels` as sparse targets of one entry."""
 
 
 class OutOfTime(BaseException):
-    """Interrupt a loss that is being tuned; no library catches a BaseException by accident."""
+    """Raised to interrupt the tuning of a loss; a BaseException, which libraries do not catch."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the main thread after some seconds, once control is back in Python."""
+    """Raise `OutOfTime` in the main thread after some seconds, when Python code runs again."""
 
     def ring(*_: object) -> None:
         raise OutOfTime
@@ -307,28 +314,29 @@ def tuned(name: str, problem: Problem, sizes: Sizes) -> tuple[Callable[[], Tenso
     try:
         with at_most(sizes.tuning_seconds):
             for setting in settings:
-                said = ", ".join(f"{k}={v}" for k, v in setting.items()) or "default"
-                record[said] = f"not finished in {sizes.tuning_seconds:g} s for all settings"
+                label = ", ".join(f"{k}={v}" for k, v in setting.items()) or "default"
+                record[label] = f"not finished in {sizes.tuning_seconds:g} s for all settings"
                 run = partial(loss, problem, **setting)
                 try:
                     step(problem, run)  # compiles
                     taken = [seconds_of(partial(step, problem, run), sizes.clock) for _ in range(3)]
                 except Exception as error:
-                    record[said] = reason_of(error)
+                    record[label] = reason_of(error)
                 else:
-                    record[said] = sorted(taken)[1]
-                    found[said] = (record[said], run)
+                    record[label] = sorted(taken)[1]
+                    found[label] = (record[label], run)
     except OutOfTime:
         pass
     problem.x.grad = problem.head.grad = None
-    gc.collect()  # what an interrupted or failed setting held
+    gc.collect()  # frees the memory of an interrupted or failed setting
     if not found:
         return None, {"not_measured": next(iter(record.values())), "settings": record}
-    best = min(found, key=lambda said: found[said][0])
+    best = min(found, key=lambda label: found[label][0])
     return found[best][1], {"chosen": best, "settings": record}
 
 
 def step(problem: Problem, run: Callable[[], Tensor]) -> Tensor:
+    """Run forward and backward of a loss; return its value."""
     problem.x.grad = problem.head.grad = None
     loss = run()
     loss.backward()
@@ -336,6 +344,7 @@ def step(problem: Problem, run: Callable[[], Tensor]) -> Tensor:
 
 
 def measure_loss(sizes: Sizes, scratch: Path, write: Write) -> None:
+    """Measure every loss at every size."""
     results: list[dict[str, Any]] = []
     for width, vocabulary, rows in sizes.losses:
         results.append({"D": width, "V": vocabulary, "rows": rows})
@@ -382,6 +391,7 @@ def one_loss(sizes: Sizes, row: dict[str, Any], written: Callable[[], None]) -> 
 
 
 def measure_sampling(sizes: Sizes, scratch: Path, write: Write) -> None:
+    """Measure the samplers relative to a softmax, in both dtypes."""
     results = {}
     vocabulary = sizes.models["8B"]["vocab_size"]
     for dtype in (torch.float32, torch.bfloat16):
@@ -392,21 +402,21 @@ def measure_sampling(sizes: Sizes, scratch: Path, write: Write) -> None:
 
 
 def random_llama(sizes: Sizes, name: str, bytes_per_parameter: int, activations_gib: float) -> Any:
-    """Make a model with random bfloat16 weights on the device.
+    """Return a model with random bfloat16 weights on the device.
 
     Raises:
-        NotMeasuredError: the device has too little free memory.
+        NotMeasuredError: If the device has too little free memory.
     """
     config = LlamaConfig(
         **sizes.models[name], max_position_embeddings=sizes.length, use_cache=False
     )
 
-    def made() -> Any:
+    def create() -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
     if sizes.device == "cuda":
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in made().parameters())
+            parameters = sum(p.numel() for p in create().parameters())
         needed = bytes_per_parameter * parameters / GIB + activations_gib
         free = torch.cuda.mem_get_info()[0] / GIB
         if needed > free:
@@ -415,11 +425,11 @@ def random_llama(sizes: Sizes, name: str, bytes_per_parameter: int, activations_
             )
     torch.manual_seed(0)
     with torch.device(sizes.device):
-        return made()
+        return create()
 
 
 def text_of(sizes: Sizes, scratch: Path) -> tuple[PackedCorpus, Any]:
-    """Return random words, packed, and their tokenizer, which has one token per word."""
+    """Return a packed corpus of random words and its tokenizer, which has one token per word."""
     size = sizes.models["1B"]["vocab_size"]
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
@@ -438,6 +448,7 @@ def text_of(sizes: Sizes, scratch: Path) -> tuple[PackedCorpus, Any]:
 
 
 def measure_build(sizes: Sizes, scratch: Path, write: Write, *, name: str) -> None:
+    """Measure a build relative to the teacher's forward pass."""
     model = random_llama(sizes, name, 2, activations_gib=6)
     corpus, tokenizer = text_of(sizes, scratch)
     identity = {
@@ -464,11 +475,10 @@ def measure_build(sizes: Sizes, scratch: Path, write: Write, *, name: str) -> No
 
 
 def measure_step(sizes: Sizes, scratch: Path, write: Write) -> None:
+    """Measure a training step from the cache of "build 1B" relative to a cross-entropy step."""
     ready = scratch / "1B" / "ready"
     if not ready.exists():
-        raise NotMeasuredError(
-            "the step reads the cache that `build 1B` makes, which was not measured"
-        )
+        raise NotMeasuredError("the step needs the cache of `build 1B`, which was not measured")
     cache = CacheDataset(ready)
     text = TextDataset(text_of(sizes, scratch)[0], holdout=False)
     model = random_llama(sizes, "1B", 8, activations_gib=24).train()
@@ -499,7 +509,7 @@ run_demo(Path(sys.argv[1]), scale and Scale(**scale))
 
 
 def measure_demo(sizes: Sizes, scratch: Path, write: Write) -> None:
-    """Run the demo in a new process, which is what `make demo` does once packages are there."""
+    """Measure the demo in a new process, as `make demo` runs it."""
     out, started = scratch / "demo", time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", DEMO, str(out), json.dumps(sizes.demo)],
@@ -521,7 +531,7 @@ def measure_demo(sizes: Sizes, scratch: Path, write: Write) -> None:
 
 
 def describe(sizes: Sizes, scratch: Path, write: Write) -> None:
-    """Write the machine, the driver and the versions of packages."""
+    """Write the properties of the machine and the versions of driver and packages."""
     found = machine()
     if sizes.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -541,7 +551,7 @@ def describe(sizes: Sizes, scratch: Path, write: Write) -> None:
 
 
 def driver() -> str:
-    """Return the version of the driver, as nvidia-smi says it."""
+    """Return the version of the driver reported by nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
@@ -559,24 +569,24 @@ PARTS: dict[str, Measure] = {
     "build 8B": partial(measure_build, name="8B"),
     "demo": measure_demo,
 }
-"""By order of importance; `step` needs the cache of the first build."""
+"""Functions of the parts in order of importance; `step` needs the cache of "build 1B"."""
 
 STARTS = ("fork", "spawn")
-"""How processes are started: a fork imports nothing again, but fails where an imported package has
-opened the device; then each part imports its packages anew, which costs it some seconds."""
+"""Start methods to try. A fork does not repeat imports, but fails if an imported package has opened
+the device; after a spawn each part imports its packages again, which takes some seconds."""
 
 
 def run_part(
     measure: Measure, sizes: Sizes, scratch: Path, seconds: float, note: Write, start: str = "fork"
 ) -> dict[str, Any]:
-    """Run a part in a process of its own, and return its record.
+    """Run a part in a separate process, and return its record.
 
     Args:
-        measure: the part.
-        sizes: passed to the part.
-        scratch: folder for what the parts leave for one another.
-        seconds: time limit, after which the process and all that it started are killed.
-        note: called with the unfinished record whenever the part has written results.
+        measure: function of the part.
+        sizes: sizes and limits of the run.
+        scratch: folder for files that the parts share.
+        seconds: time limit, after which the process and its child processes are killed.
+        note: function called with the unfinished record whenever the part has written results.
         start: one of `STARTS`.
     """
     file = scratch / "part.json"
@@ -611,7 +621,8 @@ def run_part(
 
 
 def _in_child(measure: Measure, sizes: Sizes, scratch: Path, file: Path) -> None:
-    os.setsid()  # a group of its own, which is killed as a whole
+    """Run a part in this process, and write its results or the reason for their absence."""
+    os.setsid()  # a process group that can be killed as a whole
     record: dict[str, Any] = {}
 
     def put(**found: Any) -> None:
@@ -637,7 +648,7 @@ def main() -> None:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the part too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the part too
     started = time.perf_counter()
     sizes = REHEARSAL if args.rehearse else FULL
     report: dict[str, Any] = {"rehearsal": args.rehearse, "complete": False}

@@ -1,4 +1,4 @@
-"""Compare the speed of the sparse loss with its matrix products alone, and with other losses.
+"""Compare the speed of the sparse loss with its matrix products and with other losses.
 
     python benchmarks/loss.py --d 512 --v 49152 --k 12 --rows 512 --repeats 7 --out loss.json
     python benchmarks/loss.py --threads 1 --clock cpu --anew --out loss.json
@@ -8,15 +8,15 @@ per repetition. Each time is divided by that of the three matrix products alone 
 repetition, and the median is printed with the 20th and 80th percentile. The products (x W^T, g W,
 g^T x) write their logits into an existing buffer and allocate both gradients, as any backward must.
 
-    ours_K          linear_sparse_cross_entropy with K entries per row, in chunks of torch
-    operations triton_K        the same by the Triton kernels (on a GPU) ours_alpha      the same
-    with the first K, alpha = 0.1 and labels cross_entropy   F.cross_entropy(F.linear(x, W), y):
-    training without a teacher torch_chunked   torch.nn.functional.linear_cross_entropy with its own
-    choice of chunks cut_torch       Cut Cross-Entropy's torch_compile path, if the package is
-    installed distillkit      DistillKit's sparse KL as plain torch: logits, float32 log_softmax,
-    gather full_kd         linear_dense_kd, full KD in chunks: the teacher's hidden states, of the
-    same
-                    width, are given; the product with its head, a fourth one, is included
+    ours_K          linear_sparse_cross_entropy with K entries per row, chunks of torch operations
+    triton_K        the same with the Triton kernels (on a GPU)
+    ours_alpha      the same with the first K, alpha = 0.1 and labels
+    cross_entropy   F.cross_entropy(F.linear(x, W), y): training without a teacher
+    torch_chunked   torch.nn.functional.linear_cross_entropy with its default chunks
+    cut_torch       Cut Cross-Entropy's torch_compile path, if the package is installed
+    distillkit      DistillKit's sparse KL in plain torch: logits, float32 log_softmax, gather
+    full_kd         linear_dense_kd, full KD in chunks, from the teacher's hidden states of the same
+                    width; includes a fourth product, with the teacher's head
 
 The other losses run only with the first K, because their cost does not depend on K. Liger's kernels
 are not included: they need a GPU, or Triton's interpreter, whose times are meaningless.
@@ -62,12 +62,14 @@ def sparse_autograd(x: Tensor, head: Tensor, ids: Tensor, weights: Tensor) -> Te
 
 
 def full_kd(x: Tensor, head: Tensor, teacher: TeacherHead) -> Tensor:
+    """Compute full KD in chunks, with both heads."""
     return linear_dense_kd(x, head, teacher).loss
 
 
 def methods(
     rows: int, width: int, vocabulary: int, entries: list[int], dtype: torch.dtype, device: str
 ) -> dict[str, Step]:
+    """Return one function per method that runs forward and backward on shared inputs."""
     D, V = width, vocabulary
     torch.manual_seed(0)
     x = torch.randn(rows, D, device=device).to(dtype).requires_grad_()
@@ -97,7 +99,7 @@ def methods(
 
         losses["cut_torch"] = partial(cut, x, W, y, impl="torch_compile")
     except ImportError:
-        print("cut_cross_entropy is not installed: left out", file=sys.stderr)
+        print("cut_cross_entropy is not installed; cut_torch is not measured", file=sys.stderr)
 
     def step(loss: Callable[[], Tensor]) -> None:
         x.grad = W.grad = None

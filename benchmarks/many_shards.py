@@ -1,9 +1,10 @@
-"""Measure the memory of `Cache.statistics` (info, card, push, end of cache) by number of shards.
+"""Measure the memory of `Cache.statistics` by number of shards.
 
     python benchmarks/many_shards.py [--shards 2000]
 
-Uses shards of eight windows of 64 tokens, equal except for their numbers, in a local folder.
-Prints how much the peak of resident memory grows per shard, from 10 % of the shards to all.
+The commands info, card, push and cache call this function. The shards have eight windows of 64
+tokens, which differ only in their numbers, in a local folder. Prints the growth of the peak
+resident memory per shard, from 10 % of the shards to all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load the teacher and the text of benchmarks that need a real teacher; default: the demo's."""
+"""Load the teacher and the text for benchmarks that need a real teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparselogits.teacher.demo_model import demo_model
 from sparselogits.teacher.loading import load_tokenizer
 
 WORK = Path(__file__).parent / ".work"
-"""Where packed text and caches stay between runs; safe to delete."""
+"""Folder in which packed text and caches are kept between runs; safe to delete."""
 
 
 def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
@@ -25,7 +25,7 @@ def teacher(folder: Path | None, dtype: str) -> tuple[TransformersTeacher, Any]:
 def corpus(
     tokenizer: Any, vocab_size: int, text: Path | None, windows: int, length: int
 ) -> PackedCorpus:
-    """Pack text into at least the given number of windows."""
+    """Pack a text (by default the demo's) into at least the given number of windows."""
     folder = WORK / f"corpus-{length}-{windows}"
     source = (
         text or demo_text(folder.with_name(f"text-{length}-{windows}"), 6 * windows * length).path

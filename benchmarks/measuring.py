@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved runs, medians with quantiles, the machine's name."""
+"""Time interleaved runs, summarise them by quantiles, and describe the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine and the versions that affect times."""
+    """Return the properties of the machine and the versions that affect times."""
     return {
         "processor": processor(),
         "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
@@ -38,11 +38,11 @@ def seconds_of(run: Callable[[], object], clock: str = "wall") -> float:
     """Return the seconds of one run.
 
     Args:
-        run: what is measured.
-        clock: "wall"; "cpu" for processor seconds, which are more stable if the machine does other
-            work, but lack the time of waiting for a disk and are valid with one thread only; or
-            "cuda" for the time between two events on the device, with its second-level cache
-            overwritten before the first. "wall" waits for a device that is in use.
+        run: function to measure.
+        clock: "wall" for elapsed time, including the work of a device in use; "cpu" for processor
+            seconds, which are more stable on a busy machine, but exclude waiting for a disk and
+            are valid with one thread only; "cuda" for the time between two events on the device,
+            with its second-level cache overwritten before the first event.
     """
     if clock == "cuda":
         _flush_cache()
@@ -65,7 +65,7 @@ def seconds_of(run: Callable[[], object], clock: str = "wall") -> float:
 
 
 def _flush_cache(held: list[torch.Tensor] = []) -> None:  # noqa: B006
-    """Overwrite 256 MiB, more than the second-level cache of any device so far."""
+    """Overwrite 256 MiB, more than the second-level cache of any current device."""
     if not held:
         held.append(torch.empty(2**28, dtype=torch.int8, device="cuda"))
     held[0].zero_()
@@ -78,7 +78,7 @@ def interleaved(
     warm_up: int = 1,
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Return the seconds of every run by `seconds_of`; each repetition runs all in random order."""
+    """Return the seconds of every run; each repetition runs all of them in a new random order."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warm_up + repeats):
@@ -90,7 +90,7 @@ def interleaved(
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Return the spread of the ratio of two runs' times, each of the same repetition."""
+    """Return median and quantiles of the ratio of two runs' times within each repetition."""
     return spread([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
 
 
@@ -103,7 +103,7 @@ def publish(report: Mapping[str, Any], out: Path | None) -> None:
 
 
 def processor() -> str:
-    """Return the processor's name, with family and model, which the names of clouds omit."""
+    """Return the processor's name, with family and model, which cloud machines omit."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
@@ -117,3 +117,4 @@ def processor() -> str:
 
 
 _MORE = {"family": "cpu family", "model": "model"}
+"""Additional fields of /proc/cpuinfo by name in the result."""

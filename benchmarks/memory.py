@@ -1,11 +1,11 @@
-"""Measure the loss's peak memory beyond inputs and gradients: about one chunk of logits.
+"""Measure the peak memory of the loss beyond inputs and gradients: about one chunk of logits.
 
     python benchmarks/memory.py --d 512 --v 49152 --k 12 --rows 2048 --out memory.json
 
-Each method runs forward and backward in a separate process. On CPU every allocation of torch is
-counted (the profiler's memory events), on CUDA the allocator's peak is read.
-Also printed, in bytes: the gradients, one chunk of logits as `chunk_rows` has it, and all
-logits; `beyond_in_chunks` is (peak - gradients) / chunk.
+Each method runs forward and backward in a separate process. On a CPU, every allocation of torch is
+counted by the profiler's memory events; on CUDA, the allocator's peak is read. The output also has
+the bytes of the gradients, of one chunk of `chunk_rows` rows of logits, and of all logits;
+`beyond_in_chunks` is (peak - gradients) / chunk.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def peak_bytes(run: Callable[[], None], device: str) -> int:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float | str]:
+    """Measure one method in this process."""
     torch.set_num_threads(1)
     dtype, device = DTYPES[args.dtype], args.device
     x = torch.randn(args.rows, args.d, device=device).to(dtype).requires_grad_()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.object_store > benchmarks/object_store.json
 
-The server is a local moto server; the counts do not depend on it. Targets are synthetic: three
-shards of 64 windows of 64 tokens, eight row groups each. Needs the dev extra.
+The server is a local moto server; the counts do not depend on it. The three shards have
+synthetic targets, 64 windows of 64 tokens and eight row groups each. Needs the extra `dev`.
 """
 
 from __future__ import annotations

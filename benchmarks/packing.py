@@ -1,16 +1,16 @@
-"""Measure tokenising and packing with threads and with processes, and reading a text again.
+"""Measure tokenising and packing with threads and with processes, and reading packed text.
 
     python benchmarks/packing.py [--teacher DIR --text FILE] --out benchmarks/packing.json
 
     threads N     one process whose tokenizer uses N threads
     processes N   N processes with one thread each, as `--processes N`
 
-Every run is a separate process that packs the same text into an empty folder; loading is not
-counted, starting the processes is. `read again` is what a resumed build does for each finished
-shard that it checks: it reads the windows and computes their fingerprint, in one thread. `own
-thread` is the share of processor time spent in the process's main thread, which more threads of the
-tokenizer do not divide. Other work on the machine changes elapsed time but not processor time:
-`--processor` omits elapsed time.
+Every run is a separate process that packs the same text into an empty folder. Its time excludes
+loading the tokenizer and includes starting the worker processes. `read again` is the check of a
+finished shard by a resumed build: reading its windows and computing their fingerprint, in one
+thread. `own thread` is the share of processor time spent in the process's main thread, which more
+threads of the tokenizer do not reduce. Other work on the machine changes elapsed time but not
+processor time: `--processor` omits elapsed time.
 
 Without options the tokenizer is that of the demo's teacher, and the text is CPython's language
 reference, repeated with a different number in each copy.
@@ -45,6 +45,7 @@ WAYS = {
 
 
 def write_text(path: Path, size: int) -> None:
+    """Write JSON lines of at least `size` bytes from the language reference."""
     with path.open("w", encoding="utf-8") as file:
         for turn in range(1 << 30):
             for name in sorted(topics):
@@ -54,7 +55,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def packed(teacher: str, text: Path, out: Path, processes: int, part_bytes: int) -> dict[str, Any]:
-    """Pack in this process, and read the windows again."""
+    """Measure packing in this process, and reading the windows again."""
     tokenizer = load_tokenizer(teacher)
     packing = packing_for(tokenizer, window_length=LENGTH, separator_id=SEPARATOR_ID)
     started, processor, own = time.perf_counter(), time.process_time(), time.thread_time()

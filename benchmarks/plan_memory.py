@@ -1,11 +1,11 @@
-"""Compare the memory that `sparselogits plan` estimates with that of small Llamas.
+"""Compare the memory estimates of `sparselogits plan` with the memory of small Llamas.
 
     python benchmarks/plan_memory.py --out benchmarks/plan_memory.json      (a minute)
 
-Every allocation of torch is counted (the profiler's memory events), without the weights of the
-teacher. A teacher's pass is the trunk, the head by slices and the sampler; a training
-step is forward, loss and backward, with gradients and without the optimiser's moments, which are
-arithmetic.
+Every allocation of torch is counted by the profiler's memory events, except the weights of the
+teacher. A teacher's pass consists of the trunk, the head by slices and the sampler; a training step
+consists of forward, loss and backward. Gradients are counted; the optimiser's moments are not,
+because their size is known.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = ((256, 768, 2, 4096), (256, 1024, 4, 8192), (128, 512, 2, 32768), (512, 1024, 2, 2048))
 BATCH, WINDOW, ENTRIES = 4, 256, 12
 CAPACITY = 4 * 2**30
-"""Of a device whose chunk of logits is that of a CPU: 64 MiB."""
+"""Memory of a device whose chunk of logits has the size of a CPU's chunk, 64 MiB."""
 
 
 def model_of(hidden: int, intermediate: int, layers: int, vocab: int) -> LlamaForCausalLM:
+    """Return a Llama with random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -52,6 +53,7 @@ def model_of(hidden: int, intermediate: int, layers: int, vocab: int) -> LlamaFo
 
 
 def measured_pass(model: LlamaForCausalLM, vocab: int) -> int:
+    """Return the peak bytes of a teacher's pass with sampling, beyond the weights."""
     teacher, sampler = TransformersTeacher(model, identity={}), Systematic(50)
     tokens = torch.randint(vocab, (BATCH, WINDOW))
 
@@ -60,12 +62,12 @@ def measured_pass(model: LlamaForCausalLM, vocab: int) -> int:
             count = sampler.uniforms_per_position
             sampler(piece.logits, window_uniforms(0, 0, len(piece.logits), count))
 
-    run()  # what is made once
+    run()  # allocates buffers that are reused
     return peak_bytes(run, "cpu")
 
 
 def measured_step(model: LlamaForCausalLM, vocab: int, dtype: str, checkpointing: bool) -> int:
-    """Return the peak bytes beyond the weights, gradients included."""
+    """Return the peak bytes of a training step beyond the weights, gradients included."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -85,6 +87,7 @@ def measured_step(model: LlamaForCausalLM, vocab: int, dtype: str, checkpointing
 
 
 def rows() -> list[dict[str, object]]:
+    """Measure a pass and a step, with and without checkpointing, for every shape and dtype."""
     found = []
     for hidden, intermediate, layers, vocab in SHAPES:
         for dtype in DTYPES:
@@ -111,6 +114,7 @@ def rows() -> list[dict[str, object]]:
 def row(
     kind: str, sizes: dict[str, object], shape: Shape, measured: int, expected: float
 ) -> dict[str, object]:
+    """Return one result as JSON values."""
     widths = {"hidden": shape.hidden, "layers": shape.layers, "intermediate": shape.intermediate}
     ratio = round(expected / measured, 3)
     return {"what": kind} | sizes | widths | {"measured_bytes": measured, "estimate_over_it": ratio}

@@ -1,8 +1,8 @@
-"""Write docs/benchmarks.md from those of the benchmarks' JSON files that exist.
+"""Write docs/benchmarks.md from the JSON files of the benchmarks.
 
     python benchmarks/report.py
 
-A missing file or value is reported as not measured: numbers come from runs, never from this script.
+A missing file or value is reported as not measured; this script contains no results.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python benchmarks/report.py` from the JSON files beside the scripts in `benchmarks/`;
-`make bench` runs those of the loss, of a step, of building, reading and sampling (of sizes, where
-text is given) and writes this page; `make bench-gpu` runs that of a GPU. Runs that are compared are
-interleaved in one process; ratios are of runs of the same repetition, as median with the 20th and
-80th percentile in brackets. Seconds depend on the machine, ratios on the code and on the allocator:
-where both conditions of memory were measured, both are printed. **Bold: the aim is missed.**
+`python benchmarks/report.py` writes this page from the JSON files next to the scripts in
+`benchmarks/`. `make bench` runs the benchmarks of the loss, a training step, building, reading and
+sampling (and of sizes, if text is given) and writes this page; `make bench-gpu` runs the benchmark
+for a GPU. Compared runs are interleaved in one process; a ratio compares runs of the same
+repetition, as median with the 20th and 80th percentile in brackets. Seconds depend on the machine,
+ratios on the code and on the memory allocator: if both memory conditions were measured, both are
+printed. **Bold: the target is missed.**
 """
 
 
@@ -37,12 +38,12 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def held_to(value: Any, *, most: float | None = None, least: float | None = None) -> str:
-    """Format a number, in bold if its median, as printed, misses its aim."""
-    said = number(value)
-    printed = float(re.sub(r" .*|,", "", said))
+def marked(value: Any, *, most: float | None = None, least: float | None = None) -> str:
+    """Format a number, in bold if its median, as printed, misses the target."""
+    text = number(value)
+    printed = float(re.sub(r" .*|,", "", text))
     missed = (most is not None and printed > most) or (least is not None and printed < least)
-    return f"**{said}**" if missed else said
+    return f"**{text}**" if missed else text
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -54,7 +55,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Return leaves of nested values by path; a median with its quantiles is one leaf."""
+    """Return the leaves of nested values with their paths; a median with quantiles is one leaf."""
     if isinstance(value, dict) and "median" not in value:
         return [leaf for k, v in value.items() for leaf in flat(v, f"{path} / {k}" if path else k)]
     return [(path, value)]
@@ -71,11 +72,12 @@ def conditions(found: dict[str, Any]) -> str:
 
 
 def step(found: dict[str, Any]) -> str:
+    """Return the tables of a training step from the cache."""
     rows = []
     for name, student in found["students"].items():
         for method, ratio in student["over_ce"].items():
-            most = STEP_AIM if method.startswith("cache") else None
-            rows.append((name, method, held_to(ratio, most=most)))
+            most = STEP_TARGET if method.startswith("cache") else None
+            rows.append((name, method, marked(ratio, most=most)))
     students = [
         (name, s["trunk_parameters"], s["head_parameters"], s["ce_step_seconds"],
          s["full_over_cache"], f"{100 * s['loading_share_of_a_step']:.2f} %")
@@ -94,11 +96,12 @@ def step(found: dict[str, Any]) -> str:
 
 
 def cache_build(found: dict[str, Any]) -> str:
+    """Return the table of a build divided by the teacher's forward pass."""
     rows = [
         ("forward + sampling, loss, entropy", found["compute_over_forward"]),
         (
             "the whole build: + encoding, reading back, writing",
-            held_to(found["build_over_forward"], most=BUILD_AIM),
+            marked(found["build_over_forward"], most=BUILD_TARGET),
         ),
     ]
     return (
@@ -109,11 +112,12 @@ def cache_build(found: dict[str, Any]) -> str:
 
 
 def forward_share(found: dict[str, Any]) -> str:
+    """Return the table of the parts of a build's elapsed time."""
     parts = ("forward", "sampling", "rest")
     rows = [
         (
             *(r["dtype"], r["threads"], r["tokens_per_second"]),
-            held_to(r["forward_share"], least=FORWARD_AIM),
+            marked(r["forward_share"], least=FORWARD_TARGET),
             *(r["sampling_share"], r["rest_share"]),
         )
         for r in found["results"]
@@ -123,17 +127,18 @@ def forward_share(found: dict[str, Any]) -> str:
 
 
 def loss(found: dict[str, Any]) -> str:
+    """Return the table of losses divided by the three matrix products."""
     rows = found["results"]
     methods = list(dict.fromkeys(m for row in rows for m in row["ratio_to_products"]))
     shape = ("dtype", "D", "V", "rows", "repeats")
 
     def cells(row: dict[str, Any]) -> list[Any]:
         measured = row["ratio_to_products"]
-        most = LOSS_AIM if row["D"] >= 512 else NARROW_LOSS_AIM
+        most = LOSS_TARGET if row["D"] >= 512 else NARROW_LOSS_TARGET
         return [
             *(str(row[k]) for k in shape),
             *(
-                held_to(measured[m], most=most if m.startswith("ours") else None)
+                marked(measured[m], most=most if m.startswith("ours") else None)
                 if m in measured
                 else "-"
                 for m in methods
@@ -144,9 +149,10 @@ def loss(found: dict[str, Any]) -> str:
 
 
 LOSS_MEMORY = """Memory: measured with the system's default allocator, which maps every large tensor
-anew at each allocation. `F.cross_entropy` allocates the most, so most of its distance to the sparse
-loss is page faults. With the heap kept (`MALLOC_MMAP_MAX_=0`) the ratios are not measured by these
-files. An audit's numbers, not in this repository, compared with those of `loss.json` at V = 49 152:
+again at each allocation. `F.cross_entropy` allocates the most memory, so most of its difference to
+the sparse loss is due to page faults. With the heap kept (`MALLOC_MMAP_MAX_=0`) these files contain
+no ratios. Numbers of an audit, which are not in this repository, compared with those of `loss.json`
+at V = 49 152:
 
 | D | memory | ours | cross_entropy |
 |---|---|---|---|
@@ -156,13 +162,13 @@ files. An audit's numbers, not in this repository, compared with those of `loss.
 | 512 | heap kept (audit) | 1.05 | 1.05 |
 
 In both conditions the sparse loss is not slower than `F.cross_entropy` at these sizes; with the
-heap kept it has no lead at D = 512. `torch_chunked` is torch's automatic choice of chunks. With
+heap kept it is not faster at D = 512. `torch_chunked` is torch's automatic choice of chunks. With
 `batch_chunk_size=256` the audit measured 0.314 s compared with 0.280 s of ours at D = 128, and
 1.03 s compared with 0.96 s at D = 512."""
 
 
 def loss_memory(found: dict[str, Any]) -> str:
-    """Return the loss's results in both conditions of memory."""
+    """Return the results of the loss under both memory conditions."""
     rows = {row["D"]: row["ratio_to_products"] for row in found["results"] if row["V"] == 49152}
     names = {"ours": "ours_12", "ce": "cross_entropy"}
     cells = {f"{k}_{d}": number(rows[d][name]) for k, name in names.items() for d in (128, 512)}
@@ -170,24 +176,24 @@ def loss_memory(found: dict[str, Any]) -> str:
 
 
 def anything(found: dict[str, Any]) -> str:
-    """Return every number by its path, for scripts without a specific table."""
+    """Return a table of all numbers by path, for benchmarks without a specific table."""
     skipped = ("machine", "settings", "torch")
     leaves = [leaf for k, v in found.items() if k not in skipped for leaf in flat(v, k)]
     rows = []
     for path, value in leaves:
         parts = path.split(" / ")
-        aim = AIMS.get(parts[0]) or AIMS.get(parts[-1])
-        rows.append((path, held_to(value, **aim) if aim else value))
-    return table(("figure", "value"), rows)
+        target = TARGETS.get(parts[0]) or TARGETS.get(parts[-1])
+        rows.append((path, marked(value, **target) if target else value))
+    return table(("metric", "value"), rows)
 
 
 def sampling(found: dict[str, Any]) -> str:
-    """Return both conditions of memory side by side; the aim applies to warm memory."""
+    """Return a table of both memory conditions; the target applies to warm memory."""
     names = found["warm"]["ratio_to_softmax"]
     rows = [
         (
             name,
-            held_to(found["warm"]["ratio_to_softmax"][name], most=SAMPLING_AIM),
+            marked(found["warm"]["ratio_to_softmax"][name], most=SAMPLING_TARGET),
             found["default"]["ratio_to_softmax"][name],
         )
         for name in names
@@ -197,21 +203,22 @@ def sampling(found: dict[str, Any]) -> str:
         table(("sampler", "warm memory", "the system's default"), rows)
         + f"\n\nThe softmax itself takes {number(seconds[0])} s in warm memory and "
         f"{number(seconds[1])} s by default, where its result is written to pages that are mapped "
-        "anew; a ratio below one in the last column comes of that. Largest error of a marginal: "
+        "again, which causes the ratios below one in the last column. Largest error of a marginal: "
         f"{number(found['warm']['marginal_error'])}."
     )
 
 
 def rows_of_results(found: dict[str, Any]) -> str:
+    """Return a table of `results` with a column per key."""
     rows = found["results"]
     header = list(dict.fromkeys(k for row in rows for k in row))
     return table(header, [[row.get(k, "-") for k in header] for row in rows])
 
 
 def gpu(found: dict[str, Any]) -> str:
-    """Return the parts that were measured on a GPU, and what was not with the reason."""
+    """Return the measured parts of the GPU benchmark, and the missing parts with their reasons."""
     if found["rehearsal"]:
-        return "Not measured: this file is of a rehearsal on the CPU."
+        return "Not measured: this file is from a rehearsal on the CPU."
     parts = found["parts"]
     text = [
         f"### {name}\n\n{GPU_PARTS[name](part['results'])}"
@@ -225,13 +232,13 @@ def gpu(found: dict[str, Any]) -> str:
             if "not_measured" in record:
                 missing[f"loss, {name}, {at}"] = record["not_measured"]
     if missing:
-        text += ["### Not measured, or not whole", table(("part", "reason"), missing.items())]
+        text += ["### Not measured, or incomplete", table(("part", "reason"), missing.items())]
     packages = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
     return "\n\n".join([*text, f"Versions: {packages}."])
 
 
 def gpu_loss(results: dict[str, Any]) -> str:
-    """Return the loss on a GPU: over the products, over quack, and the peak of memory."""
+    """Return the tables of the loss on a GPU: relative times, peak memory, chosen settings."""
     rows = [row for row in results["problems"] if "over_products" in row]
     names = list(dict.fromkeys(name for row in rows for name in row["over_products"]))
     shape = ("D", "V", "rows")
@@ -240,14 +247,14 @@ def gpu_loss(results: dict[str, Any]) -> str:
         return [
             "-"
             if name not in row.get(kind, {})
-            else held_to(row[kind][name], most=most if name in GPU_OURS else None)
+            else marked(row[kind][name], most=most if name in GPU_OURS else None)
             for name in names
         ]
 
     def lines(kind: str, most: float | None) -> list[list[Any]]:
         return [[*(str(row[k]) for k in shape), *of_losses(kind, row, most)] for row in rows]
 
-    text = ["Over the products:", table((*shape, *names), lines("over_products", LOSS_AIM))]
+    text = ["Over the products:", table((*shape, *names), lines("over_products", LOSS_TARGET))]
     if any("over_quack" in row for row in rows):
         text += ["Over quack:", table((*shape, *names), lines("over_quack", 1.0))]
     text += [
@@ -269,8 +276,9 @@ def gpu_loss(results: dict[str, Any]) -> str:
 
 
 def gpu_sampling(results: dict[str, Any]) -> str:
+    """Return the table of the samplers on a GPU."""
     rows = [
-        (dtype, name, held_to(ratio, most=SAMPLING_AIM), found["softmax_seconds"])
+        (dtype, name, marked(ratio, most=SAMPLING_TARGET), found["softmax_seconds"])
         for dtype, found in results.items()
         for name, ratio in found["ratio_to_softmax"].items()
     ]
@@ -278,9 +286,10 @@ def gpu_sampling(results: dict[str, Any]) -> str:
 
 
 def gpu_build(results: dict[str, Any]) -> str:
+    """Return the table of a build on a GPU."""
     rows = [
-        ("sampling, loss, entropy", held_to(results["compute_over_forward"], most=BUILD_AIM)),
-        ("the whole build", held_to(results["build_over_forward"], most=BUILD_AIM)),
+        ("sampling, loss, entropy", marked(results["compute_over_forward"], most=BUILD_TARGET)),
+        ("the whole build", marked(results["build_over_forward"], most=BUILD_TARGET)),
     ]
     speed = results["forward_tokens_per_second"]
     return (
@@ -291,13 +300,15 @@ def gpu_build(results: dict[str, Any]) -> str:
 
 
 def gpu_step(results: dict[str, Any]) -> str:
-    rows = [(name, held_to(ratio, most=STEP_AIM)) for name, ratio in results["over_ce"].items()]
+    """Return the table of a training step on a GPU."""
+    rows = [(name, marked(ratio, most=STEP_TARGET)) for name, ratio in results["over_ce"].items()]
     seconds = number(results["ce_step_seconds"])
     return table(("method", "over a CE step"), rows) + f"\n\nThe CE step takes {seconds} s."
 
 
 def gpu_demo(results: dict[str, Any]) -> str:
-    return f"{len(results['runs'])} methods, {results['seconds']} s from beginning to end."
+    """Return the time of the demo in words."""
+    return f"{len(results['runs'])} methods, {results['seconds']} s in total."
 
 
 GPU_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -308,20 +319,22 @@ GPU_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "build 8B": gpu_build,
     "demo": gpu_demo,
 }
+"""Functions that format the parts of the GPU benchmark."""
+
 GPU_OURS = ("ours", "triton", "ours_labels", "triton_labels")
 
-LOSS_AIM = 1.10  # D >= 512
-NARROW_LOSS_AIM = 1.35
-STEP_AIM = 1.02
-BUILD_AIM = 1.05
-FORWARD_AIM = 0.95
-SAMPLING_AIM = 1.5
-AIMS: dict[str, dict[str, float]] = {
+LOSS_TARGET = 1.10  # D >= 512
+NARROW_LOSS_TARGET = 1.35
+STEP_TARGET = 1.02
+BUILD_TARGET = 1.05
+FORWARD_TARGET = 0.95
+SAMPLING_TARGET = 1.5
+TARGETS: dict[str, dict[str, float]] = {
     "million_entries_per_second": {"least": 30},
     "random_window_ms": {"most": 2},
     "sequential_million_tokens_per_second": {"least": 2},
 }
-"""Of figures that `anything` prints, by the first or the last part of their path."""
+"""Targets of the metrics of `anything`, by the first or the last part of their path."""
 
 SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("loss", "The loss, over its three matrix products (at most 1.10, at D = 128 1.35)", loss),

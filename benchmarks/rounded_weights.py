@@ -1,16 +1,16 @@
-"""Measure what rounding real-valued weights saves, and what error it makes.
+"""Measure the size and the error of rounded real-valued weights.
 
     python benchmarks/rounded_weights.py --out benchmarks/rounded_weights.json
 
 Builds a cache with exact and one with rounded weights for each sampler, from one forward pass per
 window of a real teacher. Prints JSON, per sampler:
 
-    exact, rounded      bits per entry: every byte of the shard, except those of the text's tokens
+    exact, rounded      bits per entry: all bytes of the shard except those of the text's tokens
     exact_weight        bits per float32 weight, pages only
     kl                  mean KL divergence of rounded from exact targets, both normalised, nats
     relative_error      largest relative error of a weight
-    rest_error          largest error of the mass that is not stored, as a share of 1 - largest
-                        weight; biased samplers only
+    rest_error          largest error of the mass that is not stored, divided by 1 - largest weight;
+                        biased samplers only
     per_octave          bits per weight and mean KL at 16 to 128 levels per octave, pages only
 """
 
@@ -70,11 +70,12 @@ def at_resolution(per_octave: int, weights: np.ndarray, starts: np.ndarray) -> d
 
 
 def compared(sampler: Sampler, exact: Cache, rounded: Cache) -> dict[str, object]:
+    """Return sizes and errors of a cache with rounded weights, compared with exact weights."""
     a, b = read(exact), read(rounded)
     starts = a.offsets.numpy()[:-1][a.entries_per_position.numpy() > 0]
     w, v = (t.weights.numpy().astype(np.float64) for t in (a, b))
     pages = encode_column([w.astype(np.float32)]).pages
-    told: dict[str, object] = {
+    found: dict[str, object] = {
         "entries_per_token": round(exact.statistics().entries_per_position, 2),
         "exact": round(exact.statistics().bits_per_entry, 2),
         "rounded": round(rounded.statistics().bits_per_entry, 2),
@@ -87,10 +88,10 @@ def compared(sampler: Sampler, exact: Cache, rounded: Cache) -> dict[str, object
         error = np.abs(np.add.reduceat(v - w, starts))
         room = 1 - np.maximum.reduceat(w, starts)
         kept = room > 2.0**-16
-        told["rest_error"] = round(float((error[kept] / room[kept]).max()), 4)
-        told["mean_rest"] = round(float(1 - np.add.reduceat(w, starts).mean()), 4)
-        told["mean_rest_error"] = float(f"{error.mean():.2g}")
-    return told
+        found["rest_error"] = round(float((error[kept] / room[kept]).max()), 4)
+        found["mean_rest"] = round(float(1 - np.add.reduceat(w, starts).mean()), 4)
+        found["mean_rest_error"] = float(f"{error.mean():.2g}")
+    return found
 
 
 def main() -> None:

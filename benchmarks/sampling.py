@@ -8,7 +8,7 @@ Prints JSON for two conditions of memory, each in a separate process:
   softmax writes into a buffer given by `out=`. This compares the computations.
 - "default": the system's allocator. glibc maps every large tensor anew, and the first access to its
   pages costs more than a softmax; softmax's result is such a tensor, the samplers' are small. A
-  ratio below one here means that sampling allocates little, not that it computes little.
+  ratio below one means that sampling allocates little memory, not that it computes little.
 
 Runs are interleaved, and a ratio compares runs of the same repetition, as median with the 20th and
 80th percentile. `marginal_error` is the largest difference between the block-wise distribution that
@@ -48,6 +48,7 @@ def teacher_like(positions: int, vocabulary: int, device: str = "cpu") -> Tensor
 
 
 def marginal_error(logits: Tensor) -> float:
+    """Return the largest error of the sampler's distribution against a float64 softmax."""
     blocks = Blocks.of(logits)
     exact = logits.double().softmax(-1)
     exact = torch.nn.functional.pad(exact, (0, -exact.shape[1] % 64)).view(len(logits), -1, 64)
@@ -57,7 +58,7 @@ def marginal_error(logits: Tensor) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every sampler relative to softmax, in this process's memory condition."""
+    """Measure every sampler relative to softmax, under the memory condition of this process."""
     torch.set_num_threads(arguments.threads)
     logits = teacher_like(arguments.positions, arguments.vocabulary)
     entropy = torch.special.entr(logits[:64].softmax(-1)).sum(-1).mean()
@@ -72,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def over_softmax(logits: Tensor, buffer: Tensor | None, repeats: int, clock: str) -> dict[str, Any]:
-    """Return the seconds of a softmax into a buffer, and the samplers' ratios to it."""
+    """Measure a softmax (into a buffer if given), and the samplers' times relative to it."""
     samplers = [Systematic(50), Systematic(12), Multinomial(50), Threshold(0.02), TopK(12)]
     runs: dict[str, Callable[[], object]] = {
         "softmax": lambda: torch.softmax(logits, -1, out=buffer)

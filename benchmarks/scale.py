@@ -37,20 +37,23 @@ ROWS = 8
 
 
 def identity() -> Identity:
+    """Return the identity of a cache with `ROWS` windows per shard."""
     return Identity({"name": "made up"}, "", V, "all", L, ROWS, PACKING, {}, 0, 1.0, CODEC)
 
 
 def resident_mib() -> float:
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def opening(folder: Path, shards: int) -> dict[str, Any]:
+    """Measure the listing of many shards, which are empty files."""
     Cache.create(folder, identity())
-    place = folder / "shards"
-    place.mkdir()
+    directory = folder / "shards"
+    directory.mkdir()
     for i in range(shards):
-        (place / f"windows-{ROWS * i:012d}-{ROWS * i + ROWS:012d}.parquet").touch()
+        (directory / f"windows-{ROWS * i:012d}-{ROWS * i + ROWS:012d}.parquet").touch()
     first = json.loads(
         subprocess.run(
             [sys.executable, __file__, "--look", str(folder)], capture_output=True, check=True
@@ -65,6 +68,7 @@ def opening(folder: Path, shards: int) -> dict[str, Any]:
 
 
 def look(folder: Path) -> dict[str, float]:
+    """Measure the seconds of opening a cache twice in this process."""
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -74,7 +78,7 @@ def look(folder: Path) -> dict[str, float]:
 
 
 class Weighed(Dataset[dict[str, float]]):
-    """A dataset that reads and discards windows, and returns the reading process and its memory."""
+    """Dataset that reads and discards windows, and returns the reading worker and its memory."""
 
     def __init__(self, folder: Path) -> None:
         self.windows = CacheDataset(folder)
@@ -89,6 +93,7 @@ class Weighed(Dataset[dict[str, float]]):
 
 
 def reading(folder: Path, shards: int, epochs: int) -> dict[str, Any]:
+    """Measure the memory of readers in one process and in forked and spawned workers."""
     cache, windows = Cache.create(folder, identity()), made_up(21, ROWS)
     none = np.zeros(0, np.int32)
     for start in range(0, shards * ROWS, ROWS):

@@ -1,15 +1,16 @@
-"""Measure a cache's bits per entry and bytes per token, and the gain of each coding idea.
+"""Measure the bits per entry and bytes per token of a cache, and the gain of each coding idea.
 
     python benchmarks/size.py --teacher DIR --text a.txt b.txt c.txt --windows 8 --out size.json
 
 The teacher reads the first windows of the second half of each text. Nothing is fitted on them:
 token frequencies, which some ideas need, are fitted on the *other* texts. Prints JSON:
 
-    methods   per sampler: a real shard of all windows, every byte counted except the text's tokens
+    methods   per sampler: a real shard of all windows, all bytes except those of the text's tokens
     ideas     per sampler: bits per entry of ids and counts with each further idea, pages only
-    synthetic the same at V = 128 256, on synthetic targets (marked as such)
+    synthetic the same as `methods` at V = 128 256, on synthetic targets
 
-`--hidden FOLDER` keeps the teacher's final hidden states: a second run needs no forward pass.
+`--hidden FOLDER` stores the teacher's final hidden states, so that a second run needs no forward
+pass.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 @dataclass
 class Draw:
-    """A window's entries: ids and counts [E], entries per position [L], tokens [L]."""
+    """Entries of a window: ids and counts [E], entries per position [L], tokens [L]."""
 
     ids: np.ndarray
     counts: np.ndarray
@@ -90,7 +91,7 @@ def targets_of(
 
 
 def in_a_shard(sampler: Sampler, targets: list[SparseTargets], tokens: np.ndarray) -> dict:
-    """Return the bytes of a shard of these windows, from the file itself."""
+    """Write a shard of these windows and return its bytes per token and bits per entry."""
     V = targets[0].vocab_size
     codec = codec_for(sampler, exact_weights=True)  # rounded_weights.py measures rounded ones
     identity = Identity({"name": "benchmark"}, "", V, "all", L, len(targets), {}, {}, 0, 1.0, codec)
@@ -101,15 +102,15 @@ def in_a_shard(sampler: Sampler, targets: list[SparseTargets], tokens: np.ndarra
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache.create(folder, identity)
         cache.commit(records, {})
-        figures = cache.statistics()
+        statistics = cache.statistics()
     return {
-        "entries_per_token": round(figures.entries_per_position, 2),
-        "bits_per_entry": round(figures.bits_per_entry, 3),
+        "entries_per_token": round(statistics.entries_per_position, 2),
+        "bits_per_entry": round(statistics.bits_per_entry, 3),
         "target_bytes_per_token": round(
-            figures.bits_per_entry * figures.entries_per_position / 8, 2
+            statistics.bits_per_entry * statistics.entries_per_position / 8, 2
         ),
-        "text_bytes_per_token": round(figures.text_bytes / figures.tokens, 2),
-        "windows_in_shard": figures.windows,
+        "text_bytes_per_token": round(statistics.text_bytes / statistics.tokens, 2),
+        "windows_in_shard": statistics.windows,
     }
 
 
@@ -124,7 +125,7 @@ def pages(columns: list[np.ndarray], classes: list[np.ndarray] | None = None) ->
 
 
 def row_gaps(draws: list[Draw], rank: np.ndarray) -> list[np.ndarray]:
-    """Code by position: sorted ids as gaps."""
+    """Return the gaps between sorted ids of each position; `rank` renumbers the ids."""
     out = []
     for d in draws:
         key = np.sort(d.owner.astype(np.int64) << 32 | rank[d.ids])
@@ -147,7 +148,7 @@ def unigram_bits(draws: list[Draw], frequency: np.ndarray) -> float:
 def inverted(
     draws: list[Draw], *, by_token: bool, classes: bool, hits: bool = False, joint: int = 1
 ) -> int:
-    """Code by id: lists of positions; `joint` windows share their lists."""
+    """Return the bits of ids as lists of positions per id; `joint` windows share their lists."""
     heads, sizes, gaps, kinds, flags = [], [], [], [], []
     for start in range(0, len(draws), joint):
         group = draws[start : start + joint]
@@ -223,13 +224,14 @@ def ideas(draws: list[Draw], frequency: np.ndarray) -> dict[str, float]:
 
 
 def draw_of(target: SparseTargets, tokens: np.ndarray) -> Draw:
+    """Convert the targets of a window to numpy arrays."""
     assert target.counts is not None
     lengths = target.entries_per_position.numpy()
     return Draw(target.ids.numpy(), target.counts.numpy(), lengths, tokens)
 
 
 def synthetic(vocab_size: int = 128256, windows: int = 4) -> Iterator[tuple[str, dict]]:
-    """Draw targets with Zipf-like priors whose positions of one token share likely ids."""
+    """Draw targets over Zipf-like priors in which equal tokens share likely ids."""
     chance = np.random.default_rng(0)
     prior = torch.from_numpy(-np.log(np.arange(vocab_size) + 20.0)).float()
     tokens = chance.zipf(1.3, (windows, L)).clip(max=vocab_size - 1).astype(np.int32)
@@ -251,6 +253,7 @@ def synthetic(vocab_size: int = 128256, windows: int = 4) -> Iterator[tuple[str,
 
 
 def _made_up(token: int, prior: torch.Tensor) -> torch.Tensor:
+    """Return synthetic logits [V] after a token: the prior, with some ids raised."""
     logits = prior.clone()
     likely = torch.from_numpy(np.random.default_rng(token).zipf(1.2, 60).clip(max=len(prior)) - 1)
     logits[likely] += 3.0

@@ -1,4 +1,4 @@
-"""Compare a training step from the cache with a step without a teacher, loading included.
+"""Compare a training step from the cache with a step without a teacher, including loading.
 
     python benchmarks/step.py [--teacher DIR --text FILE] --out benchmarks/step.json
 
@@ -6,9 +6,8 @@
                   the packed text, which has no targets
     cache         cached targets, read, decoded and padded in this process
     cache thinned as cache, thinned to 25 % of the rounds with fresh noise
-    cache worker  as cache, decoded by one DataLoader worker; --clock cpu does not count the
-    worker's
-                  time, nor, for any method, waiting for a disk
+    cache worker  as cache, decoded by one DataLoader worker; --clock cpu excludes the worker's time
+                  and, for all methods, waiting for a disk
     full          the teacher's whole distribution, with its forward pass in the step
 
 Each run is one optimiser step (AdamW, no accumulation), interleaved in random order. All methods
@@ -54,10 +53,11 @@ from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
 
 STUDENTS = {"even": 16, "head": 2}
-"""Layers at width 256: sixteen weigh 12.6 M parameters like the head, two 1.6 M."""
+"""Number of layers per student: at width 256, 16 layers have 12.6 M parameters, as the head has."""
 
 
 def student(layers: int, vocabulary: int, length: int) -> nn.Module:
+    """Return a Llama of width 256 with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -76,13 +76,11 @@ def batches(dataset: Any, batch: int, workers: int, rounds: int | None) -> Itera
     """Yield batches endlessly, in a new order per epoch."""
     thinning = None if rounds is None else Schedule.constant(rounds)
     sampler: Any = WindowSampler(WindowOrder(len(dataset)), thinning=thinning)
-    places = sampler
-    if isinstance(dataset, TextDataset):
-        places = _IndicesOnly(sampler)
+    indices = _IndicesOnly(sampler) if isinstance(dataset, TextDataset) else sampler
     loader = DataLoader(
         dataset,
         batch_size=batch,
-        sampler=places,
+        sampler=indices,
         collate_fn=collate,
         num_workers=workers,
         drop_last=True,
@@ -94,7 +92,7 @@ def batches(dataset: Any, batch: int, workers: int, rounds: int | None) -> Itera
 
 
 class _IndicesOnly:
-    """A sampler of the same order for a dataset without rounds: it yields indices only."""
+    """Sampler that yields only the window indices of another one, for datasets without rounds."""
 
     def __init__(self, sampler: WindowSampler) -> None:
         self.sampler = sampler
@@ -113,6 +111,7 @@ def stepper(
     loader: Iterator[dict],
     online: TransformersTeacher | None = None,
 ) -> Callable[[], None]:
+    """Return a function that runs one optimiser step with an objective."""
     plain, device = model.forward, next(model.parameters()).device
     bind(model, objective)
     forward, model.forward = model.forward, plain
@@ -132,6 +131,7 @@ def stepper(
 def measure(
     layers: int, cache: CacheDataset, text: TextDataset, online: TransformersTeacher, args: Any
 ) -> dict[str, Any]:
+    """Measure a step of every method with one student."""
     model = student(layers, cache.identity.vocab_size, cache.identity.window_length)
     quarter = max(1, args.rounds // 4)
 
@@ -158,7 +158,7 @@ def measure(
 
 
 def loader_cost(cache: CacheDataset, text: TextDataset, args: Any) -> dict[str, Any]:
-    """Return the microseconds per token of reading in this process; the minimum of ten batches."""
+    """Return the microseconds per token of reading in this process, the minimum of ten batches."""
 
     def least(dataset: Any, rounds: int | None = None) -> float:
         found = batches(dataset, args.batch, 0, rounds)
@@ -178,7 +178,7 @@ def loader_cost(cache: CacheDataset, text: TextDataset, args: Any) -> dict[str, 
 
 
 def built(online: TransformersTeacher, tokenizer: Any, corpus: PackedCorpus, args: Any) -> Path:
-    """Return a cache of the corpus, which is kept between runs."""
+    """Build a cache of the corpus, if it does not exist from an earlier run; return its folder."""
     root = WORK / f"cache-{args.length}-{args.windows}-{args.rounds}"
     build_caches(
         online,
@@ -232,7 +232,7 @@ def main() -> None:
         found["loading_share_of_a_step"] = round(extra / step, 5)
         report["students"][name] = found
         print(json.dumps({name: found}), flush=True)
-        if args.out:  # after each student: a run that is cut off has measured something
+        if args.out:  # after each student, so that an interrupted run has results
             args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

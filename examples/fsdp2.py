@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 examples/fsdp2.py --cache C --student S --out O --global-batch 64
 
-C is a cache, S the folder of a student's model, O the output folder. The same command, on any
+C is a cache, S the folder of the student model, O the output folder. The same command, on any
 number of ranks that divides the global batch, resumes from the newest checkpoint in O. A step on 2
 ranks equals one on 8, apart from rounding:
 
@@ -10,9 +10,10 @@ ranks equals one on 8, apart from rounding:
 - the loss is a mean over the positions of the global batch, not a mean of the ranks' means;
 - weights and optimizer are stored by torch.distributed.checkpoint, which reshards them on loading.
 
-A checkpoint gets its name when it is complete, so a job may die at any moment. The windows of an
-epoch after its last full global batch are skipped, different ones in each epoch. Dropout would draw
-different numbers after a restart. Load only your own checkpoints: torch's contain a pickle.
+A checkpoint gets its final name when it is complete, so a job may be killed at any moment. The
+windows after the last full global batch of an epoch are skipped; they differ between epochs.
+Dropout draws different numbers after a restart. Load only your own checkpoints, because torch's
+checkpoints contain a pickle.
 """
 
 from __future__ import annotations
@@ -47,23 +48,28 @@ from sparselogits.train.objective import Objective, bind
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", required=True, help="folder or URL of a finished cache")
     parser.add_argument("--student", required=True, help="folder of a transformers model to train")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--global-batch", type=int, default=64, help="windows per step")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--alpha", type=float, default=0.0, help="weight of the labels in the loss")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the windows")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the cache")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of AdamW")
+    parser.add_argument(
+        "--alpha", type=float, default=0.0, help="weight of the cross-entropy on labels in the loss"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the window order")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="reader processes per rank")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16; the weights stay in float32"
+    )
     return parser.parse_args()
 
 
 def begin() -> torch.device:
-    """Join the ranks that torchrun started, each with its own device."""
+    """Initialise the process group of torchrun, and return the device of this rank."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -77,7 +83,7 @@ def sharded_student(
 ) -> nn.Module:
     """Return the student with the loss in its forward, each layer sharded over all ranks.
 
-    The loss is bound first, because it must be inside the forward that FSDP wraps.
+    The loss is bound before sharding, because it must be inside the forward that FSDP wraps.
     """
     student: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     bind(student, Objective("sparse", alpha=alpha, temperature=dataset.identity.temperature))
@@ -93,7 +99,7 @@ def sharded_student(
 def batches(
     dataset: CacheDataset, sampler: WindowSampler, *, global_batch: int, workers: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield this rank's part of each remaining global batch of the sampler's epoch."""
+    """Yield this rank's part of each remaining global batch of the current epoch."""
     mine = global_batch // dist.get_world_size()
     loader = DataLoader(
         dataset, mine, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=True
@@ -107,7 +113,7 @@ def train_step(
     """Run one step on all ranks; return the loss in nats per position of the global batch."""
     positions = (batch["shift_labels"] != IGNORE_INDEX).sum()
     dist.all_reduce(positions)
-    # FSDP averages gradients over the ranks, so each divides by a rank's mean share of positions
+    # FSDP averages gradients over ranks, so each rank divides by the mean positions per rank
     loss = student(**batch, num_items_in_batch=positions / dist.get_world_size()).loss
     loss.backward()
     nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -125,7 +131,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     order: dict[str, int | str],
 ) -> None:
-    """Write a checkpoint; rank 0 names it when every rank's part is written."""
+    """Write a checkpoint; rank 0 renames it when the parts of all ranks are written."""
     weights, moments = get_state_dict(student, optimizer)
     unfinished = out / f"unfinished-{step:08d}"
     save_sharded({"student": weights, "optimizer": moments}, checkpoint_id=unfinished)
@@ -166,7 +172,9 @@ def main() -> None:
     device = begin()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if args.global_batch % ranks:
-        raise SystemExit(f"a global batch of {args.global_batch} does not divide by {ranks} ranks")
+        raise SystemExit(
+            f"--global-batch is {args.global_batch}; expected a multiple of the {ranks} ranks"
+        )
     dataset = CacheDataset(args.cache)
     order = WindowOrder(len(dataset), args.seed, dataset.identity.fingerprint)
     sampler = WindowSampler(order, rank=rank, world_size=ranks)
@@ -181,8 +189,8 @@ def main() -> None:
         for batch in batches(
             dataset, sampler, global_batch=args.global_batch, workers=args.workers
         ):
-            there = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss = train_step(student, optimizer, there)
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss = train_step(student, optimizer, on_device)
             step += 1
             if rank == 0:
                 print(json.dumps({"step": step, "epoch": epoch, "loss": loss}), flush=True)

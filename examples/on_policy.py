@@ -6,9 +6,9 @@
 In each step the student completes a batch of prompts at temperature 1, the teacher reads
 the completions, and the student minimises KL(student || teacher) over the whole vocabulary at every
 token of the completions. This is the objective of MiniLLM (arXiv 2306.08543) without the part of
-its gradient that passes through the choice of the samples, or GKD (arXiv 2306.13649) with beta 1
-and lambda 1. TRL's `DistillationTrainer` trains: it is TRL's successor of `GKDTrainer` for this
-setting, and TRL has no trainer for MiniLLM any more. Needs trl 1.16 or newer.
+its gradient that passes through the sampling of the tokens, or GKD (arXiv 2306.13649) with beta 1
+and lambda 1. Training uses TRL's `DistillationTrainer`, the successor of `GKDTrainer` for this
+setting; TRL no longer has a trainer for MiniLLM. Needs trl 1.16 or newer.
 
 PROMPTS is a file of JSON lines with `prompt` (text, or a list of messages for the chat template),
 or plain text with one prompt per line. docs/training.md lists the pitfalls.
@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> Dataset:
 
 
 class OnPolicyTrainer(DistillationTrainer):
-    """A TRL trainer that computes the loss in bfloat16 if `bf16` is set.
+    """TRL trainer that computes the loss in bfloat16 if `bf16` is set.
 
     In TRL 1.16 `bf16` affects only generation: the loss is computed in a forward that replaces the
     one that accelerate runs under autocast.
@@ -57,12 +57,12 @@ def make_trainer(
     out: Path,
     **settings: Any,
 ) -> OnPolicyTrainer:
-    """Make the trainer: reverse KL on the student's own completions.
+    """Return a trainer that minimises the reverse KL on the student's own completions.
 
     Args:
-        student: model with float32 weights; small updates vanish in bfloat16 weights.
+        student: model with float32 weights, because small updates are lost in bfloat16 weights.
         teacher: model with the same vocabulary size, in any dtype.
-        tokenizer: the tokenizer of both.
+        tokenizer: tokenizer of student and teacher.
         prompts: dataset with a column `prompt`.
         out: output folder of the trainer.
         settings: fields of `DistillationConfig` to change.
@@ -73,7 +73,7 @@ def make_trainer(
         "max_completion_length": 128,
         "per_device_train_batch_size": 8,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 0.05,  # below one: a share of the steps
+        "warmup_steps": 0.05,  # below 1: a fraction of all steps
         "gradient_checkpointing": False,  # on by default, and slower where memory suffices
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
@@ -83,11 +83,11 @@ def make_trainer(
         "disable_tqdm": True,
     }
     config = DistillationConfig(str(out), **(given | settings))
-    together = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if len(prompts) < together:  # TRL drops a batch that is not full, and would train on none
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if len(prompts) < batch:  # TRL drops incomplete batches, and would train on nothing
         raise SystemExit(
-            f"{len(prompts)} prompts do not fill a batch of {together}: give more prompts, or a "
-            "smaller --batch"
+            f"found {len(prompts)} prompts, expected at least one batch of {batch}; give more "
+            "prompts, or a smaller --batch"
         )
     return OnPolicyTrainer(
         student, teacher, config, train_dataset=prompts, processing_class=tokenizer
@@ -97,14 +97,16 @@ def make_trainer(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", required=True, help="folder of the student's model")
-    parser.add_argument("--teacher", required=True, help="folder or hub name, or demo")
-    parser.add_argument("--prompts", required=True, type=Path, help="JSON lines, or plain text")
+    parser.add_argument(
+        "--teacher", required=True, help="folder or hub name of the teacher, or demo"
+    )
+    parser.add_argument("--prompts", required=True, type=Path, help="JSON lines or plain text")
     parser.add_argument("--out", required=True, type=Path, help="folder for the trained model")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps")
-    parser.add_argument("--learning-rate", type=float, default=1e-5, help="peak of AdamW's rate")
+    parser.add_argument("--learning-rate", type=float, default=1e-5, help="peak rate of AdamW")
     parser.add_argument("--batch", type=int, default=8, help="prompts per step")
-    parser.add_argument("--completion", type=int, default=128, help="tokens per completion at most")
-    parser.add_argument("--seed", type=int, default=0, help="order of the prompts, and samples")
+    parser.add_argument("--completion", type=int, default=128, help="maximum tokens per completion")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of order and samples")
     arguments = parser.parse_args()
     prompts = read_prompts(arguments.prompts)
     tokenizer = load_tokenizer(arguments.student)
@@ -129,7 +131,7 @@ def main() -> None:
     print(f"KL(student || teacher) on the student's own text: {first:.3f} first, {last:.3f} last")
     trainer.model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    print(f"saved to {arguments.out}; measure it with: sparselogits eval {arguments.out}")
+    print(f"saved to {arguments.out}; evaluate it with: sparselogits eval {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Fine-tune a chat teacher with TRL, cache targets of its answers, distil a student.
+"""Fine-tune a chat teacher with TRL, cache targets of its answers, and distil a student.
 
     python examples/trl_chat.py --out runs/chat
     python examples/trl_chat.py --out runs/chat --teacher MODEL --chats chats.jsonl --window 1024
 
-One `datasets.Dataset` with a `messages` column feeds both trainers, one `SFTConfig` sets them up,
-and both learn only the assistant's turns: TRL by `assistant_only_loss`, the cache by
+Both trainers read one `datasets.Dataset` with a `messages` column, have one `SFTConfig`, and learn
+only the assistant's turns: TRL by `assistant_only_loss`, the cache by
 `completion_only` (the teacher reads the prompts, but they are neither cached nor trained on).
 
-Without --teacher a small teacher is made and fine-tuned on questions and answers cut from the
+Without --teacher, a small teacher is created and fine-tuned on questions and answers from the
 language reference that comes with Python; this takes seconds on a CPU.
 """
 
@@ -32,7 +32,7 @@ from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_tokenizer
 
-# ChatML; TRL finds the assistant's text by the `generation` marks
+# ChatML; the `generation` blocks mark the assistant's text for TRL
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>
 {% endgeneration %}{% else %}{{ message.content }}<|im_end|>
@@ -41,21 +41,21 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def chats_from_python() -> Dataset:
-    """Make conversations of two questions and two answers from the language reference."""
+    """Return conversations of two questions and two answers from the language reference."""
     rows = []
     for name, page in sorted(topics.items()):
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n\n+", page)]
-        told = [part for part in paragraphs if 80 < len(part) < 400]
-        for first, second in list(zip(told[::2], told[1::2], strict=False))[:3]:
-            talk = [f"Explain `{name}`.", first, "Go on.", second]
+        answers = [part for part in paragraphs if 80 < len(part) < 400]
+        for first, second in list(zip(answers[::2], answers[1::2], strict=False))[:3]:
+            texts = [f"Explain `{name}`.", first, "Go on.", second]
             roles = ("user", "assistant", "user", "assistant")
-            turns = [{"role": r, "content": text} for r, text in zip(roles, talk, strict=True)]
+            turns = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
             rows.append({"messages": turns})
     return Dataset.from_list(rows)
 
 
 def make_teacher(chats: Dataset, folder: Path, steps: int, device: str) -> None:
-    """Make a small teacher and fine-tune it on the assistant's turns by TRL."""
+    """Create a small teacher and fine-tune it on the assistant's turns with TRL."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -81,6 +81,7 @@ def make_teacher(chats: Dataset, folder: Path, steps: int, device: str) -> None:
 
 
 def new_model(vocab_size: int, *, width: int) -> LlamaForCausalLM:
+    """Return a Llama of two layers with random weights."""
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=vocab_size,
@@ -96,6 +97,7 @@ def new_model(vocab_size: int, *, width: int) -> LlamaForCausalLM:
 
 
 def settings(out: Path, steps: int, device: str, **changes: object) -> SFTConfig:
+    """Return the settings that both trainers share, with changes."""
     given: dict[str, object] = {
         **{"max_steps": steps, "learning_rate": 3e-3, "per_device_train_batch_size": 8},
         **{"logging_steps": 10, "save_strategy": "no", "report_to": "none", "bf16": False},
@@ -106,12 +108,12 @@ def settings(out: Path, steps: int, device: str, **changes: object) -> SFTConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher", help="a chat model; default: make a small one")
-    parser.add_argument("--chats", help="JSON lines with `messages`; default: Python's manual")
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--teacher", help="chat model; default: a new small one")
+    parser.add_argument("--chats", help="JSON lines with `messages`; default: from Python's manual")
+    parser.add_argument("--window", type=int, default=128, help="tokens per window")
+    parser.add_argument("--rounds", type=int, default=21, help="sampling rounds per token")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each training")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chats = chats_from_python()
@@ -144,7 +146,7 @@ def main() -> None:
     stored = torch.stack([window["targets"].entries_per_position for window in windows])
     print(f"{len(windows)} windows; {learnt.float().mean():.0%} of the positions are learnt")
     print(f"entries stored where nothing is learnt: {int(stored[~learnt].sum())}")
-    print(f"entries a learnt position: {stored[learnt].float().mean():.1f}")
+    print(f"entries per learnt position: {stored[learnt].float().mean():.1f}")
 
     trainer = SparseKDTrainer(
         new_model(teacher.vocab_size, width=64),

@@ -130,5 +130,5 @@ def test_prompts_are_text_or_messages_and_have_to_fill_a_batch(
     file.write_text("".join(json.dumps({"prompt": said, "id": i}) + "\n" for i in range(3)))
     rows = example["read_prompts"](file)
     assert rows[:] == {"prompt": [said] * 3}
-    with pytest.raises(SystemExit, match="3 prompts do not fill a batch of 8"):
+    with pytest.raises(SystemExit, match="found 3 prompts, expected at least one batch of 8"):
         example["make_trainer"](None, None, None, rows, tmp_path)
