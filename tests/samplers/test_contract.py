@@ -23,6 +23,7 @@ from sparselogits.samplers import (
     thinning_starts,
     window_uniforms,
 )
+from sparselogits.samplers.distribution import Blocks
 from sparselogits.samplers.sampler import Sampler
 from sparselogits.targets import thinning_choices
 from tests.samplers.distributions import logits_of
@@ -148,6 +149,9 @@ def test_heads_keep_raw_probabilities() -> None:
     torch.testing.assert_close(
         TopK(9)(logits, torch.zeros(20, 0)).mass().double(), top.values.sum(-1), atol=0, rtol=1e-6
     )
+    values, ids = Blocks.of(logits).largest(600)
+    assert torch.equal(values[:, :500], logits.sort(descending=True).values)
+    assert torch.equal(logits.gather(1, ids[:, :500]), values[:, :500])
     nucleus = TopP(0.5, 500)(logits, torch.zeros(20, 0))
     short = nucleus.mass() - nucleus.padded()[1].masked_fill(nucleus.padded()[1] == 0, 2).amin(-1)
     assert bool((nucleus.mass() >= 0.5 - 1e-6).all())

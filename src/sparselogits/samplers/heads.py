@@ -4,7 +4,8 @@ Both are biased: the tail is missing, and a student trained on the head alone le
 over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
 loss decides at training time what to do with the missing mass.
 
-Cost: one selection of the K largest logits and one pass for the normaliser.
+Cost: one pass for the normaliser, and one for the largest logit of each block of 64 ids, which
+contain the K largest logits.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _select(logits: Tensor, first_position: int, most: int, until: float | None)
     from sparselogits.targets import SparseTargets, offsets_from_lengths
 
     blocks = Blocks.of(logits, first_position=first_position)
-    values, ids = logits.topk(min(most, logits.shape[1]), dim=-1)
+    values, ids = blocks.largest(most)
     probabilities = (values.double() - blocks.log_normaliser).exp()
     kept = values > -torch.inf
     if until is not None:
