@@ -1,8 +1,8 @@
-"""Sum blocks of weights by a C function, which is compiled when it is first worthwhile.
+"""Sum blocks of weights by a C function, which is compiled when that is first worthwhile.
 
-`block_sums.c` computes what `distribution.torch_block_sums` computes, in one pass over each row.
-The machine's C compiler (environment variable CC, `cc` by default) compiles it into a temporary
-folder, in about half a second per process. The function is used only if its results for test
+`block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block`, in one pass over each
+row. The machine's C compiler (environment variable CC, `cc` by default) compiles it into a
+temporary folder, in about half a second per process. It is used only if its results for test
 logits equal those of PyTorch in every bit, so a cache has the same bytes with and without a
 compiler. `CC=false` disables it.
 """
@@ -15,7 +15,6 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,9 +22,7 @@ import torch
 from torch import Tensor
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Largest logits, shifts, sums and moments; see `distribution.torch_block_sums`."""
-
-BlockSums = Callable[[Tensor, float, float, bool], Sums]
+"""Largest logits, shifts, sums and moments."""
 
 WORTHWHILE = 2**22
 """Smallest number of logits that the function is compiled for. PyTorch takes 5 ms for them."""
@@ -47,20 +44,64 @@ _SECONDS = 60
 _log = logging.getLogger(__name__)
 
 
-@cache
-def block_sums() -> BlockSums | None:
-    """Compile `block_sums.c`; return None where it cannot be compiled or is not exact.
+class Library:
+    """The compiled function, for contiguous float32 logits on a CPU.
 
-    The result takes the arguments of `distribution.torch_block_sums`; logits must be contiguous
-    float32 on a CPU.
+    Args:
+        path: path of the library; it stays loaded when the file is deleted.
     """
+
+    def __init__(self, path: str) -> None:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        single, double = ctypes.c_float, ctypes.c_double
+        self._function = ctypes.CDLL(path).block_sums
+        self._function.argtypes = [ctypes.c_int, pointer, size, size]
+        self._function.argtypes += [double, single, single, double, *[pointer] * 4]
+        self._function.restype = None
+
+    def sums(
+        self,
+        logits: Tensor,
+        slope: float,
+        factors: tuple[float, float],
+        heavy: float,
+        with_moment: bool,
+    ) -> Sums:
+        """Sum weights by block.
+
+        Args:
+            logits: float32 [P, V], with V a multiple of 64.
+            slope: factor of a logit in the exponent of its weight.
+            factors: the same for float32, see `distribution._factors`.
+            heavy: see `distribution._HEAVY`.
+            with_moment: whether to compute the moments.
+
+        Returns:
+            See `distribution._torch_sums`; heavy blocks are summed in float64.
+        """
+        rows, vocabulary = logits.shape
+        peaks, shifts = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.float64)
+        sums = torch.empty(rows, vocabulary // 64, dtype=torch.float64)
+        moments = torch.empty_like(sums) if with_moment else None
+        self._function(
+            *(torch.get_num_threads(), logits.data_ptr(), rows, vocabulary),
+            *(slope, *factors, heavy),
+            *(peaks.data_ptr(), shifts.data_ptr(), sums.data_ptr()),
+            None if moments is None else moments.data_ptr(),
+        )
+        return peaks, shifts, sums, moments
+
+
+@cache
+def library() -> Library | None:
+    """Compile `block_sums.c`; return None where it cannot be compiled or is not exact."""
     try:
         found = _compile(_INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()])
     except KeyError as error:
         _log.info("block sums were not compiled: no options for instruction set %s", error)
     except subprocess.CalledProcessError as error:
         _log.info("block sums were not compiled: %s", error.stderr.decode(errors="replace"))
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         _log.info("block sums were not compiled: %s", error)
     else:
         if _is_exact(found):
@@ -69,55 +110,40 @@ def block_sums() -> BlockSums | None:
     return None
 
 
-def _compile(instructions: list[str]) -> BlockSums:
-    """Compile and load the source. The library stays loaded when its file is deleted.
+def _compile(instructions: list[str]) -> Library:
+    """Compile and load the source.
 
     Raises:
         OSError: there is no compiler, or the library cannot be loaded.
         subprocess.CalledProcessError: the compiler failed.
         subprocess.TimeoutExpired: the compiler took longer than a minute.
         ValueError: CC cannot be parsed.
+        AttributeError: the library lacks a function.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
-        made, library = f"{folder}/block_sums.o", f"{folder}/block_sums.so"
+        made, path = f"{folder}/block_sums.o", f"{folder}/block_sums.so"
         # Linked without -fopenmp, so that the OpenMP library is the one that PyTorch has loaded:
         # two libraries would have two pools of threads.
         for command in (
             [*compiler, *_FLAGS, *instructions, "-c", str(_SOURCE), "-o", made],
-            [*compiler, "-shared", made, "-o", library],
+            [*compiler, "-shared", made, "-o", path],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-        function = ctypes.CDLL(library).block_sums
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    function.argtypes = [ctypes.c_int, pointer, size, size, number, number, *[pointer] * 4]
-    function.restype = None
-
-    def call(logits: Tensor, slope: float, remainder: float, with_moment: bool) -> Sums:
-        rows, vocabulary = logits.shape
-        peaks, shifts = torch.empty(rows, 1), torch.empty(rows, 1)
-        sums = torch.empty(rows, vocabulary // 64, dtype=torch.float64)
-        moments = torch.empty_like(sums) if with_moment else None
-        results = (peaks, shifts, sums, moments)
-        function(
-            *(torch.get_num_threads(), logits.data_ptr(), rows, vocabulary, slope, remainder),
-            *(None if result is None else result.data_ptr() for result in results),
-        )
-        return results
-
-    return call
+        return Library(path)
 
 
-def _is_exact(found: BlockSums) -> bool:
+def _is_exact(found: Library) -> bool:
     """Return whether results equal those of PyTorch, for small to large logits and masked ids."""
-    from sparselogits.samplers.distribution import factors, torch_block_sums
+    from sparselogits.samplers.distribution import sum_by_block
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 4096, generator=generator) * torch.logspace(-3, 2, 64)[:, None]
     logits[1::2, 2048:2100] = -torch.inf
     for exponent in (0.7, 1.0):
-        given = (logits, *factors(exponent), exponent == 1.0)
-        for expected, result in zip(torch_block_sums(*given), found(*given), strict=True):
-            if expected is not None and not (result is not None and expected.equal(result)):
+        _, expected = sum_by_block(logits, exponent, with_moment=True, library=None)
+        _, result = sum_by_block(logits, exponent, with_moment=True, library=found)
+        for name in ("shift", "sums", "moment"):
+            if not getattr(expected, name).equal(getattr(result, name)):
                 return False
     return True

@@ -18,7 +18,7 @@ benchmarks/sampling.py). A token of probability zero, such as a masked one, is n
 
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
-Cost: about 1.3 `torch.softmax` over the same logits in warm memory where a C compiler is found
+Cost: about 1.1 `torch.softmax` over the same logits in warm memory where a C compiler is found
 (compiled.py), about 2 otherwise (benchmarks/sampling.py).
 Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
 block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
@@ -47,15 +47,17 @@ BLOCK = 64
 POSITIONS_AT_ONCE = 64
 """Number of positions whose block sums are in memory together on a CPU."""
 
-# A block is summed in float64 if its share of the mass, times the largest probability, exceeds
-# this. The float32 errors of the other blocks change no marginal by 1e-9.
-_REFINE = 2.0**-14
 _TINY = torch.finfo(torch.float64).tiny
 _LOG2_E = 1 / math.log(2)
 _NOTHING = -1e3  # a finite exponent for which the weight is 0, since 0 * -inf is NaN
 # Exponent of the likeliest token. Float32 exponents are more accurate close to zero, where those of
 # light blocks are then; the others are computed again in float64.
 _PEAK = 8
+# A block is heavy, and summed in float64, if its sum exceeds this times the square of the total.
+# Then its share of the mass, times the largest probability, exceeds 2**-14. The float32 errors of
+# the other blocks change no marginal by 1e-9.
+_HEAVY = 2.0 ** (-14 - _PEAK)
+_UNIT = 2**20  # scale of the fixed-point total, which does not depend on the order of the sum
 _SCRATCH = {"cpu": 2**19, "other": 2**26}  # number of float32 weights in memory together
 
 
@@ -101,15 +103,16 @@ class Blocks:
             InvalidLogitsError: NaN, +inf, or a row of -inf only.
         """
         whole = _whole_blocks(logits)
-        peak, shift, sums, moments = _block_sums(whole, exponent, with_moment)
+        worthwhile = (
+            whole.device.type == "cpu"
+            and whole.dtype == torch.float32
+            and whole.numel() >= compiled.WORTHWHILE
+            and exponent != 0
+        )
+        library = compiled.library() if worthwhile else None
+        peak, blocks = sum_by_block(whole, exponent, with_moment, library)
         _require_finite(logits, peak, first_position)
-        shift = shift.double() * (1 + factors(exponent)[1])
-        moment = None if moments is None else moments.sum(-1)
-        coarse = cls(whole, shift, sums, exponent, moment=moment)
-        heavy = sums * coarse.weights_of(peak, shift) > _REFINE * coarse.total.square()
-        blocks = heavy.flatten().nonzero()[:, 0]
-        sums.view(-1)[blocks] = coarse.weights_in(blocks).sum(-1)
-        return coarse
+        return blocks
 
     @property
     def total(self) -> Tensor:
@@ -156,7 +159,7 @@ class Blocks:
         Returns:
             Logits [R, K] and their ids, int64 [R, K]; an id whose logit is -inf may be padding.
         """
-        by_block = self.logits.unflatten(1, (-1, BLOCK))
+        by_block = self.logits.view(*self.sums.shape, BLOCK)
         chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
         candidates = by_block.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
         values, place = candidates.topk(min(most, candidates.shape[1]))
@@ -287,40 +290,39 @@ def _whole_blocks(logits: Tensor) -> Tensor:
     return logits.contiguous()
 
 
-def _block_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
-    """Return what `torch_block_sums` returns, computed by the compiled function where there is one.
+def sum_by_block(
+    logits: Tensor, exponent: float, with_moment: bool, library: compiled.Library | None
+) -> tuple[Tensor, Blocks]:
+    """Return the largest logits [P, 1] and the proposals of P positions.
 
     Args:
-        logits: float [P, V], with V a multiple of 64.
+        logits: contiguous float [P, V], with V a multiple of 64.
         exponent: exponent of the proposal.
-        with_moment: whether to compute the moments.
+        with_moment: whether to compute the moment.
+        library: compiled function, which returns the same numbers; None uses PyTorch.
     """
-    slope, remainder = factors(exponent)
-    if (
-        logits.device.type == "cpu"
-        and logits.dtype == torch.float32
-        and exponent != 0
-        and logits.numel() >= compiled.WORTHWHILE
-        and (fast := compiled.block_sums()) is not None
-    ):
-        return fast(logits, slope, remainder, with_moment)
-    return torch_block_sums(logits, slope, remainder, with_moment)
+    if library is None:
+        peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)
+    else:
+        slope, factors = exponent * _LOG2_E, _factors(exponent)
+        peak, shift, sums, moments = library.sums(logits, slope, factors, _HEAVY, with_moment)
+    moment = None if moments is None else moments.sum(-1)
+    blocks = Blocks(logits, shift, sums, exponent, moment=moment)
+    if library is None:
+        total = (sums * _UNIT).to(torch.int64).sum(-1, keepdim=True).double() / _UNIT
+        heavy = (sums > _HEAVY * total.square()).flatten().nonzero()[:, 0]
+        sums.view(-1)[heavy] = blocks.weights_in(heavy).sum(-1)
+    return peak, blocks
 
 
-def torch_block_sums(
-    logits: Tensor, slope: float, remainder: float, with_moment: bool
-) -> compiled.Sums:
-    """Sum weights by block in float32; block_sums.c does the same operations in the same order.
+def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
+    """Sum weights by block in float32; see `sum_by_block`.
 
-    Args:
-        logits: float [P, V], with V a multiple of 64.
-        slope: see `factors`.
-        remainder: see `factors`.
-        with_moment: whether to compute the moments.
+    block_sums.c does these operations in the same order.
 
     Returns:
-        Largest logits [P, 1]; their exponents without `remainder`, less 8, [P, 1]; sums of weights
-        float64 [P, B]; sums of weights times exponents float64 [P, B], or None.
+        Largest logits [P, 1]; shifts float64 [P, 1]; sums of weights float64 [P, B]; sums of
+        weights times exponents float64 [P, B], or None.
     """
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
@@ -333,27 +335,28 @@ def torch_block_sums(
     high = torch.promote_types(logits.dtype, torch.float32)
     peaks = torch.empty(positions, 1, dtype=high, device=logits.device)
     shifts = torch.zeros_like(peaks)
+    factor, remainder = _factors(exponent)
     for start in range(0, positions, at_once):
         part = slice(start, min(start + at_once, positions))
         power, weight = powers[: part.stop - start], weights[: part.stop - start]
         few = logits[part]
         peaks[part] = few.amax(-1, keepdim=True)
-        if slope == 0:
+        if exponent == 0:
             torch.gt(few, -torch.inf, out=weight)  # 0 * inf is NaN
         else:
-            shifts[part] = (peaks[part] * slope).round() - _PEAK
-            torch.add(-shifts[part], few, alpha=slope, out=power)
+            shifts[part] = peaks[part] * factor - _PEAK
+            torch.add(-shifts[part], few, alpha=factor, out=power)
             power.add_(power, alpha=remainder)
             torch.exp2(power, out=weight)
         sums[part] = weight.view(-1, blocks, BLOCK).sum(-1)
         if moments is not None:
             torch.mul(weight, power.clamp_min_(_NOTHING), out=power)
             moments[part] = power.view(-1, blocks, BLOCK).sum(-1)
-    return peaks, shifts, sums, moments
+    return peaks, shifts.double() * (1 + remainder), sums, moments
 
 
 @cache
-def factors(exponent: float) -> tuple[float, float]:
+def _factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a and b such that a * (1 + b) is exponent / ln 2 within 1e-10.
 
     The rounding error of a single float32 factor, up to 6e-8, is the same for all tokens, so it
@@ -361,8 +364,8 @@ def factors(exponent: float) -> tuple[float, float]:
     """
     if exponent == 0:
         return 0.0, 0.0
-    slope = float(np.float32(exponent * _LOG2_E / (1 + 2.0**-10)))
-    return slope, float(np.float32(exponent * _LOG2_E / slope - 1))
+    factor = float(np.float32(exponent * _LOG2_E / (1 + 2.0**-10)))
+    return factor, float(np.float32(exponent * _LOG2_E / factor - 1))
 
 
 def _require_finite(logits: Tensor, peak: Tensor, first_position: int) -> None:
