@@ -30,6 +30,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from experiments.compare.tables import Seeds, said, tables_of  # noqa: E402
 from experiments.healing.tables import filled as in_places  # noqa: E402
+from experiments.healing.tables import over_seeds_or_windows  # noqa: E402
 
 from sparselogits.evaluate import Estimate  # noqa: E402
 from sparselogits.evaluate.intervals import two_sided_p  # noqa: E402
@@ -232,6 +233,7 @@ class Findings:
         self.many_epochs = stored("many_epochs.json")
         self.drafting = stored("drafting_small_teacher.json")
         self.healing_table = "\n".join(healing())
+        self.on_policy = stored("healing_on_policy.json")
 
     def mean(
         self, setting: str, method: str, metric: str = "loss", digits: int = 3, scale: float = 1
@@ -292,6 +294,16 @@ class Findings:
         if other:
             return said(seeds.less(method, other, metric), digits, scale, "+")
         return said(seeds.mean(method, metric), digits, scale)
+
+    def arm(self, name: str, metric: str, digits: int = 3) -> str:
+        """Write a metric of an arm of on_policy.py, mean over its seeds."""
+        found = [row[metric] for row in self.on_policy["arms"] if row["arm"] == name]
+        return f"{sum(found) / len(found):,.{digits}f}"
+
+    def arms(self, name: str, other: str, metric: str, digits: int = 3) -> str:
+        """Write the difference of two arms of on_policy.py, with its interval."""
+        both = ([row for row in self.on_policy["arms"] if row["arm"] == n] for n in (name, other))
+        return said(over_seeds_or_windows(*both, metric)[0], digits, 1, "+")
 
     def bytes(self, setting: str, method: str) -> str:
         """Return the bytes of the cached targets per token."""

@@ -1,8 +1,7 @@
 """Print the tables of the healing experiments, or write them into the pages.
 
     python experiments/healing/tables.py            print every table
-    python experiments/healing/tables.py --write    write them into docs/compress.md and
-                                                    docs/results.md
+    python experiments/healing/tables.py --write    write them into the pages of PAGES
 
 A page marks a table by the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
 a file of experiments/results without its suffix, such as healing_layers24.
@@ -26,7 +25,7 @@ from sparselogits.lab.compare.results import Ends
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
-PAGES = (ROOT / "docs" / "compress.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "compress.md", ROOT / "docs" / "results.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 RIVAL = "Top-12 ghost"
 HEAD = (
@@ -129,19 +128,26 @@ def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
 
 
 def over_seeds_or_windows(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], metric: str
 ) -> tuple[Estimate, str]:
-    """Return the difference of two arms in reverse KL per sequence, and what is resampled."""
+    """Return the difference of two arms with its interval, and what the interval is over.
+
+    Args:
+        first: rows of an arm, one per seed.
+        second: rows of the arm that is subtracted.
+        metric: "kl" or "reverse_kl_of_a_sequence".
+    """
     seeds = [row["seed"] for row in first if row["seed"] in {other["seed"] for other in second}]
     by_seed = [{row["seed"]: row for row in arm} for arm in (first, second)]
     if len(seeds) > 1:
-        name = "reverse_kl_of_a_sequence"
-        return t_interval([by_seed[0][s][name] - by_seed[1][s][name] for s in seeds]), "seeds"
+        return t_interval([by_seed[0][s][metric] - by_seed[1][s][metric] for s in seeds]), "seeds"
     sums = []
-    for own in by_seed:
-        text = own[seeds[0]]["own_text"]["reverse_kl"]
-        prompts = own[seeds[0]]["prompts_per_window"]
-        sums.append(torch.tensor([[nats, prompts] for nats in text], dtype=torch.float64))
+    for own in (rows[seeds[0]] for rows in by_seed):
+        if metric == "kl":
+            pairs = [[nats, 1] for nats in own["kl_by_window"]]
+        else:
+            pairs = [[nats, own["prompts_per_window"]] for nats in own["own_text"]["reverse_kl"]]
+        sums.append(torch.tensor(pairs, dtype=torch.float64))
     return paired_interval(sums[0], sums[1], ratio), "held-out windows"
 
 
@@ -149,6 +155,7 @@ PAIRS = (
     ("healed, then on-policy", "healed for longer"),
     ("healed, then on-policy", "on-policy for longer"),
     ("healed, then on-policy", "full KD"),
+    ("healed for longer", "full KD"),
 )
 
 
@@ -191,10 +198,43 @@ def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
     ]
     for first, second in PAIRS:
         if first in arms and second in arms:
-            found, over = over_seeds_or_windows(arms[first], arms[second])
+            name = "reverse_kl_of_a_sequence"
+            found, over = over_seeds_or_windows(arms[first], arms[second], name)
             said = with_ends(found.mean, found, 2)
             lines.append(f"Reverse KL per sequence, {first} less {second}: {said}, over {over}.")
     return lines
+
+
+NAMES_OF_ARMS = {
+    "full KD": ("full KD (Hinton et al., 2015)", "online"),
+    "healed for longer": ("systematic 12, cached", "one pass, before training"),
+    "on-policy for longer": ("on-policy reverse KL (MiniLLM, GKD)", "online"),
+    "healed, then on-policy": ("systematic 12, cached, then on-policy", "one pass, then online"),
+}
+"""Arm of on_policy.py -> name of its method and use of the teacher, in the README's table."""
+
+
+def methods_table(stored: Mapping[str, Any]) -> list[str]:
+    """Return the table of methods trained for equal time, from the arms of on_policy.py."""
+    head = (
+        *("method", "teacher", "seconds", "tokens", "KL", "accepted %"),
+        "reverse KL on its own text",
+    )
+    first = min(row["seed"] for row in stored["arms"])
+    arms = {row["arm"]: row for row in stored["arms"] if row["seed"] == first}
+    rows = [
+        [
+            *words,
+            number(arms[name]["total_seconds"], 0),
+            f"{arms[name]['tokens']:,}",
+            number(arms[name]["kl"], 3),
+            number(arms[name]["acceptance"], 1, 100),
+            number(arms[name]["reverse_kl"], 3),
+        ]
+        for name, words in NAMES_OF_ARMS.items()
+        if name in arms
+    ]
+    return rows_of(head, rows)
 
 
 def in_use_table(stored: Mapping[str, Any]) -> list[str]:
@@ -223,20 +263,22 @@ def in_use_table(stored: Mapping[str, Any]) -> list[str]:
 
 
 TABLES = {
-    "healing_rates": rates_table,
-    "healing_on_policy": on_policy_table,
-    "healing_in_use": in_use_table,
+    "healing_rates": ("healing_rates", rates_table),
+    "healing_on_policy": ("healing_on_policy", on_policy_table),
+    "healing_methods": ("healing_on_policy", methods_table),
+    "healing_in_use": ("healing_in_use", in_use_table),
 }
-"""Functions for the tables of files that do not contain a comparison."""
+"""Tables of files that do not contain a comparison: name -> (file, function)."""
 
 
 def table(name: str) -> list[str]:
-    """Return the table of a file of experiments/results, or "Not run." if it does not exist."""
-    file = RESULTS / f"{name}.json"
+    """Return the table of a name, or "Not run." if its file does not exist."""
+    stored, make = TABLES.get(name, (name, None))
+    file = RESULTS / f"{stored}.json"
     if not file.exists():
         return ["Not run."]
-    if name in TABLES:
-        return TABLES[name](json.loads(file.read_text()))
+    if make is not None:
+        return make(json.loads(file.read_text()))
     return comparison_table(read_results(file))
 
 

@@ -133,7 +133,10 @@ FOOTERS: dict[str, tuple[Change, str]] = {
     "entries true": (about(entries=True), "entries is True"),
     "positions a float": (about(positions=1.5), "positions is 1.5"),
     "loss null": (about(teacher_loss=None), "teacher_loss is None"),
-    "loss NaN": (lambda s: setattr(s, "text", b'{"teacher_loss": NaN}'), "NaN is not a JSON number"),
+    "loss NaN": (
+        lambda s: setattr(s, "text", b'{"teacher_loss": NaN}'),
+        "NaN is not a JSON number",
+    ),
     "nested deep": (lambda s: setattr(s, "text", b"[" * 10**5), "nested too deep"),
     "many values": (
         lambda s: setattr(s, "text", b"[" + b"[]," * 10**6 + b"0]"),
