@@ -55,6 +55,31 @@ def test_samplers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run_examples(attrgetter(name)(module), name, names)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lab.planning", "device_kind"),
+        ("lab.planning", "plan"),
+        ("lab.planning", "quantity"),
+        ("evaluate", "evaluate"),
+        ("evaluate", "fieller_interval"),
+        ("train", "run"),
+    ],
+)
+def test_functions_of_packages(
+    module: str, name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(cache, tmp_path / "my-cache")
+    tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
+    (tmp_path / "recipe.yaml").write_text(
+        "cache: my-cache\nout: my-run\nstudent: {path: my-student}\nper_device_train_batch_size: 2"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = importlib.import_module(f"sparselogits.{module}")
+    names = {each: getattr(found, each) for each in found.__all__}
+    run_examples(names[name], name, names)
+
+
 def run_examples(described: object, name: str, names: dict[str, object]) -> None:
     (test,) = doctest.DocTestFinder(recurse=False).find(described, name, globs=names)
     assert test.examples, f"{name} has no example"

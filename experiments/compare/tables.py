@@ -17,7 +17,7 @@ import numpy as np
 
 from sparselogits.evaluate import Estimate, fieller_interval, t_interval
 from sparselogits.lab.compare import MethodRow, Results, read_results
-from sparselogits.lab.compare.results import Figure, OfBatches
+from sparselogits.lab.compare.results import MetricEstimate, OfBatches
 from sparselogits.lab.compare.tasks import column_of
 
 HEAD = (
@@ -224,7 +224,7 @@ def tasks_table(results: Results) -> list[str]:
     return lines
 
 
-def over_samples(score: Figure | None, scale: float, digits: int) -> str:
+def over_samples(score: MetricEstimate | None, scale: float, digits: int) -> str:
     """Format the score of a task with its bootstrap interval over samples."""
     if score is None:
         return "-"

@@ -51,7 +51,7 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ),
         ({"student": {"hidden_size": 30, "heads": 4}}, "does not divide"),
         ({"student": {"heads": 4, "kv_heads": 3}}, "kv_heads=3 does not divide"),
-        ({"student": {"size": "huge"}}, "unknown size 'huge'; choose tiny, 3m"),
+        ({"student": {"size": "huge"}}, "unknown size 'huge'; available: tiny, 3m"),
         ({"student": {"size": "tiny", "layers": 9}}, "found size and layers"),
         ({"student": {"path": "a", "config": "b"}}, "found path and config"),
         ({"student": {"size": "tiny", "lora": {}}}, "give path, or leave lora out"),

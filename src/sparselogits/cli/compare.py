@@ -27,7 +27,7 @@ from sparselogits.console import messages, stage, styled
 
 if TYPE_CHECKING:
     from sparselogits.lab.compare import MethodRow, Results
-    from sparselogits.lab.compare.results import Figure
+    from sparselogits.lab.compare.results import MetricEstimate
 
 WIDTH = 132
 """Width of a table in characters when the output is not a terminal."""
@@ -128,7 +128,7 @@ def _tables(results: Results) -> list[Table]:
     return tables
 
 
-def _with_interval(metric: Figure | None, scale: float, digits: int) -> str:
+def _with_interval(metric: MetricEstimate | None, scale: float, digits: int) -> str:
     """Return the mean of a metric, times a scale, with ± half of its interval."""
     if metric is None:
         return "-"

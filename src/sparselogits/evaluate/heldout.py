@@ -226,6 +226,17 @@ def evaluate(
     Raises:
         InvalidArgumentError: If there are no windows or resamples, or a student has fewer ids than
             the teacher.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from transformers import AutoModelForCausalLM
+        >>> from sparselogits.corpus import PackedCorpus
+        >>> from sparselogits.data import TextDataset
+        >>> student = AutoModelForCausalLM.from_pretrained("my-student")
+        >>> windows = TextDataset(PackedCorpus.open(Path("my-cache/corpus")))
+        >>> found = evaluate({"student": student}, windows)["student"]
+        >>> sorted(found.intervals)
+        ['ece', 'ece_equal_mass', 'loss', 'overconfidence']
     """
     if len(windows) == 0:
         raise InvalidArgumentError(

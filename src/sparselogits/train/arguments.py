@@ -54,13 +54,13 @@ REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""Fields of TrainingArguments with unsupported values: test of the value, reason with advice."""
+"""Test for unsupported values, and reason with advice, by field of TrainingArguments."""
 
 REJECTED_BY_TRAINER: dict[str, str] = {
     "compute_loss_func": "`method` and `alpha` define the loss. For another loss, call "
     "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Arguments of the Trainer itself that are not supported, with the reason and advice."""
+"""Reason with advice, by argument of the Trainer itself that is not supported."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:

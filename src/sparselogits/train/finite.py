@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _MOST_UNCHECKED = 512
-"""Number of stored losses at which they are checked, independent of the logging interval."""
+"""Largest number of losses that are stored between checks, for any logging interval."""
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,10 @@ class Wiring:
     documents: Documents
 
     def parts_of(self, model: nn.Module) -> Parts | None:
-        """Return trunk and head of `model`, the bound student or a copy or replica of the student.
+        """Return trunk and head of a model, found by name; None if `trunk` is None.
 
-        Trunk and head are looked up by name, because `parts` has the modules of the original.
+        Args:
+            model: the bound student, or a copy or replica whose modules differ from `parts`.
         """
         if self.parts is None or self.trunk is None or self.head is None:
             return None
@@ -135,8 +136,8 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
             parts = None  # only the model's own forward balances the router
     if parts is None:
         warnings.warn(
-            f"{type(model).__name__}: trunk and head cannot be run apart; the loss is computed on "
-            "the model's own logits, which costs their memory",
+            f"{type(model).__name__}: trunk and head cannot be run apart, so the loss is computed "
+            "on the logits of all positions, which take more memory",
             SparseLogitsWarning,
             stacklevel=2,
         )
@@ -162,7 +163,12 @@ def bind(model: nn.Module, objective: Objective) -> Wiring:
 
 
 def attach(model: nn.Module, wiring: Wiring) -> None:
-    """Make a student compute the objective of a wiring that `bind` returned for the student."""
+    """Bind a student to its objective again.
+
+    Args:
+        model: the student.
+        wiring: result of `bind` for the student.
+    """
     if not isinstance(model, _Bound):
         model.__class__ = _bound_class(type(model))  # type: ignore[arg-type]
     model.__dict__[_WIRING] = wiring
@@ -188,7 +194,7 @@ _PLAIN, _MARK = "_sparselogits_plain_class", "_sparselogits_computes_objective"
 
 
 class _Bound:
-    """Mark the classes that `_bound_class` creates, and copy their instances as original ones."""
+    """Mark bound students, whose copies and pickles have the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the state for `copy` and `pickle` that restores an instance of the original class.

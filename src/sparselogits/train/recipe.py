@@ -64,7 +64,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "300m": (19, 1152, 18),
     "1b": (24, 1856, 29),
 }
-"""Number of layers, hidden size and number of attention heads of a new student, by name of a size.
+"""Number of layers, hidden size and number of attention heads of new students, by size name.
 
 Except for "tiny", a name is the approximate number of parameters without embeddings.
 """
@@ -158,16 +158,20 @@ class Student(_Strict):
             found = " and ".join([*ways, *numbers])
             raise ValueError(f"give one of path, config, size, or dimensions (found {found})")
         if self.size is not None and self.size not in SIZES:
-            raise ValueError(f"unknown size {shown(self.size)}; choose {', '.join(SIZES)}")
+            raise ValueError(f"unknown size {shown(self.size)}; available: {', '.join(SIZES)}")
         if self.lora is not None and self.path is None:
             raise ValueError("lora needs an existing model: give path, or leave lora out")
         if self.lora is not None and self.quantize is not None:
             raise ValueError("lora and quantize cannot be combined: give one of them")
         if self.hidden_size % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+            raise ValueError(
+                f"heads={self.heads} does not divide hidden_size={self.hidden_size}; give a divisor"
+            )
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
-            raise ValueError(f"kv_heads={kv_heads} does not divide heads={self.heads}")
+            raise ValueError(
+                f"kv_heads={kv_heads} does not divide heads={self.heads}; give a divisor"
+            )
         return self
 
     def _differs(self, name: str) -> bool:

@@ -14,12 +14,6 @@ from pydantic_core import PydanticUndefined
 
 from sparselogits.train.recipe import Lora, Quantize, Recipe, Student, Thinning, ThinningStage
 
-_NESTED: dict[str, type[BaseModel]] = {
-    "student": Student,
-    "lora": Lora,
-    "quantize": Quantize,
-    "thinning": Thinning,
-}
 _EXAMPLES = {
     "thinning": "thinning: {rounds: 5}",
     "lora": "lora: {rank: 16}",

@@ -149,13 +149,19 @@ def run(
         teacher: loaded teacher for a method with the teacher online; None to load the recipe's.
         device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
         progress: function that is called in every step and at every log line.
-        announce: function that is called with the plan before the first step.
+        announce: function that is called with a description of the run before the first step.
 
     Raises:
         RecipeError: If `out` contains a run of another recipe, or a setting is invalid.
         TrainingError: If another process trains in `out`, or the loss is not finite.
         IdentityMismatchError: If the teacher is not the teacher of the cache.
         StorageError: If the folder cannot be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> result = run(load_recipe(Path("recipe.yaml")))
+        >>> result.model_path
+        PosixPath('my-run/model')
     """
     if os.environ.get("RANK", "0") != "0":
         with allowing(*recipe.allow):
@@ -375,7 +381,7 @@ def _thinning(recipe: Recipe, dataset: CacheDataset) -> Schedule | None:
 
 
 class _LogLastStep(TrainerCallback):  # type: ignore[misc]
-    """Log the last step whatever the interval, so that a short run reports a loss."""
+    """Log the last step regardless of the logging interval, so that a short run reports a loss."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -520,7 +526,7 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     except (CacheError, TeacherError):
         if not done or before.get("cache") != described["cache"]:
             raise
-        now = made_from  # the cache of a finished run may be gone
+        now = made_from  # the cache of a finished run may have been deleted
     if made_from is None:
         changed += ["cache"] if before.get("cache") != described["cache"] else []
     else:  # an older version may have recorded fewer keys

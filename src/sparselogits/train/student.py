@@ -100,7 +100,8 @@ def _configuration(path: str) -> Any:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise RecipeError(
-            f"student: {shown(path)} has {layers:,} layers; at most {MOST_LAYERS:,} are allowed"
+            f"student: {shown(path)} has {layers:,} layers, at most {MOST_LAYERS:,} are allowed; "
+            "give a smaller configuration"
         )
     return config
 
@@ -123,7 +124,10 @@ def _with_adapter(model: nn.Module, lora: Lora) -> nn.Module:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise RecipeError(f"student.lora: {reason_of(error).splitlines()[0]}") from error
+        raise RecipeError(
+            f"student.lora: {reason_of(error).splitlines()[0]} Give names of the student's linear "
+            "layers in student.lora.targets, or all-linear"
+        ) from error
 
 
 def require_finite_weights(model: nn.Module, what: str) -> None:

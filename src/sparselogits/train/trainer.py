@@ -139,8 +139,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         _require_trl_settings(args, train_dataset)
         if args.label_smoothing_factor and method != "ce" and not alpha:
             warnings.warn(
-                f"label_smoothing_factor={args.label_smoothing_factor:g} smooths the labels' part "
-                "of the loss, and alpha=0 gives it no share: it has no effect on this run",
+                f"label_smoothing_factor={args.label_smoothing_factor:g} has no effect, because "
+                "alpha=0 leaves the labels' cross-entropy out of the loss. Set alpha, or leave "
+                "label_smoothing_factor out",
                 SparseLogitsWarning,
                 stacklevel=2,
             )
@@ -178,8 +179,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             **others,
         )
         if not args.use_cache and self._used_cache is not None:
-            # the Trainer has disabled the key-value cache in the student's configuration, although
-            # the bound forward passes use_cache=False in each call
+            # the Trainer has disabled the key-value cache in the student's configuration, which
+            # training does not need, because the bound forward passes use_cache=False itself
             self._student.config.use_cache = self._used_cache  # type: ignore[union-attr]
         self.label_names = ["labels"]
         # the Trainer's label smoother needs all logits; the objective smooths labels without them
@@ -257,7 +258,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
-        return data_collator  # the targets are not columns of a dataset
+        return data_collator  # the Trainer's collator would remove the targets as unused columns
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

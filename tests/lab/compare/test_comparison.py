@@ -26,9 +26,9 @@ from sparselogits.data import CacheDataset, WindowRequest
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.lab.compare import Results, compare, parse_compare_recipe, read_results
 from sparselogits.lab.compare.caches import Draw, prepare
-from sparselogits.lab.compare.comparison import Standing
+from sparselogits.lab.compare.comparison import ComparisonState
 from sparselogits.lab.compare.finished import FinishedWork
-from sparselogits.lab.compare.results import Figure, Realised
+from sparselogits.lab.compare.results import MetricEstimate, Realised
 from sparselogits.lab.compare.windows import differences, read_windows, windows_of
 from sparselogits.store import Cache
 from sparselogits.train.trainer import SparseKDTrainer
@@ -147,25 +147,25 @@ def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
     recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
     work = FinishedWork(out)
     setting = prepare(recipe, work)
-    standing = Standing(recipe, setting)
+    state = ComparisonState(recipe, setting)
     files = {
         (run.method.title, run.seed): work.folder / "runs" / f"{run.fingerprint}.json"
-        for run in standing.planned
+        for run in state.planned
     }
     away = [files["Top-K 5", 1], files["CE", 0]]
     for file in away:
         file.rename(file.with_suffix(".away"))
-    first = standing.method_rows(standing.runs())
+    first = state.method_rows(state.runs())
     assert first[2].seeds_done == [0]
-    assert [a is b for a, b in zip(first, standing.method_rows(standing.runs()), strict=True)] == (
+    assert [a is b for a, b in zip(first, state.method_rows(state.runs()), strict=True)] == (
         [True] * 7
     )
     away[0].with_suffix(".away").rename(away[0])
-    second = standing.method_rows(standing.runs())
+    second = state.method_rows(state.runs())
     assert [a is b for a, b in zip(first, second, strict=True)] == [True] * 2 + [False] + [True] * 4
     away[1].with_suffix(".away").rename(away[1])
-    third = standing.method_rows(standing.runs())
-    fresh = Standing(recipe, setting)
+    third = state.method_rows(state.runs())
+    fresh = ComparisonState(recipe, setting)
     assert third == fresh.method_rows(fresh.runs())
     assert third[4].minus_ce != second[4].minus_ce  # CE's outcome is in all of them
 
@@ -194,7 +194,7 @@ def test_csv_and_json_agree(results: Results, values: dict[str, Any]) -> None:
             else:
                 assert line[name] == str(value)
 
-    def ends(name: str, figure: Figure | None) -> dict[str, object]:
+    def ends(name: str, figure: MetricEstimate | None) -> dict[str, object]:
         if figure is None:
             return {}
         return {name: figure.mean, f"{name}_low": figure.both.low, f"{name}_high": figure.both.high}
@@ -356,7 +356,9 @@ def test_a_models_folder_is_no_place_for_a_comparison(
 ) -> None:
     before = sorted(teacher_folder.iterdir())
     recipe = parse_compare_recipe({**values, "out": str(teacher_folder)}, source="test")
-    with pytest.raises(InvalidArgumentError, match="is a model's folder; give --out"):
+    with pytest.raises(
+        InvalidArgumentError, match="is the folder of a model; choose another folder"
+    ):
         compare(recipe)
     assert sorted(teacher_folder.iterdir()) == before
 
@@ -372,7 +374,7 @@ def test_claimed_work_is_skipped_and_values_outlast_failures(tmp_path: Path) -> 
         assert again
     work.fail("runs", "f", "out of memory", traceback="...")
     assert (other.value("runs", "f"), other.failure("runs", "f")) == (None, "out of memory")
-    other.keep("runs", "f", {"loss": 1.5})
+    other.store("runs", "f", {"loss": 1.5})
     work.fail("runs", "f", "too late")
     assert (work.value("runs", "f"), work.failure("runs", "f")) == ({"loss": 1.5}, None)
 
@@ -385,11 +387,11 @@ def test_finished_work_of_older_versions_is_taken_over(
     shutil.copytree(values["out"], out)
     recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
     setting = prepare(recipe, FinishedWork(out))
-    standing = Standing(recipe, setting)
+    state = ComparisonState(recipe, setting)
     weights = setting.teacher.identity["weights"]
     samplers = {
         Draw.of(run.method, recipe, run.seed).fit_key: Cache.open(cache).identity.sampler
-        for run in standing.planned
+        for run in state.planned
         if (cache := setting.caches.get(Draw.of(run.method, recipe, run.seed).key))
     }
     (out / "draws.json").write_text(json.dumps({"teacher": weights, "parameters": dict(samplers)}))
@@ -397,7 +399,7 @@ def test_finished_work_of_older_versions_is_taken_over(
     (row,) = (out / "finished" / "teacher").glob("*.json")
     row = json.loads(row.read_text())["value"]
     (out / "teacher.json").write_text(json.dumps({"of": of, "row": row}))
-    for run in standing.planned:
+    for run in state.planned:
         if run.folder is not None:
             outcome = json.dumps(setting.work.value("runs", run.fingerprint))
             (run.folder / "outcome.json").write_text(outcome)

@@ -33,7 +33,7 @@ GOOD = {"teacher": "t", "data": "d", "out": "o", "methods": ["ce"]}
         ({"methods": [{"sampler": "topk", "kay": 3}]}, "has no field 'kay'; did you mean 'k'"),
         ({"methods": [{"sampler": "multinomial"}]}, "multinomial needs a budget or rounds"),
         ({"methods": [{"alpha": 0.5}]}, "give a sampler, or method"),
-        ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce takes no budget"),
+        ({"methods": [{"method": "ce", "budget": 5}]}, "method: ce does not use budget"),
         ({"methods": [{"method": "full", "beta": 0.5}]}, "'full' has no beta"),
         ({"methods": [{"method": "jensen_shannon", "beta": 1.5}]}, "beta must be in .0, 1."),
         ({"methods": [{"sampler": "topk", "rounds": 5}]}, "sampler 'topk'.*'rounds'"),

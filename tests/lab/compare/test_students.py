@@ -113,5 +113,5 @@ def test_nothing_is_trained_takes_no_settings_of_training(
 ) -> None:
     for wrong in ({"alpha": 0.5}, {"learning_rate": 1e-3}):
         methods = [{"method": "none", **wrong}]
-        with pytest.raises(RecipeError, match=f"none takes no {next(iter(wrong))}"):
+        with pytest.raises(RecipeError, match=f"none does not use {next(iter(wrong))}"):
             parse_compare_recipe({**tiny(tmp_path), "methods": methods}, source="the test")

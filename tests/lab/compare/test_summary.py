@@ -25,7 +25,7 @@ from sparselogits.evaluate import METRICS, Drafting
 from sparselogits.evaluate.calibration import measure_calibration
 from sparselogits.lab.compare import Results, parse_compare_recipe
 from sparselogits.lab.compare.caches import Setting, prepare
-from sparselogits.lab.compare.comparison import Standing
+from sparselogits.lab.compare.comparison import ComparisonState
 from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.recipe import CompareRecipe
 from sparselogits.lab.compare.results import Ends, MethodRow
@@ -419,16 +419,16 @@ def test_stored_and_read_they_are_the_same(
     summed: Any, recipe: CompareRecipe, setting: Setting, planned: list[Planned]
 ) -> None:
     """From the runs' folders, and on to the CSV; another run's outcome is nobody's."""
-    standing = Standing(recipe, setting)
+    state = ComparisonState(recipe, setting)
     for run in runs_of(planned, trained(LOSSES)):
         assert run.planned.folder is not None
         assert run.outcome is not None
         kept = run.outcome
-        if run.place == (MIXED, "tiny", 1):
+        if run.key == (MIXED, "tiny", 1):
             kept = replace(kept, fingerprint="of another")
-        standing.setting.work.keep("runs", kept.fingerprint, asdict(kept))
-    runs = standing.runs()
-    rows = {row.method: row for row in standing.method_rows(runs)}
+        state.setting.work.store("runs", kept.fingerprint, asdict(kept))
+    runs = state.runs()
+    rows = {row.method: row for row in state.method_rows(runs)}
     expected = summed(trained(LOSSES))
     assert [rows[title] for title in (CE, OWN, FULL)] == [expected[t] for t in (CE, OWN, FULL)]
     assert (rows[MIXED].seeds_done, rows[MIXED].seeds_not_run) == ([0, 2], [1])

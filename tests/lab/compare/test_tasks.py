@@ -215,11 +215,11 @@ def test_without_lm_eval_nothing_is_begun(
 
 
 def test_a_figure_that_no_sample_adds_to_has_seeds_alone() -> None:
-    from sparselogits.lab.compare.tasks import figures_of_tasks
+    from sparselogits.lab.compare.tasks import task_estimates
     from sparselogits.lab.tasks import TaskScore
 
     scores = [{"t/f1": TaskScore("t", "f1", value, None, 10)} for value in (0.2, 0.4)]
-    (figure,) = figures_of_tasks(scores, 50).values()
+    (figure,) = task_estimates(scores, 50).values()
     assert figure.mean == pytest.approx(0.3)
     assert figure.both.low is None
     assert figure.seeds.low < 0.2

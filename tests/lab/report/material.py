@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sparselogits.lab.compare.results import (
     Ends,
-    Figure,
     Gradient,
     GradientSize,
     MethodRow,
+    MetricEstimate,
     OfBatches,
     Realised,
     ReliabilityBin,
@@ -24,9 +24,9 @@ HOSTILE = "<img src=x onerror=document.title=1>"
 RECORD = Path(__file__).parents[3] / "experiments" / "results" / "compare_small_teacher.json"
 
 
-def figure(mean: float) -> Figure:
+def figure(mean: float) -> MetricEstimate:
     ends = Ends(low=mean - 0.1, high=mean + 0.1)
-    return Figure(mean=mean, windows=ends, seeds=Ends(low=None, high=None), both=ends)
+    return MetricEstimate(mean=mean, windows=ends, seeds=Ends(low=None, high=None), both=ends)
 
 
 def gradient(entries: float | None, angle: float) -> Gradient:

@@ -44,13 +44,13 @@ def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> 
         torch.testing.assert_close(torch.tensor([r.student for r in position.rows]), q[at, ids])
         cached = torch.tensor([row.weight or 0.0 for row in position.rows])
         torch.testing.assert_close(cached, dense[at, ids])
-        figures = position.figures
+        metrics = position.metrics
         gap = float((dense[at] - p[at]).abs().sum() / 2)
-        assert figures["distance"] == pytest.approx(gap, abs=1e-5)
+        assert metrics["distance"] == pytest.approx(gap, abs=1e-5)
         # ids that are no token have probability 0 with the teacher, and add nothing
         real = p[at] > 0
         kl = float((p[at, real] * (p[at, real] / q[at, real]).log()).sum())
-        assert figures["kl"] == pytest.approx(kl, abs=1e-4)
+        assert metrics["kl"] == pytest.approx(kl, abs=1e-4)
 
 
 def test_the_entries_entropy_lies_within_its_bounds(viewer: WindowViewer) -> None:
@@ -158,7 +158,7 @@ def test_served_on_loopback(viewer: WindowViewer, browser: Browser) -> None:
 
 
 def test_what_cannot_be_shown_is_said(viewer: WindowViewer) -> None:
-    with pytest.raises(CacheError, match="does not hold window 999"):
+    with pytest.raises(CacheError, match="does not contain window 999"):
         viewer.view(999)
     from transformers import PreTrainedTokenizerFast
 

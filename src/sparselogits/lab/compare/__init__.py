@@ -1,4 +1,4 @@
-"""Compare methods: train the same student with each, and measure it with intervals."""
+"""Compare training methods: train the same student with each, and measure all with intervals."""
 
 from sparselogits.lab.compare.comparison import compare
 from sparselogits.lab.compare.recipe import CompareRecipe, load_compare_recipe, parse_compare_recipe

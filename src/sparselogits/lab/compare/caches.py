@@ -1,8 +1,8 @@
-"""The setting of a comparison: text, teacher, and the caches that its methods need.
+"""Prepare a comparison: pack the text, load the teacher, and build the caches of all methods.
 
-One pass of the teacher writes all caches. Methods with equal samplers share one; methods without
-cached targets read the text from the smallest. If a sampler cannot be fitted to its budget, the
-methods that need it fail, and the others do not.
+One pass of the teacher writes all caches. Methods with equal samplers share a cache; methods
+without cached targets read the text from the smallest cache. If a sampler cannot be fitted to its
+budget, only the methods that use the sampler fail.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ from sparselogits.teacher.vocabulary import vocabulary_size
 from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
+"""Number of windows per shard of the caches."""
 
 OpenStage = Callable[..., AbstractContextManager[Update]]
-"""Such as `console.stage`."""
+"""Function that shows the progress of a stage within a `with` block, such as `console.stage`."""
 
 
 @contextmanager
 def silent_stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
-    """Return a stage that shows nothing."""
+    """Return a stage that shows no progress; arguments are those of `console.stage`."""
     yield lambda *_: None
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The content of a cache.
+    """Describe the content of a cache.
 
     Args:
         parameters: name and parameters of the sampler, as in the recipe.
-        budget: mean entries per position, from which a missing parameter is computed.
-        seed: random seed for sampling, if each seed of a comparison has its own; None for that of
-            the recipe.
+        budget: mean entries per position, from which an open parameter is computed; None if the
+            parameters are complete.
+        seed: random seed for sampling; None for the seed of the recipe.
     """
 
     parameters: dict[str, Any]
@@ -65,27 +66,27 @@ class Draw:
 
     @classmethod
     def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
-        """Return the cache that a method trains on; the smallest for a method without targets.
+        """Describe the cache that a method is trained from.
 
         Args:
             method: the method.
-            recipe: the comparison, which says whether caches vary with the seed.
+            recipe: the comparison, whose `vary_draws` decides whether each seed has a cache.
             seed: seed of the run.
         """
         if method.sampler is None:
             return cls({"name": LABELS_ONLY.name, **LABELS_ONLY.parameters()})
         random = method.sampler.sampler().is_random
-        own = recipe.draw_seed + seed if recipe.vary_draws and random else None
-        return cls(method.sampler.parameters(), method.budget, own)
+        draw_seed = recipe.draw_seed + seed if recipe.vary_draws and random else None
+        return cls(method.sampler.parameters(), method.budget, draw_seed)
 
     @property
     def fit_key(self) -> str:
-        """Key of what caches of all seeds share: their sampler."""
+        """Key of the fitted sampler, which the caches of all seeds share."""
         return replace(self, seed=None).key
 
     @property
     def key(self) -> str:
-        """Name of the folder: readable, and different for different caches."""
+        """Name of the cache's folder, readable and unique."""
         described = {**self.parameters, "budget": self.budget}
         if self.seed is not None:
             described["draw"] = self.seed
@@ -95,15 +96,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods of a comparison share.
+    """Store the objects that all methods of a comparison share.
 
     Args:
         corpus: training and held-out windows.
         teacher: the loaded teacher.
         tokenizer: tokenizer of the teacher.
-        caches: folders of the caches, by key.
-        failures: why a cache could not be built, by key.
-        students: students as training takes them, by name.
+        caches: folders of the caches, by `Draw.key`.
+        failures: reasons why caches could not be built, by `Draw.key`.
+        students: settings `student` of the training recipes, by name of the student.
         work: finished work of the comparison.
     """
 
@@ -123,17 +124,17 @@ def prepare(
     device: str = "cpu",
     stage: OpenStage = silent_stage,
 ) -> Setting:
-    """Pack the text, load the teacher, and build the missing caches.
+    """Pack the text, load the teacher, build missing caches, and create students from the teacher.
 
     Args:
         recipe: the comparison.
         work: finished work of the comparison.
         device: device of the teacher.
-        stage: shows the progress of a stage, see `console.stage`.
+        stage: function that shows the progress of a stage, such as `console.stage`.
 
     Raises:
-        SparseLogitsError: a teacher or a text cannot be used, or the directory holds a comparison
-            with others.
+        SparseLogitsError: If the teacher or the text cannot be used, or the directory contains a
+            comparison with another teacher or text.
     """
     source = open_source(
         recipe.data, text_field=recipe.text_field, completion_only=recipe.completion_only
@@ -148,7 +149,7 @@ def prepare(
     load = partial(
         load_teacher, recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype, device=device
     )
-    # what needs no weights comes first
+    # packing needs only the size of the vocabulary, so the weights are loaded afterwards
     folder, teacher = recipe.out / "corpus", None
     vocab_size = recorded_vocabulary(folder) or vocabulary_size(recipe.teacher)
     if vocab_size is None:
@@ -160,20 +161,20 @@ def prepare(
     if teacher.vocab_size != corpus.vocab_size:
         raise IdentityMismatchError(
             f"the text in {folder} was packed for {corpus.vocab_size} token ids, but the teacher "
-            f"has {teacher.vocab_size}. Delete that folder to pack the text again, or choose "
-            "another out"
+            f"has {teacher.vocab_size}. Delete the folder to pack the text again, or choose "
+            "another folder with --out"
         )
     all_draws = [
         Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
     ]
     draws = {draw.key: draw for draw in all_draws}
-    fitted, unfit = _fitted(
+    fitted, unfit = _fit_samplers(
         work,
         {draw.fit_key: draw for draw in all_draws},
         teacher,
         corpus,
     )
-    failures = {key: unfit[own.fit_key] for key, own in draws.items() if own.fit_key in unfit}
+    failures = {key: unfit[draw.fit_key] for key, draw in draws.items() if draw.fit_key in unfit}
     caches = {key: recipe.out / "caches" / key for key in draws if key not in failures}
     with stage(f"writing {len(caches)} caches", "tokens", per_unit=recipe.window) as update:
         build_caches(
@@ -183,7 +184,7 @@ def prepare(
                 CacheRequest(
                     folder,
                     fitted[draws[key].fit_key],
-                    seed=recipe.draw_seed if (own := draws[key].seed) is None else own,
+                    seed=recipe.draw_seed if (seed := draws[key].seed) is None else seed,
                 )
                 for key, folder in caches.items()
             ],
@@ -193,31 +194,41 @@ def prepare(
             progress=update,
         )
     for cache in caches.values():
-        keep_tokenizer(tokenizer, cache)  # each student is saved with it
+        keep_tokenizer(tokenizer, cache)  # training saves it with each student
     students = make_students(recipe, corpus, teacher, tokenizer)
     return Setting(corpus, teacher, tokenizer, caches, failures, students, work)
 
 
-def _fitted(
+def _fit_samplers(
     work: FinishedWork,
     draws: dict[str, Draw],
     teacher: TransformersTeacher,
     corpus: PackedCorpus,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """Fit the samplers; return them, and why others could not be fitted, by the key of a draw."""
+    """Fit samplers to their budgets, or load those that have been fitted.
+
+    Args:
+        work: finished work of the comparison.
+        draws: descriptions of the samplers, by `Draw.fit_key`.
+        teacher: teacher whose logits the samplers are fitted to.
+        corpus: corpus from which pilot windows are selected.
+
+    Returns:
+        The fitted samplers, and the reasons why others could not be fitted, by `Draw.fit_key`.
+    """
     samplers: dict[str, Sampler] = {}
     failures: dict[str, str] = {}
     pilot: list[Window] = []
     for key, draw in draws.items():
-        determined = fingerprint([teacher.identity["weights"], key])
+        stored_under = fingerprint([teacher.identity["weights"], key])
         try:
-            parameters = work.value("samplers", determined)
+            parameters = work.value("samplers", stored_under)
             if parameters is not None:
                 samplers[key] = from_parameters(parameters).ready()
                 continue
             pilot = pilot or pilot_windows(corpus)
-            samplers[key] = own = _fit(draw, teacher, pilot)
-            work.keep("samplers", determined, {"name": own.name, **own.parameters()})
+            samplers[key] = sampler = _fit(draw, teacher, pilot)
+            work.store("samplers", stored_under, {"name": sampler.name, **sampler.parameters()})
         except SparseLogitsError as error:
             failures[key] = str(error)
     return samplers, failures

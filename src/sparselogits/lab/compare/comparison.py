@@ -1,17 +1,17 @@
-"""Carry out a comparison: every run of a recipe, then `results.json` and `results.csv`.
+"""Run a comparison: train and measure all students of a recipe, and write the results.
 
     OUT/
       corpus/         training and held-out windows, packed
-      caches/         one for each draw that a method needs, all from one pass of the teacher
-      students/       students made from the teacher, where the recipe has some; see students.py
-      tasks/          data of zero-shot tasks, where the recipe has them; see tasks.py
-      runs/           trained students; see runs.py
-      finished/       outcomes, scores and measurements by what determines them; see finished.py
-      results.json    see results.py; written anew after every run
+      caches/         one cache per sampler, all from one pass of the teacher
+      students/       students made from the teacher, see students.py
+      tasks/          data of zero-shot tasks, see tasks.py
+      runs/           trained students, see runs.py
+      finished/       values that are not computed again, see finished.py
+      results.json    see results.py; rewritten after every run
       results.csv
       windows.npz     per-window sums of all runs, see windows.py; written last
 
-An interrupted comparison continues with the same command: finished work is not done again.
+The same command resumes an interrupted comparison; finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from sparselogits.files import write_whole
 from sparselogits.lab.compare.caches import OpenStage, Setting, prepare, silent_stage
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.gradients import measure_missing, with_gradients
-from sparselogits.lab.compare.older import take_over
+from sparselogits.lab.compare.older import convert_older_work
 from sparselogits.lab.compare.provenance import provenance
 from sparselogits.lab.compare.recipe import CompareRecipe
 from sparselogits.lab.compare.results import MethodRow, ReliabilityBin, Results, TeacherRow
 from sparselogits.lab.compare.runs import (
     Outcome,
     Planned,
-    carry_out,
+    execute,
     failure_of,
-    figures_of,
+    metrics_by_name,
     outcome_of,
     plan,
 )
@@ -53,16 +53,16 @@ from sparselogits.lab.compare.windows import pack_windows
 from sparselogits.teacher.checkpoint import tensor_shapes
 
 
-class Standing:
-    """The runs of one comparison with their outcomes, and rows that are computed once.
+class ComparisonState:
+    """Load the outcomes of a comparison's runs, and compute the rows of its methods.
 
-    Results are written anew after every run. To compute every interval again would take two
-    seconds each time with a hundred runs of 96 windows and 1 000 resamples, so a row is computed
-    again only when an outcome that it depends on is new: that of the method, CE or full KD.
+    Results are rewritten after every run. A row is computed again only after a new outcome of the
+    method or of a method that it is compared with, because recomputing all intervals takes two
+    seconds for a hundred runs of 96 windows and 1 000 resamples.
 
     Args:
         recipe: the comparison.
-        setting: see `caches.prepare`.
+        setting: result of `caches.prepare`.
     """
 
     def __init__(self, recipe: CompareRecipe, setting: Setting) -> None:
@@ -71,19 +71,19 @@ class Standing:
         self._rows: dict[tuple[object, ...], MethodRow] = {}
 
     def outcome(self, planned: Planned) -> Outcome | None:
-        """Return the outcome of a run; None if it is not finished."""
+        """Load the outcome of a run; None if the run is not finished."""
         return outcome_of(planned, self.setting.work)
 
     def runs(self) -> list[Run]:
-        """Return all runs as they are now."""
+        """Return all runs, each with its outcome or failure if it has one by now."""
         work = self.setting.work
-        return [Run(own, self.outcome(own), failure_of(own, work)) for own in self.planned]
+        return [Run(each, self.outcome(each), failure_of(each, work)) for each in self.planned]
 
     def method_rows(self, runs: list[Run]) -> list[MethodRow]:
-        """Return a row for every method and student, over the seeds that are done.
+        """Return a row for each method and student, over the finished seeds.
 
         Args:
-            runs: as `runs` returned them.
+            runs: result of `runs`.
         """
         return method_rows(runs, self.recipe, self.setting, self._rows)
 
@@ -91,64 +91,65 @@ class Standing:
 def compare(
     recipe: CompareRecipe, *, device: str = "cpu", stage: OpenStage = silent_stage
 ) -> Results:
-    """Carry out what is left of a comparison.
+    """Run the unfinished part of a comparison.
 
-    Runs that failed before are tried again; runs that another process is training are skipped.
+    Runs that have failed are repeated; runs that another process is training are skipped.
 
     Args:
         recipe: the comparison.
         device: device of teacher and students.
-        stage: shows progress of a piece of work, see `console.stage`.
+        stage: function that shows the progress of a stage, such as `console.stage`.
 
     Returns:
-        The results so far, as stored in `recipe.out`.
+        The results of all finished runs, as stored in results.json.
 
     Raises:
-        SparseLogitsError: for a teacher or text that cannot be used, a directory that holds a
-            model or a comparison of others, or tasks without lm-eval. A run or a task that fails
-            raises nothing: it is recorded.
+        SparseLogitsError: If the teacher or the text cannot be used, the directory contains a model
+            or another comparison, or lm-eval is needed but not installed. The failure of a run or a
+            task is recorded in the results instead.
     """
     if (recipe.out / "config.json").exists():
         raise InvalidArgumentError(
-            f"{recipe.out} is a model's folder; give --out (in the recipe: out) one of its own"
+            f"{recipe.out} is the folder of a model; choose another folder with --out (out: in the "
+            "recipe)"
         )
     recipe.out.mkdir(parents=True, exist_ok=True)
     work = FinishedWork(recipe.out)
-    with work.claimed("prepare", wait=True):  # one process prepares, others wait for it
-        take_over(recipe.out, work)
+    with work.claimed("prepare", wait=True):  # other processes wait
+        convert_older_work(recipe.out, work)
         setting = prepare(recipe, work, device=device, stage=stage)
         teacher = _teacher_row(recipe, setting)
         tasks = prepare_tasks(recipe, setting, stage=stage)
-    standing = Standing(recipe, setting)
+    state = ComparisonState(recipe, setting)
     with stage("training", "runs") as update:
-        for run in standing.planned:
-            if run.folder is None or standing.outcome(run) is not None:
+        for run in state.planned:
+            if run.folder is None or state.outcome(run) is not None:
                 continue
             with work.claimed("runs", run.fingerprint) as mine:
-                if not mine or standing.outcome(run) is not None:
+                if not mine or state.outcome(run) is not None:
                     continue
-                done = sum(standing.outcome(other) is not None for other in standing.planned)
+                done = sum(state.outcome(other) is not None for other in state.planned)
 
-                def tell(step: int, steps: int, done: int = done, title: str = run.title) -> None:
-                    update(done, len(standing.planned), f"{title}: step {step}/{steps}")
+                def report(step: int, steps: int, done: int = done, title: str = run.title) -> None:
+                    update(done, len(state.planned), f"{title}: step {step}/{steps}")
 
-                carry_out(run, recipe, setting, device=device, progress=tell)
+                execute(run, recipe, setting, device=device, progress=report)
                 measure_tasks(run, tasks, device=device)
-            write_results(standing, teacher, tasks)
-    measure_missing_tasks(standing.planned, tasks, device=device, stage=stage)
-    measure_missing(recipe, setting, standing.runs(), device=device, stage=stage)
-    results = write_results(standing, teacher, tasks)
-    sums = {run.place: run.outcome.sums for run in standing.runs() if run.outcome is not None}
+            write_results(state, teacher, tasks)
+    measure_missing_tasks(state.planned, tasks, device=device, stage=stage)
+    measure_missing(recipe, setting, state.runs(), device=device, stage=stage)
+    results = write_results(state, teacher, tasks)
+    sums = {run.key: run.outcome.sums for run in state.runs() if run.outcome is not None}
     write_whole(recipe.out / "windows.npz", pack_windows(sums))
     return results
 
 
 def write_results(
-    standing: Standing, teacher: TeacherRow | None, tasks: TaskSetting | None
+    state: ComparisonState, teacher: TeacherRow | None, tasks: TaskSetting | None
 ) -> Results:
-    """Compute the results of all finished work, and write them."""
-    recipe, setting, runs = standing.recipe, standing.setting, standing.runs()
-    rows = standing.method_rows(runs)
+    """Compute the results of all finished work, and write results.json and results.csv."""
+    recipe, setting, runs = state.recipe, state.setting, state.runs()
+    rows = state.method_rows(runs)
     results = Results(
         title=recipe.title,
         complete=all(run.outcome is not None for run in runs),
@@ -158,7 +159,7 @@ def write_results(
         methods=with_gradients(rows, recipe, setting, runs),
         runs=run_rows(runs, recipe),
     )
-    results = with_tasks(results, standing.planned, tasks, recipe.resamples)
+    results = with_tasks(results, state.planned, tasks, recipe.resamples)
     text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
     write_whole(recipe.out / "results.json", text + "\n")
     write_whole(recipe.out / "results.csv", results.to_csv())
@@ -188,7 +189,7 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
 
 
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
-    """Return the number of parameters of a student, counted in the weights of a finished run."""
+    """Return the number of parameters of a student, counted in a file of weights, or None."""
     for run in runs:
         if run.outcome is None or run.planned.student != student or run.planned.folder is None:
             continue
@@ -199,28 +200,29 @@ def _parameters(runs: Sequence[Run], student: str) -> int | None:
 
 
 def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
+    """Load the metrics of the teacher, or measure and store them."""
     weights, text = setting.teacher.identity["weights"], setting.corpus.source_fingerprint
     key = fingerprint([weights, text, recipe.heldout_windows])
-    if (kept := setting.work.value("teacher", key)) is not None:
-        return TeacherRow.model_validate(kept)
+    if (stored := setting.work.value("teacher", key)) is not None:
+        return TeacherRow.model_validate(stored)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
     with setting.teacher.remembering():
         found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
     bins = found.calibration.to_json()["equal_width"]["bins"]
     row = TeacherRow(
-        figures=figures_of(found),
-        reliability=[ReliabilityBin.model_validate(own) for own in bins],
+        figures=metrics_by_name(found),
+        reliability=[ReliabilityBin.model_validate(each) for each in bins],
         positions=found.positions,
         windows=len(found.positions_by_window),
     )
-    setting.work.keep("teacher", key, row.model_dump(mode="json"))
+    setting.work.store("teacher", key, row.model_dump(mode="json"))
     return row
 
 
 def _rounded(value: Any) -> Any:
-    """Round to six significant digits, more than a metric of some thousand positions has."""
+    """Round all numbers of a JSON value to six significant digits, which metrics do not reach."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(own) for key, own in value.items()}
-    return [_rounded(own) for own in value] if isinstance(value, list) else value
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value

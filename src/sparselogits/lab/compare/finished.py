@@ -1,12 +1,12 @@
-"""Finished work of a comparison: JSON values, kept by what determines them.
+"""Store the finished work of a comparison as JSON values, by the fingerprints of their inputs.
 
-    OUT/finished/KIND/KEY.json    {"value": ...}, or {"failure": why} of the last attempt
-    OUT/finished/KIND/KEY.lock    held while a process works on it
+    OUT/finished/KIND/KEY.json    {"value": ...}, or {"failure": reason} after a failed attempt
+    OUT/finished/KIND/KEY.lock    locked while a process computes the value
 
-KIND is one of samplers, teacher, runs, gradients and tasks; KEY is the fingerprint of everything
-that determines the value, so a value never changes and is read once per process. Recipes can grow
-and any number of processes can share a directory: nothing is computed twice, and no old value is
-taken for a new one.
+KIND is one of samplers, teacher, runs, gradients and tasks. KEY is the fingerprint of all inputs
+that determine the value, so a value never changes and is read once per process. A recipe can be
+extended, and processes can share a directory: no value is computed twice, and no outdated value is
+used.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sparselogits.identity import canonical_json
 from sparselogits.locks import Held, lock_file
 
 
-def fingerprint(determined: object) -> str:
-    """Return the sha256, in hex, of JSON values."""
-    return hashlib.sha256(canonical_json(determined)).hexdigest()
+def fingerprint(inputs: object) -> str:
+    """Return the SHA-256 of JSON values as hexadecimal text."""
+    return hashlib.sha256(canonical_json(inputs)).hexdigest()
 
 
 class FinishedWork:
-    """The finished work of one comparison.
+    """Store and load the finished work of a comparison.
 
     Args:
         out: directory of the comparison.
@@ -40,7 +40,7 @@ class FinishedWork:
         self._known: dict[Path, Any] = {}
 
     def value(self, kind: str, key: str) -> Any | None:
-        """Return a value; None if there is none."""
+        """Load a value; None if it has not been computed."""
         file = self._file(kind, key)
         if file not in self._known:
             content = self._read(file)
@@ -50,22 +50,28 @@ class FinishedWork:
         return self._known[file]
 
     def failure(self, kind: str, key: str) -> str | None:
-        """Return why the last attempt failed; None if there is a value, or was no attempt."""
+        """Load the reason why the last attempt failed; None after a success or without attempt."""
         file = self._file(kind, key)
         return None if file in self._known else self._read(file).get("failure")
 
-    def keep(self, kind: str, key: str, value: Any) -> None:
-        """Keep a value."""
-        write_whole(self._file(kind, key), json.dumps({"value": value}) + "\n")
-
-    def fail(self, kind: str, key: str, why: str, **more: str) -> None:
-        """Record why an attempt failed, unless another process has stored a result by now.
+    def store(self, kind: str, key: str, value: Any) -> None:
+        """Store a value.
 
         Args:
             kind: kind of the work.
-            key: fingerprint of the inputs that determine the work.
+            key: fingerprint of the inputs that determine the value.
+            value: JSON value.
+        """
+        write_whole(self._file(kind, key), json.dumps({"value": value}) + "\n")
+
+    def fail(self, kind: str, key: str, why: str, **more: str) -> None:
+        """Store the reason why an attempt failed, unless a value exists.
+
+        Args:
+            kind: kind of the work.
+            key: fingerprint of the inputs that determine the value.
             why: reason of the failure.
-            more: further details to record, such as a traceback.
+            more: further details, such as a traceback.
         """
         if self.value(kind, key) is None:
             content = {"failure": why, **more}
@@ -73,14 +79,14 @@ class FinishedWork:
 
     @contextmanager
     def claimed(self, kind: str, key: str = "all", *, wait: bool = False) -> Iterator[bool]:
-        """Claim work for this process until the block ends or the process dies.
+        """Claim work for this process until the `with` block ends or the process dies.
 
         Args:
             kind: kind of the work.
-            key: fingerprint of what determines it.
-            wait: wait while another process works on it.
+            key: fingerprint of the inputs that determine the work.
+            wait: whether to wait while another process has claimed the work.
 
-        Returns:
+        Yields:
             Whether the claim succeeded. A file system without locks grants every claim.
         """
         with lock_file(self._file(kind, key).with_suffix(".lock"), wait=wait) as lock:

@@ -1,16 +1,16 @@
-"""Compare the gradients of a comparison's targets with those of full distillation.
+"""Compare the gradients of all methods' targets with those of full distillation.
 
-The targets of a method are those of its training: the fitted sampler, the missing-mass rule, the
-share of labels (alpha adds their gradient), thinned to its rounds. They are compared with full
-distillation without labels. CE is the gradient of the labels. Methods with equal targets (fresh and
-frozen noise of one thinning) share a measurement. Methods without cached targets and with a
-thinning schedule, which has no single target, are not measured.
+The targets of a method are those of its training: drawn by the fitted sampler, thinned to the
+method's rounds, with the missing-mass rule and the share alpha of the labels. CE has the labels as
+targets. All are compared with full distillation without labels. Methods with equal targets, such as
+fresh and frozen noise of one thinning, share a measurement. Methods without cached targets (except
+CE), and methods with a thinning schedule, whose targets change, are not measured.
 
-The student is that of CE with the first seed whose run did not fail; if there is none, that of the
-first method with one. A run that another process is training is waited for: the
-process that finishes it measures. One process measures at a time (finished.py), others wait.
+The measured student is that of CE with the first seed whose run did not fail, otherwise that of the
+first method with a finished run. While another process is training the student, nothing is
+measured: that process measures at its end. One process measures at a time; others wait.
 
-Cost: see `lab/gradients/measure.py`; one pass of the teacher over the windows for each student.
+Cost: see `lab/gradients/measure.py`; one pass of the teacher over the windows per student.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from sparselogits.store import Cache
 from sparselogits.teacher.loading import load_language_model
 
 MEASURED = 1
-"""Raised when the measurement changes, so that older ones are not used."""
+"""Version of the measurement; a new version makes stored measurements invalid."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A measurement that the recipe asks for.
+class PlannedMeasurement:
+    """Describe a measurement that the recipe requires.
 
     Args:
         method: method whose targets are measured.
         student: name of the student.
-        on: run whose student is measured.
-        fingerprint: fingerprint of everything that determines the measurement.
+        on: run whose trained student is measured.
+        fingerprint: fingerprint of all inputs that determine the measurement.
     """
 
     method: MethodSpec
@@ -57,31 +57,31 @@ class Asked:
 def measure_missing(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], *, device: str, stage: OpenStage
 ) -> None:
-    """Measure the gradients that the recipe asks for and that are not kept yet.
+    """Measure the gradients that the recipe requires and that are not stored, and store them.
 
     Args:
         recipe: the comparison.
-        setting: see `caches.prepare`.
+        setting: result of `caches.prepare`.
         runs: all runs of the recipe.
         device: device of the students.
-        stage: shows the progress.
+        stage: function that shows the progress of a stage.
     """
     if recipe.gradients is None:
         return
     work = setting.work
     with work.claimed("gradients", wait=True):
         for student in recipe.students:
-            asked = _asked(recipe, setting, runs, student)
+            measurements = _planned_measurements(recipe, setting, runs, student)
             missing = {
-                own.fingerprint: own
-                for own in asked
-                if work.value("gradients", own.fingerprint) is None
+                each.fingerprint: each
+                for each in measurements
+                if work.value("gradients", each.fingerprint) is None
             }
             if not missing:
                 continue
             try:
                 _measure(missing.values(), recipe, recipe.gradients, setting, device, stage)
-            except Exception as error:  # whatever it is, nothing else is lost to it
+            except Exception as error:  # no failure of a measurement may stop the comparison
                 for key in missing:
                     work.fail("gradients", key, reason_of(error))
 
@@ -89,64 +89,67 @@ def measure_missing(
 def with_gradients(
     rows: Sequence[MethodRow], recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]
 ) -> list[MethodRow]:
-    """Return the rows with the measurements of their gradients.
+    """Add the stored measurements of gradients to the rows of methods.
 
     Args:
         rows: rows of the methods.
         recipe: the comparison.
-        setting: see `caches.prepare`.
+        setting: result of `caches.prepare`.
         runs: all runs of the recipe.
     """
     if recipe.gradients is None:
         return list(rows)
-    asked = {
-        (own.method.title, student): own
+    measurements = {
+        (each.method.title, student): each
         for student in recipe.students
-        for own in _asked(recipe, setting, runs, student)
+        for each in _planned_measurements(recipe, setting, runs, student)
     }
     found = []
     for row in rows:
-        own = asked.get((row.method, row.student))
-        more: dict[str, Any] = {}
-        if own is not None:
-            measured = setting.work.value("gradients", own.fingerprint)
-            more["gradient_failure"] = setting.work.failure("gradients", own.fingerprint)
-            if measured is not None:
-                more["gradient"] = _gradient(own, measured, recipe.out)
-        found.append(row.model_copy(update=more))
+        measurement = measurements.get((row.method, row.student))
+        fields: dict[str, Any] = {}
+        if measurement is not None:
+            key = measurement.fingerprint
+            fields["gradient_failure"] = setting.work.failure("gradients", key)
+            if (measured := setting.work.value("gradients", key)) is not None:
+                fields["gradient"] = _gradient(measurement, measured, recipe.out)
+        found.append(row.model_copy(update=fields))
     return found
 
 
-def _asked(
+def _planned_measurements(
     recipe: CompareRecipe, setting: Setting, runs: Sequence[Run], student: str
-) -> list[Asked]:
-    """Return the measurements of one student: one for each method with a single target."""
+) -> list[PlannedMeasurement]:
+    """Return the measurements of a student, one for each method with a constant target."""
     on = _run_to_measure(recipe, [run for run in runs if run.planned.student == student])
     if recipe.gradients is None or on is None:
         return []
     found = []
     for method in recipe.methods:
         cache = setting.caches.get(Draw.of(method, recipe, recipe.seeds[0]).key)
-        if cache is None or not _has_targets(method):
+        if cache is None or not _has_constant_target(method):
             continue
-        determined = {
+        inputs = {
             "measured": MEASURED,
             "cache": Cache.open(cache).identity.fingerprint,
             "text": setting.corpus.source_fingerprint,
             "student": on.planned.fingerprint,
-            **_of_targets(method),
+            **_target_settings(method),
             **recipe.gradients.model_dump(mode="json"),
             "seed": recipe.draw_seed,
         }
-        found.append(Asked(method, student, on, fingerprint(determined)))
+        found.append(PlannedMeasurement(method, student, on, fingerprint(inputs)))
     return found
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the run whose student is measured; None while another process trains it."""
-    by_method = [[r for r in runs if r.planned.method.title == m.title] for m in recipe.methods]
+    """Return the finished run whose student is measured; None if the first candidate is not done.
+
+    Candidates are the runs of CE, then those of all methods; failed runs are skipped.
+    """
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
-    for run in (*of_ce, *(run for own in by_method for run in own)):
+    of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
+    for run in (*of_ce, *of_all):
         if run.outcome is not None:
             return run
         if run.failure is None:
@@ -154,45 +157,51 @@ def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
     return None
 
 
-def _has_targets(method: MethodSpec) -> bool:
-    """Return whether a method has a single target: cached ones without a schedule, or labels."""
+def _has_constant_target(method: MethodSpec) -> bool:
+    """Return whether a method trains on labels, or on cached targets without a schedule."""
     if method.sampler is None:
         return method.method == "ce"
     return method.thinning is None or method.thinning.schedule is None
 
 
-def _of_targets(method: MethodSpec) -> dict[str, Any]:
-    """Return what distinguishes the targets of methods that share a cache."""
+def _target_settings(method: MethodSpec) -> dict[str, Any]:
+    """Return the settings of a method that change its target but not its cache."""
     if method.sampler is None:
         return {"labels": True}
-    thinning = method.thinning
-    kept = None if thinning is None else thinning.model_dump(exclude={"fresh_noise", "schedule"})
-    return {"missing_mass": method.missing_mass, "alpha": method.alpha, "thinning": kept}
+    thinned = method.thinning and method.thinning.model_dump(exclude={"fresh_noise", "schedule"})
+    return {"missing_mass": method.missing_mass, "alpha": method.alpha, "thinning": thinned}
 
 
 def _measure(
-    missing: Iterable[Asked],
+    missing: Iterable[PlannedMeasurement],
     recipe: CompareRecipe,
     wanted: Gradients,
     setting: Setting,
     device: str,
     stage: OpenStage,
 ) -> None:
-    """Measure the targets of one student, and keep the measurements."""
-    samplers: dict[
-        str, Sampler
-    ] = {}  # one object for equal samplers, so that targets are drawn once
+    """Measure the gradients of targets for one student, and store them.
+
+    Args:
+        missing: measurements of one student.
+        recipe: the comparison.
+        wanted: settings of the measurements.
+        setting: result of `caches.prepare`.
+        device: device of the student.
+        stage: function that shows the progress of a stage.
+    """
+    samplers: dict[str, Sampler] = {}  # targets of the same sampler object share their draws
     targets, on = [], None
-    for own in missing:
-        on = own.on.planned
+    for each in missing:
+        on = each.on.planned
         try:
-            targets.append(_target(own, recipe, setting, samplers))
-        except Exception as error:  # the others are measured
-            setting.work.fail("gradients", own.fingerprint, reason_of(error))
+            targets.append(_target(each, recipe, setting, samplers))
+        except Exception as error:  # the other targets are measured
+            setting.work.fail("gradients", each.fingerprint, reason_of(error))
     if not targets:
         return
     assert on is not None
-    assert on.folder is not None  # it is done
+    assert on.folder is not None  # a finished run has a folder
     model = load_language_model(str(on.folder / "model"), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=wanted.windows)
     with stage(f"comparing gradients, {on.student}", "tokens", per_unit=recipe.window) as update:
@@ -210,16 +219,26 @@ def _measure(
     for row in rows:
         found.setdefault(row.target, []).append(row.to_json())
     for key, measured in found.items():
-        setting.work.keep("gradients", key, measured)
+        setting.work.store("gradients", key, measured)
 
 
 def _target(
-    asked: Asked, recipe: CompareRecipe, setting: Setting, samplers: dict[str, Sampler]
+    measurement: PlannedMeasurement,
+    recipe: CompareRecipe,
+    setting: Setting,
+    samplers: dict[str, Sampler],
 ) -> Target:
-    """Build the target of a method; its name is the fingerprint of the measurement."""
-    method = asked.method
+    """Return the target of a method, named by the fingerprint of the measurement.
+
+    Args:
+        measurement: the measurement.
+        recipe: the comparison.
+        setting: result of `caches.prepare`.
+        samplers: samplers that have been loaded, by key of the cache; new ones are added.
+    """
+    method = measurement.method
     if method.sampler is None:
-        return Target(asked.fingerprint, None)
+        return Target(measurement.fingerprint, None)
     key = Draw.of(method, recipe, recipe.seeds[0]).key
     if key not in samplers:
         recorded = Cache.open(setting.caches[key]).identity.sampler
@@ -227,25 +246,33 @@ def _target(
     rounds = None
     if (thinning := method.thinning) is not None:
         rounds = thinning.rounds
-        if thinning.budget is not None:  # as training resolves it
-            dataset = CacheDataset(setting.caches[key], seed=asked.on.planned.seed)
+        if thinning.budget is not None:  # converted to rounds as in training
+            dataset = CacheDataset(setting.caches[key], seed=measurement.on.planned.seed)
             rounds = rounds_for_entries(dataset, thinning.budget)
-    return Target(asked.fingerprint, samplers[key], method.missing_mass, method.alpha, rounds)
+    return Target(measurement.fingerprint, samplers[key], method.missing_mass, method.alpha, rounds)
 
 
-def _gradient(asked: Asked, kept: Sequence[dict[str, Any]], out: Path) -> Gradient:
-    """Return a measurement as the results store it."""
-    found = [GradientFidelity.from_json(own) for own in kept]
+def _gradient(
+    measurement: PlannedMeasurement, measured: Sequence[dict[str, Any]], out: Path
+) -> Gradient:
+    """Convert a stored measurement to the form in which results store it.
+
+    Args:
+        measurement: the measurement.
+        measured: results of `GradientFidelity.to_json`, one per space and batch size.
+        out: directory of the comparison.
+    """
+    found = [GradientFidelity.from_json(each) for each in measured]
     rows = sorted(
         (row for row in found if row.space == "parameters"), key=lambda row: row.batch_tokens
     )
-    on = asked.on.planned
-    assert on.folder is not None  # it is done
+    on = measurement.on.planned
+    assert on.folder is not None  # a finished run has a folder
     return Gradient(
         student_method=on.method.title,
         student_seed=on.seed,
         student_folder=on.folder.relative_to(out).as_posix(),
-        entries=rows[0].entries if asked.method.sampler is not None else None,
+        entries=rows[0].entries if measurement.method.sampler is not None else None,
         draws=rows[0].draws,
         sizes=[
             GradientSize(

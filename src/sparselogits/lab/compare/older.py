@@ -1,11 +1,11 @@
-"""Finished work as older versions stored it, taken over so that nothing is computed again.
+"""Convert the finished work of earlier versions to the form of this one (`finished.py`).
 
 OUT/draws.json                  {"teacher": weights, "parameters": {draw: sampler}}
-OUT/teacher.json                {"of": determined, "row": row}
+OUT/teacher.json                {"of": inputs, "row": row}
 OUT/gradients.json              {"found": {fingerprint: rows}, ...}
 OUT/tasks/teacher.json          {"scores": {task: {"fingerprint": ..., "scores": ...}}, ...}
-OUT/runs/ID/tasks.json          likewise, of the student
-OUT/runs/ID/outcome.json        the outcome, with its fingerprint
+OUT/runs/ID/tasks.json          the same for a student
+OUT/runs/ID/outcome.json        outcome of a run, with its fingerprint
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from typing import Any
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 
 
-def take_over(out: Path, work: FinishedWork) -> None:
-    """Keep what an older version has finished, where it is not kept yet."""
+def convert_older_work(out: Path, work: FinishedWork) -> None:
+    """Store the values that an earlier version has computed and that are not stored yet.
+
+    Args:
+        out: directory of the comparison.
+        work: finished work of the comparison.
+    """
     for kind, key, value in _older(out):
         if work.value(kind, key) is None:
-            work.keep(kind, key, value)
+            work.store(kind, key, value)
 
 
 def _older(out: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yield kind, fingerprint and value of everything that an earlier version has computed."""
     draws = _read(out / "draws.json")
     for draw, sampler in draws.get("parameters", {}).items():
         yield "samplers", fingerprint([draws["teacher"], draw]), sampler
@@ -34,18 +40,19 @@ def _older(out: Path) -> Iterator[tuple[str, str, Any]]:
         yield "teacher", fingerprint(teacher["of"]), teacher["row"]
     for key, rows in _read(out / "gradients.json").get("found", {}).items():
         yield "gradients", key, rows
-    for own in _read(out / "tasks" / "teacher.json").get("scores", {}).values():
-        yield "tasks", fingerprint(own["fingerprint"].split(" ", 1)), own["scores"]
+    for task in _read(out / "tasks" / "teacher.json").get("scores", {}).values():
+        yield "tasks", fingerprint(task["fingerprint"].split(" ", 1)), task["scores"]
     for file in sorted(out.glob("runs/*/outcome.json")):
         if not (outcome := _read(file)):
             continue
-        yield "runs", outcome["fingerprint"], outcome
-        for own in _read(file.with_name("tasks.json")).get("scores", {}).values():
-            yield "tasks", fingerprint([own["fingerprint"], outcome["fingerprint"]]), own["scores"]
+        run = outcome["fingerprint"]
+        yield "runs", run, outcome
+        for task in _read(file.with_name("tasks.json")).get("scores", {}).values():
+            yield "tasks", fingerprint([task["fingerprint"], run]), task["scores"]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):  # absent; or cut short by a version that wrote in place
+    with suppress(OSError, ValueError):  # missing, or truncated by a version that wrote in place
         found: dict[str, Any] = json.loads(file.read_bytes())
         return found
     return {}

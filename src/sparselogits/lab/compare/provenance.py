@@ -1,4 +1,4 @@
-"""Record the commit, the versions and the machine that results were computed with."""
+"""Determine the commit, the versions and the machine that results are computed with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Return the provenance of this process; the commit of each run is in its row."""
+    """Return commit, versions, processor, number of threads, and date, for results."""
     return {
         "commit": commit(),
         "sparselogits": version("sparselogits"),
@@ -28,7 +28,7 @@ def provenance() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Return the commit of the source tree, or "unknown" outside of one."""
+    """Return the commit of the source tree, or "unknown" outside a Git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

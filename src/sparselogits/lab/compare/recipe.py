@@ -1,8 +1,9 @@
-"""The recipe of a comparison: one setting, and the methods to compare.
+"""Define, read and validate the recipes of comparisons.
 
-A method is a name (a training method, or `none`) or a mapping with the options of
-`sparselogits cache` and `train`. A list in it stands for one method per value, two lists for all
-pairs. Keys that are not fields of a method are fields of its sampler:
+A recipe contains the common settings and the methods to compare. A method is a name (a training
+method, or `none`) or a mapping with options of `sparselogits cache` and `sparselogits train`. A
+mapping with a list defines one method per value, with two lists one per pair of values. Keys that
+are not fields of a method are fields of its sampler:
 
     methods:
       - ce
@@ -56,7 +57,7 @@ Budget = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 UNTRAINED = "none"
-"""Method of a comparison that measures the student before training."""
+"""Name of the method that measures the student before training."""
 
 
 def _method_name(name: str) -> str:
@@ -66,7 +67,7 @@ def _method_name(name: str) -> str:
 
 
 LABELS_ONLY = TopK(1)
-"""Sampler of the cache from which methods without cached targets read their text."""
+"""Sampler of the cache from which methods without cached targets read the text."""
 
 
 class _Strict(BaseModel):
@@ -74,10 +75,10 @@ class _Strict(BaseModel):
 
 
 class MethodSpec(_Strict):
-    """One method: its targets, and how they are used in training."""
+    """Define a method: the targets, and how they are used in training."""
 
     name: str | None = Field(
-        None, description="name in tables; composed of the other fields by default"
+        None, description="name in tables; derived from the other fields when absent"
     )
     method: Annotated[str, AfterValidator(_method_name)] = Field(
         "sparse", description=f"{METHODS_IN_WORDS}; {UNTRAINED}: the student before training"
@@ -87,46 +88,54 @@ class MethodSpec(_Strict):
     )
     budget: Budget | None = Field(None, description="mean entries per position")
     missing_mass: MissingMass = Field(
-        "drop", description="rule for the mass that biased targets lack"
+        "drop", description="rule for the probability mass that biased targets lack"
     )
     alpha: Fraction = Field(0.0, description="share of the labels' cross-entropy in the loss")
-    beta: float | None = Field(None, description="share of the teacher, for jensen_shannon")
-    learning_rate: Positive | None = Field(
-        None, description="learning rate of this method, instead of that of training"
+    beta: float | None = Field(
+        None, description="share of the teacher in the mixture of jensen_shannon"
     )
-    thinning: Thinning | None = Field(None, description="use fewer of the drawn rounds")
+    learning_rate: Positive | None = Field(
+        None, description="learning rate of this method; training.learning_rate when absent"
+    )
+    thinning: Thinning | None = Field(
+        None, description="train on fewer rounds than the cache stores"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _take_the_fields_of_the_sampler(cls, values: Any) -> Any:
-        """Make the sampler of the keys that are not fields of a method."""
+    def _with_sampler(cls, values: Any) -> Any:
+        """Create the sampler from the keys that are not fields of a method."""
         if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
             return values
-        own = {name: value for name, value in values.items() if name in cls.model_fields}
-        given = {name: value for name, value in values.items() if name not in own}
+        fields = {name: value for name, value in values.items() if name in cls.model_fields}
+        of_sampler = {name: value for name, value in values.items() if name not in fields}
         try:
-            return own | {"sampler": choose(own["sampler"], given, known=cls.model_fields)}
+            sampler = choose(fields["sampler"], of_sampler, known=cls.model_fields)
         except InvalidArgumentError as error:
             raise ValueError(str(error)) from error
+        return fields | {"sampler": sampler}
 
     @model_serializer(mode="wrap")
-    def _in_the_words_of_a_recipe(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_in_a_recipe(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Serialise the method with the sampler's fields as keys of the method."""
         values: dict[str, Any] = handler(self)
         if self.sampler is None:
             return values
         return values | {"sampler": self.sampler.kind.name} | dict(self.sampler.given)
 
     @model_validator(mode="after")
-    def _is_one_method(self) -> MethodSpec:
+    def _fields_fit_together(self) -> MethodSpec:
         if self.method != "sparse":
-            odd = [name for name in ("sampler", "budget", "thinning") if getattr(self, name)]
-            odd += ["missing_mass"] if self.missing_mass != "drop" else []
+            unused = [name for name in ("sampler", "budget", "thinning") if getattr(self, name)]
+            unused += ["missing_mass"] if self.missing_mass != "drop" else []
             if self.method == UNTRAINED:
-                odd += [n for n in ("alpha", "beta", "learning_rate") if getattr(self, n)]
+                unused += [n for n in ("alpha", "beta", "learning_rate") if getattr(self, n)]
             else:
                 require_fits(METHODS[self.method], teacher=self.online, beta=self.beta)
-            if odd:
-                raise ValueError(f"method: {self.method} takes no {', '.join(odd)}")
+            if unused:
+                raise ValueError(
+                    f"method: {self.method} does not use {', '.join(unused)}; leave it out"
+                )
             return self
         if self.sampler is None:
             others = [name for name in [*METHODS, UNTRAINED] if name != "sparse"]
@@ -139,12 +148,12 @@ class MethodSpec(_Strict):
 
     @property
     def online(self) -> bool:
-        """Whether the teacher runs during training."""
+        """Whether the teacher runs in every training step."""
         return self.method != UNTRAINED and METHODS[self.method].online
 
     @property
     def title(self) -> str:
-        """Name in tables."""
+        """Name of the method in tables."""
         if self.name is not None:
             return self.name
         if self.sampler is not None:
@@ -161,49 +170,56 @@ class MethodSpec(_Strict):
 
 
 class FromTeacher(_Strict):
-    """A student made from the teacher's weights: pruned (see `sparselogits shrink`), quantised."""
+    """Define a student that is made from the teacher's weights by pruning or quantisation.
+
+    Sizes are those of the student, as for `sparselogits shrink`.
+    """
 
     origin: Literal["teacher"] = Field(alias="from", description="teacher")
-    layers: Count | None = Field(None, description="transformer blocks to keep")
+    layers: Count | None = Field(None, description="number of transformer blocks")
     drop_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="numbers of the blocks to remove, instead of layers"
+        None, description="indices of the blocks to remove, instead of layers"
     )
-    intermediate_size: Count | None = Field(None, description="MLP channels to keep per block")
-    heads: Count | None = Field(None, description="attention heads to keep per block")
-    hidden_size: Count | None = Field(None, description="width of the hidden states to keep")
+    intermediate_size: Count | None = Field(None, description="number of MLP channels per block")
+    heads: Count | None = Field(None, description="number of attention heads per block")
+    hidden_size: Count | None = Field(None, description="hidden size")
     layer_score: Literal["influence", "loss"] = Field(
-        "influence", description="how blocks are ranked: influence or loss"
+        "influence", description="score by which blocks are ranked: influence or loss"
     )
-    calibration_windows: Count = Field(32, description="training windows that parts are ranked on")
-    quantize: Quantize | None = Field(None, description="format of the weights, as in training")
+    calibration_windows: Count = Field(
+        32, description="number of training windows on which blocks, channels and heads are ranked"
+    )
+    quantize: Quantize | None = Field(
+        None, description="quantisation of the weights (see student.quantize of a training recipe)"
+    )
 
     @model_validator(mode="after")
     def _differs_from_the_teacher(self) -> FromTeacher:
         if not self.pruned and self.quantize is None:
             raise ValueError(
-                "from: teacher needs layers, drop_layers, intermediate_size, heads, hidden_size "
-                "or quantize"
+                "a student from the teacher needs a size or a quantisation; give layers, "
+                "drop_layers, intermediate_size, heads, hidden_size or quantize"
             )
         return self
 
     @property
     def pruned(self) -> bool:
-        """Whether parts of the teacher are removed."""
+        """Whether the student is smaller than the teacher."""
         sizes = (self.layers, self.drop_layers, self.intermediate_size, self.heads)
         return any(size is not None for size in (*sizes, self.hidden_size))
 
 
-_GIVEN, _MADE = "(student)", "(student from the teacher)"
-"""Names of the two kinds of students, which pydantic puts into the path of an error."""
+_STUDENT, _FROM_TEACHER = "(student)", "(student from the teacher)"
+"""Tags of the two kinds of students, which pydantic adds to the path of an error."""
 
 
 def _kind_of_student(value: Any) -> str:
-    made = isinstance(value, FromTeacher) or (isinstance(value, dict) and "from" in value)
-    return _MADE if made else _GIVEN
+    from_teacher = isinstance(value, FromTeacher) or (isinstance(value, dict) and "from" in value)
+    return _FROM_TEACHER if from_teacher else _STUDENT
 
 
 AnyStudent = Annotated[
-    Annotated[Student, Tag(_GIVEN)] | Annotated[FromTeacher, Tag(_MADE)],
+    Annotated[Student, Tag(_STUDENT)] | Annotated[FromTeacher, Tag(_FROM_TEACHER)],
     Discriminator(_kind_of_student),
 ]
 
@@ -213,7 +229,7 @@ def _one_new_student() -> dict[str, Student | FromTeacher]:
 
 
 class TaskNames(_Strict):
-    """Zero-shot tasks that every student and the teacher are scored on."""
+    """Define the zero-shot tasks on which the students and the teacher are scored."""
 
     names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="continuation, last_word, agreement, or tasks of lm-eval"
@@ -223,12 +239,12 @@ class TaskNames(_Strict):
     @model_validator(mode="after")
     def _names_differ(self) -> TaskNames:
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"a task is named twice: {', '.join(self.names)}; name each once")
+            raise ValueError(f"a task is named twice: {', '.join(self.names)}; give each once")
         return self
 
 
 class Training(TrainingSettings):
-    """Training settings of every student."""
+    """Define the training settings of all students."""
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out", "seed": "seeds"}
 
@@ -236,18 +252,20 @@ class Training(TrainingSettings):
 
 
 class Gradients(_Strict):
-    """Settings for comparing the gradients of targets with those of full distillation."""
+    """Define how the gradients of targets are compared with those of full distillation."""
 
     windows: Count = Field(
         8, description="largest number of held-out windows; a multiple of the largest batch is used"
     )
     batch_windows: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        (1, 4), description="windows per batch; several sizes are measured at once"
+        (1, 4), description="numbers of windows per batch, each of which is measured"
     )
-    draws: Annotated[int, Field(ge=2)] = Field(4, description="draws of random targets per batch")
+    draws: Annotated[int, Field(ge=2)] = Field(
+        4, description="number of draws of a random target per batch"
+    )
 
     @model_validator(mode="after")
-    def _fill_a_batch(self) -> Gradients:
+    def _windows_fill_a_batch(self) -> Gradients:
         largest = max(self.batch_windows)
         if largest > self.windows:
             raise ValueError(
@@ -257,27 +275,30 @@ class Gradients(_Strict):
 
 
 class CompareRecipe(_Strict):
-    """Everything a comparison depends on."""
+    """Define all settings of a comparison."""
 
     title: str = Field("comparison", description="title of the report")
     teacher: str = Field(description="model folder, GGUF file or hub name")
-    teacher_dtype: DtypeName = "auto"
+    teacher_dtype: DtypeName = Field(
+        "auto", description="number format of the teacher; auto: the format in which it is stored"
+    )
     data: str = Field(description="text, JSONL or Parquet file, folder, or dataset")
-    text_field: str = "text"
+    text_field: str = Field("text", description="field of a record that contains the text")
     completion_only: bool = Field(
-        False,
-        description="records are conversations, of which only the assistant's turns are learnt",
+        False, description="train only on the assistant's turns of conversations"
     )
     out: Path = Field(description="output directory")
-    window: Annotated[int, Field(ge=2)] = Field(256, description="tokens per window")
+    window: Annotated[int, Field(ge=2)] = Field(256, description="number of tokens per window")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="share of the text held out for evaluation"
     )
     heldout_windows: Count | None = Field(
-        None, description="largest number of held-out windows to evaluate on"
+        None, description="largest number of held-out windows for evaluation; all when absent"
     )
-    separator_id: int | None = Field(None, description="token between documents")
-    cache_batch: Count = Field(8, description="windows per forward pass of the teacher")
+    separator_id: int | None = Field(
+        None, description="id of the token between documents; the tokenizer's when absent"
+    )
+    cache_batch: Count = Field(8, description="number of windows per forward pass of the teacher")
     draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="random seed for sampling")
     vary_draws: bool = Field(
         False, description="build a cache per seed, sampled with draw_seed + seed"
@@ -286,21 +307,27 @@ class CompareRecipe(_Strict):
         default_factory=_one_new_student,
         description="students by name: as in a training recipe, or made from the teacher",
     )
-    training: Training = Training()
+    training: Training = Field(
+        Training(), description="training settings, as keys of a training recipe"
+    )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), description="seeds of initial weights and of the order of windows"
+        (0, 1, 2), description="random seeds for initial weights and the order of windows"
     )
-    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none by default")
+    tasks: TaskNames | None = Field(None, description="zero-shot tasks; none when absent")
     draft: Annotated[int, Field(ge=0)] = Field(
-        0, description="tokens to draft for the teacher at a time; 0 to measure no drafting"
+        0, description="number of tokens per draft for the teacher; 0 to measure no drafting"
     )
-    draft_windows: Count = Field(16, description="held-out windows to draft from")
+    draft_windows: Count = Field(
+        16, description="number of held-out windows in which tokens are drafted"
+    )
     gradients: Gradients | None = Field(
-        None, description="compare the gradients of targets with full KD's; not by default"
+        None, description="comparison of targets' gradients with full KD's; none when absent"
     )
-    resamples: Count = Field(1000, description="resamples of the windows for the intervals")
+    resamples: Count = Field(
+        1000, description="number of resamples of the windows, for the intervals"
+    )
     methods: tuple[MethodSpec, ...] = Field(
-        min_length=1, description="methods in the order in which they are run"
+        min_length=1, description="methods, in the order in which they are trained"
     )
 
     @model_validator(mode="after")
@@ -309,39 +336,49 @@ class CompareRecipe(_Strict):
         for what, names in (("methods", titles), ("seeds", list(self.seeds))):
             twice = sorted({str(n) for n in names if list(names).count(n) > 1})
             if twice:
-                raise ValueError(f"{what} occur twice: {', '.join(twice)}; name each once")
+                raise ValueError(f"{what} occur twice: {', '.join(twice)}; give each once")
         if not self.seeds or not self.students:
             raise ValueError("give at least one seed and one student")
         return self
 
 
 def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:
-    """Read a recipe; paths in it are relative to where the command runs.
+    """Read and validate the recipe of a comparison.
+
+    Paths in the recipe are relative to the current directory.
 
     Args:
         path: YAML file.
-        overrides: values that replace those of the file; None for that of the file.
+        overrides: values that replace those of the file, by key; None leaves the file's value.
 
     Raises:
-        RecipeError: names the file, the key and what is wrong.
+        RecipeError: If the recipe cannot be read or is invalid; the message lists the wrong keys.
     """
     return parse_compare_recipe(read_yaml(path, overrides), source=str(path))
 
 
 def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecipe:
-    """Validate plain values as a recipe; `source` names them in messages.
+    """Validate the values of a recipe.
+
+    Args:
+        values: settings by key, as read from YAML.
+        source: origin of the values, for error messages.
 
     Raises:
-        RecipeError: see `load_compare_recipe`.
+        RecipeError: If the recipe is invalid; the message lists the wrong keys.
     """
     methods = values.get("methods")
     if isinstance(methods, list):
-        values = {**values, "methods": [one for own in methods for one in expanded(own)]}
+        values = {**values, "methods": [each for method in methods for each in expanded(method)]}
     return validated(CompareRecipe, values, _FIELDS, f"{source} is not a valid comparison")
 
 
 def expanded(method: Any) -> list[Any]:
-    """Return one method per combination of the values in lists."""
+    """Return a method for each combination of values of the lists in a method.
+
+    Args:
+        method: name or mapping, as in a recipe.
+    """
     if isinstance(method, str):
         return [{"method": method}]
     if not isinstance(method, dict):
@@ -358,7 +395,7 @@ _FIELDS = {
     "tasks": list(TaskNames.model_fields),
     "methods": list(MethodSpec.model_fields),
     "students": list(Student.model_fields),
-    _MADE: list(FromTeacher.model_fields),
+    _FROM_TEACHER: list(FromTeacher.model_fields),
     "quantize": list(Quantize.model_fields),
     "training": list(Training.model_fields),
     "gradients": list(Gradients.model_fields),
@@ -367,16 +404,17 @@ _FIELDS = {
 
 
 def slug(text: str) -> str:
-    """Return a name as part of a folder's name."""
+    """Convert a name to lower-case letters, digits, dots and hyphens, for file names."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def _require_sampler(spec: MethodSpec, choice: SamplerChoice) -> None:
-    """Check what the rest of a method asks of its sampler.
+    """Check that a method's sampler fits its budget, missing-mass rule and thinning.
 
     Raises:
-        InvalidArgumentError: a budget and the parameter it sets, neither of them where one is
-            needed, a budget that sets nothing, or a rule or thinning that the targets do not have.
+        InvalidArgumentError: If both the budget and the parameter that it sets are given, or
+            neither of them although the sampler needs one; if the budget would have no effect; or
+            if the rule or the thinning cannot be applied to the sampler's targets.
     """
     kind, sampler = choice.kind, choice.sampler()
     sampler.left_open(spec.budget)
@@ -384,11 +422,11 @@ def _require_sampler(spec: MethodSpec, choice: SamplerChoice) -> None:
     if spec.budget is not None and size in choice.given:
         raise InvalidArgumentError(f"give budget or {size}, not both")
     if kind.needs_size and spec.budget is None and size not in choice.given:
-        raise InvalidArgumentError(f"sampler: {kind.name} needs a budget or {size}")
+        raise InvalidArgumentError(f"sampler: {kind.name} needs a budget or {size}; give one")
     require_rule_for(spec.missing_mass, unbiased=kind.unbiased)
     if spec.thinning is not None and sampler.rounds is None:
         raise InvalidArgumentError(
-            f"sampler: {kind.name} draws no rounds, and thinning keeps some of the rounds; leave "
+            f"sampler: {kind.name} draws no rounds, so its targets cannot be thinned; leave "
             "thinning out"
         )
 

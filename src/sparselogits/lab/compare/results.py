@@ -1,8 +1,8 @@
-"""The results of a comparison: `results.json`, and the same without curves as CSV.
+"""Define the results of a comparison, as stored in results.json, and convert them to CSV.
 
-The schema is these classes; `read_results` reads a file back. Metrics of one run are in `runs`,
-those of a method over its seeds, with intervals, in `methods`. The per-window sums from which the
-intervals are computed are in `windows.npz` (windows.py) and in `finished/runs` (finished.py).
+The classes are the schema of results.json. `runs` contains the metrics of each run, and `methods`
+the metrics of each method over its seeds, with intervals. The per-window sums from which the
+intervals are computed are in windows.npz (windows.py) and in `finished/runs` (finished.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparselogits.errors import CacheError
 
 FORMAT = 1
+"""Version of the format of results.json."""
 
 
 class _Value(BaseModel):
@@ -25,27 +26,29 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """The ends of a 95 % interval; None if there are too few values."""
+    """Store the ends of a 95 % interval; None if there are too few values for an interval."""
 
     low: float | None
     high: float | None
 
 
-class Figure(_Value):
-    """A metric of a method over its seeds, with three intervals (see `SeedEstimate`).
+class MetricEstimate(_Value):
+    """Store a metric of a method over its seeds, with three intervals (see `SeedEstimate`).
 
-    Results written before windows.npz existed hold a bootstrap over windows and seeds in `both`,
-    and in `gap_closed` a mean of the seeds' ratios with Student's t.
+    In results of versions without windows.npz, `both` is a bootstrap over windows and seeds, and
+    `gap_closed` is a mean over seeds of ratios, with Student's t.
     """
 
     mean: float
-    windows: Ends = Field(description="bootstrap over held-out windows, students fixed")
-    seeds: Ends = Field(description="Student's t over seeds, Fieller's for shares, text fixed")
-    both: Ends = Field(description="over seeds and windows")
+    windows: Ends = Field(description="bootstrap over held-out windows, with fixed students")
+    seeds: Ends = Field(
+        description="Student's t over seeds, Fieller's interval for shares, with fixed text"
+    )
+    both: Ends = Field(description="interval over seeds and windows")
 
 
 class ReliabilityBin(_Value):
-    """A point of a reliability diagram, over the positions of all seeds."""
+    """Store a point of a reliability diagram, over the positions of all seeds (see `Bin`)."""
 
     low: float
     high: float
@@ -55,105 +58,130 @@ class ReliabilityBin(_Value):
 
 
 class Realised(_Value):
-    """Drafting over all seeds: accepted tokens, and their expected share."""
+    """Store the result of drafting over all seeds (see `Drafting`)."""
 
     verified: int
     accepted: int
     acceptance: float
     expected: float
-    error: float = Field(description="standard deviation of acceptance about expected")
+    error: float = Field(description="standard deviation of acceptance - expected")
 
 
 class OfBatches(_Value):
-    """The mean of a metric over batches of one size, with Student's t at 95 %."""
+    """Store the mean of a metric over batches, with the ends of Student's t interval of 95 %."""
 
     mean: float
     low: float | None = Field(description="None for a single batch")
-    high: float | None
+    high: float | None = Field(description="None for a single batch")
 
 
 class GradientSize(_Value):
-    """The gradient of a target for all parameters of the student, in batches of one size."""
+    """Store the metrics of a target's gradient of all parameters, at one batch size.
 
-    batch_tokens: int
-    batches: int
-    angle: OfBatches = Field(description="to full distillation's, degrees")
-    norm_ratio: OfBatches = Field(description="to full distillation's")
+    Norm, bias and noise are relative to the norm of full distillation's gradient.
+    """
+
+    batch_tokens: int = Field(description="number of tokens per batch")
+    batches: int = Field(description="number of batches")
+    angle: OfBatches = Field(description="angle to full distillation's gradient, degrees")
+    norm_ratio: OfBatches = Field(description="relative norm")
     bias: float | None = Field(
-        description="over the norm of full distillation's; None if not distinguishable from zero"
+        description="relative bias; None if it is not distinguishable from zero"
     )
-    bias_below: float | None = Field(description="upper bound of the bias, in that case")
-    noise: float = Field(description="over the norm of full distillation's")
+    bias_below: float | None = Field(
+        description="upper bound of a bias that is not distinguishable from zero; otherwise None"
+    )
+    noise: float = Field(description="relative standard deviation")
 
 
 class Gradient(_Value):
-    """The gradient of a method's targets, compared with that of full distillation.
+    """Compare the gradient of a method's targets with that of full distillation.
 
-    Measured on one trained student of the comparison, the same for all methods (docs/compare.md).
+    The gradients of all methods are measured on the same trained student (docs/compare.md).
     """
 
-    student_method: str = Field(description="method that the measured student was trained with")
-    student_seed: int
-    student_folder: str = Field(description="folder of that run in the directory of the comparison")
-    entries: float | None = Field(
-        description="entries per position on this text; None for labels alone"
+    student_method: str = Field(description="method by which the measured student was trained")
+    student_seed: int = Field(description="seed of the measured student")
+    student_folder: str = Field(
+        description="folder of the measured student, relative to the directory of the comparison"
     )
-    draws: int = Field(description="draws per batch; one without randomness")
-    sizes: list[GradientSize] = Field(description="ascending in tokens per batch")
+    entries: float | None = Field(
+        description="mean entries per position of the measured targets; None for labels alone"
+    )
+    draws: int = Field(description="number of draws per batch; 1 for targets that are not random")
+    sizes: list[GradientSize] = Field(description="metrics by batch size, ascending")
 
 
 class MethodRow(_Value):
-    """A method with one student, over its seeds."""
+    """Store the results of a method with one student, over its seeds."""
 
-    method: str
-    student: str
-    family: str = Field(description="name of the training method, `none`, or the sampler")
-    spec: dict[str, Any] = Field(description="as in the recipe")
-    sampler: dict[str, Any] | None = Field(description="its parameters, a budget resolved")
-    unbiased: bool | None = Field(description="None without cached targets")
-    entries: float | None = Field(description="entries per position that training used")
+    method: str = Field(description="title of the method")
+    student: str = Field(description="name of the student")
+    family: str = Field(description="name of the training method, `none`, or name of the sampler")
+    spec: dict[str, Any] = Field(description="the method as in the recipe")
+    sampler: dict[str, Any] | None = Field(
+        description="parameters of the sampler, fitted to the budget; None without cached targets"
+    )
+    unbiased: bool | None = Field(
+        description="whether the targets are unbiased; None without cached targets"
+    )
+    entries: float | None = Field(
+        description="mean entries per position used in training; None without cached targets"
+    )
     bytes_per_token: float | None = Field(
-        description="size of the targets in the cache, without the text"
+        description="bytes of the cache per token, without the text; None without cached targets"
     )
     seeds_done: list[int]
     seeds_failed: list[int]
     seeds_not_run: list[int]
-    figures: dict[str, Figure] = Field(description="loss, kl, ... (evaluate.METRICS)")
-    minus_ce: dict[str, Figure] = Field(
-        description="the same less those of CE, paired by seed and window; empty without CE"
+    figures: dict[str, MetricEstimate] = Field(
+        description="metrics by the names in evaluate.METRICS"
     )
-    gap_closed: Figure | None = Field(
-        description="per cent of the way from CE's loss to full KD's, over seeds that all three "
-        "have; None where that gap is not distinguishable from zero"
+    minus_ce: dict[str, MetricEstimate] = Field(
+        description="differences of metrics to CE, paired by seed and window; empty without CE"
     )
-    recovered: Figure | None = Field(
+    gap_closed: MetricEstimate | None = Field(
+        description="percentage of the gap between CE's loss and full KD's that the method closes, "
+        "over the seeds that all three have; None if the gap is not distinguishable from zero"
+    )
+    recovered: MetricEstimate | None = Field(
         None,
-        description="per cent of the way from the untrained student's KL to full KD's, over seeds "
-        "that all three have; None where full KD's is not distinguishably lower",
+        description="percentage of the gap between the untrained student's KL and full KD's that "
+        "the method closes, over the seeds that all three have; None if the gap is not "
+        "distinguishable from zero",
     )
     reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
-    tasks: dict[str, Figure] = Field(
+    tasks: dict[str, MetricEstimate] = Field(
         default_factory=dict,
-        description="by TASK/METRIC, zero-shot; `windows` and `both` are over a task's samples",
+        description="zero-shot scores by TASK/METRIC; `windows` and `both` are intervals over the "
+        "samples of a task",
     )
-    realised: Realised | None
-    tokens_per_second: float | None = Field(description="wall time, median over runs")
-    tokens_per_cpu_second: float | None = Field(description="processor time, median over runs")
-    gradient: Gradient | None = Field(None, description="None if not measured")
-    gradient_failure: str | None = Field(None, description="why the measurement failed")
+    realised: Realised | None = Field(description="result of drafting; None if not measured")
+    tokens_per_second: float | None = Field(
+        description="training tokens per second of wall time, median over runs"
+    )
+    tokens_per_cpu_second: float | None = Field(
+        description="training tokens per second of processor time, median over runs"
+    )
+    gradient: Gradient | None = Field(
+        None, description="metrics of the targets' gradient; None if not measured"
+    )
+    gradient_failure: str | None = Field(
+        None, description="reason why the measurement of the gradient failed"
+    )
 
     @property
-    def perplexity(self) -> Figure | None:
-        """exp of the mean loss and of its ends, computed from the stored loss."""
+    def perplexity(self) -> MetricEstimate | None:
+        """Perplexity with its intervals, computed from the loss; None without a loss."""
         loss = self.figures.get("loss")
         if loss is None:
             return None
 
-        def ends(own: Ends) -> Ends:
-            low, high = (None if end is None else _exp(end) for end in (own.low, own.high))
+        def ends(of_loss: Ends) -> Ends:
+            low, high = (None if x is None else _exp(x) for x in (of_loss.low, of_loss.high))
             return Ends(low=low, high=high)
 
-        return Figure(
+        return MetricEstimate(
             mean=_exp(loss.mean),
             windows=ends(loss.windows),
             seeds=ends(loss.seeds),
@@ -162,26 +190,31 @@ class MethodRow(_Value):
 
 
 class RunRow(_Value):
-    """One student."""
+    """Store the results of one run."""
 
-    method: str
-    student: str
+    method: str = Field(description="title of the method")
+    student: str = Field(description="name of the student")
     seed: int
     status: Literal["done", "failed", "not run"]
-    message: str | None = Field(None, description="why the run failed")
-    folder: str | None = Field(None, description="in the directory of the comparison")
+    message: str | None = Field(None, description="reason why the run failed")
+    folder: str | None = Field(
+        None, description="folder of the run, relative to the directory of the comparison"
+    )
     figures: dict[str, float] = Field(
         default_factory=dict,
-        description="loss, perplexity, kl, agreement, acceptance, accuracy, confidence, "
-        "overconfidence, ece, ece_equal_mass",
+        description="metrics by name: loss, perplexity, kl, agreement, acceptance, accuracy, "
+        "confidence, overconfidence, ece, ece_equal_mass",
     )
-    gap_closed: float | None = Field(None, description="per cent, with CE and full KD of this seed")
-    realised: Realised | None = None
+    gap_closed: float | None = Field(
+        None, description="percentage of the gap between CE's loss and full KD's of the same seed"
+    )
+    realised: Realised | None = Field(None, description="result of drafting; None if not measured")
     curve: list[tuple[int, float]] = Field(
-        default_factory=list, description="(step, training cross-entropy to the labels, nats)"
+        default_factory=list,
+        description="pairs of step and training cross-entropy to the labels, nats",
     )
-    steps: int | None = None
-    tokens: int | None = None
+    steps: int | None = Field(None, description="number of optimiser steps")
+    tokens: int | None = Field(None, description="number of tokens that the student was trained on")
     seconds: float | None = Field(
         None, description="wall time of training; None if training was resumed"
     )
@@ -189,29 +222,37 @@ class RunRow(_Value):
         None, description="processor time of training; None if training was resumed"
     )
     commit: str | None = Field(None, description="commit of the source tree")
-    tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
-    tasks_failed: dict[str, str] = Field(default_factory=dict, description="why, by task")
+    tasks: dict[str, float] = Field(
+        default_factory=dict, description="zero-shot scores by TASK/METRIC"
+    )
+    tasks_failed: dict[str, str] = Field(
+        default_factory=dict, description="reasons why tasks failed, by task"
+    )
 
 
 class TeacherRow(_Value):
-    """The teacher on the same held-out windows."""
+    """Store the results of the teacher on the held-out windows."""
 
-    figures: dict[str, float]
-    reliability: list[ReliabilityBin]
-    positions: int
-    windows: int
-    tasks: dict[str, float] = Field(default_factory=dict, description="zero-shot, by TASK/METRIC")
-    tasks_failed: dict[str, str] = Field(default_factory=dict, description="why, by task")
+    figures: dict[str, float] = Field(description="metrics by name")
+    reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
+    positions: int = Field(description="number of positions with a label")
+    windows: int = Field(description="number of windows")
+    tasks: dict[str, float] = Field(
+        default_factory=dict, description="zero-shot scores by TASK/METRIC"
+    )
+    tasks_failed: dict[str, str] = Field(
+        default_factory=dict, description="reasons why tasks failed, by task"
+    )
 
 
 class Results(_Value):
-    """A comparison."""
+    """Store the results of a comparison."""
 
     format: int = FORMAT
     title: str
     complete: bool = Field(description="whether every run of the recipe is finished")
     settings: dict[str, Any] = Field(
-        description="recipe, teacher, corpus, numbers of parameters of the students"
+        description="recipe without its methods, teacher, corpus, and parameters of each student"
     )
     provenance: dict[str, str] = Field(description="commit, versions, processor, threads, date")
     teacher: TeacherRow | None
@@ -220,27 +261,27 @@ class Results(_Value):
 
     @property
     def tasks_not_measured(self) -> list[str]:
-        """Tasks that failed for runs or the teacher, with the reason, each message once."""
+        """Distinct messages about tasks that failed for a run or the teacher."""
         failed = [run.tasks_failed for run in self.runs]
         failed += [self.teacher.tasks_failed] if self.teacher else []
-        return list(dict.fromkeys(f"{n}: {why}" for own in failed for n, why in own.items()))
+        return list(dict.fromkeys(f"{n}: {why}" for each in failed for n, why in each.items()))
 
     @property
     def outgrown_teacher(self) -> list[str]:
-        """A message per student that reaches the teacher's loss from the text alone."""
+        """Warnings about students that reach the teacher's loss without the teacher, by CE."""
         if self.teacher is None:
             return []
-        known = self.teacher.figures["loss"]
+        of_teacher = self.teacher.figures["loss"]
         return [
-            f"{row.student}: {row.method} reached a loss of {own.mean:.3f}, the teacher has "
-            f"{known:.3f} on the same windows. It is not good enough to teach this student; take a "
-            "better one, or compare on less text"
+            f"{row.student}: the loss of {row.method} is {loss.mean:.3f}, that of the teacher is "
+            f"{of_teacher:.3f} on the same windows. The teacher is not good enough for this "
+            "student; use a better teacher, or compare on less text"
             for row in self.methods
-            if row.family == "ce" and (own := row.figures.get("loss")) and own.mean <= known
+            if row.family == "ce" and (loss := row.figures.get("loss")) and loss.mean <= of_teacher
         ]
 
     def to_csv(self) -> str:
-        """Return CSV: a line per method and student, per run, and for the teacher."""
+        """Convert the results to CSV with a line per method and student, per run, and teacher."""
         out = io.StringIO()
         tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
         tasks |= dict.fromkeys(name for row in self.runs for name in row.tasks)
@@ -252,7 +293,7 @@ class Results(_Value):
         writer.writerows(_method_line(row) for row in self.methods)
         writer.writerows(_run_line(row) for row in self.runs)
         if self.teacher is not None:
-            writer.writerow({"row": "teacher", **_plain_figures(self.teacher)})
+            writer.writerow({"row": "teacher", **_without_intervals(self.teacher)})
         return out.getvalue()
 
 
@@ -260,35 +301,42 @@ def read_results(path: Path) -> Results:
     """Read the results of a comparison.
 
     Args:
-        path: `results.json`, or the directory that holds it.
+        path: path of results.json, or of its directory.
 
     Raises:
-        CacheError: there are no results, or they are of another format.
+        CacheError: If the file cannot be read, or has another format.
     """
     file = path / "results.json" if path.is_dir() else path
     try:
         found = Results.model_validate_json(file.read_bytes())
     except OSError as error:
         raise CacheError(
-            f"there are no results at {file} ({error.strerror}); `sparselogits compare` writes them"
+            f"{file} cannot be read ({error.strerror}); give the results.json of `sparselogits "
+            "compare`, or its directory"
         ) from error
     except ValueError as error:
-        raise CacheError(f"{file} holds no results this version can read: {error}") from error
+        raise CacheError(
+            f"{file} contains no results that this version can read: {error}. Run `sparselogits "
+            "compare` again, or use the version that wrote the file"
+        ) from error
     if found.format != FORMAT:
-        raise CacheError(f"{file} has format {found.format}, this version reads {FORMAT}")
+        raise CacheError(
+            f"{file} has format {found.format}, this version reads format {FORMAT}; use the "
+            "version that wrote the file"
+        )
     return found
 
 
-_FIGURES = ("loss", "kl", "ece", "ece_equal_mass", "overconfidence", "acceptance", "agreement")
+_CSV_METRICS = ("loss", "kl", "ece", "ece_equal_mass", "overconfidence", "acceptance", "agreement")
 _COLUMNS = (
     *("row", "method", "student", "seed", "status", "seeds", "entries", "bytes_per_token"),
-    *(name + end for name in _FIGURES for end in ("", "_low", "_high")),
+    *(name + end for name in _CSV_METRICS for end in ("", "_low", "_high")),
     *("loss_minus_ce", "loss_minus_ce_low", "loss_minus_ce_high"),
     *("gap_closed", "gap_closed_low", "gap_closed_high", "tokens_per_cpu_second"),
     *("gradient_angle", "gradient_angle_low", "gradient_angle_high", "gradient_batch_tokens"),
 )
 
-_LATER_COLUMNS = (  # after all others, which keep their places
+_LATER_COLUMNS = (  # appended after the columns of tasks, so that earlier columns do not move
     *("perplexity", "perplexity_low", "perplexity_high"),
     *("realised_acceptance", "realised_expected", "realised_error", "realised_verified"),
     *("recovered", "recovered_low", "recovered_high"),
@@ -305,9 +353,9 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
         "bytes_per_token": row.bytes_per_token,
         "tokens_per_cpu_second": row.tokens_per_cpu_second,
     }
-    for name, figure in row.tasks.items():
-        line |= _ends(name, figure)
-    for name in _FIGURES:
+    for name, score in row.tasks.items():
+        line |= _ends(name, score)
+    for name in _CSV_METRICS:
         line |= _ends(name, row.figures.get(name))
     line |= _ends("perplexity", row.perplexity) | _drafts(row.realised)
     line |= _ends("loss_minus_ce", row.minus_ce.get("loss"))
@@ -324,14 +372,15 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
 
 
 def _exp(loss: float) -> float:
-    """Return exp of a loss, finite also for a student that has diverged."""
+    """Compute exp of a loss, limited so that a diverged student has a finite perplexity."""
     return math.exp(min(loss, 700.0))
 
 
-def _ends(name: str, figure: Figure | None) -> dict[str, Any]:
-    if figure is None:
+def _ends(name: str, estimate: MetricEstimate | None) -> dict[str, Any]:
+    if estimate is None:
         return {}
-    return {name: figure.mean, f"{name}_low": figure.both.low, f"{name}_high": figure.both.high}
+    ends = estimate.both
+    return {name: estimate.mean, f"{name}_low": ends.low, f"{name}_high": ends.high}
 
 
 def _drafts(realised: Realised | None) -> dict[str, Any]:
@@ -341,9 +390,9 @@ def _drafts(realised: Realised | None) -> dict[str, Any]:
     return {f"realised_{name}": getattr(realised, name) for name in names}
 
 
-def _plain_figures(row: RunRow | TeacherRow) -> dict[str, Any]:
-    """Return metrics and task scores of one model, without intervals."""
-    return {name: row.figures.get(name) for name in (*_FIGURES, "perplexity")} | row.tasks
+def _without_intervals(row: RunRow | TeacherRow) -> dict[str, Any]:
+    """Return the metrics and task scores of one model, which have no intervals."""
+    return {name: row.figures.get(name) for name in (*_CSV_METRICS, "perplexity")} | row.tasks
 
 
 def _run_line(row: RunRow) -> dict[str, Any]:
@@ -354,7 +403,7 @@ def _run_line(row: RunRow) -> dict[str, Any]:
         "student": row.student,
         "seed": row.seed,
         "status": row.status,
-        **_plain_figures(row),
+        **_without_intervals(row),
         **_drafts(row.realised),
         "gap_closed": row.gap_closed,
         "tokens_per_cpu_second": speed,

@@ -1,12 +1,12 @@
-"""Runs of a comparison: each trains and measures one student.
+"""Train and measure the students of a comparison, one per run.
 
     OUT/runs/METHOD--STUDENT--SEED--FINGERPRINT/    the student, see train/run.py
-    OUT/finished/runs/FINGERPRINT.json              its outcome, see finished.py; written last
+    OUT/finished/runs/FINGERPRINT.json              outcome of the run, see finished.py
 
-The fingerprint is that of everything that determines the metrics of a run: identity of the cache,
-text, method, student, training, seed, and what the student is evaluated on. A finished run is not
-repeated, whatever else of the recipe changes. Any number of processes may share a directory; each
-skips runs that another one is training.
+The fingerprint covers all inputs that determine the metrics of a run: identity of the cache, text,
+method, student, training settings, seed and held-out windows. A finished run is not repeated when
+other settings of the recipe change. Processes may share a directory; each skips runs that another
+process is training.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from sparselogits.train import Recipe, RunResult, run, save_untrained
 from sparselogits.train.recipe import with_old_names
 
 OUTCOME = 1
-"""Raised when what a run measures changes, so that older outcomes are not taken for it."""
+"""Version of the measurements in an outcome; a new version makes stored outcomes invalid."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the recipe.
+    """Describe a run of a recipe.
 
     Args:
-        method: method of training.
+        method: training method with its targets.
         student: name of the student.
-        seed: seed of first weights and order.
-        folder: folder of the run; None if its cache could not be built.
-        fingerprint: fingerprint of everything that determines its metrics.
-        why_not: why its cache could not be built.
+        seed: random seed for initial weights and the order of windows.
+        folder: folder of the run; None if the cache of the run could not be built.
+        fingerprint: fingerprint of all inputs that determine the metrics.
+        why_not: reason why the cache could not be built; None if it was built.
     """
 
     method: MethodSpec
@@ -58,27 +58,27 @@ class Planned:
 
     @property
     def title(self) -> str:
-        """Name of the run for progress and messages."""
+        """Name of the run in progress messages."""
         return f"{self.method.title}, {self.student}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a finished run.
+    """Describe a finished run by its measurements.
 
     Args:
-        fingerprint: see `Planned`.
+        fingerprint: fingerprint of the run, see `Planned`.
         figures: metrics by name.
-        sums: sums per window by metric (`METRICS`), float64 [W, C] as lists, see `HeldOut.sums`.
-        reliability: bins of equal width and of equal mass.
-        drafting: see `Drafting`; None if drafting was not measured.
-        curve: (step, training cross-entropy to the labels).
-        entries: entries per position that training used; None without cached targets.
+        sums: sums per window by the names in `METRICS`, [W, C] as lists, see `HeldOut.sums`.
+        reliability: bins of a reliability diagram, `equal_width` and `equal_mass`.
+        drafting: result of `Drafting.to_json`; None if drafting was not measured.
+        curve: pairs of step and training cross-entropy to the labels, in nats.
+        entries: mean entries per position used in training; None without cached targets.
         steps: number of optimiser steps.
         tokens: number of tokens that the student was trained on.
-        seconds: wall time of training; None if training was resumed.
-        cpu_seconds: processor time of all threads; None if training was resumed.
-        commit: commit of the source tree; None in outcomes of older versions.
+        seconds: wall time of training in seconds; None if training was resumed.
+        cpu_seconds: processor time of all threads in seconds; None if training was resumed.
+        commit: commit of the source tree; None in outcomes of earlier versions.
     """
 
     fingerprint: str
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
-    """Return all runs, every method with the first seed first."""
+    """Return all runs of a recipe, ordered by seed, then by student, then by method."""
     heldout = {"windows": recipe.heldout_windows, "draft": [recipe.draft, recipe.draft_windows]}
     identities = {key: Cache.open(path).identity for key, path in setting.caches.items()}
     weights = {
@@ -108,16 +108,16 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
     for seed in recipe.seeds:
         for name, student in recipe.students.items():
             for method in recipe.methods:
-                given = setting.students[name].path is not None
-                if method.method == UNTRAINED and given and seed != recipe.seeds[0]:
-                    continue  # the same weights for every seed
+                existing = setting.students[name].path is not None
+                if method.method == UNTRAINED and existing and seed != recipe.seeds[0]:
+                    continue  # the weights are the same for every seed
                 key = Draw.of(method, recipe, seed).key
                 if key not in identities:
                     why = setting.failures.get(key, "its cache was not built")
                     found.append(Planned(method, name, seed, None, "", why))
                     continue
                 training = recipe.training.model_dump(mode="json", exclude={"save_steps"})
-                determined = {
+                inputs = {
                     "outcome": OUTCOME,
                     "cache": identities[key].fingerprint,
                     "text": setting.corpus.source_fingerprint,
@@ -127,7 +127,7 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
                     "seed": seed,
                     "heldout": heldout,
                 }
-                key = fingerprint(determined)
+                key = fingerprint(inputs)
                 words = [slug(method.title)[:60], slug(name), str(seed), key[:8]]
                 folder = recipe.out / "runs" / "--".join(words)
                 found.append(Planned(method, name, seed, folder, key))
@@ -135,44 +135,40 @@ def plan(recipe: CompareRecipe, setting: Setting) -> list[Planned]:
 
 
 def outcome_of(planned: Planned, work: FinishedWork) -> Outcome | None:
-    """Return the outcome of a run; None if it is not finished."""
+    """Load the outcome of a run; None if the run is not finished."""
     found = work.value("runs", planned.fingerprint)
     return None if found is None else Outcome(**found)
 
 
 def failure_of(planned: Planned, work: FinishedWork) -> str | None:
-    """Return why the last attempt of a run failed; None if it did not."""
+    """Return the reason why the last attempt of a run failed, or None."""
     return planned.why_not or work.failure("runs", planned.fingerprint)
 
 
-def carry_out(
+def execute(
     planned: Planned,
     recipe: CompareRecipe,
     setting: Setting,
     *,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> Outcome | None:
-    """Train and measure one student, and keep the outcome.
+) -> None:
+    """Train and measure a student, and store the outcome or the reason of a failure.
 
     Args:
         planned: the run.
         recipe: the comparison.
-        setting: see `caches.prepare`.
+        setting: result of `caches.prepare`.
         device: device of the student.
-        progress: called with (steps done, steps in all).
-
-    Returns:
-        The outcome; None if the run failed, and the reason is kept.
+        progress: function that is called with the number of steps done and of all steps.
     """
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
-    except Exception as error:  # whatever it is, the other runs are not lost to it
+    except Exception as error:  # no failure of one run may stop the others
         why, where = reason_of(error), traceback.format_exc()
         setting.work.fail("runs", planned.fingerprint, why, traceback=where)
-        return None
-    setting.work.keep("runs", planned.fingerprint, asdict(outcome))
-    return outcome
+        return
+    setting.work.store("runs", planned.fingerprint, asdict(outcome))
 
 
 def _train_and_measure(
@@ -185,12 +181,12 @@ def _train_and_measure(
     assert planned.folder is not None
     resumed = (planned.folder / "recipe.json").exists()
     clock = time.process_time()
-    own = _training_recipe(planned, recipe, setting)
+    training_recipe = _training_recipe(planned, recipe, setting)
     if planned.method.method == UNTRAINED:
-        result = save_untrained(own)
+        result = save_untrained(training_recipe)
     else:
         result = run(
-            own,
+            training_recipe,
             teacher=setting.teacher if planned.method.online else None,
             device=device,
             progress=None if progress is None else lambda done, total, _: progress(done, total),
@@ -198,21 +194,20 @@ def _train_and_measure(
     cpu_seconds = time.process_time() - clock
     model = load_language_model(str(result.model_path), dtype="float32").to(device)
     windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
-    with setting.teacher.remembering():  # its pass over these windows serves all runs
+    with setting.teacher.remembering():  # all runs share the teacher's pass over these windows
         found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]
     drafting = None
     if recipe.draft:
-        some = TextDataset(setting.corpus, limit=recipe.draft_windows)
-        drafted = draft_from_prefixes(
-            model, some, setting.teacher, draft=recipe.draft, seed=planned.seed
-        )
-        drafting = drafted.to_json()
+        windows = TextDataset(setting.corpus, limit=recipe.draft_windows)
+        drafting = draft_from_prefixes(
+            model, windows, setting.teacher, draft=recipe.draft, seed=planned.seed
+        ).to_json()
     training = recipe.training
     windows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     tokens = result.steps * windows_per_step * recipe.window
     return Outcome(
         fingerprint=planned.fingerprint,
-        figures=figures_of(found),
+        figures=metrics_by_name(found),
         sums={name: found.sums(name).tolist() for name in METRICS},
         reliability={
             "equal_width": found.calibration.to_json()["equal_width"]["bins"],
@@ -229,9 +224,9 @@ def _train_and_measure(
     )
 
 
-def figures_of(found: HeldOut) -> dict[str, float]:
-    """Return the metrics of a model on held-out text, by name."""
-    own = {
+def metrics_by_name(found: HeldOut) -> dict[str, float]:
+    """Return the metrics of a model on held-out text, by the names in results."""
+    metrics = {
         "loss": found.loss,
         "perplexity": found.perplexity,
         "kl": found.kl,
@@ -243,7 +238,7 @@ def figures_of(found: HeldOut) -> dict[str, float]:
         "ece": found.calibration.equal_width.ece,
         "ece_equal_mass": found.calibration.equal_mass.ece,
     }
-    return {name: value for name, value in own.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) -> Recipe:
@@ -264,7 +259,7 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
         missing_mass=method.missing_mass,
         thinning=method.thinning,
         seed=planned.seed,
-        save_dtype="float32",  # what is measured is what was trained
+        save_dtype="float32",  # the measured weights are those that were trained
         **training,
     )
 
@@ -273,11 +268,11 @@ _FIELDS_OF_SAMPLERS = (
     *("rounds", "proposal_exponent", "k", "p", "max_entries", "tau"),
     *("student", "nominal_rounds", "reference", "signal", "position_power", "token_power"),
 )
-"""Fields that every method had, absent or not, when samplers' fields were still its own."""
+"""Fields of samplers that earlier versions included in the fingerprint of every method."""
 
 
 def in_fingerprint(method: MethodSpec) -> dict[str, Any]:
-    """Return what a fingerprint contains of a method; runs of earlier versions keep theirs."""
+    """Return the values of a method for a fingerprint, which equals that of earlier versions."""
     later = {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
     values = method.model_dump(mode="json", exclude={"name"} | later)
     return dict.fromkeys(_FIELDS_OF_SAMPLERS) | values

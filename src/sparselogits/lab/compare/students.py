@@ -1,6 +1,6 @@
-"""Students that a comparison makes from its teacher: pruned, quantised, or both.
+"""Create the students of a comparison from its teacher: pruned, quantised, or both.
 
-OUT/students/NAME-FINGERPRINT/    the student before training, which every method starts from
+OUT/students/NAME-FINGERPRINT/    a pruned student before training, from which every method starts
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from sparselogits.train.recipe import Student
 def make_students(
     recipe: CompareRecipe, corpus: PackedCorpus, teacher: TransformersTeacher, tokenizer: object
 ) -> dict[str, Student]:
-    """Return every student as training takes it; those made from the teacher are made first.
+    """Prune the students that are made from the teacher, and return all students by name.
 
-    Calibration windows are spread over the training windows. A student that is there already is
-    not made again.
+    A student that exists in the directory of the comparison is not pruned again.
 
     Args:
         recipe: the comparison.
-        corpus: training and held-out windows.
-        teacher: the teacher, for its identity; its weights are read anew, on the CPU.
-        tokenizer: the teacher's.
+        corpus: corpus from whose training windows evenly spaced calibration windows are selected.
+        teacher: the teacher, of which only the identity is used; weights are loaded on the CPU.
+        tokenizer: tokenizer of the teacher.
+
+    Returns:
+        Each student as the setting `student` of a training recipe.
 
     Raises:
-        ShrinkError: sizes that the teacher cannot be pruned to.
+        ShrinkError: If the teacher cannot be pruned to the given sizes.
     """
     found = {}
     for name, student in recipe.students.items():
@@ -56,13 +58,14 @@ def _pruned(
     teacher: TransformersTeacher,
     tokenizer: object,
 ) -> Path:
-    determined = {
+    """Prune a student unless its folder exists, and return the folder."""
+    inputs = {
         "student": student.model_dump(mode="json", exclude={"quantize"}),
         "teacher": teacher.identity["weights"],
         "text": corpus.source_fingerprint,
         "window": recipe.window,
     }
-    folder = recipe.out / "students" / f"{slug(name)}-{fingerprint(determined)[:8]}"
+    folder = recipe.out / "students" / f"{slug(name)}-{fingerprint(inputs)[:8]}"
     if (folder / "config.json").exists():
         return folder
     model = load_language_model(recipe.teacher, dtype=recipe.teacher_dtype)

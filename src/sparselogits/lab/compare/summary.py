@@ -1,4 +1,4 @@
-"""Rows of a comparison from its finished runs: means over seeds, intervals, differences to CE."""
+"""Compute the rows of a comparison: means over seeds, intervals, and differences to CE."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from sparselogits.evaluate import METRICS, Estimate, SeedEstimate, over_seeds, statistic_of
 from sparselogits.evaluate.intervals import Statistic, ratio
 from sparselogits.lab.compare.caches import Draw, Setting
-from sparselogits.lab.compare.recipe import CompareRecipe, MethodSpec
+from sparselogits.lab.compare.recipe import UNTRAINED, CompareRecipe, MethodSpec
 from sparselogits.lab.compare.results import (
     Ends,
-    Figure,
     MethodRow,
+    MetricEstimate,
     Realised,
     ReliabilityBin,
     RunRow,
@@ -27,94 +27,110 @@ from sparselogits.lab.compare.runs import Outcome, Planned
 from sparselogits.store import Cache
 
 PAIRED = ("loss", "kl", "acceptance", "ece")
-"""Metrics whose difference to CE is reported."""
+"""Names of the metrics whose difference to CE is reported."""
 
 
-Place = tuple[str, str, int]
-"""Title of the method, name of the student, seed."""
+RunKey = tuple[str, str, int]
+"""Title of the method, name of the student, and seed, which identify a run."""
 
-Sums = Mapping[str, Any]
-"""By metric (`METRICS`) an array-like [W, C], see `HeldOut.sums`."""
+WindowSums = Mapping[str, Any]
+"""Per-window sums [W, C] by the names in `METRICS`, see `HeldOut.sums`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run with its outcome or its failure."""
+    """Describe a planned run and its state.
+
+    Args:
+        planned: the run.
+        outcome: outcome of the run; None if it is not finished.
+        failure: reason why the last attempt failed, or None.
+    """
 
     planned: Planned
     outcome: Outcome | None
     failure: str | None
 
     @property
-    def place(self) -> Place:
-        """Method, student, seed."""
+    def key(self) -> RunKey:
+        """Title of the method, name of the student, and seed."""
         return self.planned.method.title, self.planned.student, self.planned.seed
 
 
 def run_rows(runs: Sequence[Run], recipe: CompareRecipe) -> list[RunRow]:
-    """Return a row for every run of the recipe, finished or not."""
-    lines = _reference_lines(recipe)
-    losses = {run.place: run.outcome.figures["loss"] for run in runs if run.outcome}
-    return [_run_row(run, losses, lines, recipe) for run in runs]
+    """Return a row for each run of the recipe, finished or not."""
+    references = _references(recipe)
+    losses = {run.key: run.outcome.figures["loss"] for run in runs if run.outcome}
+    return [_run_row(run, losses, references, recipe) for run in runs]
 
 
 def method_rows(
     runs: Sequence[Run],
     recipe: CompareRecipe,
     setting: Setting,
-    kept: dict[tuple[object, ...], MethodRow],
+    computed: dict[tuple[object, ...], MethodRow],
 ) -> list[MethodRow]:
-    """Return a row for every method and student, over the finished seeds.
+    """Return a row for each method and student, over the finished seeds.
 
     Args:
         runs: all runs of the recipe.
         recipe: the comparison.
-        setting: see `caches.prepare`.
-        kept: rows computed before for this recipe and setting, by what they depend on; new rows
-            are added.
+        setting: result of `caches.prepare`.
+        computed: rows that were computed before, by the state of the runs that they depend on; new
+            rows are added.
     """
-    outcomes = {run.place: run.outcome for run in runs if run.outcome}
-    lines = _reference_lines(recipe)
+    outcomes = {run.key: run.outcome for run in runs if run.outcome}
+    references = _references(recipe)
     rows = []
     for student in recipe.students:
         for method in recipe.methods:
-            key = (method.title, student, *_rests_on(method, student, runs, lines))
-            if key not in kept:
-                own = [r for r in runs if r.place[:2] == (method.title, student)]
-                kept[key] = _method_row(method, student, own, outcomes, lines, recipe, setting)
-            rows.append(kept[key])
+            key = (method.title, student, *_dependencies(method, student, runs, references))
+            if key not in computed:
+                of_row = [r for r in runs if r.key[:2] == (method.title, student)]
+                computed[key] = _method_row(
+                    method, student, of_row, outcomes, references, recipe, setting
+                )
+            rows.append(computed[key])
     return rows
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Titles of the methods that others are compared with; None if the recipe lacks one."""
+class References:
+    """Store the titles of the methods with which others are compared.
+
+    Args:
+        ce: title of CE; None if the recipe does not have the method.
+        full: title of full KD, or None.
+        untrained: title of the student before training, or None.
+    """
 
     ce: str | None
     full: str | None
     untrained: str | None
 
     @classmethod
-    def of_rows(cls, rows: Iterable[MethodRow]) -> Lines:
-        """Find the titles among the rows of one student."""
-        plain: dict[str, str] = {}
+    def of_rows(cls, rows: Iterable[MethodRow]) -> References:
+        """Return the titles of the reference methods among the rows of one student."""
+        without_labels: dict[str, str] = {}
         for row in rows:
             if not row.spec.get("alpha"):
-                plain.setdefault(row.family, row.method)
-        return cls(plain.get("ce"), plain.get("full"), plain.get("none"))
+                without_labels.setdefault(row.family, row.method)
+        return cls(*(without_labels.get(name) for name in ("ce", "full", UNTRAINED)))
 
 
-def _reference_lines(recipe: CompareRecipe) -> Lines:
-    def plain(name: str) -> str | None:
+def _references(recipe: CompareRecipe) -> References:
+    def title_of(name: str) -> str | None:
         found = (m.title for m in recipe.methods if m.method == name and m.alpha == 0)
         return next(found, None)
 
-    return Lines(plain("ce"), plain("full"), plain("none"))
+    return References(title_of("ce"), title_of("full"), title_of(UNTRAINED))
 
 
-def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: Lines) -> list[object]:
-    """Return the state of the runs of a method and of those that it is compared with."""
-    titles = (method.title, lines.ce, lines.full, lines.untrained)
+def _dependencies(
+    method: MethodSpec, student: str, runs: Sequence[Run], references: References
+) -> list[object]:
+    """Return the state of the runs of a method and of the methods that it is compared with."""
+    titles = (method.title, references.ce, references.full, references.untrained)
     return [
         (run.planned.fingerprint, run.outcome is not None, run.failure is not None)
         for run in runs
@@ -125,10 +141,10 @@ def _rests_on(method: MethodSpec, student: str, runs: Sequence[Run], lines: Line
 def _run_row(
     run: Run,
     losses: Mapping[tuple[str, str, int], float],
-    lines: Lines,
+    references: References,
     recipe: CompareRecipe,
 ) -> RunRow:
-    title, student, seed = run.place
+    title, student, seed = run.key
     if run.outcome is None:
         status = "not run" if run.failure is None else "failed"
         return RunRow.model_validate(
@@ -140,28 +156,29 @@ def _run_row(
                 "message": run.failure,
             }
         )
-    own, folder = run.outcome, run.planned.folder
+    outcome, folder = run.outcome, run.planned.folder
     ce, full = (
-        losses.get((name, student, seed)) if name else None for name in (lines.ce, lines.full)
+        losses.get((name, student, seed)) if name else None
+        for name in (references.ce, references.full)
     )
     gap = None
     if ce is not None and full is not None and ce > full:
-        gap = 100 * (ce - own.figures["loss"]) / (ce - full)
+        gap = 100 * (ce - outcome.figures["loss"]) / (ce - full)
     return RunRow(
         method=title,
         student=student,
         seed=seed,
         status="done",
         folder=None if folder is None else folder.relative_to(recipe.out).as_posix(),
-        figures=own.figures,
+        figures=outcome.figures,
         gap_closed=gap,
-        realised=_realised([own]),
-        curve=own.curve,
-        steps=own.steps,
-        tokens=own.tokens,
-        seconds=own.seconds,
-        cpu_seconds=own.cpu_seconds,
-        commit=own.commit,
+        realised=_realised([outcome]),
+        curve=outcome.curve,
+        steps=outcome.steps,
+        tokens=outcome.tokens,
+        seconds=outcome.seconds,
+        cpu_seconds=outcome.cpu_seconds,
+        commit=outcome.commit,
     )
 
 
@@ -170,15 +187,15 @@ def _method_row(
     student: str,
     runs: Sequence[Run],
     outcomes: Mapping[tuple[str, str, int], Outcome],
-    lines: Lines,
+    references: References,
     recipe: CompareRecipe,
     setting: Setting,
 ) -> MethodRow:
     done = {run.planned.seed: run.outcome for run in runs if run.outcome is not None}
     metrics = metrics_of(
         (method.title, student),
-        {place: own.sums for place, own in outcomes.items()},
-        lines,
+        {key: outcome.sums for key, outcome in outcomes.items()},
+        references,
         seeds=list(done),
         first_seed=recipe.seeds[0],
         resamples=recipe.resamples,
@@ -187,9 +204,9 @@ def _method_row(
     cache = setting.caches.get(first.key) if method.sampler else None
     statistics_of = None if cache is None else Cache.open(cache).statistics()
     sampler = None if cache is None else dict(Cache.open(cache).identity.sampler)
-    entries = [own.entries for own in done.values() if own.entries is not None]
-    per_second = [own.tokens / own.seconds for own in done.values() if own.seconds]
-    per_cpu = [own.tokens / own.cpu_seconds for own in done.values() if own.cpu_seconds]
+    entries = [each.entries for each in done.values() if each.entries is not None]
+    per_second = [each.tokens / each.seconds for each in done.values() if each.seconds]
+    per_cpu = [each.tokens / each.cpu_seconds for each in done.values() if each.cpu_seconds]
     return MethodRow(
         method=method.title,
         student=student,
@@ -205,7 +222,7 @@ def _method_row(
         seeds_failed=[r.planned.seed for r in runs if r.outcome is None and r.failure],
         seeds_not_run=[r.planned.seed for r in runs if r.outcome is None and not r.failure],
         **metrics,
-        reliability=_pooled([own.reliability["equal_width"] for own in done.values()]),
+        reliability=_pooled([each.reliability["equal_width"] for each in done.values()]),
         realised=_realised(list(done.values())),
         tokens_per_second=statistics.median(per_second) if per_second else None,
         tokens_per_cpu_second=statistics.median(per_cpu) if per_cpu else None,
@@ -213,9 +230,9 @@ def _method_row(
 
 
 def metrics_of(
-    own: tuple[str, str],
-    sums: Mapping[Place, Sums],
-    lines: Lines,
+    method_and_student: tuple[str, str],
+    sums: Mapping[RunKey, WindowSums],
+    references: References,
     *,
     seeds: Sequence[int],
     first_seed: int,
@@ -224,92 +241,96 @@ def metrics_of(
     """Compute a method's metrics over seeds, and its differences to the reference methods.
 
     Args:
-        own: titles of the method and the student.
+        method_and_student: title of the method and name of the student.
         sums: per-window sums of all finished runs.
-        lines: the reference methods.
-        seeds: the method's finished seeds.
-        first_seed: seed of the untrained student, where one stands for all seeds.
+        references: titles of the reference methods.
+        seeds: finished seeds of the method.
+        first_seed: seed of the untrained student that is used if a seed has none, because an
+            existing model has the same weights for all seeds.
         resamples: number of resamples of every bootstrap.
 
     Returns:
-        `figures`, `minus_ce`, `gap_closed` and `recovered` of a `MethodRow`.
+        Values of the fields `figures`, `minus_ce`, `gap_closed` and `recovered` of a `MethodRow`.
     """
-    title, student = own
+    title, student = method_and_student
 
-    def of(name: str | None, seed: int) -> Sums | None:
+    def of(name: str | None, seed: int) -> WindowSums | None:
         return None if name is None else sums.get((name, student, seed))
 
-    def aligned(*others: Callable[[int], Sums | None]) -> list[tuple[Sums, ...]]:
-        """The method's sums with those of others, for the seeds that all of them have."""
-        found = [(sums[title, student, seed], *(one(seed) for one in others)) for seed in seeds]
+    def aligned(*others: Callable[[int], WindowSums | None]) -> list[tuple[WindowSums, ...]]:
+        """Return the sums of the method and of other methods, for the seeds that all have."""
+        found = [(sums[title, student, seed], *(other(seed) for other in others)) for seed in seeds]
         return [tuple(x for x in all_of if x is not None) for all_of in found if None not in all_of]
 
-    def ce(seed: int) -> Sums | None:
-        return of(lines.ce, seed)
+    def ce(seed: int) -> WindowSums | None:
+        return of(references.ce, seed)
 
-    def full(seed: int) -> Sums | None:
-        return of(lines.full, seed)
+    def full(seed: int) -> WindowSums | None:
+        return of(references.full, seed)
 
-    def untrained(seed: int) -> Sums | None:  # one for all seeds where weights are given
-        return of(lines.untrained, seed) or of(lines.untrained, first_seed)
+    def untrained(seed: int) -> WindowSums | None:
+        return of(references.untrained, seed) or of(references.untrained, first_seed)
 
-    alone, with_ce = aligned(), aligned(ce)
-    figures, minus_ce = {}, {}
+    without_others, with_ce = aligned(), aligned(ce)
+    metrics, minus_ce = {}, {}
     for name in METRICS:
-        if alone:
-            figures[name] = as_figure(
-                over_seeds(_units(name, alone), statistic_of(name), resamples=resamples)
+        if without_others:
+            metrics[name] = metric_estimate(
+                over_seeds(_units(name, without_others), statistic_of(name), resamples=resamples)
             )
-        if with_ce and title != lines.ce and name in PAIRED:
-            statistic = _difference(name)
-            minus_ce[name] = as_figure(
-                over_seeds(_units(name, with_ce), statistic, resamples=resamples)
+        if with_ce and title != references.ce and name in PAIRED:
+            minus_ce[name] = metric_estimate(
+                over_seeds(_units(name, with_ce), _difference(name), resamples=resamples)
             )
     return {
-        "figures": figures,
+        "figures": metrics,
         "minus_ce": minus_ce,
-        "gap_closed": _share_of_the_way("loss", aligned(ce, full), resamples),
-        "recovered": _share_of_the_way("kl", aligned(untrained, full), resamples),
+        "gap_closed": _closed_share("loss", aligned(ce, full), resamples),
+        "recovered": _closed_share("kl", aligned(untrained, full), resamples),
     }
 
 
-def _units(name: str, by_seed: Sequence[tuple[Sums, ...]]) -> Tensor:
-    """Return one metric's sums, float64 [S, W, C of all models]: models side by side, per seed."""
+def _units(name: str, by_seed: Sequence[tuple[WindowSums, ...]]) -> Tensor:
+    """Return the sums of a metric, float64 [S, W, C], with the models of a seed concatenated."""
     return torch.stack(
         [
-            torch.cat([torch.as_tensor(own[name], dtype=torch.float64) for own in models], 1)
+            torch.cat([torch.as_tensor(model[name], dtype=torch.float64) for model in models], 1)
             for models in by_seed
         ]
     )
 
 
 def _difference(name: str) -> Statistic:
+    """Return the function that computes the difference of a metric between two models."""
     statistic = statistic_of(name)
 
     def difference(sums: Tensor) -> Tensor:
-        own, other = sums.chunk(2, 1)
-        return statistic(own) - statistic(other)
+        one, other = sums.chunk(2, 1)
+        return statistic(one) - statistic(other)
 
     return difference
 
 
-def _share_of_the_way(
-    name: str, by_seed: Sequence[tuple[Sums, ...]], resamples: int
-) -> Figure | None:
-    """Compute how far a method moves a metric between two models, in per cent; None without a gap.
+def _closed_share(
+    name: str, by_seed: Sequence[tuple[WindowSums, ...]], resamples: int
+) -> MetricEstimate | None:
+    """Compute the percentage of the gap between two models that a method closes.
 
-    The share is a ratio of means over seeds: a seed whose gap happens to be small would otherwise
-    decide the mean.
+    The percentage is a ratio of means over seeds, because a mean of ratios would be dominated by a
+    seed with a small gap.
 
     Args:
-        name: the metric.
-        by_seed: sums of the method and of the models at 0 and at 100 %, per seed.
+        name: name of the metric.
+        by_seed: sums of the method, of the model at 0 %, and of the model at 100 %, per seed.
         resamples: number of resamples of the windows.
+
+    Returns:
+        The percentage; None if the gap is not distinguishable from zero.
     """
     if not by_seed:
         return None
 
-    def moved(sums: Tensor) -> Tensor:
+    def closed(sums: Tensor) -> Tensor:
         method, before, _ = (ratio(part) for part in sums.chunk(3, 1))
         return 100 * (before - method)
 
@@ -318,19 +339,19 @@ def _share_of_the_way(
         return before - after
 
     units = _units(name, by_seed)
-    whole = over_seeds(units, gap, resamples=resamples).both
-    if whole.mean <= 0 or (whole.low is not None and whole.low <= 0):
+    mean_gap = over_seeds(units, gap, resamples=resamples).both
+    if mean_gap.mean <= 0 or (mean_gap.low is not None and mean_gap.low <= 0):
         return None
-    return as_figure(over_seeds(units, moved, gap, resamples=resamples))
+    return metric_estimate(over_seeds(units, closed, gap, resamples=resamples))
 
 
-def as_figure(found: SeedEstimate) -> Figure:
-    """Return an estimate over seeds as the results store it."""
+def metric_estimate(found: SeedEstimate) -> MetricEstimate:
+    """Convert an estimate over seeds to the form in which results store it."""
 
     def ends(estimate: Estimate) -> Ends:
         return Ends(low=estimate.low, high=estimate.high)
 
-    return Figure(
+    return MetricEstimate(
         mean=found.mean,
         windows=ends(found.windows),
         seeds=ends(found.seeds),
@@ -339,36 +360,37 @@ def as_figure(found: SeedEstimate) -> Figure:
 
 
 def _pooled(diagrams: Sequence[Sequence[Mapping[str, Any]]]) -> list[ReliabilityBin]:
-    """Return bins of equal width over all positions of several models."""
+    """Merge the bins of equal width of several models."""
     bins: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
-    for own in diagrams:
-        for each in own:
+    for diagram in diagrams:
+        for each in diagram:
             bins.setdefault((each["low"], each["high"]), []).append(each)
     return [
         ReliabilityBin(
             low=low,
             high=high,
-            confidence=_weighted(same, "confidence"),
-            accuracy=_weighted(same, "accuracy"),
+            confidence=_weighted_mean(same, "confidence"),
+            accuracy=_weighted_mean(same, "accuracy"),
             count=sum(each["count"] for each in same),
         )
         for (low, high), same in sorted(bins.items())
     ]
 
 
-def _weighted(bins: Sequence[Mapping[str, Any]], name: str) -> float:
+def _weighted_mean(bins: Sequence[Mapping[str, Any]], name: str) -> float:
     count = sum(each["count"] for each in bins)
     return float(sum(each[name] * each["count"] for each in bins) / count)
 
 
 def _realised(outcomes: Sequence[Outcome]) -> Realised | None:
-    drafted = [own.drafting for own in outcomes if own.drafting is not None]
+    """Sum the results of drafting over the runs that have them."""
+    drafted = [outcome.drafting for outcome in outcomes if outcome.drafting is not None]
     if not drafted:
         return None
-    verified = sum(own["verified"] for own in drafted)
-    accepted = sum(own["accepted"] for own in drafted)
-    expected = sum(own["expected"] * own["verified"] for own in drafted) / verified
-    variance = sum((own["error"] * own["verified"]) ** 2 for own in drafted)
+    verified = sum(each["verified"] for each in drafted)
+    accepted = sum(each["accepted"] for each in drafted)
+    expected = sum(each["expected"] * each["verified"] for each in drafted) / verified
+    variance = sum((each["error"] * each["verified"]) ** 2 for each in drafted)
     return Realised(
         verified=verified,
         accepted=accepted,

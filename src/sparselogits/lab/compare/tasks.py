@@ -1,10 +1,10 @@
-"""Zero-shot tasks of a comparison: finished students and their teacher are scored on them.
+"""Score the finished students of a comparison and the teacher on zero-shot tasks.
 
-    OUT/tasks/NAME.jsonl            the data of a local task, from the held-out windows
-    OUT/finished/tasks/KEY.json     scores of one model on one task, sample by sample
+    OUT/tasks/NAME.jsonl            data of a local task, from the held-out windows
+    OUT/finished/tasks/KEY.json     scores of one model on one task, with a value per sample
 
-Scores are not part of the outcome of a run and do not enter its fingerprint, so tasks can be added
-to a finished comparison, and only they are measured.
+Scores are stored apart from the outcomes of runs, and fingerprints of runs do not contain them. So
+tasks can be added to a finished comparison without training again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sparselogits.evaluate.intervals import ratio
 from sparselogits.lab.compare.caches import OpenStage, Setting
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe
-from sparselogits.lab.compare.results import Ends, Figure, Results
+from sparselogits.lab.compare.results import Ends, MetricEstimate, Results
 from sparselogits.lab.compare.runs import Planned, outcome_of
-from sparselogits.lab.compare.summary import as_figure
+from sparselogits.lab.compare.summary import metric_estimate
 from sparselogits.lab.tasks import (
     LOCAL_TASKS,
     TaskScore,
@@ -41,23 +41,24 @@ from sparselogits.lab.tasks.running import TaskProgress
 from sparselogits.teacher.loading import load_language_model
 
 MEASURED = 1
-"""Raised when what a task measures changes, so that older scores are not used."""
+"""Version of the scores; a new version makes stored scores invalid."""
 
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """The tasks of a comparison.
+    """Describe the tasks of a comparison, and load scores.
 
     Args:
         names: names of all tasks.
-        digests: what determines the scores besides the model, by name of each task with data.
-        failed: why other tasks have no data, by name.
+        digests: fingerprints of all inputs of a task except the model, by name of the task; tasks
+            without data are missing.
+        failed: reasons why tasks have no data, by name of the task.
         folder: folder of the data.
         limit: largest number of samples per task.
         tokenizer: tokenizer of the teacher.
-        first_id: token that precedes a text without context.
+        first_id: id of the token that precedes a text without context.
         work: finished work of the comparison.
-        teacher: what identifies the teacher.
+        teacher: identification of the teacher, in the place of a run's fingerprint.
     """
 
     names: Sequence[str]
@@ -71,25 +72,32 @@ class TaskSetting:
     teacher: str
 
     def key(self, name: str, model: str) -> str:
-        """Return the fingerprint of what determines the scores of a model on a task."""
+        """Return the fingerprint of the scores of a model on a task.
+
+        Args:
+            name: name of the task.
+            model: fingerprint of the student's run, or `teacher`.
+        """
         return fingerprint([self.digests[name], model])
 
     def missing(self, model: str) -> list[str]:
-        """Return the tasks that a model has no scores on."""
+        """Return the names of the tasks without stored scores of a model (see `key`)."""
         return [
             name for name in self.digests if self.work.value("tasks", self.key(name, model)) is None
         ]
 
     def scores(self, model: str) -> dict[str, TaskScore]:
-        """Return the scores of a model by TASK/METRIC."""
-        kept = [self.work.value("tasks", self.key(name, model)) or [] for name in self.digests]
+        """Load the scores of a model (see `key`), by TASK/METRIC."""
+        stored = [self.work.value("tasks", self.key(name, model)) or [] for name in self.digests]
         found = [
-            TaskScore(**{**own, "values": tuple(own["values"])}) for all_ in kept for own in all_
+            TaskScore(**{**score, "values": tuple(score["values"])})
+            for scores in stored
+            for score in scores
         ]
         return {score.name: score for score in found}
 
     def summary(self, model: str) -> dict[str, Any]:
-        """Return `tasks` and `tasks_failed` of a model's row in the results."""
+        """Return the fields `tasks` and `tasks_failed` of a model's row in the results."""
         reasons = {
             name: self.failed.get(name) or self.work.failure("tasks", self.key(name, model))
             for name in self.names
@@ -103,15 +111,21 @@ class TaskSetting:
 def prepare_tasks(
     recipe: CompareRecipe, setting: Setting, *, stage: OpenStage
 ) -> TaskSetting | None:
-    """Write the data of the tasks, and score the teacher unless that is done.
+    """Write or download the data of the tasks, and score the teacher unless it has scores.
 
-    A task whose data cannot be made or fetched is reported, and tried again the next time.
+    A task whose data cannot be written or downloaded is recorded as failed; the next call tries it
+    again.
+
+    Args:
+        recipe: the comparison.
+        setting: result of `caches.prepare`.
+        stage: function that shows the progress of a stage.
 
     Returns:
-        None if the recipe has no tasks.
+        The tasks; None if the recipe has none.
 
     Raises:
-        MissingDependencyError: lm-eval is not installed.
+        MissingDependencyError: If lm-eval is not installed.
     """
     if recipe.tasks is None:
         return None
@@ -126,7 +140,7 @@ def prepare_tasks(
                 data = write_tasks(folder, [name], count=recipe.tasks.limit, **how)[name]
             else:
                 check_task(name)
-        except Exception as error:  # whatever it is, the other tasks are not lost to it
+        except Exception as error:  # no failure of one task may stop the others
             failed[name] = reason_of(error)
             file.unlink(missing_ok=True)
             continue
@@ -158,9 +172,14 @@ def prepare_tasks(
 
 
 def measure_tasks(run: Planned, tasks: TaskSetting | None, *, device: str = "cpu") -> None:
-    """Score the student of a run that this process has claimed, if it is finished and lacks any.
+    """Score the student of a finished run on the tasks without stored scores.
 
-    Failures are kept beside the scores.
+    Failures are recorded instead of raised.
+
+    Args:
+        run: run that this process has claimed; an unfinished run is skipped.
+        tasks: the tasks; None if the recipe has none.
+        device: device of the student.
     """
     if tasks is None or run.folder is None or outcome_of(run, tasks.work) is None:
         return
@@ -182,38 +201,44 @@ def measure_missing_tasks(
     device: str = "cpu",
     stage: OpenStage,
 ) -> None:
-    """Score the students that were finished before the recipe had tasks.
+    """Score the students of all finished runs that lack scores.
 
     Students that another process is scoring are skipped.
+
+    Args:
+        planned: all runs.
+        tasks: the tasks; None if the recipe has none.
+        device: device of the students.
+        stage: function that shows the progress of a stage.
     """
     if tasks is None:
         return
     work = tasks.work
-    left = [
+    unscored = [
         run
         for run in planned
         if outcome_of(run, work) is not None and tasks.missing(run.fingerprint)
     ]
-    if not left:
+    if not unscored:
         return
     with stage("tasks", "runs") as update:
-        for done, run in enumerate(left):
-            update(done, len(left), run.title)
+        for done, run in enumerate(unscored):
+            update(done, len(unscored), run.title)
             with work.claimed("runs", run.fingerprint) as mine:
                 if mine:
                     measure_tasks(run, tasks, device=device)
-        update(len(left), len(left))
+        update(len(unscored), len(unscored))
 
 
 def with_tasks(
     results: Results, planned: Sequence[Planned], tasks: TaskSetting | None, resamples: int
 ) -> Results:
-    """Return the results with the scores of the tasks.
+    """Add the scores of tasks to results.
 
     Args:
         results: results without scores.
         planned: all runs.
-        tasks: the tasks; None for none.
+        tasks: the tasks; None if the recipe has none.
         resamples: number of resamples of every bootstrap.
     """
     if tasks is None:
@@ -229,7 +254,7 @@ def with_tasks(
         runs.append(run)
     methods = [
         row.model_copy(
-            update={"tasks": figures_of_tasks(scores.get((row.method, row.student), []), resamples)}
+            update={"tasks": task_estimates(scores.get((row.method, row.student), []), resamples)}
         )
         for row in results.methods
     ]
@@ -240,26 +265,44 @@ def with_tasks(
 
 
 def column_of(name: str) -> tuple[str, float, int]:
-    """Return the heading, the factor and the digits of the column of a metric of a task."""
+    """Return the heading, the factor and the number of digits of a column of scores.
+
+    Args:
+        name: name of the score, as TASK/METRIC.
+    """
     task, _, metric = name.partition("/")
     if is_perplexity(metric):
         return f"{task} {metric}", 1, 1
     return f"{task} {metric} %", 100, 1
 
 
-def figures_of_tasks(seeds: Sequence[Mapping[str, TaskScore]], resamples: int) -> dict[str, Figure]:
-    """Return the metrics that all seeds have, with intervals over samples, seeds and both."""
-    names = [name for name in (seeds[0] if seeds else {}) if all(name in own for own in seeds)]
-    return {name: _figure(tuple(own[name] for own in seeds), resamples) for name in names}
+def task_estimates(
+    seeds: Sequence[Mapping[str, TaskScore]], resamples: int
+) -> dict[str, MetricEstimate]:
+    """Compute the mean of each score over seeds, with intervals over samples, seeds and both.
+
+    Args:
+        seeds: scores of each seed, by TASK/METRIC; scores that a seed lacks are left out.
+        resamples: number of resamples of every bootstrap.
+    """
+    names = [name for name in (seeds[0] if seeds else {}) if all(name in each for each in seeds)]
+    return {name: _task_estimate(tuple(each[name] for each in seeds), resamples) for name in names}
 
 
 def _score(
     model: nn.Module, of: str, tasks: TaskSetting, progress: TaskProgress | None = None
 ) -> None:
-    """Score a model on the tasks that it lacks scores on, and keep them."""
+    """Score a model on the tasks without stored scores, and store the scores.
+
+    Args:
+        model: the model.
+        of: fingerprint of the student's run, or `TaskSetting.teacher`.
+        tasks: the tasks.
+        progress: function that is called after every batch.
+    """
     names = tasks.missing(of)
     local = [name for name in names if name in LOCAL_TASKS]
-    # lm-eval's own one by one: a name may stand for many, and one may fail
+    # tasks of lm-eval are run one by one, because a name may be a group, and one may fail
     for together in [*([local] if local else []), *([n] for n in names if n not in local)]:
         try:
             found = run_tasks(
@@ -271,14 +314,14 @@ def _score(
                 prefix_token_id=tasks.first_id,
                 progress=progress,
             )
-        except Exception as error:  # whatever it is, nothing else is lost to it
+        except Exception as error:  # no failure of one task may stop the others
             _fail(together, of, tasks, error)
             continue
         scores: dict[str, list[Any]] = {name: [] for name in together}
         for score in found:
             scores[score.task if together is local else together[0]].append(asdict(score))
         for name in together:
-            tasks.work.keep("tasks", tasks.key(name, of), scores[name])
+            tasks.work.store("tasks", tasks.key(name, of), scores[name])
 
 
 def _fail(names: Sequence[str], of: str, tasks: TaskSetting, error: Exception) -> None:
@@ -286,18 +329,19 @@ def _fail(names: Sequence[str], of: str, tasks: TaskSetting, error: Exception) -
         tasks.work.fail("tasks", tasks.key(name, of), reason_of(error))
 
 
-@lru_cache(maxsize=4096)  # results are computed after every run, and most scores are as before
-def _figure(scores: tuple[TaskScore, ...], resamples: int) -> Figure:
+@lru_cache(maxsize=4096)  # results are computed after every run, and most scores do not change
+def _task_estimate(scores: tuple[TaskScore, ...], resamples: int) -> MetricEstimate:
+    """Compute the mean of a score over seeds, with intervals over samples, seeds and both."""
     if not all(score.stderr is not None for score in scores):
-        over = t_interval([score.value for score in scores])
+        found = t_interval([score.value for score in scores])
         none = Ends(low=None, high=None)
-        return Figure(
-            mean=over.mean, windows=none, seeds=Ends(low=over.low, high=over.high), both=none
+        return MetricEstimate(
+            mean=found.mean, windows=none, seeds=Ends(low=found.low, high=found.high), both=none
         )
     values = torch.tensor([score.values for score in scores], dtype=torch.float64)
     units = torch.stack([values, torch.ones_like(values)], 2)
     statistic = _perplexity if is_perplexity(scores[0].metric) else ratio
-    return as_figure(over_seeds(units, statistic, resamples=resamples))
+    return metric_estimate(over_seeds(units, statistic, resamples=resamples))
 
 
 def _perplexity(sums: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Per-window sums of all runs in one compact file, from which every interval can be recomputed.
+"""Store the per-window sums of all runs in one file, from which intervals can be recomputed.
 
     python -m sparselogits.lab.compare.windows RESULTS.json WINDOWS.npz
 
 recomputes the metrics of every method and their intervals, and reports those that differ from
-RESULTS.json. The file is a compressed archive of NumPy arrays:
+RESULTS.json. WINDOWS.npz is a compressed archive of NumPy arrays:
 
-    runs                           int64 [R, 3], index of method and student in names, and seed
-    names                          all titles of methods and students
-    loss, kl, ...                  float32 [R, W, C], see `HeldOut.sums`
+    runs             int64 [R, 3]: indices of method and student in `names`, and the seed
+    names            titles of all methods and names of all students
+    loss, kl, ...    float32 [R, W, C], see `HeldOut.sums`
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 
 from sparselogits.errors import CacheError
 from sparselogits.evaluate import METRICS
-from sparselogits.lab.compare.results import Figure, MethodRow, Results, read_results
-from sparselogits.lab.compare.summary import Lines, Place, Sums, metrics_of
+from sparselogits.lab.compare.results import MethodRow, MetricEstimate, Results, read_results
+from sparselogits.lab.compare.summary import References, RunKey, WindowSums, metrics_of
 
 TOLERANCE = 1e-4
-"""Relative difference that float32 sums and numbers of six digits may leave."""
+"""Largest relative difference due to float32 sums and results of six digits."""
 
 
-def pack_windows(sums: Mapping[Place, Sums]) -> bytes:
-    """Pack the per-window sums of runs, by method, student and seed, into one file's bytes."""
-    names = list(dict.fromkeys(name for place in sums for name in place[:2]))
+def pack_windows(sums: Mapping[RunKey, WindowSums]) -> bytes:
+    """Return the content of windows.npz for the per-window sums of runs."""
+    names = list(dict.fromkeys(name for key in sums for name in key[:2]))
     runs = [[names.index(method), names.index(student), seed] for method, student, seed in sums]
     arrays: dict[str, Any] = {
-        name: np.array([own[name] for own in sums.values()], np.float32) for name in METRICS
+        name: np.array([of_run[name] for of_run in sums.values()], np.float32) for name in METRICS
     }
     out = io.BytesIO()
     np.savez_compressed(
@@ -46,37 +46,38 @@ def pack_windows(sums: Mapping[Place, Sums]) -> bytes:
 
 
 def windows_of(out: Path) -> bytes:
-    """Pack the per-window sums of the finished runs of a comparison's directory.
+    """Return the content of windows.npz for the finished runs of a comparison.
 
     Args:
-        out: the directory, with `results.json` and the runs' outcomes; it may be unfinished.
+        out: directory of the comparison, with `results.json`; the comparison may be unfinished.
 
     Raises:
-        CacheError: if the directory holds no results, or a run's outcome is missing.
+        CacheError: If the directory contains no results, or the outcome of a run is missing.
     """
     sums = {}
     for run in read_results(out).runs:
         if run.folder is None or run.status != "done":
             continue
-        key = run.folder.rpartition("--")[2]  # the fingerprint's first digits
-        kept = [*out.glob(f"finished/runs/{key}*.json"), out / run.folder / "outcome.json"]
-        file = kept[0]  # the last is an older version's
+        key = run.folder.rpartition("--")[2]  # the first digits of the fingerprint
+        # outcome.json was written by earlier versions
+        files = [*out.glob(f"finished/runs/{key}*.json"), out / run.folder / "outcome.json"]
+        file = files[0]
         try:
             content = json.loads(file.read_bytes())
             sums[run.method, run.student, run.seed] = content.get("value", content)["sums"]
         except (OSError, ValueError, KeyError) as error:
             raise CacheError(
-                f"{file} holds no per-window sums ({error}), although {out / 'results.json'} names "
-                "the run as done. Run `sparselogits compare` again"
+                f"{file} contains no per-window sums ({error}), although "
+                f"{out / 'results.json'} lists the run as done. Run `sparselogits compare` again"
             ) from error
     return pack_windows(sums)
 
 
-def read_windows(path: Path) -> dict[Place, Sums]:
-    """Read the per-window sums of runs, by method, student and seed.
+def read_windows(path: Path) -> dict[RunKey, WindowSums]:
+    """Read the per-window sums of runs from windows.npz.
 
     Raises:
-        CacheError: if the file is missing or is not such an archive.
+        CacheError: If the file is missing or is not an archive of per-window sums.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -90,43 +91,56 @@ def read_windows(path: Path) -> dict[Place, Sums]:
             }
     except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
         raise CacheError(
-            f"{path} is not a file of per-window sums ({error}). `sparselogits compare` writes one "
-            "as windows.npz, beside results.json"
+            f"{path} is not a file of per-window sums ({error}). Give the windows.npz that "
+            "`sparselogits compare` writes into the folder of results.json"
         ) from error
 
 
-def differences(results: Results, sums: Mapping[Place, Sums]) -> list[str]:
-    """Recompute all metrics with their intervals, and describe those that are not as stored."""
+def differences(results: Results, sums: Mapping[RunKey, WindowSums]) -> list[str]:
+    """Recompute all metrics with their intervals from per-window sums.
+
+    Args:
+        results: stored results.
+        sums: per-window sums of all runs.
+
+    Returns:
+        A line for each metric that differs from the stored one.
+    """
     recipe = results.settings["recipe"]
     found = []
     for row in results.methods:
-        lines = Lines.of_rows([own for own in results.methods if own.student == row.student])
-        own = metrics_of(
+        references = References.of_rows(
+            [each for each in results.methods if each.student == row.student]
+        )
+        recomputed = metrics_of(
             (row.method, row.student),
             sums,
-            lines,
+            references,
             seeds=row.seeds_done,
             first_seed=recipe["seeds"][0],
             resamples=recipe["resamples"],
         )
-        for name, stored, again in _pairs(row, own):
-            if not _alike(stored, again):
-                found.append(f"{row.method}, {row.student}, {name}: {stored} stored, {again} found")
+        for name, stored, again in _pairs(row, recomputed):
+            if not _close(stored, again):
+                found.append(
+                    f"{row.method}, {row.student}, {name}: stored {stored}, recomputed {again}"
+                )
     return found
 
 
 def _pairs(
-    row: MethodRow, own: Mapping[str, Any]
-) -> Iterator[tuple[str, Figure | None, Figure | None]]:
-    for name, figure in row.figures.items():
-        yield name, figure, own["figures"].get(name)
-    for name, figure in row.minus_ce.items():
-        yield f"{name} minus CE", figure, own["minus_ce"].get(name)
+    row: MethodRow, recomputed: Mapping[str, Any]
+) -> Iterator[tuple[str, MetricEstimate | None, MetricEstimate | None]]:
+    """Yield the name of each metric, the stored estimate, and the recomputed one."""
+    for name, stored in row.figures.items():
+        yield name, stored, recomputed["figures"].get(name)
+    for name, stored in row.minus_ce.items():
+        yield f"{name} minus CE", stored, recomputed["minus_ce"].get(name)
     for name in ("gap_closed", "recovered"):
-        yield name, getattr(row, name), own[name]
+        yield name, getattr(row, name), recomputed[name]
 
 
-def _alike(stored: Figure | None, again: Figure | None) -> bool:
+def _close(stored: MetricEstimate | None, again: MetricEstimate | None) -> bool:
     if stored is None or again is None:
         return stored is again
     one, other = _numbers(stored), _numbers(again)
@@ -139,13 +153,13 @@ def _alike(stored: Figure | None, again: Figure | None) -> bool:
     )
 
 
-def _numbers(figure: Figure) -> list[float | None]:
-    ends = (figure.windows, figure.seeds, figure.both)
-    return [figure.mean, *(end for own in ends for end in (own.low, own.high))]
+def _numbers(estimate: MetricEstimate) -> list[float | None]:
+    intervals = (estimate.windows, estimate.seeds, estimate.both)
+    return [estimate.mean, *(end for ends in intervals for end in (ends.low, ends.high))]
 
 
 def main() -> None:
-    """Report the metrics of stored results that their per-window sums do not give again."""
+    """Print the metrics of stored results that differ from those recomputed from windows.npz."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("windows", type=Path)

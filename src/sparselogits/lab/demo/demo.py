@@ -1,16 +1,17 @@
-"""Prune a model, heal it by each method from one pass of its teacher, and show the results.
+"""Prune a teacher, train the pruned student by each method, and show the results.
 
-The demo is a comparison (`sparselogits.lab.compare`) with a page and a student to talk to:
+The demo is a comparison (`sparselogits.lab.compare`) with a page and a student to chat with:
 
     OUT/
-      language-reference.jsonl  the text
-      recipe.yaml               the comparison's recipe, to change and to give to `compare`
+      language-reference.jsonl  text of the demo
+      recipe.yaml               recipe of the comparison, which can be edited for `compare`
       results.json, corpus/, caches/, students/, runs/   see lab/compare/comparison.py
-      student/                  the student healed from the systematic cache
-      demo.json                 results and samples of text
-      demo.html, window-0.html  the demo's page, and that of the cache's first window
+      student/                  student trained from the cache of systematic rounds
+      demo.json                 results, and samples of generated text
+      demo.html                 page of the demo
+      window-0.html             page of the first window of the cache
 
-What is finished is not done again, so an interrupted demo goes on where it stood.
+An interrupted demo is resumed by the same command; finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -58,12 +59,15 @@ from sparselogits.teacher.demo_model import NAME
 from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
 SEED = 7
+"""Random seed for sampling, the order of windows, and samples of generated text."""
 HOLDOUT = 0.375
-PAGE = "demo.html"
-"""Not report.html, which `compare` and `report` write into the folder of a comparison."""
+"""Share of the text that is held out."""
+PAGE = "demo.html"  # `compare` and `report` write report.html
+"""Name of the demo's page."""
 WINDOW_PAGE = "window-0.html"
+"""Name of the page of the cache's first window."""
 HEALED = "systematic 12"
-"""The method whose student is kept to talk to."""
+"""Title of the method whose student is saved to chat with."""
 
 METHODS: tuple[dict[str, Any], ...] = (
     {"method": "none", "name": "not healed"},
@@ -74,19 +78,20 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"sampler": "systematic", "budget": 12, "name": HEALED},
     {"method": "full", "name": "full KD"},
 )
+"""Methods of the comparison, as in a recipe."""
 SAMPLED = ("not healed", "Top-12", HEALED)
-"""Methods whose students write samples, in addition to the teacher."""
+"""Titles of the methods whose students generate text samples, in addition to the teacher."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Amount of text and size of the student, which decide how long the demo takes.
+    """Define the amount of text and the size of the student, which determine the demo's duration.
 
     Args:
-        characters: length of the text; a token has about four.
-        heldout_windows: windows that students are measured on.
-        window: tokens per window.
-        layers: blocks that the student keeps.
+        characters: length of the text in characters, about four per token.
+        heldout_windows: number of windows for evaluation.
+        window: number of tokens per window.
+        layers: number of transformer blocks of the student.
     """
 
     characters: int
@@ -96,19 +101,18 @@ class Scale:
 
 
 SCALES = {"bfloat16": Scale(34_000, 12), "float32": Scale(17_000, 6)}
-"""By number format: about four minutes on two cores that multiply bfloat16, and about as long on
-cores that do not."""
+"""Scale by number format, for about four minutes on two processor cores."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of the demo, and where its page and student are.
+    """Describe the results of the demo.
 
     Args:
-        results: the comparison's results.
-        samples: texts that the models wrote.
+        results: results of the comparison.
+        samples: samples of text that the models generated.
         report: path of the page.
-        student: folder of the healed student.
+        student: folder of the student that was trained from the cache of systematic rounds.
     """
 
     results: Results
@@ -117,28 +121,28 @@ class DemoResult:
     student: Path
 
     def table(self) -> Table:
-        """Return the table for a terminal."""
-        own = table(self.results)
+        """Return the table of methods for a terminal of 80 columns."""
+        content = table(self.results)
         found = Table("method", box=SIMPLE, caption=CAPTION, caption_justify="left")
-        found.padding, found.pad_edge = (0, 0, 0, 1), False  # fits a terminal of 80 columns
+        found.padding, found.pad_edge = (0, 0, 0, 1), False
         found.columns[0].no_wrap = True
-        for column in own.columns:
+        for column in content.columns:
             found.add_column(column.head, justify="right")
-        for name, cells in [*own.lines, ("the teacher", own.last)]:
+        for name, cells in [*content.lines, ("the teacher", content.last)]:
             found.add_row(name, *(cell.text for cell in cells))
         return found
 
     def remark(self) -> str:
-        """Say what the numbers show and what they cannot show."""
+        """Return a summary of the results and of their limits."""
         return f"{headline(self.results)} {caution(self.results)}"
 
     @property
     def talk(self) -> str:
-        """Command that asks the student a question; it needs nothing that the demo does not."""
+        """Shell command that asks the student a question, without additional packages."""
         return talk_command(self.student)
 
     def to_json(self) -> dict[str, Any]:
-        """Return results and samples as plain JSON values."""
+        """Return results and samples as JSON values."""
         return {
             "results": self.results.model_dump(mode="json"),
             "samples": [asdict(sample) for sample in self.samples],
@@ -146,15 +150,15 @@ class DemoResult:
 
 
 def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
-    """Run the demo, or what is left of it.
+    """Run the demo, or its unfinished part.
 
     Args:
-        out: folder of everything it makes.
-        scale: how much to do; chosen by the processor when absent.
+        out: folder of all output.
+        scale: amount of text and size of the student; None for a scale that fits the processor.
 
     Raises:
-        MissingDependencyError: naming every missing package that the demo needs.
-        TrainingError: a method's run failed, or another process is training it.
+        MissingDependencyError: If packages are missing; the message lists all of them.
+        TrainingError: If the run of a method failed, or another process is training it.
     """
     require_demo()
     started = time.perf_counter()
@@ -166,26 +170,32 @@ def run_demo(out: Path, scale: Scale | None = None) -> DemoResult:
     for run in results.runs:
         if run.status != "done":
             raise TrainingError(
-                f"{run.method}: {run.message or 'another process is training it'}. The same "
-                "command continues with what is left"
+                f"{run.method}: {run.message or 'another process is training this method'}. Run "
+                "the same command again to continue the demo"
             )
     messages.print("samples of text and the page ...")
     tokenizer = load_tokenizer(NAME)
-    student = _keep_student(out, runs[HEALED], tokenizer)
+    student = _save_student(out, runs[HEALED], tokenizer)
     teacher = load_teacher(NAME, tokenizer=tokenizer, dtype=demo_dtype())
     samples = _samples(out, runs, teacher, tokenizer)
     result = DemoResult(results, samples, out / PAGE, student)
     _write_page(result, recipe, text, teacher, tokenizer)
     write_whole(out / "demo.json", json.dumps(result.to_json(), indent=1) + "\n")
     for run in results.runs:
-        if run.method not in SAMPLED:  # half a gigabyte each, and not needed any more
+        if run.method not in SAMPLED:  # half a gigabyte each, and not used again
             shutil.rmtree(out / str(run.folder) / "model", ignore_errors=True)
     messages.print(f"demo finished in {time.perf_counter() - started:.0f} s")
     return result
 
 
 def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
-    """Return the demo's recipe, which is written to OUT/recipe.yaml as well."""
+    """Create the recipe of the demo, and write it to OUT/recipe.yaml.
+
+    Args:
+        out: folder of all output.
+        text: text of the demo.
+        scale: amount of text and size of the student.
+    """
     dtype = demo_dtype()
     values = {
         "title": "the demo",
@@ -204,7 +214,7 @@ def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
         "training": {
             "per_device_train_batch_size": 2,
             "learning_rate": 2e-4,
-            "warmup_steps": 0,  # of ten steps none is to spare
+            "warmup_steps": 0,  # training has only about ten steps
             "bf16": dtype == "bfloat16",
             "logging_steps": 1,
         },
@@ -215,7 +225,11 @@ def demo_recipe(out: Path, text: DemoText, scale: Scale) -> CompareRecipe:
 
 
 def talk_command(student: Path) -> str:
-    """Return a command that asks a student one question and prints the answer."""
+    """Return a shell command that asks a student a question and prints the answer.
+
+    Args:
+        student: folder of the student.
+    """
     found = shutil.which("python")
     same = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
     code = (
@@ -225,13 +239,13 @@ def talk_command(student: Path) -> str:
     python = "python" if same else shlex.quote(sys.executable)
     if set(code) & set('"$`\\!'):
         return f"{python} -c {shlex.quote(code)}"
-    return f'{python} -c "{code}"'  # with fewer quotes than shlex would write
+    return f'{python} -c "{code}"'  # more readable than the quotes of shlex
 
 
-def _keep_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
-    """Write OUT/student: the healed student in the teacher's number format, with its tokenizer."""
-    folder, mark = out / "student", f"run: {run.folder}\n"
-    if (folder / "from.txt").exists() and (folder / "from.txt").read_text() == mark:
+def _save_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
+    """Write OUT/student, the student of a run in bfloat16 with its tokenizer, and return it."""
+    folder, origin = out / "student", f"run: {run.folder}\n"
+    if (folder / "from.txt").exists() and (folder / "from.txt").read_text() == origin:
         return folder
     source = out / str(run.folder) / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -239,25 +253,25 @@ def _keep_student(out: Path, run: RunRow, tokenizer: Any) -> Path:
         load_language_model(str(source), dtype="bfloat16").save_pretrained(partial)  # type: ignore[operator]
         tokenizer.save_pretrained(partial)
         shutil.copy(source / "README.md", partial)
-        (partial / "from.txt").write_text(mark)
+        (partial / "from.txt").write_text(origin)
     return folder
 
 
 def _samples(
     out: Path, runs: dict[str, RunRow], teacher: TransformersTeacher, tokenizer: Any
 ) -> list[Continuation]:
-    """Return the models' samples, read from an earlier run or generated."""
-    file, made_by = out / "samples.json", [str(runs[name].folder) for name in SAMPLED]
-    if file.exists() and (kept := json.loads(file.read_text()))["of"] == made_by:
-        return [Continuation(**sample) for sample in kept["samples"]]
+    """Load samples of generated text, or generate and store them."""
+    file, folders = out / "samples.json", [str(runs[name].folder) for name in SAMPLED]
+    if file.exists() and (stored := json.loads(file.read_text()))["of"] == folders:
+        return [Continuation(**sample) for sample in stored["samples"]]
     models = {"the teacher": teacher.model} | {
         name: load_language_model(str(out / str(runs[name].folder) / "model"), dtype=demo_dtype())
         for name in SAMPLED
     }
     prompts = prompts_of(PackedCorpus.open(out / "corpus"), tokenizer)
     samples = continuations(models, tokenizer, prompts, SEED)
-    kept = {"of": made_by, "samples": [asdict(sample) for sample in samples]}
-    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    stored = {"of": folders, "samples": [asdict(sample) for sample in samples]}
+    write_whole(file, json.dumps(stored, indent=1) + "\n")
     return samples
 
 
@@ -268,9 +282,9 @@ def _write_page(
     teacher: TransformersTeacher,
     tokenizer: Any,
 ) -> None:
-    """Write the demo's page, and a page of the cache's first window in the same folder."""
+    """Write the page of the demo and the page of the cache's first window."""
     results, out = result.results, recipe.out
-    method = next(own for own in recipe.methods if own.title == HEALED)
+    method = next(each for each in recipe.methods if each.title == HEALED)
     cache = out / "caches" / Draw.of(method, recipe, SEED).key
     dataset = CacheDataset(cache)
     viewer = WindowViewer(
@@ -289,9 +303,9 @@ def _write_page(
         drawings=drawings(results) if can_draw() else (),
         continuations=result.samples,
         sampled=(
-            f"What follows the first {PROMPT_TOKENS} tokens of a held-out page, and answers in the "
-            f"form of the chat template, drawn at temperature {TEMPERATURE:g} with one seed for "
-            "all and cut off at the same length."
+            f"Continuations of the first {PROMPT_TOKENS} tokens of a held-out page, and answers by "
+            f"the chat template, sampled at temperature {TEMPERATURE:g} with the same random seed "
+            "and largest length for all models."
         ),
         window=WINDOW_PAGE,
         next_steps=_next_steps(result, cache),
@@ -304,9 +318,9 @@ def _next_steps(result: DemoResult, cache: Path) -> list[tuple[str, str]]:
     student, folder = shlex.quote(str(result.student)), shlex.quote(str(cache))
     recipe = shlex.quote(str(result.report.with_name("recipe.yaml")))
     return [
-        ("Talk to the healed student:", result.talk),
+        ("Chat with the student:", result.talk),
         (
-            "Look at another window of the cache, with the student:",
+            "View another window of the cache, with the student:",
             f"sparselogits view {folder} --window 3 --teacher {NAME} --student {student}",
         ),
         (
@@ -318,7 +332,7 @@ def _next_steps(result: DemoResult, cache: Path) -> list[tuple[str, str]]:
             f"sparselogits cache --teacher {NAME} --data TEXT --out my-cache --holdout 0.05",
         ),
         (
-            "Prune a student and heal it from that cache:",
+            "Prune a student and train it from that cache:",
             f"sparselogits shrink {NAME} --layers 24 --cache my-cache --out my-start\n"
             "sparselogits train --cache my-cache --student my-start --out my-student",
         ),
@@ -359,8 +373,8 @@ def _conditions(
             f"computed in {'bfloat16' if training['bf16'] else 'float32'}",
         ),
         ("rounds", ", ".join(f"{name}: {number}" for name, number in rounds.items())),
-        ("bytes", "of the cached targets per token, without the text"),
-        ("seconds", "training alone; full KD runs the teacher in each step"),
+        ("bytes", "bytes of the cached targets per token, without the text"),
+        ("seconds", "wall time of training; full KD runs the teacher in each step"),
         (
             "machine",
             f"{machine['processor']}, {torch.get_num_threads()} threads, Python "

@@ -1,6 +1,6 @@
-"""Write the demo's text: the language reference that every CPython installation carries.
+"""Write the text of the demo: the language reference that is part of CPython.
 
-The demo's teacher is the model named `demo`, see `sparselogits.teacher.demo_model`.
+The teacher of the demo is the model named `demo`, see `sparselogits.teacher.demo_model`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from sparselogits.files import write_whole
 
 SEPARATOR_ID = 0
-"""<|endoftext|>; the instruct model's eos, <|im_end|>, ends turns of a chat, not documents."""
+"""Id of <|endoftext|>, which separates documents; the model's eos, <|im_end|>, ends chat turns."""
 
 
 @dataclass(frozen=True)
 class DemoText:
-    """The text of the demo.
+    """Describe the text of the demo, which depends on the version of Python.
 
     Args:
-        path: JSON lines, one page of the reference each.
-        description: what the text is, with its hash; both differ from Python to Python.
+        path: path of a file of JSON lines, one per page of the reference.
+        description: origin of the text, number of pages, and hash.
     """
 
     path: Path
@@ -33,7 +33,12 @@ class DemoText:
 
 
 def demo_text(out: Path, characters: int) -> DemoText:
-    """Write whole pages of CPython's language reference, about `characters` long in total."""
+    """Write pages of CPython's language reference.
+
+    Args:
+        out: folder of the file.
+        characters: length of the text; the last page is not shortened.
+    """
     from pydoc_data.topics import topics
 
     lines, written = [], 0
@@ -58,9 +63,6 @@ def _shuffled(name: str) -> bytes:
 
 
 def demo_dtype() -> str:
-    """bfloat16 where the processor multiplies it natively, else float32.
-
-    Emulated bfloat16 products are several times slower than float32 ones.
-    """
+    """Return the number format that the processor multiplies faster, bfloat16 or float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"

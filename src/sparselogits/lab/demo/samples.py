@@ -1,4 +1,4 @@
-"""Let models continue a held-out page and answer questions."""
+"""Generate continuations of a held-out page, and answers to questions, by several models."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from sparselogits.corpus import PackedCorpus
 from sparselogits.lab.report import Continuation
 
 QUESTIONS = ("What is a list in Python?", "Why does the sky look blue?")
+"""Questions to models with a chat template."""
 PROMPT_TOKENS, WRITTEN_TOKENS = 32, 40
+"""Number of tokens of a held-out page in a prompt, and largest number of generated tokens."""
 TEMPERATURE = 0.7
+"""Sampling temperature."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that models continue.
+    """Store a text that models continue.
 
     Args:
-        shown: the text for readers; a question stands without its chat template.
-        tokens: int64 [L], the text for models.
+        shown: displayed text, without the chat template.
+        tokens: tokens of the text, with the chat template, int64 [L].
     """
 
     shown: str
@@ -32,10 +35,14 @@ class Prompt:
 
 
 def prompts_of(corpus: PackedCorpus, tokenizer: Any) -> list[Prompt]:
-    """Return the beginning of a held-out page, and questions in the form of the chat template.
+    """Return the beginning of a held-out page, and questions in the chat template.
 
-    Where no page begins in the held-out windows, the first window's first tokens stand for it. A
-    tokenizer without a chat template asks no questions.
+    If no page begins in the held-out windows, the first tokens of the first window are used.
+    Without a chat template there are no questions.
+
+    Args:
+        corpus: corpus with held-out windows.
+        tokenizer: transformers tokenizer that the corpus was packed with.
     """
     windows = [corpus.read_holdout(i, i + 1)[0] for i in range(corpus.holdout_windows)]
     pages = [
@@ -58,13 +65,13 @@ def prompts_of(corpus: PackedCorpus, tokenizer: Any) -> list[Prompt]:
 def continuations(
     models: Mapping[str, nn.Module], tokenizer: Any, prompts: Sequence[Prompt], seed: int
 ) -> list[Continuation]:
-    """Return what models write after prompts.
+    """Generate the continuations of prompts by all models.
 
     Args:
-        models: transformers models by name.
-        tokenizer: the tokenizer of all of them.
-        prompts: the texts to continue.
-        seed: random seed of the sampling, the same for each model and prompt.
+        models: transformers causal language models by name.
+        tokenizer: transformers tokenizer of all models.
+        prompts: texts to continue.
+        seed: random seed for sampling, which is set for each model and prompt.
     """
     found = []
     for prompt in prompts:
@@ -87,5 +94,5 @@ def continuations(
 
 
 def _in_a_line(text: str) -> str:
-    """Return a text with its line breaks as signs and its runs of spaces as one."""
+    """Replace line breaks by ↵ and repeated spaces by one."""
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()

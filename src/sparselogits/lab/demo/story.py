@@ -1,4 +1,4 @@
-"""Turn the demo's results into a table, charts and sentences."""
+"""Present the results of the demo as a table, charts and sentences."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from sparselogits.lab.report.page import Cell, Column, Table
 
 COLUMNS = (
     Column("KL", best="low", main=True, help="KL(teacher || student), nats per token"),
-    Column("recovered", best="high", main=True, help="share of what full KD takes off the KL"),
+    Column(
+        "recovered", best="high", main=True, help="reduction of the KL, as a share of full KD's"
+    ),
     Column(
         "accepted",
         best="high",
-        help="tokens drafted by the student that the teacher is expected to accept",
+        help="share of the tokens drafted by the student that the teacher is expected to accept",
     ),
     Column("loss", help="cross-entropy on the next token, nats"),
     Column("entries", help="stored entries per token"),
-    Column("bytes", main=True, help="bytes per token of the cached targets"),
-    Column("seconds", help="training alone, wall clock"),
+    Column("bytes", main=True, help="bytes of the cached targets per token"),
+    Column("seconds", help="wall time of training"),
 )
+"""Columns of the table after the method."""
 CAPTION = (
     "KL(teacher || student), expected acceptance of drafts and loss on held-out text; recovered: "
-    "share of what full KD takes off the KL; entries and bytes per token"
+    "reduction of the KL, as a share of full KD's; entries and bytes per token"
 )
+"""Explanation of the table in a terminal."""
 
 
 def table(results: Results) -> Table:
-    """Return the demo's table: a line per method, the teacher's at the end."""
+    """Return the table of the demo, with a row per method and the teacher's as the last."""
     seconds = {run.method: run.seconds for run in results.runs}
     lines = [(row.method, _cells(row, seconds.get(row.method))) for row in results.methods]
     last: list[Cell] = []
@@ -55,7 +59,7 @@ def _cells(row: MethodRow, seconds: float | None) -> list[Cell]:
 
 
 def drawings(results: Results) -> list[Drawing]:
-    """Return the charts of the demo's page; none where full KD recovers nothing to compare with."""
+    """Return the charts of the demo's page; none if full KD does not reduce the KL."""
     if not any(row.recovered for row in results.methods):
         return []
     looks = looks_of({row.method: row.method for row in results.methods})
@@ -77,7 +81,7 @@ def drawings(results: Results) -> list[Drawing]:
 
 
 def share_chart(results: Results) -> Drawing:
-    """Return the chart of bytes per token against the share of full KD's recovery."""
+    """Return the chart of the recovered share against bytes per token."""
     points, levels = [], []
     for row in results.methods:
         if row.recovered is None or row.family == "none":
@@ -100,16 +104,16 @@ def share_chart(results: Results) -> Drawing:
 
 
 def headline(results: Results) -> str:
-    """Say what was pruned, what was cached and what healing from the cache recovers."""
+    """Describe what was cached, and how training reduces the KL of the pruned student."""
     by_family = {row.family: row for row in results.methods}
     cached, start, full = (by_family[name] for name in ("systematic", "none", "full"))
     run = next(run for run in results.runs if run.method == cached.method)
     said = (
-        f"Pruned, the student's KL to its teacher is {start.figures['kl'].mean:.3f} nats. One pass "
-        f"of the teacher over {run.tokens:,} tokens cached {cached.entries:.1f} entries, "
-        f"{cached.bytes_per_token:.1f} bytes, per token; {run.steps} steps of training from them "
-        f"bring the KL to {cached.figures['kl'].mean:.3f}. Full KD, which runs the teacher in each "
-        f"step, brings it to {full.figures['kl'].mean:.3f}."
+        f"The KL of the pruned student to its teacher is {start.figures['kl'].mean:.3f} nats. One "
+        f"pass of the teacher over {run.tokens:,} tokens cached {cached.entries:.1f} entries "
+        f"({cached.bytes_per_token:.1f} bytes) per token; {run.steps} training steps from the "
+        f"cache reduce the KL to {cached.figures['kl'].mean:.3f}. Full KD, which runs the teacher "
+        f"in each step, reduces the KL to {full.figures['kl'].mean:.3f}."
     )
     shares = [
         f"{row.recovered.mean:.0f} % ({row.method}, {row.bytes_per_token:.0f} bytes)"
@@ -117,16 +121,15 @@ def headline(results: Results) -> str:
         if row.recovered is not None and row.bytes_per_token is not None
     ]
     if not shares:
-        return f"{said} What full KD recovers is not distinguishable from noise here."
-    return f"{said} Of what full KD recovers, the caches recover {', '.join(shares)}."
+        return f"{said} The reduction by full KD is not distinguishable from noise."
+    return f"{said} As a share of full KD's reduction, the caches reach {', '.join(shares)}."
 
 
 def caution(results: Results) -> str:
-    """Say what the numbers cannot show."""
+    """Describe the limits of the results."""
     windows = results.teacher.windows if results.teacher else 0
     return (
         f"One seed and {windows} held-out windows: methods whose intervals overlap widely are not "
-        "distinguishable. The loss falls below that of full KD where a student adapts to this "
-        "text, which its teacher was not trained on; so the KL and the accepted share are the "
-        "figures to compare."
+        "distinguishable. A student's loss can be below full KD's, because the student adapts to "
+        "this text, on which the teacher was not trained; so compare KL and accepted share."
     )

@@ -1,4 +1,4 @@
-"""Pages for people, each one HTML file: a window of a cache, a comparison, a walkthrough."""
+"""Write self-contained HTML pages: a window of a cache, a comparison, the demo's walkthrough."""
 
 from sparselogits.lab.report.comparison import write_report
 from sparselogits.lab.report.serve import PREFIX, PageServer

@@ -1,8 +1,8 @@
-"""Charts of pages and of the documentation, as Vega-Lite specifications built by Altair.
+"""Create charts as Vega-Lite specifications with Altair, for pages and as PNG.
 
-In a page, Vega draws them as SVG in the page's own colours: a colour is written `var(--c0)` and
-resolved by the style sheet, so that charts follow light and dark. As PNG, for documents that
-cannot run scripts, vl-convert draws the same specification in the light colours.
+In a page, Vega draws a chart as SVG; colours are written `var(--c0)` and resolved by the page's
+style sheet, so that they follow the light or dark mode. For PNG files, vl-convert draws the same
+specification in the colours of one mode.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
     import altair as alt
 
 COLOURS = 16
-"""Number of colours for series: `--c0` to `--c15` of theme.css."""
+"""Number of colours for series, `--c0` to `--c15` of theme.css."""
 DASHES: tuple[tuple[float, ...], ...] = (
-    (1, 0),  # Vega draws it solid
+    (1, 0),  # solid
     (7, 3),
     (2, 2.5),
     (8, 2.5, 2, 2.5),
     (12, 3),
     (3, 5),
 )
+"""Dash patterns of lines: alternating lengths of dashes and gaps, in pixels."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+"""Shapes of points, by their names in Vega."""
 
 WIDTH, HEIGHT = 460, 290
-"""Pixels of a chart drawn as PNG; in a page the width is that of the column."""
+"""Size of a chart in pixels; in a page the width is the width of the column."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn.
+    """Describe how a method is drawn.
 
     Args:
         colour: index of a colour of theme.css.
@@ -56,16 +58,16 @@ class Look:
 
     @property
     def css(self) -> str:
-        """The colour as a variable of the style sheet."""
+        """CSS expression of the colour."""
         return f"var(--c{self.colour})"
 
 
 def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
-    """Assign a look to every method.
+    """Assign a look to each method.
 
     Args:
-        groups: the group of each method, in order; methods of one group share a colour and differ
-            in their dashes.
+        groups: group of each method, in order; methods of a group share colour and shape, and
+            differ in their dashes.
     """
     names = list(dict.fromkeys(groups.values()))
     ranks: dict[str, int] = {}
@@ -79,13 +81,13 @@ def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart with the words around it.
+    """Describe a chart with its title.
 
     Args:
-        key: name of the file and of the element in the page.
-        title: what the chart shows.
-        chart: Altair chart; a parameter `hidden` lists the methods that are not drawn.
-        note: how to read the chart, where that is not obvious.
+        key: name of the PNG file and of the element in the page.
+        title: title of the chart.
+        chart: Altair chart, whose parameter `hidden` is the list of methods that are not drawn.
+        note: explanation of the chart; may be empty.
     """
 
     key: str
@@ -94,26 +96,31 @@ class Drawing:
     note: str = ""
 
     def spec(self) -> dict[str, Any]:
-        """The Vega-Lite specification of the page's chart."""
-        return _configured(self.chart, still=False)
+        """Return the Vega-Lite specification of the chart in a page."""
+        return _specification(self.chart, still=False)
 
 
 def can_draw() -> bool:
-    """Whether the packages that draw charts are installed."""
+    """Return whether the packages that draw charts are installed."""
     return find_spec("altair") is not None and find_spec("vl_convert") is not None
 
 
 def require_drawing() -> None:
-    """Raise MissingDependencyError unless charts can be drawn."""
+    """Check that the packages that draw charts are installed.
+
+    Raises:
+        MissingDependencyError: If altair or vl-convert is not installed.
+    """
     if not can_draw():
         raise MissingDependencyError(
-            "charts need altair and vl-convert-python: pip install 'sparselogits[report]'"
+            "charts need altair and vl-convert-python, which are not installed: pip install "
+            "'sparselogits[report]'"
         )
 
 
 @lru_cache(maxsize=1)
 def vega_script() -> str:
-    """Return Vega, Vega-Lite and vega-embed as one script from vl-convert's wheel; no network."""
+    """Return Vega, Vega-Lite and vega-embed as one script, which vl-convert contains."""
     import altair as alt
     import vl_convert
 
@@ -124,37 +131,37 @@ def vega_script() -> str:
 def draw_png(
     drawing: Drawing, path: Path, *, width: int = WIDTH, scale: float = 2, dark: bool = False
 ) -> None:
-    """Draw the chart of a page, with a legend, as a PNG file.
+    """Draw a chart with a legend as a PNG file.
 
     Args:
         drawing: the chart.
         path: path of the file.
-        width: pixels of the chart itself.
-        scale: pixels of the file per pixel.
-        dark: whether in the colours of dark pages.
+        width: width of the chart in pixels, without axes and legend.
+        scale: number of pixels in the file per pixel of the chart.
+        dark: whether to use the colours of the dark mode.
 
     Raises:
-        MissingDependencyError: altair or vl-convert is not installed.
+        MissingDependencyError: If altair or vl-convert is not installed.
     """
     require_drawing()
     chart = drawing.chart.properties(width=width, height=HEIGHT, title=drawing.title)
     import vl_convert
 
-    text = json.dumps(_configured(chart, still=True))
+    text = json.dumps(_specification(chart, still=True))
     for name, colour in colours(dark=dark).items():
         text = text.replace(f"var({name})", colour)
     write_whole(path, bytes(vl_convert.vegalite_to_png(text, scale=scale)))
 
 
 def static(name: str) -> str:
-    """Return the text of a file of `static/`."""
+    """Read a text file of the folder `static/`."""
     return files("sparselogits.lab.report").joinpath("static", name).read_text(encoding="utf-8")
 
 
 def colours(*, dark: bool) -> dict[str, str]:
-    """Return the colours of light or dark pages by their names in theme.css."""
-    light, _, other = static("theme.css").partition("@media")
-    return dict(re.findall(r"(--\w+): *(#\w+)", other if dark else light))
+    """Return the colours of the light or dark mode, by their names in theme.css."""
+    light_mode, _, dark_mode = static("theme.css").partition("@media")
+    return dict(re.findall(r"(--\w+): *(#\w+)", dark_mode if dark else light_mode))
 
 
 def budget_chart(
@@ -166,15 +173,15 @@ def budget_chart(
     levels: Sequence[tuple[str, float]] = (),
     log_y: bool = False,
 ) -> alt.LayerChart:
-    """Chart a metric against a budget on a logarithmic axis, one line per series.
+    """Create a chart of a metric against a budget on a logarithmic axis, with a line per series.
 
     Args:
-        points: rows with `series`, `method`, `x`, `y`, `low` and `high`; text of `label`, where
-            a row has one, is written above its point.
-        looks: by series.
+        points: mappings with `series`, `method`, `x`, `y`, `low`, `high` and optionally `label`, a
+            text that is written above the point.
+        looks: look of each series.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        levels: (name, value) of methods without a budget, drawn as horizontal lines.
+        levels: pairs of name and value of methods without a budget, drawn as horizontal lines.
         log_y: whether the vertical axis is logarithmic too.
     """
     import altair as alt
@@ -186,7 +193,7 @@ def budget_chart(
         values = [end for p in points for end in (p["y"], p["low"], p["high"]) if end is not None]
         upwards = _log_axis([*values, *(value for _, value in levels)], y)
         bottom = upwards["scale"].domain[0]
-        # an interval may reach zero, which a logarithmic axis does not have
+        # an interval may end at zero, which is not on a logarithmic axis
         points = [p | {"low": p["low"] and max(p["low"], bottom)} for p in map(dict, points)]
     base = _base(points, "series", looks).encode(
         x=alt.X("x:Q", **_log_axis([p["x"] for p in points], x)), y=alt.Y("y:Q", **upwards)
@@ -209,22 +216,20 @@ def curve_chart(
     *,
     x: str,
     y: str,
-    ends: Sequence[Mapping[str, Any]] = (),
     diagonal: bool = False,
     marks: bool = False,
     logarithmic: bool = False,
 ) -> alt.LayerChart:
-    """Chart one line per method; pointing at a line dims the others.
+    """Create a chart with a line per method; pointing at a line dims the others.
 
     Args:
-        points: rows with `method`, `x` and `y`.
-        looks: by method.
+        points: mappings with `method`, `x` and `y`.
+        looks: look of each method.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        ends: rows of the same kind, drawn as large open marks.
-        diagonal: whether to draw y = x from 0 to 1.
-        marks: whether to draw the points; a method with a single point always shows it.
-        logarithmic: whether both axes are.
+        diagonal: whether to draw the line y = x from 0 to 1.
+        marks: whether to draw the points; a single point of a method is always drawn.
+        logarithmic: whether both axes are logarithmic.
     """
     import altair as alt
 
@@ -260,24 +265,17 @@ def curve_chart(
         layers.insert(
             0, line.mark_line(strokeDash=[5, 4], color="var(--soft)").encode(x="x:Q", y="y:Q")
         )
-    if ends:
-        last = _base(ends, "method", looks).mark_point(
-            filled=True, shape="diamond", size=130, stroke="var(--paper)", strokeWidth=1.2
-        )
-        layers.append(
-            last.encode(x="x:Q", y="y:Q", opacity=faded, tooltip=_tooltip(x, "held-out loss"))
-        )
     return _finished(layers)
 
 
 def dot_chart(
     points: Sequence[Mapping[str, Any]], looks: Mapping[str, Look], *, x: str
 ) -> alt.LayerChart:
-    """Chart one value with its interval per method, one method per line.
+    """Create a chart with a value and its interval per method, one method per row.
 
     Args:
-        points: rows with `method`, `x`, `low` and `high`, in the order to draw them.
-        looks: by method.
+        points: mappings with `method`, `x`, `low` and `high`, in the order of the rows.
+        looks: look of each method.
         x: title of the horizontal axis.
     """
     import altair as alt
@@ -344,7 +342,10 @@ def _tooltip(x: str, y: str) -> list[alt.Tooltip]:
 
 
 def _levels(levels: Sequence[tuple[str, float]]) -> list[alt.Chart]:
-    """Return horizontal lines, named above the left end of the highest and below the others."""
+    """Return horizontal lines with their names.
+
+    The name of the highest line is above its left end, the other names are below the right ends.
+    """
     import altair as alt
 
     ordered = sorted(levels, key=lambda level: -level[1])
@@ -370,12 +371,13 @@ def _finished(layers: Sequence[Any]) -> alt.LayerChart:
     return alt.LayerChart(layer=list(layers)).add_params(alt.param(name="hidden", value=[]))
 
 
-def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
-    """Return a chart's Vega-Lite specification with the fonts and colours of the page.
+def _specification(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a chart in the fonts and colours of pages.
 
     Args:
-        chart: chart to draw.
-        still: whether the chart is a picture with its own legend; a page has its legend elsewhere.
+        chart: the chart.
+        still: whether the chart is for a PNG file, which has a legend; in a page the table is the
+            legend.
     """
     if not still:
         chart = chart.properties(width="container", height=HEIGHT)
@@ -401,15 +403,15 @@ def _configured(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
 
 
 def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """Return a logarithmic axis for all values above zero, with at least two labelled ticks."""
+    """Return the options of a logarithmic axis that covers all positive values."""
     import altair as alt
 
-    above = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
-    low, high = min(above), max(above)
+    positive = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    low, high = min(positive), max(positive)
     margin = max((high / low) ** 0.05, 1.12)
     low, high = low / margin, high * margin
     axis = alt.Axis(values=log_ticks(low, high), format="~g", labelOverlap=False)
-    if high > 1e5:  # billions, not the gigas of the SI
+    if high > 1e5:  # B for billions instead of the SI prefix G
         axis.labelExpr = "replace(format(datum.value, '~s'), 'G', 'B')"
     return {
         "title": title,
@@ -419,7 +421,7 @@ def _log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between two ends: powers of ten over many decades, more within one."""
+    """Return at least two round numbers between `low` and `high` for a logarithmic axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in (
         (1,),
@@ -431,7 +433,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [10.0**p * f for p in powers for f in steps if low <= 10.0**p * f <= high]
         if len(ticks) >= 3:
             return ticks
-    step = 10 ** math.floor(math.log10((high - low) / 2))  # a narrow range: linear steps
+    step = 10 ** math.floor(math.log10((high - low) / 2))  # linear steps in a narrow range
     step *= next(f for f in (5, 2, 1) if (high - low) / (step * f) >= 2)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,10 +1,10 @@
-"""Write the page of a comparison (headline, table, charts, settings), and its charts as PNG.
+"""Write the page of a comparison (summary, tables, charts, settings), and its charts as PNG.
 
-    OUT/report.html      needs nothing else and loads nothing
-    OUT/figures/*.png    the charts, of the methods that the page shows at first
+    OUT/report.html      self-contained page
+    OUT/figures/*.png    charts of the methods that the page shows when it opens
 
-The numbers are beside the page as JSON and CSV (`compare/results.py`). Without the packages that
-draw charts the page has its tables and says what to install.
+The same numbers are in results.json and results.csv (`compare/results.py`). If the packages that
+draw charts are missing, the page has only tables, and states what to install.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.files import write_whole
-from sparselogits.lab.compare.results import Figure, MethodRow, Results, RunRow
+from sparselogits.lab.compare.results import MethodRow, MetricEstimate, Results, RunRow
 from sparselogits.lab.compare.tasks import column_of
 from sparselogits.lab.report.charts import can_draw, draw_png
 from sparselogits.lab.report.comparison_charts import (
@@ -27,9 +27,9 @@ from sparselogits.lab.report.comparison_charts import (
     hidden_at_first,
     in_words,
     looks_of_methods,
-    only,
     series_of,
     students_of,
+    with_methods,
 )
 from sparselogits.lab.report.headline import headline
 from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_panels
@@ -38,30 +38,33 @@ from sparselogits.untrusted import printable
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write a comparison's page and its charts as PNG.
+    """Write the page of a comparison, and its charts as PNG.
 
-    Without the packages that draw charts, a SparseLogitsWarning says what to install and the page
-    has its tables alone.
+    If the packages that draw charts are missing, a SparseLogitsWarning states what to install.
+
+    Args:
+        results: results of the comparison.
+        folder: folder in which report.html and figures/ are written.
 
     Returns:
         Path of the page.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: If the folder cannot be written.
     """
-    results = _with_plain_names(results)
+    results = _with_printable_names(results)
     path = folder / "report.html"
     write_whole(path, _page(results))
     if not can_draw():
         warnings.warn(
-            "the report has no charts: altair or vl-convert-python is not installed; "
-            "pip install 'sparselogits[report]', then run `sparselogits report` on this folder",
+            "the report has no charts: altair or vl-convert-python is not installed. Run pip "
+            "install 'sparselogits[report]', then `sparselogits report` on this folder",
             SparseLogitsWarning,
             stacklevel=2,
         )
         return path
     hidden = hidden_at_first(results)
-    shown = only(results, {row.method for row in results.methods} - set(hidden))
+    shown = with_methods(results, {row.method for row in results.methods} - set(hidden))
     for student in students_of(shown):
         for drawing in drawings_of(shown, student):
             draw_png(drawing, folder / "figures" / f"{drawing.key}.png")
@@ -69,8 +72,8 @@ def write_report(results: Results, folder: Path) -> Path:
 
 
 def report_page(results: Results) -> str:
-    """Return the page alone."""
-    return _page(_with_plain_names(results))
+    """Return the page of a comparison as HTML."""
+    return _page(_with_printable_names(results))
 
 
 def _page(results: Results) -> str:
@@ -82,7 +85,7 @@ def _page(results: Results) -> str:
                 title=student,
                 headline=headline(results, student),
                 table=_table(rows, results),
-                notes=[*_on_drafts(rows), *_on_gradients(rows)],
+                notes=[*_notes_on_drafts(rows), *_notes_on_gradients(rows)],
                 drawings=drawings_of(results, student) if can_draw() else [],
                 more=_tasks(rows, results),
             )
@@ -98,7 +101,7 @@ def _page(results: Results) -> str:
         panels=panels,
         methods=methods,
         charts_drawn=can_draw(),
-        lead=_lead(results),
+        lead=_progress(results),
         outgrown=results.outgrown_teacher,
         not_measured=results.tasks_not_measured,
         runs=_runs(results.runs),
@@ -108,17 +111,17 @@ def _page(results: Results) -> str:
 
 
 LONGEST_NAME = 120
-"""Characters of a name that a page shows; the middle of a longer one is cut out."""
+"""Largest number of characters of a displayed name; longer names lose their middle."""
 
 
-def _with_plain_names(results: Results) -> Results:
-    """Return the results with control characters in their names escaped, and long names cut.
+def _with_printable_names(results: Results) -> Results:
+    """Return the results with control characters in names escaped, and long names shortened.
 
-    Names come from files. A picture cannot be drawn with a control character in it, and a
-    bidirectional override would make a name read as another one.
+    Names are read from files. A chart cannot be drawn if a name has a control character, and a
+    bidirectional override would make a name look like another one.
     """
 
-    def plain(row: MethodRow | RunRow) -> dict[str, str]:
+    def names(row: MethodRow | RunRow) -> dict[str, str]:
         return {
             "method": printable(row.method, LONGEST_NAME),
             "student": printable(row.student, LONGEST_NAME),
@@ -127,40 +130,41 @@ def _with_plain_names(results: Results) -> Results:
     return results.model_copy(
         update={
             "title": printable(results.title, 2 * LONGEST_NAME),
-            "methods": [row.model_copy(update=plain(row)) for row in results.methods],
-            "runs": [run.model_copy(update=plain(run)) for run in results.runs],
+            "methods": [row.model_copy(update=names(row)) for row in results.methods],
+            "runs": [run.model_copy(update=names(run)) for run in results.runs],
         }
     )
 
 
-def _lead(results: Results) -> str:
+def _progress(results: Results) -> str:
+    """Describe how many runs are done."""
     done = sum(run.status == "done" for run in results.runs)
     said = f"{done} of {len(results.runs)} runs done."
     if not results.complete:
-        said += " This comparison is not complete: a method that was not run says so."
+        said += " This comparison is not complete; methods without a run are marked as not run."
     return said
 
 
 @dataclass(frozen=True)
 class _Metric:
-    """A metric of the table.
+    """Describe a metric in the table.
 
     Args:
-        column: how it is shown.
-        of: returns a method's value.
-        teacher: name of the metric among the teacher's, if the teacher has it.
-        scale: factor from the stored value to the shown one.
-        digits: after the decimal point.
+        column: column of the table.
+        of: function that returns a method's value.
+        teacher: name of the metric in the teacher's results; None if the teacher has no value.
+        scale: factor from the stored to the displayed value.
+        digits: number of displayed digits after the decimal point.
     """
 
     column: Column
-    of: Callable[[MethodRow], Figure | None]
+    of: Callable[[MethodRow], MetricEstimate | None]
     teacher: str | None
     scale: float = 1
     digits: int = 3
 
 
-def _stored(name: str) -> Callable[[MethodRow], Figure | None]:
+def _stored(name: str) -> Callable[[MethodRow], MetricEstimate | None]:
     return lambda row: row.figures.get(name)
 
 
@@ -177,7 +181,7 @@ _METRICS = (
         digits=1,
     ),
     _Metric(
-        Column("- CE", best="low", help="loss less that of CE, paired by seed and window"),
+        Column("- CE", best="low", help="loss minus the loss of CE, paired by seed and window"),
         lambda row: row.minus_ce.get("loss"),
         None,
     ),
@@ -186,7 +190,7 @@ _METRICS = (
             "gap closed %",
             best="high",
             main=True,
-            help="share of the way from CE's loss to full KD's",
+            help="share of the gap between CE's loss and full KD's that is closed",
         ),
         lambda row: row.gap_closed,
         None,
@@ -201,14 +205,18 @@ _METRICS = (
         1,
     ),
     _Metric(
-        Column("ECE % (equal mass)", best="low", help="the same, bins of equal mass"),
+        Column(
+            "ECE % (equal mass)",
+            best="low",
+            help="expected calibration error, bins of equal mass",
+        ),
         _stored("ece_equal_mass"),
         "ece_equal_mass",
         100,
         1,
     ),
     _Metric(
-        Column("overconf. %", best="zero", help="mean confidence less accuracy"),
+        Column("overconf. %", best="zero", help="mean confidence minus accuracy"),
         _stored("overconfidence"),
         "overconfidence",
         100,
@@ -225,28 +233,29 @@ _METRICS = (
 
 
 def _table(rows: Sequence[MethodRow], results: Results) -> Table:
-    """Return a student's table, with drafts and gradients where they were measured."""
+    """Return the table of a student's methods; columns that were not measured are left out."""
     columns = [
         Column("seeds"),
         Column("entries", main=True, help="stored entries per token"),
-        Column("bytes per token", help="of the targets, without the text"),
+        Column("bytes per token", help="bytes of the targets per token, without the text"),
         *(metric.column for metric in _METRICS),
     ]
     more: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
     if any(row.realised for row in rows):
         more.append((Column("realised % (SE)", best="high"), _realised))
-    speed = Column("tokens/s of a core", help="of training, by processor time")
-    more.append((speed, lambda row: _plain(row.tokens_per_cpu_second, 0)))
+    speed = Column("tokens/s of a core", help="training tokens per second of processor time")
+    more.append((speed, lambda row: _number(row.tokens_per_cpu_second, 0)))
     if any(row.gradient for row in rows):
-        more.append((Column("gradient angle °", best="low", help="to full KD's gradient"), _angle))
+        angle = Column("gradient angle °", best="low", help="angle to full KD's gradient")
+        more.append((angle, _angle))
     columns += [column for column, _ in more]
     lines = [
         (
             row.method,
             [
                 _seeds(row),
-                _plain(row.entries, 1),
-                _plain(row.bytes_per_token, 2),
+                _number(row.entries, 1),
+                _number(row.bytes_per_token, 2),
                 *(_estimate(metric.of(row), metric.scale, metric.digits) for metric in _METRICS),
                 *(cell(row) for _, cell in more),
             ],
@@ -255,56 +264,56 @@ def _table(rows: Sequence[MethodRow], results: Results) -> Table:
     ]
     last: list[Cell] = []
     if results.teacher is not None:
-        known = results.teacher.figures
+        of_teacher = results.teacher.figures
         last = [Cell("")] * 3 + [
-            _plain(known.get(m.teacher), m.digits, m.scale) if m.teacher else Cell("")
+            _number(of_teacher.get(m.teacher), m.digits, m.scale) if m.teacher else Cell("")
             for m in _METRICS
         ]
         last += [Cell("")] * len(more)
-    # a student that runs its teacher in every step is the aim, not a rival
+    # methods with the teacher online are references, among which no best value is marked
     rivals = {row.method for row in rows if row.family not in ONLINE}
     return Table("method", columns, lines, last).with_best(rivals)
 
 
 def _realised(row: MethodRow) -> Cell:
-    own = row.realised
-    if own is None:
+    found = row.realised
+    if found is None:
         return Cell("-")
-    return Cell(f"{100 * own.acceptance:.1f} ({100 * own.error:.1f})", own.acceptance)
+    return Cell(f"{100 * found.acceptance:.1f} ({100 * found.error:.1f})", found.acceptance)
 
 
-def _on_drafts(rows: Sequence[MethodRow]) -> list[str]:
-    """Say what the column of realised acceptance is, where there is one."""
+def _notes_on_drafts(rows: Sequence[MethodRow]) -> list[str]:
+    """Explain the column of realised acceptance if the table has it."""
     if not any(row.realised for row in rows):
         return []
     return [
-        "Realised: drafted tokens that the teacher accepted, of all that it verified, over all "
-        "seeds; in brackets the standard error that so many tokens leave. It is measured on the "
-        "models' own continuations, acceptance on the held-out text."
+        "Realised: share of the drafted and verified tokens that the teacher accepted, over all "
+        "seeds, with the standard error in brackets. Realised acceptance is measured on text that "
+        "the students draft, acceptance on the held-out text."
     ]
 
 
 def _angle(row: MethodRow) -> Cell:
     if row.gradient is None:
         return Cell("-")
-    own = row.gradient.sizes[-1].angle
-    said = f"{own.mean:.1f}"
-    if own.low is not None and own.high is not None:
-        said += f" ±{own.high - own.mean:.1f}"
-    return Cell(said, own.mean)
+    angle = row.gradient.sizes[-1].angle
+    said = f"{angle.mean:.1f}"
+    if angle.low is not None and angle.high is not None:
+        said += f" ±{angle.high - angle.mean:.1f}"
+    return Cell(said, angle.mean)
 
 
-def _on_gradients(rows: Sequence[MethodRow]) -> list[str]:
-    """Say what the column of angles is, and why angles are missing."""
+def _notes_on_gradients(rows: Sequence[MethodRow]) -> list[str]:
+    """Explain the column of gradient angles if the table has it, and missing measurements."""
     said = []
     measured = next((row.gradient for row in rows if row.gradient), None)
     if measured is not None:
         size = measured.sizes[-1]
         said.append(
-            f"Gradient angle: between the gradient of a method's targets and full KD's, of all "
-            f"parameters of the student that {measured.student_method}, seed "
-            f"{measured.student_seed}, left; {size.batches} batches of {size.batch_tokens:,} "
-            "held-out tokens, ± half of a t interval over them."
+            "Gradient angle: angle between the gradient of a method's targets and full KD's, over "
+            f"all parameters of the student of {measured.student_method}, seed "
+            f"{measured.student_seed}; mean over {size.batches} batches of {size.batch_tokens:,} "
+            "held-out tokens, ± half of a t interval over batches."
         )
     failures = dict.fromkeys(row.gradient_failure for row in rows if row.gradient_failure)
     return said + [f"Gradients not measured: {message}" for message in failures]
@@ -319,9 +328,9 @@ def _runs(runs: Sequence[RunRow]) -> Table:
                 Cell(run.student),
                 Cell(str(run.seed), run.seed),
                 Cell(run.status + (f": {run.message}" if run.message else "")),
-                _plain(run.figures.get("loss"), 4),
+                _number(run.figures.get("loss"), 4),
                 Cell("-") if run.steps is None else Cell(str(run.steps), run.steps),
-                _plain(run.seconds, 1),
+                _number(run.seconds, 1),
             ],
         )
         for run in runs
@@ -330,20 +339,20 @@ def _runs(runs: Sequence[RunRow]) -> Table:
 
 
 def _tasks(rows: Sequence[MethodRow], results: Results) -> Table | None:
-    """Return the table of zero-shot tasks, where there are any."""
+    """Return the table of zero-shot tasks; None without scores."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None
-    shown = [(name, *column_of(name)) for name in names]
+    columns = [(name, *column_of(name)) for name in names]
     lines = [
-        (row.method, [_estimate(row.tasks.get(n), scale, d) for n, _, scale, d in shown])
+        (row.method, [_estimate(row.tasks.get(n), scale, d) for n, _, scale, d in columns])
         for row in rows
     ]
     last: list[Cell] = []
     if results.teacher is not None:
-        known = results.teacher.tasks
-        last = [_plain(known.get(n), digits, scale) for n, _, scale, digits in shown]
-    return Table("method", [Column(head) for _, head, _, _ in shown], lines, last)
+        of_teacher = results.teacher.tasks
+        last = [_number(of_teacher.get(n), digits, scale) for n, _, scale, digits in columns]
+    return Table("method", [Column(head) for _, head, _, _ in columns], lines, last)
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -360,16 +369,16 @@ def _seeds(row: MethodRow) -> Cell:
     return Cell(f"{done} ({failed})" if failed else str(done), done)
 
 
-def _plain(value: float | None, digits: int, scale: float = 1) -> Cell:
+def _number(value: float | None, digits: int, scale: float = 1) -> Cell:
     if value is None or not math.isfinite(value):
         return Cell("-")
     return Cell(f"{scale * value:.{digits}f}", scale * value)
 
 
-def _estimate(figure: Figure | None, scale: float, digits: int) -> Cell:
-    if figure is None:
+def _estimate(found: MetricEstimate | None, scale: float, digits: int) -> Cell:
+    if found is None:
         return Cell("-")
-    said, ends = f"{scale * figure.mean:.{digits}f}", figure.both
+    said, ends = f"{scale * found.mean:.{digits}f}", found.both
     if ends.low is not None and ends.high is not None:
         said += f" ±{scale * (ends.high - ends.low) / 2:.{digits}f}"
-    return Cell(said, scale * figure.mean if math.isfinite(figure.mean) else None)
+    return Cell(said, scale * found.mean if math.isfinite(found.mean) else None)

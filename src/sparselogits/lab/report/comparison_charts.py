@@ -1,4 +1,4 @@
-"""The charts of a comparison: losses, storage, gradients, calibration and training curves."""
+"""Draw the charts of a comparison: loss, storage, gradients, calibration and training curves."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sparselogits.methods import METHODS
 from sparselogits.samplers import find_sampler
 
 LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
-"""Families that are drawn as horizontal lines where others have a budget."""
+"""Titles of the methods without a budget, which are drawn as horizontal lines, by family."""
 
 ALL_SHOWN = 12
-"""Up to this many methods, all of them are drawn when a page opens."""
+"""Largest number of methods that are all shown when a page opens."""
 
 
 def students_of(results: Results) -> list[str]:
-    """Return the names of the students, in order."""
+    """Return the names of the students, in the order of the results."""
     return list(dict.fromkeys(row.student for row in results.methods))
 
 
 def in_words(value: Any) -> str:
-    """Return a plain value of settings or of a spec as text."""
+    """Format a setting as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {in_words(own)}" for name, own in value.items())
+        return ", ".join(f"{name} {in_words(each)}" for name, each in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def series_of(row: MethodRow) -> str:
-    """Return the name that methods share which differ in their number of entries alone."""
+    """Return the name of the series of methods that differ only in their number of entries."""
     kind = find_sampler(row.family)
     known = kind or METHODS.get(row.family)
     name = known.title if known else row.family
@@ -45,14 +45,15 @@ def series_of(row: MethodRow) -> str:
 
 
 def looks_of_methods(results: Results) -> dict[str, Look]:
-    """Assign a look to each method, the same one for all students."""
+    """Assign a look to each method, which is the same for all students."""
     return looks_of({row.method: series_of(row) for row in results.methods})
 
 
 def hidden_at_first(results: Results) -> list[str]:
-    """Return the methods that are switched off when a page opens.
+    """Return the methods that are hidden when a page opens.
 
-    Where there are many, those that differ from a family's plain form by more than the budget.
+    With more than `ALL_SHOWN` methods, these are the variants: methods with settings other than
+    their budget.
     """
     names = {row.method: series_of(row) for row in results.methods}
     if len(names) <= ALL_SHOWN:
@@ -60,18 +61,18 @@ def hidden_at_first(results: Results) -> list[str]:
     return [method for method, series in names.items() if "," in series]
 
 
-def only(results: Results, methods: Collection[str]) -> Results:
-    """Return the results of some methods, for charts of these alone."""
+def with_methods(results: Results, methods: Collection[str]) -> Results:
+    """Return the results of the given methods only."""
     return results.model_copy(
         update={"methods": [row for row in results.methods if row.method in methods]}
     )
 
 
 def drawings_of(results: Results, student: str) -> list[Drawing]:
-    """Return the charts of one student; those without a point are left out."""
-    own = [r for r in results.methods if r.student == student]
-    rows = [r for r in own if "loss" in r.figures]
-    measured = [r for r in own if r.gradient]
+    """Return the charts of a student, without those that have no point."""
+    of_student = [r for r in results.methods if r.student == student]
+    rows = [r for r in of_student if "loss" in r.figures]
+    measured = [r for r in of_student if r.gradient]
     number = students_of(results).index(student)
     looks = looks_of_methods(results)
     series: dict[str, Look] = {}
@@ -110,7 +111,7 @@ def drawings_of(results: Results, student: str) -> list[Drawing]:
         chart = curve_chart(points, looks, x="confidence", y="accuracy", diagonal=True, marks=True)
         note = "15 bins of equal width; below the dashed line a student is overconfident"
         drawings.append(Drawing(f"calibration-{number}", "Calibration", chart, note))
-    if points := _finite(_curves(results.runs, student, {row.method for row in own})):
+    if points := _finite(_curves(results.runs, student, {row.method for row in of_student})):
         chart = curve_chart(
             points, looks, x="optimiser steps", y="training loss on the labels (nats)"
         )
@@ -120,23 +121,24 @@ def drawings_of(results: Results, student: str) -> list[Drawing]:
 
 
 _WithEnds = tuple[float, float | None, float | None]
+"""Value, and the lower and upper end of its interval."""
 
 
 def _points(
     rows: Sequence[MethodRow],
-    of: Callable[[MethodRow], float | None],
-    at: Callable[[MethodRow], _WithEnds],
+    budget_of: Callable[[MethodRow], float | None],
+    metric_of: Callable[[MethodRow], _WithEnds],
 ) -> list[dict[str, Any]]:
-    """Return a row per method that has a budget.
+    """Return a point of a chart per method that has a budget.
 
     Args:
         rows: the methods.
-        of: returns the budget of a method.
-        at: returns the metric of a method, with the ends of an interval.
+        budget_of: function that returns the budget of a method, or None.
+        metric_of: function that returns the metric of a method with its interval.
     """
     found = []
     for row in rows:
-        x, (y, low, high) = of(row), at(row)
+        x, (y, low, high) = budget_of(row), metric_of(row)
         if x is None or x <= 0 or not math.isfinite(x) or not math.isfinite(y):
             continue
         ends = [end if end is None or math.isfinite(end) else None for end in (low, high)]
@@ -156,12 +158,12 @@ def _bytes(row: MethodRow) -> float | None:
 
 
 def _loss_at(row: MethodRow) -> _WithEnds:
-    figure = row.figures["loss"]
-    return figure.mean, figure.both.low, figure.both.high
+    loss = row.figures["loss"]
+    return loss.mean, loss.both.low, loss.both.high
 
 
 def _entries_measured(row: MethodRow) -> float | None:
-    """Return the entries; None where the angle is zero, which has no logarithm."""
+    """Return the entries; None if the angle is zero and has no place on a logarithmic axis."""
     return row.gradient.entries if row.gradient and _angle_at(row)[0] > 0 else None
 
 
@@ -176,6 +178,7 @@ def _finite(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _curves(runs: Sequence[RunRow], student: str, methods: Collection[str]) -> list[dict[str, Any]]:
+    """Return the points of the training curve of each method's first finished run."""
     first: dict[str, RunRow] = {}
     for run in runs:
         if run.student == student and run.method in methods and run.curve:

@@ -1,4 +1,4 @@
-"""The result of a comparison in a sentence or two, from its numbers alone."""
+"""Summarise the results of a comparison in a few sentences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sparselogits.lab.compare.results import MethodRow, Results
 
 
 def headline(results: Results, student: str) -> str:
-    """Say what the best cached method reached, compared with CE and full KD.
+    """Describe the best method that trains from a cache, compared with CE and full KD.
 
     Args:
         results: results of the comparison.
-        student: the one whose methods are compared.
+        student: name of the student.
     """
     rows = [row for row in results.methods if row.student == student and _loss(row) is not None]
     if not rows:
@@ -36,13 +36,13 @@ def headline(results: Results, student: str) -> str:
 
 
 def _of_the_gap(best: MethodRow, ce: MethodRow | None, full: MethodRow | None) -> str:
-    """Say how much of the gap is closed, with its interval, or why that is not known."""
+    """Describe the share of the gap between CE and full KD that a method closes."""
     if ce is None or full is None or best is ce or best is full:
         return ""
     closed = best.gap_closed
     if closed is None:
         return " The gap between CE and full KD is not distinguishable from noise here."
-    said = f" It closes {closed.mean:.0f} % of the gap between them"
+    said = f" It closes {closed.mean:.0f} % of the gap between CE and full KD"
     ends = closed.both
     if ends.low is not None and ends.high is not None:
         said += f" (95 % interval {ends.low:.0f} to {ends.high:.0f} %)"
@@ -50,7 +50,7 @@ def _of_the_gap(best: MethodRow, ce: MethodRow | None, full: MethodRow | None) -
 
 
 def _cheapest(cached: list[MethodRow], best: MethodRow) -> str:
-    """Name the smallest cache that is not distinguishable from the best method by its interval."""
+    """Describe the smallest cache whose loss is not distinguishable from the best method's."""
     loss, size = best.figures["loss"].mean, best.bytes_per_token
     if size is None:
         return ""
@@ -59,8 +59,8 @@ def _cheapest(cached: list[MethodRow], best: MethodRow) -> str:
         for row in cached
         if row.bytes_per_token is not None
         and row.bytes_per_token < size
-        and (own := row.figures["loss"].seeds).low is not None
-        and own.low <= loss
+        and (ends := row.figures["loss"].seeds).low is not None
+        and ends.low <= loss
     ]
     if not near:
         return ""
@@ -72,5 +72,5 @@ def _cheapest(cached: list[MethodRow], best: MethodRow) -> str:
 
 
 def _loss(row: MethodRow) -> float | None:
-    figure = row.figures.get("loss")
-    return figure.mean if figure is not None and math.isfinite(figure.mean) else None
+    loss = row.figures.get("loss")
+    return loss.mean if loss is not None and math.isfinite(loss.mean) else None

@@ -1,11 +1,11 @@
-"""A page is one HTML file that needs nothing else: its shell, and the parts tables and charts.
+"""Render self-contained HTML pages, and describe their tables and charts.
 
-Styles, scripts and data are in the file, and its content security policy allows exactly these, by
-their hashes, and no request at all. Pages are Jinja templates with escaping on. Data are JSON, from
-which the script of a page makes text nodes, never markup.
+Styles, scripts and data are in the file. The content security policy of a page allows exactly these
+scripts and styles, by their hashes, and no network request. Pages are Jinja templates that escape
+all values. Data are JSON, from which scripts create text nodes but no markup.
 
-A table can be sorted, its columns can be chosen, the best value of a column is marked; a method can
-be switched on and off in all charts at once (`static/report.js`).
+Tables can be sorted, and their columns can be selected; the best value of a column is marked. A
+method can be shown or hidden in all charts at once (`static/report.js`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sparselogits.untrusted import printable
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold one value of a table.
+    """Describe a value in a table.
 
     Args:
-        text: text that is displayed.
-        value: number by which the column is sorted; None sorts last.
+        text: displayed text.
+        value: number by which the column is sorted; None is sorted last.
         best: whether the value is marked as the best of its column.
     """
 
@@ -41,13 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
+    """Describe a column of a table.
 
     Args:
         head: heading of the column.
-        best: which value is the best: the lowest, the highest or the one nearest to zero.
-        main: whether the column is shown on a narrow screen before columns are chosen.
-        help: what the column holds.
+        best: which value is the best: the lowest, the highest, or the one closest to zero; None if
+            no value is marked.
+        main: whether the column is shown on a narrow screen by default.
+        help: explanation of the column.
     """
 
     head: str
@@ -57,19 +58,18 @@ class Column:
 
 
 Line = tuple[str, Sequence[Cell]]
-"""A line of a table: its name and one cell per column."""
+"""Name of a row of a table, and one cell per column."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column holds names.
+    """Describe a table whose first column contains names.
 
     Args:
         head: heading of the first column.
         columns: the other columns.
-        lines: the lines, in order.
-        last: cells of the teacher, shown below all lines however they are sorted; empty without a
-            teacher.
+        lines: the rows, in order.
+        last: cells of the teacher's row, which is always the last; empty without a teacher.
     """
 
     head: str
@@ -78,14 +78,18 @@ class Table:
     last: Sequence[Cell] = ()
 
     def with_best(self, rivals: Collection[str]) -> Table:
-        """Mark the best value of each column among the lines named in `rivals`."""
+        """Return a table in which the best value of each column is marked.
+
+        Args:
+            rivals: names of the rows that are compared; a value without a rival is not marked.
+        """
         lines = [(name, list(cells)) for name, cells in self.lines]
         for at, column in enumerate(self.columns):
             if column.best is None:
                 continue
             found = [
-                (_rank(cells[at].value or 0.0, column.best), number)
-                for number, (name, cells) in enumerate(lines)
+                (_rank(cells[at].value or 0.0, column.best), row)
+                for row, (name, cells) in enumerate(lines)
                 if name in rivals and cells[at].value is not None
             ]
             if len(found) > 1:
@@ -100,15 +104,15 @@ def _rank(value: float, best: str) -> float:
 
 @dataclass(frozen=True)
 class Panel:
-    """One part of a page: a headline, a table, the charts that belong to it.
+    """Describe a section of a page: a summary, a table, and charts.
 
     Args:
         title: heading; empty for none.
-        headline: the result in a sentence or two.
-        table: the numbers.
-        notes: how to read them.
-        drawings: charts; empty where charts cannot be drawn.
-        more: a second table.
+        headline: summary of the result in a sentence or two.
+        table: table of the results.
+        notes: explanations of the table.
+        drawings: charts; empty if charts cannot be drawn.
+        more: second table, or None.
     """
 
     title: str
@@ -121,12 +125,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Methods:
-    """The methods that a page can switch on and off.
+    """Describe the methods that can be shown or hidden in the charts of a page.
 
     Args:
-        looks: by method.
-        groups: the group of each method, which is switched as a whole.
-        hidden: methods that are off when the page opens.
+        looks: look of each method.
+        groups: group of each method; a group is shown or hidden as a whole.
+        hidden: methods that are hidden when the page opens.
     """
 
     looks: Mapping[str, Look]
@@ -134,7 +138,7 @@ class Methods:
     hidden: Sequence[str] = field(default=())
 
     def by_group(self) -> dict[str, list[str]]:
-        """Return the methods of each group."""
+        """Return the methods of each group, by group."""
         found: dict[str, list[str]] = {}
         for method, group in self.groups.items():
             found.setdefault(group, []).append(method)
@@ -144,14 +148,14 @@ class Methods:
 def render_panels(
     template: str, *, title: str, panels: Sequence[Panel], methods: Methods, **values: Any
 ) -> str:
-    """Render a page with tables and charts.
+    """Render a page with tables and charts as HTML.
 
     Args:
-        template: file in `static/`.
-        title: plain text.
-        panels: parts of the page.
-        methods: methods that can be switched on and off.
-        values: what else the template shows.
+        template: name of a file in `static/`.
+        title: title of the page.
+        panels: sections of the page.
+        methods: methods that can be shown or hidden.
+        values: other variables of the template.
     """
     charts = {drawing.key: drawing.spec() for panel in panels for drawing in panel.drawings}
     return render_page(
@@ -176,15 +180,15 @@ def render_page(
     scripts: Sequence[str] = (),
     **values: Any,
 ) -> str:
-    """Render a self-contained page.
+    """Render a self-contained page as HTML.
 
     Args:
-        template: file in `static/` that extends `base.html`.
-        kind: name of the style sheet and of the script of the page in `static/`.
-        title: plain text.
-        data: JSON values that the script reads from the element `data`.
-        scripts: sources of scripts that run before that of the page.
-        values: what the template shows; text is escaped there.
+        template: name of a file in `static/` that extends `base.html`.
+        kind: name of the page's style sheet and script in `static/`.
+        title: title of the page.
+        data: JSON value that the script reads from the element `data`.
+        scripts: sources of scripts that run before the page's script.
+        values: other variables of the template; text is escaped.
     """
     style = "\n".join([static("theme.css"), static(f"{kind}.css")])
     scripts = [*scripts, static(f"{kind}.js")]
@@ -200,7 +204,7 @@ def render_page(
             **values, policy=policy, title=title, style=style, scripts=scripts, data=_inert(data)
         )
     )
-    # half of a surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark
+    # an unpaired surrogate, which JSON may contain but UTF-8 may not, is replaced by "?"
     return page.encode("utf-8", "replace").decode()
 
 
@@ -217,7 +221,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: object) -> object:
-    """Escape control and bidirectional characters; markup made by this package stays."""
+    """Escape control and bidirectional characters in text; `Markup` of templates is unchanged."""
     return printable(value) if type(value) is str else value
 
 
@@ -227,7 +231,7 @@ def _hash(text: str) -> str:
 
 
 def _inert(data: Any) -> str:
-    """Return JSON in which no HTML parser finds a tag or a comment."""
+    """Convert a value to JSON in which the characters that HTML interprets are escaped."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

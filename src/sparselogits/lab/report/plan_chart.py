@@ -1,4 +1,4 @@
-"""Draw the chart of a plan: device hours with a cache and with an online teacher, by tokens."""
+"""Draw the chart of a plan: device hours with a cache and with the teacher online, by tokens."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from sparselogits.lab.planning import Plan, Settings
 from sparselogits.lab.planning.grid import STUDENTS, TOKENS, grid
 from sparselogits.lab.report.charts import Drawing, curve_chart, draw_png, looks_of, require_drawing
 
-WAYS = ("cached", "online")
+MODES = ("cached", "online")
+"""Names of training from a cache and with the teacher online, in the legend."""
 
 
 def draw_plan(settings: Settings, path: Path) -> None:
-    """Draw the grid of a plan as a PNG file; solid lines with a cache, dashed ones without.
+    """Draw a plan as a PNG file, with solid lines for training from a cache and dashed ones online.
 
     Raises:
-        MissingDependencyError: altair or vl-convert is not installed.
+        MissingDependencyError: If altair or vl-convert is not installed.
     """
     require_drawing()
     draw_png(plan_drawing(settings), path, width=560)
 
 
 def plan_drawing(settings: Settings) -> Drawing:
-    """Return the chart of a grid of plans."""
+    """Return the chart of a plan for several students and amounts of text."""
     plans = grid(settings)
-    groups = {f"{student}, {way}": student for student in STUDENTS for way in WAYS}
+    groups = {f"{student}, {mode}": student for student in STUDENTS for mode in MODES}
     points = [
-        {"method": f"{student}, {way}", "x": tokens, "y": hours}
+        {"method": f"{student}, {mode}", "x": tokens, "y": hours}
         for student in STUDENTS
         for name, tokens in TOKENS.items()
-        for way, hours in zip(WAYS, _hours(settings, plans[student, name]), strict=True)
+        for mode, hours in zip(MODES, _hours(settings, plans[student, name]), strict=True)
     ]
     chart = curve_chart(
         points,
@@ -45,6 +46,6 @@ def plan_drawing(settings: Settings) -> Drawing:
 
 
 def _hours(settings: Settings, found: Plan) -> tuple[float, float]:
-    """Return device hours with a cache and with an online teacher."""
+    """Return device hours of all passes with a cache and with the teacher online."""
     cached = found.teacher_hours + settings.passes * found.student_hours
     return cached, settings.passes * found.online_hours

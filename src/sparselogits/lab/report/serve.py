@@ -1,4 +1,4 @@
-"""A server of pages on loopback, which makes each page when it is requested."""
+"""Serve pages on the loopback interface, each rendered when it is requested."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsError
 
 _HOST = "127.0.0.1"
 PREFIX = "/window/"
+"""Path of the pages, to which the index of a window is appended."""
 
 
 class PageServer(HTTPServer):
-    """Serves `page(number)` at `/window/<number>` on 127.0.0.1.
+    """Serve `page(index)` at http://127.0.0.1:PORT/window/INDEX.
 
-    A request for another host name is refused: a web page whose name resolves to this address could
-    read the text of the cache otherwise.
+    Requests with another host name are rejected, because a web page whose host name resolves to
+    this address could otherwise read the text of the cache.
 
     Args:
-        page: returns the HTML of a window; a `SparseLogitsError` becomes a 404 with its message.
-        first: the window that `/` redirects to.
-        port: port to listen on, 0 for any free one.
+        page: function that returns the HTML of a window; a `SparseLogitsError` is sent as the
+            message of a response 404.
+        first: index of the window to which `/` redirects.
+        port: port to listen on; 0 for any free port.
 
     Raises:
-        InvalidArgumentError: the port cannot be used.
+        InvalidArgumentError: If the server cannot listen on the port.
     """
 
     def __init__(self, page: Callable[[int], str], *, first: int, port: int = 0) -> None:
@@ -33,12 +35,12 @@ class PageServer(HTTPServer):
             super().__init__((_HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             raise InvalidArgumentError(
-                f"cannot listen on port {port} ({error}); choose another, or 0 for any free one"
+                f"cannot listen on port {port} ({error}); give another port, or 0 for any free one"
             ) from error
 
     @property
     def address(self) -> str:
-        """Address of the first window."""
+        """URL of the first window."""
         return f"http://{_HOST}:{self.server_port}{PREFIX}{self.first}"
 
 
@@ -49,7 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         port = self.server.server_port
         if self.headers.get("Host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
-            self._answer(HTTPStatus.MISDIRECTED_REQUEST, "ask for 127.0.0.1", "text/plain")
+            self._answer(
+                HTTPStatus.MISDIRECTED_REQUEST, "unknown host; use 127.0.0.1", "text/plain"
+            )
             return
         if self.path == "/":
             self.send_response(HTTPStatus.FOUND)
@@ -77,4 +81,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Log nothing."""
+        """Suppress the log of requests."""

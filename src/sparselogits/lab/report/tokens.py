@@ -1,4 +1,4 @@
-"""Texts of tokens: consecutive tokens, which may share a character, and single ones."""
+"""Decode the tokens of a window one by one, although several tokens may share a character."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 _BROKEN = "�"
+"""Character that decoders return for an incomplete one."""
 _LONGEST_CHARACTER = 8
 """Largest number of tokens that may share a character."""
 
 
 class TokenTexts:
-    """Texts of the tokens of a window.
+    """Decode the tokens of a window.
 
     Args:
-        tokenizer: a transformers tokenizer; None to show tokens by number.
-        tokens: ids of a window.
+        tokenizer: transformers tokenizer; None to represent tokens by their ids.
+        tokens: ids of the window.
     """
 
     def __init__(self, tokenizer: Any | None, tokens: Sequence[int]) -> None:
@@ -25,27 +26,27 @@ class TokenTexts:
         self._anchor: tuple[int, str] | None = None
 
     def running(self) -> list[str]:
-        """Return one text per token; joined they are the text of the window.
+        """Return the text of each token, so that the joined texts are the text of the window.
 
-        If several tokens share a character, the last of them has it and the others are empty.
+        If several tokens share a character, the last token's text has it and the others are empty.
         """
         if self._tokenizer is None:
             return [f"#{token} " for token in self._tokens]
         texts, before, start = [""] * len(self._tokens), 0, 0
         for end in range(1, len(self._tokens) + 1):
-            # decoded with the tokens before, since some decoders drop the space of a first token
-            known = self._decode(self._tokens[before:start])
-            whole = self._decode(self._tokens[before:end])
-            if whole.endswith(_BROKEN) and end - start < _LONGEST_CHARACTER:
+            # decoded after the previous tokens, because some decoders drop a leading space
+            previous = self._decode(self._tokens[before:start])
+            text = self._decode(self._tokens[before:end])
+            if text.endswith(_BROKEN) and end - start < _LONGEST_CHARACTER:
                 continue
-            texts[end - 1] = whole[len(known) :]
+            texts[end - 1] = text[len(previous) :]
             before, start = start, end
-        if start < len(self._tokens):  # a character that the window's end cuts off
+        if start < len(self._tokens):  # the window ends within a character
             texts[-1] = self._decode(self._tokens[start:])
         return texts
 
     def alone(self, token: int) -> str:
-        """Return the text of a single token with its leading space; its number if it has none."""
+        """Return the text of a single token with its leading space, or name and id without text."""
         if self._tokenizer is None:
             return f"#{token}"
         if token not in self._alone:
@@ -53,14 +54,15 @@ class TokenTexts:
         return self._alone[token]
 
     def _single(self, token: int) -> str:
-        if self._anchor is None:
+        if self._anchor is None:  # a token with text, after which leading spaces are decoded
             first = next((t for t in self._tokens if self._decode([t]).strip(f"{_BROKEN} ")), 0)
             self._anchor = (first, self._decode([first]))
-        first, text = self._anchor
+        first, anchor_text = self._anchor
         pair = self._decode([first, token])
-        own = pair[len(text) :] if pair.startswith(text) else self._decode([token])
-        if own and _BROKEN not in own:
-            return own
+        follows = pair.startswith(anchor_text)
+        text = pair[len(anchor_text) :] if follows else self._decode([token])
+        if text and _BROKEN not in text:
+            return text
         assert self._tokenizer is not None
         name = self._tokenizer.convert_ids_to_tokens(token)
         return f"#{token}" if name is None else f"{name} (#{token})"

@@ -1,8 +1,8 @@
-"""The page of a window of a cache: at each position what was cached, compared with the models.
+"""Render the page of a window of a cache, which compares cached entries with predictions of models.
 
-A `WindowView` holds plain values per position: the true next token, the cached entries, and, for
-each given model, its probability of each of these ids and of the ids that it finds likeliest.
-Logits exist one slice of positions at a time. The page is one file, or served on loopback.
+A `WindowView` contains per position the true next token, the cached entries, and for each given
+model the probabilities of these ids and of the model's most likely ids. Logits exist for one slice
+of positions at a time.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
 
 LIKELIEST = 10
-"""Number of the likeliest ids of each model that are shown with the cached ones."""
+"""Number of most likely ids of each model that are shown in addition to the cached ids."""
 
 LARGEST = 64
-"""Largest number of ids shown per position; the others are summed in one row."""
+"""Largest number of ids that are shown per position; one row sums the others."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One id at one position.
+    """Describe an id at a position.
 
     Args:
         id: id in the vocabulary.
-        weight: weight of the cached entry; None if the id was not cached.
-        count: number of the rounds that drew the id; None without rounds.
-        teacher: the teacher's probability of the id; None without a teacher.
-        student: the student's probability of the id; None without a student.
+        weight: weight of the cached entry; None if the id is not cached.
+        count: number of rounds in which the id was drawn; None without rounds.
+        teacher: probability by the teacher; None without a teacher.
+        student: probability by the student; None without a student.
     """
 
     id: int
@@ -54,38 +54,38 @@ class Shown:
 
 @dataclass(frozen=True)
 class Position:
-    """Hold what the cache and the models predict for the token after one position.
+    """Describe the predictions of the cache and the models for the token after a position.
 
     Args:
-        label: id of that token; None if there is none to learn.
-        rows: ids, the likeliest first; the label is among them.
+        label: id of the next token; None if the position has no label.
+        rows: ids in descending order of probability, including the label.
         entries: number of cached entries.
-        mass: sum of all cached weights.
-        figures: values by the names of `MEASURES`; None if a value does not exist.
+        mass: sum of the weights of all cached entries.
+        metrics: values by the names in `MEASURES`; None if a value does not exist.
     """
 
     label: int | None
     rows: tuple[Shown, ...]
     entries: int
     mass: float
-    figures: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WindowView:
-    """One window with everything that its page shows.
+    """Store the content of a window's page.
 
     Args:
-        index: number of the window in the corpus.
+        index: index of the window in the corpus.
         tokens: ids of the tokens.
-        document_starts: positions at which a document starts.
-        positions: one per token.
+        document_starts: positions at which documents start.
+        positions: predictions at each position.
         texts: texts of the tokens.
-        facts: (name, value) pairs about the cache and the models.
+        facts: pairs of name and value about the cache and the models.
         measures: names of the available measures, in the order of `MEASURES`.
-        models: which of "teacher" and "student" are given.
-        previous: number of the window before this one in the cache; None for the first.
-        following: number of the window after this one in the cache; None for the last.
+        models: names of the given models, "teacher" and "student".
+        previous: index of the previous window in the cache; None for the first window.
+        following: index of the next window in the cache; None for the last window.
     """
 
     index: int
@@ -104,25 +104,25 @@ MEASURES = {
     "entropy": ("entropy of the cached entries", "nats"),
     "teacher_entropy": ("entropy of the teacher", "nats"),
     "teacher_loss": ("loss of the teacher", "nats"),
-    "distance": ("cached entries against the teacher, total variation", ""),
+    "distance": ("total variation distance of the cached entries and the teacher", ""),
     "student_entropy": ("entropy of the student", "nats"),
     "student_loss": ("loss of the student", "nats"),
     "kl": ("KL(teacher || student)", "nats"),
 }
-"""Measures by which positions can be coloured: name and unit."""
+"""Title and unit of the measures by which positions can be coloured, by name."""
 
 
 class WindowViewer:
-    """A cache with the models that are compared with it; `view` returns one window.
+    """Compare the windows of a cache with the predictions of models.
 
     Args:
         dataset: the cache.
-        tokenizer: tokenizer of the cache; None to show ids by number.
-        teacher: teacher of the cache, for the full distribution.
-        student: a causal language model over the same ids.
+        tokenizer: tokenizer of the cache; None to show ids instead of texts.
+        teacher: teacher of the cache; None to show no probabilities of the teacher.
+        student: causal language model with the ids of the cache; None to show no student.
 
     Raises:
-        IdentityMismatchError: the tokenizer is not that of the cache.
+        IdentityMismatchError: If the tokenizer is not the tokenizer of the cache.
     """
 
     def __init__(
@@ -140,20 +140,24 @@ class WindowViewer:
         self.student = None if student is None else StudentLogits(student.eval())
 
     def view(self, window: int) -> WindowView:
-        """Return a window by its number in the corpus.
+        """Compare a window with the models.
+
+        Args:
+            window: index of the window in the corpus.
 
         Raises:
-            CacheError: the cache does not hold the window.
-            CacheCorruptionError: the window cannot be read.
-            InvalidArgumentError: the student has fewer ids than the teacher.
+            CacheError: If the cache does not contain the window.
+            CacheCorruptionError: If the window cannot be read.
+            InvalidArgumentError: If the student has fewer ids than the teacher.
         """
         cache = self.dataset.cache
-        place = self.require(window)
-        item = self.dataset[place]
-        record = cache.read(place)
-        around = [
-            cache.window_index(i) if 0 <= i < len(cache) else None for i in (place - 1, place + 1)
-        ]
+        position = self.require(window)
+        item = self.dataset[position]
+        record = cache.read(position)
+        previous, following = (
+            cache.window_index(i) if 0 <= i < len(cache) else None
+            for i in (position - 1, position + 1)
+        )
         tokens = record.tokens.tolist()
         return WindowView(
             index=window,
@@ -164,33 +168,40 @@ class WindowViewer:
             facts=self._facts(record.teacher_loss, record.teacher_entropy),
             measures=tuple(self._measures()),
             models=tuple(self._models()),
-            previous=around[0],
-            following=around[1],
+            previous=previous,
+            following=following,
         )
 
     def require(self, window: int) -> int:
-        """Return the index of a window among those of the cache. Raises CacheError."""
+        """Return the position of a window in the cache.
+
+        Args:
+            window: index of the window in the corpus.
+
+        Raises:
+            CacheError: If the cache does not contain the window.
+        """
         cache = self.dataset.cache
-        place = bisect_left(range(len(cache)), window, key=cache.window_index)
-        if place == len(cache) or cache.window_index(place) != window:
-            raise CacheError(_not_there(self.dataset, window))
-        return place
+        position = bisect_left(range(len(cache)), window, key=cache.window_index)
+        if position == len(cache) or cache.window_index(position) != window:
+            ranges = _joined(cache.finished())
+            some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:4])
+            raise CacheError(
+                f"the cache at {cache.root} does not contain window {window}; it contains windows "
+                f"{some}{', ...' if len(ranges) > 4 else ''}. Give one of these"
+            )
+        return position
 
     def _models(self) -> list[str]:
         named = {"teacher": self.teacher, "student": self.student}
         return [name for name, model in named.items() if model is not None]
 
     def _measures(self) -> list[str]:
-        needed = {"distance": ["teacher"], "kl": ["teacher", "student"]}
-        present = self._models()
-        return [
-            name
-            for name in MEASURES
-            if all(
-                model in present
-                for model in needed.get(name, [m for m in ("teacher", "student") if m in name])
-            )
-        ]
+        """Return the names of the measures whose models are given."""
+        needed = {"distance": {"teacher"}, "kl": {"teacher", "student"}}
+        for name in MEASURES:
+            needed.setdefault(name, {m for m in ("teacher", "student") if m in name})
+        return [name for name in MEASURES if needed[name] <= set(self._models())]
 
     def _facts(self, loss: float, entropy: float) -> tuple[tuple[str, str], ...]:
         identity = self.dataset.identity
@@ -198,11 +209,11 @@ class WindowViewer:
             ("cache", str(self.dataset.cache.root)),
             ("teacher", identity.teacher_in_words()),
             ("sampler", identity.sampler_in_words()),
-            ("teacher's loss here", f"{loss:.3f} nats"),
-            ("teacher's entropy here", f"{entropy:.3f} nats"),
+            ("teacher's loss on this window", f"{loss:.3f} nats"),
+            ("teacher's entropy on this window", f"{entropy:.3f} nats"),
         ]
         if identity.temperature != 1:
-            facts.append(("temperature", f"{identity.temperature:g}, the teacher's throughout"))
+            facts.append(("temperature", f"{identity.temperature:g}, of the teacher"))
         return tuple(facts)
 
     @torch.no_grad()
@@ -221,12 +232,12 @@ class WindowViewer:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The full distribution of a model at consecutive positions.
+    """Store the full distribution of a model at P positions.
 
     Args:
-        log_p: log probabilities, float32 [P, V].
-        entropy: entropies in nats, [P].
-        likeliest: ids by descending probability, [P, K].
+        log_p: log-probabilities, float32 [P, V].
+        entropy: entropy per position in nats, float32 [P].
+        likeliest: most likely ids in descending order of probability, int64 [P, K].
     """
 
     log_p: Tensor
@@ -243,10 +254,10 @@ class Distribution:
 
 
 def targets_entropy(targets: SparseTargets) -> Tensor:
-    """Return the entropy of the cached entries, normalised, in nats, float32 [P].
+    """Compute the entropy of the normalised weights of the cached entries in nats, float32 [P].
 
-    This is the plug-in estimate of the teacher's entropy. It is too low, the more so the fewer the
-    entries: K entries never give more than log K.
+    This plug-in estimate of the teacher's entropy is biased downwards, because the entropy of K
+    entries is at most log K.
     """
     mass = targets.mass().clamp_min(torch.finfo(torch.float32).tiny)
     share = targets.weights / mass[targets.positions]
@@ -260,31 +271,41 @@ def _positions_of(
     teacher: Distribution | None,
     student: Distribution | None,
 ) -> list[Position]:
+    """Compare targets with models at consecutive positions.
+
+    Args:
+        targets: cached targets of P positions.
+        labels: next token of each position.
+        teacher: the teacher's distribution, or None.
+        student: the student's distribution, or None.
+    """
     entropy, mass = targets_entropy(targets).tolist(), targets.mass().tolist()
     if student is not None:
         require_ids(student.log_p.shape[1], targets.vocab_size)
     found = []
     for at, label in enumerate(labels):
-        own = targets[at : at + 1]
-        cached = dict(zip(own.ids.tolist(), own.weights.tolist(), strict=True))
-        counts = {} if own.counts is None else dict(zip(cached, own.counts.tolist(), strict=True))
+        target = targets[at : at + 1]
+        cached = dict(zip(target.ids.tolist(), target.weights.tolist(), strict=True))
+        counts: dict[int, int] = {}
+        if target.counts is not None:
+            counts = dict(zip(cached, target.counts.tolist(), strict=True))
         ids = set(cached) | ({label} if label != IGNORE_INDEX else set())
-        if own.entries or label != IGNORE_INDEX:
+        if target.entries or label != IGNORE_INDEX:
             for model in (teacher, student):
                 ids |= set() if model is None else set(model.likeliest[at].tolist())
         p, q = _probabilities(teacher, at, ids), _probabilities(student, at, ids)
         rows = [Shown(i, cached.get(i), counts.get(i), p.get(i), q.get(i)) for i in ids]
-        figures = {
-            "entropy": entropy[at] if own.entries else None,
-            **_figures(own, label, teacher, student, at),
+        metrics = {
+            "entropy": entropy[at] if target.entries else None,
+            **_model_metrics(target, label, teacher, student, at),
         }
         found.append(
             Position(
                 label=None if label == IGNORE_INDEX else label,
                 rows=_largest(rows, label),
-                entries=own.entries,
+                entries=target.entries,
                 mass=mass[at],
-                figures=figures,
+                metrics=metrics,
             )
         )
     return found
@@ -298,56 +319,49 @@ def _probabilities(model: Distribution | None, at: int, ids: set[int]) -> dict[i
     return dict(zip(known, values.tolist(), strict=True))
 
 
-def _figures(
-    own: SparseTargets,
+def _model_metrics(
+    target: SparseTargets,
     label: int,
     teacher: Distribution | None,
     student: Distribution | None,
     at: int,
 ) -> dict[str, float | None]:
-    figures: dict[str, float | None] = {}
+    """Compute the measures that need a model, for position `at` of the distributions."""
+    metrics: dict[str, float | None] = {}
     for name, model in (("teacher", teacher), ("student", student)):
         if model is not None:
-            figures[f"{name}_entropy"] = float(model.entropy[at])
-            known = label != IGNORE_INDEX
-            figures[f"{name}_loss"] = float(-model.log_p[at, label]) if known else None
-    if teacher is not None and own.entries:
+            metrics[f"{name}_entropy"] = float(model.entropy[at])
+            has_label = label != IGNORE_INDEX
+            metrics[f"{name}_loss"] = float(-model.log_p[at, label]) if has_label else None
+    if teacher is not None and target.entries:
         p = teacher.log_p[at].exp()
-        ids = own.ids.to(p.device)
-        drawn = p[ids]
-        gap = (own.weights.to(p.device) - drawn).abs().sum() + (1 - drawn.sum()).clamp_min(0)
-        figures["distance"] = float(gap) / 2
+        cached = p[target.ids.to(p.device)]
+        gap = (target.weights.to(p.device) - cached).abs().sum() + (1 - cached.sum()).clamp_min(0)
+        metrics["distance"] = float(gap) / 2
     if teacher is not None and student is not None:
         log_p = teacher.log_p[at]
         log_q = student.log_p[at, : len(log_p)].to(log_p.device)
         terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
-        figures["kl"] = max(0.0, float(terms.sum()))
-    return figures
+        metrics["kl"] = max(0.0, float(terms.sum()))
+    return metrics
 
 
 def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
-    """Return the likeliest ids, by the teacher if it is given, at most `LARGEST` and the label."""
+    """Return the `LARGEST` ids of highest probability, and the label.
+
+    Ids are ordered by the teacher's probability; without a teacher by their cached weight.
+    """
 
     def rank(row: Shown) -> tuple[float, float, int]:
         first = row.teacher if row.teacher is not None else row.weight or 0.0
         return (-first, -(row.student or 0.0), row.id)
 
     ranked = sorted(rows, key=rank)
-    kept = ranked[:LARGEST]
-    return tuple(kept + [row for row in ranked[LARGEST:] if row.id == label])
-
-
-def _not_there(dataset: CacheDataset, window: int) -> str:
-    ranges = dataset.cache.finished()
-    held = ", ".join(f"{start}:{stop}" for start, stop in _joined(ranges)[:4])
-    return (
-        f"the cache at {dataset.cache.root} does not hold window {window}; it holds {held}"
-        f"{', ...' if len(_joined(ranges)) > 4 else ''} (first:one past the last)"
-    )
+    return tuple(row for i, row in enumerate(ranked) if i < LARGEST or row.id == label)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges with adjacent ones merged."""
+    """Join adjacent ranges."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:
@@ -357,15 +371,16 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) -> str:
-    """Return the page of a window.
+    """Return the page of a window as HTML.
 
     Args:
         view: the window.
-        rounds: rounds of the cache; None if it draws none.
-        link: address of other windows with a placeholder for the number (`/window/{}`).
+        rounds: number of rounds per position of the cache; None for a sampler without rounds.
+        link: URL of other windows with a placeholder for the index, such as `/window/{}`; None for
+            a page without links.
     """
     title = f"Window {view.index}"
-    near = (("← before", view.previous, "prev"), ("next →", view.following, "next"))
+    near = (("← previous", view.previous, "prev"), ("next →", view.following, "next"))
     return render_page(
         "view.html",
         "view",
@@ -401,7 +416,7 @@ def _position(position: Position) -> dict[str, Any]:
         "label": position.label,
         "entries": position.entries,
         "mass": _short(position.mass),
-        "figures": {name: _short(value) for name, value in position.figures.items()},
+        "metrics": {name: _short(value) for name, value in position.metrics.items()},
         "rows": [
             [row.id, _short(row.weight), row.count, _short(row.teacher), _short(row.student)]
             for row in position.rows
@@ -410,7 +425,7 @@ def _position(position: Position) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Round to five digits; what is not finite, which JSON has no number for, becomes None."""
+    """Round to five significant digits; a value that is not finite, which JSON lacks, is None."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")

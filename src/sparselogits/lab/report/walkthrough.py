@@ -1,4 +1,4 @@
-"""The page of the demo: settings, results, cost, and samples of text."""
+"""Write the page of the demo: results, samples of text, next steps and settings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sparselogits.lab.report.page import Methods, Panel, Table, render_panels
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt, and what each model writes after it.
+    """Store a prompt and the continuation that each model generated.
 
     Args:
-        prompt: a question, or the beginning of a text.
-        texts: continuation by model.
+        prompt: question, or beginning of a text.
+        texts: continuation by name of the model.
     """
 
     prompt: str
@@ -26,19 +26,19 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Walkthrough:
-    """The content of the page.
+    """Define the content of the page.
 
     Args:
         title: title of the page.
-        headline: what was distilled, what it cost and what it shows, in a few sentences.
-        caution: what the numbers cannot show.
-        table: one line per method, and one for the teacher.
-        drawings: charts of the methods, whose looks are `looks_of` the table's names.
-        continuations: samples of text.
-        sampled: how the samples were drawn.
-        window: page of a window of the cache, relative to this page; None without one.
-        next_steps: (what it does, command) pairs.
-        conditions: (name, value) pairs: settings, versions, hashes.
+        headline: summary of the results in a few sentences.
+        caution: limits of the results.
+        table: table with a row per method, and one for the teacher.
+        drawings: charts, in which methods look as `looks_of` assigns for the names of the table.
+        continuations: samples of generated text.
+        sampled: description of how the samples were generated.
+        window: path of the page of a window of the cache, relative to this page; None without one.
+        next_steps: pairs of a description and a command.
+        conditions: pairs of name and value: settings, versions, hashes.
     """
 
     title: str
@@ -54,16 +54,16 @@ class Walkthrough:
 
 
 def write_walkthrough(found: Walkthrough, path: Path) -> None:
-    """Write the page as one file; without the packages that draw charts, without charts.
+    """Write the page as one file; it has no charts if the packages that draw them are missing.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: If the file cannot be written.
     """
     write_whole(path, walkthrough_page(found))
 
 
 def walkthrough_page(found: Walkthrough) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     names = {name: name for name, _ in found.table.lines}
     panel = Panel("", found.headline, found.table, drawings=found.drawings)
     return render_panels(

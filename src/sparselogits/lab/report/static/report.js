@@ -1,6 +1,6 @@
 "use strict";
-// Tables that sort and whose columns can be chosen; charts in which methods can be switched on and
-// off. Everything shown is made of text nodes.
+// Sort tables and select their columns; draw charts, and show or hide methods in them. All data are
+// inserted as text nodes.
 const data = JSON.parse(document.getElementById("data").textContent);
 const hidden = new Set(data.hidden);
 const views = [];
@@ -9,8 +9,8 @@ const narrow = matchMedia("(max-width: 40rem)").matches;
 
 // --- charts
 
-// Vega-Lite lets the nearest point speak for the area around it, but asks the area for its names
-// (only its numbers come from the point).
+// Vega-Lite shows the tooltip of the nearest point over the area around the point, but reads the
+// names of its fields from the area; the patch reads them from the point.
 function patch(spec) {
   const mend = (mark) => {
     for (const inner of mark.marks ?? []) mend(inner);
@@ -27,7 +27,7 @@ async function draw(place) {
   const made = await vegaEmbed(place, spec, {
     actions: false,
     renderer: "svg",
-    ast: true, // expressions are interpreted: the page's policy allows no code made of strings
+    ast: true, // expressions are interpreted, because the page's policy forbids evaluating strings
     defaultStyle: false,
     patch,
     tooltip: { disableDefaultStyle: true, theme: "custom" },
@@ -36,7 +36,7 @@ async function draw(place) {
   await made.view.signal("hidden", [...hidden]).runAsync();
 }
 
-// --- methods on and off
+// --- showing and hiding methods
 
 const methodsOf = (button) =>
   button.dataset.group ? JSON.parse(button.dataset.group) : [button.dataset.method];
@@ -68,7 +68,7 @@ document.addEventListener("click", (event) => {
 
 // --- tables
 
-// numbers first, what has none after them in both directions
+// numbers come first, and cells without a number after them, in both directions
 function sort(table, column) {
   const heads = table.tHead.rows[0].cells;
   const down = heads[column].ariaSort === "ascending";

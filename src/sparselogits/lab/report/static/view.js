@@ -1,6 +1,6 @@
 "use strict";
-// A window's text, coloured by a figure of what predicted each token, and the selected token's
-// distributions beside it. Everything shown is made of text nodes.
+// Show the text of a window, coloured by a measure of the prediction of each token, and the
+// distributions of the selected token. All data are inserted as text nodes.
 const data = JSON.parse(document.getElementById("data").textContent);
 const text = document.getElementById("text");
 const panel = document.getElementById("panel");
@@ -14,7 +14,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-// cell c shows token c, which position c - 1 predicts; the last cell is what follows the window
+// cell c shows token c, which position c - 1 predicts; the last cell is the token after the window
 const predicting = (cell) => data.positions[cell - 1];
 
 function drawText() {
@@ -37,7 +37,7 @@ function drawText() {
 
 function colour() {
   const measure = data.measures[chooser.selectedIndex];
-  const values = cells.map((_, index) => predicting(index)?.figures[measure.key] ?? null);
+  const values = cells.map((_, index) => predicting(index)?.metrics[measure.key] ?? null);
   const most = Math.max(...values.filter((value) => value !== null), 1e-9);
   cells.forEach((cell, index) => {
     const value = values[index];
@@ -88,15 +88,15 @@ function drawPanel() {
   say(at.label !== null ? where
     : isEnd ? `Position ${selected - 1}, the last one: its next token is not in the window, so it adds nothing to the loss.`
     : `${where} The text ends or is masked here: it adds nothing to the loss.`);
-  panel.append(distributions(at), figures(at));
+  panel.append(distributions(at), metrics(at));
 }
 
-function figures(at) {
+function metrics(at) {
   const list = element("dl");
   const add = (name, value) =>
     list.append(element("dt", { textContent: name }), element("dd", { textContent: value }));
   for (const { key, name, unit } of data.measures) {
-    const value = at.figures[key];
+    const value = at.metrics[key];
     if (value !== null && value !== undefined) add(name, `${value.toFixed(3)} ${unit}`);
   }
   add("cached entries", at.entries);
@@ -149,7 +149,7 @@ function rest(body, at, columns) {
   }
 }
 
-// the cell nearest to this one's middle among those whose line is the next in a direction
+// return the index of the cell in the next line of text that is closest to the selected cell
 function vertical(direction) {
   const box = cells[selected].getClientRects()[0];
   const middle = (box.left + box.right) / 2;
