@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, for tests that compare with a model's own forward."""
+"""Create tiny random models of many architectures, for comparisons with their own forward."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=POSITIONS,
     ),
 }
-"""Configuration of a tiny model by the name of its architecture."""
+"""Functions that create the configuration of a tiny model, by name of the architecture."""
 
 
 def tiny_model(architecture: str, *, sharpness: float = 4.0) -> nn.Module:
@@ -356,8 +356,8 @@ def tiny_model(architecture: str, *, sharpness: float = 4.0) -> nn.Module:
 
     Args:
         architecture: a key of `CONFIGURATIONS`.
-        sharpness: factor on weight matrices, which initialisation makes so small that a tiny
-            model's states hardly depend on the tokens before.
+        sharpness: factor on weight matrices, because initial weights are so small that the states
+            of a tiny model hardly depend on the previous tokens.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGURATIONS[architecture]()).eval()

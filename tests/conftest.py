@@ -1,6 +1,6 @@
-"""A tiny real teacher, its tokenizer and a small real text, made once a session.
+"""Provide a tiny teacher, its tokenizer, a small text, a cache and S3 servers for all tests.
 
-Run all tests with `make test`, or `pytest tests/NAME` for one room.
+Run all tests with `make test`, or the tests of one folder with `pytest tests/FOLDER`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from tests.store.s3 import S3, Proxy, S3Server
 torch.set_num_threads(1)
 
 VOCABULARY = 512
-PADDED_VOCABULARY = 520  # rows of the head that are no token, as real models have
+PADDED_VOCABULARY = 520  # includes rows of the head without a token, as in many models
 
 
 def documents() -> list[str]:
+    """Return real documents: pages of Python's language reference."""
     return [topics[name] for name in sorted(topics)[:24]]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the documents."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -53,6 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """Return a Llama with random weights; `changes` are fields of its configuration."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {
         "vocab_size": PADDED_VOCABULARY,
@@ -87,7 +90,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path) -> Path:
-    """A small cache to train from: windows of 32 tokens, 12 systematic rounds."""
+    """Build a small cache to train from: windows of 32 tokens, 12 systematic rounds."""
     folder = tmp_path_factory.mktemp("caches")
     short = folder / "short.jsonl"
     short.write_text("".join(line for line in text.open() if len(line) < 4000))
@@ -117,7 +120,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3:
 
 @pytest.fixture
 def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """The same through a proxy that fails requests when it is told to."""
+    """Provide a bucket behind a proxy that fails the requests that a test selects."""
     proxy = Proxy(s3_server.port)
     yield S3.reached(s3_server, monkeypatch.setenv, proxy)
     proxy.stop()
@@ -128,7 +131,7 @@ REPOSITORY = "https://github.com/someone/sparselogits"
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation as `make docs` builds it in a clone of `REPOSITORY`."""
+    """Build the documentation as `make docs` does in a clone of `REPOSITORY`."""
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("documentation")
     for name in ("docs", "src", "overrides"):
         shutil.copytree(root / name, folder / name)

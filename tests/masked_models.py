@@ -1,4 +1,4 @@
-"""A tiny masked language model."""
+"""Create a tiny masked language model."""
 
 from __future__ import annotations
 

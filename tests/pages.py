@@ -1,7 +1,7 @@
-"""The blocks of code in the pages people read, and what stands above each of them.
+"""Read the code blocks of the documentation, and the marks above them.
 
-A block runs as it stands there (test_docs_code.py, test_readme.py), unless a line above it says why
-not, or where it does:
+test_docs_code.py and test_readme.py run each block unchanged, unless a line above it states why it
+cannot run, or which test runs it:
 
     <!-- not run: needs a bucket -->
     <!-- run by: tests/caching/test_executors.py -->
@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")), *DOCS]
 RUN = {"python", "bash", "yaml"}
-"""Languages that are run; a block in another one is marked."""
+"""Languages whose blocks are run; a block in another language needs a mark."""
 
 _FENCE = re.compile(r" *(`{3,}|~{3,})(.*)")
 _MARK = re.compile(r" *<!-- (not run|run by): (.+) -->")
 
 
 class Block(NamedTuple):
-    """A fenced block: the mark above it, if there is one, its language and its lines."""
+    """Fenced block: the mark above it (or empty strings), its language, code and first line."""
 
     mark: str
     why: str
@@ -35,17 +35,18 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command of a bash block."""
+        """Return the arguments of each command of a bash block."""
         lines = self.code.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of a page, whatever its language and however far it is indented."""
+    """Return all fenced blocks of a page, in any language and at any indentation."""
     return blocks_of(page.read_text(encoding="utf-8"))
 
 
 def blocks_of(text: str) -> list[Block]:
+    """Return all fenced blocks of a Markdown text."""
     found, fence, before = [], None, ""
     for number, line in enumerate(text.splitlines(), start=1):
         edge = _FENCE.fullmatch(line)
@@ -65,7 +66,7 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def outside_blocks(page: Path) -> str:
-    """A page without its fenced blocks."""
+    """Return the text of a page without its fenced blocks."""
     kept, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         if _FENCE.fullmatch(line):

@@ -1,6 +1,6 @@
-"""Small models under the names that the pages print: `demo`, and one of the Hugging Face hub.
+"""Install tiny models under the model names of the documentation: `demo` and a hub name.
 
-So the printed commands run as they stand there, word for word, in seconds.
+With them, the printed commands run unchanged, in seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def save_model(folder: Path, tokenizer: Any) -> None:
 def stand_in_for_named_models(
     home: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """Put the tiny model where `demo` and the hub's name are looked for; return the environment."""
+    """Install the tiny model as `demo` and under the hub name; return the environment to use."""
     with demo_model._gguf_file().open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     demo = home / "sparselogits" / f"smollm2-135m-instruct-{digest}"
@@ -46,6 +46,6 @@ def stand_in_for_named_models(
     environment = {"XDG_CACHE_HOME": str(home), "HF_HUB_CACHE": str(hub)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    # huggingface_hub read its environment when it was imported
+    # huggingface_hub reads its environment at import
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     return environment

@@ -1,4 +1,4 @@
-"""What the documents point at is there: tests by name, scripts and pages by path.
+"""Test that the tests, scripts and pages that the documentation names exist.
 
 pytest tests/test_docs.py
 """

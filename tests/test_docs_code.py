@@ -1,7 +1,7 @@
-"""Every block of code in docs/ runs, page by page, and the site is built without a remote load.
+"""Test every code block of docs/, page by page, and that the site loads nothing remote.
 
-What a mark above a block may say is in pages.py; a block without one that cannot run, a mark that
-does not hold, and a command that hides outside a block fail here.
+pages.py defines the marks above blocks. An unmarked block that cannot run, a wrong mark, and an
+unknown command outside of blocks are failures.
 
 pytest tests/test_docs_code.py
 """

@@ -1,4 +1,4 @@
-"""Each public name's docstring has an example, and it runs as it stands there.
+"""Test that the docstring of each public name has an example that runs.
 
 pytest tests/test_examples_in_docstrings.py
 """

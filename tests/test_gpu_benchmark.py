@@ -1,4 +1,4 @@
-"""The benchmark for a GPU runs from beginning to end without one, and keeps to its limits.
+"""Test the benchmark for a GPU without one, and its time limits.
 
 pytest tests/test_gpu_benchmark.py
 """

@@ -1,4 +1,4 @@
-"""A public name means one thing: no two classes or type aliases of the package share one.
+"""Test that no two classes or type aliases of the package share a name.
 
 pytest tests/test_names.py
 """

@@ -1,4 +1,4 @@
-"""Quantised students: what was trained is what is saved, loaded and evaluated."""
+"""Test quantised students: the trained weights are the ones saved, loaded and evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there, word for word."""
+"""Test that the code of the README runs unchanged."""
 
 from __future__ import annotations
 

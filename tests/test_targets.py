@@ -1,4 +1,4 @@
-"""SparseTargets: what it refuses, its forms, and the laws of thinning."""
+"""Test SparseTargets: validation, conversions, and the properties of thinning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes from a file of unknown origin: opened, parsed and shown without harm."""
+"""Test that untrusted files are opened, parsed and printed safely."""
 
 from __future__ import annotations
 

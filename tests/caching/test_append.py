@@ -1,4 +1,4 @@
-"""More text on top of a cache: new windows, nothing rewritten, resumable, refused where it differs.
+"""Test adding text to a cache: new windows, unchanged files, resuming, errors for other settings.
 
 .venv/bin/pytest tests/caching/test_append.py
 """

@@ -1,4 +1,4 @@
-"""Top-K logprobs collected elsewhere, as caches; rows that are none are refused by name.
+"""Test caches imported from collected Top-K logprobs, and the errors for invalid rows.
 
 .venv/bin/pytest tests/caching/test_collected.py
 """

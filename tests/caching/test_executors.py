@@ -1,6 +1,6 @@
-"""Ranks of torchrun and Slurm, and a real Ray cluster whose workers are killed, write one cache.
+"""Test that ranks of torchrun and Slurm and a Ray cluster with killed workers write one cache.
 
-Every cache is compared byte for byte with the one a single process makes with as many threads.
+Every cache is compared byte for byte with that of a single process with the same number of threads.
 """
 
 from __future__ import annotations

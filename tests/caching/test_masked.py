@@ -1,4 +1,4 @@
-"""Masked positions carry nothing, and the others are drawn as if nothing were masked.
+"""Test that masked positions have no targets and do not affect the draws of the others.
 
 pytest tests/caching/test_masked.py
 """

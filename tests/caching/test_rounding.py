@@ -1,4 +1,4 @@
-"""Builds round real-valued weights, and continue a cache with the coding that it was begun with.
+"""Test that builds round real-valued weights, and resume a cache with its own coding.
 
 pytest tests/caching/test_rounding.py
 """

@@ -1,4 +1,4 @@
-"""A build reads its text once, and going on with one reads a bounded part of it again.
+"""Test that a build reads its text once, and that resuming reads a bounded part again.
 
 pytest tests/caching/test_text_once.py
 """

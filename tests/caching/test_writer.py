@@ -1,4 +1,4 @@
-"""Shards written in the background: all of them, in order, and no failure goes unheard."""
+"""Test that shards are written in the background, completely, in order, and with all errors."""
 
 from __future__ import annotations
 

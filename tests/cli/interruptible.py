@@ -1,17 +1,17 @@
-"""Commands run whole, each with a real Ctrl-C at a moment that is named, in forks of one process.
+"""Run commands in forks of one process, each with a real Ctrl-C at a given moment.
 
     python -m tests.cli.interruptible < cases.json
 
 A moment is the n-th call of a function, `module:function:n`, counted by a profile function in the
-main thread that then raises SIGINT as a terminal would. So no test waits for a time, and each
-moment is hit on a fast machine and on a slow one. The parent has loaded everything and never runs
-anything itself: a fork costs nothing and finds no thread.
+main thread that then raises SIGINT as a terminal would. So no test waits for a time, and
+each moment is reached on fast and on slow machines. The parent imports all modules and runs no
+command: a fork is fast, and inherits no threads.
 
-`any:n` is the n-th call of whatever function it is, to interrupt a command all over:
+`any:n` is the n-th call of any function, to interrupt a command at many moments:
 
     python -m tests.cli.interruptible --sweep 40 sparselogits verify CACHE
 
-prints the moments after which something else was seen than a clean end.
+prints the moments after which the command did not exit cleanly.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from typing import Any, NoReturn, TypedDict
 
 ANY = "any"
 PASSED = 77
-"""Exit code of a command that ended before its moment came."""
+"""Exit code of a command that ended before the moment was reached."""
 
 
 class Case(TypedDict):
-    """A command's words, the folder it runs in, its moment, and where its output goes."""
+    """Arguments of a command, its working folder, the moment of Ctrl-C, and its output file."""
 
     words: list[str]
     folder: str
@@ -41,7 +41,7 @@ class Case(TypedDict):
 
 
 def load() -> None:
-    """Everything the commands import, so that forks share it."""
+    """Import all modules of the commands, so that forks share them."""
     import torch
     import transformers.trainer  # noqa: F401
 
@@ -57,7 +57,7 @@ def load() -> None:
 
 
 class Interruption:
-    """A profile function that raises SIGINT at a moment, once."""
+    """Profile function that raises SIGINT once, at a moment."""
 
     def __init__(self, moment: str) -> None:
         *place, nth = moment.split(":")
@@ -80,7 +80,7 @@ class Interruption:
 
 
 def run(case: Case) -> NoReturn:
-    """The command, in this process, which ends with it."""
+    """Run a command in this process, and exit with its exit code."""
     os.chdir(case["folder"])
     out = os.open(case["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
@@ -110,7 +110,7 @@ def run(case: Case) -> NoReturn:
 
 
 def carry_out(case: Case) -> int:
-    """A case in a fork; its exit code, or minus the signal it died of."""
+    """Run a case in a fork; return its exit code, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
         run(case)
@@ -118,7 +118,7 @@ def carry_out(case: Case) -> int:
 
 
 def sweep(times: int, words: list[str]) -> None:
-    """Interrupt a command at so many moments, evenly spread; `{out}` is a new name each time."""
+    """Interrupt a command at evenly spread moments; `{out}` is a new path each time."""
     with tempfile.TemporaryDirectory() as folder:
 
         def carried_out(number: int, nth: int) -> tuple[int, str]:
@@ -141,14 +141,14 @@ def sweep(times: int, words: list[str]) -> None:
 
 
 def main() -> None:
-    """Cases from standard input, a line each; exit codes to standard output, a line each."""
+    """Run cases from standard input, one per line, and print one exit code per line."""
     load()
     if sys.argv[1:2] == ["--sweep"]:
         sweep(int(sys.argv[2]), sys.argv[4:])
         return
     for line in sys.stdin:
         print(carry_out(json.loads(line)), flush=True)
-    os._exit(0)  # taking all that was loaded apart takes seconds
+    os._exit(0)  # a normal exit takes seconds to unload the modules
 
 
 if __name__ == "__main__":

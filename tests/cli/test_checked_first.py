@@ -1,4 +1,4 @@
-"""What needs no weights is checked before any are loaded; text of any kind gives a hold-out.
+"""Test that checks without weights run before weights are loaded, and hold-outs of any text.
 
 pytest tests/cli/test_checked_first.py
 """

@@ -1,4 +1,4 @@
-"""The commands as a user types them: results, JSON, and one clear message for each mistake."""
+"""Test the commands on their results, JSON output and error messages."""
 
 from __future__ import annotations
 

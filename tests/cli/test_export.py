@@ -1,4 +1,4 @@
-"""`sparselogits export` as a user types it, in every format.
+"""Test `sparselogits export` in every format.
 
 pytest tests/cli/test_export.py
 """

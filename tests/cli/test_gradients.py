@@ -1,4 +1,4 @@
-"""`sparselogits gradients` as a user types it. Run with `pytest tests/cli/test_gradients.py`."""
+"""Test `sparselogits gradients`. Run with `pytest tests/cli/test_gradients.py`."""
 
 from __future__ import annotations
 

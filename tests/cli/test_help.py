@@ -1,4 +1,4 @@
-"""What `--help` shows: every option with its text and its default, in groups, and an example.
+"""Test `--help`: every option with its text and default, option groups, and examples.
 
 pytest tests/cli/test_help.py
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command works: exit code 130, no traceback, and a line that says how to go on.
+"""Test Ctrl-C during a command: exit code 130, no traceback, and advice on how to continue.
 
 pytest tests/cli/test_interrupted.py
 """

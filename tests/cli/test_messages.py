@@ -1,4 +1,4 @@
-"""Mistakes as a new user makes them: one message with the cause and the next step, no traceback.
+"""Test common user errors: one message with the cause and the next step, no traceback.
 
 pytest tests/cli/test_messages.py
 """

@@ -1,4 +1,4 @@
-"""Each command ends with the next step to take, which can be given as it stands.
+"""Test that each command ends with a next step, which can be run as printed.
 
 pytest tests/cli/test_next.py
 """

@@ -1,4 +1,4 @@
-"""The commands on a cache in an object store: the whole way, and the same bytes as in a folder.
+"""Test the commands on a cache in an object store: the same bytes as in a folder.
 
 .venv/bin/pytest tests/cli/test_object_store.py
 """

@@ -1,4 +1,4 @@
-"""Small chat templates in the manner of published ones, and tokenizers to read them with."""
+"""Provide small chat templates like published ones, and tokenizers for them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _byte_level() -> Tokenizer:
 
 
 def _sentencepiece() -> Tokenizer:
-    """In the manner of Llama 2, TinyLlama, Phi 3: a mark is put before each run of plain text."""
+    """Return a tokenizer like Llama 2's and Phi 3's, with a mark before each run of text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -115,7 +115,7 @@ def _sentencepiece() -> Tokenizer:
 
 
 def _first_marked() -> Tokenizer:
-    """In the manner of Mistral's later ones: a mark is put before the first run of text alone."""
+    """Return a tokenizer like newer ones of Mistral: a mark before the first run of text only."""
     tokenizer = _sentencepiece()
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -123,7 +123,7 @@ def _first_marked() -> Tokenizer:
 
 
 def _unigram() -> Tokenizer:
-    """In the manner of T5 and XGLM."""
+    """Return a Unigram tokenizer like those of T5 and XGLM."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = UnigramTrainer(

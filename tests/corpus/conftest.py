@@ -1,4 +1,4 @@
-"""Tokenizers, and something to read."""
+"""Provide tokenizers and text for the tests of the corpus."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import sparselogits
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in the manner of GPT-2; id 0 ends a text."""
+    """Provide a byte-level BPE tokenizer like GPT-2's, with id 0 as the end of a text."""
     return PreTrainedTokenizerFast(tokenizer_object=train_byte_level(), eos_token=END)
 
 
 @pytest.fixture
 def stories() -> list[str]:
-    """Two hundred documents of a few hundred characters, some with odd characters in them."""
+    """Provide 200 documents of a few hundred characters, some with unusual characters."""
     rng = random.Random(7)
     lines = [line for line in SAMPLE.splitlines() if line.strip()]
     odd = ["naïve café", "日本語のテキスト", "emoji 🙂🙃 row", "tabs\tand  spaces", "x" * 90]
@@ -33,12 +33,12 @@ def stories() -> list[str]:
 
 @pytest.fixture
 def library_environment() -> dict[str, str]:
-    """For processes of our own, which must find the package that is under test."""
+    """Provide the environment of child processes, which must import the package under test."""
     source = str(Path(sparselogits.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    """A tokenizer of each family."""
+    """Provide a tokenizer of each family."""
     return PreTrainedTokenizerFast(tokenizer_object=FAMILIES[request.param]())

@@ -1,4 +1,4 @@
-"""Conversations are the tokens that transformers' `apply_chat_template` gives, and so is the mask.
+"""Test that conversations and masks equal those of transformers' `apply_chat_template`.
 
 pytest tests/corpus/test_corpus_chat.py
 """

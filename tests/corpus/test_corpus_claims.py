@@ -1,4 +1,4 @@
-"""One folder, one text: whoever packs, whenever it starts, whatever dies."""
+"""Test that a folder gets one text, for any number of processes, start times and failures."""
 
 from __future__ import annotations
 

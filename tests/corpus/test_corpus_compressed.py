@@ -1,4 +1,4 @@
-"""Compressed JSON lines of every kind that tools write, cut off, padded and hostile.
+"""Test compressed JSON lines: all kinds of tools, truncated, padded and hostile files.
 
 pytest tests/corpus/test_corpus_compressed.py
 """

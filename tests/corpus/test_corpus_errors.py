@@ -1,4 +1,4 @@
-"""Bad input: one message that names the place and says what to do, and nothing harmed.
+"""Test invalid input: one error that names the location and a remedy, without side effects.
 
 pytest tests/corpus/test_corpus_errors.py
 """

@@ -1,4 +1,4 @@
-"""A document format from another package, declared by an entry point, is read like those here.
+"""Test that a document format of another package, declared by an entry point, is read.
 
 pytest tests/corpus/test_corpus_formats.py
 """

@@ -1,4 +1,4 @@
-"""Records that a program holds: `datasets` objects and iterables, each as good as a file.
+"""Test text given as `datasets` objects and iterables, compared with files.
 
 pytest tests/corpus/test_corpus_given.py
 """

@@ -1,4 +1,4 @@
-"""The share that is held out is met, by whole documents or by windows, whatever the text.
+"""Test that the held-out fraction is met, by whole documents or by windows, for any text.
 
 pytest tests/corpus/test_corpus_holdout.py
 """

@@ -1,4 +1,4 @@
-"""Memory while packing and reading does not grow with the corpus.
+"""Test that the memory of packing and reading does not grow with the corpus.
 
 pytest -m slow tests/corpus/test_corpus_memory.py
 """

@@ -1,4 +1,4 @@
-"""Packed windows: the documents' tokens, whole and in order, the same bytes however made.
+"""Test packed windows: complete documents in order, and bytes independent of the processes.
 
 pytest tests/corpus/test_corpus_packing.py
 """

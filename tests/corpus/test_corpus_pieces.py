@@ -1,4 +1,4 @@
-"""Pieces: together they are the document, and they tokenise as the document.
+"""Test that pieces add up to the document, and tokenise like the document.
 
 pytest tests/corpus/test_corpus_pieces.py
 """

@@ -1,4 +1,4 @@
-"""Records in the forms that people store conversations in, valid and not.
+"""Test records in all supported forms of conversations, valid and invalid.
 
 pytest tests/corpus/test_corpus_records.py
 """

@@ -1,4 +1,4 @@
-"""Interrupted packing: killed at any moment, it goes on and ends with the same bytes.
+"""Test that packing killed at any moment resumes and ends with the same bytes.
 
 pytest tests/corpus/test_corpus_resume.py
 """

@@ -1,4 +1,4 @@
-"""Sources: the same documents, whichever file format they stand in.
+"""Test that a source gives the same documents in every file format.
 
 pytest tests/corpus/test_corpus_sources.py
 """

@@ -1,4 +1,4 @@
-"""A folder is divided into splits as `datasets` divides it, which is the oracle here.
+"""Test that a folder is divided into splits as by `datasets`, which is the oracle.
 
 pytest tests/corpus/test_corpus_splits.py
 """

@@ -1,4 +1,4 @@
-"""Separators, beginning-of-text tokens, and the name of a tokenizer.
+"""Test separators, beginning-of-text tokens, and the fingerprint of a tokenizer.
 
 pytest tests/corpus/test_corpus_tokenizing.py
 """

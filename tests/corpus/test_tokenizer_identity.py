@@ -1,7 +1,7 @@
-"""Tokenizers are compared by what their ids mean.
+"""Test that tokenizers are compared by what their ids mean.
 
-A cache of an instruct model trains a student that has the base model's tokenizer; one whose ids
-mean other tokens is refused.
+A cache of an instruct model trains a student with the tokenizer of the base model; a student whose
+ids mean other tokens is rejected.
 """
 
 from __future__ import annotations

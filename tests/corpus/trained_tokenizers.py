@@ -1,4 +1,4 @@
-"""Real tokenizers of every common family, trained in a second on the language reference."""
+"""Train tokenizers of all common families on the language reference, in a second each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def metaspace_unigram() -> Tokenizer:
 
 
 def unsplit_bpe() -> Tokenizer:
-    """As converted from SentencePiece: no words, spaces become letters, merges over everything."""
+    """Return a BPE without word splitting, like those converted from SentencePiece."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

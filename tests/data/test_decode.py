@@ -1,4 +1,4 @@
-"""Rows read by DuckDB, Polars, pandas, pyarrow and datasets decode to the targets of the cache.
+"""Test that rows read by DuckDB, Polars, pandas, pyarrow and datasets decode to the targets.
 
 pytest tests/data/test_decode.py
 """

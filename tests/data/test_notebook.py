@@ -1,4 +1,4 @@
-"""What a person sees and types in a notebook: representations, one position, a batch of windows.
+"""Test the interactive interface: representations, one position, a batch of windows.
 
 pytest tests/data/test_notebook.py
 """

@@ -1,4 +1,4 @@
-"""The order is a permutation, differs by epoch, and survives a change of the number of ranks."""
+"""Test that the order is a permutation, differs per epoch, and is independent of the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training needs before its first step does not grow with the number of shards.
+"""Test that the work before the first training step does not grow with the number of shards.
 
 pytest tests/data/test_start_up.py
 """

@@ -1,4 +1,4 @@
-"""Fewer of the cached rounds: unbiased through the dataset, on schedule, whoever reads ahead."""
+"""Test thinning through the dataset: unbiased, on schedule, independent of prefetching."""
 
 from __future__ import annotations
 

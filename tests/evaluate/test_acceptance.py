@@ -1,4 +1,4 @@
-"""Speculative acceptance: laws of the expectation, the rule's output, and that both agree.
+"""Test speculative acceptance: properties of the expectation, the emitted tokens, agreement.
 
 Statistical tests are at a false-alarm rate of 1e-6 each, over fresh seeds and up to the normal and
 chi-square approximations; seeds are fixed, so a run that passes keeps passing.

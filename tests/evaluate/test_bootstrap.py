@@ -1,4 +1,4 @@
-"""Student's t, Fieller's interval and the bootstrap: closed forms, coverage, and the pairing.
+"""Test Student's t, Fieller's interval and the bootstrap: closed forms, coverage, pairing.
 
 pytest tests/evaluate/test_bootstrap.py
 """

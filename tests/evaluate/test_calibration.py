@@ -1,4 +1,4 @@
-"""Calibration against closed forms and the plain definition.
+"""Test calibration against closed forms and the definition.
 
 pytest tests/evaluate/test_calibration.py
 """

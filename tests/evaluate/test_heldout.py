@@ -1,4 +1,4 @@
-"""Held-out figures are those of a plain computation over the whole logits."""
+"""Test that held-out metrics equal those of a plain computation on all logits."""
 
 from __future__ import annotations
 

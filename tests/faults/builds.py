@@ -1,6 +1,6 @@
-"""A small build that can be disturbed: three shards of four windows, in a process of its own.
+"""Run a small build of three shards of four windows in child processes that can be killed.
 
-Children are forked, so that hundreds of them cost no imports; they do nothing but the build.
+Children are forked, so that hundreds of them need no imports; they only run the build.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ CALLS = (
 
 
 def build(root: Path, *, reverse: bool = False, seed: int = 0) -> None:
-    """Build what is missing: cache.json, the card and three shards, in this order."""
+    """Build the missing files: cache.json, the card and three shards, in this order."""
     cache = Cache.create(LocalStorage(root), identity(seed=seed))
     for r in sorted(set(RANGES) - set(cache.finished()), reverse=reverse):
         cache.commit(WINDOWS[r], {"batch": 4})
 
 
 def build_and_die(root: Path, call: str, number: int, file: int) -> None:
-    """Build until a system call comes the n-th time for a file, counted from 1; SIGKILL before it.
+    """Build, and raise SIGKILL before the n-th call of a system call on a file, counted from 1.
 
-    The first write of each file is cut short, as a signal or a nearly full disk may do.
+    The first write of each file is short, as after a signal or on a nearly full disk.
     """
     files, seen = 0, Counter[str]()
 
@@ -68,7 +68,7 @@ def build_and_die(root: Path, call: str, number: int, file: int) -> None:
 
 
 def start(root: Path, *, reverse: bool = False) -> BaseProcess:
-    """The build in a child."""
+    """Start the build in a child process."""
     return in_child(build, root, reverse=reverse)
 
 
@@ -80,11 +80,11 @@ def in_child(work: Callable[..., None], *args: Any, **options: Any) -> BaseProce
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """Every file of a cache, by name, temporaries included."""
+    """Return the contents of all files of a cache by name, including temporary files."""
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def undisturbed(root: Path) -> dict[str, bytes]:
-    """What a build leaves when nothing happens to it."""
+    """Return the files of an undisturbed build."""
     build(root)
     return files(root)

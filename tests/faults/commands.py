@@ -1,7 +1,7 @@
-"""Commands in forked children of one Python that has imported everything: a second each, not ten.
+"""Run commands in forked children of a process that has imported all modules, in a second each.
 
-A child is the command as a user starts it, from its words to its exit code; its output goes to a
-file. Teacher, texts and caches are tiny.
+A child runs the whole command, from its arguments to its exit code, with its output in a file.
+Teacher, texts and caches are tiny.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRAIN = {
 
 @dataclass
 class Child:
-    """A command that was started."""
+    """Started command."""
 
     words: tuple[str, ...]
     pid: int
@@ -44,7 +44,7 @@ class Child:
     code: int | None = None
 
     def wait(self) -> int:
-        """Exit code; a command that takes two minutes is killed, and counts as -9."""
+        """Return the exit code; kill the command after two minutes, and return -9."""
         end = time.monotonic() + SECONDS
         while self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -63,7 +63,7 @@ class Child:
 
 
 def start(words: tuple[str, ...], log: Path, at: float = 0.0) -> Child:
-    """Start a command at a moment of the monotonic clock."""
+    """Start a command at a time of the monotonic clock."""
     pid = os.fork()
     if pid:
         return Child(words, pid, log)
@@ -86,7 +86,7 @@ def start(words: tuple[str, ...], log: Path, at: float = 0.0) -> Child:
 
 
 def run(words: tuple[str, ...], log: Path) -> Child:
-    """A command from start to end."""
+    """Run a command and wait for its end."""
     child = start(words, log)
     child.wait()
     return child
@@ -94,7 +94,7 @@ def run(words: tuple[str, ...], log: Path) -> Child:
 
 @dataclass(frozen=True)
 class Bench:
-    """A teacher and three texts, of which the first two have equal lengths."""
+    """Teacher and three texts, of which the first two have equal lengths."""
 
     folder: Path
     teacher: Path
@@ -118,19 +118,19 @@ class Bench:
         return cls(folder, teacher, (texts[0], texts[1], texts[2]))
 
     def cache(self, text: int, out: Path, *more: str) -> tuple[str, ...]:
-        """Words of the command that caches a text."""
+        """Return the arguments of the command that caches a text."""
         data = str(self.texts[text])
         given = ("--teacher", str(self.teacher), "--data", data, "--device", "cpu")
         return ("cache", *given, *CACHE, "--out", str(out), *more)
 
     def train(self, cache: Path, out: Path, *more: str) -> tuple[str, ...]:
-        """Words of the command that trains a student."""
+        """Return the arguments of the command that trains a student."""
         recipe = self.folder / "train.yaml"
         recipe.write_text(json.dumps(TRAIN | {"cache": str(cache), "out": str(out)}))
         return ("train", str(recipe), "--device", "cpu", *more)
 
     def built(self, name: str = "built") -> Path:
-        """A cache of the first text, made once."""
+        """Return a cache of the first text, which is built once."""
         path = self.folder / name
         if not path.exists():
             child = run(self.cache(0, path), self.folder / "log")

@@ -1,9 +1,9 @@
-"""A forger: shards and caches with every checksum right, and whatever a stranger wants in them.
+"""Forge shards and caches with valid checksums and arbitrary contents.
 
-Made from docs/format.md and Parquet's specification; Parquet is written by hand, because its
-libraries do not lie. A `Shard` starts out sound. Change what it holds (`columns`, `description`,
-`numbers`), or how it is written down (`pages`, `footer`), and `bytes()` seals it: CRC32C per row,
-page checksums, guard, footer.
+This module follows docs/format.md and Parquet's specification; it writes Parquet by itself, because
+Parquet libraries do not write false headers. A `Shard` is valid at first. Change its contents
+(`columns`, `description`, `numbers`) or its encoding (`pages`, `footer`), and `bytes()` adds valid
+checksums: CRC32C per row, page checksums, guard, footer.
 
     shard = Shard.of(identity("float32"), records("float32", 0, 8))
     shard.numbers["weights"][3][5] = 3e38
@@ -49,7 +49,7 @@ def zigzag(value: int) -> bytes:
 
 
 def struct_of(*fields: tuple[int, int, bytes]) -> bytes:
-    """Fields as (number, type, value), ascending."""
+    """Return a Thrift struct of fields (number, type, value) in ascending order."""
     out, last = b"", 0
     for number, kind, value in fields:
         step = number - last
@@ -59,7 +59,7 @@ def struct_of(*fields: tuple[int, int, bytes]) -> bytes:
 
 
 def list_of(kind: int, items: Iterable[bytes], claimed: int | None = None) -> bytes:
-    """A list; `claimed` elements where it is to lie."""
+    """Return a Thrift list, whose header states `claimed` elements if given."""
     parts = list(items)
     count = len(parts) if claimed is None else claimed
     head = bytes([count << 4 | kind]) if count < 15 else bytes([0xF0 | kind]) + varint(count)
@@ -79,7 +79,7 @@ REQUIRED, OPTIONAL, REPEATED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Form:
-    """How a column is written: the path in the schema, its type, deepest levels."""
+    """Encoding of a column: its path in the schema, its type and its maximum levels."""
 
     path: tuple[str, ...]
     type: str
@@ -104,7 +104,7 @@ FORMS = {
 
 
 def runs(levels: Iterable[tuple[int, int]]) -> bytes:
-    """Levels as run lengths, (value, times) each, behind their length."""
+    """Return levels as run lengths from pairs (value, times), preceded by their length."""
     out = b"".join(varint(times << 1) + bytes([value]) for value, times in levels)
     return struct.pack("<I", len(out)) + out
 
@@ -126,7 +126,7 @@ def _levels(form: Form, rows: Sequence[Any]) -> bytes:
 
 
 def _plain(form: Form, rows: Sequence[Any]) -> tuple[bytes, int]:
-    """Values as Parquet's plain encoding, and how many there are with the missing ones."""
+    """Return values in Parquet's plain encoding, and their number including nulls."""
     flat: list[Any] = []
     count = len(rows)
     if form.repetition:
@@ -149,7 +149,7 @@ def _plain(form: Form, rows: Sequence[Any]) -> tuple[bytes, int]:
 
 @dataclass
 class Page:
-    """A page and what its header claims."""
+    """Page and the claims of its header."""
 
     data: bytes
     values: int
@@ -198,7 +198,7 @@ def compressed_tokens(plain: bytes, count: int) -> Page:
 
 
 def dictionary_page(kind: str, value: bytes) -> bytes:
-    """A dictionary of one value, in front of a page of indices."""
+    """Return a dictionary of one value, followed by a page of indices."""
     data = struct.pack("<I", len(value)) + value if kind == "binary" else value
     inner = struct_of((1, I32, zigzag(1)), (2, I32, zigzag(PLAIN)))
     return (
@@ -213,7 +213,7 @@ def dictionary_page(kind: str, value: bytes) -> bytes:
 
 
 def repeated(name: str, rows: int, times: int, value: bytes) -> Page:
-    """A column whose rows hold `times` equal values in all, in a few dozen bytes."""
+    """Return a column of `times` equal values in total, in a few dozen bytes."""
     form = FORMS[name]
     levels = b""
     if form.repetition:
@@ -254,7 +254,7 @@ def schema_elements() -> list[bytes]:
 
 
 def pco(dtype: Any, windows: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
-    """One coding table for all windows, and a page for each."""
+    """Return one coding table for all windows, and a page per window."""
     sizes = [len(w) for w in windows if len(w)]
     if not sizes:
         return b"", [b""] * len(windows)
@@ -272,17 +272,17 @@ def pco(dtype: Any, windows: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
 
 @dataclass
 class Shard:
-    """A shard in the making; every part of it may be replaced before `bytes()`.
+    """Editable shard, whose parts may be replaced before `bytes()`.
 
     Args:
-        identity: of the cache it claims to belong to.
-        start: its first window.
-        columns: one list per column of the Parquet file, one value per row. `targets` is made of
-            `numbers` unless it is there, `crc32c` of the other columns.
-        numbers: the numbers of each column of the codec, one array per row, before coding.
+        identity: identity of the cache that the shard claims to belong to.
+        start: number of the first window.
+        columns: one list per column of the Parquet file, with one value per row. If absent,
+            `targets` is encoded from `numbers`, and `crc32c` is computed from the other columns.
+        numbers: uncoded numbers of each column of the codec, one array per row.
         lists: D, the first word of each block.
-        description: the JSON in the footer, `tables` made of `numbers` unless it is there.
-        stop: one past the last window, as the file's name says.
+        description: JSON of the footer; if absent, `tables` is encoded from `numbers`.
+        stop: number after the last window, as stated by the file name.
     """
 
     identity: Identity
@@ -338,7 +338,7 @@ class Shard:
         return shard
 
     def bind_text(self) -> None:
-        """Make the description fit columns that were changed: the text, loss, entropy."""
+        """Update the description after a change of columns: text, loss, entropy."""
         digest = hashlib.sha256()
         rows = zip(*(self.columns[n] for n in ("tokens", "document_starts", "mask")), strict=True)
         for tokens, starts, mask in rows:
@@ -356,7 +356,7 @@ class Shard:
         return f"windows-{self.start:012d}-{self.stop:012d}.parquet"
 
     def bytes(self) -> bytes:
-        """The file."""
+        """Return the bytes of the file, with valid checksums."""
         columns, description = self._coded()
         rows = len(columns["tokens"])
         out, groups, stops = b"PAR1", [], []
@@ -390,7 +390,7 @@ class Shard:
         return seal(out, stops, _footer(parts), self.guard_groups)
 
     def write(self, cache: Path) -> Path:
-        """Put the file, and the identity, in a cache's folder."""
+        """Write the file and the identity into the folder of a cache."""
         write_identity(cache, self.identity)
         path = cache / "shards" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -467,7 +467,7 @@ def _footer(parts: dict[str, Any]) -> bytes:
 def seal(
     pages: bytes, stops: Sequence[int], footer: bytes, claimed_groups: int | None = None
 ) -> bytes:
-    """A file of pages and a footer, with a guard that fits."""
+    """Return the bytes of a file of pages and a footer, with a valid guard."""
     closing = footer + struct.pack("<I", len(footer)) + b"PAR1"
     guard, first = b"", 0
     ends = [*stops[:-1], len(pages)]
@@ -481,7 +481,7 @@ def seal(
 
 
 def write_identity(cache: Path, identity: Identity, **changes: Any) -> None:
-    """A cache.json that fits its fingerprint, whatever stands in it."""
+    """Write a cache.json with a valid fingerprint, whatever the contents."""
     content = identity.to_json() | changes
     cache.mkdir(parents=True, exist_ok=True)
     (cache / "cache.json").write_text(identity_json(content))

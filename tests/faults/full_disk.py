@@ -1,10 +1,10 @@
-"""Every command that writes, on a disk that is full at twenty levels.
+"""Run all writing commands on a disk with too little free space, at twenty levels.
 
     python -m tests.faults.run --only full_disk         (as root: a tmpfs is mounted)
 
-The first level leaves nothing, the last a little less than what the command needs. It has to end
-in one message that names a path and says what to do, or to succeed; to leave no temporary file; and
-to succeed when there is room again.
+The first level leaves no space, the last a little less than the command needs. The command must
+succeed, or end with one message that names a path and says what to do; it must leave no temporary
+file, and succeed when space is free again.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ COMMANDS: dict[str, Words] = {
 
 @contextmanager
 def small_disk(path: Path) -> Iterator[Path]:
-    """A tmpfs. Raises CalledProcessError where this user may not mount one."""
+    """Mount a tmpfs.
+
+    Raises:
+        subprocess.CalledProcessError: If this user may not mount one.
+    """
     path.mkdir()
     mount = ("mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(path))
     subprocess.run(mount, check=True, capture_output=True)
@@ -125,7 +129,7 @@ def small_disk(path: Path) -> Iterator[Path]:
 def full_disk(
     folder: Path, levels: int = 20, only: tuple[str, ...] = tuple(COMMANDS)
 ) -> dict[str, Any]:
-    """Every command at every level; returns how often each ended how."""
+    """Run every command at every level, and return the number of outcomes of each kind."""
     bench, found = Bench.make(folder), {}
     for name in only:
         with small_disk(folder / "disk") as disk:

@@ -1,21 +1,21 @@
-"""Hostile bytes against every decoder, under an address-space limit.
+"""Run every decoder on malformed bytes, under a limit of address space.
 
     python -m tests.faults.fuzz --first 0 --inputs 10000 --out piece.json
     python -m tests.faults.run --only fuzz                  a million, in pieces that resume
 
-Six doors, taken in turn; each input is a sound original with some bytes changed, cut, repeated or
-inserted, a function of its number and the seed alone. An input passes when it decodes, or raises
-the library's typed error; it fails when anything else is raised, when it takes more than ten
-seconds, or when the process dies. Memory is bounded by RLIMIT_AS: what the process has mapped at
-the start plus `--memory-mib`. The highest it came is reported.
+Six entry points are used in turn. Each input is a valid original with some bytes changed, cut,
+repeated or inserted, as a function of its number and the seed. An input passes if it decodes or
+raises a typed error of the library; it fails if it raises anything else, takes more than ten
+seconds, or kills the process. RLIMIT_AS bounds the memory to what the process has mapped at the
+start plus `--memory-mib`. The maximum is reported.
 
-    block     a window's coded targets, handed to the decoder without any checksum before it
-    tables    the coding tables of a shard, likewise
-    footer    guard and footer of a shard, the guard made to fit the changed bytes
-    frame     a shard file as it is: guard and footer must refuse it
-    forged    a shard file whose guard was made to fit the changed bytes again, so that Parquet's
-              own parser sees them: the work of an adversary, not of a disk
-    identity  a cache.json, sometimes nested deeper than a parser may recurse
+    block     the coded targets of a window, passed to the decoder without checksums
+    tables    the coding tables of a shard, without checksums
+    footer    guard and footer of a shard, with a guard that matches the changed bytes
+    frame     a shard file, which guard and footer must reject
+    forged    a shard file with a guard that matches the changed bytes, so that Parquet's parser
+              reads them: this happens only in an attack, not by damage
+    identity  a cache.json, sometimes nested deeper than a parser can recurse
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ MEMORY_MIB = 64
 
 
 class SlowError(Exception):
-    """An input that took too long."""
+    """Raised for an input that takes too long."""
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:
-    """One to four edits, of kinds that break parsers."""
+    """Return the data after one to four edits of kinds that break parsers."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         at = chance.randrange(len(out) + 1)
@@ -74,7 +74,7 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 
 def reseal(data: bytes) -> bytes:
-    """Make the guard fit again, where its frame can still be found."""
+    """Return the file with a valid guard, if the frame of the guard can still be found."""
     out = bytearray(data)
     if len(out) < 28:
         return data
@@ -96,7 +96,7 @@ def reseal(data: bytes) -> bytes:
 
 
 def doors() -> dict[str, Callable[[random.Random], None]]:
-    """An action for each door: feed it one mutated input; typed errors escape."""
+    """Return a function per entry point that runs it on one mutated input."""
     made = {kind: _originals(kind) for kind in KINDS}
 
     def block(chance: random.Random) -> None:
@@ -159,7 +159,7 @@ def _originals(kind: str) -> tuple[Any, ...]:
 
 
 def _mutate_inside(data: bytes, chance: random.Random, start: int = 0) -> bytes:
-    """Overwrite bytes from `start` on, lengths kept, so that the guard's frame stays in place."""
+    """Overwrite bytes from `start` on and keep the length, so that the guard stays in place."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4))):
         at = chance.randrange(start, len(out) - 8)
@@ -175,7 +175,7 @@ def _read(kind: str, name: str, data: bytes) -> None:
 
 
 def fuzz(first: int, inputs: int, seed: int) -> dict[str, dict[str, int]]:
-    """Run; returns how each door answered. Raises what a door should not have raised."""
+    """Run inputs, and return the outcomes per entry point; unexpected errors are raised."""
     ways = doors()
     answers: dict[str, Counter[str]] = {door: Counter() for door in ways}
     signal.signal(signal.SIGALRM, _too_slow)
@@ -199,7 +199,7 @@ def fuzz(first: int, inputs: int, seed: int) -> dict[str, dict[str, int]]:
 
 
 def _wanted_memory(error: BaseException | None) -> bool:
-    """Whether the limit on memory is what refused an input."""
+    """Return whether the limit of memory caused an error."""
     while error is not None and not isinstance(error, MemoryError):
         error = error.__cause__
     return error is not None
@@ -210,7 +210,7 @@ def _too_slow(*_: object) -> None:
 
 
 def limit_memory(mib: int) -> int:
-    """Bound the address space to what is mapped now and `mib` more; returns what is mapped now."""
+    """Limit the address space to `mib` beyond what is mapped now; return the mapped bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     mapped = pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + (mib << 20),) * 2)
@@ -218,7 +218,7 @@ def limit_memory(mib: int) -> int:
 
 
 def highest_mapped() -> int:
-    """The most the process has ever had mapped, in bytes."""
+    """Return the maximum of mapped bytes in the life of the process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmPeak:")[1].split()[0]) << 10
 

@@ -1,7 +1,7 @@
-"""The million hostile inputs, in pieces that are kept: interrupted, a run goes on with the next.
+"""Run the million inputs of the fuzzer in pieces, whose results are stored for resuming.
 
-A piece is a process of its own, because it limits its memory; it is kept under a name that holds
-the hash of the library's and the fuzzer's source, so that a change starts anew.
+A piece is a separate process, because it limits its memory. Its result is stored under a name with
+the hash of the source of library and fuzzer, so that a change starts again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOT_FUZZED = {
 
 
 def fuzz_in_pieces(work: Path, inputs: int, seed: int = 0) -> dict[str, Any]:
-    """Feed that many inputs, or what is left of them; returns the sums."""
+    """Run the inputs that are not stored yet, and return the sums over all pieces."""
     work.mkdir(parents=True, exist_ok=True)
     pieces = [_piece(work, first, inputs, seed) for first in range(0, inputs, PIECE)]
     answers: dict[str, Counter[str]] = {}
@@ -57,7 +57,7 @@ def _piece(work: Path, first: int, inputs: int, seed: int) -> dict[str, Any]:
 
 
 def _source() -> str:
-    """Hash of what is fuzzed and of what fuzzes."""
+    """Return the hash of the source of library and fuzzer."""
     store = Path(sparselogits.__file__).parent / "store"
     read = [path for path in store.glob("*.py") if path.stem not in NOT_FUZZED]
     files = [*read, store.parent / "identity.py", Path(__file__).parent / "fuzz.py"]

@@ -1,4 +1,4 @@
-"""All fault runs in full; writes their results as JSON beside this file.
+"""Run all fault tests in full, and write their results as JSON next to this file.
 
 python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk|...]
 """
@@ -92,7 +92,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
 
 
 def strangers(folder: Path) -> dict[str, Any]:
-    """Run in a process of its own, whose allocator reserves no address space per thread."""
+    """Run in a separate process, whose allocator reserves no address space per thread."""
     command = [sys.executable, "-m", "tests.faults.strangers", "--out", str(folder / "found.json")]
     subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, check=True)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())

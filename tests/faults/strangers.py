@@ -1,16 +1,16 @@
-"""A stranger's cache against every command, under a limit on memory and time.
+"""Run every command on forged caches, under limits of memory and time.
 
     python -m tests.faults.strangers [--only NAME ...] [--commands info ...]
     python -m tests.faults.run --only strangers              all of them; results/strangers.json
 
-Each mutation makes a copy of a sound cache hostile, with every checksum right (forge.py).
-Each command runs on it in a forked child of one warmed-up process, because imports cost seconds;
-its address space is what the parent has mapped and `MEMORY_MIB` more. It passes when it ends within
-`SECONDS`, with exit code 0 or 2, and
+Each mutation turns a copy of a valid cache into a hostile one with valid checksums (forge.py). Each
+command runs on it in a forked child of one process that has imported all modules, because imports
+take seconds. Its address space is limited to what the parent has mapped plus `MEMORY_MIB`. A
+command passes if it exits within `SECONDS` with code 0 or 2, and
 
-- says nothing that a terminal executes, shows no traceback, and is no "bug";
-- where it refuses, names the file at fault, and the windows where they are at fault;
-- where the mutation is one that must be refused (`refused`), does not end with 0.
+- prints no control characters, no traceback and no "bug";
+- names the file, and the windows if they are the cause, in an error;
+- does not exit with 0 if the mutation must be rejected (`refused`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\u202e[/x]"
 
 @dataclass(frozen=True)
 class Ground:
-    """What is there before anything is forged: a teacher, a student, a sound cache of text."""
+    """Teacher, student and valid cache before any forgery."""
 
     folder: Path
 
@@ -64,14 +64,14 @@ class Ground:
         return self.folder / "teacher"
 
     def shard(self, cache: Path) -> Shard:
-        """The first shard of the cache, to be forged."""
+        """Return the first shard of the cache, to be edited."""
         opened = Cache.open(cache)
         records: list[WindowRecord] = [opened.read(i) for i in range(SHARD)]
         return Shard.of(opened.identity, records)
 
 
 def make_ground(folder: Path) -> Ground:
-    """Build the sound cache, in this process."""
+    """Build the valid cache in this process."""
     from sparselogits.caching import CacheRequest, build_caches
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.samplers import Systematic
@@ -103,12 +103,12 @@ def make_ground(folder: Path) -> Ground:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A way to make a cache hostile.
+    """Modification that makes a cache hostile.
 
     Args:
-        apply: does it to a cache's folder.
-        named: what a refusal has to name; None where any of the cache's files will do.
-        refused: the commands that must not succeed.
+        apply: function that modifies the folder of a cache.
+        named: text that an error must contain; None if any file of the cache is enough.
+        refused: commands that must not succeed.
     """
 
     apply: Callable[[Ground, Path], None]
@@ -134,7 +134,7 @@ def on_shard(change: Callable[[Shard], None]) -> Callable[[Ground, Path], None]:
 
 
 def replaced(name: str, make: Callable[[int, Page], Page]) -> Callable[[Ground, Path], None]:
-    """Another page of a column in both row groups."""
+    """Return the mutation that replaces the page of a column in both row groups."""
 
     def change(shard: Shard) -> None:
         def pages(group: int, column: str, page: Page) -> Page:
@@ -166,7 +166,7 @@ def parts(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Groun
 
 
 def identity(**changes: Any) -> Callable[[Ground, Path], None]:
-    """The cache's identity changed, its shards claiming to belong to it."""
+    """Return the mutation that changes the identity, also in the shards."""
 
     def apply(ground: Ground, cache: Path) -> None:
         shard = ground.shard(cache)
@@ -186,7 +186,7 @@ def identity(**changes: Any) -> Callable[[Ground, Path], None]:
 def file(
     name: str, content: bytes | str | Callable[[Path], None]
 ) -> Callable[[Ground, Path], None]:
-    """A file of the cache replaced."""
+    """Return the mutation that replaces a file of the cache."""
 
     def apply(ground: Ground, cache: Path) -> None:
         path = cache / name
@@ -203,7 +203,7 @@ def file(
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Ground, Path], None]:
-    """A JSON file of the cache with something else in it."""
+    """Return the mutation that changes values in a JSON file of the cache."""
 
     def apply(ground: Ground, cache: Path) -> None:
         content = json.loads((cache / name).read_text())
@@ -213,7 +213,7 @@ def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Grou
 
 
 def sparse(size: int) -> Callable[[Path], None]:
-    """A file of so many zeros that takes no room."""
+    """Write a sparse file of zeros, which takes no space on disk."""
 
     def make(path: Path) -> None:
         with path.open("wb") as handle:
@@ -237,22 +237,22 @@ def zeros_compressed(size: int) -> bytes:
 
 
 def long_windows(ground: Ground, cache: Path) -> None:
-    """Windows of 2^20 equal tokens: as long as the format allows, and sound."""
+    """Write windows of 2^20 equal tokens, which are valid and of the maximum length."""
     _constant(cache, length=1 << 20, ids=1, kind="float32")
 
 
 def many_entries(ground: Ground, cache: Path) -> None:
-    """As many entries as 2^24 ids at every position would be, in a few bytes."""
+    """Write a block that claims 2^24 ids at every position, in a few bytes."""
     _constant(cache, length=1 << 6, ids=100_000, kind="float32")
 
 
 def many_free_entries(ground: Ground, cache: Path) -> None:
-    """As many entries as a block may have for nothing."""
+    """Write a block with the maximum number of entries that takes no bytes."""
     _constant(cache, length=1 << 6, ids=(1 << 14) - 1, kind="float32")
 
 
 def _constant(cache: Path, *, length: int, ids: int, kind: str) -> None:
-    """Windows whose positions all have the same tokens, ids and weights, coded in a few bytes."""
+    """Write windows with the same token, ids and weights at all positions, in a few bytes."""
     opened = Cache.open(cache)
     identity_ = changed(
         opened.identity,
@@ -301,7 +301,7 @@ def _constant(cache: Path, *, length: int, ids: int, kind: str) -> None:
 
 
 def extension_type() -> bytes:
-    """A schema of Arrow's whose types would be unpickled by old versions (CVE-2023-47248)."""
+    """Return an Arrow schema whose types old versions would unpickle (CVE-2023-47248)."""
     import base64
 
     import pyarrow as pa
@@ -329,7 +329,7 @@ def group_of(chunks: bytes) -> bytes:
 
 
 def rle_claim(page: Page, times: int) -> Page:
-    """Levels that claim so many values, in run lengths."""
+    """Return levels in run lengths that claim a number of values."""
     levels = forge.runs([(0, times)]) + forge.runs([(1, times)])
     return changed(page, data=levels + bytes(64), values=times, uncompressed=None)
 
@@ -678,7 +678,7 @@ FILES: dict[str, Mutation] = {
 
 
 def _corpus_part(cache: Path, *, tokens: Any = 5, times: int = 0) -> None:
-    """A part of the text as its index describes it, with other tokens."""
+    """Write a part of the packed text that matches its index, with other tokens."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -723,7 +723,7 @@ FAMILIES = {
 
 
 def commands(ground: Ground, cache: Path, out: Path) -> dict[str, list[str]]:
-    """The command lines; those that change the cache come last."""
+    """Return the command lines to run; those that change the cache are last."""
     model = str(ground.model)
     recipe = out / "recipe.yaml"
     recipe.write_text(
@@ -748,7 +748,7 @@ def commands(ground: Ground, cache: Path, out: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Outcome of a command."""
 
     code: int
     seconds: float
@@ -804,7 +804,7 @@ def _child(line: list[str], said: Path, memory_mib: int) -> None:
 
 
 def judged(command: str, mutation: Mutation, outcome: Outcome) -> str | None:
-    """What is wrong with an outcome; None where nothing is."""
+    """Return what is wrong with an outcome; None if nothing is wrong."""
     said, name = outcome.said, command.split()[0]
     if outcome.code == -999:
         return "did not end"
@@ -836,7 +836,7 @@ def _no_number(name: str) -> None:
 def attack(
     ground: Ground, names: list[str], only: list[str] | None = None, *, loud: bool = False
 ) -> dict[str, Any]:
-    """Try mutations; returns what was counted. `failures` is to be empty."""
+    """Run the commands on mutated caches; return the counts and the failures."""
     counted: dict[str, dict[str, int]] = {}
     failures: list[str] = []
     highest, slowest = ("", 0.0), ("", 0.0)
@@ -881,7 +881,7 @@ def attack(
 
 @contextlib.contextmanager
 def warm_ground() -> Iterator[Ground]:
-    """The sound cache, in a process that has run each command once."""
+    """Build the valid cache, and run each command once so that its modules are imported."""
     import torch
 
     from sparselogits.cli import app

@@ -1,6 +1,6 @@
-"""A share of what `make faults` does with whole commands: two writers, full disks.
+"""Test a part of the fault runs with whole commands: two writers, full disks.
 
-Both fork from a Python that has everything imported, so they run in one of their own.
+Both fork from a process that has imported all modules, so they run in a separate process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Flipped bits, cut files, strange clocks: every damage is a typed error that names the place.
+"""Test flipped bits, truncated files and wrong clocks: typed errors that name the location.
 
-.venv/bin/pytest tests/faults/test_damage.py            a share
+.venv/bin/pytest tests/faults/test_damage.py            a part
 .venv/bin/pytest tests/faults/test_damage.py -m slow    10 000 flips
 """
 

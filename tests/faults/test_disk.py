@@ -1,6 +1,6 @@
-"""A full disk, a read-only one, too many open files, builds that differ, a clock that jumps.
+"""Test a full disk, a read-only one, too many open files, differing builds, a jumping clock.
 
-The first two need root, for a small tmpfs, and are left out without it.
+The first two need root for a small tmpfs, and are skipped without it.
 """
 
 from __future__ import annotations

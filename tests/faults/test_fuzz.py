@@ -1,4 +1,4 @@
-"""A share of the fuzzing; `python -m tests.faults.run --only fuzz` runs a million inputs.
+"""Test a part of the fuzzing; `python -m tests.faults.run --only fuzz` runs a million inputs.
 
 .venv/bin/pytest tests/faults/test_fuzz.py
 """

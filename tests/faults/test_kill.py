@@ -1,6 +1,6 @@
-"""SIGKILL at every system call of a commit and at random moments; resume, compare every byte.
+"""Test SIGKILL at every system call of a commit and at random moments, and resume to equal bytes.
 
-.venv/bin/pytest tests/faults/test_kill.py            a share
+.venv/bin/pytest tests/faults/test_kill.py            a part
 .venv/bin/pytest tests/faults/test_kill.py -m slow    200 random moments, one and four writers
 """
 

@@ -1,4 +1,4 @@
-"""An object store that fails: lost answers, refusals, bodies cut short, builders killed.
+"""Test a failing object store: lost responses, errors, truncated bodies, killed builders.
 
 .venv/bin/pytest tests/faults/test_objects.py
 """

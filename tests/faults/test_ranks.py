@@ -1,4 +1,4 @@
-"""A rank of four is killed in mid-training and two go on: the run of one rank undisturbed.
+"""Test training after one of four ranks is killed: two ranks resume, equal to one undisturbed rank.
 
 .venv/bin/pytest tests/faults/test_ranks.py
 """

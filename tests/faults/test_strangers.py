@@ -1,4 +1,4 @@
-"""A share of the strangers' caches; `python -m tests.faults.run --only strangers` tries them all.
+"""Test a part of the forged caches; `python -m tests.faults.run --only strangers` runs all.
 
 .venv/bin/pytest tests/faults/test_strangers.py
 """

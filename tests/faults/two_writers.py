@@ -1,9 +1,9 @@
-"""Two commands on one folder, started at random moments: one text, or one clear refusal.
+"""Run two commands on one folder, started at random times: one text, or one clear error.
 
     python -m tests.faults.run --only two_writers
 
-After each pair: no command ended otherwise than by 0 or by a refusal that is one message; at least
-one ended by 0; the cache verifies against its packed text, and names one text for each window.
+After each pair: every command exited with 0 or with one error message, and at least one with 0;
+the cache verifies against its packed text, and names one text per window.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PAIRS: dict[str, Pair] = {
 
 
 def two_writers(folder: Path, starts: int, seed: int = 0) -> dict[str, Any]:
-    """Every pair so many times; returns how often each ended how."""
+    """Run every pair a number of times, and return the number of outcomes of each kind."""
     bench = Bench.make(folder)
     found: dict[str, Any] = {}
     for name, pair in PAIRS.items():
@@ -115,7 +115,7 @@ def _one(name: str, pair: Pair, bench: Bench, at: Path, chance: random.Random) -
 
 
 def require_clean(child: Child) -> None:
-    """The end of a command: done, or refused in one message."""
+    """Check that a command succeeded, or ended with one error message."""
     said = child.said
     assert child.code in (0, 2), f"{child.words} ended by {child.code}: {said}"
     assert "Traceback" not in said, said

@@ -1,4 +1,4 @@
-"""What the journeys read, written into a folder from the language reference that Python carries.
+"""Write the inputs of the journeys into a folder, from Python's language reference.
 
 python -m tests.journeys.material FOLDER [CHARACTERS]
 """

@@ -1,4 +1,4 @@
-"""The Python of notebook.sh, as cells of a notebook would have it."""
+"""Run the Python code of notebook.sh, as in the cells of a notebook."""
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 

@@ -1,9 +1,9 @@
-"""The way from each kind of input to a student, as a shell script each, every message right.
+"""Test the way from each kind of input to a student, as shell scripts, with all messages.
 
 pytest tests/journeys
 
-A script runs line by line in this process, with a tiny model in the place of `demo`; text-file.sh
-also in a shell of its own. `make journey` runs it with the real `demo`.
+A script runs line by line in this process, with a tiny model instead of `demo`; text-file.sh also
+runs in a separate shell. `make journey` runs the scripts with the real `demo`.
 """
 
 from __future__ import annotations

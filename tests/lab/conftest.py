@@ -10,6 +10,6 @@ from tests.lab.report.browser import chromium
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Run one Chromium for all tests of a process: Playwright allows no second one beside it."""
+    """Provide one Chromium for all tests of a process, because Playwright allows only one."""
     with chromium() as running:
         yield running

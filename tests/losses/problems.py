@@ -1,4 +1,4 @@
-"""Small problems that hold every awkward case at once."""
+"""Create small loss problems that combine all edge cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RULES = ["drop", "renormalise", "smooth", "ghost", "ground_truth"]
 
 
 def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    """Padding that collides with a true id 0, empty rows, masses below, at and above one."""
+    """Return a problem with padding next to a true id 0, empty rows, and masses around one."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -46,15 +46,16 @@ TARGETS = ["one-hot", "sparse"]
 def errors_in_low_precision(
     dtype: torch.dtype, targets: str, alpha: float, loss_of: Callable[..., Tensor]
 ) -> Iterator[tuple[float, float]]:
-    """Errors of loss and gradients: ours, and torch's own with its logits rounded once.
+    """Return the errors of loss and gradients, of the library and of torch with rounded logits.
 
-    Both against float64 on the same rounded numbers.
+    Both are compared with float64 on the same rounded inputs.
 
     Args:
-        dtype: of the input.
+        dtype: dtype of the input.
         targets: "one-hot" at the labels, or "sparse": twelve entries of mass 0.8 to 1.2.
-        alpha: share of the labels.
-        loss_of: ours, of input, head, ids and weights, with keywords `labels` and `alpha`.
+        alpha: weight of the labels.
+        loss_of: the library's loss of input, head, ids and weights, with keywords `labels` and
+            `alpha`.
     """
     generator = torch.Generator().manual_seed(0)
     rows, width, vocabulary, entries = 48, 64, 300, 12

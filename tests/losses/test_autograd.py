@@ -1,4 +1,4 @@
-"""The loss under everything autograd and its compilers do to a function.
+"""Test the loss under all transformations of autograd and torch.compile.
 
 pytest tests/losses/test_autograd.py
 """

@@ -1,4 +1,4 @@
-"""How many rows a chunk has: from shapes and an accelerator's total memory, and nothing else.
+"""Test that the rows per chunk depend only on shapes and the accelerator's total memory.
 
 pytest tests/losses/test_chunks.py
 """

@@ -1,4 +1,4 @@
-"""What the loss promises to cost: one chunk of logits, and no waiting for the device.
+"""Test the promised cost of the loss: one chunk of logits, no device synchronisation.
 
 pytest tests/losses/test_cost.py
 """

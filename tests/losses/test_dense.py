@@ -1,4 +1,4 @@
-"""The dense baselines against independent formulas, autograd and TRL.
+"""Test the dense baselines against independent formulas, autograd and TRL.
 
 pytest tests/losses/test_dense.py
 """

@@ -1,4 +1,4 @@
-"""The chunked loss against the oracle: every option, value and gradients.
+"""Test the chunked loss against the reference: every option, value and gradients.
 
 pytest tests/losses/test_equivalence.py
 """

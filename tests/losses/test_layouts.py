@@ -1,4 +1,4 @@
-"""The layouts that docs/loss.md describes, by running what it shows.
+"""Test the layouts of docs/loss.md by running its code.
 
 pytest tests/losses/test_layouts.py
 """

@@ -1,4 +1,4 @@
-"""Each missing-mass rule against the closed form of its gradient, and against its definition.
+"""Test each missing-mass rule against its definition and the closed form of its gradient.
 
 pytest tests/losses/test_missing_mass.py
 """

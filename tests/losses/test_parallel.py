@@ -1,4 +1,4 @@
-"""The loss across real processes (gloo) against one process, gradients included.
+"""Test the loss across processes (gloo) against one process, gradients included.
 
 pytest tests/losses/test_parallel.py
 """

@@ -1,4 +1,4 @@
-"""Laws of the loss, over random problems.
+"""Test mathematical properties of the loss on random problems.
 
 pytest tests/losses/test_properties.py
 """

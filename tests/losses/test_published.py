@@ -1,4 +1,4 @@
-"""The speeds that docs/loss.md prints are those of the committed run.
+"""Test that the speeds in docs/loss.md are those of the committed run.
 
 pytest tests/losses/test_published.py
 """

@@ -1,4 +1,4 @@
-"""Extreme and degenerate input: finite where the formula is, NaN where the input is.
+"""Test extreme and degenerate input: finite where the formula is finite, NaN for NaN.
 
 pytest tests/losses/test_safety.py
 """

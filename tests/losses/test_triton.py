@@ -1,7 +1,7 @@
-"""The Triton kernel: its numbers under the interpreter, its compilation for real GPUs.
+"""Test the Triton kernel: its numbers under the interpreter, its compilation for GPUs.
 
-No GPU is needed: the interpreter has to be switched on before triton is imported, so the numbers
-are checked in a process of their own (this file, run as a script).
+No GPU is needed. The interpreter has to be enabled before triton is imported, so the numbers are
+checked in a separate process (this file, run as a script).
 
 pytest tests/losses/test_triton.py
 """

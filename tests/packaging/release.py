@@ -1,10 +1,10 @@
-"""A release, rehearsed: build, check, install where nothing is installed, run what was installed.
+"""Rehearse a release: build, check, install into an empty environment, run the installed package.
 
     make release            (or: python -m tests.packaging.release [--python PYTHON])
 
-Nothing is uploaded. `dist/` holds the wheel and the sdist afterwards; environments are made in a
-temporary folder and removed. Needs a package index; takes some minutes, most of them torch's.
-`test_packaging.py` does the same without an index, on dependencies that are installed already.
+Nothing is uploaded. `dist/` contains the wheel and the sdist afterwards; environments are created
+in a temporary folder and removed. Needs a package index and some minutes, mostly for torch.
+`test_packaging.py` does the same without an index, with the installed dependencies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WITHOUT_EXTRA = {"dev", "release"}  # for work on the project itself
 
 
 def run(*words: str | Path, cwd: Path = ROOT) -> str:
-    """A command's output; its failure is the release's."""
+    """Run a command and return its output; exit if it fails."""
     shown = " ".join(str(word) for word in words)
     print(f"$ {shown}", flush=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -45,14 +45,14 @@ def run(*words: str | Path, cwd: Path = ROOT) -> str:
 
 
 def build(out: Path, *options: str) -> tuple[Path, Path]:
-    """Wheel and sdist of the working tree, the wheel built from the sdist."""
+    """Build the sdist of the working tree, and the wheel from the sdist."""
     run(sys.executable, "-m", "build", "--outdir", out, *options)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 
 
 def metadata(wheel: Path) -> dict[str, list[str]]:
-    """The wheel's metadata, a list of values a name."""
+    """Return the metadata of a wheel, as a list of values per name."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         message = Parser().parsestr(archive.read(name).decode())
@@ -60,7 +60,7 @@ def metadata(wheel: Path) -> dict[str, list[str]]:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """The folder in a sdist."""
+    """Unpack a sdist and return its folder."""
     folder.mkdir()
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -69,7 +69,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def environment(folder: Path, *, python: str = sys.executable, over: Path | None = None) -> Path:
-    """The python of a new, empty environment; `over` lends it the packages of another."""
+    """Create an environment and return its python; packages of `over` are visible in it."""
     run(python, "-m", "venv", folder)
     if over is not None:
         (site,) = folder.glob("lib/python3*/site-packages")
@@ -78,13 +78,13 @@ def environment(folder: Path, *, python: str = sys.executable, over: Path | None
 
 
 def install(python: Path, *words: str | Path) -> None:
-    """Install with the pinned versions; torch by its exact one, see constraints.txt."""
+    """Install with the pinned versions of constraints.txt."""
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(python, *pip, "--constraint", CONSTRAINTS, *words)
 
 
 def import_names(python: Path, requirements: list[str]) -> list[str]:
-    """The modules that some requirements bring, as they are imported."""
+    """Return the import names of the modules that requirements install."""
     names = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
     script = (
         "import importlib.metadata as m, sys\n"
@@ -110,7 +110,7 @@ def check_extras(wheel: Path, folder: Path, base: Path) -> None:
 
 
 def main() -> None:
-    """The rehearsal."""
+    """Run the rehearsal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="to install and run with")
     python_name = parser.parse_args().python

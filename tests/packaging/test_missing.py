@@ -1,4 +1,4 @@
-"""What a command says where optional packages are missing: all of them, at once, before any work.
+"""Test that missing optional packages are all reported at once, before any work.
 
 pytest tests/packaging/test_missing.py
 """

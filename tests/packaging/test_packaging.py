@@ -1,4 +1,4 @@
-"""What is shipped: a wheel and a sdist that build, install and pass tests away from this checkout.
+"""Test that wheel and sdist build, install and pass tests outside of this checkout.
 
 pytest tests/packaging
 """

@@ -1,4 +1,4 @@
-"""Distributions that samplers must survive, as float64 logits with their exact probabilities."""
+"""Create extreme distributions for samplers, as float64 logits with exact probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ KINDS = ("peaked", "flat", "ties", "zeros", "one-hot", "subnormal", "zipf", "ran
 
 
 def logits_of(kind: str, vocabulary: int, seed: int) -> Tensor:
-    """float64 [V]."""
+    """Return the logits of a distribution of a kind, float64 [V]."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(vocabulary, generator=generator, dtype=torch.float64)
     rank = torch.randperm(vocabulary, generator=generator).double() + 1

@@ -1,4 +1,4 @@
-"""Adaptive rounds with a real, small student: unbiased whatever the student says."""
+"""Test that adaptive rounds with a small student are unbiased for any signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block sums in C against those of PyTorch: the same bits, or PyTorch's are used."""
+"""Test block sums in C against those of PyTorch: equal bits, or a fallback to PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every sampler promises: determinism, independence of the batch, typed errors, identity."""
+"""Test the contract of all samplers: determinism, batch independence, errors, identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sampler of another package: declared by an entry point, used as those of this package.
+"""Test a sampler of another package, declared by an entry point.
 
 pytest tests/samplers/test_from_outside.py
 

@@ -1,4 +1,4 @@
-"""Loss and entropy of a distribution, as a by-product of drawing from it."""
+"""Test loss and entropy of a distribution, which are computed with the draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Systematic rounds against their definition, by enumerating the breakpoints of the uniform."""
+"""Test systematic rounds against their definition, by the breakpoints of the uniform."""
 
 from __future__ import annotations
 

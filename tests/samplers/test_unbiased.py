@@ -1,11 +1,11 @@
-"""Every unbiased sampler, with every option, has the teacher's distribution as its mean.
+"""Test that the mean of every unbiased sampler, with every option, is the distribution.
 
-A z-test an id, over 4 096 independent draws, on ids that were drawn at least 20 times; ids drawn
-less often are pooled into one. The largest |z| of a case is compared with 1.25 times the two-sided
-Gaussian quantile at 1e-6 over the number of all tests of this file. The quantile alone would give a
-false alarm once in a million runs of fresh seeds if means were Gaussian; means of ids drawn a few
-dozen times are skewed, which the factor of 1.25 is there for. Seeds are fixed, so a run that passes
-keeps passing.
+A z-test per id over 4 096 independent draws, for ids drawn at least 20 times; ids drawn less often
+are pooled into one. The largest |z| of a case is compared with 1.25 times the two-sided Gaussian
+quantile at 1e-6 divided by the number of all tests of this file. The quantile alone would give one
+false alarm in a million runs with new seeds if means were Gaussian; means of ids drawn a few dozen
+times are skewed, which the factor of 1.25 accounts for. Seeds are fixed, so a run that passes keeps
+passing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The variances that docs/theory.md derives: exact by breakpoints, or by a z-test at |z| < 6.
+"""Test the variances of docs/theory.md: exactly by breakpoints, or by a z-test at |z| < 6.
 
-A z-test here raises a false alarm in fewer than one run of fresh seeds in 10 million if means of
-4 096 draws are Gaussian. Seeds are fixed, so a run that passes keeps passing.
+A z-test of this file raises a false alarm in fewer than one run in 10 million with new seeds if
+means of 4 096 draws are Gaussian. Seeds are fixed, so a run that passes keeps passing.
 """
 
 from __future__ import annotations

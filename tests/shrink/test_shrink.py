@@ -1,4 +1,4 @@
-"""Pruned students: what is removed is what the scores say, and nothing else changes.
+"""Test pruned students: the parts with the lowest scores are removed, and nothing else changes.
 
 Useless parts are planted in random models by setting weights to zero; a student without exactly
 those parts must give the teacher's logits.

@@ -1,4 +1,4 @@
-"""Windows with targets drawn with numpy, for tests that need records without a teacher."""
+"""Create windows with targets drawn by numpy, for tests that need records without a teacher."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def identity(kind: str = "counts", *, vocab_size: int = 1000, **changes: Any) ->
 
 
 def distribution(rng: np.random.Generator, positions: int, vocab_size: int) -> np.ndarray:
-    """float64 [positions, vocab_size]: a few likely ids each, and a Zipf-like tail."""
+    """Return float64 [positions, vocab_size] with a few likely ids and a Zipf-like tail."""
     logits = rng.gumbel(size=(positions, vocab_size)) * 1.5 - np.log(np.arange(vocab_size) + 3.0)
     p = np.exp(logits - logits.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
@@ -87,9 +87,9 @@ def targets(
 
 
 def record(kind: str, window: int, *, vocab_size: int = 1000) -> WindowRecord:
-    """The record of a window; equal for equal arguments. Every third window has a mask.
+    """Return the record of a window, equal for equal arguments; every third window has a mask.
 
-    Weights are rounded where the kind rounds them, so that a cache returns the same record.
+    Weights are already rounded if the codec rounds them, so that a cache returns the same record.
     """
     rng = np.random.default_rng([window, vocab_size])
     mask = rng.random(LENGTH) < 0.7 if window % 3 == 2 else None

@@ -1,8 +1,8 @@
-"""A hub on this machine: as much of its HTTP interface as its own client asks for.
+"""Serve a local stand-in for the Hugging Face hub, with the requests that its client sends.
 
-One dataset repository, held in memory. What talks to it is `HfFileSystem` as it is installed, in a
-process of its own whose HF_ENDPOINT points here; so paths, listings, ranges and commits are the
-client's, and only the server is ours.
+The server has one dataset repository in memory. The client is the installed `HfFileSystem` in a
+separate process whose HF_ENDPOINT is this server; so paths, listings, ranges and commits are those
+of the real client.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ REVISION = "0" * 40
 
 
 class Hub:
-    """A server with one repository; `files` is what it holds, `commits` how often it was changed.
+    """Server with one repository: `files` by path, and the number of `commits`.
 
     Args:
-        name: of the dataset, `org/name`.
+        name: name of the dataset, `org/name`.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,7 +34,7 @@ class Hub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process that takes this for the hub."""
+        """Return the environment of a process that uses this server as the hub."""
         return {
             **{"HF_ENDPOINT": f"http://127.0.0.1:{self._server.server_address[1]}"},
             **{"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_nobody", "HF_HUB_DISABLE_XET": "1"},
@@ -47,7 +47,7 @@ class Hub:
         self._thread.join()
 
     def tree(self, folder: str, *, recursive: bool) -> list[dict[str, Any]] | None:
-        """What is in a folder; None where there is no such folder."""
+        """Return the contents of a folder; None if it does not exist."""
         prefix = f"{folder}/" if folder else ""
         found: dict[str, dict[str, Any]] = {}
         for path, data in self.files.items():

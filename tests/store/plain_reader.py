@@ -1,6 +1,6 @@
-"""A reader made from docs/format.md alone: plain Python, slow, sharing no code with the library.
+"""Read a cache with code written from docs/format.md alone, without code of the library.
 
-It relies on a Parquet reader, on pcodec's decoder for single pages, and on nothing else.
+The reader is slow, plain Python; it uses a Parquet reader and pcodec's decoder for single pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pcodec import wrapped
 
 @cache
 def level_table() -> list[float]:
-    """Levels as docs/format.md defines them, each computed with 50 decimal digits."""
+    """Return the levels of docs/format.md, each computed with 50 decimal digits."""
     with localcontext(prec=50):
         low = [Decimal(2) ** (Decimal(j) / 32) for j in range(-126 * 32, -32)]
         middle = [1 - Decimal(2) ** (Decimal(-j) / 32) for j in range(32, 16 * 32 + 1)]
@@ -31,7 +31,7 @@ def level_table() -> list[float]:
 
 
 def read_cache(root: Path) -> list[dict[str, Any]]:
-    """Every window of a cache: its row, with `targets` as [(position, id, weight, count)]."""
+    """Return the rows of a cache, with `targets` as [(position, id, weight, count)]."""
     content = json.loads((root / "cache.json").read_text())
     identity = content["identity"]
     compared = {

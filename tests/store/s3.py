@@ -1,8 +1,8 @@
-"""A real S3 server on this machine, and a way to it that fails as networks do.
+"""Run a local S3 server, and a proxy that fails requests as networks do.
 
-The server is moto's, in a process of its own. The proxy stands before it, counts requests, and
-does to the next ones what it is told: answers 503 or 409, closes the connection before the request
-is passed on, after it was carried out but before it is answered, or in the middle of a body.
+The server is moto's, in a separate process. The proxy in front of the server counts requests, and
+fails the next ones as a test selects: it answers 503 or 409, or closes the connection before the
+request is forwarded, after its execution but before the response, or in the middle of a body.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.stdin.read()
 
 
 class S3Server:
-    """moto's S3 server; ends with `stop`."""
+    """Running S3 server of moto, until `stop`."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -63,7 +63,7 @@ class S3Server:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """What the usual variables say to reach a server."""
+    """Return the environment variables to reach a server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "someone",
@@ -75,7 +75,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class S3:
-    """A bucket of one's own, reached by the usual variables; `proxy` where one stands before it."""
+    """New bucket, reached by the usual environment variables, directly or through `proxy`."""
 
     bucket: str
     endpoint: str
@@ -97,14 +97,14 @@ class S3:
         return f"s3://{self.bucket}/some/cache"
 
     def objects(self) -> dict[str, bytes]:
-        """Every object of the cache, by name."""
+        """Return all objects of the cache by name."""
         files = ObjectStorage(self.url)._open()[0]
         root = f"{self.bucket}/some/cache"
         return {p.removeprefix(f"{root}/"): files.cat_file(p) for p in files.find(root)}
 
 
 class Proxy:
-    """Passes requests on to a server, except those it was told to fail."""
+    """Proxy that forwards requests to a server, except those selected to fail."""
 
     def __init__(self, port: int) -> None:
         self.requests: Counter[str] = Counter()
@@ -121,7 +121,7 @@ class Proxy:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def fail(self, method: str, *faults: str, clear: bool = False) -> None:
-        """The next requests of a method fail so, one after another; `clear` forgets the plan."""
+        """Fail the next requests of a method in the given ways; `clear` cancels the rest."""
         with self._lock:
             kept = [] if clear else self._plan
             self._plan = kept + [(method, fault) for fault in faults]

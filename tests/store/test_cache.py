@@ -1,4 +1,4 @@
-"""The cache as a whole: what is committed comes back, in order, bit for bit, from any process.
+"""Test the cache as a whole: committed windows are read back in order, bit for bit.
 
 .venv/bin/pytest tests/store
 """

@@ -1,4 +1,4 @@
-"""The dataset card says what the cache holds, in figures that its own statistics give.
+"""Test that the dataset card agrees with the statistics of the cache.
 
 pytest tests/store/test_card.py
 """

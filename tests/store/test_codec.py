@@ -1,4 +1,4 @@
-"""The codec against real samplers, extreme shapes, and random sets.
+"""Test the codec on targets of samplers, extreme shapes, and random sets.
 
 .venv/bin/pytest tests/store/test_codec.py
 """

@@ -1,4 +1,4 @@
-"""The bounded copy: never above its limit, whoever writes; what was used last stays.
+"""Test the bounded copy: never above its limit, recently used files remain.
 
 .venv/bin/pytest tests/store/test_copy_folder.py
 """

@@ -1,4 +1,4 @@
-"""The promise on the bytes: golden caches still read, by the library and from the specification.
+"""Test that golden caches are read by the library and by the specification.
 
 Golden caches are never rewritten. A new format version gets a folder of its own:
 `python -m tests.store.test_format VERSION` writes tests/golden/store/vVERSION, the caches of one

@@ -1,4 +1,4 @@
-"""Rounded weights: the table, its error, unbiasedness, and the bytes of a resumed build.
+"""Test rounded weights: the table, its error, unbiasedness, and bytes of a resumed build.
 
 .venv/bin/pytest tests/store/test_levels.py
 """

@@ -1,4 +1,4 @@
-"""A cache in an object store, on a real S3 server: the same files, the same promises.
+"""Test a cache in an object store on an S3 server: the same files and guarantees.
 
 .venv/bin/pytest tests/store/test_objects.py
 """

@@ -1,4 +1,4 @@
-"""DuckDB and Polars find in shards and exports what this library finds; see docs/guide.md.
+"""Test that DuckDB and Polars read the same values as this library; see docs/guide.md.
 
 pytest tests/store/test_other_readers.py
 """

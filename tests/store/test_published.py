@@ -1,4 +1,4 @@
-"""The bits per entry that docs/format.md prints are those of the committed measurement."""
+"""Test that the bits per entry in docs/format.md are those of the committed run."""
 
 from __future__ import annotations
 

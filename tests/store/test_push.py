@@ -1,4 +1,4 @@
-"""A cache is pushed and loaded back by its name, as `hf://` and as any other file system.
+"""Test that a cache is pushed and loaded by name, as `hf://` and on other file systems.
 
 The hub is a stand-in on this machine (tests/store/hub.py); its client is the real one.
 

@@ -1,4 +1,4 @@
-"""The histograms of `info`: counts of what is there, from a few row groups, whatever the size.
+"""Test the histograms of `info`: correct counts from a few row groups, for any size.
 
 pytest tests/store/test_sample.py
 """

@@ -1,8 +1,8 @@
-"""Caches of strangers: every checksum right, every value suspect.
+"""Test forged caches with valid checksums and invalid values.
 
-What a shard may hold is bounded (docs/format.md, "What a reader may expect"): each forged value is
-refused where it is decoded, with the file and the windows named, by reading and by `verify`.
-Memory is the business of tests/faults/strangers.py.
+The contents of a shard are bounded (docs/format.md, "What a reader may expect"): each forged value
+is rejected where it is decoded, by reading and by `verify`, with the file and the windows in the
+error. tests/faults/strangers.py tests memory.
 """
 
 from __future__ import annotations

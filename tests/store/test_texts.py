@@ -1,4 +1,4 @@
-"""A cache holds one text per window; what is published is whole, and the cache's own."""
+"""Test that a cache has one text per window, and that only complete texts are published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify, repair, merge, export and append, on real files.
+"""Test verify, repair, merge, export and append on real files.
 
 .venv/bin/pytest tests/store/test_tools.py
 """

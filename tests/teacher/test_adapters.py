@@ -1,4 +1,4 @@
-"""The folder of a PEFT adapter gives PEFT's own logits, as teacher and as student."""
+"""Test that the folder of a PEFT adapter gives PEFT's logits, as teacher and as student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is hashed is what is loaded; pickle, files elsewhere and implausible sizes are refused."""
+"""Test that the hash covers all loaded files, and that unsafe checkpoints are rejected."""
 
 from __future__ import annotations
 

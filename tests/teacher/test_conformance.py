@@ -1,4 +1,4 @@
-"""Engines that keep the protocol pass the check, and each way to break it is found.
+"""Test that valid engines pass the check, and that each violation is found.
 
 pytest tests/teacher/test_conformance.py
 """

@@ -1,4 +1,4 @@
-"""A teacher of which only a part fits in memory gives the logits of the whole one.
+"""Test that a teacher with weights on disk gives the logits of the whole model.
 
 pytest tests/teacher/test_device_map.py
 """

@@ -1,4 +1,4 @@
-"""Documents of one window do not see each other, whatever the architecture.
+"""Test that documents of a window do not influence each other, in any architecture.
 
 The oracle is the model's own forward pass on one document alone.
 """

@@ -1,4 +1,4 @@
-"""What is loaded is what was meant, or a clear error."""
+"""Test that the intended model is loaded, or a clear error is raised."""
 
 from __future__ import annotations
 

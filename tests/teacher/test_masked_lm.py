@@ -1,4 +1,4 @@
-"""Masked language models as teachers: logits of the engine are transformers' own."""
+"""Test masked language models as teachers: the engine's logits are those of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Windows longer than a model's positions are refused before work, or warned about."""
+"""Test that windows longer than a model's positions are rejected early, or warned about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The identity of a quantised teacher says how it is quantised.
+"""Test that the identity of a quantised teacher names its quantisation.
 
 pytest tests/teacher/test_quantised.py
 """

@@ -1,4 +1,4 @@
-"""A teacher whose layers are split over two gloo ranks is the whole one, and builds its caches.
+"""Test that a teacher split over two gloo ranks gives its logits, and builds its caches.
 
 pytest tests/teacher/test_tensor_parallel.py
 """

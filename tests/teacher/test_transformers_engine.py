@@ -1,4 +1,4 @@
-"""The sliced path gives the model's own logits, for every way models treat them."""
+"""Test that slices of logits equal the model's own logits, for all post-processing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches whose windows hold very different numbers of labels, at two temperatures."""
+"""Provide caches whose windows have very different numbers of labels, at two temperatures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS = [(300, 20), (10, 200), (150, 5), (20, 90), (5, 250)]
 def answers(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tokenizer: object
 ) -> dict[float, Path]:
-    """By its temperature, a cache of completions alone; one pass of the teacher made both."""
+    """Build a cache of completions per temperature, in one pass of the teacher."""
     folder = tmp_path_factory.mktemp("answers")
     text, at, records = "".join(documents())[:24_000], 0, []
     for prompt, completion in cycle(LENGTHS):

@@ -1,6 +1,6 @@
-"""Every argument of transformers' Trainer and TrainingArguments works here, or is refused by name.
+"""Test that every argument of the Trainer and TrainingArguments works, or is an error.
 
-The fields of the installed transformers are gone through: one that nobody has decided about fails.
+All fields of the installed transformers are enumerated; a field without a decision fails.
 """
 
 from __future__ import annotations

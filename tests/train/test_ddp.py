@@ -1,4 +1,4 @@
-"""Two DDP ranks step like one process with both batches, and resume bit for bit, or on one rank."""
+"""Test that two DDP ranks step like one process, and resume bit for bit, also on one rank."""
 
 from __future__ import annotations
 

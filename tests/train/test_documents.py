@@ -1,4 +1,4 @@
-"""A student whose attention restarts is trained on each document alone, in any architecture."""
+"""Test that a student with restarted attention is trained on each document alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people bring with them: LoRA students, callbacks, TensorBoard, TRL.
+"""Test LoRA students, callbacks, TensorBoard and TRL.
 
 pytest tests/train/test_ecosystem.py
 """

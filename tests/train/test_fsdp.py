@@ -1,4 +1,4 @@
-"""A bound student under FSDP2's `fully_shard`, in a plain loop: gradients of one process."""
+"""Test a bound student under FSDP2's `fully_shard`: gradients of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained folder is converted to GGUF; llama.cpp answers as transformers does."""
+"""Test that a trained folder converts to GGUF, and llama.cpp answers like transformers."""
 
 from __future__ import annotations
 

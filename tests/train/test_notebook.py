@@ -1,4 +1,4 @@
-"""The table that transformers' Trainer shows in a notebook has the parts of the loss."""
+"""Test that the Trainer's table in a notebook has the parts of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bound forward computes the loss it says, on every kind of model."""
+"""Test that the bound forward computes the documented loss, on every kind of model."""
 
 from __future__ import annotations
 

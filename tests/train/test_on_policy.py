@@ -1,4 +1,4 @@
-"""The example that continues a cache-trained student on its own samples, by TRL's trainer.
+"""Test the example that continues a cache-trained student on its own samples with TRL.
 
 pytest tests/train/test_on_policy.py
 """

@@ -1,4 +1,4 @@
-"""A student stays an ordinary model while it is trained and afterwards.
+"""Test that a student stays an ordinary model during and after training.
 
 Each use is tried on the student in the middle of training, between trainings, and on a model of the
 same weights that was never bound: the results are equal.

@@ -1,4 +1,4 @@
-"""A student trained for quantised weights is saved and evaluated with them."""
+"""Test that a student trained for quantised weights is saved and evaluated with them."""
 
 from __future__ import annotations
 

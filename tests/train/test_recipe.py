@@ -1,4 +1,4 @@
-"""Recipes say what is wrong with them, and what was probably meant."""
+"""Test that errors of recipes name the problem and the probable intention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on only from the student it was begun with, by its weights and not by its path."""
+"""Test that a run resumes only from its student, identified by weights and not by path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a trained student is what other programs load, as it is."""
+"""Test that other programs load the folder of a trained student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training from a cache: repeatable, resumable, equal over ranks and batch divisions."""
+"""Test training from a cache: repeatable, resumable, independent of ranks and batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison of tiny models, for tests that carry it out."""
+"""Provide the recipe of a comparison of tiny models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny(teacher_folder: Path, text: Path) -> Callable[..., dict[str, Any]]:
-    """`tiny(folder, longest=LINE, **values)`: a recipe's values, all but the methods."""
+    """Provide `tiny(folder, longest=LINE, **values)`, the values of a recipe without methods."""
 
     def values(folder: Path, *, longest: int = 2500, **own: Any) -> dict[str, Any]:
         pages = folder / "pages.jsonl"

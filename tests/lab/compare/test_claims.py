@@ -1,4 +1,4 @@
-"""The public claims that are repeated small: the plans' rules, equal bytes, and two steps of each.
+"""Test the experiments on public claims: the rules of the plans, equal bytes, two steps each.
 
 pytest tests/lab/compare/test_claims.py
 """

@@ -1,4 +1,4 @@
-"""Comparisons on a tiny teacher: alike but for the method, resumed, failing in parts, stored."""
+"""Test comparisons of a tiny teacher: equal conditions, resuming, partial failures, storage."""
 
 from __future__ import annotations
 

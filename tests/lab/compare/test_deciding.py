@@ -1,4 +1,4 @@
-"""The rule of experiments/deciding.py on outcomes made by hand, and its training on a tiny teacher.
+"""Test the rule of experiments/deciding.py on constructed outcomes, and its training.
 
 pytest tests/lab/compare/test_deciding.py
 """

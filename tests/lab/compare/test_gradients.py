@@ -1,4 +1,4 @@
-"""Gradients inside a comparison: the right ones, measured once, and lost without losing the rest.
+"""Test gradients in a comparison: correct, computed once, and isolated in failure.
 
 pytest tests/lab/compare/test_gradients.py
 """

@@ -1,4 +1,4 @@
-"""The healing experiments carried out end to end on tiny models.
+"""Test the healing experiments end to end on tiny models.
 
 pytest tests/lab/compare/test_healing.py
 """

@@ -1,4 +1,4 @@
-"""Methods that no other comparison here carries out, and what the teacher is asked for them.
+"""Test the methods that no other comparison test trains, and the passes of the teacher.
 
 pytest tests/lab/compare/test_methods.py
 

@@ -1,4 +1,4 @@
-"""docs/results.md and its appendix: written from the stored results, with the intervals they name.
+"""Test that docs/results.md and its appendix agree with the stored results.
 
 pytest tests/lab/compare/test_pages.py
 """

@@ -1,4 +1,4 @@
-"""A comparison's recipe says what is wrong with it, and its lists stand for what they say."""
+"""Test the errors of a comparison's recipe, and the expansion of its lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Students made from the teacher: every method starts from the same pruned or quantised weights."""
+"""Test that all methods start from the same pruned or quantised weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison's figures against a calculation of their own, from outcomes made by hand.
+"""Test the metrics of a comparison against an independent calculation.
 
 pytest tests/lab/compare/test_summary.py
 

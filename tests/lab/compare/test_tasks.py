@@ -1,4 +1,4 @@
-"""Tasks of a comparison: added to a finished one without training, kept apart, shown, recorded.
+"""Test tasks of a comparison: added without training, stored separately, shown, recorded.
 
 pytest tests/lab/compare/test_tasks.py
 """

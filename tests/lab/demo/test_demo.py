@@ -1,4 +1,4 @@
-"""The demo from beginning to end, with a tiny model in the place of SmolLM2.
+"""Test the whole demo with a tiny model instead of SmolLM2.
 
 pytest tests/lab/demo/test_demo.py
 """

@@ -1,7 +1,7 @@
-"""Gradients beside full distillation's are those of autograd, and their figures what theory says.
+"""Test gradients against autograd, and their metrics against theory.
 
-Run with `pytest tests/lab/gradients/test_gradients.py`. Teacher float32, students float64; sampled
-weights are float32 whatever the student, which is where tolerances of 1e-5 come from.
+Run with `pytest tests/lab/gradients/test_gradients.py`. The teacher is float32, students are
+float64; sampled weights are always float32, which explains tolerances of 1e-5.
 """
 
 from __future__ import annotations

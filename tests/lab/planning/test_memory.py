@@ -1,4 +1,4 @@
-"""Whether a model fits: the estimate against what is allocated, and what a plan says of it.
+"""Test memory estimates against measured allocations, and the plan's statements about them.
 
 pytest tests/lab/planning/test_memory.py
 """

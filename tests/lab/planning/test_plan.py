@@ -1,4 +1,4 @@
-"""A plan's arithmetic, and the paper's figures from the paper's settings.
+"""Test the arithmetic of a plan, and the paper's numbers from the paper's settings.
 
 pytest tests/planning
 """

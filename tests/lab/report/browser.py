@@ -1,7 +1,7 @@
-"""A real Chromium for the pages: what it logs as an error fails the test.
+"""Open pages in Chromium, and fail a test if the browser logs an error.
 
-Found as $SPARSELOGITS_BROWSER, or on the path, or among playwright's own; a machine without one
-fails these tests and says how to get one.
+The browser is $SPARSELOGITS_BROWSER, or one on the path, or one installed by playwright. Without a
+browser these tests fail with a message on how to install one.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def opened(
     own: str | None = None,
     expected: str | None = None,
 ) -> Iterator[Page]:
-    """A page; at the end nothing was logged as an error or warning and nothing else was asked for.
+    """Yield an open page, and check at the end that it logged nothing and requested nothing else.
 
     Args:
-        browser: that opens it.
-        address: of the page.
-        size: of the screen.
+        browser: browser that opens the page.
+        address: address of the page.
+        size: width and height of the screen in pixels.
         scheme: light or dark.
-        own: what the addresses of all requests begin with; by default the page's own address.
-        expected: part of messages that are no fault.
+        own: prefix of the addresses of all allowed requests; by default the address of the page.
+        expected: part of log messages that are allowed.
     """
     page = browser.new_page(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
     errors: list[str] = []
@@ -82,7 +82,7 @@ def opened(
 
 
 def cut_off(page: Page) -> list[str]:
-    """What lies outside the screen's width, but for what scrolls by itself; all details open."""
+    """Return the elements beyond the screen's width that do not scroll, with all details open."""
     found: list[str] = page.evaluate(
         """() => {
           document.querySelectorAll("details").forEach((each) => { each.open = true; });
@@ -106,7 +106,7 @@ def cut_off(page: Page) -> list[str]:
 
 
 def faint_texts(page: Page) -> list[dict[str, Any]]:
-    """Every text that is seen with less contrast than `CONTRAST` to what lies behind it."""
+    """Return the visible texts whose contrast to their background is below `CONTRAST`."""
     found: list[dict[str, Any]] = page.evaluate(
         """(least) => {
           const canvas = new OffscreenCanvas(1, 1);

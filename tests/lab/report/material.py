@@ -1,4 +1,4 @@
-"""Results that no run has made: small, of every kind, under names that try to become markup."""
+"""Create small results of all kinds, with names that contain markup."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def comparison() -> Results:
 
 
 def demo_results() -> Results:
-    """Return results of the demo's kind, one method of it under a hostile name."""
+    """Return results like those of the demo, with one hostile method name."""
     ways: dict[str, tuple[str, float, float | None, float | None]] = {
         "not healed": ("none", 1.051, 0.0, None),
         "CE": ("ce", 0.981, 15.4, None),
@@ -139,7 +139,7 @@ def demo_results() -> Results:
 
 
 def walkthrough() -> Walkthrough:
-    """Return a demo's page, hostile wherever names and text come in."""
+    """Return the page of a demo with hostile names and texts."""
     results = demo_results()
     return Walkthrough(
         title="sparselogits demo",

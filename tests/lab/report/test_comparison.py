@@ -1,4 +1,4 @@
-"""The page of a comparison: every number in it from the results, rendered in Chromium.
+"""Test the page of a comparison in Chromium: every number comes from the results.
 
 pytest tests/lab/report/test_comparison.py
 """

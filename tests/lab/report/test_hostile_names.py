@@ -1,4 +1,4 @@
-"""Names out of a results file that try to be code, markup, keys of objects or expressions.
+"""Test names in a results file that contain code, markup, object keys or expressions.
 
 pytest tests/lab/report/test_hostile_names.py
 """

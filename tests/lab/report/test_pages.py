@@ -1,6 +1,6 @@
-"""Every kind of page, on a desktop and a phone, in light and dark, in Chromium.
+"""Test every kind of page in Chromium, on a desktop and a phone, in light and dark.
 
-Nothing is cut off, nothing is hard to read, no script fails, nothing is asked of the network.
+Nothing is truncated or hard to read, no script fails, and nothing is requested from the network.
 
 pytest tests/lab/report/test_pages.py
 """

@@ -1,4 +1,4 @@
-"""The documentation in Chromium: the first page and the longest tables, read as a person would.
+"""Test the documentation site in Chromium: the first page and the longest tables.
 
 pytest tests/lab/report/test_site.py
 """

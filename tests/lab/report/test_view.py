@@ -1,4 +1,4 @@
-"""The page of a window, clicked through in Chromium; what it shows is what the cache holds.
+"""Test the page of a window in Chromium: interaction, and agreement with the cache.
 
 pytest tests/lab/report/test_view.py
 """

@@ -1,4 +1,4 @@
-"""The demo's page: what was measured is in it, and what comes from models and text stays text.
+"""Test the demo's page: it contains the results, and text of models is never markup.
 
 tests/lab/demo/test_demo.py has the page of a demo that ran. pytest
 tests/lab/report/test_walkthrough.py

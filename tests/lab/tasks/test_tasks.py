@@ -1,4 +1,4 @@
-"""Zero-shot tasks: data made alike each time, scores those of a plain computation, quiet, offline.
+"""Test zero-shot tasks: deterministic data, scores of a plain computation, no output, offline.
 
 pytest tests/lab/tasks/test_tasks.py
 """
