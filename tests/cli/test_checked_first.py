@@ -87,7 +87,7 @@ MISTAKES = {
     "cache --teacher {teacher} --data {latin} --out {new}": ("byte 0xf1 at offset 2", "iconv"),
     "cache --teacher {teacher} --data {short} --out {new}": ("too short", "--window"),
     "cache --teacher {teacher} --data {short} --out {new} --window 16 --holdout 0.1": (
-        "too short to hold a part of it out",
+        "too short for a hold-out",
         "window of at most",
     ),
     "eval {student}": ("--cache cache", "--data file"),

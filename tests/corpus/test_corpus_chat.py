@@ -24,7 +24,7 @@ from transformers.utils import chat_template_utils
 from sparselogits.corpus import Packing, open_source, pack, packing_for, records
 from sparselogits.corpus.chat import ChatTemplate
 from sparselogits.corpus.conversation import conversation_of
-from sparselogits.corpus.rendering import Renderer, _Bound
+from sparselogits.corpus.rendering import Renderer, _BoundTemplate
 from sparselogits.errors import IdentityMismatchError
 
 TALK = [
@@ -254,8 +254,8 @@ SAID = [
 @pytest.mark.parametrize(
     "name", ["llama3_1", "qwen2_5", "qwen3", "gemma3", "phi3", "cohere2", "lfm2", "glm4moe"]
 )
-def test_the_place_of_a_turn_is_where_growth_finds_it(tokenizer: Any, name: str) -> None:
-    """Where a template lets both rules apply, they agree, whatever is said."""
+def test_markers_and_prefixes_locate_a_turn_equally(tokenizer: Any, name: str) -> None:
+    """Where both methods apply to a template, they agree, whatever is said."""
     rng, agreed = random.Random(name), 0
     tokenizer.chat_template = published(name)
     renderer = Renderer(asdict(ChatTemplate.of(tokenizer)))  # type: ignore[arg-type]
@@ -266,14 +266,14 @@ def test_the_place_of_a_turn_is_where_growth_finds_it(tokenizer: Any, name: str)
                 said = "".join(rng.choices(SAID, k=rng.randint(1, 4)))
                 talk.append({"role": role, "content": said})
         conversation = asdict(conversation_of({"messages": talk}, ["messages"]))
-        render = _Bound(renderer, conversation)
+        render = _BoundTemplate(renderer, conversation)
         text = render.text(talk)
         for number in range(1, len(talk), 2):
             asked = render.text(talk[:number], opened=True)
             told = render.text(talk[: number + 1])
             if text.startswith(asked) and text.startswith(told):
-                assert renderer._end(render, talk, number, text, told) == len(told)
-                start = renderer._start_as_usual(render, talk, number, text)
+                assert renderer._end_by_marker(render, talk, number, text, told) == len(told)
+                start = renderer._start_from_example(render, talk, number, text)
                 assert start is not None
                 assert text[start:].startswith(text[len(asked) :])
                 agreed += 1

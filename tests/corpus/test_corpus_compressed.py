@@ -83,7 +83,7 @@ def test_a_file_that_was_cut_off_is_refused(kind: str, tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         if kind.endswith("skippable frames") and cut < 10:
             continue
-        with pytest.raises(CorpusError, match=r"pages\.jsonl.*etch it anew"):
+        with pytest.raises(CorpusError, match=r"pages\.jsonl.*download it again"):
             read(path)
 
 
@@ -95,7 +95,9 @@ def test_what_is_no_compressed_data_is_named(suffix: str, tmp_path: Path) -> Non
     with pytest.raises(CorpusError, match=rf"cannot be decompressed as \{suffix} before byte \d+"):
         read(path)
     path.write_bytes(compress(LINES) + b"trailing words of another tool")
-    with pytest.raises(CorpusError, match=r"something else after 1 complete part\(s\).*cut it off"):
+    with pytest.raises(
+        CorpusError, match=r"other data after 1 complete part\(s\).*remove the other"
+    ):
         read(path)
     damaged = bytearray(compress(LINES))
     damaged[len(damaged) // 2] ^= 0xFF

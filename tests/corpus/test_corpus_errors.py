@@ -43,21 +43,21 @@ GOOD = {"text": TEXT}
         ("a.txt", b" \n\n \n", r"every document is empty or white space"),
         ("a.txt", b"good\n" * 30_000 + b"caf\xe9 \n", r"UTF-8 text: byte 0xe9 at offset 150003"),
         ("a.txt", "é".encode("utf-16"), r"zero byte at offset 3. If it is UTF-16, convert it"),
-        ("a.dat", b"MZ\x00\x01 binary", r"a\.dat is not a text file: a zero byte at offset 2"),
+        ("a.dat", b"MZ\x00\x01 binary", r"a\.dat is not a text file: it has a zero byte at"),
         ("a.txt.gz", b"\x1f\x8b", r"Decompress it first"),
         ("a.jsonl", lines(GOOD, b"{'no'}"), r"a\.jsonl, line 2 is not JSON .*\"\{'no'\}\""),
         ("a.jsonl", lines(GOOD, b"", b"\xff{}"), r"a\.jsonl, line 3 is not JSON"),
         ("a.json", lines([GOOD]), r"line 1 is not an object.*jq -c"),
         ("a.json", b'[\n{"text": "a"}\n]', r"line 1 is not JSON.*jq -c"),
         ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"line 2 has no field `text`, nor `prompt` an"),
-        ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"fields are `a`, `n`. Name the .*text_field"),
-        ("a.jsonl", lines(GOOD, {"text": ["b"]}), r"line 2: the field `text` holds list, not text"),
+        ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"fields are `a`, `n`. Give the .*text_field"),
+        ("a.jsonl", lines(GOOD, {"text": ["b"]}), r"line 2: the field `text` contains list, not text"),
         ("a.jsonl", lines(b'{"text": "a\\ud800"}'), r"line 1: .* surrogate pair at character 1"),
         ("a.jsonl", b"[" * 100_000, r"line 1 is not JSON"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be decompressed"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst cannot be decompressed"),
-        ("a.parquet", b"PAR1 no parquet", r"a\.parquet is no readable Parquet file"),
-        ("a.arrow", b"no arrow at all", r"a\.arrow is no readable Arrow file"),
+        ("a.parquet", b"PAR1 no parquet", r"a\.parquet cannot be read as Parquet"),
+        ("a.arrow", b"no arrow at all", r"a\.arrow cannot be read as Arrow"),
     ],
 )  # fmt: skip
 def test_files_that_hold_no_text(
@@ -83,11 +83,11 @@ def test_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folders_without_text(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(CorpusError, match="holds no files"):
+    with pytest.raises(CorpusError, match="contains no files"):
         open_source(str(folder))
     for name in ("a.py", "b.py", "c.png"):
         (folder / name).write_text("x")
-    with pytest.raises(CorpusError, match=r"it holds 2 \.py, 1 \.png.*/\*\*/\*\.py"):
+    with pytest.raises(CorpusError, match=r"it contains 2 \.py, 1 \.png.*/\*\*/\*\.py"):
         open_source(str(folder))
 
 
@@ -96,7 +96,7 @@ def test_columns_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
     with pytest.raises(CorpusError, match=r"no field `text`.*its fields are `body`, `n`"):
         packed(tokenizer, path)
-    with pytest.raises(CorpusError, match=r"the column `n` holds int64, not text"):
+    with pytest.raises(CorpusError, match=r"the column `n` contains int64, not text"):
         packed(tokenizer, path, text_field="n")
     datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(CorpusError, match=r"no field `text`.*its fields are `body`"):
@@ -121,7 +121,7 @@ def test_too_little_text_leaves_nothing_in_the_way(
     path.write_text(TEXT)
     tokens = len(tokenizer.encode(TEXT)) + 1
     with pytest.raises(
-        CorpusError, match=rf"too short: {tokens} tokens, and one window needs 9999"
+        CorpusError, match=rf"too short: it has {tokens} tokens, but one window needs 9999"
     ):
         packed(tokenizer, path, window=9999)
     assert packed(tokenizer, path, window=tokens).windows == 1
@@ -152,7 +152,7 @@ def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     path.write_text(TEXT)
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(CorpusError, match="not empty and holds no packed corpus"):
+    with pytest.raises(CorpusError, match="not empty and contains no packed corpus"):
         packed(tokenizer, path)
     assert [file.name for file in out.iterdir()] == ["thesis.tex"]
 
@@ -160,9 +160,12 @@ def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: P
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda out: (out / "index.json").unlink(), "is not finished; pack it again to finish"),
+        (
+            lambda out: (out / "index.json").unlink(),
+            "is not finished; pack the text again to resume",
+        ),
         (lambda out: (out / "index.json").write_text("{"), "cannot be read"),
-        (lambda out: (out / "corpus.json").unlink(), "holds no packed corpus"),
+        (lambda out: (out / "corpus.json").unlink(), "contains no packed corpus"),
         (lambda out: (out / "corpus.json").write_text('{"format":99}'), "has format 99"),
         (lambda out: flip(out / "training/part-00000000.parquet"), "part-00000000.parquet is dam"),
         (lambda out: (out / "training/part-00000000.parquet").unlink(), "parquet is damaged"),

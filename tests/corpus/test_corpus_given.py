@@ -107,8 +107,8 @@ MISTAKES = {
     "no text": ([{"body": "x"}], "record 0 has no field `text`"),
     "strings": (["x"], "record 0 is a str"),
     "bytes": ({"text": b"x"}, "no split `train`"),
-    "images": ([{"text": "x"}, {"text": b"x"}], "record 1 holds a value that is no text"),
-    "surrogate": ([{"text": "\ud800"}], "record 0 holds a value that is no text"),
+    "images": ([{"text": "x"}, {"text": b"x"}], "record 1 contains a value that is not text"),
+    "surrogate": ([{"text": "\ud800"}], "record 0 contains a value that is not text"),
     "number": (7, "cannot read text from a int"),
     "other splits": (DatasetDict({"test": Dataset.from_list([{"text": "x"}])}), "splits are test"),
 }

@@ -318,7 +318,7 @@ def test_whatever_the_documents_no_token_is_lost(
             source, tokenizer, packing, folder / "out", vocab_size=VOCAB, part_bytes=part_bytes
         )
     except CorpusError as error:
-        assert "too short" in str(error) or "holds no text" in str(error)  # noqa: PT017
+        assert "too short" in str(error) or "contains no text" in str(error)  # noqa: PT017
         assert not (folder / "out").exists()
         return
     kept = [text for text in texts if text.strip()]

@@ -337,16 +337,16 @@ def test_a_second_template_for_tools(tmp_path: Path, tokenizer: Any) -> None:
 
 BACKWARDS = "{{ messages | length }}{% for m in messages %}{{ m.content | reverse }}{% endfor %}"
 MISTAKES: dict[str, tuple[str | None, Any, str]] = {
-    "no template": (None, TALK, "no chat template .* give a tokenizer that has one"),
+    "no template": (None, TALK, "no chat template .* give a tokenizer with a template"),
     "template that refuses": ("{{ raise_exception('no talk') }}", TALK, "no talk"),
-    "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "refuses it"),
-    "text": (CHATML, "hello", "holds str instead of messages"),
-    "strings": (CHATML, ["hello"], "holds list instead of messages"),
-    "number": (CHATML, 7, "holds int instead of messages"),
+    "template of an unknown name": ("{{ messages[0].a.b }}", TALK, "refuses the messages"),
+    "text": (CHATML, "hello", "contains str instead of messages"),
+    "strings": (CHATML, ["hello"], "contains list instead of messages"),
+    "number": (CHATML, 7, "contains int instead of messages"),
     "from and value": (CHATML, SHAREGPT, "message 1 of `messages` has no `role` .*`from`, `value`"),
     "no role": (CHATML, [QUESTION, {"content": "x"}], "message 2 of `messages` has no `role`"),
     "empty role": (CHATML, [{"role": "", "content": "x"}], "message 1 .* has the role ''"),
-    "role in capitals": (CHATML, [{"role": "Assistant", "content": "x"}], "write it in that form"),
+    "role in capitals": (CHATML, [{"role": "Assistant", "content": "x"}], "Rename the role"),
     "role of a number": (CHATML, [{"role": 3, "content": "x"}], "message 1 .* has the role '3'"),
     "no content": (CHATML, [{"role": "user"}], "message 1 .* has no `content`"),
     "null content": (CHATML, [{"role": "user", "content": None}], "has no `content`"),
@@ -359,7 +359,7 @@ MISTAKES: dict[str, tuple[str | None, Any, str]] = {
     "an image": (
         CHATML,
         [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
-        "message 1 .* has a part of content that is 'image'",
+        "message 1 .* has a content part of type 'image'",
     ),
     "half a surrogate pair": (
         CHATML,

@@ -156,7 +156,7 @@ def test_pages_of_text_are_all_read(names: list[str], tmp_path: Path) -> None:
     """Documentation is not divided because a page of it is called testing.md."""
     folder = lay_out(tmp_path / "pages", names)
     assert [file.name for file in open_source(str(folder)).files] == sorted(names)
-    with pytest.raises(CorpusError, match="no split `test`: nothing in the names"):
+    with pytest.raises(CorpusError, match="no split `test`: the names"):
         open_source(str(folder), split="test")
 
 
@@ -167,7 +167,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     by_pattern = open_source(f"{folder}/*.jsonl")
     assert len(by_pattern.files) == 3
     for named in (f"{folder}/*.jsonl", f"{folder}/test.jsonl"):
-        with pytest.raises(CorpusError, match=r"names files, which have no split `test`; leave ou"):
+        with pytest.raises(CorpusError, match=r"names files, which have no split `test`; remove"):
             open_source(named, split="test")
 
 
@@ -204,7 +204,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
     assert {"c.jsonl", "d.jsonl"} < set(names)
     assert sorted(source.documents()) == ["a.jsonl", "a.jsonl", "c.jsonl", "deep/b.jsonl"]
     said = source.in_words()
-    assert "files (link to a folder that is read already: " in said
+    assert "files (link to a folder that is also read elsewhere: " in said
     assert "1 file (link to nothing: gone.jsonl)" in said
     with pytest.raises(CorpusError, match=r"is a link to .*/nothing, which does not exist"):
         open_source(str(folder / "gone.jsonl"))
@@ -218,7 +218,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         bound.bind(str(folder / "s.jsonl"))
         source = open_source(str(folder))
         assert [file.name for file in source.files] == ["a.jsonl"]
-        assert "2 files (no regular file: pipe.jsonl, s.jsonl)" in source.in_words()
+        assert "2 files (not a regular file: pipe.jsonl, s.jsonl)" in source.in_words()
         with pytest.raises(CorpusError, match=r"is a socket; only regular files"):
             open_source(str(folder / "s.jsonl"))
     with pytest.raises(
@@ -290,7 +290,7 @@ def test_a_download_whose_name_lost_its_suffix(
     name: str, suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(compress(ROW.encode() * 9))
-    with pytest.raises(CorpusError, match=rf"holds \{suffix} data, which .* it {name}\{suffix} if"):
+    with pytest.raises(CorpusError, match=rf"contains \{suffix} data .* to {name}\{suffix} if"):
         open_source(str(tmp_path / name))
 
 

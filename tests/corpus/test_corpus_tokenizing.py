@@ -40,7 +40,7 @@ def test_a_bos_only_where_the_tokenizer_adds_one(template: str, adds_bos: bool) 
 
 
 def test_two_leading_tokens_are_refused() -> None:
-    with pytest.raises(CorpusError, match=r"puts 2 tokens before text.*in a Packing"):
+    with pytest.raises(CorpusError, match=r"adds 2 tokens before text.*of a Packing"):
         packing_for(adds("<s> <sop> $A"), window_length=8)
 
 

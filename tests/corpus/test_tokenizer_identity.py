@@ -153,7 +153,7 @@ def test_added_tokens_that_one_of_them_lacks_are_a_note() -> None:
     plain, more = wrapped(byte_level()), wrapped(added(byte_level(), "<tool>", "<call>"))
     for teacher, student, where in ((more, plain, "in the cache"), (plain, more, "here")):
         made = tokenizer_fingerprint(teacher)
-        said = f"2 added tokens are {where} alone, as '<tool>'"
+        said = f"2 added tokens are only {where}, as '<tool>'"
         with pytest.warns(SparseLogitsWarning, match=said):
             require_tokenizer(student, str(made), made.record())
 

@@ -199,9 +199,9 @@ def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened() -> None:
     [
         ({}, "nothing to prune"),
         ({"layers": 4}, "from 1 to the teacher's 3"),
-        ({"layers": 2, "drop_layers": (1,)}, "give one of them"),
+        ({"layers": 2, "drop_layers": (1,)}, "give only one of them"),
         ({"drop_layers": (3,)}, "from 0 to 2"),
-        ({"drop_layers": (0, 1, 2)}, "keep at least one block"),
+        ({"drop_layers": (0, 1, 2)}, "fewer than 3 distinct numbers"),
         ({"heads": 3}, "a multiple of 2"),
     ],
 )

@@ -115,7 +115,7 @@ def test_links_that_leave_the_folder_are_refused_unless_allowed(folder: Path) ->
 def test_weights_that_are_no_regular_file_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    with pytest.raises(TeacherError, match="no regular file"):
+    with pytest.raises(TeacherError, match="not a regular file"):
         load_language_model(str(folder))
 
 

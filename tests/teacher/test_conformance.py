@@ -171,12 +171,12 @@ class Broken(ModuleTeacher):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("gap", "expected it to continue at position 7 of window 0"),
+        ("gap", "expected it to start at position 7 of window 0"),
         ("short", "slices end at position 0 of window 2"),
         ("half", "expected float32"),
         ("mask", "set it to -inf"),
         ("nan", "NaN"),
-        ("random", "twice the same tokens differ"),
+        ("random", "two passes over the same tokens differ"),
         ("batch", "alone and in a batch differ"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_missing_model(name: str, said: str) -> None:
 
 
 def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="holds no model"):
+    with pytest.raises(TeacherError, match="contains no model"):
         load_tokenizer(str(tmp_path))
 
 

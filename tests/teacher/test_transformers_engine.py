@@ -126,7 +126,7 @@ def test_whatever_a_model_does_to_its_logits_reaches_the_targets(
     if known:
         teacher = make_teacher(model)
     else:
-        with pytest.warns(SparseLogitsWarning, match="cannot be run apart"):
+        with pytest.warns(SparseLogitsWarning, match="cannot be run separately"):
             teacher = make_teacher(model)
     tokens = torch.arange(20)[None]
     expected = model(input_ids=tokens).logits.float()
@@ -142,7 +142,7 @@ def test_a_factor_before_the_head_is_noticed() -> None:
 
     model = Scaled(tiny_llama().config).eval()
     assert split(model) is None
-    with pytest.warns(SparseLogitsWarning, match="cannot be run apart"):
+    with pytest.warns(SparseLogitsWarning, match="cannot be run separately"):
         teacher = make_teacher(model)
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(gathered(teacher, tokens), model(input_ids=tokens).logits)

@@ -224,7 +224,7 @@ def test_tokenizers_that_are_missing_or_others(
     with pytest.raises(IdentityMismatchError, match=r"the recipe's tokenizer .* other tokens"):
         run(recipe(bare, tmp_path / "no", tokenizer=name), device="cpu")
     assert not (tmp_path / "no" / "recipe.json").exists()
-    with pytest.raises(TeacherError, match="holds no model"):
+    with pytest.raises(TeacherError, match="contains no model"):
         run(recipe(bare, tmp_path / "no", tokenizer=str(tmp_path)), device="cpu")
 
 

@@ -1,14 +1,15 @@
 """Render conversations to text with a tokenizer's chat template, in a separate process.
 
-A conversation is rendered whole, by the renderer of transformers, so that the text is what
-`apply_chat_template` gives; `rendering` decides which characters enter the loss mask.
+A conversation is rendered as a whole by the renderer of transformers, so the text equals that of
+`apply_chat_template`; `rendering` determines which characters are in the loss mask.
 
-Templates are untrusted programs from a tokenizer's folder. transformers runs them in
-Jinja's sandbox, which blocks access to files and to Python, but not endless loops or gigabytes of
-text. Operating-system limits stop those: the rendering process ends when one rendering takes more
-than `CPU_SECONDS` of processor time, and it may take `MEMORY_BYTES` more than at its start. One
-rendering process serves all conversations that a packing process reads; it ends with the packing
-process, or after `IDLE_SECONDS` without a conversation, and restarts at the next conversation.
+Templates are untrusted programs from a tokenizer's folder. transformers runs them in Jinja's
+sandbox, which blocks access to files and to Python, but not endless loops or gigabytes of text.
+Those are stopped by limits of the operating system: the rendering process ends if one rendering
+takes more than `CPU_SECONDS` of processor time, and it may allocate at most `MEMORY_BYTES` more
+than at its start. One rendering process serves all conversations of a packing process; it ends with
+the packing process, or after `IDLE_SECONDS` without a conversation, and restarts at the next
+conversation.
 """
 
 from __future__ import annotations
@@ -30,39 +31,44 @@ from sparselogits.errors import CorpusError
 from sparselogits.identity import canonical_json
 
 CPU_SECONDS = 5
-"""Processor time that one rendering may take; usual ones take a millisecond."""
+"""Maximum processor time per rendering, in seconds; a typical rendering takes a millisecond."""
 MEMORY_BYTES = 1 << 30
-"""Memory that renderings may take."""
+"""Maximum memory that renderings allocate, in bytes."""
 IDLE_SECONDS = 30
-"""Time after which an idle process ends: packing is over long before a build is."""
+"""Seconds without a conversation after which the rendering process ends."""
 
 _RULES = 2
-"""Version of the rules by which conversations become tokens; enters the fingerprint."""
+"""Version of the rules by which conversations become tokens; part of the fingerprint."""
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation."""
+    """Text of a conversation with its loss mask."""
 
     text: str
+    """Text of the whole conversation."""
     learnt: list[tuple[int, int]]
-    """Ranges [start, stop) of characters that are learnt, ascending; empty if not requested."""
+    """Ranges [start, stop) of characters in the loss mask, ascending; empty if not requested."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template with the tokens that it refers to; plain values, cheap to pickle."""
+    """Chat template with the tokens that it refers to; plain values that can be pickled."""
 
     template: str
+    """Jinja source of the template."""
     with_tools: str
-    """Template for records that have tools; the same one unless the tokenizer has a second."""
+    """Jinja source of the template for records with tools; usually equal to `template`."""
     special_tokens: tuple[tuple[str, Any], ...]
-    """Names and texts that templates refer to, such as `eos_token`."""
+    """Names and texts of the special tokens that templates refer to, such as `eos_token`."""
     closing: tuple[str, ...] = ()
-    """Texts of the tokenizer's added tokens, which may end a turn."""
+    """Texts of the tokenizer's added tokens, each of which may end a turn."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
-        """Return the template of a tokenizer; None if the tokenizer has no template.
+        """Return the chat template of a tokenizer; None if the tokenizer has no template.
+
+        Args:
+            tokenizer: a transformers tokenizer.
 
         Raises:
             CorpusError: the tokenizer has several templates, and none of them is the default.
@@ -74,8 +80,8 @@ class ChatTemplate:
             with_tools: str = tokenizer.get_chat_template(tools=[])
         except ValueError as error:
             raise CorpusError(
-                f"the tokenizer's chat template cannot be chosen: {error}. Set `chat_template` to "
-                "one of them"
+                f"the tokenizer has several chat templates and no default: {error}. Set its "
+                "`chat_template` to one of them"
             ) from error
         special = tuple(sorted(tokenizer.special_tokens_map.items()))
         closing = sorted(map(str, getattr(tokenizer, "added_tokens_decoder", {}).values()))
@@ -83,25 +89,28 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of everything that decides what messages become."""
+        """Hexadecimal sha256 of all values that determine the tokens of a conversation."""
         described = [_RULES, self.template, self.with_tools, dict(self.special_tokens)]
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
 
     def unread(self, names: Iterable[str]) -> list[str]:
-        """Return the inputs that no template refers to; such columns have another meaning."""
+        """Return the names among `names` of optional inputs that the template does not use.
+
+        A field of such a name has another meaning than the template's input.
+        """
         inputs = {"tools", "documents"} & set(names)
         return [name for name in inputs if name not in self.template + self.with_tools]
 
     def rendered(self, conversation: Conversation, *, masked: bool) -> Rendered:
-        """Render a conversation.
+        """Render a conversation to text.
 
         Args:
             conversation: conversation of at least one message.
-            masked: whether to find the assistant's text, the only part that is learnt.
+            masked: whether to return the ranges of the assistant's text as loss mask.
 
         Raises:
-            CorpusError: the template refuses the messages or exceeds its limits, or the
-                assistant's text is not found in its output.
+            CorpusError: the template raises an error or exceeds its limits, or the assistant's text
+                cannot be located in its output.
         """
         answer = _ask(asdict(self), {**asdict(conversation), "masked": masked})
         if "error" in answer:
@@ -109,7 +118,7 @@ class ChatTemplate:
         return Rendered(answer["text"], [(start, stop) for start, stop in answer["learnt"]])
 
 
-# the process
+# --- the rendering process ---
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -120,7 +129,7 @@ _running: _Running | None = None
 
 
 class _Running:
-    """A running process and the template that it renders."""
+    """Running rendering process and its current template."""
 
     def __init__(self) -> None:
         limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]
@@ -134,7 +143,7 @@ class _Running:
         )
 
     def send(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request; {} if the process has ended."""
+        """Send a request and return the answer; {} if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -146,7 +155,7 @@ class _Running:
         return {}
 
     def end(self) -> int:
-        """Shut the process down and return its exit status."""
+        """Shut down the process and return its exit status."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(OSError):
@@ -161,10 +170,14 @@ class _Running:
 
 
 def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `rendering.Renderer.rendered` returns for a request, in another process.
+    """Run `rendering.Renderer.rendered` in the rendering process and return its answer.
+
+    Args:
+        template: fields of a `ChatTemplate`.
+        request: see `rendering.Renderer.rendered`.
 
     Raises:
-        CorpusError: JSON cannot hold a value, or the template exceeded its limits.
+        CorpusError: a value cannot be encoded as JSON, or the template exceeded its limits.
     """
     global _running
     with _lock:
@@ -172,14 +185,15 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
             _running = None  # belongs to the process that this one was forked from
         try:
             answer, status = _answer(template, request)
-            if status == 0:  # the process ended, being idle, in the moment of the request
+            if status == 0:  # the idle process ended at the time of the request
                 answer, status = _answer(template, request)
         except (TypeError, ValueError, RecursionError) as error:
             raise CorpusError(
-                f"it holds a value that is no JSON ({error}); remove the value"
+                f"the record contains a value that cannot be written as JSON ({error}); remove the "
+                "value"
             ) from error
         except BaseException:
-            # interrupted between a request and its answer, which the next request would receive
+            # after an interruption, the next request would receive the answer to this one
             if _running is not None:
                 _running.process.kill()
                 _running.end()
@@ -188,8 +202,8 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
     if not answer:
         raise CorpusError(
             f"the chat template was stopped (exit status {status}): one rendering may take "
-            f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Look at "
-            "the template's loops, or use a tokenizer with another template"
+            f"{CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 20} MiB of memory. Check the "
+            "template's loops, or use a tokenizer with another template"
         )
     return answer
 
@@ -197,7 +211,7 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
 def _answer(
     template: Mapping[str, Any], request: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int | None]:
-    """Return the answer of the running process, or {} and the exit status of one that ended."""
+    """Return the rendering process's answer and None, or {} and its exit status if it ended."""
     global _running
     if _running is None or _running.process.poll() is not None:
         shut_down()
@@ -214,7 +228,7 @@ def _answer(
 
 @atexit.register
 def shut_down() -> None:
-    """Shut this process's renderer down; the next request starts another."""
+    """Shut down the rendering process; the next request starts another one."""
     global _running
     if _running is not None and _running.owner == os.getpid():
         _running.end()

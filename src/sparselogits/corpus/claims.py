@@ -1,10 +1,10 @@
-"""Claim the folder of a packed corpus for one text, whichever process packs it.
+"""Reserve the folder of a packed corpus for one text, among all processes that pack into it.
 
-`corpus.json`, which says what is packed, is created exclusively and compared after it is created.
-While a process packs, it holds a lock on the folder, shared with other workers of the same build
-and released by the kernel when the process dies. A claim without a finished part may be renewed for
-another text only by a process that holds that lock alone: then the process that made the claim is
-dead, and so are all of its workers. Without locks (see `locks`) a claim is never renewed.
+`corpus.json`, which describes the text, is created exclusively and then compared. While a process
+packs, it holds a lock on the folder; other workers of the same build share the lock, and the kernel
+releases it when a process dies. If no part is finished, another text may replace the claim, but
+only while a process holds the lock exclusively: then all processes of the earlier claim are dead.
+Without locks (see `locks`) a claim is never replaced.
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ from sparselogits.locks import FileLock, Held
 
 
 class Claim:
-    """Hold the lock on a packed-corpus folder, shared by workers that pack the same text."""
+    """Claim on the folder of a packed corpus, shared by workers that pack the same text.
+
+    Args:
+        paths: paths of the folder.
+        lock: lock of the folder, which this process holds if locks are supported.
+    """
 
     def __init__(self, paths: Paths, lock: FileLock) -> None:
         self._paths, self._lock = paths, lock
 
     def abandon(self) -> None:
-        """Remove what was packed, unless another worker is packing the same text here."""
+        """Remove the packed files, unless another worker is packing the same text."""
         if self._lock.take(alone=True, wait=False) is Held.ALONE:
             self._paths.remove()
 
 
 def is_abandoned(paths: Paths) -> bool:
-    """Return whether a claim may be renewed: no part is finished, and no process is packing."""
+    """Return whether another text may be packed into a folder with a claim.
+
+    This is the case if no part is finished, and no process is packing.
+    """
     if paths.begun:
         return False
     lock = FileLock(paths.lock)
@@ -45,25 +53,28 @@ def is_abandoned(paths: Paths) -> bool:
 
 @contextmanager
 def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
-    """Lock a folder for one text while it is packed, together with processes that pack the same.
+    """Claim a folder for one text and hold its lock during a block.
+
+    Other processes may hold claims on the folder for the same text at the same time.
 
     Args:
-        paths: paths of the folder, which is created where it is missing.
+        paths: paths of the folder, which is created if it is missing.
         made_from: content of `corpus.json`.
 
     Raises:
-        IdentityMismatchError: the folder belongs to another text; names the fields.
-        CorpusError: the folder holds something else.
+        IdentityMismatchError: the folder belongs to another text; the message contains the
+            differing fields.
+        CorpusError: the folder contains other files.
         StorageError: the folder cannot be written.
     """
     lock = FileLock(paths.lock)
     try:
-        while not _settled(paths, made_from, lock):
+        while not _try_to_claim(paths, made_from, lock):
             pass
         yield Claim(paths, lock)
     finally:
-        # a complete corpus needs no lock file; else the last worker removes it. Where the claim was
-        # abandoned it is gone, and taking the lock would create the folder again
+        # The lock file is removed when the corpus is complete, or by the last worker. After
+        # `abandon` it does not exist, and taking the lock would create the folder again.
         if paths.index.exists() or (
             paths.lock.exists() and lock.take(alone=True, wait=False) is Held.ALONE
         ):
@@ -71,62 +82,68 @@ def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
         lock.release()
 
 
-def _settled(paths: Paths, made_from: Mapping[str, Any], lock: FileLock) -> bool:
-    """Return whether the folder belongs to this text and is locked for it, where locks exist."""
-    _require_own_folder(paths)
+def _try_to_claim(paths: Paths, made_from: Mapping[str, Any], lock: FileLock) -> bool:
+    """Claim a folder, and acquire a shared lock if locks are supported; return whether it worked.
+
+    The attempt fails, and must be repeated, if another process removed its claim meanwhile.
+    """
+    _require_corpus_or_empty(paths)
     found = lock.take(alone=True, wait=False)
     if found is not Held.TAKEN:
-        _claim(paths, made_from, renew=found is Held.ALONE)
+        _write_claim(paths, made_from, replace=found is Held.ALONE)
     if found is not Held.UNSUPPORTED:
         lock.take(alone=False, wait=True)
-    # another process may have had the lock in between
+    # the conversion to a shared lock is not atomic
     if not paths.made_from.exists():
         return False
-    _require_same(paths, made_from)
+    _require_same_text(paths, made_from)
     return True
 
 
-def _claim(paths: Paths, made_from: Mapping[str, Any], *, renew: bool) -> None:
+def _write_claim(paths: Paths, made_from: Mapping[str, Any], *, replace: bool) -> None:
+    """Write `corpus.json` if it is missing, or if it may be replaced and describes another text."""
     if paths.made_from.exists():
-        if paths.begun or not renew or not _differences(paths, made_from):
+        if paths.begun or not replace or not _differences(paths, made_from):
             return
         paths.clear()
     write_whole(paths.made_from, canonical_json(made_from), replace=False)
 
 
-def _require_own_folder(paths: Paths) -> None:
+def _require_corpus_or_empty(paths: Paths) -> None:
     if paths.made_from.exists():
         return
     if any(paths.training.glob("part-*")):
         raise CorpusError(
-            f"{paths.folder} holds parts of a packed corpus, but no {paths.made_from.name}, which "
-            "says from which text; restore that file, or delete the folder to pack the text anew"
+            f"{paths.folder} contains parts of a packed corpus, but no {paths.made_from.name}, "
+            "which describes their text; restore that file, or delete the folder to pack the text "
+            "again"
         )
-    there = paths.folder.iterdir() if paths.folder.exists() else ()
+    entries = paths.folder.iterdir() if paths.folder.exists() else ()
     known = paths.names
-    foreign = (p for p in there if p.name not in known and not is_clutter(p.name))
+    foreign = (p for p in entries if p.name not in known and not is_clutter(p.name))
     if any(not path.name.startswith(TEMPORARY_PREFIX) for path in foreign):
         raise CorpusError(
-            f"{paths.folder} is not empty and holds no packed corpus; choose an empty folder"
+            f"{paths.folder} is not empty and contains no packed corpus; give an empty folder"
         )
 
 
-def _require_same(paths: Paths, made_from: Mapping[str, Any]) -> None:
+def _require_same_text(paths: Paths, made_from: Mapping[str, Any]) -> None:
     found = _differences(paths, made_from)
     if found:
         lines = "\n".join(f"  {name}: {a!r} there, {b!r} now" for name, a, b in found)
         raise IdentityMismatchError(
-            f"the packed corpus at {paths.folder} was made from something else:\n{lines}\n"
-            "Choose another folder; or, if no process is packing into this one, delete it."
+            f"the packed corpus at {paths.folder} was packed from other text or settings:\n{lines}"
+            "\nGive another folder; or, if no process is packing into this one, delete it."
         )
 
 
 def _differences(paths: Paths, made_from: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    there, ignored = read_corpus_json(paths.made_from), {"source.name"}
+    """Return (field, stored value, given value) for each difference that changes the windows."""
+    stored, ignored = read_corpus_json(paths.made_from), {"source.name"}
     if paths.index.exists():
         ignored.add("part_bytes")
-        if there.get("format") in FORMAT_VERSIONS:
+        if stored.get("format") in FORMAT_VERSIONS:
             ignored.add("format")  # a finished corpus is read in either format
-    if "chat_template" not in there.get("source", {}):
-        ignored.add("source.chat_template")  # the packed text holds no conversation
-    return [field for field in differing_fields(there, made_from) if field[0] not in ignored]
+    if "chat_template" not in stored.get("source", {}):
+        ignored.add("source.chat_template")  # the packed text contains no conversation
+    return [field for field in differing_fields(stored, made_from) if field[0] not in ignored]

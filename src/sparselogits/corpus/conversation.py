@@ -1,9 +1,9 @@
-"""Read a conversation from a record: its messages, and the other inputs of a chat template.
+"""Read the messages of a conversation, and the other inputs of a chat template, from a record.
 
-Conversations are stored in several forms, and all of them become messages as chat templates read
-them: objects with `role` and `content` (OpenAI, TRL), objects with `from` and `value` (ShareGPT),
-one object of lists (which older versions of `datasets` make of a list of objects), and each of
-these as JSON text. Tool calls and tools keep the order of their keys.
+Conversations are stored in several forms: objects with `role` and `content` (OpenAI, TRL), objects
+with `from` and `value` (ShareGPT), one object of lists (to which older versions of `datasets`
+convert a list of objects), and each of these as JSON text. All of them are converted to messages as
+chat templates expect them. Tool calls and tools retain the order of their keys.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from sparselogits.errors import CorpusError
 
 MESSAGES = ("messages", "conversations", "conversation")
-"""Fields that hold a conversation, in order of preference."""
+"""Names of fields that contain a conversation, in order of preference."""
 
 EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
-"""Further fields that a template reads; `system` only in ShareGPT's form."""
+"""Names of further fields that a template uses; `system` only in ShareGPT's form."""
 
 _OPENAI = ("messages", "prompt", "completion")
-"""Fields of OpenAI's and TRL's form, in which `from` and `value` are a mistake."""
+"""Names of fields in OpenAI's and TRL's form, in which `from` and `value` are not allowed."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -33,32 +33,36 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-_SAYS_SOMETHING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Fields that a message may have instead of `content`."""
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Names of fields that a message may have instead of `content`."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Validated messages in the form that chat templates read, and the template's other inputs."""
+    """Validated messages in the form of chat templates, with the template's other inputs."""
 
     messages: list[dict[str, Any]]
+    """Messages with `role` and `content`, in order."""
     prompt: int | None = None
-    """Number of leading messages that are the prompt; None where the record has no prompt."""
+    """Number of leading messages that are the prompt; None if the record has no prompt."""
     tools: list[Any] | None = None
+    """Tools for the template; None if the record has none."""
     documents: list[Any] | None = None
+    """Documents for the template; None if the record has none."""
     variables: dict[str, Any] = field(default_factory=dict)
     """Further variables for the template, from `chat_template_kwargs`."""
 
 
 def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversation:
-    """Read the conversation that a record holds.
+    """Return the conversation in a record.
 
     Args:
-        record: the whole record.
-        names: fields that hold the messages: one of `MESSAGES`, or `prompt` and `completion`.
+        record: values by field name.
+        names: names of the fields with messages: one of `MESSAGES`, or `prompt` and `completion`.
 
     Raises:
-        CorpusError: a message has no role or content, or is of the wrong type; names the message.
+        CorpusError: a message has no role or content, or a value has the wrong type; the message
+            of the error contains its number.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]
@@ -74,7 +78,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
     variables = _decoded(record.get("chat_template_kwargs"), "chat_template_kwargs")
     if not isinstance(variables, dict | None):
         raise CorpusError(
-            f"`chat_template_kwargs` holds {_kind(variables)}; expected an object of the "
+            f"`chat_template_kwargs` contains {_kind(variables)}; expected an object of the "
             "template's variables"
         )
     return Conversation(
@@ -87,7 +91,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
 
 
 def holds_messages(value: object) -> bool:
-    """Return whether a field's value has the form of messages, valid or not."""
+    """Return whether a field's value is a list or an object, as messages are."""
     return isinstance(value, list | tuple | Mapping)
 
 
@@ -95,8 +99,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     wrong = CorpusError(
-        f"the field `{name}` holds {_kind(value)} instead of messages; expected a list of objects "
-        "with `role` and `content`"
+        f"the field `{name}` contains {_kind(value)} instead of messages; expected a list of "
+        "objects with `role` and `content`"
     )
     if isinstance(value, str):
         try:
@@ -122,7 +126,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _transposed(columns: Mapping[str, Any]) -> Any:
-    """Return the objects of an object of equally long lists; None for anything else."""
+    """Convert an object of equally long lists to a list of objects; None for any other value."""
     lists = list(columns.values())
     if not lists or not all(isinstance(column, list | tuple) for column in lists):
         return None
@@ -132,7 +136,7 @@ def _transposed(columns: Mapping[str, Any]) -> Any:
 
 
 def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[str, Any]:
-    # null fields are left out, as in transformers: templates would write "None"
+    # null fields are removed, as in transformers, since templates would write "None"
     message = {str(name): value for name, value in given.items() if value is not None}
     role, content = message.pop("role", None), message.pop("content", None)
     if sharegpt and role is None and "from" in message:
@@ -149,19 +153,19 @@ def _message(given: Mapping[str, Any], place: str, *, sharegpt: bool) -> dict[st
         found = "no `role`" if role is None else f"the role {str(role)[:40]!r}"
         advice = ""
         if "from" in given and not sharegpt:
-            advice = ". ShareGPT's form (`from`, `value`) is read from a field `conversations`"
+            advice = ". For ShareGPT's form (`from`, `value`), rename the field to `conversations`"
         raise CorpusError(
             f"{place} has {found} (its fields: {_names(given)}); expected a role such as 'user' or "
             f"'assistant'{advice}"
         )
     if role not in _ROLES and role.strip().lower() in _ROLES:
         raise CorpusError(
-            f"{place} has the role {role[:40]!r}, which templates distinguish from "
-            f"{role.strip().lower()!r}; write it in that form"
+            f"{place} has the role {role[:40]!r}; expected {role.strip().lower()!r}, which chat "
+            "templates distinguish. Rename the role"
         )
     if sharegpt and role == "function_call" and isinstance(content, str):
         return _sharegpt_call(content)
-    if content is None and not any(name in message for name in _SAYS_SOMETHING):
+    if content is None and not any(name in message for name in _INSTEAD_OF_CONTENT):
         raise CorpusError(
             f"{place} has no `content` (its fields: {_names(given)}); expected text, a list of "
             "parts, or tool calls"
@@ -175,7 +179,7 @@ def _content(content: Any, role: str, place: str) -> Any:
     if isinstance(content, str):
         return content
     if role == "tool" and isinstance(content, Mapping | list | tuple | int | float):
-        return content  # what a tool returned
+        return content  # the result of a tool
     if not isinstance(content, list | tuple):
         raise CorpusError(
             f"{place} has content of type {_kind(content)}; expected text or a list of parts"
@@ -189,15 +193,15 @@ def _content(content: Any, role: str, place: str) -> Any:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
             raise CorpusError(
-                f"{place} has a part of content that is {str(kind)[:40]!r}, not text; only text "
-                "can be packed: remove the part or the record"
+                f"{place} has a content part of type {str(kind)[:40]!r}, but only text can be "
+                "packed; remove the part or the record"
             )
         parts.append({name: value for name, value in part.items() if value is not None})
     return parts
 
 
 def _sharegpt_call(content: str) -> dict[str, Any]:
-    """Return the message of a ShareGPT `function_call`: tool calls if it is JSON of such."""
+    """Return the message for a ShareGPT `function_call`, with tool calls if the content is JSON."""
     try:
         calls = json.loads(content)
     except ValueError:
@@ -216,14 +220,14 @@ def _objects(value: Any, name: str) -> list[Any] | None:
     items = [_decoded(item, name) for item in value] if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, Mapping) for item in items):
         raise CorpusError(
-            f"`{name}`, which the chat template reads, holds {_kind(value)}; expected a list of "
+            f"`{name}`, an input of the chat template, contains {_kind(value)}; expected a list of "
             "objects. Rename the field if it has another meaning"
         )
     return items
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """Return a value that may be stored as JSON text."""
+    """Return a value, decoded if it is stored as JSON text; None for blank text."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -232,7 +236,7 @@ def _decoded(value: Any, name: str) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise CorpusError(
-            f"`{name}` is text that is not JSON ({error}); give JSON, or rename the field"
+            f"`{name}` contains text that is not JSON ({error}); give JSON, or rename the field"
         ) from None
 
 

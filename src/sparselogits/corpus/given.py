@@ -1,12 +1,11 @@
-"""Write records that a program holds, `datasets` objects among them, to a file to be packed.
+"""Write records given as Python objects, such as `datasets` objects, to a file for packing.
 
-Packing reads its source from several processes, and again when it goes on after an interruption; a
-build is resumed days later by a program that makes its records anew. So given records are written
-once, as JSON lines of the fields that hold the text, under a name that is the hash of the content:
-equal records are the same source, whatever object they come from and whatever its library says its
-fingerprint is, and other records are another source.
+Packing reads its source from several processes, and again after an interruption; a build may be
+resumed days later by a program that creates its records again. So given records are written once,
+as JSON lines of the fields that contain text, to a file that is named by the hash of its content.
+Equal records are therefore the same source, independently of the type of the object.
 
-This costs one pass over the records and their text once more on disk. For a dataset that exists
+This costs one pass over the records and disk space for their text. For a dataset that exists
 unchanged on disk or on the hub, give its name instead: its files are then read directly.
 """
 
@@ -28,19 +27,19 @@ from sparselogits.errors import CorpusError
 from sparselogits.files import user_cache, writing_whole
 
 Records = Iterable[Mapping[str, Any]]
-"""A `datasets.Dataset` or `IterableDataset`, a list of dicts, or anything that yields dicts."""
+"""Records: a `datasets.Dataset` or `IterableDataset`, a list of dicts, or any iterable of dicts."""
 
 
 def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceFile:
-    """Write records that were given as an object to a file, and return it.
+    """Write records to a JSON lines file that is named by its hash, and return the file.
 
     Args:
         records: records, iterated once.
-        fields: fields that are written.
+        fields: names of the fields that are written.
         folder: folder of the file; None for `records` in the user's cache folder.
 
     Raises:
-        CorpusError: there is no record, or a record holds no text or something else.
+        CorpusError: there are no records, or a record contains no text or a value that is not text.
         StorageError: the folder cannot be written.
     """
     rows, schema = _plain(records)
@@ -57,26 +56,26 @@ def write_down(records: Records, fields: Fields, folder: Path | None) -> SourceF
 
 
 def chosen_split(records: Any, split: str) -> Any:
-    """Return one split of a `datasets.DatasetDict`, and anything else unchanged.
+    """Return one split of a `datasets.DatasetDict`, or any other object unchanged.
 
     Raises:
-        CorpusError: there is no such split.
+        CorpusError: the split does not exist.
     """
     if not isinstance(records, Mapping):
         return records
     if split not in records:
         names = ", ".join(map(str, records)) or "none"
         raise CorpusError(
-            f"the dataset has no split `{split}`; its splits are {names}: name one of them"
+            f"the dataset has no split `{split}`; its splits are {names}. Give one of them"
         )
     return records[split]
 
 
 def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
-    """Return rows as Python values, and the types of their columns where a dataset has them."""
+    """Return rows as Python values, and the types of their columns if the dataset declares them."""
     if hasattr(records, "with_format"):  # a dataset may be set to return tensors or arrays
         features = getattr(records, "features", None)
-        if features is None:  # a mapped stream: it is unknown which nulls Arrow added
+        if features is None:  # of a mapped stream, where the nulls that Arrow added are unknown
             rows = records.with_format(None)
             return ({n: _without_nulls(v) for n, v in row.items()} for row in rows), None
         return records.with_format(None), features.arrow_schema
@@ -103,20 +102,18 @@ def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterat
         for name in kinds.keys() & chosen.keys():
             chosen[name] = plain(chosen[name], kinds[name], decoded=True)
         try:
-            # keys stay in order: templates write tool calls as given
+            # keys are not sorted: templates write tool calls in the given order
             yield json.dumps(chosen, ensure_ascii=False).encode() + b"\n"
-        except (TypeError, ValueError) as error:  # images and the like; half a surrogate pair
+        except (TypeError, ValueError) as error:  # for example, an image or half a surrogate pair
             raise CorpusError(
-                f"record {number} holds a value that is no text ({error}); remove the value"
+                f"record {number} contains a value that is not text ({error}); remove the value"
             ) from error
     if number < 0:
-        raise CorpusError(
-            "the dataset is empty: it holds no record; give a dataset that holds text"
-        )
+        raise CorpusError("the dataset is empty: it has no records; give a dataset with text")
 
 
 def _of_pandas(value: Any) -> Any:
-    """Return a field's value as lists and plain values; None for what pandas stores as missing."""
+    """Return a field's value as lists and plain values; None for NaN, pandas' missing value."""
     if isinstance(value, float) and value != value:
         return None
     return _plain_lists(value)

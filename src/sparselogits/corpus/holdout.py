@@ -1,15 +1,16 @@
-"""Choose the windows that are held out for evaluation, and read the two sides of a packed text.
+"""Select the windows that are held out for evaluation, and read training and held-out tokens.
 
-All documents are packed into one stream of tokens. Which of them are held out is decided once every
-length is known, so that the requested share is met within one window:
+All documents are packed into one stream of tokens. The hold-out is selected after all lengths are
+known, so that its share differs from the requested share by less than one window. There are two
+rules:
 
-- *documents*: whole documents, in the order of their keys (a salted hash of the content), until
-  they fill the requested windows. The rest of the last document is dropped.
-- *windows*: where the documents are too few or too long for that, the last windows of the text,
-  after a gap of one window. The document in which the gap lies may then be on both sides.
+- *documents*: hold out whole documents, in the order of their keys (a salted hash of the content),
+  until they fill the requested windows. The rest of the last document is dropped.
+- *windows*: if the documents are too few or too long for that, hold out the last windows of the
+  text, after a gap of one window. The document that contains the gap may have tokens on both sides.
 
-Nothing is rewritten. A side is a selection of the stream; the table of a part's documents, stored
-in `holdout/`, says where its documents begin and end.
+No token is written twice: training and held-out tokens are selections of the stream. The tables in
+`holdout/` contain the length of each document.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ from sparselogits.corpus.streams import (
 )
 
 HoldoutRule = Literal["documents", "windows"]
+"""Name of the rule by which the hold-out is selected; see the module's docstring."""
+
 Extents = NDArray[np.int64]
-"""int64 [N, 2]: ranges of tokens of one part, ascending and disjoint."""
+"""Ranges [start, stop) of tokens of one part, int64 [N, 2], ascending and disjoint."""
 
 _SCHEMA = pa.schema(
     [
@@ -50,17 +53,20 @@ _SCHEMA = pa.schema(
         ("opens", pa.bool_()),
     ]
 )
-_ROWS = 1 << 14
+_ROWS = 1 << 14  # per row group of a table
 _BIN_BITS = 16
-_PARTS_KEPT = 4
-_WINDOWS_FOR_A_GAP = 10
-_DROPPED_SHARE = 0.02
+_CACHED_PARTS = 4
+_WINDOWS_FOR_A_GAP = 10  # shorter texts have no gap before the hold-out
+_DROPPED_SHARE = 0.02  # of the tokens, that the rule "documents" may drop
 
 
 class DocumentTable:
-    """Writes one row per document of a part: key, number of tokens and number of characters.
+    """Writer of a table with key, number of tokens and number of characters per document of a part.
 
-    A document that continues from the part before has a row in each; `opens` marks the first.
+    A document that continues from the previous part has a row in both; `opens` marks the first.
+
+    Args:
+        file: open Parquet file.
     """
 
     def __init__(self, file: pq.ParquetWriter) -> None:
@@ -68,18 +74,24 @@ class DocumentTable:
         self._rows: list[tuple[int, int, int, bool]] = []
 
     def add(self, piece: Piece, tokens: int) -> None:
-        """Count the tokens of a piece; pieces of a document follow one another."""
+        """Add a piece to the row of its document; the pieces of a document must be consecutive.
+
+        Args:
+            piece: the piece.
+            tokens: number of tokens of the piece, including added ones.
+        """
         characters = piece.stop - piece.start
         if piece.opens or not self._rows:
             if len(self._rows) >= _ROWS:
                 self.flush()
             self._rows.append((piece.key, tokens, characters, piece.opens))
         else:
-            key, before, seen, opens = self._rows[-1]
-            self._rows[-1] = (key, before + tokens, seen + characters, opens)
+            key, tokens_before, characters_before, opens = self._rows[-1]
+            sums = tokens_before + tokens, characters_before + characters
+            self._rows[-1] = (key, *sums, opens)
 
     def flush(self) -> None:
-        """Write the rows that are still in memory."""
+        """Write the rows in memory to the file."""
         if self._rows:
             columns = zip(*self._rows, strict=True)
             arrays = [pa.array(c, field.type) for c, field in zip(columns, _SCHEMA, strict=True)]
@@ -90,7 +102,7 @@ class DocumentTable:
 
 @contextmanager
 def writing_table(path: Path) -> Iterator[DocumentTable]:
-    """Open a document table; it appears when the block ends without an exception."""
+    """Open a document table for writing; it appears when the block ends without an exception."""
     with writing_parquet(path, _SCHEMA) as file:
         table = DocumentTable(file)
         yield table
@@ -99,15 +111,15 @@ def writing_table(path: Path) -> Iterator[DocumentTable]:
 
 @dataclass(frozen=True)
 class Split:
-    """A division of the tokens of a stream into those trained on and those held out.
+    """Division of the tokens of a stream into training and held-out tokens.
 
     Args:
-        rule: how the windows were chosen, see the module.
-        windows: number of windows held out.
-        up_to: rule "documents": largest key of a document that is held out.
-        held: rule "documents": number of tokens of each part that belong to such documents.
-        training_windows: rule "windows": number of windows, from the first, that are trained on.
-        first: rule "windows": first window of the stream that is held out.
+        rule: rule by which the hold-out was selected; see the module's docstring.
+        windows: number of held-out windows.
+        up_to: with the rule "documents", largest key of a held-out document.
+        held: with the rule "documents", number of held-out tokens of each part.
+        training_windows: with the rule "windows", number of training windows, which are the first.
+        first: with the rule "windows", number of the first held-out window of the stream.
     """
 
     rule: HoldoutRule
@@ -126,10 +138,10 @@ class Split:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Split:
-        """Return the split that `to_json` wrote.
+        """Return the split for the JSON object that `to_json` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: the value has another form.
+            KeyError, TypeError, ValueError: the object has another form.
         """
         windows = int(value["windows"])
         if value["rule"] == "documents":
@@ -138,7 +150,7 @@ class Split:
                 raise ValueError("a number in the hold-out is out of range")
             return cls("documents", windows, up_to=up_to, held=held)
         if value["rule"] != "windows":
-            raise ValueError("unknown rule of the hold-out")
+            raise ValueError("the rule of the hold-out is unknown")
         training_windows, first = int(value["training_windows"]), int(value["first"])
         if not (0 <= training_windows <= first and windows >= 0):
             raise ValueError("a number in the hold-out is out of range")
@@ -148,13 +160,16 @@ class Split:
 def choose_split(
     tables: Path, lengths: Sequence[int], window_length: int, share: float
 ) -> Split | None:
-    """Choose what is held out; None for a text of fewer than two windows.
+    """Select the held-out tokens of a stream.
 
     Args:
         tables: folder of the document tables, one per part.
         lengths: number of tokens of each part.
         window_length: number L of tokens per window.
-        share: share of the tokens, in (0, 1).
+        share: requested share of held-out tokens, in (0, 1).
+
+    Returns:
+        The split; None if the text has fewer than two windows.
 
     Raises:
         CorpusError: a table is damaged.
@@ -165,9 +180,7 @@ def choose_split(
         return None
     wanted = min(max(round(share * total / window_length), 1), available - 1)
     up_to = _largest_key(tables, len(lengths), wanted * window_length)
-    held = tuple(
-        int(_covered(_held(tables, part, length, up_to))) for part, length in enumerate(lengths)
-    )
+    held = tuple(_total(_held(tables, part, length, up_to)) for part, length in enumerate(lengths))
     surplus = sum(held) - wanted * window_length
     affordable = max(window_length, int(_DROPPED_SHARE * total))
     if surplus <= affordable and total - sum(held) >= window_length:
@@ -178,18 +191,18 @@ def choose_split(
 
 
 class SelectedStream:
-    """Some of the tokens of a stream, as a stream; safe to share between threads.
+    """Stream of selected tokens of another stream, safe to share between threads.
 
     Args:
         stream: stream of all tokens.
         lengths: number of selected tokens of each part.
-        extents: returns the ranges of selected tokens of a part.
+        extents: function that returns the ranges of selected tokens of a part.
     """
 
     def __init__(
         self, stream: TokenStream, lengths: Sequence[int], extents: Callable[[int], Extents]
     ) -> None:
-        self._stream, self._choose = stream, extents
+        self._stream, self._compute_extents = stream, extents
         self._ends = np.cumsum(np.array(lengths, np.int64))
         self._extents: dict[int, Extents] = {}
         self._lock = threading.Lock()
@@ -208,39 +221,54 @@ class SelectedStream:
         ranges = []
         while start < stop:
             part = int(np.searchsorted(self._ends, start, side="right"))
-            own = start - (int(self._ends[part - 1]) if part else 0)
-            extents = self._of(part)
+            within_part = start - (int(self._ends[part - 1]) if part else 0)
+            extents = self._extents_of(part)
             ends = np.cumsum(extents[:, 1] - extents[:, 0])
-            at = int(np.searchsorted(ends, own, side="right"))
-            begin = int(extents[at, 0]) + own - (int(ends[at - 1]) if at else 0)
+            at = int(np.searchsorted(ends, within_part, side="right"))
+            begin = int(extents[at, 0]) + within_part - (int(ends[at - 1]) if at else 0)
             length = min(int(extents[at, 1]) - begin, stop - start)
             begin += self._stream.begin(part)
             ranges.append(self._stream.read(begin, begin + length))
             start += length
         return Tokens.cat(ranges)
 
-    def _of(self, part: int) -> Extents:
+    def _extents_of(self, part: int) -> Extents:
+        """Return the ranges of selected tokens of a part; those of the latest parts are cached."""
         with self._lock:
             if part not in self._extents:
-                found = self._choose(part)
+                extents = self._compute_extents(part)
                 expected = self._ends[part] - (self._ends[part - 1] if part else 0)
-                if _covered(found) != expected:
+                if _total(extents) != expected:
                     raise damaged(
-                        self._stream.path(part), f"{_covered(found)} of {expected} tokens selected"
+                        self._stream.path(part), f"{_total(extents)} of {expected} tokens selected"
                     )
-                if len(self._extents) >= _PARTS_KEPT:
+                if len(self._extents) >= _CACHED_PARTS:
                     self._extents.pop(next(iter(self._extents)))
-                self._extents[part] = found
+                self._extents[part] = extents
             return self._extents[part]
 
 
 def divide(
     stream: TokenStream, lengths: Sequence[int], tables: Path, split: Split, window_length: int
 ) -> tuple[SelectedStream, SelectedStream]:
-    """Return the training side and the held-out side of a stream."""
+    """Return the training tokens and the held-out tokens of a stream, as two streams.
+
+    Args:
+        stream: stream of all tokens.
+        lengths: number of tokens of each part.
+        tables: folder of the document tables, one per part.
+        split: division from `choose_split`.
+        window_length: number L of tokens per window.
+
+    Raises:
+        ValueError: the split does not belong to the stream.
+        CorpusError: a table is damaged.
+    """
     if split.rule == "documents":
         if len(split.held) != len(lengths):
-            raise ValueError(f"{len(split.held)} parts in the split, {len(lengths)} in the stream")
+            raise ValueError(
+                f"the split has {len(split.held)} parts, but the stream has {len(lengths)}"
+            )
         rest = [length - held for length, held in zip(lengths, split.held, strict=True)]
 
         def held(part: int) -> Extents:
@@ -257,7 +285,7 @@ def divide(
     sides = []
     for side in (before, after):
         choose = partial(_within, stream, lengths, side)
-        selected = [int(_covered(choose(part))) for part in range(len(lengths))]
+        selected = [_total(choose(part)) for part in range(len(lengths))]
         sides.append(SelectedStream(stream, selected, choose))
     return sides[0], sides[1]
 
@@ -265,10 +293,16 @@ def divide(
 def document_counts(
     tables: Path, lengths: Sequence[int], split: Split, window_length: int
 ) -> tuple[int, int]:
-    """Return the numbers of documents and of characters that are held out.
+    """Return the number of held-out documents and the number of their characters.
 
-    With the rule "windows" a document counts on the side where it begins, and the characters of
-    each of its rows on the side where the row begins.
+    With the rule "windows", a document counts as held out if it begins there, and the characters of
+    a table's row count as held out if the row's tokens begin there.
+
+    Args:
+        tables: folder of the document tables, one per part.
+        lengths: number of tokens of each part.
+        split: division from `choose_split`.
+        window_length: number L of tokens per window.
 
     Raises:
         CorpusError: a table is damaged.
@@ -294,10 +328,10 @@ def document_counts(
 
 
 def _largest_key(tables: Path, parts: int, tokens: int) -> int:
-    """Return the key up to which documents, in the order of keys, hold at least so many tokens.
+    """Return the smallest key such that documents with keys up to it have at least `tokens` tokens.
 
-    This takes two passes over the tables, the first by the leading bits of the key, so that memory
-    does not grow with the number of documents.
+    The first of two passes over the tables counts tokens by the leading bits of the key, so that
+    memory does not grow with the number of documents.
     """
     shift = np.uint64(64 - _BIN_BITS)
     by_bin = np.zeros(1 << _BIN_BITS, np.int64)
@@ -310,7 +344,8 @@ def _largest_key(tables: Path, parts: int, tokens: int) -> int:
     for part in range(parts):
         for key, count, _, _ in _rows(tables, part):
             inside = (key >> shift).astype(np.int64) == chosen
-            distinct, inverse = np.unique(key[inside], return_inverse=True)  # copies count once
+            # copies of a document have equal keys
+            distinct, inverse = np.unique(key[inside], return_inverse=True)
             keys.append(distinct)
             counts.append(np.bincount(inverse, count[inside], len(distinct)).astype(np.int64))
     key, count = np.concatenate(keys), np.concatenate(counts)
@@ -320,7 +355,7 @@ def _largest_key(tables: Path, parts: int, tokens: int) -> int:
 
 
 def _held(tables: Path, part: int, length: int, up_to: int) -> Extents:
-    """Return the tokens of a part that belong to documents whose key is at most `up_to`."""
+    """Return the ranges of a part's tokens that belong to documents with keys up to `up_to`."""
     found, begin = [np.empty((0, 2), np.int64)], 0
     for key, tokens, _, _ in _rows(tables, part):
         stops = begin + np.cumsum(tokens)
@@ -342,23 +377,23 @@ def _within(
     return np.array([[start, stop]] if start < stop else [], np.int64).reshape(-1, 2)
 
 
-def _covered(extents: Extents) -> int:
+def _total(extents: Extents) -> int:
     return int((extents[:, 1] - extents[:, 0]).sum())
 
 
 def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the columns of a part's table by batches: key, tokens, characters, opens."""
+    """Yield the columns key, tokens, characters and opens of a part's table, in batches of rows."""
     path = tables / part_name(part)
     try:
         with open_part(path, 1 << 31) as file:
             if not file.schema_arrow.equals(_SCHEMA):
-                raise damaged(path, f"its columns are {file.schema_arrow.names}")
+                raise damaged(path, f"it has the columns {file.schema_arrow.names}")
             for batch in file.iter_batches(_ROWS):
                 columns = tuple(column.to_numpy(zero_copy_only=False) for column in batch.columns)
                 if not len(columns[1]):
                     continue
                 if columns[1].min() < 0:
-                    raise damaged(path, "a document has fewer than zero tokens")
+                    raise damaged(path, "a document has a negative number of tokens")
                 yield columns
     except (OSError, pa.ArrowException, PartError) as error:
         raise damaged(path, error) from error

@@ -1,4 +1,4 @@
-"""Find the files that hold the text which the user names."""
+"""Locate the files of the text that a user names by path, pattern or dataset name."""
 
 from __future__ import annotations
 
@@ -38,13 +38,20 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files that were found and are not read, for one reason."""
+    """Files that were found and have one reason in common, usually for not being read."""
 
     reason: str
+    """Reason, as a phrase such as "no text by name"."""
     names: tuple[str, ...]
+    """Relative names of the files."""
 
     def in_words(self, one: str = "", several: str = "") -> str:
-        """Return the number of files, the reason and some names; with a clause after the number."""
+        """Return the number of files, the reason and up to three names, for display.
+
+        Args:
+            one: clause after the number, if there is one file.
+            several: clause after the number, if there are several files.
+        """
         few = ", ".join(self.names[:3]) + ", ..." * (len(self.names) > 3)
         files = f"1 file{one}" if len(self.names) == 1 else f"{len(self.names):,} files{several}"
         return f"{files} ({self.reason}: {few})"
@@ -52,19 +59,26 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Located:
-    """The files that a name stands for, and those found with them that are not read."""
+    """Result of `locate`."""
 
     files: tuple[SourceFile, ...]
+    """Files to read, in order."""
     left_out: tuple[LeftOut, ...] = ()
+    """Files that were found but are not read."""
     shared: tuple[LeftOut, ...] = ()
-    """Files that are read although their names name another split as well."""
+    """Files that are read although their names match another split too."""
 
 
 def locate(data: str, split: str) -> Located:
-    """Find the files that `data` names, in a stable order.
+    """Return the files that a user names, in a stable order.
+
+    Args:
+        data: path of a file, folder or saved dataset, pattern of paths, or name of a dataset on the
+            hub.
+        split: split to read, if the dataset has several.
 
     Raises:
-        CorpusError: nothing is found, or nothing that can be read as text.
+        CorpusError: no file is found, or none can be read as text.
     """
     path = Path(data).expanduser()
     base, _, configuration = data.rpartition(":")
@@ -79,9 +93,9 @@ def locate(data: str, split: str) -> Located:
             located = _folder(path, split, None)
     elif path.exists():
         raise CorpusError(
-            f"{data} is {_what_it_is(path)}; only regular files are read, because packing reads a "
+            f"{data} is {_kind_of(path)}; only regular files are read, because packing reads a "
             "text at several positions and again after an interruption. Write its content to a "
-            "file and name that"
+            "file and give that file"
         )
     elif any(sign in data for sign in "*?["):
         _require_train(data, split)
@@ -92,29 +106,29 @@ def locate(data: str, split: str) -> Located:
         files = _hub_dataset(data, split)
     elif "://" in data:
         raise CorpusError(
-            f"{data} is a URL; text is read from this machine or by a dataset's name on the hub: "
-            "download it first"
+            f"{data} is a URL; expected local files or the name of a dataset on the hub. Download "
+            "the files first"
         )
     elif path.is_symlink():
         raise CorpusError(
-            f"{data} is a link to {path.readlink()}, which does not exist; name a file that does"
+            f"{data} is a link to {path.readlink()}, which does not exist; give a file that exists"
         )
     else:
         raise CorpusError(f"{data} does not exist; check the path (working folder: {Path.cwd()})")
     if located is None:
         located = Located(tuple(sorted(files, key=lambda file: file.name)))
     if all(file.path.stat().st_size == 0 for file in located.files):
-        raise CorpusError(f"{data} is empty: no file in it holds a single byte; name other text")
+        raise CorpusError(f"{data} is empty: all of its files have 0 bytes; give other text")
     for file in located.files:
-        _refuse_disguised(file)
+        _require_honest_name(file)
     return located
 
 
 def _require_train(data: str, split: str) -> None:
-    """Refuse a split of files that are named one by one: all of them are read."""
+    """Validate that no split is given with a file or pattern, all of which is read."""
     if split != "train":
         raise CorpusError(
-            f"{data} names files, which have no split `{split}`; leave out --split, name the files "
+            f"{data} names files, which have no split `{split}`; remove --split, name the files "
             "of that split, or name their folder"
         )
 
@@ -125,26 +139,27 @@ def _format_of(path: Path) -> Format:
     if found is None:
         known = ", ".join(own.suffixes[0] for own in known_formats() if own.compressible)
         raise CorpusError(
-            f"{path} is compressed text; only records in lines are read compressed ({known} before "
-            f"{path.suffix}). Decompress it first, or rename it if it holds such records"
+            f"{path} is compressed text; only formats with one record per line are read compressed "
+            f"({known} before {path.suffix}). Decompress it first, or rename it if it has one "
+            "record per line"
         )
     return found
 
 
-def _refuse_disguised(file: SourceFile) -> None:
-    """Refuse a file that holds something other than its name says.
+def _require_honest_name(file: SourceFile) -> None:
+    """Validate that a file's content is not of another kind than its name.
 
-    Without Git LFS, a file is a small text that points to its content. A download may be compressed
-    although its name does not say so.
+    Without Git LFS, a downloaded file contains only a pointer to its content; and a downloaded file
+    may be compressed without the suffix of its compression.
     """
     try:
         with file.path.open("rb") as handle:
             head = handle.read(len(_POINTER))
     except OSError:
-        return  # reading reports what is wrong
+        return  # packing reports the error
     if head == _POINTER:
         raise CorpusError(
-            f"{file.name} is a Git LFS pointer, not the file itself; fetch the files with "
+            f"{file.name} is a Git LFS pointer, not the file itself; download the files with "
             "`git lfs pull` in the folder of the repository"
         )
     if file.format.binary or is_compressed(file.path):
@@ -152,52 +167,52 @@ def _refuse_disguised(file: SourceFile) -> None:
     for magic, suffix in _MAGIC.items():
         if head.startswith(magic):
             raise CorpusError(
-                f"{file.name} holds {suffix} data, which its name does not say; name it "
+                f"{file.name} contains {suffix} data without that suffix; rename it to "
                 f"{Path(file.name).name}{suffix} if it is JSON lines, or unpack it"
             )
 
 
-def _what_it_is(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     kinds = {"is_fifo": "a named pipe", "is_socket": "a socket", "is_char_device": "a device"}
     kinds["is_block_device"] = "a device"
-    return next((what for name, what in kinds.items() if getattr(path, name)()), "no file")
+    return next((kind for name, kind in kinds.items() if getattr(path, name)()), "not a file")
 
 
 def _folder(folder: Path, split: str, configuration: str | None) -> Located:
-    """Find the files of a folder that are of one split and one format."""
+    """Return the files of a folder that are of one split and one format."""
     found, reasons = _walk(folder)
     formats = {name: format_in_folder(Path(name)) for name in found}
-    weak = {name: own for name in found if (own := format_with_weak_suffix(Path(name))) is not None}
+    weak = {n: f for n in found if (f := format_with_weak_suffix(Path(n))) is not None}
     names = found
     splits = find_splits(folder, found, configuration) if _is_dataset(found) else None
     if splits is not None:
         names = splits.get(split, [])
-        # a file that is of a split by its name is data, not a description of data
+        # a file that belongs to a split by its name is data, not a description of data
         formats |= {name: weak[name] for name in names if name in weak}
-        others = {name: f"of the split `{own}`" for own in splits for name in splits[own]}
+        others = {name: f"of the split `{other}`" for other in splits for name in splits[other]}
         unread = set(found).difference(names)
         reasons |= {name: others.get(name, "of no split") for name in unread}
         if not any(formats[name] for name in names):
-            counts = [f"{key} ({len(own)})" for key, own in splits.items() if own]
+            counts = [f"{other} ({len(files)})" for other, files in splits.items() if files]
             raise CorpusError(
-                f"{folder} has no files of the split `{split}`; by their names its splits are "
-                f"{', '.join(counts)} (files each). Name one of them (--split), or name the files "
-                f"by a pattern, such as '{folder}/**/*.jsonl', to read all of them"
+                f"{folder} has no files of the split `{split}`; by their names its splits (with "
+                f"numbers of files) are {', '.join(counts)}. Give one of them (--split), or name "
+                f"the files by a pattern, such as '{folder}/**/*.jsonl', to read all of them"
             )
     elif split != "train":
         raise CorpusError(
-            f"{folder} has no split `{split}`: nothing in the names of its files divides them, so "
-            "all of them are `train`. Leave out --split, or name the files by a pattern"
+            f"{folder} has no split `{split}`: the names of its files do not divide them, so all "
+            "of them are `train`. Remove --split, or name the files by a pattern"
         )
     if not any(formats[name] for name in names):
         formats |= weak
     chosen = _of_one_format([name for name in names if formats[name]], formats)
     if not chosen:
-        known = sorted(suffix for own in known_formats() for suffix in own.suffixes)
+        known = sorted(suffix for each in known_formats() for suffix in each.suffixes)
         raise CorpusError(
-            f"{folder} holds no text that is read from folders ({', '.join(known)}, "
-            f"compressed .jsonl); it holds {_suffixes(map(Path, found))}. To read other files as "
-            f"text, name them by a pattern, such as '{folder}/**/*.py'"
+            f"{folder} contains no text that is read from folders ({', '.join(known)}, "
+            f"compressed .jsonl); it contains {_suffixes(map(Path, found))}. To read other files "
+            f"as text, name them by a pattern, such as '{folder}/**/*.py'"
         )
     suffix = content_suffix(Path(next(iter(chosen))))
     for name in names:
@@ -207,9 +222,9 @@ def _folder(folder: Path, split: str, configuration: str | None) -> Located:
             reasons.setdefault(name, f"of another format than {suffix}")
     both = {
         name: f"also of the split `{other}`"
-        for other, own in (splits or {}).items()
+        for other, files_of_other in (splits or {}).items()
         if other != split
-        for name in own
+        for name in files_of_other
         if name in chosen
     }
     files = tuple(SourceFile(folder / name, name, chosen[name]) for name in sorted(chosen))
@@ -224,10 +239,10 @@ def _by_reason(reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
 
 
 def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the regular files below a folder, and what is skipped, with the reason.
+    """Return the names of the regular files below a folder, and reasons by name of skipped entries.
 
-    Links are followed, but no folder is entered twice. Hidden files and folders, and folders that
-    begin with two underscores, are not looked at, as in `datasets`.
+    Links are followed, but no folder is entered twice. Hidden files and folders, and folders whose
+    names begin with two underscores, are ignored, as in `datasets`.
     """
     found: list[str] = []
     skipped: dict[str, str] = {}
@@ -250,7 +265,7 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
                 if entry.name.startswith(_HIDDEN):
                     continue
                 if (identity := _identity(path)) in entered:
-                    skipped[name] = "link to a folder that is read already"
+                    skipped[name] = "link to a folder that is also read elsewhere"
                     continue
                 entered.add(identity)
                 waiting.append(path)
@@ -259,7 +274,7 @@ def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
             elif entry.is_symlink() and not path.exists():
                 skipped[name] = "link to nothing"
             else:
-                skipped[name] = "no regular file"
+                skipped[name] = "not a regular file"
     return sorted(found), skipped
 
 
@@ -269,25 +284,28 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_dataset(names: Sequence[str]) -> bool:
-    """Return whether files are such as `datasets` reads: records, or for the most part .txt files.
+    """Return whether `datasets` would read these files: records, or mostly .txt files.
 
-    Folders of documentation (.md, .rst) have no splits because a page is called testing.md.
+    Only such files are divided into splits: a page `testing.md` of documentation is not a split.
     """
     counts = Counter(content_suffix(Path(name)) for name in names)
     records = pages = 0
-    for own in known_formats():
-        if own.holds_records:
-            records += sum(counts[suffix] for suffix in (*own.suffixes, *own.weak_suffixes))
+    for each in known_formats():
+        if each.holds_records:
+            records += sum(counts[suffix] for suffix in (*each.suffixes, *each.weak_suffixes))
         else:
-            pages += sum(counts[suffix] for suffix in own.suffixes if suffix != ".txt")
+            pages += sum(counts[suffix] for suffix in each.suffixes if suffix != ".txt")
     return records > 0 or counts[".txt"] > pages
 
 
 def _of_one_format(names: Sequence[str], formats: Mapping[str, Format | None]) -> dict[str, Format]:
-    """Return the records of the commonest format, as `datasets` chooses it; without any, text."""
-    known = {name: own for name in names if (own := formats[name]) is not None}
-    # beside records, text files describe them (a dataset's README.md)
-    records = {name: own for name, own in known.items() if own.holds_records}
+    """Return the files of the most common format of records, or text files if there are no records.
+
+    `datasets` selects the format in the same way.
+    """
+    known = {name: found for name in names if (found := formats[name]) is not None}
+    # text files next to records describe them (a dataset's README.md)
+    records = {name: each for name, each in known.items() if each.holds_records}
     if not records:
         return known
     suffixes = {name: content_suffix(Path(name)) for name in records}
@@ -295,14 +313,14 @@ def _of_one_format(names: Sequence[str], formats: Mapping[str, Format | None]) -
     order = (".parquet", ".jsonl", ".json")
     first = max(counts, key=lambda s: (counts[s], -order.index(s) if s in order else -9, s))
     chosen = next(records[name] for name in records if suffixes[name] == first)
-    return {name: own for name, own in records.items() if own == chosen}
+    return {name: each for name, each in records.items() if each == chosen}
 
 
 def _matching(pattern: str) -> list[SourceFile]:
     parts = Path(pattern).expanduser().parts
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     root = Path(*parts[:fixed])
-    # hidden files only where the pattern names them, as in `datasets` (.ipynb_checkpoints, .git)
+    # hidden files (.ipynb_checkpoints, .git) match only explicit patterns, as in `datasets`
     named = sum(part.startswith(_HIDDEN) for part in parts[fixed:])
     found = [
         path
@@ -311,7 +329,7 @@ def _matching(pattern: str) -> list[SourceFile]:
         and sum(part.startswith(_HIDDEN) for part in path.relative_to(root).parts) == named
     ]
     if not found:
-        raise CorpusError(f"no file matches {pattern}; quote the pattern, and check the path")
+        raise CorpusError(f"no file matches {pattern}; check the path, and quote the pattern")
     return [SourceFile(path, path.relative_to(root).as_posix(), _format_of(path)) for path in found]
 
 
@@ -325,7 +343,7 @@ def _looks_like_file(path: Path) -> bool:
     return path.is_absolute() or known is not None or is_compressed(path)
 
 
-# datasets: on disk they are folders of Arrow files
+# --- datasets, which are folders of Arrow files on disk ---
 
 
 def _arrow(path: Path, name: str) -> SourceFile:
@@ -337,7 +355,8 @@ def _saved_dataset(folder: Path, split: str) -> list[SourceFile]:
         splits = _json(folder / "dataset_dict.json").get("splits", [])
         if split not in splits:
             raise CorpusError(
-                f"the dataset {folder} has no split `{split}`; its splits are {', '.join(splits)}"
+                f"the dataset {folder} has no split `{split}`; its splits are {', '.join(splits)}. "
+                "Give one of them (--split)"
             )
         folder = folder / split
     state = _json(folder / "state.json")
@@ -354,29 +373,34 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CorpusError(f"{path} cannot be read ({error}); save the dataset anew") from error
+        raise CorpusError(f"{path} cannot be read ({error}); save the dataset again") from error
     return value
 
 
 def _hub_dataset(data: str, split: str) -> list[SourceFile]:
-    import datasets  # slow to import, and needed for names on the hub only
+    import datasets  # slow to import, and needed only for the hub
 
     name, _, configuration = data.partition(":")
     try:
         dataset = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the hub client raises a dozen kinds
+    except Exception as error:  # the hub client raises errors of many types
         raise CorpusError(
             f"{data} is neither a file nor a folder here, and could not be loaded as the dataset "
-            f"`{name}` (split `{split}`) from the Hugging Face hub: {error}"
+            f"`{name}` (split `{split}`) from the Hugging Face hub: {error}. Check the path, or "
+            "the name and the network"
         ) from error
     return arrow_files(dataset, data)
 
 
 def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
-    """Return the Arrow files of a `datasets.Dataset` that was loaded.
+    """Return the Arrow files of a loaded `datasets.Dataset`.
+
+    Args:
+        dataset: the dataset.
+        name: name of the dataset, for errors.
 
     Raises:
-        CorpusError: the dataset is a selection of its files, or exists in memory only.
+        CorpusError: the dataset is a selection of the rows of its files, or exists only in memory.
     """
     import pyarrow as pa
 

@@ -1,7 +1,7 @@
-"""Read a packed corpus on disk: any range of windows, by number.
+"""Read any range of windows of a packed corpus on disk.
 
-`packer` describes the folder's layout. Reading keeps a few row groups of tokens in memory whatever
-the size of the corpus, and opening reads two small JSON files.
+`packer` describes the layout of the folder. Memory contains a few row groups of tokens,
+independently of the size of the corpus, and opening reads two small JSON files.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ from sparselogits.untrusted import read_json
 from sparselogits.wording import counted
 
 FORMAT_VERSIONS = (1, 2)
-"""Formats that are read: 1, and 2 where something is held out (see docs/corpus.md).
+"""Versions of the format that this library reads (see docs/corpus.md).
 
-In format 1 documents were held out by their hash alone, and each side had a stream of its own.
+A corpus is written in format 2 if it has a hold-out, and in format 1 otherwise. In earlier corpora
+of format 1 with a hold-out, documents were held out by their hash alone, and training and held-out
+tokens were two streams.
 """
 _LARGEST_JSON = 1 << 24  # bytes: an index holds the length of each part
 _BLOCK = 1 << 20
@@ -55,7 +57,7 @@ _Stream = TokenStream | SelectedStream
 
 
 def format_of(packing: Packing) -> int:
-    """Return the format in which a packing is written."""
+    """Return the version of the format in which a packing is written."""
     return 2 if packing.holdout else 1
 
 
@@ -64,10 +66,11 @@ class Paths:
     """Paths of the files and folders of a packed corpus."""
 
     folder: Path
+    """Folder of the packed corpus."""
 
     @property
     def made_from(self) -> Path:
-        """Path of corpus.json, which says what the corpus is packed from."""
+        """Path of corpus.json, which describes the text, the tokenizer and the packing."""
         return self.folder / "corpus.json"
 
     @property
@@ -82,12 +85,12 @@ class Paths:
 
     @property
     def holdout(self) -> Path:
-        """Folder of each part's document table (format 1: of the held-out tokens)."""
+        """Folder of the document tables of the parts (in format 1, of the held-out tokens)."""
         return self.folder / "holdout"
 
     @property
     def frequencies(self) -> Path:
-        """Path of the table of how often each id occurs in the training windows."""
+        """Path of the table with the frequency of each id in the training windows."""
         return self.folder / "frequencies.parquet"
 
     @property
@@ -97,54 +100,60 @@ class Paths:
 
     @property
     def begun(self) -> bool:
-        """Whether a part of the corpus is finished, or all of it."""
+        """Whether at least one part of the corpus is finished."""
         return self.index.exists() or any(self.training.glob("part-*"))
 
     @property
     def names(self) -> set[str]:
-        """Names of everything in the folder of a packed corpus."""
+        """Names of all files and folders in the folder of a packed corpus."""
         files = (self.made_from, self.index, self.training, self.holdout, self.frequencies)
         return {file.name for file in (*files, self.lock)}
 
     def clear(self) -> None:
-        """Remove what was packed, and `corpus.json` last."""
+        """Remove all packed files, `corpus.json` last."""
         for stream in (self.training, self.holdout):
             shutil.rmtree(stream, ignore_errors=True)
         for file in (self.index, self.frequencies, self.made_from):
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove a packed corpus, and its folder if the folder holds nothing else."""
+        """Remove a packed corpus, and its folder if the folder contains nothing else."""
         self.clear()
         self.lock.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # most of all, that it is not empty
+        with contextlib.suppress(OSError):  # the folder may contain other files
             self.folder.rmdir()
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """Counts of documents, characters and tokens of a packed corpus.
+    """Numbers of documents, characters and tokens in a packed corpus.
 
-    Tokens include separators, beginning-of-text tokens and the dropped ones. Where the hold-out is
-    by windows, documents count on the side on which they begin.
+    Tokens include separators, beginning-of-text tokens and dropped tokens. If the rule of the
+    hold-out is "windows", a document counts as held out if it begins there.
     """
 
     documents: int
+    """Number of training documents."""
     characters: int
+    """Number of characters of the training documents."""
     tokens: int
+    """Number of training tokens."""
     dropped_tokens: int
     """Number of tokens of the last partial training window and of the gap before the hold-out."""
     holdout_documents: int
+    """Number of held-out documents."""
     holdout_characters: int
+    """Number of characters of the held-out documents."""
     holdout_tokens: int
+    """Number of held-out tokens."""
     holdout_dropped_tokens: int
     """Number of held-out tokens after the last held-out window."""
     blank_documents: int
-    """Number of documents that were left out because they hold no text."""
+    """Number of documents that were not packed because they contain no text."""
     holdout_rule: str | None = None
-    """Rule of the hold-out, "documents" or "windows"; None where nothing is held out."""
+    """Rule of the hold-out, "documents" or "windows"; None without a hold-out."""
     split_documents: int = 0
-    """Number of documents of which each side of the hold-out has a part."""
+    """Number of documents with both training and held-out tokens."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -152,9 +161,9 @@ class CorpusSummary:
 
 
 class PackedCorpus:
-    """Windows of tokens on disk; made by `pack`, opened by `PackedCorpus.open`.
+    """Windows of tokens on disk, written by `pack` and opened by `PackedCorpus.open`.
 
-    Safe to share between threads, and to pickle: a copy opens the files anew.
+    A corpus can be shared between threads and pickled; a pickled copy opens the files again.
     """
 
     holdout_windows: int
@@ -188,22 +197,25 @@ class PackedCorpus:
     def open(cls, path: Path | str) -> PackedCorpus:
         """Open a complete packed corpus.
 
+        Args:
+            path: folder of the corpus.
+
         Raises:
-            CorpusError: the folder holds no packed corpus, an unfinished or a damaged one, or one
+            CorpusError: the folder contains no packed corpus, or one that is unfinished, damaged or
                 of an unknown format.
         """
         paths = Paths(Path(path))
         if not paths.made_from.exists():
-            raise CorpusError(f"{path} holds no packed corpus; pack text into it first")
+            raise CorpusError(f"{path} contains no packed corpus; pack text into it first")
         made_from = read_corpus_json(paths.made_from)
         if made_from.get("format") not in FORMAT_VERSIONS:
             raise CorpusError(
-                f"the packed corpus at {path} has format {made_from.get('format')!r}, this "
-                f"library reads {' and '.join(map(str, FORMAT_VERSIONS))}; pack it again"
+                f"the packed corpus at {path} has format {made_from.get('format')!r}, but this "
+                f"library reads {' and '.join(map(str, FORMAT_VERSIONS))}; pack the text again"
             )
         if not paths.index.exists():
             raise CorpusError(
-                f"the packed corpus at {path} is not finished; pack it again to finish it"
+                f"the packed corpus at {path} is not finished; pack the text again to resume"
             )
         try:
             return cls(paths.folder, made_from, read_corpus_json(paths.index))
@@ -217,37 +229,37 @@ class PackedCorpus:
         return _reopen, (self.folder, self._holdout is self._training)
 
     def held_out_whole(self) -> PackedCorpus:
-        """Return the same corpus with all training windows as held-out windows.
+        """Return a copy of the corpus whose training windows are its held-out windows.
 
-        This is for text that is packed only for evaluation.
+        Use this for text that is packed only for evaluation.
         """
         other = copy(self)
         other._holdout, other.holdout_windows = self._training, self.windows
         return other
 
     def in_words(self) -> str:
-        """Return a sentence on the documents, the windows and the hold-out, for people."""
+        """Return a sentence about the documents, the windows and the hold-out, for display."""
         summary, length = self.summary, self.packing.window_length
         documents = summary.documents + summary.holdout_documents
-        said = counted(documents, "document")
-        said += f", {counted(self.windows, 'window')} of {length} tokens"
+        text = counted(documents, "document")
+        text += f", {counted(self.windows, 'window')} of {length} tokens"
         if summary.blank_documents:
-            said += f"; {counted(summary.blank_documents, 'document')} without text left out"
+            text += f"; {counted(summary.blank_documents, 'document')} without text left out"
         if not self.packing.holdout:
-            return said
+            return text
         total = summary.tokens + summary.holdout_tokens
         share = self.holdout_windows * length / max(total, 1)
-        said += (
+        text += (
             f"; held out for evaluation: {counted(self.holdout_windows, 'window')} ({share:.1%}), "
         )
         if summary.holdout_rule != "windows":
-            return said + counted(summary.holdout_documents, "whole document")
-        said += "the last of the text"
+            return text + counted(summary.holdout_documents, "whole document")
+        text += "the last of the text"
         if summary.dropped_tokens >= length:
-            said += ", after a gap of one window"
+            text += ", after a gap of one window"
         if summary.split_documents:
-            said += "; each side has a part of one document"
-        return said
+            text += "; each side has a part of one document"
+        return text
 
     @property
     def windows(self) -> int:
@@ -258,18 +270,23 @@ class PackedCorpus:
         """Return the training windows [start, stop).
 
         Raises:
-            InvalidArgumentError: the range does not lie within [0, windows].
+            InvalidArgumentError: the range is not within [0, windows].
             CorpusError: a file is damaged.
         """
         return self._read(self._training, start, stop, self.windows)
 
     def read_holdout(self, start: int, stop: int) -> list[Window]:
-        """Return the held-out windows [start, stop); raises what `read` raises."""
+        """Return the held-out windows [start, stop).
+
+        Raises:
+            InvalidArgumentError: the range is not within [0, holdout_windows].
+            CorpusError: a file is damaged.
+        """
         return self._read(self._holdout, start, stop, self.holdout_windows)
 
     @cached_property
     def token_frequencies(self) -> NDArray[np.int64]:
-        """int64 [V]: how often each id occurs in the training windows.
+        """Frequency of each id in the training windows, int64 [V].
 
         Raises:
             CorpusError: the file is damaged.
@@ -285,7 +302,7 @@ class PackedCorpus:
     def _read(self, stream: _Stream, start: int, stop: int, windows: int) -> list[Window]:
         if not 0 <= start <= stop <= windows:
             raise InvalidArgumentError(
-                f"windows {start}:{stop} do not lie in {self.folder}; give a range within "
+                f"{self.folder} does not have the windows {start}:{stop}; give a range within "
                 f"0:{windows}"
             )
         length = self.packing.window_length
@@ -294,8 +311,8 @@ class PackedCorpus:
             0 <= int(tokens.ids.min()) <= int(tokens.ids.max()) < self.vocab_size
         ):
             raise CorpusError(
-                f"{self.folder} holds a token outside its vocabulary of {self.vocab_size} ids in "
-                f"windows {start} to {stop - 1}: it is damaged; pack the text again"
+                f"{self.folder} is damaged: it has a token outside its vocabulary of "
+                f"{self.vocab_size} ids in windows {start} to {stop - 1}; pack the text again"
             )
         result = []
         for index in range(start, stop):
@@ -315,19 +332,19 @@ def _reopen(folder: Path, whole: bool) -> PackedCorpus:
 
 
 def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source for publication, without the folders in its name.
+    """Return the description of a source without the folders in its name, for publication.
 
     Args:
-        source: source as `Source.to_json` returns it.
+        source: description from `Source.to_json`.
     """
     return {**source, "name": label_of(str(source.get("name", "")))}
 
 
 def text_fingerprint(source: Mapping[str, Any]) -> str:
-    """Return the sha256, in hex, of what a text is and how it was read, without its name.
+    """Return the hexadecimal sha256 of the description of a source without its name.
 
     Args:
-        source: see `Source.to_json`.
+        source: description from `Source.to_json`.
     """
     return hashlib.sha256(
         canonical_json({key: value for key, value in source.items() if key != "name"})
@@ -335,10 +352,17 @@ def text_fingerprint(source: Mapping[str, Any]) -> str:
 
 
 def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> None:
-    """Add up what the parts hold, choose what is held out, and complete the corpus.
+    """Complete a packed corpus: select the hold-out, and write frequencies and index.
+
+    Args:
+        paths: paths of the corpus.
+        parts: number of parts, all of which exist.
+        packing: rules that form windows from documents.
+        vocab_size: number of ids.
 
     Raises:
-        CorpusError: the text does not fill the windows that are needed, or a part is damaged.
+        NoWindowsError: the text does not fill the required windows.
+        CorpusError: a part is damaged.
     """
     total, lengths, frequencies = Counts(), list[int](), np.zeros(vocab_size, np.int64)
     for number in range(parts):
@@ -375,7 +399,7 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
         "holdout_tokens": held,
         "holdout_dropped_tokens": held - whole,
         "blank_documents": total.blank_documents,
-        **rules,  # format 1 has none
+        **rules,  # absent in format 1
     }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"count": frequencies}), sink, write_page_checksum=True)
@@ -384,7 +408,7 @@ def write_index(paths: Paths, parts: int, packing: Packing, vocab_size: int) -> 
 
 
 def _split_documents(stream: TokenStream, split: Split, length: int) -> int:
-    """Return the number of documents (one at most) of which each side of a hold-out has a part."""
+    """Return the number (0 or 1) of documents with both training and held-out tokens."""
     if split.rule == "documents":
         return 0
     between = stream.read(split.training_windows * length, split.first * length + 1)
@@ -392,7 +416,7 @@ def _split_documents(stream: TokenStream, split: Split, length: int) -> int:
 
 
 def _counted(stream: _Stream, start: int, stop: int, vocab_size: int) -> NDArray[np.int64]:
-    """Return how often each id occurs among the tokens [start, stop) of a stream."""
+    """Return the frequency of each id among the tokens [start, stop) of a stream, int64 [V]."""
     counts = np.zeros(vocab_size, np.int64)
     for begin in range(start, stop, _BLOCK):
         tokens = stream.read(begin, min(begin + _BLOCK, stop))
@@ -401,32 +425,32 @@ def _counted(stream: _Stream, start: int, stop: int, vocab_size: int) -> NDArray
 
 
 class NoWindowsError(CorpusError):
-    """A text does not fill the windows that are needed; what was packed is of no use."""
+    """Raised if a text does not fill the required windows, so that the packed files are useless."""
 
 
 def _require_windows(total: Counts, packing: Packing, split: Split | None) -> None:
     length, share = packing.window_length, packing.holdout
     if not total.documents:
         raise NoWindowsError(
-            "the corpus holds no text: every document is empty or white space, or has no answer to "
-            "learn (with completion-only, if no message has the role 'assistant'), or no file of "
-            "token ids fills a window; name other text"
+            "the corpus contains no text: every document is empty or white space, or has no "
+            "completion to train on (with completion-only, if no message has the role "
+            "'assistant'), or no file of token ids fills a window; give other text"
         )
     if total.tokens < length:
         raise NoWindowsError(
-            f"the text is too short: {total.tokens} tokens, and one window needs {length}. Use "
-            "more text or a shorter window (--window)."
+            f"the text is too short: it has {total.tokens} tokens, but one window needs {length}. "
+            "Use more text or a shorter window (--window)."
         )
     if share and split is None:
         raise NoWindowsError(
-            f"the text is too short to hold a part of it out: {total.tokens} tokens, and two "
-            f"windows, one to train on and one to hold out (holdout={share}), need {2 * length}. "
-            f"Use more text, a window of at most {total.tokens // 2} (--window), or no hold-out."
+            f"the text is too short for a hold-out: it has {total.tokens} tokens, but two windows, "
+            f"one to train on and one to hold out (holdout={share}), need {2 * length}. Use more "
+            f"text, a window of at most {total.tokens // 2} (--window), or no hold-out."
         )
 
 
 def recorded_vocabulary(folder: Path) -> int | None:
-    """Return the vocabulary size for which a folder's text is packed; None before packing begins.
+    """Return the vocabulary size in a folder's corpus.json; None if packing has not begun.
 
     Raises:
         CorpusError: corpus.json cannot be read.
@@ -440,7 +464,7 @@ def read_corpus_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a packed corpus.
 
     Raises:
-        CorpusError: the file cannot be read, or holds something else.
+        CorpusError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         value = read_json(path, largest=_LARGEST_JSON, most=1 << 20)

@@ -1,18 +1,17 @@
-"""Pack a source into windows on disk: in parallel, resumable, the same bytes every time.
+"""Pack a source into windows on disk, in parallel, resumably and deterministically.
 
     OUT/
-      corpus.json                     what the corpus is made from; written first
-      training/part-00000000.parquet  the token stream of all documents, in parts
+      corpus.json                     description of text, tokenizer and packing; written first
+      training/part-00000000.parquet  token stream of all documents, in parts
       holdout/part-00000000.parquet   with a hold-out: keys and lengths of a part's documents
-      frequencies.parquet             how often each id occurs in the training windows
-      index.json                      lengths, totals, what is held out; written last
+      frequencies.parquet             frequency of each id in the training windows
+      index.json                      lengths, totals, hold-out; written last
 
-The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of
-the stream. Portions depend on the source alone and not on one another, so the bytes on disk depend
-neither on the number of processes nor on how often the work was interrupted: a part that is
-finished is never made again, and an interruption costs at most one portion per process. Memory is
-bounded by the batch of text being tokenised and one row group of tokens. A packed corpus takes
-about two bytes per token.
+The source is divided into portions of about `PART_BYTES`, and each portion becomes one part of the
+stream. Portions depend only on the source, so the bytes on disk depend neither on the number of
+processes nor on interruptions: a finished part is not written again, and an interruption costs at
+most one portion per process. Memory is bounded by one batch of text and one row group of tokens. A
+packed corpus occupies about two bytes per token.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ from sparselogits.files import clean_leftovers, disk_errors
 from sparselogits.progress import Progress
 
 PART_BYTES = 32 << 20
-"""Bytes of text that become one part; an interruption costs at most one part, about ten seconds."""
+"""Default size of the text of one part, in bytes; packing a part takes about ten seconds."""
+
 _BATCH_BYTES = 1 << 20
 
 
@@ -67,28 +67,38 @@ def pack(
     processes: int = 1,
     part_bytes: int = PART_BYTES,
 ) -> PackedCorpus:
-    """Pack `source` into `out`, or continue an interrupted call.
+    """Pack text into windows of tokens in a folder, or resume an interrupted call.
 
-    A complete corpus that was made from the same inputs is opened and returned at once.
+    A complete corpus that was packed from the same inputs is opened and returned at once.
 
     Args:
         source: text from `open_source`.
-        tokenizer: transformers tokenizer of the teacher; its chat template renders messages. Of
-            token ids it must be the one that made them.
-        packing: how documents become windows, usually from `packing_for`.
-        out: folder for the packed corpus alone.
-        vocab_size: number of ids that the teacher knows; larger ids are refused.
-        progress: called repeatedly with the bytes of text done and their total.
-        processes: number of processes that tokenise at once. With one, the tokenizer uses its own
-            threads.
-        part_bytes: bytes of text that become one part.
+        tokenizer: transformers tokenizer of the teacher; its chat template renders messages. Token
+            ids in the source must have been computed with it.
+        packing: rules that form windows from documents, usually from `packing_for`.
+        out: folder for the packed corpus, which must contain nothing else.
+        vocab_size: number of columns of the teacher's head, which limits the ids.
+        progress: called repeatedly with the number of packed bytes of text and their total.
+        processes: number of processes that tokenise in parallel; a single process uses the threads
+            of the tokenizer.
+        part_bytes: size in bytes of the text of one part.
+
+    Returns:
+        The complete corpus.
 
     Raises:
         CorpusError: the text cannot be read, is empty, or does not fill a window; an id lies
-            outside the vocabulary; or the folder holds something else.
-        IdentityMismatchError: `out` was packed from other text, or with other settings; names the
-            fields. Or the token ids of the source were made by another tokenizer.
-        StorageError: the folder cannot be written; finished parts are kept.
+            outside the vocabulary; or the folder contains other files.
+        IdentityMismatchError: `out` was packed from other text or with other settings; the message
+            contains the differing fields. Or the token ids of the source are of another tokenizer.
+        StorageError: the folder cannot be written; finished parts remain.
+
+    Example:
+        >>> source = open_source("books/")
+        >>> packing = packing_for(tokenizer, window_length=1024, holdout=0.01)
+        >>> corpus = pack(source, tokenizer, packing, out, vocab_size=128_256)
+        >>> corpus.windows
+        12034
     """
     _check_ids(packing, vocab_size)
     if processes < 1 or part_bytes < 1:
@@ -97,7 +107,7 @@ def pack(
         )
     paths = Paths(Path(out))
     source = source.read_by(tokenizer).cut_by(packing, vocab_size)
-    made_from = {
+    description = {
         "format": format_of(packing),
         "source": public_source(source.to_json()),
         "tokenizer": str(tokenizer_fingerprint(tokenizer)),
@@ -105,16 +115,16 @@ def pack(
         "packing": packing.to_json(),
         "part_bytes": part_bytes,
     }
-    with disk_errors(paths.folder), claimed(paths, made_from) as claim:
+    with disk_errors(paths.folder), claimed(paths, description) as claim:
         for folder in (paths.folder, paths.training, paths.holdout):
             clean_leftovers(folder)
         if not paths.index.exists():
             work = _Work(source, Encoder(tokenizer), packing, paths, vocab_size)
             portions = source.portions(part_bytes)
-            _make_parts(work, portions, processes, progress)
+            _write_parts(work, portions, processes, progress)
             try:
                 write_index(paths, len(portions), packing, vocab_size)
-            except NoWindowsError:  # the folder would refuse better settings
+            except NoWindowsError:  # else the folder could not be packed with other settings
                 claim.abandon()
                 raise
     return PackedCorpus.open(paths.folder)
@@ -125,14 +135,14 @@ def _check_ids(packing: Packing, vocab_size: int) -> None:
         value = getattr(packing, name)
         if value is not None and value >= vocab_size:
             raise CorpusError(
-                f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids: the "
-                "tokenizer does not belong to this teacher, or the id is wrong"
+                f"{name}={value} lies outside the teacher's vocabulary of {vocab_size} ids; use "
+                "the teacher's tokenizer, or give another id"
             )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Everything that a process needs to pack a portion."""
+    """Inputs of a process that packs portions of a source."""
 
     source: Source
     encoder: Encoder
@@ -144,9 +154,9 @@ class _Work:
 def _pack_portion(
     work: _Work, portion: Portion, number: int, advance: Callable[[int], None]
 ) -> None:
-    """Write the part that a portion becomes, and the table of its documents if some are held out.
+    """Write the part of a portion, and the table of its documents if the packing has a hold-out.
 
-    The part is committed last: once it exists, both do.
+    The table is committed before the part, so a part that exists has its table.
     """
     name = part_name(number)
     with ExitStack() as stack:
@@ -154,7 +164,7 @@ def _pack_portion(
         writer, table = stack.enter_context(part), None
         if work.packing.holdout:
             table = stack.enter_context(writing_table(work.paths.holdout / name))
-        left = sum(span.size for span in portion)
+        remaining = sum(span.size for span in portion)
         for batch in _batches(work.source.pieces(portion)):
             for piece, encoded in zip(batch, work.encoder.encode(batch), strict=True):
                 if piece.blank:
@@ -163,14 +173,18 @@ def _pack_portion(
                 tokens = _append(writer, piece, encoded, work.packing)
                 if table is not None:
                     table.add(piece, tokens)
-            done = min(left, sum(piece.size for piece in batch))
-            left -= done
+            done = min(remaining, sum(piece.size for piece in batch))
+            remaining -= done
             advance(done)
-        advance(left)
+        advance(remaining)
 
 
 def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing) -> int:
-    """Write the tokens of a piece and return their number."""
+    """Append the tokens of a piece to a part, with beginning-of-text token and separator.
+
+    Returns:
+        The number of appended tokens.
+    """
     writer.counts.characters += piece.stop - piece.start
     ids, learnt = encoded
     tokens = len(ids)
@@ -181,21 +195,22 @@ def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing
         return tokens
     if piece.opens:
         writer.begin_document()
-        # rendered text, and text that begins with the token, does not get it twice
-        begun = piece.rendered or (len(ids) > 0 and ids[0] == packing.bos_id)
-        if packing.bos_id is not None and not begun:
+        # chat templates write the token themselves, if their text has one
+        has_bos = piece.rendered or (len(ids) > 0 and ids[0] == packing.bos_id)
+        if packing.bos_id is not None and not has_bos:
             writer.append(np.array([packing.bos_id]), learnt=False)
             tokens += 1
     writer.append(ids, learnt=learnt)
     if piece.closes and not (len(ids) > 0 and ids[-1] == packing.separator_id):
-        # learnt as the token before it is; a question without an answer has none
-        end = learnt if isinstance(learnt, bool) else bool(len(learnt) and learnt[-1])
-        writer.append(np.array([packing.separator_id]), learnt=end)
+        # the separator carries a target if and only if the token before it does
+        last = learnt if isinstance(learnt, bool) else bool(len(learnt) and learnt[-1])
+        writer.append(np.array([packing.separator_id]), learnt=last)
         tokens += 1
     return tokens
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield consecutive pieces in batches of about `_BATCH_BYTES` characters."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -208,29 +223,29 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _make_parts(
+def _write_parts(
     work: _Work,
     portions: Sequence[Portion],
     processes: int,
     progress: Progress | None,
 ) -> None:
-    """Make the parts that do not exist yet."""
+    """Write the parts that do not exist yet."""
     sizes = [sum(span.size for span in portion) for portion in portions]
     todo = [n for n in range(len(portions)) if not (work.paths.training / part_name(n)).exists()]
     done, total = sum(sizes) - sum(sizes[n] for n in todo), sum(sizes)
 
-    def report(now: int) -> None:
+    def report(packed: int) -> None:
         if progress is not None:
-            progress(done + now, total)
+            progress(done + packed, total)
 
     report(0)
     if processes == 1 or len(todo) < 2:
-        made = 0
+        packed = 0
 
         def advance(size: int) -> None:
-            nonlocal made
-            made += size
-            report(made)
+            nonlocal packed
+            packed += size
+            report(packed)
 
         for number in todo:
             _pack_portion(work, portions[number], number, advance)
@@ -245,7 +260,7 @@ def _in_processes(
     processes: int,
     report: Callable[[int], None],
 ) -> None:
-    # spawned, not forked: the tokenizer and torch have threads, which do not survive a fork
+    # spawned, since the threads of the tokenizer and of torch do not survive a fork
     context = get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(processes, context, _start_worker, (work, counter, stop))
@@ -259,18 +274,17 @@ def _in_processes(
             report(counter.value)
     except BrokenProcessPool as error:
         raise CorpusError(
-            "a packing process was killed, perhaps for lack of memory. Finished parts are kept: "
-            "run it again to go on, with fewer processes if memory is short. (If it fails at "
-            "once: a script that packs with processes > 1 must do so under "
-            "`if __name__ == '__main__':`.)"
+            "a packing process was killed, perhaps for lack of memory. Finished parts remain; run "
+            "the same command again to resume, with fewer processes if memory is short. (A script "
+            "that packs with processes > 1 must do so under `if __name__ == '__main__':`.)"
         ) from error
     finally:
-        stop.set()  # so that after an error or Ctrl-C no worker finishes its part first
+        stop.set()  # after an error or Ctrl-C, no worker finishes its part first
         pool.shutdown(cancel_futures=True)
 
 
 class _StoppedError(Exception):
-    """Ends a worker's part after the parent has failed."""
+    """Raised in a worker to abort its part after another worker or the parent has failed."""
 
 
 _worker: tuple[_Work, Any, Any]
@@ -280,15 +294,16 @@ def _start_worker(work: _Work, counter: Any, stop: Any) -> None:
     global _worker
     _worker = work, counter, stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
+    """Exit this worker when its parent exits, since a killed parent cannot stop its workers."""
     parent = parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # a killed parent cannot tell its workers
+        os._exit(1)
 
 
 def _work(portion: Portion, number: int) -> None:

@@ -1,21 +1,19 @@
-"""Cut documents into bounded pieces of text that tokenise as the whole document would.
+"""Cut documents into bounded pieces whose tokens together are those of the whole document.
 
-A document may be larger than memory, so it is tokenised piece by piece. Cutting text changes its
-tokens near the cut (a word torn in two, a space that belonged to the next word), and some
-tokenizers put a space before every text. So a piece comes with a margin: up to `MARGIN_BYTES` of
-the document on either side of its own text. It is tokenised with its margins, and of the tokens
-those are kept that *start* within its own text. Both neighbours of a cut see the same surroundings,
-so each token at the cut is kept by exactly one of them.
+A document may be larger than memory, so it is tokenised in pieces. A cut changes the tokens near it
+(a split word, a space that belonged to the next word), and some tokenizers add a space before every
+text. Therefore a piece is tokenised with margins: up to `MARGIN_BYTES` of the document before and
+after its text. Only the tokens that *start* between the margins are used. Both neighbours of a cut
+are tokenised with the same text around the cut, so exactly one of them uses each token there.
 
-This guarantees: where the tokenizer's segmentation at a point depends on at most `MARGIN_BYTES`
-around it (every tokenizer that splits text into words first, as long as no word is longer than
-that), the pieces' tokens are the whole document's tokens, one for one. Cuts fall between a line
-break and a line that begins with text, or, in a very long line, between two words. Where
-`PIECE_BYTES` / 2 hold no white space at all, the cut falls between two characters, without margins,
-so that no text is lost or doubled, but a token may be split there.
+If the tokenizer's segmentation at a point depends on at most `MARGIN_BYTES` around it (as in every
+tokenizer that splits text into words first, if no word is longer), the tokens of the pieces equal
+the tokens of the whole document. A piece is cut between a line break and a line that begins with
+text, or, in a very long line, between two words. If `PIECE_BYTES` / 2 contain no white space, it is
+cut between two characters without margins: no text is lost or repeated, but a token may be split.
 
-Margins are tokenised twice, at most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long document and
-nothing of one shorter than `PIECE_BYTES`.
+At most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long document is tokenised twice; a document of
+up to `PIECE_BYTES` has no margins.
 """
 
 from __future__ import annotations
@@ -30,13 +28,16 @@ from numpy.typing import NDArray
 from sparselogits.errors import CorpusError
 
 PIECE_BYTES = 64 * 1024
+"""Maximum size of a piece without its margins, in bytes."""
 MARGIN_BYTES = 512
+"""Maximum size of a margin, in bytes."""
 HEAD_BYTES = 64 * 1024
+"""Number of bytes at the beginning of a document that determine its key."""
 _SALT = b"sparselogits hold-out 1"
 _WHITE = b" \t\n\r\x0b\x0c"
 
 Read = Callable[[int, int], bytes]
-"""Returns the bytes [start, stop) of a file or string, fewer at its end."""
+"""Function that returns the bytes [start, stop) of a file or string, fewer at its end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,33 +53,35 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of one document's text, to be tokenised at once, or of its tokens.
+    """Consecutive characters of one document that are tokenised at once, or its tokens.
 
-    Pieces of a document follow one another; `opens` and `closes` mark its first and last. A
-    document that spans two portions of a source is opened in one and closed in another.
+    The pieces of a document are consecutive. A document that spans two portions of a source has its
+    first piece in one portion and its last piece in the other.
     """
 
     text: str
-    """The piece's own text with its margins."""
+    """Text of the piece with its margins."""
     start: int
-    """First character of the piece's own text."""
+    """Index in `text` of the first character after the left margin."""
     stop: int
-    """One past the last character of the piece's own text."""
+    """Index in `text` of the first character of the right margin."""
     key: int
     """Key of the document, from `document_key`; equal in all of its pieces."""
     opens: bool
+    """Whether this is the first piece of its document."""
     closes: bool
+    """Whether this is the last piece of its document."""
     carries_target: bool
-    """Whether the tokens are learnt (false in the prompt of a prompt and completion)."""
+    """Whether the tokens carry targets; false for a prompt if only completions do."""
     size: int
-    """Bytes of the source that the piece takes, for progress."""
+    """Number of bytes that the piece occupies in the source, for progress."""
     learnt: tuple[tuple[int, int], ...] | None = None
-    """Ranges of `text`'s characters whose tokens carry targets, ascending; None where
-    `carries_target` holds for all of them."""
+    """Ranges [start, stop) of characters of `text` whose tokens carry targets, ascending; None if
+    `carries_target` applies to all tokens."""
     rendered: bool = False
-    """Whether a chat template made the text, so that no beginning-of-text token is added."""
+    """Whether a chat template rendered the text, so that no beginning-of-text token is added."""
     tokens: TokenRow | None = None
-    """Tokens of a document that has no text, complete as they are; None where text is."""
+    """Tokens of a document that is given as token ids, with all separators; None for text."""
 
     @property
     def whole(self) -> bool:
@@ -87,27 +90,31 @@ class Piece:
 
     @property
     def blank(self) -> bool:
-        """Whether the piece is a whole document of nothing but white space."""
+        """Whether the piece is a whole document that is empty or only white space."""
         return self.tokens is None and self.opens and self.closes and not self.text.strip()
 
     @property
     def weight(self) -> int:
-        """Bytes that the piece takes in memory, about."""
+        """Approximate size of the piece in memory, in bytes."""
         return len(self.text) + (0 if self.tokens is None else 8 * len(self.tokens.ids))
 
 
 def blank_piece(size: int) -> Piece:
-    """Return the piece of a document that holds nothing; `size` is that of the source."""
+    """Return the piece of a document without text.
+
+    Args:
+        size: number of bytes that the document occupies in the source.
+    """
     return Piece("", 0, 0, 0, opens=True, closes=True, carries_target=True, size=size)
 
 
 def document_key(head: bytes) -> int:
-    """Return the number in [0, 2^64) by which the hold-out is chosen.
+    """Return the hash in [0, 2^64) that determines whether a document is held out.
+
+    Equal documents have equal keys, so copies of a document are not divided by the hold-out.
 
     Args:
-        head: first `HEAD_BYTES` bytes of the document in UTF-8 (all of a shorter one).
-
-    Equal documents have equal keys, so copies of a document fall on the same side of the split.
+        head: first `HEAD_BYTES` bytes of the document in UTF-8; all bytes of a shorter document.
     """
     return int.from_bytes(hashlib.blake2b(_SALT + head[:HEAD_BYTES], digest_size=8).digest())
 
@@ -125,27 +132,28 @@ def cut_pieces(
 
     Args:
         read: reads bytes of the file or string that holds the document.
-        start: first byte, a cut made by `next_cut` or the document's first byte.
-        stop: one past the last byte, likewise.
-        document: first byte of the document and one past its last; margins stay within it. The end
-            may be any byte from `stop + MARGIN_BYTES` on if it lies further away.
+        start: offset of the first byte, from `next_cut` or the beginning of the document.
+        stop: offset after the last byte, from `next_cut` or the end of the document.
+        document: offsets of the document's first byte and after its last byte, which limit the
+            margins; an end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
         key: key of the document.
         name: name of the file, for errors.
 
     Raises:
-        CorpusError: the bytes are no UTF-8; gives the offset of the first wrong byte.
+        CorpusError: the bytes are not UTF-8; the message contains the offset of the first invalid
+            byte.
     """
     first, last = document
     begin = start
     while begin < stop:
         end = next_cut(read, begin, stop)
         left, right = begin, end
-        if begin > first and _clean(read, begin):
+        if begin > first and _is_word_edge(read, begin):
             left = max(first, begin - MARGIN_BYTES)
-        if end < last and _clean(read, end):
+        if end < last and _is_word_edge(read, end):
             right = min(last, end + MARGIN_BYTES)
         raw = read(left, right)
-        # the margins' outer ends may cut through a character, whose rest is dropped
+        # the outer ends of the margins may split a character, which is then ignored
         before = raw[: begin - left].decode(errors="ignore")
         after = raw[end - left :].decode(errors="ignore")
         own = _decode(raw[begin - left : end - left], begin, name)
@@ -163,11 +171,16 @@ def cut_pieces(
 
 
 def next_cut(read: Read, start: int, stop: int) -> int:
-    """Return where the piece that starts at `start` ends: at most `PIECE_BYTES` further on.
+    """Return the end of the piece that starts at `start`: at most `PIECE_BYTES` later.
 
-    The cut lies in the second half of that range: after the last line break that is followed by
-    text, else before the last blank between two words (tokenizers count it to the word that
-    follows, so no token reaches across the cut), else before any character.
+    The end lies in the second half of that range: after the last line break that is followed by
+    text; if there is none, before the last space between two words (tokenizers join it with the
+    next word, so no token crosses the cut); otherwise before any character.
+
+    Args:
+        read: reads bytes of the file or string that contains the document.
+        start: offset of the piece's first byte.
+        stop: offset after the document's last byte.
     """
     if stop - start <= PIECE_BYTES:
         return stop
@@ -185,8 +198,8 @@ def next_cut(read: Read, start: int, stop: int) -> int:
     return start + end
 
 
-def _clean(read: Read, cut: int) -> bool:
-    """Return whether a cut is at the edge of a word, so that margins make the neighbours agree."""
+def _is_word_edge(read: Read, cut: int) -> bool:
+    """Return whether a cut lies between white space and text, as margins require."""
     around = read(cut - 1, cut + 1)
     return len(around) == 2 and (around[0] in _WHITE) != (around[1] in _WHITE)
 

@@ -1,15 +1,15 @@
-"""Turn records with named fields into documents, whatever format the records come from.
+"""Convert records with named fields to documents, independently of their file format.
 
-A record holds its text in one field, or a `prompt` and a `completion`, or a conversation. If
-several of them are present, the first that is not empty counts, in this order, so that records of
-different forms may stand in one file. Prompt and completion are tokenised separately, as they are
-when the model is used, and where only completions are learnt the prompt's tokens carry no target. A
-conversation (`prompt` and `completion` may be messages, too) becomes one text by a chat template
-and is tokenised at once, as transformers' `apply_chat_template` does; its completions are the
-assistant's turns. A record without any text (null, empty or white space only, or without a
-completion where only completions count) becomes a blank piece, which is left out and counted.
+A record contains text in one field, or a `prompt` and a `completion`, or a conversation. If several
+of them are present, the first that is not empty is used, in this order, so that one file may
+contain records of different forms. Prompt and completion are tokenised separately, as at inference;
+with `completion_only` the tokens of the prompt carry no targets. A conversation (`prompt` and
+`completion` may be messages, too) is rendered to one text by a chat template and tokenised at once,
+as transformers' `apply_chat_template` does; its completions are the assistant's turns. A record
+without text (null, empty or only white space, or with `completion_only` without a completion)
+becomes a blank piece, which is counted and not packed.
 
-Records of token ids (`token_rows`) are read only if the user names the tokenizer that made them.
+Records of token ids (`token_rows`) are read only if the user names their tokenizer.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sparselogits.corpus.token_rows import COLUMNS, IDS, TokenReading, record_ro
 from sparselogits.errors import CorpusError
 
 Where = Callable[[], str]
-"""Returns the file and the position of a record, for errors; called only if there is one."""
+"""Function that returns the file name and position of a record, for error messages only."""
 
 CONVERSATION_BYTES = 4 << 20
-"""Bytes up to which a conversation is tokenised at once; longer ones are cut into pieces, as long
-documents are."""
+"""Maximum size, in bytes, of a conversation that is tokenised at once; longer ones are cut into
+pieces like long documents."""
 
 
 class Record(NamedTuple):
@@ -44,57 +44,72 @@ class Record(NamedTuple):
     values: Mapping[str, Any]
     """Values by field name."""
     where: Where
+    """Function that returns the file name and position of the record."""
     size: int
-    """Bytes of the file that the record takes, for progress."""
+    """Number of bytes that the record occupies in the file, for progress."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Names the fields of a record that hold its text."""
+    """Names of the fields of a record that contain its text."""
 
     text: str = "text"
-    """Field that holds plain text or a conversation."""
+    """Name of the field with plain text or a conversation."""
     completion_only: bool = False
-    """Whether only completions carry targets; every record must then hold one."""
+    """Whether only completions carry targets; every record must then have a completion."""
     chat: ChatTemplate | None = None
-    """Template that makes text of conversations; None where the tokenizer has none."""
+    """Template that renders conversations to text; None if the tokenizer has no template."""
     tokens: TokenReading | None = None
-    """How token ids are read; None where records hold text."""
+    """Settings for reading token ids; None if the records contain text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
-        """Return the columns to read among those that a table has.
+        """Return the columns of a table that must be read.
+
+        Args:
+            found: names of the columns of the table.
+            where: function that returns the name of the table's file, for errors.
 
         Raises:
-            CorpusError: no column could hold text; names the file and its columns.
+            CorpusError: no column could contain text; the message contains the file and its
+                columns.
         """
         if self.tokens is not None:
             return [name for name in COLUMNS if name in found]
         forms = self._forms(found)
         if self.completion_only and self.text in found:
-            forms.append([self.text])  # may hold conversations, which the records show
+            forms.append([self.text])  # may contain conversations, depending on the record
         if not forms:
-            raise self._nothing(found, where)
+            raise self._no_text_error(found, where)
         wanted = [name for form in forms for name in form]
         return list(dict.fromkeys([*wanted, *(name for name in EXTRAS if name in found)]))
 
     def chosen(self, record: Mapping[str, Any], where: Where) -> list[str]:
-        """Return the names of the fields that hold a record's text.
+        """Return the names of the fields that contain a record's text.
+
+        Args:
+            record: values by field name.
+            where: function that returns the position of the record, for errors.
 
         Raises:
-            CorpusError: no field does; names the record and its fields.
+            CorpusError: no field contains text; the message contains the record's position and
+                fields.
         """
         forms = self._forms(record)
-        if self.completion_only and _is_talk(record.get(self.text)):
+        if self.completion_only and _is_list_of_objects(record.get(self.text)):
             forms = [[self.text], *forms]
         for form in forms:
             if any(record[name] not in (None, "", []) for name in form):
                 return form
         if not forms or (self.completion_only and record.get(self.text)):
-            raise self._nothing([name for name in record if record[name] is not None], where)
+            present = [name for name in record if record[name] is not None]
+            raise self._no_text_error(present, where)
         return forms[0]
 
     def kept(self, record: Mapping[str, Any], where: Where) -> dict[str, Any]:
-        """Return the fields that decide what text a record becomes; raises what `chosen` raises."""
+        """Return the fields of a record that determine its text or tokens, by name.
+
+        The arguments and errors are those of `chosen`.
+        """
         if self.tokens is not None:
             return {name: record[name] for name in COLUMNS if record.get(name) is not None}
         names = self.chosen(record, where)
@@ -108,39 +123,47 @@ class Fields:
             forms = [[self.text], *forms]
         return [form for form in forms if all(name in found for name in form)]
 
-    def _nothing(self, found: Collection[str], where: Where) -> CorpusError:
+    def _no_text_error(self, found: Collection[str], where: Where) -> CorpusError:
         wanted = "`prompt` and `completion`, nor `messages` (or `conversations`)"
         if not self.completion_only:
             wanted = f"`{self.text}`, nor {wanted}"
-        advice = ". Name the field that holds the text (text_field)"
+        advice = ". Give the name of the field that contains the text (text_field)"
         if self.completion_only:
-            advice = ". Give records that hold completions, or learn all tokens"
+            advice = ". Give records with completions, or train on all tokens"
         if self.completion_only and self.text in found:
-            advice = ". Plain text has no completions: leave it out, or learn all tokens"
+            advice = ". Plain text has no completions: remove it, or train on all tokens"
         if IDS in found:
-            advice = ". To read its token ids, name the tokenizer that made them (tokenized_by)"
+            advice = ". To read its token ids, give their tokenizer (tokenized_by)"
         names = ", ".join(f"`{name}`" for name in found) or "none"
         return CorpusError(f"{where()} has no field {wanted}; its fields are {names}{advice}")
 
 
 def is_conversation(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Return whether the chosen fields of a record hold messages."""
-    if names[0] in MESSAGES or _is_talk(record[names[0]]):
+    """Return whether the selected fields of a record contain messages.
+
+    Args:
+        record: values by field name.
+        names: names of the fields, from `Fields.chosen`.
+    """
+    if names[0] in MESSAGES or _is_list_of_objects(record[names[0]]):
         return True
     return len(names) > 1 and any(holds_messages(record[name]) for name in names)
 
 
-def _is_talk(value: object) -> bool:
-    """Return whether a field of text holds a list of objects instead."""
+def _is_list_of_objects(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 
 def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
-    """Yield the pieces of one record; a blank one if it holds no text.
+    """Yield the pieces of one record's text; a record without text gives one blank piece.
+
+    Args:
+        record: the record.
+        fields: names of the fields that contain text.
 
     Raises:
-        CorpusError: a field is missing or holds no text, or the chat template cannot render the
-            conversation.
+        CorpusError: a field is missing or does not contain text, or the chat template cannot render
+            the conversation.
     """
     values, where, size = record
     if fields.tokens is not None:
@@ -155,7 +178,7 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
     if not wanted.strip():
         yield blank_piece(size)
         return
-    encoded = [(raw, learnt) for text, learnt in parts if (raw := _encoded(text, names, where))]
+    encoded = [(raw, learnt) for text, learnt in parts if (raw := _to_utf8(text, names, where))]
     key = document_key(b"".join(raw for raw, _ in encoded))
     for number, (raw, learnt) in enumerate(encoded):
         for piece in _field_pieces(raw, key, size=0 if number else size):
@@ -168,32 +191,32 @@ def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
 
 
 def _conversation_pieces(record: Record, names: Sequence[str], fields: Fields) -> Iterator[Piece]:
-    rendered = _rendered(record, names, fields)
+    rendered = _render(record, names, fields)
     if rendered is None:
         yield blank_piece(record.size)
         return
     learnt = tuple(rendered.learnt) if fields.completion_only else None
-    raw = _encoded(rendered.text, names, record.where)
+    raw = _to_utf8(rendered.text, names, record.where)
     key = document_key(raw)
     done = 0
     for piece in _field_pieces(raw, key, size=record.size, whole=CONVERSATION_BYTES):
-        first = done - piece.start  # the whole text's character with which the piece's text begins
+        first = done - piece.start  # index in the whole text of the first character of piece.text
         done += piece.stop - piece.start
-        yield replace(piece, rendered=True, learnt=_within(learnt, first, len(piece.text)))
+        yield replace(piece, rendered=True, learnt=_intersect(learnt, first, len(piece.text)))
 
 
-def _within(
+def _intersect(
     spans: tuple[tuple[int, int], ...] | None, first: int, length: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """Return the parts of ranges that lie in `length` characters from `first` on."""
+    """Return ranges cut to [first, first + length), relative to `first`; None for None."""
     if spans is None:
         return None
     cut = [(max(start - first, 0), min(stop - first, length)) for start, stop in spans]
     return tuple((start, stop) for start, stop in cut if start < stop)
 
 
-def _rendered(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
-    """Return a conversation's text; None if it holds nothing that is learnt."""
+def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
+    """Return the text of a conversation; None if no token of it would carry a target."""
     values, where, _ = record
     try:
         unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()
@@ -203,21 +226,21 @@ def _rendered(record: Record, names: Sequence[str], fields: Fields) -> Rendered 
             return None
         if fields.chat is None:
             raise CorpusError(
-                "it holds messages, but the tokenizer has no chat template to make text of them; "
-                "give a tokenizer that has one (for a base model, set one that writes turns as the "
-                "student will read them), or write text into the records"
+                "the record contains messages, but the tokenizer has no chat template to render "
+                "them; give a tokenizer with a template (for a base model, set the template that "
+                "the student will be used with), or give records of text"
             )
         rendered = fields.chat.rendered(conversation, masked=fields.completion_only)
     except CorpusError as error:
         raise CorpusError(f"{where()}: {error}") from error
+    text = rendered.text
     if fields.completion_only:
-        said = "".join(rendered.text[start:stop] for start, stop in rendered.learnt)
-        return rendered if said.strip() else None
-    return rendered if rendered.text.strip() else None
+        text = "".join(text[start:stop] for start, stop in rendered.learnt)
+    return rendered if text.strip() else None
 
 
 def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterator[Piece]:
-    """Yield the pieces of a text; a text of at most `whole` bytes, or `PIECE_BYTES`, is one."""
+    """Yield the pieces of a text; up to max(whole, PIECE_BYTES) bytes are one piece."""
     if len(raw) <= max(whole, PIECE_BYTES):
         text = raw.decode()
         yield Piece(
@@ -238,16 +261,16 @@ def _text(value: object, name: str, where: Where) -> str:
     if isinstance(value, str):
         return value
     raise CorpusError(
-        f"{where()}: the field `{name}` holds {type(value).__name__}, not text; name the field "
-        "that holds the text (text_field)"
+        f"{where()}: the field `{name}` contains {type(value).__name__}, not text; give the name "
+        "of the field that contains the text (text_field)"
     )
 
 
-def _encoded(text: str, names: Sequence[str], where: Where) -> bytes:
+def _to_utf8(text: str, names: Sequence[str], where: Where) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"{where()}: the field `{'`, `'.join(names)}` holds half of a surrogate pair at "
-            f"character {error.start}, which is no Unicode text; remove or repair the record"
+            f"{where()}: the field `{'`, `'.join(names)}` contains half of a surrogate pair at "
+            f"character {error.start}, which is not valid Unicode; remove or repair the record"
         ) from None

@@ -1,21 +1,20 @@
-"""Render a conversation with its chat template, and find in the text what the assistant says.
+"""Render a conversation with a chat template, and locate the assistant's turns in the text.
 
-The text is the template's rendering of the whole conversation. The ranges of characters that are
-learnt are found by the first of these that applies:
+The text is the template's rendering of the whole conversation. The loss mask, as ranges of
+characters, is determined by the first of these methods that applies:
 
-- **Marks.** A template with `{% generation %}` blocks marks what the assistant generates.
-- **Growth.** Most templates write turns one after another: the text of the first messages begins
-  the text of all. What an assistant's turn adds to the conversation before it, rendered with
-  `add_generation_prompt`, is learnt, the end of the turn included.
-- **Position.** Templates of reasoning models rewrite earlier turns (they leave out earlier
-  thoughts), so that the text of the first messages does not begin the whole text. There a message
-  is found in the whole text by a mark: digits inserted into the message, which appear where the
-  template writes the message. What follows the message up to the end of its turn, and what precedes
-  its answer, are taken from the renderings of the first messages, or, where the template cannot
-  render those (a greeting before the first question), from a conversation of one question and one
-  answer.
+- **Generation blocks.** A template with `{% generation %}` blocks marks the generated text.
+- **Prefixes.** Most templates append turns, so the rendering of the first messages is a prefix of
+  the whole text. An assistant's turn is the text after the rendering of the previous messages with
+  `add_generation_prompt`, including the end of the turn.
+- **Markers.** Templates of reasoning models rewrite earlier turns (they remove earlier thoughts),
+  so the rendering of the first messages is not a prefix of the whole text. Then a marker of digits
+  is inserted into a message, whose position in the rendering is the position of the message. The
+  text from there to the end of the turn, and the text before the answer, are taken from renderings
+  of the first messages. If the template cannot render those (an assistant's greeting before the
+  first question), they are taken from a conversation of one question and one answer.
 
-`chat` runs this module in a process of its own.
+`chat` runs this module in a separate process.
 """
 
 from __future__ import annotations
@@ -33,12 +32,16 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+"""Message of a conversation, with `role`, `content` and further fields."""
+
 CharacterRange = tuple[int, int]
-"""First character and one past the last."""
+"""Range [start, stop) of characters."""
 
 OUTPUT_CHARACTERS = 4 << 20
+"""Maximum number of characters of a rendering, in addition to `OUTPUT_FACTOR` times its input."""
+
 OUTPUT_FACTOR = 16
-"""A rendering may have `OUTPUT_CHARACTERS` plus `OUTPUT_FACTOR` times its input's characters."""
+"""Maximum number of characters of a rendering per character of its input; see above."""
 
 _MESSAGE_CHARACTERS = 600
 _OPTIONS = (
@@ -57,23 +60,23 @@ _SAME_DAY = (
     "| replace('%a', 'Fri') | replace('%H', '12') | replace('%I', '12') | replace('%p', 'PM') "
     "| replace('%M', '00') | replace('%S', '00') }}{% endmacro +%}"
 )
-"""A fixed date for templates that write today's date, so that packing gives the same tokens every
-day: the date that Llama 3's templates fall back to."""
+"""Macro with a fixed date for templates that write today's date, so that packing gives the same
+tokens every day; the date is the default of Llama 3's templates."""
 
-_MARK = 7391826450918273645
+_FIRST_MARKER = 7391826450918273645
 _QUESTION = {"role": "user", "content": "Q"}
 _ADVICE = (
-    "Mark what is generated with {% generation %} in the template, give records of `prompt` and "
-    "`completion`, or learn all tokens (without completion-only)"
+    "Mark the generated text with {% generation %} in the template, give records of `prompt` and "
+    "`completion`, or train on all tokens (without completion-only)"
 )
 
 
 class RenderError(Exception):
-    """A chat template cannot render a record; the message is for the user."""
+    """Raised if a chat template cannot render a record; the message is shown to the user."""
 
 
 class Renderer:
-    """Renders conversations with one chat template.
+    """Renderer of conversations with one chat template.
 
     Args:
         template: fields of a `chat.ChatTemplate`.
@@ -89,16 +92,16 @@ class Renderer:
         self._wraps_strings: bool | None = None
 
     def rendered(self, request: Mapping[str, Any]) -> tuple[str, list[CharacterRange]]:
-        """Return a conversation's text and the ranges of its characters that are learnt.
+        """Return a conversation's text and the character ranges of its loss mask.
 
         Args:
-            request: fields of a `conversation.Conversation`, and `masked`: whether to find the
-                ranges.
+            request: fields of a `conversation.Conversation`, and `masked`: whether to return the
+                loss mask, instead of an empty list.
 
         Raises:
-            RenderError: the template refuses the messages, or does not show what is learnt.
+            RenderError: the template raises an error, or the loss mask cannot be determined.
         """
-        render = _Bound(self, request)
+        render = _BoundTemplate(self, request)
         messages = self._readable(render, request["messages"])
         if not request["masked"]:
             return render.text(messages), []
@@ -107,81 +110,94 @@ class Renderer:
             text = render.text(messages)
             return text, self._completion(render, messages, prompt, text)
         if _GENERATION.search(render.template):
-            text, marks = render.marked(messages)
-            if not any(map(_left_out, messages)):
-                return text, marks
-            return text, _both(marks, self._turns(render, messages, text))
+            text, blocks = render.text_with_blocks(messages)
+            if not any(map(_is_excluded, messages)):
+                return text, blocks
+            return text, _intersections(blocks, self._turns(render, messages, text))
         text = render.text(messages)
-        return text, _joined(self._turns(render, messages, text))
+        return text, _union(self._turns(render, messages, text))
 
     def _turns(
-        self, render: _Bound, messages: Sequence[Message], text: str
+        self, render: _BoundTemplate, messages: Sequence[Message], text: str
     ) -> list[CharacterRange]:
-        """Return the ranges of the text that the learnt turns take."""
+        """Return the ranges of the assistant's turns in the text, without excluded ones."""
         turns = [
             number
             for number, message in enumerate(messages)
-            if message["role"] == "assistant" and not _left_out(message)
+            if message["role"] == "assistant" and not _is_excluded(message)
         ]
         spans = (self._turn(render, messages, number, text) for number in turns)
         return [span for span in spans if span is not None]
 
     def _turn(
-        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
     ) -> CharacterRange | None:
-        """Return the range of an assistant's turn in the text; None if the text leaves it out."""
-        told = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
+        """Return the range of an assistant's turn in the text; None if the text lacks the turn."""
+        until = text if number + 1 == len(messages) else render.attempt(messages[: number + 1])
         end: int | None = None
-        if told is None:
-            end = self._end_as_usual(render, messages, number, text)
-        elif text.startswith(told):
-            end = len(told)
-        elif self._eos and text.startswith(told.removesuffix(self._eos)):
-            end = len(told.removesuffix(self._eos))
+        if until is None:
+            end = self._end_from_example(render, messages, number, text)
+        elif text.startswith(until):
+            end = len(until)
+        elif self._eos and text.startswith(until.removesuffix(self._eos)):
+            end = len(until.removesuffix(self._eos))
         else:
-            end = self._end(render, messages, number, text, told)
+            end = self._end_by_marker(render, messages, number, text, until)
         if end is None:
             return None
         start = self._start(render, messages, number, text, end)
         if number + 1 < len(messages) and messages[number + 1]["role"] != "assistant":
-            end = self._with_stop(text, start, end)
+            end = self._end_with_stop_token(text, start, end)
         return start, end
 
-    def _with_stop(self, text: str, start: int, end: int) -> int:
-        """Return where a turn ends, with the token that stops it.
+    def _end_with_stop_token(self, text: str, start: int, end: int) -> int:
+        """Return the end of a turn including its stop token.
 
-        Some templates (GLM's) write no end of a turn: the model stops by writing the next message's
-        role.
+        Some templates (GLM's) write no end of a turn: the model stops by generating the role token
+        of the next message.
         """
-        said = text[start:end].rstrip()
-        if any(said.endswith(token) for token in self._closing):
+        turn = text[start:end].rstrip()
+        if any(turn.endswith(token) for token in self._closing):
             return end
         following = (token for token in self._closing if text.startswith(token, end))
         return end + len(next(following, ""))
 
     def _completion(
-        self, render: _Bound, messages: Sequence[Message], prompt: int, text: str
+        self, render: _BoundTemplate, messages: Sequence[Message], prompt: int, text: str
     ) -> list[CharacterRange]:
-        """Return the range of a completion: everything after the prompt."""
+        """Return the range of a completion, which is all text after the prompt."""
         if prompt == len(messages):
             return []
         opened = messages[prompt]["role"] == "assistant"
         start = self._start(render, messages, prompt, text, len(text), opened=opened)
         return [(start, len(text))]
 
-    def _end(
-        self, render: _Bound, messages: Sequence[Message], number: int, text: str, told: str
+    def _end_by_marker(
+        self,
+        render: _BoundTemplate,
+        messages: Sequence[Message],
+        number: int,
+        text: str,
+        until: str,
     ) -> int | None:
-        """Return where a message's turn ends in the text; None if the text leaves the turn out."""
-        until = messages[: number + 1]
-        known = shown = False
-        for marked in render.markings(messages[number]):
-            inside = render.place([*until[:-1], marked], told)
-            at = render.place([*messages[:number], marked, *messages[number + 1 :]], text)
-            known, shown = known or inside is not None, shown or at is not None
+        """Return the end of a message's turn in the text; None if the text lacks the turn.
+
+        Args:
+            render: the template.
+            messages: messages of the conversation.
+            number: number of the message.
+            text: rendering of all messages.
+            until: rendering of the messages up to this one.
+        """
+        before, after = messages[:number], messages[number + 1 :]
+        in_until = in_text = False
+        for marked in render.with_marker(messages[number]):
+            inside = render.marker_position([*before, marked], until)
+            at = render.marker_position([*before, marked, *after], text)
+            in_until, in_text = in_until or inside is not None, in_text or at is not None
             if inside is None or at is None:
                 continue
-            rest, closing = text[at:], told[inside:]
+            rest, closing = text[at:], until[inside:]
             for ending in dict.fromkeys((closing, closing.removesuffix(self._eos or " "))):
                 if rest.startswith(ending):
                     return at + len(ending)
@@ -192,16 +208,16 @@ class Renderer:
                 for token in self._closing:
                     if text.startswith(token, end):
                         return end + len(token)
-        if known and not shown:
+        if in_until and not in_text:
             return None
         raise RenderError(
             f"the chat template rewrites earlier turns, and the end of the turn of message "
-            f"{number + 1} cannot be found in the whole text. {_ADVICE}"
+            f"{number + 1} cannot be located in the whole text. {_ADVICE}"
         )
 
     def _start(
         self,
-        render: _Bound,
+        render: _BoundTemplate,
         messages: Sequence[Message],
         number: int,
         text: str,
@@ -209,98 +225,109 @@ class Renderer:
         *,
         opened: bool = True,
     ) -> int:
-        """Return where an answer starts in the text: after the generation prompt."""
+        """Return the start of an answer in the text, which follows the generation prompt.
+
+        Args:
+            render: the template.
+            messages: messages of the conversation.
+            number: number of the answer's message.
+            text: rendering of all messages.
+            end: end of the answer, which bounds the result.
+            opened: whether the answer follows a generation prompt.
+        """
         history = messages[:number]
-        asked = render.attempt(history, opened=opened)
-        if asked is not None and text.startswith(asked):
-            return len(asked)
+        prompt = render.attempt(history, opened=opened)
+        if prompt is not None and text.startswith(prompt):
+            return len(prompt)
         before = render.attempt(history)
-        if asked is not None and before is not None and text.startswith(before):
-            return min(end, max(len(before), self._common(asked, text)))
-        if asked is not None and history:
-            for marked in render.markings(history[-1]):
-                at = render.place([*history[:-1], marked, *messages[number:]], text)
-                inside = render.place([*history[:-1], marked], asked, opened=opened)
+        if prompt is not None and before is not None and text.startswith(before):
+            return min(end, max(len(before), self._shared_prefix(prompt, text)))
+        if prompt is not None and history:
+            for marked in render.with_marker(history[-1]):
+                at = render.marker_position([*history[:-1], marked, *messages[number:]], text)
+                inside = render.marker_position([*history[:-1], marked], prompt, opened=opened)
                 if at is not None and inside is not None:
-                    return min(end, at + self._common(asked[inside:], text[at:]))
-        start = self._start_as_usual(render, messages, number, text)
+                    return min(end, at + self._shared_prefix(prompt[inside:], text[at:]))
+        start = self._start_from_example(render, messages, number, text)
         if start is not None and start <= end:
             return start
         raise RenderError(
             f"the chat template rewrites earlier turns, and the start of the answer of message "
-            f"{number + 1} cannot be found in the whole text. {_ADVICE}"
+            f"{number + 1} cannot be located in the whole text. {_ADVICE}"
         )
 
-    def _start_as_usual(
-        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+    def _start_from_example(
+        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
     ) -> int | None:
-        """Return where an answer starts, by the generation prompt of another conversation.
+        """Return the start of an answer, located by the generation prompt of an example.
 
-        This serves first messages of the assistant: templates cannot render what precedes them.
+        This is for an assistant's message at the beginning of a conversation, where templates
+        cannot render the messages before it.
         """
         before, after = messages[:number], messages[number + 1 :]
-        marked = render.markings(messages[number])
-        places = (render.place([*before, copy, *after], text) for copy in marked)
-        at = min((place for place in places if place is not None), default=None)
-        asked = render.attempt([_QUESTION], opened=True)
+        marked = render.with_marker(messages[number])
+        positions = (render.marker_position([*before, copy, *after], text) for copy in marked)
+        at = min((position for position in positions if position is not None), default=None)
+        prompt = render.attempt([_QUESTION], opened=True)
         plain = render.attempt([_QUESTION])
-        if at is None or asked is None or plain is None:
+        if at is None or prompt is None or plain is None:
             return None
-        plain = plain if asked.startswith(plain) else plain.removesuffix(self._eos)
-        header = asked.removeprefix(plain)
-        if header == asked:
+        plain = plain if prompt.startswith(plain) else plain.removesuffix(self._eos)
+        header = prompt.removeprefix(plain)
+        if header == prompt:
             return None
         while header.strip():
             if (found := text.rfind(header, 0, at)) >= 0:
                 return found + len(header)
-            header = header.rstrip()  # without the last word, perhaps the beginning of a thought
+            header = header.rstrip()  # remove the last word, which may begin a thought
             header = header[: max(header.rfind(" "), header.rfind("\n")) + 1]
         return None
 
-    def _end_as_usual(
-        self, render: _Bound, messages: Sequence[Message], number: int, text: str
+    def _end_from_example(
+        self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
     ) -> int:
-        """Return where a turn ends, by the end of an answer in another conversation."""
+        """Return the end of a turn, located by the end of the answer in an example."""
         message = messages[number]
         answer = [_QUESTION, {"role": message["role"], "content": "A"}]
-        told = render.attempt(answer)
-        for marked in render.markings(message) if not message.get("tool_calls") else ():
+        example = render.attempt(answer)
+        for marked in render.with_marker(message) if not message.get("tool_calls") else ():
             content = marked.get("content")
             if (
-                told is None
+                example is None
                 or not isinstance(content, str)
-                or not content.rstrip().endswith(render.mark)
+                or not content.rstrip().endswith(render.marker)
             ):
                 continue
-            inside = render.place([_QUESTION, {**answer[1], "content": "A" + render.mark}], told)
-            at = render.place([*messages[:number], marked, *messages[number + 1 :]], text)
-            if inside is not None and at is not None and text.startswith(told[inside:], at):
-                return at + len(told) - inside
+            answer_with_marker = {**answer[1], "content": "A" + render.marker}
+            inside = render.marker_position([_QUESTION, answer_with_marker], example)
+            at = render.marker_position([*messages[:number], marked, *messages[number + 1 :]], text)
+            if inside is not None and at is not None and text.startswith(example[inside:], at):
+                return at + len(example) - inside
         raise RenderError(
-            f"the chat template cannot render the first {number + 1} messages alone, so what "
-            f"message {number + 1} adds is unknown. {_ADVICE}"
+            f"the chat template cannot render the first {number + 1} messages alone, so the text "
+            f"of message {number + 1} is unknown. {_ADVICE}"
         )
 
-    def _common(self, asked: str, text: str) -> int:
-        """Return how many characters at its start a text shares with a generation prompt.
+    def _shared_prefix(self, prompt: str, text: str) -> int:
+        """Return the number of characters at which a text and a generation prompt begin equally.
 
-        The prompt may continue where the text does not (`<think>` of a thought that is left out);
-        an answer that happens to begin with the same letters does not count.
+        The prompt may be longer (by the `<think>` of a thought that the text lacks). The result
+        ends at white space or a token, so that equal first letters of an answer do not count.
         """
-        if text.startswith(asked):
-            return len(asked)
-        length = next(i for i in range(len(asked)) if asked[i] != text[i : i + 1])
-        while length and not asked[length - 1].isspace():
-            if any(asked.endswith(token, 0, length) for token in self._closing):
+        if text.startswith(prompt):
+            return len(prompt)
+        length = next(i for i in range(len(prompt)) if prompt[i] != text[i : i + 1])
+        while length and not prompt[length - 1].isspace():
+            if any(prompt.endswith(token, 0, length) for token in self._closing):
                 break
             length -= 1
         return length
 
-    def _readable(self, render: _Bound, messages: Sequence[Message]) -> list[Message]:
-        """Return messages whose content the template writes as text.
+    def _readable(self, render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
+        """Return messages in the form of content that the template supports.
 
-        Content may be text or a list of parts, and some templates know one form only: they print
-        the other as Python would, or not at all. Such a message is converted to the known form.
+        Content may be text or a list of parts. A template that supports only one form writes the
+        other in Python's notation or omits it.
         """
         given = list(messages)
         if any(not isinstance(m.get("content", ""), str) or m.get("tool_calls") for m in given):
@@ -310,8 +337,8 @@ class Renderer:
         return [_in_parts(m) for m in given] if self._wraps_strings else given
 
 
-class _Bound:
-    """A template bound to the tools and variables of one conversation."""
+class _BoundTemplate:
+    """Template bound to the tools and variables of one conversation."""
 
     def __init__(self, renderer: Renderer, request: Mapping[str, Any]) -> None:
         self.template = renderer._texts[request["tools"] is not None]
@@ -321,43 +348,49 @@ class _Bound:
             self._variables.pop(name, None)
         given = json.dumps([request["messages"], self._given, self._variables])
         self._limit = OUTPUT_CHARACTERS + OUTPUT_FACTOR * len(given)
-        self.mark = next(mark for mark in map(str, itertools.count(_MARK)) if mark not in given)
+        candidates = map(str, itertools.count(_FIRST_MARKER))
+        self.marker = next(marker for marker in candidates if marker not in given)
 
     def text(self, messages: Sequence[Message], *, opened: bool = False) -> str:
-        """Return the rendering of messages; `opened` adds the generation prompt."""
+        """Return the rendering of messages, followed by the generation prompt if `opened`."""
         return self._render(messages, add_generation_prompt=opened)[0]
 
-    def marked(self, messages: Sequence[Message]) -> tuple[str, list[CharacterRange]]:
+    def text_with_blocks(self, messages: Sequence[Message]) -> tuple[str, list[CharacterRange]]:
         """Return the rendering of messages and the ranges of its `{% generation %}` blocks."""
-        text, marks = self._render(messages, return_assistant_tokens_mask=True)
-        return text, [(start, stop) for start, stop in marks[0] if start < stop <= len(text)]
+        text, blocks = self._render(messages, return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in blocks[0] if start < stop <= len(text)]
 
     def attempt(self, messages: Sequence[Message], *, opened: bool = False) -> str | None:
-        """Return the rendering of messages; None where the template cannot render them."""
+        """Return the rendering of messages; None if the template cannot render them."""
         if not messages and not opened:
             return ""
         with suppress(RenderError):
             return self.text(messages, opened=opened)
         return None
 
-    def place(self, messages: Sequence[Message], plain: str, *, opened: bool = False) -> int | None:
-        """Return the mark's position in a rendering that equals `plain` without it; else None."""
-        text = self.attempt(messages, opened=opened)
-        if text is None or text.count(self.mark) != 1:
-            return None
-        at = text.index(self.mark)
-        return at if text[:at] + text[at + len(self.mark) :] == plain else None
+    def marker_position(
+        self, messages: Sequence[Message], plain: str, *, opened: bool = False
+    ) -> int | None:
+        """Return the marker's position in the rendering of messages that contain it.
 
-    def markings(self, message: Message) -> Iterator[Message]:
-        """Yield copies of a message, each with the mark inserted at one position of one text."""
+        None if the rendering does not equal `plain` without the marker.
+        """
+        text = self.attempt(messages, opened=opened)
+        if text is None or text.count(self.marker) != 1:
+            return None
+        at = text.index(self.marker)
+        return at if text[:at] + text[at + len(self.marker) :] == plain else None
+
+    def with_marker(self, message: Message) -> Iterator[Message]:
+        """Yield copies of a message, each with the marker inserted at one position of one text."""
         for path, text in _texts(message):
             start, stop = len(text) - len(text.lstrip()), len(text.rstrip())
             for at in dict.fromkeys((stop, (start + stop) // 2, min(start, stop))):
                 marked = copy.deepcopy(message)
-                holder: Any = marked
+                parent: Any = marked
                 for key in path[:-1]:
-                    holder = holder[key]
-                holder[path[-1]] = text[:at] + self.mark + text[at:]
+                    parent = parent[key]
+                parent[path[-1]] = text[:at] + self.marker + text[at:]
                 yield marked
 
     def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, Any]:
@@ -378,9 +411,9 @@ class _Bound:
                 "the chat template takes more memory than is allowed. Check the template's loops"
             ) from None
         except (TemplateError, ArithmeticError, LookupError, AttributeError) as error:
-            raise RenderError(f"the chat template refuses it: {error}") from error
+            raise RenderError(f"the chat template refuses the messages: {error}") from error
         except (TypeError, ValueError, RecursionError) as error:
-            raise RenderError(f"the chat template refuses it: {error}") from error
+            raise RenderError(f"the chat template refuses the messages: {error}") from error
         text = str(rendered[0])
         if len(text) > self._limit:
             raise RenderError(
@@ -390,11 +423,10 @@ class _Bound:
         return text, marks
 
 
-def _without_python(render: _Bound, messages: Sequence[Message]) -> list[Message]:
-    """Return messages that the template writes without Python's notation.
+def _without_python(render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
+    """Return messages in a form that the template writes without Python's notation.
 
-    Raises:
-        RenderError: the template refuses the messages in every form.
+    Messages that the template cannot render in any form are returned unchanged.
     """
     given = list(messages)
     flat = [_in_text(message) for message in given]
@@ -404,33 +436,33 @@ def _without_python(render: _Bound, messages: Sequence[Message]) -> list[Message
         return next((m for m in (flat, called) if render.attempt(m) is not None), given)
     for number, others in [(n, o) for o in (flat, called) for n in range(len(given))]:
         changed = others[number]
-        if changed == given[number] or not _misprinted(given[number], changed, text):
+        if changed == given[number] or not _may_misprint(given[number], changed, text):
             continue
         attempt = [*given[:number], changed, *given[number + 1 :]]
-        told = render.attempt(attempt)
-        if told is not None and _clearer(given[number], text, told):
-            given, text = attempt, told
+        rendering = render.attempt(attempt)
+        if rendering is not None and _improves(given[number], text, rendering):
+            given, text = attempt, rendering
     return given
 
 
-def _misprinted(message: Message, changed: Message, text: str) -> bool:
-    """Return whether a text may show a message in Python's notation, or lack its words."""
-    words = [
+def _may_misprint(message: Message, changed: Message, text: str) -> bool:
+    """Return whether a text may omit parts of a message, or show them in Python's notation."""
+    parts = [
         part for _, part in _texts(changed) if changed.get("content") != message.get("content")
     ]
-    return any(word.strip() not in text for word in words) or _python(message, text) > 0
+    return any(part.strip() not in text for part in parts) or _python_values(message, text) > 0
 
 
-def _clearer(message: Message, text: str, told: str) -> bool:
-    """Return whether a second rendering lacks fewer words, or has less of Python's notation."""
-    parts = message.get("content")
-    words = [p["text"].strip() for p in parts if "text" in p] if isinstance(parts, list) else []
-    lost = [sum(word not in rendering for word in words) for rendering in (text, told)]
-    return lost[1] < lost[0] or _python(message, told) < _python(message, text)
+def _improves(message: Message, text: str, other: str) -> bool:
+    """Return whether another rendering omits fewer parts, or has less of Python's notation."""
+    content = message.get("content")
+    parts = [p["text"].strip() for p in content if "text" in p] if isinstance(content, list) else []
+    lost = [sum(part not in rendering for part in parts) for rendering in (text, other)]
+    return lost[1] < lost[0] or _python_values(message, other) < _python_values(message, text)
 
 
-def _python(message: Message, text: str) -> int:
-    """Count the values of a message that a text shows in Python's notation."""
+def _python_values(message: Message, text: str) -> int:
+    """Return the number of values of a message that a text shows in Python's notation."""
     values = [message.get("content"), *(inner.get("arguments") for inner in _functions(message))]
     count = 0
     for value in values:
@@ -440,7 +472,7 @@ def _python(message: Message, text: str) -> int:
 
 
 def _in_text(message: Message) -> Message:
-    """Return a message with content as text: parts on separate lines, anything else as JSON."""
+    """Return a message with content as text: parts on separate lines, other values as JSON."""
     content = message.get("content", "")
     if isinstance(content, str):
         return message
@@ -450,6 +482,7 @@ def _in_text(message: Message) -> Message:
 
 
 def _in_parts(message: Message) -> Message:
+    """Return a message with text content as a list of one part."""
     content = message.get("content")
     if not isinstance(content, str):
         return message
@@ -457,7 +490,7 @@ def _in_parts(message: Message) -> Message:
 
 
 def _calls_in_text(message: Message) -> Message:
-    """Return a message whose tool calls have arguments as JSON text."""
+    """Return a message with the arguments of its tool calls as JSON text."""
     changed = copy.deepcopy(message)
     for function in _functions(changed):
         if isinstance(function.get("arguments"), dict | list):
@@ -466,6 +499,7 @@ def _calls_in_text(message: Message) -> Message:
 
 
 def _functions(message: Message) -> list[dict[str, Any]]:
+    """Return the functions of a message's tool calls."""
     calls = message.get("tool_calls")
     found = [c.get("function", c) for c in calls if isinstance(c, dict)] if calls else []
     return [function for function in found if isinstance(function, dict)]
@@ -475,21 +509,21 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _wants_parts(render: _Bound) -> bool:
+def _wants_parts(render: _BoundTemplate) -> bool:
     """Return whether a template omits content that is text, and writes content that is parts."""
-    mark = render.mark
-    probe = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+    marker = render.marker
+    probe = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
     plain = render.attempt(probe)
-    if plain is not None and plain.count(mark) >= len(probe):
+    if plain is not None and plain.count(marker) >= len(probe):
         return False
     parts = render.attempt([_in_parts(message) for message in probe])
     if parts is None or "'text'" in parts:
         return False
-    return parts.count(mark) > (plain.count(mark) if plain is not None else 0)
+    return parts.count(marker) > (plain.count(marker) if plain is not None else 0)
 
 
 def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
-    """Yield the texts of a message that templates write, with the path of keys to each."""
+    """Yield (path of keys, text) for the texts of a message that templates write."""
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         yield ["content"], content
@@ -501,15 +535,15 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
     for number, call in enumerate(message.get("tool_calls") or []):
         function = call.get("function") if isinstance(call, dict) else None
         inner = function if isinstance(function, dict) else call
-        way = ["tool_calls", number, *(["function"] if isinstance(function, dict) else [])]
+        path = ["tool_calls", number, *(["function"] if isinstance(function, dict) else [])]
         if isinstance(inner, dict):
             arguments = inner.get("arguments")
             if isinstance(arguments, dict):
                 for name, value in arguments.items():
                     if isinstance(value, str) and value.strip():
-                        yield [*way, "arguments", name], value
+                        yield [*path, "arguments", name], value
             if isinstance(inner.get("name"), str):
-                yield [*way, "name"], inner["name"]
+                yield [*path, "name"], inner["name"]
     for name in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(message.get(name), str) and message[name].strip():
             yield [name], message[name]
@@ -517,53 +551,55 @@ def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
         yield ["content"], content or ""
 
 
-def _left_out(message: Message) -> bool:
-    """Return whether a record marks an answer as not learnt (OpenAI, ms-swift, Axolotl)."""
+def _is_excluded(message: Message) -> bool:
+    """Return whether a record excludes a message from the loss (OpenAI, ms-swift, Axolotl)."""
     return (
         message.get("weight") == 0 or message.get("loss") is False or message.get("train") is False
     )
 
 
-def _both(marks: Sequence[CharacterRange], turns: Sequence[CharacterRange]) -> list[CharacterRange]:
-    """Return the ranges that lie both in a mark and in a turn."""
-    cut = [(max(a, start), min(b, stop)) for a, b in marks for start, stop in turns]
+def _intersections(
+    some: Sequence[CharacterRange], others: Sequence[CharacterRange]
+) -> list[CharacterRange]:
+    """Return the intersections of ranges of two sequences, without empty ones."""
+    cut = [(max(a, start), min(b, stop)) for a, b in some for start, stop in others]
     return [(start, stop) for start, stop in cut if start < stop]
 
 
-def _joined(spans: Sequence[CharacterRange]) -> list[CharacterRange]:
-    """Return ranges in order, without empty ones; those that touch or overlap are joined."""
-    joined: list[CharacterRange] = []
+def _union(spans: Sequence[CharacterRange]) -> list[CharacterRange]:
+    """Return the union of ranges as disjoint ranges, ascending."""
+    union: list[CharacterRange] = []
     for start, stop in sorted(span for span in spans if span[0] < span[1]):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        if union and start <= union[-1][1]:
+            union[-1] = union[-1][0], max(union[-1][1], stop)
         else:
-            joined.append((start, stop))
-    return joined
+            union.append((start, stop))
+    return union
 
 
-# the process: one request and one answer per line
+# --- the rendering process: one request and one answer per line ---
 
 _cpu_seconds = 0
 
 
 def _start_clock() -> None:
-    """Start the timer of a rendering; when it runs out, the process ends."""
+    """Start the timer of a rendering, which ends the process on expiry."""
     if _cpu_seconds:
         signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
 
 
 def serve(cpu_seconds: int, memory_bytes: int, idle_seconds: int) -> None:
-    """Answer requests on standard input until end of file.
+    """Answer requests on standard input until its end.
 
     Args:
-        cpu_seconds: processor time per rendering.
-        memory_bytes: memory beyond what the process takes at its start.
+        cpu_seconds: maximum processor time per rendering.
+        memory_bytes: maximum memory in addition to that of the process at its start.
         idle_seconds: time without a request after which the process ends.
     """
     global _cpu_seconds
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     if hasattr(signal, "setitimer"):
         _cpu_seconds = cpu_seconds
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
@@ -593,11 +629,13 @@ def _answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, Any]:
     except RenderError as error:
         return {"error": str(error)[:_MESSAGE_CHARACTERS]}
     except (MemoryError, RecursionError) as error:
-        return {"error": f"the chat template fails on it ({type(error).__name__}); simplify it"}
+        reason = type(error).__name__
+        return {"error": f"the chat template fails on the record ({reason}); simplify the template"}
     return {"text": text, "learnt": learnt}
 
 
 def _limit_memory(memory_bytes: int) -> None:
+    """Limit the memory of this process to `memory_bytes` more than it has now, if possible."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

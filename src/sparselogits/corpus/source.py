@@ -1,7 +1,7 @@
-"""Find text: files, folders of files, and datasets, as one stream of documents.
+"""Open files, folders of files, and datasets as one stream of documents.
 
-    open_source("book.txt")                  a text file: one document, unless lines divide it
-    open_source("pages/")                    a folder, searched to any depth
+    open_source("book.txt")                  a text file; one document, or several with separators
+    open_source("pages/")                    a folder with all its subfolders
     open_source("src/**/*.py")               a pattern
     open_source("web.jsonl.zst")             JSON lines, plain or compressed
     open_source("web-00000.parquet")         Parquet
@@ -10,9 +10,9 @@
     open_source(dataset)                     a `datasets` object, or any iterable of dicts
     open_source("tokens.bin", tokenized_by=tokenizer)   token ids of a trainer, see `token_rows`
 
-Documents come in a stable order: files by their relative path, in each file from its beginning.
-The source is divided into portions that depend only on the source and the requested size;
-packing distributes them over processes and resumes by them.
+Documents are in a stable order: files by their relative path, and within each file from its
+beginning. The source is divided into portions that depend only on the source and the requested
+size; packing distributes the portions over processes and resumes after the last finished ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.identity import label_of
 
 Portion = tuple[Span, ...]
-"""Spans, in order, that one process packs into one part."""
+"""Consecutive spans of a source that one process packs into one part."""
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -48,19 +48,21 @@ _EDGE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Source:
-    """Text to be packed: files, and the fields that hold the text of their records.
+    """Text to pack: files, and the names of the fields that contain the text of their records.
 
-    Cheap to pickle: it holds paths, no open files and no text.
+    A source contains paths, but neither open files nor text, so it can be pickled.
     """
 
     name: str
-    """Name for people; not part of the fingerprint."""
+    """Name for display; not part of the fingerprint."""
     files: tuple[SourceFile, ...]
+    """Files that are read, in order."""
     fields: Fields
+    """Names of the fields that contain text."""
     left_out: tuple[LeftOut, ...] = ()
-    """Files that were found and are not read, by the reason; for people."""
+    """Files that were found but are not read, by reason, for display."""
     shared: tuple[LeftOut, ...] = ()
-    """Files that are read although their names name another split as well; for people."""
+    """Files that are read although their names match another split too, for display."""
 
     @property
     def masked(self) -> bool:
@@ -69,20 +71,21 @@ class Source:
 
     @cached_property
     def size(self) -> int:
-        """Number of bytes on disk."""
+        """Total size of the files, in bytes."""
         return sum(file.path.stat().st_size for file in self.files)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, of every file's relative name, size and samples of its content.
+        """Hexadecimal sha256 of each file's relative name, size, and samples of its content.
 
-        Samples are the first and last 64 KiB and sixteen blocks between, so the cost does not
-        grow with the files; a change that keeps the size and misses the samples goes unnoticed.
-        Times and absolute paths do not enter, so a copied corpus has the same fingerprint.
+        Samples are the first and last 64 KiB and sixteen blocks in between, so the cost does not
+        grow with the size of the files. A change outside the samples that does not change the size
+        is not detected. Times and absolute paths are not hashed, so a copy of the files has the
+        same fingerprint.
         """
         digest = hashlib.sha256()
         for file in self.files:
-            # a name may hold bytes that are no UTF-8
+            # a file name may contain bytes that are not UTF-8
             described = json.dumps(
                 [file.name, file.format.name], ensure_ascii=False, separators=(",", ":")
             )
@@ -92,7 +95,7 @@ class Source:
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a packed corpus records of its source, as plain JSON values."""
+        """Return the description of the source in a packed corpus, as plain JSON values."""
         described = {
             "name": self.name.encode("utf-8", "replace").decode(),
             "fingerprint": self.fingerprint,
@@ -106,30 +109,33 @@ class Source:
         return described
 
     def in_words(self) -> str:
-        """Return a sentence on which files are read and which are left out, for people."""
+        """Return a sentence about the files that are read and those that are not, for display."""
         names = [file.name for file in self.files]
         few = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-        said = f"reading {few}" if len(names) == 1 else f"reading {len(names):,} files ({few})"
-        left = "; ".join(own.in_words() for own in self.left_out)
-        both = [own.in_words(" that is read", " that are read") for own in self.shared]
-        return "; ".join([said, *([f"left out: {left}"] if left else []), *both])
+        reading = f"reading {few}" if len(names) == 1 else f"reading {len(names):,} files ({few})"
+        left = "; ".join(group.in_words() for group in self.left_out)
+        both = [group.in_words(" that is read", " that are read") for group in self.shared]
+        return "; ".join([reading, *([f"left out: {left}"] if left else []), *both])
 
     def selection(self) -> dict[str, Any]:
-        """Return which files are read and which are left out, as plain JSON values."""
+        """Return the names of the files that are read and of those that are not, as JSON values."""
         return {
             "files": [file.name for file in self.files],
-            "left_out": {own.reason: list(own.names) for own in self.left_out},
-            "also_of_another_split": [name for own in self.shared for name in own.names],
+            "left_out": {group.reason: list(group.names) for group in self.left_out},
+            "also_of_another_split": [name for group in self.shared for name in group.names],
         }
 
     def read_by(self, tokenizer: Any) -> Source:
-        """Return the same source with the chat template of a tokenizer.
+        """Return a copy of the source that renders conversations with a tokenizer's chat template.
 
-        The template makes text of the records that hold conversations, and its hash stands in
-        `to_json`. A source without records is returned unchanged. `pack` calls this.
+        `to_json` of the copy contains the hash of the template. A source without records is
+        returned unchanged. `pack` calls this method.
+
+        Args:
+            tokenizer: a transformers tokenizer.
 
         Raises:
-            IdentityMismatchError: the source holds token ids that another tokenizer made.
+            IdentityMismatchError: the source contains token ids of another tokenizer.
         """
         if (tokens := self.fields.tokens) is not None:
             require_tokenizer(
@@ -152,7 +158,7 @@ class Source:
         return replace(self, fields=replace(self.fields, tokens=tokens))
 
     def portions(self, portion_bytes: int) -> list[Portion]:
-        """Divide the source into portions of about `portion_bytes`, in order."""
+        """Divide the source into consecutive portions of about `portion_bytes` bytes."""
         portions: list[Portion] = []
         spans: list[Span] = []
         size = 0
@@ -167,13 +173,13 @@ class Source:
         return [*portions, tuple(spans)] if spans else portions
 
     def pieces(self, portion: Portion) -> Iterator[Piece]:
-        """Yield the text of a portion, piece by piece; see `pieces.Piece`."""
+        """Yield the pieces of a portion's text, in order."""
         for span in portion:
             with read_errors(span.file.path):
                 yield from span.file.format.pieces(span, self.fields)
 
     def documents(self) -> Iterator[str]:
-        """Yield every document that holds text as one string, for looking at a corpus."""
+        """Yield every document that is not blank as one string, for inspection of a corpus."""
         parts: list[str] = []
         for portion in self.portions(1 << 62):
             for piece in self.pieces(portion):
@@ -194,25 +200,31 @@ def open_source(
     join_rows: bool = False,
     work: Path | None = None,
 ) -> Source:
-    """Find the text that `data` names, or is.
+    """Open text for packing.
 
     Args:
-        data: a file, a folder, a pattern, a saved dataset, or the name of a dataset on the hub
-            (used only where nothing on disk has that name; `name:config` picks a configuration).
-            Or the records themselves: a `datasets.Dataset`, `IterableDataset` or `DatasetDict`, or
-            an iterable of dicts; they are written to a file first, see `given`.
-        text_field: field or column of records that holds their text.
-        split: split to read, of a dataset that has several.
-        completion_only: whether records are `prompt` and `completion`, or `messages`, of which
-            only completions (what the assistant says) are learnt.
-        tokenized_by: transformers tokenizer that made the token ids which the data hold; None for
-            text. Rows of ids are windows as they are, see `token_rows`.
+        data: path of a file, a folder or a saved dataset, a pattern of paths, or the name of a
+            dataset on the Hugging Face hub, which is used only if no such path exists
+            (`name:config` selects a configuration). Or the records: a `datasets.Dataset`,
+            `IterableDataset` or `DatasetDict`, or an iterable of dicts, which are written to a file
+            first (see `corpus.given`).
+        text_field: name of the field or column with the text of records.
+        split: split to read, if the dataset has several.
+        completion_only: whether only completions carry targets: the `completion` of records with
+            `prompt` and `completion`, and the assistant's turns of conversations.
+        tokenized_by: transformers tokenizer of the token ids in the data; None for text. Rows of
+            ids are used as windows, see `corpus.token_rows`.
         join_rows: whether rows of ids are concatenated and cut into windows instead.
-        work: folder to write given records to; None for one in the user's cache folder.
+        work: folder to which given records are written; None for one in the user's cache folder.
 
     Raises:
-        CorpusError: nothing is found, the folder holds no text, or a file cannot be read.
-        InvalidArgumentError: options for text are given for token ids, or the reverse.
+        CorpusError: the text does not exist, the folder contains no text, or a file cannot be read.
+        InvalidArgumentError: an option for text is given with token ids, or the reverse.
+
+    Example:
+        >>> source = open_source([{"text": "a first document"}, {"text": "a second one"}])
+        >>> list(source.documents())
+        ['a first document', 'a second one']
     """
     fields = Fields(text_field, completion_only)
     if tokenized_by is not None:
@@ -238,8 +250,8 @@ def open_source(
         located = Located((write_down(records, fields, work),))
     if completion_only and not all(file.format.holds_records for file in located.files):
         raise CorpusError(
-            f"{name} holds plain text, which has no completions; use JSON lines or Parquet with "
-            "`prompt` and `completion`, or leave out completion_only"
+            f"{name} contains plain text, which has no completions; use JSON lines or Parquet with "
+            "`prompt` and `completion`, or train on all tokens (completion_only=False)"
         )
     for file in located.files:
         if tokenized_by is None and file.format.holds_tokens:
@@ -266,7 +278,7 @@ def _sampled(path: Path) -> bytes:
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """Return (first byte, length) of what is read of a file; all of a small one."""
+    """Return (first byte, length) of the samples of a file; a small file is one sample."""
     between = size - 2 * _EDGE_BYTES
     if between < _SAMPLES * _SAMPLE_BYTES:
         return [(0, size)]

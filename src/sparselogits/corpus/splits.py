@@ -1,8 +1,8 @@
-"""Divide the files of a folder into splits, as `datasets` divides them.
+"""Divide the files of a folder into splits, by the rules of `datasets`.
 
 The rules (keywords in names and folders, `data/SPLIT-00000-of-00001`, `configs` in README.md) are
-those of `datasets.load_dataset`, applied by its functions to the names of the files. So both read
-the same files, and no pattern can select a file outside the folder.
+those of `datasets.load_dataset`, whose functions are applied to the names of the files. So both
+libraries read the same files, and no pattern can select a file outside the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CARD = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTAL
 _LARGEST_CARD = 1 << 20
 
 Splits = dict[str, list[str]]
-"""Names of files by split."""
+"""Names of the files of each split, by the name of the split."""
 
 
 def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -> Splits | None:
@@ -35,13 +35,13 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
     Args:
         folder: the folder.
         names: relative names of its files, with forward slashes, without hidden files.
-        configuration: a configuration of README.md; None for the default one.
+        configuration: name of a configuration in README.md; None for the default one.
 
     Returns:
-        The splits; None where nothing tells that the files are of different splits.
+        The splits; None if neither README.md nor the names divide the files.
 
     Raises:
-        CorpusError: README.md names configurations that cannot be used, or not this one.
+        CorpusError: README.md does not contain the configuration, or its patterns are invalid.
     """
     configurations = _configurations(folder)
     if configuration is None and not configurations and not any(map(_KEYWORD.search, names)):
@@ -84,7 +84,11 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the names that `datasets.data_files.resolve_pattern` would find."""
+    """Return the names that `datasets.data_files.resolve_pattern` would return.
+
+    Raises:
+        FileNotFoundError: no name matches.
+    """
     from datasets.data_files import FILES_TO_IGNORE
     from fsspec.utils import glob_translate
 
@@ -114,10 +118,10 @@ def _configurations(folder: Path) -> list[Mapping[str, Any]]:
         return []
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block[1])):
-            return []  # no card needs aliases, which can expand without bound
+            return []  # aliases can expand without bound, and dataset cards do not use them
         values = yaml.safe_load(block[1])
     except (yaml.YAMLError, RecursionError, ValueError):
-        return []  # not a card, but a text that begins with a line
+        return []  # a README.md that is not a dataset card
     configs = values.get("configs") if isinstance(values, dict) else None
     if not isinstance(configs, list):
         return []
@@ -139,9 +143,9 @@ def _chosen(
             )
         return by_name[name]
     default = [
-        own
-        for key, own in by_name.items()
-        if len(by_name) == 1 or key == "default" or own.get("default")
+        config
+        for key, config in by_name.items()
+        if len(by_name) == 1 or key == "default" or config.get("default")
     ]
     if len(default) != 1:
         raise CorpusError(

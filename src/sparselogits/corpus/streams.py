@@ -1,17 +1,18 @@
 """Read and write token streams on disk: a folder of Parquet parts, one row per token.
 
-A stream is the concatenation of its parts, and a window is a range of the stream, which may
-cross parts. Parts are therefore made independently of one another, in any order, by any number of
+A stream is the concatenation of its parts, and a window is a range of the stream, which may cross
+parts. Parts are therefore written independently of one another, in any order, by any number of
 processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
-groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two of them.
+groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two row groups.
 
-Columns: `token` int32; `document_start` bool; `learnt` bool, only where some tokens are not learnt.
-The footer holds what the part counted, as JSON, and how often each id occurs. A part is written
-whole (`sparselogits.files`): a part that exists is complete.
+Columns: `token` int32; `document_start` bool; `learnt` bool (whether the token carries a target),
+absent if all tokens do. The footer contains the part's `Counts` as JSON, and the frequency of each
+id. A part is written completely or not at all (`sparselogits.files`), so a part that exists is
+complete.
 
-Packed text is distributed with a cache, so a part may be an untrusted file. The sizes in its footer
-and its page headers are compared with the file's size and with the form of a part before Parquet's
-reader allocates them.
+Packed text is distributed with a cache, so a part may be an untrusted file. The sizes claimed by
+its footer and its page headers are compared with the file's size and with the largest sizes that a
+part can have, before Parquet's reader allocates them.
 """
 
 from __future__ import annotations
@@ -40,24 +41,28 @@ from sparselogits.thrift import CompactReader
 from sparselogits.untrusted import open_regular, parse_json
 
 GROUP_TOKENS = 1 << 14
-_GROUPS_KEPT = 8
+"""Number of tokens per row group."""
+
+_CACHED_GROUPS = 8
 _LARGEST_FREQUENCIES = 1 << 22  # bytes: more than 262 144 ids of 12 bytes in base64
 _MOST_PAGES = 64
-_PLAIN = 0
+_PLAIN = 0  # number of Parquet's plain encoding
 _CLOSING = struct.Struct("<I4s")
 _COUNTS_KEY, _FREQUENCIES_KEY = "sparselogits.counts", "sparselogits.frequencies"
 
 
 @dataclass
 class Counts:
-    """Counts what a part of a stream, or several parts, hold."""
+    """Numbers of documents, characters and tokens in one part of a stream, or in several."""
 
     documents: int = 0
     """Number of documents that begin in the part."""
     blank_documents: int = 0
-    """Number of documents left out because they hold no text."""
+    """Number of documents that are not packed because they contain no text."""
     characters: int = 0
+    """Number of characters of text."""
     tokens: int = 0
+    """Number of tokens, including separators and beginning-of-text tokens."""
 
     def __add__(self, other: Counts) -> Counts:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -65,13 +70,14 @@ class Counts:
 
 
 class Tokens(NamedTuple):
-    """A range of a stream."""
+    """N consecutive tokens of a stream."""
 
     ids: NDArray[np.int32]
+    """Token ids, int32 [N]."""
     starts: NDArray[np.bool_]
-    """Whether a token is the first of a document."""
+    """Whether each token is the first of a document, bool [N]."""
     learnt: NDArray[np.bool_] | None
-    """Whether a token carries a target; None where all do."""
+    """Whether each token carries a target, bool [N]; None if all tokens do."""
 
     def cut(self, start: int, stop: int | None = None) -> Tokens:
         """Return the tokens [start, stop) as views."""
@@ -80,7 +86,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Return copies of ranges as one range; an empty sequence gives an empty range."""
+        """Concatenate ranges, as copies; an empty sequence gives an empty range."""
         if not parts:
             return cls(np.empty(0, np.int32), np.empty(0, np.bool_), None)
         ids, starts, learnt = zip(*parts, strict=True)
@@ -89,7 +95,7 @@ class Tokens(NamedTuple):
 
 
 def part_name(number: int) -> str:
-    """Return the file name of a part; parts sort by name."""
+    """Return the file name of the part with a number; names sort like numbers."""
     return f"part-{number:08d}.parquet"
 
 
@@ -126,7 +132,7 @@ def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartW
     Args:
         path: the file.
         vocab_size: number of ids.
-        masked: whether some tokens are not learnt.
+        masked: whether some tokens carry no target.
     """
     names = [("token", pa.int32()), ("document_start", pa.bool_())]
     schema = pa.schema([*names, ("learnt", pa.bool_())] if masked else names)
@@ -137,7 +143,13 @@ def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartW
 
 
 class PartWriter:
-    """Writes one part of a stream in memory that does not grow with the part."""
+    """Writer of one part of a stream, in memory that does not grow with the part.
+
+    Args:
+        file: open Parquet file.
+        schema: columns of the file.
+        vocab_size: number of ids.
+    """
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, vocab_size: int) -> None:
         self.counts = Counts()
@@ -148,7 +160,7 @@ class PartWriter:
         self._begins = False
 
     def begin_document(self) -> None:
-        """Mark the next token, whenever it comes, as the first of a document."""
+        """Mark the next appended token as the first of a document."""
         self.counts.documents += 1
         self._begins = True
 
@@ -159,7 +171,12 @@ class PartWriter:
         learnt: NDArray[np.bool_] | bool,
         starts: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Add tokens of one document, or of several if `starts` says where they begin.
+        """Append tokens of one document, or of several documents.
+
+        Args:
+            ids: int64 [N] token ids.
+            learnt: whether each token (bool [N]), or every token, carries a target.
+            starts: whether each token is the first of a document, bool [N]; None for one document.
 
         Raises:
             CorpusError: an id lies outside the vocabulary.
@@ -169,9 +186,9 @@ class PartWriter:
         vocab_size = len(self._frequencies)
         if ids.max() >= vocab_size:
             raise CorpusError(
-                f"the tokenizer made the id {ids.max()}, but the teacher's vocabulary has "
+                f"the tokenizer returned the id {ids.max()}, but the teacher's vocabulary has "
                 f"{vocab_size} ids: the tokenizer does not belong to this teacher. Use the "
-                "tokenizer that was published with it."
+                "tokenizer that was published with the teacher."
             )
         starts = np.zeros(len(ids), np.bool_) if starts is None else starts.copy()
         starts[0], self._begins = starts[0] or self._begins, False
@@ -187,13 +204,13 @@ class PartWriter:
         columns = [column for column in tokens.cut(0, length) if column is not None]
         table = pa.Table.from_arrays([pa.array(c) for c in columns], schema=self._schema)
         self._file.write_table(table, row_group_size=GROUP_TOKENS)
-        # a copy, since a view would keep the whole block alive
+        # a copy, since a view would reference the memory of the whole block
         self._parts = [Tokens.cat([tokens.cut(length)])]
         self._length -= length
         self.counts.tokens += length
 
     def finish(self) -> None:
-        """Write what is still in memory, and the counts."""
+        """Write the remaining tokens and the counts."""
         if self._length:
             self._flush(self._length)
         packed = pa.compress(self._frequencies.astype("<i8").tobytes(), codec="zstd", asbytes=True)
@@ -206,7 +223,11 @@ class PartWriter:
 
 
 def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]:
-    """Return what a part counted, and how often each id occurs in it, int64 [V].
+    """Return the counts of a part, and the frequency of each id in it, int64 [V].
+
+    Args:
+        path: path of the part.
+        vocab_size: number V of ids.
 
     Raises:
         CorpusError: the part is damaged.
@@ -222,7 +243,7 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
 
 
 class TokenStream:
-    """Random access to a stream of tokens; safe to share between threads.
+    """Stream of tokens with random access, safe to share between threads.
 
     Args:
         folder: folder of the parts.
@@ -242,11 +263,11 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def begin(self, part: int) -> int:
-        """Return the number of the first token of a part."""
+        """Return the position in the stream of the first token of a part."""
         return int(self._ends[part - 1]) if part else 0
 
     def path(self, part: int) -> Path:
-        """Return the file of a part."""
+        """Return the path of a part."""
         return self._folder / part_name(part)
 
     def read(self, start: int, stop: int) -> Tokens:
@@ -269,7 +290,7 @@ class TokenStream:
         key = (part, group)
         if key not in self._groups:
             self._groups[key] = self._decode(part, group)
-            if len(self._groups) > _GROUPS_KEPT:
+            if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
@@ -280,7 +301,7 @@ class TokenStream:
             if self._file is None or self._file[0] != part:
                 groups = -(-expected // GROUP_TOKENS)
                 self._file = part, open_part(path, groups, extra=_LARGEST_FREQUENCIES)
-            require_modest_group(path, self._file[1], group, GROUP_TOKENS)
+            require_plausible_group(path, self._file[1], group, GROUP_TOKENS)
             table = self._file[1].read_row_group(group)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             tokens = Tokens(columns["token"], columns["document_start"], columns.get("learnt"))
@@ -289,50 +310,54 @@ class TokenStream:
         except (OSError, pa.ArrowException, KeyError, ValueError, IndexError) as error:
             raise damaged(path, error) from error
         if len(tokens.ids) != min(GROUP_TOKENS, expected - group * GROUP_TOKENS):
-            raise damaged(path, f"row group {group} holds {len(tokens.ids)} tokens")
+            raise damaged(path, f"row group {group} has {len(tokens.ids)} tokens")
         return tokens
 
 
 def damaged(path: Path, error: Any) -> CorpusError:
-    """Return the error for a file of a packed corpus that cannot be read."""
+    """Return the error for a damaged file of a packed corpus.
+
+    Args:
+        path: path of the file, two levels below the folder of the packed corpus.
+        error: description of the damage.
+    """
     return CorpusError(
-        f"{path} is damaged ({error}), and packed windows with it. Delete the packed corpus "
+        f"{path} is damaged ({error}), so packed windows cannot be read. Delete the packed corpus "
         f"({path.parents[1]}) and pack it again from its text."
     )
 
 
 class PartError(ValueError):
-    """A file is not a part of a packed corpus, or its footer claims more than a part can hold."""
+    """Raised if a file is not a part of a packed corpus, or claims sizes that no part can have."""
 
 
 def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
-    """Open a part after its footer's size has been checked.
+    """Open a part after checking the size of its footer.
 
     Args:
-        path: the file.
-        groups: number of row groups that the file may have.
-        extra: number of bytes that the key-values may have.
+        path: path of the part.
+        groups: maximum number of row groups.
+        extra: maximum number of bytes of the key-value metadata.
 
     Raises:
-        PartError: the file is not Parquet, or its footer is larger than a part's.
-        OSError: the file cannot be read, or is no regular file.
+        PartError: the file is not Parquet, or its footer is larger than a part's can be.
+        OSError: the file cannot be read, or is not a regular file.
     """
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
-        groups = min(
-            groups, size // 64
-        )  # a group takes more than that; an index may claim any number
+        # a row group has more than 64 bytes, and an index may claim any number of groups
+        groups = min(groups, size // 64)
         closing = os.pread(descriptor, _CLOSING.size, max(0, size - _CLOSING.size))
         if len(closing) < _CLOSING.size:
             raise PartError(f"a file of {size} bytes is too short for Parquet")
         footer, magic = _CLOSING.unpack(closing)
         allowed = (1 << 16) + (1 << 12) * groups + extra
         if magic != b"PAR1" or footer > min(size, allowed):
-            raise PartError(f"its footer claims {footer:,} bytes, expected {allowed:,} at most")
+            raise PartError(f"its footer claims {footer:,} bytes, expected at most {allowed:,}")
         tail = os.pread(descriptor, footer, size - footer - _CLOSING.size)
         if b"ARROW:" in tail:
-            raise PartError("its footer carries an Arrow schema, which no part has")
+            raise PartError("its footer contains an Arrow schema, expected none")
     finally:
         os.close(descriptor)
     return pq.ParquetFile(
@@ -340,36 +365,39 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
     )
 
 
-def require_modest_group(path: Path, file: pq.ParquetFile, group: int, rows: int) -> None:
-    """Check what the pages of a row group claim.
+def require_plausible_group(path: Path, file: pq.ParquetFile, group: int, rows: int) -> None:
+    """Validate the sizes that the pages of a row group claim, before they are decoded.
 
     Args:
         path: path of the file.
         file: the file, opened by `open_part`.
         group: number of the row group.
-        rows: rows that the group may have, of at most eight bytes per column.
+        rows: maximum number of rows, of at most eight bytes per column.
 
     Raises:
-        PartError: the group has more rows, columns or pages, or its pages claim more bytes.
+        PartError: the group has too many rows, columns or pages, or its pages claim too many bytes.
         ThriftError: a page header cannot be read.
     """
-    about = file.metadata.row_group(group)
-    if about.num_rows > rows or about.num_columns > 8:
-        raise PartError(f"row group {group} has {about.num_rows} rows, expected {rows} at most")
+    metadata = file.metadata.row_group(group)
+    if metadata.num_rows > rows or metadata.num_columns > 8:
+        raise PartError(
+            f"row group {group} has {metadata.num_rows} rows of {metadata.num_columns} columns, "
+            f"expected at most {rows} of 8"
+        )
     allowed = 8 * rows + 1024
     descriptor = open_regular(path)
     try:
-        for number in range(about.num_columns):
-            chunk = about.column(number)
+        for number in range(metadata.num_columns):
+            chunk = metadata.column(number)
             size, start = chunk.total_compressed_size, chunk.data_page_offset
             if chunk.has_dictionary_page or not 0 <= size <= allowed + (1 << 14):
                 raise PartError(f"column {number} of row group {group} claims {size} bytes")
-            _require_modest_pages(os.pread(descriptor, size, start), rows, allowed)
+            _require_plausible_pages(os.pread(descriptor, size, start), rows, allowed)
     finally:
         os.close(descriptor)
 
 
-def _require_modest_pages(data: bytes, rows: int, allowed: int) -> None:
+def _require_plausible_pages(data: bytes, rows: int, allowed: int) -> None:
     at = values = 0
     for _ in range(_MOST_PAGES):
         reader = CompactReader(data, at)
@@ -378,8 +406,7 @@ def _require_modest_pages(data: bytes, rows: int, allowed: int) -> None:
         page = header.get(5, {})
         values += page.get(1, 0)
         if (
-            page.get(2)
-            != _PLAIN  # other encodings claim in headers of their own how much they hold
+            page.get(2) != _PLAIN  # other encodings claim further sizes within their data
             or not isinstance(claimed, int)
             or not isinstance(packed, int)
             or not 0 <= claimed <= allowed

@@ -1,10 +1,10 @@
-"""Fingerprint tokenizers, and compare what their ids mean.
+"""Fingerprint tokenizers, and validate that two tokenizers map ids to the same tokens.
 
-The identity of a cache holds a fingerprint of everything that decides which ids a text becomes.
-That is stricter than what a student needs: an instruct model and its base share every token and
-differ in which of them ends a text or pads a batch, or in a few tokens that one of them lacks. So
-each shard also records what the ids mean (without roles, chat template and padding), the tokens
-that were added to the vocabulary, and the roles by name, so that a message can say what differs.
+The identity of a cache contains a fingerprint of all values that determine the ids of a text. This
+is stricter than a student needs: an instruct model and its base have the same tokens, but may use
+different ones as end of text or as padding, or one of them may have a few more. So each shard also
+records a hash of the vocabulary without roles, chat template and padding, the tokens that were
+added to the vocabulary, and the roles by name, so that messages can state the difference.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from sparselogits.allowances import refuse
 from sparselogits.errors import IdentityMismatchError, SparseLogitsWarning
 from sparselogits.identity import canonical_json
 
-_RECORDED = 512
+_MOST_RECORDED = 512  # added tokens
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class TokenizerFingerprint(str):
-    """sha256, in hex, of everything that decides which ids a text becomes.
+    """Hexadecimal sha256 of all values that determine the ids of a text.
 
     Args:
         value: the fingerprint.
-        ids: sha256, in hex, of what the ids mean, without added tokens.
-        added: tokens that were added to the vocabulary, by their ids as text.
-        roles: tokens by their roles ("eos", "pad", ...).
+        ids: hexadecimal sha256 of the vocabulary, normalisation and pre-tokenizer, without added
+            tokens.
+        added: texts of the tokens that were added to the vocabulary, by their ids as strings.
+        roles: texts of the special tokens by role ("eos", "pad", ...).
     """
 
     ids: str
@@ -42,20 +43,20 @@ class TokenizerFingerprint(str):
     def __new__(
         cls, value: str, ids: str, added: Mapping[str, str], roles: Mapping[str, str]
     ) -> TokenizerFingerprint:
-        """Create a fingerprint; see the class."""
-        made = super().__new__(cls, value)
-        made.ids, made.added, made.roles = ids, dict(added), dict(roles)
-        return made
+        """Create a fingerprint; the class documents the arguments."""
+        fingerprint = super().__new__(cls, value)
+        fingerprint.ids, fingerprint.added, fingerprint.roles = ids, dict(added), dict(roles)
+        return fingerprint
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return str(self), self.ids, self.added, self.roles
 
     def record(self) -> dict[str, Any]:
-        """Return what a shard's provenance records of the tokenizer, as plain JSON values.
+        """Return the description of the tokenizer in a shard's provenance, as plain JSON values.
 
-        Thousands of added tokens are recorded as one hash.
+        More than 512 added tokens are recorded as one hash.
         """
-        few = len(self.added) <= _RECORDED
+        few = len(self.added) <= _MOST_RECORDED
         return {
             "ids": self.ids,
             "added": self.added if few else _sha256(self.added),
@@ -66,9 +67,13 @@ class TokenizerFingerprint(str):
 def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
     """Return the fingerprint of a tokenizer.
 
-    It covers, for fast tokenizers, the canonical JSON of the compiled tokenizer, without the state
-    of the last call (truncation, padding), and the ids of the special tokens; for slow ones, the
-    vocabulary and its files. Saving and loading a tokenizer keeps the fingerprint.
+    The fingerprint of a fast tokenizer is computed from the canonical JSON of the compiled
+    tokenizer, without the state of the last call (truncation, padding), and from the ids of the
+    special tokens; that of a slow one from its vocabulary, the files of the vocabulary, and these
+    ids. Saving and loading a tokenizer does not change the fingerprint.
+
+    Args:
+        tokenizer: a transformers tokenizer.
     """
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _ROLES}
     split = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -103,82 +108,86 @@ def require_tokenizer(
     origin: str = "the cache",
     allow: Collection[str] = (),
 ) -> None:
-    """Check that the ids of a tokenizer mean what they mean in a cache.
+    """Validate that each id of a tokenizer is the same token as in a cache.
 
-    Roles of special tokens, chat template and padding may differ, and either tokenizer may have
-    added tokens that the other lacks, as long as no id is two tokens; a `SparseLogitsWarning` says
-    what differs.
+    Roles of special tokens, chat template and padding may differ, and each tokenizer may have added
+    tokens that the other lacks, if no id is two different tokens. A `SparseLogitsWarning` states
+    these differences.
 
     Args:
         tokenizer: a transformers tokenizer.
         expected: fingerprint in the cache's identity (`tokenizer_fingerprint`).
-        recorded: what a shard's provenance records (`Cache.recorded_tokenizer`); None in caches of
-            versions that did not record it, where only an identical tokenizer is recognised.
-        whose: whose tokenizer it is, for messages.
-        origin: what was made with the expected tokenizer, for messages.
+        recorded: description in a shard's provenance (`Cache.recorded_tokenizer`); None for a cache
+            of an older version without it, which accepts only an identical tokenizer.
+        whose: name of the tokenizer in messages, as in "the tokenizer given".
+        origin: name of the data of the expected tokenizer in messages, as in "the cache".
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
-        IdentityMismatchError: an id means another token.
+        IdentityMismatchError: an id is another token.
     """
     found = tokenizer_fingerprint(tokenizer)
     if found == expected:
         return
-    there = recorded if isinstance(recorded, Mapping) else {}
-    own, theirs = found.added, there.get("added")
-    if there.get("ids") == found.ids:
-        clash = _clash(found, theirs, origin)
-        if clash is None:
-            differing = _differing(found.roles, there.get("roles"), own, theirs, origin)
-            if differing:
+    cached = recorded if isinstance(recorded, Mapping) else {}
+    cached_added = cached.get("added")
+    if cached.get("ids") == found.ids:
+        conflict = _conflict(found, cached_added, origin)
+        if conflict is None:
+            difference = _difference(found, cached.get("roles"), cached_added, origin)
+            if difference:
                 warnings.warn(
-                    f"the ids of {whose} mean what they mean in {origin}, but it differs in: "
-                    f"{differing}",
+                    f"the ids of {whose} are the same tokens as in {origin}, but it differs in: "
+                    f"{difference}",
                     SparseLogitsWarning,
                     stacklevel=2,
                 )
             return
-        known = f"its ids mean other tokens: {clash}"
-    elif "ids" in there:
-        known = "its ids mean other tokens (vocabulary, merges, normalisation or pre-tokenizer)"
+        reason = f"its ids mean other tokens: {conflict}"
+    elif "ids" in cached:
+        reason = "its ids mean other tokens (vocabulary, merges, normalisation or pre-tokenizer)"
     else:
-        known = (
-            f"{origin} does not record what its ids mean, only this fingerprint, so other roles of "
-            "special tokens cannot be distinguished from other ids"
+        reason = (
+            f"{origin} records only this fingerprint and not its tokens, so other roles of special "
+            "tokens cannot be distinguished from other ids"
         )
     error = IdentityMismatchError(
-        f"{whose} ({found[:12]}...) is not the one that {origin} was made with "
-        f"({expected[:12]}...): {known}. Use the tokenizer that {origin} was made with"
+        f"{whose} ({found[:12]}...) is not the tokenizer that {origin} was built with "
+        f"({expected[:12]}...): {reason}. Use the tokenizer that {origin} was built with"
     )
     refuse(error, "other-tokenizer", allow)
 
 
-def _clash(found: TokenizerFingerprint, theirs: object, origin: str) -> str | None:
-    """Return a sentence on an id that is two different added tokens; None where there is none."""
-    if not isinstance(theirs, Mapping):
-        return None if theirs == found.record()["added"] else "added tokens differ"
-    for place, token in found.added.items():
-        if theirs.get(place, token) != token:
-            return f"id {place} is {token!r} here and {theirs[place]!r} in {origin}"
+def _conflict(found: TokenizerFingerprint, cached_added: object, origin: str) -> str | None:
+    """Return a clause about an id that is two different added tokens; None if there is none."""
+    if not isinstance(cached_added, Mapping):
+        return None if cached_added == found.record()["added"] else "added tokens differ"
+    for id_, token in found.added.items():
+        if cached_added.get(id_, token) != token:
+            return f"id {id_} is {token!r} here and {cached_added[id_]!r} in {origin}"
     return None
 
 
-def _differing(
-    here: Mapping[str, str], there: object, own: Mapping[str, str], theirs: object, origin: str
+def _difference(
+    found: TokenizerFingerprint, cached_roles: object, cached_added: object, origin: str
 ) -> str:
-    other = there if isinstance(there, Mapping) else {}
-    found = [
-        f"{name} is {here.get(name)!r} here and {other.get(name)!r} in {origin}"
-        for name in _ROLES
-        if here.get(name) != other.get(name)
+    """Return the differences of roles and added tokens, for a warning; empty if there are none."""
+    other = cached_roles if isinstance(cached_roles, Mapping) else {}
+    differences = [
+        f"{role} is {found.roles.get(role)!r} here and {other.get(role)!r} in {origin}"
+        for role in _ROLES
+        if found.roles.get(role) != other.get(role)
     ]
-    if isinstance(theirs, Mapping):
-        for more, less, where in ((theirs, own, f"in {origin}"), (own, theirs, "here")):
-            alone = [str(more[place]) for place in more if place not in less]
-            if alone:
-                said = "1 added token is" if len(alone) == 1 else f"{len(alone)} added tokens are"
-                found.append(f"{said} {where} alone, as {alone[0]!r}")
-    return ", ".join(found)
+    if isinstance(cached_added, Mapping):
+        for more, less, where in (
+            (cached_added, found.added, f"in {origin}"),
+            (found.added, cached_added, "here"),
+        ):
+            extra = [str(more[id_]) for id_ in more if id_ not in less]
+            if extra:
+                number = "1 added token is" if len(extra) == 1 else f"{len(extra)} added tokens are"
+                differences.append(f"{number} only {where}, as {extra[0]!r}")
+    return ", ".join(differences)
 
 
 def _vocabulary_files(tokenizer: Any) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Turn documents into tokens, and choose the packing that suits a tokenizer.
+"""Tokenise documents, and select the packing for a tokenizer.
 
-Special tokens that are spelt out in the text (such as `<|endoftext|>` in the middle of a line)
-become what the tokenizer makes of them, as in any script that calls it: their ids, unless it was
-loaded with `split_special_tokens=True`.
+Special tokens that occur as text (such as `<|endoftext|>` in the middle of a line) are tokenised as
+by a direct call of the tokenizer: as their ids, unless the tokenizer was loaded with
+`split_special_tokens=True`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocument|>")
-"""Names of tokens that end a document, the commonest first."""
+"""Names of tokens that end a document, most common first."""
 
 BATCH_SECONDS = 30
-"""Seconds that a batch of about a megabyte may take to tokenise; it usually takes one."""
+"""Maximum time to tokenise a batch of about a megabyte, in seconds; typical is one second."""
 
 
 class Encoded(NamedTuple):
-    """The tokens of a piece."""
+    """Tokens of a piece."""
 
     ids: NDArray[np.int64]
+    """Token ids, int64 [N]."""
     learnt: NDArray[np.bool_] | bool
-    """Whether each token, or every token, carries a target."""
+    """Whether each token (bool [N]), or every token, carries a target."""
 
 
 class Encoder:
-    """Turns pieces of text into tokens; pickles without the compiled tokenizer.
+    """Tokenizer of pieces of text, which is pickled without its compiled form.
 
     Args:
-        tokenizer: a transformers tokenizer. With a fast one, long documents tokenise as if they
-            were in one piece; a slow one, which gives no character offsets, tokenises each piece
-            separately.
+        tokenizer: a transformers tokenizer. With a fast tokenizer, the tokens of a long document do
+            not depend on how it is cut into pieces; a slow tokenizer returns no character offsets,
+            so it tokenises each piece independently.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -68,9 +69,10 @@ class Encoder:
         return fast
 
     def encode(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """Return the tokens of each piece, without tokens that the tokenizer adds by itself.
+        """Return the tokens of each piece, without the special tokens that the tokenizer adds.
 
-        Pieces that have tokens keep them.
+        Args:
+            pieces: pieces of text; pieces that are given as tokens are returned unchanged.
 
         Raises:
             CorpusError: the tokenizer fails on a text, or takes longer than `BATCH_SECONDS`.
@@ -82,25 +84,25 @@ class Encoder:
         }
         texts = [i for i in range(len(pieces)) if i not in encoded]
         if self._slow is not None:
-            encoded |= {i: _slowly(self._slow, pieces[i]) for i in texts}
+            encoded |= {i: _encode_without_offsets(self._slow, pieces[i]) for i in texts}
             return [encoded[i] for i in range(len(pieces))]
-        # only margins and masks need offsets, which the fast variant leaves out
-        offsets = [not piece.whole or piece.learnt is not None for piece in pieces]
-        for needed in (True, False):
-            chosen = [i for i in texts if offsets[i] is needed]
-            encode = self._fast.encode_batch if needed else self._fast.encode_batch_fast
+        # only margins and masks need offsets, which encode_batch_fast does not compute
+        needs_offsets = [not piece.whole or piece.learnt is not None for piece in pieces]
+        for offsets in (True, False):
+            chosen = [i for i in texts if needs_offsets[i] is offsets]
+            encode = self._fast.encode_batch if offsets else self._fast.encode_batch_fast
             given = [pieces[i].text for i in chosen]
-            for i, encoding in zip(chosen, _watched(encode, given), strict=True):
+            for i, encoding in zip(chosen, _encode_in_time(encode, given), strict=True):
                 encoded[i] = (
-                    _own(encoding, pieces[i])
-                    if needed
+                    _without_margins(encoding, pieces[i])
+                    if offsets
                     else Encoded(_ids(encoding.ids), pieces[i].carries_target)
                 )
         return [encoded[i] for i in range(len(pieces))]
 
 
-def _own(encoding: Encoding, piece: Piece) -> Encoded:
-    """Return the tokens that start within the piece's own text."""
+def _without_margins(encoding: Encoding, piece: Piece) -> Encoded:
+    """Return the tokens that start between the margins of a piece."""
     offsets = encoding.offsets
     first = bisect_left(offsets, piece.start, key=lambda span: span[0])
     last = bisect_left(offsets, piece.stop, key=lambda span: span[0])
@@ -111,17 +113,22 @@ def _own(encoding: Encoding, piece: Piece) -> Encoded:
     ids = _ids(encoding.ids[first:last])
     if piece.learnt is None:
         return Encoded(ids, piece.carries_target)
-    return Encoded(ids, _touched(offsets[first:last], piece.learnt))
+    return Encoded(ids, _token_mask(offsets[first:last], piece.learnt))
 
 
-def _touched(
+def _token_mask(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.bool_]:
-    """Return, for each token, whether it belongs to one of the ranges of characters.
+    """Return bool [N], true for the tokens of ranges of characters.
 
-    As in transformers' `assistant_masks`, a range's tokens go from the first that holds its first
-    character to the first that holds its last one. Where no token holds a character (tokenizers
-    leave out white space), the next or the last token within the range counts instead.
+    As in transformers' `assistant_masks`, the tokens of a range begin with the first one that
+    contains its first character, and end with the first one that contains its last character. If no
+    token contains that character (some tokenizers drop white space), the nearest token within the
+    range is used.
+
+    Args:
+        offsets: first character of each token, and one past its last character.
+        spans: ranges [start, stop) of characters.
     """
     learnt = np.zeros(len(offsets), np.bool_)
     if not len(offsets):
@@ -136,8 +143,8 @@ def _touched(
     return learnt
 
 
-def _slowly(tokenizer: Any, piece: Piece) -> Encoded:
-    """Return a piece's tokens by a tokenizer that gives no character offsets."""
+def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
+    """Return a piece's tokens by a tokenizer that returns no character offsets."""
     text = piece.text[piece.start : piece.stop]
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if piece.learnt is None:
@@ -151,7 +158,12 @@ def _slowly(tokenizer: Any, piece: Piece) -> Encoded:
 
 
 def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
-    """Return how many first tokens `ids` shares with a text, and how many reach the text's end."""
+    """Return the number of tokens of `ids` that lie before the end of its text's beginning `text`.
+
+    Returns:
+        The number of tokens that lie completely before the end, and the number including a token
+        that contains the end.
+    """
     before = tokenizer.encode(text, add_special_tokens=False)
     pairs = enumerate(zip(before, ids, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(ids)))
@@ -162,11 +174,14 @@ def _ids(ids: list[int]) -> NDArray[np.int64]:
     return np.array(ids, dtype=np.int64)
 
 
-def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
-    """Return the encodings of texts; the tokenizer may fail, or never come to an end.
+def _encode_in_time(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
+    """Return the encodings of texts, or raise an error after `BATCH_SECONDS`.
 
-    A tokenizer's regular expressions come from an untrusted file. Python cannot stop one that runs:
-    its thread is abandoned, and ends with the process.
+    The regular expressions of a tokenizer are untrusted and may take exponential time. Python
+    cannot stop a running one, so its thread is abandoned and ends with the process.
+
+    Raises:
+        CorpusError: the tokenizer fails, or does not finish in time.
     """
     if not texts:
         return []
@@ -184,7 +199,7 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
-        # processor time as well, so that a busy machine is no reason
+        # processor time counts as well, so that a busy machine causes no error
         if min(time.monotonic() - began, time.process_time() - used) > BATCH_SECONDS:
             break
     if results:
@@ -192,7 +207,7 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
     reason = f"did not finish within {BATCH_SECONDS} s"
     if failures:
         if len(texts) > 1:
-            return [encoding for text in texts for encoding in _watched(encode, [text])]
+            return [encoding for text in texts for encoding in _encode_in_time(encode, [text])]
         if not isinstance(failures[0], Exception) and "Panic" not in type(failures[0]).__name__:
             raise failures[0]
         reason = f"failed ({failures[0]})"
@@ -200,7 +215,7 @@ def _watched(encode: Callable[..., list[Encoding]], texts: list[str]) -> list[En
     raise CorpusError(
         f"the tokenizer {reason} on a batch of {len(texts)} texts{start}; a regular expression in "
         "its tokenizer.json probably backtracks. Use the tokenizer of the model's publisher, or "
-        "leave out texts with very long runs of one kind of character"
+        "remove texts with very long runs of one kind of character"
     )
 
 
@@ -212,25 +227,25 @@ def packing_for(
     holdout: float = 0.0,
     reset_attention: bool = False,
 ) -> Packing:
-    """Return the packing that suits a tokenizer.
+    """Return the packing for a tokenizer, with its separator and beginning-of-text token.
 
-    The separator is, in this order: the `separator_id` given; the tokenizer's end-of-sequence
-    token if its name is one of `END_OF_TEXT`; the first special token of its vocabulary whose name
-    is; its end-of-sequence token whatever its name. Chat models end a *turn* with their
-    end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their base models learnt documents
-    that end with end-of-text; hence that order. The padding token is never considered.
+    The separator is the first of these that exists: the given `separator_id`; the end-of-sequence
+    token, if its name is in `END_OF_TEXT`; the added token with the first name of `END_OF_TEXT`;
+    the end-of-sequence token. The reason for this order: chat models end a *turn* with their
+    end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their base models were trained on
+    documents that end with an end-of-text token. The padding token is never used.
 
-    A beginning-of-text token is put before documents only if the tokenizer puts one before text.
+    Documents begin with a beginning-of-text token only if the tokenizer adds one to text.
 
     Args:
         tokenizer: a transformers tokenizer.
         window_length: number of tokens per window.
         separator_id: id of the separator; None for the rule above.
-        holdout: share of the tokens that is held out.
+        holdout: share of the tokens that is held out, in [0, 1).
         reset_attention: whether attention restarts at document starts.
 
     Raises:
-        CorpusError: the tokenizer has no token that could separate documents, or it puts more than
+        CorpusError: the tokenizer has no token that could separate documents, or it adds more than
             one token before text.
     """
     if separator_id is None:
@@ -249,17 +264,17 @@ def _separator(tokenizer: Any) -> int:
             return added[name]
     if eos_id is None:
         raise CorpusError(
-            "the tokenizer has no end-of-text token to separate documents with; pass separator_id, "
-            "the id of the token that the teacher saw between documents"
+            "the tokenizer has no end-of-text token to separate documents; pass separator_id, "
+            "the id of the token that separated documents in the teacher's training"
         )
     return int(eos_id)
 
 
 def bos_id(tokenizer: Any) -> int | None:
-    """Return the token that a tokenizer puts before text by itself; None if it puts none.
+    """Return the id of the token that a tokenizer adds before text; None if it adds no token.
 
     Raises:
-        CorpusError: the tokenizer puts more than one token before text.
+        CorpusError: the tokenizer adds more than one token before text.
     """
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
@@ -267,7 +282,7 @@ def bos_id(tokenizer: Any) -> int | None:
     leading = next((n for n in range(extra + 1) if full[n : n + len(plain)] == plain), 0)
     if leading > 1:
         raise CorpusError(
-            f"the tokenizer puts {leading} tokens before text ({full[:leading]}); a document "
-            "begins with one at most: choose it in a Packing(...)"
+            f"the tokenizer adds {leading} tokens before text ({full[:leading]}), expected at most "
+            "one; give it as bos_id of a Packing(...)"
         )
     return int(full[0]) if leading else None

@@ -1,4 +1,4 @@
-"""Define packing and windows: fixed numbers of consecutive tokens of the packed corpus."""
+"""Define `Packing`, the rules that form windows from documents, and `Window`."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from sparselogits.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become windows; part of the identity of everything made from them.
+    """Rules by which windows are formed from documents; part of a cache's identity.
 
-    Each document becomes [bos?] tokens separator. The documents stand one after another, in the
-    order of the source, and the windows are cut from that stream without gaps: a document may
-    begin in one window and end in another. The last partial window is dropped, and counted.
+    A document becomes its tokens, preceded by a beginning-of-text token if `bos_id` is given, and
+    followed by the separator. The documents are concatenated in the order of the source, and the
+    stream is cut into windows without gaps, so a document may begin in one window and end in
+    another. The last partial window is dropped, and counted.
 
     Raises:
         InvalidArgumentError: the window has fewer than two tokens, an id is negative, or the
             hold-out share lies outside [0, 1).
+
+    Example:
+        >>> Packing(window_length=512, separator_id=2, bos_id=None).first_id
+        2
     """
 
     window_length: int
     """Number L of tokens per window."""
     separator_id: int
-    """Token after every document."""
+    """Id of the token after every document."""
     bos_id: int | None
-    """Token before every document; None where the tokenizer adds none by itself."""
+    """Id of the token before every document; None for no token."""
     reset_attention: bool = False
-    """Whether attention restarts at document starts; the packed tokens do not depend on it."""
+    """Whether attention restarts at document starts; does not change the packed tokens."""
     holdout: float = 0.0
-    """Share of the tokens that is held out for evaluation, see `holdout`."""
+    """Share of the tokens that is held out for evaluation, in [0, 1); see `corpus.holdout`."""
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
             raise InvalidArgumentError(
-                f"found window_length={self.window_length}; a window needs at least 2 tokens, one "
-                "to read and one to predict"
+                f"found window_length={self.window_length}; give at least 2 tokens, an input and a "
+                "token to predict"
             )
         if not 0 <= self.holdout < 1:
             raise InvalidArgumentError(
@@ -49,13 +54,12 @@ class Packing:
             )
         if self.separator_id < 0 or (self.bos_id is not None and self.bos_id < 0):
             raise InvalidArgumentError(
-                f"found separator_id={self.separator_id} and bos_id={self.bos_id}; token ids are "
-                "not negative"
+                f"found separator_id={self.separator_id} and bos_id={self.bos_id}; give ids from 0"
             )
 
     @property
     def first_id(self) -> int:
-        """Token that predicts a document's first token: bos, or the separator before it."""
+        """Id of the token before a document's text: `bos_id`, or the separator if that is None."""
         return self.separator_id if self.bos_id is None else self.bos_id
 
     def to_json(self) -> dict[str, Any]:
@@ -65,25 +69,28 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """L consecutive tokens of a text."""
+    """Window of L consecutive tokens of a text."""
 
     index: int
-    """Number of the window within its corpus (hold-out windows are numbered separately)."""
+    """Number of the window within its corpus; held-out windows are numbered separately."""
     tokens: NDArray[np.int32]
-    """int32 [L]"""
+    """Token ids, int32 [L]."""
     document_starts: NDArray[np.int32]
-    """int32, ascending: positions of the first tokens of documents. They do not include 0 if the
-    window begins in the middle of a document."""
+    """Positions of the first tokens of documents, int32 [S], ascending; without 0 if the window
+    begins in the middle of a document."""
     mask: NDArray[np.bool_] | None
-    """bool [L], true where the position carries a target: the next token is in the window and is
-    learnt. None if all tokens are learnt."""
+    """Whether each position carries a target, bool [L]: the next token is in the window and is
+    trained on. None if all tokens of the corpus are trained on."""
 
 
 def fingerprint(windows: Sequence[Window]) -> str:
-    """Return the sha256, in hex, of tokens, document starts and masks of a run of windows.
+    """Return the hexadecimal sha256 of tokens, document starts and masks of several windows.
 
-    Numbers are hashed as little-endian int32, each array after its length, so two runs of windows
-    hash alike exactly when they are equal. Window indices do not enter.
+    Numbers are hashed as little-endian int32, each array after its length, so only equal sequences
+    of windows have equal fingerprints. The indices of the windows are not hashed.
+
+    Args:
+        windows: windows in order.
     """
     digest = hashlib.sha256()
     for window in windows:

@@ -1,4 +1,4 @@
-"""Make students from their teacher by removing blocks, channels and heads."""
+"""Create students from a teacher by removing blocks, channels and heads (structured pruning)."""
 
 from sparselogits.shrink.plan import ShrinkTarget
 from sparselogits.shrink.saving import save

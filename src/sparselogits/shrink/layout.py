@@ -1,9 +1,9 @@
-"""Find which dimensions of a model's tensors follow which size of its configuration.
+"""Determine which dimensions of a model's tensors depend on which size of its configuration.
 
-Nothing here knows the names of an architecture's modules. The model's class is asked instead: two
-empty models (on torch's "meta" device, which holds shapes and no data) that differ in one size of
-the configuration show which dimensions of which tensors follow that size. The order of rows in
-fused projections, which shapes do not show, is found by trying (`slicing.order_of`).
+The method needs no names of an architecture's modules. Two models without data (on torch's "meta"
+device) are created by the model's class with different values of one size; the tensor dimensions
+that differ depend on that size. The order of rows in fused projections cannot be determined from
+shapes; `slicing.order_of` tries the possible orders.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from sparselogits.errors import ShrinkError
 from sparselogits.language_model import text_config
 
 Size = Literal["hidden", "channels", "groups"]
-"""Hidden size, MLP channels per layer, or groups of attention heads that share keys and values."""
+"""Name of a size: hidden size, number of MLP channels per layer, or number of groups of attention
+heads that share keys and values."""
 
 Order = Literal["concatenated", "interleaved"]
-"""Rows of a fused projection: all queries, then all keys, then all values; or group by group."""
+"""Order of the rows of a fused projection: queries, keys, values of all heads; or by group."""
 
 _CHANNEL_NAMES = ("intermediate_size", "n_inner", "ffn_dim")
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of one tensor that follows a size.
+    """Dimension of a tensor whose length depends on a size.
 
     Args:
-        size: the size that the dimension follows.
-        dim: number of the dimension in the tensor.
-        repeats: how many indices belong to one unit of the size (rows per group of heads, fused
-            gate and up projections).
+        size: name of the size.
+        dim: number of the dimension.
+        repeats: length of the dimension per unit of the size, such as the rows per group of heads,
+            or 2 for fused gate and up projections.
     """
 
     size: Size
@@ -47,14 +48,14 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that can be pruned.
+    """Sizes of a model.
 
     Args:
-        layers: transformer blocks.
+        layers: number of transformer blocks.
         hidden: width of the residual stream.
-        channels: MLP channels per layer.
-        heads: attention heads per layer.
-        groups: key-value heads per layer; each is shared by heads / groups query heads.
+        channels: number of MLP channels per layer.
+        heads: number of query heads per layer.
+        groups: number of key-value heads per layer, each of which heads / groups query heads share.
         head_dim: width of a head.
     """
 
@@ -67,21 +68,21 @@ class Sizes:
 
     @property
     def heads_per_group(self) -> int:
-        """Return the number of query heads that share one key-value head."""
+        """Number of query heads that share one key-value head."""
         return self.heads // self.groups
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A description of how a model's tensors follow its configuration.
+    """Dependence of a model's tensors on the sizes of its configuration.
 
     Args:
-        sizes: the model's sizes.
+        sizes: sizes of the model.
         layers: name of the list of blocks, as in "model.layers".
-        dimensions: by tensor name, as in the state dict; tensors that follow no size are absent.
-        coupled: hidden size and heads can only be pruned together (GPT-2: the width of a head is
-            the hidden size over the number of heads).
-        fused: names of the tensors that hold queries, keys and values in one.
+        dimensions: dimensions that depend on a size, by the tensor's name in the state dict.
+        coupled: whether hidden size and heads can only be pruned together, as in GPT-2, where the
+            width of a head is the hidden size divided by the number of heads.
+        fused: names of the tensors that contain queries, keys and values.
     """
 
     sizes: Sizes
@@ -91,24 +92,27 @@ class Layout:
     fused: frozenset[str]
 
     def follows(self, size: Size) -> bool:
-        """Return whether any tensor follows a size."""
+        """Return whether any tensor depends on a size."""
         return any(d.size == size for found in self.dimensions.values() for d in found)
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        """Return the blocks of the model that this describes, or of a smaller one made from it."""
+        """Return the list of blocks of the model with this layout, or of its pruned student."""
         return model.get_submodule(self.layers)  # type: ignore[return-value]
 
     def layer_of(self, name: str) -> int | None:
-        """Return the number of the block that a tensor or module is in; None outside the blocks."""
+        """Return the number of the block with a tensor or module; None outside of the blocks."""
         found = re.match(re.escape(self.layers) + r"\.(\d+)\.", name + ".")
         return int(found[1]) if found else None
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Read a model's sizes from its configuration.
+    """Return the sizes in a model's configuration.
+
+    Args:
+        model: a transformers causal language model.
 
     Raises:
-        ShrinkError: the configuration does not state them.
+        ShrinkError: the configuration does not contain the sizes.
     """
     config = text_config(model.config)
     try:
@@ -116,9 +120,8 @@ def sizes_of(model: nn.Module) -> Sizes:
         layers = int(config.num_hidden_layers)
     except (AttributeError, TypeError) as error:
         raise ShrinkError(
-            f"{type(model).__name__}: its configuration does not state num_hidden_layers, "
-            "hidden_size and num_attention_heads, which pruning needs. Prune this model with a "
-            "tool made for its architecture"
+            f"{type(model).__name__}: its configuration lacks num_hidden_layers, hidden_size or "
+            "num_attention_heads, which pruning needs. Use a tool for its architecture"
         ) from error
     groups = getattr(config, "num_key_value_heads", None) or heads
     return Sizes(
@@ -132,13 +135,13 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Find how a model's tensors follow its configuration.
+    """Determine how a model's tensors depend on the sizes of its configuration.
 
     Args:
         model: a transformers causal language model.
 
     Raises:
-        ShrinkError: the blocks of the model cannot be found.
+        ShrinkError: the list of blocks cannot be identified.
     """
     sizes = sizes_of(model)
     layers = _blocks(model, sizes.layers)
@@ -161,11 +164,11 @@ def layout_of(model: nn.Module) -> Layout:
                 found.setdefault(name, []).append(Dimension("groups", dim, full - less))
                 if full - less == one:
                     fused.add(name)
-    # a multiple of the heads, because some configurations refuse other widths
-    narrow = sizes.heads if sizes.hidden % sizes.heads == 0 else 1
-    for name, dim, full, less in _changes(model, shapes, {"hidden": sizes.hidden - narrow}):
-        if full == (full - less) // narrow * sizes.hidden:
-            found.setdefault(name, []).append(Dimension("hidden", dim, (full - less) // narrow))
+    # some configurations accept only a hidden size that is a multiple of the heads
+    step = sizes.heads if sizes.hidden % sizes.heads == 0 else 1
+    for name, dim, full, less in _changes(model, shapes, {"hidden": sizes.hidden - step}):
+        if full == (full - less) // step * sizes.hidden:
+            found.setdefault(name, []).append(Dimension("hidden", dim, (full - less) // step))
     return Layout(sizes, layers, _frozen(found), coupled, frozenset(fused))
 
 
@@ -174,9 +177,9 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 
     Args:
         model: model whose configuration is copied.
-        sizes: new values of `hidden`, `channels`, `heads` and `groups`.
-        layers: numbers of the blocks kept; all of them when None. Lists with one value per block
-            (kinds of attention, for example) are shortened in the same way.
+        sizes: new values of `hidden`, `channels`, `heads` and `groups`, by name.
+        layers: numbers of the retained blocks; None for all. Lists with one value per block, such
+            as types of attention, are shortened in the same way.
     """
     config = copy.deepcopy(model.config)
     text = text_config(config)
@@ -192,7 +195,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
         text.head_dim = before.head_dim
     if "hidden" in sizes:
         text.hidden_size = sizes["hidden"]
-        # GPT-2 writes "four times the hidden size" as None
+        # None means four times the hidden size in GPT-2
         if "channels" not in sizes and getattr(text, _channels_name(text), 0) is None:
             setattr(text, _channels_name(text), before.channels)
     if "heads" in sizes:
@@ -205,12 +208,18 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 def _changes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> list[tuple[str, int, int, int]]:
-    """Return (tensor, dimension, length, other length) of every dimension that the sizes change."""
+    """Return (tensor name, dimension, old length, new length) of dimensions that sizes change.
+
+    Args:
+        model: model whose class and configuration are used.
+        shapes: shapes of the model's tensors by name.
+        sizes: changed sizes by name.
+    """
     try:
         with torch.device("meta"):
             other: nn.Module = type(model)(resized(model, sizes))
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, AttributeError):
-        return []  # not a size this architecture can vary on its own
+        return []  # the architecture does not support a change of these sizes alone
     changed = []
     for name, tensor in other.state_dict().items():
         for dim, (full, less) in enumerate(zip(shapes.get(name, ()), tensor.shape, strict=False)):
@@ -220,17 +229,18 @@ def _changes(
 
 
 def _channels_name(config: Any) -> str:
-    """Return the name of the number of MLP channels in a configuration."""
+    """Return the name of the field with the number of MLP channels in a configuration."""
     return next((name for name in _CHANNEL_NAMES if hasattr(config, name)), _CHANNEL_NAMES[0])
 
 
 def _blocks(model: nn.Module, layers: int) -> str:
+    """Return the name of the list of blocks: the first list of `layers` modules."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return str(name)
     raise ShrinkError(
-        f"{type(model).__name__}: no list of {layers} blocks was found in it, so its layers "
-        "cannot be identified. Prune this model with a tool made for its architecture"
+        f"{type(model).__name__} contains no list of {layers} blocks, so its layers cannot be "
+        "identified. Use a tool for its architecture"
     )
 
 
@@ -245,28 +255,28 @@ def _add_gpt2(
     sizes: Sizes,
     layers: str,
 ) -> None:
-    """Add GPT-2's dimensions, where shapes alone do not distinguish heads from the hidden size.
+    """Add the dimensions of GPT-2, in which shapes do not distinguish heads from the hidden size.
 
     transformers' GPT-2 stores weights as [inputs, outputs].
     """
     for name, shape in shapes.items():
-        own = found.setdefault(name, [])
-        taken = {d.dim for d in own}
-        kind = name.removeprefix(layers + ".").partition(".")[2]
-        if kind in ("attn.c_attn.weight", "attn.c_attn.bias"):
+        dimensions = found.setdefault(name, [])
+        taken = {d.dim for d in dimensions}
+        within_block = name.removeprefix(layers + ".").partition(".")[2]
+        if within_block in ("attn.c_attn.weight", "attn.c_attn.bias"):
             dim = len(shape) - 1
-            own.append(Dimension("groups", dim, 3 * sizes.head_dim))
+            dimensions.append(Dimension("groups", dim, 3 * sizes.head_dim))
             taken.add(dim)
             fused.add(name)
-        elif kind == "attn.c_proj.weight":
-            own.append(Dimension("groups", 0, sizes.head_dim))
+        elif within_block == "attn.c_proj.weight":
+            dimensions.append(Dimension("groups", 0, sizes.head_dim))
             taken.add(0)
         for dim, length in enumerate(shape):
-            # n_positions or the vocabulary may be as large as the hidden size: only last
-            # dimensions and inputs of the blocks' projections follow it
-            inner = name.startswith(layers) or dim == len(shape) - 1
-            if dim not in taken and length == sizes.hidden and inner:
-                own.append(Dimension("hidden", dim, 1))
+            # n_positions or the vocabulary may equal the hidden size, so outside of the blocks
+            # only last dimensions depend on the hidden size
+            is_hidden = name.startswith(layers) or dim == len(shape) - 1
+            if dim not in taken and length == sizes.hidden and is_hidden:
+                dimensions.append(Dimension("hidden", dim, 1))
 
 
 def _frozen(found: dict[str, list[Dimension]]) -> dict[str, tuple[Dimension, ...]]:

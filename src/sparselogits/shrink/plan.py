@@ -1,4 +1,4 @@
-"""Choose what is kept of a model: blocks, MLP channels, groups of heads, hidden channels."""
+"""Select the blocks, MLP channels, groups of heads and hidden channels that a student retains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparselogits.shrink.layout import Layout, Sizes
 
 @dataclass(frozen=True)
 class ShrinkTarget:
-    """Requested sizes of a student; None keeps the teacher's.
+    """Requested sizes of a student; None for the teacher's size.
 
     Args:
         layers: number of transformer blocks.
-        drop_layers: numbers of the blocks to remove, instead of a number to keep.
-        channels: MLP channels per layer (`intermediate_size`).
-        heads: query heads per layer (`num_attention_heads`); heads that share keys and values
-            are removed together, so this must be a multiple of their number.
+        drop_layers: numbers of the blocks to remove, counted from 0, instead of `layers`.
+        channels: number of MLP channels per layer (`intermediate_size`).
+        heads: number of query heads per layer (`num_attention_heads`). Heads that share keys and
+            values are removed together, so it must be a multiple of the heads per key-value head.
         hidden: width of the residual stream (`hidden_size`).
     """
 
@@ -32,17 +32,21 @@ class ShrinkTarget:
     hidden: int | None = None
 
     def require_possible(self, layout: Layout, architecture: str) -> ShrinkTarget:
-        """Validate the sizes against a model, and complete those that follow from others.
+        """Validate the sizes against a model, and compute sizes that depend on others.
+
+        Args:
+            layout: layout of the teacher.
+            architecture: name of the teacher's class, for errors.
 
         Returns:
-            The target; for models whose hidden size and heads are coupled, with both.
+            The target; with both hidden size and heads for models in which they are coupled.
 
         Raises:
-            ShrinkError: sizes are out of range, or this architecture cannot have them.
+            ShrinkError: sizes are out of range, or the architecture does not support them.
         """
         sizes = layout.sizes
         if self.layers is not None and self.drop_layers is not None:
-            raise ShrinkError("layers and drop_layers are both given; give one of them")
+            raise ShrinkError("layers and drop_layers are both given; give only one of them")
         _require_within("layers", self.layers, sizes.layers)
         _require_within("channels", self.channels, sizes.channels)
         _require_within("heads", self.heads, sizes.heads)
@@ -51,8 +55,8 @@ class ShrinkTarget:
         wrong = [n for n in dropped if not 0 <= n < sizes.layers]
         if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= sizes.layers:
             raise ShrinkError(
-                f"drop_layers={list(dropped)}: expected distinct numbers from 0 to "
-                f"{sizes.layers - 1}; keep at least one block"
+                f"drop_layers={list(dropped)}: expected fewer than {sizes.layers} distinct numbers "
+                f"from 0 to {sizes.layers - 1}"
             )
         target = self._coupled(sizes) if layout.coupled else self
         if target.heads is not None and target.heads % sizes.heads_per_group:
@@ -68,13 +72,14 @@ class ShrinkTarget:
         ):
             if value is not None and not layout.follows(size):  # type: ignore[arg-type]
                 raise ShrinkError(
-                    f"{architecture}: how its tensors follow {name} could not be found, so they "
-                    "cannot be pruned. Prune its layers only, or use a tool made for its "
-                    "architecture"
+                    f"{architecture}: {name} cannot be pruned, because the tensors that depend on "
+                    "this size could not be determined. Prune only its layers, or use a tool for "
+                    "its architecture"
                 )
         return target
 
     def _coupled(self, sizes: Sizes) -> ShrinkTarget:
+        """Return the target with hidden size and heads computed from each other."""
         hidden, heads = self.hidden, self.heads
         if hidden is None and heads is None:
             return self
@@ -85,21 +90,21 @@ class ShrinkTarget:
             heads = hidden // sizes.head_dim
         if heads * sizes.head_dim != hidden:
             raise ShrinkError(
-                f"hidden={hidden} with heads={heads}: in this architecture the hidden size is "
-                f"heads * {sizes.head_dim}; give one of them, or values that agree"
+                f"hidden={hidden} and heads={heads}: in this architecture the hidden size is "
+                f"heads * {sizes.head_dim}; give only one of them, or matching values"
             )
         return replace(self, hidden=hidden, heads=heads)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers of the blocks, channels and heads that are kept, ascending.
+    """Numbers of the teacher's blocks, channels and heads that the student retains, ascending.
 
     Args:
         layers: numbers of the blocks.
-        channels: MLP channels, int64 [channels] for each kept block; None keeps all.
-        groups: groups of heads, int64 [groups] for each kept block; None keeps all.
-        hidden: channels of the residual stream, int64 [hidden]; None keeps all.
+        channels: numbers of the MLP channels, int64 [channels] per retained block; None for all.
+        groups: numbers of the groups of heads, int64 [groups] per retained block; None for all.
+        hidden: numbers of the channels of the residual stream, int64 [hidden]; None for all.
     """
 
     layers: tuple[int, ...]
@@ -108,7 +113,7 @@ class Kept:
     hidden: Tensor | None = None
 
     def first(self, layers: int) -> Kept:
-        """Return a copy with only the first few of the kept blocks."""
+        """Return a copy with only the first `layers` of the retained blocks."""
         return Kept(
             self.layers[:layers],
             None if self.channels is None else self.channels[:layers],
@@ -117,7 +122,7 @@ class Kept:
         )
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """Return the sizes of the configuration that change."""
+        """Return the student's new sizes, by name."""
         found = {}
         if self.channels is not None:
             found["channels"] = len(self.channels[0])
@@ -130,7 +135,14 @@ class Kept:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return the numbers of the `count` largest scores, ascending; ties keep the first."""
+    """Return the indices of the `count` largest scores, int64 [count], ascending.
+
+    Of equal scores those with the smallest indices are selected.
+
+    Args:
+        scores: [N] scores.
+        count: number of indices.
+    """
     order = torch.argsort(scores, descending=True, stable=True)
     return order[:count].sort().values
 
@@ -138,7 +150,13 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def kept_layers(
     target: ShrinkTarget, total: int, influence: Sequence[float] | None
 ) -> tuple[int, ...]:
-    """Return the numbers of the blocks to keep, ascending."""
+    """Return the numbers of the blocks to retain, ascending.
+
+    Args:
+        target: requested sizes.
+        total: number of the teacher's blocks.
+        influence: score of each block, larger for blocks to retain; None if not required.
+    """
     if target.drop_layers is not None:
         return tuple(n for n in range(total) if n not in target.drop_layers)
     if target.layers is None or target.layers == total:

@@ -1,4 +1,4 @@
-"""Write a shrunk student as an ordinary transformers folder, with a model card."""
+"""Save a pruned student as an ordinary transformers folder with a model card."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NAMES = {
 
 
 def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
-    """Write a student's weights, configuration, tokenizer and model card: the whole folder or none.
+    """Save a student with configuration, tokenizer and model card, completely or not at all.
 
     Args:
-        shrunk: the student.
-        out: folder of the student; missing or empty.
-        tokenizer: tokenizer of teacher and student; None writes none.
+        shrunk: pruned student.
+        out: folder of the student, which must be missing or empty.
+        tokenizer: tokenizer of teacher and student; None to save no tokenizer.
         teacher: name of the teacher, for the card.
 
     Raises:
-        StorageError: the disk is full or cannot be written; nothing is left behind.
+        StorageError: the disk is full or cannot be written; no files remain.
         InvalidArgumentError: the folder is not empty.
     """
     with whole_folder(out) as folder:
@@ -38,7 +38,7 @@ def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
 
 
 def card(shrunk: Shrunk, teacher: str) -> str:
-    """Return the model card of a student, in Markdown."""
+    """Return the model card of a pruned student, in Markdown."""
     rows = "\n".join(
         f"| {title} | {shrunk.before[name]:,} | {shrunk.after[name]:,} |"
         for name, title in _NAMES.items()
@@ -52,8 +52,8 @@ tags: [pruned, sparselogits]
 ---
 # {name}, pruned
 
-Made from the weights of {name} by removing parts of it (`sparselogits shrink`). It was not trained
-afterwards unless another card says so: heal it by distillation from its teacher before use.
+Created from the weights of {name} by removing parts of it (`sparselogits shrink`). It has not been
+trained since, unless another card states so: train it by distillation from its teacher before use.
 
 | | teacher | student |
 |---|---|---|

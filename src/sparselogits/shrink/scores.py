@@ -1,11 +1,11 @@
-"""Measure on calibration text how much each part of a model contributes.
+"""Score the parts of a model by their contribution on calibration text.
 
-- Blocks: block influence, one minus the cosine of a block's input and output, mean over positions
-  (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
-- MLP channels and groups of attention heads: root mean square over positions of what each adds to
-  the residual stream, which is its activation times the norm of its column in the output
-  projection (Minitron, arXiv 2407.14679, ranks by the activations alone).
-- Channels of the residual stream: root mean square of the normalised activations, over positions
+- Blocks: block influence, which is one minus the cosine of a block's input and output, averaged
+  over positions (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
+- MLP channels and groups of attention heads: root mean square over positions of the contribution to
+  the residual stream, which is the activation times the norm of its column in the output projection
+  (Minitron, arXiv 2407.14679, uses the activation alone).
+- Channels of the residual stream: root mean square of the normalised activations over positions
   and normalisations (Minitron).
 """
 
@@ -24,17 +24,18 @@ from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
 LayerScore = Literal["influence", "loss"]
+"""Name of a score of blocks; see the module's docstring."""
 
 
 @torch.no_grad()
 def layer_influence(
     model: nn.Module, layout: Layout, windows: Tensor, *, progress: Progress | None = None
 ) -> list[float]:
-    """Return the block influence of each block.
+    """Return the influence of each block, in [0, 2]; 0 for a block that does not change its input.
 
     Args:
-        model: a causal language model.
-        layout: see `layout_of`.
+        model: a transformers causal language model.
+        layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
         progress: called after each window.
     """
@@ -62,16 +63,16 @@ def layer_influence(
 def layer_losses(
     model: nn.Module, layout: Layout, windows: Tensor, *, progress: Progress | None = None
 ) -> list[float]:
-    """Return, for each block, the loss in nats per token on the text without that block.
+    """Return, for each block, the loss of the model without that block, in nats per token.
 
-    The arguments are those of `layer_influence`. Costs as many passes as the model has blocks.
+    This takes one pass over the windows per block. The arguments are those of `layer_influence`.
     """
     losses = []
     for number, block in enumerate(layout.blocks_of(model)):
 
         def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
-            return (given, *output[1:]) if isinstance(output, tuple) else given
+            states = args[0] if args else kwargs["hidden_states"]
+            return (states, *output[1:]) if isinstance(output, tuple) else states
 
         handle = block.register_forward_hook(skip, with_kwargs=True)
         try:
@@ -85,7 +86,12 @@ def layer_losses(
 
 @torch.no_grad()
 def loss_of(model: nn.Module, windows: Tensor) -> float:
-    """Return the mean negative log-likelihood of the windows' tokens, in nats per token."""
+    """Return the mean negative log-likelihood of the tokens of windows, in nats per token.
+
+    Args:
+        model: a transformers causal language model.
+        windows: int64 [N, L].
+    """
     total = 0.0
     for window in windows:
         tokens = window[None].to(next(model.parameters()).device)
@@ -103,17 +109,20 @@ def width_scores(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Return the scores of channels, groups of heads and hidden channels.
+    """Return the scores of MLP channels, groups of heads and hidden channels.
 
     Args:
-        model: a causal language model.
-        layout: see `layout_of`.
+        model: a transformers causal language model.
+        layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
-        sizes: which of "channels", "groups" and "hidden" to score.
+        sizes: names of the sizes to score, of "channels", "groups" and "hidden".
         progress: called after each window.
 
     Returns:
-        Scores by size, float64: [layers, channels], [layers, groups], [hidden].
+        Float64 scores by size: [layers, channels], [layers, groups] and [hidden].
+
+    Raises:
+        ShrinkError: the output projections of the blocks cannot be identified.
     """
     model_sizes, modules = layout.sizes, dict(model.named_modules())
     scores: dict[str, Tensor] = {}
@@ -126,9 +135,9 @@ def width_scores(
         projections = _output_projections(layout, modules, size)
         if sorted(layer for _, _, layer in projections) != list(range(model_sizes.layers)):
             raise ShrinkError(
-                f"{type(model).__name__}: its blocks do not have one output projection each for "
+                f"{type(model).__name__}: its blocks do not each have one output projection for "
                 f"{'MLP channels' if size == 'channels' else 'attention heads'}, so these cannot "
-                "be scored. Prune its layers only, or use a tool made for its architecture"
+                "be scored. Prune only its layers, or use a tool for its architecture"
             )
         for name, weight_dim, layer in projections:
             handles.append(
@@ -153,14 +162,20 @@ def width_scores(
 
 
 def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Callable[..., None]:
-    """Return a hook that sums each unit's mean squared contribution to the residual stream."""
+    """Return a forward pre-hook that adds up each unit's mean squared contribution.
+
+    Args:
+        into: float64 [units], to which the hook adds.
+        projection: output projection, whose inputs the units are.
+        weight_dim: dimension of the inputs in the projection's weight.
+    """
     count = len(into)
     weight: Any = projection.weight
     by_unit: Tensor = weight.detach().movedim(weight_dim, 0).float()  # [inputs, D]
 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         states = args[0].flatten(0, -2).float()  # [positions, inputs]
-        if states.shape[1] == count:  # one input per unit: |x|^2 |w|^2
+        if states.shape[1] == count:  # with one input per unit, the square is |x|^2 |w|^2
             into.add_((states.square().mean(0) * by_unit.square().sum(1)).double().cpu())
             return
         units = states.reshape(len(states), count, -1).transpose(0, 1)  # [units, positions, inputs]
@@ -173,7 +188,10 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """Return (module, dimension of its weight, block) of projections whose inputs follow a size."""
+    """Return (module name, input dimension of its weight, number of its block) of the projections.
+
+    These are the linear layers whose inputs depend on a size.
+    """
     found = []
     for name, dimensions in layout.dimensions.items():
         module = modules.get(name.removesuffix(".weight"))
@@ -188,6 +206,7 @@ def _output_projections(
 
 
 def _run(model: nn.Module, windows: Tensor, progress: Progress | None) -> None:
+    """Run the model's trunk over each window, for its hooks."""
     device = next(model.parameters()).device
     language_model: Any = model
     decoder = language_model.get_decoder() if hasattr(model, "get_decoder") else model

@@ -1,4 +1,4 @@
-"""Make a student from a teacher by removing blocks, MLP channels, heads and hidden channels."""
+"""Create a student from a teacher by removing blocks, MLP channels, heads and hidden channels."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from sparselogits.shrink.slicing import Slicer, build, order_of
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A smaller model and how it was made.
+    """Pruned student and a description of its differences from the teacher.
 
     Args:
         model: the student, an ordinary transformers model in the teacher's dtype.
-        dropped_layers: numbers of the teacher's blocks that were removed.
-        layer_scores: score per block of the teacher, where blocks were chosen by scores.
-        before: the teacher's sizes.
-        after: the student's sizes.
-        parameters_before: number of the teacher's parameters.
-        parameters_after: number of the student's parameters.
+        dropped_layers: numbers of the removed blocks of the teacher.
+        layer_scores: score of each block of the teacher; None if blocks were not selected by score.
+        before: sizes of the teacher, by the names of the fields of `Sizes`.
+        after: sizes of the student, by the same names.
+        parameters_before: number of parameters of the teacher.
+        parameters_after: number of parameters of the student.
     """
 
     model: nn.Module
@@ -44,7 +44,7 @@ class Shrunk:
     parameters_after: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the model as plain JSON values."""
+        """Return all fields except the model, as plain JSON values."""
         return {k: v for k, v in vars(self).items() if k != "model"}
 
 
@@ -60,27 +60,27 @@ def shrink(
     layer_score: LayerScore = "influence",
     progress: Progress | None = None,
 ) -> Shrunk:
-    """Return a smaller model made from the weights of a larger one.
+    """Create a smaller model from a part of the weights of a larger one.
 
-    Blocks are chosen first; channels, heads and the hidden size are scored on the model without
-    the removed blocks. The result is verified on a few tokens: it must compute what the larger
-    model computes without the removed parts.
+    Blocks are selected first; channels, heads and hidden channels are then scored on the model
+    without the removed blocks. The result is verified on a few tokens: its logits must equal those
+    of the larger model with the removed parts set to zero.
 
     Args:
-        model: a transformers causal language model; it is not changed.
-        layers: number of blocks to keep.
-        drop_layers: numbers of the blocks to remove, instead of `layers`.
-        channels: MLP channels to keep per layer (`intermediate_size`).
-        heads: attention heads to keep per layer; heads that share keys and values are kept
-            together.
-        hidden: hidden size to keep.
-        windows: int64 [N, L] calibration tokens, N >= 1, L >= 2. Required unless only
-            `drop_layers` is given.
-        layer_score: "influence" (one pass over the windows) or "loss" (one pass per block).
-        progress: called with the number of passes done and in total.
+        model: a transformers causal language model, which is not changed.
+        layers: see `ShrinkTarget`.
+        drop_layers: see `ShrinkTarget`.
+        channels: see `ShrinkTarget`.
+        heads: see `ShrinkTarget`.
+        hidden: see `ShrinkTarget`.
+        windows: int64 [N, L] calibration tokens, N >= 1, L >= 2; required unless only `drop_layers`
+            is given.
+        layer_score: score of blocks, "influence" (one pass over the windows) or "loss" (one pass
+            per block).
+        progress: called repeatedly with the number of finished passes and their total.
 
     Raises:
-        ShrinkError: the model cannot have these sizes, or its structure was not recognised.
+        ShrinkError: the model cannot be pruned to these sizes, or its structure is not supported.
         InvalidArgumentError: calibration windows are required and missing.
 
     Example:
@@ -110,8 +110,8 @@ def shrink(
     ]
     if (chosen_by_score or wide) and (windows is None or windows.ndim != 2 or not len(windows)):
         raise InvalidArgumentError(
-            "choosing what to prune needs calibration windows, int64 [N, L]; give some, or name "
-            "the layers to drop"
+            "selecting the parts to remove needs calibration windows, int64 [N, L]; give windows, "
+            "or only the layers to remove (drop_layers)"
         )
     with in_eval_mode(model):
         scores = None
@@ -122,7 +122,7 @@ def shrink(
         kept = Kept(kept_layers(target, layout.sizes.layers, scores))
         if wide:
             assert windows is not None
-            kept = _kept_width(model, target, kept, windows, wide, progress)
+            kept = _select_width(model, target, kept, windows, wide, progress)
         order = order_of(model, layout, kept)
         student = build(model, Slicer(layout, kept, order))
     return Shrunk(
@@ -136,7 +136,7 @@ def shrink(
     )
 
 
-def _kept_width(
+def _select_width(
     model: nn.Module,
     target: ShrinkTarget,
     kept: Kept,
@@ -144,7 +144,16 @@ def _kept_width(
     wide: list[str],
     progress: Progress | None,
 ) -> Kept:
-    """Score widths on the model without the removed blocks, and choose what to keep."""
+    """Return `kept` with the channels, groups and hidden channels of the largest scores.
+
+    Args:
+        model: the teacher.
+        target: requested sizes.
+        kept: retained blocks, without which the scores are computed.
+        windows: int64 [N, L] calibration tokens.
+        wide: names of the sizes to prune.
+        progress: called after each window.
+    """
     layout = layout_of(model)
     shallow = model
     if len(kept.layers) < layout.sizes.layers:

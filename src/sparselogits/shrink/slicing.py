@@ -1,4 +1,4 @@
-"""Build the smaller model from the larger one, and verify that nothing else changed."""
+"""Build the pruned model, and verify that it equals the larger one without the removed parts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from sparselogits.shrink.plan import Kept
 
 _ORDERS: tuple[Order, ...] = ("concatenated", "interleaved")
 _TOLERANCE = 1e-3
-"""Largest difference of logits that counts as float32 rounding, relative to the largest logit."""
+"""Largest difference between logits that is attributed to float32 rounding, relative to the largest
+logit."""
 
 
 @dataclass(frozen=True)
 class Slicer:
-    """The indices of every tensor that are kept.
+    """Selection of the indices of every tensor that the smaller model retains.
 
     Args:
-        layout: how the model's tensors follow its sizes.
-        kept: numbers of the blocks, channels and heads that are kept.
+        layout: layout of the larger model.
+        kept: numbers of the retained blocks, channels and heads.
         order: order of rows in fused projections of queries, keys and values.
     """
 
@@ -35,25 +36,26 @@ class Slicer:
     order: Order
 
     def index(self, name: str) -> list[tuple[int, Tensor]]:
-        """Return (dimension, kept indices) for each dimension of a tensor that is pruned."""
+        """Return (dimension, retained indices) for each dimension of a tensor that is pruned."""
         found = []
         layer = self.layout.layer_of(name)
         position = self.kept.layers.index(layer) if layer in self.kept.layers else None
         for dimension in self.layout.dimensions.get(name, ()):
-            own: Tensor | None = None
+            indices: Tensor | None = None
             if dimension.size == "hidden" and self.kept.hidden is not None:
-                own = _blocks_of(self.kept.hidden, self.layout.sizes.hidden, dimension.repeats)
+                indices = _in_blocks(self.kept.hidden, self.layout.sizes.hidden, dimension.repeats)
             elif position is not None and dimension.size == "channels" and self.kept.channels:
-                own = _blocks_of(
+                indices = _in_blocks(
                     self.kept.channels[position], self.layout.sizes.channels, dimension.repeats
                 )
             elif position is not None and dimension.size == "groups" and self.kept.groups:
-                own = self._group_rows(name, self.kept.groups[position], dimension.repeats)
-            if own is not None:
-                found.append((dimension.dim, own))
+                indices = self._group_rows(name, self.kept.groups[position], dimension.repeats)
+            if indices is not None:
+                found.append((dimension.dim, indices))
         return found
 
     def _group_rows(self, name: str, groups: Tensor, repeats: int) -> Tensor:
+        """Return the indices of the rows of groups of heads in a projection."""
         if name in self.layout.fused and self.order == "concatenated":
             sizes = self.layout.sizes
             queries = sizes.heads_per_group * sizes.head_dim
@@ -69,7 +71,7 @@ class Slicer:
         return _runs(groups, repeats)
 
     def new_name(self, name: str) -> str | None:
-        """Return a tensor's name in the smaller model; None for tensors of removed blocks."""
+        """Return the name of a tensor in the smaller model; None for tensors of removed blocks."""
         layer = self.layout.layer_of(name)
         if layer is None:
             return name
@@ -81,7 +83,15 @@ class Slicer:
 
 
 def build(model: nn.Module, slicer: Slicer) -> nn.Module:
-    """Return the smaller model, in the larger one's dtype, on the CPU."""
+    """Build the smaller model on the CPU, in the dtype of the larger one.
+
+    Args:
+        model: the larger model, which is not changed.
+        slicer: retained indices of its tensors.
+
+    Raises:
+        ShrinkError: the tensors do not have the shapes that the layout predicts.
+    """
     from transformers.initialization import no_init_weights
 
     sizes = slicer.kept.sizes(slicer.layout)
@@ -102,14 +112,14 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
         student.load_state_dict(state)
     except RuntimeError as error:
         raise ShrinkError(
-            f"{type(model).__name__}: its tensors do not follow its configuration as expected "
-            f"({str(error).splitlines()[-1].strip()}), so it cannot be pruned this way. Prune its "
-            "layers only, or use a tool made for its architecture"
+            f"{type(model).__name__}: its tensors do not depend on its configuration as expected "
+            f"({str(error).splitlines()[-1].strip()}), so it cannot be pruned to these sizes. "
+            "Prune only its layers, or use a tool for its architecture"
         ) from error
     student.tie_weights()  # type: ignore[operator]
     student.eval()
     if slicer.kept.hidden is not None:
-        _keep_scales(model, student, slicer)
+        _restore_scales(model, student, slicer)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         student.generation_config = generation
@@ -117,31 +127,37 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
 
 
 def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
-    """Find the order of fused rows, and verify on two blocks that pruning is correct.
+    """Return the order of fused rows, after verifying on two blocks that pruning is correct.
 
-    The pruned model, with its tensors put back into the larger one's shapes and zeros in place of
-    what was removed, must give the same logits.
+    The logits of the pruned model must equal those of a model of the larger size, in which the
+    removed parts are zero.
+
+    Args:
+        model: the larger model.
+        layout: layout of the larger model.
+        kept: numbers of the retained blocks, channels and heads.
 
     Raises:
-        ShrinkError: the logits differ; the message names the architecture.
+        ShrinkError: the logits differ in every order.
     """
     few = kept.first(2)
     reason: Exception | None = None
     for order in _ORDERS if layout.fused and kept.groups else _ORDERS[:1]:
         try:
-            if _is_understood(model, Slicer(layout, few, order)):
+            if _is_equivalent(model, Slicer(layout, few, order)):
                 return order
         except (RuntimeError, ValueError, TypeError) as error:
             reason = error
     raise ShrinkError(
-        f"{type(model).__name__}: a model pruned this way does not compute what the larger one "
-        "computes without the removed parts, so its structure was not recognised. Prune its "
-        "layers only, or use a tool made for its architecture"
+        f"{type(model).__name__}: the pruned model's logits differ from those of the larger model "
+        "without the removed parts, so its structure is not supported. Prune only its layers, or "
+        "use a tool for its architecture"
     ) from reason
 
 
 @torch.no_grad()
-def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
+def _is_equivalent(model: nn.Module, slicer: Slicer) -> bool:
+    """Return whether the pruned model equals the larger one with the removed parts set to zero."""
     student = build(model, slicer).float()
     whole = build(model, Slicer(slicer.layout, Kept(slicer.kept.layers), slicer.order)).float()
     index_of = {slicer.new_name(name): slicer.index(name) for name in model.state_dict()}
@@ -175,7 +191,14 @@ def _is_understood(model: nn.Module, slicer: Slicer) -> bool:
 def _norms_over(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Make the larger model normalise over the kept channels only, as the smaller one does."""
+    """Replace the larger model's normalisations by those of the smaller one, during a block.
+
+    Args:
+        hidden: numbers of the retained channels, int64 [hidden].
+        whole: the larger model.
+        student: the smaller model.
+        layout: layout of the larger model.
+    """
     small, large = dict(student.named_modules()), dict(whole.named_modules())
     handles = []
     for name in norms_of(whole, layout):
@@ -198,10 +221,11 @@ def _norms_over(
 def _inputs_of(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Give the larger model's first block the smaller one's input.
+    """Replace the input of the larger model's first block by that of the smaller one.
 
-    Embeddings that are multiplied by a function of the hidden size were rescaled in the smaller
-    model (`_keep_scales`) and are not to be multiplied twice.
+    Embeddings that a model multiplies by a function of the hidden size are already rescaled in the
+    smaller model (`_restore_scales`), and must not be multiplied twice. The arguments are those of
+    `_norms_over`.
     """
     states = _first_inputs(student, layout, probe_tokens(student))
 
@@ -220,35 +244,32 @@ def _inputs_of(
 
 
 def norms_of(model: nn.Module, layout: Layout) -> list[str]:
-    """Return the names of the normalisations over the hidden size, with those in blocks first.
+    """Return the names of the normalisations over the hidden size, those in blocks first.
 
     Args:
-        model: the model that the layout describes, or a smaller one made from it.
-        layout: which tensors follow the hidden size.
+        model: the model with this layout, or its pruned student.
+        layout: layout of the larger model.
     """
     names = []
     for name, module in model.named_modules():
-        own = layout.dimensions.get(f"{name}.weight", ())
+        dimensions = layout.dimensions.get(f"{name}.weight", ())
         weight = getattr(module, "weight", None)
-        is_norm = isinstance(weight, Tensor) and weight.ndim == 1 and "norm" in _kind(module)
-        if is_norm and any(d.size == "hidden" for d in own):
+        is_vector = isinstance(weight, Tensor) and weight.ndim == 1
+        is_norm = is_vector and "norm" in type(module).__name__.lower()
+        if is_norm and any(d.size == "hidden" for d in dimensions):
             names.append(name)
     return sorted(names, key=lambda name: layout.layer_of(name) is None)
 
 
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__.lower()
-
-
 @torch.no_grad()
-def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
-    """Undo what a smaller hidden size changes besides the removed channels.
+def _restore_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
+    """Compensate factors that depend on the hidden size.
 
-    A normalisation divides by the root of the mean square over D channels. Over D' of them it
-    divides by a larger number, by sqrt(D / D') times if the removed ones were zero; its weight is
-    multiplied to compensate. Some models (Gemma) multiply embeddings by a function of D; the factor
-    between the two models is measured, and goes into the embedding (out of the last normalisation
-    again where the head is the embedding).
+    A normalisation divides by the root mean square over D channels. Over D' of these channels, if
+    the removed ones are zero, the root mean square is larger by sqrt(D / D'), so the weight of the
+    normalisation is multiplied by this factor. Some models (Gemma) multiply embeddings by a
+    function of D. This factor is measured, and the embedding is multiplied by it; if the head is
+    tied to the embedding, the weight of the last normalisation is divided by it.
     """
     hidden = slicer.kept.hidden
     assert hidden is not None
@@ -263,8 +284,9 @@ def _keep_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
     factor = float((wide * narrow).sum() / (narrow * narrow).sum())
     if not torch.allclose(wide, factor * narrow, rtol=2e-2, atol=1e-3 * float(wide.abs().max())):
         raise ShrinkError(
-            f"{type(model).__name__}: the output of its embedding does not scale with the hidden "
-            "size, so the hidden size cannot be pruned. Prune layers, heads or channels"
+            f"{type(model).__name__}: a smaller hidden size changes the output of its embedding by "
+            "more than a factor, so the hidden size cannot be pruned. Prune layers, heads or "
+            "channels"
         )
     if abs(factor - 1.0) < 1e-3:
         return
@@ -284,7 +306,7 @@ def _multiply_norm(norm: nn.Module, factor: float) -> None:
 
 
 def _adds_one(norm: nn.Module) -> bool:
-    """Return whether a normalisation multiplies by 1 + weight (Gemma) rather than by its weight."""
+    """Return whether a normalisation multiplies by 1 + weight (Gemma) instead of its weight."""
     weight: Any = norm.weight
     before = weight.clone()
     x = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype)[None]
@@ -296,26 +318,26 @@ def _adds_one(norm: nn.Module) -> bool:
     return bool(without.abs().max() > 0)
 
 
-class _FoundError(Exception):
-    """Ends a forward pass at the first block."""
+class _StopForwardError(Exception):
+    """Raised to end a forward pass at the first block."""
 
 
 def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
-    """Return the input of the first block of a model, [1, L, D]."""
-    found: list[Tensor] = []
+    """Return the input [1, L, D] of the first block of a model for the tokens `probe` [1, L]."""
+    inputs: list[Tensor] = []
 
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _FoundError
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        raise _StopForwardError
 
-    handle = layout.blocks_of(model)[0].register_forward_pre_hook(remember, with_kwargs=True)
+    handle = layout.blocks_of(model)[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
         model(input_ids=probe.to(_device(model)), use_cache=False)
-    except _FoundError:
+    except _StopForwardError:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return inputs[0]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -323,10 +345,10 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _runs(numbers: Tensor, length: int) -> Tensor:
-    """Return the indices of runs of `length`, one per number."""
+    """Return the indices of units that have `length` consecutive indices each."""
     return (numbers[:, None] * length + torch.arange(length)).flatten()
 
 
-def _blocks_of(numbers: Tensor, total: int, repeats: int) -> Tensor:
-    """Return the numbers in each of `repeats` consecutive blocks of `total`."""
+def _in_blocks(numbers: Tensor, total: int, repeats: int) -> Tensor:
+    """Return the indices of units in each of `repeats` consecutive blocks of `total` indices."""
     return torch.cat([numbers + block * total for block in range(repeats)])

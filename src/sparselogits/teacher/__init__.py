@@ -1,4 +1,4 @@
-"""Run a teacher over windows, and return its logits a slice of positions at a time."""
+"""Run a teacher over windows, and yield its logits for a slice of positions at a time."""
 
 from sparselogits.teacher.conformance import check_engine
 from sparselogits.teacher.engine import Engine, LogitsSlice

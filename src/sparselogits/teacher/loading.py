@@ -1,7 +1,7 @@
-"""Load a teacher from a local folder, a hub name or a GGUF file, and fingerprint it.
+"""Load a teacher from a local folder, a hub name or a GGUF file, and compute its fingerprint.
 
-Weights are read from safetensors or GGUF, never from pickle, and no code from the model's folder
-runs unless the caller allows it.
+Weights are read from safetensors or GGUF, never from pickle, and code from the model's folder runs
+only if the caller sets `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sparselogits.language_model import embedding_rows, masked_classes
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CONFIG,
     Checkpoint,
     adapter_fingerprint,
     bounded_by,
@@ -47,9 +48,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_VOLATILE = {
+"""Data types in which a model can be loaded, by name."""
+
+# fields of a configuration that do not change what the model computes
+_WITHOUT_EFFECT = {
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"),
-    "distributed_config",  # the devices of the weights, not their values
+    "distributed_config",
 }
 
 
@@ -57,8 +61,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a teacher.
 
     Args:
-        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        trust_remote_code: whether to run tokenizer code that comes with the model.
+        name: local folder, GGUF file or hub name, or "demo" (see `demo_model`).
+        trust_remote_code: whether to run tokenizer code from the model's folder.
 
     Raises:
         TeacherError: no tokenizer can be read.
@@ -66,11 +70,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     name = model_named(name)
-    source, arguments = _where(name)
+    source, arguments = _source_of(name)
     folder = Path(source)
     if folder.is_dir():
-        beside = tuple(sorted(folder.glob("*.safetensors"))) if not arguments else ()
-        require_plausible(Checkpoint(name, source, folder, weights=beside))
+        weights = tuple(sorted(folder.glob("*.safetensors"))) if not arguments else ()
+        require_plausible(Checkpoint(name, source, folder, weights=weights))
     if (folder / ADAPTER_CONFIG).exists() and not any(folder.glob("tokenizer*")):
         found = find_checkpoint(name)
         if found.base is not None:
@@ -83,16 +87,20 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         _require_folder(name, error)
         raise TeacherError(
             f"no tokenizer could be read from {name!r}: {_first_line(error).rstrip(':. ')}. Give a "
-            "folder with tokenizer files, a GGUF file, or a hub name (which needs the network once)"
+            "folder with tokenizer files, a GGUF file, or a hub name (needs a network once)"
         ) from error
 
 
 TOKENIZER_FOLDER = "tokenizer"
-"""Folder, in a cache, of the teacher's tokenizer, with which trained students are saved."""
+"""Name of the folder in a cache with the teacher's tokenizer, which is saved with students."""
 
 
 def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
-    """Save a tokenizer into a cache's folder, unless the cache has one.
+    """Save a tokenizer in a cache, unless the cache contains a tokenizer already.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        cache: folder of the cache.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -104,7 +112,7 @@ def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
         with whole_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
     except (InvalidArgumentError, StorageError):
-        if not folder.exists():  # else another worker of the same build was first
+        if not folder.exists():  # another worker of the same build may have written it first
             raise
 
 
@@ -124,23 +132,33 @@ def load_teacher(
     """Load a causal language model as a teacher.
 
     Args:
-        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        tokenizer: tokenizer of the teacher, see `load_tokenizer`.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        name: local folder, GGUF file or hub name, or "demo" (see `demo_model`).
+        tokenizer: tokenizer of the teacher, from `load_tokenizer`.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
         device: device of the model, unless `device_map` distributes it over several.
         device_map: passed to transformers ("auto" for a teacher larger than a device).
-        max_memory: passed to transformers with it, bytes per device; the rest is read from disk.
-        tp_plan: "auto" or a plan for transformers: the ranks of torchrun hold a slice of each layer
-            and must run every pass together (see `tensor_parallel`). transformers initialises the
-            process group if there is none.
-        trust_remote_code: whether to run modelling code that comes with the model.
-        slice_positions: number of rows of logits that exist at a time.
-        allow: names of `ALLOWANCES`, refusals that become warnings.
+        max_memory: maximum memory per device for `device_map`, passed to transformers; weights
+            beyond it are read from disk.
+        tp_plan: "auto", or a plan for transformers, to shard each layer over the ranks of torchrun,
+            which must run all forward passes together (see `tensor_parallel`). transformers
+            initialises the process group if there is none.
+        trust_remote_code: whether to run modelling code from the model's folder.
+        slice_positions: number of positions whose logits exist at a time.
+        allow: names of `ALLOWANCES` whose failed checks become warnings.
+
+    Returns:
+        The teacher, whose identity contains the fingerprint of its weights.
 
     Raises:
-        TeacherError: the model cannot be read, has no trained head, does not fit the tokenizer, or
-            changes on disk while it is read.
+        TeacherError: the model cannot be read, has no trained head, does not match the tokenizer,
+            or changes on disk while it is read.
         MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
+
+    Example:
+        >>> tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M")
+        >>> teacher = load_teacher("HuggingFaceTB/SmolLM2-135M", tokenizer=tokenizer)
+        >>> teacher.vocab_size
+        49152
     """
     name = model_named(name)
     found = find_checkpoint(name, allow=allow)
@@ -166,8 +184,8 @@ def load_teacher(
     }
     if found.stamp() != before:
         raise TeacherError(
-            f"files of {name!r} changed while they were read, so the weights in memory may not be "
-            "those that were hashed; try again once nothing writes to them"
+            f"files of {name!r} changed while they were read, so the weights in memory may differ "
+            "from those that were hashed; try again when no process writes to the files"
         )
     model.requires_grad_(False)
     return TransformersTeacher(
@@ -189,26 +207,25 @@ def load_language_model(
     trainable: bool = False,
     allow: Collection[str] = (),
 ) -> nn.Module:
-    """Load a language model, all of whose weights must be in the checkpoint.
+    """Load a language model whose checkpoint contains all of its weights.
 
     A checkpoint whose configuration names a class of masked language models is loaded as one, any
     other as a causal language model.
 
-    For the folder of a PEFT adapter, the base model is loaded with the adapter, as PEFT does.
+    For the folder of a PEFT adapter, the base model is loaded with the adapter.
 
     Args:
-        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device_map: passed to transformers.
-        max_memory: passed to transformers with it.
+        name: see `load_teacher`.
+        dtype: see `load_teacher`.
+        device_map: see `load_teacher`.
+        max_memory: see `load_teacher`.
         tp_plan: see `load_teacher`.
-        trust_remote_code: whether to run modelling code that comes with the model.
+        trust_remote_code: see `load_teacher`.
         trainable: whether the weights of an adapter, and only those, will be trained.
-        allow: names of `ALLOWANCES`, refusals that become warnings.
+        allow: see `load_teacher`.
 
     Raises:
-        TeacherError: the model cannot be read, is not a language model, or lacks weights (a head
-            would stay random).
+        TeacherError: the model cannot be read, is not a language model, or lacks weights.
         MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
     """
     return _load(
@@ -233,10 +250,10 @@ def _load(
     from transformers.distributed import DistributedConfig
 
     if dtype != "auto" and dtype not in DTYPES:
-        raise TeacherError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+        raise TeacherError(f"unknown dtype {dtype!r}; available: auto, {', '.join(DTYPES)}")
     name, arguments = found.name, dict(how)
     if found.gguf is not None:
-        _require_gguf(name)
+        require(f"reading {found.gguf.name}", "gguf")
         arguments["gguf_file"] = found.gguf.name
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -259,14 +276,15 @@ def _load(
         raise
     except Exception as error:
         raise TeacherError(
-            f"{name!r} could not be loaded as a language model: {_first_line(error)}"
+            f"{name!r} could not be loaded as a language model: "
+            f"{_first_line(error).rstrip(':. ')}. Give a language model that transformers "
+            "supports, or download it again"
         ) from error
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         lacking = TeacherError(
-            f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...); "
-            "a checkpoint without a language-model head cannot teach: use the checkpoint of the "
-            "language model, not that of the bare encoder or decoder"
+            f"{name!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), "
+            "which would be random; give the checkpoint of the language model with its head"
         )
         refuse(lacking, "missing-weights", allow)
     return model  # type: ignore[no-any-return]
@@ -285,7 +303,7 @@ def _is_masked(found: Checkpoint, *, trust_remote_code: bool) -> bool:
 
 
 def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Module:
-    """Add an adapter to its base model, as PEFT does."""
+    """Return a base model with an adapter, loaded by PEFT."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -304,7 +322,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
         raise TeacherError(
             f"the adapter at {found.name!r} could not be added to its base "
             f"{found.base.name if found.base else ''!r}: {_first_line(error)}. Check that it was "
-            "made for this base and that the installed peft knows its kind"
+            "trained for this base, and that the installed peft supports its type"
         ) from error
     try:
         with torch.no_grad():
@@ -318,7 +336,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
 
 
 def _resize_for(found: Checkpoint, base: nn.Module) -> None:
-    """Resize the base's embedding to the rows of the embedding that is saved with an adapter."""
+    """Resize the base's embedding to the number of rows of the adapter's, if it contains one."""
     rows = embedding_rows(base)
     names = {id(p): name for name, p in base.named_parameters(remove_duplicate=False)}
     embedding = names.get(id(base.get_input_embeddings().weight))  # type: ignore[operator]
@@ -328,10 +346,15 @@ def _resize_for(found: Checkpoint, base: nn.Module) -> None:
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
-    """Return bool [V], true for rows of the head that are tokens of the tokenizer.
+    """Return bool [V], true for rows of a model's head that are tokens of the tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        model: a transformers causal language model whose head has V rows.
+        allow: names of `ALLOWANCES`; "tokens-without-rows" turns the error into a warning.
 
     Raises:
-        TeacherError: the tokenizer has ids that the head or the embedding lacks.
+        TeacherError: the head or the embedding has no rows for some ids of the tokenizer.
     """
     head_rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     rows = min(head_rows, embedding_rows(model))
@@ -339,8 +362,8 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
     if ids.numel() == 0 or int(ids[-1]) >= rows:
         largest = int(ids[-1]) if ids.numel() else None
         error = TeacherError(
-            f"the tokenizer does not belong to the teacher: its largest id is {largest}, the "
-            f"teacher's vocabulary has {rows} rows; pass the teacher's own tokenizer"
+            f"the tokenizer does not belong to the teacher: its largest id is {largest}, but the "
+            f"teacher's vocabulary has {rows} rows; give the tokenizer of the teacher"
         )
         refuse(error, "tokens-without-rows", allow)
         ids = ids[ids < rows]
@@ -350,10 +373,14 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
 
 
 def weights_fingerprint(name: str, model: nn.Module) -> str:
-    """Return what determines a model's logits: a hub commit, or sha256 over files and settings.
+    """Return a fingerprint of all files that determine a model's logits: hub commit or sha256.
 
-    It covers the weights that are loaded, the configuration, an adapter with its base, and
-    modelling code that comes with the model.
+    The files are the weights, the configuration, an adapter with its base, and modelling code from
+    the model's folder.
+
+    Args:
+        name: name by which the model was loaded, see `load_teacher`.
+        model: the loaded model.
     """
     return _fingerprint(find_checkpoint(model_named(name)), model)
 
@@ -364,16 +391,16 @@ def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
         return adapter_fingerprint(found, _fingerprint(found.base, inner))
     code = _remote_code(model)
     if found.commit is not None:
-        # code in the same repository has the same commit
+        # the commit does not cover code from another repository
         elsewhere = "--" in json.dumps(getattr(model.config, "auto_map", None) or {})
-        pinned = f"+code:{hashlib.sha256(code).hexdigest()}" if code and elsewhere else ""
-        return f"hub:{found.name}@{found.commit}{pinned}"
+        suffix = f"+code:{hashlib.sha256(code).hexdigest()}" if code and elsewhere else ""
+        return f"hub:{found.name}@{found.commit}{suffix}"
     config: Any = model.config
-    stable = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    digest = hashlib.sha256(canonical_json(_plain(stable)))
+    effective = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
+    digest = hashlib.sha256(canonical_json(_to_json(effective)))
     root = sorted(found.folder.glob("*.safetensors")) if found.gguf is None else [found.gguf]
     for file in found.hashed():
-        if file not in root:  # named by an index, so the path matters as well
+        if file not in root:  # the index refers to files in subfolders by path
             digest.update(str(file.relative_to(found.folder)).encode())
         digest.update(file.suffix.encode())
         digest.update(file_sha256(file))
@@ -384,7 +411,7 @@ def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
 
 
 def _remote_code(model: nn.Module) -> bytes:
-    """Return the modelling code that came with a model; empty for a class of transformers."""
+    """Return the modelling code from a model's folder; empty for a class of transformers."""
     module = sys.modules.get(type(model).__module__)
     if not type(model).__module__.startswith("transformers_modules") or module is None:
         return b""
@@ -393,7 +420,7 @@ def _remote_code(model: nn.Module) -> bytes:
 
 
 def module_fingerprint(model: nn.Module) -> str:
-    """Return the sha256 over parameter names and bytes, for a model that exists only in memory."""
+    """Return the sha256 of names, dtypes, shapes and bytes of all tensors of a model in memory."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -402,20 +429,23 @@ def module_fingerprint(model: nn.Module) -> str:
 
 
 def locate_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments for transformers' `from_pretrained`.
+    """Return the arguments of transformers' `from_pretrained` for a model: a name and keywords.
 
     The files of a folder are validated; nothing is downloaded.
 
+    Args:
+        name: name of the model, see `load_teacher`.
+
     Raises:
-        TeacherError: the path does not exist, or its files are refused.
+        TeacherError: the path does not exist, or its files are invalid.
     """
     name = model_named(name)
     if Path(name).is_dir():
         find_checkpoint(name)
-    return _where(name)
+    return _source_of(name)
 
 
-def _where(name: str) -> tuple[str, dict[str, Any]]:
+def _source_of(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     local = path.suffix.lower() == ".gguf" or path.is_absolute() or name.startswith((".", "~"))
     if local and not path.is_dir():
@@ -426,7 +456,12 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_folder(name: str, error: Exception) -> None:
-    """Raise an error that names the missing folder, where a name is hardly a hub name."""
+    """Raise an error about a missing or empty folder if the name is not one of the hub.
+
+    Args:
+        name: name of a model.
+        error: exception of the failed attempt to load it.
+    """
     path = Path(name)
     if not path.exists() and "/" not in name:
         raise TeacherError(
@@ -434,19 +469,23 @@ def _require_folder(name: str, error: Exception) -> None:
             f"loaded from the Hugging Face hub: {_first_line(error)} Check the path, or give a hub "
             "name as in HuggingFaceTB/SmolLM2-135M"
         ) from error
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / CONFIG).exists():
         raise TeacherError(
-            f"the folder {name} holds no model: it has no config.json. Give the folder that a "
-            "model was saved to, or the folder of a run of `sparselogits train`"
+            f"the folder {name} contains no model: it has no {CONFIG}. Give the folder to which a "
+            "model was saved, or the folder of a run of `sparselogits train`"
         ) from error
 
 
 def quantization(name: str, model: nn.Module) -> str | None:
-    """Return how a teacher's weights are quantised, for the identity; None if they are not.
+    """Return the quantisation of a teacher's weights, for the identity; None without quantisation.
 
-    A GGUF file contains its type; a folder's `quantization_config` is described by its method
-    (torchao, bitsandbytes, gptq, ...) and the type of its numbers. All other settings are part of
-    the fingerprint of the weights.
+    The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and type
+    of numbers in a configuration's `quantization_config`. The other settings of the quantisation
+    are part of the fingerprint of the weights.
+
+    Args:
+        name: name of the model without adapters, see `load_teacher`.
+        model: the loaded model.
     """
     if name.lower().endswith(".gguf"):
         from gguf import GGUFReader
@@ -458,35 +497,32 @@ def quantization(name: str, model: nn.Module) -> str | None:
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return getattr(model.config, "dequantized_from", None)
-    described = config if isinstance(config, dict) else config.to_dict()
-    method = described.get("quant_method", "unknown")
-    return f"{getattr(method, 'value', method)} {_numbers(described)}".rstrip()
+    settings = config if isinstance(config, dict) else config.to_dict()
+    method = settings.get("quant_method", "unknown")
+    return f"{getattr(method, 'value', method)} {_number_type(settings)}".rstrip()
 
 
-def _numbers(described: dict[str, Any]) -> str:
-    """Return the type of the numbers in a quantization_config, in the words of its method."""
-    if described.get("load_in_4bit") or described.get("_load_in_4bit"):
-        return str(described.get("bnb_4bit_quant_type", "4 bits"))
-    if described.get("load_in_8bit") or described.get("_load_in_8bit"):
+def _number_type(settings: dict[str, Any]) -> str:
+    """Return the type of the numbers in a quantization_config, as its method names it."""
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "4 bits"))
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
         return "int8"
-    kind = described.get("quant_type")
-    if isinstance(kind, dict):  # torchao's, nested: {"default": {"_type": name, "_data": ...}}
+    kind = settings.get("quant_type")
+    if isinstance(kind, dict):  # torchao nests it: {"default": {"_type": name, "_data": ...}}
         kind = next(iter(kind.values()), None)
         kind = kind.get("_type") if isinstance(kind, dict) else kind
     if kind is not None:
         return str(kind)
-    return f"{described['bits']} bits" if "bits" in described else ""
+    return f"{settings['bits']} bits" if "bits" in settings else ""
 
 
-def _require_gguf(name: str) -> None:
-    require(f"reading {Path(name).name}", "gguf")
-
-
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
+    """Return a value with everything that JSON lacks converted to strings."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_json(v) for v in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

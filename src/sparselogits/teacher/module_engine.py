@@ -1,7 +1,6 @@
 """Use two torch modules as a teacher: a trunk from tokens to states, a head from states to logits.
 
-This serves models that transformers does not know. `slice_positions` rows of logits exist at a
-time.
+This is for models that transformers does not support.
 """
 
 from __future__ import annotations
@@ -20,21 +19,30 @@ from sparselogits.teacher.transformers_engine import SLICE_POSITIONS
 
 
 class ModuleTeacher:
-    """A teacher made of plain modules, which are set to eval mode.
+    """Teacher that consists of two plain modules, which are set to eval mode.
 
     Args:
-        trunk: int64 [B, L] tokens -> [B, L, D] states, causal.
-        head: [P, D] states -> [P, V] logits, including everything the model does to them.
+        trunk: causal module from tokens int64 [B, L] to states [B, L, D].
+        head: module from states [P, D] to logits [P, V], including scale and soft cap if any.
         token_mask: bool [V], true for ids that are tokens of the tokenizer.
-        name: name for people; the identity depends on the weights.
-        architecture: text that distinguishes the code of the modules from that of others with the
-            same weights.
-        weights: description of all weights, where the modules lack some because the trunk calls an
-            inference engine: a hub revision, a hash of files (`weights_fingerprint`).
-        slice_positions: number of rows of logits that exist at a time.
+        name: name for display, which is not compared.
+        architecture: name and version of the modules' code, which is compared.
+        weights: fingerprint of the weights, such as a hub revision or a hash of files, for modules
+            that do not contain all weights because the trunk calls an inference engine; None to
+            hash the parameters.
+        slice_positions: number of positions whose logits exist at a time.
 
     Raises:
         TeacherError: the modules have no parameters.
+
+    Example:
+        >>> head = nn.Linear(8, 32)
+        >>> teacher = ModuleTeacher(
+        ...     nn.Embedding(32, 8), head, token_mask=torch.ones(32, dtype=torch.bool),
+        ...     name="bigrams", architecture="embedding and linear layer",
+        ... )
+        >>> [piece.logits.shape for piece in teacher.logits(torch.tensor([[3, 7]]))]
+        [torch.Size([2, 32])]
     """
 
     def __init__(
@@ -73,12 +81,12 @@ class ModuleTeacher:
         """Yield logits; see `Engine.logits`.
 
         Raises:
-            TeacherError: `document_starts` is given, which a plain trunk cannot obey, or a module
-                returns a wrong shape.
+            TeacherError: `document_starts` is given, which this engine does not support, or a
+                module returns a wrong shape.
         """
         if document_starts is not None:
             raise TeacherError(
-                "this teacher cannot restart its attention at documents; pack the text without "
+                "this teacher cannot restart attention at document starts; pack the text without "
                 "reset_attention"
             )
         states = self.trunk(tokens.to(self.device))
@@ -87,14 +95,15 @@ class ModuleTeacher:
                 f"the trunk returned states of shape {tuple(states.shape)} for tokens of shape "
                 f"{tuple(tokens.shape)}; expected [B, L, D]"
             )
-        for row, of_window in enumerate(states):
-            for start in range(0, len(of_window), self.slice_positions):
-                positions = slice(start, min(start + self.slice_positions, len(of_window)))
-                logits = self.head(of_window[positions])
+        for row, window_states in enumerate(states):
+            for start in range(0, len(window_states), self.slice_positions):
+                positions = slice(start, min(start + self.slice_positions, len(window_states)))
+                logits = self.head(window_states[positions])
                 if logits.shape != (positions.stop - start, self.vocab_size):
                     raise TeacherError(
                         f"the head returned logits of shape {tuple(logits.shape)}; expected "
-                        f"({positions.stop - start}, {self.vocab_size}), as long as token_mask"
+                        f"({positions.stop - start}, {self.vocab_size}), the last dimension being "
+                        "that of token_mask"
                     )
                 logits = logits.to(torch.float32, copy=True)  # the receiver may overwrite it
                 yield LogitsSlice(row, positions, logits.index_fill_(1, self._not_tokens, -np.inf))

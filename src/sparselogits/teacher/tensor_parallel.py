@@ -1,9 +1,9 @@
-"""Run a teacher whose layers are sharded over ranks: one rank leads, the others follow.
+"""Run a teacher whose layers are sharded over ranks (tensor parallelism).
 
-Every rank holds a slice of each layer, so all of them run a forward pass together. The first rank
-uses a `Leader`, an engine like any other, which broadcasts the windows of each pass; the others
-`follow` and discard the logits. So only the first rank samples, encodes and writes, and a build
-does not depend on ranks.
+Every rank has a slice of each layer, so all ranks must run a forward pass together. The first rank
+uses a `Leader`, an engine that broadcasts the windows of each pass; the other ranks call `follow`,
+which runs the same passes and discards the logits. So only the first rank samples, encodes and
+writes, and the code of a build does not depend on the ranks.
 
     engine = load_teacher(name, tokenizer=tokenizer, tp_plan="auto")    # on every rank
     if torch.distributed.get_rank() == 0:
@@ -27,10 +27,10 @@ from sparselogits.teacher.transformers_engine import TransformersTeacher
 
 
 class Leader:
-    """The first rank's engine; at the end of its context, the followers return.
+    """Engine of the first rank; at the end of its context, `follow` returns on the other ranks.
 
     Args:
-        teacher: this rank's slice of the model.
+        teacher: teacher with this rank's slices of the layers.
     """
 
     def __init__(self, teacher: TransformersTeacher) -> None:
@@ -43,13 +43,17 @@ class Leader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        _from_the_first(None)
+        _broadcast(None)
 
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """Yield logits; see `Engine.logits`. A pass is always completed, as the other ranks do."""
-        _from_the_first((tokens.cpu(), document_starts))
+        """Yield logits; see `Engine.logits`.
+
+        A pass is completed even if the iterator is closed early, because the other ranks run all of
+        it.
+        """
+        _broadcast((tokens.cpu(), document_starts))
         slices = self._teacher.logits(tokens, document_starts)
         try:
             while (piece := next(slices, None)) is not None:
@@ -60,18 +64,18 @@ class Leader:
 
 
 def follow(teacher: TransformersTeacher) -> None:
-    """Run the passes of the first rank until its `Leader` ends.
+    """Run the forward passes of the first rank's `Leader` until its context ends.
 
     Args:
-        teacher: this rank's slice of the model.
+        teacher: teacher with this rank's slices of the layers.
     """
-    while (asked := _from_the_first(None)) is not None:
-        for _ in teacher.logits(*asked):
+    while (arguments := _broadcast(None)) is not None:
+        for _ in teacher.logits(*arguments):
             pass
 
 
-def _from_the_first(asked: Any) -> Any:
-    """Return the first rank's message on every rank."""
-    message = [asked]
+def _broadcast(value: Any) -> Any:
+    """Return the first rank's value on every rank."""
+    message = [value]
     dist.broadcast_object_list(message, src=0)
     return message[0]

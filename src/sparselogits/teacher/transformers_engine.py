@@ -1,8 +1,8 @@
 """Use a transformers language model, causal or masked, as a teacher.
 
 The trunk runs over a batch of windows; the head runs over slices of positions, so that the largest
-tensor with a vocabulary dimension has `slice_positions` rows. Where a model cannot be split into
-trunk and head (see `language_model`), its own forward pass runs one window at a time.
+tensor with a vocabulary dimension has `slice_positions` rows. If a model cannot be split into trunk
+and head (see `language_model`), its own forward pass runs one window at a time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
 SLICE_POSITIONS = 256
+"""Default number of positions whose logits exist at a time."""
+
 REMEMBERED_BYTES = 1 << 28
-"""Most bytes of hidden states that a teacher keeps, see `TransformersTeacher.remembering`."""
+"""Maximum size of the cached hidden states in bytes, see `TransformersTeacher.remembering`."""
 
 
 class TransformersTeacher:
-    """A teacher that runs in this process.
+    """Teacher that runs a transformers model in this process.
 
     Args:
         model: a transformers language model, causal or masked, which is set to eval mode.
-        token_mask: bool [V], true for ids that are tokens; None if all are.
-        identity: see `Identity.teacher`.
-        slice_positions: number of rows of logits that exist at a time.
+        token_mask: bool [V], true for ids that are tokens of the tokenizer; None if all ids are.
+        identity: description of the teacher, see `Identity.teacher`.
+        slice_positions: number of positions whose logits exist at a time.
 
     Raises:
         TeacherError: the model has no language-model head.
@@ -62,8 +64,8 @@ class TransformersTeacher:
         parts = split(model)
         if parts is None:
             warnings.warn(
-                f"{type(model).__name__}: head and trunk cannot be run apart; the model's own "
-                "forward pass is used, which holds the logits of a whole window",
+                f"{type(model).__name__}: head and trunk cannot be run separately; the model's own "
+                "forward pass is used, which allocates the logits of a whole window",
                 SparseLogitsWarning,
                 stacklevel=2,
             )
@@ -72,8 +74,8 @@ class TransformersTeacher:
         mask = torch.ones(self.vocab_size, dtype=torch.bool) if token_mask is None else token_mask
         if mask.shape != (self.vocab_size,):
             raise TeacherError(
-                f"token_mask has shape {tuple(mask.shape)}; expected ({self.vocab_size},), as the "
-                "head has rows"
+                f"token_mask has shape {tuple(mask.shape)}; expected ({self.vocab_size},), one "
+                "element per row of the head"
             )
         self.token_mask = mask
         self._not_tokens = (~mask).nonzero().flatten().to(self.device)
@@ -82,11 +84,11 @@ class TransformersTeacher:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Keep the hidden states of windows inside the context, and run no window twice.
+        """Cache the hidden states of windows that are run within a block.
 
-        This is for text on which several students are measured one after the other: only the head
-        runs again, and the logits are bitwise equal. States are kept until the teacher is deleted,
-        up to `REMEMBERED_BYTES`; further windows run each time.
+        Use it for text on which several students are evaluated in turn: only the head runs again,
+        and the logits are bitwise equal. The cache has up to `REMEMBERED_BYTES` and exists as long
+        as the teacher; windows beyond that size run each time.
         """
         self._remembers = True
         try:
@@ -96,21 +98,28 @@ class TransformersTeacher:
 
     @property
     def head(self) -> Head | None:
-        """The head; None where the model cannot be split."""
+        """Head of the model; None if the model cannot be split."""
         return None if self._parts is None else self._parts.bound_head()
 
     @cached_property
     def documents(self) -> Documents:
-        """How this model runs packed windows; probed at the first access."""
+        """Method by which the model runs packed windows, probed at the first access."""
         return Documents.probe(self.model, self._run)
 
     def check_window(self, length: int, *, restarts: bool = False) -> None:
-        """Check that the model can run windows of `length` tokens, see `positions.check_window`."""
+        """Validate that the model can run windows of a given length.
+
+        The arguments and errors are those of `positions.check_window`.
+        """
         check_window(self.model, self._run, length, restarts=restarts)
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
-        """Return final hidden states [B, L, D] of int64 [B, L] tokens, in the model's dtype.
+        """Return the final hidden states [B, L, D] of windows, in the model's dtype.
+
+        Args:
+            tokens: see `Engine.logits`.
+            document_starts: see `Engine.logits`.
 
         Raises:
             TeacherError: the model cannot be split into trunk and head.
@@ -118,7 +127,7 @@ class TransformersTeacher:
         """
         if self._parts is None:
             raise TeacherError(
-                "this teacher's trunk cannot be run apart from its head; use its logits instead"
+                "the trunk of this teacher cannot be run without its head; use its logits instead"
             )
         if not self._remembers:
             return self._forward(tokens, document_starts)
@@ -167,7 +176,7 @@ class TransformersTeacher:
     def _run(self, **inputs: Any) -> Tensor:
         if self._parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-            # an adapter may put a prompt before the text, which has logits as well
+            # an adapter may prepend a learned prompt, which has logits as well
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         return self._parts.states(**inputs)
 
@@ -181,7 +190,7 @@ class TransformersTeacher:
 
 
 def entrance(model: nn.Module) -> torch.device:
-    """Return the device for tokens: that of the first weights that are not offloaded."""
+    """Return the device for input tokens: that of the first weight that is not offloaded."""
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device

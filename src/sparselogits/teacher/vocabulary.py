@@ -13,15 +13,15 @@ from sparselogits.teacher.loading import locate_model
 
 
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """Return the number of rows of a teacher's head according to its configuration.
+    """Return the number of rows of a teacher's head that its configuration states.
 
     Args:
         name: local folder, GGUF file or hub name.
-        trust_remote_code: whether to run configuration code that comes with the model.
+        trust_remote_code: whether to run configuration code from the model's folder.
 
     Returns:
-        The number; None where the configuration does not give it, as in the folder of an adapter
-        (which may have added tokens), or cannot be read, which loading reports.
+        The number of rows; None if the configuration cannot be read or does not state it, as for an
+        adapter, which may add tokens.
     """
     try:
         source, arguments = locate_model(name)
@@ -33,12 +33,13 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
 
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         size = config.get_text_config(decoder=True).vocab_size
-    except Exception:  # loading the teacher reports what is wrong
+    except Exception:  # loading the teacher raises a typed error
         return None
     return size if isinstance(size, int) and size > 0 else None
 
 
 def _of_gguf(path: Path) -> int | None:
+    """Return the number of rows of the head in a GGUF file; None if it contains no head."""
     from gguf import GGUFReader
 
     shapes = {tensor.name: tensor.shape for tensor in GGUFReader(str(path)).tensors}

@@ -1,7 +1,7 @@
-"""Know the document formats: those of this package, and those that other packages declare.
+"""List the document formats of this package and of other packages, and select one for a file.
 
-A format is a subclass of `Format`. Another package declares one by an entry point, in its
-pyproject.toml, so that it is known in every process that reads text (commands, packing workers):
+A format is a subclass of `Format`. Another package declares a format by an entry point in its
+pyproject.toml, so that every process that reads text (commands, packing workers) can load it:
 
     [project.entry-points."sparselogits.formats"]
     tsv = "my_package:TabSeparated"
@@ -22,7 +22,9 @@ from sparselogits.entry_points import load_declared
 from sparselogits.errors import InvalidArgumentError
 
 GROUP = "sparselogits.formats"
-_OWN: tuple[Format, ...] = (
+"""Name of the group of entry points."""
+
+_BUILT_IN: tuple[Format, ...] = (
     *(Text(), JsonLines(), Parquet(), Arrow()),
     *(Datatrove(), TokenShard(), Megatron()),
 )
@@ -30,61 +32,68 @@ _OWN: tuple[Format, ...] = (
 
 @cache
 def known_formats() -> tuple[Format, ...]:
-    """Return every known format."""
-    found = list(_OWN)
-    for own in load_declared(GROUP, "document format", partial(_checked, known=found)):
-        found.append(own)
+    """Return all formats of this package and of other installed packages."""
+    found = list(_BUILT_IN)
+    for declared in load_declared(GROUP, "document format", partial(_validated, known=found)):
+        found.append(declared)
     return tuple(found)
 
 
-def _checked(name: str, kind: object, *, known: list[Format]) -> Format:
-    """Return a format of a class that an entry point names.
+def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
+    """Return an instance of the format class of an entry point.
 
     Raises:
-        InvalidArgumentError: the class is no format, or its name or a suffix is taken.
+        InvalidArgumentError: the class is not a format, or another format has its name or one of
+            its suffixes.
     """
     if not (isinstance(kind, type) and issubclass(kind, Format)):
-        raise InvalidArgumentError(f"{kind!r} is no subclass of sparselogits.corpus.Format")
+        raise InvalidArgumentError(
+            f"the entry point {name!r} names {kind!r}; expected a subclass of "
+            "sparselogits.corpus.Format"
+        )
     added = kind()
-    if getattr(added, "name", None) != name or any(own.name == name for own in known):
+    if getattr(added, "name", None) != name or any(other.name == name for other in known):
         raise InvalidArgumentError(
             f"the format {kind.__name__} has the name {getattr(added, 'name', None)!r}; expected "
             f"that of the entry point, {name!r}, and none of {', '.join(o.name for o in known)}"
         )
-    taken = {*COMPRESSIONS, *(suffix for own in known for suffix in own.all_suffixes)}
+    taken = {*COMPRESSIONS, *(suffix for other in known for suffix in other.all_suffixes)}
     for suffix in added.all_suffixes:
         if suffix in taken or not suffix.startswith(".") or suffix != suffix.lower():
             raise InvalidArgumentError(
-                f"the format {name!r} has the suffix {suffix!r}; a suffix begins with a dot, is in "
-                f"lower case and is none of {', '.join(sorted(taken))}"
+                f"the format {name!r} has the suffix {suffix!r}; expected a suffix in lower case "
+                f"that begins with a dot and is none of {', '.join(sorted(taken))}"
             )
     return added
 
 
 def format_in_folder(path: Path) -> Format | None:
-    """Return the format that a file in a folder has by its name; None if the name tells none."""
+    """Return the format in which a file of a folder is read, by its suffix.
+
+    None if such files are not read in folders.
+    """
     suffix = content_suffix(path)
     if is_compressed(path):
-        named = (own for own in known_formats() if own.compressible and suffix in own.all_suffixes)
-        return next(named, None)
-    return next((own for own in known_formats() if suffix in own.suffixes), None)
+        matching = (f for f in known_formats() if f.compressible and suffix in f.all_suffixes)
+        return next(matching, None)
+    return next((f for f in known_formats() if suffix in f.suffixes), None)
 
 
 def format_with_weak_suffix(path: Path) -> Format | None:
-    """Return the format that has a file's suffix among its weak ones; None if there is none."""
+    """Return the format with a file's suffix in its `weak_suffixes`; None if there is none."""
     suffix = path.suffix.lower()
-    return next((own for own in known_formats() if suffix in own.weak_suffixes), None)
+    return next((f for f in known_formats() if suffix in f.weak_suffixes), None)
 
 
 def format_of_named_file(path: Path) -> Format | None:
     """Return the format of a file that the user names explicitly; None for compressed text.
 
-    A file whose suffix belongs to no format is read as text.
+    A file with an unknown suffix is read as text.
     """
     found = format_in_folder(path)
     if found is None and not is_compressed(path):
         suffix = path.suffix.lower()
-        return next((own for own in known_formats() if suffix in own.all_suffixes), Text())
+        return next((f for f in known_formats() if suffix in f.all_suffixes), Text())
     return found
 
 

@@ -1,12 +1,12 @@
-"""Decompress files as a stream, in bounded memory, to the end and no further.
+"""Decompress files as a stream, in bounded memory.
 
-Files are concatenated, cut off and padded in practice. Several members (gzip), streams (bzip2, xz)
-or frames (zstd) one after another are one text. A file that ends within one is refused: it was not
-fetched whole. So is anything other than zero bytes after the last one.
+Files in practice are concatenated, truncated or padded. Consecutive members (gzip), streams (bzip2,
+xz) or frames (zstd) are read as one text. A file that ends inside one of these parts is rejected as
+incomplete, and so is a file with data other than zero bytes after the last part.
 
-At most `_BLOCK_BYTES` are decompressed at a time, whatever the ratio. A zstd frame needs the memory
-of its window, up to 2 GiB (`zstd --long=31`), an xz stream that of its dictionary, up to
-`_XZ_MEMORY`.
+At most `_BLOCK_BYTES` are decompressed at a time, independently of the compression ratio. A zstd
+frame also needs memory for its window, up to 2 GiB (`zstd --long=31`), and an xz stream for its
+dictionary, up to `_XZ_MEMORY`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, BinaryIO, NamedTuple
 from sparselogits.errors import CorpusError
 
 _BLOCK_BYTES = 1 << 20
-_ZSTD_INPUT = 2 << 10  # decompresses to 64 MiB at most: 4 bytes of input can be a block of 128 KiB
+_ZSTD_INPUT = 2 << 10  # bytes, decompressed to at most 64 MiB: a block of 4 bytes may give 128 KiB
 _ZSTD_WINDOW = 1 << 31
 _XZ_MEMORY = 1 << 31
 
 
 class _Zlib:
-    """zlib's decompressor with the interface of those of `bz2` and `lzma`."""
+    """zlib's decompressor with the interface of `bz2.BZ2Decompressor`."""
 
     def __init__(self) -> None:
         self._decompressor = zlib.decompressobj(wbits=31)
@@ -51,7 +51,10 @@ class _Zlib:
 
 
 class _Zstd:
-    """zstandard's decompressor with that interface; it decompresses all of its input at once."""
+    """zstandard's decompressor with the interface of `bz2.BZ2Decompressor`.
+
+    A call decompresses all of its input, whatever its argument `most` is.
+    """
 
     needs_input = True
 
@@ -74,13 +77,14 @@ class _Zstd:
 
 
 class Compression(NamedTuple):
-    """How files of one suffix are decompressed."""
+    """Compression format of the files with one suffix."""
 
     magic: bytes
-    """First bytes of every such file."""
+    """First bytes of every file in this format."""
     decompressor: Callable[[], Any]
+    """Function that returns a new decompressor with the interface of `bz2.BZ2Decompressor`."""
     step: int = 1 << 16
-    """Bytes of input per call of the decompressor."""
+    """Number of bytes of input per call of the decompressor."""
 
 
 COMPRESSIONS = {
@@ -89,51 +93,51 @@ COMPRESSIONS = {
     ".xz": Compression(b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY)),
     ".zst": Compression(b"\x28\xb5\x2f\xfd", _Zstd, _ZSTD_INPUT),
 }
-"""Compressions by the suffix of the files."""
+"""Compression formats by suffix."""
 
 
 def is_compressed(path: Path) -> bool:
-    """Return whether a file is compressed, by its name."""
+    """Return whether the suffix of a file is that of a compression format."""
     return path.suffix.lower() in COMPRESSIONS
 
 
 def content_suffix(path: Path) -> str:
-    """Return the suffix that says what a file holds: the one before a suffix of compression."""
+    """Return the suffix of a file in lower case, without that of its compression."""
     return (path.with_suffix("") if is_compressed(path) else path).suffix.lower()
 
 
 def open_decompressed(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader:
-    """Open a compressed file for reading its content.
+    """Return a reader of the decompressed content of a file.
 
     Args:
-        path: path of the file; the suffix says how it is compressed.
+        path: path of the file, whose suffix determines the compression format.
         name: name of the file, for errors.
         raw: the open file.
 
     Returns:
-        A reader that raises CorpusError for data that cannot be decompressed or end too early.
+        A reader that raises CorpusError if the data cannot be decompressed or are incomplete.
     """
     stream = _Blocks(_blocks(path.suffix.lower(), name, raw))
     return io.BufferedReader(stream, buffer_size=_BLOCK_BYTES)
 
 
 class _Blocks(io.RawIOBase):
-    """An iterator of bytes as a file."""
+    """File-like reader of the concatenation of blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._left = blocks, memoryview(b"")
+        self._blocks, self._rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._left:
+        while not self._rest:
             block = next(self._blocks, None)
             if block is None:
                 return 0
-            self._left = memoryview(block)
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
+            self._rest = memoryview(block)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
 
 
@@ -143,7 +147,7 @@ def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
     try:
         while True:
             if decompressor is None:
-                data = (data or raw.read(step)).lstrip(b"\0")  # tapes and some tools pad with zeros
+                data = (data or raw.read(step)).lstrip(b"\0")  # some tools pad files with zeros
                 if not data:
                     if not (following := raw.read(step)):
                         return
@@ -154,8 +158,8 @@ def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
                 data = data or raw.read(step)
                 if not data:
                     raise CorpusError(
-                        f"{name} ends in the middle of its compressed data: it was not fetched or "
-                        "written whole. Fetch it anew"
+                        f"{name} ends in the middle of its compressed data, so it is incomplete; "
+                        "download it again"
                     )
             given, data = data[:step], data[step:]
             block = decompressor.decompress(given, _BLOCK_BYTES)
@@ -165,26 +169,28 @@ def _blocks(suffix: str, name: str, raw: BinaryIO) -> Iterator[bytes]:
                 data = decompressor.unused_data + data
                 decompressor, members = None, members + 1
     except (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError, ValueError) as error:
-        raise _refused(suffix, name, raw, members, error) from error
+        raise _decompression_error(suffix, name, raw, members, error) from error
     except Exception as error:
-        if type(error).__name__ != "ZstdError":  # imported only where it is needed
+        if type(error).__name__ != "ZstdError":  # zstandard is imported only for .zst files
             raise
-        raise _refused(suffix, name, raw, members, error) from error
+        raise _decompression_error(suffix, name, raw, members, error) from error
 
 
-def _refused(suffix: str, name: str, raw: BinaryIO, members: int, error: Exception) -> CorpusError:
+def _decompression_error(
+    suffix: str, name: str, raw: BinaryIO, members: int, error: Exception
+) -> CorpusError:
     reason = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or "memory" in reason.lower():
         return CorpusError(
-            f"decompressing {name} takes more memory than there is, or than 2 GiB ({reason}); "
-            "compress it anew with a smaller window"
+            f"decompressing {name} takes more than the available memory or 2 GiB ({reason}); "
+            "compress it again with a smaller window"
         )
     if members:
         return CorpusError(
-            f"{name} holds something else after {members} complete part(s) of {suffix} data, "
-            f"before byte {raw.tell()} ({reason}); fetch it anew, or cut it off there"
+            f"{name} contains other data after {members} complete part(s) of {suffix} data, before "
+            f"byte {raw.tell()} ({reason}); download it again, or remove the other data"
         )
     return CorpusError(
-        f"{name} cannot be decompressed as {suffix} before byte {raw.tell()} ({reason}); fetch it "
-        "anew, and check that its suffix is that of its compression"
+        f"{name} cannot be decompressed as {suffix} before byte {raw.tell()} ({reason}); download "
+        "it again, and check that its suffix is that of its compression"
     )

@@ -22,58 +22,63 @@ class SourceFile:
     """One file of a source."""
 
     path: Path
+    """Path of the file on this machine."""
     name: str
-    """Path relative to what the user named, with forward slashes: it stays the same when the corpus
-    is moved."""
+    """Path relative to the folder that the user named, with forward slashes; it does not change
+    when the folder is moved."""
     format: Format
+    """Format in which the file is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A contiguous run of one file that can be read by itself, in the units of its format.
+    """Contiguous range of one file that can be read independently, in units of the file's format.
 
-    The units are bytes for text and JSON lines, row groups for Parquet, record batches for Arrow.
+    The unit is a byte for text and JSON lines, a row group for Parquet, a record batch for Arrow.
     """
 
     file: SourceFile
+    """File of the range."""
     start: int
+    """Number of the first unit."""
     stop: int
+    """Number after the last unit."""
     size: int
-    """Bytes of the run, for progress and for making portions of equal work."""
+    """Size of the range in bytes, for progress and for portions of equal size."""
     document: int = 0
-    """Position at which the document that covers `start` begins (text only)."""
+    """Offset at which the document at `start` begins (text only)."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A document format.
+    """Base class of the document formats.
 
-    A subclass states `name` and `suffixes` and defines `records`; the other methods have defaults
-    that read a file as one span and make one document per record. Instances have no state: two of
-    one class are equal.
+    A subclass sets `name` and `suffixes` and implements `records`; the other methods read a file as
+    one span and yield one document per record. Instances have no state, so all instances of one
+    class are equal. docs/extending.md has an example.
     """
 
     name: ClassVar[str]
-    """Name of the format; enters the fingerprint of a source."""
+    """Name of the format, which is part of the fingerprint of a source."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Suffixes of the files that are read, in lower case: in folders and by name."""
+    """Suffixes, in lower case, of files that are read in folders and by name."""
     weak_suffixes: ClassVar[tuple[str, ...]] = ()
-    """Suffixes that files of other purposes often have: read if the user names the file, if its
-    name puts it into a split, or if its folder holds nothing else to read."""
+    """Suffixes that files of other kinds often have, too; such a file is read if the user names it,
+    if its name assigns it to a split, or if its folder contains no other text."""
     named_suffixes: ClassVar[tuple[str, ...]] = ()
     """Suffixes of files that are read only if the user names the file."""
     holds_records: ClassVar[bool] = True
-    """Whether a document is a record with named fields; else it is plain text."""
+    """Whether documents are records with named fields instead of plain text."""
     compressible: ClassVar[bool] = False
     """Whether `.gz`, `.bz2`, `.xz` or `.zst` may follow the suffix."""
     holds_tokens: ClassVar[bool] = False
     """Whether documents are token ids, which are read by `pieces` alone."""
     binary: ClassVar[bool] = False
-    """Whether the files are not text; text files that begin like an archive are refused."""
+    """Whether the files are binary; text files that begin like an archive are rejected."""
 
     @property
     def all_suffixes(self) -> tuple[str, ...]:
-        """Suffixes of every file that is read if the user names it."""
+        """Suffixes of all files that are read if the user names them."""
         return (*self.suffixes, *self.weak_suffixes, *self.named_suffixes)
 
     def files(self, path: Path) -> tuple[Path, ...]:
@@ -81,12 +86,12 @@ class Format:
         return (path,)
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of about `span_bytes`, in order.
+        """Divide a file into consecutive spans of about `span_bytes` bytes.
 
         Args:
-            file: the file.
-            span_bytes: size of a span.
-            fields: the fields that will be read; None for all of them.
+            file: file to divide.
+            span_bytes: size of a span, in bytes.
+            fields: names of the fields that will be read; None for all fields.
 
         Raises:
             CorpusError: the file cannot be read, or lacks the fields.
@@ -99,20 +104,24 @@ class Format:
         """Yield the records of a span, in order.
 
         Args:
-            span: from `spans`.
-            fields: the fields that will be read, for formats that can skip the others; None for
-                all of them.
+            span: span from `spans`.
+            fields: names of the fields to read, for formats that can skip the others; None for all
+                fields.
 
         Raises:
-            CorpusError: the span cannot be read; names the file and the position in it.
+            CorpusError: the span cannot be read; the message contains the file and the position.
         """
         raise NotImplementedError
 
     def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
-        """Yield the text of a span, in order.
+        """Yield the pieces of a span's text, in order.
+
+        Args:
+            span: span from `spans`.
+            fields: names of the fields that contain text.
 
         Raises:
-            CorpusError: the span cannot be read, or a record holds no text where it should.
+            CorpusError: the span cannot be read, or a record has no text field.
         """
         for record in self.records(span, fields):
             yield from record_pieces(record, fields)
@@ -120,7 +129,7 @@ class Format:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `CorpusError` that names the file.
+    """Convert an `OSError` in a block to a `CorpusError` that contains the path.
 
     Raises:
         CorpusError: the block raised an `OSError`.

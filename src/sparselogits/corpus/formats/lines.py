@@ -1,8 +1,8 @@
-"""Read formats in which each line is a record, plain or compressed; JSON lines is one.
+"""Read formats with one record per line, such as JSON lines, plain or compressed.
 
 A plain file is divided into ranges of bytes that are read independently; a line belongs to the
-range in which it begins. A compressed file cannot be entered in the middle: it is one span, read by
-one process. Memory is bounded by the longest line.
+range in which it begins. A compressed file cannot be read from the middle, so it is one span that
+one process reads. Memory is bounded by the longest line.
 """
 
 from __future__ import annotations
@@ -19,25 +19,32 @@ from sparselogits.corpus.records import Fields, Record, Where
 from sparselogits.errors import CorpusError
 
 LONGEST_LINE = 1 << 30
-"""Bytes that a line of a compressed file may have; a few bytes can decompress to more."""
+"""Maximum length, in bytes, of a line of a compressed file, whose ratio is not bounded."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class LineFormat(Format):
-    """A format in which each line is a record. A subclass defines `record`."""
+    """Format with one record per line; a subclass implements `record`.
+
+    docs/extending.md has an example.
+    """
 
     compressible = True
 
     def record(self, line: bytes, where: Where) -> Mapping[str, Any]:
-        """Return the fields of a line that is not blank.
+        """Return the values of a line by field name.
+
+        Args:
+            line: a line that is not blank, with its line break.
+            where: function that returns the file name and the number of the line, for errors.
 
         Raises:
-            CorpusError: the line is no record; `where()` names the file and the line.
+            CorpusError: the line is not a record.
         """
         raise NotImplementedError
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into ranges of bytes; a compressed file is one range."""
+        """Divide a file into ranges of `span_bytes` bytes; a compressed file is one range."""
         size = file.path.stat().st_size
         step = max(size, 1) if is_compressed(file.path) else span_bytes
         for start in range(0, size, step):
@@ -45,7 +52,7 @@ class LineFormat(Format):
             yield Span(file, start, stop, stop - start)
 
     def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
-        """Yield the records of the lines that begin within a span."""
+        """Yield the records of the lines that begin within a span; blank lines are skipped."""
         lines = _compressed_lines if is_compressed(span.file.path) else _plain_lines
         for line, where, size in lines(span):
             if not line.isspace():
@@ -53,15 +60,15 @@ class LineFormat(Format):
 
 
 class JsonLines(LineFormat):
-    """JSON lines: each line is a JSON object."""
+    """JSON lines, in which each line is a JSON object."""
 
     name = "json"
     suffixes = (".jsonl", ".ndjson")
     weak_suffixes = (".json",)
 
     def record(self, line: bytes, where: Where) -> Mapping[str, Any]:
-        """Return the object of a line."""
-        advice = "each line must hold one JSON object"
+        """Return the JSON object of a line; see `LineFormat.record`."""
+        advice = "each line must be one JSON object"
         if line.lstrip()[:1] == b"[":
             advice += "; convert a JSON array to lines with `jq -c '.[]'`"
         start = line[:40].decode(errors="replace").strip()
@@ -75,19 +82,19 @@ class JsonLines(LineFormat):
 
 
 def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield the lines that begin within a span, a function that names each, and their bytes."""
+    """Yield (line, function that returns its position, length in bytes) of the lines of a span."""
     path, name = span.file.path, span.file.name
     with path.open("rb") as handle:
         handle.seek(max(span.start - 1, 0))
         if span.start:
-            handle.readline()  # the rest of a line that belongs to the span before
+            handle.readline()  # the rest of a line of the previous span
         while (offset := handle.tell()) < span.stop:
             line = handle.readline()
-            yield line, partial(_place_of_byte, path, name, offset), len(line)
+            yield line, partial(_line_at, path, name, offset), len(line)
 
 
 def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield the lines of a compressed file as `_plain_lines`, with compressed sizes."""
+    """Yield the lines of a compressed file like `_plain_lines`, with their compressed lengths."""
     path, name = span.file.path, span.file.name
     done = number = 0
     with path.open("rb") as raw:
@@ -98,17 +105,17 @@ def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
             where = partial("{}, line {}".format, name, number)
             if len(line) == LONGEST_LINE:
                 raise CorpusError(
-                    f"{where()} is longer than {LONGEST_LINE >> 20} MiB; each line must hold one "
-                    "record, so divide it into several"
+                    f"{where()} is longer than {LONGEST_LINE >> 20} MiB; expected one record per "
+                    "line. Divide the record into several"
                 )
             yield line, where, size
 
 
-def _place_of_byte(path: Path, name: str, offset: int) -> str:
-    """Name the line that begins at a byte; costs a pass over the file up to there."""
-    number, left = 1, offset
+def _line_at(path: Path, name: str, offset: int) -> str:
+    """Return file name and number of the line at a byte, which requires reading up to it."""
+    number, remaining = 1, offset
     with path.open("rb") as handle:
-        while left and (block := handle.read(min(left, 1 << 20))):
+        while remaining and (block := handle.read(min(remaining, 1 << 20))):
             number += block.count(b"\n")
-            left -= len(block)
+            remaining -= len(block)
     return f"{name}, line {number}"

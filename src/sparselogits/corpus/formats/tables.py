@@ -1,7 +1,7 @@
-"""Read Parquet files, and the Arrow files of `datasets`: a row is a record.
+"""Read Parquet files, and the Arrow files of `datasets`, with one record per row.
 
-Only the columns that are needed are read, a few rows at a time, so memory is bounded by the largest
-page of a Parquet column, or by the largest record batch of an Arrow file.
+Only the required columns are read, a few rows at a time, so memory is bounded by the largest page
+of a Parquet column, or by the largest record batch of an Arrow file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _IS_LIST = (
 
 
 class Parquet(Format):
-    """Parquet; the units of a span are row groups."""
+    """Parquet files; the unit of a span is a row group."""
 
     name = "parquet"
     suffixes = (".parquet", ".pq")
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into runs of row groups whose columns take about `span_bytes`."""
+        """Divide a file into spans of row groups with about `span_bytes` bytes to read."""
         with _open_parquet(file) as reader:
             columns = _columns(reader.schema_arrow, file.name, fields)
             metadata, start, size = reader.metadata, 0, 0
@@ -54,7 +54,7 @@ class Parquet(Format):
                     start, size = group + 1, 0
 
     def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
-        """Yield the rows of a run of row groups."""
+        """Yield the rows of a span of row groups."""
         name = span.file.name
         with _open_parquet(span.file) as reader:
             columns = _columns(reader.schema_arrow, name, fields)
@@ -65,14 +65,14 @@ class Parquet(Format):
 
 
 class Arrow(Format):
-    """Arrow streams, in which `datasets` keeps datasets; the units of a span are record batches."""
+    """Arrow streams, the storage of `datasets`; the unit of a span is a record batch."""
 
     name = "arrow"
     named_suffixes = (".arrow",)
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into runs of record batches whose columns take about `span_bytes`."""
+        """Divide a file into spans of record batches with about `span_bytes` bytes to read."""
         start = size = number = 0
         for number, batch in enumerate(_arrow_batches(file), start=1):
             columns = _columns(batch.schema, file.name, fields)
@@ -84,7 +84,7 @@ class Arrow(Format):
             yield Span(file, start, number, size)
 
     def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
-        """Yield the rows of a run of record batches."""
+        """Yield the rows of a span of record batches."""
         name, row = span.file.name, 0
         for number, batch in enumerate(_arrow_batches(span.file)):
             if number >= span.stop:
@@ -100,7 +100,7 @@ def _open_parquet(file: SourceFile) -> pq.ParquetFile:
         return pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(
-            f"{file.name} is no readable Parquet file ({error}); fetch it anew"
+            f"{file.name} cannot be read as Parquet ({error}); download it again"
         ) from error
 
 
@@ -110,17 +110,17 @@ def _parquet_batches(
     try:
         yield from reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"{place} is damaged ({error}); fetch the file anew") from error
+        raise CorpusError(f"{place} is damaged ({error}); download the file again") from error
 
 
 def _arrow_batches(file: SourceFile) -> Iterator[pa.RecordBatch]:
-    # mapped, so that batches of other spans and other columns are never read
+    # memory-mapped, so that other batches and other columns are not read
     try:
         with pa.memory_map(str(file.path)) as source, pa.ipc.open_stream(source) as reader:
             yield from reader
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(
-            f"{file.name} is no readable Arrow file ({error}); save it anew"
+            f"{file.name} cannot be read as Arrow ({error}); save the dataset again"
         ) from error
 
 
@@ -128,21 +128,21 @@ def _columns(schema: pa.Schema, name: str, fields: Fields | None) -> list[str]:
     """Return the columns to read.
 
     Raises:
-        CorpusError: no column could hold text, or the column of text holds something else.
+        CorpusError: no column could contain text, or the text column has another type.
     """
     if fields is None:
         return list(schema.names)
     columns = fields.columns(schema.names, lambda: name)
-    # messages, and columns that may hold either, are looked at record by record
+    # columns that may contain messages are validated per record
     if fields.text in columns and not fields.completion_only and fields.tokens is None:
         kind = schema.field(fields.text).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
-        # a column in which every value is null tells nothing; objects may be messages
+        # a column of nulls has no type; objects may be messages
         if not any(is_kind(kind) for is_kind in (*_IS_TEXT, pa.types.is_null, _is_objects)):
             raise CorpusError(
-                f"{name}: the column `{fields.text}` holds {kind}, not text; name the column that "
-                f"holds the text (text_field); the columns are {', '.join(schema.names)}"
+                f"{name}: the column `{fields.text}` contains {kind}, not text; give the name of "
+                f"the column that contains the text (text_field) out of {', '.join(schema.names)}"
             )
     return columns
 
@@ -161,7 +161,16 @@ def _rows(
     fields: Fields | None,
     first: int = 0,
 ) -> Iterator[Record]:
-    """Yield the rows of batches, one in memory at a time; for `fields`, as JSON has them."""
+    """Yield the rows of batches, one in memory at a time.
+
+    Args:
+        batches: record batches.
+        columns: names of the columns to yield.
+        place: name of the file (and row group), for errors.
+        fields: names of the fields that will be read, whose values are converted by `plain`; None
+            for unconverted values.
+        first: number of the first row.
+    """
     number = first
     for batch in batches:
         arrays = [batch.column(column) for column in columns]
@@ -177,8 +186,8 @@ def _rows(
                     values = [plain(v, a.type) for v, a in zip(values, arrays, strict=True)]
                 except ValueError as error:
                     raise CorpusError(
-                        f"{where()} holds text that is not the JSON of its column; fetch or save "
-                        "the file anew"
+                        f"{where()} contains text that is not JSON, although its column is JSON; "
+                        "download or save the file again"
                     ) from error
             yield Record(dict(zip(columns, values, strict=True)), where, size)
             number += 1
@@ -194,16 +203,16 @@ def _numbers(scalar: pa.Scalar) -> Any:
 
 
 def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
-    """Return a value of a column as JSON has it.
+    """Convert a value of a column to plain JSON values.
 
-    Arrow gives every object of a column the fields of all of them, null where an object has none:
-    such fields are left out again. What `datasets` keeps as JSON text (its `Json` feature) is
-    decoded, and nulls in it stay, since they were written.
+    Arrow adds to every object of a column the fields of all other objects, with null values; these
+    fields are removed. Columns that `datasets` stores as JSON text (its `Json` feature) are decoded
+    with their nulls, which are part of the text.
 
     Args:
-        value: the value, as pyarrow converts it to Python.
+        value: value that pyarrow has converted to Python.
         kind: type of the column.
-        decoded: whether JSON text was decoded before, as in the rows of `datasets`.
+        decoded: whether JSON text has been decoded already, as in the rows of `datasets`.
     """
     if value is None:
         return None

@@ -1,12 +1,12 @@
-"""Read text files: one file is one document, unless separator lines divide it.
+"""Read text files, each of which is one document unless separator lines divide it.
 
-A line that holds nothing but `<|endoftext|>` ends one document and begins the next, which is how
-plain-text corpora of many documents are commonly published. The separator line belongs to neither.
-Form feeds do not separate documents: in old plain text and in source code they mark pages.
+A line that consists of `<|endoftext|>` separates two documents, as in many published corpora of
+plain text; it belongs to neither of them. Form feeds do not separate documents, since they mark
+pages in old plain text and in source code.
 
 Large files are divided into spans that can be read independently of one another. A span may begin
-in the middle of a document; the span then says where that document begins, which one scan of the
-file for separator lines finds while the spans are planned.
+in the middle of a document; it then contains the offset of the document's beginning, which is
+determined by a scan for separator lines when the file is divided.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from sparselogits.corpus.records import Fields
 from sparselogits.errors import CorpusError
 
 SEPARATOR = b"<|endoftext|>"
+"""Content of a line that separates two documents."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SCAN_BYTES = 1 << 20
 
 
 class Text(Format):
-    """Plain text in UTF-8."""
+    """Plain text files in UTF-8."""
 
     name = "text"
     suffixes = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
     holds_records = False
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into ranges of bytes that end where a piece of text may end."""
+        """Divide a file into ranges of about `span_bytes` bytes that end between words."""
         with file.path.open("rb") as handle:
             read = _reader(handle.fileno())
             size = file.path.stat().st_size
@@ -61,21 +63,27 @@ class Text(Format):
                 yield Span(file, start, size, size - start, document)
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Refuse: plain text holds no records."""
-        raise CorpusError(f"{span.file.name} holds plain text, no records; name a file of records")
-
-    def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
-        """Yield the text of a span, in order.
+        """Raise an error, since plain text has no records.
 
         Raises:
-            CorpusError: the bytes are no text in UTF-8.
+            CorpusError: always.
+        """
+        raise CorpusError(
+            f"{span.file.name} contains plain text; expected records. Give a file of records"
+        )
+
+    def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
+        """Yield the pieces of a span's text, in order.
+
+        Raises:
+            CorpusError: the bytes are not text in UTF-8.
         """
         path, name = span.file.path, span.file.name
         with path.open("rb") as handle:
             read = _reader(handle.fileno())
             if span.start == span.document:
-                _refuse_binary(read, name)
-            # beyond the span's end only to learn whether its last document ends within the margin
+                _require_text(read, name)
+            # the end of the last document limits the right margin
             ahead = min(span.stop + MARGIN_BYTES + 1, path.stat().st_size)
             document, begin = span.document, span.start
             ends = document_separators(read, begin, ahead)
@@ -92,11 +100,17 @@ class Text(Format):
 
 
 def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield (first byte, byte after it) of each separator line that begins in [start, stop)."""
+    """Yield the offsets of the first byte and after the last byte of each separator line.
+
+    Args:
+        read: reads bytes of the file.
+        start: offset of the first byte at which a separator line may begin.
+        stop: offset after the last such byte.
+    """
     position, first = start, _first_byte(read)
     while position < stop:
         block_stop = min(position + _SCAN_BYTES, stop)
-        # one byte before, to see whether a line begins; after, a separator and its line break
+        # from one byte before, a possible line break, to the end of a separator's line break
         origin = max(position - 1, 0)
         block = read(origin, block_stop + len(SEPARATOR) + 2)
         at = block.find(SEPARATOR, position - origin)
@@ -112,6 +126,7 @@ def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int
 
 
 def _line_end(block: bytes, at: int) -> int | None:
+    """Return the index after the line break at `at`; None if there is none."""
     for ending in (b"\n", b"\r\n"):
         if block.startswith(ending, at):
             return at + len(ending)
@@ -119,21 +134,23 @@ def _line_end(block: bytes, at: int) -> int | None:
 
 
 def _head(read: Read, document: int) -> bytes:
+    """Return the first `HEAD_BYTES` bytes of a document, or all bytes of a shorter one."""
     head = read(document, document + HEAD_BYTES + len(SEPARATOR) + 3)
     end = next(document_separators(read, document, document + HEAD_BYTES), None)
     return head[: HEAD_BYTES if end is None else end[0] - document]
 
 
 def _first_byte(read: Read) -> int:
+    """Return the offset of the text, after a byte order mark."""
     return len(_BYTE_ORDER_MARK) if read(0, 3) == _BYTE_ORDER_MARK else 0
 
 
-def _refuse_binary(read: Read, name: str) -> None:
+def _require_text(read: Read, name: str) -> None:
     at = read(0, HEAD_BYTES).find(b"\0")
     if at >= 0:
         raise CorpusError(
-            f"{name} is not a text file: a zero byte at offset {at}. If it is UTF-16, convert it "
-            "to UTF-8 (`iconv -f UTF-16 -t UTF-8`); if it is not text, leave it out."
+            f"{name} is not a text file: it has a zero byte at offset {at}. If it is UTF-16, "
+            "convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`); if it is not text, remove it."
         )
 
 
