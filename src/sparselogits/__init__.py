@@ -1,4 +1,4 @@
-"""Offline knowledge distillation of language models from a cache of sparse, unbiased targets.
+"""Distil language models offline, from a cache of sparse, unbiased targets.
 
     from sparselogits import CacheDataset, SparseKDTrainer
 

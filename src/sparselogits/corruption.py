@@ -1,9 +1,10 @@
 """Corrupt the input of a window for a masked language model, as a function of seed and window.
 
-A window is cut into units: tokens, words, or spans of geometric length. Each unit is chosen with
-the rate of the window, so every token is chosen with that probability, whatever the units are. Of
-the chosen tokens a share becomes the mask token, a share a random token, and the rest is shown
-unchanged. Special tokens are never chosen, and never drawn as a replacement.
+A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
+with a probability that is the rate of the window, so every token is chosen with that probability,
+independently of the units. Of the chosen tokens, one share is replaced by the mask token, one share
+by a random token, and the remaining ones are not replaced. Special tokens are never chosen, and
+never used as a replacement.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.objectives import LEAST_RATE, Masked
 from sparselogits.samplers.uniforms import corruption_uniforms
 
-_CONTINUES = "##"  # of WordPiece, in front of the rest of a word
-_SENTENCE_PIECE, _BYTE_LEVEL = "\u2581", "\u0120"  # a space in front of a word
+_CONTINUES = "##"  # prefix of WordPiece tokens that continue a word
+_SENTENCE_PIECE, _BYTE_LEVEL = "\u2581", "\u0120"  # the space before a word
 _NOT_OF_WORDS = frozenset(string.punctuation + string.whitespace + "\u010a\u0109\u010d")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenKinds:
-    """What corruption has to know about the tokens of a vocabulary.
+    """Properties of the tokens of a vocabulary that determine how they are corrupted.
+
+    A word begins at a token with `begins`, and at a token whose `head` differs from the `tail` of
+    the previous token, unless that tail is -1. Head and tail of all tokens are 0 if the tokenizer
+    does not separate words from punctuation, or marks both.
 
     Args:
-        special: bool [V], true for ids that are special tokens or no tokens at all.
-        begins: bool [V], true for tokens that begin a word wherever they stand; None where the
-            tokenizer marks no words.
-        head: int8 [V], 1 where a token begins with punctuation or white space, else 0.
-        tail: int8 [V], the same for its end; -1 for the space in front of a word alone. A word
-            also begins where head differs from the tail, not -1, of the token before it. All are 0
-            where the tokenizer does not separate words from punctuation, or marks both.
+        special: bool [V], true for ids that are special tokens or not tokens.
+        begins: bool [V], true for tokens that always begin a word; None if the tokenizer does not
+            mark words.
+        head: int8 [V], 1 for tokens that begin with punctuation or white space, else 0.
+        tail: int8 [V], 1 for tokens that end with punctuation or white space, -1 for the token that
+            is only the space before a word, else 0.
     """
 
     special: NDArray[np.bool_]
@@ -45,7 +49,7 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> TokenKinds:
-        """Read the kinds of tokens from a transformers tokenizer.
+        """Return the properties of the tokens of a transformers tokenizer.
 
         Args:
             tokenizer: the teacher's tokenizer.
@@ -77,11 +81,11 @@ class TokenKinds:
 
 @dataclass(frozen=True, eq=False)
 class Corrupted:
-    """The input of a window.
+    """Corrupted input of a window.
 
     Args:
-        inputs: int32 [L], the tokens that the model reads.
-        chosen: bool [L], true where the original token is to be predicted.
+        inputs: int32 [L], token ids of the model's input.
+        chosen: bool [L], true where the model predicts the original token.
         rate: probability with which each token was chosen.
     """
 
@@ -101,14 +105,14 @@ def corrupt(
     """Corrupt one window.
 
     Args:
-        tokens: int32 [L], the original tokens.
+        tokens: int32 [L], original token ids.
         window_index: number of the window, which together with the seed determines the result.
-        objective: rate, shares, units and seed.
-        kinds: kinds of the tokens of the vocabulary.
-        held_out: whether the window is one of the held-out windows, which have their own numbers.
+        objective: rate, shares, units and seed of the corruption.
+        kinds: properties of the tokens of the vocabulary.
+        held_out: whether the window is a held-out window, since these are numbered separately.
 
     Raises:
-        InvalidArgumentError: words are to be chosen, and the tokenizer marks no words.
+        InvalidArgumentError: the units are words, but the tokenizer does not mark words.
     """
     length = len(tokens)
     drawn = corruption_uniforms(objective.seed, window_index, 1 + 4 * length, held_out=held_out)
@@ -119,7 +123,7 @@ def corrupt(
     allowed = ~kinds.special[tokens]
     unit = _units(tokens, allowed, border, objective, kinds)
     chosen = allowed & (choice[unit] < rate)
-    # SpanBERT replaces a span as a whole, BERT the tokens of a whole word one by one
+    # all tokens of a span are replaced alike, as in SpanBERT; those of a word independently
     kind = kind[unit] if objective.units == "spans" else kind
     inputs = tokens.copy()
     inputs[chosen & (kind < objective.masked)] = objective.mask_id
@@ -136,7 +140,7 @@ def _units(
     objective: Masked,
     kinds: TokenKinds,
 ) -> NDArray[np.int64]:
-    """Return the position at which the unit of each position begins, int64 [L]."""
+    """Return, for each position, the position at which its unit begins, int64 [L]."""
     if objective.units == "tokens":
         return np.arange(len(tokens))
     if objective.units == "spans":

@@ -1,12 +1,12 @@
-"""Split a language model into trunk and head, and measure what it does to its logits.
+"""Split a language model into trunk and head, and measure how it scales and caps its logits.
 
 Teacher and student both compute hidden states by the trunk and apply the head to a slice of
 positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` returns the
 two parts after comparing them with the model. A masked language model transforms its hidden states
-in front of the head, in ways that differ by architecture, so its trunk is the model itself, run
-with the product of the head left out. A scale or soft cap that the model applies after the
-head is measured rather than read from a list of configuration names: known float32 numbers replace
-the head's output, and the model's own code turns them into logits. So the check is equally strict
+before the head, in ways that differ by architecture, so its trunk is the whole model, run without
+the matrix product of the head. A scale or soft cap that the model applies after the head is
+measured rather than read from a list of configuration names: known float32 numbers replace the
+head's output, and the model's own code computes logits from them. So the check is equally strict
 for a bfloat16 model. For a model that transforms its logits in another way `split` returns None,
 and the caller uses the model's own forward pass.
 """
@@ -48,7 +48,7 @@ class Head:
     module: nn.Module | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [..., V] for hidden states [..., D] in the weight's dtype."""
+        """Return float32 logits [..., V] for hidden states [..., D] of the weight's dtype."""
         if self.module is None:
             logits = nn.functional.linear(hidden, self.weight, self.bias).float()
         else:
@@ -80,7 +80,11 @@ class Parts:
     in_model: bool = False
 
     def states(self, **inputs: Any) -> Tensor:
-        """Run the trunk and return hidden states [B, L, D], which the head can be applied to."""
+        """Run the trunk and return hidden states [B, L, D], the input of the head.
+
+        Args:
+            inputs: arguments of the trunk, such as `input_ids` int64 [B, L].
+        """
         if self.in_model:
             with self.without_product():
                 states: Tensor = self.trunk(**inputs, use_cache=False).logits
@@ -90,15 +94,15 @@ class Parts:
 
     @contextmanager
     def without_product(self) -> Iterator[None]:
-        """Make the head return its input, so that the model returns states in place of logits."""
-        own = self.head.__dict__.get("forward")  # of a library that patches one instance
+        """Within a block, replace the head by the identity, so the model returns hidden states."""
+        patched = self.head.__dict__.get("forward")  # set by libraries that patch an instance
         self.head.forward = _unchanged
         try:
             yield
         finally:
             del self.head.forward
-            if own is not None:
-                self.head.forward = own
+            if patched is not None:
+                self.head.forward = patched
 
     def bound_head(self) -> Head:
         """Return the head with its current weights; call this after hooks have gathered them."""
@@ -112,34 +116,39 @@ def _unchanged(states: Tensor) -> Tensor:
 
 
 def masked_classes(config: Any) -> set[str]:
-    """Return the names of all classes of masked language models, with a configuration's own one."""
+    """Return the names of all classes of masked language models in transformers.
+
+    Args:
+        config: a model's configuration; a masked class of remote code that it names is included.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     def named(mapping: Any) -> set[str]:
-        return {name for own in mapping.values() for name in ([own] if type(own) is str else own)}
+        values = ([v] if type(v) is str else v for v in mapping.values())
+        return {name for value in values for name in value}
 
-    # the classes of BART, MBart and XLM stand in both
+    # the classes of BART, MBart and XLM are in both mappings
     masked = named(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     masked -= named(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    of_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
-    return masked | {str(of_code).rpartition(".")[2]}
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM", "")
+    return masked | {str(remote).rpartition(".")[2]}
 
 
 def predicts_masked(model: nn.Module) -> bool:
-    """Return whether a model, perhaps inside an adapter, is a masked language model."""
+    """Return whether a model, with or without an adapter, is a masked language model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     known = masked_classes(getattr(model, "config", None))
     return any(kind.__name__ in known for kind in type(inner).__mro__)
 
 
 def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -> None:
-    """Validate that a model predicts what targets or text are for: masked tokens, or the next one.
+    """Validate that a model is a masked language model, or that it is a causal one.
 
     Args:
         model: a transformers language model.
-        masked: whether masked tokens are to be predicted.
-        whose: the model, for the message ("the student").
-        of: what it is used with, for the message ("the cache").
+        masked: whether a masked language model is required, instead of a causal one.
+        whose: name of the model for the message, as in "the student".
+        of: name of the data that the model is used with for the message, as in "the cache".
 
     Raises:
         InvalidArgumentError: the model is of the other kind.
@@ -149,7 +158,7 @@ def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -
         return
     kinds = ("a causal language model", "a masked language model")
     raise InvalidArgumentError(
-        f"{whose} ({type(model).__name__}) is {kinds[found]}, and {of} is for {kinds[masked]}: "
+        f"{whose} ({type(model).__name__}) is {kinds[found]}, but {of} is for {kinds[masked]}: "
         "masked models predict tokens that their input hides, causal ones the next token. Use a "
         "model of the other kind"
     )
@@ -175,7 +184,7 @@ def split(model: nn.Module) -> Parts | None:
         return None
     measured = _measure_scale_and_softcap(model, head)
     if measured is None or (in_model and measured != (1.0, None)):
-        return None  # without the product, a scale would apply to the states
+        return None  # without the product, the model would scale or cap the states
     parts = Parts(trunk, head, *measured, in_model)
     return parts if _agree_with(model, parts) else None
 
@@ -246,7 +255,7 @@ def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def probe_tokens(model: nn.Module, device: Any = "cpu") -> Tensor:
-    """Return different token ids, int64 [1, L], on which a model is compared with its parts."""
+    """Return distinct token ids, int64 [1, L], on which a model is compared with its parts."""
     tokens: Tensor = torch.arange(_PROBE_LENGTH, device=device) * 7919 % embedding_rows(model)
     return tokens[None]
 

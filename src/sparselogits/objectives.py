@@ -1,8 +1,8 @@
-"""Define what the positions of a window predict.
+"""Define the prediction task of a language model: next tokens (causal) or hidden tokens (masked).
 
 A causal model predicts the next token at each position. A masked model predicts the token at the
-position itself, which its input hides. Every shift between tokens and the positions that predict
-them is made here: other code has values by token or by position, and converts them with
+position itself, which its input hides. Only this module shifts values between tokens and the
+positions that predict them: other code has values by token or by position, and converts them with
 `at_positions` and `at_tokens`.
 """
 
@@ -18,19 +18,21 @@ from torch import Tensor
 from sparselogits.errors import InvalidArgumentError
 
 IGNORE_INDEX = -100
-"""Label of a position that has nothing to predict, as in PyTorch and transformers."""
+"""Label of a position that predicts no token, as in PyTorch and transformers."""
 
 LEAST_RATE = 1e-3
-"""Smallest rate that is drawn where each window has its own, which bounds the weight of a loss."""
+"""Smallest rate that is drawn if each window has a random rate; its inverse bounds the weights of
+the loss."""
 
 UNITS = ("tokens", "words", "spans")
+"""Names of the units of text that are chosen for prediction as a whole."""
 
 _Values = TypeVar("_Values", NDArray[Any], Tensor)
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Predict the next token at each position.
+    """Prediction of the next token at each position.
 
     Examples:
         >>> tokens = np.array([5, 6, 7])
@@ -42,7 +44,7 @@ class Causal:
         """Return, for each position, the value of the token that the position predicts.
 
         Args:
-            by_token: [..., L], a value for each token of a window.
+            by_token: value for each token of a window, [..., L].
             filler: value of positions that predict no token of the window.
         """
         moved = _copied(by_token)
@@ -54,7 +56,7 @@ class Causal:
         """Return, for each token, the value of the position that predicts the token.
 
         Args:
-            by_position: [..., L], a value for each position of a window.
+            by_position: value for each position of a window, [..., L].
             filler: value of tokens that no position of the window predicts.
         """
         moved = _copied(by_position)
@@ -68,13 +70,13 @@ class Causal:
         mask: NDArray[np.bool_] | None = None,
         document_starts: NDArray[Any] | None = None,
     ) -> NDArray[np.int64]:
-        """Return the token that each position predicts, `IGNORE_INDEX` where there is none.
+        """Return the token that each position predicts; `IGNORE_INDEX` if it predicts none.
 
         Args:
-            tokens: int [L].
-            mask: bool [L], true where a position has something to learn; None if all do.
-            document_starts: positions at which documents start, if attention restarts there: the
-                first token of a document cannot be predicted from another document.
+            tokens: int [L] token ids.
+            mask: bool [L], true for positions that carry a target; None if all positions do.
+            document_starts: positions at which documents start, if attention restarts there, since
+                the first token of a document cannot be predicted from another document; else None.
 
         Returns:
             int64 [L].
@@ -91,22 +93,23 @@ class Causal:
 
 @dataclass(frozen=True)
 class Masked:
-    """Predict the tokens that the input of a window hides or replaces.
+    """Prediction of the tokens that the input of a window hides or replaces.
 
     Args:
         mask_id: id of the mask token.
         rate: share of the tokens that are chosen for prediction, in (0, 1]. None draws a rate per
-            window, uniformly from `LEAST_RATE` to 1, and gives the loss of the window the weight
-            1 / rate: the loss of masked diffusion (Sahoo et al. 2024, arXiv 2406.07524).
+            window, uniformly from `LEAST_RATE` to 1, and multiplies the loss of the window by
+            1 / rate, as in masked diffusion (Sahoo et al. 2024, arXiv 2406.07524).
         masked: share of the chosen tokens that the input replaces by the mask token.
-        random: share of the chosen tokens that the input replaces by a random token; the rest is
-            shown as it is. 0.8 and 0.1 are BERT's (Devlin et al. 2018, arXiv 1810.04805).
-        units: what is chosen as a whole: "tokens", "words", or "spans" of random length.
+        random: share of the chosen tokens that the input replaces by a random token; the remaining
+            ones are not replaced. 0.8 and 0.1 are the shares of BERT (Devlin et al. 2018, arXiv
+            1810.04805).
+        units: unit that is chosen as a whole: "tokens", "words", or "spans" of random length.
         span: mean length of a span in tokens; None for other units.
         seed: seed of the corruption, together with the window index.
 
     Raises:
-        InvalidArgumentError: a value is out of its range.
+        InvalidArgumentError: a value is out of range.
 
     Examples:
         >>> bert = Masked(mask_id=103)
@@ -153,11 +156,17 @@ class Masked:
         return {"name": "masked", **asdict(self)}
 
     def at_positions(self, by_token: _Values, filler: int) -> _Values:
-        """Return, for each position, the value of the token at it; see `Causal.at_positions`."""
+        """Return a copy of the values, since each position predicts the token at it.
+
+        The arguments are those of `Causal.at_positions`.
+        """
         return _copied(by_token)
 
     def at_tokens(self, by_position: _Values, filler: int) -> _Values:
-        """Return, for each token, the value of its position; see `Causal.at_tokens`."""
+        """Return a copy of the values, since each token is predicted at its position.
+
+        The arguments are those of `Causal.at_tokens`.
+        """
         return _copied(by_position)
 
     def labels(
@@ -166,12 +175,12 @@ class Masked:
         mask: NDArray[np.bool_] | None = None,
         document_starts: NDArray[Any] | None = None,
     ) -> NDArray[np.int64]:
-        """Return the original token of each chosen position, `IGNORE_INDEX` elsewhere.
+        """Return the original token at each chosen position, and `IGNORE_INDEX` elsewhere.
 
         Args:
-            tokens: int [L], the original tokens.
-            mask: bool [L], true where a position was chosen; None if all were.
-            document_starts: positions at which documents start; they change no label.
+            tokens: int [L], original token ids.
+            mask: bool [L], true for chosen positions; None if all positions are chosen.
+            document_starts: positions at which documents start, which do not affect the labels.
 
         Returns:
             int64 [L].
@@ -182,7 +191,11 @@ class Masked:
         return labels
 
     def weight(self, rate: float) -> float:
-        """Return the weight of the loss of a window that was corrupted at a rate."""
+        """Return the weight of the loss of a window.
+
+        Args:
+            rate: share of the window's tokens that were chosen, see `corruption.Corrupted`.
+        """
         return 1.0 if self.rate is not None else 1.0 / rate
 
 

@@ -73,7 +73,7 @@ MISTAKES = {
     CACHE + " --out {new} --windows 0:99999999": ("are not in the corpus", "windows 0:"),
     CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
     CACHE + " --out {new} --tokenized-by {teacher}": ("no column `input_ids`", "tokenized data"),
-    CACHE + " --out {new} --join-rows": ("join_rows for text", "leave it out"),
+    CACHE + " --out {new} --join-rows": ("join_rows with text", "remove it"),
     CACHE + " --out {new} --append": ("cannot append", "run the command that began"),
     CACHE + " --out {other}": ("is not a cache", "choose an empty"),
     CACHE + " --out {latin}": ("latin.txt", "choose another folder"),

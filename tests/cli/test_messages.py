@@ -143,7 +143,7 @@ MISTAKES = {
         "check the path",
     ),
     "cache --teacher {teacher} --data {bytes} --out {new}": ("bytes.txt", "utf-8"),
-    "cache --teacher {teacher} --data {void} --out {new}": ("empty", "name other text"),
+    "cache --teacher {teacher} --data {void} --out {new}": ("empty", "give other text"),
     "cache --teacher {teacher} --data {blank} --out {new}": ("contains no text", "give other text"),
     "cache --teacher {teacher} --data {text} --out /proc/x --window 32": (
         "cannot write /proc/x",

@@ -51,7 +51,7 @@ GOOD = {"text": TEXT}
         ("a.json", b'[\n{"text": "a"}\n]', r"line 1 is not JSON.*jq -c"),
         ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"line 2 has no field `text`, nor `prompt` an"),
         ("a.jsonl", lines(GOOD, {"a": "", "n": 1}), r"fields are `a`, `n`. Give the .*text_field"),
-        ("a.jsonl", lines(GOOD, {"text": ["b"]}), r"line 2: the field `text` contains list, not text"),
+        ("a.jsonl", lines(GOOD, {"text": ["b"]}), r"the field `text` contains list, not text"),
         ("a.jsonl", lines(b'{"text": "a\\ud800"}'), r"line 1: .* surrogate pair at character 1"),
         ("a.jsonl", b"[" * 100_000, r"line 1 is not JSON"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be decompressed"),

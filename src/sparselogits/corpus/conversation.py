@@ -61,8 +61,8 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
         names: names of the fields with messages: one of `MESSAGES`, or `prompt` and `completion`.
 
     Raises:
-        CorpusError: a message has no role or content, or a value has the wrong type; the message
-            of the error contains its number.
+        CorpusError: a message has no role or content, or a value has the wrong type; the error
+            states the number of the message.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]

@@ -49,7 +49,7 @@ A corpus is written in format 2 if it has a hold-out, and in format 1 otherwise.
 of format 1 with a hold-out, documents were held out by their hash alone, and training and held-out
 tokens were two streams.
 """
-_LARGEST_JSON = 1 << 24  # bytes: an index holds the length of each part
+_LARGEST_JSON = 1 << 24  # bytes; an index contains the length of each part
 _BLOCK = 1 << 20
 
 

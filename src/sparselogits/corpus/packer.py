@@ -188,7 +188,7 @@ def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing
     writer.counts.characters += piece.stop - piece.start
     ids, learnt = encoded
     tokens = len(ids)
-    if piece.tokens is not None:  # complete: it has its own separators
+    if piece.tokens is not None:  # token ids include the separators
         if piece.opens:
             writer.begin_document()
         writer.append(ids, learnt=learnt, starts=piece.tokens.starts)

@@ -42,13 +42,14 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRow:
-    """Tokens of one row of a trainer's data."""
+    """N tokens of a document that is given as token ids."""
 
     ids: NDArray[np.int64]
+    """Token ids, int64 [N]."""
     learnt: NDArray[np.bool_]
-    """Whether each token carries a target."""
+    """Whether each token carries a target, bool [N]."""
     starts: NDArray[np.bool_]
-    """Whether a document begins at each token, besides the first."""
+    """Whether a document begins at each token, bool [N], apart from the first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,6 @@ def _decode(raw: bytes, offset: int, name: str) -> str:
         bad = raw[error.start]
         raise CorpusError(
             f"{name} is not UTF-8 text: byte 0x{bad:02x} at offset {offset + error.start} "
-            f"({error.reason}). Convert it (for example `iconv -f LATIN1 -t UTF-8`), or leave it "
-            "out if it is not text."
+            f"({error.reason}). Convert it (for example `iconv -f LATIN1 -t UTF-8`), or remove "
+            "it if it is not text."
         ) from None

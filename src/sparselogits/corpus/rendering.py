@@ -309,10 +309,10 @@ class Renderer:
         )
 
     def _shared_prefix(self, prompt: str, text: str) -> int:
-        """Return the number of characters at which a text and a generation prompt begin equally.
+        """Return the length of the common prefix of a text and a generation prompt, in characters.
 
-        The prompt may be longer (by the `<think>` of a thought that the text lacks). The result
-        ends at white space or a token, so that equal first letters of an answer do not count.
+        The prompt may differ after that (by a `<think>` that the text lacks). The prefix ends after
+        white space or a special token, so that the first letters of an answer are not part of it.
         """
         if text.startswith(prompt):
             return len(prompt)
@@ -410,10 +410,14 @@ class _BoundTemplate:
             raise RenderError(
                 "the chat template takes more memory than is allowed. Check the template's loops"
             ) from None
-        except (TemplateError, ArithmeticError, LookupError, AttributeError) as error:
-            raise RenderError(f"the chat template refuses the messages: {error}") from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RenderError(f"the chat template refuses the messages: {error}") from error
+        except (
+            *(TemplateError, ArithmeticError, LookupError, AttributeError),
+            *(TypeError, ValueError, RecursionError),
+        ) as error:
+            raise RenderError(
+                f"the chat template refuses the messages: {str(error).rstrip('.')}. Correct the "
+                "record, or use another template"
+            ) from error
         text = str(rendered[0])
         if len(text) > self._limit:
             raise RenderError(
@@ -482,7 +486,7 @@ def _in_text(message: Message) -> Message:
 
 
 def _in_parts(message: Message) -> Message:
-    """Return a message with text content as a list of one part."""
+    """Return a message whose content, if it is text, is converted to a list of one part."""
     content = message.get("content")
     if not isinstance(content, str):
         return message

@@ -151,7 +151,14 @@ class Source:
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
     def cut_by(self, packing: Packing, vocab_size: int) -> Source:
-        """Return the same source with the packing that rows of token ids are cut by."""
+        """Return a copy of the source that forms windows of token ids by a packing.
+
+        A source of text is returned unchanged. `pack` calls this method.
+
+        Args:
+            packing: rules that form windows.
+            vocab_size: number of columns of the teacher's head, which limits the ids.
+        """
         if self.fields.tokens is None:
             return self
         tokens = replace(self.fields.tokens, packing=packing, vocab_size=vocab_size)
@@ -230,16 +237,16 @@ def open_source(
     if tokenized_by is not None:
         if completion_only:
             raise InvalidArgumentError(
-                "found completion_only for token ids, in which labels say what is learnt; leave "
-                "out completion_only"
+                "found completion_only with token ids, whose labels determine the targets; remove "
+                "completion_only"
             )
         fields = replace(
             fields, tokens=TokenReading(tokenizer_fingerprint(tokenized_by), join_rows)
         )
     elif join_rows:
         raise InvalidArgumentError(
-            "found join_rows for text, whose documents are always joined; leave it out, or name "
-            "the tokenizer that made the token ids (tokenized_by)"
+            "found join_rows with text, whose documents are always joined; remove it, or give the "
+            "tokenizer of the token ids (tokenized_by)"
         )
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
@@ -256,12 +263,12 @@ def open_source(
     for file in located.files:
         if tokenized_by is None and file.format.holds_tokens:
             raise CorpusError(
-                f"{file.name} holds token ids; name the tokenizer that made them (tokenized_by)"
+                f"{file.name} contains token ids; give their tokenizer (tokenized_by)"
             )
         if tokenized_by is not None and not file.format.holds_records:
             raise CorpusError(
-                f"{file.name} is read as text, but a tokenizer is named as if it held token ids; "
-                "leave out tokenized_by, or name files of token ids"
+                f"{file.name} is read as text, but tokenized_by is given as for token ids; remove "
+                "tokenized_by, or give files of token ids"
             )
     return Source(name, located.files, fields, located.left_out, located.shared)
 

@@ -1,19 +1,20 @@
-"""Turn rows of token ids that a trainer prepared into windows, exactly as that trainer reads them.
+"""Convert rows of token ids, as prepared for another trainer, to windows.
 
-A row is one sequence of the trainer. It becomes one window: a shorter row is padded at its end with
-tokens that carry no target, and a longer one is refused, because cutting it would make sequences
-that the trainer never sees. With `joined`, rows are concatenated and cut without gaps instead.
+A row is one sequence of that trainer, and becomes one window: a shorter row is padded at its end
+with tokens that carry no target, and a longer row is rejected, since its parts would be sequences
+that the trainer does not use. With `joined`, rows are concatenated and cut without gaps instead.
 
-| column | read as |
+| column | meaning |
 |---|---|
 | `input_ids` | token ids |
-| `labels` | -100: token that is not learnt; all others must equal the ids |
-| `completion_mask`, `assistant_masks` | 0: token that is not learnt |
+| `labels` | -100: the token carries no target; all others must equal the ids |
+| `completion_mask`, `assistant_masks` | 0: the token carries no target |
 | `attention_mask` | 0: padding at the end; a change of the number begins a document |
-| `position_ids` | 0: begins a document; otherwise one more than the position before |
+| `position_ids` | 0: begins a document; otherwise the previous position plus one |
 | `seq_lengths` | lengths of the documents of a packed row |
 
-Documents within a row are kept apart by the trainer, so such a row needs `reset_attention`.
+Trainers do not let the documents of a row attend to each other, so a row of several documents needs
+`reset_attention`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError
 
 IDS = "input_ids"
+"""Name of the column of token ids."""
 COLUMNS = (
     *(IDS, "labels", "completion_mask", "assistant_masks"),
     *("attention_mask", "position_ids", "seq_lengths"),
 )
-"""Columns that are read; others are ignored."""
+"""Names of the columns that are read; others are ignored."""
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that carries no target."""
 
 _Where = Callable[[], str]
 _Array = NDArray[Any]
@@ -46,31 +48,32 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class TokenReading:
-    """How rows of token ids are read."""
+    """Settings for reading rows of token ids."""
 
     tokenizer: TokenizerFingerprint
-    """Fingerprint of the tokenizer that made the ids, as named by the user."""
+    """Fingerprint of the tokenizer that the user gives for the ids."""
     joined: bool = False
     """Whether rows are concatenated and cut, instead of one row per window."""
     packing: Packing | None = None
-    """Packing of the windows; None until the text is packed."""
+    """Packing of the windows; None before `pack` sets it."""
     vocab_size: int = 0
-    """Number of ids that the teacher knows; 0 until the text is packed."""
+    """Number of columns of the teacher's head; 0 before `pack` sets it."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a packed corpus records, as plain JSON values."""
+        """Return the description of the settings in a packed corpus, as plain JSON values."""
         return {"tokenizer": str(self.tokenizer), "rows": "joined" if self.joined else "windows"}
 
     @property
     def settled(self) -> Packing:
-        """The packing of the windows.
+        """Packing of the windows.
 
         Raises:
-            CorpusError: the text is not being packed, so rows cannot become windows.
+            CorpusError: the packing is not set.
         """
         if self.packing is None:
             raise CorpusError(
-                "the source holds token ids, which have no text to show; pack it, then read windows"
+                "the source contains token ids, which have no text to show; pack it, then read "
+                "windows"
             )
         return self.packing
 
@@ -86,17 +89,17 @@ def token_piece(
     opens: bool = True,
     closes: bool = True,
 ) -> Piece:
-    """Return a row, or a part of a joined row, as a piece.
+    """Return the piece of a row, or of a part of a joined row.
 
     Args:
-        ids: token ids without padding, at least one.
-        where: names the row, for errors.
-        reading: how rows are read.
-        size: bytes of the source that the row takes.
-        learnt: whether each token is learnt; None if all are.
-        starts: positions at which documents begin, besides 0.
-        opens: whether the row begins here.
-        closes: whether the row ends here.
+        ids: integer [N] token ids without padding, N >= 1.
+        where: function that returns the name of the row, for errors.
+        reading: settings.
+        size: number of bytes that the row occupies in the source.
+        learnt: whether each token carries a target, bool [N]; None if all tokens do.
+        starts: positions greater than 0 at which documents begin; None for one document.
+        opens: whether the piece begins with the first token of the row.
+        closes: whether the piece ends with the last token of the row.
 
     Raises:
         CorpusError: an id lies outside the vocabulary, or the row is longer than a window.
@@ -106,9 +109,9 @@ def token_piece(
     if least < 0 or largest >= reading.vocab_size:
         wrong = least if least < 0 else largest
         raise CorpusError(
-            f"{where()} holds the token id {wrong}; the teacher's vocabulary has "
-            f"{reading.vocab_size} ids. The ids were made by another tokenizer, or stored in too "
-            "few bits: tokenize the text anew with the teacher's tokenizer"
+            f"{where()} contains the token id {wrong}, but the teacher's vocabulary has "
+            f"{reading.vocab_size} ids. The ids are of another tokenizer, or were stored in too "
+            "few bits; tokenize the text again with the teacher's tokenizer"
         )
     require_fitting(count, where, reading)
     length = count if reading.joined else packing.window_length
@@ -118,7 +121,7 @@ def token_piece(
     flags[:count] = True if learnt is None else learnt
     if starts is not None:
         begins[starts] = True
-    if count < length:  # so that padding belongs to no document
+    if count < length:  # padding counts as a separate document
         begins[count] = True
     key = document_key(padded.astype("<i4").tobytes())
     row = TokenRow(padded, flags, begins)
@@ -126,7 +129,12 @@ def token_piece(
 
 
 def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
-    """Refuse a row that is longer than a window, unless rows are joined.
+    """Validate that a row is not longer than a window, unless rows are joined.
+
+    Args:
+        count: number of tokens of the row.
+        where: function that returns the name of the row, for errors.
+        reading: settings.
 
     Raises:
         CorpusError: the row is longer.
@@ -135,23 +143,29 @@ def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
     if not reading.joined and count > length:
         raise CorpusError(
             f"{where()} has {count:,} tokens, more than a window of {length}. Give a window as "
-            "long as the longest row (--window), or join the rows (--join-rows), which cuts them "
-            "where windows end"
+            "long as the longest row (--window), or join the rows and cut them into windows "
+            "(--join-rows)"
         )
 
 
 def record_row(
     values: Mapping[str, Any], where: _Where, size: int, reading: TokenReading
 ) -> Piece | None:
-    """Return the row of a record as a piece; None if it holds no token.
+    """Return the piece of a record's row of token ids; None if the row has no tokens.
+
+    Args:
+        values: values of the record by field name.
+        where: function that returns the position of the record, for errors.
+        size: number of bytes that the record occupies in the source.
+        reading: settings.
 
     Raises:
-        CorpusError: a column is missing, has another length, or contradicts another; names the row.
+        CorpusError: a column is missing, has another length, or contradicts another column.
     """
     found = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     if IDS not in found:
         names = ", ".join(f"`{name}`" for name in values) or "none"
-        _refuse(where, f"has no column `{IDS}`; its columns are {names}. Name tokenized data")
+        _refuse(where, f"has no column `{IDS}`; its columns are {names}. Give tokenized data")
     ids = _integers(found, IDS, where)
     columns = {
         name: _integers(found, name, where, len(ids))
@@ -172,8 +186,8 @@ def record_row(
     if starts is not None and len(starts) and not reading.settled.reset_attention:
         _refuse(
             where,
-            f"holds {len(starts) + 1} documents, which the trainer keeps apart, but attention "
-            "crosses them here; reset attention at documents (--reset-attention), or leave out "
+            f"contains {len(starts) + 1} documents that must not attend to each other, but "
+            "attention is not reset; reset attention at documents (--reset-attention), or remove "
             "the columns position_ids, seq_lengths and attention_mask",
         )
     return token_piece(ids[:count], where, reading, size, learnt=learnt[:count], starts=starts)
@@ -182,10 +196,14 @@ def record_row(
 def _integers(
     columns: Mapping[str, Any], name: str, where: _Where, length: int | None = None
 ) -> _Array:
-    """Return a column of a row as int64, refused unless it is a flat list of whole numbers."""
+    """Return a column of a row as int64 [N].
+
+    Raises:
+        CorpusError: the column is not a flat list of integers, or not of the given length.
+    """
     value = columns[name]
     if not isinstance(value, list | tuple | np.ndarray):
-        _refuse(where, f"holds {type(value).__name__} in `{name}`; expected a list of numbers")
+        _refuse(where, f"has {type(value).__name__} in `{name}`; expected a list of numbers")
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # ragged, or beyond 64 bits
@@ -193,9 +211,9 @@ def _integers(
     if array.size == 0:
         array = np.empty(0, np.int64)
     if array.ndim != 1:
-        _refuse(where, f"holds lists in `{name}`; expected one flat list of numbers per row")
+        _refuse(where, f"has lists in `{name}`; expected one flat list of numbers per row")
     if array.dtype.kind not in "iub":
-        _refuse(where, f"holds other values than whole numbers in `{name}`; tokenize it anew")
+        _refuse(where, f"has other values than integers in `{name}`; tokenize the text again")
     if length is not None and len(array) != length:
         _refuse(
             where,
@@ -213,14 +231,14 @@ def _unpadded(mask: _Array | None, length: int, where: _Where) -> int:
         at = int(np.flatnonzero(mask == 0)[0])
         _refuse(
             where,
-            f"has an attention_mask of 0 at position {at}, before tokens; only padding at the end "
-            "of a row keeps positions. Pad on the right, or do not pad",
+            f"has an attention_mask of 0 at position {at}, before tokens; expected padding only at "
+            "the end, which does not shift positions. Pad on the right, or do not pad",
         )
     return count
 
 
 def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
-    """Refuse labels that are other tokens than the ids at the same positions."""
+    """Validate that labels are the ids at the same positions or `IGNORED`."""
     wrong = np.flatnonzero((labels != IGNORED) & (labels != ids))
     if not len(wrong):
         return
@@ -228,9 +246,9 @@ def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
     ahead = labels[:-1]
     shifted = bool(((ahead == ids[1:]) | (ahead == IGNORED)).all())
     advice = (
-        "the labels are shifted by one; give them unshifted, as transformers' models take them"
+        "the labels are shifted by one; give unshifted labels, as for transformers' models"
         if shifted
-        else f"expected the id or {IGNORED}: other targets than the text cannot be learnt here"
+        else f"expected the id or {IGNORED}, since targets other than the text are not supported"
     )
     _refuse(where, f"has the label {labels[at]} for the id {ids[at]} at position {at}; {advice}")
 
@@ -238,7 +256,11 @@ def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
 def _starts(
     columns: Mapping[str, _Array], found: Mapping[str, Any], count: int, padded: int, where: _Where
 ) -> _Array | None:
-    """Return where documents begin within a row, besides 0; None if no column tells."""
+    """Return the positions greater than 0 at which documents begin; None if no column states them.
+
+    Raises:
+        CorpusError: columns contradict each other, or a column is invalid.
+    """
     marks: dict[str, _Array] = {}
     mask, positions = columns.get("attention_mask"), columns.get("position_ids")
     if mask is not None and (changes := np.flatnonzero(np.diff(mask[:count])) + 1).size:
@@ -251,23 +273,27 @@ def _starts(
             _refuse(
                 where,
                 f"has the position id {positions[wrong[0]]} at position {wrong[0]}; expected 0, or "
-                "one more than the position before. Other positions cannot be reproduced",
+                "the previous position id plus one, since other positions are not supported",
             )
         marks["position_ids"] = begins[1:]
     if "seq_lengths" in found:
         lengths = _integers(found, "seq_lengths", where)
         within = ((lengths > 0) & (lengths <= padded)).all()
         if not within or int(lengths.sum()) not in (count, padded):
-            total = int(lengths.sum()) if within else "other than positive lengths"
-            _refuse(where, f"has seq_lengths that make {total}; expected the row's {count} tokens")
-        ends = np.cumsum(lengths)[:-1]
-        marks["seq_lengths"] = ends[ends < count]
-    for (first, own), (second, other) in pairwise(marks.items()):
-        if not np.array_equal(own, other):
+            total = f"sum to {int(lengths.sum())}" if within else "are not positive"
             _refuse(
                 where,
-                f"has {len(own) + 1} documents by {first} and {len(other) + 1} by {second}, or "
-                "other ones; leave out the column that the trainer does not read",
+                f"has seq_lengths that {total}; expected lengths that sum to the row's {count} "
+                "tokens",
+            )
+        ends = np.cumsum(lengths)[:-1]
+        marks["seq_lengths"] = ends[ends < count]
+    for (first, starts), (second, others) in pairwise(marks.items()):
+        if not np.array_equal(starts, others):
+            _refuse(
+                where,
+                f"has other documents by {first} ({len(starts) + 1}) than by {second} "
+                f"({len(others) + 1}); remove the column that the trainer does not read",
             )
     return next(iter(marks.values()), None)
 

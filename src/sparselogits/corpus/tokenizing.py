@@ -158,11 +158,16 @@ def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
 
 
 def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
-    """Return the number of tokens of `ids` that lie before the end of its text's beginning `text`.
+    """Return how many tokens of a text lie within a prefix of the text.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the prefix.
+        ids: tokens of the whole text.
 
     Returns:
-        The number of tokens that lie completely before the end, and the number including a token
-        that contains the end.
+        The number of tokens that lie completely within the prefix, and that number plus one if a
+        token crosses the end of the prefix.
     """
     before = tokenizer.encode(text, add_special_tokens=False)
     pairs = enumerate(zip(before, ids, strict=False))

@@ -149,7 +149,7 @@ def _select_width(
     Args:
         model: the teacher.
         target: requested sizes.
-        kept: retained blocks, without which the scores are computed.
+        kept: numbers of the retained blocks; only these are in the model that is scored.
         windows: int64 [N, L] calibration tokens.
         wide: names of the sizes to prune.
         progress: called after each window.

@@ -18,7 +18,7 @@ from sparselogits.files import user_cache, whole_folder
 from sparselogits.wording import duration
 
 NAME = "demo"
-"""Name of the demo's teacher wherever a model is named."""
+"""Name by which users select the demo's teacher."""
 
 
 def model_named(name: str) -> str:

@@ -40,9 +40,9 @@ class Span:
     file: SourceFile
     """File of the range."""
     start: int
-    """Number of the first unit."""
+    """Number of the span's first unit, counted from 0 in the file."""
     stop: int
-    """Number after the last unit."""
+    """Number of the unit after the span's last unit."""
     size: int
     """Size of the range in bytes, for progress and for portions of equal size."""
     document: int = 0
@@ -82,7 +82,7 @@ class Format:
         return (*self.suffixes, *self.weak_suffixes, *self.named_suffixes)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the files that the content of a file is in, itself first."""
+        """Return the paths of a file and of the files that belong to its content, in this order."""
         return (path,)
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:

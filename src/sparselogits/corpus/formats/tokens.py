@@ -1,18 +1,19 @@
-"""Read binary files of token ids that trainers train on.
+"""Read the binary files of token ids of several trainers.
 
-- `.ds` of datatrove, which nanotron reads: ids in uint16 or uint32. Next to it are `.ds.metadata`
-  (its first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64: ends of documents)
-  and `.ds.loss` (a byte per id, 0 where the id is not learnt).
+- `.ds` of datatrove, for nanotron: ids in uint16 or uint32. Next to it are `.ds.metadata` (its
+  first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64 ends of documents) and
+  `.ds.loss` (a byte per id, 0 for an id that carries no target).
 - `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first number is 20240520 for uint16
   or 20240801 for uint32, the second a version, the third the number of ids.
 - `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
   then int32 lengths and int64 first bytes of the sequences in `.bin`, and int64 ends of documents.
 
-The first two are streams of ids, which their trainers cut into windows from the beginning of each
-file; what is left at a file's end is not read. In the third, each sequence is a row (`token_rows`).
+The first two are streams of ids, which are cut into windows from the beginning of each file, as by
+their trainers; an incomplete window at the end is not read. In the third, each sequence is a row
+(`token_rows`).
 
-Files come from strangers: nothing is read before the sizes that a file claims are compared with its
-size, and memory is bounded by a window, or by `_BLOCK` ids of a joined sequence.
+The files are untrusted: the sizes that a file claims are compared with its size before it is read,
+and memory is bounded by a window, or by `_BLOCK` ids of a joined sequence.
 """
 
 from __future__ import annotations
@@ -48,46 +49,52 @@ _INDEX_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class TokenFormat(Format):
-    """A format of token ids alone. A subclass defines `spans` and `pieces`."""
+    """Base class of the formats of token ids; a subclass implements `spans` and `pieces`."""
 
     holds_records = True
     holds_tokens = True
     binary = True
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Refuse: token ids are no records."""
+        """Raise an error, since files of token ids have no records.
+
+        Raises:
+            CorpusError: always.
+        """
         raise CorpusError(
-            f"{span.file.name} holds token ids, no records with named fields; name other files"
+            f"{span.file.name} contains token ids; expected records with named fields. Give other "
+            "files"
         )
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the ids of a file are, and what is known of them."""
+    """Position and type of the ids in a file, and the files that belong to it."""
 
     kind: str
     """numpy's name of the type of an id."""
     first: int
-    """Byte of the first id."""
+    """Offset of the first id, in bytes."""
     count: int
     """Number of ids."""
     ends: Path | None = None
-    """File of the ends of documents."""
+    """Path of the file with the ends of documents; None without such a file."""
     learnt: Path | None = None
-    """File of a byte per id."""
+    """Path of the loss mask, a byte per id; None without a loss mask."""
 
 
 class _Stream(TokenFormat):
-    """A file of ids that is cut into windows; the units of a span are windows.
+    """Base class of the formats of one stream of ids; the unit of a span is a window.
 
-    A subclass defines `_layout`.
+    A subclass implements `_layout`.
     """
 
     def _layout(self, file: SourceFile) -> _Layout:
+        """Return the layout of a file after validating its size."""
         raise NotImplementedError
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into runs of windows."""
+        """Divide a file into spans of consecutive windows."""
         layout, length = self._layout(file), _reading(fields).settled.window_length
         size = np.dtype(layout.kind).itemsize * length
         step, windows = max(span_bytes // size, 1), layout.count // length
@@ -96,7 +103,7 @@ class _Stream(TokenFormat):
             yield Span(file, start, stop, (stop - start) * size)
 
     def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
-        """Yield the windows of a span, in order."""
+        """Yield the windows of a span as pieces, in order."""
         file, reading, layout = span.file, _reading(fields), self._layout(span.file)
         length, size = reading.settled.window_length, np.dtype(layout.kind).itemsize
         with (
@@ -120,18 +127,18 @@ class _Stream(TokenFormat):
                 )
 
     def _starts(self, ids: _Array, reading: TokenReading) -> _Array | None:
-        """Return where documents begin in a window of a file that does not say it."""
+        """Return the positions at which documents begin in a window of a file without `ends`."""
         return None
 
 
 class Datatrove(_Stream):
-    """Token files of datatrove, which nanotron reads in windows of a sequence and one id more."""
+    """Token files of datatrove, which nanotron reads in windows of its sequence length plus one."""
 
     name = "datatrove"
     weak_suffixes = (".ds",)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the file, and those that datatrove wrote for it."""
+        """Return the paths of the file and of the files that datatrove wrote next to it."""
         others = (Path(f"{path}.{name}") for name in ("metadata", "index", "loss"))
         return (path, *(other for other in others if other.is_file()))
 
@@ -143,7 +150,7 @@ class Datatrove(_Stream):
         width = _width(found.get(".metadata")) or (size // last if last else None)
         if width not in (2, 4):
             raise CorpusError(
-                f"{file.name}: the bytes per id are unknown. Keep {file.name}.metadata or "
+                f"{file.name}: the bytes per id are unknown. Copy {file.name}.metadata or "
                 f"{file.name}.index next to it, or write the former: its first line is `NAME|2` "
                 "for uint16 or `NAME|4` for uint32"
             )
@@ -151,19 +158,19 @@ class Datatrove(_Stream):
         if rest or (last is not None and last != count):
             expected = f"{last} ids" if last is not None else "a whole number of ids"
             raise CorpusError(
-                f"{file.name} has {size:,} bytes, expected {expected} of {width} bytes: it was not "
-                "written or fetched whole, or its index is another file's. Fetch both anew"
+                f"{file.name} has {size:,} bytes, expected {expected} of {width} bytes, so it is "
+                "incomplete, or its index belongs to another file; download both again"
             )
         if learnt is not None and learnt.stat().st_size != count:
             raise CorpusError(
                 f"{file.name}.loss has {learnt.stat().st_size:,} bytes, expected one per id, "
-                f"{count:,}; fetch it anew, or remove it to learn all tokens"
+                f"{count:,}; download it again, or remove it to train on all tokens"
             )
         return _Layout(f"<u{width}", 0, count, ends, learnt)
 
 
 class TokenShard(_Stream):
-    """Token shards of llm.c and modded-nanogpt; a separator begins each document."""
+    """Token shards of llm.c and modded-nanogpt, in which a separator begins each document."""
 
     name = "token-shard"
     weak_suffixes = (".bin",)
@@ -176,17 +183,19 @@ class TokenShard(_Stream):
         magic, version, count, *_ = _HEADER.unpack(header) if whole else (None, None, 0)
         if magic not in _SHARD_KINDS:
             advice = (
-                "name files that begin with 256 numbers, the first of them 20240520 or 20240801"
+                "give files that begin with 256 numbers, the first of them 20240520 or 20240801"
             )
             if file.path.with_suffix(".idx").exists():
-                advice = f"it belongs to {file.path.with_suffix('.idx').name}: name that file"
-            raise CorpusError(f"{file.name} begins with {magic}, which is no token shard; {advice}")
+                advice = f"it belongs to {file.path.with_suffix('.idx').name}, so give that file"
+            raise CorpusError(
+                f"{file.name} begins with {magic}, so it is not a token shard; {advice}"
+            )
         kind = _SHARD_KINDS[magic]
         expected = _HEADER.size + count * np.dtype(kind).itemsize
         if count < 0 or size != expected:
             raise CorpusError(
-                f"{file.name} claims {count:,} ids of version {version}, {expected:,} bytes, and "
-                f"has {size:,}: it was not written or fetched whole; fetch it anew"
+                f"{file.name} claims {count:,} ids of version {version}, {expected:,} bytes, but "
+                f"has {size:,}, so it is incomplete; download it again"
             )
         return _Layout(kind, _HEADER.size, count)
 
@@ -195,23 +204,23 @@ class TokenShard(_Stream):
 
 
 class Megatron(TokenFormat):
-    """Indexed datasets of Megatron-LM; the units of a span are sequences, each of them a row."""
+    """Indexed datasets of Megatron-LM; the unit of a span is a sequence, which is one row."""
 
     name = "megatron"
     weak_suffixes = (".idx",)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the index and the file of ids."""
+        """Return the paths of the index and of the file of ids."""
         ids = path.with_suffix(".bin")
         if not ids.is_file():
             raise CorpusError(
-                f"{path.name} is an index without its ids: {ids.name} is missing next to it; fetch "
-                "both"
+                f"{path.name} is an index, but the file of its ids, {ids.name}, is missing next to "
+                "it; download both"
             )
         return path, ids
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into runs of sequences, after checking that all lie within the ids."""
+        """Divide a file into spans of sequences, after validating all of their positions."""
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
         width, size = np.dtype(kind).itemsize, ids.stat().st_size
@@ -227,9 +236,9 @@ class Megatron(TokenFormat):
                     at = int(wrong[0])
                     raise CorpusError(
                         f"{file.name}: sequence {first + at} claims {lengths[at]:,} ids from byte "
-                        f"{begins[at]:,} on; {ids.name} has {size:,} bytes, and sequences follow "
-                        "one another. The two files do not belong together, or one was not "
-                        "written whole: fetch or make both anew"
+                        f"{begins[at]:,} on, but {ids.name} has {size:,} bytes, and sequences do "
+                        "not overlap. The two files do not belong together, or one is incomplete; "
+                        "download or write both again"
                     )
                 end = int(stops[-1])
                 for at, length in enumerate(lengths.tolist(), first + 1):
@@ -241,7 +250,7 @@ class Megatron(TokenFormat):
             yield Span(file, start, count, held)
 
     def pieces(self, span: Span, fields: Fields) -> Iterator[Piece]:
-        """Yield the sequences of a span, in order; a long one that is joined, in blocks."""
+        """Yield the sequences of a span as pieces, in order; a long joined sequence in blocks."""
         file, reading = span.file, _reading(fields)
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
@@ -266,45 +275,44 @@ class Megatron(TokenFormat):
                         )
 
     def _open_index(self, file: SourceFile) -> tuple[str, int]:
-        """Return the type of the ids and the number of sequences, from a checked header."""
+        """Return the type of the ids and the number of sequences, from a validated header."""
         with _opened(file.path) as handle:
             size = os.fstat(handle).st_size
             header = os.pread(handle, _INDEX_HEADER.size, 0)
         if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
             raise CorpusError(
-                f"{file.name} is no index of Megatron-LM: it begins with {header[:9]!r}, expected "
-                f"{_INDEX_MAGIC!r}; name the .idx file of an indexed dataset"
+                f"{file.name} is not an index of Megatron-LM: it begins with {header[:9]!r}, "
+                f"expected {_INDEX_MAGIC!r}; give the .idx file of an indexed dataset"
             )
         _, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
         if version != 1 or code not in _INDEX_KINDS:
             raise CorpusError(
                 f"{file.name} has version {version} and ids of type {code}; expected version 1 and "
-                f"whole numbers ({', '.join(map(str, _INDEX_KINDS))}). Make it anew"
+                f"an integer type ({', '.join(map(str, _INDEX_KINDS))}). Write it again"
             )
         expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
         if size == expected + sequences and sequences:
             raise CorpusError(
-                f"{file.name} is a multimodal dataset: it has a mode for each sequence. Only text "
-                "is read"
+                f"{file.name} is a multimodal dataset, with a mode for each sequence; expected a "
+                "dataset of text"
             )
         if size != expected:
             raise CorpusError(
                 f"{file.name} claims {sequences:,} sequences and {documents:,} documents, "
-                f"{expected:,} bytes, and has {size:,}: it was not written or fetched whole; fetch "
-                "it anew"
+                f"{expected:,} bytes, but has {size:,}, so it is incomplete; download it again"
             )
         return _INDEX_KINDS[code], sequences
 
 
 def _reading(fields: Fields | None) -> TokenReading:
     assert fields is not None
-    assert fields.tokens is not None  # checked by `open_source`
+    assert fields.tokens is not None  # validated by `open_source`
     return fields.tokens
 
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[Any]:
-    """Open a regular file for `os.pread`; None for no file."""
+    """Open a regular file during a block and yield its descriptor; None for no file."""
     if path is None:
         yield None
         return
@@ -316,7 +324,11 @@ def _opened(path: Path | None) -> Iterator[Any]:
 
 
 def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
-    """Return numbers of a file; an error where it ends before."""
+    """Return `count` numbers of type `kind` from byte `first` of a file, as int64.
+
+    Raises:
+        CorpusError: the file ends before.
+    """
     size = count * np.dtype(kind).itemsize
     data = os.pread(handle, size, first)
     while 0 < len(data) < size and (more := os.pread(handle, size - len(data), first + len(data))):
@@ -324,7 +336,7 @@ def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
     if len(data) != size:
         raise CorpusError(
             f"{name} ends at byte {first + len(data):,}, expected {size:,} bytes from byte "
-            f"{first:,} on; it became shorter while it was read. Fetch it anew"
+            f"{first:,} on, so it became shorter while it was read; download it again"
         )
     return np.frombuffer(data, kind).astype(np.int64)
 
@@ -332,7 +344,15 @@ def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
 def _sequences(
     handle: int, start: int, stop: int, count: int, name: str
 ) -> Iterator[tuple[int, _Array, _Array]]:
-    """Yield, in blocks, the first number, the lengths and the first bytes of sequences."""
+    """Yield (number of the first sequence, lengths, first bytes) of blocks of sequences.
+
+    Args:
+        handle: descriptor of the index.
+        start: number of the first sequence.
+        stop: number after the last sequence.
+        count: number of all sequences in the index.
+        name: name of the index, for errors.
+    """
     for first in range(start, stop, _BLOCK):
         many = min(_BLOCK, stop - first)
         lengths = _read(handle, _INDEX_HEADER.size + 4 * first, many, "<i4", name)
@@ -341,7 +361,7 @@ def _sequences(
 
 
 def _width(path: Path | None) -> int | None:
-    """Return the bytes per id that datatrove's metadata states; None where they do not."""
+    """Return the bytes per id in datatrove's metadata; None if the metadata lack them."""
     if path is None:
         return None
     with path.open("rb") as handle:
@@ -351,7 +371,7 @@ def _width(path: Path | None) -> int | None:
 
 
 class _Ends:
-    """The ends of documents in a file, as a sequence that `bisect` reads."""
+    """Ends of documents in a file, as a sequence for `bisect`."""
 
     def __init__(self, handle: int, count: int, name: str) -> None:
         self._handle, self._count, self._name = handle, count, name
@@ -364,24 +384,25 @@ class _Ends:
 
 
 def _last_end(path: Path, name: str) -> int:
+    """Return the end of the last document."""
     with _opened(path) as handle:
         count, rest = divmod(os.fstat(handle).st_size, 8)
         if rest or not count:
             raise CorpusError(
-                f"{name}.index has {8 * count + rest} bytes, expected 8 for each document; fetch "
-                "it anew, or remove it"
+                f"{name}.index has {8 * count + rest} bytes, expected 8 per document; download it "
+                "again, or remove it"
             )
         return _Ends(handle, count, name)[count - 1]
 
 
 def _ends_within(handle: int, start: int, stop: int, name: str) -> _Array:
-    """Return the ends of documents in (start, stop), which are the starts of the next ones."""
+    """Return the ends of documents in (start, stop), at which the next documents start."""
     ends = _Ends(handle, os.fstat(handle).st_size // 8, name)
     first, last = bisect_right(ends, start), bisect_left(ends, stop)
     many = min(max(last - first, 0), stop - start)
     found = _read(handle, 8 * first, many, "<u8", name)
     if many != last - first or (np.diff(found) < 0).any():
         raise CorpusError(
-            f"{name} does not ascend at its document {first}; fetch it anew, or remove it"
+            f"{name} does not ascend at document {first}; download it again, or remove it"
         )
     return found
