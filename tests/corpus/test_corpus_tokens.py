@@ -215,12 +215,12 @@ def test_rows_of_numbered_documents_and_masks_of_trl(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "longer than a window": ({"input_ids": [1] * 9}, r"9 tokens, more than a window of 8"),
-    "outside the vocabulary": ({"input_ids": [1, VOCAB]}, r"token id 300; the teacher's"),
+    "outside the vocabulary": ({"input_ids": [1, VOCAB]}, r"token id 300, but the teacher's"),
     "negative id": ({"input_ids": [1, -100]}, r"token id -100"),
     "huge id": ({"input_ids": [2**63, 2**63]}, r"token id -9223372036854775808"),
     "beyond 64 bits": ({"input_ids": [1, 2**70]}, r"other values than integers"),
     "not tokenized": ({"text": "abc"}, r"no column `input_ids`; its columns are `text`"),
-    "text in place of ids": ({"input_ids": "abc"}, r"holds str in `input_ids`"),
+    "text in place of ids": ({"input_ids": "abc"}, r"has str in `input_ids`"),
     "a batch": ({"input_ids": [[1, 2]]}, r"has lists in `input_ids`"),
     "ragged": ({"input_ids": [[1], [1, 2]]}, r"other values than integers|has lists"),
     "floats": ({"input_ids": [1.0, 2.0]}, r"other values than integers"),
@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "documents without reset": (
         {"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]},
-        r"holds 2 documents, .* reset attention",
+        r"contains 2 documents .* reset attention",
     ),
     "positions that skip": (
         {"input_ids": [1, 2, 3], "position_ids": [0, 1, 5]},
@@ -305,14 +305,14 @@ def test_the_tokenizer_has_to_be_named_and_to_be_the_teachers(
     words = FAMILIES["word pieces"]()
     other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
     source = open_source(path, tokenized_by=other)
-    with pytest.raises(IdentityMismatchError, match=r"is not the one that rows\.jsonl was made"):
+    with pytest.raises(IdentityMismatchError, match=r"is not the tokenizer of rows\.jsonl"):
         pack(source, tokenizer, packing, tmp_path / "b", vocab_size=VOCAB)
     with pytest.raises(InvalidArgumentError, match="labels determine the targets"):
         packed(path, completion_only=True)
     with pytest.raises(InvalidArgumentError, match="found join_rows with text"):
         open_source(path, join_rows=True)
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(CorpusError, match=r"a\.txt is read as text, but a tokenizer is named"):
+    with pytest.raises(CorpusError, match=r"a\.txt is read as text, but tokenized_by is given"):
         packed(tmp_path / "a.txt")
     (tmp_path / "x.ds").write_bytes(b"\0\0")
     with pytest.raises(CorpusError, match=r"x\.ds holds token ids; name the tokenizer"):
@@ -399,8 +399,11 @@ def test_another_index_is_another_text(tmp_path: Path, tokenizer: PreTrainedToke
         (lambda p: p.write_bytes(p.read_bytes()[:-2]), "expected 17 ids of 2 bytes"),
         (lambda p: Path(f"{p}.metadata").write_text("name|3"), "are unknown"),
         (lambda p: Path(f"{p}.metadata").write_text("n|" + "9" * 5000), "34 bytes|^$"),
-        (lambda p: Path(f"{p}.index").write_bytes(b"\0" * 9), "has 9 bytes, expected 8 for each"),
-        (lambda p: Path(f"{p}.index").write_bytes(b""), "has 0 bytes, expected 8 for each"),
+        (
+            lambda p: Path(f"{p}.index").write_bytes(b"\0" * 9),
+            "has 9 bytes, expected 8 per document",
+        ),
+        (lambda p: Path(f"{p}.index").write_bytes(b""), "has 0 bytes, expected 8 per document"),
         (
             lambda p: Path(f"{p}.index").write_bytes(struct.pack("<4Q", 5, 3, 4, 17)),
             "does not ascend",
@@ -559,7 +562,10 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"lengths": [3, 2, 4]}, r"sequence 2 claims 4 ids from byte 10 on; a\.bin has 16 bytes"),
+        (
+            {"lengths": [3, 2, 4]},
+            r"sequence 2 claims 4 ids from byte 10 on, but a\.bin has 16 bytes",
+        ),
         ({"begins": [0, 6, -(2**62)]}, r"sequence 2 claims 3 ids from byte -4,611"),
         ({"begins": [0, 6, 2**63 - 1]}, r"sequence 2 claims 3 ids from byte 9,223"),
         ({"begins": [0, 0, 0]}, r"sequence 1 claims .* sequences do not overlap"),
@@ -570,7 +576,7 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
         ({"code": 7}, r"version 1 and ids of type 7; expected version 1 and an integer type"),
         ({"code": 99}, r"ids of type 99"),
         ({"version": 2}, r"has version 2"),
-        ({"magic": b"TNTIDX\x00\x00\x00"}, r"no index of Megatron-LM: it begins with b'TNTIDX"),
+        ({"magic": b"TNTIDX\x00\x00\x00"}, r"not an index of Megatron-LM: it begins with b'TNTIDX"),
         ({"more": b"\0\0\0"}, r"is a multimodal dataset"),
         ({"more": b"\0"}, r"is incomplete"),
     ],
@@ -600,7 +606,7 @@ def test_files_that_do_not_belong_together_are_refused(
     with pytest.raises(CorpusError, match=r"a\.bin has 14 bytes"):
         packed(path)
     (tmp_path / "a.bin").unlink()
-    with pytest.raises(CorpusError, match=r"a\.bin is missing next to it"):
+    with pytest.raises(CorpusError, match=r"a\.bin, is missing next to it"):
         packed(path)
 
 
@@ -610,7 +616,7 @@ def test_ids_stored_in_too_few_bits_are_found(
     """An id above 127 in int8 comes back negative; in uint8 it would be another id, unnoticed."""
     ids: NDArray[Any] = np.array([100, 200], np.int64)
     path = write_indexed(tmp_path / "a", [ids.astype(np.int8).tolist()], code=2)
-    with pytest.raises(CorpusError, match=r"token id -56; .* stored in too few bits"):
+    with pytest.raises(CorpusError, match=r"token id -56, .* stored in too few bits"):
         packed(path)
 
 

@@ -129,7 +129,7 @@ _running: _Running | None = None
 
 
 class _Running:
-    """Running rendering process and its current template."""
+    """Rendering process that is running, with its current template."""
 
     def __init__(self) -> None:
         limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]

@@ -38,10 +38,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files that were found and have one reason in common, usually for not being read."""
+    """Group of found files with a common remark, such as the reason why they are not read."""
 
     reason: str
-    """Reason, as a phrase such as "no text by name"."""
+    """The remark, as a phrase such as "no text by name"."""
     names: tuple[str, ...]
     """Relative names of the files."""
 

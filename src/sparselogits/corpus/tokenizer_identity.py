@@ -152,8 +152,8 @@ def require_tokenizer(
             "tokens cannot be distinguished from other ids"
         )
     error = IdentityMismatchError(
-        f"{whose} ({found[:12]}...) is not the tokenizer that {origin} was built with "
-        f"({expected[:12]}...): {reason}. Use the tokenizer that {origin} was built with"
+        f"{whose} ({found[:12]}...) is not the tokenizer of {origin} "
+        f"({expected[:12]}...): {reason}. Use the tokenizer of {origin}"
     )
     refuse(error, "other-tokenizer", allow)
 

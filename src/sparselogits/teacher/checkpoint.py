@@ -129,10 +129,7 @@ def _of_folder(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpo
     if _is_adapter(folder) and not (folder / CONFIG).exists():
         return _of_adapter(found, allow, depth)
     if not (folder / CONFIG).exists():
-        raise TeacherError(
-            f"the folder {found.name} contains no model: it has no {CONFIG}. Give the folder to "
-            "which a model was saved, or the folder of a run of `sparselogits train`"
-        )
+        raise no_model_error(found.name)
     names = _weight_names(folder, found.name)
     files = tuple(_weight_file(folder, name, found.name, allow) for name in names)
     if _is_adapter(folder):
@@ -140,6 +137,14 @@ def _of_folder(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpo
     checkpoint = Checkpoint(found.name, found.source, folder, found.commit, weights=files)
     require_plausible(checkpoint)
     return checkpoint
+
+
+def no_model_error(name: str) -> TeacherError:
+    """Return the error for a folder without the configuration of a model."""
+    return TeacherError(
+        f"the folder {name} contains no model: it has no {CONFIG}. Give the folder to which a "
+        "model was saved, or the folder of a run of `sparselogits train`"
+    )
 
 
 def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:

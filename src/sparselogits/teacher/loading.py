@@ -37,6 +37,7 @@ from sparselogits.teacher.checkpoint import (
     bounded_by,
     file_sha256,
     find_checkpoint,
+    no_model_error,
     require_plausible,
     tensor_shapes,
 )
@@ -470,10 +471,7 @@ def _require_folder(name: str, error: Exception) -> None:
             "name as in HuggingFaceTB/SmolLM2-135M"
         ) from error
     if path.is_dir() and not (path / CONFIG).exists():
-        raise TeacherError(
-            f"the folder {name} contains no model: it has no {CONFIG}. Give the folder to which a "
-            "model was saved, or the folder of a run of `sparselogits train`"
-        ) from error
+        raise no_model_error(name) from error
 
 
 def quantization(name: str, model: nn.Module) -> str | None:

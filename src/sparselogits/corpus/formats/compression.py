@@ -53,7 +53,7 @@ class _Zlib:
 class _Zstd:
     """zstandard's decompressor with the interface of `bz2.BZ2Decompressor`.
 
-    A call decompresses all of its input, whatever its argument `most` is.
+    A call decompresses all of its input; the limit `most` is ignored.
     """
 
     needs_input = True
