@@ -315,7 +315,7 @@ def test_the_tokenizer_has_to_be_named_and_to_be_the_teachers(
     with pytest.raises(CorpusError, match=r"a\.txt is read as text, but tokenized_by is given"):
         packed(tmp_path / "a.txt")
     (tmp_path / "x.ds").write_bytes(b"\0\0")
-    with pytest.raises(CorpusError, match=r"x\.ds holds token ids; name the tokenizer"):
+    with pytest.raises(CorpusError, match=r"x\.ds contains token ids; give their tokenizer"):
         open_source(tmp_path / "x.ds")
 
 
