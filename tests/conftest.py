@@ -107,6 +107,34 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: 
 
 
 @pytest.fixture(scope="session")
+def second_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
+    """A teacher with the same tokenizer whose head has other padding."""
+    folder = tmp_path_factory.mktemp("second")
+    tiny_llama(seed=1, vocab_size=PADDED_VOCABULARY + 8).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def second_cache(cache: Path, second_teacher: Path, tokenizer: object) -> Path:
+    """The text of the small cache, read by the second teacher: 15 systematic rounds."""
+    from sparselogits.caching import CacheRequest, build_caches
+    from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+    from sparselogits.samplers import Systematic
+    from sparselogits.teacher import load_teacher
+
+    folder = cache.parent / "second"
+    build_caches(
+        load_teacher(str(second_teacher), tokenizer=tokenizer),
+        PackedCorpus.open(cache / "corpus"),
+        [CacheRequest(folder, Systematic(15), seed=1)],
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        windows_per_shard=64,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     server = S3Server()
     yield server

@@ -50,6 +50,8 @@ def desk(
     shutil.copytree(teacher_folder, tmp_path / "my-teacher")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     shutil.copytree(tmp_path / "my-student", tmp_path / "my-run" / "model")
+    shutil.copytree(teacher_folder, tmp_path / "other-teacher")
+    tiny_llama(seed=4).save_pretrained(tmp_path / "other-teacher")
     (tmp_path / "pages").mkdir()
     pages = [json.loads(line)["text"] for line in text.open()]
     paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
@@ -73,7 +75,13 @@ def desk(
     return tmp_path
 
 
-NAMES = {"MODEL": "my-teacher", "STUDENT": "my-student", "TEXT": "text.jsonl", "CHAT": "chat.jsonl"}
+NAMES = {
+    "MODEL": "my-teacher",
+    "OTHER": "other-teacher",
+    "STUDENT": "my-student",
+    "TEXT": "text.jsonl",
+    "CHAT": "chat.jsonl",
+}
 NAMES |= {"CACHE": "my-cache"}
 SMALL = {"cache": ["--window", "64"]}  # for the tiny teacher
 SHELL = {"&&", "||", "|", ";", ">"}

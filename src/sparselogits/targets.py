@@ -260,6 +260,65 @@ class SparseTargets:
             check=False,
         )
 
+    @staticmethod
+    def mixed(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
+        """Return the weighted sum of targets for the same positions.
+
+        Entries of one id at one position are added up. If every part is an unbiased target of its
+        teacher's distribution p_m, the sum is one of sum_m w_m p_m. Where all parts carry counts,
+        the result has those of all rounds together, and can be thinned.
+
+        Args:
+            parts: targets of P positions each; sizes of vocabularies may differ, as those of padded
+                heads do.
+            weights: non-negative weight of each part. Parts of weight 0 are left out.
+
+        Raises:
+            InvalidTargetsError: there are no parts with a weight, or their positions differ.
+
+        Examples:
+            >>> import torch
+            >>> def one(*ids: int) -> SparseTargets:
+            ...     weight = torch.full((len(ids),), 1 / len(ids))
+            ...     return SparseTargets(
+            ...         torch.tensor(ids), weight, torch.tensor([0, len(ids)]), vocab_size=10
+            ...     )
+            >>> ids, weights = SparseTargets.mixed([one(3, 7), one(7)], [0.5, 0.5])[0]
+            >>> ids.tolist(), weights.tolist()
+            ([3, 7], [0.25, 0.75])
+        """
+        used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
+        if len({len(part) for part, _ in used}) != 1:
+            raise InvalidTargetsError(
+                "targets of several teachers are mixed position by position; found parts with a "
+                f"weight of {[len(part) for part, _ in used]} positions, expected at least one, "
+                "all of the same length"
+            )
+        first, weight = used[0]
+        if len(used) == 1 and weight == 1:
+            return first
+        vocabulary = max(part.vocab_size for part, _ in used)
+        places = torch.cat([part.positions * vocabulary + part.ids for part, _ in used])
+        kept, entry = places.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        summed = torch.zeros(len(kept), dtype=torch.float64, device=kept.device)
+        summed.index_add_(0, entry, torch.cat([part.weights.double() * w for part, w in used]))
+        counts, rounds = None, None
+        drawn = [part.counts for part, _ in used if part.counts is not None]
+        if len(drawn) == len(used):
+            counts = torch.zeros(len(kept), dtype=torch.int32, device=kept.device)
+            counts.index_add_(0, entry, torch.cat(drawn))
+            rounds = sum(part.rounds or 0 for part, _ in used)
+        owners = kept.div(vocabulary, rounding_mode="floor")
+        return SparseTargets(
+            kept % vocabulary,
+            summed.to(first.weights.dtype),
+            offsets_from_lengths(owners.bincount(minlength=len(first))),
+            vocabulary,
+            counts=counts,
+            rounds=rounds,
+            check=False,
+        )
+
     def thin(self, rounds: int, starts: Tensor | int) -> SparseTargets:
         """Return targets with `rounds` of each position's ordered rounds, evenly spaced.
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparselogits import __version__
+from sparselogits.cli.average import average
 from sparselogits.cli.cache import CacheCommand, cache
 from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
@@ -116,6 +117,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ("demo", demo, _CREATE, "--out demo-run"),
     ("train", train, _USE, "--cache my-cache --student-config tiny --out my-run"),
     ("shrink", shrink, _USE, "demo --layers 24 --cache my-cache --out student"),
+    ("average", average, _USE, "run-1 run-2 run-3 --out teacher"),
     ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
     ("info", info, _MANAGE, "my-cache"),
     ("view", view, _MANAGE, "my-cache --window 3 --teacher demo"),

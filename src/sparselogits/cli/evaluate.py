@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from sparselogits.cli.evaluated_text import OtherText, text_to_evaluate, tokenizer_of
-from sparselogits.cli.models import load_cache_teacher, load_student
+from sparselogits.cli.models import load_cache_teachers, load_student, shares_of_teachers
 from sparselogits.cli.options import (
     DATA,
     MEASUREMENTS,
@@ -26,8 +27,10 @@ from sparselogits.cli.options import (
     Dtype,
     JoinRows,
     Json,
+    MixtureWeights,
     SeparatorId,
     TokenizedBy,
+    parsed_weights,
     print_json,
     print_next,
     resolve_device,
@@ -54,9 +57,10 @@ def evaluate_command(
     ],
     *,
     teacher: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}.",
+            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}. Once per "
+            "cache where several are mixed.",
             show_default="none; loss and calibration only",
             rich_help_panel=MODEL,
         ),
@@ -64,14 +68,16 @@ def evaluate_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     cache: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Folder or URL of the cache whose held-out text is evaluated. With --data, only "
-            "the cache's packing settings are used.",
+            "the cache's packing settings are used. May be repeated: the caches of the teachers "
+            "that are mixed.",
             show_default="none; give this or --data",
             rich_help_panel=DATA,
         ),
     ] = None,
+    weights: MixtureWeights = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -188,16 +194,21 @@ def evaluate_command(
     """Evaluate a student on text: loss, calibration, and divergence from its teacher."""
     from sparselogits.caching import fetch_texts
     from sparselogits.corpus import require_tokenizer
+    from sparselogits.data import CacheDataset
     from sparselogits.evaluate import draft_from_prefixes, evaluate
     from sparselogits.lab.tasks import require_lm_eval
     from sparselogits.store import Cache
+    from sparselogits.teacher import TransformersTeacher
     from sparselogits.teacher.loading import locate_model
 
-    if draft and teacher is None:
+    teachers, caches = teacher or [], cache or []
+    given = parsed_weights(weights)
+    shares = shares_of_teachers(teachers, caches, given)
+    if draft and not teachers:
         raise InvalidArgumentError(
             "--draft needs --teacher, which verifies the drafted tokens; name the teacher"
         )
-    if cache is None and data is None:
+    if not caches and data is None:
         raise InvalidArgumentError(
             "no text to evaluate on: give --cache CACHE for the held-out text of a cache, or "
             "--data FILE for another text"
@@ -232,35 +243,42 @@ def evaluate_command(
                 "--join-rows": join_rows,
             }
         )
-    for name in (student, teacher, tokenizer):
+    for name in (student, *teachers, tokenizer):
         if name is not None:
             locate_model(name)  # reports a missing path before any file is read
-    opened = None if cache is None else Cache.open(cache)
+    opened = [Cache.open(path) for path in caches]
+    if len(caches) > 1:
+        CacheDataset(caches, weights=given)  # refuses caches that do not fit each other
     loaded_tokenizer = None
     if tasks or other is not None:
         if tasks:
             require_lm_eval()
-        named = [tokenizer] if tokenizer else [*([teacher] if teacher else []), student]
+        named = [tokenizer] if tokenizer else [*teachers, student]
         loaded_tokenizer = tokenizer_of(named, student, purpose="--tasks" if tasks else "--data")
-        if opened is not None:
+        if opened:
             require_tokenizer(
-                loaded_tokenizer, opened.identity.tokenizer, opened.recorded_tokenizer()
+                loaded_tokenizer, opened[0].identity.tokenizer, opened[0].recorded_tokenizer()
             )
     with ExitStack() as stack:
         packed = corpus
-        if packed is None and cache is not None:
-            packed = fetch_texts(cache) / "corpus"
+        if packed is None and caches:
+            packed = fetch_texts(caches[0]) / "corpus"
         windows = stack.enter_context(
             text_to_evaluate(
-                student, opened, packed, other, tokenizer=loaded_tokenizer, limit=limit
+                student,
+                opened[0] if opened else None,
+                packed,
+                other,
+                tokenizer=loaded_tokenizer,
+                limit=limit,
             )
         )
         device = resolve_device(device)
         model = load_student(student, device)
         engine = None
-        if teacher is not None:
-            identity = None if opened is None else opened.identity
-            engine = load_cache_teacher(teacher, identity, device, dtype=dtype)
+        if teachers:
+            identities = [cache.identity for cache in opened]
+            engine = load_cache_teachers(teachers, identities, shares, device, dtype=dtype)
         length = windows.corpus.packing.window_length
         with stage("evaluating", "tokens", per_unit=length) as update:
             found = evaluate(
@@ -274,7 +292,9 @@ def evaluate_command(
                 )
         scores: dict[str, list[TaskScore]] = {}
         if tasks:
-            models = {"student": model} | ({} if engine is None else {"teacher": engine.model})
+            models = {"student": model}
+            if isinstance(engine, TransformersTeacher):
+                models["teacher"] = engine.model
             scores = _scores(models, loaded_tokenizer, windows.corpus, tasks, task_limit)
     if as_json:
         rows = {name: row.to_json() for name, row in found.items()}
@@ -304,12 +324,12 @@ def evaluate_command(
     if scores:
         stdout().print(_task_table(scores))
     if engine is None:
-        text = ("--cache", cache) if cache is not None else ("--data", data)
-        print_next("eval", student, *text, "--teacher", "MODEL")
-    elif cache is not None:
-        print_next("view", cache, "--teacher", teacher, "--student", student)
+        each = [("--cache", path) for path in caches] or [("--data", data)]
+        print_next("eval", student, *chain(*((*text, "--teacher", "MODEL") for text in each)))
+    elif caches:
+        print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
     else:
-        print_next("eval", student, "--data", data, "--teacher", teacher, "--draft", 4)
+        print_next("eval", student, "--data", data, "--teacher", teachers[0], "--draft", 4)
 
 
 def _require_no_data_options(given: dict[str, bool]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -79,6 +79,17 @@ Allow = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+MixtureWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Weights of the teachers, where several caches are mixed: numbers whose sum is 1, in "
+        "the order of the caches (0.7,0.3), or best for the teacher with the lowest loss in each "
+        "window.",
+        show_default="equal weights",
+        rich_help_panel=DATA,
+    ),
+]
 SeparatorId = Annotated[
     int | None,
     typer.Option(
@@ -140,6 +151,24 @@ def named_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> obj
     from sparselogits.teacher.loading import load_tokenizer
 
     return None if name is None else load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
+    """Parse the value of `--weights`.
+
+    Raises:
+        InvalidArgumentError: a part is not a number.
+    """
+    if text is None:
+        return None
+    if text == "best":
+        return "best"
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"--weights takes numbers separated by commas, as in 0.7,0.3, or best; got {text!r}"
+        ) from error
 
 
 def stdout() -> Console:

@@ -19,6 +19,8 @@ from sparselogits.cli.options import (
     Allow,
     Device,
     Json,
+    MixtureWeights,
+    parsed_weights,
     print_json,
     print_next,
     resolve_device,
@@ -106,13 +108,15 @@ def train(
     ] = None,
     device: Device = "auto",
     cache: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Folder or URL of the cache to train from.",
+            help="Folder or URL of the cache to train from. May be repeated: caches of one text by "
+            "several teachers are mixed.",
             show_default="the recipe's",
             rich_help_panel=DATA,
         ),
     ] = None,
+    weights: MixtureWeights = None,
     num_train_epochs: Annotated[
         float | None,
         typer.Option(help="Passes over the cache.", show_default="1", rich_help_panel=TRAINING),
@@ -213,7 +217,8 @@ def train(
     from sparselogits.train.recipe import parse_recipe, read_yaml
 
     options: dict[str, Any] = {
-        "cache": cache,
+        "cache": None if cache is None else cache[0] if len(cache) == 1 else cache,
+        "weights": parsed_weights(weights),
         "out": None if out is None else str(out),
         "student": _student(student, student_config, lora),
         "method": method,
@@ -269,7 +274,10 @@ def train(
         tokens = planned[0].tokens if planned else None
         stdout().print(_summary(loaded, result, tokens))
         named = [] if loaded.teacher is None else ["--teacher", loaded.teacher]
-        print_next("eval", result.out, "--cache", loaded.cache, *named)
+        caches = [word for cache in loaded.caches for word in ("--cache", cache)]
+        if loaded.weights and isinstance(loaded.weights[0], float | int):
+            caches += ["--weights", ",".join(f"{weight:g}" for weight in loaded.weights)]
+        print_next("eval", result.out, *caches, *named)
 
 
 def _student(path: str | None, config: str | None, lora: int | None) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def require_tokenizer(
     these differences.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or its fingerprint.
         expected: fingerprint in the cache's identity (`tokenizer_fingerprint`).
         recorded: description in a shard's provenance (`Cache.recorded_tokenizer`); None for a cache
             of an older version without it, which accepts only an identical tokenizer.
@@ -126,7 +126,9 @@ def require_tokenizer(
     Raises:
         IdentityMismatchError: an id is another token.
     """
-    found = tokenizer_fingerprint(tokenizer)
+    found = tokenizer
+    if not isinstance(tokenizer, TokenizerFingerprint):
+        found = tokenizer_fingerprint(tokenizer)
     if found == expected:
         return
     cached = recorded if isinstance(recorded, Mapping) else {}

@@ -3,17 +3,20 @@
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries
 from sparselogits.data.decoding import decode
+from sparselogits.data.mixture import Mixture, Weights
 from sparselogits.data.order import WindowOrder, WindowRequest, WindowSampler
 from sparselogits.data.rows import TokenisedRows, as_windows
 from sparselogits.data.thinning import Pace, Schedule, Stage
 
 __all__ = [
     "CacheDataset",
+    "Mixture",
     "Pace",
     "Schedule",
     "Stage",
     "TextDataset",
     "TokenisedRows",
+    "Weights",
     "WindowOrder",
     "WindowRequest",
     "WindowSampler",

@@ -6,6 +6,7 @@ teacher's distribution of the token after position j, and `shift_labels[j]` is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import NotRequired, SupportsIndex, TypedDict, overload
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.data.mixture import Mixture, Weights, divided
 from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
 from sparselogits.documents import restarting_positions
@@ -51,7 +53,8 @@ class CachedWindow(TextWindow):
 
     Args:
         targets: targets of the L positions.
-        teacher_entropy: mean entropy of the teacher in nats, float32 [].
+        teacher_entropy: mean entropy of the teacher in nats, float32 []; of several teachers the
+            weighted mean of their entropies.
     """
 
     targets: SparseTargets
@@ -65,14 +68,23 @@ class CacheDataset(Dataset[CachedWindow]):
     optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as
     `collate` makes it.
 
+    Several caches of one text, made by several teachers with one tokenizer, are read as one cache
+    of the mixture sum_m w_m p_m of their distributions.
+
     Args:
-        path: directory or URL of the cache.
+        path: directory or URL of the cache, or a list of them.
+        weights: weights of the teachers, for several caches: a number per cache, all together 1; a
+            row of such numbers per text of the caches (in the order in which they were added) or
+            per window; or "best" for the teacher with the lowest loss in each window. None for
+            equal weights.
         seed: random seed for thinning, used if a `WindowRequest` asks for fewer rounds.
         copy: folder for local copies of what is read from a URL; None for `CopyFolder.default()`.
             A cache in a directory is not copied.
 
     Raises:
         CacheError: there is no cache, or it has no finished window.
+        IdentityMismatchError: several caches differ in text, tokenizer, packing or temperature.
+        InvalidArgumentError: the weights are not shares of a whole.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -84,17 +96,38 @@ class CacheDataset(Dataset[CachedWindow]):
         True
     """
 
-    def __init__(self, path: Location, *, seed: int = 0, copy: CopyFolder | None = None) -> None:
-        storage = storage_at(path)
-        if is_url(path):
-            storage = LocalCopy(storage, copy or CopyFolder.default())
-        self.cache = Cache.open(storage)
-        self.identity = self.cache.identity
+    def __init__(
+        self,
+        path: Location | Sequence[Location],
+        *,
+        weights: Weights | None = None,
+        seed: int = 0,
+        copy: CopyFolder | None = None,
+    ) -> None:
+        paths: Sequence[Location] = path if isinstance(path, list | tuple) else [path]  # type: ignore[list-item]
+        if not paths:
+            raise InvalidArgumentError("the list of caches is empty; name at least one cache")
+        self._mixture = Mixture.of([_open(each, copy) for each in paths], weights)
+        self.caches = self._mixture.caches
+        self.cache = self.caches[0]
+        """The cache; of several caches the first one. All hold the same windows."""
+        self.identity = self._mixture.identity
         self.seed = seed
-        if len(self.cache) == 0:
-            raise CacheError(
-                f"the cache at {path} has no finished shard yet; continue `sparselogits cache`"
-            )
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the expectation of the targets is the teacher's distribution, or the mixture."""
+        return self._mixture.unbiased
+
+    @property
+    def rounds(self) -> int | None:
+        """Most rounds per position that a window has; None if a cache is not drawn in rounds."""
+        return self._mixture.rounds
+
+    @property
+    def teachers_per_window(self) -> int:
+        """Most teachers that a window mixes."""
+        return self._mixture.teachers_per_window
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -103,11 +136,30 @@ class CacheDataset(Dataset[CachedWindow]):
         identity = self.identity
         tokens = len(self) * identity.window_length
         return (
-            f"CacheDataset({self.cache.root!s}: {counted(len(self), 'window')} of "
+            f"CacheDataset({' and '.join(str(cache.root) for cache in self.caches)}: "
+            f"{counted(len(self), 'window')} of "
             f"{identity.window_length:,} tokens, {tokens:,} in all; "
-            f"{self.cache.entries_per_position():.1f} entries per token, "
-            f"{identity.sampler_in_words()}; teacher {identity.teacher_in_words()})"
+            f"{' and '.join(f'{cache.entries_per_position():.1f}' for cache in self.caches)} "
+            f"entries per token, "
+            f"{' and '.join(cache.identity.sampler_in_words() for cache in self.caches)}; "
+            f"teacher {identity.teacher_in_words()})"
         )
+
+    def only_cache(self, done: str) -> Cache:
+        """Return the cache of a dataset of one.
+
+        Args:
+            done: what is done with one cache, for the message: "shown".
+
+        Raises:
+            InvalidArgumentError: the dataset mixes several caches.
+        """
+        if len(self.caches) > 1:
+            raise InvalidArgumentError(
+                f"one cache can be {done} at a time, and this dataset mixes "
+                f"{' and '.join(str(cache.root) for cache in self.caches)}; open one of them alone"
+            )
+        return self.cache
 
     @overload
     def __getitem__(self, request: SupportsIndex | WindowRequest) -> CachedWindow: ...
@@ -125,20 +177,63 @@ class CacheDataset(Dataset[CachedWindow]):
             return collate([self[i] for i in chosen])
         if not isinstance(request, WindowRequest):
             request = WindowRequest(index(request))
-        record = self.cache.read(request.index)
-        targets = record.targets
-        if request.rounds is not None and request.rounds != targets.rounds:
-            stride = thinning_choices(targets.rounds or 0, request.rounds)
-            starts: Tensor | int = 0
-            if stride > 1:
-                starts = thinning_starts(
-                    self.seed, request.epoch, record.window_index, len(targets), stride
-                )
-            targets = targets.thin(request.rounds, starts)
+        weighted = self._mixture.read(request.index)
+        weights = tuple(weight for weight, _ in weighted)
+        records = [record for _, record in weighted]
+        parts = [record.targets for record in records]
+        if request.rounds is not None:
+            kept = divided(request.rounds, weights, tuple(part.rounds or 0 for part in parts))
+            parts = [
+                self._thinned(part, rounds, request, records[0].window_index, place / len(parts))
+                for place, (part, rounds) in enumerate(zip(parts, kept, strict=True))
+            ]
+        entropy = sum(weight * record.teacher_entropy for weight, record in weighted)
         reset = bool(self.identity.packing.get("reset_attention"))
-        entropy = torch.tensor(record.teacher_entropy, dtype=torch.float32)
-        inputs = _inputs(record, reset_attention=reset)
-        return {**inputs, "targets": targets, "teacher_entropy": entropy}
+        return {
+            **_inputs(records[0], reset_attention=reset),
+            "targets": SparseTargets.mixed(parts, weights),
+            "teacher_entropy": torch.tensor(entropy, dtype=torch.float32),
+        }
+
+    def _thinned(
+        self,
+        targets: SparseTargets,
+        rounds: int,
+        request: WindowRequest,
+        window_index: int,
+        shift: float,
+    ) -> SparseTargets:
+        """Keep some of a window's rounds.
+
+        Args:
+            targets: targets of one teacher.
+            rounds: number of rounds to keep.
+            request: request for the window.
+            window_index: number of the window.
+            shift: share of the choices of rounds by which the choice is moved. Teachers of one
+                window have different shares: if they are alike and their caches were drawn with one
+                seed, equal choices would repeat the noise.
+        """
+        if rounds == targets.rounds:
+            return targets
+        stride = thinning_choices(targets.rounds or 0, rounds)
+        starts: Tensor | int = 0
+        if stride > 1:
+            starts = thinning_starts(self.seed, request.epoch, window_index, len(targets), stride)
+            starts = (starts + int(shift * stride)) % stride
+        return targets.thin(rounds, starts)
+
+
+def _open(path: Location, copy: CopyFolder | None) -> Cache:
+    storage = storage_at(path)
+    if is_url(path):
+        storage = LocalCopy(storage, copy or CopyFolder.default())
+    cache = Cache.open(storage)
+    if len(cache) == 0:
+        raise CacheError(
+            f"the cache at {path} has no finished shard yet; continue `sparselogits cache`"
+        )
+    return cache
 
 
 class TextDataset(Dataset[TextWindow]):
@@ -181,7 +276,7 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
         InvalidArgumentError: the cache is not drawn in rounds, or holds fewer entries.
     """
     chosen = spread(len(dataset), _PILOT_WINDOWS)
-    cached = dataset[chosen[0]]["targets"].rounds
+    cached = dataset.rounds
     if cached is None or budget < 1:
         Schedule.constant(1).require_within(cached)
         raise InvalidArgumentError(
@@ -199,11 +294,12 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
             f"a budget of {budget:g} entries per position, but the cache holds {most:.1f}; give "
             "a smaller budget, or omit thinning"
         )
-    low, high = 1, cached  # mean(high) >= budget
+    low, high = dataset.teachers_per_window, cached  # mean(high) >= budget
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if mean(middle) >= budget else (middle + 1, high)
-    return low if low == 1 or mean(low) - budget <= budget - mean(low - 1) else low - 1
+    least = dataset.teachers_per_window
+    return low if low == least or mean(low) - budget <= budget - mean(low - 1) else low - 1
 
 
 def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> TextWindow:

@@ -28,7 +28,7 @@ def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> Sp
             opened at each call.
 
     Raises:
-        InvalidArgumentError: the row lacks columns.
+        InvalidArgumentError: the row lacks columns, or the dataset mixes several caches.
         CacheError: there is no such cache, or no shard of it holds the window of the row.
         CacheCorruptionError: the row differs from what was written.
 
@@ -41,6 +41,6 @@ def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> Sp
         True
     """
     if isinstance(cache, CacheDataset):
-        cache = cache.cache
+        cache = cache.only_cache("decoded")
     with _ONE_AT_A_TIME:
         return (cache if isinstance(cache, Cache) else Cache.open(cache)).decode(row)

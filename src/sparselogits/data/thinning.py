@@ -78,12 +78,23 @@ class Schedule:
                 return stage.rounds
         return self.stages[-1].rounds
 
-    def require_within(self, cached: int | None) -> None:
-        """Validate that a cache has the rounds.
+    def require_within(self, cached: int | None, teachers: int = 1) -> None:
+        """Validate that a cache, or several caches that are mixed, have the rounds.
+
+        Args:
+            cached: rounds per position over all caches; None if not all are drawn in rounds.
+            teachers: number of teachers that a window mixes; each needs a round.
 
         Raises:
-            InvalidArgumentError: the cache is not drawn in rounds, or has too few.
+            InvalidArgumentError: the cache is not drawn in rounds, or has too few, or a stage has
+                fewer rounds than teachers.
         """
+        least = min(stage.rounds for stage in self.stages)
+        if least < teachers:
+            raise InvalidArgumentError(
+                f"rounds={least}: a window mixes {teachers} teachers, and each of them needs a "
+                f"round; keep at least {teachers} rounds"
+            )
         wanted = max(stage.rounds for stage in self.stages)
         if cached is None:
             raise InvalidArgumentError(

@@ -79,6 +79,33 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
     return [(a, b) for a, b in missing if a < b]
 
 
+def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
+    """Return ranges with adjacent ones joined, as JSON lists; at most the first `windows` windows.
+
+    Examples:
+        >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)
+        ([[0, 6], [8, 9]], [[0, 5]])
+    """
+    found: list[list[int]] = []
+    left = sum(stop - start for start, stop in ranges) if windows is None else windows
+    for start, stop in ranges:
+        stop = min(stop, start + left)
+        if stop <= start:
+            break
+        left -= stop - start
+        if found and found[-1][1] == start:
+            found[-1][1] = stop
+        else:
+            found.append([start, stop])
+    return found
+
+
+def ranges_in_words(ranges: Sequence[Sequence[int]]) -> str:
+    """Return the numbers of the windows in a few joined ranges, for messages."""
+    some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:4])
+    return (some or "none") + (", ..." if len(ranges) > 4 else "")
+
+
 def spread(total: int, count: int) -> list[int]:
     """Return at most `count` indices in [0, total), evenly spaced and ascending.
 

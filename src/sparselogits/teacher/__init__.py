@@ -3,12 +3,14 @@
 from sparselogits.teacher.conformance import check_engine
 from sparselogits.teacher.engine import Engine, LogitsSlice
 from sparselogits.teacher.loading import load_teacher
+from sparselogits.teacher.mixture import MixtureTeacher
 from sparselogits.teacher.module_engine import ModuleTeacher
 from sparselogits.teacher.transformers_engine import TransformersTeacher
 
 __all__ = [
     "Engine",
     "LogitsSlice",
+    "MixtureTeacher",
     "ModuleTeacher",
     "TransformersTeacher",
     "check_engine",

@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -25,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sparselogits.data import Schedule, Stage
+from sparselogits.data import CacheDataset, Schedule, Stage
 from sparselogits.errors import InvalidArgumentError, RecipeError
 from sparselogits.losses import MissingMass
 from sparselogits.methods import (
@@ -430,10 +431,37 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return old
 
 
+def _caches(value: Any) -> Any:
+    each = value if isinstance(value, list) else [value]
+    if not each or not all(isinstance(one, str | Path) for one in each):
+        raise ValueError("expected the folder or URL of a cache, or a list of them")
+    return value
+
+
+def _weights(value: Any) -> Any:
+    """Validate the form of weights; their values are validated with the caches."""
+    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    for row in rows if value not in (None, "best") else ():
+        numbers = row if isinstance(row, list) else [row]
+        if not isinstance(row, list) or any(type(one) not in (int, float) for one in numbers):
+            raise ValueError("expected a list of numbers, a list of such lists, or best")
+    return value
+
+
 class Recipe(TrainingSettings):
     """Define all settings of a training run."""
 
-    cache: Path | str = Field(description="folder or URL of the cache")
+    cache: Annotated[Path | str | list[Path | str], PlainValidator(_caches)] = Field(
+        description="folder or URL of the cache; a list mixes the caches of several teachers"
+    )
+    weights: Annotated[
+        Literal["best"] | list[float] | list[list[float]] | None, PlainValidator(_weights)
+    ] = Field(
+        None,
+        description="weights of the teachers, for several caches: a number per cache, together 1; "
+        "a row of them per text of the caches; or best, the teacher with the lowest loss in each "
+        "window. Equal weights when absent",
+    )
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
     student: Student = Field(description="model to train (see student)")
     method: MethodName = Field("sparse", description=f"loss; {METHODS_IN_WORDS}")
@@ -491,6 +519,26 @@ class Recipe(TrainingSettings):
         method = METHODS[self.method]
         require_fits(method, teacher=self.teacher is not None, beta=self.beta)
         return self
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> Recipe:
+        if self.weights is not None and len(self.caches) == 1:
+            raise ValueError("weights are those of several teachers: give a list of caches")
+        if METHODS[self.method].online and len(self.caches) > 1:
+            raise ValueError(
+                f"{self.method} runs one teacher online, and {len(self.caches)} caches are given; "
+                "give that teacher's cache alone, or use the method sparse or ce"
+            )
+        return self
+
+    @property
+    def caches(self) -> list[Path | str]:
+        """Folders or URLs of the caches; one unless teachers are mixed."""
+        return self.cache if isinstance(self.cache, list) else [self.cache]
+
+    def dataset(self) -> CacheDataset:
+        """Open the caches."""
+        return CacheDataset(self.caches, weights=self.weights, seed=self.seed)
 
     @property
     def peak_learning_rate(self) -> float:

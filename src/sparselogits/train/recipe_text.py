@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from sparselogits.train.recipe import Lora, Quantize, Recipe, Student, Thinning, ThinningStage
 
 _EXAMPLES = {
+    "weights": "weights: [0.5, 0.5]",
     "thinning": "thinning: {rounds: 5}",
     "lora": "lora: {rank: 16}",
     "quantize": "quantize: {config: int4-weight-only, group_size: 32}",

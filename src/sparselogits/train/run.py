@@ -210,18 +210,18 @@ def _run(
         return finished
     arguments = _training_arguments(recipe, device)
     _require_reporters(recipe.report_to)
-    dataset = CacheDataset(recipe.cache, seed=recipe.seed)
+    dataset = recipe.dataset()
     if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
             f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
-            f"{recipe.cache} contains {len(dataset)} windows, less than one batch. Use a smaller "
+            f"{_said(recipe)} contains {len(dataset)} windows, less than one batch. Use a smaller "
             "batch, or build more of the cache"
         )
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
     if tokenizer is None and os.environ.get("RANK", "0") == "0":
         warnings.warn(
-            f"no tokenizer will be saved with the student: the cache at {recipe.cache} has none; "
+            f"no tokenizer will be saved with the student: {_said(recipe)} has none; "
             "name the teacher's with --tokenizer (tokenizer: in the recipe)",
             SparseLogitsWarning,
             stacklevel=2,
@@ -274,7 +274,7 @@ def save_untrained(recipe: Recipe) -> RunResult:
     Returns:
         A result with 0 steps.
     """
-    dataset = CacheDataset(recipe.cache, seed=recipe.seed)
+    dataset = recipe.dataset()
     tokenizer = find_tokenizer(recipe, dataset)
     model = _new_student(recipe, dataset, tokenizer)
     _save(model, recipe, dataset, tokenizer, {"steps": 0})
@@ -341,17 +341,22 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
 
 def _heldout(recipe: Recipe) -> TextDataset:
     """Return the windows that were held out when the cache was built."""
-    folder = Path(str(recipe.cache)) / "corpus"
-    heldout = None
-    if not is_url(recipe.cache) and folder.is_dir():
-        heldout = TextDataset(PackedCorpus.open(folder))
+    folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    heldout = None if folder is None else TextDataset(PackedCorpus.open(folder))
     if not heldout:
         raise RecipeError(
-            f"eval_strategy needs held-out text, and {recipe.cache} has none: build the cache with "
-            "--holdout 0.05 in a folder, or leave eval_strategy out and use `sparselogits eval` "
-            "after training"
+            f"eval_strategy needs held-out text, and {_said(recipe)} has none: build the cache "
+            "with --holdout 0.05 in a folder, or leave eval_strategy out and use `sparselogits "
+            "eval` after training"
         )
     return heldout
+
+
+def _said(recipe: Recipe) -> str:
+    """Return the caches of a recipe for a message that goes on in the singular."""
+    first, *others = map(str, recipe.caches)
+    return f"the cache at {first}" + (f" (like {', '.join(others)})" if others else "")
 
 
 def _require_reporters(names: list[str]) -> None:
@@ -522,7 +527,7 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     changed = sorted(k for k in keys if before.get(k, defaults.get(k)) != described.get(k))
     done = (out / "run.json").exists()
     try:
-        now = _made_from(CacheDataset(recipe.cache, seed=recipe.seed), recipe)
+        now = _made_from(recipe.dataset(), recipe)
     except (CacheError, TeacherError):
         if not done or before.get("cache") != described["cache"]:
             raise

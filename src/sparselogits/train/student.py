@@ -167,10 +167,8 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
     """
     from sparselogits.corpus import require_tokenizer
 
-    stored = None
-    if not is_url(recipe.cache):
-        folder = Path(recipe.cache) / TOKENIZER_FOLDER
-        stored = str(folder) if folder.is_dir() else None
+    folders = [Path(cache) / TOKENIZER_FOLDER for cache in recipe.caches if not is_url(cache)]
+    stored = next((str(folder) for folder in folders if folder.is_dir()), None)
     named = {
         "the recipe's tokenizer": recipe.tokenizer,
         f"the tokenizer of the student at {recipe.student.path}": recipe.student.path,

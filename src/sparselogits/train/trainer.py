@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from sparselogits.language_model import require_predicting, text_config
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS
 from sparselogits.positions import check_window
-from sparselogits.samplers import from_parameters
+from sparselogits.store.ranges import joined, ranges_in_words
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.arguments import require_known, require_objective
 from sparselogits.train.finite import FiniteGuard
@@ -64,7 +64,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             model is unchanged.
         args: transformers' TrainingArguments, or TRL's SFTConfig. Settings of the latter for the
             preparation of data (`max_length`, `packing`, ...) were fixed when the cache was built.
-        train_dataset: the cache.
+        train_dataset: the cache, or several caches that are mixed (see `CacheDataset`).
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
             distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
@@ -126,14 +126,14 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             method, alpha, beta, missing_mass, rounds, fresh_noise, teacher=teacher is not None
         )
         identity = train_dataset.identity
-        sampler = from_parameters(identity.sampler)
         if chosen.cached:
-            require_rule_for(missing_mass, unbiased=sampler.unbiased)
+            require_rule_for(missing_mass, unbiased=train_dataset.unbiased)
+            _require_whole_ids(missing_mass, train_dataset)
         self._thinning = rounds if isinstance(rounds, Schedule) else None
         if isinstance(rounds, int):
             self._thinning = Schedule.constant(rounds, fresh_noise=fresh_noise)
         if self._thinning is not None:
-            self._thinning.require_within(sampler.rounds)
+            self._thinning.require_within(train_dataset.rounds, train_dataset.teachers_per_window)
         args = args if args is not None else TrainingArguments("sparselogits-run")
         require_known(args, others)
         _require_trl_settings(args, train_dataset)
@@ -151,7 +151,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             alpha=alpha,
             missing_mass=missing_mass,
             temperature=identity.temperature,
-            unbiased=sampler.unbiased,
+            unbiased=train_dataset.unbiased,
             teacher_head=None if teacher is None else teacher.head,
             teacher_tokens=_partial_mask(teacher),
             label_smoothing=args.label_smoothing_factor,
@@ -471,7 +471,7 @@ class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
             step = {
                 "windows_per_step": self._trainer.get_total_train_batch_size(args),
                 "cache": dataset.identity.fingerprint,
-                "ranges": _joined(dataset.cache.ranges, self._trainer._windows),
+                "ranges": joined(dataset.cache.ranges, self._trainer._windows),
             }
             write_whole(checkpoint / _STEP_FILE, json.dumps(step) + "\n")
 
@@ -508,17 +508,17 @@ def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
         raise InvalidArgumentError(
             f"{checkpoint} was trained from a cache of fingerprint {step['cache'][:12]}..., the "
             f"cache at {dataset.cache.root} has {dataset.identity.fingerprint[:12]}...: give the "
-            "same cache, or start in another folder"
+            "same cache, or the same caches and weights, or start in another folder"
         )
     known = step.get("ranges")
     if known is None:
         return len(dataset)
     windows: int = sum(stop - start for start, stop in known)
-    if windows > len(dataset) or _joined(dataset.cache.ranges, windows) != known:
+    held = joined(dataset.cache.ranges)
+    if windows > len(dataset) or joined(dataset.cache.ranges, windows) != known:
         raise InvalidArgumentError(
-            f"{checkpoint} was trained on {windows} windows ({_ranges_in_words(known)}), and the "
-            f"cache at {dataset.cache.root} now contains "
-            f"{_ranges_in_words(_joined(dataset.cache.ranges))}: the run "
+            f"{checkpoint} was trained on {windows} windows ({ranges_in_words(known)}), and the "
+            f"cache at {dataset.cache.root} now contains {ranges_in_words(held)}: the run "
             "cannot resume in the same order. Restore the missing windows, or start in another "
             "folder. ignore_data_skip=True keeps the weights and starts the data from the beginning"
         )
@@ -541,32 +541,6 @@ def _read_step_file(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def _joined(ranges: Sequence[tuple[int, int]], windows: int | None = None) -> list[list[int]]:
-    """Return the ranges of the first windows of a cache, with adjacent ranges joined.
-
-    Args:
-        ranges: ranges of window indices, ascending.
-        windows: number of windows in the result; None for all.
-    """
-    found: list[list[int]] = []
-    left = sum(stop - start for start, stop in ranges) if windows is None else windows
-    for start, stop in ranges:
-        stop = min(stop, start + left)
-        if stop <= start:
-            break
-        left -= stop - start
-        if found and found[-1][1] == start:
-            found[-1][1] = stop
-        else:
-            found.append([start, stop])
-    return found
-
-
-def _ranges_in_words(ranges: list[list[int]]) -> str:
-    some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:3])
-    return some + (", ..." if len(ranges) > 3 else "")
-
-
 def _logits_of(model: nn.Module) -> Callable[..., Tensor]:
     def run(**inputs: Any) -> Tensor:
         logits: Tensor = model(**inputs, use_cache=False).logits
@@ -581,6 +555,17 @@ def _require_cache(dataset: Any) -> None:
             f"train_dataset must be a CacheDataset, found a {type(dataset).__name__}: build a "
             "cache of the text first, with `sparselogits cache`, or in Python with "
             "open_source(dataset), pack and build_caches"
+        )
+
+
+def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
+    """Refuse the ghost token where ids of a window may be missing in part."""
+    if rule == "ghost" and dataset.teachers_per_window > 1:
+        raise InvalidArgumentError(
+            "missing_mass='ghost' is not defined for a mixture of truncated targets: an id that "
+            "one teacher stores and another does not is missing in part, and the ghost token "
+            "stands for ids that are missing as a whole. Choose drop, smooth or ground_truth, or "
+            'one teacher per window (weights="best")'
         )
 
 

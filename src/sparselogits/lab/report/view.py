@@ -23,6 +23,7 @@ from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_id
 from sparselogits.lab.report.page import render_page
 from sparselogits.lab.report.tokens import TokenTexts
 from sparselogits.objectives import IGNORE_INDEX
+from sparselogits.store.ranges import joined, ranges_in_words
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
 
@@ -122,6 +123,7 @@ class WindowViewer:
         student: causal language model with the ids of the cache; None to show no student.
 
     Raises:
+        InvalidArgumentError: If the dataset mixes several caches.
         IdentityMismatchError: If the tokenizer is not the tokenizer of the cache.
     """
 
@@ -133,8 +135,9 @@ class WindowViewer:
         teacher: Engine | None = None,
         student: nn.Module | None = None,
     ) -> None:
+        cache = dataset.only_cache("shown")
         if tokenizer is not None:
-            recorded = dataset.cache.recorded_tokenizer()
+            recorded = cache.recorded_tokenizer()
             require_tokenizer(tokenizer, dataset.identity.tokenizer, recorded)
         self.dataset, self.tokenizer, self.teacher = dataset, tokenizer, teacher
         self.student = None if student is None else StudentLogits(student.eval())
@@ -184,11 +187,9 @@ class WindowViewer:
         cache = self.dataset.cache
         position = bisect_left(range(len(cache)), window, key=cache.window_index)
         if position == len(cache) or cache.window_index(position) != window:
-            ranges = _joined(cache.finished())
-            some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:4])
             raise CacheError(
                 f"the cache at {cache.root} does not contain window {window}; it contains windows "
-                f"{some}{', ...' if len(ranges) > 4 else ''}. Give one of these"
+                f"{ranges_in_words(joined(cache.finished()))}. Give one of these"
             )
         return position
 
@@ -358,16 +359,6 @@ def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
 
     ranked = sorted(rows, key=rank)
     return tuple(row for i, row in enumerate(ranked) if i < LARGEST or row.id == label)
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join adjacent ranges."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
-    return joined
 
 
 def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) -> str:

@@ -1,0 +1,47 @@
+"""Define `sparselogits average`, which averages checkpoints into one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparselogits.cli.options import OUTPUT, Json, print_json, print_next, stdout
+from sparselogits.console import stage
+from sparselogits.wording import counted
+
+
+def average(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            help="Model folders of one architecture: checkpoints of a run, or runs that started "
+            "from the same weights.",
+            metavar="CHECKPOINT...",
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the averaged model.", rich_help_panel=OUTPUT)
+    ],
+    save_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Number format of the saved weights: float32, bfloat16, float16, or auto for that "
+            "of the first checkpoint.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Average the weights of checkpoints, as a teacher or a student to go on with."""
+    from sparselogits.train import average_checkpoints
+
+    with stage("averaging", "checkpoints") as update:
+        average_checkpoints(checkpoints, out, dtype=save_dtype, progress=update)
+    if as_json:
+        print_json({"out": str(out), "checkpoints": checkpoints})
+        return
+    stdout().print(f"{out}: the mean of {counted(len(checkpoints), 'checkpoint')}", soft_wrap=True)
+    print_next("cache", "--teacher", out, "--data", "TEXT", "--out", "my-cache")

@@ -1,0 +1,113 @@
+"""Averages of checkpoints: the mean of each weight, in a folder that every command reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from sparselogits import CacheDataset, SparseKDTrainer
+from sparselogits.cli import app
+from sparselogits.errors import InvalidArgumentError, SparseLogitsError, TeacherError
+from sparselogits.train import average_checkpoints
+from tests.conftest import tiny_llama
+from tests.train.test_trainer import arguments
+
+SMALL = ["--window", "32", "--rounds", "4", "--device", "cpu"]
+
+
+def saved(folder: Path, model: LlamaForCausalLM) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_average_is_the_mean_of_every_weight(tmp_path: Path, tied: bool) -> None:
+    models = [tiny_llama(seed, tie_word_embeddings=tied) for seed in range(3)]
+    folders = [saved(tmp_path / f"{i}", model) for i, model in enumerate(models)]
+    average_checkpoints(folders, tmp_path / "mean")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "mean").state_dict()
+    states = [model.state_dict() for model in models]
+    assert found.keys() == states[0].keys()
+    for name, weight in found.items():
+        expected = torch.stack([state[name].double() for state in states]).mean(0)
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-7)
+    stored = load_file(tmp_path / "mean" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied
+
+
+def test_an_average_has_the_number_format_of_the_first_and_is_computed_in_float32(
+    tmp_path: Path,
+) -> None:
+    """bfloat16 sums would lose the third checkpoint: 1 + 1 + 2^-7 is 2 there."""
+    folders = []
+    for place, value in enumerate((1.0, 1.0, 1.0078125)):
+        model = tiny_llama()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(value)
+            model.lm_head.weight[0, 0] = place  # checkpoints differ
+        folders.append(saved(tmp_path / f"{place}", model.bfloat16()))
+    for dtype, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        average_checkpoints(folders, tmp_path / dtype, dtype=dtype)
+        stored = load_file(tmp_path / dtype / "model.safetensors")
+        assert {weight.dtype for weight in stored.values()} == {kind}
+        config = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert config["dtype"] == str(kind).removeprefix("torch.")
+    assert float(stored["model.norm.weight"][0]) == pytest.approx(1 + 0.0078125 / 3, rel=1e-6)
+
+
+def test_a_students_own_checkpoints_teach_it(
+    cache: Path, tokenizer: object, text: Path, tmp_path: Path
+) -> None:
+    """From the Trainer's checkpoints to a cache of their average, by the commands of the page."""
+    trainer = SparseKDTrainer(
+        tiny_llama(seed=9),
+        arguments(tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=6),
+        train_dataset=CacheDataset(cache),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    checkpoints = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 4, 6)]
+    mean, out = tmp_path / "mean", tmp_path / "own-cache"
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(text.open().readlines()[:2]))
+    for words in (
+        ["average", *checkpoints, "--out", str(mean)],
+        ["cache", "--teacher", str(mean), "--data", str(short), "--out", str(out), *SMALL],
+    ):
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert CacheDataset(out).identity.teacher["name"] == "mean"
+    assert "checkpoint-4" in (mean / "README.md").read_text()
+
+
+def test_what_is_no_average_is_refused(tmp_path: Path) -> None:
+    one, other = (saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(2))
+    wide = saved(tmp_path / "wide", tiny_llama(2, intermediate_size=96))
+    deep = saved(tmp_path / "deep", tiny_llama(3, num_hidden_layers=3))
+    spoilt = tiny_llama(4)
+    with torch.no_grad():
+        spoilt.lm_head.weight[3, 3] = float("nan")
+    out = tmp_path / "mean"
+    for folders, kind, said in (
+        ([one], InvalidArgumentError, "at least two checkpoints, found 1"),
+        ([one, other, one], InvalidArgumentError, "have the same weights"),
+        ([one, wide], InvalidArgumentError, r"mlp.down_proj.weight is \(32, 64\) .* \(32, 96\)"),
+        ([one, deep], InvalidArgumentError, "layers.2.* is missing in the one"),
+        ([one, tmp_path / "none"], SparseLogitsError, "none"),
+        ([one, saved(tmp_path / "nan", spoilt)], TeacherError, "not finite"),
+    ):
+        with pytest.raises(kind, match=said):
+            average_checkpoints(folders, out)
+        assert not out.exists()
+    out.mkdir()
+    (out / "file").write_text("kept")
+    with pytest.raises(SparseLogitsError, match="mean"):
+        average_checkpoints([one, other], out)
+    assert (out / "file").read_text() == "kept"
