@@ -129,14 +129,29 @@ class Work:
         found: Tensor = self.model(ids).logits
         return found
 
-    def caches(self, seed: int, samplers: Mapping[str, Sampler]) -> dict[str, CacheDataset]:
-        """Build a seed's caches, or continue an interrupted build, and open them."""
+    def caches(
+        self,
+        seed: int,
+        samplers: Mapping[str, Sampler],
+        engine: Any = None,
+        *,
+        draws: int | None = None,
+    ) -> dict[str, CacheDataset]:
+        """Build a seed's caches, or continue an interrupted build, and open them.
+
+        Args:
+            seed: the seed.
+            samplers: samplers by the names of their caches.
+            engine: the teacher; None for `engine()`.
+            draws: seed of the draws; None for `seed`.
+        """
+        draws = seed if draws is None else draws
         roots = {name: self.folder / f"seed-{seed}" / "caches" / name for name in samplers}
         with lock_file(self.folder / f"caches-{seed}.lock", wait=True):
             build_caches(
-                self.engine(),
+                self.engine() if engine is None else engine,
                 self.corpus,
-                [CacheRequest(roots[name], own, seed=seed) for name, own in samplers.items()],
+                [CacheRequest(roots[name], own, seed=draws) for name, own in samplers.items()],
                 tokenizer_hash=str(tokenizer_fingerprint(self.tokenizer)),
                 batch=4,
                 windows_per_shard=math.gcd(64, self.size.text_windows),

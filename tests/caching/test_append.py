@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from sparselogits.caching import (
     BuildReport,
@@ -20,6 +22,7 @@ from sparselogits.caching import (
     shard_ranges,
     windows_of_texts,
 )
+from sparselogits.cli import app
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.errors import (
     CacheError,
@@ -30,6 +33,7 @@ from sparselogits.errors import (
 from sparselogits.samplers import Systematic
 from sparselogits.store import Cache, verify
 from sparselogits.store.cache import same_record
+from sparselogits.store.texts import named_texts
 from sparselogits.teacher import load_teacher
 
 Add = Callable[..., BuildReport]
@@ -91,6 +95,29 @@ def test_appended_windows_follow_and_nothing_is_rewritten(
     assert [cache.window_index(i) for i in range(held)] == list(range(held))
     lengths = [stop - start for start, stop in cache.finished()]
     assert sum(length < 8 for length in lengths) >= 2  # each text may end in a short shard
+
+
+def test_info_has_a_row_per_text(tmp_path: Path, texts: list[Path], add: Add) -> None:
+    """Compared with sums over the windows; the rows together are the cache."""
+    cache = tmp_path / "cache"
+    for text in texts:
+        add(cache, text)
+    said = CliRunner().invoke(app, ["info", str(cache), "--json"])
+    found = json.loads(said.stdout)
+    opened = Cache.open(cache)
+    records = [opened.read(i) for i in range(len(opened))]
+    spans = named_texts(opened.storage)
+    assert list(found["texts"]) == [f"{n}: {text.name}" for n, text in enumerate(texts)]
+    for own, span in zip(found["texts"].values(), spans, strict=True):
+        mine = [r for r in records if span.holds((r.window_index, r.window_index + 1))]
+        assert own["windows"] == len(mine) == span.windows
+        assert own["entries"] == sum(r.targets.entries for r in mine)
+        mean = sum(r.teacher_loss for r in mine) / len(mine)
+        assert own["mean_teacher_loss"] == pytest.approx(mean, rel=1e-5)
+    for key in ("windows", "entries", "shards", "bytes_on_disk"):
+        assert sum(own[key] for own in found["texts"].values()) == found["statistics"][key]
+    table = CliRunner().invoke(app, ["info", str(cache)]).stdout
+    assert all(f"{n}: {text.name}" in table for n, text in enumerate(texts))
 
 
 def test_an_appended_text_is_found_again_and_resumed(

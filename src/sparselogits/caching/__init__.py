@@ -11,7 +11,13 @@ from sparselogits.caching.collected import ImportReport, import_collected
 from sparselogits.caching.job import Job
 from sparselogits.caching.plan import Share, shard_ranges
 from sparselogits.caching.remote_texts import fetch_texts, publish_text
-from sparselogits.caching.text import TextPlace, place_of_text, text_of_windows, windows_of_texts
+from sparselogits.caching.text import (
+    TextPlace,
+    names_of_texts,
+    place_of_text,
+    text_of_windows,
+    windows_of_texts,
+)
 
 __all__ = [
     "BuildReport",
@@ -25,6 +31,7 @@ __all__ = [
     "check_request",
     "fetch_texts",
     "import_collected",
+    "names_of_texts",
     "place_of_text",
     "publish_text",
     "shard_ranges",

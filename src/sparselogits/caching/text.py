@@ -173,6 +173,14 @@ def packed_texts(cache: Path) -> list[Path]:
     return [folder for folder in _folders(cache) if Paths(folder).index.exists()]
 
 
+def names_of_texts(cache: Location) -> dict[str, str]:
+    """Return the names of a cache's packed texts by their fingerprints; none for a URL."""
+    if is_url(cache):
+        return {}
+    opened = [PackedCorpus.open(folder) for folder in packed_texts(Path(cache))]
+    return {corpus.text_fingerprint: corpus.source_name for corpus in opened}
+
+
 def _folders(cache: Path) -> list[Path]:
     """Return the folders of all texts of a cache, in order."""
     return [cache / "corpus", *sorted(cache.glob("corpus-[0-9][0-9][0-9][0-9]"))]

@@ -324,7 +324,8 @@ def evaluate_command(
     if scores:
         stdout().print(_task_table(scores))
     if engine is None:
-        each = [("--cache", path) for path in caches] or [("--data", data)]
+        each: list[tuple[object, ...]] = [("--cache", path) for path in caches]
+        each = each or [("--data", data)]
         print_next("eval", student, *chain(*((*text, "--teacher", "MODEL") for text in each)))
     elif caches:
         print_next("view", caches[0], "--teacher", teachers[0], "--student", student)

@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from sparselogits.cli.options import CacheArgument, Json, print_json, print_train_command, stdout
 from sparselogits.console import styled
+from sparselogits.untrusted import printable
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparselogits.store import CacheSample, Histogram
+    from sparselogits.store import CacheSample, CacheStatistics, Histogram
+
+_BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
+    "windows": lambda facts: f"{facts.windows:,}",
+    "entries/token": lambda facts: f"{facts.entries_per_position:.2f}",
+    "bits/entry": lambda facts: f"{facts.bits_per_entry:.2f}",
+    "bytes/token": lambda facts: f"{facts.bytes_per_token:.2f}",
+    "loss": lambda facts: f"{facts.mean_teacher_loss:.3f}",
+    "entropy": lambda facts: f"{facts.mean_teacher_entropy:.3f}",
+}
+"""Columns of the table of texts, and how each is computed."""
 
 
 def info(
@@ -45,23 +57,28 @@ def print_info(
         sampled: number of row groups to read for histograms; 0 for no histograms.
         text: facts about the source text to add to the JSON.
     """
+    from sparselogits.caching import names_of_texts
     from sparselogits.store import Cache, sample_cache
+    from sparselogits.store.texts import named_texts
 
     opened = Cache.open(root)
     facts = opened.statistics()
+    texts, by_text = named_texts(opened.storage), {}
+    if len(texts) > 1:
+        names = names_of_texts(root)
+        for number, one in enumerate(texts):
+            name = names.get(one.fingerprint, one.fingerprint[:12])
+            by_text[f"{number}: {name}"] = opened.statistics(one)
     sample = sample_cache(opened, sampled) if sampled and facts.windows else None
     if as_json:
         shown = {
             "path": str(root),
             "fingerprint": opened.identity.fingerprint,
             "identity": opened.identity.to_json(),
-            "statistics": asdict(facts)
-            | {
-                "entries_per_position": facts.entries_per_position,
-                "bits_per_entry": facts.bits_per_entry,
-                "bytes_per_token": facts.bytes_per_token,
-            },
+            "statistics": _as_json(facts),
         }
+        if by_text:
+            shown["texts"] = {name: _as_json(own) for name, own in by_text.items()}
         if sample is not None:
             shown["sample"] = asdict(sample)
         if text is not None:
@@ -89,8 +106,29 @@ def print_info(
     ):
         # lines instead of a table, because a table truncates values in a pipe
         console.print(styled(f"{name:<18}", "dim", f" {value}"), soft_wrap=True)
+    if by_text:
+        _print_texts(console, by_text)
     if sample is not None:
         _print_histograms(console, sample)
+
+
+def _as_json(facts: CacheStatistics) -> dict[str, float]:
+    return asdict(facts) | {
+        "entries_per_position": facts.entries_per_position,
+        "bits_per_entry": facts.bits_per_entry,
+        "bytes_per_token": facts.bytes_per_token,
+    }
+
+
+def _print_texts(console: Console, by_text: dict[str, CacheStatistics]) -> None:
+    """Print a row per text, because texts of different kinds or languages differ."""
+    table = Table("text", *_BY_TEXT, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, facts in by_text.items():
+        table.add_row(Text(printable(name)), *(shown(facts) for shown in _BY_TEXT.values()))
+    console.print()
+    console.print(table)
 
 
 def _print_histograms(console: Console, sample: CacheSample) -> None:

@@ -42,6 +42,7 @@ from sparselogits.store.storage.interface import ReadableFiles, Storage
 from sparselogits.store.storage.local_copy import LocalCopy
 from sparselogits.store.storage.location import Location, inside, location_of, storage_at
 from sparselogits.store.storage.memory import FilesInMemory
+from sparselogits.store.texts import TextSpan
 from sparselogits.store.tools.card import dataset_card
 from sparselogits.targets import SparseTargets
 from sparselogits.untrusted import parse_json
@@ -229,13 +230,13 @@ class Cache:
             self._shards.pop(shard_range, None)
             return self._shard(shard_range).read(row)
 
-    def statistics(self) -> CacheStatistics:
-        """Compute the statistics of the cache from the footers of its shards.
+    def statistics(self, text: TextSpan | None = None) -> CacheStatistics:
+        """Compute the statistics of the cache, or of one of its texts, from shards' footers.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
         """
-        ranges = self.finished()
+        ranges = [found for found in self.finished() if text is None or text.holds(found)]
         totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
         sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
         for shard_range in ranges:
