@@ -101,7 +101,7 @@ def test_info_has_a_row_per_text(tmp_path: Path, texts: list[Path], add: Add) ->
     """Compared with sums over the windows; the rows together are the cache."""
     cache = tmp_path / "cache"
     for text in texts:
-        add(cache, text)
+        add(cache, text, append=text != texts[0])
     said = CliRunner().invoke(app, ["info", str(cache), "--json"])
     found = json.loads(said.stdout)
     opened = Cache.open(cache)

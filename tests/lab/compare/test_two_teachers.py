@@ -76,7 +76,8 @@ def test_two_steps_of_every_arm_run_and_are_collected(tmp_path: Path) -> None:
     call(two_teachers.main, "collect", "--work", str(work), "--out", str(out), *sizes.split())
     found = json.loads(out.read_text())
     assert set(found["loss"]) == set(found["kl"]) == set(two_teachers.TITLES)
-    assert len({tuple(own) for own in found["loss"].values()}) == len(two_teachers.TITLES)
+    found["loss"].pop("best teacher per window")  # one of these teachers may be the better always
+    assert len({tuple(own) for own in found["loss"].values()}) == len(two_teachers.TITLES) - 1
     assert set(found["loss_of_teachers"]) == set(two_teachers.HALVES)
     with pytest.raises(SystemExit):  # a rehearsal does not replace the planned result
         call(two_teachers.main, "collect", "--work", str(work), *sizes.split())
