@@ -195,12 +195,12 @@ def test_settings_may_be_named_and_must_fit(
 ) -> None:
     folder = write_packed(tmp_path / "data", LOSSLESS)
     settings = (folder / "compression_config.yaml").rename(tmp_path / "settings.yaml")
-    with pytest.raises(InvalidTargetsError, match="its settings are unknown; keep compression_"):
+    with pytest.raises(InvalidTargetsError, match="its settings are unknown; put compression_"):
         imported(folder, tmp_path / "a", tokenizer)
     cache = imported(folder, tmp_path / "b", tokenizer, compression=settings)
     assert len(cache) == 2
     settings.write_text(yaml.safe_dump(LOSSLESS | {"k": 11, "exact_k": 11}))
-    with pytest.raises(InvalidTargetsError, match="48 to 48 bytes per position, its settings"):
+    with pytest.raises(InvalidTargetsError, match="48 to 48 bytes per position, expected"):
         imported(folder, tmp_path / "c", tokenizer, compression=settings)
     settings.write_text("k: [")
     with pytest.raises(RecipeError, match="is not YAML"):
@@ -227,7 +227,7 @@ def test_hostile_settings_are_refused(
 ) -> None:
     folder = write_packed(tmp_path / "data", LOSSLESS)
     (folder / "compression_config.yaml").write_text(yaml.safe_dump(LOSSLESS | wrong))
-    with pytest.raises(CorpusError, match="holds no settings of DistillKit's packing"):
+    with pytest.raises(CorpusError, match="has invalid settings of DistillKit's packing"):
         imported(folder, tmp_path / "c", tokenizer)
 
 
@@ -251,7 +251,7 @@ def test_approximated_masses_above_one_are_scaled(
     cache = imported(folder, tmp_path / "c", tokenizer)
     assert np.allclose(cache.read(0).targets.weights, [0.75, 0.25], atol=1e-6)
     (folder / "rows.jsonl").write_text(json.dumps(row(0.9, 0.3)) + "\n")
-    with pytest.raises(InvalidTargetsError, match=r"sum to 1\.2000, more than 1"):
+    with pytest.raises(InvalidTargetsError, match=r"sum to 1\.2000, expected at most 1"):
         imported(folder, tmp_path / "d", tokenizer)
 
 
@@ -272,7 +272,7 @@ def test_lists_of_probabilities_are_read(
     for number, tokens in enumerate(sequences(2)):
         same_targets(cache.read(number).targets, teachers_targets(tokens, K))
     rows[1]["exp_logits"][3] = [7.5] * K
-    with pytest.raises(InvalidTargetsError, match=r"line 2: position 3 has exp_logits .* 90;"):
+    with pytest.raises(InvalidTargetsError, match=r"line 2: exp_logits of position 3 sum to 90;"):
         imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
 
 
@@ -304,20 +304,20 @@ def test_logits_without_a_normaliser_are_refused_or_taken_for_all(
 def test_the_older_packing_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"input_ids": [1, 2], "packed_indices": [[1]], "exact_values": [[0.5]], "coeffs": [[]]}
     data = write_rows(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(InvalidTargetsError, match="DistillKit's older layout, which stores"):
+    with pytest.raises(InvalidTargetsError, match="DistillKit's old layout, which stores"):
         imported(data, tmp_path / "c", tokenizer)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compressed_logprobs": [[0] * 48] * 5}, "32 tokens, 5 packed values and 31 packed ids"),
+        ({"compressed_logprobs": [[0] * 48] * 5}, "32 tokens, but 5 positions with values and 31 "),
         ({"compressed_logprobs": [[0] * 47] * 31}, "47 to 47 bytes per position"),
-        ({"compressed_logprobs": [[256] * 48] * 31}, "other values than bytes"),
-        ({"compressed_logprobs": [["x"] * 48] * 31}, "other values than bytes"),
-        ({"compressed_logprobs": 7}, "is no list of lists"),
+        ({"compressed_logprobs": [[256] * 48] * 31}, "values other than bytes"),
+        ({"compressed_logprobs": [["x"] * 48] * 31}, "values other than bytes"),
+        ({"compressed_logprobs": 7}, "is not a list of lists"),
         ({"compressed_logprobs": [[255] * 48] * 31}, "has the logprob nan"),
-        ({"bytepacked_indices": [[255] * 15] * 31}, "lies outside the vocabulary|more than once"),
+        ({"bytepacked_indices": [[255] * 15] * 31}, "is outside the vocabulary|more than once"),
         ({"input_ids": 5}, "no list of input_ids"),
     ],
     ids=str,

@@ -1,14 +1,14 @@
-"""Turn rows of caches that other trainers wrote into rows of Top-K logprobs.
+"""Convert rows in the formats of other trainers to rows of Top-K logprobs.
 
-- DistillKit: `compressed_logprobs` and `bytepacked_indices`, whose settings are in the file
+- DistillKit: `compressed_logprobs` and `bytepacked_indices`, with settings in the file
   `compression_config.yaml` next to the data (`DistillKitPacking`).
-- Published Top-K lists: `exp_logits` and `index`, read as probabilities. A sum above 1 is refused.
-- MaxText: `top_k_logits` and `top_k_indices`. Refused, because the normaliser is not stored. With
-  the check "unnormalised-logits" allowed, the K likeliest tokens are taken for all there are.
+- Published Top-K lists: `exp_logits` and `index`, read as probabilities. A sum above 1 is rejected.
+- MaxText: `top_k_logits` and `top_k_indices`. These are rejected, because the normaliser is not
+  stored. If "unnormalised-logits" is allowed, the logits are normalised over the K listed tokens.
 
-Raw probabilities are kept, so the mass that a list lacks is known and the loss can give it to the
-ghost token. DistillKit's older layout (`packed_indices`) is refused: it stores neither its settings
-nor whether its values are normalised.
+Probabilities are not renormalised, so the missing mass of a list is known and the loss can assign
+it to the ghost token. DistillKit's old layout (`packed_indices`) is rejected: it stores neither its
+settings nor whether its values are normalised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,15 +24,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from sparselogits.caching.collected_rows import MASS_TOLERANCE
+from sparselogits.caching.collected_rows import MASS_TOLERANCE, fail
 from sparselogits.corpus.records import Where
 from sparselogits.errors import CorpusError, InvalidTargetsError
 from sparselogits.safe_yaml import read_mapping
 
 SETTINGS = "compression_config.yaml"
-"""File of DistillKit's settings, in the folder of its Parquet files."""
+"""Name of the file with DistillKit's settings, in the folder of its Parquet files."""
+
 LOSSY_MASS = 1.05
-"""Largest mass that packed values may have: approximated probabilities are scaled to sum to 1."""
+"""Largest sum of packed probabilities of a position; approximations above 1 are scaled to 1."""
 
 _Float = Literal["float16", "bfloat16", "float32", "float64"]
 _Size = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -47,11 +48,19 @@ _IGNORED_OF_MAXTEXT = ("inputs_position", "inputs_segmentation", "targets")
 
 
 class _Settings(BaseModel):
+    """Base class of settings, which rejects unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ResidualBin(_Settings):
-    """A run of values that share a scale."""
+    """Settings of consecutive residuals that share a scale.
+
+    Attributes:
+        scale_dtype: dtype of the scale.
+        element_bits: number of bits per residual.
+        num_elements: number of residuals.
+    """
 
     scale_dtype: _Float
     element_bits: Annotated[int, Field(ge=1, le=32)]
@@ -59,12 +68,26 @@ class ResidualBin(_Settings):
 
 
 class DistillKitPacking(_Settings):
-    """Settings of DistillKit's packing, as its `compression_config.yaml` has them.
+    """Settings of DistillKit's packing, with the names of its `compression_config.yaml`.
 
-    Bytes of a position, in this order: the `exact_k` largest values; a coefficient per polynomial
-    term; for each bin a scale and its values as whole numbers of `element_bits`, most significant
-    bit first, padded to a byte. With `delta_encoding` each value but the first is the difference
-    from the one before. Ids take as many bits as the largest of `d` ids, packed in the same way.
+    The bytes of a position are, in this order: the `exact_k` largest values; one coefficient per
+    polynomial term; for each bin a scale and its residuals as integers of `element_bits` bits, most
+    significant bit first, padded to whole bytes. With `delta_encoding` each value after the first
+    is stored as the difference from the preceding value. Ids are packed in the same way, with the
+    number of bits of the largest id.
+
+    Attributes:
+        d: vocabulary size.
+        k: number of values per position.
+        exact_k: number of values that are stored exactly.
+        exact_dtype: dtype of these values.
+        polynomial_terms: terms of the approximation of the other values: exponents of the rank, or
+            its square root or exponential. None for no approximation.
+        term_dtype: dtype of the coefficients.
+        residual_bins: bins of the residuals of the approximation.
+        delta_encoding: whether values are stored as differences.
+        error_diffusion: whether rounding errors were added to the next value; not used for reading.
+        normalize_t: whether the ranks of approximated values are scaled to [0, 1].
     """
 
     d: Annotated[int, Field(ge=2, le=1 << 24)]
@@ -80,59 +103,61 @@ class DistillKitPacking(_Settings):
 
     @model_validator(mode="after")
     def _require_sizes(self) -> DistillKitPacking:
-        binned = sum(own.num_elements for own in self.residual_bins)
+        """Validate that exact values and bins have at most k values."""
+        binned = sum(part.num_elements for part in self.residual_bins)
         if self.exact_k > self.k or binned > self.k - self.exact_k:
-            raise ValueError("exact_k and the bins hold more values than k")
+            raise ValueError("exact_k and the bins have more values than k")
         return self
 
     @classmethod
     def read(cls, path: Path) -> DistillKitPacking:
-        """Read the settings of a file.
+        """Read settings from a YAML file.
 
         Raises:
             RecipeError: the file cannot be read, or is not YAML.
-            CorpusError: the file holds other settings; names the first.
+            CorpusError: a setting is invalid; the message has the first one.
         """
         values = read_mapping(path, "the packing")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "settings"
+            field = ".".join(map(str, first["loc"])) or "settings"
             raise CorpusError(
-                f"{path} holds no settings of DistillKit's packing: {place}: {first['msg']}; name "
-                "the file that was written with the data"
+                f"{path} has invalid settings of DistillKit's packing: {field}: {first['msg']}; "
+                "give the file that was written with the data"
             ) from error
 
     @property
     def id_bits(self) -> int:
-        """Bits per id."""
+        """Number of bits per id."""
         return (self.d - 1).bit_length()
 
     @property
     def value_bytes(self) -> int:
-        """Bytes per position of the values."""
+        """Number of bytes of the values of a position."""
         terms = len(self.polynomial_terms or ())
         size = self.exact_k * _itemsize(self.exact_dtype) + terms * _itemsize(self.term_dtype)
-        for own in self.residual_bins:
-            size += _itemsize(own.scale_dtype) + _bytes_of(own.num_elements * own.element_bits)
+        for part in self.residual_bins:
+            size += _itemsize(part.scale_dtype) + _bytes_of(part.num_elements * part.element_bits)
         return size
 
     @property
     def id_bytes(self) -> int:
-        """Bytes per position of the ids."""
+        """Number of bytes of the ids of a position."""
         return _bytes_of(self.k * self.id_bits)
 
     def ids(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return the ids [P, k] of packed bytes [P, id_bytes]."""
-        return _whole_numbers(packed, self.id_bits, self.k)
+        """Unpack ids, int64 [P, k], from bytes, uint8 [P, id_bytes]."""
+        return _integers(packed, self.id_bits, self.k)
 
     def logprobs(self, packed: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Return the values [P, k] of packed bytes [P, value_bytes]."""
+        """Unpack logprobs, float64 [P, k], from bytes, uint8 [P, value_bytes]."""
         at, rest = 0, self.k - self.exact_k
         exact_dtype = getattr(torch, self.exact_dtype)
 
         def take(count: int, dtype: str) -> Tensor:
+            """Return the next numbers of each position, [P, count]."""
             nonlocal at
             size = count * _itemsize(dtype)
             part = torch.from_numpy(np.ascontiguousarray(packed[:, at : at + size]))
@@ -145,14 +170,15 @@ class DistillKitPacking(_Settings):
             coefficients = take(len(self.polynomial_terms), self.term_dtype)
             approximate = (coefficients[:, None, :] * self._terms(rest)).sum(-1)
         residuals = [torch.zeros(len(packed), 0)]
-        for own in self.residual_bins:
-            scale, size = take(1, own.scale_dtype), _bytes_of(own.num_elements * own.element_bits)
-            numbers = _whole_numbers(packed[:, at : at + size], own.element_bits, own.num_elements)
+        for part in self.residual_bins:
+            scale = take(1, part.scale_dtype)
+            size = _bytes_of(part.num_elements * part.element_bits)
+            numbers = _integers(packed[:, at : at + size], part.element_bits, part.num_elements)
             at += size
-            if own.element_bits == 1:
+            if part.element_bits == 1:
                 steps = 2 * numbers - 1
             else:
-                steps = numbers - (1 << (own.element_bits - 1))
+                steps = numbers - (1 << (part.element_bits - 1))
             residuals.append(torch.from_numpy(steps).float() * scale)
         residual = torch.cat(residuals, -1)
         residual = torch.nn.functional.pad(residual, (0, rest - residual.shape[1]))
@@ -162,14 +188,14 @@ class DistillKitPacking(_Settings):
         return values.double().numpy()
 
     def _terms(self, count: int) -> Tensor:
-        """Return the polynomial's terms [count, terms] at each place of the approximated values."""
+        """Return the terms of the approximation at each rank, [count, terms]."""
         dtype = getattr(torch, self.term_dtype)
-        places = torch.arange(count, dtype=dtype)
+        ranks = torch.arange(count, dtype=dtype)
         if self.normalize_t:
-            places = torch.linspace(0, 1, count, dtype=dtype)
+            ranks = torch.linspace(0, 1, count, dtype=dtype)
         functions = {"sqrt": torch.sqrt, "exp": torch.exp}
         columns = [
-            places**term if isinstance(term, int) else functions[term](places)
+            ranks**term if isinstance(term, int) else functions[term](ranks)
             for term in self.polynomial_terms or ()
         ]
         return torch.stack(columns, -1)
@@ -180,22 +206,22 @@ def plain_row(
     where: Where,
     packing: DistillKitPacking | None,
 ) -> Mapping[str, Any]:
-    """Return a row with lists of ids and logprobs; a row of another form unchanged.
+    """Convert a row to lists of ids and logprobs; return a row of any other format unchanged.
 
     Args:
-        values: the row.
-        where: names the row, for errors.
-        packing: settings of DistillKit's packing; None where none are found.
+        values: columns of the row by name.
+        where: returns the location of the row, for messages.
+        packing: settings of DistillKit's packing; None if there are none.
 
     Raises:
-        InvalidTargetsError: the row has not the form that its columns name.
+        InvalidTargetsError: the row is invalid; the message has the file and the row.
     """
     if _OLD in values:
-        _refuse(
+        fail(
             where,
-            "it is packed in DistillKit's older layout, which stores neither its settings nor "
-            "whether its values are normalised; expected compressed_logprobs. Unpack it with the "
-            "settings of its training recipe, and write topk_ids and topk_logprobs",
+            "the row is packed in DistillKit's old layout, which stores neither its settings nor "
+            "whether its values are normalised; expected compressed_logprobs. Unpack the row with "
+            "the settings of its training recipe, and write topk_ids and topk_logprobs",
         )
     if all(name in values for name in _PACKED):
         return _unpacked(values, where, packing)
@@ -209,39 +235,41 @@ def plain_row(
 def _unpacked(
     values: Mapping[str, Any], where: Where, packing: DistillKitPacking | None
 ) -> Mapping[str, Any]:
+    """Convert a row in DistillKit's format. Raises InvalidTargetsError."""
     if packing is None:
-        _refuse(
+        fail(
             where,
-            f"it is packed by DistillKit, but its settings are unknown; keep {SETTINGS} next to "
-            "the files, or name the file (--compression-config)",
+            f"the row is packed by DistillKit, but its settings are unknown; put {SETTINGS} next "
+            "to the files, or give the file (--compression-config)",
         )
     count = _length(values, where)
     packed = _byte_rows(values, "compressed_logprobs", packing.value_bytes, where)
     ids = packing.ids(_byte_rows(values, "bytepacked_indices", packing.id_bytes, where))
     if len(packed) != len(ids) or len(ids) not in (count, count - 1):
-        _refuse(
+        fail(
             where,
-            f"it has {count} tokens, {len(packed)} packed values and {len(ids)} packed ids; "
-            "expected a position per token, or one fewer",
+            f"the row has {count} tokens, but {len(packed)} positions with values and {len(ids)} "
+            "with ids; expected one position per token, or one position fewer",
         )
     logs = np.minimum(packing.logprobs(packed), 0)  # approximations may exceed a probability of 1
     mass = np.exp(logs).sum(-1, keepdims=True)
     scaled = (mass > 1) & (mass <= LOSSY_MASS)
     logs -= np.where(scaled, np.log(np.maximum(mass, 1e-300)), 0)
-    rest: list[list[Any]] = [[]] * (count - len(ids))  # nothing follows the last token
+    rest: list[list[Any]] = [[]] * (count - len(ids))  # no distribution after the last token
     return _lists(values, [*ids.tolist(), *rest], [*logs.tolist(), *rest], _PACKED)
 
 
 def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
+    """Convert a row of probabilities. Raises InvalidTargetsError."""
     logs = []
     for position, row in enumerate(_rows(values, "exp_logits", where)):
         numbers = _floats(row, "exp_logits", where)
         if not (numbers >= 0).all() or numbers.sum() > 1 + MASS_TOLERANCE:
-            _refuse(
+            fail(
                 where,
-                f"position {position} has exp_logits that sum to {numbers.sum():.4g}; expected "
-                "probabilities, so the mass of the tail is unknown. Divide each by the sum over "
-                "the whole vocabulary",
+                f"the exp_logits of position {position} sum to {numbers.sum():.4g}; expected "
+                "probabilities with a sum of at most 1. Divide them by the sum over the whole "
+                "vocabulary",
             )
         with np.errstate(divide="ignore"):
             logs.append(np.log(numbers).tolist())
@@ -249,28 +277,29 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
 
 
 def has_normaliser(values: Mapping[str, Any]) -> bool:
-    """Return whether the probabilities of a row are known, and not only its logits."""
+    """Return whether the probabilities of a row follow from its columns, which are not logits."""
     return not all(name in values for name in _LOGITS)
 
 
 def unnormalised(where: Where) -> InvalidTargetsError:
     """Return the error for a row of logits without their normaliser."""
     return InvalidTargetsError(
-        f"{where()}: it holds the K largest logits without their normaliser, so the probability of "
-        "the other tokens is unknown; expected logprobs. If this is allowed, the K tokens are "
-        "taken for all there are, which makes the targets too confident"
+        f"{where()}: the row has the K largest logits without their normaliser, so the probability "
+        "of the other tokens is unknown; expected logprobs. If this is allowed, the logits are "
+        "normalised over the K tokens, which makes the targets too confident"
     )
 
 
 def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
-    learnt = values.get("targets_segmentation")  # 0 is padding
+    """Convert a row of logits, normalised over the listed ids. Raises InvalidTargetsError."""
+    segments = values.get("targets_segmentation")  # 0 for padding
     logs: list[list[float]] = []
     for position, row in enumerate(_rows(values, "top_k_logits", where)):
         numbers = _floats(row, "top_k_logits", where)
-        if learnt is not None and position < len(learnt) and not learnt[position]:
+        if segments is not None and position < len(segments) and not segments[position]:
             numbers = np.full(len(numbers), -np.inf)
         elif not np.isfinite(numbers).all():
-            _refuse(where, f"position {position} has a logit that is not finite; expected numbers")
+            fail(where, f"position {position} has a logit that is not finite; expected numbers")
         else:
             numbers = numbers - np.logaddexp.reduce(numbers)
         logs.append(np.minimum(numbers, 0).tolist())
@@ -279,7 +308,18 @@ def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
 
 
 def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
-    """Return the settings of a named file, or those in a folder; None where there are none."""
+    """Read the settings of DistillKit's packing.
+
+    Args:
+        folder: folder of the data.
+        named: file with the settings; None for `SETTINGS` in the folder.
+
+    Returns:
+        The settings; None if no file is given and the folder has none.
+
+    Raises:
+        CorpusError: a setting is invalid.
+    """
     path = named or folder / SETTINGS
     return DistillKitPacking.read(path) if named or path.is_file() else None
 
@@ -287,67 +327,82 @@ def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
 def _lists(
     values: Mapping[str, Any], ids: Any, logs: Any, replaced: Collection[str]
 ) -> Mapping[str, Any]:
-    """Return the other columns of a row with lists of ids and logprobs."""
+    """Return a row in which columns are replaced by lists of ids and logprobs.
+
+    Args:
+        values: columns of the row by name.
+        ids: ids of each position.
+        logs: logprobs of each position.
+        replaced: names of the columns to remove.
+    """
     rest = {name: value for name, value in values.items() if name not in replaced}
     return rest | {"topk_ids": ids, "topk_logprobs": logs}
 
 
 def _length(values: Mapping[str, Any], where: Where) -> int:
+    """Return the number of tokens of a row. Raises InvalidTargetsError."""
     tokens = values.get("input_ids")
     if not isinstance(tokens, list):
-        _refuse(where, "it has no list of input_ids; expected one next to the packed columns")
+        fail(where, "the row has no list of input_ids; expected one next to the packed columns")
     return len(tokens)
 
 
 def _rows(values: Mapping[str, Any], name: str, where: Where) -> list[list[Any]]:
+    """Return a column with one list per position. Raises InvalidTargetsError."""
     column = values[name]
     if not isinstance(column, list) or not all(isinstance(row, list) for row in column):
-        _refuse(where, f"{name} is no list of lists; expected a list for each position")
+        fail(where, f"{name} is not a list of lists; expected one list per position")
     return column
 
 
 def _floats(row: list[Any], name: str, where: Where) -> NDArray[np.float64]:
+    """Convert a list of a column to numbers. Raises InvalidTargetsError."""
     try:
         return np.array(row, np.float64)
     except (TypeError, ValueError):
-        _refuse(where, f"{name} holds other values than numbers; expected lists of numbers")
+        fail(where, f"{name} contains values other than numbers; expected lists of numbers")
 
 
 def _byte_rows(values: Mapping[str, Any], name: str, size: int, where: Where) -> NDArray[np.uint8]:
+    """Return a column of packed bytes, uint8 [P, size]. Raises InvalidTargetsError."""
     rows = _rows(values, name, where)
     lengths = {len(row) for row in rows} or {size}
     if lengths != {size}:
-        _refuse(
+        fail(
             where,
-            f"{name} has {min(lengths)} to {max(lengths)} bytes per position, its settings make "
-            f"{size}; name the settings that the data were written with",
+            f"{name} has {min(lengths)} to {max(lengths)} bytes per position, expected {size} "
+            "according to the settings; give the settings with which the data were written",
         )
     try:
         numbers = np.array(rows, np.int64).reshape(len(rows), size)
     except (TypeError, ValueError, OverflowError):
         numbers = np.array([[-1]])
     if numbers.size and not (0 <= numbers.min() <= numbers.max() < 256):
-        _refuse(where, f"{name} holds other values than bytes; expected 0 to 255")
+        fail(where, f"{name} contains values other than bytes; expected 0 to 255")
     return numbers.astype(np.uint8)
 
 
-def _whole_numbers(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
-    """Return [P, count] numbers of so many bits, most significant first, from bytes."""
+def _integers(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
+    """Unpack integers, int64 [P, count], from bytes.
+
+    Args:
+        packed: uint8 [P, n], of which the first bits * count bits are used.
+        bits: number of bits per integer, most significant bit first.
+        count: number of integers per position.
+    """
     powers = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
     numbers = np.empty((len(packed), count), np.int64)
-    for start in range(0, len(packed), _BLOCK):  # a bit takes eight bytes
+    for start in range(0, len(packed), _BLOCK):  # in blocks, because each bit takes eight bytes
         flat = np.unpackbits(packed[start : start + _BLOCK], axis=1)[:, : bits * count]
         numbers[start : start + _BLOCK] = flat.reshape(len(flat), count, bits) @ powers
     return numbers
 
 
 def _itemsize(dtype: str) -> int:
+    """Return the number of bytes per number of a dtype."""
     return int(getattr(torch, dtype).itemsize)
 
 
 def _bytes_of(bits: int) -> int:
+    """Return the number of bytes that contain a number of bits."""
     return math.ceil(bits / 8)
-
-
-def _refuse(where: Where, what: str) -> NoReturn:
-    raise InvalidTargetsError(f"{where()}: {what}")

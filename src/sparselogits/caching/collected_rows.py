@@ -101,7 +101,7 @@ def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
     _, ids, _ = _parts(record, where)
     lengths = [len(row) for row in ids if row]
     if not lengths:
-        _fail(where, "no position has logprobs, so K is unknown; give --k")
+        fail(where, "no position has logprobs, so K is unknown; give --k")
     return min(lengths) if PROMPT in record else max(lengths)
 
 
@@ -129,14 +129,14 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
     for position, row in enumerate(log_rows):
         if len(row) != lengths[position]:
             found = f"position {position} has {lengths[position]} ids and {len(row)} logprobs"
-            _fail(where, f"{found}; expected equal numbers")
+            fail(where, f"{found}; expected equal numbers")
     ids = _numbers(list(chain.from_iterable(id_rows)), "iu", "ids", where)
     logs = _numbers(list(chain.from_iterable(log_rows)), "fiu", "logprobs", where)
     owner = np.repeat(np.arange(len(tokens)), lengths)
     wrong = np.flatnonzero(~(logs <= 0))  # NaN included
     if len(wrong):
         found = f"position {owner[wrong[0]]} has the logprob {logs[wrong[0]]}"
-        _fail(where, f"{found}; expected 0 or less")
+        fail(where, f"{found}; expected 0 or less")
     kept = logs > -np.inf
     ids, logs, owner = ids[kept], logs[kept].astype(np.float64), owner[kept]
     _require_ids(ids, vocab_size, "id", where)
@@ -160,7 +160,7 @@ def _sets(
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
     again = np.flatnonzero((owner[1:] == owner[:-1]) & (ids[1:] == ids[:-1]))
     if len(again):
-        _fail(
+        fail(
             where,
             f"position {owner[again[0]]} has the id {ids[again[0]]} more than once",
         )
@@ -168,7 +168,7 @@ def _sets(
     heavy = np.flatnonzero(mass > 1 + MASS_TOLERANCE)
     if len(heavy):
         found = f"the probabilities of position {heavy[0]} sum to {mass[heavy[0]]:.4f}"
-        _fail(where, f"{found}, expected at most 1; give natural logarithms at temperature 1")
+        fail(where, f"{found}, expected at most 1; give natural logarithms at temperature 1")
     likeliest = np.lexsort((-logs, owner))
     ranked = owner[likeliest]
     rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
@@ -186,15 +186,15 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
     if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_IGNORED}:
-        _fail(where, f"the columns are {', '.join(record)}; expected {_EXPECTED}, and no others")
+        fail(where, f"the columns are {', '.join(record)}; expected {_EXPECTED}, and no others")
     for name in (*named, *shapes[0]):
         if not isinstance(record[name], list):
-            _fail(where, f"{name} is of type {type(record[name]).__name__}; expected a list")
+            fail(where, f"{name} is of type {type(record[name]).__name__}; expected a list")
     tokens = record[named[0]]
     for name in shapes[0]:
         if len(record[name]) != len(tokens):
             found = f"{name} has {len(record[name])} elements"
-            _fail(where, f"{found}; expected {len(tokens)}, one per token")
+            fail(where, f"{found}; expected {len(tokens)}, one per token")
     if shapes[0] == (PROMPT,):
         return tokens, *_of_prompt(record[PROMPT], where)
     ids, logs = ([_list(row, name, where) for row in record[name]] for name in shapes[0])
@@ -204,7 +204,7 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
     """Return the lists of ids and logprobs of each position, from vLLM's format."""
     if elements and elements[0]:
-        _fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
+        fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
     predicted = Causal().at_positions(np.arange(len(elements)), -1).tolist()
     pairs = [[] if token < 0 else list(_pairs(elements[token], where)) for token in predicted]
     return [[i for i, _ in row] for row in pairs], [[x for _, x in row] for row in pairs]
@@ -216,14 +216,14 @@ def _pairs(element: Any, where: Where) -> Iterator[tuple[int, Any]]:
         element = list(element.items())
     for pair in _list(element, PROMPT, where):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            _fail(where, f"{PROMPT} contains {pair!r}; expected an id and its logprob")
+            fail(where, f"{PROMPT} contains {pair!r}; expected an id and its logprob")
         key, value = pair
         if isinstance(value, Mapping):
             value = value.get("logprob")
         try:
             yield int(key), value
         except (TypeError, ValueError):
-            _fail(where, f"{PROMPT} has the key {key!r}; expected a token id")
+            fail(where, f"{PROMPT} has the key {key!r}; expected a token id")
 
 
 def _list(value: Any, name: str, where: Where) -> list[Any]:
@@ -231,7 +231,7 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        _fail(where, f"{name} contains {value!r}; expected a list or null for each position")
+        fail(where, f"{name} contains {value!r}; expected a list or null for each position")
     return value
 
 
@@ -255,7 +255,7 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
         array = np.array([None])
     if array.ndim != 1 or array.dtype.kind not in kinds:
         whole = "whole " if kinds == "iu" else ""
-        _fail(where, f"{what} are not all {whole}numbers; correct or remove the row")
+        fail(where, f"{what} are not all {whole}numbers; correct or remove the row")
     return array
 
 
@@ -263,13 +263,13 @@ def _require_ids(ids: _Array, vocab_size: int, what: str, where: Where) -> None:
     """Validate that ids are in the vocabulary. Raises InvalidTargetsError."""
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if len(wrong):
-        _fail(
+        fail(
             where,
             f"the {what} {wrong[0]} is outside the vocabulary of {vocab_size} ids; give the "
             "vocabulary size of the teacher's head",
         )
 
 
-def _fail(where: Where, what: str) -> NoReturn:
+def fail(where: Where, what: str) -> NoReturn:
     """Raise InvalidTargetsError with the location of a row."""
     raise InvalidTargetsError(f"{where()}: {what}")
