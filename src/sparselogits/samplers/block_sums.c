@@ -1,4 +1,4 @@
-/* Sum weights by block, as `sum_by_block` in distribution.py; compiled by compiled.py.
+/* Sum weights by block like `sum_by_block` in distribution.py; compiled by compiled.py.
  *
  * The operations are those of the PyTorch code, in the same order, so that results are equal in
  * every bit: torch.exp2 is Sleef's exp2 (u10), torch.add is a fused multiply-add, and torch.sum of

@@ -1,10 +1,10 @@
-"""Sum blocks of weights by a C function, which is compiled when that is first worthwhile.
+"""Sum blocks of weights by a C function, which is compiled at its first use.
 
-`block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block`, in one pass over each
-row. The machine's C compiler (environment variable CC, `cc` by default) compiles it into a
-temporary folder, in about half a second per process. It is used only if its results for test
-logits equal those of PyTorch in every bit, so a cache has the same bytes with and without a
-compiler. `CC=false` disables it.
+`block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block` by one pass over each
+row. The system's C compiler (environment variable CC, `cc` by default) compiles the source to a
+temporary folder, which takes about half a second per process. The function is used only if its
+results for test logits are bitwise equal to those of PyTorch, so a cache has the same bytes with
+and without a compiler. `CC=false` disables compilation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Largest logits, shifts, sums and moments."""
 
 WORTHWHILE = 2**22
-"""Smallest number of logits that the function is compiled for. PyTorch takes 5 ms for them."""
+"""Smallest number of logits for which the function is compiled; PyTorch takes 5 ms for them."""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
-# Compiler options by the instruction set of PyTorch's functions; others have no multiply-add.
+# Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.
 _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": [
@@ -36,19 +36,19 @@ _INSTRUCTIONS = {
         "-mprefer-vector-width=512",
     ],
 }
-# Contraction would fuse operations that PyTorch does separately. errno and traps are not used.
+# Contraction would fuse operations that are separate in PyTorch. errno and traps are not used.
 _FLAGS = ["-std=c11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 _FLAGS += ["-fno-trapping-math"]
-_SECONDS = 60
+_TIMEOUT = 60  # seconds per command
 
 _log = logging.getLogger(__name__)
 
 
 class Library:
-    """The compiled function, for contiguous float32 logits on a CPU.
+    """Compiled function for contiguous float32 logits on a CPU.
 
     Args:
-        path: path of the library; it stays loaded when the file is deleted.
+        path: path of the shared library, which remains loaded when the file is deleted.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,13 +71,13 @@ class Library:
 
         Args:
             logits: float32 [P, V], with V a multiple of 64.
-            slope: factor of a logit in the exponent of its weight.
-            factors: the same for float32, see `distribution._factors`.
-            heavy: see `distribution._HEAVY`.
+            slope: factor of a logit in the exponent of its weight, for float64.
+            factors: the same factor for float32; see `distribution._factors`.
+            heavy: limit above which a block is summed in float64; see `distribution._HEAVY`.
             with_moment: whether to compute the moments.
 
         Returns:
-            See `distribution._torch_sums`; heavy blocks are summed in float64.
+            The results of `distribution._torch_sums`, but with heavy blocks summed in float64.
         """
         rows, vocabulary = logits.shape
         peaks, shifts = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.float64)
@@ -94,9 +94,9 @@ class Library:
 
 @cache
 def library() -> Library | None:
-    """Compile `block_sums.c`; return None where it cannot be compiled or is not exact."""
+    """Compile `block_sums.c`; return None if it cannot be compiled or is not exact."""
     try:
-        found = _compile(_INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()])
+        function = _compile(_INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()])
     except KeyError as error:
         _log.info("block sums were not compiled: no options for instruction set %s", error)
     except subprocess.CalledProcessError as error:
@@ -104,8 +104,8 @@ def library() -> Library | None:
     except (OSError, ValueError, AttributeError, subprocess.TimeoutExpired) as error:
         _log.info("block sums were not compiled: %s", error)
     else:
-        if _is_exact(found):
-            return found
+        if _is_exact(function):
+            return function
         _log.info("block sums in C differ from those of PyTorch and are not used")
     return None
 
@@ -122,19 +122,19 @@ def _compile(instructions: list[str]) -> Library:
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
-        made, path = f"{folder}/block_sums.o", f"{folder}/block_sums.so"
-        # Linked without -fopenmp, so that the OpenMP library is the one that PyTorch has loaded:
-        # two libraries would have two pools of threads.
+        compiled, path = f"{folder}/block_sums.o", f"{folder}/block_sums.so"
+        # Linked without -fopenmp, so that the library uses the OpenMP runtime of PyTorch: two
+        # runtimes would have two pools of threads.
         for command in (
-            [*compiler, *_FLAGS, *instructions, "-c", str(_SOURCE), "-o", made],
-            [*compiler, "-shared", made, "-o", path],
+            [*compiler, *_FLAGS, *instructions, "-c", str(_SOURCE), "-o", compiled],
+            [*compiler, "-shared", compiled, "-o", path],
         ):
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+            subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT)
         return Library(path)
 
 
 def _is_exact(found: Library) -> bool:
-    """Return whether results equal those of PyTorch, for small to large logits and masked ids."""
+    """Return whether results are bitwise equal to PyTorch's, for logits of many sizes and masks."""
     from sparselogits.samplers.distribution import sum_by_block
 
     generator = torch.Generator().manual_seed(0)

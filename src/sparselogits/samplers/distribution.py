@@ -50,8 +50,8 @@ POSITIONS_AT_ONCE = 64
 _TINY = torch.finfo(torch.float64).tiny
 _LOG2_E = 1 / math.log(2)
 _NOTHING = -1e3  # a finite exponent for which the weight is 0, since 0 * -inf is NaN
-# Exponent of the likeliest token. Float32 exponents are more accurate close to zero, where those of
-# light blocks are then; the others are computed again in float64.
+# Exponent of the likeliest token: the exponents of light blocks are then close to zero, where
+# float32 is more accurate. The other blocks are computed again in float64.
 _PEAK = 8
 # A block is heavy, and summed in float64, if its sum exceeds this times the square of the total.
 # Then its share of the mass, times the largest probability, exceeds 2**-14. The float32 errors of
@@ -94,13 +94,13 @@ class Blocks:
         """Sum the proposals of a few positions by block.
 
         Args:
-            logits: float [R, V] of any floating dtype; -inf where the id is no token.
+            logits: [R, V] of any floating-point dtype; -inf for ids that are no token.
             exponent: exponent e of the teacher's probability in the proposal.
             first_position: position of the first row, for error messages.
             with_moment: whether to compute `moment`; requires exponent 1.
 
         Raises:
-            InvalidLogitsError: NaN, +inf, or a row of -inf only.
+            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only.
         """
         whole = _whole_blocks(logits)
         worthwhile = (
@@ -132,7 +132,12 @@ class Blocks:
         return (total.log2() - self.moment / total) / _LOG2_E
 
     def weights_of(self, logits: Tensor, shift: Tensor) -> Tensor:
-        """Return the weights of logits, float64 [H, n], from the shifts of their rows, [H, 1]."""
+        """Return the weights of logits, float64 [H, n].
+
+        Args:
+            logits: [H, n] of any floating-point dtype.
+            shift: float64 [H, 1], shift of the row of each logit.
+        """
         if self.exponent == 0:
             return (logits > -torch.inf).double()  # 0 * inf is NaN
         return torch.add(-shift, logits.double(), alpha=self.exponent * _LOG2_E).exp2_()
@@ -141,7 +146,7 @@ class Blocks:
         """Return the weights in H blocks, float64 [H, 64].
 
         Args:
-            blocks: int64 [H], indices of blocks, numbered row after row.
+            blocks: int64 [H]; block b of row r has the index r * B + b.
         """
         chosen = self.logits.view(-1, BLOCK).index_select(0, blocks)
         rows = blocks.div(self.sums.shape[1], rounding_mode="floor")
@@ -151,19 +156,22 @@ class Blocks:
         return weights
 
     def largest(self, most: int) -> tuple[Tensor, Tensor]:
-        """Return the `most` largest logits of each row, or all of them, in descending order.
+        """Return the K largest logits of each row, in descending order.
 
-        They lie in the `most` blocks with the largest peaks, and selecting blocks first takes a
+        These logits are in the K blocks with the largest maxima. Selecting blocks first takes a
         quarter of the time of `torch.topk` over the vocabulary.
 
+        Args:
+            most: number K of logits; all logits are returned if there are fewer.
+
         Returns:
-            Logits [R, K] and their ids, int64 [R, K]; an id whose logit is -inf may be padding.
+            Logits [R, K] and their ids, int64 [R, K]; ids with a logit of -inf may be padding.
         """
         by_block = self.logits.view(*self.sums.shape, BLOCK)
         chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
         candidates = by_block.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
-        values, place = candidates.topk(min(most, candidates.shape[1]))
-        return values, chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+        values, index = candidates.topk(min(most, candidates.shape[1]))
+        return values, chosen.gather(1, index // BLOCK) * BLOCK + index % BLOCK
 
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Return the importance weights p / q of drawn tokens, float64 [E].
@@ -293,13 +301,13 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 def sum_by_block(
     logits: Tensor, exponent: float, with_moment: bool, library: compiled.Library | None
 ) -> tuple[Tensor, Blocks]:
-    """Return the largest logits [P, 1] and the proposals of P positions.
+    """Return the largest logits [P, 1] and the proposals of P positions, summed by block.
 
     Args:
         logits: contiguous float [P, V], with V a multiple of 64.
-        exponent: exponent of the proposal.
+        exponent: exponent e of the proposal.
         with_moment: whether to compute the moment.
-        library: compiled function, which returns the same numbers; None uses PyTorch.
+        library: compiled function, whose results are bitwise equal; None to use PyTorch.
     """
     if library is None:
         peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)
@@ -316,9 +324,12 @@ def sum_by_block(
 
 
 def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
-    """Sum weights by block in float32; see `sum_by_block`.
+    """Sum weights by block in float32, by the same operations in the same order as block_sums.c.
 
-    block_sums.c does these operations in the same order.
+    Args:
+        logits: float [P, V], with V a multiple of 64.
+        exponent: exponent e of the proposal.
+        with_moment: whether to compute the moments.
 
     Returns:
         Largest logits [P, 1]; shifts float64 [P, 1]; sums of weights float64 [P, B]; sums of
@@ -339,13 +350,13 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
     for start in range(0, positions, at_once):
         part = slice(start, min(start + at_once, positions))
         power, weight = powers[: part.stop - start], weights[: part.stop - start]
-        few = logits[part]
-        peaks[part] = few.amax(-1, keepdim=True)
+        chunk = logits[part]
+        peaks[part] = chunk.amax(-1, keepdim=True)
         if exponent == 0:
-            torch.gt(few, -torch.inf, out=weight)  # 0 * inf is NaN
+            torch.gt(chunk, -torch.inf, out=weight)  # 0 * inf is NaN
         else:
             shifts[part] = peaks[part] * factor - _PEAK
-            torch.add(-shifts[part], few, alpha=factor, out=power)
+            torch.add(-shifts[part], chunk, alpha=factor, out=power)
             power.add_(power, alpha=remainder)
             torch.exp2(power, out=weight)
         sums[part] = weight.view(-1, blocks, BLOCK).sum(-1)
@@ -357,10 +368,10 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
 
 @cache
 def _factors(exponent: float) -> tuple[float, float]:
-    """Return float32 numbers a and b such that a * (1 + b) is exponent / ln 2 within 1e-10.
+    """Return float32 numbers a (slope) and b (remainder) with a * (1 + b) = exponent / ln 2.
 
-    The rounding error of a single float32 factor, up to 6e-8, is the same for all tokens, so it
-    would change the share of the light blocks.
+    The error is below 1e-10. A single float32 factor has a rounding error of up to 6e-8, which is
+    the same for all tokens and would therefore change the share of the light blocks.
     """
     if exponent == 0:
         return 0.0, 0.0

@@ -4,8 +4,8 @@ Both are biased: the tail is missing, and a student trained on the head alone le
 over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
 loss decides at training time what to do with the missing mass.
 
-Cost: one pass for the normaliser, and one for the largest logit of each block of 64 ids, which
-contain the K largest logits.
+Cost: one pass for the normaliser, and one pass for the largest logit of each block of 64 ids, by
+which the blocks with the K largest logits are selected.
 """
 
 from __future__ import annotations
