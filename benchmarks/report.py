@@ -188,19 +188,24 @@ def anything(found: dict[str, Any]) -> str:
 
 
 def sampling(found: dict[str, Any]) -> str:
-    """Return a table of both memory conditions; the target applies to warm memory."""
-    names = found["warm"]["ratio_to_softmax"]
+    """Return a table of all conditions; the target applies to warm memory with a compiler."""
+    conditions = ("warm", "warm_without_compiler", "default")
+    ratios = [found[condition]["ratio_to_softmax"] for condition in conditions]
     rows = [
-        (
-            name,
-            marked(found["warm"]["ratio_to_softmax"][name], most=SAMPLING_TARGET),
-            found["default"]["ratio_to_softmax"][name],
-        )
-        for name in names
+        (name, marked(warm, most=SAMPLING_TARGET), *(others[name] for others in ratios[1:]))
+        for name, warm in ratios[0].items()
     ]
     seconds = [found[condition]["softmax_seconds"] for condition in ("warm", "default")]
     return (
-        table(("sampler", "warm memory", "the system's default"), rows)
+        table(
+            (
+                "sampler",
+                "warm memory",
+                "warm memory, no C compiler",
+                "the system's default",
+            ),
+            rows,
+        )
         + f"\n\nThe softmax itself takes {number(seconds[0])} s in warm memory and "
         f"{number(seconds[1])} s by default, where its result is written to pages that are mapped "
         "again, which causes the ratios below one in the last column. Largest error of a marginal: "

@@ -2,13 +2,14 @@
 
     python benchmarks/sampling.py [--vocabulary 128256] [--positions 1024] --out sampling.json
 
-Prints JSON for two conditions of memory, each in a separate process:
+Prints JSON for three conditions, each in a separate process:
 
 - "warm": the allocator keeps its pages (glibc's MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_), and
   softmax writes into a buffer given by `out=`. This compares the computations.
+- "warm_without_compiler": the same with CC=false, so that PyTorch sums the blocks.
 - "default": the system's allocator. glibc maps every large tensor anew, and the first access to its
   pages costs more than a softmax; softmax's result is such a tensor, the samplers' are small. A
-  ratio below one means that sampling allocates little memory, not that it computes little.
+  ratio below one here means that sampling allocates little, not that it computes little.
 
 Runs are interleaved, and a ratio compares runs of the same repetition, as median with the 20th and
 80th percentile. `marginal_error` is the largest difference between the block-wise distribution that
@@ -31,12 +32,11 @@ from torch import Tensor
 
 from measuring import interleaved, machine, publish, ratios, spread
 from sparselogits.samplers import Multinomial, Systematic, Threshold, TopK, window_uniforms
+from sparselogits.samplers.compiled import library
 from sparselogits.samplers.distribution import Blocks
 
-CONDITIONS = {
-    "warm": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"},
-    "default": {},
-}
+WARM = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999"}
+CONDITIONS = {"warm": WARM, "warm_without_compiler": WARM | {"CC": "false"}, "default": {}}
 
 
 def teacher_like(positions: int, vocabulary: int, device: str = "cpu") -> Tensor:
@@ -63,9 +63,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     logits = teacher_like(arguments.positions, arguments.vocabulary)
     entropy = torch.special.entr(logits[:64].softmax(-1)).sum(-1).mean()
     logits = logits.to(getattr(torch, arguments.dtype))
-    buffer = torch.empty_like(logits) if arguments.condition == "warm" else None
+    buffer = torch.empty_like(logits) if arguments.condition != "default" else None
     return {
         "machine": machine(),
+        "compiled": library() is not None,
         "entropy_nats": float(entropy),
         **over_softmax(logits, buffer, arguments.repeats, arguments.clock),
         "marginal_error": marginal_error(logits[:64]),
@@ -116,7 +117,8 @@ def main() -> None:
         found[condition] = json.loads(done.stdout)
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "condition")}
     report = {"machine": found["warm"].pop("machine"), "settings": settings}
-    del found["default"]["machine"]
+    for others in ("warm_without_compiler", "default"):
+        del found[others]["machine"]
     publish(report | found, arguments.out)
 
 
