@@ -53,7 +53,7 @@ from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
 
 STUDENTS = {"even": 16, "head": 2}
-"""Number of layers per student: at width 256, 16 layers have 12.6 M parameters, as the head has."""
+"""Number of layers per student. At width 256, 16 layers have as many parameters as the head."""
 
 
 def student(layers: int, vocabulary: int, length: int) -> nn.Module:

@@ -81,7 +81,7 @@ RATES = (5e-5, 1e-4, 2e-4)
 HEALED = "systematic 12"
 PROMPT, COMPLETION, BATCH = 32, 32, 8
 PROMPTS_PER_WINDOW = 4
-TOGETHER = 4
+WINDOWS_PER_BATCH = 4
 """Number of windows whose prompts are completed in one batch."""
 TUNING_WINDOWS = 8
 EVALUATION_SEED = 1234
@@ -305,8 +305,8 @@ class Bench:
         found: dict[str, list[float]] = {
             name: [] for name in ("reverse_kl", "acceptance", "entropy", "tokens")
         }
-        for first in range(0, len(prompts), TOGETHER):
-            some = prompts[first : first + TOGETHER]
+        for first in range(0, len(prompts), WINDOWS_PER_BATCH):
+            some = prompts[first : first + WINDOWS_PER_BATCH]
             given = torch.stack([prompt for own in some for prompt in own])
             everything = student.generate(
                 given,

@@ -211,7 +211,7 @@ NAMES_OF_ARMS = {
     "on-policy for longer": ("on-policy reverse KL (MiniLLM, GKD)", "online"),
     "healed, then on-policy": ("systematic 12, cached, then on-policy", "one pass, then online"),
 }
-"""Arm of on_policy.py -> name of its method and use of the teacher, in the README's table."""
+"""Name of the method and use of the teacher in the README's table, by arm of on_policy.py."""
 
 
 def methods_table(stored: Mapping[str, Any]) -> list[str]:
@@ -268,7 +268,7 @@ TABLES = {
     "healing_methods": ("healing_on_policy", methods_table),
     "healing_in_use": ("healing_in_use", in_use_table),
 }
-"""Tables of files that do not contain a comparison: name -> (file, function)."""
+"""File and function of each table that is not of a comparison, by name of the table."""
 
 
 def table(name: str) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 MEGABYTES = (20, 200)
 ALLOWED = 25
-"""Megabytes of growth from the small to the large corpus: allocators and page tables, not text."""
+"""Allowed growth of memory from the small to the large corpus, in megabytes."""
 
 PROGRAM = """
 import re, sys

@@ -30,7 +30,7 @@ CALLS = (
     ("unlink", 1),
     ("fsync", 2),
 )
-"""System calls of writing one file, each with its number: the folder is the second to be synced."""
+"""System calls of writing one file, with their number; the second fsync is that of the folder."""
 
 
 def build(root: Path, *, reverse: bool = False, seed: int = 0) -> None:

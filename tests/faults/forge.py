@@ -158,9 +158,9 @@ class Page:
     kind: int = 0
     codec: int = UNCOMPRESSED
     before: bytes = b""
-    """Another page in front of it, such as a dictionary."""
+    """Encoded page to write before this one, such as a dictionary."""
     claimed: dict[str, int] = field(default_factory=dict)
-    """For the footer: `values`, `size`, `offset`, `codec`."""
+    """Claims of the footer about this page: `values`, `size`, `offset`, `codec`."""
 
     def written(self) -> bytes:
         crc = zlib.crc32(self.data)
@@ -294,13 +294,13 @@ class Shard:
     stop: int
     dtypes: dict[str, Any]
     pages: Callable[[int, str, Page], Page] = lambda group, name, page: page
-    """Replaces the page of a column of a row group."""
+    """Function that replaces the page of a column in a row group."""
     footer: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: parts
-    """Changes parts of the footer: `schema`, `rows`, `groups`, `keys`, `more` (encoded fields)."""
+    """Function that changes `schema`, `rows`, `groups`, `keys` or `more` (encoded) of the footer."""
     text: bytes | None = None
-    """The JSON itself, in place of `description`."""
+    """JSON text to write instead of `description`; None for `description`."""
     guard_groups: int | None = None
-    """Row groups that the guard claims, the further ones empty."""
+    """Number of row groups that the guard claims; additional ones are empty."""
 
     @classmethod
     def of(cls, identity: Identity, records: Sequence[WindowRecord]) -> Shard:

@@ -213,7 +213,7 @@ def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Grou
 
 
 def sparse(size: int) -> Callable[[Path], None]:
-    """Write a sparse file of zeros, which takes no space on disk."""
+    """Return a function that writes a sparse file of zeros, which takes no space on disk."""
 
     def make(path: Path) -> None:
         with path.open("wb") as handle:
@@ -242,12 +242,12 @@ def long_windows(ground: Ground, cache: Path) -> None:
 
 
 def many_entries(ground: Ground, cache: Path) -> None:
-    """Write a block that claims 2^24 ids at every position, in a few bytes."""
+    """Write windows with 100 000 ids at every position, in a few bytes."""
     _constant(cache, length=1 << 6, ids=100_000, kind="float32")
 
 
 def many_free_entries(ground: Ground, cache: Path) -> None:
-    """Write a block with the maximum number of entries that takes no bytes."""
+    """Write windows with nearly 2^20 entries, which a block of any size may have."""
     _constant(cache, length=1 << 6, ids=(1 << 14) - 1, kind="float32")
 
 
@@ -315,7 +315,7 @@ def extension_type() -> bytes:
 
 
 BIG = 250_000_000
-"""Values that would take a gigabyte."""
+"""Number of 4-byte values that take a gigabyte."""
 EMPTY_CHUNK = struct_of((2, forge.I64, zigzag(0)))
 EMPTY_GROUP = struct_of(
     (1, forge.LIST, forge.list_of(forge.STRUCT, [])),
@@ -719,7 +719,7 @@ FAMILIES = {
     "identity": OPENING,
     "file": ("info", "verify", "eval", "train", "push", "repair"),
 }
-"""The commands that read what a family of mutations changes."""
+"""Commands that read the data changed by a family of mutations."""
 
 
 def commands(ground: Ground, cache: Path, out: Path) -> dict[str, list[str]]:

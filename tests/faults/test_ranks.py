@@ -39,7 +39,7 @@ CacheDataset.__getitem__ = noted
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""The example as it is, and beside it a note of every window that a rank reads."""
+"""Script that runs the unchanged example and records the windows that each rank reads."""
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from sparselogits.store.texts import named_texts
 from tests.faults.commands import Bench, Child, run, start
 
 APART = 0.6
-"""Seconds between the two starts, at most: a command of these takes one or two."""
+"""Maximum seconds between the two starts; each command takes one or two seconds."""
 
 Pair = Callable[[Bench, Path], tuple[tuple[str, ...], tuple[str, ...]]]
 

@@ -29,7 +29,7 @@ from sparselogits.train.objective import Objective, bind
 
 MEMORY = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 DEVICE = "meta"
-"""Stands for an accelerator: it computes no numbers, but copies to and from it are seen as such."""
+"""Device in place of an accelerator: it computes no numbers, but shows copies to and from it."""
 WAITS = (
     *("_local_scalar_dense", "is_nonzero", "equal"),  # item, bool, tolist, if
     *("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),

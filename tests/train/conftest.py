@@ -17,7 +17,7 @@ from tests.conftest import documents
 HOT = 2.0
 """Temperature of the second cache."""
 LENGTHS = [(300, 20), (10, 200), (150, 5), (20, 90), (5, 250)]
-"""Characters of prompts and completions, in turn: windows of 0 to 31 labels."""
+"""Characters of successive prompts and completions, which give windows of 0 to 31 labels."""
 
 
 @pytest.fixture(scope="session")

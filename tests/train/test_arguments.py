@@ -54,7 +54,7 @@ WORKS: dict[str, Any] = {
     **{"skip_memory_metrics": False, "debug": "underflow_overflow"},
     **{"ddp_timeout": 60, "dataloader_multiprocessing_context": "fork"},
 }
-"""By field: a value that is not its default, with which a run of two steps is made."""
+"""Value per field that differs from the default, for a run of two steps."""
 
 TOGETHER: dict[str, dict[str, Any]] = {
     "bf16_full_eval": {"eval_strategy": "steps", "eval_steps": 1},
@@ -73,7 +73,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "dataloader_multiprocessing_context": {"dataloader_num_workers": 1},
     "dataloader_in_order": {"dataloader_num_workers": 2},
 }
-"""What else has to be set for a field to be used."""
+"""Other fields that must be set for a field to have an effect."""
 
 ELSEWHERE = {
     "output_dir": "every test",
@@ -91,7 +91,7 @@ ELSEWHERE = {
     ),
     "torch_compile_mode": "inductor's, which needs a C++ compiler here",
 }
-"""Fields that other tests set, and fields that the Trainer itself never reads."""
+"""Fields that other tests set or that the Trainer never reads, with the reason."""
 
 NEED_MORE = {
     **dict.fromkeys(["fp16", "tf32"], "an accelerator; refused on the CPU by transformers"),
@@ -105,7 +105,7 @@ NEED_MORE = {
     **dict.fromkeys(["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"], "a hub"),
     "batch_eval_metrics": "a compute_metrics that takes batches; tested below",
 }
-"""Fields that are passed on and could not be tried on one CPU."""
+"""Fields that are passed on and cannot be tested on one CPU, with the reason."""
 
 
 def student() -> torch.nn.Module:

@@ -16,7 +16,7 @@ from sparselogits.teacher.loading import load_tokenizer
 from sparselogits.train.saving import save_student
 
 PROGRAMS = Path(sys.prefix) / "llama.cpp"
-"""Where `make test` installs them: the converter carries a gguf package of its own."""
+"""Folder in which `make test` installs the programs; the converter includes a gguf package."""
 PROMPTS = ["The with statement", "A class definition is", "def f(x):\n    return"]
 ANSWER = """
 import json, sys

@@ -184,7 +184,9 @@ def cache(
     ] = 8,
     processes: Annotated[
         int,
-        typer.Option(min=1, help="Processes that tokenise the text.", rich_help_panel=PERFORMANCE),
+        typer.Option(
+            min=1, help="Number of processes that tokenise the text.", rich_help_panel=PERFORMANCE
+        ),
     ] = 1,
     threads: Annotated[
         int | None,

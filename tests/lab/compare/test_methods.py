@@ -47,7 +47,7 @@ ADAPTIVE: dict[str, Any] = {"signal": "distance", "position_power": 6.0}
 DEVIATIONS = 5
 
 Asked = Counter[bytes]
-"""How often the teacher's trunk has read each run of tokens."""
+"""Number of times that the teacher's trunk has read each run of tokens."""
 
 
 @pytest.fixture(scope="module")

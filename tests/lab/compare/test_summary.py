@@ -45,7 +45,7 @@ RESAMPLES = 4000
 SURE = 5 * math.sqrt(0.025 * 0.975 / RESAMPLES)  # five deviations of a tail's share
 
 Losses = Mapping[int, Sequence[float]]
-"""By seed, the mean loss of each window."""
+"""Mean loss of each window, by seed."""
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def mean_loss(windows: Iterable[float], times: Sequence[int] = (1, 1, 1)) -> flo
 
 
 Measured = Callable[[int, Sequence[int]], float]
-"""A metric of one seed, with each window so many times."""
+"""Function that returns a metric of one seed, given the weight of each window."""
 
 
 def resampled(

@@ -33,7 +33,7 @@ from tests.conftest import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 LOWEST, HIGHEST = 0.85, 1.8
-"""Of the estimate over what was measured; docs/planning.md says when it is high."""
+"""Bounds of the estimate divided by the measured memory; docs/planning.md explains high values."""
 
 
 def test_the_estimate_against_what_was_measured() -> None:

@@ -23,7 +23,7 @@ MISSING = (
     "`playwright install chromium`, or name one in SPARSELOGITS_BROWSER"
 )
 CONTRAST = 4.5
-"""What WCAG 2.2 asks of text (1.4.3, level AA)."""
+"""Minimum contrast of text by WCAG 2.2 (1.4.3, level AA)."""
 
 
 @contextmanager

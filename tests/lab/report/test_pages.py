@@ -21,7 +21,7 @@ from tests.lab.report.browser import DESKTOP, PHONE, cut_off, faint_texts, opene
 from tests.lab.report.material import HOSTILE, RECORD, comparison, walkthrough
 
 LARGEST = 3_000_000
-"""Bytes of a page."""
+"""Maximum size of a page in bytes."""
 
 
 @pytest.fixture(scope="module")
