@@ -333,7 +333,7 @@ class Findings:
         return {"methods": len(own), "within": within}
 
     def largest_draft_error(self) -> float:
-        """Return the largest deviation from expected acceptance, with 1 024 prefixes."""
+        """Return the largest deviation from expected acceptance with 1 024 prefixes, in errors."""
         return max(abs(own["standard_errors"]) for own in self.drafting)
 
     def span(self, setting: str, metric: str, families: list[str]) -> str:

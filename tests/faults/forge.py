@@ -296,7 +296,7 @@ class Shard:
     pages: Callable[[int, str, Page], Page] = lambda group, name, page: page
     """Function that replaces the page of a column in a row group."""
     footer: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: parts
-    """Function that changes `schema`, `rows`, `groups`, `keys` or `more` (encoded) of the footer."""
+    """Function that changes `schema`, `rows`, `groups`, `keys`, `more` (encoded) of a footer."""
     text: bytes | None = None
     """JSON text to write instead of `description`; None for `description`."""
     guard_groups: int | None = None
