@@ -24,8 +24,9 @@ from torch import Tensor
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Largest logits, shifts, sums and moments."""
 
-WORTHWHILE = 2**22
-"""Smallest number of logits for which the function is compiled; PyTorch takes 5 ms for them."""
+WORTHWHILE = 2**26
+"""Number of logits sampled in a process after which the function is compiled. PyTorch takes about
+0.1 s for them."""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
 # Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.
@@ -41,6 +42,7 @@ _FLAGS = ["-std=c11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-mat
 _FLAGS += ["-fno-trapping-math"]
 _TIMEOUT = 60  # seconds per command
 
+_sampled = 0
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +92,15 @@ class Library:
             None if moments is None else moments.data_ptr(),
         )
         return peaks, shifts, sums, moments
+
+
+def library_for(logits: Tensor) -> Library | None:
+    """Return the library, or None if it does not apply or few logits have been sampled so far."""
+    global _sampled
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return None
+    _sampled += logits.numel()
+    return library() if _sampled >= WORTHWHILE else None
 
 
 @cache

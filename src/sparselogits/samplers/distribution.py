@@ -103,13 +103,7 @@ class Blocks:
             InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only.
         """
         whole = _whole_blocks(logits)
-        worthwhile = (
-            whole.device.type == "cpu"
-            and whole.dtype == torch.float32
-            and whole.numel() >= compiled.WORTHWHILE
-            and exponent != 0
-        )
-        library = compiled.library() if worthwhile else None
+        library = compiled.library_for(whole) if exponent != 0 else None
         peak, blocks = sum_by_block(whole, exponent, with_moment, library)
         _require_finite(logits, peak, first_position)
         return blocks
