@@ -107,7 +107,7 @@ def fieller_interval(
     Examples:
         >>> found = fieller_interval([0.28, 0.40, 0.34], [0.36, 0.41, 0.47])
         >>> round(found.mean, 2), round(found.low, 2), round(found.high, 2)
-        (0.82, 0.53, 1.18)
+        (0.82, 0.5, 1.22)
     """
     count = _checked(numerators, confidence)
     if len(denominators) != count:

@@ -1,6 +1,6 @@
 """Compare the gradients of all methods' targets with those of full distillation.
 
-The targets of a method are those of its training: drawn by the fitted sampler, thinned to the
+The measured targets are the targets of training: drawn by the fitted sampler, thinned to the
 method's rounds, with the missing-mass rule and the share alpha of the labels. CE has the labels as
 targets. All are compared with full distillation without labels. Methods with equal targets, such as
 fresh and frozen noise of one thinning, share a measurement. Methods without cached targets (except

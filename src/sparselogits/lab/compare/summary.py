@@ -383,7 +383,7 @@ def _weighted_mean(bins: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _realised(outcomes: Sequence[Outcome]) -> Realised | None:
-    """Sum the results of drafting over the runs that have them."""
+    """Sum the results of drafting over several runs; None if no run has such results."""
     drafted = [outcome.drafting for outcome in outcomes if outcome.drafting is not None]
     if not drafted:
         return None

@@ -303,7 +303,7 @@ def _window_counts(batch_tokens: Sequence[int], length: int, windows: int) -> li
     if wrong or not sizes:
         raise InvalidArgumentError(
             f"batch sizes must be multiples of the window length of {length} tokens, found "
-            f"{wrong or 'none'}: give such multiples"
+            f"{wrong or 'none'}: give multiples such as {4 * length}"
         )
     if windows * length < sizes[-1]:
         raise InvalidArgumentError(

@@ -85,7 +85,7 @@ _ALIASES = {
     "4090": "rtx4090",
     "5090": "rtx5090",
 }
-"""Names of `DEVICES` by other names of the same devices, which are normalised by `_normalised`."""
+"""Name in `DEVICES` by another name of the device, in the form that `_normalised` returns."""
 
 
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:
