@@ -1,11 +1,17 @@
-"""Create a tiny masked language model."""
+"""Create a tiny masked language model, and a tokenizer in the manner of BERT's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from tokenizers import processors
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from tests.corpus.trained_tokenizers import word_pieces
+
+VOCABULARY = 416
+"""Rows of the head; the tokenizer has fewer tokens."""
 
 
 def tiny_bert(seed: int = 0, **options: Any) -> BertForMaskedLM:
@@ -22,3 +28,20 @@ def tiny_bert(seed: int = 0, **options: Any) -> BertForMaskedLM:
         "pad_token_id": 0,
     }
     return BertForMaskedLM(BertConfig(**settings | options))
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of word pieces that puts a text between [CLS] and [SEP]."""
+    backend = word_pieces()
+    ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        pad_token="[PAD]",
+    )

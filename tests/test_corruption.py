@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sparselogits.corruption import TokenKinds, corrupt
+from sparselogits.corruption import Corruption, TokenKinds
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.objectives import IGNORE_INDEX, LEAST_RATE, Masked
 from tests.corpus.trained_tokenizers import (
@@ -63,7 +63,7 @@ def test_what_is_not_chosen_stays_and_special_tokens_are_never_chosen_nor_drawn(
     objective, index, length
 ):
     tokens = window(index % 1000, length)
-    made = corrupt(tokens, index, objective, KINDS)
+    made = Corruption(objective, KINDS)(tokens, index)
     assert made.inputs.dtype == np.int32
     assert made.chosen.shape == tokens.shape
     assert (made.inputs == tokens)[~made.chosen].all()
@@ -80,7 +80,7 @@ def test_what_is_not_chosen_stays_and_special_tokens_are_never_chosen_nor_drawn(
 @settings(max_examples=50)
 def test_it_depends_on_seed_and_window_alone(objective, index):
     tokens = window(3)
-    one, other = (corrupt(tokens, index, objective, KINDS) for _ in range(2))
+    one, other = (Corruption(objective, KINDS)(tokens, index) for _ in range(2))
     assert (one.inputs == other.inputs).all()
     assert (one.chosen == other.chosen).all()
     assert one.rate == other.rate
@@ -89,10 +89,10 @@ def test_it_depends_on_seed_and_window_alone(objective, index):
 def test_windows_seeds_and_held_out_windows_differ():
     tokens, objective = window(3, special=0), Masked(MASK, 0.5)
     made = [
-        corrupt(tokens, 0, objective, KINDS).chosen,
-        corrupt(tokens, 1, objective, KINDS).chosen,
-        corrupt(tokens, 0, Masked(MASK, 0.5, seed=1), KINDS).chosen,
-        corrupt(tokens, 0, objective, KINDS, held_out=True).chosen,
+        Corruption(objective, KINDS)(tokens, 0).chosen,
+        Corruption(objective, KINDS)(tokens, 1).chosen,
+        Corruption(Masked(MASK, 0.5, seed=1), KINDS)(tokens, 0).chosen,
+        Corruption(objective, KINDS)(tokens, 0, held_out=True).chosen,
     ]
     assert len({chosen.tobytes() for chosen in made}) == 4
 
@@ -111,7 +111,7 @@ def test_tokens_are_chosen_at_the_rate_and_replaced_in_shares(objective):
     shares = []
     for index in range(2000):
         tokens = window(index)
-        made = corrupt(tokens, index, objective, KINDS)
+        made = Corruption(objective, KINDS)(tokens, index)
         ordinary = ~SPECIALS[tokens]
         masked = made.inputs == MASK
         changed = (made.inputs != tokens) & ~masked
@@ -127,7 +127,7 @@ def test_random_rates_are_uniform_and_weigh_by_their_inverse():
     objective, length = Masked(MASK, None), 100
     rates, surplus = [], 0.0
     for index in range(3000):
-        made = corrupt(window(0, length, 0), index, objective, KINDS)
+        made = Corruption(objective, KINDS)(window(0, length, 0), index)
         rates.append(made.rate)
         surplus += (made.chosen.sum() - made.rate * length) / math.sqrt(length)
     rates = np.array(rates)
@@ -144,7 +144,7 @@ def test_random_rates_are_uniform_and_weigh_by_their_inverse():
 def test_random_tokens_are_uniform_over_the_ordinary_ones():
     objective = Masked(MASK, 1.0, masked=0.0, random=1.0)
     drawn = np.concatenate(
-        [corrupt(window(0, 500, 0), i, objective, KINDS).inputs for i in range(40)]
+        [Corruption(objective, KINDS)(window(0, 500, 0), i).inputs for i in range(40)]
     )
     counts = np.bincount(drawn, minlength=V)[SPECIAL:]
     expected = len(drawn) / (V - SPECIAL)
@@ -157,7 +157,7 @@ def test_spans_have_the_mean_length_and_one_kind_of_replacement():
     objective = Masked(MASK, 0.02, masked=0.5, random=0.5, units="spans", span=4.0)
     lengths, kinds = [], 0
     for index in range(3000):
-        made = corrupt(window(index, 200, 0), index, objective, KINDS)
+        made = Corruption(objective, KINDS)(window(index, 200, 0), index)
         edges = np.diff(np.concatenate([[False], made.chosen, [False]]).astype(int))
         begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
         for begin, end in zip(begins, ends, strict=True):
@@ -193,7 +193,7 @@ def test_whole_words_are_those_of_the_tokenizer(family):
     objective = Masked(whole.mask_token_id, 0.3, units="words")
     several = apart = 0
     for index in range(20):
-        chosen = corrupt(tokens, index, objective, kinds).chosen
+        chosen = Corruption(objective, kinds)(tokens, index).chosen
         for word in words:
             own = chosen[word]
             assert own.all() or not own.any(), whole.convert_ids_to_tokens(tokens[word])
@@ -216,7 +216,7 @@ def test_special_tokens_and_rows_without_a_token_are_special():
 def test_words_need_a_tokenizer_that_marks_them():
     kinds = TokenKinds.of(tokenizer("unmarked"), len(tokenizer("unmarked")))
     with pytest.raises(InvalidArgumentError, match="choose tokens or spans"):
-        corrupt(np.zeros(4, np.int32), 0, Masked(MASK, units="words"), kinds)
+        Corruption(Masked(MASK, units="words"), kinds)(np.zeros(4, np.int32), 0)
 
 
 @pytest.mark.parametrize(

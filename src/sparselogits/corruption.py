@@ -94,43 +94,76 @@ class Corrupted:
     rate: float
 
 
-def corrupt(
-    tokens: NDArray[np.int32],
-    window_index: int,
-    objective: Masked,
-    kinds: TokenKinds,
-    *,
-    held_out: bool = False,
-) -> Corrupted:
-    """Corrupt one window.
+@dataclass(frozen=True, eq=False)
+class Corruption:
+    """Corrupts windows: an objective, with the kinds of tokens of one vocabulary.
 
     Args:
-        tokens: int32 [L], original token ids.
-        window_index: number of the window, which together with the seed determines the result.
         objective: rate, shares, units and seed of the corruption.
         kinds: properties of the tokens of the vocabulary.
-        held_out: whether the window is a held-out window, since these are numbered separately.
 
-    Raises:
-        InvalidArgumentError: the units are words, but the tokenizer does not mark words.
+    Examples:
+        >>> ordinary = np.zeros(9, np.int8)
+        >>> kinds = TokenKinds(np.arange(9) < 2, None, ordinary, ordinary)
+        >>> corruption = Corruption(Masked(mask_id=1, rate=1.0, masked=1.0, random=0.0), kinds)
+        >>> corruption(np.array([0, 5, 6], np.int32), window_index=0).inputs.tolist()
+        [0, 1, 1]
     """
-    length = len(tokens)
-    drawn = corruption_uniforms(objective.seed, window_index, 1 + 4 * length, held_out=held_out)
-    rate = objective.rate
-    if rate is None:
-        rate = LEAST_RATE + (1 - LEAST_RATE) * float(drawn[0])
-    choice, kind, replacement, border = drawn[1:].reshape(4, length)
-    allowed = ~kinds.special[tokens]
-    unit = _units(tokens, allowed, border, objective, kinds)
-    chosen = allowed & (choice[unit] < rate)
-    # all tokens of a span are replaced alike, as in SpanBERT; those of a word independently
-    kind = kind[unit] if objective.units == "spans" else kind
-    inputs = tokens.copy()
-    inputs[chosen & (kind < objective.masked)] = objective.mask_id
-    randomised = chosen & (kind >= objective.masked) & (kind < objective.masked + objective.random)
-    ordinary = np.flatnonzero(~kinds.special).astype(np.int32)
-    inputs[randomised] = ordinary[(replacement[randomised] * len(ordinary)).astype(np.int64)]
-    return Corrupted(inputs, chosen, rate)
+
+    objective: Masked
+    kinds: TokenKinds
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any, vocab_size: int, **settings: Any) -> Corruption:
+        """Return the corruption with a tokenizer's mask token.
+
+        Args:
+            tokenizer: the teacher's tokenizer.
+            vocab_size: number V of columns of the teacher's head.
+            settings: fields of `Masked`, without `mask_id`.
+
+        Raises:
+            InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
+        """
+        if tokenizer.mask_token_id is None:
+            raise InvalidArgumentError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no mask token, which the input of "
+                "a masked language model needs; expected the tokenizer of a masked language model"
+            )
+        objective = Masked(int(tokenizer.mask_token_id), **settings)
+        return cls(objective, TokenKinds.of(tokenizer, vocab_size))
+
+    def __call__(
+        self, tokens: NDArray[np.int32], window_index: int, *, held_out: bool = False
+    ) -> Corrupted:
+        """Corrupt one window.
+
+        Args:
+            tokens: int32 [L], original token ids.
+            window_index: number of the window, which together with the seed determines the result.
+            held_out: whether the window is a held-out window, since these are numbered separately.
+
+        Raises:
+            InvalidArgumentError: the units are words, but the tokenizer does not mark words.
+        """
+        objective, kinds, length = self.objective, self.kinds, len(tokens)
+        drawn = corruption_uniforms(objective.seed, window_index, 1 + 4 * length, held_out=held_out)
+        rate = objective.rate
+        if rate is None:
+            rate = LEAST_RATE + (1 - LEAST_RATE) * float(drawn[0])
+        choice, kind, replacement, border = drawn[1:].reshape(4, length)
+        allowed = ~kinds.special[tokens]
+        unit = _units(tokens, allowed, border, objective, kinds)
+        chosen = allowed & (choice[unit] < rate)
+        # all tokens of a span are replaced alike, as in SpanBERT; those of a word independently
+        kind = kind[unit] if objective.units == "spans" else kind
+        inputs = tokens.copy()
+        inputs[chosen & (kind < objective.masked)] = objective.mask_id
+        above = kind - objective.masked
+        randomised = chosen & (above >= 0) & (above < objective.random)
+        ordinary = np.flatnonzero(~kinds.special).astype(np.int32)
+        inputs[randomised] = ordinary[(replacement[randomised] * len(ordinary)).astype(np.int64)]
+        return Corrupted(inputs, chosen, rate)
 
 
 def _units(

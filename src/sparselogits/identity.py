@@ -14,14 +14,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparselogits.errors import CacheError, IdentityMismatchError
+from sparselogits.errors import CacheError, IdentityMismatchError, InvalidArgumentError
+from sparselogits.objectives import TokenObjective, objective_from_json
 from sparselogits.untrusted import printable, shown
 
-FORMAT_VERSION = 1
-"""Version of the directory and shard layout that this library writes and reads."""
+CAUSAL_FORMAT, MASKED_FORMAT = 1, 2
+"""Versions of the directory and shard layout: without and with corrupted inputs."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--([\w.-]+?)--([\w.-]+?)/snapshots/")
@@ -50,7 +52,8 @@ class Identity:
         seed: seed of the uniforms, together with the window index.
         temperature: temperature by which the teacher's logits are divided before sampling.
         codec: name and parameters of the coding of targets.
-        format_version: version of the directory and shard layout.
+        objective: what the positions predict, as `Masked.to_json` returns it; None for the next
+            token.
     """
 
     teacher: Mapping[str, Any]
@@ -64,7 +67,21 @@ class Identity:
     seed: int
     temperature: float
     codec: Mapping[str, Any]
-    format_version: int = FORMAT_VERSION
+    objective: Mapping[str, Any] | None = None
+
+    @property
+    def format_version(self) -> int:
+        """Version of the directory and shard layout."""
+        return CAUSAL_FORMAT if self.objective is None else MASKED_FORMAT
+
+    @cached_property
+    def predicts(self) -> TokenObjective:
+        """What the positions of the windows predict.
+
+        Raises:
+            InvalidArgumentError: the objective is none that this library knows.
+        """
+        return objective_from_json(self.objective)
 
     def without_paths(self) -> Identity:
         """Return a copy of the identity with the folders removed from the teacher's name."""
@@ -74,25 +91,31 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, as written to `cache.json`."""
-        return asdict(self)
+        told = asdict(self) | {"format_version": self.format_version}
+        if self.objective is None:  # identities of version 1 have no such field
+            del told["objective"]
+        return told
 
     @classmethod
     def from_json(cls, value: object) -> Identity:
         """Return the identity for the JSON object that `to_json` returned.
 
         Raises:
-            CacheError: a field is missing, unknown or of the wrong type, or the format version
-                differs from `FORMAT_VERSION`.
+            CacheError: a field is missing, unknown or of the wrong type, or the format version is
+                unknown.
         """
         if not isinstance(value, dict):
             raise CacheError("the identity is not a JSON object; restore cache.json from a copy")
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (CAUSAL_FORMAT, MASKED_FORMAT):
             raise CacheError(
                 f"the cache has format version {shown(version)}, this library reads "
-                f"{FORMAT_VERSION}; install the version of sparselogits that wrote it"
+                f"{CAUSAL_FORMAT} and {MASKED_FORMAT}; install the version of sparselogits that "
+                "wrote it"
             )
-        names = {field.name for field in fields(cls)}
+        names = {"format_version", *(field.name for field in fields(cls))}
+        if version == CAUSAL_FORMAT:
+            names.remove("objective")
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
             raise CacheError(
@@ -105,7 +128,17 @@ class Identity:
                     f"the identity's {name} is {shown(value[name])}, which has the wrong type; "
                     "restore cache.json from a copy"
                 )
-        return cls(**value)
+        if version == MASKED_FORMAT and not isinstance(value["objective"], dict):
+            raise CacheError(
+                f"the identity's objective is {shown(value['objective'])}, where a JSON object is "
+                "expected; restore cache.json from a copy"
+            )
+        identity = cls(**{name: own for name, own in value.items() if name != "format_version"})
+        try:
+            identity.predicts  # noqa: B018
+        except InvalidArgumentError as error:
+            raise CacheError(f"the identity's {error}; restore cache.json from a copy") from error
+        return identity
 
     def teacher_in_words(self) -> str:
         """Return the teacher's name and dtype on one line, for display."""

@@ -8,7 +8,8 @@ positions that predict them: other code has values by token or by position, and 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.untrusted import shown
 
 IGNORE_INDEX = -100
 """Label of a position that predicts no token, as in PyTorch and transformers."""
@@ -200,6 +202,32 @@ class Masked:
 
 
 TokenObjective: TypeAlias = Causal | Masked
+
+
+def objective_from_json(value: Mapping[str, Any] | None) -> TokenObjective:
+    """Return the objective that an identity names; None is the causal one.
+
+    Raises:
+        InvalidArgumentError: the value is not what `Masked.to_json` returns.
+    """
+    if value is None:
+        return Causal()
+    names = {"name", *(field.name for field in fields(Masked))}
+    if set(value) != names or value["name"] != "masked":
+        raise InvalidArgumentError(
+            f"objective: found {shown(dict(value))}; expected the name 'masked' with the fields "
+            f"{', '.join(sorted(names))}"
+        )
+    settings = {name: own for name, own in value.items() if name != "name"}
+    for name, own in settings.items():
+        kinds = {"mask_id": (int,), "seed": (int,), "units": (str,)}.get(name, (int, float))
+        empty = own is None and name in ("rate", "span")
+        if not empty and (not isinstance(own, kinds) or isinstance(own, bool)):
+            raise InvalidArgumentError(f"objective: {name} is {shown(own)}, of the wrong type")
+    return Masked(**settings)
+
+
+CAUSAL = Causal()
 
 
 def _copied(values: _Values) -> _Values:

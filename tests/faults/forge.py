@@ -17,7 +17,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -100,7 +100,13 @@ FORMS = {
     "crc32c": Form(("crc32c",), "int32"),
     "teacher_loss": Form(("teacher_loss",), "float"),
     "teacher_entropy": Form(("teacher_entropy",), "float"),
+    # of version 2 alone
+    "inputs": _list("inputs", "int32", 1),
+    "rate": Form(("rate",), "float"),
 }
+
+
+_CAUSAL = [name for name in FORMS if name not in ("inputs", "rate")]
 
 
 def runs(levels: Iterable[tuple[int, int]]) -> bytes:
@@ -185,7 +191,7 @@ class Page:
 def honest_page(name: str, rows: Sequence[Any]) -> Page:
     form = FORMS[name]
     values, count = _plain(form, rows)
-    if name != "tokens":
+    if name not in ("tokens", "inputs"):
         return Page(_levels(form, rows) + values, count)
     split = np.frombuffer(values, np.uint8).reshape(-1, 4).T.tobytes()
     plain = _levels(form, rows) + split
@@ -223,7 +229,7 @@ def repeated(name: str, rows: int, times: int, value: bytes) -> Page:
     return Page(levels + indices, times, DICTIONARY, before=dictionary_page(form.type, value))
 
 
-def schema_elements() -> list[bytes]:
+def schema_elements(names: Collection[str]) -> list[bytes]:
     def element(name: str, repetition: int, kind: str | None = None, *more: Any) -> bytes:
         first = [] if kind is None else [(1, I32, zigzag(TYPES[kind]))]
         return struct_of(
@@ -239,8 +245,9 @@ def schema_elements() -> list[bytes]:
     # an unsigned integer of 32 bits, by Parquet's logical type (field 10): INTEGER(32, false)
     integer = struct_of((1, 3, bytes([32])), (2, 2, b""))
     unsigned = struct_of((10, STRUCT, integer))
-    out = [element("schema", REQUIRED, None, children(len(FORMS)))]
-    for name, form in FORMS.items():
+    out = [element("schema", REQUIRED, None, children(len(names)))]
+    for name in names:
+        form = FORMS[name]
         if form.repetition:
             outer = OPTIONAL if form.definition == 2 else REQUIRED
             out.append(element(name, outer, None, children(1), converted(3)))
@@ -304,9 +311,15 @@ class Shard:
 
     @classmethod
     def of(cls, identity: Identity, records: Sequence[WindowRecord]) -> Shard:
-        codec = TargetCodec.from_identity(identity.codec, identity.vocab_size)
+        codec = TargetCodec.of(identity)
         split = [codec._split(TargetWindow(r.targets, r.tokens, r.present())) for r in records]
         start = records[0].window_index
+        corruption = {}
+        if identity.objective is not None:
+            corruption = {
+                "inputs": [r.inputs[r.mask] for r in records],
+                "rate": [r.rate for r in records],
+            }
         shard = cls(
             identity,
             start,
@@ -317,11 +330,12 @@ class Shard:
                 "mask": [None if r.mask is None else r.mask.copy() for r in records],
                 "teacher_loss": [r.teacher_loss for r in records],
                 "teacher_entropy": [r.teacher_entropy for r in records],
+                **corruption,
             },
             {name: [s[name].copy() for s in split] for name in codec.columns},
             [len(s["ids"]) for s in split],
             {
-                "format_version": 1,
+                "format_version": identity.format_version,
                 "fingerprint": identity.fingerprint,
                 "start": start,
                 "stop": start + len(records),
@@ -345,11 +359,18 @@ class Shard:
             for array in (tokens, starts):
                 digest.update(len(array).to_bytes(8, "little"))
                 digest.update(np.ascontiguousarray(array, dtype="<i4").tobytes())
+            if "inputs" in self.columns:
+                mask = None  # it is of the corruption, not of the text
             digest.update(b"\0" if mask is None else b"\1" + np.packbits(mask).tobytes())
         self.description["provenance"] |= {"corpus": digest.hexdigest()}
         for name in ("teacher_loss", "teacher_entropy"):
             with np.errstate(all="ignore"):
                 self.description[name] = float(np.mean(np.array(self.columns[name], np.float32)))
+
+    @property
+    def names(self) -> list[str]:
+        """Columns of the format version."""
+        return [*_CAUSAL, *(name for name in ("inputs", "rate") if name in self.columns)]
 
     @property
     def name(self) -> str:
@@ -363,10 +384,10 @@ class Shard:
         for group, first in enumerate(range(0, rows, 8)):
             last = min(first + 8, rows)
             chunks = []
-            for name, form in FORMS.items():
+            for name in self.names:
                 page = self.pages(group, name, honest_page(name, columns[name][first:last]))
                 written = page.written()
-                chunks.append(_chunk(form, page, len(out), len(written)))
+                chunks.append(_chunk(FORMS[name], page, len(out), len(written)))
                 out += written
             stops.append(len(out))
             size = len(out) - (stops[-2] if len(stops) > 1 else 4)
@@ -380,7 +401,7 @@ class Shard:
         text = json.dumps(description).encode() if self.text is None else self.text
         parts = self.footer(
             {
-                "schema": schema_elements(),
+                "schema": schema_elements(self.names),
                 "rows": rows,
                 "groups": groups,
                 "keys": [(b"sparselogits", text)],
@@ -410,18 +431,24 @@ class Shard:
                 for row, lists in enumerate(self.lists)
             ]
         if "crc32c" not in columns:
-            names = ("window_index", "tokens", "document_starts", "mask", "teacher_loss")
+            names = ["window_index", "tokens", "document_starts", "mask", "teacher_loss"]
+            names += ["teacher_entropy", "targets", *self.names[len(_CAUSAL) :]]
             columns["crc32c"] = [
-                row_checksum(*row)
-                for row in zip(
-                    *(columns[n] for n in (*names, "teacher_entropy", "targets")), strict=True
-                )
+                row_checksum(*row) for row in zip(*(columns[n] for n in names), strict=True)
             ]
         return columns, description
 
 
 def row_checksum(
-    index: int, tokens: Any, starts: Any, mask: Any, loss: float, entropy: float, block: bytes
+    index: int,
+    tokens: Any,
+    starts: Any,
+    mask: Any,
+    loss: float,
+    entropy: float,
+    block: bytes,
+    inputs: Any = None,
+    rate: float = 0.0,
 ) -> int:
     def ints(values: Any) -> bytes:
         return struct.pack("<I", len(values)) + np.asarray(values, "<i4").tobytes()
@@ -430,6 +457,8 @@ def row_checksum(
     data = struct.pack("<q", index) + ints(tokens) + ints(starts)
     data += struct.pack("<I", len(flags)) + flags
     data += struct.pack("<ffI", loss, entropy, len(block)) + block
+    if inputs is not None:
+        data += ints(inputs) + struct.pack("<f", rate)
     return google_crc32c.value(data)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sparselogits.identity import Identity
+from sparselogits.objectives import Masked
 from sparselogits.store import WindowRecord
 from sparselogits.store.codec import TargetCodec
 from sparselogits.targets import SparseTargets
@@ -28,6 +29,9 @@ ROUNDED: dict[str, dict[str, Any]] = {
     )
 }
 KINDS |= ROUNDED
+MASKED = {f"masked-{kind}": KINDS[kind] for kind in ("counts", "threshold-rounded")}
+KINDS |= MASKED
+OBJECTIVE = Masked(mask_id=3, rate=None, units="words", seed=5)
 
 
 def identity(kind: str = "counts", *, vocab_size: int = 1000, **changes: Any) -> Identity:
@@ -44,6 +48,8 @@ def identity(kind: str = "counts", *, vocab_size: int = 1000, **changes: Any) ->
         "temperature": 1.0,
         "codec": {"name": "inverted-lists", "version": 1, **KINDS[kind]},
     }
+    if kind in MASKED:
+        settings["objective"] = OBJECTIVE.to_json()
     return Identity(**settings | changes)
 
 
@@ -92,16 +98,30 @@ def record(kind: str, window: int, *, vocab_size: int = 1000) -> WindowRecord:
     Weights are already rounded if the codec rounds them, so that a cache returns the same record.
     """
     rng = np.random.default_rng([window, vocab_size])
-    mask = rng.random(LENGTH) < 0.7 if window % 3 == 2 else None
+    mask = rng.random(LENGTH) < 0.7 if window % 3 == 2 or kind in MASKED else None
     codec = TargetCodec.of(identity(kind, vocab_size=vocab_size))
+    tokens = rng.integers(0, vocab_size, LENGTH).astype(np.int32)
+    starts = np.flatnonzero(rng.random(LENGTH) < 0.05).astype(np.int32)
+    drawn = targets(kind, rng, mask, vocab_size)
+    corruption: dict[str, Any] = {}
+    if kind in MASKED:
+        random = rng.integers(0, 1000, LENGTH)
+        hidden = np.where(rng.random(LENGTH) < 0.8, OBJECTIVE.mask_id, random)
+        inputs = np.where(mask, hidden, tokens).astype(np.int32)
+        corruption = {"inputs": inputs, "rate": float(np.float32(0.7))}
+        if drawn.entries:  # predict the original token in places, which is coded separately
+            owner = drawn.positions.numpy()
+            first = np.unique(owner, return_index=True)[1][::2]
+            tokens[owner[first]] = drawn.ids.numpy()[first]
     return WindowRecord(
         window,
-        rng.integers(0, vocab_size, LENGTH).astype(np.int32),
-        np.flatnonzero(rng.random(LENGTH) < 0.05).astype(np.int32),
+        tokens,
+        starts,
         mask,
-        codec.rounded(targets(kind, rng, mask, vocab_size), 0, window),
+        codec.rounded(drawn, 0, window),
         float(np.float32(rng.random())),
         float(np.float32(rng.random())),
+        **corruption,
     )
 
 

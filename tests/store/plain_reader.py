@@ -79,6 +79,10 @@ def check_row(row: dict[str, Any]) -> None:
     data += struct.pack("<I", len(mask)) + mask
     data += struct.pack("<ff", row["teacher_loss"], row["teacher_entropy"])
     data += struct.pack("<I", len(row["targets"])) + row["targets"]
+    if "inputs" in row:
+        assert len(row["inputs"]) == sum(mask)
+        data += struct.pack("<I", len(row["inputs"])) + ints(row["inputs"])
+        data += struct.pack("<f", row["rate"])
     assert google_crc32c.value(data) == row["crc32c"]
 
 
@@ -109,7 +113,8 @@ def read_block(
     pairs = set()
     hits = page("hits", len(place_to_position))
     hit_at = {p for p, hit in zip(place_to_position, hits, strict=True) if hit}
-    pairs |= {(p, tokens[p + 1]) for p in hit_at}
+    labels = tokens if "objective" in identity else [*tokens[1:], None]
+    pairs |= {(p, labels[p]) for p in hit_at}
     lists, previous = struct.unpack("<I", block[:4])[0], -1
     ids = []
     for gap in page("ids", lists):
@@ -131,7 +136,7 @@ def read_block(
     assert all(0 <= i < identity["vocab_size"] for _, i in entries)
     counts: list[int | None] = [None] * len(entries)
     if "rounds" in codec:
-        counts = list(read_counts(entries, hit_at, tokens, codec["rounds"], page))
+        counts = list(read_counts(entries, hit_at, labels, codec["rounds"], page))
     stored = lambda length: page("weights", length)  # noqa: E731
     if codec["version"] == 2:
         stored = lambda length: [level_table()[k] for k in page("levels", length)]  # noqa: E731
@@ -148,13 +153,13 @@ def read_block(
 
 
 def read_counts(
-    entries: list[tuple[int, int]], hit_at: set[int], tokens: list[int], rounds: int, page: Any
+    entries: list[tuple[int, int]], hit_at: set[int], labels: list[Any], rounds: int, page: Any
 ) -> list[int]:
     untold, seen = set(), set()
     for number, (position, i) in enumerate(entries):
         first = position not in seen
         seen.add(position)
-        if (position in hit_at and i == tokens[position + 1]) or (first and position not in hit_at):
+        if (position in hit_at and i == labels[position]) or (first and position not in hit_at):
             untold.add(number)
     told = iter(page("counts", len(entries) - len(untold)))
     counts = [0 if number in untold else next(told) + 1 for number in range(len(entries))]

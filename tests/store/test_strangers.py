@@ -33,6 +33,10 @@ def column(name: str, row: int, value: Any) -> Change:
     return change
 
 
+def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    return lambda shard: shard.columns[name].__setitem__(3, change(shard.columns[name][3]))
+
+
 def hidden(name: str, value: float) -> Change:
     """A figure of a row of which the footer says nothing."""
     return lambda shard: shard.columns[name].__setitem__(3, value)
@@ -82,6 +86,19 @@ VALUES: dict[str, tuple[str, Change, str]] = {
     "flag of 2": ("threshold", numbers("heavy", 3, 5, 2), "flags"),
     "count of 2^32 - 1": ("counts", numbers("counts", 3, 5, 2**32 - 1), "exceed its 21 rounds"),
     "counts beyond N": ("counts", numbers("counts", 3, 5, 25), "exceed its 21 rounds"),
+    "input beyond V": (
+        "masked-counts",
+        changed("inputs", lambda values: values + 1000),
+        "has an input outside the vocabulary",
+    ),
+    "an input too few": (
+        "masked-counts",
+        changed("inputs", lambda values: values[1:]),
+        "does not have one input per position",
+    ),
+    "no mask beside inputs": ("masked-counts", column("mask", 3, None), "no mask"),
+    "rate of 0": ("masked-counts", column("rate", 3, 0.0), "window 3 has a rate"),
+    "rate NaN": ("masked-counts", column("rate", 3, float("nan")), "window 3 has a rate"),
     "token beyond V": ("counts", column("tokens", 3, TOKENS + 960), "window 3 has a token"),
     "token of -1": ("counts", column("tokens", 3, TOKENS - 1), "window 3 has a token"),
     "a token too few": ("counts", column("tokens", 3, TOKENS[1:]), "511 values"),
@@ -225,6 +242,7 @@ IDENTITIES: dict[str, tuple[dict[str, Any], str]] = {
     "temperature of 0": ({"temperature": 0}, "temperature is 0"),
     "seed of 10^4000": ({"seed": 10**4000}, "seed is"),
     "format of a list": ({"format_version": [1] * 10**4}, "format version"),
+    "objective beside format 1": ({"objective": {}}, "unknown fields"),
     "an unknown field": ({"\x1b]0;x\x07": 1}, "unknown fields"),
     "a teacher of text": ({"teacher": "gpt"}, "teacher"),
     "vocabulary a dict": ({"vocab_size": {"a": [1] * 10**4}}, "vocab_size"),

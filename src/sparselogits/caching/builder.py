@@ -19,9 +19,11 @@ from sparselogits.caching.work import DrawSettings
 from sparselogits.caching.writer import Writer
 from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
+from sparselogits.corruption import Corruption
 from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import Identity
 from sparselogits.language_model import require_predicting
+from sparselogits.objectives import Masked
 from sparselogits.progress import Progress
 from sparselogits.samplers import Sampler
 from sparselogits.store import Cache, Location, codec_for
@@ -80,6 +82,7 @@ def build_caches(
     windows_per_shard: int = WINDOWS_PER_SHARD,
     only: Range | None = None,
     first_window: int = 0,
+    corruption: Corruption | None = None,
     share: Share = WHOLE,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -95,13 +98,16 @@ def build_caches(
         only: range of windows to build, for builds that are divided manually; None for all.
         first_window: index of the corpus' first window in the caches; above 0 for appended text
             (see `caching.text`).
+        corruption: how windows are corrupted, for a teacher that is a masked language model; None
+            for a causal one.
         share: share of the ranges that this process builds, if several processes divide them.
         progress: called after each batch with the numbers of windows done and in total.
 
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
         TeacherError: the teacher's loss on the text is worse than guessing, or its logits overflow.
-        InvalidArgumentError: a budget cannot be met, or the range of windows is invalid.
+        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the
+            teacher is a masked language model and there is no corruption, or the reverse.
         StorageError: a cache cannot be reached or written.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
@@ -113,6 +119,7 @@ def build_caches(
         batch=batch,
         windows_per_shard=windows_per_shard,
         first_window=first_window,
+        corruption=corruption,
     )
     ranges = share.of(ranges)
     missing = job.missing(ranges)
@@ -134,7 +141,11 @@ def build_caches(
 
 
 def check_request(
-    request: CacheRequest, packing: Packing, tokenizer_hash: str, windows_per_shard: int
+    request: CacheRequest,
+    packing: Packing,
+    tokenizer_hash: str,
+    windows_per_shard: int,
+    objective: Masked | None = None,
 ) -> None:
     """Validate the parts of a request that require neither the teacher nor the text.
 
@@ -164,6 +175,7 @@ def check_request(
         seed=request.seed,
         temperature=request.temperature,
         codec=_codec(request, sampler, existing),
+        objective=None if objective is None else objective.to_json(),
     )
     requested.require_equal(existing, here="this build", there=f"the cache at {request.root}")
 
@@ -177,6 +189,7 @@ def begin_job(
     batch: int,
     windows_per_shard: int,
     first_window: int = 0,
+    corruption: Corruption | None = None,
 ) -> Job:
     """Fit the samplers' parameters, and create the caches or open existing ones.
 
@@ -184,14 +197,17 @@ def begin_job(
     """
     model = getattr(engine, "model", None)
     if model is not None:
-        require_predicting(model, masked=False, whose="the teacher", of="this cache")
-    caches, samplers = _open_caches(engine, corpus, requests, tokenizer_hash, windows_per_shard)
+        masked = corruption is not None
+        require_predicting(model, masked=masked, whose="the teacher", of="this cache")
+    caches, samplers = _open_caches(
+        engine, corpus, requests, tokenizer_hash, windows_per_shard, corruption
+    )
     draws = [
         DrawSettings(sampler, request.seed, request.temperature)
         for sampler, request in zip(samplers, requests, strict=True)
     ]
     record = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
-    return Job(corpus, first_window, caches, draws, batch, record)
+    return Job(corpus, first_window, caches, draws, batch, corruption, record)
 
 
 def _open_caches(
@@ -200,6 +216,7 @@ def _open_caches(
     requests: Sequence[CacheRequest],
     tokenizer_hash: str,
     windows_per_shard: int,
+    corruption: Corruption | None,
 ) -> tuple[list[Cache], list[Sampler]]:
     """Create or open the cache of each request; return caches and fitted samplers."""
     reset = corpus.packing.reset_attention
@@ -212,7 +229,7 @@ def _open_caches(
         else:
             if pilot is None:
                 pilot = pilot_windows(corpus)
-                check_teacher_on_text(engine, pilot, reset_attention=reset)
+                check_teacher_on_text(engine, pilot, reset_attention=reset, corruption=corruption)
             sampler = resolve_budget(
                 engine,
                 pilot,
@@ -220,10 +237,11 @@ def _open_caches(
                 request.budget,
                 temperature=request.temperature,
                 reset_attention=reset,
+                corruption=corruption,
             )
         codec = _codec(request, sampler, existing)
         identity = _identity(
-            engine, corpus, request, sampler, codec, tokenizer_hash, windows_per_shard
+            engine, corpus, request, sampler, codec, tokenizer_hash, windows_per_shard, corruption
         )
         caches.append(Cache.create(request.root, identity))
         samplers.append(sampler)
@@ -269,6 +287,7 @@ def _identity(
     codec: dict[str, Any],
     tokenizer_hash: str,
     windows_per_shard: int,
+    corruption: Corruption | None,
 ) -> Identity:
     """Return the identity of a new cache."""
     packing = corpus.packing.to_json()
@@ -284,6 +303,7 @@ def _identity(
         seed=request.seed,
         temperature=request.temperature,
         codec=codec,
+        objective=None if corruption is None else corruption.objective.to_json(),
     )
 
 

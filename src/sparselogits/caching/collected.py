@@ -38,7 +38,7 @@ from sparselogits.corpus.records import Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.samplers import TopK
 from sparselogits.store import Cache, WindowRecord, codec_for
 from sparselogits.store.texts import TextSpan, claim_text
@@ -254,7 +254,7 @@ def _loss_and_entropy(window: Collected) -> tuple[float, float]:
     surprise = -p * np.log(np.maximum(p, _LEAST))
     entropies = np.bincount(owner, surprise, minlength=count) - missing * np.log(missing)
     present = window.lengths > 0
-    labels = Causal().labels(window.tokens, present)
+    labels = CAUSAL.labels(window.tokens, present)
     likelihood = missing.copy()
     listed = window.ids == labels[owner]
     likelihood[owner[listed]] = np.maximum(p[listed], _LEAST)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sparselogits.corpus.records import Where
 from sparselogits.errors import InvalidTargetsError
-from sparselogits.objectives import Causal
+from sparselogits.objectives import CAUSAL
 
 TOKENS = ("input_ids", "tokens", "prompt_token_ids")
 """Names of the column of token ids."""
@@ -205,7 +205,7 @@ def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]
     """Return the lists of ids and logprobs of each position, from vLLM's format."""
     if elements and elements[0]:
         fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
-    predicted = Causal().at_positions(np.arange(len(elements)), -1).tolist()
+    predicted = CAUSAL.at_positions(np.arange(len(elements)), -1).tolist()
     pairs = [[] if token < 0 else list(_pairs(elements[token], where)) for token in predicted]
     return [[i for i, _ in row] for row in pairs], [[x for _, x in row] for row in pairs]
 

@@ -18,6 +18,7 @@ import transformers
 from sparselogits.caching.text import read_windows
 from sparselogits.caching.work import DrawSettings, compute_range
 from sparselogits.corpus import PackedCorpus, Window, fingerprint
+from sparselogits.corruption import Corruption
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.store import Cache, WindowRecord
 from sparselogits.store.ranges import Range, spread
@@ -42,6 +43,7 @@ class Job:
         caches: open caches.
         draws: sampling settings of each cache.
         batch: number of windows per forward pass.
+        corruption: how windows are corrupted for a masked teacher; None for a causal one.
         tokenizer: description of the tokenizer for the shards' provenance; see
             `TokenizerFingerprint.record`.
     """
@@ -51,6 +53,7 @@ class Job:
     caches: list[Cache]
     draws: list[DrawSettings]
     batch: int
+    corruption: Corruption | None = None
     tokenizer: dict[str, Any] | None = None
 
     @property
@@ -117,7 +120,13 @@ class Job:
             provenance["tokenizer"] = self.tokenizer
         reset = self.corpus.packing.reset_attention
         records = compute_range(
-            engine, windows, self.draws, batch=self.batch, reset_attention=reset, progress=progress
+            engine,
+            windows,
+            self.draws,
+            batch=self.batch,
+            reset_attention=reset,
+            corruption=self.corruption,
+            progress=progress,
         )
         return records, provenance
 

@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparselogits.allowances import refuse
+from sparselogits.caching.teacher_input import TeacherInput
 from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.corruption import Corruption
 from sparselogits.errors import TeacherError
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.samplers import Pilot, PilotSlice, Sampler
 from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
@@ -47,7 +48,7 @@ def resolve_budget(
         windows: pilot windows.
         sampler: the sampler.
         budget: mean entries per position; None for no budget.
-        how: `temperature` and `reset_attention` of the build.
+        how: `temperature`, `reset_attention` and `corruption` of the build.
 
     Raises:
         InvalidArgumentError: the budget cannot be met, or the sampler has no budget parameter.
@@ -74,16 +75,17 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     check_window = getattr(engine, "check_window", None)
     if check_window is not None:
         check_window(len(window.tokens), restarts=how.get("reset_attention", False))
-    wanted = torch.from_numpy(Causal().labels(window.tokens))
-    total, count, first = 0.0, 0, 0
+    length = len(window.tokens)
+    wanted = TeacherInput.of(window, how.get("corruption")).labels
+    total, count = 0.0, 0
     for piece in _slices(engine, window, temperature=1.0, **how):
-        logits = piece.logits
-        _require_finite(engine, logits, first, len(wanted))
-        labels = wanted[piece.positions].to(logits.device)
+        positions = torch.arange(length)[piece.positions]
+        _require_finite(engine, piece.logits, positions, length)
+        labels = wanted[positions].to(piece.logits.device)
         labelled = labels != IGNORE_INDEX
-        rows, labels = logits[labelled], labels[labelled]
+        rows, labels = piece.logits[labelled], labels[labelled]
         total += float((rows.logsumexp(1) - rows.gather(1, labels[:, None])[:, 0]).double().sum())
-        count, first = count + len(labels), first + len(logits)
+        count += len(labels)
     loss = total / max(1, count)
     uniform = math.log(float(engine.token_mask.sum()))
     if not loss <= uniform + NATS_WORSE_THAN_UNIFORM:
@@ -98,13 +100,13 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     return loss
 
 
-def _require_finite(engine: Engine, logits: Tensor, first: int, length: int) -> None:
+def _require_finite(engine: Engine, logits: Tensor, positions: Tensor, length: int) -> None:
     """Validate that the logits of all tokens are finite. Raises TeacherError."""
     tokens = engine.token_mask.to(logits.device)
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):
         return
-    position = first + int(broken.nonzero()[0, 0])
+    position = int(positions[int(broken.nonzero()[0, 0])])
     found = (
         f"the teacher's logits are NaN or infinite from position {position} of a window of "
         f"{length} tokens on"
@@ -126,9 +128,20 @@ def _dtype(engine: Engine) -> str:
 
 
 def _slices(
-    engine: Engine, window: Window, *, temperature: float, reset_attention: bool
+    engine: Engine,
+    window: Window,
+    *,
+    temperature: float,
+    reset_attention: bool,
+    corruption: Corruption | None = None,
 ) -> Iterator[PilotSlice]:
-    tokens = torch.from_numpy(window.tokens.astype(np.int64))
+    given = TeacherInput.of(window, corruption)
     starts = [window.document_starts] if reset_attention else None
-    for piece in engine.logits(tokens[None], starts):
-        yield PilotSlice(window.index, tokens, piece.positions, piece.logits / temperature)
+    for piece in engine.logits(given.inputs[None], starts):
+        logits, positions = piece.logits / temperature, piece.positions
+        if corruption is not None:
+            kept = given.carries[positions]
+            chosen = torch.arange(positions.start, positions.stop)[kept]
+            yield PilotSlice(window.index, given.inputs, chosen, logits[kept.to(logits.device)])
+        else:
+            yield PilotSlice(window.index, given.inputs, positions, logits)

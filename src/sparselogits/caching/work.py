@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sparselogits.caching.teacher_input import TeacherInput
 from sparselogits.corpus import Window
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.corruption import Corruption
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.samplers import (
     DistributionStatistics,
     Sampler,
@@ -67,6 +68,7 @@ def compute_range(
     *,
     batch: int,
     reset_attention: bool,
+    corruption: Corruption | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[WindowRecord]]:
     """Return the records of a range of windows, one list per draw.
@@ -77,11 +79,12 @@ def compute_range(
         draws: sampling settings of each cache, which share a forward pass.
         batch: number of windows per forward pass.
         reset_attention: whether attention restarts at document starts.
+        corruption: how windows are corrupted for a masked teacher; None for a causal one.
         progress: called after each batch with its number of windows.
     """
     records: list[list[WindowRecord]] = [[] for _ in draws]
     for first in range(0, len(windows), batch):
-        group = windows[first : first + batch]
+        group = [TeacherInput.of(w, corruption) for w in windows[first : first + batch]]
         for of_window in _compute_batch(engine, group, draws, reset_attention):
             for column, record in zip(records, of_window, strict=True):
                 column.append(record)
@@ -91,35 +94,35 @@ def compute_range(
 
 
 def _compute_batch(
-    engine: Engine, windows: Sequence[Window], draws: Sequence[DrawSettings], reset_attention: bool
+    engine: Engine,
+    batch: Sequence[TeacherInput],
+    draws: Sequence[DrawSettings],
+    reset_attention: bool,
 ) -> Iterator[list[WindowRecord]]:
     """Yield the records of each window, one per draw, after one forward pass."""
-    tokens = torch.from_numpy(np.stack([w.tokens for w in windows]).astype(np.int64))
-    starts = [w.document_starts for w in windows] if reset_attention else None
+    tokens = torch.stack([own.inputs for own in batch])
+    starts = [own.window.document_starts for own in batch] if reset_attention else None
     length = tokens.shape[1]
     uniforms: list[Tensor] = []
     current = _WindowInProgress([])
     for piece in engine.logits(tokens, starts):
-        window = windows[piece.row]
+        given = batch[piece.row]
         if piece.positions.start == 0:
             current = _WindowInProgress([[] for _ in draws], entropies=[0.0] * len(draws))
             uniforms = [
-                window_uniforms(d.seed, window.index, length, d.sampler.uniforms_per_position)
+                window_uniforms(d.seed, given.window.index, length, d.sampler.uniforms_per_position)
                 for d in draws
             ]
-        _take_slice(
-            current, piece.logits, piece.positions, window, tokens[piece.row], draws, uniforms
-        )
+        _take_slice(current, piece.logits, piece.positions, given, draws, uniforms)
         if piece.positions.stop == length:
-            yield _finish(window, current)
+            yield _finish(given, current)
 
 
 def _take_slice(
     current: _WindowInProgress,
     logits: Tensor,
     positions: slice,
-    window: Window,
-    tokens: Tensor,
+    given: TeacherInput,
     draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
@@ -129,15 +132,11 @@ def _take_slice(
         current: results of the window.
         logits: logits of the teacher, [P, V].
         positions: positions of the logits.
-        window: the window.
-        tokens: int64 [L], tokens of the window.
+        given: the window as the teacher reads it.
         draws: sampling settings of each cache.
         uniforms: float64 [L, U] per draw.
     """
-    carries = torch.ones(len(tokens), dtype=torch.bool)
-    if window.mask is not None:
-        carries = torch.from_numpy(window.mask)
-    kept = carries[positions]
+    kept = given.carries[positions]
     if not bool(kept.all()):
         logits = logits[kept.to(logits.device)]
     carrying = torch.arange(positions.start, positions.stop)[kept]
@@ -146,7 +145,7 @@ def _take_slice(
     for column, draw in enumerate(draws):
         T = draw.temperature
         scaled = logits if T == 1.0 else logits / T
-        sampler = draw.sampler.at(tokens, carrying)
+        sampler = draw.sampler.at(given.inputs, carrying)
         share = uniforms[column][positions][kept].to(logits.device)
         if T in statistics:
             drawn = sampler(scaled, share)
@@ -155,18 +154,14 @@ def _take_slice(
         current.targets[column].append(_spread_over(drawn.to("cpu"), kept))
         current.entropies[column] += float(statistics[T].entropy.sum())
     plain = statistics[1.0] if 1.0 in statistics else DistributionStatistics.of(logits)
-    _add_loss(current, logits, plain.log_normaliser, carrying, tokens)
+    _add_loss(current, logits, plain.log_normaliser, given.labels[carrying])
 
 
 def _add_loss(
-    current: _WindowInProgress,
-    logits: Tensor,
-    log_normaliser: Tensor,
-    positions: Tensor,
-    tokens: Tensor,
+    current: _WindowInProgress, logits: Tensor, log_normaliser: Tensor, labels: Tensor
 ) -> None:
     """Add the teacher's loss at some positions to the results of their window."""
-    labels = Causal().at_positions(tokens, IGNORE_INDEX)[positions].to(logits.device)
+    labels = labels.to(logits.device)
     labelled = labels != IGNORE_INDEX
     labels = labels.clamp_min(0)
     nll = log_normaliser - logits.gather(1, labels[:, None]).squeeze(1).double()
@@ -197,17 +192,20 @@ def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
     )
 
 
-def _finish(window: Window, done: _WindowInProgress) -> list[WindowRecord]:
+def _finish(given: TeacherInput, done: _WindowInProgress) -> list[WindowRecord]:
     """Return the records of a window, one per draw."""
+    window, corrupted = given.window, given.corrupted
     return [
         WindowRecord(
             window_index=window.index,
             tokens=window.tokens,
             document_starts=window.document_starts,
-            mask=window.mask,
+            mask=window.mask if corrupted is None else corrupted.chosen,
             targets=SparseTargets.cat(pieces),
             teacher_loss=done.nll / max(1, done.labelled),
             teacher_entropy=entropy_sum / max(1, done.carried),
+            inputs=None if corrupted is None else corrupted.inputs,
+            rate=None if corrupted is None else corrupted.rate,
         )
         for pieces, entropy_sum in zip(done.targets, done.entropies, strict=True)
     ]

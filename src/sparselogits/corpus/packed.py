@@ -38,7 +38,7 @@ from sparselogits.corpus.windows import Packing, Window
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
-from sparselogits.objectives import Causal
+from sparselogits.objectives import CAUSAL
 from sparselogits.untrusted import read_json
 from sparselogits.wording import counted
 
@@ -321,7 +321,7 @@ class PackedCorpus:
             mask = None
             if tokens.learnt is not None:
                 # the last position predicts a token of the next window
-                mask = Causal().at_positions(tokens.learnt[own], False)
+                mask = CAUSAL.at_positions(tokens.learnt[own], False)
             result.append(Window(index, tokens.ids[own].copy(), starts, mask))
         return result
 

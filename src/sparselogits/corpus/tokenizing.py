@@ -236,9 +236,10 @@ def packing_for(
 
     The separator is the first of these that exists: the given `separator_id`; the end-of-sequence
     token, if its name is in `END_OF_TEXT`; the added token with the first name of `END_OF_TEXT`;
-    the end-of-sequence token. The reason for this order: chat models end a *turn* with their
-    end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their base models were trained on
-    documents that end with an end-of-text token. The padding token is never used.
+    the end-of-sequence token; the separator token (BERT's [SEP]). The reason for this order: chat
+    models end a *turn* with their end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their
+    base models were trained on documents that end with an end-of-text token. The padding token is
+    never used.
 
     Documents begin with a beginning-of-text token only if the tokenizer adds one to text.
 
@@ -262,6 +263,8 @@ def packing_for(
 def _separator(tokenizer: Any) -> int:
     added = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items()}
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    if eos_id is None:  # BERT's tokenizers end a text with [SEP]
+        eos, eos_id = tokenizer.sep_token, tokenizer.sep_token_id
     if eos_id is not None and eos in END_OF_TEXT:
         return int(eos_id)
     for name in END_OF_TEXT:

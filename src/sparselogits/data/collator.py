@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 
-_PADDING = {"shift_labels": IGNORE_INDEX}
+_NAMES = (
+    *("input_ids", "shift_labels", "labels", "position_ids"),
+    *("loss_weight", "teacher_entropy"),
+)
+_PADDING = {"shift_labels": IGNORE_INDEX, "labels": IGNORE_INDEX}
 """Padding values by column; 0 for other columns."""
 
 
@@ -27,9 +31,9 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Returns:
         A dict with `input_ids`, `shift_labels` and `labels`, int64 [B, L] (`labels` follow the
         Hugging Face convention: the token at the position itself, or -100); `position_ids`, int64
-        [B, L], if the windows have them; and for windows with targets `target_ids`, int64
-        [B, L, K], `target_weights`, float32 [B, L, K], where padding has weight 0, and
-        `teacher_entropy`, float32 [B].
+        [B, L], and `loss_weight`, float32 [B], if the windows have them; and for windows with
+        targets `target_ids`, int64 [B, L, K], `target_weights`, float32 [B, L, K], where padding
+        has weight 0, and `teacher_entropy`, float32 [B].
 
     Examples:
         >>> from torch.utils.data import DataLoader
@@ -41,10 +45,11 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """
     batch: dict[str, Tensor] = {
         name: _stacked([window[name] for window in windows], padding=_PADDING.get(name, 0))
-        for name in ("input_ids", "shift_labels", "position_ids", "teacher_entropy")
+        for name in _NAMES
         if name in windows[0]
     }
-    batch["labels"] = Causal().at_tokens(batch["shift_labels"], IGNORE_INDEX)
+    if "labels" not in batch:
+        batch["labels"] = CAUSAL.at_tokens(batch["shift_labels"], IGNORE_INDEX)
     if "targets" in windows[0]:
         targets = [window["targets"] for window in windows]
         width = max(int(t.entries_per_position.max()) for t in targets)

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.corruption import Corrupted, Corruption
 from sparselogits.data.mixture import Mixture, Weights, divided
 from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
 from sparselogits.documents import restarting_positions
 from sparselogits.errors import CacheError, InvalidArgumentError
-from sparselogits.objectives import Causal
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX, Masked, TokenObjective
 from sparselogits.samplers import thinning_starts
 from sparselogits.store import Cache, CopyFolder, Location, WindowRecord
 from sparselogits.store.ranges import spread
@@ -38,14 +39,22 @@ class TextWindow(TypedDict):
 
     Args:
         input_ids: int64 [L].
-        shift_labels: int64 [L], the next token; -100 where there is none: at the last
-            position, at masked positions, and at the end of a document if attention is reset there.
+        shift_labels: int64 [L], the token that each position predicts: the next token, -100 where
+            there is none (at the last position, at masked positions, and at the end of a document
+            if attention is reset there). In a window for a masked language model, the original
+            token of the positions that were chosen, -100 elsewhere.
         position_ids: int64 [L], present if attention is reset at document starts.
+        labels: int64 [L], the same labels at the tokens that they are, as transformers expects
+            them; present for a masked language model.
+        loss_weight: float32 [], the weight of the window's loss; present if each window has its own
+            rate of corruption.
     """
 
     input_ids: Tensor
     shift_labels: Tensor
     position_ids: NotRequired[Tensor]
+    labels: NotRequired[Tensor]
+    loss_weight: NotRequired[Tensor]
 
 
 class CachedWindow(TextWindow):
@@ -189,8 +198,11 @@ class CacheDataset(Dataset[CachedWindow]):
             ]
         entropy = sum(weight * record.teacher_entropy for weight, record in weighted)
         reset = bool(self.identity.packing.get("reset_attention"))
+        first, corrupted = records[0], None
+        if first.inputs is not None and first.rate is not None:
+            corrupted = Corrupted(first.inputs, first.present(), first.rate)
         return {
-            **_inputs(records[0], reset_attention=reset),
+            **_inputs(first, self.identity.predicts, corrupted, reset_attention=reset),
             "targets": SparseTargets.mixed(parts, weights),
             "teacher_entropy": torch.tensor(entropy, dtype=torch.float32),
         }
@@ -243,12 +255,19 @@ class TextDataset(Dataset[TextWindow]):
         corpus: a packed corpus.
         holdout: read its held-out windows rather than its training windows.
         limit: largest number of windows; None for all.
+        corruption: how windows are corrupted, to evaluate masked language models; None for causal
+            ones. A window is corrupted in the same way each time.
     """
 
     def __init__(
-        self, corpus: PackedCorpus, *, holdout: bool = True, limit: int | None = None
+        self,
+        corpus: PackedCorpus,
+        *,
+        holdout: bool = True,
+        limit: int | None = None,
+        corruption: Corruption | None = None,
     ) -> None:
-        self.corpus, self.holdout = corpus, holdout
+        self.corpus, self.holdout, self.corruption = corpus, holdout, corruption
         available = corpus.holdout_windows if holdout else corpus.windows
         self._length = available if limit is None else min(limit, available)
 
@@ -260,7 +279,13 @@ class TextDataset(Dataset[TextWindow]):
             raise IndexError(f"window {index} of {self._length} windows")
         read = self.corpus.read_holdout if self.holdout else self.corpus.read
         window = read(index, index + 1)[0]
-        return _inputs(window, reset_attention=self.corpus.packing.reset_attention)
+        objective: TokenObjective = CAUSAL
+        corrupted = None
+        if self.corruption is not None:
+            objective = self.corruption.objective
+            corrupted = self.corruption(window.tokens, window.index, held_out=self.holdout)
+        reset = self.corpus.packing.reset_attention
+        return _inputs(window, objective, corrupted, reset_attention=reset)
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
@@ -302,13 +327,26 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
     return low if low == least or mean(low) - budget <= budget - mean(low - 1) else low - 1
 
 
-def _inputs(window: WindowRecord | Window, *, reset_attention: bool) -> TextWindow:
+def _inputs(
+    window: WindowRecord | Window,
+    objective: TokenObjective,
+    corrupted: Corrupted | None,
+    *,
+    reset_attention: bool,
+) -> TextWindow:
     starts = window.document_starts
-    labels = Causal().labels(window.tokens, window.mask, starts if reset_attention else None)
+    tokens, mask = window.tokens, window.mask
+    if corrupted is not None:
+        tokens, mask = corrupted.inputs, corrupted.chosen
+    labels = objective.labels(window.tokens, mask, starts if reset_attention else None)
     inputs: TextWindow = {
-        "input_ids": torch.from_numpy(window.tokens.astype(np.int64)),
+        "input_ids": torch.from_numpy(tokens.astype(np.int64)),
         "shift_labels": torch.from_numpy(labels),
     }
     if reset_attention:
-        inputs["position_ids"] = restarting_positions(len(window.tokens), [starts])[0]
+        inputs["position_ids"] = restarting_positions(len(tokens), [starts])[0]
+    if corrupted is not None and isinstance(objective, Masked):
+        inputs["labels"] = torch.from_numpy(objective.at_tokens(labels, IGNORE_INDEX))
+        if objective.rate is None:
+            inputs["loss_weight"] = torch.tensor(objective.weight(corrupted.rate))
     return inputs

@@ -250,7 +250,7 @@ def _require_same_settings(one: Cache, other: Cache) -> None:
     Raises:
         IdentityMismatchError: names the fields in which they differ.
     """
-    names = ("window_length", "packing", "temperature")
+    names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}
         | {"unbiased": from_parameters(cache.identity.sampler).unbiased}

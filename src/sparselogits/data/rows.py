@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
@@ -47,7 +47,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         labels = torch.tensor(row.get("labels", row["input_ids"]), dtype=torch.int64)
         return {
             "input_ids": tokens,
-            "shift_labels": Causal().at_positions(labels, IGNORE_INDEX),
+            "shift_labels": CAUSAL.at_positions(labels, IGNORE_INDEX),
         }
 
 

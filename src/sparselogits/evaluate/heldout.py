@@ -35,7 +35,7 @@ from sparselogits.evaluate.intervals import (
     ratio,
 )
 from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
-from sparselogits.language_model import in_eval_mode
+from sparselogits.language_model import in_eval_mode, require_predicting
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
 
@@ -50,7 +50,7 @@ class HeldOut:
     """Describe a model by its metrics on held-out text; windows without a label are excluded.
 
     Args:
-        loss: mean negative log-likelihood of the next token, nats.
+        loss: mean negative log-likelihood of the labels, nats.
         kl: mean KL(teacher || student), nats; None without a teacher.
         agreement: share of positions at which model and teacher have the same most likely token;
             None without a teacher.
@@ -213,7 +213,8 @@ def evaluate(
     """Measure students, and optionally their teacher, on held-out windows.
 
     Args:
-        students: transformers causal language models by name, in eval mode during the call.
+        students: transformers language models by name, in eval mode during the call: masked ones
+            where the windows are corrupted, else causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of resamples of the windows, for the intervals.
@@ -224,8 +225,8 @@ def evaluate(
         The metrics by name of the student; those of a teacher under the name "teacher".
 
     Raises:
-        InvalidArgumentError: If there are no windows or resamples, or a student has fewer ids than
-            the teacher.
+        InvalidArgumentError: If there are no windows or resamples, a student has fewer ids than the
+            teacher, or a model does not predict what the windows are for.
 
     Examples:
         >>> from pathlib import Path
@@ -242,7 +243,11 @@ def evaluate(
         raise InvalidArgumentError(
             "there are no held-out windows; build the cache with a hold-out, as in --holdout 0.05"
         )
-    learners = {name: StudentLogits(model) for name, model in students.items()}
+    masked = getattr(windows, "corruption", None) is not None
+    learners = {name: StudentLogits(m, masked=masked) for name, m in students.items()}
+    taught = getattr(teacher, "model", None)
+    if taught is not None:
+        require_predicting(taught, masked=masked, whose="the teacher", of="this text")
     names = [*(["teacher"] if teacher is not None else []), *students]
     found: dict[str, list[_Measured]] = {name: [] for name in names}
     with ExitStack() as modes:

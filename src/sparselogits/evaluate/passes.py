@@ -24,13 +24,14 @@ class StudentLogits:
     Args:
         model: transformers causal language model. If trunk and head cannot be run separately, the
             logits of a whole window are computed at once.
+        masked: whether the windows are corrupted, for a masked language model.
 
     Raises:
-        InvalidArgumentError: If the model is a masked language model.
+        InvalidArgumentError: If the model is of the other kind.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        require_predicting(model, masked=False, whose="the student", of="this text")
+    def __init__(self, model: nn.Module, *, masked: bool = False) -> None:
+        require_predicting(model, masked=masked, whose="the student", of="this text")
         self.model = model
         self.parts = split(model)
 

@@ -39,7 +39,7 @@ class PilotSlice:
 
     window: int
     tokens: Tensor
-    positions: slice
+    positions: slice | Tensor
     logits: Tensor
 
 

@@ -335,8 +335,9 @@ class Cache:
         """Validate records and that their windows are consecutive. Raises InvalidTargetsError."""
         if not records:
             raise InvalidTargetsError("found no records; a shard contains at least one window")
+        masked = self.identity.objective is not None
         for index, record in enumerate(records, records[0].window_index):
-            record.validate(self.identity.window_length)
+            record.validate(self.identity.window_length, masked=masked)
             if record.window_index != index:
                 raise InvalidTargetsError(
                     f"found window {record.window_index}, expected window {index}; pass the "
@@ -413,6 +414,8 @@ def same_record(a: WindowRecord, b: WindowRecord) -> bool:
             np.array([record.teacher_loss, record.teacher_entropy], np.float32).view(np.int32),
             np.zeros(0) if targets.counts is None else targets.counts.numpy(),
             np.zeros(0) if record.mask is None else record.mask,
+            np.zeros(0) if record.inputs is None else record.inputs,
+            np.array(0 if record.rate is None else record.rate, np.float32),
         ]
 
     return (

@@ -31,6 +31,10 @@ class WindowRecord:
         targets: targets of L positions; masked positions have no entries.
         teacher_loss: mean negative log-likelihood of the labels, in nats.
         teacher_entropy: mean entropy of the teacher's distribution, in nats.
+        inputs: int32 [L], the tokens that the teacher read, which differ from `tokens` only where
+            `mask` is True; None for a causal objective, whose input is the text.
+        rate: probability with which each token of the window was chosen for prediction; None for a
+            causal objective.
     """
 
     window_index: int
@@ -40,16 +44,19 @@ class WindowRecord:
     targets: SparseTargets
     teacher_loss: float
     teacher_entropy: float
+    inputs: Int32 | None = None
+    rate: float | None = None
 
     def present(self) -> Bool:
         """Return whether each position has a target, bool [L]."""
         return np.ones(len(self.tokens), np.bool_) if self.mask is None else self.mask
 
-    def validate(self, window_length: int) -> None:
+    def validate(self, window_length: int, *, masked: bool) -> None:
         """Validate dtypes, shapes and bounds of the fields.
 
         Args:
             window_length: expected number of tokens, L.
+            masked: whether windows of the cache have corrupted inputs.
 
         Raises:
             InvalidTargetsError: a field is invalid; the message has the window and the field.
@@ -92,9 +99,27 @@ class WindowRecord:
                 f"the teacher's entropy is {self.teacher_entropy} nats, expected 0 to "
                 f"log({self.targets.vocab_size})",
             ),
+            (
+                self._input_is_sound() if masked else self.inputs is None and self.rate is None,
+                "inputs and rate do not fit the cache's objective: a masked one has a mask, inputs "
+                "that differ from the tokens only inside it, and a rate above 0 and at most 1; a "
+                "causal one has neither",
+            ),
         ):
             if not good:
                 raise InvalidTargetsError(f"window {self.window_index}: {what}")
+
+    def _input_is_sound(self) -> bool:
+        inputs, mask, rate = self.inputs, self.mask, self.rate
+        if inputs is None or mask is None or rate is None or inputs.shape != self.tokens.shape:
+            return False
+        inside = inputs[mask]
+        return (
+            inputs.dtype == np.int32
+            and bool((inputs == self.tokens)[~mask].all())
+            and bool(((inside >= 0) & (inside < self.targets.vocab_size)).all())
+            and 0 < rate <= 1
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import copyreg
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from inspect import unwrap
@@ -58,6 +59,8 @@ class Objective:
             all are.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
         with_logits: whether evaluation returns the student's logits too.
+        masked: whether the student is a masked language model. Few of its positions have a label,
+            and only these are multiplied by the head.
     """
 
     method: str
@@ -70,6 +73,7 @@ class Objective:
     teacher_tokens: Tensor | None = None
     label_smoothing: float = 0.0
     with_logits: bool = False
+    masked: bool = False
     training: LossMeter = field(default_factory=LossMeter)
     """Metrics of training since the last log line."""
     evaluation: LossMeter = field(default_factory=LossMeter)
@@ -282,6 +286,7 @@ def _loss_output(
     teacher_hidden = inputs.pop("teacher_hidden", None)
     entropy = inputs.pop("teacher_entropy", None)
     num_items = inputs.pop("num_items_in_batch", None)
+    window_weight = inputs.pop("loss_weight", None)
     inputs.pop("labels", None)
     with positions_explained(model, labels.shape[1]):
         states, head, aux = _run(model, plain, wiring, inputs)
@@ -293,7 +298,21 @@ def _loss_output(
         )
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
-    positions = counted.sum()
+    positions, tokens, whole = counted.sum(), labels.numel(), states
+    weight = None
+    if window_weight is not None and training:
+        weight = window_weight[:, None].expand_as(labels)
+        positions = (weight * counted).sum()
+        num_items = tokens if num_items is None else num_items
+    entropy = None if entropy is None else entropy[:, None].expand_as(labels)
+    if objective.masked:
+        rows = counted.clone()
+        rows[0, 0] = True  # at least one row, which adds nothing where it has no label
+        states, labels, counted = states[rows], labels[rows], counted[rows]
+        target_ids, target_weights, teacher_hidden, weight, entropy = (
+            None if value is None else value[rows]
+            for value in (target_ids, target_weights, teacher_hidden, weight, entropy)
+        )
     online = teacher_hidden is not None and training
     distil = not online and target_ids is not None and METHODS[objective.method].cached
     criterion = Criterion(
@@ -305,21 +324,21 @@ def _loss_output(
         reduction="sum",
     )
     if online:
-        found = _dense(objective, states, head, teacher_hidden, labels, criterion)
+        found = _dense(objective, states, head, teacher_hidden, labels, weight, criterion)
     else:
         if not distil:
             target_ids = labels.new_zeros((*labels.shape, 0))
             target_weights = states.new_zeros((*labels.shape, 0), dtype=torch.float32)
-        found = _sparse(states, head, target_ids, target_weights, labels, criterion)
+        found = _sparse(states, head, target_ids, target_weights, labels, weight, criterion)
     known = distil and objective.unbiased and entropy is not None
     meter = objective.training if training else objective.evaluation
     meter.add(
         kd=found.kd if distil or online else None,
         ce=found.ce,
-        entropy=(entropy * counted.sum(-1)).sum() if known else None,
+        entropy=(entropy * counted * (1 if weight is None else weight)).sum() if known else None,
         entries=((target_weights != 0) & counted[..., None]).sum() if distil else None,
         positions=positions,
-        tokens=labels.numel(),
+        tokens=tokens,
     )
     loss = found.loss if training or found.ce is None else found.ce
     if training and objective.label_smoothing and criterion.alpha:
@@ -333,7 +352,7 @@ def _loss_output(
         loss = loss + aux * (positions / items)
     logits = None
     if objective.with_logits and not training:
-        logits = states if head is None else head(states)
+        logits = whole if head is None else head(whole)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
@@ -371,8 +390,9 @@ def _run(
     aux: list[Tensor | None] = []
 
     def run(**given: Any) -> Tensor:
-        if parts is None:
-            output = plain(model, **given)
+        if parts is None or parts.in_model:
+            with nullcontext() if parts is None else parts.without_product():
+                output = plain(model, **given)
             own = getattr(output, "aux_loss", None)
             aux.append(None if own is None else own * wiring.router_coefficient)
             logits: Tensor = output.logits
@@ -404,11 +424,18 @@ def _sparse(
     ids: Tensor,
     weights: Tensor,
     labels: Tensor,
+    position_weights: Tensor | None,
     criterion: Criterion,
 ) -> LossParts:
     if head is None:
         return sparse_cross_entropy(
-            states, ids, weights, labels=labels, criterion=criterion, return_parts=True
+            states,
+            ids,
+            weights,
+            labels=labels,
+            position_weights=position_weights,
+            criterion=criterion,
+            return_parts=True,
         )
     return linear_sparse_cross_entropy(
         states,
@@ -417,6 +444,7 @@ def _sparse(
         weights,
         labels=labels,
         linear_bias=head.bias,
+        position_weights=position_weights,
         criterion=criterion,
         return_parts=True,
     )
@@ -428,6 +456,7 @@ def _dense(
     head: Head | None,
     teacher_hidden: Tensor,
     labels: Tensor,
+    position_weights: Tensor | None,
     criterion: Criterion,
 ) -> LossParts:
     taught = objective.teacher_head
@@ -439,7 +468,7 @@ def _dense(
             "teacher"
         )
     teacher = TeacherHead(
-        teacher_hidden.flatten(0, 1),
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
         taught.weight,
         taught.bias,
         logit_softcap=taught.softcap,
@@ -447,12 +476,13 @@ def _dense(
         token_mask=objective.teacher_tokens,
     )
     return linear_dense_kd(
-        states.flatten(0, 1),
+        states.reshape(-1, states.shape[-1]),
         head.weight,
         teacher,
         divergence=divergence,
         beta=objective.beta,
         labels=labels.flatten(),
+        position_weights=None if position_weights is None else position_weights.flatten(),
         linear_bias=head.bias,
         criterion=criterion,
     )

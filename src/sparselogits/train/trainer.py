@@ -26,6 +26,7 @@ from sparselogits.data import (
     CacheDataset,
     Pace,
     Schedule,
+    TokenisedRows,
     WindowOrder,
     WindowSampler,
     as_windows,
@@ -137,6 +138,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         args = args if args is not None else TrainingArguments("sparselogits-run")
         require_known(args, others)
         _require_trl_settings(args, train_dataset)
+        if args.label_smoothing_factor and identity.objective is not None:
+            raise InvalidArgumentError(
+                f"label_smoothing_factor={args.label_smoothing_factor:g} with a cache for masked "
+                "language models; expected 0, as labels of masked positions are not smoothed. "
+                "Leave it out"
+            )
         if args.label_smoothing_factor and method != "ce" and not alpha:
             warnings.warn(
                 f"label_smoothing_factor={args.label_smoothing_factor:g} has no effect, because "
@@ -155,6 +162,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             teacher_head=None if teacher is None else teacher.head,
             teacher_tokens=_partial_mask(teacher),
             label_smoothing=args.label_smoothing_factor,
+            masked=identity.objective is not None,
         )
         self._teacher = teacher
         self._vocabulary = identity.vocab_size
@@ -174,7 +182,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=as_windows(eval_dataset),
+            eval_dataset=self._eval_windows(eval_dataset),
             data_collator=collate if collator is None else collator,
             **others,
         )
@@ -202,7 +210,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 f"the student is a {type(model).__name__} without a configuration; give a causal "
                 "language model of transformers, with or without a PEFT adapter"
             )
-        require_predicting(model, masked=False, whose="the student", of="the cache")
+        masked = self.objective.masked
+        require_predicting(model, masked=masked, whose="the student", of="the cache")
         _require_vocabulary(model, self._vocabulary)
         check_window(model, _logits_of(model), self._window_length)
         self._used_cache = getattr(model.config, "use_cache", None)
@@ -293,6 +302,17 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Return the batches of one optimiser step, and measure the time spent waiting for them."""
         with self.objective.training.waiting():
             return super().get_batch_samples(epoch_iterator, *others)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count what a step's loss is divided by: labels, or tokens where windows have weights.
+
+        A window's loss of weight 1 / rate is the mean over its tokens of a loss that would count
+        every token (masked diffusion).
+        """
+        if batch_samples and "loss_weight" in batch_samples[0]:
+            ids = [batch["input_ids"] for batch in batch_samples]
+            batch_samples = [{"labels": own, "shift_labels": own} for own in ids]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def training_step(self, model: nn.Module, inputs: Any, *others: Any, **options: Any) -> Tensor:
         """Run forward and backward on a batch, and store the loss until it is checked."""
@@ -398,8 +418,18 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         targets `eval_kl`.
         """
         self.objective.evaluation.take(self._sum_over_ranks)
-        given = as_windows(eval_dataset)
+        given = self._eval_windows(eval_dataset)
         return super().evaluate(given, *arguments, **options)  # type: ignore[no-any-return]
+
+    def _eval_windows(self, given: Any) -> Any:
+        made = as_windows(given)
+        parts = made.values() if isinstance(made, Mapping) else [made]
+        if self.objective.masked and any(isinstance(part, TokenisedRows) for part in parts):
+            raise InvalidArgumentError(
+                "eval_dataset has tokenised rows, whose labels are those of a causal language "
+                "model; expected corrupted windows. Give TextDataset(corpus, corruption=...)"
+            )
+        return made
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """Run the Trainer's evaluation loop, and add the KD part of the loss to the metrics."""

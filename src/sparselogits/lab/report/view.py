@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class WindowView:
 
     Args:
         index: index of the window in the corpus.
-        tokens: ids of the tokens.
+        tokens: ids of the tokens that the teacher read.
         document_starts: positions at which documents start.
         positions: predictions at each position.
         texts: texts of the tokens.
@@ -87,6 +88,9 @@ class WindowView:
         models: names of the given models, "teacher" and "student".
         previous: index of the previous window in the cache; None for the first window.
         following: index of the next window in the cache; None for the last window.
+        predicted_at: for each token, the position that predicts it; None where none does.
+        chosen: for each token, whether it was chosen for prediction; None unless the teacher is a
+            masked language model.
     """
 
     index: int
@@ -99,6 +103,8 @@ class WindowView:
     models: tuple[str, ...]
     previous: int | None = None
     following: int | None = None
+    predicted_at: tuple[int | None, ...] = ()
+    chosen: tuple[bool, ...] | None = None
 
 
 MEASURES = {
@@ -140,7 +146,7 @@ class WindowViewer:
             recorded = cache.recorded_tokenizer()
             require_tokenizer(tokenizer, dataset.identity.tokenizer, recorded)
         self.dataset, self.tokenizer, self.teacher = dataset, tokenizer, teacher
-        self.student = None if student is None else StudentLogits(student.eval())
+        self.student = None if student is None else _logits_of(student, dataset)
 
     def view(self, window: int) -> WindowView:
         """Compare a window with the models.
@@ -161,7 +167,8 @@ class WindowViewer:
             cache.window_index(i) if 0 <= i < len(cache) else None
             for i in (position - 1, position + 1)
         )
-        tokens = record.tokens.tolist()
+        tokens = item["input_ids"].tolist()
+        position_of = self.dataset.identity.predicts.at_tokens(np.arange(len(tokens)), -1)
         return WindowView(
             index=window,
             tokens=tuple(tokens),
@@ -173,6 +180,8 @@ class WindowViewer:
             models=tuple(self._models()),
             previous=previous,
             following=following,
+            predicted_at=tuple(at if at >= 0 else None for at in position_of.tolist()),
+            chosen=None if record.inputs is None else tuple(record.present().tolist()),
         )
 
     def require(self, window: int) -> int:
@@ -361,6 +370,11 @@ def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
     return tuple(row for i, row in enumerate(ranked) if i < LARGEST or row.id == label)
 
 
+def _logits_of(student: nn.Module, dataset: CacheDataset) -> StudentLogits:
+    masked = dataset.identity.objective is not None
+    return StudentLogits(student.eval(), masked=masked)
+
+
 def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) -> str:
     """Return the page of a window as HTML.
 
@@ -398,6 +412,8 @@ def _data(view: WindowView, rounds: int | None) -> dict[str, Any]:
         "measures": measures,
         "models": list(view.models),
         "rounds": rounds,
+        "predicted_at": list(view.predicted_at),
+        "chosen": None if view.chosen is None else list(view.chosen),
         "positions": [_position(position) for position in view.positions],
     }
 

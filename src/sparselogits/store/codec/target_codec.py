@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidTargetsError
 from sparselogits.identity import Identity
-from sparselogits.objectives import Causal
+from sparselogits.objectives import CAUSAL, TokenObjective
 from sparselogits.samplers.sampler import COUNTS, COUNTS_AND_FLOATS, THRESHOLD, Sampler
 from sparselogits.samplers.uniforms import rounding_uniforms
 from sparselogits.store.bounds import (
@@ -113,6 +113,7 @@ class TargetCodec:
         most_mass: largest valid sum of a position's weights.
         rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
             weights are exact.
+        objective: what positions predict, which gives the label that is coded separately.
     """
 
     weights: str
@@ -121,6 +122,7 @@ class TargetCodec:
     tau: float | None = None
     most_mass: float = math.inf
     rounding: str | None = None
+    objective: TokenObjective = CAUSAL
 
     @classmethod
     def from_identity(
@@ -168,7 +170,8 @@ class TargetCodec:
     @classmethod
     def of(cls, identity: Identity) -> TargetCodec:
         """Create the codec of a cache from its identity; see `from_identity`."""
-        return cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
+        codec = cls.from_identity(identity.codec, identity.vocab_size, identity.sampler)
+        return replace(codec, objective=identity.predicts)
 
     def labels(self, tokens: Array) -> NDArray[np.int64]:
         """Return the token that each position predicts, int64 [..., L]; -1 if there is none.
@@ -176,7 +179,7 @@ class TargetCodec:
         Args:
             tokens: int32 [..., L].
         """
-        return Causal().at_positions(tokens.astype(np.int64), -1)
+        return self.objective.at_positions(tokens.astype(np.int64), -1)
 
     @property
     def columns(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sparselogits.errors import CacheCorruptionError, InvalidArgumentError
-from sparselogits.identity import FORMAT_VERSION, Identity
+from sparselogits.identity import Identity
 from sparselogits.samplers.sampler import ROUNDING
 from sparselogits.store.bounds import (
     FREE_ENTRIES,
@@ -34,10 +34,10 @@ from sparselogits.store.bounds import (
 from sparselogits.store.codec.decoder import BlockDecoder
 from sparselogits.store.codec.target_codec import TargetCodec
 from sparselogits.store.ranges import parse_shard_name
-from sparselogits.store.records import WindowRecord
+from sparselogits.store.records import Bool, Int32, WindowRecord
 from sparselogits.store.shard.guard import read_frame
 from sparselogits.store.shard.row_group import Rows, require_pages, rows_of
-from sparselogits.store.shard.writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMA, row_crc
+from sparselogits.store.shard.writer import METADATA_KEY, ROWS_PER_GROUP, SCHEMAS, row_crc
 from sparselogits.store.storage.interface import ReadableFiles
 from sparselogits.targets import SparseTargets
 from sparselogits.thrift import CompactReader
@@ -76,6 +76,7 @@ class Shard:
         self.name = name
         self._storage = storage
         self._identity = identity
+        self._schema = SCHEMAS[identity.format_version]
         self._file = _BufferedRange()
         try:
             self.start, self.stop = parse_shard_name(name)
@@ -108,7 +109,7 @@ class Shard:
         Raises:
             CacheCorruptionError: the footer claims more bytes than the file has.
         """
-        column, total = SCHEMA.get_field_index("tokens"), 0
+        column, total = self._schema.get_field_index("tokens"), 0
         for group, (_, length, _) in enumerate(self._guard.ranges):
             size = self.metadata.row_group(group).column(column).total_compressed_size
             if not 0 <= size <= length:
@@ -159,9 +160,9 @@ class Shard:
             raise InvalidArgumentError(missing_columns(row))
         window = int(row["window_index"])
         try:
+            whole = set(row.keys()) >= set(self._schema.names)
             record, block = _from_other_tool(row)
             self._require_bounds(record)
-            whole = set(row.keys()) >= set(SCHEMA.names)
             if whole and row_crc(record, block) != int(row["crc32c"]):
                 raise DamageError("the checksum of the row does not match")
             return self._decoder.decode(window - self.start, block, record.tokens, record.present())
@@ -268,10 +269,10 @@ class Shard:
     def _read_description(self) -> dict[str, Any]:
         """Parse and validate the JSON description in the footer. Raises DamageError."""
         metadata, start, stop = self.metadata, self.start, self.stop
-        if not self._parquet.schema_arrow.equals(SCHEMA):
+        if not self._parquet.schema_arrow.equals(self._schema):
             raise DamageError(
                 f"the columns are {shown(self._parquet.schema_arrow.names)}, expected the schema "
-                f"of {', '.join(SCHEMA.names)}"
+                f"of {', '.join(self._schema.names)}"
             )
         text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
         description = parse_json(
@@ -280,7 +281,8 @@ class Shard:
         if not isinstance(description, dict):
             raise DamageError("the key-value metadata does not contain a description of the shard")
         found = {key: description.get(key) for key in ("format_version", "start", "stop")}
-        expected = {"format_version": FORMAT_VERSION, "start": start, "stop": stop}
+        version = self._identity.format_version
+        expected = {"format_version": version, "start": start, "stop": stop}
         if found != expected:
             raise DamageError(f"the description states {shown(found)}, expected {expected}")
         if description.get("fingerprint") != self._identity.fingerprint:
@@ -306,7 +308,8 @@ class Shard:
         try:
             self._guard.require(group, data)
             window_length = self._identity.window_length
-            require_pages(self.metadata.row_group(group), first, data, window_length)
+            described = self.metadata.row_group(group)
+            require_pages(described, self._schema, first, data, window_length)
             self._file.start, self._file.data = first, data
             parquet = self._parquet
             if page_checksums:
@@ -326,14 +329,16 @@ class Shard:
 
     def _record(self, index: int, rows: Rows) -> WindowRecord:
         """Return a row with empty targets, after its checksum is verified."""
+        tokens, mask = rows.tokens[index], rows.masks[index]
         record = WindowRecord(
             rows.window_index[index],
-            rows.tokens[index],
+            tokens,
             rows.document_starts[index],
-            rows.masks[index],
+            mask,
             _NO_TARGETS,
             rows.teacher_loss[index],
             rows.teacher_entropy[index],
+            *(_corruption(tokens, mask, rows.hidden[index], rows.rate[index]) if rows.rate else ()),
         )
         if row_crc(record, rows.blocks[index]) != rows.crc32c[index]:
             raise DamageError(
@@ -424,17 +429,32 @@ def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
     mask = row["mask"]
     if not hasattr(mask, "__len__"):  # None, or the null value of a data frame
         mask = None
-    starts = row.get("document_starts", ())
+    mask = None if mask is None else np.array(mask, dtype=np.bool_)
+    tokens = np.array(row["tokens"], dtype=np.int32)
+    corruption: tuple[Any, ...] = ()
+    if "inputs" in row and "rate" in row:
+        hidden = np.array(row["inputs"], dtype=np.int32)
+        corruption = _corruption(tokens, mask, hidden, float(row["rate"]))
     record = WindowRecord(
         int(row["window_index"]),
-        np.array(row["tokens"], dtype=np.int32),
-        np.array(starts, dtype=np.int32),
-        None if mask is None else np.array(mask, dtype=np.bool_),
+        tokens,
+        np.array(row.get("document_starts", ()), dtype=np.int32),
+        mask,
         _NO_TARGETS,
         float(row["teacher_loss"]) if "teacher_loss" in row else 0.0,
         float(row["teacher_entropy"]) if "teacher_entropy" in row else 0.0,
+        *corruption,
     )
     return record, bytes(row["targets"])
+
+
+def _corruption(
+    tokens: Int32, mask: Bool | None, hidden: Int32, rate: float
+) -> tuple[Int32, float]:
+    """Return the inputs of a window, int32 [L], and its rate."""
+    inputs = tokens.copy()
+    inputs[slice(None) if mask is None else mask] = hidden
+    return inputs, rate
 
 
 def _windows_named(name: str) -> str:

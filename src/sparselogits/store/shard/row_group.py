@@ -8,7 +8,7 @@ page is bounded by its encoded size and the window length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,14 +21,11 @@ from numpy.typing import NDArray
 from sparselogits.samplers.sampler import ROUNDING
 from sparselogits.store.bounds import LARGEST_LOSS, DamageError
 from sparselogits.store.records import Bool, Int32
-from sparselogits.store.shard.writer import SCHEMA
+from sparselogits.store.shard.writer import COMPRESSED
 from sparselogits.thrift import CompactReader
 
 _PLAIN, _RLE, _BYTE_STREAM_SPLIT = 0, 3, 9
 _DATA_PAGE = 0
-_TOKENS = SCHEMA.get_field_index("tokens")
-_STARTS = SCHEMA.get_field_index("document_starts")
-_MASK = SCHEMA.get_field_index("mask")
 # thrift field numbers of a page header, and of the data page header in it
 _TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE_HEADER = 1, 2, 3, 5
 _VALUES, _ENCODING, _DEFINITIONS, _REPETITIONS = 1, 2, 3, 4
@@ -47,6 +44,9 @@ class Rows:
         crc32c: checksum of each row.
         teacher_loss: mean loss of the teacher on each window, in nats.
         teacher_entropy: mean entropy of the teacher on each window, in nats.
+        hidden: inputs of each window at the positions with a target, int32; empty without
+            corrupted inputs.
+        rate: rate of corruption of each window; empty without corrupted inputs.
     """
 
     window_index: list[int]
@@ -57,16 +57,21 @@ class Rows:
     crc32c: list[int]
     teacher_loss: list[float]
     teacher_entropy: list[float]
+    hidden: list[Int32]
+    rate: list[float]
 
     def __len__(self) -> int:
         return len(self.window_index)
 
 
-def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: int) -> None:
+def require_pages(
+    group: pq.RowGroupMetaData, schema: pa.Schema, first: int, data: bytes, length: int
+) -> None:
     """Validate that each column of a row group has one plain data page of bounded size.
 
     Args:
         group: description of the row group in the footer.
+        schema: columns of a shard of this version.
         first: offset of the row group in the file, in bytes.
         data: bytes of the row group.
         length: window length, L.
@@ -77,9 +82,9 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
     """
     rows = group.num_rows
     at = 4 if first == 0 else 0  # columns are contiguous; the first follows the file's magic number
-    if group.num_columns != len(SCHEMA):
-        raise DamageError(f"{group.num_columns} column chunks, expected {len(SCHEMA)}")
-    for number, name in enumerate(SCHEMA.names):
+    if group.num_columns != len(schema):
+        raise DamageError(f"{group.num_columns} column chunks, expected {len(schema)}")
+    for number, name in enumerate(schema.names):
         chunk = group.column(number)
         size, offset = chunk.total_compressed_size, chunk.data_page_offset - first
         # chunk.compression must not be read, because pyarrow aborts the process for an unknown
@@ -95,7 +100,8 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         reader = CompactReader(data, offset)
         header = reader.structure()
         page = header.get(_DATA_PAGE_HEADER, {})
-        encoding = _BYTE_STREAM_SPLIT if number == _TOKENS else _PLAIN
+        compressed = name in COMPRESSED
+        encoding = _BYTE_STREAM_SPLIT if compressed else _PLAIN
         form = (header.get(_TYPE), *(page.get(f) for f in (_ENCODING, _DEFINITIONS, _REPETITIONS)))
         if form != (_DATA_PAGE, encoding, _RLE, _RLE):
             raise DamageError(f"column {name} has a page of an invalid kind or encoding: {form}")
@@ -108,12 +114,12 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
             raise DamageError(f"column {name} has a page without sizes")
         if reader.at - offset + packed != size or values != chunk.num_values:
             raise DamageError(f"column {name} is not one page of {chunk.num_values} values")
-        least, most = _values_bounds(number, rows, length)
+        least, most = _values_bounds(name, rows, length)
         if not least <= values <= most:
             raise DamageError(f"column {name} has {values} values, expected {least} to {most}")
-        # a token has four bytes and two levels of at most one bit, coded in groups of eight
-        allowed = 5 * values + 64 if number == _TOKENS else packed
-        if not 0 <= plain <= allowed or (number != _TOKENS and plain != packed):
+        # an id has four bytes and two levels of at most one bit, coded in groups of eight
+        allowed = 5 * values + 64 if compressed else packed
+        if not 0 <= plain <= allowed or (not compressed and plain != packed):
             raise DamageError(
                 f"column {name} claims to decompress to {plain} bytes, expected at most {allowed}"
             )
@@ -121,11 +127,12 @@ def require_pages(group: pq.RowGroupMetaData, first: int, data: bytes, length: i
         raise DamageError(f"{len(data) - at} bytes of the row group belong to no column")
 
 
-def _values_bounds(column: int, rows: int, length: int) -> tuple[int, int]:
+def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
     """Return the smallest and largest number of values of a column; an empty list counts as one."""
-    if column == _TOKENS:
+    if column == "tokens":
         return rows * length, rows * length
-    return (rows, rows * max(1, length)) if column in (_STARTS, _MASK) else (rows, rows)
+    is_list = column in ("document_starts", "mask", "inputs")
+    return (rows, rows * max(1, length)) if is_list else (rows, rows)
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
@@ -140,7 +147,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     Raises:
         DamageError: a value is invalid; the message has the window.
     """
-    columns: dict[str, Any] = {name: _only_chunk(table, name) for name in SCHEMA.names}
+    columns: dict[str, Any] = {name: _only_chunk(table, name) for name in table.column_names}
     rows = table.num_rows
     index: NDArray[np.int64] = columns["window_index"].to_numpy()
     tokens, token_bounds = _lists(columns["tokens"])
@@ -159,16 +166,38 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
     _require((loss >= -ROUNDING) & (loss <= LARGEST_LOSS), start, "has an impossible teacher_loss")
     most = np.log(vocab_size) + 0.01
     _require((entropy >= -ROUNDING) & (entropy <= most), start, "has an impossible teacher_entropy")
+    masks = _masks(columns["mask"], start, length)
+    hidden, rate = _hidden(columns, masks, start, vocab_size) if "inputs" in columns else ([], [])
     return Rows(
         index.tolist(),
         tokens,
         [starts[a:b] for a, b in _pairs(start_bounds)],
-        _masks(columns["mask"], start, length),
+        masks,
         columns["targets"].to_pylist(),
         columns["crc32c"].to_pylist(),
         loss.tolist(),
         entropy.tolist(),
+        hidden,
+        rate,
     )
+
+
+def _hidden(
+    columns: Mapping[str, Any], masks: Sequence[Bool | None], start: int, vocab_size: int
+) -> tuple[list[Int32], list[float]]:
+    """Return the inputs at the positions that carry a target, and the rates, row by row."""
+    rate = columns["rate"].to_numpy()
+    _require((rate > 0) & (rate <= 1), start, "has a rate that is not above 0 and at most 1")
+    _require(np.array([m is not None for m in masks]), start, "has corrupted inputs and no mask")
+    values, bounds = _lists(columns["inputs"])
+    chosen = np.array([0 if mask is None else int(mask.sum()) for mask in masks])
+    _require(np.diff(bounds) == chosen, start, "does not have one input per position with a target")
+    inner = values[bounds[0] : bounds[-1]]
+    if len(inner) and not 0 <= int(inner.min()) <= int(inner.max()) < vocab_size:
+        raise DamageError(
+            f"a window from {start} on has an input outside the vocabulary of {vocab_size} ids"
+        )
+    return [values[a:b] for a, b in _pairs(bounds)], rate.tolist()
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparselogits.identity import FORMAT_VERSION, Identity, canonical_json
+from sparselogits.identity import CAUSAL_FORMAT, MASKED_FORMAT, Identity, canonical_json
 from sparselogits.store.codec.target_codec import TargetCodec, TargetWindow
 from sparselogits.store.ranges import shard_name
-from sparselogits.store.records import WindowRecord
+from sparselogits.store.records import Int32, WindowRecord
 from sparselogits.store.shard.guard import insert_guard
 
 ROWS_PER_GROUP = 8
@@ -30,13 +30,12 @@ ROWS_PER_GROUP = 8
 METADATA_KEY = b"sparselogits"
 """Key of the JSON description in the footer's key-value metadata."""
 
-SCHEMA = pa.schema(
+_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+_CAUSAL = pa.schema(
     [
         pa.field("window_index", pa.int64(), nullable=False),
-        pa.field("tokens", pa.list_(pa.field("element", pa.int32(), nullable=False)), False),
-        pa.field(
-            "document_starts", pa.list_(pa.field("element", pa.int32(), nullable=False)), False
-        ),
+        pa.field("tokens", _IDS, False),
+        pa.field("document_starts", _IDS, False),
         pa.field("mask", pa.list_(pa.field("element", pa.bool_(), nullable=False)), True),
         pa.field("targets", pa.binary(), nullable=False),
         pa.field("crc32c", pa.uint32(), nullable=False),
@@ -44,6 +43,16 @@ SCHEMA = pa.schema(
         pa.field("teacher_entropy", pa.float32(), nullable=False),
     ]
 )
+SCHEMAS = {
+    CAUSAL_FORMAT: _CAUSAL,
+    MASKED_FORMAT: _CAUSAL.append(pa.field("inputs", _IDS, False)).append(
+        pa.field("rate", pa.float32(), nullable=False)
+    ),
+}
+"""Columns by version of the format."""
+
+COMPRESSED = ("tokens", "inputs")
+"""Names of columns that are compressed with zstd over byte-stream-split; the others are plain."""
 
 
 def encode_shard(
@@ -63,7 +72,7 @@ def encode_shard(
     codec = TargetCodec.of(identity)
     tables, blocks = codec.encode([TargetWindow(r.targets, r.tokens, r.present()) for r in records])
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": identity.format_version,
         "fingerprint": identity.fingerprint,
         "start": first,
         "stop": stop,
@@ -77,14 +86,15 @@ def encode_shard(
         },
         "provenance": dict(provenance),
     }
-    parquet = _write_parquet(_table(records, blocks), canonical_json(description))
+    table = _table(SCHEMAS[identity.format_version], records, blocks)
+    parquet = _write_parquet(table, canonical_json(description))
     metadata = pq.read_metadata(io.BytesIO(parquet))
     return shard_name(first, stop), insert_guard(parquet, list(_group_stops(metadata)))
 
 
-def _table(records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
+def _table(schema: pa.Schema, records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
     """Return the rows of a shard, given the encoded targets of each record."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "window_index": [r.window_index for r in records],
         "tokens": [r.tokens for r in records],
         "document_starts": [r.document_starts for r in records],
@@ -93,20 +103,28 @@ def _table(records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table
         "crc32c": [row_crc(r, block) for r, block in zip(records, blocks, strict=True)],
         "teacher_loss": [np.float32(r.teacher_loss) for r in records],
         "teacher_entropy": [np.float32(r.teacher_entropy) for r in records],
+        "inputs": [hidden_inputs(r) for r in records],
+        "rate": [r.rate for r in records],
     }
-    return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+    return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def hidden_inputs(record: WindowRecord) -> Int32 | None:
+    """Return the input at the positions that carry a target, as a row stores it, int32 [Q]."""
+    return None if record.inputs is None else record.inputs[record.present()]
 
 
 def _write_parquet(table: pa.Table, description: bytes) -> bytes:
     """Return a table and a JSON description as a Parquet file."""
     out = io.BytesIO()
+    compressed = [f"{name}.list.element" for name in COMPRESSED if name in table.column_names]
     with pq.ParquetWriter(
         out,
         table.schema,
-        compression={"tokens.list.element": "zstd"},
-        compression_level={"tokens.list.element": 9},
+        compression=dict.fromkeys(compressed, "zstd"),
+        compression_level=dict.fromkeys(compressed, 9),
         use_dictionary=False,
-        use_byte_stream_split=["tokens.list.element"],
+        use_byte_stream_split=compressed,
         write_statistics=["window_index"],
         write_page_checksum=True,
         data_page_size=1 << 24,
@@ -133,7 +151,7 @@ def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
         block: encoded targets of the row.
     """
     mask = b"" if record.mask is None else record.mask.astype(np.uint8).tobytes()
-    parts = (
+    parts: tuple[bytes, ...] = (
         struct.pack("<qI", record.window_index, len(record.tokens)),
         record.tokens.astype("<i4").tobytes(),
         struct.pack("<I", len(record.document_starts)),
@@ -143,4 +161,8 @@ def row_crc(record: WindowRecord, block: bytes | memoryview) -> int:
         struct.pack("<ffI", record.teacher_loss, record.teacher_entropy, len(block)),
         bytes(block),
     )
+    hidden = hidden_inputs(record)
+    if hidden is not None:
+        parts += (struct.pack("<I", len(hidden)), hidden.astype("<i4").tobytes())
+        parts += (struct.pack("<f", record.rate),)
     return int(google_crc32c.value(b"".join(parts)))

@@ -142,6 +142,8 @@ def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
         columns: values by name, one per position.
     """
     whole = {"tokens": pa.array(record.tokens), **columns}
+    if record.inputs is not None:
+        whole["inputs"] = pa.array(record.inputs)
     arrays = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
         for name, values in whole.items()

@@ -177,7 +177,8 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
     """Validate the invariants that decoding does not enforce. Raises CacheCorruptionError."""
     targets, where = record.targets, f"{shard.name}, window {record.window_index}"
     try:
-        record.validate(cache.identity.window_length)
+        masked = cache.identity.objective is not None
+        record.validate(cache.identity.window_length, masked=masked)
         SparseTargets(
             targets.ids,
             targets.weights,
@@ -213,9 +214,8 @@ class _Totals:
         self.positions += int(record.present().sum())
         self.losses.append(record.teacher_loss)
         self.entropies.append(record.teacher_entropy)
-        self.text.append(
-            Window(record.window_index, record.tokens, record.document_starts, record.mask)
-        )
+        mask = record.mask if record.inputs is None else None  # else it is of the corruption
+        self.text.append(Window(record.window_index, record.tokens, record.document_starts, mask))
 
     def require(self, shard: Shard) -> None:
         """Validate the totals in a shard's footer. Raises CacheCorruptionError."""

@@ -14,11 +14,13 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-// cell c shows token c, which position c - 1 predicts; the last cell is the token after the window
-const predicting = (cell) => data.positions[cell - 1];
+// cell c shows token c; of a causal teacher, the last cell is what follows the window
+const isMasked = data.chosen !== null;
+const at_cell = isMasked ? data.predicted_at : [...data.predicted_at, data.tokens.length - 1];
+const predicting = (cell) => data.positions[at_cell[cell] ?? -1];
 
 function drawText() {
-  const shown = [...data.tokens, " ▷"];
+  const shown = isMasked ? data.tokens : [...data.tokens, " ▷"];
   shown.forEach((token, index) => {
     const cell = element("span", { id: `t${index}` });
     cell.setAttribute("role", "option");
@@ -29,6 +31,7 @@ function drawText() {
     });
     if (token === "") cell.append(element("b", { textContent: "·" }));
     cell.classList.toggle("start", data.starts.includes(index));
+    cell.classList.toggle("chosen", isMasked && data.chosen[index]);
     cell.addEventListener("click", () => { select(index); text.focus({ preventScroll: true }); });
     cells.push(cell);
   });
@@ -82,11 +85,20 @@ function drawPanel() {
   const heading = element("h2", { textContent: token });
   panel.replaceChildren(heading);
   const say = (words) => panel.append(element("p", { textContent: words }));
+  if (isMasked && at.label === null)
+    return say(`Token ${selected} of ${data.tokens.length}: not chosen, so it has no target.`);
+  if (isMasked) {
+    const original = visible(data.texts[at.label]);
+    say(`Token ${selected} of ${data.tokens.length}: chosen; the original token is ${original}.`);
+    panel.append(distributions(at), figures(at));
+    return;
+  }
   if (!at) return say("The window's first token: nothing in the window predicts it.");
-  const where = `Token ${selected} of ${data.tokens.length}, predicted at position ${selected - 1}.`;
+  const position = at_cell[selected];
+  const where = `Token ${selected} of ${data.tokens.length}, predicted at position ${position}.`;
   if (at.label === null && at.rows.length === 0) return say(`${where} No target: it is masked.`);
   say(at.label !== null ? where
-    : isEnd ? `Position ${selected - 1}, the last one: its next token is not in the window, so it adds nothing to the loss.`
+    : isEnd ? `Position ${position}, the last one: its next token is not in the window, so it adds nothing to the loss.`
     : `${where} The text ends or is masked here: it adds nothing to the loss.`);
   panel.append(distributions(at), metrics(at));
 }
@@ -120,7 +132,7 @@ function distributions(at) {
     line.classList.toggle("label", row[0] === at.label);
     const name = line.insertCell();
     name.textContent = visible(data.texts[row[0]]);
-    name.title = `id ${row[0]}${row[0] === at.label ? ", the true next token" : ""}`;
+    name.title = `id ${row[0]}${row[0] === at.label ? `, the ${isMasked ? "original" : "true next"} token` : ""}`;
     for (const column of columns) {
       const value = row[column.at];
       const cell = line.insertCell();
