@@ -431,7 +431,10 @@ RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
         ({"change": other_text}, "window 0 has a different text in .*a and .*b"),
         ({"change": other_mask}, "window 0 has a different loss mask"),
         ({"change": other_documents}, "window 0 has a different documents"),
-        ({"tokenizer": "2" * 64}, "tokenizer of the cache at .*b .*is not the one that the cache"),
+        (
+            {"tokenizer": "2" * 64},
+            "tokenizer of the cache at .*b .*is not the tokenizer of the cache at .*a",
+        ),
         (
             {"tokenizer": "2" * 64, "provenance": {"tokenizer": RECORDED | {"ids": "6" * 64}}},
             "its ids mean other tokens",
@@ -444,7 +447,10 @@ RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
             "id 8 is '<stop>' here and '<end>' in the cache",
         ),
         (
-            {"tokenizer": "2" * 64, "provenance": {"tokenizer": {"ids": 3, "added": 4}}},
+            {
+                "tokenizer": "2" * 64,
+                "provenance": {"tokenizer": {"ids": 3, "added": 4, "roles": 5}},
+            },
             "its ids mean other tokens",
         ),
     ],
@@ -458,8 +464,12 @@ def test_caches_that_do_not_fit_are_refused_by_name(
         CacheDataset([first, second])
 
 
-def test_tokenizers_that_differ_in_nothing_but_their_files_fit(tmp_path: Path) -> None:
-    told = {"tokenizer": RECORDED}
+@pytest.mark.parametrize("added", [RECORDED["added"], "7" * 64])
+def test_tokenizers_that_differ_in_nothing_but_their_files_fit(
+    tmp_path: Path, added: object
+) -> None:
+    """Thousands of added tokens are recorded as a hash."""
+    told = {"tokenizer": RECORDED | {"added": added}}
     first = make_cache(tmp_path / "a", 0, provenance=told)
     second = make_cache(tmp_path / "b", 1, provenance=told, tokenizer="2" * 64)
     assert len(CacheDataset([first, second])) == WINDOWS
