@@ -104,7 +104,7 @@ MISTAKES = {
         "check the path",
     ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{size: 3m}}\nthinning: {{rounds: 99}}}": (
-        "the cache holds 12 rounds",
+        "the cache has 12 rounds",
         "choose between 1 and 12",
     ),
     "train {recipe:cache: {cache}\nout: {new}\nstudent: {{layers: 1}}\n"

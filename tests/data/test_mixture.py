@@ -312,11 +312,11 @@ def test_the_best_teacher_of_a_window_is_the_only_one(three: list[Path]) -> None
         ([1.5, -0.5, 0.0], "non-negative numbers"),
         ([float("nan"), 0.5, 0.5], "non-negative numbers"),
         ([float("inf"), 0.0, 0.0], "non-negative numbers"),
-        ([0.5, 0.5], r"shape \(2,\), and there are 3 caches"),
-        ([[1.0, 0.0]], r"shape \(1, 2\), and there are 3 caches"),
-        ([[1.0, 0.0, 0.0]] * 3, "3 rows; expected 2, a row per text .*, or 4, a row per window"),
+        ([0.5, 0.5], r"shape \(2,\), but there are 3 caches"),
+        ([[1.0, 0.0]], r"shape \(1, 2\), but there are 3 caches"),
+        ([[1.0, 0.0, 0.0]] * 3, "3 rows; give 2 rows, one per text .*, or 4 rows, one per window"),
         ([[1.0, 0.0, 0.0], [1.0]], "rows of equal length"),
-        (["a", "b", "c"], "expected a number per cache"),
+        (["a", "b", "c"], "give one number per cache"),
         ("worst", "unknown weights 'worst'"),
         ([], r"shape \(0,\)"),
     ],
@@ -360,7 +360,7 @@ def test_a_mixture_keeps_the_rounds_it_is_asked_for(three: list[Path]) -> None:
     assert dataset.rounds == 3 * ROUNDS
     for rounds in (3, 4, 13, 36, 50):
         assert dataset[WindowRequest(0, 0, rounds)]["targets"].rounds == min(rounds, 36)
-    with pytest.raises(InvalidArgumentError, match="keep at least 3 rounds"):
+    with pytest.raises(InvalidArgumentError, match="use at least 3 rounds"):
         dataset[WindowRequest(0, 0, 2)]
     budget = rounds_for_entries(dataset, 4.0)
     assert 4 <= budget < 36
@@ -427,10 +427,10 @@ RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
         ({"temperature": 2.0}, "temperature is 1.0 in .* and 2.0"),
         ({"packing": {"separator_id": 1, "reset_attention": False}}, "packing.separator_id is 0"),
         ({"sampler": TopK(3)}, "unbiased is True in .* and False"),
-        ({"windows": 3}, "holds the windows 0 to 3, and .*b 0 to 2"),
-        ({"change": other_text}, "window 0 has a different text in .*a and .*b"),
-        ({"change": other_mask}, "window 0 has a different loss mask"),
-        ({"change": other_documents}, "window 0 has a different documents"),
+        ({"windows": 3}, "has the windows 0 to 3, but .*b has 0 to 2"),
+        ({"change": other_text}, "window 0 differs in its text between .*a and .*b"),
+        ({"change": other_mask}, "window 0 differs in its loss mask"),
+        ({"change": other_documents}, "window 0 differs in its documents"),
         (
             {"tokenizer": "2" * 64},
             "tokenizer of the cache at .*b .*is not the tokenizer of the cache at .*a",
@@ -486,7 +486,7 @@ def test_heads_with_other_padding_fit(tmp_path: Path) -> None:
 def test_a_cache_named_twice_is_refused(three: list[Path], tmp_path: Path) -> None:
     copy = make_cache(tmp_path / "copy", 0)
     for other in (three[0], copy):
-        with pytest.raises(InvalidArgumentError, match=r"hold the same targets .*--seed"):
+        with pytest.raises(InvalidArgumentError, match=r"contain the same targets.*--seed"):
             CacheDataset([three[0], three[1], other])
     again = make_cache(tmp_path / "again", 0, seed=5)  # another draw of the same teacher
     assert CacheDataset([three[0], again]).teachers_per_window == 2
@@ -503,7 +503,7 @@ def test_text_that_differs_in_one_window_is_found_when_it_is_read(
     caches = [make_cache(tmp_path / "a", 0), make_cache(tmp_path / "b", 1, change=change)]
     dataset = CacheDataset(caches)
     assert dataset[0]["input_ids"].tolist() == text(0).tolist()
-    with pytest.raises(IdentityMismatchError, match="window 1 has a different text"):
+    with pytest.raises(IdentityMismatchError, match="window 1 differs in its text"):
         dataset[1]
 
 
@@ -520,5 +520,5 @@ def test_a_damaged_cache_is_named(three: list[Path]) -> None:
 
 
 def test_rows_of_a_mixture_are_decoded_one_cache_at_a_time(three: list[Path]) -> None:
-    with pytest.raises(InvalidArgumentError, match="open one of them alone"):
+    with pytest.raises(InvalidArgumentError, match="open one of them"):
         decode({"window_index": 0}, CacheDataset(three))

@@ -88,7 +88,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(stages: tuple, said: str) -> 
 
 
 def test_what_the_cache_does_not_hold_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="the cache holds 12 rounds"):
+    with pytest.raises(InvalidArgumentError, match="the cache has 12 rounds"):
         Schedule.constant(13).require_within(12)
     with pytest.raises(InvalidArgumentError, match="not drawn in rounds"):
         Schedule.constant(2).require_within(None)
@@ -151,5 +151,5 @@ def test_a_budget_becomes_the_rounds_that_come_closest(cache: Path, budget: floa
 
 
 def test_a_budget_the_cache_cannot_meet_is_refused(cache: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="the cache holds"):
+    with pytest.raises(InvalidArgumentError, match="entries in the cache"):
         rounds_for_entries(CacheDataset(cache), 40)

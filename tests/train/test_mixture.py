@@ -66,7 +66,7 @@ def test_a_thinned_mixture_has_the_entries_of_its_rounds(
     mixed = CacheDataset([cache, second_cache])
     line, _ = one_step(mixed, tmp_path, rounds=4)
     assert 2 < line["entries"] <= 4
-    for rounds, said in ((1, "keep at least 2 rounds"), (28, "holds 27 rounds")):
+    for rounds, said in ((1, "use at least 2 rounds"), (28, "has 27 rounds")):
         with pytest.raises(InvalidArgumentError, match=said):
             one_step(mixed, tmp_path, rounds=rounds)
     with pytest.raises(InvalidArgumentError, match="rounds=1: a window mixes 2 teachers"):

@@ -322,7 +322,7 @@ def test_mixed_precision_trains_float32_weights(cache: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rounds": 13}, "the cache holds 12 rounds"),
+        ({"rounds": 13}, "the cache has 12 rounds"),
         ({"missing_mass": "ghost"}, "would bias"),
         ({"method": "full"}, "no teacher is given"),
     ],

@@ -174,11 +174,11 @@ def packed_texts(cache: Path) -> list[Path]:
 
 
 def names_of_texts(cache: Location) -> dict[str, str]:
-    """Return the names of a cache's packed texts by their fingerprints; none for a URL."""
+    """Return the names of a cache's packed texts by fingerprint; an empty dict for a URL."""
     if is_url(cache):
         return {}
-    opened = [PackedCorpus.open(folder) for folder in packed_texts(Path(cache))]
-    return {corpus.text_fingerprint: corpus.source_name for corpus in opened}
+    corpora = [PackedCorpus.open(folder) for folder in packed_texts(Path(cache))]
+    return {corpus.text_fingerprint: corpus.source_name for corpus in corpora}
 
 
 def _folders(cache: Path) -> list[Path]:

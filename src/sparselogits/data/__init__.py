@@ -1,4 +1,4 @@
-"""Read a cache for training: dataset, resumable order, collator."""
+"""Read caches for training: datasets, resumable order, collator."""
 
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries

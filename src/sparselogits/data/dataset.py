@@ -1,6 +1,6 @@
 """Define datasets of windows for torch's DataLoader and every Trainer.
 
-Tokens are stored with their targets, so nothing is re-aligned here: position j of `targets` is the
+Tokens are stored with their targets, so no alignment is required: position j of `targets` is the
 teacher's distribution of the token after position j, and `shift_labels[j]` is that token.
 """
 
@@ -35,18 +35,18 @@ _PILOT_WINDOWS = 8
 
 
 class TextWindow(TypedDict):
-    """A window of text.
+    """Window of text.
 
-    Args:
+    Attributes:
         input_ids: int64 [L].
-        shift_labels: int64 [L], the token that each position predicts: the next token, -100 where
-            there is none (at the last position, at masked positions, and at the end of a document
-            if attention is reset there). In a window for a masked language model, the original
-            token of the positions that were chosen, -100 elsewhere.
-        position_ids: int64 [L], present if attention is reset at document starts.
-        labels: int64 [L], the same labels at the tokens that they are, as transformers expects
-            them; present for a masked language model.
-        loss_weight: float32 [], the weight of the window's loss; present if each window has its own
+        shift_labels: int64 [L], the token that each position predicts; -100 if there is none. For a
+            causal model it is the next token, except at the last position, at masked positions, and
+            at the end of a document if attention is reset there; for a masked language model, the
+            original token of each chosen position.
+        position_ids: int64 [L]; present if attention is reset at document starts.
+        labels: int64 [L], the same labels at the positions of the predicted tokens, as in
+            transformers; present for a masked language model.
+        loss_weight: weight of the window's loss, float32 []; present if each window has a separate
             rate of corruption.
     """
 
@@ -58,11 +58,11 @@ class TextWindow(TypedDict):
 
 
 class CachedWindow(TextWindow):
-    """A window of text with its targets.
+    """Window of text with its targets.
 
-    Args:
+    Attributes:
         targets: targets of the L positions.
-        teacher_entropy: mean entropy of the teacher in nats, float32 []; of several teachers the
+        teacher_entropy: mean entropy of the teacher in nats, float32 []; for several teachers the
             weighted mean of their entropies.
     """
 
@@ -71,29 +71,29 @@ class CachedWindow(TextWindow):
 
 
 class CacheDataset(Dataset[CachedWindow]):
-    """The windows of a cache as a dataset for torch's DataLoader and every Trainer.
+    """Dataset of the windows of a cache, for torch's DataLoader and every Trainer.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
     optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as
     `collate` makes it.
 
-    Several caches of one text, made by several teachers with one tokenizer, are read as one cache
-    of the mixture sum_m w_m p_m of their distributions.
+    Several caches of the same text, by teachers with the same tokenizer, are read as one cache of
+    the mixture sum_m w_m p_m of the teachers' distributions.
 
     Args:
-        path: directory or URL of the cache, or a list of them.
-        weights: weights of the teachers, for several caches: a number per cache, all together 1; a
-            row of such numbers per text of the caches (in the order in which they were added) or
-            per window; or "best" for the teacher with the lowest loss in each window. None for
+        path: directory or URL of the cache, or a list of directories or URLs.
+        weights: weights of the teachers of several caches: one number per cache, with sum 1; or one
+            row of such numbers per text of the caches (in the order in which the texts were added)
+            or per window; or "best" for the teacher with the lowest loss in each window. None for
             equal weights.
-        seed: random seed for thinning, used if a `WindowRequest` asks for fewer rounds.
+        seed: random seed for thinning, used if a `WindowRequest` has a smaller number of rounds.
         copy: folder for local copies of what is read from a URL; None for `CopyFolder.default()`.
             A cache in a directory is not copied.
 
     Raises:
-        CacheError: there is no cache, or it has no finished window.
+        CacheError: there is no cache, or it has no finished shard.
         IdentityMismatchError: several caches differ in text, tokenizer, packing or temperature.
-        InvalidArgumentError: the weights are not shares of a whole.
+        InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the caches.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -115,11 +115,11 @@ class CacheDataset(Dataset[CachedWindow]):
     ) -> None:
         paths: Sequence[Location] = path if isinstance(path, list | tuple) else [path]  # type: ignore[list-item]
         if not paths:
-            raise InvalidArgumentError("the list of caches is empty; name at least one cache")
+            raise InvalidArgumentError("the list of caches is empty; give at least one cache")
         self._mixture = Mixture.of([_open(each, copy) for each in paths], weights)
         self.caches = self._mixture.caches
         self.cache = self.caches[0]
-        """The cache; of several caches the first one. All hold the same windows."""
+        """The cache; for several caches, which have the same windows, the first one."""
         self.identity = self._mixture.identity
         self.seed = seed
 
@@ -130,12 +130,12 @@ class CacheDataset(Dataset[CachedWindow]):
 
     @property
     def rounds(self) -> int | None:
-        """Most rounds per position that a window has; None if a cache is not drawn in rounds."""
+        """Largest number of rounds per position; None if a cache was not drawn in rounds."""
         return self._mixture.rounds
 
     @property
     def teachers_per_window(self) -> int:
-        """Most teachers that a window mixes."""
+        """Largest number of teachers with a positive weight in a window."""
         return self._mixture.teachers_per_window
 
     def __len__(self) -> int:
@@ -155,18 +155,18 @@ class CacheDataset(Dataset[CachedWindow]):
         )
 
     def only_cache(self, done: str) -> Cache:
-        """Return the cache of a dataset of one.
+        """Return the only cache of the dataset.
 
         Args:
-            done: what is done with one cache, for the message: "shown".
+            done: participle of the operation that requires one cache, for the message: "shown".
 
         Raises:
             InvalidArgumentError: the dataset mixes several caches.
         """
         if len(self.caches) > 1:
             raise InvalidArgumentError(
-                f"one cache can be {done} at a time, and this dataset mixes "
-                f"{' and '.join(str(cache.root) for cache in self.caches)}; open one of them alone"
+                f"only one cache can be {done} at a time, but this dataset mixes "
+                f"{' and '.join(str(cache.root) for cache in self.caches)}; open one of them"
             )
         return self.cache
 
@@ -215,16 +215,16 @@ class CacheDataset(Dataset[CachedWindow]):
         window_index: int,
         shift: float,
     ) -> SparseTargets:
-        """Keep some of a window's rounds.
+        """Thin the targets of one teacher.
 
         Args:
-            targets: targets of one teacher.
-            rounds: number of rounds to keep.
+            targets: targets of a window.
+            rounds: number of rounds per position after thinning.
             request: request for the window.
-            window_index: number of the window.
-            shift: share of the choices of rounds by which the choice is moved. Teachers of one
-                window have different shares: if they are alike and their caches were drawn with one
-                seed, equal choices would repeat the noise.
+            window_index: index of the window in the corpus.
+            shift: offset of the subset of rounds, as a share of the number of subsets. The teachers
+                of a window have different offsets: with equal subsets, similar teachers whose
+                caches were drawn with the same seed would have correlated noise.
         """
         if rounds == targets.rounds:
             return targets
@@ -237,26 +237,29 @@ class CacheDataset(Dataset[CachedWindow]):
 
 
 def _open(path: Location, copy: CopyFolder | None) -> Cache:
+    """Open a cache with at least one finished shard, with local copies if it is at a URL."""
     storage = storage_at(path)
     if is_url(path):
         storage = LocalCopy(storage, copy or CopyFolder.default())
     cache = Cache.open(storage)
     if len(cache) == 0:
         raise CacheError(
-            f"the cache at {path} has no finished shard yet; continue `sparselogits cache`"
+            f"the cache at {path} has no finished shard yet; run `sparselogits cache` to build it"
         )
     return cache
 
 
 class TextDataset(Dataset[TextWindow]):
-    """A dataset of held-out windows: tokens and labels without targets, for evaluation.
+    """Dataset of the windows of a packed corpus without targets, for evaluation.
+
+    Items are dicts like those of `CacheDataset`, without `targets` and `teacher_entropy`.
 
     Args:
-        corpus: a packed corpus.
-        holdout: read its held-out windows rather than its training windows.
+        corpus: packed corpus.
+        holdout: whether to read the held-out windows; otherwise the training windows.
         limit: largest number of windows; None for all.
-        corruption: how windows are corrupted, to evaluate masked language models; None for causal
-            ones. A window is corrupted in the same way each time.
+        corruption: corruption of the windows for the evaluation of masked language models, which
+            is the same each time a window is read; None for causal models.
     """
 
     def __init__(
@@ -276,7 +279,7 @@ class TextDataset(Dataset[TextWindow]):
 
     def __getitem__(self, index: int) -> TextWindow:
         if not 0 <= index < self._length:
-            raise IndexError(f"window {index} of {self._length} windows")
+            raise IndexError(f"window {index} is out of range for {self._length} windows")
         read = self.corpus.read_holdout if self.holdout else self.corpus.read
         window = read(index, index + 1)[0]
         objective: TokenObjective = CAUSAL
@@ -289,26 +292,28 @@ class TextDataset(Dataset[TextWindow]):
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
-    """Return the number of rounds whose thinned targets have about a given number of entries.
+    """Return the number of rounds whose thinned targets are closest to a budget of entries.
 
-    Entries are counted on windows spread over the cache, with random but fixed starts.
+    The entries are counted on eight windows spread over the cache.
 
     Args:
-        dataset: a cache drawn in rounds.
-        budget: mean entries per position.
+        dataset: dataset whose targets were drawn in rounds.
+        budget: mean entries per position, at least 1.
 
     Raises:
-        InvalidArgumentError: the cache is not drawn in rounds, or holds fewer entries.
+        InvalidArgumentError: the targets were not drawn in rounds, the budget is below 1, or the
+            cache has fewer entries.
     """
     chosen = spread(len(dataset), _PILOT_WINDOWS)
     cached = dataset.rounds
     if cached is None or budget < 1:
         Schedule.constant(1).require_within(cached)
         raise InvalidArgumentError(
-            f"a budget of {budget:g} entries per position is below 1; give at least 1"
+            f"a budget of {budget:g} entries per position is too small; give at least 1"
         )
 
     def mean(rounds: int) -> float:
+        """Return the mean entries per position after thinning."""
         targets = [dataset[WindowRequest(i, 0, rounds)]["targets"] for i in chosen]
         carrying = sum(int((t.entries_per_position > 0).sum()) for t in targets)
         entries: int = sum(t.entries for t in targets)
@@ -316,8 +321,8 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
 
     if budget > (most := mean(cached)):
         raise InvalidArgumentError(
-            f"a budget of {budget:g} entries per position, but the cache holds {most:.1f}; give "
-            "a smaller budget, or omit thinning"
+            f"a budget of {budget:g} entries per position exceeds the {most:.1f} entries in the "
+            "cache; give a smaller budget, or omit thinning"
         )
     low, high = dataset.teachers_per_window, cached  # mean(high) >= budget
     while low < high:

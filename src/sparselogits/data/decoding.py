@@ -1,4 +1,4 @@
-"""Decode targets of rows that DuckDB, Polars, pandas, pyarrow or datasets read from a cache."""
+"""Decode the targets of rows that DuckDB, Polars, pandas, pyarrow or datasets read from a cache."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from sparselogits.data.dataset import CacheDataset
 from sparselogits.store import Cache, Location
 from sparselogits.targets import SparseTargets
 
-_ONE_AT_A_TIME = Lock()
-"""A database calls functions from several threads; an open shard serves one at a time."""
+_LOCK = Lock()
+"""Lock for open shards, which are not thread-safe, while databases use several threads."""
 
 
 def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> SparseTargets:
-    """Return the targets of one row of a cache's shards, whatever tool has read it.
+    """Decode the targets of a row of a cache that was read by another tool.
 
-    The cache is needed as well: its identity has the numbers of ids and rounds, and the footer of
-    the shard has the coding tables that its rows share.
+    The cache is required because its identity contains the numbers of ids and rounds, and the
+    footer of the shard contains the coding tables of its rows.
 
     Args:
-        row: columns by name: `window_index`, `tokens`, `mask` and `targets`. A dict, a pandas
-            Series, or any other mapping. If all columns are there, the checksum of the row is
+        row: columns by name, as a dict, a pandas Series or any other mapping: `window_index`,
+            `tokens`, `mask` and `targets`. If all columns are present, the checksum of the row is
             verified.
-        cache: the cache that the row is from. Pass an open one to decode many rows: a path is
+        cache: the cache of the row. To decode many rows, pass an open cache, because a path is
             opened at each call.
+
+    Returns:
+        The targets of the window's L positions.
 
     Raises:
         InvalidArgumentError: the row lacks columns, or the dataset mixes several caches.
-        CacheError: there is no such cache, or no shard of it holds the window of the row.
-        CacheCorruptionError: the row differs from what was written.
+        CacheError: there is no cache, or no shard contains the window of the row.
+        CacheCorruptionError: the row differs from the row of the shard.
 
     Examples:
         >>> import pyarrow.dataset
@@ -42,5 +45,5 @@ def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> Sp
     """
     if isinstance(cache, CacheDataset):
         cache = cache.only_cache("decoded")
-    with _ONE_AT_A_TIME:
+    with _LOCK:
         return (cache if isinstance(cache, Cache) else Cache.open(cache)).decode(row)

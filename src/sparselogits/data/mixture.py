@@ -1,8 +1,8 @@
-"""Mix the cached targets of several teachers that read one text.
+"""Mix the cached targets of several teachers for one text.
 
-At every position, target m is an unbiased estimate of the distribution p_m of teacher m, so their
-weighted sum is an unbiased estimate of the mixture sum_m w_m p_m, whatever the weights of a window
-depend on besides the draws (docs/theory.md, section 8).
+At every position, the target of teacher m is an unbiased estimate of its distribution p_m.
+Therefore the weighted sum of the targets is an unbiased estimate of the mixture sum_m w_m p_m, for
+any weights that do not depend on the sampled targets (docs/theory.md, section 8).
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from sparselogits.untrusted import shown
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Literal["best"]
 """Weights of several teachers.
 
-A number per teacher; a row of such numbers per text of the caches, or per window; or "best", which
-takes in each window the teacher with the lowest loss there.
+One number per teacher; or one row of such numbers per text of the caches, or per window; or "best",
+which selects in each window the teacher with the lowest loss.
 """
-_COMPARED_WINDOWS = 8
-_SHOWN_ROWS = 16
-_TOLERANCE = 1e-6
+
+_COMPARED_WINDOWS = 8  # windows whose text is compared when a mixture is created
+_SHOWN_ROWS = 16  # largest number of rows that an identity contains, instead of their hash
+_TOLERANCE = 1e-6  # of the sum of weights
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The caches that a dataset reads, at least one, and the weights of their teachers.
+    """One or more caches with the same windows, and the weights of their teachers.
 
-    `Mixture.of` makes one. Every cache holds the same windows.
+    `Mixture.of` creates and validates a mixture.
 
     Args:
         caches: the caches.
-        rows: weights of the teachers, a row per run of windows; None to take in each window the
-            teacher with the lowest loss there.
-        starts: number of the first window of each row, ascending.
+        rows: weights of the teachers, one row per range of windows; None to select in each window
+            the teacher with the lowest loss.
+        starts: index of the first window of each row, ascending.
     """
 
     caches: tuple[Cache, ...]
@@ -57,26 +58,26 @@ class Mixture:
 
     @classmethod
     def of(cls, caches: Sequence[Cache], weights: Weights | None) -> Mixture:
-        """Make a mixture, and validate that it has a meaning.
+        """Create a mixture, and validate that the caches can be mixed.
 
         Args:
-            caches: the caches, which have windows.
+            caches: at least one cache, each with at least one window.
             weights: see `Weights`; None for equal weights.
 
         Raises:
-            InvalidArgumentError: weights are not shares of a whole, are of another number than the
-                caches, or a cache is named twice.
+            InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the
+                caches; or two caches have the same identity.
             IdentityMismatchError: the caches differ in text, tokenizer, packing or temperature, or
                 only some of them are unbiased.
         """
         first = caches[0]
-        for place, cache in enumerate(caches[1:], 1):
-            for other in caches[:place]:
+        for index, cache in enumerate(caches[1:], 1):
+            for other in caches[:index]:
                 if other.identity.fingerprint == cache.identity.fingerprint:
                     raise InvalidArgumentError(
-                        f"the caches at {other.root} and {cache.root} hold the same targets (one "
-                        "fingerprint); name each cache once. Two draws of one teacher can be mixed "
-                        "if they were cached with different seeds (--seed)"
+                        f"the caches at {other.root} and {cache.root} have the same identity and "
+                        "contain the same targets; give each cache once. Two caches of one teacher "
+                        "can be mixed if they were built with different seeds (--seed)"
                     )
             _require_same_settings(first, cache)
             _require_same_text(first, cache)
@@ -85,45 +86,48 @@ class Mixture:
 
     @property
     def identity(self) -> Identity:
-        """Identity of the cache, or of the mixture: its fingerprint covers caches and weights."""
+        """Identity of the cache; for a mixture, an identity of the caches and the weights."""
         if len(self.caches) == 1:
             return self.caches[0].identity
-        made_of = [cache.identity for cache in self.caches]
+        identities = [cache.identity for cache in self.caches]
         weighted: Any = "best"
         if self.rows is not None:
             weighted = {"rows": self.rows, "starts": self.starts}
             if len(self.rows) > _SHOWN_ROWS:
                 weighted = _sha256(weighted)
-        names = [one.teacher_in_words() for one in made_of]
+        names = [identity.teacher_in_words() for identity in identities]
         if self.rows is not None and len(self.rows) == 1:
             names = [f"{w:g} x {name}" for w, name in zip(self.rows[0], names, strict=True)]
-        made_from = {"caches": [one.fingerprint for one in made_of], "weighted": weighted}
-        dtypes = sorted({str(one.teacher.get("dtype")) for one in made_of})
+        made_from = {"caches": [one.fingerprint for one in identities], "weighted": weighted}
+        dtypes = sorted({str(one.teacher.get("dtype")) for one in identities})
         return replace(
-            made_of[0],
+            identities[0],
             teacher={
                 "name": ", ".join(names),
-                "weights": _sha256([one.teacher.get("weights") for one in made_of]),
+                "weights": _sha256([one.teacher.get("weights") for one in identities]),
                 "dtype": " and ".join(dtypes),
                 "mixture": made_from,
             },
-            vocab_size=max(one.vocab_size for one in made_of),
+            vocab_size=max(one.vocab_size for one in identities),
             token_mask="mixture",
-            sampler={"name": "mixture", "samplers": [dict(one.sampler) for one in made_of]},
+            sampler={"name": "mixture", "samplers": [dict(one.sampler) for one in identities]},
             codec={"name": "mixture"},
         )
 
     @property
     def unbiased(self) -> bool:
-        """Whether the targets are unbiased; all caches agree on it."""
+        """Whether the targets are unbiased, which is the same for all caches."""
         return from_parameters(self.caches[0].identity.sampler).unbiased
 
     @property
     def rounds(self) -> int | None:
-        """Most rounds that a window has, over its teachers; None if a cache is not in rounds."""
-        held = [from_parameters(cache.identity.sampler).rounds for cache in self.caches]
-        known = [rounds for rounds in held if rounds is not None]
-        if len(known) < len(held):
+        """Largest number of rounds per position, over all teachers of a window.
+
+        None if the targets of a cache were not drawn in rounds.
+        """
+        per_cache = [from_parameters(cache.identity.sampler).rounds for cache in self.caches]
+        known = [rounds for rounds in per_cache if rounds is not None]
+        if len(known) < len(per_cache):
             return None
         if self.rows is None:
             return max(known)
@@ -131,17 +135,17 @@ class Mixture:
 
     @property
     def teachers_per_window(self) -> int:
-        """Most teachers that a window mixes."""
+        """Largest number of teachers with a positive weight in a window."""
         if self.rows is None:
             return 1
         return max(sum(w > 0 for w in row) for row in self.rows)
 
     def read(self, i: int) -> list[tuple[float, WindowRecord]]:
-        """Return the records of the i-th window that have a weight, each with its weight.
+        """Return the weight and the record of the i-th window for each teacher of the window.
 
         Raises:
-            CacheCorruptionError: a cache is damaged; names the file.
-            IdentityMismatchError: the caches hold different text in this window.
+            CacheCorruptionError: a cache is damaged; the message has the file.
+            IdentityMismatchError: the text of the window differs between the caches.
         """
         first = self.caches[0].read(i)
         records = [first]
@@ -156,16 +160,16 @@ class Mixture:
 
 @lru_cache(maxsize=1024)
 def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> tuple[int, ...]:
-    """Divide a number of rounds over the teachers of a window.
+    """Divide a number of rounds among the teachers of a window.
 
-    Every teacher gets one, and each further round goes where it reduces sum_m w_m^2 / n_m most,
-    which is the mixture's variance if all teachers' rounds vary alike: about n_m = rounds * w_m.
-    A teacher gives at most what it has.
+    Every teacher gets one round. Each further round is assigned to the teacher for which it reduces
+    sum_m w_m^2 / n_m most, which is the variance of the mixture if the rounds of all teachers have
+    the same variance. The result is about n_m = rounds * w_m, but at most the cached rounds.
 
     Args:
-        rounds: rounds per position in all.
-        weights: weights of the teachers, all positive.
-        held: cached rounds of each teacher.
+        rounds: total number of rounds per position.
+        weights: weight of each teacher, positive.
+        held: number of cached rounds of each teacher.
 
     Raises:
         InvalidArgumentError: there are fewer rounds than teachers.
@@ -180,42 +184,46 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
         return (rounds,)
     if rounds < len(weights):
         raise InvalidArgumentError(
-            f"rounds={rounds}: a window mixes {len(weights)} teachers, and each of them needs a "
-            f"round; keep at least {len(weights)} rounds"
+            f"rounds={rounds}: a window mixes {len(weights)} teachers, each of which requires at "
+            f"least one round; use at least {len(weights)} rounds"
         )
-    given = [1] * len(weights)
+    assigned = [1] * len(weights)
     for _ in range(min(rounds, sum(held)) - len(weights)):
         gains = [
             w * w / (n * (n + 1)) if n < most else -1.0
-            for w, n, most in zip(weights, given, held, strict=True)
+            for w, n, most in zip(weights, assigned, held, strict=True)
         ]
-        given[gains.index(max(gains))] += 1
-    return tuple(given)
+        assigned[gains.index(max(gains))] += 1
+    return tuple(assigned)
 
 
 def _weights_of(
     caches: Sequence[Cache], weights: Weights | None
 ) -> tuple[tuple[tuple[float, ...], ...] | None, tuple[int, ...]]:
-    """Return rows of weights and the first window of each; no rows for "best"."""
+    """Return the rows of weights (None for "best"), and the first window of each row.
+
+    Raises:
+        InvalidArgumentError: see `Mixture.of`.
+    """
     count = len(caches)
     if weights is None:
         return ((1 / count,) * count,), (0,)
     if isinstance(weights, str):
         if weights != "best":
             raise InvalidArgumentError(
-                f"unknown weights {shown(weights)}; give a number per cache, a row of numbers per "
-                'text or per window, or "best" for the teacher with the lowest loss per window'
+                f"unknown weights {shown(weights)}; give one number per cache, one row of numbers "
+                'per text or per window, or "best" for the teacher with the lowest loss per window'
             )
         return None, ()
     try:
         table = np.array(weights, np.float64)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(
-            f"weights are {shown(weights)}; expected a number per cache, or rows of equal length"
+            f"weights are {shown(weights)}; give one number per cache, or rows of equal length"
         ) from error
     if table.ndim not in (1, 2) or table.shape[-1] != count:
         raise InvalidArgumentError(
-            f"weights have the shape {table.shape}, and there are {count} caches; give a weight "
+            f"weights have the shape {table.shape}, but there are {count} caches; give one weight "
             "per cache, or rows of such weights"
         )
     rows = np.atleast_2d(table)
@@ -232,23 +240,32 @@ def _weights_of(
 
 
 def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
-    """Return the first window of each row: of each text if there are as many, or every window."""
+    """Return the index of the first window of each row.
+
+    Args:
+        cache: one of the caches.
+        rows: number of rows, equal to the number of texts or of windows.
+
+    Raises:
+        InvalidArgumentError: the number of rows is neither.
+    """
     texts = named_texts(cache.storage)
     if rows == len(texts):
         return (0, *(text.first_window for text in texts[1:]))
     if rows == len(cache):
         return tuple(i for start, stop in cache.ranges for i in range(start, stop))
     raise InvalidArgumentError(
-        f"weights have {rows} rows; expected {len(texts)}, a row per text of the cache at "
-        f"{cache.root} in the order in which they were added, or {len(cache)}, a row per window"
+        f"weights have {rows} rows; give {len(texts)} rows, one per text of the cache at "
+        f"{cache.root} in the order in which the texts were added, or {len(cache)} rows, one per "
+        "window"
     )
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches agree in everything that a mixture needs.
+    """Validate that two caches have the same tokenizer, packing, temperature and bias.
 
     Raises:
-        IdentityMismatchError: names the fields in which they differ.
+        IdentityMismatchError: a field differs; the message has the fields.
     """
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
@@ -265,15 +282,15 @@ def _require_same_settings(one: Cache, other: Cache) -> None:
             f"these caches cannot be mixed: {found}. Build one of them again with the settings of "
             "the other"
         )
-    mine, theirs = (_recorded(cache) for cache in (one, other))
-    if theirs["ids"] and mine["ids"] == theirs["ids"] and mine["added"] == theirs["added"]:
-        return  # thousands of added tokens are recorded as a hash
+    here, there = (_recorded_tokenizer(cache) for cache in (one, other))
+    if there["ids"] and here["ids"] == there["ids"] and here["added"] == there["added"]:
+        return  # thousands of added tokens are recorded as a hash, which cannot be compared below
     require_tokenizer(
         TokenizerFingerprint(
             other.identity.tokenizer,
-            theirs["ids"],
-            theirs["added"] if isinstance(theirs["added"], dict) else {},
-            theirs["roles"],
+            there["ids"],
+            there["added"] if isinstance(there["added"], dict) else {},
+            there["roles"],
         ),
         one.identity.tokenizer,
         one.recorded_tokenizer(),
@@ -282,35 +299,39 @@ def _require_same_settings(one: Cache, other: Cache) -> None:
     )
 
 
-def _recorded(cache: Cache) -> dict[str, Any]:
-    """Return what a cache records of its tokenizer; the values come from a file and may be any."""
-    found = cache.recorded_tokenizer()
-    told = found if isinstance(found, dict) else {}
-    ids, roles = told.get("ids"), told.get("roles")
+def _recorded_tokenizer(cache: Cache) -> dict[str, Any]:
+    """Return the tokenizer in a cache's provenance, with empty values for values of other types."""
+    provenance = cache.recorded_tokenizer()
+    recorded = provenance if isinstance(provenance, dict) else {}
+    ids, roles = recorded.get("ids"), recorded.get("roles")
     return {
         "ids": ids if isinstance(ids, str) else "",
-        "added": told.get("added"),
+        "added": recorded.get("added"),
         "roles": roles if isinstance(roles, dict) else {},
     }
 
 
 def _require_same_text(one: Cache, other: Cache) -> None:
-    """Validate that two caches hold the same windows, and the same text in some of them.
+    """Validate that two caches have the same windows, and the same text in eight of them.
 
     The other windows are compared when they are read.
+
+    Raises:
+        IdentityMismatchError: the windows or their text differ.
     """
     here, there = joined(one.ranges), joined(other.ranges)
     if here != there:
         raise IdentityMismatchError(
-            f"these caches cannot be mixed: {one.root} holds the windows "
-            f"{ranges_in_words(here)}, and {other.root} {ranges_in_words(there)}. Finish both with "
-            "the same text (`sparselogits cache` resumes)"
+            f"these caches cannot be mixed: {one.root} has the windows {ranges_in_words(here)}, "
+            f"but {other.root} has {ranges_in_words(there)}. Build the missing windows with "
+            "`sparselogits cache`, which resumes a build"
         )
     for i in spread(len(one), _COMPARED_WINDOWS):
         _require_same_window(one, one.read(i), other, other.read(i))
 
 
 def _require_same_window(one: Cache, here: WindowRecord, other: Cache, there: WindowRecord) -> None:
+    """Validate that a window of two caches is the same text. Raises IdentityMismatchError."""
     what = "text"
     if np.array_equal(here.tokens, there.tokens):
         what = "documents"
@@ -319,10 +340,11 @@ def _require_same_window(one: Cache, here: WindowRecord, other: Cache, there: Wi
             if np.array_equal(here.present(), there.present()):
                 return
     raise IdentityMismatchError(
-        f"these caches cannot be mixed: window {here.window_index} has a different {what} in "
+        f"these caches cannot be mixed: window {here.window_index} differs in its {what} between "
         f"{one.root} and {other.root}. Build both caches from the same text"
     )
 
 
 def _sha256(value: object) -> str:
+    """Return the sha256, in hex, of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -1,10 +1,10 @@
-"""Schedule how many of the cached rounds training uses at each optimiser step.
+"""Schedule the number of cached rounds that training uses at each optimiser step.
 
-One cache serves every smaller budget: the N cached rounds of a window are thinned to fewer (see
-`SparseTargets.thin`), without bias for any number up to N, and a `Schedule` changes the number
-during training. Which rounds are kept depends on (seed, epoch, window), and how many on the
-optimiser step that trains on the window. That step is computed from the position of the window in
-the order, so workers that read ahead and runs that resume agree.
+A cache with N rounds per position can be thinned without bias to any smaller number of rounds (see
+`SparseTargets.thin`), and a `Schedule` varies this number during training. The subset of rounds
+depends on (seed, epoch, window), and their number on the optimiser step that trains on the window.
+That step is computed from the position of the window in the order, so that DataLoader workers that
+read ahead and resumed runs compute the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sparselogits.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of training with one number of rounds.
+    """Part of training with a constant number of rounds.
 
     Args:
-        rounds: rounds to keep per position.
-        until: share of the optimiser steps at which the stage ends, in (0, 1].
-        until_step: optimiser step at which the stage ends, instead of a share.
+        rounds: number of rounds per position, at least 1.
+        until: share of all optimiser steps after which the stage ends, in (0, 1].
+        until_step: number of optimiser steps after which the stage ends, instead of `until`.
     """
 
     rounds: int
@@ -31,7 +31,11 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """Return the first step after the stage, given the number of steps."""
+        """Return the first optimiser step after the stage; infinite for a stage without an end.
+
+        Args:
+            steps: number of optimiser steps of the training.
+        """
         if self.until_step is not None:
             return self.until_step
         return math.inf if self.until is None else self.until * steps
@@ -39,15 +43,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rounds to keep, as a function of the optimiser step.
+    """Number of rounds per position as a function of the optimiser step.
 
     Args:
-        stages: stages in order; the end of the last stage is ignored, it lasts to the end of
-            training.
-        fresh_noise: keep different cached rounds in each epoch; otherwise those of epoch 0.
+        stages: stages in order. The last stage lasts until the end of training.
+        fresh_noise: whether to use different cached rounds in each epoch; otherwise every epoch
+            uses the rounds of epoch 0.
 
     Raises:
-        InvalidArgumentError: there are no stages, rounds below one, or ends that do not ascend.
+        InvalidArgumentError: there is no stage, a stage is invalid, or the ends do not ascend.
+
+    Examples:
+        >>> schedule = Schedule((Stage(3, until=0.5), Stage(12)))
+        >>> [schedule.rounds_at(step, 4) for step in range(4)]
+        [3, 3, 12, 12]
     """
 
     stages: tuple[Stage, ...]
@@ -62,38 +71,49 @@ class Schedule:
             ends = [e for stage in self.stages if (e := getattr(stage, name)) is not None]
             if any(b <= a for a, b in pairwise(ends)):
                 raise InvalidArgumentError(
-                    f"the stages of a thinning schedule must end one after another; {name} is "
-                    f"{ends}"
+                    f"the stages of a thinning schedule must end one after another, found {name} "
+                    f"{ends}; give ascending values"
                 )
 
     @classmethod
     def constant(cls, rounds: int, *, fresh_noise: bool = True) -> Schedule:
-        """Make a schedule with one number of rounds."""
+        """Create a schedule with a constant number of rounds.
+
+        Args:
+            rounds: number of rounds per position, at least 1.
+            fresh_noise: see `Schedule`.
+        """
         return cls((Stage(rounds),), fresh_noise)
 
     def rounds_at(self, step: int, steps: int) -> int:
-        """Return the rounds to keep in an optimiser step, counted from 0, out of `steps`."""
+        """Return the number of rounds at an optimiser step.
+
+        Args:
+            step: index of the step, from 0.
+            steps: number of optimiser steps of the training.
+        """
         for stage in self.stages[:-1]:
             if step < stage.ends(steps):
                 return stage.rounds
         return self.stages[-1].rounds
 
     def require_within(self, cached: int | None, teachers: int = 1) -> None:
-        """Validate that a cache, or several caches that are mixed, have the rounds.
+        """Validate that the cached targets can be thinned to the rounds of all stages.
 
         Args:
-            cached: rounds per position over all caches; None if not all are drawn in rounds.
-            teachers: number of teachers that a window mixes; each needs a round.
+            cached: number of cached rounds per position, over all mixed caches; None if a cache
+                was not drawn in rounds.
+            teachers: largest number of teachers in a window, each of which requires a round.
 
         Raises:
-            InvalidArgumentError: the cache is not drawn in rounds, or has too few, or a stage has
-                fewer rounds than teachers.
+            InvalidArgumentError: the targets were not drawn in rounds, or a stage has more rounds
+                than the caches or fewer rounds than teachers.
         """
         least = min(stage.rounds for stage in self.stages)
         if least < teachers:
             raise InvalidArgumentError(
-                f"rounds={least}: a window mixes {teachers} teachers, and each of them needs a "
-                f"round; keep at least {teachers} rounds"
+                f"rounds={least}: a window mixes {teachers} teachers, each of which requires at "
+                f"least one round; use at least {teachers} rounds"
             )
         wanted = max(stage.rounds for stage in self.stages)
         if cached is None:
@@ -103,19 +123,24 @@ class Schedule:
             )
         if wanted > cached:
             raise InvalidArgumentError(
-                f"rounds={wanted}: the cache holds {cached} rounds per position; choose between 1 "
+                f"rounds={wanted}: the cache has {cached} rounds per position; choose between 1 "
                 f"and {cached}"
             )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The optimiser step that trains on each position of the order.
+    """Mapping from positions of an order to optimiser steps.
 
     Args:
-        windows_per_step: windows per optimiser step, over all ranks and accumulated batches.
-        steps_per_epoch: optimiser steps per epoch.
-        steps: optimiser steps of the whole training.
+        windows_per_step: number of windows per optimiser step, over all ranks and accumulated
+            batches.
+        steps_per_epoch: number of optimiser steps per epoch.
+        steps: number of optimiser steps of the training.
+
+    Examples:
+        >>> Pace(windows_per_step=8, steps_per_epoch=10, steps=20).step_of(epoch=1, position=16)
+        12
     """
 
     windows_per_step: int
@@ -123,23 +148,30 @@ class Pace:
     steps: int
 
     def step_of(self, epoch: int, position: int) -> int:
-        """Return the step, from 0, that trains on the window at a position of an epoch."""
+        """Return the index of the optimiser step, from 0, that trains on a window.
+
+        Args:
+            epoch: index of the epoch, from 0.
+            position: position of the window in the order of the epoch.
+        """
         within = min(position // self.windows_per_step, self.steps_per_epoch - 1)
         return epoch * self.steps_per_epoch + within
 
 
 def _require_sound(stage: Stage, *, last: bool) -> None:
+    """Validate a stage, of which only the last one may lack an end. Raises InvalidArgumentError."""
     if stage.rounds < 1:
-        raise InvalidArgumentError(f"a stage keeps at least one round, found {stage.rounds}")
+        raise InvalidArgumentError(f"a stage has at least one round, found {stage.rounds}")
     if stage.until is not None and stage.until_step is not None:
-        raise InvalidArgumentError("give a stage until or until_step, not both")
+        raise InvalidArgumentError("a stage has until and until_step; give one of them, not both")
     if not last and stage.until is None and stage.until_step is None:
         raise InvalidArgumentError(
             "a stage has neither until nor until_step; only the last stage may omit both"
         )
     if stage.until is not None and not 0 < stage.until <= 1:
         raise InvalidArgumentError(
-            f"until must be a share of training in (0, 1], found {stage.until}"
+            f"until must be a share of training in (0, 1], found {stage.until}; use until_step for "
+            "a number of steps"
         )
     if stage.until_step is not None and stage.until_step < 1:
         raise InvalidArgumentError(f"until_step must be at least 1, found {stage.until_step}")

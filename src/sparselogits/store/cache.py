@@ -231,12 +231,15 @@ class Cache:
             return self._shard(shard_range).read(row)
 
     def statistics(self, text: TextSpan | None = None) -> CacheStatistics:
-        """Compute the statistics of the cache, or of one of its texts, from shards' footers.
+        """Compute the statistics of the cache, or of one of its texts, from the shards' footers.
+
+        Args:
+            text: text whose windows to include; None for all windows.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
         """
-        ranges = [found for found in self.finished() if text is None or text.holds(found)]
+        ranges = [windows for windows in self.finished() if text is None or text.holds(windows)]
         totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
         sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
         for shard_range in ranges:

@@ -80,28 +80,32 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
 
 
 def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
-    """Return ranges with adjacent ones joined, as JSON lists; at most the first `windows` windows.
+    """Join adjacent ranges, and return them as JSON lists.
+
+    Args:
+        ranges: sorted disjoint ranges.
+        windows: number of first windows to include; None for all.
 
     Examples:
         >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)
         ([[0, 6], [8, 9]], [[0, 5]])
     """
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     left = sum(stop - start for start, stop in ranges) if windows is None else windows
     for start, stop in ranges:
         stop = min(stop, start + left)
         if stop <= start:
             break
         left -= stop - start
-        if found and found[-1][1] == start:
-            found[-1][1] = stop
+        if result and result[-1][1] == start:
+            result[-1][1] = stop
         else:
-            found.append([start, stop])
-    return found
+            result.append([start, stop])
+    return result
 
 
 def ranges_in_words(ranges: Sequence[Sequence[int]]) -> str:
-    """Return the numbers of the windows in a few joined ranges, for messages."""
+    """Return a phrase with the first and last windows of at most four ranges, for messages."""
     some = ", ".join(f"{start} to {stop - 1}" for start, stop in ranges[:4])
     return (some or "none") + (", ..." if len(ranges) > 4 else "")
 
