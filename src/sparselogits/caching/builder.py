@@ -98,16 +98,16 @@ def build_caches(
         only: range of windows to build, for builds that are divided manually; None for all.
         first_window: index of the corpus' first window in the caches; above 0 for appended text
             (see `caching.text`).
-        corruption: how windows are corrupted, for a teacher that is a masked language model; None
-            for a causal one.
+        corruption: corruption of the windows for a teacher that is a masked language model; None
+            for a causal teacher.
         share: share of the ranges that this process builds, if several processes divide them.
         progress: called after each batch with the numbers of windows done and in total.
 
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
         TeacherError: the teacher's loss on the text is worse than guessing, or its logits overflow.
-        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the
-            teacher is a masked language model and there is no corruption, or the reverse.
+        InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the kind
+            of the teacher (masked or causal) does not match `corruption`.
         StorageError: a cache cannot be reached or written.
     """
     ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)

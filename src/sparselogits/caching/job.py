@@ -43,7 +43,7 @@ class Job:
         caches: open caches.
         draws: sampling settings of each cache.
         batch: number of windows per forward pass.
-        corruption: how windows are corrupted for a masked teacher; None for a causal one.
+        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
         tokenizer: description of the tokenizer for the shards' provenance; see
             `TokenizerFingerprint.record`.
     """

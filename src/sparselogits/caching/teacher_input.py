@@ -1,4 +1,4 @@
-"""Define how the teacher reads a window: as text, or corrupted for a masked language model."""
+"""Define the input of the teacher for a window: the text, or corrupted for a masked teacher."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparselogits.objectives import CAUSAL
 
 @dataclass(frozen=True, eq=False)
 class TeacherInput:
-    """A window as the teacher reads it.
+    """Input of the teacher for one window.
 
     Args:
-        window: the window of text.
-        inputs: int64 [L], the tokens that the teacher reads.
-        labels: int64 [L], the token that each position predicts; -100 where there is none.
-        carries: bool [L], true where the position carries a target.
-        corrupted: the corruption of the window; None if the teacher reads the text.
+        window: window of text.
+        inputs: token ids of the input, int64 [L].
+        labels: int64 [L], the token that each position predicts; -100 if there is none.
+        carries: bool [L], True for positions with a target.
+        corrupted: corruption of the window; None if the input is the text.
     """
 
     window: Window
@@ -34,20 +34,24 @@ class TeacherInput:
 
     @classmethod
     def of(cls, window: Window, corruption: Corruption | None) -> TeacherInput:
-        """Return a window as the teacher reads it.
+        """Create the input for a window.
+
+        Args:
+            window: window of text.
+            corruption: corruption for a masked language model; None for a causal teacher.
 
         Raises:
-            InvalidArgumentError: the window is to be corrupted, and has positions that are not to
-                be learnt, or words are to be chosen that its tokenizer does not mark.
+            InvalidArgumentError: the window to corrupt has a loss mask, or the corruption chooses
+                whole words, which the tokenizer does not mark.
         """
         if corruption is None:
             carries = np.ones(len(window.tokens), np.bool_) if window.mask is None else window.mask
             inputs, labels, corrupted = window.tokens, CAUSAL.labels(window.tokens), None
         elif window.mask is not None:
             raise InvalidArgumentError(
-                f"window {window.index} has tokens that are not to be learnt, as conversations "
-                "have, and windows for a masked language model are corrupted everywhere; expected "
-                "plain text. Use text without roles, or a causal teacher"
+                f"window {window.index} has a loss mask, for example of a conversation, but "
+                "windows for a masked language model are corrupted at all positions. Use plain "
+                "text, or a causal teacher"
             )
         else:
             corrupted = corruption(window.tokens, window.index)

@@ -79,7 +79,7 @@ def compute_range(
         draws: sampling settings of each cache, which share a forward pass.
         batch: number of windows per forward pass.
         reset_attention: whether attention restarts at document starts.
-        corruption: how windows are corrupted for a masked teacher; None for a causal one.
+        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
         progress: called after each batch with its number of windows.
     """
     records: list[list[WindowRecord]] = [[] for _ in draws]
@@ -132,7 +132,7 @@ def _take_slice(
         current: results of the window.
         logits: logits of the teacher, [P, V].
         positions: positions of the logits.
-        given: the window as the teacher reads it.
+        given: input of the teacher for the window.
         draws: sampling settings of each cache.
         uniforms: float64 [L, U] per draw.
     """

@@ -25,8 +25,7 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Largest logits, shifts, sums and moments."""
 
 WORTHWHILE = 2**26
-"""Number of logits sampled in a process after which the function is compiled. PyTorch takes about
-0.1 s for them."""
+"""Number of logits that a process samples before it compiles the function: 0.1 s in PyTorch."""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
 # Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.
@@ -95,7 +94,11 @@ class Library:
 
 
 def library_for(logits: Tensor) -> Library | None:
-    """Return the library, or None if it does not apply or few logits have been sampled so far."""
+    """Return the compiled library for logits.
+
+    None if they are not float32 on a CPU, if too few logits have been sampled so far, or if the
+    library cannot be compiled.
+    """
     global _sampled
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return None

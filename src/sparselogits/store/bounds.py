@@ -131,8 +131,8 @@ def require_bounds(identity: Identity, where: str) -> None:
     mask_id = (identity.objective or {}).get("mask_id", 0)
     if mask_id >= identity.vocab_size:
         raise CacheError(
-            f"{where}: objective.mask_id is {mask_id}, which is no id of a vocabulary of "
-            f"{identity.vocab_size}: restore cache.json from a copy"
+            f"{where}: objective.mask_id is {mask_id}, expected an id below {identity.vocab_size}: "
+            "restore cache.json from a copy"
         )
     for name in ("rounds", "tau"):
         if name in sampler and name in codec and sampler[name] != codec[name]:

@@ -31,10 +31,10 @@ class WindowRecord:
         targets: targets of L positions; masked positions have no entries.
         teacher_loss: mean negative log-likelihood of the labels, in nats.
         teacher_entropy: mean entropy of the teacher's distribution, in nats.
-        inputs: int32 [L], the tokens that the teacher read, which differ from `tokens` only where
-            `mask` is True; None for a causal objective, whose input is the text.
-        rate: probability with which each token of the window was chosen for prediction; None for a
-            causal objective.
+        inputs: int32 [L], input of the teacher, which differs from `tokens` only where `mask` is
+            True; None for a causal objective, whose input is the text.
+        rate: probability with which each token of the window was chosen for prediction, in (0, 1];
+            None for a causal objective.
     """
 
     window_index: int
@@ -56,7 +56,7 @@ class WindowRecord:
 
         Args:
             window_length: expected number of tokens, L.
-            masked: whether windows of the cache have corrupted inputs.
+            masked: whether the cache has a masked objective, with corrupted inputs.
 
         Raises:
             InvalidTargetsError: a field is invalid; the message has the window and the field.
@@ -101,15 +101,16 @@ class WindowRecord:
             ),
             (
                 self._input_is_sound() if masked else self.inputs is None and self.rate is None,
-                "inputs and rate do not fit the cache's objective: a masked one has a mask, inputs "
-                "that differ from the tokens only inside it, and a rate above 0 and at most 1; a "
-                "causal one has neither",
+                "inputs and rate do not match the cache's objective: expected a mask, inputs that "
+                "differ from the tokens only inside the mask, and a rate in (0, 1] for a masked "
+                "objective, and neither inputs nor a rate for a causal objective",
             ),
         ):
             if not good:
                 raise InvalidTargetsError(f"window {self.window_index}: {what}")
 
     def _input_is_sound(self) -> bool:
+        """Return whether inputs and rate are valid for a masked objective."""
         inputs, mask, rate = self.inputs, self.mask, self.rate
         if inputs is None or mask is None or rate is None or inputs.shape != self.tokens.shape:
             return False

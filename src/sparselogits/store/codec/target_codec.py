@@ -113,7 +113,7 @@ class TargetCodec:
         most_mass: largest valid sum of a position's weights.
         rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
             weights are exact.
-        objective: what positions predict, which gives the label that is coded separately.
+        objective: objective that defines the label of each position, which is encoded separately.
     """
 
     weights: str

@@ -451,7 +451,14 @@ def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
 def _corruption(
     tokens: Int32, mask: Bool | None, hidden: Int32, rate: float
 ) -> tuple[Int32, float]:
-    """Return the inputs of a window, int32 [L], and its rate."""
+    """Return the inputs of a window, int32 [L], and its rate of corruption.
+
+    Args:
+        tokens: int32 [L].
+        mask: bool [L], True for positions with a target; None if all positions have one.
+        hidden: int32 [Q], inputs at the positions with a target.
+        rate: rate of corruption.
+    """
     inputs = tokens.copy()
     inputs[slice(None) if mask is None else mask] = hidden
     return inputs, rate

@@ -185,9 +185,13 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
 def _hidden(
     columns: Mapping[str, Any], masks: Sequence[Bool | None], start: int, vocab_size: int
 ) -> tuple[list[Int32], list[float]]:
-    """Return the inputs at the positions that carry a target, and the rates, row by row."""
+    """Return the inputs at positions with a target, and the rate, of each row.
+
+    Raises:
+        DamageError: a value is invalid.
+    """
     rate = columns["rate"].to_numpy()
-    _require((rate > 0) & (rate <= 1), start, "has a rate that is not above 0 and at most 1")
+    _require((rate > 0) & (rate <= 1), start, "has a rate that is not in (0, 1]")
     _require(np.array([m is not None for m in masks]), start, "has corrupted inputs and no mask")
     values, bounds = _lists(columns["inputs"])
     chosen = np.array([0 if mask is None else int(mask.sum()) for mask in masks])

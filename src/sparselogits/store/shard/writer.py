@@ -49,10 +49,10 @@ SCHEMAS = {
         pa.field("rate", pa.float32(), nullable=False)
     ),
 }
-"""Columns by version of the format."""
+"""Parquet schema of a shard by format version."""
 
 COMPRESSED = ("tokens", "inputs")
-"""Names of columns that are compressed with zstd over byte-stream-split; the others are plain."""
+"""Names of the columns with zstd compression and byte-stream-split encoding; others are plain."""
 
 
 def encode_shard(
@@ -110,7 +110,7 @@ def _table(schema: pa.Schema, records: Sequence[WindowRecord], blocks: Sequence[
 
 
 def hidden_inputs(record: WindowRecord) -> Int32 | None:
-    """Return the input at the positions that carry a target, as a row stores it, int32 [Q]."""
+    """Return the inputs at the positions with a target, int32 [Q]; None for a causal objective."""
     return None if record.inputs is None else record.inputs[record.present()]
 
 
