@@ -90,10 +90,10 @@ def test_a_student_is_measured_against_the_mixture(
     half = kl(*both, *teachers)
     assert own < half < (first + own) / 2  # KL is convex
     for words, said in (
-        ((*both, *teachers[:2]), "--teacher is given 1 times and --cache 2 times"),
-        ((*both, *teachers, "--weights", "best"), "held-out text has not"),
-        ((*both, *teachers, "--weights", "0.5,0.3,0.2"), "3 numbers, and there are 2 teachers"),
-        ((*both, *teachers, "--weights", "a,b"), "takes numbers separated by commas"),
+        ((*both, *teachers[:2]), "found 1 --teacher and 2 --cache options"),
+        ((*both, *teachers, "--weights", "best"), "held-out text has none"),
+        ((*both, *teachers, "--weights", "0.5,0.3,0.2"), "3 numbers, but there are 2 teachers"),
+        ((*both, *teachers, "--weights", "a,b"), "expected numbers separated by commas"),
         ((*both, *teachers, "--weights", "0.9,0.9"), "sum is 1"),
         ((*both, *teachers[2:], *teachers[:2]), "give the cache's teacher"),
     ):

@@ -1,4 +1,4 @@
-"""Define `sparselogits average`, which averages checkpoints into one model."""
+"""Define `sparselogits average`, which averages the weights of checkpoints into one model."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def average(
     ],
     *,
     out: Annotated[
-        Path, typer.Option(help="Folder of the averaged model.", rich_help_panel=OUTPUT)
+        Path, typer.Option(help="Output folder for the averaged model.", rich_help_panel=OUTPUT)
     ],
     save_dtype: Annotated[
         str,
         typer.Option(
-            help="Number format of the saved weights: float32, bfloat16, float16, or auto for that "
+            help="Data type of the saved weights: float32, bfloat16, float16, or auto for that "
             "of the first checkpoint.",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Average the weights of checkpoints, as a teacher or a student to go on with."""
+    """Average the weights of checkpoints into a model to use as a teacher or as a student."""
     from sparselogits.train import average_checkpoints
 
     with stage("averaging", "checkpoints") as update:

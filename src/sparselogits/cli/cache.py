@@ -31,7 +31,7 @@ from sparselogits.cli.options import (
     TokenizedBy,
     TrustRemoteCode,
     WindowsPerShard,
-    named_tokenizer,
+    optional_tokenizer,
     print_next,
     print_train_command,
 )
@@ -279,7 +279,7 @@ def cache(
         text_field=text_field,
         split=split,
         completion_only=completion_only,
-        tokenized_by=named_tokenizer(tokenized_by, trust_remote_code=trust_remote_code),
+        tokenized_by=optional_tokenizer(tokenized_by, trust_remote_code=trust_remote_code),
         join_rows=join_rows,
     )
     if role.is_first:

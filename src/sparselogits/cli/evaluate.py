@@ -59,8 +59,8 @@ def evaluate_command(
     teacher: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}. Once per "
-            "cache where several are mixed.",
+            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}. May be "
+            "repeated, once per --cache.",
             show_default="none; loss and calibration only",
             rich_help_panel=MODEL,
         ),
@@ -71,8 +71,8 @@ def evaluate_command(
         list[str] | None,
         typer.Option(
             help="Folder or URL of the cache whose held-out text is evaluated. With --data, only "
-            "the cache's packing settings are used. May be repeated: the caches of the teachers "
-            "that are mixed.",
+            "the cache's packing settings are used. May be repeated, to compare with a mixture "
+            "of the caches' teachers.",
             show_default="none; give this or --data",
             rich_help_panel=DATA,
         ),
@@ -248,7 +248,7 @@ def evaluate_command(
             locate_model(name)  # reports a missing path before any file is read
     opened = [Cache.open(path) for path in caches]
     if len(caches) > 1:
-        CacheDataset(caches, weights=given)  # refuses caches that do not fit each other
+        CacheDataset(caches, weights=given)  # rejects caches that cannot be mixed
     loaded_tokenizer = None
     if tasks or other is not None:
         if tasks:
@@ -324,9 +324,9 @@ def evaluate_command(
     if scores:
         stdout().print(_task_table(scores))
     if engine is None:
-        each: list[tuple[object, ...]] = [("--cache", path) for path in caches]
-        each = each or [("--data", data)]
-        print_next("eval", student, *chain(*((*text, "--teacher", "MODEL") for text in each)))
+        texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
+        texts = texts or [("--data", data)]
+        print_next("eval", student, *chain(*((*text, "--teacher", "MODEL") for text in texts)))
     elif caches:
         print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
     else:

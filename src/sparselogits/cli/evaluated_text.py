@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselogits.cli.options import named_tokenizer
+from sparselogits.cli.options import optional_tokenizer
 from sparselogits.console import messages, stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, TeacherError
 
@@ -35,8 +35,8 @@ class OtherText:
             setting.
         separator_id: id of the token between documents; None for the cache's separator, else the
             tokenizer's.
-        tokenized_by: tokenizer that made the token ids in the data; None for text.
-        join_rows: whether rows of token ids are concatenated and cut.
+        tokenized_by: tokenizer of the token ids in the data; None if the data is text.
+        join_rows: whether rows of token ids are concatenated and then cut into windows.
     """
 
     data: str
@@ -93,7 +93,7 @@ def text_to_evaluate(
         text_field=other.text_field,
         split=other.split,
         completion_only=other.completion_only,
-        tokenized_by=named_tokenizer(other.tokenized_by),
+        tokenized_by=optional_tokenizer(other.tokenized_by),
         join_rows=other.join_rows,
     )
     messages.print(source.in_words())

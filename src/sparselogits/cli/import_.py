@@ -79,7 +79,7 @@ def import_command(
     compression_config: Annotated[
         Path | None,
         typer.Option(
-            help="File with the settings of DistillKit's packing, for rows that are packed.",
+            help="File with the settings of DistillKit's compression, for compressed rows.",
             show_default="compression_config.yaml next to the data",
             rich_help_panel=TARGETS,
         ),

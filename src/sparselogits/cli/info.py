@@ -29,7 +29,7 @@ _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
     "loss": lambda facts: f"{facts.mean_teacher_loss:.3f}",
     "entropy": lambda facts: f"{facts.mean_teacher_entropy:.3f}",
 }
-"""Columns of the table of texts, and how each is computed."""
+"""Functions that format the columns of the table of texts, by title."""
 
 
 def info(
@@ -113,6 +113,7 @@ def print_info(
 
 
 def _as_json(facts: CacheStatistics) -> dict[str, float]:
+    """Return statistics and the ratios computed from them as JSON values."""
     return asdict(facts) | {
         "entries_per_position": facts.entries_per_position,
         "bits_per_entry": facts.bits_per_entry,
@@ -121,7 +122,7 @@ def _as_json(facts: CacheStatistics) -> dict[str, float]:
 
 
 def _print_texts(console: Console, by_text: dict[str, CacheStatistics]) -> None:
-    """Print a row per text, because texts of different kinds or languages differ."""
+    """Print a table of the statistics of each text."""
     table = Table("text", *_BY_TEXT, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -50,33 +50,33 @@ def load_cache_teacher(
 def shares_of_teachers(
     teachers: Sequence[str], caches: Sequence[str], weights: Sequence[float] | str | None
 ) -> list[float]:
-    """Return the weight of each teacher that is loaded.
+    """Return the weight of each teacher in the mixture.
 
     Args:
-        teachers: names of the teachers; none if no teacher is loaded.
-        caches: the caches that the teachers made; none to compare with none.
+        teachers: names of the teachers; empty for no teacher.
+        caches: caches of the teachers, in the same order; empty for none.
         weights: value of `--weights`; None for equal weights.
 
     Raises:
-        InvalidArgumentError: numbers of teachers, caches and weights do not agree.
+        InvalidArgumentError: If the numbers of teachers, caches and weights differ.
     """
     if not teachers:
         return []
     if caches and len(teachers) != len(caches):
         raise InvalidArgumentError(
-            f"--teacher is given {len(teachers)} times and --cache {len(caches)} times; give the "
-            "teacher of each cache, in the order of the caches"
+            f"found {len(teachers)} --teacher and {len(caches)} --cache options; give one teacher "
+            "per cache, in the same order"
         )
     if isinstance(weights, str):
         raise InvalidArgumentError(
-            "--weights best follows the losses that a cache stores, which held-out text has not; "
-            "give numbers, or measure against one teacher alone"
+            "--weights best needs losses that a cache stores, and held-out text has none; give "
+            "numbers, or evaluate with one teacher only"
         )
     shares = [1 / len(teachers)] * len(teachers) if weights is None else list(weights)
     if len(shares) != len(teachers):
         raise InvalidArgumentError(
-            f"--weights has {len(shares)} numbers, and there are {len(teachers)} teachers; give "
-            "one per teacher"
+            f"--weights has {len(shares)} numbers, but there are {len(teachers)} teachers; give "
+            "one number per teacher"
         )
     return shares
 
@@ -89,18 +89,18 @@ def load_cache_teachers(
     *,
     dtype: str,
 ) -> Engine:
-    """Load the teacher of a cache, or the mixture of the teachers of several.
+    """Load the teacher of one cache, or the mixture of the teachers of several caches.
 
     Args:
-        names: the teachers, in the order of their caches.
-        identities: identities of the caches; none to compare with none.
-        shares: weight of each teacher. One of weight 0 is not loaded.
+        names: names of the teachers, in the order of the caches.
+        identities: identities of the caches; empty to skip the comparison.
+        shares: weight of each teacher; teachers of weight 0 are not loaded.
         device: device of the teachers.
-        dtype: number format of their weights.
+        dtype: data type of the teachers' weights.
 
     Raises:
-        InvalidArgumentError: the weights are not shares of a whole.
-        IdentityMismatchError: another teacher than a cache's is named.
+        InvalidArgumentError: If the weights are negative or do not sum to 1.
+        IdentityMismatchError: If a cache was built with another teacher.
     """
     from sparselogits.teacher import MixtureTeacher
 

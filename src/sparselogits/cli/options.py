@@ -83,9 +83,9 @@ MixtureWeights = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="Weights of the teachers, where several caches are mixed: numbers whose sum is 1, in "
-        "the order of the caches (0.7,0.3), or best for the teacher with the lowest loss in each "
-        "window.",
+        help="Weights of the teachers if several caches are mixed: numbers that sum to 1, in the "
+        "order of the caches, such as 0.7,0.3; or best, for the teacher with the lowest loss in "
+        "each window.",
         show_default="equal weights",
         rich_help_panel=DATA,
     ),
@@ -101,9 +101,9 @@ SeparatorId = Annotated[
 TokenizedBy = Annotated[
     str | None,
     typer.Option(
-        help="Tokenizer that made the token ids which the data hold (column `input_ids`, or .ds, "
-        ".bin and .idx files): a folder or a name on the Hugging Face hub. Each row is a window.",
-        show_default="the data hold text",
+        help="Tokenizer of data that consists of token ids (column `input_ids`, or .ds, .bin and "
+        ".idx files): a folder or a name on the Hugging Face hub. Each row is a window.",
+        show_default="the data is text",
         rich_help_panel=DATA,
     ),
 ]
@@ -111,7 +111,7 @@ JoinRows = Annotated[
     bool,
     typer.Option(
         "--join-rows",
-        help="Concatenate the rows of --tokenized-by data and cut windows from them.",
+        help="Concatenate the rows of token ids (--tokenized-by), and cut windows from the result.",
         rich_help_panel=DATA,
     ),
 ]
@@ -146,8 +146,8 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def named_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> object:
-    """Return the tokenizer that an option names; None where it names none."""
+def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> object:
+    """Load the tokenizer named by an option; return None if the option is not given."""
     from sparselogits.teacher.loading import load_tokenizer
 
     return None if name is None else load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -157,7 +157,7 @@ def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
     """Parse the value of `--weights`.
 
     Raises:
-        InvalidArgumentError: a part is not a number.
+        InvalidArgumentError: If a part is not a number.
     """
     if text is None:
         return None
@@ -167,7 +167,7 @@ def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(
-            f"--weights takes numbers separated by commas, as in 0.7,0.3, or best; got {text!r}"
+            f"--weights is {text!r}; expected numbers separated by commas, such as 0.7,0.3, or best"
         ) from error
 
 

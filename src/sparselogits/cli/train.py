@@ -110,8 +110,8 @@ def train(
     cache: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or URL of the cache to train from. May be repeated: caches of one text by "
-            "several teachers are mixed.",
+            help="Folder or URL of the cache to train from. May be repeated, to mix caches of "
+            "several teachers over the same text.",
             show_default="the recipe's",
             rich_help_panel=DATA,
         ),
