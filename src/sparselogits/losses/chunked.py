@@ -35,7 +35,7 @@ from sparselogits.losses.rows import SparseLosses
 from sparselogits.losses.targets import RowTargets
 
 Needs = tuple[bool, bool, bool]
-"""Which of the gradients with respect to input, weight and bias to compute."""
+"""Whether to compute the gradients with respect to input, weight and bias."""
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _MIB = 2**20

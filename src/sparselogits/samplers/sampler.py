@@ -312,7 +312,7 @@ class Sampler(ABC):
 
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
-        """Return the declarations of the fields of recipes and the command line, by name."""
+        """Return the declarations of the fields by name, as used in recipes and options."""
         return declared_by(cls)
 
     @classmethod

@@ -331,7 +331,7 @@ class Cache:
         return shard
 
     def _open(self, shard_range: Range) -> Shard:
-        """Open a shard."""
+        """Open the shard of a range, without adding it to the open shards."""
         return Shard(self.storage, shard_name(*shard_range), self.identity)
 
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
