@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from sparselogits.data import CacheDataset, WindowOrder, WindowSampler, collate
-from sparselogits.data.dataset import IGNORE_INDEX
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.train import leave_process_group
 from sparselogits.train.objective import Objective, bind
 

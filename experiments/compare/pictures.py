@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparselogits.lab.compare import read_results
 from sparselogits.lab.report.charts import draw_png
-from sparselogits.lab.report.comparison_charts import drawings_of, only, students_of
+from sparselogits.lab.report.comparison_charts import drawings_of, students_of, with_methods
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     given = parser.parse_args()
     results = read_results(given.results)
     if given.methods:
-        results = only(results, given.methods)
+        results = with_methods(results, given.methods)
     drawings = [d for student in students_of(results) for d in drawings_of(results, student)]
     by_name = {drawing.key: drawing for drawing in drawings}
     for name in given.charts:

@@ -190,11 +190,11 @@ def test_mixtures_are_named_on_the_command_line(
     ("change", "said"),
     [
         ({"weights": [0.7, 0.7]}, "sum is 1, found .0.7, 0.7. with the sum 1.4"),
-        ({"weights": "worst"}, "weights: expected a list of numbers, .* or best"),
-        ({"weights": ["a"]}, "weights: expected a list of numbers"),
-        ({"cache": []}, "cache: expected the folder or URL of a cache, or a list of them"),
-        ({"cache": 3}, "cache: expected the folder or URL"),
-        ({"cache": "one"}, "weights are those of several teachers: give a list of caches"),
+        ({"weights": "worst"}, "weights: give a list of numbers, .* or best"),
+        ({"weights": ["a"]}, "weights: give a list of numbers"),
+        ({"cache": []}, "cache: give the folder or URL of a cache, or a list"),
+        ({"cache": 3}, "cache: give the folder or URL"),
+        ({"cache": "one"}, "weights need several caches, found one: give a list"),
         ({"method": "full", "teacher": "t"}, "full runs one teacher online, and 2 caches are"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Average checkpoints of one training run, or of runs from one start, into one model.
+"""Average checkpoints of a training run, or models of runs with the same initial weights.
 
-The average of a student's own earlier checkpoints is often better than the last of them, and can be
-its teacher for another pass over the text.
+The average of a student's checkpoints is often better than the last checkpoint, and can be the
+teacher of the student for another pass over the text.
 """
 
 from __future__ import annotations
@@ -31,35 +31,38 @@ def average_checkpoints(
 ) -> nn.Module:
     """Write the mean of the weights of several checkpoints as a model folder.
 
-    The mean is computed in float32 by torch's `AveragedModel`, one checkpoint at a time, so two
-    models are in memory.
+    The mean is computed in float32 by torch's `AveragedModel`, one checkpoint at a time, so that
+    only two models are in memory.
 
     Args:
-        folders: at least two model folders of one architecture: checkpoints of the Trainer, or
-            models of runs that started from the same weights.
-        out: folder of the averaged model; missing or empty.
-        dtype: number format of the saved weights; "auto" for that of the first checkpoint.
-        progress: called with the checkpoints read and their number.
+        folders: at least two model folders of the same architecture: checkpoints of the Trainer, or
+            models of runs with the same initial weights.
+        out: folder of the averaged model, which must be missing or empty.
+        dtype: number format of the saved weights; "auto" for the format of the first checkpoint.
+        progress: function that is called with the number of checkpoints read and of all
+            checkpoints.
 
     Returns:
         The averaged model, on the CPU.
 
     Raises:
-        InvalidArgumentError: there are fewer than two checkpoints, two are equal, or their weights
-            differ in names or shapes.
-        TeacherError: a checkpoint cannot be loaded, or its weights are not finite.
-        StorageError: the folder cannot be written; nothing is left behind.
+        InvalidArgumentError: If there are fewer than two checkpoints, two have equal files, or the
+            weights differ in names or shapes.
+        TeacherError: If a checkpoint cannot be loaded, or has weights that are not finite.
+        StorageError: If the folder cannot be written; an incomplete folder is removed.
     """
     require_new_folder(out)
     names = [str(folder) for folder in folders]
     if len(names) < 2:
-        raise InvalidArgumentError(f"an average needs at least two checkpoints, found {len(names)}")
+        raise InvalidArgumentError(
+            f"an average needs at least two checkpoints, found {len(names)}; give more checkpoints"
+        )
     hashes = [files_fingerprint(find_checkpoint(model_named(name))) for name in names]
-    for place, own in enumerate(hashes):
-        if own in hashes[:place]:
+    for index, digest in enumerate(hashes):
+        if digest in hashes[:index]:
             raise InvalidArgumentError(
-                f"{names[hashes.index(own)]} and {names[place]} have the same weights; name each "
-                "checkpoint once"
+                f"{names[hashes.index(digest)]} and {names[index]} have the same weights; give "
+                "each checkpoint once"
             )
     stored = load_language_model(names[0])  # in its own number format
     saved = next(stored.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
@@ -90,11 +93,14 @@ def average_checkpoints(
 def _require_same_shapes(one: nn.Module, other: nn.Module, here: str, there: str) -> None:
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (one, other)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        found = [own.get(name) for own in shapes]
+        found = [model_shapes.get(name) for model_shapes in shapes]
         if found[0] != found[1]:
+            described = [
+                f"missing in {folder}" if shape is None else f"shape {shape} in {folder}"
+                for shape, folder in zip(found, (here, there), strict=True)
+            ]
             raise InvalidArgumentError(
-                f"the weights of {here} and {there} differ: {name} is {found[0] or 'missing'} in "
-                f"the one and {found[1] or 'missing'} in the other; average checkpoints of one "
+                f"weight {name}: {described[0]}, {described[1]}; average checkpoints of the same "
                 "architecture"
             )
 

@@ -432,19 +432,19 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _caches(value: Any) -> Any:
-    each = value if isinstance(value, list) else [value]
-    if not each or not all(isinstance(one, str | Path) for one in each):
-        raise ValueError("expected the folder or URL of a cache, or a list of them")
+    """Check that a value is the folder or URL of a cache, or a list of folders and URLs."""
+    caches = value if isinstance(value, list) else [value]
+    if not caches or not all(isinstance(cache, str | Path) for cache in caches):
+        raise ValueError("give the folder or URL of a cache, or a list of folders and URLs")
     return value
 
 
 def _weights(value: Any) -> Any:
-    """Validate the form of weights; their values are validated with the caches."""
+    """Check the type of the weights of teachers; `CacheDataset` validates their values."""
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     for row in rows if value not in (None, "best") else ():
-        numbers = row if isinstance(row, list) else [row]
-        if not isinstance(row, list) or any(type(one) not in (int, float) for one in numbers):
-            raise ValueError("expected a list of numbers, a list of such lists, or best")
+        if not isinstance(row, list) or any(type(x) not in (int, float) for x in row):
+            raise ValueError("give a list of numbers, a list of lists of numbers, or best")
     return value
 
 
@@ -458,9 +458,9 @@ class Recipe(TrainingSettings):
         Literal["best"] | list[float] | list[list[float]] | None, PlainValidator(_weights)
     ] = Field(
         None,
-        description="weights of the teachers, for several caches: a number per cache, together 1; "
-        "a row of them per text of the caches; or best, the teacher with the lowest loss in each "
-        "window. Equal weights when absent",
+        description="weights of the teachers of several caches: a number per cache, with the sum "
+        "1; a list of numbers per text of the caches; or best, which selects the teacher with the "
+        "lowest loss in each window. Equal weights when absent",
     )
     out: Path = Field(description="folder of the run: model, metrics, logs, checkpoints")
     student: Student = Field(description="model to train (see student)")
@@ -523,21 +523,24 @@ class Recipe(TrainingSettings):
     @model_validator(mode="after")
     def _mixture_fits(self) -> Recipe:
         if self.weights is not None and len(self.caches) == 1:
-            raise ValueError("weights are those of several teachers: give a list of caches")
+            raise ValueError(
+                "weights need several caches, found one: give a list of caches, or leave weights "
+                "out"
+            )
         if METHODS[self.method].online and len(self.caches) > 1:
             raise ValueError(
                 f"{self.method} runs one teacher online, and {len(self.caches)} caches are given; "
-                "give that teacher's cache alone, or use the method sparse or ce"
+                "give one cache, or use the method sparse or ce"
             )
         return self
 
     @property
     def caches(self) -> list[Path | str]:
-        """Folders or URLs of the caches; one unless teachers are mixed."""
+        """Folders or URLs of all caches."""
         return self.cache if isinstance(self.cache, list) else [self.cache]
 
     def dataset(self) -> CacheDataset:
-        """Open the caches."""
+        """Open the caches as a dataset, mixed by the weights."""
         return CacheDataset(self.caches, weights=self.weights, seed=self.seed)
 
     @property

@@ -214,14 +214,14 @@ def _run(
     if len(dataset) < recipe.per_device_train_batch_size:
         raise RecipeError(
             f"per_device_train_batch_size={recipe.per_device_train_batch_size}, but "
-            f"{_said(recipe)} contains {len(dataset)} windows, less than one batch. Use a smaller "
-            "batch, or build more of the cache"
+            f"{_caches_in_words(recipe)} contains {len(dataset)} windows, less than one batch. Use "
+            "a smaller batch, or build more of the cache"
         )
     evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
     if tokenizer is None and os.environ.get("RANK", "0") == "0":
         warnings.warn(
-            f"no tokenizer will be saved with the student: {_said(recipe)} has none; "
+            f"no tokenizer will be saved with the student: {_caches_in_words(recipe)} has none; "
             "name the teacher's with --tokenizer (tokenizer: in the recipe)",
             SparseLogitsWarning,
             stacklevel=2,
@@ -346,17 +346,17 @@ def _heldout(recipe: Recipe) -> TextDataset:
     heldout = None if folder is None else TextDataset(PackedCorpus.open(folder))
     if not heldout:
         raise RecipeError(
-            f"eval_strategy needs held-out text, and {_said(recipe)} has none: build the cache "
-            "with --holdout 0.05 in a folder, or leave eval_strategy out and use `sparselogits "
-            "eval` after training"
+            f"eval_strategy needs held-out text, and {_caches_in_words(recipe)} has none: build "
+            "the cache with --holdout 0.05 in a folder, or leave eval_strategy out and use "
+            "`sparselogits eval` after training"
         )
     return heldout
 
 
-def _said(recipe: Recipe) -> str:
-    """Return the caches of a recipe for a message that goes on in the singular."""
+def _caches_in_words(recipe: Recipe) -> str:
+    """Describe the caches of a recipe by a singular noun, for error messages."""
     first, *others = map(str, recipe.caches)
-    return f"the cache at {first}" + (f" (like {', '.join(others)})" if others else "")
+    return f"the cache at {first}" + (f" (mixed with {', '.join(others)})" if others else "")
 
 
 def _require_reporters(names: list[str]) -> None:

@@ -589,13 +589,17 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Refuse the ghost token where ids of a window may be missing in part."""
+    """Check that the missing-mass rule is defined for a mixture of teachers' targets.
+
+    Raises:
+        InvalidArgumentError: If the rule is the ghost token and a window has several teachers.
+    """
     if rule == "ghost" and dataset.teachers_per_window > 1:
         raise InvalidArgumentError(
-            "missing_mass='ghost' is not defined for a mixture of truncated targets: an id that "
-            "one teacher stores and another does not is missing in part, and the ghost token "
-            "stands for ids that are missing as a whole. Choose drop, smooth or ground_truth, or "
-            'one teacher per window (weights="best")'
+            "missing_mass='ghost' is not defined for a mixture of truncated targets, because an id "
+            "may be stored for one teacher and missing for another, and the ghost token stands for "
+            "ids that are missing for all. Choose drop, smooth or ground_truth, or one teacher per "
+            'window (weights="best")'
         )
 
 
