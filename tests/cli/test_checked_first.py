@@ -74,7 +74,10 @@ MISTAKES = {
     CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
     CACHE + " --out {new} --tokenized-by {teacher}": ("no column `input_ids`", "tokenized data"),
     CACHE + " --out {new} --join-rows": ("join_rows with text", "remove it"),
-    CACHE + " --out {new} --append": ("cannot append", "run the command that began"),
+    CACHE + " --out {new} --append": (
+        "cannot append",
+        "run the command with which they were begun",
+    ),
     CACHE + " --out {other}": ("is not a cache", "choose an empty"),
     CACHE + " --out {latin}": ("latin.txt", "choose another folder"),
     BEGUN: ("packing.holdout: 0.0 in this build, 0.2", "use the same settings"),
