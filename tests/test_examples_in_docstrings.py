@@ -80,6 +80,28 @@ def test_functions_of_packages(
     run_examples(names[name], name, names)
 
 
+OTHERS = {
+    "sparselogits.caching.plan": ("Share", "shard_ranges"),
+    "sparselogits.data": ("Pace", "Schedule", "WindowOrder", "WindowSampler"),
+    "sparselogits.store": (
+        *("Cache", "CopyFolder", "codec_for", "export", "merge", "push", "repair"),
+        *("sample_cache", "verify"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in OTHERS.items() for name in names]
+)
+def test_other_public_names(
+    module: str, name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(cache, tmp_path / "my-cache")
+    monkeypatch.chdir(tmp_path)
+    found = vars(importlib.import_module(module))
+    run_examples(found[name], name, {key: value for key, value in found.items() if key[0] != "_"})
+
+
 def run_examples(described: object, name: str, names: dict[str, object]) -> None:
     (test,) = doctest.DocTestFinder(recurse=False).find(described, name, globs=names)
     assert test.examples, f"{name} has no example"
