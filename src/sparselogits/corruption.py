@@ -96,7 +96,7 @@ class Corrupted:
 
 @dataclass(frozen=True, eq=False)
 class Corruption:
-    """Corrupts windows: an objective, with the kinds of tokens of one vocabulary.
+    """Function that corrupts windows for a masked objective and the tokens of one vocabulary.
 
     Args:
         objective: rate, shares, units and seed of the corruption.

@@ -573,8 +573,11 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
         ({"lengths": [2**31 - 1, 2, 3]}, r"sequence 0 claims 2,147,483,647 ids"),
         ({"counts": (2**60, 4)}, r"claims 1,152,921,504,606,846,976 sequences"),
         ({"counts": (2, 4)}, r"claims 2 sequences and 4 documents, 90 bytes, but has 102"),
-        ({"code": 7}, r"version 1 and ids of type 7; expected version 1 and an integer type"),
-        ({"code": 99}, r"ids of type 99"),
+        (
+            {"code": 7},
+            r"index version 1 and dtype code 7; expected index version 1 and an integer dtype",
+        ),
+        ({"code": 99}, r"dtype code 99"),
         ({"version": 2}, r"has version 2"),
         ({"magic": b"TNTIDX\x00\x00\x00"}, r"not an index of Megatron-LM: it begins with b'TNTIDX"),
         ({"more": b"\0\0\0"}, r"is a multimodal dataset"),

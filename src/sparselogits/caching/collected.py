@@ -151,7 +151,7 @@ def import_collected(
 
 
 class _WindowCutter:
-    """Divider of a stream of rows into windows, which stores only the remaining tokens.
+    """Splits a stream of rows into windows; buffers only the tokens that do not fill a window yet.
 
     Args:
         length: number of tokens per window.

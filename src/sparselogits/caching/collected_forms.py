@@ -144,7 +144,7 @@ class DistillKitPacking(_Settings):
 
     @property
     def id_bytes(self) -> int:
-        """Number of bytes of the ids of a position."""
+        """Bytes per position for the packed ids."""
         return _bytes_of(self.k * self.id_bits)
 
     def ids(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -404,5 +404,5 @@ def _itemsize(dtype: str) -> int:
 
 
 def _bytes_of(bits: int) -> int:
-    """Return the number of bytes that contain a number of bits."""
+    """Return the number of bytes that are needed to store `bits` bits."""
     return math.ceil(bits / 8)

@@ -1,4 +1,4 @@
-"""Define the input of the teacher for a window: the text, or corrupted for a masked teacher."""
+"""Define the teacher's input for a window: its tokens, corrupted for a masked language model."""
 
 from __future__ import annotations
 

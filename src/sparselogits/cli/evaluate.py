@@ -334,7 +334,7 @@ def evaluate_command(
 
 
 def _require_no_data_options(given: dict[str, bool]) -> None:
-    """Check that no option of `--data` is given without `--data`."""
+    """Validate that options that need `--data` are not given without it."""
     unused = [option for option, is_given in given.items() if is_given]
     if unused:
         raise InvalidArgumentError(

@@ -38,7 +38,7 @@ _AFTER_INTERRUPTION = {
     "train": "if the recipe sets save_steps, the same command continues from the last checkpoint, "
     "otherwise it starts again",
 }
-"""What an interrupted command leaves behind and what the same command does next, by command."""
+"""Message per interrupted command: what is on disk, and what running the command again does."""
 
 _STARTS_AGAIN = "nothing was changed, and the same command starts again"
 

@@ -172,7 +172,11 @@ def build_role(
             "--workers and --gpus are options of --executor ray; add it, or leave them out"
         )
     if (threads or 1) < 1 or (workers or 1) < 1 or (gpus or 0) < 0:
-        raise InvalidArgumentError("--threads and --workers must be at least 1, --gpus at least 0")
+        given = {"--threads": threads, "--workers": workers, "--gpus": gpus}
+        found = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        raise InvalidArgumentError(
+            f"found {found}; give at least 1 to --threads and --workers, at least 0 to --gpus"
+        )
     if split and executor != "local":
         raise InvalidArgumentError(
             f"--tp-plan combines the ranks of torchrun into one worker, but --executor {executor} "

@@ -240,7 +240,7 @@ def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | 
 
 
 def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterator[Piece]:
-    """Yield the pieces of a text; up to max(whole, PIECE_BYTES) bytes are one piece."""
+    """Yield a text in pieces, as a single piece if it has at most max(whole, PIECE_BYTES) bytes."""
     if len(raw) <= max(whole, PIECE_BYTES):
         text = raw.decode()
         yield Piece(

@@ -150,11 +150,11 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def kept_layers(
     target: ShrinkTarget, total: int, influence: Sequence[float] | None
 ) -> tuple[int, ...]:
-    """Return the numbers of the blocks to retain, ascending.
+    """Return the indices of the blocks to retain, ascending.
 
     Args:
         target: requested sizes.
-        total: number of the teacher's blocks.
+        total: number of blocks in the teacher.
         influence: score of each block, larger for blocks to retain; None if not required.
     """
     if target.drop_layers is not None:

@@ -304,10 +304,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             return super().get_batch_samples(epoch_iterator, *others)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count what a step's loss is divided by: labels, or tokens where windows have weights.
+        """Count the items by which a step's loss is divided.
 
-        A window's loss of weight 1 / rate is the mean over its tokens of a loss that would count
-        every token (masked diffusion).
+        They are the labels. In masked diffusion, windows have the loss weight 1 / rate, and the
+        items are all tokens of a window, not only the masked ones.
         """
         if batch_samples and "loss_weight" in batch_samples[0]:
             ids = [batch["input_ids"] for batch in batch_samples]

@@ -61,7 +61,10 @@ class RangeWorker:
         self._load, self._job = load, job
 
     def ready(self) -> None:
-        """Load the teacher, not in the constructor, whose exceptions Ray converts to text."""
+        """Load the teacher.
+
+        This is not done in `__init__`, because Ray converts exceptions raised there to text.
+        """
         self._engine = self._load()
 
     def build(self, span: Range) -> None:

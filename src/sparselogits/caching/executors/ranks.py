@@ -41,8 +41,9 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
 
     The rank is read from `RANK` and `WORLD_SIZE` (torchrun, with `LOCAL_RANK` and
     `LOCAL_WORLD_SIZE`), or from `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS` (srun; `SLURM_NTASKS` is
-    not read, because in a batch script it counts tasks that were not started). The task of an array
-    is read from `SLURM_ARRAY_TASK_ID` and its `COUNT`, `MIN` and `STEP`.
+    not read, because in a batch script it counts tasks that were not started). The array
+    task is read from `SLURM_ARRAY_TASK_ID`, `SLURM_ARRAY_TASK_COUNT`, `SLURM_ARRAY_TASK_MIN` and
+    `SLURM_ARRAY_TASK_STEP`.
 
     Args:
         environment: environment variables.

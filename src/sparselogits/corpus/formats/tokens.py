@@ -287,8 +287,9 @@ class Megatron(TokenFormat):
         _, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
         if version != 1 or code not in _INDEX_KINDS:
             raise CorpusError(
-                f"{file.name} has version {version} and ids of type {code}; expected version 1 and "
-                f"an integer type ({', '.join(map(str, _INDEX_KINDS))}). Write it again"
+                f"{file.name} has index version {version} and dtype code {code}; expected index "
+                "version 1 and an integer dtype (1: uint8, 2: int8, 3: int16, 4: int32, 5: int64, "
+                "8: uint16). Create the index again with Megatron-LM's preprocessing"
             )
         expected = _INDEX_HEADER.size + 12 * sequences + 8 * documents
         if size == expected + sequences and sequences:

@@ -76,7 +76,7 @@ class OfBatches(_Value):
 
 
 class GradientSize(_Value):
-    """Store the metrics of a target's gradient of all parameters, at one batch size.
+    """Store metrics of the gradient with respect to all parameters, for one target and batch size.
 
     Norm, bias and noise are relative to the norm of full distillation's gradient.
     """

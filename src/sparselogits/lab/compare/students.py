@@ -58,7 +58,7 @@ def _pruned(
     teacher: TransformersTeacher,
     tokenizer: object,
 ) -> Path:
-    """Prune a student unless its folder exists, and return the folder."""
+    """Create a student by pruning the teacher, unless its folder exists; return the folder."""
     inputs = {
         "student": student.model_dump(mode="json", exclude={"quantize"}),
         "teacher": teacher.identity["weights"],

@@ -7,9 +7,9 @@ from dataclasses import replace
 from sparselogits.lab.planning.cost import Plan, Settings, plan
 
 STUDENTS = {"300M": 3e8, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
-"""Number of parameters of each student of the grid, by label."""
+"""Numbers of parameters of students in the grid, by label."""
 TOKENS = {"1B": 1e9, "10B": 1e10, "100B": 1e11, "1T": 1e12, "10T": 1e13}
-"""Number of tokens of each text of the grid, by label."""
+"""Numbers of tokens of text in the grid, by label."""
 
 
 def grid(settings: Settings) -> dict[tuple[str, str], Plan]:

@@ -37,14 +37,14 @@ LARGEST = 64
 
 @dataclass(frozen=True)
 class Shown:
-    """Describe an id at a position.
+    """Displayed values of one token id at one position.
 
     Args:
         id: id in the vocabulary.
         weight: weight of the cached entry; None if the id is not cached.
         count: number of rounds in which the id was drawn; None without rounds.
-        teacher: probability by the teacher; None without a teacher.
-        student: probability by the student; None without a student.
+        teacher: probability that the teacher assigns to the id; None without a teacher.
+        student: probability that the student assigns to the id; None without a student.
     """
 
     id: int

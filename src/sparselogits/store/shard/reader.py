@@ -271,8 +271,8 @@ class Shard:
         metadata, start, stop = self.metadata, self.start, self.stop
         if not self._parquet.schema_arrow.equals(self._schema):
             raise DamageError(
-                f"the columns are {shown(self._parquet.schema_arrow.names)}, expected the schema "
-                f"of {', '.join(self._schema.names)}"
+                f"the schema is {_columns_of(self._parquet.schema_arrow)}, expected "
+                f"{_columns_of(self._schema)}"
             )
         text = (metadata.metadata or {}).get(METADATA_KEY, b"null")
         description = parse_json(
@@ -462,6 +462,11 @@ def _corruption(
     inputs = tokens.copy()
     inputs[slice(None) if mask is None else mask] = hidden
     return inputs, rate
+
+
+def _columns_of(schema: pa.Schema) -> str:
+    """Return names and types of columns for messages."""
+    return str(shown({field.name: str(field.type) for field in schema}))
 
 
 def _windows_named(name: str) -> str:
