@@ -94,7 +94,7 @@ def writing_whole(
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             handle = open(descriptor, "wb")  # noqa: PTH123, SIM115 (of a descriptor; closed below)
             try:
-                with contextlib.suppress(OSError):  # a replaced file passes on its mode, if any
+                with contextlib.suppress(OSError):  # the new file gets the mode of a replaced one
                     os.fchmod(descriptor, stat.S_IMODE(path.lstat().st_mode))
                 yield handle
                 handle.flush()

@@ -233,10 +233,10 @@ def _measure_scale_and_softcap(
 
 
 def _configured_value(config: Any, measured: float) -> float:
-    """Return the number in a configuration that equals a measured one, to remove rounding.
+    """Replace a measured number by the number of a configuration that equals it up to rounding.
 
-    The inverses of the configured numbers count too. Without a match the measured number is
-    returned.
+    The inverses of the configured numbers are considered as well. Without a match the measured
+    number is returned.
     """
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]

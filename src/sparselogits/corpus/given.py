@@ -88,7 +88,7 @@ def _plain(records: Any) -> tuple[Records, pa.Schema | None]:
 
 
 def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterator[bytes]:
-    """Yield the JSON line of each record."""
+    """Yield each record as a line of JSON with the fields that contain its text."""
     kinds = {field.name: field.type for field in schema} if schema is not None else {}
     number = -1
     for number, record in enumerate(records):
@@ -122,7 +122,7 @@ def _of_pandas(value: Any) -> Any:
 def _plain_lists(value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if hasattr(value, "tolist"):  # of numpy and of torch
+    if hasattr(value, "tolist"):  # values of numpy and torch
         return _plain_lists(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain_lists(item) for item in value]

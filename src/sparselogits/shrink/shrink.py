@@ -68,11 +68,12 @@ def shrink(
 
     Args:
         model: a transformers causal language model, which is not changed.
-        layers: see `ShrinkTarget`.
-        drop_layers: see `ShrinkTarget`.
-        channels: see `ShrinkTarget`.
-        heads: see `ShrinkTarget`.
-        hidden: see `ShrinkTarget`.
+        layers: number of blocks of the student; None for all.
+        drop_layers: numbers of the blocks to remove, counted from 0, instead of `layers`.
+        channels: number of MLP channels per layer (`intermediate_size`); None for all.
+        heads: number of query heads per layer, a multiple of the number of query heads that share
+            a key-value head; None for all.
+        hidden: width of the residual stream (`hidden_size`); None for the teacher's.
         windows: int64 [N, L] calibration tokens, N >= 1, L >= 2; required unless only `drop_layers`
             is given.
         layer_score: score of blocks, "influence" (one pass over the windows) or "loss" (one pass

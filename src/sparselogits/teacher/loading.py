@@ -213,17 +213,11 @@ def load_language_model(
     A checkpoint whose configuration names a class of masked language models is loaded as one, any
     other as a causal language model.
 
-    For the folder of a PEFT adapter, the base model is loaded with the adapter.
+    For the folder of a PEFT adapter, the base model is loaded with the adapter. Arguments that are
+    not listed here are those of `load_teacher`.
 
     Args:
-        name: see `load_teacher`.
-        dtype: see `load_teacher`.
-        device_map: see `load_teacher`.
-        max_memory: see `load_teacher`.
-        tp_plan: see `load_teacher`.
-        trust_remote_code: see `load_teacher`.
         trainable: whether the weights of an adapter, and only those, will be trained.
-        allow: see `load_teacher`.
 
     Raises:
         TeacherError: the model cannot be read, is not a language model, or lacks weights.
@@ -430,7 +424,7 @@ def module_fingerprint(model: nn.Module) -> str:
 
 
 def locate_model(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the arguments of transformers' `from_pretrained` for a model: a name and keywords.
+    """Return the name and the keyword arguments of a model for transformers' `from_pretrained`.
 
     The files of a folder are validated; nothing is downloaded.
 

@@ -385,7 +385,7 @@ class _Ends:
 
 
 def _last_end(path: Path, name: str) -> int:
-    """Return the end of the last document."""
+    """Return the end of the last document in an index, in tokens."""
     with _opened(path) as handle:
         count, rest = divmod(os.fstat(handle).st_size, 8)
         if rest or not count:
