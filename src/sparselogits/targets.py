@@ -264,17 +264,19 @@ class SparseTargets:
     def mixed(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
         """Return the weighted sum of targets for the same positions.
 
-        Entries of one id at one position are added up. If every part is an unbiased target of its
-        teacher's distribution p_m, the sum is one of sum_m w_m p_m. Where all parts carry counts,
-        the result has those of all rounds together, and can be thinned.
+        Entries with the same id at one position are added. If each part is an unbiased target for
+        its teacher's distribution p_m, the result is an unbiased target for sum_m w_m p_m. If all
+        parts have counts, the result has the sums of the counts and of the rounds, and can be
+        thinned.
 
         Args:
-            parts: targets of P positions each; sizes of vocabularies may differ, as those of padded
-                heads do.
-            weights: non-negative weight of each part. Parts of weight 0 are left out.
+            parts: targets for P positions each; their vocabulary sizes may differ, since heads may
+                be padded.
+            weights: non-negative weight of each part; parts with weight 0 are ignored.
 
         Raises:
-            InvalidTargetsError: there are no parts with a weight, or their positions differ.
+            InvalidTargetsError: no part has a positive weight, or the parts differ in the number of
+                positions.
 
         Examples:
             >>> import torch
@@ -290,29 +292,29 @@ class SparseTargets:
         used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
         if len({len(part) for part, _ in used}) != 1:
             raise InvalidTargetsError(
-                "targets of several teachers are mixed position by position; found parts with a "
-                f"weight of {[len(part) for part, _ in used]} positions, expected at least one, "
-                "all of the same length"
+                f"the parts with a positive weight have {[len(part) for part, _ in used]} "
+                "positions; expected at least one part, all with the same number of positions. "
+                "Give targets for the same windows"
             )
         first, weight = used[0]
         if len(used) == 1 and weight == 1:
             return first
         vocabulary = max(part.vocab_size for part, _ in used)
-        places = torch.cat([part.positions * vocabulary + part.ids for part, _ in used])
-        kept, entry = places.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        summed = torch.zeros(len(kept), dtype=torch.float64, device=kept.device)
+        keys = torch.cat([part.positions * vocabulary + part.ids for part, _ in used])
+        distinct, entry = keys.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        summed = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
         summed.index_add_(0, entry, torch.cat([part.weights.double() * w for part, w in used]))
         counts, rounds = None, None
         drawn = [part.counts for part, _ in used if part.counts is not None]
         if len(drawn) == len(used):
-            counts = torch.zeros(len(kept), dtype=torch.int32, device=kept.device)
+            counts = torch.zeros(len(distinct), dtype=torch.int32, device=distinct.device)
             counts.index_add_(0, entry, torch.cat(drawn))
             rounds = sum(part.rounds or 0 for part, _ in used)
-        owners = kept.div(vocabulary, rounding_mode="floor")
+        positions = distinct.div(vocabulary, rounding_mode="floor")
         return SparseTargets(
-            kept % vocabulary,
+            distinct % vocabulary,
             summed.to(first.weights.dtype),
-            offsets_from_lengths(owners.bincount(minlength=len(first))),
+            offsets_from_lengths(positions.bincount(minlength=len(first))),
             vocabulary,
             counts=counts,
             rounds=rounds,

@@ -169,7 +169,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     one = SparseTargets(torch.tensor([1]), torch.ones(1), torch.tensor([0, 1]), 4)
     two = SparseTargets.cat([one, one])
     for parts, weights in (([one, two], [0.5, 0.5]), ([one], [0.0]), ([], [])):
-        with pytest.raises(InvalidTargetsError, match="position by position"):
+        with pytest.raises(InvalidTargetsError, match="same number of positions"):
             SparseTargets.mixed(parts, weights)
 
 

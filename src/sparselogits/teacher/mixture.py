@@ -1,6 +1,6 @@
-"""Mix several teachers online: the logits are the logarithm of the mixture of their distributions.
+"""Run several teachers as one engine whose distribution is a mixture of theirs.
 
-It is the reference for what students of a mixture of caches learn, and an engine like any other.
+The engine is the reference for students that are trained on a mixture of the teachers' caches.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from sparselogits.teacher.engine import Engine, LogitsSlice
 
 
 class MixtureTeacher:
-    """A teacher whose distribution is sum_m w_m p_m.
+    """Engine whose distribution is sum_m w_m p_m, for teachers with distributions p_m.
 
     Args:
-        teachers: at least one engine. All have one tokenizer and yield slices of equal length.
-        weights: positive weight of each, together 1.
+        teachers: at least one engine, all with the same tokenizer and the same slices.
+        weights: positive weight w_m of each teacher; their sum is 1.
 
     Raises:
-        InvalidArgumentError: the weights are not positive shares of a whole.
+        InvalidArgumentError: the number of weights differs from the number of teachers, a weight is
+            not positive, or their sum is not 1.
     """
 
     def __init__(self, teachers: Sequence[Engine], weights: Sequence[float]) -> None:
         if len(weights) != len(teachers) or not teachers:
             raise InvalidArgumentError(
-                f"{len(weights)} weights for {len(teachers)} teachers; give one per teacher"
+                f"found {len(weights)} weights for {len(teachers)} teachers; give at least one "
+                "teacher, and one weight per teacher"
             )
         if not all(w > 0 for w in weights) or abs(math.fsum(weights) - 1) > 1e-6:
             raise InvalidArgumentError(
-                f"weights of teachers must be positive and their sum 1, found {list(weights)}"
+                f"found the weights {list(weights)}; give positive numbers whose sum is 1"
             )
         self.teachers, self.weights = tuple(teachers), tuple(weights)
         self.vocab_size = max(teacher.vocab_size for teacher in teachers)
@@ -56,7 +58,7 @@ class MixtureTeacher:
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
-        """Yield logits; see `Engine.logits`.
+        """Yield the logarithm of the mixture's probabilities as logits; see `Engine.logits`.
 
         Raises:
             TeacherError: the teachers divide a window into different slices.
@@ -71,7 +73,7 @@ class MixtureTeacher:
             first = parts[0]
             total = first.logits.new_full((len(first.logits), self.vocab_size), -torch.inf)
             for weight, part in zip(self.weights, parts, strict=True):
-                own = part.logits.to(total.device).log_softmax(-1)
-                kept = total[:, : own.shape[1]]
-                torch.logaddexp(kept, own + math.log(weight), out=kept)
+                log_shares = part.logits.to(total.device).log_softmax(-1) + math.log(weight)
+                view = total[:, : log_shares.shape[1]]
+                torch.logaddexp(view, log_shares, out=view)
             yield LogitsSlice(first.row, first.positions, total)
