@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.identity import Identity
 from sparselogits.objectives import LEAST_RATE, Masked
 from sparselogits.samplers.uniforms import corruption_uniforms
 
@@ -132,6 +133,27 @@ class Corruption:
             )
         objective = Masked(int(tokenizer.mask_token_id), **settings)
         return cls(objective, TokenKinds.of(tokenizer, vocab_size))
+
+    @classmethod
+    def of_identity(cls, identity: Identity, tokenizer: Any | None) -> Corruption | None:
+        """Return the corruption of a cache; None for a cache of a causal language model.
+
+        Args:
+            identity: identity of the cache.
+            tokenizer: the cache's tokenizer; needed for a masked language model.
+
+        Raises:
+            InvalidArgumentError: the tokenizer is missing.
+        """
+        objective = identity.predicts
+        if not isinstance(objective, Masked):
+            return None
+        if tokenizer is None:
+            raise InvalidArgumentError(
+                "held-out text for a masked language model is corrupted, which needs the cache's "
+                "tokenizer, and none was found; name the teacher's folder with --tokenizer"
+            )
+        return cls(objective, TokenKinds.of(tokenizer, identity.vocab_size))
 
     def __call__(
         self, tokens: NDArray[np.int32], window_index: int, *, held_out: bool = False

@@ -42,6 +42,10 @@ class Causal:
         ([6, 7, -1], [-1, 5, 6])
     """
 
+    def in_words(self) -> str:
+        """Return the objective on one line, for display."""
+        return "causal: the next token is predicted"
+
     def at_positions(self, by_token: _Values, filler: int) -> _Values:
         """Return, for each position, the value of the token that the position predicts.
 
@@ -191,6 +195,15 @@ class Masked:
         if mask is not None:
             labels[~mask] = IGNORE_INDEX
         return labels
+
+    def in_words(self) -> str:
+        """Return the objective on one line, for display."""
+        share = "a random share" if self.rate is None else f"{self.rate:.3g}"
+        units = self.units if self.span is None else f"spans of {self.span:g} tokens on average"
+        return (
+            f"masked: {share} of the tokens is predicted, chosen by {units}; {self.masked:.3g} of "
+            f"these are masked, {self.random:.3g} replaced at random"
+        )
 
     def weight(self, rate: float) -> float:
         """Return the weight of the loss of a window.

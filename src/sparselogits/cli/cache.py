@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from sparselogits.wording import counted
 if TYPE_CHECKING:
     from sparselogits.caching import TextPlace
     from sparselogits.corpus import PackedCorpus
+    from sparselogits.objectives import Masked
     from sparselogits.samplers import Sampler
 
 DEFAULT_BUDGET = 12.0
@@ -52,6 +53,21 @@ DEFAULT_BUDGET = 12.0
 DEFAULT_SAMPLER = "systematic"
 SAMPLER = "sparselogits.cli.cache"
 """Key in the `meta` of the click context under which the values of sampler options are stored."""
+
+
+class ObjectiveName(StrEnum):
+    """What the positions of a window predict."""
+
+    causal = "causal"
+    masked = "masked"
+
+
+class MaskUnits(StrEnum):
+    """What is chosen for prediction as a whole."""
+
+    tokens = "tokens"
+    words = "words"
+    spans = "spans"
 
 
 class ExecutorName(StrEnum):
@@ -147,6 +163,39 @@ def cache(
     seed: Annotated[
         int, typer.Option(min=0, help="Random seed for sampling.", rich_help_panel=TARGETS)
     ] = 0,
+    objective: Annotated[
+        ObjectiveName | None,
+        typer.Option(
+            help="What is predicted: the next token, or tokens that the input masks (BERT).",
+            show_default="by the class of the teacher",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    mask_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="For masked: share of tokens to predict, above 0 to 1; or `random` for a share "
+            "per window by whose inverse the loss is weighted (masked diffusion).",
+            show_default="0.15",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    mask_units: Annotated[
+        MaskUnits | None,
+        typer.Option(
+            help="For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
+            show_default="tokens",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
+    mask_span: Annotated[
+        float | None,
+        typer.Option(
+            help="For --mask-units spans: mean length of a span in tokens.",
+            show_default="3",
+            rich_help_panel=TARGETS,
+        ),
+    ] = None,
     exact_weights: Annotated[
         bool | None,
         typer.Option(
@@ -257,9 +306,15 @@ def cache(
     )
     from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
     from sparselogits.corpus.packed import recorded_vocabulary
+    from sparselogits.corruption import Corruption, TokenKinds
     from sparselogits.store.storage.location import is_url
     from sparselogits.teacher import load_teacher
-    from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, locate_model
+    from sparselogits.teacher.loading import (
+        keep_tokenizer,
+        load_tokenizer,
+        locate_model,
+        names_masked_model,
+    )
     from sparselogits.teacher.vocabulary import vocabulary_size
 
     drawn, budget = _sampler(context.meta[SAMPLER], budget)
@@ -303,6 +358,10 @@ def cache(
         holdout=holdout,
         reset_attention=reset_attention,
     )
+    given = {"--mask-rate": mask_rate, "--mask-units": mask_units, "--mask-span": mask_span}
+    masks = names_masked_model(teacher, trust_remote_code=trust_remote_code)
+    _require_objective(objective, masks, [name for name, v in given.items() if v is not None])
+    hides = _masked(tokenizer, mask_rate, mask_units, mask_span, seed) if masks else None
     request = CacheRequest(out, drawn, budget, seed, temperature, exact_weights)
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
@@ -332,7 +391,7 @@ def cache(
         role.wait_for_packing(find_place)
         role.follow(load())
         return
-    check_request(request, packing, tokenizer_hash, windows_per_shard)
+    check_request(request, packing, tokenizer_hash, windows_per_shard, hides)
     place = find_place() if role.is_first else role.wait_for_text(out, find_place)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code
@@ -363,6 +422,9 @@ def cache(
                 windows_per_shard=windows_per_shard,
                 only=only,
                 first_window=place.first_window,
+                corruption=None
+                if hides is None
+                else Corruption(hides, TokenKinds.of(tokenizer, engine.vocab_size)),
                 progress=update,
             )
     if report.windows_found:
@@ -378,6 +440,46 @@ def cache(
                 otherwise="build the other windows, then check that all are there: "
                 + f"sparselogits verify {out}"
             )
+
+
+def _require_objective(
+    objective: ObjectiveName | None, masks: bool, options: Sequence[str]
+) -> None:
+    """Validate the objective and its options against the kind of the teacher."""
+    kind = ObjectiveName.masked if masks else ObjectiveName.causal
+    if objective not in (None, kind):
+        raise InvalidArgumentError(
+            f"--objective is {objective}, but the teacher is a {kind} language model; expected "
+            f"--objective {kind}. Leave it out, or use another teacher"
+        )
+    if options and not masks:
+        raise InvalidArgumentError(
+            f"{options[0]} is for a masked language model, and the teacher is a causal one: leave "
+            "it out, or use another teacher"
+        )
+
+
+def _masked(
+    tokenizer: Any, rate: str | None, units: MaskUnits | None, span: float | None, seed: int
+) -> Masked:
+    """Return the objective that the options describe."""
+    from sparselogits.objectives import Masked
+
+    if tokenizer.mask_token_id is None:
+        raise InvalidArgumentError(
+            "the teacher is a masked language model, and its tokenizer has no mask token; expected "
+            "the tokenizer that it was trained with. Check the tokenizer files of the teacher"
+        )
+    try:
+        share = None if rate == "random" else float("0.15" if rate is None else rate)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
+        ) from error
+    chosen = units or MaskUnits.tokens
+    if chosen is MaskUnits.spans and span is None:
+        span = 3.0
+    return Masked(int(tokenizer.mask_token_id), share, units=chosen.value, span=span, seed=seed)
 
 
 class CacheCommand(TyperCommand):

@@ -250,11 +250,13 @@ def evaluate_command(
     if len(caches) > 1:
         CacheDataset(caches, weights=given)  # rejects caches that cannot be mixed
     loaded_tokenizer = None
-    if tasks or other is not None:
+    masked = bool(opened) and opened[0].identity.objective is not None
+    if tasks or other is not None or masked:
         if tasks:
             require_lm_eval()
         named = [tokenizer] if tokenizer else [*teachers, student]
-        loaded_tokenizer = tokenizer_of(named, student, purpose="--tasks" if tasks else "--data")
+        purpose = "--tasks" if tasks else "--data" if other is not None else "a masked model"
+        loaded_tokenizer = tokenizer_of(named, student, purpose=purpose)
         if opened:
             require_tokenizer(
                 loaded_tokenizer, opened[0].identity.tokenizer, opened[0].recorded_tokenizer()

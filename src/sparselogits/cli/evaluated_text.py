@@ -67,7 +67,7 @@ def text_to_evaluate(
         cache: cache whose packing settings are used; None for the defaults.
         packed: folder of packed text whose held-out windows are used if `other` is None.
         other: text to pack into a temporary folder; None to use `packed`.
-        tokenizer: tokenizer for `other`.
+        tokenizer: tokenizer for `other`, and for a cache of a masked language model.
         limit: maximum number of windows.
 
     Raises:
@@ -75,12 +75,16 @@ def text_to_evaluate(
         CorpusError: If the text cannot be read, or is shorter than a window.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
+    from sparselogits.corruption import Corruption
     from sparselogits.data import TextDataset
     from sparselogits.teacher.vocabulary import vocabulary_size
 
+    corruption = None
+    if cache is not None:
+        corruption = Corruption.of_identity(cache.identity, tokenizer)
     if other is None:
         assert packed is not None
-        windows = TextDataset(PackedCorpus.open(packed), limit=limit)
+        windows = TextDataset(PackedCorpus.open(packed), limit=limit, corruption=corruption)
         if len(windows) == 0:
             raise InvalidArgumentError(
                 f"{packed} has no held-out windows: the cache was built without --holdout. Name "
@@ -111,7 +115,7 @@ def text_to_evaluate(
                 progress=update,
             )
         messages.print(corpus.in_words())
-        yield TextDataset(corpus.held_out_whole(), limit=limit)
+        yield TextDataset(corpus.held_out_whole(), limit=limit, corruption=corruption)
 
 
 def _packing(other: OtherText, cache: Cache | None, tokenizer: Any) -> Any:

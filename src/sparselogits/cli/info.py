@@ -91,6 +91,7 @@ def print_info(
         ("cache", str(root)),
         ("teacher", identity.teacher_in_words()),
         ("sampler", identity.sampler_in_words()),
+        *([("objective", identity.predicts.in_words())] if identity.objective else []),
         (
             "windows",
             f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens",

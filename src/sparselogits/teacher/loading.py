@@ -241,7 +241,7 @@ def _load(
     if found.base is not None:
         base = _load(found.base, dtype=dtype, trainable=False, allow=allow, **how)
         return _with_adapter(found, base, trainable)
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
     from transformers.distributed import DistributedConfig
 
     if dtype != "auto" and dtype not in DTYPES:
@@ -258,7 +258,14 @@ def _load(
     if (tp_plan := arguments.pop("tp_plan")) is not None:
         arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
-        masked = _is_masked(found, trust_remote_code=how.get("trust_remote_code", False))
+        masked = False
+        if found.gguf is None:
+            trusted = how.get("trust_remote_code", False)
+            masked = _is_masked(
+                AutoConfig.from_pretrained(
+                    found.source, revision=found.commit, trust_remote_code=trusted
+                )
+            )
         kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         with bounded_by(found):
             model, info = kind.from_pretrained(
@@ -285,15 +292,30 @@ def _load(
     return model  # type: ignore[no-any-return]
 
 
-def _is_masked(found: Checkpoint, *, trust_remote_code: bool) -> bool:
-    """Return whether a checkpoint's configuration names the class of a masked language model."""
+def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Return whether a checkpoint, or the base of an adapter, is that of a masked language model.
+
+    Args:
+        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
+        trust_remote_code: whether to run configuration code that comes with the model.
+    """
     from transformers import AutoConfig
 
-    if found.gguf is not None:
+    try:
+        source, arguments = locate_model(name)
+        if "gguf_file" in arguments:
+            return False
+        if (Path(source) / ADAPTER_CONFIG).exists():
+            base = find_checkpoint(source).base
+            return base is not None and names_masked_model(base.source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return _is_masked(config)
+    except Exception:  # loading the model reports what is wrong
         return False
-    config: Any = AutoConfig.from_pretrained(
-        found.source, revision=found.commit, trust_remote_code=trust_remote_code
-    )
+
+
+def _is_masked(config: Any) -> bool:
+    """Return whether a configuration names the class of a masked language model."""
     return not masked_classes(config).isdisjoint(getattr(config, "architectures", None) or ())
 
 

@@ -34,6 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparselogits.allowances import allowing, refuse
 from sparselogits.corpus import PackedCorpus
+from sparselogits.corruption import Corruption
 from sparselogits.data import CacheDataset, Schedule, TextDataset, rounds_for_entries
 from sparselogits.errors import (
     CacheError,
@@ -217,8 +218,10 @@ def _run(
             f"{_caches_in_words(recipe)} contains {len(dataset)} windows, less than one batch. Use "
             "a smaller batch, or build more of the cache"
         )
-    evaluated = _heldout(recipe) if arguments.eval_strategy != "no" else None
     tokenizer = find_tokenizer(recipe, dataset)
+    evaluated = None
+    if arguments.eval_strategy != "no":
+        evaluated = _heldout(recipe, Corruption.of_identity(dataset.identity, tokenizer))
     if tokenizer is None and os.environ.get("RANK", "0") == "0":
         warnings.warn(
             f"no tokenizer will be saved with the student: {_caches_in_words(recipe)} has none; "
@@ -339,11 +342,13 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     )
 
 
-def _heldout(recipe: Recipe) -> TextDataset:
+def _heldout(recipe: Recipe, corruption: Corruption | None) -> TextDataset:
     """Return the windows that were held out when the cache was built."""
     folders = [Path(cache) / "corpus" for cache in recipe.caches if not is_url(cache)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    heldout = None if folder is None else TextDataset(PackedCorpus.open(folder))
+    heldout = (
+        None if folder is None else TextDataset(PackedCorpus.open(folder), corruption=corruption)
+    )
     if not heldout:
         raise RecipeError(
             f"eval_strategy needs held-out text, and {_caches_in_words(recipe)} has none: build "

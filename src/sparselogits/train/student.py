@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from sparselogits.data import CacheDataset
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
+from sparselogits.language_model import masked_classes
 from sparselogits.quantization import prepare
 from sparselogits.store.storage.location import is_url
 from sparselogits.teacher.loading import (
@@ -68,7 +75,9 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
             pad_token_id=None,
         )
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        kinds = masked_classes(config).intersection(getattr(config, "architectures", None) or ())
+        kind: Any = AutoModelForMaskedLM if kinds else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
             f"student: cannot create a causal language model from {shown(student.config)}: "

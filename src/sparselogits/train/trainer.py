@@ -26,6 +26,7 @@ from sparselogits.data import (
     CacheDataset,
     Pace,
     Schedule,
+    TextDataset,
     TokenisedRows,
     WindowOrder,
     WindowSampler,
@@ -424,11 +425,19 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _eval_windows(self, given: Any) -> Any:
         made = as_windows(given)
         parts = made.values() if isinstance(made, Mapping) else [made]
-        if self.objective.masked and any(isinstance(part, TokenisedRows) for part in parts):
-            raise InvalidArgumentError(
-                "eval_dataset has tokenised rows, whose labels are those of a causal language "
-                "model; expected corrupted windows. Give TextDataset(corpus, corruption=...)"
-            )
+        for part in parts:
+            rows = isinstance(part, TokenisedRows)
+            masked = isinstance(part, TextDataset) and part.corruption is not None
+            if self.objective.masked and (rows or (isinstance(part, TextDataset) and not masked)):
+                raise InvalidArgumentError(
+                    "eval_dataset has windows whose labels are those of a causal language model; "
+                    "the cache is for a masked one. Give TextDataset(corpus, corruption=...)"
+                )
+            if masked and not self.objective.masked:
+                raise InvalidArgumentError(
+                    "eval_dataset has corrupted windows, but the cache is for a causal language "
+                    "model. Give TextDataset(corpus) without a corruption"
+                )
         return made
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:

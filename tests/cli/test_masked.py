@@ -1,0 +1,98 @@
+"""The commands on a masked language model: cache, info, train, eval and view, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparselogits.cli import app
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.store import Cache
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
+
+
+def run(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_bert(vocab_size=VOCABULARY, initializer_range=0.1).save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("short") / "text.jsonl"
+    path.write_text("".join(line for line in text.open() if len(line) < 1500))
+    return path
+
+
+def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(
+    bert: Path, short: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    options = ["--device", "cpu", "--window", 32, "--holdout", 0.2, "--rounds", 6]
+    shown = run(
+        *("cache", "--teacher", bert, "--data", short, "--out", cache, *options),
+        *("--mask-rate", 0.3, "--mask-units", "words", "--json"),
+    )
+    identity = json.loads(shown[shown.index("{") :])["identity"]
+    assert identity["objective"]["name"] == "masked"
+    assert identity["objective"]["rate"] == 0.3
+    assert identity["objective"]["units"] == "words"
+    assert "masked: 0.3 of the tokens" in run("info", cache)
+    record = Cache.open(cache).read(0)
+    assert 0 < record.mask.sum() < 0.7 * len(record.mask)
+
+    trained = tmp_path / "run"
+    run(
+        *("train", "--cache", cache, "--student", bert, "--out", trained),
+        *("--num-train-epochs", 1, "--per-device-train-batch-size", 8, "--device", "cpu"),
+    )
+    (config,) = trained.glob("model/config.json")
+    assert json.loads(config.read_text())["architectures"] == ["BertForMaskedLM"]
+
+    shown = run("eval", trained, "--cache", cache, "--teacher", bert, "--device", "cpu", "--json")
+    found = json.loads(shown[shown.index("{") :])
+    assert "student" in json.dumps(found)
+    assert "kl" in json.dumps(found)
+
+    page = tmp_path / "page.html"
+    run("view", cache, "--window", 0, "--tokenizer", bert, "--out", page)
+    assert "[MASK]" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--objective", "causal"], "expected --objective masked"),
+        (["--mask-rate", "often"], "--mask-rate is 'often'"),
+        (["--mask-rate", "1.5"], "rate is 1.5"),
+        (["--mask-span", "2"], "span is 2.0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_work_starts(
+    words: list[str], said: str, bert: Path, short: Path, tmp_path: Path
+) -> None:
+    given = ["cache", "--teacher", bert, "--data", short, "--out", tmp_path / "c", *words]
+    done = CliRunner().invoke(app, [str(word) for word in given])
+    assert isinstance(done.exception, InvalidArgumentError)
+    assert said in str(done.exception)
+    assert not (tmp_path / "c").exists()
+
+
+def test_options_of_masked_models_are_refused_for_a_causal_teacher(
+    teacher_folder: Path, short: Path, tmp_path: Path
+) -> None:
+    given = ["cache", "--teacher", teacher_folder, "--data", short, "--out", tmp_path / "c"]
+    done = CliRunner().invoke(app, [str(word) for word in [*given, "--mask-rate", 0.3]])
+    assert isinstance(done.exception, InvalidArgumentError)
+    assert "the teacher is a causal one" in str(done.exception)
