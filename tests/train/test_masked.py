@@ -193,7 +193,7 @@ def test_a_cache_and_a_student_that_do_not_fit_are_refused_by_name(
     dataset: CacheDataset, cache: Path, tmp_path: Path
 ) -> None:
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(InvalidArgumentError, match="causal language model, and the cache is for"):
+    with pytest.raises(InvalidArgumentError, match="causal language model, but the cache is for"):
         SparseKDTrainer(tiny_llama(vocab_size=V), arguments, train_dataset=dataset)
-    with pytest.raises(InvalidArgumentError, match="masked language model, and the cache is for"):
+    with pytest.raises(InvalidArgumentError, match="masked language model, but the cache is for"):
         SparseKDTrainer(tiny_bert(vocab_size=520), arguments, train_dataset=CacheDataset(cache))
