@@ -52,6 +52,7 @@ REVIEWED = [
     re.compile(r"https://aclanthology\.org/2025\.acl-long\.885/"),
     re.compile(r"https://s3fs\.readthedocs\.io"),
     re.compile(r"https://docs\.vllm\.ai/en/latest/features/[\w/]+/"),
+    re.compile(r"https://tinker-docs\.thinkingmachines\.ai/tinker/losses/cross-entropy"),
 ]
 
 

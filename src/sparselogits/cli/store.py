@@ -185,21 +185,34 @@ def export(
         typer.Option(
             "--format",
             help="lists: Parquet with lists of ids and weights per token. topk: Parquet with the "
-            "ids of the largest weights per token and their log-weights. datasets: a folder for "
-            "datasets.load_from_disk with the columns of lists.",
+            "ids of the largest weights per token and their log-weights. weighted: Parquet with "
+            "target tokens and weights of shape (N, K), for a weighted cross-entropy such as "
+            "Tinker's. distillkit, axolotl: Top-K lists in the form of that trainer. datasets: a "
+            "folder for datasets.load_from_disk with the columns of lists.",
             rich_help_panel=OUTPUT,
         ),
     ] = "lists",
     k: Annotated[
-        int, typer.Option(help="Entries per token, for --format topk.", rich_help_panel=OUTPUT)
+        int,
+        typer.Option(
+            help="Entries per token, for --format topk, distillkit and axolotl.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = 50,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            help="Share of the true next token in the weights of --format weighted.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 0.0,
 ) -> None:
     """Write a cache in a format that other tools read without sparselogits."""
     from sparselogits.store import Cache
     from sparselogits.store import export as export_cache
 
     with stage("exporting", "windows") as update:
-        written = export_cache(Cache.open(cache), out, form, k=k, progress=update)
+        written = export_cache(Cache.open(cache), out, form, k=k, alpha=alpha, progress=update)
     if form == "datasets":
         stdout().print(f"a datasets folder written to {out}", soft_wrap=True)
         print_next(otherwise=f'datasets.load_from_disk("{out}") in Python')

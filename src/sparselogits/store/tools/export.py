@@ -1,34 +1,71 @@
 """Export a cache to formats of other tools, one shard at a time, in constant memory.
 
-lists      Parquet with one row per window: tokens, and the ids and weights of each position as
-           lists
-topk       Parquet with one row per window: tokens, and the K ids with the largest weights at each
-           position with the logarithms of their weights, as rectangular arrays for Top-K trainers
-datasets   folder for `datasets.load_from_disk`, with the columns of `lists`
+lists       Parquet with one row per window: tokens, and the ids and weights of each position as
+            lists
+topk        Parquet with one row per window: tokens, and the K ids with the largest weights at each
+            position with the logarithms of their weights, as rectangular arrays for Top-K trainers
+weighted    Parquet with one row per window: input tokens [N], target tokens [N, K] and weights
+            [N, K], the inputs of a weighted cross-entropy such as Tinker's
+distillkit  Parquet and compression_config.yaml: Top-K lists in DistillKit's packing, lossless
+axolotl     Parquet: Top-K lists in the columns of Axolotl's KD plugin, tokenised
+datasets    folder for `datasets.load_from_disk`, with the columns of `lists`
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
+from sparselogits.objectives import IGNORE_INDEX, Causal
 from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
 
-FORMATS = ("lists", "topk", "datasets")
-"""Names of the export formats."""
+_NO_LOGPROB = -10_000  # of padding: exp is 0, and its product with 0 is no NaN
+
+_Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a row depends on besides its window."""
+
+    k: int
+    alpha: float
+    vocab_size: int
+    reset_attention: bool
+
+    def labels(self, record: WindowRecord) -> NDArray[np.int64]:
+        """Return the token that each position predicts, int64 [L]; -100 where there is none."""
+        if record.inputs is not None:
+            raise InvalidArgumentError(
+                f"window {record.window_index} has targets of a masked model, which predicts the "
+                "tokens themselves; this format is for models that predict the next token. Export "
+                "as lists, topk or datasets"
+            )
+        starts = record.document_starts if self.reset_attention else None
+        return Causal().labels(record.tokens, record.mask, starts)
 
 
 def export(
-    cache: Cache, out: str | Path, form: str, *, k: int = 50, progress: Progress | None = None
+    cache: Cache,
+    out: str | Path,
+    form: str,
+    *,
+    k: int = 50,
+    alpha: float = 0.0,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Export a cache to another file format.
 
@@ -36,15 +73,18 @@ def export(
         cache: the cache.
         out: output folder, which must be missing or empty.
         form: output format, one of FORMATS.
-        k: entries per position in the format `topk`; positions with fewer entries are padded with
-            id 0 and logarithm -inf.
+        k: entries per position for `topk`, `distillkit` and `axolotl`. Positions with fewer are
+            padded: in `topk` with id 0 and -inf, else with further ids of probability 0.
+        alpha: share of the true token in the weights of `weighted`, from 0 to 1.
         progress: called with the numbers of windows done and in total.
 
     Returns:
         Paths of the files, or of the folder for the format `datasets`.
 
     Raises:
-        InvalidArgumentError: the format is unknown, k is below 1, or the folder is not empty.
+        InvalidArgumentError: the format is unknown, k is below 1, alpha is outside of [0, 1], or
+            the folder is not empty. Or the format cannot hold the cache: `distillkit` has no place
+            for positions without a target, and formats of trainers none for masked models.
         CacheError: the cache is empty.
         StorageError: the folder cannot be written; no partial export remains.
 
@@ -54,10 +94,15 @@ def export(
         True
     """
     folder = Path(out)
-    if form not in FORMATS or k < 1:
+    if form not in FORMATS or k < 1 or not 0 <= alpha <= 1:
         raise InvalidArgumentError(
-            f"cannot export to format {form!r} with k={k}; choose one of {', '.join(FORMATS)}, and "
-            "k of at least 1"
+            f"cannot export to format {form!r} with k={k} and alpha={alpha}; choose one of "
+            f"{', '.join(FORMATS)}, k of at least 1, and alpha from 0 to 1"
+        )
+    if form in ("distillkit", "axolotl") and k > cache.identity.vocab_size:
+        raise InvalidArgumentError(
+            f"cannot export {k} different ids of a vocabulary of {cache.identity.vocab_size}; give "
+            "a smaller k"
         )
     require_new_folder(folder)
     if not len(cache):
@@ -68,12 +113,18 @@ def export(
         if form == "datasets":
             _export_dataset(cache, partial, progress)
             return [folder]
-        names = _export_parquet(cache, partial, form, k, progress)
+        identity = cache.identity
+        reset = bool(identity.packing.get("reset_attention"))
+        settings = _Settings(k, alpha, identity.vocab_size, reset)
+        names = _export_parquet(cache, partial, form, settings, progress)
+        if form == "distillkit":
+            names.append("compression_config.yaml")
+            (partial / names[-1]).write_text(_packing(settings))
         return [folder / name for name in names]
 
 
 def _export_parquet(
-    cache: Cache, folder: Path, form: str, k: int, progress: Progress | None
+    cache: Cache, folder: Path, form: str, settings: _Settings, progress: Progress | None
 ) -> list[str]:
     """Write one Parquet file per shard; return the names of the files."""
     names, done = [], 0
@@ -82,7 +133,7 @@ def _export_parquet(
         writer = None
         for _ in range(start, stop):
             record = cache.read(done)
-            table = _lists(record) if form == "lists" else _top(record, k)
+            table = _TABLES[form](record, settings)
             writer = writer or pq.ParquetWriter(folder / name, table.schema, compression="zstd")
             writer.write_table(table)
             done += 1
@@ -103,12 +154,13 @@ def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> No
     from datasets import Dataset  # slow to import
 
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-        names = _export_parquet(cache, Path(work), "lists", 0, progress)
+        settings = _Settings(0, 0.0, cache.identity.vocab_size, False)
+        names = _export_parquet(cache, Path(work), "lists", settings, progress)
         parts = [f"{work}/{name}" for name in names]
         Dataset.from_parquet(parts, cache_dir=f"{work}/arrow").save_to_disk(str(folder))
 
 
-def _lists(record: WindowRecord) -> pa.Table:
+def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
     """Return the row of a window in the format `lists`."""
     targets = record.targets
     offsets = pa.array(targets.offsets.numpy().astype(np.int32))
@@ -117,21 +169,129 @@ def _lists(record: WindowRecord) -> pa.Table:
     return _row(record, {"ids": ids, "weights": weights})
 
 
-def _top(record: WindowRecord, k: int) -> pa.Table:
-    """Return the row of a window in the format `topk`."""
+def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
+    """Return the ids [L, k] of the heaviest entries and their weights; padding has weight 0."""
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
     weights = np.pad(weights, ((0, 0), (0, width)))
     best = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+    return (
+        np.take_along_axis(ids, best, 1).astype(np.int32),
+        np.take_along_axis(weights, best, 1),
+    )
+
+
+def _top(record: WindowRecord, settings: _Settings) -> pa.Table:
+    """Return the row of a window in the format `topk`."""
+    ids, weights = _heaviest(record, settings.k)
     with np.errstate(divide="ignore"):
-        logs = np.log(np.take_along_axis(weights, best, 1))
-    best_ids = np.take_along_axis(ids, best, 1).astype(np.int32)
+        logs = np.log(weights)
 
     def rectangle(values: Any) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), k)
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), settings.k)
 
-    return _row(record, {"top_ids": rectangle(best_ids), "top_logprobs": rectangle(logs)})
+    return _row(record, {"top_ids": rectangle(ids), "top_logprobs": rectangle(logs)})
+
+
+def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
+    """Return the positions but the last, whose next token is in another window."""
+    labels = settings.labels(record)[:-1]
+    ids, weights = (part.numpy()[:-1] for part in record.targets.padded())
+    if alpha := settings.alpha:
+        ids = np.concatenate([ids, np.maximum(labels, 0)[:, None]], 1)
+        share = np.full((len(labels), 1), alpha)
+        weights = np.concatenate([(1 - alpha) * weights, share], 1)
+    weights = np.where(labels[:, None] == IGNORE_INDEX, 0, weights)
+    columns = {
+        "input_tokens": pa.array(record.tokens[:-1]),
+        "target_tokens": _matrix(ids.astype(np.int32)),
+        "weights": _matrix(weights.astype(np.float32)),
+    }
+    return _table({"window_index": pa.array([record.window_index], pa.int64())}, columns)
+
+
+def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Array]:
+    """Return ids and logprobs [L, k] of distinct ids, and which of them are entries."""
+    ids, weights = _heaviest(record, k)
+    real = weights > 0
+    for position in np.flatnonzero(~real.all(1)):
+        own = ids[position, real[position]]
+        others = np.setdiff1d(np.arange(k), own)  # readers may write all ids into one row
+        ids[position, ~real[position]] = others[: k - len(own)]
+    logs = np.where(real, np.log(np.where(real, weights, 1)), _NO_LOGPROB)
+    return ids, logs.astype(np.float32), real
+
+
+def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
+    """Return positions in DistillKit's packing: logprobs in float32, ids in big-endian bits."""
+    labels = settings.labels(record)[:-1]
+    if (labels == IGNORE_INDEX).any():
+        raise InvalidArgumentError(
+            f"window {record.window_index} has positions without a target, for which DistillKit's "
+            "packed rows have no place; export as axolotl, topk or weighted"
+        )
+    ids, logs, _ = _padded_heaviest(record, settings.k)
+    bits = (settings.vocab_size - 1).bit_length()
+    each = (ids[:-1, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+    packed = np.packbits(each.astype(np.uint8).reshape(len(labels), -1), axis=1)
+    columns = {
+        "input_ids": pa.array(record.tokens.astype(np.uint64)),
+        "compressed_logprobs": _matrix(logs[:-1].astype("<f4").view(np.uint8)),
+        "bytepacked_indices": _matrix(packed),
+    }
+    return _table({}, columns)
+
+
+def _packing(settings: _Settings) -> str:
+    """Return DistillKit's settings for `_distillkit`; JSON is YAML."""
+    values: dict[str, Any] = {
+        **{"d": settings.vocab_size, "k": settings.k, "exact_k": settings.k},
+        **{"exact_dtype": "float32", "polynomial_terms": None, "term_dtype": "float32"},
+        **{"residual_bins": [], "delta_encoding": False, "error_diffusion": False},
+        "normalize_t": False,
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
+    """Return values by token: the targets of token j are those that predict it."""
+    labels = Causal().at_tokens(settings.labels(record), IGNORE_INDEX)
+    ids, logs, real = _padded_heaviest(record, settings.k)
+    begins = np.zeros(len(labels), np.int64)
+    if settings.reset_attention:
+        begins[record.document_starts] = record.document_starts
+    places = np.arange(len(labels)) - np.maximum.accumulate(begins)
+    moved = (
+        Causal().at_tokens(part.T, filler).T
+        for part, filler in ((ids, 0), (logs, _NO_LOGPROB), (real, False))
+    )
+    ids, logs, real = moved
+    columns = {
+        "input_ids": pa.array(record.tokens),
+        "labels": pa.array(labels.astype(np.int32)),
+        "attention_mask": pa.array(np.ones(len(labels), np.int8)),
+        "position_ids": pa.array(places.astype(np.int32)),
+        "target_token_ids": _matrix(ids),
+        "target_logprobs": _matrix(logs),
+        "target_mask": _matrix((real & (labels != IGNORE_INDEX)[:, None]).astype(np.int8)),
+    }
+    return _table({}, columns)
+
+
+_TABLES: dict[str, Callable[[WindowRecord, _Settings], pa.Table]] = {
+    **{"lists": _lists, "topk": _top, "weighted": _weighted},
+    **{"distillkit": _distillkit, "axolotl": _axolotl},
+}
+FORMATS = (*_TABLES, "datasets")
+"""Names of the export formats."""
+
+
+def _matrix(values: _Array) -> pa.Array:
+    """Return [P, K] numbers as P lists of K."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
@@ -141,11 +301,17 @@ def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
         record: the window.
         columns: values by name, one per position.
     """
+    index = {"window_index": pa.array([record.window_index], pa.int64())}
     whole = {"tokens": pa.array(record.tokens), **columns}
     if record.inputs is not None:
         whole["inputs"] = pa.array(record.inputs)
-    arrays = {
+    return _table(index, whole)
+
+
+def _table(single: dict[str, pa.Array], columns: dict[str, pa.Array]) -> pa.Table:
+    """Return one row of single values and of `columns`, each as a list."""
+    lists = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-        for name, values in whole.items()
+        for name, values in columns.items()
     }
-    return pa.table({"window_index": pa.array([record.window_index], pa.int64()), **arrays})
+    return pa.table({**single, **lists})
