@@ -50,7 +50,7 @@ class _OptionTable(Table):
     """Table of options in two columns: names with types, never truncated, and help texts."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row; of the `cells` (names, type, help text), all but the last form one column."""
+        """Add a row; all `cells` (names, type, help text) except the last are joined."""
         if len(cells) < 3:
             super().add_row(*cells, **options)
             return

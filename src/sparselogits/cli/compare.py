@@ -129,7 +129,7 @@ def _tables(results: Results) -> list[Table]:
 
 
 def _with_interval(metric: MetricEstimate | None, scale: float, digits: int) -> str:
-    """Return the mean of a metric, times a scale, with ± half of its interval."""
+    """Format the mean of a metric, times a scale, with ± half the width of its interval."""
     if metric is None:
         return "-"
     mean = f"{scale * metric.mean:.{digits}f}"
@@ -140,12 +140,12 @@ def _with_interval(metric: MetricEstimate | None, scale: float, digits: int) -> 
 
 
 def _angle(row: MethodRow) -> str:
-    """Return the angle between the gradients of a method and of full KD, in degrees."""
+    """Format the angle between a method's gradient and full KD's gradient, in degrees."""
     return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"
 
 
 def _metric(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
-    """Return the function that formats a metric of a row."""
+    """Return a function that formats the metric `name` of a row."""
     return lambda row: _with_interval(row.figures.get(name), scale, digits)
 
 
@@ -158,11 +158,11 @@ _COLUMNS: tuple[tuple[str, Callable[[MethodRow], str]], ...] = (
     ("over %", _metric("overconfidence", 100, 1)),
     ("acc. %", _metric("acceptance", 100, 1)),
 )
-"""Titles of the columns of metrics, and the functions that format their cells."""
+"""Title of each metric column, and the function that formats the column's cells."""
 
 
 def _cells(row: MethodRow) -> list[str]:
-    """Return the cells of a method, except its name and its angle."""
+    """Return the table cells of a method, except its name and its angle."""
     seeds = str(len(row.seeds_done))
     if row.seeds_failed:
         seeds += f" ({len(row.seeds_failed)} failed)"

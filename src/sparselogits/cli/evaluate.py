@@ -354,7 +354,7 @@ _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
     ("speculative acceptance %", "↑", "acceptance", lambda x: f"{100 * x:.1f}"),
     ("agreement with the teacher %", "↑", "agreement", lambda x: f"{100 * x:.1f}"),
 )
-"""Title, better direction, name and format of each metric in the table."""
+"""Title, direction of improvement, name and format of each metric in the table."""
 
 
 def _table(found: dict[str, HeldOut]) -> Table:
@@ -373,7 +373,7 @@ def _table(found: dict[str, HeldOut]) -> Table:
 
 
 def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
-    """Return a value and half of its confidence interval, both in the metric's format."""
+    """Return a value and half the width of its interval, both in the metric's format."""
     if estimate is None:
         return "-", "-"
     if estimate.low is None or estimate.high is None:
@@ -382,7 +382,7 @@ def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
 
 
 def _half(shown: _Shown, low: float, high: float) -> str:
-    """Return half of an interval, with the number of decimals of its formatted ends."""
+    """Format half the width of an interval, with as many decimals as the formatted ends."""
     first, last = shown(low), shown(high)
     return f"{(float(last) - float(first)) / 2:.{len(last.partition('.')[2])}f}"
 

@@ -30,11 +30,11 @@ class OtherText:
         text_field: field or column that contains the text.
         split: split of a dataset.
         completion_only: whether only completions and assistant messages are evaluated.
-        window: tokens per window; None for the cache's window length, else `DEFAULT_WINDOW`.
+        window: tokens per window; None for the cache's, or `DEFAULT_WINDOW` without a cache.
         reset_attention: whether attention is limited to one document; None for the cache's
             setting.
-        separator_id: id of the token between documents; None for the cache's separator, else the
-            tokenizer's.
+        separator_id: id of the token between documents; None for the cache's separator, or the
+            tokenizer's without a cache.
         tokenized_by: tokenizer of the token ids in the data; None if the data is text.
         join_rows: whether rows of token ids are concatenated and then cut into windows.
     """
@@ -143,7 +143,7 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
 
     Raises:
         TeacherError: If none of the models has a readable tokenizer.
-        IdentityMismatchError: If the student's tokenizer assigns other ids to tokens.
+        IdentityMismatchError: If the student's tokenizer assigns different ids to tokens.
     """
     from sparselogits.teacher.loading import load_tokenizer
 

@@ -25,7 +25,7 @@ from sparselogits.files import user_cache, write_whole
 from sparselogits.untrusted import printable
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
-"""Exit codes."""
+"""Exit codes for an error that the message explains, for a bug, and for an interruption."""
 
 _RESUMES = "finished parts are kept, and the same command continues from there"
 _AFTER_INTERRUPTION = {
@@ -56,7 +56,7 @@ _NEXT_STEPS = {
     errno.ENOSPC: _NO_SPACE,
     errno.EDQUOT: _NO_SPACE,
 }
-"""Advice to the user, by the number of an operating-system error."""
+"""Advice to the user, by `errno` of an operating-system error."""
 
 
 def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:

@@ -294,7 +294,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Create an adaptive sampler: the default's rounds where the signal equals its pilot mean."""
+    """Create an adaptive sampler that draws as many rounds on average as the default sampler."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
@@ -310,7 +310,7 @@ def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: floa
 def _conditions(
     data: str, fingerprint: str, engine: Engine, learners: dict[str, nn.Module]
 ) -> dict[str, Any]:
-    """Return what the results depend on: teacher, text, students and version of torch."""
+    """Return the inputs that determine the results: teacher, text, students, torch version."""
     import torch
 
     from sparselogits.teacher.loading import module_fingerprint
@@ -344,7 +344,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Print a table per batch size for all parameters, and one per other space at the largest."""
+    """Print the gradients of all parameters per batch size, other spaces at the largest only."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]
@@ -382,7 +382,7 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
 
 
 def _plus_minus(estimate: Estimate, digits: int) -> str:
-    """Return the mean of an estimate, with ± half of its interval if it has one."""
+    """Format the mean of an estimate, with ± half the width of its interval if it has one."""
     if estimate.high is None:
         return f"{estimate.mean:.{digits}f}"
     return f"{estimate.mean:.{digits}f}±{estimate.high - estimate.mean:.{digits}f}"

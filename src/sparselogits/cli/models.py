@@ -93,7 +93,7 @@ def load_cache_teachers(
 
     Args:
         names: names of the teachers, in the order of the caches.
-        identities: identities of the caches; empty to skip the comparison.
+        identities: identities of the caches; empty to skip the check of the teachers.
         shares: weight of each teacher; teachers of weight 0 are not loaded.
         device: device of the teachers.
         dtype: data type of the teachers' weights.

@@ -17,7 +17,7 @@ from sparselogits.untrusted import json_text
 MODEL, DATA, TARGETS = "Model", "Data", "Targets"
 OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
 TRAINING, MEASUREMENTS = "Training", "Measurements"
-"""Headings of the option groups in `--help`, which a page lists in the order of first use."""
+"""Headings of option groups; `--help` lists the groups in the order of their first use."""
 
 MODEL_NAMES = (
     "a folder, a GGUF file, a name on the Hugging Face hub, or `demo` for SmolLM2-135M-Instruct "

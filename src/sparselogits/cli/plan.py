@@ -317,7 +317,7 @@ class _ModelMemory:
         option: option that sets the batch size.
         shape: dimensions of the model.
         batch: windows per batch.
-        memory_of: function that returns the memory for a batch size and a number of devices.
+        memory_of: function from the batch size and the number of devices to the memory.
         capacity: memory of the device in bytes; None if unknown.
     """
 
@@ -341,7 +341,7 @@ class _ModelMemory:
         return [(f"memory, {self.role}", text), ("", f"{parts}; shape of {self.shape.name}")]
 
     def _advice(self, capacity: float) -> str:
-        """Return advice for a model that does not fit with any batch size."""
+        """Return advice for a model that does not fit on one device with any batch size."""
         devices = fewest_devices(self.memory_of, 1, capacity)
         if devices is None:
             return "no number of such devices is enough"
@@ -442,14 +442,14 @@ def _grid_table(settings: Settings) -> Table:
 
 
 def _clock(hours: float, devices: int, name: str) -> str:
-    """Return the elapsed time of a number of device-hours on a number of devices."""
+    """Format the elapsed time that a number of device-hours takes on several devices."""
     if devices == 1:
         return f"{_time(hours)} on one {name}"
     return f"{_time(hours / devices)} on {devices:,} {name}, {hours:,.1f} device-hours"
 
 
 def _time(hours: float) -> str:
-    """Return a time with a unit: seconds, minutes, hours or days."""
+    """Format a time in hours with a suitable unit: seconds, minutes, hours or days."""
     seconds = hours * 3600
     if seconds < 1:
         return "under a second"
@@ -461,7 +461,7 @@ def _time(hours: float) -> str:
 
 
 def _bytes(count: float) -> str:
-    """Return a number of bytes with a decimal unit, from B to PB."""
+    """Format a number of bytes with a decimal unit, from B to PB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

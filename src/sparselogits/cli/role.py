@@ -42,7 +42,7 @@ class BuildRole:
 
     @property
     def follows(self) -> bool:
-        """Whether this process only computes its part of the forward passes of the first rank."""
+        """Whether this process only takes part in forward passes that the first rank starts."""
         return bool(self.rank)
 
     def follow(self, engine: Any) -> None:
@@ -112,9 +112,9 @@ class BuildRole:
             engine: teacher of this process.
             corpus: packed text.
             requests: caches to build from the same forward passes.
-            only: first and last-plus-one window to build; None for all windows.
-            windows_per_shard: windows per shard.
-            first_window: number in the cache of the first window of the corpus.
+            only: first window to build and the window after the last; None for all windows.
+            windows_per_shard: number of windows per shard.
+            first_window: number that the corpus's first window has in the cache.
             progress: function called with windows done and windows in total.
             options: remaining options of `build_caches`.
         """

@@ -224,6 +224,6 @@ def export(
 
 
 def _copied(report: MergeReport, done: str) -> str:
-    """Return how many shards were copied, and how many already existed."""
+    """Format how many shards were copied, and how many already existed."""
     copied, kept = counted(len(report.copied), "shard"), len(report.kept)
     return f"{copied} {done}, {kept} {'was' if kept == 1 else 'were'} there already"

@@ -311,7 +311,7 @@ def _table(rows: dict[str, str]) -> Table:
 
 
 def _plan_table(plan: PlannedRun) -> Table:
-    """Return a table of what a run is about to do."""
+    """Return a table that describes a planned run."""
     parameters = f"{_millions(plan.parameters)} parameters"
     if plan.trained != plan.parameters:
         parameters += f", {_millions(plan.trained)} of them trained"
@@ -329,7 +329,7 @@ def _plan_table(plan: PlannedRun) -> Table:
 
 
 def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
-    """Return a table of the results of a run; `tokens` are those trained on, if known."""
+    """Return a table of a run's results; `tokens` is the number trained on, None if unknown."""
     rows = {"student": str(result.model_path), "steps": counted(result.steps, "step")}
     rows["steps"] += f" in {result.seconds:,.0f} s"
     if tokens is not None and result.seconds > 0 and result.fresh:
@@ -345,7 +345,7 @@ def _summary(recipe: Recipe, result: RunResult, tokens: int | None) -> Table:
 
 
 def _millions(count: int) -> str:
-    """Return a number of parameters, in millions or billions if it is large."""
+    """Format a number of parameters, in millions or billions if it is large."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} B"
     return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"

@@ -7,8 +7,8 @@ probability min(1, p / s), so the acceptance probability at a position is
 
 (Leviathan et al. 2023, arXiv 2211.17192, definition 3.1 and theorem 3.5), which is one minus the
 total variation distance. `expected_acceptance` computes this sum; `draft_and_verify` runs one round
-of the algorithm, whose tokens have the teacher's distribution for any student (appendix A.1 of the
-same paper). Both models are at temperature one.
+of the algorithm. The emitted tokens have the teacher's distribution for any student (appendix A.1
+of the same paper). Both models are at temperature one.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 NextLogits = Callable[[Tensor], Tensor]
-"""Function of tokens, int64 [L]; returns the student's logits of the next token, float [V]."""
+"""Function from tokens, int64 [L], to the student's logits for the next token, float [V]."""
 
 LastLogits = Callable[[Tensor, int], Tensor]
-"""Function of tokens, int64 [L], and n; returns the teacher's last n logits, float [n, V]."""
+"""Function from tokens, int64 [L], and n to the teacher's logits at the last n, float [n, V]."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Describe the result of one round of speculative decoding.
+    """Result of one round of speculative decoding.
 
     Args:
-        tokens: emitted tokens: the accepted drafted tokens, then one token of the teacher.
+        tokens: emitted tokens, which are the accepted drafted tokens and one from the teacher.
         acceptances: sum_i min(p_i, s_i) at each verified position, float64 [`verified`].
     """
 
@@ -80,8 +80,8 @@ def draft_and_verify(
 
     Args:
         prefix: tokens before the draft, int64 [L], L at least 1.
-        student: function that computes the student's logits of the next token.
-        teacher: function that computes the teacher's logits of the last tokens.
+        student: function that computes the student's logits for the next token.
+        teacher: function that computes the teacher's logits at the last positions.
         draft: number of tokens to draft, at least 1.
         generator: random generator on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Compute the calibration of next-token predictions: whether confidence equals accuracy.
+"""Compute the calibration of next-token predictions, that is, whether confidence equals accuracy.
 
 The confidence at a position is the model's largest probability, and the position is a hit if the
 token with that probability is the true next token. Positions are binned by confidence; with N
@@ -7,8 +7,8 @@ positions, n_b of them in bin b,
     ECE = sum_b n_b / N |accuracy_b - confidence_b|
 
 (Naeini et al. 2015; Guo et al. 2017, equation 3). Bins have equal width, as in Guo et al., or equal
-mass (Nguyen and O'Connor 2015), which also resolve the many positions of small confidence of a
-language model. ECE is not signed; `overconfidence`, mean confidence minus accuracy, is.
+mass (Nguyen and O'Connor 2015). Bins of equal mass also resolve small confidences, which are common
+in language models. ECE is not signed; `overconfidence`, mean confidence minus accuracy, is.
 
 Bins of equal mass are computed from all confidences at once. The confidences are stored as one
 float32 per position and model, 4 MB per million positions, negative for a miss.
@@ -31,11 +31,11 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Bin:
-    """Describe positions of similar confidence, which are one point of a reliability diagram.
+    """Bin of positions with similar confidence: one point of a reliability diagram.
 
     Args:
-        low: lower edge for equal width, smallest confidence in the bin for equal mass.
-        high: upper edge for equal width, largest confidence in the bin for equal mass.
+        low: lower edge of a bin of equal width, smallest confidence in a bin of equal mass.
+        high: upper edge of a bin of equal width, largest confidence in a bin of equal mass.
         confidence: mean confidence of the bin's positions.
         accuracy: share of hits among the bin's positions.
         count: number of positions.
@@ -50,7 +50,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Describe the calibration by bins of equal width or of equal mass.
+    """Calibration computed with bins of equal width or of equal mass.
 
     Args:
         ece: expected calibration error, in [0, 1].
@@ -70,10 +70,10 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Describe the calibration of next-token predictions.
+    """Calibration of next-token predictions.
 
     Args:
-        confidence: mean of the largest probability.
+        confidence: largest probability, averaged over positions.
         accuracy: share of positions whose most likely token is the true next token.
         equal_width: bins of equal width in confidence.
         equal_mass: bins of equally many positions; equal confidences share a bin.
@@ -153,7 +153,7 @@ def _reliability(
     bins: int,
     edges: Tensor | None,
 ) -> Reliability:
-    """Compute the bins of one kind.
+    """Compute the calibration for one kind of bins.
 
     Args:
         confidence: confidence per position, float64 [N].

@@ -2,7 +2,7 @@
 
 A draft of n tokens after a prefix of l tokens costs n forward passes of the student, over l to
 l + n - 1 tokens, and one of the teacher, over l + n. No key-value cache is used, and an engine
-applies its head to the whole prefix: the module is for measuring, not for serving.
+applies its head to the whole prefix, so the module is for measuring, not for serving.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class Drafting:
-    """Describe the result of drafting.
+    """Result of drafting.
 
     Args:
         drafts: number of drafts, each verified once.
         verified: number of drafted tokens up to and including each draft's first rejection.
         accepted: number of verified tokens that were accepted.
         expected: mean of sum_i min(p_i, s_i) over the verified positions.
-        error: standard deviation of `acceptance - expected`: the square root of the sum of
-            a (1 - a) over the verified positions, divided by `verified`. Given the prefix, a token
-            is accepted with probability a.
+        error: standard deviation of `acceptance - expected`, which is the square root of the sum
+            of a (1 - a) over the verified positions, divided by `verified`. Here a is the
+            probability that a token is accepted, given its prefix.
     """
 
     drafts: int
@@ -51,7 +51,7 @@ class Drafting:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Mean number of tokens emitted per forward pass of the teacher, its own token included."""
+        """Mean number of tokens emitted per forward pass of the teacher, with its own token."""
         return 1 + self.accepted / self.drafts
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def draft_from_prefixes(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drafting:
-    """Draft from prefixes of held-out windows and verify, with both models at temperature one.
+    """Draft tokens from prefixes of held-out windows and verify them, both models at temperature 1.
 
     Args:
         student: transformers causal language model, in eval mode during the call.
@@ -80,7 +80,7 @@ def draft_from_prefixes(
         draft: number of tokens per draft, at least 1.
         prefixes: number of prefixes per window, at least 1, at evenly spaced positions.
         seed: random seed. The results of the first windows do not depend on the number of windows.
-        progress: function that is called with the number of windows done and of all windows.
+        progress: function that is called with the number of windows done and the total number.
 
     Raises:
         InvalidArgumentError: If there are no windows, windows are not longer than a draft, `draft`

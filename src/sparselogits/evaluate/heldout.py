@@ -47,7 +47,7 @@ _LOSS, _KL, _AGREEMENT, _ACCEPTANCE, _POSITIONS = range(5)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Describe a model by its metrics on held-out text; windows without a label are excluded.
+    """Metrics of a model on held-out text, without windows that have no label.
 
     Args:
         loss: mean negative log-likelihood of the labels, nats.
@@ -130,8 +130,9 @@ class HeldOut:
             metric: name of the metric, one of `METRICS`.
 
         Returns:
-            float64 [W, C]: for binned metrics (`ece`, `ece_equal_mass`, `overconfidence`) the gap
-            of each bin and the number of positions, otherwise the metric's sum and the number.
+            float64 [W, C]. The last column is the number of positions. The others are the gap of
+            each bin for binned metrics (`ece`, `ece_equal_mass`, `overconfidence`), otherwise the
+            sum of the metric over positions.
 
         Raises:
             InvalidArgumentError: If the metric does not exist, or needs a teacher.
@@ -213,20 +214,20 @@ def evaluate(
     """Measure students, and optionally their teacher, on held-out windows.
 
     Args:
-        students: transformers language models by name, in eval mode during the call: masked ones
-            where the windows are corrupted, else causal ones.
+        students: transformers language models by name, in eval mode during the call. They are
+            masked language models if the windows are corrupted, otherwise causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of resamples of the windows, for the intervals.
         seed: random seed of the resamples.
-        progress: function that is called with the number of windows done and of all windows.
+        progress: function that is called with the number of windows done and the total number.
 
     Returns:
-        The metrics by name of the student; those of a teacher under the name "teacher".
+        The metrics by name of the student; those of the teacher under the name "teacher".
 
     Raises:
         InvalidArgumentError: If there are no windows or resamples, a student has fewer ids than the
-            teacher, or a model does not predict what the windows are for.
+            teacher, or a model is causal where the windows need a masked one, or the reverse.
 
     Examples:
         >>> from pathlib import Path
@@ -266,7 +267,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Measured:
-    """Store the sums of one model over a window or a slice of a window.
+    """Sums of one model's metrics over a window or a slice of a window.
 
     Args:
         sums: sums of loss, KL, agreements, acceptances and positions, float64 [5].
@@ -323,7 +324,7 @@ def _log_softmax(logits: Tensor, counted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TeacherPredictions:
-    """Store the teacher's predictions at P positions, computed once for all students.
+    """Predictions of the teacher at P positions, computed once for all students.
 
     Args:
         log_p: log-probabilities, float32 [P, V].

@@ -33,14 +33,14 @@ _BLOCK_SIZE = 1 << 22
 """Number of float64 values in one block of resamples, which takes 32 MiB."""
 
 Statistic = Callable[[Tensor], Tensor]
-"""Function of sums over units, float64 [R, C]; returns one value per resample, float64 [R]."""
+"""Function from sums over units, float64 [R, C], to one value per resample, float64 [R]."""
 
 _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Describe a value that was computed from independent units, with its interval.
+    """Value computed from independent units, with its interval.
 
     Args:
         mean: the value computed from all units.
@@ -153,7 +153,7 @@ def _covariance(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def ratio(sums: Tensor) -> Tensor:
-    """Divide the first column of sums, float64 [R, C], by the last, which gives means [R]."""
+    """Divide the first column of sums, float64 [R, C], by the last; return the means [R]."""
     return sums[:, 0] / sums[:, -1]
 
 
@@ -224,7 +224,7 @@ def paired_interval(
     Args:
         first: contribution of each unit to each of C sums of the first model, float64 [W, C].
         second: the same for the second model, in the same order of units.
-        statistic: as in `bootstrap_interval`, like the other arguments.
+        statistic: as in `bootstrap_interval`; so are the remaining arguments.
 
     Raises:
         InvalidArgumentError: If the numbers of units differ, or `bootstrap_interval` raises it.
@@ -247,7 +247,7 @@ def paired_interval(
 
 @dataclass(frozen=True)
 class SeedEstimate:
-    """Describe a metric of several trained models, one per seed, on the same windows.
+    """Metric of several trained models, one per seed, on the same windows, with intervals.
 
     Args:
         mean: mean over the models; for a ratio, the ratio of two means over the models.

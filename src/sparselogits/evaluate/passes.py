@@ -19,7 +19,7 @@ _SLICE = 256
 
 
 class StudentLogits:
-    """Compute a student's logits of a slice of positions, from the hidden states of a window.
+    """Compute a student's logits for slices of a window, from the window's hidden states.
 
     Args:
         model: transformers causal language model. If trunk and head cannot be run separately, the
@@ -27,7 +27,7 @@ class StudentLogits:
         masked: whether the windows are corrupted, for a masked language model.
 
     Raises:
-        InvalidArgumentError: If the model is of the other kind.
+        InvalidArgumentError: If the model is causal and `masked` is True, or the reverse.
     """
 
     def __init__(self, model: nn.Module, *, masked: bool = False) -> None:

@@ -54,13 +54,13 @@ REJECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "that checkpoints and thinning are computed from. Leave both out",
     ),
 }
-"""Test for unsupported values, and reason with advice, by field of TrainingArguments."""
+"""Maps a field of TrainingArguments to a test for unsupported values, and a reason with advice."""
 
 REJECTED_BY_TRAINER: dict[str, str] = {
     "compute_loss_func": "`method` and `alpha` define the loss. For another loss, call "
     "sparselogits.linear_sparse_cross_entropy in your own Trainer",
 }
-"""Reason with advice, by argument of the Trainer itself that is not supported."""
+"""Maps an unsupported argument of the Trainer itself to the reason, with advice."""
 
 
 def require_known(args: TrainingArguments, others: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ def require_objective(
 ) -> TrainingMethod:
     """Validate the arguments of `SparseKDTrainer` that define the objective.
 
-    `teacher` is whether a teacher is given; the other arguments are those of `SparseKDTrainer`.
+    `teacher` is True if a teacher is given. The other arguments are those of `SparseKDTrainer`.
 
     Returns:
         The training method named by `method`.

@@ -1,7 +1,7 @@
 """Average checkpoints of a training run, or models of runs with the same initial weights.
 
-The average of a student's checkpoints is often better than the last checkpoint, and can be the
-teacher of the student for another pass over the text.
+The averaged model is often better than the last checkpoint. It can also serve as the teacher when
+the student is trained on the text again.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ def average_checkpoints(
             models of runs with the same initial weights.
         out: folder of the averaged model, which must be missing or empty.
         dtype: number format of the saved weights; "auto" for the format of the first checkpoint.
-        progress: function that is called with the number of checkpoints read and of all
-            checkpoints.
+        progress: function that is called with the number of checkpoints read and the total number.
 
     Returns:
         The averaged model, on the CPU.
 
     Raises:
-        InvalidArgumentError: If there are fewer than two checkpoints, two have equal files, or the
-            weights differ in names or shapes.
+        InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, or
+            the weights differ in names or shapes.
         TeacherError: If a checkpoint cannot be loaded, or has weights that are not finite.
         StorageError: If the folder cannot be written; an incomplete folder is removed.
     """

@@ -1,7 +1,7 @@
 """Detect a loss that is not finite without waiting for the device in every step.
 
-The losses of batches stay on the device and are checked together when the Trainer waits anyway: at
-a log line, before a checkpoint is saved, and at the end.
+The losses of batches stay on the device. They are checked together when the Trainer waits for the
+device anyway: at a log line, before a checkpoint is saved, and at the end.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 _MOST_UNCHECKED = 512
-"""Largest number of losses that are stored between checks, for any logging interval."""
+"""Largest number of losses stored between two checks, whatever the logging interval."""
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """Describe the first loss that is not finite.
+    """First loss that is not finite.
 
     Args:
         step: optimiser step of the loss, counted from 0; None if only weights are not finite, or
             if the loss is on another rank.
-        batch: index of the batch among the batches of this rank in the step.
+        batch: index of the batch among this rank's batches in the step.
         loss: value of the loss.
     """
 
@@ -34,7 +34,7 @@ class NotFinite:
 
 
 class FiniteGuard:
-    """Store the losses of a rank's batches until they are checked."""
+    """Losses of a rank's batches that have not been checked yet."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []
@@ -51,7 +51,7 @@ class FiniteGuard:
     def check(
         self, sum_over_ranks: Callable[[Tensor], Tensor], model: nn.Module | None = None
     ) -> NotFinite | None:
-        """Check the losses since the last call, and remove them.
+        """Check the losses stored since the last call, and discard them.
 
         Args:
             sum_over_ranks: function that sums a vector over all ranks; called on every rank or on

@@ -1,14 +1,15 @@
-"""Accumulate the metrics of a log line, all but the loss, without waiting for the device.
+"""Accumulate the metrics of a log line, except the loss, without waiting for the device.
 
-    kd                  cross-entropy to the target (divergence, with the teacher online), nats
+    kd                  cross-entropy to the cached target, or divergence from the online teacher,
+                        nats
     ce                  cross-entropy to the label, nats
     kl                  KL(teacher || student), nats: kd minus the teacher's entropy
     entries             stored entries per position
-    tokens_per_second   tokens of all ranks per second, evaluation and saving excluded
+    tokens_per_second   tokens per second over all ranks, without evaluation and saving
     data_seconds        seconds that a rank waited for batches, mean over ranks
 
 The cache stores the teacher's entropy as one mean per window over all positions. Positions without
-a label (the last one of a window) count in that mean but not in kd; `kl` ignores the difference.
+a label (the last of a window) count in that mean but not in `kd`; `kl` ignores the difference.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class LossMeter:
 
         Args:
             values: sums over the positions of the batch, by the names in `_SUMS`; None for a sum
-                that does not exist for the method.
+                that the training method does not have.
         """
         given = {name: value for name, value in values.items() if value is not None}
         device = next(v.device for v in given.values() if isinstance(v, Tensor))
@@ -62,7 +63,7 @@ class LossMeter:
             gather: function that sums a vector over all ranks; called on every rank or on none.
 
         Returns:
-            The metrics that the module's docstring lists, by name; empty without any position.
+            The metrics that the module's docstring lists, by name; empty if no position was added.
         """
         now = time.perf_counter()
         seconds = now - self._began if self._began is not None else 0.0

@@ -44,7 +44,7 @@ from sparselogits.train.router import BalancingLoss, balances_experts, balancing
 
 @dataclass
 class Objective:
-    """Define the loss that a student is trained with, and accumulate its metrics.
+    """Loss that a student is trained with, and the meters that accumulate its metrics.
 
     Args:
         method: name of a training method, see `methods.METHODS`.
@@ -54,9 +54,9 @@ class Objective:
         missing_mass: rule for the probability mass that biased targets lack, see `losses`.
         temperature: temperature at which the teacher was sampled.
         unbiased: whether the targets are unbiased, so that a KL can be reported.
-        teacher_head: head of the online teacher, whose hidden states are in each batch.
-        teacher_tokens: mask of the ids of the online teacher that are tokens, bool [V]; None if
-            all are.
+        teacher_head: head of the online teacher; each batch contains the teacher's hidden states.
+        teacher_tokens: mask of the online teacher's ids that are tokens, bool [V]; None if all ids
+            are tokens.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
         with_logits: whether evaluation returns the student's logits too.
         masked: whether the student is a masked language model. Few of its positions have a label,
@@ -77,12 +77,12 @@ class Objective:
     training: LossMeter = field(default_factory=LossMeter)
     """Metrics of training since the last log line."""
     evaluation: LossMeter = field(default_factory=LossMeter)
-    """Metrics of evaluation since its start."""
+    """Metrics of the current evaluation since its start."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Describe how a student computes an objective.
+    """Modules and functions with which a student computes an objective.
 
     Args:
         objective: the objective.
@@ -105,7 +105,7 @@ class Wiring:
     documents: Documents
 
     def parts_of(self, model: nn.Module) -> Parts | None:
-        """Return trunk and head of a model, found by name; None if `trunk` is None.
+        """Return the trunk and the head of a model, found by name; None if `trunk` is None.
 
         Args:
             model: the bound student, or a copy or replica whose modules differ from `parts`.
@@ -198,7 +198,7 @@ _PLAIN, _MARK = "_sparselogits_plain_class", "_sparselogits_computes_objective"
 
 
 class _Bound:
-    """Mark bound students, whose copies and pickles have the original class."""
+    """Base of the classes of bound students; copies and pickles have the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the state for `copy` and `pickle` that restores an instance of the original class.
@@ -243,8 +243,8 @@ def _bound_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _computing(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that computes the objective if labels are given, else calls `plain`.
 
-    The signature must be that of `plain`: transformers inspects the signature to decide whether a
-    model takes an attention mask, and would generate wrongly in padded batches without one.
+    The signature must be that of `plain`, because transformers inspects it to decide whether a
+    model takes an attention mask. Without a mask, generation from padded batches would be wrong.
     """
 
     @wraps(plain)

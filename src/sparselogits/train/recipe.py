@@ -49,7 +49,7 @@ MethodName = Annotated[str, AfterValidator(lambda name: find_method(name).name)]
 
 # the rate for random weights would destroy what a pretrained student has learned
 RATES = {"new": 1e-3, "pretrained": 5e-5, "lora": 2e-4}
-"""Default peak learning rates of AdamW, by kind of student."""
+"""Default peak learning rate of AdamW for each kind of student."""
 
 
 class _Strict(BaseModel):
@@ -67,7 +67,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Number of layers, hidden size and number of attention heads of new students, by size name.
 
-Except for "tiny", a name is the approximate number of parameters without embeddings.
+All names except "tiny" state the approximate number of parameters without embeddings.
 """
 
 HOW_TO_NAME_A_STUDENT = f"""\
@@ -83,7 +83,7 @@ student from the teacher, and `sparselogits train --print-recipe` shows every se
 
 
 class Lora(_Strict):
-    """Configure a low-rank adapter (LoRA), trained instead of the student's weights."""
+    """Settings of a low-rank adapter (LoRA) that is trained instead of the student's weights."""
 
     rank: Count = Field(16, description="rank of the adapter matrices")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
@@ -99,7 +99,7 @@ class Lora(_Strict):
 
 
 class Quantize(_Strict):
-    """Configure quantisation-aware training and the format of the saved weights."""
+    """Settings of quantisation-aware training and of the format of the saved weights."""
 
     library: Literal["torchao"] = Field("torchao", description="quantisation library")
     config: QuantizationFormat = Field(description=f"format of the weights: {', '.join(FORMATS)}")
@@ -114,7 +114,7 @@ class Quantize(_Strict):
 
 
 class Student(_Strict):
-    """Describe a student: an existing model, or a new one with random weights."""
+    """Settings of a student: an existing model, or a new model with random weights."""
 
     path: str | None = Field(None, description="existing model: a folder, a hub name, or `demo`")
     lora: Lora | None = Field(
@@ -240,7 +240,7 @@ _SHORT = {
 
 
 class ThinningStage(_Strict):
-    """Describe a stage of a thinning schedule, in which the number of rounds is constant."""
+    """Stage of a thinning schedule, with a constant number of rounds."""
 
     rounds: Count = Field(
         description="number of rounds used per position, at most the number in the cache"
@@ -254,7 +254,7 @@ class ThinningStage(_Strict):
 
 
 class Thinning(_Strict):
-    """Configure training on fewer rounds than the cache stores.
+    """Settings for training on fewer rounds than the cache stores.
 
     Exactly one of `rounds`, `budget` and `schedule` is given.
     """
@@ -288,7 +288,8 @@ class Thinning(_Strict):
         """Return the thinning schedule for the Trainer.
 
         Args:
-            rounds: rounds per position that `rounds` or `budget` gives; unused with `schedule`.
+            rounds: rounds per position, derived from the field `rounds` or `budget`; ignored with
+                `schedule`.
         """
         if self.schedule is None:
             return Schedule.constant(rounds, fresh_noise=self.fresh_noise)
@@ -304,11 +305,11 @@ RENAMED = {
     "precision": "bf16",
     "log_steps": "logging_steps",
 }
-"""Field of TrainingArguments by the key that the setting had in recipes of earlier versions."""
+"""Maps the key of a setting in recipes of earlier versions to a field of TrainingArguments."""
 
 
 class TrainingSettings(_Strict):
-    """Define the training settings of a recipe, named like fields of TrainingArguments.
+    """Training settings of a recipe, named like fields of TrainingArguments.
 
     All other fields of transformers' TrainingArguments are accepted too.
     """
@@ -316,7 +317,7 @@ class TrainingSettings(_Strict):
     model_config = ConfigDict(extra="allow")
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out"}
-    """Key of the recipe that sets a field of TrainingArguments, by the name of the field."""
+    """Maps a field of TrainingArguments to the recipe key that sets it."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(
         1.0, description="number of passes over the cache"
@@ -449,7 +450,7 @@ def _weights(value: Any) -> Any:
 
 
 class Recipe(TrainingSettings):
-    """Define all settings of a training run."""
+    """All settings of a training run."""
 
     cache: Annotated[Path | str | list[Path | str], PlainValidator(_caches)] = Field(
         description="folder or URL of the cache; a list mixes the caches of several teachers"
@@ -540,7 +541,7 @@ class Recipe(TrainingSettings):
         return self.cache if isinstance(self.cache, list) else [self.cache]
 
     def dataset(self) -> CacheDataset:
-        """Open the caches as a dataset, mixed by the weights."""
+        """Open the caches as one dataset, mixed according to the weights."""
         return CacheDataset(self.caches, weights=self.weights, seed=self.seed)
 
     @property
@@ -605,7 +606,7 @@ def validated(
         wrong: beginning of the error message.
 
     Raises:
-        RecipeError: If values are invalid; the message has a line per wrong key.
+        RecipeError: If values are invalid; the message has one line per invalid key.
     """
     try:
         return model.model_validate(values)

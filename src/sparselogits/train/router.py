@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparselogits.language_model import Parts, in_eval_mode, probe_tokens, text_config
 
 BalancingLoss = Callable[[Any, Tensor | None], Tensor]
-"""Function of the trunk's output and the attention mask; returns the loss times its coefficient."""
+"""Function from the trunk's output and the attention mask to the loss times its coefficient."""
 
 
 def balances_experts(model: nn.Module) -> bool:

@@ -69,23 +69,24 @@ from sparselogits.train.trainer import SparseKDTrainer
 from sparselogits.untrusted import printable
 
 TrainingProgress = Callable[[int, int, dict[str, float]], None]
-"""Function that is called with the steps done, the number of steps and the latest log line."""
+"""Function that is called with the steps done, the total steps and the latest log line."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Describe a finished run.
+    """Result of a finished run.
 
     Args:
         out: folder of the run.
-        seconds: wall time of training; of this process alone if the run was resumed.
+        seconds: wall time of training in seconds; if the run was resumed, without the time of
+            earlier processes.
         steps: number of optimiser steps.
         curve: (step, training loss in nats) of every log line.
         label_curve: (step, cross-entropy to the labels in nats) of every log line; comparable
             between methods.
         entries: stored entries per position at the last log line, after thinning; None for a method
             without cached targets.
-        fresh: whether this call trained; False if the run had been finished before.
+        fresh: whether this call trained; False if the run was already finished.
     """
 
     out: Path
@@ -104,16 +105,16 @@ class RunResult:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Describe a run before its first step.
+    """Properties of a run that are known before its first step.
 
     Args:
         student: class of the student and origin of its weights.
-        parameters: number of the student's parameters.
-        trained: number of the trained parameters.
+        parameters: number of parameters in the student.
+        trained: number of parameters that are trained.
         dtype: number format of the weights and of the computation.
-        saved: number format, or format of quantisation, of the saved student.
+        saved: number format or quantisation format of the saved student.
         device: device of the student.
-        windows: number of windows of the cache.
+        windows: number of windows in the cache.
         steps: number of optimiser steps.
         tokens: number of tokens that the student reads, over all steps and ranks.
         learning_rate: peak learning rate.
@@ -147,7 +148,8 @@ def run(
 
     Args:
         recipe: the recipe.
-        teacher: loaded teacher for a method with the teacher online; None to load the recipe's.
+        teacher: loaded teacher for a method with the teacher online; None to load
+            the teacher that the recipe names.
         device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
         progress: function that is called in every step and at every log line.
         announce: function that is called with a description of the run before the first step.
@@ -269,7 +271,7 @@ def _run(
 def save_untrained(recipe: Recipe) -> RunResult:
     """Save the untrained student of a recipe as `run` saves a trained one.
 
-    The weights of a quantised student are rounded, which is post-training quantisation.
+    If the recipe quantises the student, its weights are rounded (post-training quantisation).
 
     Args:
         recipe: the recipe; settings of training have no effect.
@@ -359,7 +361,7 @@ def _heldout(recipe: Recipe, corruption: Corruption | None) -> TextDataset:
 
 
 def _caches_in_words(recipe: Recipe) -> str:
-    """Describe the caches of a recipe by a singular noun, for error messages."""
+    """Return a noun phrase in the singular that names a recipe's caches, for error messages."""
     first, *others = map(str, recipe.caches)
     return f"the cache at {first}" + (f" (mixed with {', '.join(others)})" if others else "")
 
@@ -481,7 +483,7 @@ def _finish(
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Remove OUT/checkpoints of a finished run; logs that it contains are moved to OUT/logs."""
+    """Move the logs in a finished run's OUT/checkpoints to OUT/logs, and remove the folder."""
     for path in (out / "checkpoints").glob("*"):
         if not path.name.startswith("checkpoint-"):
             (out / "logs").mkdir(exist_ok=True)
@@ -505,7 +507,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 
 
 def _made_from(dataset: CacheDataset, recipe: Recipe) -> dict[str, Any]:
-    """Return fingerprints of the cache, its text and an existing student, independent of paths."""
+    """Return path-independent fingerprints of the cache, its text and an existing student."""
     first = dataset.cache.window_index(0)
     made = {
         "cache": dataset.identity.fingerprint,

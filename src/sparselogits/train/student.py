@@ -42,7 +42,7 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
     Args:
         student: the student's settings.
         vocab_size: number of token ids of a new model.
-        dataset: dataset whose window length and separator token a new model is created for.
+        dataset: dataset that determines the window length and separator token of a new model.
 
     Raises:
         TeacherError: If an existing model cannot be loaded, or has weights that are not finite.
@@ -143,7 +143,8 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
     """Check that all weights of a model are finite numbers.
 
     Raises:
-        TeacherError: If some are not; the message contains their number and the first name.
+        TeacherError: If some weights are not finite; the message states how many, and the name of
+            the first.
     """
     wrong = [
         name
@@ -165,14 +166,14 @@ def _plain(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
-    """Load the tokenizer to save with the student; None if there is none.
+    """Load the tokenizer to save with the student; return None if none is available.
 
-    The first of these is loaded: the recipe's tokenizer, the student's, the tokenizer stored with
+    Candidates, in order of preference: the recipe's tokenizer, the student's, the one stored with
     the cache, the online teacher's.
 
     Raises:
         TeacherError: If the recipe's tokenizer cannot be read.
-        IdentityMismatchError: If the tokenizer's ids do not mean the same tokens as the cache's.
+        IdentityMismatchError: If the tokenizer assigns other ids to tokens than the cache's did.
     """
     from sparselogits.corpus import require_tokenizer
 
@@ -200,7 +201,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
 
 def give_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Set the special tokens of a new model's configuration, so that generation can end."""
+    """Set the special tokens in a new model's configuration, so that generation stops at eos."""
     ids = {
         name: getattr(tokenizer, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -231,7 +232,7 @@ def saved_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, int]:
-    """Return the number of parameters of a model (`parameters`) and of trained ones (`trained`)."""
+    """Return the numbers of all (`parameters`) and trainable (`trained`) parameters of a model."""
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

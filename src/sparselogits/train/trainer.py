@@ -64,8 +64,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         model: the student, a transformers causal language model. Its forward computes the loss
             while this trainer trains or evaluates, in calls with `shift_labels`; otherwise the
             model is unchanged.
-        args: transformers' TrainingArguments, or TRL's SFTConfig. Settings of the latter for the
-            preparation of data (`max_length`, `packing`, ...) were fixed when the cache was built.
+        args: transformers' TrainingArguments, or TRL's SFTConfig. SFTConfig's settings for data
+            preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them.
         train_dataset: the cache, or several caches that are mixed (see `CacheDataset`).
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
@@ -78,9 +78,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             cache; or a `Schedule` that changes the number during training. None uses all rounds.
         fresh_noise: with an integer `rounds`, whether to use different rounds in each epoch.
         teacher: the cache's teacher, for a method with the teacher online.
-        eval_dataset: held-out windows, whose loss is the labels' cross-entropy; for windows with
-            targets the KD part is reported too. Or a `datasets.Dataset` of tokenised rows
-            (`input_ids`, optionally `labels`), or several datasets by name.
+        eval_dataset: held-out windows, a `datasets.Dataset` of tokenised rows (`input_ids`,
+            optionally `labels`), or several datasets by name. The evaluation loss is the labels'
+            cross-entropy; for windows with targets the KD part is reported too.
         others: other arguments of transformers' Trainer. docs/training.md lists the arguments of
             the Trainer and of TrainingArguments that behave differently or are rejected.
 
@@ -278,7 +278,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         return self._order
 
     def pace(self) -> Pace:
-        """Compute windows per step, steps per epoch and total steps, as the Trainer will."""
+        """Compute windows per step, steps per epoch and total steps, as the Trainer does."""
         windows_per_step = self.get_total_train_batch_size(self.args)
         windows_per_batch = windows_per_step // self.args.gradient_accumulation_steps
         batches = self._windows // windows_per_batch
@@ -307,8 +307,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items by which a step's loss is divided.
 
-        They are the labels. In masked diffusion, windows have the loss weight 1 / rate, and the
-        items are all tokens of a window, not only the masked ones.
+        The items are the labels. In masked diffusion, where a window has the loss weight 1 / rate,
+        the items are all tokens of a window, not only the masked ones.
         """
         if batch_samples and "loss_weight" in batch_samples[0]:
             ids = [batch["input_ids"] for batch in batch_samples]
@@ -458,8 +458,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
 class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
     """Add the parts of the loss to the table that transformers shows in a notebook.
 
-    The callback must run after that of transformers, which writes the row of the step. With
-    evaluation it does nothing: the table has a row per evaluation, with all metrics as columns.
+    The callback must run after transformers' callback, which writes the row of the step. If the
+    Trainer evaluates, this callback does nothing, because the table then has a row per evaluation
+    with all metrics as columns.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -480,8 +481,8 @@ class _NotebookColumns(TrainerCallback):  # type: ignore[misc]
 class _SynchroniseOrder(TrainerCallback):  # type: ignore[misc]
     """Pass the Trainer's epoch to the order of the windows, and record the order in checkpoints.
 
-    Accelerate passes the epoch to the sampler, but not through the wrappers that skip batches on
-    several ranks: without this callback a resumed run would use the order of epoch 0.
+    Accelerate passes the epoch to the sampler, but on several ranks not through the wrapper that
+    skips batches. Without this callback a resumed run would use the order of epoch 0.
     """
 
     def __init__(self, trainer: SparseKDTrainer) -> None:
@@ -521,7 +522,7 @@ _STEP_FILE = "sparselogits.json"
 def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
     """Check that a checkpoint was trained with the same number of windows per step.
 
-    The Trainer counts steps: with another number it would resume at another position in the data.
+    The Trainer counts steps, so with another number it would resume elsewhere in the data.
     """
     before = _read_step_file(checkpoint).get("windows_per_step", windows_per_step)
     if before != windows_per_step:
@@ -536,11 +537,11 @@ def _require_same_step(checkpoint: Path, windows_per_step: int) -> None:
 def _windows_of(checkpoint: Path, dataset: CacheDataset) -> int:
     """Return the number of windows that the order of a checkpoint covers.
 
-    The number is smaller than that of the cache if the cache has grown since.
+    The number is smaller than the cache's if windows were added after the checkpoint was saved.
 
     Raises:
-        InvalidArgumentError: If the checkpoint belongs to another cache, or if the cache has its
-            windows at other positions.
+        InvalidArgumentError: If the checkpoint belongs to another cache, or if the cache no longer
+            begins with the checkpoint's windows.
     """
     step = _read_step_file(checkpoint)
     if step.get("cache", dataset.identity.fingerprint) != dataset.identity.fingerprint:
@@ -598,7 +599,7 @@ def _require_cache(dataset: Any) -> None:
 
 
 def _require_whole_ids(rule: MissingMass, dataset: CacheDataset) -> None:
-    """Check that the missing-mass rule is defined for a mixture of teachers' targets.
+    """Check that the missing-mass rule is defined for targets mixed from several teachers.
 
     Raises:
         InvalidArgumentError: If the rule is the ghost token and a window has several teachers.
