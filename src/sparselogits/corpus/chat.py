@@ -1,6 +1,6 @@
 """Render conversations to text with a tokenizer's chat template, in a separate process.
 
-A conversation is rendered as a whole by the renderer of transformers, so the text equals that of
+A conversation is rendered as a whole by transformers' renderer, so the text equals that of
 `apply_chat_template`; `rendering` determines which characters are in the loss mask.
 
 Templates are untrusted programs from a tokenizer's folder. transformers runs them in Jinja's
@@ -33,16 +33,16 @@ from sparselogits.identity import canonical_json
 CPU_SECONDS = 5
 """Maximum processor time per rendering, in seconds; a typical rendering takes a millisecond."""
 MEMORY_BYTES = 1 << 30
-"""Maximum memory that renderings allocate, in bytes."""
+"""Maximum memory, in bytes, that the rendering process may allocate after its start."""
 IDLE_SECONDS = 30
 """Seconds without a conversation after which the rendering process ends."""
 
 _RULES = 2
-"""Version of the rules by which conversations become tokens; part of the fingerprint."""
+"""Version of the rules that convert conversations to tokens; part of a template's fingerprint."""
 
 
 class Rendered(NamedTuple):
-    """Text of a conversation with its loss mask."""
+    """Rendered text of a conversation, and the characters in its loss mask."""
 
     text: str
     """Text of the whole conversation."""
@@ -52,7 +52,7 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Chat template with the tokens that it refers to; plain values that can be pickled."""
+    """Chat template and the special tokens that it uses, as plain values that can be pickled."""
 
     template: str
     """Jinja source of the template."""
@@ -94,9 +94,9 @@ class ChatTemplate:
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
 
     def unread(self, names: Iterable[str]) -> list[str]:
-        """Return the names among `names` of optional inputs that the template does not use.
+        """Return those of `names` that are optional template inputs and not used by this template.
 
-        A field of such a name has another meaning than the template's input.
+        A record's field with such a name is not meant for the template.
         """
         inputs = {"tools", "documents"} & set(names)
         return [name for name in inputs if name not in self.template + self.with_tools]
@@ -106,7 +106,7 @@ class ChatTemplate:
 
         Args:
             conversation: conversation of at least one message.
-            masked: whether to return the ranges of the assistant's text as loss mask.
+            masked: whether to return the loss mask, which covers the assistant's text.
 
         Raises:
             CorpusError: the template raises an error or exceeds its limits, or the assistant's text
@@ -129,7 +129,7 @@ _running: _Running | None = None
 
 
 class _Running:
-    """Rendering process that is running, with its current template."""
+    """Running rendering process, and the template that it was sent last."""
 
     def __init__(self) -> None:
         limits = [str(CPU_SECONDS), str(MEMORY_BYTES), str(IDLE_SECONDS)]
@@ -211,7 +211,7 @@ def _ask(template: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, A
 def _answer(
     template: Mapping[str, Any], request: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int | None]:
-    """Return the rendering process's answer and None, or {} and its exit status if it ended."""
+    """Return (answer, None), or ({}, exit status) if the rendering process has ended."""
     global _running
     if _running is None or _running.process.poll() is not None:
         shut_down()

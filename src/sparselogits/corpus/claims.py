@@ -1,4 +1,4 @@
-"""Reserve the folder of a packed corpus for one text, among all processes that pack into it.
+"""Reserve the folder of a packed corpus for one text, so that no process packs another into it.
 
 `corpus.json`, which describes the text, is created exclusively and then compared. While a process
 packs, it holds a lock on the folder; other workers of the same build share the lock, and the kernel
@@ -25,7 +25,7 @@ class Claim:
 
     Args:
         paths: paths of the folder.
-        lock: lock of the folder, which this process holds if locks are supported.
+        lock: the folder's lock; this process holds it if locks are supported.
     """
 
     def __init__(self, paths: Paths, lock: FileLock) -> None:
@@ -38,9 +38,9 @@ class Claim:
 
 
 def is_abandoned(paths: Paths) -> bool:
-    """Return whether another text may be packed into a folder with a claim.
+    """Return whether another text may replace the claim on a folder.
 
-    This is the case if no part is finished, and no process is packing.
+    It may if no part is finished and no process is packing.
     """
     if paths.begun:
         return False
@@ -83,7 +83,7 @@ def claimed(paths: Paths, made_from: Mapping[str, Any]) -> Iterator[Claim]:
 
 
 def _try_to_claim(paths: Paths, made_from: Mapping[str, Any], lock: FileLock) -> bool:
-    """Claim a folder, and acquire a shared lock if locks are supported; return whether it worked.
+    """Try to claim a folder, with a shared lock if locks are supported; return False on failure.
 
     The attempt fails, and must be repeated, if another process removed its claim meanwhile.
     """

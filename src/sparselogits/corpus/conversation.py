@@ -44,7 +44,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     """Messages with `role` and `content`, in order."""
     prompt: int | None = None
-    """Number of leading messages that are the prompt; None if the record has no prompt."""
+    """Number of leading messages that form the prompt; None if the record has no prompt."""
     tools: list[Any] | None = None
     """Tools for the template; None if the record has none."""
     documents: list[Any] | None = None
@@ -126,7 +126,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _transposed(columns: Mapping[str, Any]) -> Any:
-    """Convert an object of equally long lists to a list of objects; None for any other value."""
+    """Convert an object of equally long lists to a list of objects; return None otherwise."""
     lists = list(columns.values())
     if not lists or not all(isinstance(column, list | tuple) for column in lists):
         return None

@@ -2,8 +2,8 @@
 
 Packing reads its source from several processes, and again after an interruption; a build may be
 resumed days later by a program that creates its records again. So given records are written once,
-as JSON lines of the fields that contain text, to a file that is named by the hash of its content.
-Equal records are therefore the same source, independently of the type of the object.
+as JSON lines with only the fields that contain text, to a file named by the hash of its content.
+Equal records are therefore the same source, whatever the type of the object that holds them.
 
 This costs one pass over the records and disk space for their text. For a dataset that exists
 unchanged on disk or on the hub, give its name instead: its files are then read directly.
@@ -113,7 +113,7 @@ def _lines(records: Records, schema: pa.Schema | None, fields: Fields) -> Iterat
 
 
 def _of_pandas(value: Any) -> Any:
-    """Return a field's value as lists and plain values; None for NaN, pandas' missing value."""
+    """Convert a field's value to lists and plain values; NaN, missing in pandas, becomes None."""
     if isinstance(value, float) and value != value:
         return None
     return _plain_lists(value)

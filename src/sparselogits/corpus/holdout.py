@@ -43,7 +43,7 @@ HoldoutRule = Literal["documents", "windows"]
 """Name of the rule by which the hold-out is selected; see the module's docstring."""
 
 Extents = NDArray[np.int64]
-"""Ranges [start, stop) of tokens of one part, int64 [N, 2], ascending and disjoint."""
+"""Token ranges [start, stop) within one part, int64 [N, 2], ascending and disjoint."""
 
 _SCHEMA = pa.schema(
     [
@@ -61,9 +61,9 @@ _DROPPED_SHARE = 0.02  # of the tokens, that the rule "documents" may drop
 
 
 class DocumentTable:
-    """Writer of a table with key, number of tokens and number of characters per document of a part.
+    """Writer of a part's document table: key, number of tokens and of characters per document.
 
-    A document that continues from the previous part has a row in both; `opens` marks the first.
+    A document that spans two parts has a row in both tables; `opens` is true in the first.
 
     Args:
         file: open Parquet file.
@@ -78,7 +78,7 @@ class DocumentTable:
 
         Args:
             piece: the piece.
-            tokens: number of tokens of the piece, including added ones.
+            tokens: number of tokens in the piece, including beginning-of-text token and separator.
         """
         characters = piece.stop - piece.start
         if piece.opens or not self._rows:
@@ -102,7 +102,7 @@ class DocumentTable:
 
 @contextmanager
 def writing_table(path: Path) -> Iterator[DocumentTable]:
-    """Open a document table for writing; it appears when the block ends without an exception."""
+    """Open a document table for writing; it appears if the block ends without an exception."""
     with writing_parquet(path, _SCHEMA) as file:
         table = DocumentTable(file)
         yield table
@@ -117,9 +117,9 @@ class Split:
         rule: rule by which the hold-out was selected; see the module's docstring.
         windows: number of held-out windows.
         up_to: with the rule "documents", largest key of a held-out document.
-        held: with the rule "documents", number of held-out tokens of each part.
+        held: with the rule "documents", number of held-out tokens in each part.
         training_windows: with the rule "windows", number of training windows, which are the first.
-        first: with the rule "windows", number of the first held-out window of the stream.
+        first: with the rule "windows", index of the stream's first held-out window.
     """
 
     rule: HoldoutRule
@@ -160,11 +160,11 @@ class Split:
 def choose_split(
     tables: Path, lengths: Sequence[int], window_length: int, share: float
 ) -> Split | None:
-    """Select the held-out tokens of a stream.
+    """Select the tokens of a stream that are held out.
 
     Args:
         tables: folder of the document tables, one per part.
-        lengths: number of tokens of each part.
+        lengths: number of tokens in each part.
         window_length: number L of tokens per window.
         share: requested share of held-out tokens, in (0, 1).
 
@@ -191,12 +191,12 @@ def choose_split(
 
 
 class SelectedStream:
-    """Stream of selected tokens of another stream, safe to share between threads.
+    """Stream of the selected tokens in another stream; threads may share it.
 
     Args:
         stream: stream of all tokens.
-        lengths: number of selected tokens of each part.
-        extents: function that returns the ranges of selected tokens of a part.
+        lengths: number of selected tokens in each part.
+        extents: function that returns the ranges of selected tokens in a part.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class SelectedStream:
         return Tokens.cat(ranges)
 
     def _extents_of(self, part: int) -> Extents:
-        """Return the ranges of selected tokens of a part; those of the latest parts are cached."""
+        """Return the ranges of selected tokens in a part, cached for the parts used last."""
         with self._lock:
             if part not in self._extents:
                 extents = self._compute_extents(part)
@@ -251,11 +251,11 @@ class SelectedStream:
 def divide(
     stream: TokenStream, lengths: Sequence[int], tables: Path, split: Split, window_length: int
 ) -> tuple[SelectedStream, SelectedStream]:
-    """Return the training tokens and the held-out tokens of a stream, as two streams.
+    """Divide a stream into two: its training tokens and its held-out tokens.
 
     Args:
         stream: stream of all tokens.
-        lengths: number of tokens of each part.
+        lengths: number of tokens in each part.
         tables: folder of the document tables, one per part.
         split: division from `choose_split`.
         window_length: number L of tokens per window.
@@ -295,12 +295,12 @@ def document_counts(
 ) -> tuple[int, int]:
     """Return the number of held-out documents and the number of their characters.
 
-    With the rule "windows", a document counts as held out if it begins there, and the characters of
-    a table's row count as held out if the row's tokens begin there.
+    With the rule "windows", a document counts as held out if it begins in a held-out window, and
+    the characters of a row in a document table count if the row's first token is in one.
 
     Args:
         tables: folder of the document tables, one per part.
-        lengths: number of tokens of each part.
+        lengths: number of tokens in each part.
         split: division from `choose_split`.
         window_length: number L of tokens per window.
 
@@ -328,7 +328,7 @@ def document_counts(
 
 
 def _largest_key(tables: Path, parts: int, tokens: int) -> int:
-    """Return the smallest key such that documents with keys up to it have at least `tokens` tokens.
+    """Return the smallest key such that the documents up to it have at least `tokens` tokens.
 
     The first of two passes over the tables counts tokens by the leading bits of the key, so that
     memory does not grow with the number of documents.
@@ -382,7 +382,7 @@ def _total(extents: Extents) -> int:
 
 
 def _rows(tables: Path, part: int) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the columns key, tokens, characters and opens of a part's table, in batches of rows."""
+    """Yield the columns (key, tokens, characters, opens) of a part's document table in batches."""
     path = tables / part_name(part)
     try:
         with open_part(path, 1 << 31) as file:

@@ -1,4 +1,4 @@
-"""Locate the files of the text that a user names by path, pattern or dataset name."""
+"""Find the text files that a path, a pattern or the name of a dataset refers to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Group of found files with a common remark, such as the reason why they are not read."""
+    """Group of found files that share a remark, such as the reason why they are not read."""
 
     reason: str
     """The remark, as a phrase such as "no text by name"."""
@@ -125,7 +125,7 @@ def locate(data: str, split: str) -> Located:
 
 
 def _require_train(data: str, split: str) -> None:
-    """Validate that no split is given with a file or pattern, all of which is read."""
+    """Reject a split other than "train" for a file or pattern, which is always read completely."""
     if split != "train":
         raise CorpusError(
             f"{data} names files, which have no split `{split}`; remove --split, name the files "
@@ -147,7 +147,7 @@ def _format_of(path: Path) -> Format:
 
 
 def _require_honest_name(file: SourceFile) -> None:
-    """Validate that a file's content is not of another kind than its name.
+    """Validate that a file's content is of the kind that its name indicates.
 
     Without Git LFS, a downloaded file contains only a pointer to its content; and a downloaded file
     may be compressed without the suffix of its compression.
@@ -179,7 +179,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _folder(folder: Path, split: str, configuration: str | None) -> Located:
-    """Return the files of a folder that are of one split and one format."""
+    """Return the files in a folder that belong to one split and have one format."""
     found, reasons = _walk(folder)
     formats = {name: format_in_folder(Path(name)) for name in found}
     weak = {n: f for n in found if (f := format_with_weak_suffix(Path(n))) is not None}
@@ -284,9 +284,9 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_dataset(names: Sequence[str]) -> bool:
-    """Return whether `datasets` would read these files: records, or mostly .txt files.
+    """Return whether `datasets` would read these files: they are records, or mostly .txt files.
 
-    Only such files are divided into splits: a page `testing.md` of documentation is not a split.
+    Only such files are assigned to splits by name; a documentation page `testing.md` is no split.
     """
     counts = Counter(content_suffix(Path(name)) for name in names)
     records = pages = 0
@@ -343,7 +343,7 @@ def _looks_like_file(path: Path) -> bool:
     return path.is_absolute() or known is not None or is_compressed(path)
 
 
-# --- datasets, which are folders of Arrow files on disk ---
+# --- datasets saved as folders of Arrow files ---
 
 
 def _arrow(path: Path, name: str) -> SourceFile:

@@ -63,7 +63,7 @@ def format_of(packing: Packing) -> int:
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of the files and folders of a packed corpus."""
+    """Paths of the files and folders in a packed corpus."""
 
     folder: Path
     """Folder of the packed corpus."""
@@ -80,12 +80,12 @@ class Paths:
 
     @property
     def training(self) -> Path:
-        """Folder of the parts of the token stream."""
+        """Folder with the parts of the token stream."""
         return self.folder / "training"
 
     @property
     def holdout(self) -> Path:
-        """Folder of the document tables of the parts (in format 1, of the held-out tokens)."""
+        """Folder with one document table per part (in format 1, with the held-out tokens)."""
         return self.folder / "holdout"
 
     @property
@@ -128,22 +128,22 @@ class Paths:
 class CorpusSummary:
     """Numbers of documents, characters and tokens in a packed corpus.
 
-    Tokens include separators, beginning-of-text tokens and dropped tokens. If the rule of the
-    hold-out is "windows", a document counts as held out if it begins there.
+    Tokens include separators, beginning-of-text tokens and dropped tokens. With the hold-out rule
+    "windows", a document counts as held out if it begins in a held-out window.
     """
 
     documents: int
     """Number of training documents."""
     characters: int
-    """Number of characters of the training documents."""
+    """Number of characters in the training documents."""
     tokens: int
     """Number of training tokens."""
     dropped_tokens: int
-    """Number of tokens of the last partial training window and of the gap before the hold-out."""
+    """Number of tokens in the last partial training window and in the gap before the hold-out."""
     holdout_documents: int
     """Number of held-out documents."""
     holdout_characters: int
-    """Number of characters of the held-out documents."""
+    """Number of characters in the held-out documents."""
     holdout_tokens: int
     """Number of held-out tokens."""
     holdout_dropped_tokens: int
@@ -229,7 +229,7 @@ class PackedCorpus:
         return _reopen, (self.folder, self._holdout is self._training)
 
     def held_out_whole(self) -> PackedCorpus:
-        """Return a copy of the corpus whose training windows are its held-out windows.
+        """Return a copy of the corpus in which all training windows are held out instead.
 
         Use this for text that is packed only for evaluation.
         """
@@ -238,7 +238,7 @@ class PackedCorpus:
         return other
 
     def in_words(self) -> str:
-        """Return a sentence about the documents, the windows and the hold-out, for display."""
+        """Describe the documents, the windows and the hold-out in a sentence, for display."""
         summary, length = self.summary, self.packing.window_length
         documents = summary.documents + summary.holdout_documents
         text = counted(documents, "document")
@@ -332,7 +332,7 @@ def _reopen(folder: Path, whole: bool) -> PackedCorpus:
 
 
 def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of a source without the folders in its name, for publication.
+    """Return a source's description for publication, without the folders in the source's name.
 
     Args:
         source: description from `Source.to_json`.
@@ -341,7 +341,7 @@ def public_source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_fingerprint(source: Mapping[str, Any]) -> str:
-    """Return the hexadecimal sha256 of the description of a source without its name.
+    """Return the hexadecimal sha256 of a source's description, ignoring the source's name.
 
     Args:
         source: description from `Source.to_json`.
@@ -425,7 +425,7 @@ def _counted(stream: _Stream, start: int, stop: int, vocab_size: int) -> NDArray
 
 
 class NoWindowsError(CorpusError):
-    """Raised if a text does not fill the required windows, so that the packed files are useless."""
+    """Raised if a text does not fill the windows that packing requires."""
 
 
 def _require_windows(total: Counts, packing: Packing, split: Split | None) -> None:

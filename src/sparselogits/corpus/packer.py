@@ -51,7 +51,7 @@ from sparselogits.files import clean_leftovers, disk_errors
 from sparselogits.progress import Progress
 
 PART_BYTES = 32 << 20
-"""Default size of the text of one part, in bytes; packing a part takes about ten seconds."""
+"""Default size in bytes of the text in one part; packing a part takes about ten seconds."""
 
 _BATCH_BYTES = 1 << 20
 
@@ -77,11 +77,11 @@ def pack(
             ids in the source must have been computed with it.
         packing: rules that form windows from documents, usually from `packing_for`.
         out: folder for the packed corpus, which must contain nothing else.
-        vocab_size: number of columns of the teacher's head, which limits the ids.
+        vocab_size: number of columns in the teacher's head, which limits the ids.
         progress: called repeatedly with the number of packed bytes of text and their total.
         processes: number of processes that tokenise in parallel; a single process uses the threads
             of the tokenizer.
-        part_bytes: size in bytes of the text of one part.
+        part_bytes: size in bytes of the text in one part.
 
     Returns:
         The complete corpus.
@@ -89,8 +89,8 @@ def pack(
     Raises:
         CorpusError: the text cannot be read, is empty, or does not fill a window; an id lies
             outside the vocabulary; or the folder contains other files.
-        IdentityMismatchError: `out` was packed from other text or with other settings; the message
-            contains the differing fields. Or the token ids of the source are of another tokenizer.
+        IdentityMismatchError: `out` was packed from other text or with other settings, which the
+            message lists; or the source's token ids were computed with another tokenizer.
         StorageError: the folder cannot be written; finished parts remain.
 
     Example:
@@ -154,7 +154,7 @@ class _Work:
 def _pack_portion(
     work: _Work, portion: Portion, number: int, advance: Callable[[int], None]
 ) -> None:
-    """Write the part of a portion, and the table of its documents if the packing has a hold-out.
+    """Pack a portion into its part, and write its document table if the packing has a hold-out.
 
     The table is committed before the part, so a part that exists has its table.
     """
@@ -210,7 +210,7 @@ def _append(writer: PartWriter, piece: Piece, encoded: Encoded, packing: Packing
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield consecutive pieces in batches of about `_BATCH_BYTES` characters."""
+    """Yield consecutive pieces in batches whose total weight is about `_BATCH_BYTES`."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

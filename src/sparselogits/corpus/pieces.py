@@ -1,4 +1,4 @@
-"""Cut documents into bounded pieces whose tokens together are those of the whole document.
+"""Cut documents into bounded pieces that yield the same tokens as the whole document.
 
 A document may be larger than memory, so it is tokenised in pieces. A cut changes the tokens near it
 (a split word, a space that belonged to the next word), and some tokenizers add a space before every
@@ -9,8 +9,9 @@ are tokenised with the same text around the cut, so exactly one of them uses eac
 If the tokenizer's segmentation at a point depends on at most `MARGIN_BYTES` around it (as in every
 tokenizer that splits text into words first, if no word is longer), the tokens of the pieces equal
 the tokens of the whole document. A piece is cut between a line break and a line that begins with
-text, or, in a very long line, between two words. If `PIECE_BYTES` / 2 contain no white space, it is
-cut between two characters without margins: no text is lost or repeated, but a token may be split.
+text, or, in a very long line, between two words. Where `PIECE_BYTES` / 2 bytes contain no white
+space, it is cut between two characters without margins. No text is lost or repeated then, but a
+token may be split.
 
 At most 2 * MARGIN_BYTES / PIECE_BYTES = 1.6 % of a long document is tokenised twice; a document of
 up to `PIECE_BYTES` has no margins.
@@ -49,12 +50,12 @@ class TokenRow:
     learnt: NDArray[np.bool_]
     """Whether each token carries a target, bool [N]."""
     starts: NDArray[np.bool_]
-    """Whether a document begins at each token, bool [N], apart from the first token."""
+    """Whether each token after the first begins another document, bool [N]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive characters of one document that are tokenised at once, or its tokens.
+    """Part of one document: consecutive characters that are tokenised at once, or token ids.
 
     The pieces of a document are consecutive. A document that spans two portions of a source has its
     first piece in one portion and its last piece in the other.
@@ -96,7 +97,7 @@ class Piece:
 
     @property
     def weight(self) -> int:
-        """Approximate size of the piece in memory, in bytes."""
+        """Approximate number of bytes that the piece occupies in memory."""
         return len(self.text) + (0 if self.tokens is None else 8 * len(self.tokens.ids))
 
 

@@ -51,7 +51,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the fields of a record that contain its text."""
+    """Names of a record's text fields, and settings for reading them."""
 
     text: str = "text"
     """Name of the field with plain text or a conversation."""
@@ -155,7 +155,7 @@ def _is_list_of_objects(value: object) -> bool:
 
 
 def record_pieces(record: Record, fields: Fields) -> Iterator[Piece]:
-    """Yield the pieces of one record's text; a record without text gives one blank piece.
+    """Yield the pieces of a record's text; a record without text yields one blank piece.
 
     Args:
         record: the record.
@@ -208,7 +208,7 @@ def _conversation_pieces(record: Record, names: Sequence[str], fields: Fields) -
 def _intersect(
     spans: tuple[tuple[int, int], ...] | None, first: int, length: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """Return ranges cut to [first, first + length), relative to `first`; None for None."""
+    """Clip ranges to [first, first + length) and subtract `first`; None remains None."""
     if spans is None:
         return None
     cut = [(max(start - first, 0), min(stop - first, length)) for start, stop in spans]
@@ -240,7 +240,7 @@ def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | 
 
 
 def _field_pieces(raw: bytes, key: int, *, size: int, whole: int = 0) -> Iterator[Piece]:
-    """Yield a text in pieces, as a single piece if it has at most max(whole, PIECE_BYTES) bytes."""
+    """Yield the pieces of a text; a text of at most max(whole, PIECE_BYTES) bytes is one piece."""
     if len(raw) <= max(whole, PIECE_BYTES):
         text = raw.decode()
         yield Piece(

@@ -9,7 +9,7 @@ characters, is determined by the first of these methods that applies:
   `add_generation_prompt`, including the end of the turn.
 - **Markers.** Templates of reasoning models rewrite earlier turns (they remove earlier thoughts),
   so the rendering of the first messages is not a prefix of the whole text. Then a marker of digits
-  is inserted into a message, whose position in the rendering is the position of the message. The
+  is inserted into a message; the marker's position in the rendering is that of the message. The
   text from there to the end of the turn, and the text before the answer, are taken from renderings
   of the first messages. If the template cannot render those (an assistant's greeting before the
   first question), they are taken from a conversation of one question and one answer.
@@ -38,10 +38,10 @@ CharacterRange = tuple[int, int]
 """Range [start, stop) of characters."""
 
 OUTPUT_CHARACTERS = 4 << 20
-"""Maximum number of characters of a rendering, in addition to `OUTPUT_FACTOR` times its input."""
+"""Maximum length of a rendering, in characters, beyond `OUTPUT_FACTOR` times the input's length."""
 
 OUTPUT_FACTOR = 16
-"""Maximum number of characters of a rendering per character of its input; see above."""
+"""Number of characters that a rendering may have per input character; see `OUTPUT_CHARACTERS`."""
 
 _MESSAGE_CHARACTERS = 600
 _OPTIONS = (
@@ -120,7 +120,7 @@ class Renderer:
     def _turns(
         self, render: _BoundTemplate, messages: Sequence[Message], text: str
     ) -> list[CharacterRange]:
-        """Return the ranges of the assistant's turns in the text, without excluded ones."""
+        """Return the ranges of the assistant's turns that are not excluded from the loss."""
         turns = [
             number
             for number, message in enumerate(messages)
@@ -153,8 +153,8 @@ class Renderer:
     def _end_with_stop_token(self, text: str, start: int, end: int) -> int:
         """Return the end of a turn including its stop token.
 
-        Some templates (GLM's) write no end of a turn: the model stops by generating the role token
-        of the next message.
+        Some templates (GLM's) write no end-of-turn token, because the model stops by generating the
+        next message's role token.
         """
         turn = text[start:end].rstrip()
         if any(turn.endswith(token) for token in self._closing):
@@ -165,7 +165,7 @@ class Renderer:
     def _completion(
         self, render: _BoundTemplate, messages: Sequence[Message], prompt: int, text: str
     ) -> list[CharacterRange]:
-        """Return the range of a completion, which is all text after the prompt."""
+        """Return the range of the completion: all text after the prompt."""
         if prompt == len(messages):
             return []
         opened = messages[prompt]["role"] == "assistant"
@@ -225,7 +225,7 @@ class Renderer:
         *,
         opened: bool = True,
     ) -> int:
-        """Return the start of an answer in the text, which follows the generation prompt.
+        """Return the start of an answer in the text, after the generation prompt.
 
         Args:
             render: the template.
@@ -259,10 +259,10 @@ class Renderer:
     def _start_from_example(
         self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
     ) -> int | None:
-        """Return the start of an answer, located by the generation prompt of an example.
+        """Return the start of an answer, located by the generation prompt in an example.
 
-        This is for an assistant's message at the beginning of a conversation, where templates
-        cannot render the messages before it.
+        This is for an assistant's message that begins a conversation, because no earlier messages
+        exist whose rendering would end with a generation prompt.
         """
         before, after = messages[:number], messages[number + 1 :]
         marked = render.with_marker(messages[number])
@@ -286,7 +286,7 @@ class Renderer:
     def _end_from_example(
         self, render: _BoundTemplate, messages: Sequence[Message], number: int, text: str
     ) -> int:
-        """Return the end of a turn, located by the end of the answer in an example."""
+        """Return the end of a turn, located by the text after the answer in an example."""
         message = messages[number]
         answer = [_QUESTION, {"role": message["role"], "content": "A"}]
         example = render.attempt(answer)
@@ -324,7 +324,7 @@ class Renderer:
         return length
 
     def _readable(self, render: _BoundTemplate, messages: Sequence[Message]) -> list[Message]:
-        """Return messages in the form of content that the template supports.
+        """Convert the content of messages to a form that the template supports.
 
         Content may be text or a list of parts. A template that supports only one form writes the
         other in Python's notation or omits it.
@@ -458,7 +458,7 @@ def _may_misprint(message: Message, changed: Message, text: str) -> bool:
 
 
 def _improves(message: Message, text: str, other: str) -> bool:
-    """Return whether another rendering omits fewer parts, or has less of Python's notation."""
+    """Return whether `other` shows more parts of a message than `text`, or less Python notation."""
     content = message.get("content")
     parts = [p["text"].strip() for p in content if "text" in p] if isinstance(content, list) else []
     lost = [sum(part not in rendering for part in parts) for rendering in (text, other)]
@@ -514,7 +514,7 @@ def _json(value: object) -> str:
 
 
 def _wants_parts(render: _BoundTemplate) -> bool:
-    """Return whether a template omits content that is text, and writes content that is parts."""
+    """Return whether a template omits content given as text but writes content given as parts."""
     marker = render.marker
     probe = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
     plain = render.attempt(probe)
@@ -527,7 +527,7 @@ def _wants_parts(render: _BoundTemplate) -> bool:
 
 
 def _texts(message: Message) -> Iterator[tuple[list[Any], str]]:
-    """Yield (path of keys, text) for the texts of a message that templates write."""
+    """Yield (path of keys, text) for each text in a message that a template may write."""
     content = message.get("content")
     if isinstance(content, str) and content.strip():
         yield ["content"], content
@@ -565,7 +565,7 @@ def _is_excluded(message: Message) -> bool:
 def _intersections(
     some: Sequence[CharacterRange], others: Sequence[CharacterRange]
 ) -> list[CharacterRange]:
-    """Return the intersections of ranges of two sequences, without empty ones."""
+    """Return the non-empty intersections of the ranges in `some` with those in `others`."""
     cut = [(max(a, start), min(b, stop)) for a, b in some for start, stop in others]
     return [(start, stop) for start, stop in cut if start < stop]
 
@@ -587,7 +587,7 @@ _cpu_seconds = 0
 
 
 def _start_clock() -> None:
-    """Start the timer of a rendering, which ends the process on expiry."""
+    """Start the timer that ends this process if a rendering takes too long."""
     if _cpu_seconds:
         signal.setitimer(signal.ITIMER_PROF, _cpu_seconds)
 

@@ -76,7 +76,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 of each file's relative name, size, and samples of its content.
+        """Hexadecimal sha256 of every file's relative name, size and content samples.
 
         Samples are the first and last 64 KiB and sixteen blocks in between, so the cost does not
         grow with the size of the files. A change outside the samples that does not change the size
@@ -151,13 +151,13 @@ class Source:
         return replace(self, fields=replace(self.fields, chat=ChatTemplate.of(tokenizer)))
 
     def cut_by(self, packing: Packing, vocab_size: int) -> Source:
-        """Return a copy of the source that forms windows of token ids by a packing.
+        """Return a copy of the source whose token ids are cut into windows as `packing` states.
 
         A source of text is returned unchanged. `pack` calls this method.
 
         Args:
             packing: rules that form windows.
-            vocab_size: number of columns of the teacher's head, which limits the ids.
+            vocab_size: number of columns in the teacher's head, which limits the ids.
         """
         if self.fields.tokens is None:
             return self

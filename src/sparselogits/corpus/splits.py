@@ -26,7 +26,7 @@ _CARD = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTAL
 _LARGEST_CARD = 1 << 20
 
 Splits = dict[str, list[str]]
-"""Names of the files of each split, by the name of the split."""
+"""File names by split name."""
 
 
 def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -> Splits | None:

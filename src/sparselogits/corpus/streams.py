@@ -1,6 +1,6 @@
 """Read and write token streams on disk: a folder of Parquet parts, one row per token.
 
-A stream is the concatenation of its parts, and a window is a range of the stream, which may cross
+A stream is the concatenation of its parts. A window is a range of the stream and may span two
 parts. Parts are therefore written independently of one another, in any order, by any number of
 processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
 groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two row groups.
@@ -80,13 +80,13 @@ class Tokens(NamedTuple):
     """Whether each token carries a target, bool [N]; None if all tokens do."""
 
     def cut(self, start: int, stop: int | None = None) -> Tokens:
-        """Return the tokens [start, stop) as views."""
+        """Return the tokens [start, stop) as views of these arrays."""
         learnt = None if self.learnt is None else self.learnt[start:stop]
         return Tokens(self.ids[start:stop], self.starts[start:stop], learnt)
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Concatenate ranges, as copies; an empty sequence gives an empty range."""
+        """Concatenate tokens into new arrays; an empty sequence gives zero tokens."""
         if not parts:
             return cls(np.empty(0, np.int32), np.empty(0, np.bool_), None)
         ids, starts, learnt = zip(*parts, strict=True)
@@ -95,7 +95,7 @@ class Tokens(NamedTuple):
 
 
 def part_name(number: int) -> str:
-    """Return the file name of the part with a number; names sort like numbers."""
+    """Return the file name of part `number`; names sort in the order of the numbers."""
     return f"part-{number:08d}.parquet"
 
 
@@ -106,7 +106,7 @@ def is_part_name(name: str) -> bool:
 
 @contextmanager
 def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a Parquet file that appears under its name when the block ends without an exception."""
+    """Open a Parquet file for writing; it appears if the block ends without an exception."""
     with writing_whole(path, replace=False) as handle:
         writer = pq.ParquetWriter(
             handle,
@@ -127,7 +127,7 @@ def writing_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
 
 @contextmanager
 def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartWriter]:
-    """Open a part for writing; it appears when the block ends without an exception.
+    """Open a part for writing; the file appears if the block ends without an exception.
 
     Args:
         path: the file.
@@ -143,7 +143,7 @@ def writing_part(path: Path, vocab_size: int, *, masked: bool) -> Iterator[PartW
 
 
 class PartWriter:
-    """Writer of one part of a stream, in memory that does not grow with the part.
+    """Writer of one part of a stream; its memory does not grow with the part.
 
     Args:
         file: open Parquet file.
@@ -243,11 +243,11 @@ def read_footer(path: Path, vocab_size: int) -> tuple[Counts, NDArray[np.int64]]
 
 
 class TokenStream:
-    """Stream of tokens with random access, safe to share between threads.
+    """Stream of tokens with random access; threads may share it.
 
     Args:
         folder: folder of the parts.
-        lengths: number of tokens of each part, in order.
+        lengths: number of tokens in each part, in order.
     """
 
     def __init__(self, folder: Path, lengths: Sequence[int]) -> None:
@@ -259,11 +259,11 @@ class TokenStream:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the stream."""
+        """Number of tokens in the stream."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def begin(self, part: int) -> int:
-        """Return the position in the stream of the first token of a part."""
+        """Return the position in the stream at which a part begins."""
         return int(self._ends[part - 1]) if part else 0
 
     def path(self, part: int) -> Path:
@@ -372,7 +372,7 @@ def require_plausible_group(path: Path, file: pq.ParquetFile, group: int, rows: 
         path: path of the file.
         file: the file, opened by `open_part`.
         group: number of the row group.
-        rows: maximum number of rows, of at most eight bytes per column.
+        rows: maximum number of rows; a row has at most eight bytes per column.
 
     Raises:
         PartError: the group has too many rows, columns or pages, or its pages claim too many bytes.

@@ -55,9 +55,9 @@ class TokenReading:
     joined: bool = False
     """Whether rows are concatenated and cut, instead of one row per window."""
     packing: Packing | None = None
-    """Packing of the windows; None before `pack` sets it."""
+    """Rules that form the windows; None until `pack` sets them."""
     vocab_size: int = 0
-    """Number of columns of the teacher's head; 0 before `pack` sets it."""
+    """Number of columns in the teacher's head; 0 until `pack` sets it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the description of the settings in a packed corpus, as plain JSON values."""
@@ -65,10 +65,10 @@ class TokenReading:
 
     @property
     def settled(self) -> Packing:
-        """Packing of the windows.
+        """Rules that form the windows.
 
         Raises:
-            CorpusError: the packing is not set.
+            CorpusError: `pack` has not set them.
         """
         if self.packing is None:
             raise CorpusError(
@@ -89,7 +89,7 @@ def token_piece(
     opens: bool = True,
     closes: bool = True,
 ) -> Piece:
-    """Return the piece of a row, or of a part of a joined row.
+    """Return the piece for a row of token ids, or for a part of a joined row.
 
     Args:
         ids: integer [N] token ids without padding, N >= 1.
@@ -151,7 +151,7 @@ def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
 def record_row(
     values: Mapping[str, Any], where: _Where, size: int, reading: TokenReading
 ) -> Piece | None:
-    """Return the piece of a record's row of token ids; None if the row has no tokens.
+    """Return a record's row of token ids as a piece; None if the row has no tokens.
 
     Args:
         values: values of the record by field name.

@@ -108,7 +108,7 @@ def require_tokenizer(
     origin: str = "the cache",
     allow: Collection[str] = (),
 ) -> None:
-    """Validate that each id of a tokenizer is the same token as in a cache.
+    """Validate that each id of a tokenizer stands for the same token as in a cache.
 
     Roles of special tokens, chat template and padding may differ, and each tokenizer may have added
     tokens that the other lacks, if no id is two different tokens. A `SparseLogitsWarning` states
@@ -124,7 +124,7 @@ def require_tokenizer(
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:
-        IdentityMismatchError: an id is another token.
+        IdentityMismatchError: an id stands for another token.
     """
     found = tokenizer
     if not isinstance(tokenizer, TokenizerFingerprint):
@@ -161,7 +161,7 @@ def require_tokenizer(
 
 
 def _conflict(found: TokenizerFingerprint, cached_added: object, origin: str) -> str | None:
-    """Return a clause about an id that is two different added tokens; None if there is none."""
+    """Return a clause about an id whose added token differs in two tokenizers; None without one."""
     if not isinstance(cached_added, Mapping):
         return None if cached_added == found.record()["added"] else "added tokens differ"
     for id_, token in found.added.items():

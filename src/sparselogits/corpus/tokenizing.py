@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenizer of pieces of text, which is pickled without its compiled form.
+    """Tokenizer of pieces of text; pickling omits the compiled tokenizer, which is built again.
 
     Args:
         tokenizer: a transformers tokenizer. With a fast tokenizer, the tokens of a long document do
@@ -119,11 +119,11 @@ def _without_margins(encoding: Encoding, piece: Piece) -> Encoded:
 def _token_mask(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.bool_]:
-    """Return bool [N], true for the tokens of ranges of characters.
+    """Return bool [N], true for the tokens that belong to ranges of characters.
 
     As in transformers' `assistant_masks`, the tokens of a range begin with the first one that
-    contains its first character, and end with the first one that contains its last character. If no
-    token contains that character (some tokenizers drop white space), the nearest token within the
+    contains the range's first character, and end with the first one that contains its last. If no
+    token contains such a character (some tokenizers drop white space), the nearest token within the
     range is used.
 
     Args:
@@ -144,7 +144,7 @@ def _token_mask(
 
 
 def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
-    """Return a piece's tokens by a tokenizer that returns no character offsets."""
+    """Return a piece's tokens from a tokenizer that returns no character offsets."""
     text = piece.text[piece.start : piece.stop]
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if piece.learnt is None:
@@ -158,7 +158,7 @@ def _encode_without_offsets(tokenizer: Any, piece: Piece) -> Encoded:
 
 
 def _tokens_before(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
-    """Return how many tokens of a text lie within a prefix of the text.
+    """Count the tokens of a text that lie within a prefix of the text.
 
     Args:
         tokenizer: a transformers tokenizer.

@@ -40,7 +40,7 @@ def known_formats() -> tuple[Format, ...]:
 
 
 def _validated(name: str, kind: object, *, known: list[Format]) -> Format:
-    """Return an instance of the format class of an entry point.
+    """Return an instance of the format class that an entry point declares.
 
     Raises:
         InvalidArgumentError: the class is not a format, or another format has its name or one of
@@ -80,7 +80,7 @@ def format_in_folder(path: Path) -> Format | None:
 
 
 def format_with_weak_suffix(path: Path) -> Format | None:
-    """Return the format with a file's suffix in its `weak_suffixes`; None if there is none."""
+    """Return the format whose `weak_suffixes` contain a file's suffix; None if there is none."""
     suffix = path.suffix.lower()
     return next((f for f in known_formats() if suffix in f.weak_suffixes), None)
 

@@ -84,7 +84,7 @@ class Compression(NamedTuple):
     decompressor: Callable[[], Any]
     """Function that returns a new decompressor with the interface of `bz2.BZ2Decompressor`."""
     step: int = 1 << 16
-    """Number of bytes of input per call of the decompressor."""
+    """Number of input bytes per call of the decompressor."""
 
 
 COMPRESSIONS = {

@@ -44,7 +44,7 @@ class Span:
     stop: int
     """Number of the unit after the span's last unit."""
     size: int
-    """Size of the range in bytes, for progress and for portions of equal size."""
+    """Size of the range in bytes, for progress and for dividing a source into equal portions."""
     document: int = 0
     """Offset at which the document at `start` begins (text only)."""
 
@@ -82,7 +82,7 @@ class Format:
         return (*self.suffixes, *self.weak_suffixes, *self.named_suffixes)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the paths of a file and of the files that belong to its content, in this order."""
+        """Return a file's path, followed by the paths of files that contain more of its content."""
         return (path,)
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:

@@ -19,7 +19,8 @@ from sparselogits.corpus.records import Fields, Record, Where
 from sparselogits.errors import CorpusError
 
 LONGEST_LINE = 1 << 30
-"""Maximum length, in bytes, of a line of a compressed file, whose ratio is not bounded."""
+"""Maximum length in bytes of a line in a compressed file, because a small file may expand to any
+length."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -82,7 +83,7 @@ class JsonLines(LineFormat):
 
 
 def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield (line, function that returns its position, length in bytes) of the lines of a span."""
+    """Yield (line, function that returns its position, length in bytes) for each line in a span."""
     path, name = span.file.path, span.file.name
     with path.open("rb") as handle:
         handle.seek(max(span.start - 1, 0))
@@ -94,7 +95,7 @@ def _plain_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
 
 
 def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
-    """Yield the lines of a compressed file like `_plain_lines`, with their compressed lengths."""
+    """Yield the lines of a compressed file as `_plain_lines` does, but with compressed lengths."""
     path, name = span.file.path, span.file.name
     done = number = 0
     with path.open("rb") as raw:
@@ -112,7 +113,7 @@ def _compressed_lines(span: Span) -> Iterator[tuple[bytes, Where, int]]:
 
 
 def _line_at(path: Path, name: str, offset: int) -> str:
-    """Return file name and number of the line at a byte, which requires reading up to it."""
+    """Return the file name and line number at a byte offset, by counting the lines before it."""
     number, remaining = 1, offset
     with path.open("rb") as handle:
         while remaining and (block := handle.read(min(remaining, 1 << 20))):

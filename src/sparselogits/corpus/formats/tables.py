@@ -37,7 +37,7 @@ class Parquet(Format):
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of row groups with about `span_bytes` bytes to read."""
+        """Divide a file into spans of row groups, each with about `span_bytes` bytes to read."""
         with _open_parquet(file) as reader:
             columns = _columns(reader.schema_arrow, file.name, fields)
             metadata, start, size = reader.metadata, 0, 0
@@ -72,7 +72,7 @@ class Arrow(Format):
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of record batches with about `span_bytes` bytes to read."""
+        """Divide a file into spans of record batches, each with about `span_bytes` to read."""
         start = size = number = 0
         for number, batch in enumerate(_arrow_batches(file), start=1):
             columns = _columns(batch.schema, file.name, fields)
@@ -161,7 +161,7 @@ def _rows(
     fields: Fields | None,
     first: int = 0,
 ) -> Iterator[Record]:
-    """Yield the rows of batches, one in memory at a time.
+    """Yield the rows of record batches, converting one row at a time.
 
     Args:
         batches: record batches.

@@ -110,7 +110,7 @@ def document_separators(read: Read, start: int, stop: int) -> Iterator[tuple[int
     position, first = start, _first_byte(read)
     while position < stop:
         block_stop = min(position + _SCAN_BYTES, stop)
-        # from one byte before, a possible line break, to the end of a separator's line break
+        # include the byte before (a possible line break) and the line break after a separator
         origin = max(position - 1, 0)
         block = read(origin, block_stop + len(SEPARATOR) + 2)
         at = block.find(SEPARATOR, position - origin)
@@ -141,7 +141,7 @@ def _head(read: Read, document: int) -> bytes:
 
 
 def _first_byte(read: Read) -> int:
-    """Return the offset of the text, after a byte order mark."""
+    """Return the offset at which the text begins: after the byte order mark, if there is one."""
     return len(_BYTE_ORDER_MARK) if read(0, 3) == _BYTE_ORDER_MARK else 0
 
 

@@ -2,8 +2,8 @@
 
 - `.ds` of datatrove, for nanotron: ids in uint16 or uint32. Next to it are `.ds.metadata` (its
   first line is `NAME|BYTES` with the bytes per id), `.ds.index` (uint64 ends of documents) and
-  `.ds.loss` (a byte per id, 0 for an id that carries no target).
-- `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first number is 20240520 for uint16
+  `.ds.loss` (one byte per id, 0 for an id that carries no target).
+- `.bin` of llm.c and modded-nanogpt: 256 int32, then ids. The first int32 is 20240520 for uint16
   or 20240801 for uint32, the second a version, the third the number of ids.
 - `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
   then int32 lengths and int64 first bytes of the sequences in `.bin`, and int64 ends of documents.
@@ -72,7 +72,7 @@ class _Layout:
     """Position and type of the ids in a file, and the files that belong to it."""
 
     kind: str
-    """numpy's name of the type of an id."""
+    """NumPy's name for the data type of the ids."""
     first: int
     """Offset of the first id, in bytes."""
     count: int
@@ -80,7 +80,7 @@ class _Layout:
     ends: Path | None = None
     """Path of the file with the ends of documents; None without such a file."""
     learnt: Path | None = None
-    """Path of the loss mask, a byte per id; None without a loss mask."""
+    """Path of the loss mask with one byte per id; None without a loss mask."""
 
 
 class _Stream(TokenFormat):
@@ -313,7 +313,7 @@ def _reading(fields: Fields | None) -> TokenReading:
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[Any]:
-    """Open a regular file during a block and yield its descriptor; None for no file."""
+    """Open a regular file during a block and yield its descriptor; yield None if `path` is None."""
     if path is None:
         yield None
         return
@@ -345,7 +345,7 @@ def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
 def _sequences(
     handle: int, start: int, stop: int, count: int, name: str
 ) -> Iterator[tuple[int, _Array, _Array]]:
-    """Yield (number of the first sequence, lengths, first bytes) of blocks of sequences.
+    """Yield (number of the first sequence, lengths, first bytes) for each block of sequences.
 
     Args:
         handle: descriptor of the index.
