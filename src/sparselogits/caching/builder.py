@@ -1,8 +1,8 @@
-"""Build caches from a packed corpus, any number of caches with one forward pass of the teacher.
+"""Build one or more caches from a packed corpus, with one forward pass of the teacher for all.
 
-An interrupted build resumes with the first missing shard; an existing shard is complete. Existing
-shards must come from the same text: their fingerprints are compared with the corpus before the
-teacher runs (`job.CHECKED_SHARDS`).
+An interrupted build resumes with the first missing shard, because an existing shard is always
+complete. Before the teacher runs, the fingerprints of existing shards are compared with the corpus,
+so that all shards come from the same text (`job.CHECKED_SHARDS`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class CacheRequest:
     Args:
         root: directory or URL of the cache.
         sampler: sampler of the targets.
-        budget: mean entries per position, to which the sampler's budget parameter (rounds, k, tau)
-            is fitted on pilot windows; None to use the sampler unchanged.
+        budget: mean number of entries per position. The sampler's budget parameter (rounds, k or
+            tau) is fitted to it on pilot windows. None to use the sampler unchanged.
         seed: random seed for sampling.
         temperature: divisor of the teacher's logits.
-        exact_weights: whether to store real-valued weights as float32; see `codec_for`. None
-            rounds the weights of a new cache, and follows the identity of an existing one.
+        exact_weights: whether to store real-valued weights as float32; see `codec_for`. None for
+            the setting of the existing cache; a new cache then rounds weights.
     """
 
     root: Location
@@ -64,7 +64,7 @@ class BuildReport:
     Args:
         caches: open caches, one per request.
         windows_built: number of windows that were computed.
-        windows_found: number of windows in shards that existed before.
+        windows_found: number of windows in shards that existed before the build.
     """
 
     caches: list[Cache]
@@ -105,7 +105,8 @@ def build_caches(
 
     Raises:
         IdentityMismatchError: an existing cache has other settings, or was built from other text.
-        TeacherError: the teacher's loss on the text is worse than guessing, or its logits overflow.
+        TeacherError: the teacher's loss on the text is worse than that of uniform guessing, or its
+            logits overflow.
         InvalidArgumentError: a budget cannot be met, the range of windows is invalid, or the kind
             of the teacher (masked or causal) does not match `corruption`.
         StorageError: a cache cannot be reached or written.
@@ -191,7 +192,7 @@ def begin_job(
     first_window: int = 0,
     corruption: Corruption | None = None,
 ) -> Job:
-    """Fit the samplers' parameters, and create the caches or open existing ones.
+    """Create a build: fit the samplers' parameters, and create or open the caches.
 
     See `build_caches` for arguments and errors.
     """
@@ -273,7 +274,7 @@ def _sampler_of_existing(request: CacheRequest, existing: Identity) -> Sampler:
 
 
 def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
-    """Return a phrase with the budget, or without a budget with the sampler's parameters."""
+    """Return a phrase that states the budget, or the sampler's parameters if there is no budget."""
     if budget is not None:
         return f"a budget of {budget:g}"
     return " and ".join(f"{name} {value}" for name, value in parameters.items())
@@ -308,7 +309,7 @@ def _identity(
 
 
 def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -> dict[str, Any]:
-    """Return the codec; without `exact_weights` in the request, as in an existing cache."""
+    """Return the codec; if the request leaves `exact_weights` open, as in the existing cache."""
     exact = request.exact_weights
     if exact is None:
         exact = existing is not None and "rounding" not in existing.codec
@@ -316,7 +317,7 @@ def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -
 
 
 def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
-    """Return the `sampler` field of the identity."""
+    """Return the `sampler` field of the identity, with the budget if there is one."""
     described: dict[str, Any] = {"name": sampler.name, **sampler.parameters()}
     if request.budget is not None:
         described["budget"] = float(request.budget)
@@ -324,7 +325,7 @@ def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
 
 
 def _mask_fingerprint(engine: Engine) -> str:
-    """Return the sha256, in hex, of the mask of ids that are tokens; "all" if all ids are."""
+    """Return the sha256, in hex, of the mask of valid token ids; "all" if all ids are valid."""
     import hashlib
 
     import numpy as np

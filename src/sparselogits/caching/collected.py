@@ -1,8 +1,8 @@
 """Import Top-K logprobs from an inference server or another trainer as a cache.
 
-The result is a cache of the `topk` sampler with the usual bias: the tail is missing. The identity
-records that the targets were imported and that the teacher's weights, precision and engine are
-unknown, so that the cache cannot be confused with that of a known teacher.
+The result is a cache of the `topk` sampler, whose targets are biased because they lack the tail.
+The identity records that the targets were imported and that the teacher's weights, precision and
+engine are unknown, so that the cache cannot be confused with a cache of a known teacher.
 """
 
 from __future__ import annotations
@@ -83,16 +83,17 @@ def import_collected(
     `collected_rows` and `collected_forms` describe the formats of a row.
 
     The rows are concatenated and divided into windows without gaps; attention restarts at the
-    beginning of each row, as it did in the teacher. One row and one shard are in memory at a time.
-    The folder is created atomically, when the cache is complete.
+    beginning of each row, as it did when the teacher was run. One row and one shard are in memory
+    at a time. The folder is created atomically, when the cache is complete.
 
     Args:
         data: path or pattern of JSON Lines or Parquet files, or a folder of such files.
         tokenizer: tokenizer of the teacher.
         out: output folder, which must be missing or empty.
-        vocab_size: vocabulary size V: number of columns of the teacher's head.
+        vocab_size: vocabulary size V, the number of logits per position of the teacher.
         teacher: name of the teacher, if known.
-        window: number of tokens per window; None for the length of the rows, which must be equal.
+        window: number of tokens per window; None for the length of the first row, which all other
+            rows must have.
         k: largest number of entries per position; None for the number in the first row.
         windows_per_shard: number of windows per shard.
         exact_weights: whether to store probabilities as float32 instead of rounding them.
@@ -155,7 +156,7 @@ class _WindowCutter:
 
     Args:
         length: number of tokens per window.
-        whole_rows: whether every row must have that length.
+        whole_rows: whether every row must have exactly `length` tokens.
 
     Attributes:
         rows: number of rows that were read.
@@ -167,7 +168,7 @@ class _WindowCutter:
         self._length, self._whole_rows = length, whole_rows
 
     def windows(self, sequences: Iterator[tuple[Collected, Where]]) -> Iterator[Collected]:
-        """Yield windows. Raises InvalidArgumentError for a row of another length."""
+        """Yield windows. Raises InvalidArgumentError for a row of the wrong length."""
         waiting: list[Collected] = []
         for sequence, where in sequences:
             self.rows += 1
@@ -271,7 +272,7 @@ class _Row(NamedTuple):
     Attributes:
         values: columns of the row by name.
         where: returns the location of the row, for messages.
-        normalised: whether the probabilities are those over the whole vocabulary.
+        normalised: whether the probabilities are normalised over the whole vocabulary.
     """
 
     values: Mapping[str, Any]
@@ -340,7 +341,7 @@ def _identity(
 
 
 def _new_folder(out: str | Path) -> Path:
-    """Return the absolute path of a new folder, after it is validated."""
+    """Validate the path of a new folder, and return it as an absolute path."""
     if "://" in str(out):
         raise CacheError(
             f"{out} is a URL; import to a folder, then copy the cache with `sparselogits merge`"
@@ -351,7 +352,7 @@ def _new_folder(out: str | Path) -> Path:
 
 
 def _require_sizes(vocab_size: int, windows_per_shard: int, tokens: int) -> None:
-    """Validate sizes, given the number of the tokenizer's ids. Raises InvalidArgumentError."""
+    """Validate the sizes against the tokenizer's number of ids. Raises InvalidArgumentError."""
     if windows_per_shard < 1:
         raise InvalidArgumentError(
             f"windows_per_shard must be at least 1, found {windows_per_shard}"

@@ -33,7 +33,7 @@ SETTINGS = "compression_config.yaml"
 """Name of the file with DistillKit's settings, in the folder of its Parquet files."""
 
 LOSSY_MASS = 1.05
-"""Largest sum of packed probabilities of a position; approximations above 1 are scaled to 1."""
+"""Largest valid sum of a position's packed probabilities; sums above 1 are scaled to 1."""
 
 _Float = Literal["float16", "bfloat16", "float32", "float64"]
 _Size = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -68,25 +68,26 @@ class ResidualBin(_Settings):
 
 
 class DistillKitPacking(_Settings):
-    """Settings of DistillKit's packing, with the names of its `compression_config.yaml`.
+    """Settings of DistillKit's packing, named as in its file `compression_config.yaml`.
 
-    The bytes of a position are, in this order: the `exact_k` largest values; one coefficient per
-    polynomial term; for each bin a scale and its residuals as integers of `element_bits` bits, most
+    A position is stored as the `exact_k` largest values, then one coefficient per polynomial term,
+    then for each bin a scale and its residuals. Residuals are integers of `element_bits` bits, most
     significant bit first, padded to whole bytes. With `delta_encoding` each value after the first
-    is stored as the difference from the preceding value. Ids are packed in the same way, with the
-    number of bits of the largest id.
+    is stored as the difference from the preceding value. Ids are packed like residuals, with as
+    many bits as the largest id requires.
 
     Attributes:
         d: vocabulary size.
         k: number of values per position.
         exact_k: number of values that are stored exactly.
-        exact_dtype: dtype of these values.
+        exact_dtype: dtype of the exact values.
         polynomial_terms: terms of the approximation of the other values: exponents of the rank, or
             its square root or exponential. None for no approximation.
         term_dtype: dtype of the coefficients.
         residual_bins: bins of the residuals of the approximation.
         delta_encoding: whether values are stored as differences.
-        error_diffusion: whether rounding errors were added to the next value; not used for reading.
+        error_diffusion: whether each rounding error was added to the next value; ignored when
+            reading.
         normalize_t: whether the ranks of approximated values are scaled to [0, 1].
     """
 
@@ -135,7 +136,7 @@ class DistillKitPacking(_Settings):
 
     @property
     def value_bytes(self) -> int:
-        """Number of bytes of the values of a position."""
+        """Number of bytes per position for the packed values."""
         terms = len(self.polynomial_terms or ())
         size = self.exact_k * _itemsize(self.exact_dtype) + terms * _itemsize(self.term_dtype)
         for part in self.residual_bins:
@@ -144,7 +145,7 @@ class DistillKitPacking(_Settings):
 
     @property
     def id_bytes(self) -> int:
-        """Bytes per position for the packed ids."""
+        """Number of bytes per position for the packed ids."""
         return _bytes_of(self.k * self.id_bits)
 
     def ids(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -157,7 +158,7 @@ class DistillKitPacking(_Settings):
         exact_dtype = getattr(torch, self.exact_dtype)
 
         def take(count: int, dtype: str) -> Tensor:
-            """Return the next numbers of each position, [P, count]."""
+            """Return the next `count` values of every position, [P, count]."""
             nonlocal at
             size = count * _itemsize(dtype)
             part = torch.from_numpy(np.ascontiguousarray(packed[:, at : at + size]))
@@ -277,7 +278,7 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
 
 
 def has_normaliser(values: Mapping[str, Any]) -> bool:
-    """Return whether the probabilities of a row follow from its columns, which are not logits."""
+    """Return whether a row's columns determine its probabilities, unlike unnormalised logits."""
     return not all(name in values for name in _LOGITS)
 
 
@@ -291,7 +292,7 @@ def unnormalised(where: Where) -> InvalidTargetsError:
 
 
 def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
-    """Convert a row of logits, normalised over the listed ids. Raises InvalidTargetsError."""
+    """Convert a row of logits, normalising them over the listed ids. Raises InvalidTargetsError."""
     segments = values.get("targets_segmentation")  # 0 for padding
     logs: list[list[float]] = []
     for position, row in enumerate(_rows(values, "top_k_logits", where)):
@@ -327,7 +328,7 @@ def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
 def _lists(
     values: Mapping[str, Any], ids: Any, logs: Any, replaced: Collection[str]
 ) -> Mapping[str, Any]:
-    """Return a row in which columns are replaced by lists of ids and logprobs.
+    """Return a row in which some columns are replaced by lists of ids and logprobs.
 
     Args:
         values: columns of the row by name.
@@ -356,7 +357,7 @@ def _rows(values: Mapping[str, Any], name: str, where: Where) -> list[list[Any]]
 
 
 def _floats(row: list[Any], name: str, where: Where) -> NDArray[np.float64]:
-    """Convert a list of a column to numbers. Raises InvalidTargetsError."""
+    """Convert a list from a column to a float array. Raises InvalidTargetsError."""
     try:
         return np.array(row, np.float64)
     except (TypeError, ValueError):
@@ -399,7 +400,7 @@ def _integers(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.in
 
 
 def _itemsize(dtype: str) -> int:
-    """Return the number of bytes per number of a dtype."""
+    """Return the size in bytes of one value of a dtype."""
     return int(getattr(torch, dtype).itemsize)
 
 

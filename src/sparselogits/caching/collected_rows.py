@@ -22,16 +22,16 @@ from sparselogits.errors import InvalidTargetsError
 from sparselogits.objectives import CAUSAL
 
 TOKENS = ("input_ids", "tokens", "prompt_token_ids")
-"""Names of the column of token ids."""
+"""Accepted names of the column of token ids."""
 
 LISTS = (("topk_ids", "topk_logprobs"), ("top_ids", "top_logprobs"))
-"""Names of the columns of ids and logprobs in the first format."""
+"""Accepted names of the columns of ids and logprobs in the first format."""
 
 PROMPT = "prompt_logprobs"
-"""Name of the column of ids and logprobs in the second format."""
+"""Name of the column of ids and logprobs in vLLM's format."""
 
 MASS_TOLERANCE = 1e-3
-"""Tolerance of a sum of probabilities above one, for half precision."""
+"""Largest excess over 1 of a sum of probabilities, which rounding to half precision may cause."""
 
 _IGNORED = ("window_index",)  # a column of `export --format topk`
 _EXPECTED = f"one of {', '.join(TOKENS)}, and " + " or ".join(
@@ -45,12 +45,12 @@ _Array = NDArray[Any]
 class Collected:
     """A sequence of n tokens with targets of E entries in total.
 
-    Position j is the teacher's distribution of the token after token j.
+    The entries of position j are the teacher's distribution of the token after token j.
 
     Args:
         tokens: int32 [n].
         starts: bool [n], True for the first token of a row.
-        lengths: int64 [n], number of entries of each position; 0 without a target.
+        lengths: int64 [n], number of entries per position; 0 for positions without a target.
         ids: int64 [E], in order of position and ascending within a position.
         weights: float32 [E], probabilities of the teacher.
     """
@@ -87,9 +87,9 @@ class Collected:
 def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
     """Return the number K of entries per position with which a row was collected.
 
-    It is the length of the longest list; for `prompt_logprobs` of the shortest one, because vLLM
-    adds the actual token to the K likeliest if it is not one of them. (If it never is in a row, the
-    result is too large by one.)
+    This is the length of the longest list. For `prompt_logprobs` it is the length of the shortest
+    list, because vLLM adds the actual token to the K likeliest if it is not one of them. If that
+    happens at every position of a row, the result is too large by one.
 
     Args:
         record: columns of the row by name.
@@ -227,7 +227,7 @@ def _pairs(element: Any, where: Where) -> Iterator[tuple[int, Any]]:
 
 
 def _list(value: Any, name: str, where: Where) -> list[Any]:
-    """Return the list of a position; an empty one for None. Raises InvalidTargetsError."""
+    """Return a position's list, or an empty list for None. Raises InvalidTargetsError."""
     if value is None:
         return []
     if not isinstance(value, list):

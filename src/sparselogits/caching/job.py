@@ -1,4 +1,4 @@
-"""Describe a build so that any worker can compute any range of windows.
+"""Define a build as a value, from which any worker can compute any range of windows.
 
 A job contains the text, the caches and their samplers, but not the teacher. It can be sent to
 another process or machine that has access to the same folders.
@@ -28,8 +28,8 @@ from sparselogits.teacher import Engine
 CHECKED_SHARDS = 256
 """Largest number of existing shards whose text is compared when a build resumes.
 
-Of more shards, evenly spaced ones are compared, so that a very large build does not read all of its
-text again.
+If there are more shards, evenly spaced ones are compared, so that a very large build does not read
+all of its text again.
 """
 
 
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def text(self) -> TextSpan:
-        """The text with its range of windows in the caches."""
+        """Text of the build, with its range of windows in the caches."""
         fingerprint = self.corpus.text_fingerprint
         return TextSpan(fingerprint, self.first_window, self.corpus.windows)
 
@@ -94,7 +94,7 @@ class Job:
         return [r for r in ranges if any(r not in have for have in finished)]
 
     def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
-        """Validate that a range of caches has the text of the corpus."""
+        """Validate that the existing shards of a range were built from the text of the corpus."""
         expected = fingerprint(self._windows(span))
         for cache in holders:
             if cache.provenance(span[0]).get("corpus") != expected:
@@ -106,7 +106,7 @@ class Job:
     def compute(
         self, engine: Engine, span: Range, progress: Callable[[int], None] | None = None
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
-        """Compute the records of a range for each cache, and the provenance of their shards.
+        """Compute each cache's records for a range, and the provenance of the shards.
 
         Args:
             engine: engine of the teacher.

@@ -1,8 +1,8 @@
 """Run pilot windows before a build, to validate the teacher on the text and to fit a budget.
 
-A budget is a mean number of entries per position. Which rounds, k or tau meet it depends on the
-teacher's entropy on the text. The process that starts the build fits them once and stores the
-result in the identity, from which a resumed build reads it.
+A budget is a mean number of entries per position. The value of rounds, k or tau that meets it
+depends on the teacher's entropy on the text. The process that starts the build fits them once and
+stores the result in the identity, from which a resumed build reads it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sparselogits.store.ranges import spread
 from sparselogits.teacher import Engine
 
 PILOT_POSITIONS = 1024
-"""Number of pilot positions, from which the mean entries are estimated to 2 or 3 %."""
+"""Number of pilot positions; the mean entries estimated from them are accurate to 2 or 3 %."""
 
 NATS_WORSE_THAN_UNIFORM = 1.0
-"""Difference in nats to the loss of a uniform distribution above which a teacher is rejected."""
+"""Excess over the loss of a uniform distribution, in nats, above which a teacher is rejected."""
 
 
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
@@ -67,8 +67,8 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
         how: `reset_attention` of the build.
 
     Raises:
-        TeacherError: the loss is worse than guessing, for example because the tokenizer belongs to
-            another model, or logits are not finite.
+        TeacherError: the loss is worse than that of uniform guessing, for example because the
+            tokenizer belongs to another model, or logits are not finite.
         InvalidArgumentError: the window is longer than the teacher supports.
     """
     window = windows[0]

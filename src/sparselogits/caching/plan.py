@@ -39,7 +39,7 @@ class Share:
 
 
 WHOLE = Share(0, 1)
-"""The share of a single worker: all ranges."""
+"""Share of a build's only worker: all ranges."""
 
 
 def shard_ranges(

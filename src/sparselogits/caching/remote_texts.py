@@ -28,7 +28,7 @@ from sparselogits.store.tools.push import require_unlinked
 from sparselogits.untrusted import parse_json
 
 CORPUS = "corpus"
-"""Name of the first text's folder, and prefix of the others."""
+"""Name of the first text's folder, and prefix of the names of the other texts' folders."""
 
 
 def fetch_texts(cache: Location, work: Path | None = None) -> Path:
@@ -109,7 +109,7 @@ def publish_text(cache: Location, folder: Path) -> None:
 
 
 def _local_files(paths: Paths) -> list[Path]:
-    """Return the files of a packed text except `corpus.json` and `index.json`, none of them links.
+    """Return the files of a packed text except `corpus.json` and `index.json`; reject links.
 
     Raises:
         InvalidArgumentError: a file is a link.
@@ -125,7 +125,7 @@ def _local_files(paths: Paths) -> list[Path]:
 
 
 def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
-    """Return the `corpus.json` of an uploaded text; None if there is no text of that name.
+    """Return the content of an uploaded text's `corpus.json`; None if there is no such text.
 
     Raises:
         CorpusError: the file is damaged.
@@ -145,17 +145,17 @@ def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
 
 
 def _has_text(paths: Paths, description: dict[str, Any]) -> bool:
-    """Return whether the local text has a description."""
+    """Return whether the local text matches a description."""
     return _without_name(read_corpus_json(paths.made_from)) == _without_name(description)
 
 
 def _without_name(description: dict[str, Any]) -> dict[str, Any]:
-    """Return a description without the name of the text, which depends on local paths."""
+    """Return a description without the text's name, because that depends on local paths."""
     return {**description, "source": {**description["source"], "name": ""}}
 
 
 def _remove_other_text(paths: Paths, description: dict[str, Any]) -> None:
-    """Remove the local text if it has another description.
+    """Remove the local text if it does not match a description.
 
     Raises:
         CorpusError: another process is packing the local text.
@@ -172,7 +172,7 @@ def _remove_other_text(paths: Paths, description: dict[str, Any]) -> None:
 
 
 def _other_text(storage: Storage, name: str) -> IdentityMismatchError:
-    """Return the error for an object of another text."""
+    """Return the error for an object that belongs to another text."""
     return IdentityMismatchError(
         f"{storage.location}/{name} belongs to another packed text; build from the same text and "
         "settings, or choose another URL"
@@ -180,7 +180,7 @@ def _other_text(storage: Storage, name: str) -> IdentityMismatchError:
 
 
 def _has_content(storage: Storage, name: str, data: bytes) -> bool:
-    """Return whether an object exists and has a content."""
+    """Return whether an object exists and has exactly the given content."""
     try:
         return storage.read(name) == data
     except FileNotFoundError:

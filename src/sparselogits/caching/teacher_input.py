@@ -1,4 +1,4 @@
-"""Define the teacher's input for a window: its tokens, corrupted for a masked language model."""
+"""Define the teacher's input for a window: its tokens, or corrupted tokens for a masked model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TeacherInput:
         inputs: token ids of the input, int64 [L].
         labels: int64 [L], the token that each position predicts; -100 if there is none.
         carries: bool [L], True for positions with a target.
-        corrupted: corruption of the window; None if the input is the text.
+        corrupted: corruption of the window; None if the input is the text itself.
     """
 
     window: Window
@@ -42,7 +42,7 @@ class TeacherInput:
 
         Raises:
             InvalidArgumentError: the window to corrupt has a loss mask, or the corruption chooses
-                whole words, which the tokenizer does not mark.
+                whole words but the tokenizer does not mark word boundaries.
         """
         if corruption is None:
             carries = np.ones(len(window.tokens), np.bool_) if window.mask is None else window.mask

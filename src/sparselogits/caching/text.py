@@ -73,7 +73,7 @@ def require_room(cache: Location) -> None:
 
 
 def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool) -> TextPlace:
-    """Return the location at which a text of a cache is packed.
+    """Return the location at which a text is or will be packed in a cache.
 
     Args:
         cache: folder of the cache, which may be missing.
@@ -117,7 +117,7 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
 
 
 def _begun_with(folder: Path) -> str | None:
-    """Return the fingerprint of the text that is or was being packed in a folder; None if none."""
+    """Return the fingerprint of the text whose packing was begun in a folder; None if none was."""
     made_from = Paths(folder).made_from
     return read_corpus_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
 
@@ -145,10 +145,10 @@ def windows_of_texts(cache: Path) -> int | None:
 
 
 def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
-    """Return a function from a range of windows to the fingerprint of its packed text.
+    """Return a function that maps a range of windows to the fingerprint of its packed text.
 
     The function returns None for windows whose text is missing (see `windows_of_texts`), and for
-    ranges with windows of two texts.
+    ranges that contain windows of two texts.
     """
     texts: list[tuple[PackedCorpus, int]] = []
     with suppress(CorpusError):  # window indices after a text that cannot be opened are unknown

@@ -1,4 +1,4 @@
-"""Compute the records of a range of windows: run the teacher and sample targets.
+"""Compute the records of a range of windows by running the teacher and sampling targets.
 
 The result depends only on the windows, the teacher and the samplers: batches start at the first
 window of the range and do not extend beyond its end, and uniforms are keyed by window.
@@ -44,7 +44,7 @@ class DrawSettings:
 
 @dataclass
 class _WindowInProgress:
-    """Results of the slices of one window that have been computed.
+    """Results so far for one window, whose logits are computed in slices of positions.
 
     Attributes:
         targets: targets of each slice, per draw.
@@ -76,7 +76,7 @@ def compute_range(
     Args:
         engine: engine of the teacher.
         windows: windows of the range, in order.
-        draws: sampling settings of each cache, which share a forward pass.
+        draws: sampling settings of each cache; one forward pass serves all caches.
         batch: number of windows per forward pass.
         reset_attention: whether attention restarts at document starts.
         corruption: corruption of the windows for a masked teacher; None for a causal teacher.
@@ -99,7 +99,7 @@ def _compute_batch(
     draws: Sequence[DrawSettings],
     reset_attention: bool,
 ) -> Iterator[list[WindowRecord]]:
-    """Yield the records of each window, one per draw, after one forward pass."""
+    """Run one forward pass, and yield each window's records, one per draw."""
     tokens = torch.stack([own.inputs for own in batch])
     starts = [own.window.document_starts for own in batch] if reset_attention else None
     length = tokens.shape[1]
@@ -134,7 +134,7 @@ def _take_slice(
         positions: positions of the logits.
         given: input of the teacher for the window.
         draws: sampling settings of each cache.
-        uniforms: float64 [L, U] per draw.
+        uniforms: float64 [L, U] for each draw, with the sampler's U uniforms per position.
     """
     kept = given.carries[positions]
     if not bool(kept.all()):
@@ -170,7 +170,7 @@ def _add_loss(
 
 
 def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
-    """Return targets of all positions, without entries at masked positions.
+    """Expand the targets of unmasked positions to all positions; masked ones have no entries.
 
     Args:
         drawn: targets of the positions that are not masked.

@@ -1,7 +1,7 @@
 """Encode and write shards in a thread while the teacher runs.
 
 Encoding, reading back and writing take about 20 microseconds of one core per token. One shard is
-written at a time, so at most two are in memory.
+written while the next is computed, so at most two are in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Writer:
     exception propagates.
 
     Args:
-        caches: caches, one per list of records in `write`.
+        caches: caches to write, in the order of the lists of records that `write` takes.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:

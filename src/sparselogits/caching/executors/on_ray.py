@@ -1,8 +1,8 @@
 """Run a build on a Ray cluster: each actor loads a teacher and computes one range at a time.
 
-This process has the list of ranges and sends the next range to each idle actor. Actors for which
-the cluster has no resources start when machines join. An actor that dies is replaced, and its range
-is computed again.
+The calling process keeps the list of ranges and sends the next range to each idle actor. If the
+cluster lacks resources for some actors, they start when machines join. An actor that dies is
+replaced, and its range is computed again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sparselogits.store.ranges import Range
 from sparselogits.teacher import Engine
 
 TRIES = 3
-"""Number of actors that may die with the same range, or while loading, before the build fails."""
+"""Number of actors that may die on the same range, or while loading, before the build fails."""
 
 READY = None
-"""Value that stands for loading the teacher in place of a range."""
+"""Placeholder for a range while an actor loads the teacher."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Workers:
 
 
 class RangeWorker:
-    """Actor that loads a teacher and computes ranges.
+    """Ray actor that loads a teacher and computes ranges.
 
     Args:
-        load: loads the teacher.
+        load: function that loads the teacher.
         job: the build.
         threads: number of torch threads.
     """
@@ -84,8 +84,8 @@ def build_caches_on_ray(
     """Build the missing ranges on the Ray cluster of `RAY_ADDRESS`, or on this machine.
 
     Args:
-        load: loads the teacher in each actor; pickled like the job. Their folders must exist on
-            every machine.
+        load: function that loads the teacher in each actor. It is pickled, as is the job; the
+            folders that they refer to must exist on every machine.
         job: the build, from `begin_job`.
         ranges: ranges of windows to build.
         workers: number and resources of the actors.
@@ -157,7 +157,7 @@ class _Actors:
             progress(done, total)
 
     def stop(self) -> None:
-        """Kill all actors, which write shards atomically."""
+        """Kill all actors; this leaves no partial shards, because shards are written atomically."""
         for actor, _ in self._doing.values():
             self._ray.kill(actor)
 
@@ -170,12 +170,12 @@ class _Actors:
         """Return whether a call succeeded; if it did not, the range must be computed again.
 
         Args:
-            call: reference of the call.
+            call: Ray's object reference for the call.
             span: range of the call, or READY.
 
         Raises:
             CacheError: too many actors died.
-            SparseLogitsError: the call raised an error that another attempt cannot solve.
+            SparseLogitsError: the call raised an error that would recur in another attempt.
         """
         errors = self._ray.exceptions
         try:
@@ -203,7 +203,7 @@ class _Actors:
         return True
 
     def _is_last_try(self, span: Range | None) -> bool:
-        """Count a failure with a range, or READY; return whether the build must fail."""
+        """Count a failure on a range, or on READY; return whether the build must fail."""
         self._deaths[span] += 1
         return self._deaths[span] >= TRIES
 

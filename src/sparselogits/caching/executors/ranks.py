@@ -1,4 +1,4 @@
-"""Divide a build among ranks of torchrun or Slurm, without communication.
+"""Divide a build among the ranks of torchrun or Slurm, without communication.
 
 A rank derives its share from environment variables, so the tasks of a Slurm array need not run at
 the same time, and a later run computes the ranges of tasks that did not finish. The first rank
@@ -18,7 +18,7 @@ WAIT_SECONDS = 6 * 3600.0
 """Longest time to wait for the first rank, in seconds."""
 
 POLL_SECONDS = 0.5
-"""Time between two checks whether the first rank has created the caches, in seconds."""
+"""Interval in seconds at which ranks check whether the first rank has created the caches."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _array_task(environment: Mapping[str, str]) -> Share | None:
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Return the largest number in `SLURM_STEP_TASKS_PER_NODE`, such as '4(x2),3'."""
+    """Return the largest number of tasks in `SLURM_STEP_TASKS_PER_NODE`, such as '4(x2),3'."""
     groups = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
     counts = [group.partition("(")[0] for group in groups]
     return max((int(count) for count in counts if count.isdigit()), default=1)
