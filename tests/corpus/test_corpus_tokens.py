@@ -578,7 +578,7 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
             r"index version 1 and dtype code 7; expected index version 1 and an integer dtype",
         ),
         ({"code": 99}, r"dtype code 99"),
-        ({"version": 2}, r"has version 2"),
+        ({"version": 2}, r"has index version 2"),
         ({"magic": b"TNTIDX\x00\x00\x00"}, r"not an index of Megatron-LM: it begins with b'TNTIDX"),
         ({"more": b"\0\0\0"}, r"is a multimodal dataset"),
         ({"more": b"\0"}, r"is incomplete"),
