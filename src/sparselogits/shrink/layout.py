@@ -25,18 +25,18 @@ Size = Literal["hidden", "channels", "groups"]
 heads that share keys and values."""
 
 Order = Literal["concatenated", "interleaved"]
-"""Order of the rows of a fused projection: queries, keys, values of all heads; or by group."""
+"""Order of the rows in a fused projection: all queries, all keys, all values; or group by group."""
 
 _CHANNEL_NAMES = ("intermediate_size", "n_inner", "ffn_dim")
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """Dimension of a tensor whose length depends on a size.
+    """Tensor dimension whose length depends on one of a model's sizes.
 
     Args:
         size: name of the size.
-        dim: number of the dimension.
+        dim: index of the dimension in the tensor's shape.
         repeats: length of the dimension per unit of the size, such as the rows per group of heads,
             or 2 for fused gate and up projections.
     """
@@ -55,7 +55,7 @@ class Sizes:
         hidden: width of the residual stream.
         channels: number of MLP channels per layer.
         heads: number of query heads per layer.
-        groups: number of key-value heads per layer, each of which heads / groups query heads share.
+        groups: number of key-value heads per layer; heads / groups query heads share each of them.
         head_dim: width of a head.
     """
 
@@ -74,7 +74,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """Dependence of a model's tensors on the sizes of its configuration.
+    """Description of how a model's tensors depend on the sizes in its configuration.
 
     Args:
         sizes: sizes of the model.
@@ -100,7 +100,7 @@ class Layout:
         return model.get_submodule(self.layers)  # type: ignore[return-value]
 
     def layer_of(self, name: str) -> int | None:
-        """Return the number of the block with a tensor or module; None outside of the blocks."""
+        """Return the index of the block that contains a tensor or module; None if no block does."""
         found = re.match(re.escape(self.layers) + r"\.(\d+)\.", name + ".")
         return int(found[1]) if found else None
 
@@ -178,7 +178,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
     Args:
         model: model whose configuration is copied.
         sizes: new values of `hidden`, `channels`, `heads` and `groups`, by name.
-        layers: numbers of the retained blocks; None for all. Lists with one value per block, such
+        layers: indices of the retained blocks; None for all. Lists with one value per block, such
             as types of attention, are shortened in the same way.
     """
     config = copy.deepcopy(model.config)
@@ -208,7 +208,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
 def _changes(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: dict[str, int]
 ) -> list[tuple[str, int, int, int]]:
-    """Return (tensor name, dimension, old length, new length) of dimensions that sizes change.
+    """Return (tensor name, dimension, old length, new length) per dimension that `sizes` changes.
 
     Args:
         model: model whose class and configuration are used.
@@ -229,12 +229,12 @@ def _changes(
 
 
 def _channels_name(config: Any) -> str:
-    """Return the name of the field with the number of MLP channels in a configuration."""
+    """Return the name of the configuration field that contains the number of MLP channels."""
     return next((name for name in _CHANNEL_NAMES if hasattr(config, name)), _CHANNEL_NAMES[0])
 
 
 def _blocks(model: nn.Module, layers: int) -> str:
-    """Return the name of the list of blocks: the first list of `layers` modules."""
+    """Return the name of the list of blocks: the first module list of length `layers`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return str(name)
@@ -255,7 +255,7 @@ def _add_gpt2(
     sizes: Sizes,
     layers: str,
 ) -> None:
-    """Add the dimensions of GPT-2, in which shapes do not distinguish heads from the hidden size.
+    """Add GPT-2's dimensions, because its shapes do not distinguish heads from the hidden size.
 
     transformers' GPT-2 stores weights as [inputs, outputs].
     """
@@ -272,8 +272,8 @@ def _add_gpt2(
             dimensions.append(Dimension("groups", 0, sizes.head_dim))
             taken.add(0)
         for dim, length in enumerate(shape):
-            # n_positions or the vocabulary may equal the hidden size, so outside of the blocks
-            # only last dimensions depend on the hidden size
+            # n_positions or the vocabulary size may equal the hidden size, so outside of the
+            # blocks only the last dimension is assumed to depend on the hidden size
             is_hidden = name.startswith(layers) or dim == len(shape) - 1
             if dim not in taken and length == sizes.hidden and is_hidden:
                 dimensions.append(Dimension("hidden", dim, 1))

@@ -18,10 +18,10 @@ class ShrinkTarget:
 
     Args:
         layers: number of transformer blocks.
-        drop_layers: numbers of the blocks to remove, counted from 0, instead of `layers`.
+        drop_layers: indices of the blocks to remove, counted from 0, instead of `layers`.
         channels: number of MLP channels per layer (`intermediate_size`).
         heads: number of query heads per layer (`num_attention_heads`). Heads that share keys and
-            values are removed together, so it must be a multiple of the heads per key-value head.
+            values are removed together; give a multiple of the query heads per key-value head.
         hidden: width of the residual stream (`hidden_size`).
     """
 
@@ -39,7 +39,7 @@ class ShrinkTarget:
             architecture: name of the teacher's class, for errors.
 
         Returns:
-            The target; with both hidden size and heads for models in which they are coupled.
+            The target; for models that couple hidden size and heads, with both of them set.
 
         Raises:
             ShrinkError: sizes are out of range, or the architecture does not support them.
@@ -98,13 +98,13 @@ class ShrinkTarget:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers of the teacher's blocks, channels and heads that the student retains, ascending.
+    """Ascending indices of the teacher's blocks, channels and heads that the student retains.
 
     Args:
-        layers: numbers of the blocks.
-        channels: numbers of the MLP channels, int64 [channels] per retained block; None for all.
-        groups: numbers of the groups of heads, int64 [groups] per retained block; None for all.
-        hidden: numbers of the channels of the residual stream, int64 [hidden]; None for all.
+        layers: indices of the blocks.
+        channels: indices of the MLP channels, int64 [channels] per retained block; None for all.
+        groups: indices of the groups of heads, int64 [groups] per retained block; None for all.
+        hidden: indices of the channels of the residual stream, int64 [hidden]; None for all.
     """
 
     layers: tuple[int, ...]
@@ -122,7 +122,7 @@ class Kept:
         )
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """Return the student's new sizes, by name."""
+        """Return the student's sizes that pruning sets, by name."""
         found = {}
         if self.channels is not None:
             found["channels"] = len(self.channels[0])
@@ -137,7 +137,7 @@ class Kept:
 def largest(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` largest scores, int64 [count], ascending.
 
-    Of equal scores those with the smallest indices are selected.
+    Among equal scores, those with the smallest indices are selected.
 
     Args:
         scores: [N] scores.

@@ -3,8 +3,8 @@
 - Blocks: block influence, which is one minus the cosine of a block's input and output, averaged
   over positions (ShortGPT, arXiv 2403.03853); or the loss on the text without the block.
 - MLP channels and groups of attention heads: root mean square over positions of the contribution to
-  the residual stream, which is the activation times the norm of its column in the output projection
-  (Minitron, arXiv 2407.14679, uses the activation alone).
+  the residual stream. The contribution is the activation times the norm of the activation's column
+  in the output projection (Minitron, arXiv 2407.14679, uses the activation alone).
 - Channels of the residual stream: root mean square of the normalised activations over positions
   and normalisations (Minitron).
 """
@@ -86,7 +86,7 @@ def layer_losses(
 
 @torch.no_grad()
 def loss_of(model: nn.Module, windows: Tensor) -> float:
-    """Return the mean negative log-likelihood of the tokens of windows, in nats per token.
+    """Return the mean negative log-likelihood of the tokens in windows, in nats per token.
 
     Args:
         model: a transformers causal language model.
@@ -115,7 +115,7 @@ def width_scores(
         model: a transformers causal language model.
         layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
-        sizes: names of the sizes to score, of "channels", "groups" and "hidden".
+        sizes: names of the sizes to score, from "channels", "groups" and "hidden".
         progress: called after each window.
 
     Returns:
@@ -166,7 +166,7 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 
     Args:
         into: float64 [units], to which the hook adds.
-        projection: output projection, whose inputs the units are.
+        projection: output projection; its inputs are the units.
         weight_dim: dimension of the inputs in the projection's weight.
     """
     count = len(into)
@@ -188,9 +188,9 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
 def _output_projections(
     layout: Layout, modules: dict[str, nn.Module], size: str
 ) -> list[tuple[str, int, int]]:
-    """Return (module name, input dimension of its weight, number of its block) of the projections.
+    """Return (module name, input dimension of the weight, block index) per output projection.
 
-    These are the linear layers whose inputs depend on a size.
+    Output projections are the linear layers whose inputs depend on a size.
     """
     found = []
     for name, dimensions in layout.dimensions.items():

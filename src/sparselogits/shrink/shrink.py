@@ -27,12 +27,12 @@ class Shrunk:
 
     Args:
         model: the student, an ordinary transformers model in the teacher's dtype.
-        dropped_layers: numbers of the removed blocks of the teacher.
-        layer_scores: score of each block of the teacher; None if blocks were not selected by score.
-        before: sizes of the teacher, by the names of the fields of `Sizes`.
-        after: sizes of the student, by the same names.
-        parameters_before: number of parameters of the teacher.
-        parameters_after: number of parameters of the student.
+        dropped_layers: indices of the teacher's blocks that were removed.
+        layer_scores: score of each block in the teacher; None if blocks were not selected by score.
+        before: the teacher's sizes, by field name of `Sizes`.
+        after: the student's sizes, by field name of `Sizes`.
+        parameters_before: number of parameters in the teacher.
+        parameters_after: number of parameters in the student.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ def shrink(
     layer_score: LayerScore = "influence",
     progress: Progress | None = None,
 ) -> Shrunk:
-    """Create a smaller model from a part of the weights of a larger one.
+    """Create a smaller model from part of a larger model's weights.
 
     Blocks are selected first; channels, heads and hidden channels are then scored on the model
     without the removed blocks. The result is verified on a few tokens: its logits must equal those
@@ -69,7 +69,7 @@ def shrink(
     Args:
         model: a transformers causal language model, which is not changed.
         layers: number of blocks of the student; None for all.
-        drop_layers: numbers of the blocks to remove, counted from 0, instead of `layers`.
+        drop_layers: indices of the blocks to remove, counted from 0, instead of `layers`.
         channels: number of MLP channels per layer (`intermediate_size`); None for all.
         heads: number of query heads per layer, a multiple of the number of query heads that share
             a key-value head; None for all.
@@ -145,12 +145,12 @@ def _select_width(
     wide: list[str],
     progress: Progress | None,
 ) -> Kept:
-    """Return `kept` with the channels, groups and hidden channels of the largest scores.
+    """Return `kept` with the channels, groups and hidden channels that have the largest scores.
 
     Args:
         model: the teacher.
         target: requested sizes.
-        kept: numbers of the retained blocks; only these are in the model that is scored.
+        kept: indices of the retained blocks; only these are in the model that is scored.
         windows: int64 [N, L] calibration tokens.
         wide: names of the sizes to prune.
         progress: called after each window.

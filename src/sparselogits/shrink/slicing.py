@@ -23,11 +23,11 @@ logit."""
 
 @dataclass(frozen=True)
 class Slicer:
-    """Selection of the indices of every tensor that the smaller model retains.
+    """Selection of the indices that the smaller model retains in each tensor.
 
     Args:
         layout: layout of the larger model.
-        kept: numbers of the retained blocks, channels and heads.
+        kept: indices of the retained blocks, channels and heads.
         order: order of rows in fused projections of queries, keys and values.
     """
 
@@ -36,7 +36,7 @@ class Slicer:
     order: Order
 
     def index(self, name: str) -> list[tuple[int, Tensor]]:
-        """Return (dimension, retained indices) for each dimension of a tensor that is pruned."""
+        """Return (dimension, retained indices) for each pruned dimension of a tensor."""
         found = []
         layer = self.layout.layer_of(name)
         position = self.kept.layers.index(layer) if layer in self.kept.layers else None
@@ -55,7 +55,7 @@ class Slicer:
         return found
 
     def _group_rows(self, name: str, groups: Tensor, repeats: int) -> Tensor:
-        """Return the indices of the rows of groups of heads in a projection."""
+        """Return the row indices in a projection that belong to groups of heads."""
         if name in self.layout.fused and self.order == "concatenated":
             sizes = self.layout.sizes
             queries = sizes.heads_per_group * sizes.head_dim
@@ -129,13 +129,13 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
 def order_of(model: nn.Module, layout: Layout, kept: Kept) -> Order:
     """Return the order of fused rows, after verifying on two blocks that pruning is correct.
 
-    The logits of the pruned model must equal those of a model of the larger size, in which the
-    removed parts are zero.
+    The logits of the pruned model must equal those of the unpruned one with the removed parts set
+    to zero.
 
     Args:
         model: the larger model.
         layout: layout of the larger model.
-        kept: numbers of the retained blocks, channels and heads.
+        kept: indices of the retained blocks, channels and heads.
 
     Raises:
         ShrinkError: the logits differ in every order.
@@ -191,10 +191,10 @@ def _is_equivalent(model: nn.Module, slicer: Slicer) -> bool:
 def _norms_over(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Replace the larger model's normalisations by those of the smaller one, during a block.
+    """Within a `with` block, replace the larger model's normalisations by the smaller model's.
 
     Args:
-        hidden: numbers of the retained channels, int64 [hidden].
+        hidden: indices of the retained channels, int64 [hidden].
         whole: the larger model.
         student: the smaller model.
         layout: layout of the larger model.
@@ -221,7 +221,7 @@ def _norms_over(
 def _inputs_of(
     hidden: Tensor, whole: nn.Module, student: nn.Module, layout: Layout
 ) -> Iterator[None]:
-    """Replace the input of the larger model's first block by that of the smaller one.
+    """Within a `with` block, pass the smaller model's states to the larger model's first layer.
 
     Embeddings that a model multiplies by a function of the hidden size are already rescaled in the
     smaller model (`_restore_scales`), and must not be multiplied twice. The arguments are those of
@@ -263,7 +263,7 @@ def norms_of(model: nn.Module, layout: Layout) -> list[str]:
 
 @torch.no_grad()
 def _restore_scales(model: nn.Module, student: nn.Module, slicer: Slicer) -> None:
-    """Compensate factors that depend on the hidden size.
+    """Compensate for factors that depend on the hidden size.
 
     A normalisation divides by the root mean square over D channels. Over D' of these channels, if
     the removed ones are zero, the root mean square is larger by sqrt(D / D'), so the weight of the
@@ -345,10 +345,10 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _runs(numbers: Tensor, length: int) -> Tensor:
-    """Return the indices of units that have `length` consecutive indices each."""
+    """Return the indices that belong to units of `length` consecutive indices each."""
     return (numbers[:, None] * length + torch.arange(length)).flatten()
 
 
 def _in_blocks(numbers: Tensor, total: int, repeats: int) -> Tensor:
-    """Return the indices of units in each of `repeats` consecutive blocks of `total` indices."""
+    """Return the units' indices in all of `repeats` consecutive blocks of `total` indices each."""
     return torch.cat([numbers + block * total for block in range(repeats)])

@@ -1,9 +1,9 @@
 """Locate the files of a model, and validate them before transformers reads them.
 
-A model is given as a local folder, a GGUF file or a hub name; a folder may contain an adapter with
-the name of its base model. Weights are read from safetensors or GGUF, never from pickle, and only
+A model is given as a local folder, a GGUF file or a hub name; a folder may contain an adapter that
+names its base model. Weights are read from safetensors or GGUF, never from pickle, and only
 from the folder of the model. Sizes in a configuration are compared with the sizes of the weights:
-a configuration of a million layers with 60 KB of weights is rejected before a layer is created.
+a configuration of a million layers for 60 KB of weights is rejected before any layer is created.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Checkpoint:
         name: name that the user gave.
         source: folder or hub name for transformers' `from_pretrained`.
         folder: local folder of the files; for a hub name, the folder of its snapshot.
-        commit: commit of a hub name; None for local files.
+        commit: commit hash of the snapshot; None for local files.
         gguf: path of the GGUF file; None for other formats.
         weights: paths of the weight files that transformers reads.
         adapter: whether the folder contains only an adapter, for the model `base`.
@@ -66,13 +66,13 @@ class Checkpoint:
 
     @property
     def root(self) -> Checkpoint:
-        """Checkpoint of the model without any adapters."""
+        """Checkpoint of the base model, without any adapters."""
         return self if self.base is None else self.base.root
 
     def hashed(self) -> list[Path]:
         """Return the weight files that are hashed for the model's fingerprint, in order.
 
-        These are all safetensors files of the folder, then those of subfolders that an index names.
+        These are all safetensors files in the folder, then files in subfolders that an index names.
         """
         if self.gguf is not None:
             return [self.gguf]
@@ -96,7 +96,7 @@ def find_checkpoint(
         name: local folder, GGUF file or hub name.
         revision: revision of a hub name; None for the default branch.
         allow: names of `ALLOWANCES`; "linked-weights" accepts links to files outside of the folder.
-        depth: number of adapters on top of this model.
+        depth: number of adapters that are applied to this model.
 
     Raises:
         TeacherError: the model does not exist, its weights are pickled, a file lies outside the
@@ -178,7 +178,7 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
 
 
 def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int) -> Checkpoint:
-    """Download configuration and weights of a hub name, all of one commit."""
+    """Download the configuration and weights for a hub name, all from one commit."""
     config = _download(name, CONFIG, revision) or _download(name, ADAPTER_CONFIG, revision)
     if config is None:
         raise TeacherError(
@@ -200,7 +200,7 @@ def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int)
 
 
 def _download(name: str, file: str, revision: str | None) -> Path | None:
-    """Return the local path of a file of a hub repository; None if it does not exist."""
+    """Download a file from a hub repository and return its path; None if it does not exist."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -264,7 +264,7 @@ def _weight_names(folder: Path, name: str) -> list[str]:
 
 
 def _indexed_names(folder: Path, name: str) -> list[str]:
-    """Return the names of the weight files in a folder's index."""
+    """Return the names of the weight files that a folder's index lists."""
     shards = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise TeacherError(
@@ -330,7 +330,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _WeightSizes:
-    """Sizes of weight files: numbers of tensors and elements, bytes, and largest dimension."""
+    """Totals over weight files (tensors, elements, bytes), and the largest tensor dimension."""
 
     tensors: int
     elements: int
@@ -357,7 +357,7 @@ def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
 
 
 def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield name and shape of every tensor of a safetensors file, reading only its header.
+    """Yield the name and shape of every tensor in a safetensors file, reading only its header.
 
     Raises:
         TeacherError: the file is not in safetensors format.
@@ -424,7 +424,7 @@ def _configuration(found: Checkpoint) -> dict[str, Any]:
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the integers in nested JSON objects with their innermost keys."""
+    """Yield (innermost key, integer) for each integer in nested JSON objects."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _integers(inner, name)
@@ -505,9 +505,9 @@ def file_sha256(path: Path) -> bytes:
 
 
 def files_fingerprint(found: Checkpoint) -> str:
-    """Return the hub commit or the sha256 of the files of a model, without loading it.
+    """Return a model's hub commit, or the sha256 of its files, without loading the model.
 
-    Use it for models that are only compared, such as the student of a resumed run.
+    Use this for models that are only compared, such as the student of a resumed run.
     """
     if found.base is not None:
         return adapter_fingerprint(found, files_fingerprint(found.base))
@@ -521,7 +521,7 @@ def files_fingerprint(found: Checkpoint) -> str:
 
 
 def adapter_fingerprint(checkpoint: Checkpoint, base: str) -> str:
-    """Return a fingerprint of a model with an adapter: the sha256 of adapter and base.
+    """Return the fingerprint of a model with an adapter: a sha256 over the adapter and its base.
 
     Args:
         checkpoint: checkpoint of the adapter.

@@ -1,4 +1,4 @@
-"""Validate that an engine satisfies the interface, before a long build."""
+"""Validate that an engine satisfies the `Engine` interface, before a long build."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 TOKENIZER_FOLDER = "tokenizer"
-"""Name of the folder in a cache with the teacher's tokenizer, which is saved with students."""
+"""Name of a cache's subfolder with the teacher's tokenizer, which is copied to each student."""
 
 
 def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
@@ -140,8 +140,8 @@ def load_teacher(
         device_map: passed to transformers ("auto" for a teacher larger than a device).
         max_memory: maximum memory per device for `device_map`, passed to transformers; weights
             beyond it are read from disk.
-        tp_plan: "auto", or a plan for transformers, to shard each layer over the ranks of torchrun,
-            which must run all forward passes together (see `tensor_parallel`). transformers
+        tp_plan: "auto", or a plan for transformers, to shard each layer over torchrun's ranks. All
+            ranks must run each forward pass together (see `tensor_parallel`). transformers
             initialises the process group if there is none.
         trust_remote_code: whether to run modelling code from the model's folder.
         slice_positions: number of positions whose logits exist at a time.
@@ -353,7 +353,7 @@ def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Mod
 
 
 def _resize_for(found: Checkpoint, base: nn.Module) -> None:
-    """Resize the base's embedding to the number of rows of the adapter's, if it contains one."""
+    """Resize the base's embedding to the row count of the adapter's embedding, if there is one."""
     rows = embedding_rows(base)
     names = {id(p): name for name, p in base.named_parameters(remove_duplicate=False)}
     embedding = names.get(id(base.get_input_embeddings().weight))  # type: ignore[operator]
@@ -363,7 +363,7 @@ def _resize_for(found: Checkpoint, base: nn.Module) -> None:
 
 
 def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ()) -> Tensor:
-    """Return bool [V], true for rows of a model's head that are tokens of the tokenizer.
+    """Return bool [V], true for the rows of a model's head whose ids are the tokenizer's tokens.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -437,7 +437,7 @@ def _remote_code(model: nn.Module) -> bytes:
 
 
 def module_fingerprint(model: nn.Module) -> str:
-    """Return the sha256 of names, dtypes, shapes and bytes of all tensors of a model in memory."""
+    """Return a sha256 over the name, dtype, shape and bytes of every tensor in a loaded model."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -473,7 +473,7 @@ def _source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_folder(name: str, error: Exception) -> None:
-    """Raise an error about a missing or empty folder if the name is not one of the hub.
+    """Raise an error about a missing or empty folder, unless the name may be a hub name.
 
     Args:
         name: name of a model.
@@ -493,8 +493,8 @@ def _require_folder(name: str, error: Exception) -> None:
 def quantization(name: str, model: nn.Module) -> str | None:
     """Return the quantisation of a teacher's weights, for the identity; None without quantisation.
 
-    The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and type
-    of numbers in a configuration's `quantization_config`. The other settings of the quantisation
+    The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and the
+    number type in a configuration's `quantization_config`. The other settings of the quantisation
     are part of the fingerprint of the weights.
 
     Args:
@@ -517,7 +517,7 @@ def quantization(name: str, model: nn.Module) -> str | None:
 
 
 def _number_type(settings: dict[str, Any]) -> str:
-    """Return the type of the numbers in a quantization_config, as its method names it."""
+    """Return the number type in a quantization_config, under the name that its method uses."""
     if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", "4 bits"))
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
@@ -532,7 +532,7 @@ def _number_type(settings: dict[str, Any]) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    """Return a value with everything that JSON lacks converted to strings."""
+    """Convert a value to plain JSON values; parts that JSON cannot represent become strings."""
     if isinstance(value, dict):
         return {str(k): _to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

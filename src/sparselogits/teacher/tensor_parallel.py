@@ -27,7 +27,7 @@ from sparselogits.teacher.transformers_engine import TransformersTeacher
 
 
 class Leader:
-    """Engine of the first rank; at the end of its context, `follow` returns on the other ranks.
+    """Engine of the first rank; when its `with` block ends, `follow` returns on the other ranks.
 
     Args:
         teacher: teacher with this rank's slices of the layers.
@@ -50,8 +50,8 @@ class Leader:
     ) -> Iterator[LogitsSlice]:
         """Yield logits; see `Engine.logits`.
 
-        A pass is completed even if the iterator is closed early, because the other ranks run all of
-        it.
+        A pass is completed even if the iterator is closed early, because the other ranks run it
+        completely.
         """
         _broadcast((tokens.cpu(), document_starts))
         slices = self._teacher.logits(tokens, document_starts)
@@ -64,7 +64,7 @@ class Leader:
 
 
 def follow(teacher: TransformersTeacher) -> None:
-    """Run the forward passes of the first rank's `Leader` until its context ends.
+    """Run the forward passes of the first rank's `Leader` until the `Leader`'s `with` block ends.
 
     Args:
         teacher: teacher with this rank's slices of the layers.

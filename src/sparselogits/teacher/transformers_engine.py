@@ -86,7 +86,7 @@ class TransformersTeacher:
     def remembering(self) -> Iterator[None]:
         """Cache the hidden states of windows that are run within a block.
 
-        Use it for text on which several students are evaluated in turn: only the head runs again,
+        Use this for text on which several students are evaluated in turn: only the head runs again,
         and the logits are bitwise equal. The cache has up to `REMEMBERED_BYTES` and exists as long
         as the teacher; windows beyond that size run each time.
         """
@@ -190,7 +190,7 @@ class TransformersTeacher:
 
 
 def entrance(model: nn.Module) -> torch.device:
-    """Return the device for input tokens: that of the first weight that is not offloaded."""
+    """Return the device for input tokens: the device of the first weight that is not offloaded."""
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device

@@ -1,4 +1,4 @@
-"""Read the size of a teacher's vocabulary without its weights.
+"""Read the size of a teacher's vocabulary without reading the weights.
 
 Text is packed before the teacher is loaded, so that errors in the text are reported first.
 """
@@ -13,7 +13,7 @@ from sparselogits.teacher.loading import locate_model
 
 
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """Return the number of rows of a teacher's head that its configuration states.
+    """Return the number of rows in a teacher's head, as stated in the teacher's configuration.
 
     Args:
         name: local folder, GGUF file or hub name.
@@ -39,7 +39,7 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
 
 
 def _of_gguf(path: Path) -> int | None:
-    """Return the number of rows of the head in a GGUF file; None if it contains no head."""
+    """Return the number of rows in the head of a GGUF file; None if the file contains no head."""
     from gguf import GGUFReader
 
     shapes = {tensor.name: tensor.shape for tensor in GGUFReader(str(path)).tensors}
