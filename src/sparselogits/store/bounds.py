@@ -1,7 +1,7 @@
 """Define the bounds of all sizes and values in a cache, as specified in docs/format.md.
 
-Caches are untrusted files: sizes are validated before memory of that size is allocated, and values
-before a student is trained on them.
+Caches are untrusted files. Sizes are therefore validated before memory is allocated for them, and
+values before a student is trained on them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ MOST_ROUNDS = (1 << 20) - 1
 """Largest number of rounds per position."""
 
 LEAST_TAU = 2.0**-20
-"""Smallest tau of threshold sampling."""
+"""Smallest tau for threshold sampling."""
 
 LARGEST_WINDOW = 1 << 24
 """Largest number of entries per window."""
 
 FREE_ENTRIES = 1 << 20
-"""Number of entries that windows decoded together may have for any size of their blocks.
+"""Number of entries that windows decoded together may have, however small their blocks are.
 
-Constant targets (of an untrained teacher, whose tokens are all equally likely) take almost no bits.
+Constant targets take almost no bits, such as those of an untrained teacher whose tokens are all
+equally likely.
 """
 
 ENTRIES_PER_BYTE = 16
-"""Largest number of entries per byte of blocks, beyond FREE_ENTRIES; usual targets have one."""
+"""Largest number of entries per byte of blocks, beyond FREE_ENTRIES; typical targets have one."""
 
 LARGEST_LOSS = 1e6
 """Largest mean loss of the teacher on a window, in nats."""
@@ -55,7 +56,7 @@ def entries_bound(block_bytes: int) -> int:
     """Return the largest number of entries of windows decoded together.
 
     Args:
-        block_bytes: size of their blocks in bytes.
+        block_bytes: total size of the windows' blocks in bytes.
     """
     return min(LARGEST_WINDOW, FREE_ENTRIES + ENTRIES_PER_BYTE * block_bytes)
 
@@ -144,7 +145,7 @@ def require_bounds(identity: Identity, where: str) -> None:
 
 
 def _require_packing(identity: Identity, where: str) -> None:
-    """Validate the packing of an identity. Raises CacheError."""
+    """Validate the packing settings in an identity. Raises CacheError."""
     packing, largest = identity.packing, identity.vocab_size - 1
     sound = {
         "window_length": packing.get("window_length", identity.window_length)

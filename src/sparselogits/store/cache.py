@@ -8,8 +8,8 @@
 CACHE is a local folder or a prefix of an object store (storage/location.py).
 
 A cache has no index file: the list of shards is the listing of a folder, and an existing shard is
-complete. Any number of processes may write and read a cache concurrently. A reader keeps a few
-shards open and one row group of each in memory, for caches of any size.
+always complete. Any number of processes may write and read a cache concurrently. Whatever the size
+of the cache, a reader keeps only a few shards open, with one row group of each in memory.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Cache:
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the shard of a range of windows exists; one request, without a listing."""
+        """Return whether the shard of a range of windows exists; takes one request, no listing."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:
@@ -234,7 +234,7 @@ class Cache:
         """Compute the statistics of the cache, or of one of its texts, from the shards' footers.
 
         Args:
-            text: text whose windows to include; None for all windows.
+            text: text to whose windows the statistics are restricted; None for all windows.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
@@ -265,7 +265,7 @@ class Cache:
         )
 
     def entries_per_position(self, shards: int = 4) -> float:
-        """Return the mean entries per position with a target, from the footers of some shards.
+        """Estimate the mean entries per position with a target from the footers of some shards.
 
         Args:
             shards: largest number of shards to read.
@@ -275,7 +275,7 @@ class Cache:
         return sum(int(found["entries"]) for found in chosen) / positions if positions else 0.0
 
     def decode(self, row: Mapping[str, Any]) -> SparseTargets:
-        """Decode the targets of a row of one of the shards that was read by another tool.
+        """Decode the targets of a row that another tool has read from one of the shards.
 
         Args:
             row: columns of the row by name; see `Shard.decode_row`.
@@ -290,7 +290,7 @@ class Cache:
         return self._shard(self._range_of(int(row["window_index"]))).decode_row(row)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without open shards, which a spawned process must open itself."""
+        """Return the state without open shards, because a spawned process must open them itself."""
         return self.__dict__ | {"_shards": OrderedDict()}
 
     def _listed(self) -> list[Range]:
@@ -310,7 +310,7 @@ class Cache:
         return ranges[index], i - self._before[index]
 
     def _range_of(self, window: int) -> Range:
-        """Return the shard that contains a window of the corpus. Raises CacheError."""
+        """Return the range of the shard that contains a window of the corpus. Raises CacheError."""
         ranges = self._listed()
         index = bisect_right(ranges, (window, float("inf"))) - 1
         if index < 0 or not ranges[index][0] <= window < ranges[index][1]:
@@ -321,7 +321,7 @@ class Cache:
         return ranges[index]
 
     def _shard(self, shard_range: Range) -> Shard:
-        """Return an open shard, and close the least recently used one if there are too many."""
+        """Return an open shard; close the least recently used one if too many are open."""
         if self._process != os.getpid():  # a forked process must not share open shards
             self._shards, self._process = OrderedDict(), os.getpid()
         shard = self._shards.pop(shard_range, None) or self._open(shard_range)
@@ -404,7 +404,7 @@ def read_identity(storage: ReadableFiles) -> Identity:
 
 
 def same_record(a: WindowRecord, b: WindowRecord) -> bool:
-    """Return whether two records are bitwise equal, with loss and entropy in float32."""
+    """Return whether two records are bitwise equal, comparing loss and entropy in float32."""
 
     def arrays(record: WindowRecord) -> list[Any]:
         targets = record.targets

@@ -17,11 +17,11 @@ SHARDS = "shards"
 _NAME = re.compile(r"windows-(\d{12,18})-(\d{12,18})\.parquet")
 
 Range = tuple[int, int]
-"""Indices of the first window and of the window after the last one."""
+"""Range of windows: the index of the first window, and the index after the last one."""
 
 
 def shard_name(start: int, stop: int) -> str:
-    """Return the path of the shard of windows [start, stop), relative to the cache."""
+    """Return the path, relative to the cache, of the shard with windows [start, stop)."""
     return f"{SHARDS}/windows-{start:012d}-{stop:012d}.parquet"
 
 
@@ -66,8 +66,8 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
 
     Args:
         present: ranges of the shards, sorted and disjoint.
-        stop: window after the last one.
-        start: first window.
+        stop: index after the last window.
+        start: index of the first window.
     """
     missing, at = [], start
     for first, last in present:
@@ -80,11 +80,11 @@ def missing_ranges(present: Sequence[Range], stop: int, start: int = 0) -> list[
 
 
 def joined(ranges: Sequence[Range], windows: int | None = None) -> list[list[int]]:
-    """Join adjacent ranges, and return them as JSON lists.
+    """Join adjacent ranges, and return the result as JSON lists.
 
     Args:
         ranges: sorted disjoint ranges.
-        windows: number of first windows to include; None for all.
+        windows: number of windows to include, from the first range on; None for all.
 
     Examples:
         >>> joined([(0, 4), (4, 6), (8, 9)]), joined([(0, 4), (4, 6)], 5)

@@ -20,7 +20,7 @@ Bool: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class WindowRecord:
-    """Window of L tokens with the teacher's targets: a row of a shard.
+    """Window of L tokens with the teacher's targets, stored as a row of a shard.
 
     Args:
         window_index: index of the window in the corpus, from 0.
@@ -151,7 +151,7 @@ class CacheStatistics:
 
     @property
     def bits_per_entry(self) -> float:
-        """Bits on disk per entry, without the tokens of the text."""
+        """Bits on disk per entry, excluding the tokens of the text."""
         return 8 * (self.bytes_on_disk - self.text_bytes) / self.entries if self.entries else 0.0
 
     @property

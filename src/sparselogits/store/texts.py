@@ -1,11 +1,11 @@
-"""Record which text each range of a cache's windows comes from.
+"""Record the text from which each range of a cache's windows comes.
 
     CACHE/texts/windows-000000000000.json    the text whose first window has this index
 
 The identity of a cache does not include the text, so that text can be appended. To prevent a cache
-from mixing shards of different texts, a text is claimed before its first shard is written: its file
-is created exclusively, named by the index of its first window, and read back. Each shard has the
-same values in its provenance, and `verify` compares the two.
+from mixing shards of different texts, a text is claimed before its first shard is written: a file
+named by the index of the text's first window is created exclusively and read back. The provenance
+of each shard has the same values, and `verify` compares the two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TextSpan:
     """A text and the range of windows that come from it.
 
     Args:
-        fingerprint: sha256, in hex, of the text and of the settings by which it was read.
+        fingerprint: sha256, in hex, of the text and of the settings with which it was read.
         first_window: index of the first window in the cache.
         windows: number of windows; None if it is unknown until the text has been read.
     """
@@ -78,7 +78,7 @@ class TextSpan:
 
 
 def named_texts(storage: Storage) -> list[TextSpan]:
-    """Return the texts that a cache records, in order; old versions recorded none.
+    """Return the texts that a cache records, in order; caches of old versions record none.
 
     Raises:
         CacheCorruptionError: a file in `texts/` is damaged.
@@ -111,7 +111,7 @@ def claim_text(storage: Storage, text: TextSpan) -> None:
 
 
 class TextCheck:
-    """Comparison of the texts in shards' provenance with those of the cache, and with each other.
+    """Check of the texts in shards' provenance against the cache's texts and against each other.
 
     Args:
         named: texts that the cache records; see `named_texts`.
@@ -123,7 +123,7 @@ class TextCheck:
 
     @property
     def texts(self) -> list[TextSpan]:
-        """Texts that the cache records, or if there are none, the texts of all validated shards."""
+        """Texts that the cache records; if there are none, the texts of all validated shards."""
         return [self._known[first] for first in sorted(self._known)]
 
     def require(self, windows: Range, provenance: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class TextCheck:
 
         Args:
             windows: range of the shard.
-            provenance: provenance of the shard, in which old versions recorded no text.
+            provenance: provenance of the shard; that of old versions has no text.
 
         Raises:
             ValueError: the cache does not record the text, the windows do not come from it, or it
@@ -147,7 +147,7 @@ class TextCheck:
         self.add(text)
 
     def add(self, text: TextSpan) -> None:
-        """Add a text to those that shards may come from.
+        """Add a text to those from which shards may come.
 
         Raises:
             ValueError: another text claims some of the same windows.
@@ -180,7 +180,7 @@ def _read(storage: Storage, name: str) -> TextSpan:
 
 
 def _mismatch(storage: Storage, there: TextSpan, here: TextSpan) -> IdentityMismatchError:
-    """Return the error for a build of another text than the cache records."""
+    """Return the error for a build whose text differs from the one that the cache records."""
     return IdentityMismatchError(
         f"the cache at {storage.location} was begun with other text: it records {there}, this "
         f"build has {here}. Continue with the recorded text, append this text to the cache, or "

@@ -1,9 +1,9 @@
-"""Encode columns of numbers, one array per window, with coding tables shared by a shard.
+"""Encode columns of numbers: one page per window, and coding tables that windows share.
 
-The coder is the wrapped format of pcodec. Its tables ("chunk metadata": bins, their frequencies and
-offset bits) take some hundred bytes and are shared by the windows of a shard; the page of each
-window is decoded independently. A page does not contain its number of values, which the caller
-passes, so that a damaged or forged page cannot allocate more.
+Columns are encoded in pcodec's wrapped format. Its tables ("chunk metadata": bins, their
+frequencies and offset bits) take a few hundred bytes and are shared by the windows of a shard; the
+page of each window is decoded independently. A page does not contain its number of values: the
+caller passes that number, so a damaged or forged page cannot allocate more memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LEVEL = 8  # pcodec's default; the highest level, 12, saves less than 0.1 %
 
 @dataclass(frozen=True)
 class CodedColumn:
-    """Encoded column of a shard.
+    """Column of a shard in encoded form.
 
     Args:
-        tables: coding tables with the index of the first window of each.
+        tables: pairs of a coding table's first window and the table.
         pages: page of each window.
     """
 
@@ -61,7 +61,7 @@ class ColumnDecoder:
         tables: coding tables, see `CodedColumn`.
 
     Raises:
-        DamageError: pcodec cannot read the tables, or `encode_column` does not write such tables.
+        DamageError: pcodec cannot read the tables, or `encode_column` cannot have written them.
     """
 
     def __init__(self, dtype: Any, tables: Sequence[tuple[int, bytes]]) -> None:
@@ -106,7 +106,7 @@ class ColumnDecoder:
 
 
 def _chunks(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the ranges of windows that share a table, given the number of values of each."""
+    """Return the ranges of windows that share a table, given the windows' numbers of values."""
     runs, first, values = [], 0, 0
     for index, length in enumerate(lengths):
         if values and values + length > _LARGEST_CHUNK:

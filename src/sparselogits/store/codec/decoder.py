@@ -26,7 +26,7 @@ from sparselogits.store.codec.weights import derived_entries, weights_of_counts
 from sparselogits.targets import SparseTargets
 
 Tables = Mapping[str, Sequence[tuple[int, bytes]]]
-"""Coding tables of a shard by column: (first window, table)."""
+"""Coding tables of a shard, by column, as pairs (first window, table)."""
 
 _FREED_BYTES = 31 << 20  # the threshold of glibc's malloc does not exceed 32 MiB
 
@@ -64,7 +64,7 @@ class BlockDecoder:
     def decode_run(
         self, first: int, blocks: Sequence[bytes], tokens: Array, present: Bool
     ) -> SparseTargets:
-        """Decode the targets of W consecutive windows into one value of W L positions.
+        """Decode the targets of W consecutive windows into one value with W * L positions.
 
         Args:
             first: index of the first window in the shard, from 0.
@@ -73,8 +73,8 @@ class BlockDecoder:
             present: bool [W, L], True for positions with a target.
 
         Raises:
-            DamageError: a block is damaged, or the windows together exceed the bound of entries, so
-                that they must be decoded one by one.
+            DamageError: a block is damaged, or the windows together exceed the bound on entries and
+                must be decoded one by one.
         """
         codec = self.codec
         pages = _BlockPages(self._columns, codec.columns, first, blocks)
@@ -134,9 +134,9 @@ class BlockDecoder:
 def _keep_freed_memory() -> None:
     """Make glibc's malloc allocate temporary arrays of some megabytes on the heap.
 
-    malloc maps large blocks separately and unmaps them when they are freed, so that each pass over
-    a temporary array causes page faults, which take half of the time of decoding. The threshold
-    rises to the size of the largest block that was ever freed, so this function frees one.
+    malloc maps large blocks separately and unmaps them when they are freed. Each new temporary
+    array then causes page faults, which take half of the decoding time. The size above which blocks
+    are mapped rises to that of the largest block ever freed, so this function frees a large one.
     """
     np.empty(_FREED_BYTES, np.uint8)
 
@@ -162,14 +162,14 @@ class _BlockPages:
         self._blocks, self._at = blocks, [4] * len(blocks)
 
     def listed(self) -> NDArray[np.int64]:
-        """Return the number of lists of each block (its first word), int64 [W]."""
+        """Return each block's number of lists, which is the first word of the block, int64 [W]."""
         shortest = min(map(len, self._blocks))
         if shortest < 4:
             raise DamageError(f"a block of {shortest} bytes is shorter than a block's header")
         return np.array([int.from_bytes(block[:4], "little") for block in self._blocks])
 
     def read(self, column: str, lengths: Array) -> Array:
-        """Return the next numbers of a column, `lengths[w]` for each window w."""
+        """Return the next `lengths[w]` numbers of a column for each window w."""
         stops = np.cumsum(lengths).tolist()
         out = np.empty(stops[-1], self._dtypes[column])
         self.fill(column, out, [0, *stops[:-1]], stops)
@@ -212,7 +212,7 @@ def _read_counts(sets: Sets, present: Bool, rounds: int, pages: _BlockPages) -> 
     """Read the counts, int32 [E], which are positive and sum to N at each position.
 
     Args:
-        sets: ids of the entries.
+        sets: sets of ids, one entry per id.
         present: bool [W, L].
         rounds: number N of rounds per position.
         pages: columns of the windows.

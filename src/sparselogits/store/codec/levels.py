@@ -1,8 +1,8 @@
 """Round real-valued weights to the levels of a fixed table, so that a weight takes 8 to 10 bits.
 
-Levels are logarithmic, with 32 levels per octave. From 1/2 to 1, the distance to 1 is logarithmic
-instead of the weight, so that the mass of the other tokens (the ghost token of the loss) has a
-small relative error if one token has almost all mass. docs/format.md defines the table.
+Levels are logarithmic, with 32 levels per octave. Between 1/2 and 1 they are logarithmic in the
+distance to 1. If one token has almost all mass, the mass of the other tokens (the ghost token of
+the loss) then has a small relative error. docs/format.md defines the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PER_OCTAVE = 32
 """Number of levels per factor of two."""
 
 LARGEST_STEP = 2 ** (1 / PER_OCTAVE) - 1
-"""Largest relative distance between consecutive levels of at least 2^-126."""
+"""Largest relative distance between consecutive levels, for levels of at least 2^-126."""
 
 _LEAST, _MOST, _NEAREST_TO_ONE = -126, 97, -16  # exponents of two; V^4 is 2^96 at most
 
@@ -67,7 +67,7 @@ def rounded(
 
 
 def indices_of(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Return the indices of weights in the table.
+    """Return the indices of weights in the table of levels.
 
     Args:
         weights: float32 [E].
@@ -87,7 +87,7 @@ def indices_of(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 
 def levels_at(indices: Array) -> NDArray[np.float32]:
-    """Return the levels at indices of the table, float32 [E].
+    """Return the levels at the given indices of the table, float32 [E].
 
     Raises:
         DamageError: an index is out of range.

@@ -1,12 +1,12 @@
-"""Encode the sets of ids of a window as an inverted index over positions sorted by token.
+"""Encode a window's sets of ids as an inverted index over positions sorted by token.
 
-The sets of ids of a window are pairs of an id and a position. Stored by position they take 11 bits
-per pair. Stored by id, as one list of positions per id, they take 9 bits, because few different ids
-occur in a window and a list contains only gaps between positions. Two facts known to the decoder
-reduce this further. Positions are numbered in the order of (token, position), so that positions
-with similar distributions are neighbours and gaps are small. And the label of a position, which is
-usually in the set, is not in the lists: one bit per position states whether it is in the set (a
-hit). benchmarks/size.py measures both savings.
+The sets are pairs of an id and a position. Stored by position they take 11 bits per pair. Stored by
+id, as one list of positions per id, they take 9 bits, because few different ids occur in a window
+and a list contains only gaps between positions. Two facts known to the decoder reduce this further.
+Positions are numbered in the order of (token, position), so that positions with similar
+distributions are neighbours and gaps are small. The label of a position is usually in its set, so
+it is left out of the lists and one bit per position states whether the set contains it (a hit).
+benchmarks/size.py measures both savings.
 
 No model of the vocabulary is fitted or stored.
 """
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 Bool = NDArray[np.bool_]
 
 SIZE_CLASSES = 8
-"""Number of classes of lists by size, whose gaps are in separate columns."""
+"""Number of size classes of lists; each class has a separate column for its gaps."""
 
 COLUMNS = ("hits", "ids", "sizes", *(f"places_{c}" for c in range(SIZE_CLASSES)))
 
@@ -48,7 +48,7 @@ class Pages(Protocol):
 
 @dataclass(frozen=True)
 class Sets:
-    """Sets of ids of the P = W L positions of W windows.
+    """Sets of ids at the P = W * L positions of W windows.
 
     Args:
         ids: int64 [E], in order of position and ascending within a position.
@@ -118,7 +118,7 @@ def join(
         labels: int64 [W, L]; see `split`.
         present: bool [W, L], True for positions with a target.
         vocab_size: vocabulary size V, at most 2^31.
-        limit: largest number of entries of all windows together.
+        limit: largest total number of entries in all windows.
 
     Raises:
         DamageError: the columns do not encode sets of ids.
@@ -151,7 +151,7 @@ def join(
 
 
 def reading_order(tokens: Array, present: Bool) -> Array:
-    """Return the positions w L + p with a target, int64, sorted by (window w, token, position p).
+    """Return the positions w * L + p with a target, int64, sorted by (window w, token, position p).
 
     Args:
         tokens: int32 [W, L].
@@ -175,12 +175,12 @@ def reading_order(tokens: Array, present: Bool) -> Array:
 
 
 def size_class(sizes: Array) -> Array:
-    """Return the size class of lists, uint8: min(floor(log2(size)), 7) of positive sizes."""
+    """Return the size class min(floor(log2(size)), 7) of each list, uint8; sizes are positive."""
     return _CLASS_OF_SIZE.take(sizes, mode="clip")
 
 
 def _exclusive_sums(lengths: Array) -> Array:
-    """Return the sums of the first 0 to n of n lengths, int64 [n + 1]."""
+    """Return the running sums of n lengths, starting with 0, int64 [n + 1]."""
     sums = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=sums[1:])
     return sums
@@ -198,7 +198,7 @@ def _hits(hits: Array, order: Array, labels: Array, vocab_size: int) -> Array:
 
 
 def _merge_hits(ids: Array, offsets: Array, hit_ids: Array) -> tuple[Array, Bool]:
-    """Move the hit of each position, which is its last id, so that the ids ascend.
+    """Move each position's hit from the end of its ids to its place in ascending order.
 
     Element i of the ascending sequence a with h inserted is max(a[i - 1], min(a[i], h)).
 
@@ -234,7 +234,7 @@ def _ascending(gaps: Array, lists: Array, vocab_size: int) -> Array:
 
 
 def _ranks(pages: Pages, lists: Array, sizes: Array, carrying: Array) -> tuple[Array, Array]:
-    """Return the index of each pair in order of id, and the rank of its position, int64 each.
+    """Return each pair's index in order of id, and the rank of its position, int64 each.
 
     The columns contain the lists of a window in order of (size class, id). The rank of a position
     is its index in `reading_order`.

@@ -56,7 +56,7 @@ EXACT, ROUNDED = 1, 2
 
 
 def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any]:
-    """Return the codec of a sampler's targets, for a cache's identity.
+    """Return the codec for a sampler's targets, in the form in which a cache's identity records it.
 
     Args:
         sampler: the sampler.
@@ -88,7 +88,7 @@ def codec_for(sampler: Sampler, *, exact_weights: bool = False) -> dict[str, Any
 
 @dataclass(frozen=True, eq=False)
 class TargetWindow:
-    """Window to encode.
+    """Window whose targets are to be encoded.
 
     Args:
         targets: targets of L positions.
@@ -113,7 +113,7 @@ class TargetCodec:
         most_mass: largest valid sum of a position's weights.
         rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
             weights are exact.
-        objective: objective that defines the label of each position, which is encoded separately.
+        objective: objective, which defines the label of each position.
     """
 
     weights: str
@@ -133,8 +133,7 @@ class TargetCodec:
         Args:
             codec: name and parameters of the codec.
             vocab_size: vocabulary size, V.
-            sampler: name and parameters of the sampler, from which the bound of the weights
-                follows.
+            sampler: name and parameters of the sampler, which determine the bound on the weights.
 
         Raises:
             CacheError: the codec is unknown, or its parameters contradict each other.
@@ -196,14 +195,14 @@ class TargetCodec:
 
     @property
     def least_weight(self) -> float:
-        """Smallest valid stored weight: tau, or the level below tau; 0 for other kinds."""
+        """Smallest valid stored weight: tau, or the level below tau; 0 for other weights."""
         if self.weights != THRESHOLD:
             return 0.0
         tau = float(self.light_weight)
         return tau if self.rounding is None else tau / (1 + LARGEST_STEP) * (1 - 2**-22)
 
     def rounded(self, targets: SparseTargets, seed: int, window_index: int) -> SparseTargets:
-        """Return a window's targets with weights rounded to levels; unchanged for exact weights.
+        """Return a window's targets with weights rounded to levels; exact weights are unchanged.
 
         Stochastic rounding preserves the expectation of every weight. The uniforms depend only on
         seed, window and entry, so that a resumed build writes the same bytes. Weights that are
@@ -256,7 +255,7 @@ class TargetCodec:
         return {name: column.tables for name, column in columns.items()}, blocks
 
     def _split(self, window: TargetWindow) -> dict[str, Array]:
-        """Return the values of a window by column."""
+        """Return a window's values by column."""
         targets = window.targets
         self._require_codable(targets, window.present)
         lengths = targets.entries_per_position.numpy()
@@ -323,5 +322,5 @@ class TargetCodec:
 
 
 def _rounds(rounds: int | None) -> str:
-    """Return a phrase with the number of rounds."""
+    """Return a phrase that states the number of rounds, for messages."""
     return "no rounds" if rounds is None else f"{rounds} rounds per position"

@@ -1,4 +1,4 @@
-"""Define the columns of each kind of weights, and which counts are not stored.
+"""Define the columns for each kind of weights, and which counts are left out.
 
 If the sampler draws N rounds, weights are count / N, and one count per position follows from the
 others. If light entries share the weight tau, only the weights of heavy entries are stored. A
@@ -21,11 +21,11 @@ WEIGHT_COLUMNS: dict[str, dict[str, Any]] = {
     FLOATS: {"weights": np.float32},
     THRESHOLD: {"heavy": np.uint32, "weights": np.float32},
 }
-"""Names and dtypes of the columns of exact weights, by kind."""
+"""Names and dtypes of the columns for exact weights, by kind of weights."""
 
 
 def weight_columns(weights: str, *, rounded: bool) -> dict[str, Any]:
-    """Return the names and dtypes of the columns of a kind of weights, in order.
+    """Return the names and dtypes of the columns for a kind of weights, in order.
 
     Args:
         weights: kind of the weights, a key of `WEIGHT_COLUMNS`.
@@ -48,14 +48,13 @@ def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
     """Return whether the count of an entry is not stored, bool [E].
 
-    The count of one entry per position follows from the others: of the entry of the position's
-    label if there is one, which is usually likely and has a large count, and otherwise of the first
-    entry.
+    One count per position follows from the others. It is the count of the label's entry if there is
+    one, because that count is usually large, and otherwise the count of the first entry.
 
     Args:
-        starts: int64 [Q], first entry of each position with a target.
+        starts: int64 [Q], index of the first entry of each position with a target.
         is_hit: bool [E], whether the entry's id is the position's label.
-        has_hit: bool [Q], whether the position has such an entry.
+        has_hit: bool [Q], whether the label of the position has an entry.
     """
     derived = is_hit.copy()
     derived[starts[~has_hit]] = True

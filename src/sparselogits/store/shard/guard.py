@@ -2,7 +2,7 @@
 
 Parquet's page checksums do not cover the footer and the page headers, and a parser that reads a
 damaged header may allocate gigabytes. A table of CRC32C values is therefore stored between the last
-page and the footer, which Parquet readers skip:
+page and the footer, a gap that Parquet readers skip:
 
     range...   n times: u64 first byte, u64 length, u32 CRC32C; one range per row group, which
                together cover the file from its first byte to the guard
@@ -72,7 +72,8 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
 
     Args:
         parquet: content of the file without a guard.
-        group_stops: offset of the byte after each row group; the last one starts the footer.
+        group_stops: offset of the byte after each row group; the last one is the offset of the
+            footer.
     """
     footer_length, _ = _CLOSING.unpack_from(parquet, len(parquet) - _CLOSING.size)
     start = len(parquet) - _CLOSING.size - footer_length
@@ -87,7 +88,7 @@ def insert_guard(parquet: bytes, group_stops: Sequence[int]) -> bytes:
 
 
 def read_frame(files: ReadableFiles, name: str) -> tuple[int, Guard, bytes]:
-    """Read the size of a shard, its guard, and its last bytes, which include guard and footer.
+    """Read a shard's size, its guard, and its last bytes, which include guard and footer.
 
     Args:
         files: files of the cache.

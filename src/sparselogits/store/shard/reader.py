@@ -52,7 +52,7 @@ _NO_TARGETS = SparseTargets(
 )
 
 _LARGEST_UNCOUNTED_FOOTER = 1 << 17
-"""Size in bytes of a footer above which its structures are counted before Parquet parses them.
+"""Size of a footer, in bytes, above which its structures are counted before Parquet parses it.
 
 Parquet's parser allocates about 300 bytes per byte of an empty column chunk.
 """
@@ -104,7 +104,7 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """Size in bytes of the column of tokens.
+        """Size of the token column in bytes.
 
         Raises:
             CacheCorruptionError: the footer claims more bytes than the file has.
@@ -121,8 +121,8 @@ class Shard:
     def read(self, row: int) -> WindowRecord:
         """Read a row and decode its targets.
 
-        When rows are read in order, all remaining rows of a row group are decoded together, which
-        takes two thirds of the time. A row that is read at random is decoded alone.
+        When rows are read in order, all remaining rows of a row group are decoded together, in two
+        thirds of the time of decoding each alone. A row that is read at random is decoded alone.
 
         Args:
             row: index of the row in the shard, from 0.
@@ -146,7 +146,7 @@ class Shard:
         return records[0]
 
     def decode_row(self, row: Mapping[str, Any]) -> SparseTargets:
-        """Decode the targets of a row of this shard that was read by another tool.
+        """Decode the targets of a row that another tool has read from this shard.
 
         Args:
             row: columns by name: `window_index`, `tokens`, `mask` and `targets`, as lists, arrays
@@ -355,7 +355,7 @@ class Shard:
             raise DamageError(f"a token is outside the vocabulary of {ids} ids")
 
     def _damaged(self, where: str, error: Exception) -> CacheCorruptionError:
-        """Return an error that adds the file and what to do to the cause."""
+        """Return the error for damage, with the file and what to do added to its cause."""
         return CacheCorruptionError(
             f"{self._storage.location}/{self.name}, {where}: {error}. Run `sparselogits repair` on "
             "the cache, which moves the file aside, then build its windows again"
@@ -376,7 +376,7 @@ _FAILURES = (
 
 
 class _BufferedRange(io.RawIOBase):
-    """File of which one validated range is in memory, so that pyarrow can read nothing else.
+    """File object with one validated range in memory, so that pyarrow can read nothing else.
 
     Attributes:
         start: offset of the range in bytes.
@@ -425,7 +425,7 @@ def missing_columns(row: Mapping[str, Any]) -> str:
 
 
 def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
-    """Convert the columns of a row, which may be lists or arrays of any tool."""
+    """Convert the columns of a row that another tool has read as lists or arrays."""
     mask = row["mask"]
     if not hasattr(mask, "__len__"):  # None, or the null value of a data frame
         mask = None
@@ -465,12 +465,12 @@ def _corruption(
 
 
 def _columns_of(schema: pa.Schema) -> str:
-    """Return names and types of columns for messages."""
+    """Return a phrase with the names and types of columns, for messages."""
     return str(shown({field.name: str(field.type) for field in schema}))
 
 
 def _windows_named(name: str) -> str:
-    """Return a phrase with the windows in the name of a shard."""
+    """Return a phrase with the range of windows in the name of a shard."""
     try:
         start, stop = parse_shard_name(name)
     except ValueError:
@@ -496,7 +496,7 @@ def _require_totals(description: Mapping[str, Any], windows: int, identity: Iden
 
 
 def _tables_from_json(value: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
-    """Return the coding tables by column: (first window, table). Raises DamageError."""
+    """Return each column's coding tables as pairs (first window, table). Raises DamageError."""
     tables: dict[str, list[tuple[int, bytes]]] = {}
     for name, column in value.items():
         if not isinstance(column, list):

@@ -1,4 +1,4 @@
-"""Validate a row group: its pages before Parquet's parser reads them, its values afterwards.
+"""Validate a row group's pages before Parquet's parser reads them, and its values afterwards.
 
 Parquet can encode a gigabyte of zeros in a few bytes: by a dictionary, run lengths, deltas,
 compression, or a header with a forged size. A shard uses none of these except zstd for its tokens,
@@ -38,7 +38,7 @@ class Rows:
     Args:
         window_index: index of each window.
         tokens: int32 [R, L].
-        document_starts: positions of document starts of each window, int32.
+        document_starts: positions in each window at which a document starts, int32.
         masks: mask of each window, bool [L]; None if all its positions have a target.
         blocks: encoded targets of each window.
         crc32c: checksum of each row.
@@ -128,7 +128,8 @@ def require_pages(
 
 
 def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
-    """Return the smallest and largest number of values of a column; an empty list counts as one."""
+    """Return the smallest and largest valid number of a column's values; an empty list counts as
+    one."""
     if column == "tokens":
         return rows * length, rows * length
     is_list = column in ("document_starts", "mask", "inputs")
@@ -185,7 +186,7 @@ def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
 def _hidden(
     columns: Mapping[str, Any], masks: Sequence[Bool | None], start: int, vocab_size: int
 ) -> tuple[list[Int32], list[float]]:
-    """Return the inputs at positions with a target, and the rate, of each row.
+    """Return each row's inputs at positions with a target, and its rate of corruption.
 
     Raises:
         DamageError: a value is invalid.
@@ -205,7 +206,7 @@ def _hidden(
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
-    """Return the values of a column of a row group."""
+    """Return the values of a column, after validating that none is missing."""
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
         raise DamageError(f"column {name} has missing values")
@@ -263,6 +264,6 @@ def _require_starts(
 
 
 def _require(sound: Any, start: int, what: str) -> None:
-    """Raise DamageError for the first window whose value is not sound, bool [R]."""
+    """Raise DamageError for the first window whose element of `sound`, bool [R], is False."""
     if not bool(sound.all()):
         raise DamageError(f"window {start + int(np.flatnonzero(~sound)[0])} {what}")

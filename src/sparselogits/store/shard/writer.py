@@ -25,7 +25,7 @@ from sparselogits.store.records import Int32, WindowRecord
 from sparselogits.store.shard.guard import insert_guard
 
 ROWS_PER_GROUP = 8
-"""Number of windows per row group, except the last one of a shard."""
+"""Number of windows per row group; the last row group of a shard may have fewer."""
 
 METADATA_KEY = b"sparselogits"
 """Key of the JSON description in the footer's key-value metadata."""
@@ -58,7 +58,7 @@ COMPRESSED = ("tokens", "inputs")
 def encode_shard(
     identity: Identity, records: Sequence[WindowRecord], provenance: Mapping[str, Any]
 ) -> tuple[str, bytes]:
-    """Return the name and the content of a shard, which depend only on the version of pyarrow.
+    """Return a shard's name and content, determined by the arguments and the version of pyarrow.
 
     Args:
         identity: identity of the cache.
@@ -93,7 +93,7 @@ def encode_shard(
 
 
 def _table(schema: pa.Schema, records: Sequence[WindowRecord], blocks: Sequence[bytes]) -> pa.Table:
-    """Return the rows of a shard, given the encoded targets of each record."""
+    """Return the records of a shard as a table, given the encoded targets of each."""
     columns: dict[str, list[Any]] = {
         "window_index": [r.window_index for r in records],
         "tokens": [r.tokens for r in records],

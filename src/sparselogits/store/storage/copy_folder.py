@@ -1,9 +1,9 @@
 """Store copies of remote bytes in a local folder of bounded size.
 
-Any number of threads, processes and caches may share the folder. Its files never exceed the limit
-together: files are added under a lock, which also protects the running total, and the least
-recently used files are evicted. Reading needs no lock: an evicted file was a copy, and an open file
-remains readable. Callers verify the bytes that they read.
+Any number of threads, processes and caches may share the folder. The total size of its files never
+exceeds the limit: files are added under a lock, which also protects the running total, and the
+least recently used files are evicted. Reading needs no lock, because an open file remains readable
+when it is evicted. Callers verify the bytes that they read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOCK, _TEMPORARY = ".lock", ".tmp"
 
 
 class CopyFolder:
-    """Folder of bounded size with copies of byte strings by location and key.
+    """Folder of bounded size that stores copies of byte strings by location and key.
 
     Args:
         path: path of the folder, which is created when the first copy is stored.
@@ -53,10 +53,10 @@ class CopyFolder:
 
     @classmethod
     def default(cls) -> CopyFolder:
-        """Create the folder that environment variables configure.
+        """Create the folder with the path and limit that environment variables give.
 
-        SPARSELOGITS_COPY is its path, by default `copy` in the user's cache folder, and
-        SPARSELOGITS_COPY_GB its limit in GiB, by default 10.
+        SPARSELOGITS_COPY is the path, by default `copy` in the user's cache folder.
+        SPARSELOGITS_COPY_GB is the limit in GiB, by default 10.
 
         Raises:
             InvalidArgumentError: the limit is not a positive number.
@@ -125,7 +125,7 @@ class CopyFolder:
             )
 
     def drop(self, location: str, prefix: str) -> bool:
-        """Remove the bytes of all keys with a prefix; return whether there were any.
+        """Remove the copies of all keys with a prefix; return whether there were any.
 
         Args:
             location: path or URL of the cache.
@@ -172,7 +172,7 @@ class CopyFolder:
 
 
 def _total(lock: int) -> int:
-    """Return the total size of the files in bytes, as the lock file states it."""
+    """Return the total size of the files in bytes, which is read from the lock file."""
     text = os.pread(lock, 20, 0)
     return int(text) if text.strip().isdigit() else 0
 

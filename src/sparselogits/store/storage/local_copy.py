@@ -1,10 +1,10 @@
-"""Store copies of the ranges read from a remote storage on the local disk, bounded in size.
+"""Keep local copies of the ranges read from a remote storage, in a folder of bounded size.
 
-Copies are made of what is read from shards: the end of a file, with its footer, and row groups. A
-cache can therefore be much larger than the disk and be read in any order. Copies are found by name
-and range, without a request. If bytes fail their checksum, the reader drops the copies of that file
-and reads the storage again (`Cache.read`), so a damaged copy, or the copy of a shard that has been
-repaired since, is not reported as damage to the cache.
+Only parts of shards are copied: row groups, and the end of the file with its footer. A cache can
+therefore be much larger than the disk and be read in any order. Copies are found by name and range,
+without a request. If bytes fail their checksum, the reader drops the copies of that file and reads
+the storage again (`Cache.read`), so a damaged copy, or the copy of a shard that has been repaired
+since, is not reported as damage to the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SIZE = struct.Struct("<Q")
 
 
 class LocalCopy:
-    """Storage that copies what is read from another storage, and forwards all writes to it.
+    """Storage that reads from another storage, keeps local copies, and forwards writes to it.
 
     Args:
         storage: storage of the files.

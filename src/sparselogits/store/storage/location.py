@@ -15,7 +15,7 @@ Location: TypeAlias = str | Path
 """Path of a folder, or URL such as `s3://bucket/prefix` as a string (a Path would lose a slash)."""
 
 _MALFORMED_URL = re.compile(r"[a-z][a-z0-9+]+:/(?!/).*|[a-z][a-z0-9+]+:///*")
-"""A scheme followed by a single slash, or a scheme followed by slashes only."""
+"""Pattern of malformed URLs: a scheme followed by a single slash, or by slashes only."""
 
 
 def is_url(location: Location) -> bool:

@@ -1,12 +1,12 @@
 """Store a cache in an object store, as write-once objects under a prefix.
 
-fsspec provides the drivers: s3fs for `s3://`, and others for other URLs (`hf://` for the Hugging
-Face hub, `memory://` for tests). A driver must support reading ranges, listing, and a conditional
-put, which creates an object only if it does not exist. A conditional put is atomic, so temporary
-objects are not required and either of two writers may succeed. Drivers without a conditional put,
-such as `hf://`, check for the name before the put: use one writer at a time. With drivers whose
-puts may not be atomic, such as `sftp://`, an object is written under a temporary name, its size is
-compared, and it is renamed.
+fsspec provides the drivers, such as s3fs for `s3://`, or those for `hf://` (the Hugging Face hub)
+and `memory://` (tests). A driver must support reading ranges, listing, and a conditional put, which
+creates an object only if it does not exist. A conditional put is atomic, so temporary objects are
+not required and either of two writers may succeed. Drivers without a conditional put, such as
+`hf://`, check for the name before the put, so use only one writer at a time with them. With drivers
+whose puts may not be atomic, such as `sftp://`, an object is written under a temporary name, its
+size is compared, and it is renamed.
 
 The server validates a checksum of each put before it creates the object (botocore adds a CRC32), so
 objects are not read back. Failed requests are retried with increasing pauses; a permanent failure
@@ -37,10 +37,10 @@ T = TypeVar("T")
 _ATTEMPTS = 8
 
 _TAKEN = {"PreconditionFailed", "412"}
-"""Error codes of a put whose object already exists."""
+"""Error codes of a put that fails because the object already exists."""
 
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
-"""Error codes of a put while another writer puts the same object."""
+"""Error codes of a put that fails because another writer is putting the same object."""
 
 _BEYOND_END = {"InvalidRange", "416"}
 """Error codes of a read that starts after the end of the object."""
@@ -52,13 +52,13 @@ _ATOMIC = {
 
 
 class ObjectStorage:
-    """Storage of objects under the prefix of an object store; see `Storage`.
+    """Storage in an object store, whose objects share a prefix; see `Storage`.
 
     Credentials, region and endpoint of S3 come from botocore's usual sources (AWS_ACCESS_KEY_ID,
     AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, the role of an instance, ...).
     AWS_RETRY_MODE and AWS_MAX_ATTEMPTS are respected.
 
-    Forked and spawned processes may use one object: each opens its own connections.
+    Forked and spawned processes may share an `ObjectStorage`, because each opens new connections.
 
     Args:
         url: URL of the prefix, such as `s3://bucket/prefix`.
@@ -122,8 +122,8 @@ class ObjectStorage:
     def create(self, name: str, data: bytes) -> bool:
         """Create an object; one request (more above 100 MB).
 
-        The first successful put is repeated to test whether the server rejects the second one.
-        Otherwise the server ignores the condition, and one writer could overwrite another.
+        The first successful put is repeated. If the server accepts the second put, it ignores the
+        condition, so one writer could overwrite another.
 
         Returns:
             False if the object already exists.
@@ -211,7 +211,7 @@ class ObjectStorage:
         return removed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without connections, which a spawned process must open itself."""
+        """Return the state without connections, because a spawned process must open new ones."""
         return self.__dict__ | {"_opened": None}
 
     @property
@@ -226,12 +226,12 @@ class ObjectStorage:
         return self._opened[1:]
 
     def _ask(self, verb: str, name: str, request: Callable[[], T]) -> T:
-        """Return the result of a request, and convert its errors to StorageError.
+        """Send a request and return its result; convert errors to StorageError.
 
         Args:
             verb: operation, for the message.
             name: name of the object, for the message.
-            request: sends the request.
+            request: function that sends the request.
 
         Raises:
             FileNotFoundError: the object does not exist.

@@ -1,4 +1,4 @@
-"""Export a cache to formats of other tools, one shard at a time, in constant memory.
+"""Export a cache to the formats of other tools, one shard at a time, in constant memory.
 
 lists       Parquet with one row per window: tokens, and the ids and weights of each position as
             lists
@@ -295,7 +295,7 @@ def _matrix(values: _Array) -> pa.Array:
 
 
 def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
-    """Return a table of one row: index and tokens of a window, and one list per column.
+    """Return a table of one row: a window's index and tokens, and one list per column.
 
     Args:
         record: the window.

@@ -27,7 +27,7 @@ class MergeReport:
     Args:
         copied: ranges whose shards were copied.
         kept: ranges whose shards existed in the merged cache and were kept.
-        set_aside: (old name, new name) of damaged files of the merged cache that were moved aside.
+        set_aside: (old name, new name) of each damaged file of the merged cache that was moved.
     """
 
     copied: tuple[Range, ...]
@@ -143,7 +143,7 @@ _APART = "caches of different texts cannot be merged; store each text in a separ
 
 
 def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
-    """Validate that a range of two caches has the same text. Raises IdentityMismatchError."""
+    """Validate that two caches have the same text in a range. Raises IdentityMismatchError."""
     found = [cache.provenance(windows[0]).get("corpus") for cache in (one, other)]
     if found[0] != found[1]:
         raise IdentityMismatchError(
@@ -153,7 +153,7 @@ def _require_same_text(one: Cache, other: Cache, windows: Range) -> None:
 
 
 def _is_kept(source: Cache, target: Cache, windows: Range) -> bool:
-    """Return whether the existing shard of the merged cache is sound.
+    """Return whether an existing shard of the merged cache is sound and can be kept.
 
     Raises:
         IdentityMismatchError: the shard is sound but was built from other text.

@@ -76,7 +76,7 @@ def repair(
 
 @contextmanager
 def _exclusive(cache: Cache) -> Iterator[None]:
-    """Exclude other repairs, which could move a shard that has been rebuilt. Raises CacheError."""
+    """Lock the cache against other repairs, which could move a rebuilt shard. Raises CacheError."""
     storage = cache.storage
     if not isinstance(storage, LocalStorage):
         yield

@@ -43,7 +43,7 @@ class CacheSample:
         of: number of windows in the cache.
         entries: histogram of entries per position with a target.
         weights: histogram of the decimal logarithm of the weights.
-        entropy: histogram of the mean entropy of the teacher per window, in nats.
+        entropy: histogram of the teacher's mean entropy per window, in nats.
     """
 
     windows: int
@@ -54,7 +54,7 @@ class CacheSample:
 
 
 def sample_cache(cache: Cache, groups: int = GROUPS) -> CacheSample:
-    """Compute histograms from at most `groups` row groups, spread over the shards and within each.
+    """Compute histograms from at most `groups` row groups, spread evenly over the cache.
 
     Args:
         cache: the cache.

@@ -1,9 +1,9 @@
 """Verify a cache, shard by shard.
 
-`verify` checks the guard's checksums of all bytes, Parquet's page checksums, the CRC of each row,
-the decoding, the invariants of the targets (ascending ids below V, a target at every unmasked
-position, complete rounds, weights consistent with the sampler), the totals in the footers, the
-fingerprint of the text, the identity, and that no window is missing.
+`verify` checks the guard's checksums, which cover all bytes, Parquet's page checksums, the CRC of
+each row, the decoding, the invariants of the targets (ascending ids below V, a target at every
+unmasked position, complete rounds, weights consistent with the sampler), the totals in the footers,
+the fingerprint of the text, the identity, and that no window is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparselogits.store.texts import TextCheck, named_texts
 from sparselogits.targets import SparseTargets
 
 TextOf = Callable[[Range], str | None]
-"""Function from a range of windows to the fingerprint of its text; None for unavailable text."""
+"""Function that maps a range of windows to the fingerprint of its text; None if unavailable."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ShardReport:
         windows: range of windows in the name of the file.
         name: path of the file, relative to the cache.
         checked: number of windows that were decoded.
-        error: message of the first error; None for a sound shard.
+        error: message of the first error; None if the shard is sound.
     """
 
     windows: Range
@@ -87,8 +87,8 @@ def verify(
         cache: the cache.
         sample: number of evenly spaced row groups to decode per shard; None for all.
         stop: number of windows of the corpus; None for the end of the last shard.
-        text_of: returns the fingerprint of the packed text of a range of windows, which is compared
-            with the text in the shard's provenance; None to compare nothing.
+        text_of: function that returns the fingerprint of a range's packed text, to be compared with
+            the text in the shard's provenance; None to compare nothing.
         progress: called with the numbers of shards done and in total.
 
     Raises:
@@ -119,8 +119,8 @@ def is_sound(
     Args:
         cache: the cache.
         windows: range of the shard.
-        beside: sound shards, with whose texts the shard's text is compared if the cache records no
-            texts.
+        beside: sound shards. If the cache records no texts, the shard's text is compared with
+            theirs.
         text_of: see `verify`.
 
     Raises:
