@@ -27,7 +27,7 @@ from sparselogits.wording import duration, rate, significant
 class EscapingConsole(Console):
     """A rich console that escapes the control characters in all text.
 
-    Lines are wrapped on a terminal, and not in pipes and logs, which have no width.
+    Lines are wrapped on a terminal, but not in pipes and logs, because these have no width.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -102,13 +102,13 @@ Update = Callable[..., None]
 def stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Update]:
     """Display the progress of one task; yield the function that updates the display.
 
-    A terminal shows a bar, a notebook one line that is overwritten every `NOTEBOOK_SECONDS`. A pipe
-    or log gets a line every `LOG_SECONDS` and one at the end, without control characters.
+    A terminal shows a bar; a notebook shows a line that is overwritten every `NOTEBOOK_SECONDS`. A
+    pipe or log gets a line every `LOG_SECONDS` and one at the end, without control characters.
 
     Args:
         what: the task, as a gerund ("packing text").
         unit: name of the counted unit, in the plural ("tokens").
-        per_unit: number of units per step of the counts that are passed to `update`.
+        per_unit: number of units that correspond to a count of 1 passed to `update`.
 
     Example:
         >>> with stage("reading windows", "windows") as update:
@@ -181,7 +181,7 @@ def _overwrite_line(line: str) -> None:
 def _can_draw_bar() -> bool:
     """Return whether standard error is a terminal with a movable cursor.
 
-    The file is asked, because rich's own property is also true in a pipe with FORCE_COLOR. In a
+    The stream is checked, because rich's property is also true in a pipe with FORCE_COLOR. In a
     notebook rich needs ipywidgets to draw a bar, so a plain line is written there.
     """
     if messages.is_jupyter or messages.is_dumb_terminal:

@@ -1,8 +1,8 @@
 """Corrupt the input of a window for a masked language model, as a function of seed and window.
 
 A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
-with a probability that is the rate of the window, so every token is chosen with that probability,
-independently of the units. Of the chosen tokens, one share is replaced by the mask token, one share
+with a probability equal to the window's rate, so every token is chosen with that probability,
+whatever the units are. Of the chosen tokens, one share is replaced by the mask token, one share
 by a random token, and the remaining ones are not replaced. Special tokens are never chosen, and
 never used as a replacement.
 """
@@ -28,14 +28,14 @@ _NOT_OF_WORDS = frozenset(string.punctuation + string.whitespace + "\u010a\u0109
 
 @dataclass(frozen=True, eq=False)
 class TokenKinds:
-    """Properties of the tokens of a vocabulary that determine how they are corrupted.
+    """Properties of a vocabulary's tokens that determine how the tokens are corrupted.
 
-    A word begins at a token with `begins`, and at a token whose `head` differs from the `tail` of
-    the previous token, unless that tail is -1. Head and tail of all tokens are 0 if the tokenizer
-    does not separate words from punctuation, or marks both.
+    A word begins at a token whose `begins` is true, and at a token whose `head` differs from the
+    previous token's `tail`, unless that tail is -1. Head and tail of all tokens are 0 if the
+    tokenizer does not separate words from punctuation, or marks both.
 
     Args:
-        special: bool [V], true for ids that are special tokens or not tokens.
+        special: bool [V], true for ids that are special tokens or no tokens.
         begins: bool [V], true for tokens that always begin a word; None if the tokenizer does not
             mark words.
         head: int8 [V], 1 for tokens that begin with punctuation or white space, else 0.
@@ -54,7 +54,7 @@ class TokenKinds:
 
         Args:
             tokenizer: the teacher's tokenizer.
-            vocab_size: number V of columns of the teacher's head.
+            vocab_size: number V of columns in the teacher's head.
         """
         texts = [""] * vocab_size
         special = np.ones(vocab_size, np.bool_)
@@ -97,7 +97,7 @@ class Corrupted:
 
 @dataclass(frozen=True, eq=False)
 class Corruption:
-    """Function that corrupts windows for a masked objective and the tokens of one vocabulary.
+    """Function that corrupts windows for a masked objective and one vocabulary.
 
     Args:
         objective: rate, shares, units and seed of the corruption.
@@ -116,11 +116,11 @@ class Corruption:
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any, vocab_size: int, **settings: Any) -> Corruption:
-        """Return the corruption with a tokenizer's mask token.
+        """Create a corruption that uses a tokenizer's mask token.
 
         Args:
             tokenizer: the teacher's tokenizer.
-            vocab_size: number V of columns of the teacher's head.
+            vocab_size: number V of columns in the teacher's head.
             settings: fields of `Masked`, without `mask_id`.
 
         Raises:
@@ -163,7 +163,7 @@ class Corruption:
         Args:
             tokens: int32 [L], original token ids.
             window_index: number of the window, which together with the seed determines the result.
-            held_out: whether the window is a held-out window, since these are numbered separately.
+            held_out: whether `window_index` is the number of a held-out window.
 
         Raises:
             InvalidArgumentError: the units are words, but the tokenizer does not mark words.

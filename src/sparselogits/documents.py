@@ -54,8 +54,8 @@ class Documents:
             limit. In longer windows the model's results depend on the longest position of the
             batch, or on the position in the window.
         same_length_beyond: window length in tokens above which only documents of equal length share
-            a batch, because the rotary frequencies depend on the longest sequence of the batch;
-            None if they do not.
+            a batch, because the rotary frequencies depend on the longest sequence in the batch;
+                None if the frequencies are fixed.
     """
 
     model: str
@@ -186,7 +186,7 @@ def _run_apart(
 
 @torch.no_grad()
 def _reset_rotary(run: Forward, input_ids: Tensor) -> None:
-    """Run one token, which resets rotary frequencies that a model adapted to a long sequence."""
+    """Run one token to reset the rotary frequencies that a model has adapted to a long sequence."""
     run(input_ids=input_ids[:1, :1])
 
 
@@ -222,7 +222,7 @@ def _probe_tokens(model: nn.Module) -> Tensor:
 
 
 def _probe_way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
-    """Return the fastest way to run documents that gives the states of each document run alone."""
+    """Return the fastest `way` that reproduces the states of documents that are run alone."""
     starts = [np.array(positions, np.int32) for positions in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
     try:
@@ -244,7 +244,7 @@ def _probe_way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed"
 
 
 def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
-    """Return the states of the probe's documents, each run alone, in the shape of the windows."""
+    """Run each document of the probe alone, and return the states in the shape of the windows."""
     rows = []
     for row, starts in zip(tokens, _PROBE_STARTS, strict=True):
         states = []
@@ -257,7 +257,7 @@ def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:
 
 
 def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tensor) -> bool:
-    """Return whether a packed pass gives the states `alone`, and separates documents exactly."""
+    """Return whether a packed pass gives the same states as `alone`, with documents independent."""
     packed = run(input_ids=tokens, position_ids=positions)
     bound = _PACKED.get(alone.dtype, _PACKED_HALF)
     if packed.shape != alone.shape or not _distance(packed, alone) <= bound:
@@ -274,7 +274,7 @@ def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tenso
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the largest distance between the states of a position, relative to their norm.
+    """Return the largest relative distance between the states of two tensors at one position.
 
     In half precision the median over positions is returned, because rounding may route a single
     position to another expert, which changes its states completely.
@@ -286,9 +286,9 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the length in tokens up to which rotary frequencies do not depend on the length.
+    """Return the sequence length above which rotary frequencies depend on the length.
 
-    None if they never do.
+    None if the frequencies never depend on it.
     """
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):

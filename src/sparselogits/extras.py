@@ -44,7 +44,7 @@ def missing_packages(*extras: str) -> list[str]:
 
 
 def require(what: str, *extras: str, demo_model: bool = False) -> None:
-    """Validate that the packages of some extras are installed.
+    """Validate that the packages in the given extras are installed.
 
     Args:
         what: feature that needs the packages, as the subject of a sentence.

@@ -1,7 +1,7 @@
-"""Write files and folders completely or not at all, and remove what dead processes left.
+"""Write files and folders completely or not at all, and remove the leftovers of dead processes.
 
-Files are written by this module: the bytes are written under a temporary name in the same folder,
-flushed and synced, and renamed to the final name; then the folder is synced. So a reader gets
+A file's bytes are written under a temporary name in the same folder, flushed and synced, and the
+file is renamed to its final name; then the folder is synced. So a reader gets
 either the old or the new file, even after a power failure, and a full disk changes nothing. (In
 store/storage, shards add a read-back and an exclusive link; local copies of remote bytes, which are
 downloaded again if they are damaged, are not synced.)
@@ -45,7 +45,7 @@ _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
     r"|iostream error"
 )
-"""Pattern of the messages of failed writes by safetensors and torch, which raise no `OSError`."""
+"""Pattern for messages of failed writes in safetensors and torch, which raise no `OSError` then."""
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:
@@ -228,8 +228,8 @@ def require_new_folder(path: Path) -> None:
 def is_clutter(name: str) -> bool:
     """Return whether a file name is one that operating systems create in folders.
 
-    These are `lost+found` at the root of a volume, macOS's view settings, and NFS's names of files
-    that were removed while they were open.
+    These are `lost+found` at the root of a volume, macOS's view settings, and NFS's placeholders
+    for files that were removed while they were open.
     """
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
@@ -417,7 +417,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync all files and folders below a folder, and the folder."""
+    """Sync a folder and all files and folders below it."""
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
@@ -433,7 +433,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def user_cache() -> Path:
-    """Return the folder of this user for files that can be created or downloaded again.
+    """Return the user's cache folder, for files that can be created or downloaded again.
 
     The folder is `sparselogits` in `$XDG_CACHE_HOME`, or in `~/.cache` if the variable is not set.
     """

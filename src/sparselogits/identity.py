@@ -1,4 +1,4 @@
-"""Describe what a cache is built from in canonical form, and hash the description.
+"""Describe in canonical form what a cache is built from, and hash the description.
 
 Two shards belong to one cache if and only if their identities are equal. An identity contains what
 changes the *meaning* of the targets (teacher, tokenizer, sampler, packing, ...) or of the bytes
@@ -43,17 +43,17 @@ class Identity:
         teacher: name (for display, not compared), sha256 of the weights, dtype, engine and
             quantization of the teacher.
         tokenizer: sha256 of the tokenizer's canonical bytes.
-        vocab_size: number of columns of the teacher's head.
-        token_mask: sha256 of the bitmap of ids that are tokens, or "all".
+        vocab_size: number of columns in the teacher's head.
+        token_mask: sha256 of the bitmap that marks ids which are tokens; "all" if every id is one.
         window_length: number of positions per window.
         windows_per_shard: number of windows per shard file.
         packing: separator and beginning-of-text ids, attention reset, hold-out share.
         sampler: name and all parameters of the sampler.
-        seed: seed of the uniforms, together with the window index.
+        seed: seed that determines the uniforms, together with the window index.
         temperature: temperature by which the teacher's logits are divided before sampling.
-        codec: name and parameters of the coding of targets.
-        objective: what the positions predict, as `Masked.to_json` returns it; None for the next
-            token.
+        codec: name and parameters of the codec that encodes targets.
+        objective: JSON values from `Masked.to_json` if positions predict hidden tokens; None if
+            they predict the next token.
     """
 
     teacher: Mapping[str, Any]
@@ -76,10 +76,10 @@ class Identity:
 
     @cached_property
     def predicts(self) -> TokenObjective:
-        """What the positions of the windows predict.
+        """Objective that states which tokens the positions of windows predict.
 
         Raises:
-            InvalidArgumentError: the objective is none that this library knows.
+            InvalidArgumentError: the objective is unknown to this library.
         """
         return objective_from_json(self.objective)
 
@@ -228,7 +228,7 @@ def canonical_json(value: object) -> bytes:
 def differing_fields(
     here: Mapping[str, Any], there: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted name, value in here, value in there) for every difference of two mappings.
+    """Yield (dotted name, value in `here`, value in `there`) for each difference of two mappings.
 
     Nested mappings are compared key by key; a missing key equals None.
 

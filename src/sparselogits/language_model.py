@@ -142,7 +142,7 @@ def predicts_masked(model: nn.Module) -> bool:
 
 
 def require_predicting(model: nn.Module, *, masked: bool, whose: str, of: str) -> None:
-    """Validate that a model is a masked language model, or that it is a causal one.
+    """Validate that a model is of the required kind: a masked or a causal language model.
 
     Args:
         model: a transformers language model.
@@ -282,7 +282,7 @@ def _logits_of(model: nn.Module, tokens: Tensor) -> Tensor | None:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Return the number of rows of a model's input embedding."""
+    """Return the number of rows in a model's input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
@@ -327,6 +327,6 @@ def _agree_with(model: nn.Module, parts: Parts) -> bool:
 
 
 def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether tensors differ by at most `tolerance` times the largest expected number."""
+    """Return whether tensors differ by at most `tolerance` times the largest expected magnitude."""
     actual, expected = actual.float(), expected.float().to(actual.device)
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())

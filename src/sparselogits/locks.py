@@ -87,7 +87,7 @@ class FileLock:
             self.release()  # the last holder removed this file: lock the new one
 
     def remove(self) -> None:
-        """Remove the lock file, if this process holds the lock, without releasing the lock."""
+        """Remove the lock file if this process holds the lock; the lock is not released."""
         if self.held in (Held.ALONE, Held.SHARED):
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -109,9 +109,9 @@ class FileLock:
 
 @contextlib.contextmanager
 def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[FileLock]:
-    """Try to hold a lock during a block; an exclusive lock removes the lock file at the end.
+    """Try to hold a lock during a block; at the end, remove the lock file if the lock is exclusive.
 
-    The block runs in any case; the yielded lock's `held` is the result.
+    The block runs in any case; `held` of the yielded lock states whether the attempt succeeded.
 
     Args:
         path: path of the lock file.

@@ -1,4 +1,4 @@
-"""Define the table of training methods with the name, loss and requirements of each.
+"""Define the table of training methods: their names, losses and requirements.
 
 Recipes, the command line, `SparseKDTrainer`, comparisons and reports read this table. To add a
 divergence, implement it in `losses/dense.py` and add a row here.
@@ -65,7 +65,7 @@ ONLINE = [name for name, method in METHODS.items() if method.online]
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """Join names to an enumeration, such as `a, b and c`.
+    """Join names into an enumeration such as `a, b and c`.
 
     Args:
         names: names in order.

@@ -23,8 +23,8 @@ IGNORE_INDEX = -100
 """Label of a position that predicts no token, as in PyTorch and transformers."""
 
 LEAST_RATE = 1e-3
-"""Smallest rate that is drawn if each window has a random rate; its inverse bounds the weights of
-the loss."""
+"""Smallest rate that is drawn if each window has a random rate. A window's loss is weighted by the
+inverse of the rate, so this bounds the weight."""
 
 UNITS = ("tokens", "words", "spans")
 """Names of the units of text that are chosen for prediction as a whole."""
@@ -112,7 +112,7 @@ class Masked:
             1810.04805).
         units: unit that is chosen as a whole: "tokens", "words", or "spans" of random length.
         span: mean length of a span in tokens; None for other units.
-        seed: seed of the corruption, together with the window index.
+        seed: seed that determines the corruption, together with the window index.
 
     Raises:
         InvalidArgumentError: a value is out of range.
@@ -162,14 +162,14 @@ class Masked:
         return {"name": "masked", **asdict(self)}
 
     def at_positions(self, by_token: _Values, filler: int) -> _Values:
-        """Return a copy of the values, since each position predicts the token at it.
+        """Return a copy of the values, because each position predicts the token at that position.
 
         The arguments are those of `Causal.at_positions`.
         """
         return _copied(by_token)
 
     def at_tokens(self, by_position: _Values, filler: int) -> _Values:
-        """Return a copy of the values, since each token is predicted at its position.
+        """Return a copy of the values, because each token is predicted at the token's position.
 
         The arguments are those of `Causal.at_tokens`.
         """
@@ -206,7 +206,7 @@ class Masked:
         )
 
     def weight(self, rate: float) -> float:
-        """Return the weight of the loss of a window.
+        """Return the weight of a window's loss.
 
         Args:
             rate: share of the window's tokens that were chosen, see `corruption.Corrupted`.
@@ -218,7 +218,7 @@ TokenObjective: TypeAlias = Causal | Masked
 
 
 def objective_from_json(value: Mapping[str, Any] | None) -> TokenObjective:
-    """Return the objective that an identity names; None is the causal one.
+    """Return the objective in an identity; the value None stands for the causal objective.
 
     Raises:
         InvalidArgumentError: the value is not what `Masked.to_json` returns.

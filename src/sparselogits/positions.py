@@ -24,7 +24,7 @@ _FAILURES = (IndexError, RuntimeError, ValueError)
 
 
 def trained_positions(model: nn.Module) -> int | None:
-    """Return the number of positions that a model supports; None if it is not configured."""
+    """Return the number of positions that a model supports; None if its configuration lacks it."""
     config = text_config(getattr(model, "config", None))
     for name in _NAMES:
         limit = getattr(config, name, None)
@@ -65,7 +65,7 @@ def check_window(
         model: a transformers causal language model.
         run: forward pass of the model from `input_ids`.
         length: number of tokens per window.
-        restarts: whether positions restart at document starts, so that the positions may suffice.
+        restarts: whether positions restart at document starts, so that a longer window may fit.
         allow: names of `ALLOWANCES`; with `restarts`, "long-windows" turns the error into a
             warning.
 

@@ -155,7 +155,7 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def _explain(error: Exception) -> str:
-    """Return the problem with its line and column, on one line of text."""
+    """Return a description of an error with its line and column, on one line of text."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = error.problem or error.context or "it cannot be parsed"

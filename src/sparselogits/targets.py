@@ -44,8 +44,8 @@ class SparseTargets:
         ids: int64 [E], strictly ascending within a position, each in [0, vocab_size).
         weights: float32 [E], non-negative estimates of the teacher's probabilities.
         offsets: int64 [P + 1], non-decreasing from 0 to E.
-        vocab_size: number of columns of the teacher's head.
-        counts: int32 [E], number of a position's rounds that drew the entry; None if the sampler
+        vocab_size: number of columns in the teacher's head.
+        counts: int32 [E], number of rounds that drew each entry; None if the sampler
             does not draw in rounds.
         rounds: number of rounds per position, equal to the sum of the position's counts unless the
             position has no entries (is masked); None if the sampler does not draw in rounds.
@@ -148,12 +148,12 @@ class SparseTargets:
 
     @property
     def entries_per_position(self) -> Tensor:
-        """Number of entries of each position, int64 [P]."""
+        """Number of entries at each position, int64 [P]."""
         return self.offsets.diff()
 
     @property
     def positions(self) -> Tensor:
-        """Number of the position of each entry, int64 [E]."""
+        """Index of each entry's position, int64 [E]."""
         index = torch.arange(len(self), device=self.offsets.device)
         return index.repeat_interleave(self.entries_per_position, output_size=self.entries)
 
@@ -175,7 +175,7 @@ class SparseTargets:
         """Return ids and weights as rectangular tensors, padded to the same number of entries.
 
         Args:
-            width: number K of columns; None for the largest number of entries of a position.
+            width: number K of columns; None for the largest number of entries at any position.
 
         Returns:
             ids int64 [P, K] and weights float32 [P, K]; padding has id 0 and weight 0.

@@ -20,7 +20,7 @@ def counted(number: int, one: str) -> str:
 
 
 def significant(value: float) -> str:
-    """Format a number with three significant digits; numbers from 100 on as whole numbers.
+    """Format a number with three significant digits, or as a whole number if it is 100 or larger.
 
     Examples:
         >>> significant(48123.4), significant(12.34), significant(0.05), significant(2)
@@ -32,7 +32,7 @@ def significant(value: float) -> str:
 
 
 def rate(per_second: float, unit: str) -> str:
-    """Format a rate with three significant digits; below 0.1 per second, as time per unit.
+    """Format a rate with three significant digits, or as time per unit if below 0.1 per second.
 
     Args:
         per_second: units per second, above 0.
