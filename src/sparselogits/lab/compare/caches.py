@@ -51,12 +51,12 @@ def silent_stage(what: str, unit: str, *, per_unit: float = 1.0) -> Iterator[Upd
 
 @dataclass(frozen=True)
 class Draw:
-    """Describe the content of a cache.
+    """Sampler settings and random seed that determine the content of a cache.
 
     Args:
         parameters: name and parameters of the sampler, as in the recipe.
-        budget: mean entries per position, from which an open parameter is computed; None if the
-            parameters are complete.
+        budget: mean entries per position, from which the missing parameter is computed; None if
+            no parameter is missing.
         seed: random seed for sampling; None for the seed of the recipe.
     """
 
@@ -66,11 +66,11 @@ class Draw:
 
     @classmethod
     def of(cls, method: MethodSpec, recipe: CompareRecipe, seed: int) -> Draw:
-        """Describe the cache that a method is trained from.
+        """Return the settings of the cache that a method is trained from.
 
         Args:
             method: the method.
-            recipe: the comparison, whose `vary_draws` decides whether each seed has a cache.
+            recipe: the comparison; `vary_draws` determines whether each seed has its own cache.
             seed: seed of the run.
         """
         if method.sampler is None:
@@ -81,7 +81,7 @@ class Draw:
 
     @property
     def fit_key(self) -> str:
-        """Key of the fitted sampler, which the caches of all seeds share."""
+        """Key of the fitted sampler; equal for the caches of all seeds."""
         return replace(self, seed=None).key
 
     @property
@@ -96,7 +96,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Setting:
-    """Store the objects that all methods of a comparison share.
+    """Objects that all methods of a comparison share.
 
     Args:
         corpus: training and held-out windows.
@@ -104,7 +104,7 @@ class Setting:
         tokenizer: tokenizer of the teacher.
         caches: folders of the caches, by `Draw.key`.
         failures: reasons why caches could not be built, by `Draw.key`.
-        students: settings `student` of the training recipes, by name of the student.
+        students: value of the setting `student` in training recipes, by name of the student.
         work: finished work of the comparison.
     """
 
@@ -209,8 +209,8 @@ def _fit_samplers(
 
     Args:
         work: finished work of the comparison.
-        draws: descriptions of the samplers, by `Draw.fit_key`.
-        teacher: teacher whose logits the samplers are fitted to.
+        draws: settings of the samplers, by `Draw.fit_key`.
+        teacher: teacher to whose logits the samplers are fitted.
         corpus: corpus from which pilot windows are selected.
 
     Returns:

@@ -56,9 +56,9 @@ from sparselogits.teacher.checkpoint import tensor_shapes
 class ComparisonState:
     """Load the outcomes of a comparison's runs, and compute the rows of its methods.
 
-    Results are rewritten after every run. A row is computed again only after a new outcome of the
-    method or of a method that it is compared with, because recomputing all intervals takes two
-    seconds for a hundred runs of 96 windows and 1 000 resamples.
+    Results are rewritten after every run. Recomputing all intervals takes two seconds for a hundred
+    runs of 96 windows and 1 000 resamples, so a row is computed again only if its method, or a
+    method that it is compared with, has a new outcome.
 
     Args:
         recipe: the comparison.
@@ -75,7 +75,7 @@ class ComparisonState:
         return outcome_of(planned, self.setting.work)
 
     def runs(self) -> list[Run]:
-        """Return all runs, each with its outcome or failure if it has one by now."""
+        """Return all runs, each with its current outcome or failure, if any."""
         work = self.setting.work
         return [Run(each, self.outcome(each), failure_of(each, work)) for each in self.planned]
 
@@ -189,7 +189,7 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
 
 
 def _parameters(runs: Sequence[Run], student: str) -> int | None:
-    """Return the number of parameters of a student, counted in a file of weights, or None."""
+    """Return a student's number of parameters, read from a weights file; None without a file."""
     for run in runs:
         if run.outcome is None or run.planned.student != student or run.planned.folder is None:
             continue
@@ -220,7 +220,7 @@ def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
 
 
 def _rounded(value: Any) -> Any:
-    """Round all numbers of a JSON value to six significant digits, which metrics do not reach."""
+    """Round all numbers in a JSON value to six significant digits; metrics are less precise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,12 +1,11 @@
-"""Store the finished work of a comparison as JSON values, by the fingerprints of their inputs.
+"""Store the finished work of a comparison as JSON values, each by the fingerprint of its inputs.
 
     OUT/finished/KIND/KEY.json    {"value": ...}, or {"failure": reason} after a failed attempt
     OUT/finished/KIND/KEY.lock    locked while a process computes the value
 
 KIND is one of samplers, teacher, runs, gradients and tasks. KEY is the fingerprint of all inputs
-that determine the value, so a value never changes and is read once per process. A recipe can be
-extended, and processes can share a directory: no value is computed twice, and no outdated value is
-used.
+that determine the value, so a value never changes and is read once per process. If a recipe is
+extended, or processes share a directory, no value is computed twice and no outdated value is used.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class FinishedWork:
         return self._known[file]
 
     def failure(self, kind: str, key: str) -> str | None:
-        """Load the reason why the last attempt failed; None after a success or without attempt."""
+        """Load the reason why the last attempt failed; None if it succeeded or none was made."""
         file = self._file(kind, key)
         return None if file in self._known else self._read(file).get("failure")
 
@@ -70,7 +69,7 @@ class FinishedWork:
         Args:
             kind: kind of the work.
             key: fingerprint of the inputs that determine the value.
-            why: reason of the failure.
+            why: reason for the failure.
             more: further details, such as a traceback.
         """
         if self.value(kind, key) is None:

@@ -1,14 +1,14 @@
 """Compare the gradients of all methods' targets with those of full distillation.
 
-The measured targets are the targets of training: drawn by the fitted sampler, thinned to the
-method's rounds, with the missing-mass rule and the share alpha of the labels. CE has the labels as
-targets. All are compared with full distillation without labels. Methods with equal targets, such as
-fresh and frozen noise of one thinning, share a measurement. Methods without cached targets (except
-CE), and methods with a thinning schedule, whose targets change, are not measured.
+The measured targets are those of training: drawn by the fitted sampler, thinned to the method's
+rounds, with the missing-mass rule and the share alpha of the labels. CE has the labels as targets.
+All are compared with full distillation without labels. Methods with equal targets, such as fresh
+and frozen noise for the same thinning, share a measurement. Methods without cached targets (except
+CE) are not measured, nor are methods with a thinning schedule, because their targets change.
 
-The measured student is that of CE with the first seed whose run did not fail, otherwise that of the
-first method with a finished run. While another process is training the student, nothing is
-measured: that process measures at its end. One process measures at a time; others wait.
+The measured student is that of the first run that did not fail; runs of CE come first, then those
+of the other methods. While another process is training the student, nothing is measured, because
+that process measures at its end. One process measures at a time; others wait.
 
 Cost: see `lab/gradients/measure.py`; one pass of the teacher over the windows per student.
 """
@@ -39,7 +39,7 @@ MEASURED = 1
 
 @dataclass(frozen=True)
 class PlannedMeasurement:
-    """Describe a measurement that the recipe requires.
+    """Measurement that the recipe requires.
 
     Args:
         method: method whose targets are measured.
@@ -143,9 +143,9 @@ def _planned_measurements(
 
 
 def _run_to_measure(recipe: CompareRecipe, runs: Sequence[Run]) -> Run | None:
-    """Return the finished run whose student is measured; None if the first candidate is not done.
+    """Return the run whose student is measured; None if it is not finished or all runs failed.
 
-    Candidates are the runs of CE, then those of all methods; failed runs are skipped.
+    It is the first run that did not fail; runs of CE come first, then those of all methods.
     """
     of_ce = [r for r in runs if r.planned.method.method == "ce" and not r.planned.method.alpha]
     of_all = [r for m in recipe.methods for r in runs if r.planned.method.title == m.title]
@@ -234,7 +234,7 @@ def _target(
         measurement: the measurement.
         recipe: the comparison.
         setting: result of `caches.prepare`.
-        samplers: samplers that have been loaded, by key of the cache; new ones are added.
+        samplers: samplers loaded so far, by key of the cache; newly loaded ones are added.
     """
     method = measurement.method
     if method.sampler is None:
@@ -255,7 +255,7 @@ def _target(
 def _gradient(
     measurement: PlannedMeasurement, measured: Sequence[dict[str, Any]], out: Path
 ) -> Gradient:
-    """Convert a stored measurement to the form in which results store it.
+    """Convert a stored measurement to a `Gradient`, the form used in results.
 
     Args:
         measurement: the measurement.

@@ -1,4 +1,4 @@
-"""Convert the finished work of earlier versions to the form of this one (`finished.py`).
+"""Convert the finished work of earlier versions to the current file layout (`finished.py`).
 
 OUT/draws.json                  {"teacher": weights, "parameters": {draw: sampler}}
 OUT/teacher.json                {"of": inputs, "row": row}
@@ -20,7 +20,7 @@ from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 
 
 def convert_older_work(out: Path, work: FinishedWork) -> None:
-    """Store the values that an earlier version has computed and that are not stored yet.
+    """Store the values that an earlier version computed, unless they are already stored.
 
     Args:
         out: directory of the comparison.
@@ -32,7 +32,7 @@ def convert_older_work(out: Path, work: FinishedWork) -> None:
 
 
 def _older(out: Path) -> Iterator[tuple[str, str, Any]]:
-    """Yield kind, fingerprint and value of everything that an earlier version has computed."""
+    """Yield the kind, fingerprint and value of each result that an earlier version computed."""
     draws = _read(out / "draws.json")
     for draw, sampler in draws.get("parameters", {}).items():
         yield "samplers", fingerprint([draws["teacher"], draw]), sampler

@@ -13,7 +13,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Return commit, versions, processor, number of threads, and date, for results."""
+    """Return the commit, versions, processor, number of threads, and date to store with results."""
     return {
         "commit": commit(),
         "sparselogits": version("sparselogits"),

@@ -2,7 +2,7 @@
 
 A recipe contains the common settings and the methods to compare. A method is a name (a training
 method, or `none`) or a mapping with options of `sparselogits cache` and `sparselogits train`. A
-mapping with a list defines one method per value, with two lists one per pair of values. Keys that
+mapping with a list defines one method per value; two lists define one per pair of values. Keys that
 are not fields of a method are fields of its sampler:
 
     methods:
@@ -75,7 +75,7 @@ class _Strict(BaseModel):
 
 
 class MethodSpec(_Strict):
-    """Define a method: the targets, and how they are used in training."""
+    """Method of a comparison: the targets, and how they are used in training."""
 
     name: str | None = Field(
         None, description="name in tables; derived from the other fields when absent"
@@ -170,9 +170,9 @@ class MethodSpec(_Strict):
 
 
 class FromTeacher(_Strict):
-    """Define a student that is made from the teacher's weights by pruning or quantisation.
+    """Student that is created from the teacher's weights by pruning or quantisation.
 
-    Sizes are those of the student, as for `sparselogits shrink`.
+    The sizes are those after pruning, as in `sparselogits shrink`.
     """
 
     origin: Literal["teacher"] = Field(alias="from", description="teacher")
@@ -229,7 +229,7 @@ def _one_new_student() -> dict[str, Student | FromTeacher]:
 
 
 class TaskNames(_Strict):
-    """Define the zero-shot tasks on which the students and the teacher are scored."""
+    """Zero-shot tasks on which the students and the teacher are scored."""
 
     names: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="continuation, last_word, agreement, or tasks of lm-eval"
@@ -244,7 +244,7 @@ class TaskNames(_Strict):
 
 
 class Training(TrainingSettings):
-    """Define the training settings of all students."""
+    """Training settings of all students."""
 
     set_elsewhere: ClassVar[Mapping[str, str]] = {"output_dir": "out", "seed": "seeds"}
 
@@ -252,7 +252,7 @@ class Training(TrainingSettings):
 
 
 class Gradients(_Strict):
-    """Define how the gradients of targets are compared with those of full distillation."""
+    """Settings for comparing the gradients of targets with those of full distillation."""
 
     windows: Count = Field(
         8, description="largest number of held-out windows; a multiple of the largest batch is used"
@@ -275,7 +275,7 @@ class Gradients(_Strict):
 
 
 class CompareRecipe(_Strict):
-    """Define all settings of a comparison."""
+    """All settings of a comparison."""
 
     title: str = Field("comparison", description="title of the report")
     teacher: str = Field(description="model folder, GGUF file or hub name")
@@ -374,7 +374,7 @@ def parse_compare_recipe(values: dict[str, Any], *, source: str) -> CompareRecip
 
 
 def expanded(method: Any) -> list[Any]:
-    """Return a method for each combination of values of the lists in a method.
+    """Replace the lists in a method by single values, and return one method per combination.
 
     Args:
         method: name or mapping, as in a recipe.

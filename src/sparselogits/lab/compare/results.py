@@ -26,17 +26,17 @@ class _Value(BaseModel):
 
 
 class Ends(_Value):
-    """Store the ends of a 95 % interval; None if there are too few values for an interval."""
+    """Ends of a 95 % interval; None if there are too few values for an interval."""
 
     low: float | None
     high: float | None
 
 
 class MetricEstimate(_Value):
-    """Store a metric of a method over its seeds, with three intervals (see `SeedEstimate`).
+    """Metric of a method over its seeds, with three intervals (see `SeedEstimate`).
 
     In results of versions without windows.npz, `both` is a bootstrap over windows and seeds, and
-    `gap_closed` is a mean over seeds of ratios, with Student's t.
+    `gap_closed` is the mean of the ratios per seed, with Student's t interval.
     """
 
     mean: float
@@ -48,7 +48,7 @@ class MetricEstimate(_Value):
 
 
 class ReliabilityBin(_Value):
-    """Store a point of a reliability diagram, over the positions of all seeds (see `Bin`)."""
+    """Point of a reliability diagram, computed from the positions of all seeds (see `Bin`)."""
 
     low: float
     high: float
@@ -58,7 +58,7 @@ class ReliabilityBin(_Value):
 
 
 class Realised(_Value):
-    """Store the result of drafting over all seeds (see `Drafting`)."""
+    """Result of drafting, summed over all seeds (see `Drafting`)."""
 
     verified: int
     accepted: int
@@ -68,7 +68,7 @@ class Realised(_Value):
 
 
 class OfBatches(_Value):
-    """Store the mean of a metric over batches, with the ends of Student's t interval of 95 %."""
+    """Mean of a metric over batches, with the ends of its 95 % Student's t interval."""
 
     mean: float
     low: float | None = Field(description="None for a single batch")
@@ -76,7 +76,7 @@ class OfBatches(_Value):
 
 
 class GradientSize(_Value):
-    """Store metrics of the gradient with respect to all parameters, for one target and batch size.
+    """Metrics of the gradient with respect to all parameters, for one target and batch size.
 
     Norm, bias and noise are relative to the norm of full distillation's gradient.
     """
@@ -95,7 +95,7 @@ class GradientSize(_Value):
 
 
 class Gradient(_Value):
-    """Compare the gradient of a method's targets with that of full distillation.
+    """Comparison between the gradient of a method's targets and that of full distillation.
 
     The gradients of all methods are measured on the same trained student (docs/compare.md).
     """
@@ -113,7 +113,7 @@ class Gradient(_Value):
 
 
 class MethodRow(_Value):
-    """Store the results of a method with one student, over its seeds."""
+    """Results of a method for one student, over all seeds."""
 
     method: str = Field(description="title of the method")
     student: str = Field(description="name of the student")
@@ -190,7 +190,7 @@ class MethodRow(_Value):
 
 
 class RunRow(_Value):
-    """Store the results of one run."""
+    """Results of one run."""
 
     method: str = Field(description="title of the method")
     student: str = Field(description="name of the student")
@@ -231,7 +231,7 @@ class RunRow(_Value):
 
 
 class TeacherRow(_Value):
-    """Store the results of the teacher on the held-out windows."""
+    """Results of the teacher on the held-out windows."""
 
     figures: dict[str, float] = Field(description="metrics by name")
     reliability: list[ReliabilityBin] = Field(description="15 bins of equal width")
@@ -246,7 +246,7 @@ class TeacherRow(_Value):
 
 
 class Results(_Value):
-    """Store the results of a comparison."""
+    """Results of a comparison."""
 
     format: int = FORMAT
     title: str
@@ -268,7 +268,7 @@ class Results(_Value):
 
     @property
     def outgrown_teacher(self) -> list[str]:
-        """Warnings about students that reach the teacher's loss without the teacher, by CE."""
+        """Warnings about students that reach the teacher's loss by CE, that is, without the teacher."""
         if self.teacher is None:
             return []
         of_teacher = self.teacher.figures["loss"]
@@ -281,7 +281,7 @@ class Results(_Value):
         ]
 
     def to_csv(self) -> str:
-        """Convert the results to CSV with a line per method and student, per run, and teacher."""
+        """Convert the results to CSV, by method and student, by run, and for the teacher."""
         out = io.StringIO()
         tasks = dict.fromkeys(name for row in self.methods for name in row.tasks)
         tasks |= dict.fromkeys(name for row in self.runs for name in row.tasks)
@@ -372,7 +372,7 @@ def _method_line(row: MethodRow) -> dict[str, Any]:
 
 
 def _exp(loss: float) -> float:
-    """Compute exp of a loss, limited so that a diverged student has a finite perplexity."""
+    """Compute exp(loss), limited so that a diverged student has a finite perplexity."""
     return math.exp(min(loss, 700.0))
 
 
@@ -391,7 +391,7 @@ def _drafts(realised: Realised | None) -> dict[str, Any]:
 
 
 def _without_intervals(row: RunRow | TeacherRow) -> dict[str, Any]:
-    """Return the metrics and task scores of one model, which have no intervals."""
+    """Return the metrics and task scores of a single model, for CSV columns without intervals."""
     return {name: row.figures.get(name) for name in (*_CSV_METRICS, "perplexity")} | row.tasks
 
 

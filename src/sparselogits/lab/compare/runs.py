@@ -38,7 +38,7 @@ OUTCOME = 1
 
 @dataclass(frozen=True)
 class Planned:
-    """Describe a run of a recipe.
+    """Run that a recipe defines, finished or not.
 
     Args:
         method: training method with its targets.
@@ -64,7 +64,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Describe a finished run by its measurements.
+    """Measurements of a finished run.
 
     Args:
         fingerprint: fingerprint of the run, see `Planned`.
@@ -153,14 +153,14 @@ def execute(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Train and measure a student, and store the outcome or the reason of a failure.
+    """Train and measure a student, and store the outcome or the reason for a failure.
 
     Args:
         planned: the run.
         recipe: the comparison.
         setting: result of `caches.prepare`.
         device: device of the student.
-        progress: function that is called with the number of steps done and of all steps.
+        progress: function that is called with the number of steps done and the total number.
     """
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
@@ -225,7 +225,7 @@ def _train_and_measure(
 
 
 def metrics_by_name(found: HeldOut) -> dict[str, float]:
-    """Return the metrics of a model on held-out text, by the names in results."""
+    """Return the metrics of a model on held-out text, by their names in results.json."""
     metrics = {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -268,11 +268,11 @@ _FIELDS_OF_SAMPLERS = (
     *("rounds", "proposal_exponent", "k", "p", "max_entries", "tau"),
     *("student", "nominal_rounds", "reference", "signal", "position_power", "token_power"),
 )
-"""Fields of samplers that earlier versions included in the fingerprint of every method."""
+"""Sampler fields that earlier versions included in the fingerprint of every method."""
 
 
 def in_fingerprint(method: MethodSpec) -> dict[str, Any]:
-    """Return the values of a method for a fingerprint, which equals that of earlier versions."""
+    """Return the values of a method that are fingerprinted, in the form of earlier versions."""
     later = {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
     values = method.model_dump(mode="json", exclude={"name"} | later)
     return dict.fromkeys(_FIELDS_OF_SAMPLERS) | values

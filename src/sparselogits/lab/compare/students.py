@@ -1,6 +1,6 @@
 """Create the students of a comparison from its teacher: pruned, quantised, or both.
 
-OUT/students/NAME-FINGERPRINT/    a pruned student before training, from which every method starts
+OUT/students/NAME-FINGERPRINT/    a pruned student before training; every method starts from it
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sparselogits.train.recipe import Student
 def make_students(
     recipe: CompareRecipe, corpus: PackedCorpus, teacher: TransformersTeacher, tokenizer: object
 ) -> dict[str, Student]:
-    """Prune the students that are made from the teacher, and return all students by name.
+    """Create the students that are pruned from the teacher, and return all students by name.
 
     A student that exists in the directory of the comparison is not pruned again.
 
     Args:
         recipe: the comparison.
-        corpus: corpus from whose training windows evenly spaced calibration windows are selected.
-        teacher: the teacher, of which only the identity is used; weights are loaded on the CPU.
+        corpus: corpus whose training windows include the evenly spaced calibration windows.
+        teacher: the teacher. Only its identity is used; its weights are loaded again on the CPU.
         tokenizer: tokenizer of the teacher.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compute the rows of a comparison: means over seeds, intervals, and differences to CE."""
+"""Compute the rows of a comparison: means over seeds, intervals, and differences from CE."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparselogits.lab.compare.runs import Outcome, Planned
 from sparselogits.store import Cache
 
 PAIRED = ("loss", "kl", "acceptance", "ece")
-"""Names of the metrics whose difference to CE is reported."""
+"""Names of the metrics for which the difference from CE is reported."""
 
 
 RunKey = tuple[str, str, int]
@@ -39,7 +39,7 @@ WindowSums = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Describe a planned run and its state.
+    """Planned run and its state.
 
     Args:
         planned: the run.
@@ -96,7 +96,7 @@ def method_rows(
 
 @dataclass(frozen=True)
 class References:
-    """Store the titles of the methods with which others are compared.
+    """Titles of the methods with which other methods are compared.
 
     Args:
         ce: title of CE; None if the recipe does not have the method.
@@ -129,7 +129,7 @@ def _references(recipe: CompareRecipe) -> References:
 def _dependencies(
     method: MethodSpec, student: str, runs: Sequence[Run], references: References
 ) -> list[object]:
-    """Return the state of the runs of a method and of the methods that it is compared with."""
+    """Return the state of all runs on which the row of a method depends."""
     titles = (method.title, references.ce, references.full, references.untrained)
     return [
         (run.planned.fingerprint, run.outcome is not None, run.failure is not None)
@@ -238,15 +238,15 @@ def metrics_of(
     first_seed: int,
     resamples: int,
 ) -> dict[str, Any]:
-    """Compute a method's metrics over seeds, and its differences to the reference methods.
+    """Compute a method's metrics over seeds, and its differences from the reference methods.
 
     Args:
         method_and_student: title of the method and name of the student.
         sums: per-window sums of all finished runs.
         references: titles of the reference methods.
         seeds: finished seeds of the method.
-        first_seed: seed of the untrained student that is used if a seed has none, because an
-            existing model has the same weights for all seeds.
+        first_seed: seed whose untrained student is used for seeds without one; an existing model
+            has the same untrained weights for all seeds.
         resamples: number of resamples of every bootstrap.
 
     Returns:
@@ -258,7 +258,7 @@ def metrics_of(
         return None if name is None else sums.get((name, student, seed))
 
     def aligned(*others: Callable[[int], WindowSums | None]) -> list[tuple[WindowSums, ...]]:
-        """Return the sums of the method and of other methods, for the seeds that all have."""
+        """Return the sums of the method and of others, for the seeds that all of them have."""
         found = [(sums[title, student, seed], *(other(seed) for other in others)) for seed in seeds]
         return [tuple(x for x in all_of if x is not None) for all_of in found if None not in all_of]
 
@@ -291,7 +291,7 @@ def metrics_of(
 
 
 def _units(name: str, by_seed: Sequence[tuple[WindowSums, ...]]) -> Tensor:
-    """Return the sums of a metric, float64 [S, W, C], with the models of a seed concatenated."""
+    """Return the sums of a metric, float64 [S, W, C], concatenated over the models of a seed."""
     return torch.stack(
         [
             torch.cat([torch.as_tensor(model[name], dtype=torch.float64) for model in models], 1)
@@ -346,7 +346,7 @@ def _closed_share(
 
 
 def metric_estimate(found: SeedEstimate) -> MetricEstimate:
-    """Convert an estimate over seeds to the form in which results store it."""
+    """Convert an estimate over seeds to a `MetricEstimate`, the form used in results."""
 
     def ends(estimate: Estimate) -> Ends:
         return Ends(low=estimate.low, high=estimate.high)

@@ -3,8 +3,8 @@
     OUT/tasks/NAME.jsonl            data of a local task, from the held-out windows
     OUT/finished/tasks/KEY.json     scores of one model on one task, with a value per sample
 
-Scores are stored apart from the outcomes of runs, and fingerprints of runs do not contain them. So
-tasks can be added to a finished comparison without training again.
+Scores are stored separately from the outcomes of runs and do not affect the fingerprints of runs,
+so that tasks can be added to a finished comparison without training again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MEASURED = 1
 
 @dataclass(frozen=True)
 class TaskSetting:
-    """Describe the tasks of a comparison, and load scores.
+    """Tasks of a comparison, with methods that load the stored scores.
 
     Args:
         names: names of all tasks.
@@ -58,7 +58,7 @@ class TaskSetting:
         tokenizer: tokenizer of the teacher.
         first_id: id of the token that precedes a text without context.
         work: finished work of the comparison.
-        teacher: identification of the teacher, in the place of a run's fingerprint.
+        teacher: identifier of the teacher, used where a student is identified by its run.
     """
 
     names: Sequence[str]
@@ -111,10 +111,9 @@ class TaskSetting:
 def prepare_tasks(
     recipe: CompareRecipe, setting: Setting, *, stage: OpenStage
 ) -> TaskSetting | None:
-    """Write or download the data of the tasks, and score the teacher unless it has scores.
+    """Write or download the data of the tasks, and score the teacher where scores are missing.
 
-    A task whose data cannot be written or downloaded is recorded as failed; the next call tries it
-    again.
+    A task whose data cannot be written or downloaded is recorded as failed; the next call retries.
 
     Args:
         recipe: the comparison.
@@ -282,7 +281,7 @@ def task_estimates(
     """Compute the mean of each score over seeds, with intervals over samples, seeds and both.
 
     Args:
-        seeds: scores of each seed, by TASK/METRIC; scores that a seed lacks are left out.
+        seeds: scores of each seed, by TASK/METRIC; a score that any seed lacks is omitted.
         resamples: number of resamples of every bootstrap.
     """
     names = [name for name in (seeds[0] if seeds else {}) if all(name in each for each in seeds)]

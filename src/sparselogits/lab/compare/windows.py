@@ -28,7 +28,7 @@ from sparselogits.lab.compare.results import MethodRow, MetricEstimate, Results,
 from sparselogits.lab.compare.summary import References, RunKey, WindowSums, metrics_of
 
 TOLERANCE = 1e-4
-"""Largest relative difference due to float32 sums and results of six digits."""
+"""Largest relative difference that rounding (float32 sums, six-digit results) can cause."""
 
 
 def pack_windows(sums: Mapping[RunKey, WindowSums]) -> bytes:

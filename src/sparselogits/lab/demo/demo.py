@@ -85,7 +85,7 @@ SAMPLED = ("not healed", "Top-12", HEALED)
 
 @dataclass(frozen=True)
 class Scale:
-    """Define the amount of text and the size of the student, which determine the demo's duration.
+    """Amount of text and size of the student, which determine the duration of the demo.
 
     Args:
         characters: length of the text in characters, about four per token.
@@ -101,12 +101,12 @@ class Scale:
 
 
 SCALES = {"bfloat16": Scale(34_000, 12), "float32": Scale(17_000, 6)}
-"""Scale by number format, for about four minutes on two processor cores."""
+"""Scale for each number format, such that the demo takes about four minutes on two CPU cores."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Describe the results of the demo.
+    """Results of the demo.
 
     Args:
         results: results of the comparison.

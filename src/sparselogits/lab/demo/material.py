@@ -21,7 +21,7 @@ SEPARATOR_ID = 0
 
 @dataclass(frozen=True)
 class DemoText:
-    """Describe the text of the demo, which depends on the version of Python.
+    """Text of the demo, which depends on the version of Python.
 
     Args:
         path: path of a file of JSON lines, one per page of the reference.
@@ -37,7 +37,7 @@ def demo_text(out: Path, characters: int) -> DemoText:
 
     Args:
         out: folder of the file.
-        characters: length of the text; the last page is not shortened.
+        characters: minimum length of the text in characters; pages are not shortened.
     """
     from pydoc_data.topics import topics
 

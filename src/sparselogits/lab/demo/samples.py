@@ -23,7 +23,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Prompt:
-    """Store a text that models continue.
+    """Text that models continue.
 
     Args:
         shown: displayed text, without the chat template.

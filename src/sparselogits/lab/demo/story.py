@@ -21,7 +21,7 @@ COLUMNS = (
     Column("bytes", main=True, help="bytes of the cached targets per token"),
     Column("seconds", help="wall time of training"),
 )
-"""Columns of the table after the method."""
+"""Columns of the table, without the first one, which contains the names of methods."""
 CAPTION = (
     "KL(teacher || student), expected acceptance of drafts and loss on held-out text; recovered: "
     "reduction of the KL, as a share of full KD's; entries and bytes per token"
@@ -30,7 +30,7 @@ CAPTION = (
 
 
 def table(results: Results) -> Table:
-    """Return the table of the demo, with a row per method and the teacher's as the last."""
+    """Return the table of the demo, with a row per method and a last row for the teacher."""
     seconds = {run.method: run.seconds for run in results.runs}
     lines = [(row.method, _cells(row, seconds.get(row.method))) for row in results.methods]
     last: list[Cell] = []
@@ -81,7 +81,7 @@ def drawings(results: Results) -> list[Drawing]:
 
 
 def share_chart(results: Results) -> Drawing:
-    """Return the chart of the recovered share against bytes per token."""
+    """Return the chart of each method's share of full KD's reduction in KL, by bytes per token."""
     points, levels = [], []
     for row in results.methods:
         if row.recovered is None or row.family == "none":

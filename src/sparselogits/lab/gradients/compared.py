@@ -1,4 +1,4 @@
-"""Define the targets whose gradients are compared with full distillation's."""
+"""Define the targets whose gradients are compared with the gradient of full distillation."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PUBLISHED = Multinomial.title
 
 @dataclass(frozen=True)
 class Target:
-    """Describe a target whose gradient is measured.
+    """Target whose gradient is measured.
 
     Args:
         name: name of the target.
         sampler: sampler that draws the target; None for the label, which is cross-entropy without
             a teacher.
         missing_mass: rule for the probability mass that a biased target lacks.
-        alpha: share of the labels' cross-entropy in the loss, in [0, 1]. The gradient is compared
-            with that of full distillation without labels for any alpha.
+        alpha: share of the labels' cross-entropy in the loss, in [0, 1]. For any alpha, the
+            gradient is compared with that of full distillation without labels.
         rounds: number of rounds to which draws are thinned, as in training; None for all.
 
     Raises:
@@ -70,11 +70,11 @@ def standard_targets(
     missing_mass: Sequence[MissingMass] = ("drop",),
     adaptive: Sampler | None = None,
 ) -> list[Target]:
-    """Return Top-K targets with each rule, unbiased targets of one budget, and the label.
+    """Return Top-K targets with each rule, unbiased targets with the same budget, and the label.
 
     Args:
-        pilot: the teacher's logits at positions spread over the text, float [P, V] each, by which
-            the samplers are fitted to the budget.
+        pilot: the teacher's logits at positions spread over the text, float [P, V] each. The
+            samplers are fitted to the budget on these logits.
         budget: mean entries per position of the unbiased targets.
         top_k: entries per position of the Top-K targets.
         missing_mass: rules that are combined with every K.

@@ -56,7 +56,7 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class GradientFidelity:
-    """Describe a target's gradient by its metrics in one space and at one batch size.
+    """Metrics of a target's gradient in one space and at one batch size.
 
     Args:
         student: name of the student.
@@ -105,7 +105,7 @@ class GradientFidelity:
 
     @property
     def bias_below(self) -> float | None:
-        """Upper bound of a bias that is not distinguishable from zero; None for another bias."""
+        """Upper bound of a bias that is not distinguishable from zero; otherwise None."""
         squared = self.squared_bias
         if squared.low is None or squared.high is None or squared.low > 0:
             return None
@@ -134,18 +134,18 @@ def measure_gradients(
 
     Args:
         students: transformers causal language models by name, whose trunk and head can be run
-            separately. A student may not equal the teacher, because full distillation's gradient
+            separately. A student must not equal the teacher, because full distillation's gradient
             would be zero.
         windows: text to measure on; windows that do not fill a batch of the largest size are not
             used.
         teacher: teacher whose distribution the targets approximate.
         targets: targets to compare, with distinct names.
         batch_tokens: batch sizes in tokens, multiples of the window length.
-        draws: number of draws of each random target, at least 2, because one draw does not separate
-            bias from variance. Draw r uses the random seed `seed + r`.
+        draws: number of draws of each random target; at least 2 are needed to separate bias from
+            variance. Draw r uses the random seed `seed + r`.
         seed: random seed of the first draw.
-        against: name of the reference target of `relative_angle`; None for no reference.
-        progress: function that is called with the number of windows done and of all windows.
+        against: name of the reference target for `relative_angle`; None for no reference.
+        progress: function that is called with the number of windows done and the total number.
 
     Returns:
         One value per student, target, space and batch size.
@@ -252,7 +252,7 @@ class _Drawer:
 
 
 def _mean_entries(draws: Sequence[Drawn]) -> float:
-    """Return the number of entries of a slice, averaged over draws."""
+    """Return the number of entries in a slice of positions, averaged over draws."""
     return sum(int((draw.weights > 0).sum()) for draw in draws) / len(draws)
 
 

@@ -29,7 +29,7 @@ _BLOCK = 2**16  # values that are converted to float64 at a time, which fit in t
 
 @dataclass(frozen=True)
 class Moments:
-    """Store inner products of a target's gradients g_r and full distillation's gradient g.
+    """Inner products of a target's gradients g_r and full distillation's gradient g.
 
     Args:
         full: |g|^2.
@@ -67,12 +67,12 @@ class Moments:
 
     @staticmethod
     def zero(draws: int) -> Moments:
-        """Return the moments of no positions, to which moments are added."""
+        """Return zero moments, to which the moments of positions can be added."""
         zeros = torch.zeros(draws, dtype=torch.float64)
         return Moments(0.0, zeros, zeros, 0.0)
 
     def __add__(self, other: Moments) -> Moments:
-        """Return the moments of the concatenated gradients of other positions."""
+        """Return the moments of the gradients concatenated over the positions of both operands."""
         return Moments(
             self.full + other.full,
             self.dots + other.dots,

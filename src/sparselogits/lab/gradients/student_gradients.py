@@ -30,7 +30,7 @@ Space = Literal["logits", "hidden", "summed logits", "summed hidden", "parameter
 
 
 class Drawn(NamedTuple):
-    """Store one draw of a target at the P positions of a slice that have a label.
+    """One draw of a target at the P positions of a slice that have a label.
 
     Args:
         ids: vocabulary ids, int64 [P, K].
@@ -125,11 +125,11 @@ class StudentGradients:
         """Add the gradients of a slice of positions.
 
         Args:
-            part: slice of positions of the window.
-            counted: mask of the positions with a label, bool [L of the slice].
-            teacher_logits: the teacher's logits of the slice, [L of the slice, V].
+            part: slice of S positions in the window.
+            counted: mask of the positions with a label, bool [S].
+            teacher_logits: the teacher's logits at these positions, [S, V].
             drawn: draws of each target at the positions with a label.
-            labels: next tokens of the slice, int64 [L of the slice].
+            labels: true next token at each position, int64 [S].
 
         Raises:
             InvalidArgumentError: If the student has fewer ids than the teacher.
@@ -183,7 +183,7 @@ class StudentGradients:
         del self.states, self.full, self.of_targets
 
     def _add_sums(self, target: int | None, drawn: Sequence[WindowGradient]) -> None:
-        """Add the gradients of a target's draws in the spaces that are summed over positions.
+        """Add a target's gradients, one per draw, in the spaces that are summed over positions.
 
         Args:
             target: index of the target; None for full distillation.
@@ -220,12 +220,12 @@ class StudentGradients:
 
 @dataclass(frozen=True)
 class WindowGradient:
-    """Store the gradient of a loss on one window.
+    """Gradients of a loss on one window.
 
     Args:
-        hidden: gradient of the head's input at each position, [L, D].
-        weight: gradient of the head's weight, without the contribution of a tied embedding, [V, D].
-        logits: gradient of the logits, summed over positions, [V].
+        hidden: gradient for the head's input at each position, [L, D].
+        weight: gradient for the head's weight, without the part from a tied embedding, [V, D].
+        logits: gradient for the logits, summed over positions, [V].
     """
 
     hidden: Tensor
@@ -243,7 +243,7 @@ class WindowGradient:
 class Batches:
     """Add up gradients over batches of consecutive windows, and compute the moments of each batch.
 
-    The gradient of full distillation (target None) of a window must be added before the targets'.
+    For each window, add full distillation's gradient (target None) before those of the targets.
 
     Args:
         size: number of windows per batch.

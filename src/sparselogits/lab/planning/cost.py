@@ -1,8 +1,8 @@
 """Compute the cost of a cache and of training from it; every constant has a source.
 
 A matrix product with P parameters costs 2 P operations per token forward and 4 P backward (Kaplan
-et al. 2020, arXiv 2001.08361, section 2.1). The products of attention, which are a few per cent of
-a 1B model's at 1 024 tokens, are not counted.
+et al. 2020, arXiv 2001.08361, section 2.1). The products inside attention are not counted; in a 1B
+model they are a few per cent of all operations at 1 024 tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ UTILISATION = 0.4
 An assumption, not measured here: Llama 3 405B reports 38 to 43 % (arXiv 2407.21783, table 4).
 """
 BUILD_OVERHEAD = 0.046
-"""Extra time of a build as a share of the teacher's passes (benchmarks/cache_build.json)."""
+"""Extra time of a build, relative to the teacher's passes (benchmarks/cache_build.json)."""
 STEP_OVERHEAD = 0.006
-"""Extra time of a step from the cache as a share of a CE step (benchmarks/step.json, 'even')."""
+"""Extra time of a step from the cache, relative to a CE step (benchmarks/step.json, 'even')."""
 TEXT_BYTES = 1.49
 """Stored bytes per token without the targets (benchmarks/size.json, V = 49 152)."""
 MEASURED_BITS = ((49_152, 9.683), (128_256, 12.19))
-"""Pairs of vocabulary size and bits per entry, systematic sampler, N = 21 (benchmarks/size.json).
+"""Pairs of vocabulary size and bits per entry, for 21 systematic rounds (benchmarks/size.json).
 
 The second pair was measured on synthetic targets in a shard of four windows, so interpolation
 overestimates the bits.
@@ -57,7 +57,7 @@ section 3.3.4).
 
 @dataclass(frozen=True)
 class StorageCost:
-    """Describe the bytes that a token takes on disk.
+    """Bytes per token on disk, and the quantities that determine them.
 
     Args:
         entries: mean entries per token.
@@ -98,7 +98,7 @@ class StorageCost:
 
 @dataclass(frozen=True)
 class Settings:
-    """Define the inputs of a plan; prices may be in any currency.
+    """Inputs of a plan; prices may be in any currency.
 
     Args:
         teacher_params: number of parameters of the teacher.
@@ -162,10 +162,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Describe the cost of a cache and of training from it.
+    """Cost of a cache and of training from it.
 
-    Hours are device hours unless stated otherwise; divided by workers or ranks they are elapsed
-    time.
+    Hours are device-hours unless stated otherwise. Divide them by the number of workers or ranks
+    for the elapsed time.
 
     Args:
         bytes: bytes of the cache.
@@ -175,15 +175,15 @@ class Plan:
         shard_bytes: bytes of a full shard.
         tokenising_hours: hours of one processor core to tokenise and pack the text.
         teacher_hours: hours of the build: forward passes, sampling, encoding and writing.
-        student_hours: hours of a student's pass over the cache.
-        ce_hours: hours of a student's pass over the text without a teacher.
-        online_hours: hours of a student's pass over the text with the teacher online.
+        student_hours: hours per pass of a student over the cache.
+        ce_hours: hours per pass of a student over the text without a teacher.
+        online_hours: hours per pass of a student over the text with the teacher online.
         cached_cost: price of the build, all passes of students, and storage.
         online_cost: price of all passes with the teacher online.
-        break_even_passes: number of passes from which the cache takes fewer device hours than the
-            teacher online; None if it never does.
-        break_even_cost_passes: number of passes from which the cache is cheaper than the teacher
-            online, storage included; None if it never is, or without a price.
+        break_even_passes: number of passes from which on the cache takes fewer device-hours than
+            the teacher online; None if it never does.
+        break_even_cost_passes: number of passes from which on the cache, with storage, is cheaper
+            than the teacher online; None if it never is, or without a price.
         read_bytes_per_second: bytes per second that all ranks of one student read.
         read_bytes_per_second_per_rank: bytes per second that one rank reads.
         write_bytes_per_second: bytes per second that all workers write.
@@ -193,7 +193,7 @@ class Plan:
             order, in which each window is in a shard that is not open.
         shuffled_bytes_per_second: bytes per second that all ranks of one student read in the worst
             order, in which a row group is fetched per window.
-        shard_hours: hours of a worker for one shard, which is the most that a failure loses.
+        shard_hours: hours that a worker needs for one shard, the most work that a failure loses.
         failures: expected number of failures of workers during the build.
         lost_hours: hours lost to these failures, half a shard each, without the time to restart.
     """
@@ -277,7 +277,7 @@ def plan(settings: Settings) -> Plan:
 
 
 def throughput_lost(ce: float, cached: float) -> float:
-    """Return the share of the throughput of CE that training from the cache loses.
+    """Return by what share the throughput of training from the cache is below that of CE.
 
     Args:
         ce: throughput of CE.

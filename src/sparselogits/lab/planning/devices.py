@@ -15,7 +15,7 @@ from sparselogits.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Describe a kind of accelerator.
+    """Kind of accelerator.
 
     Args:
         name: name by which options select the device.
@@ -85,7 +85,7 @@ _ALIASES = {
     "4090": "rtx4090",
     "5090": "rtx5090",
 }
-"""Name in `DEVICES` by another name of the device, in the form that `_normalised` returns."""
+"""Maps other names of a device, as `_normalised` returns them, to the name in `DEVICES`."""
 
 
 def device_kind(name: str, flops: float | None = None, memory: float | None = None) -> DeviceKind:

@@ -1,4 +1,4 @@
-"""Compute plans for several sizes of student and amounts of text."""
+"""Compute plans for several student sizes and amounts of text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from sparselogits.lab.planning.cost import Plan, Settings, plan
 
 STUDENTS = {"300M": 3e8, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
-"""Numbers of parameters of students in the grid, by label."""
+"""Student sizes in the grid: number of parameters by label."""
 TOKENS = {"1B": 1e9, "10B": 1e10, "100B": 1e11, "1T": 1e12, "10T": 1e13}
-"""Numbers of tokens of text in the grid, by label."""
+"""Amounts of text in the grid: number of tokens by label."""
 
 
 def grid(settings: Settings) -> dict[tuple[str, str], Plan]:

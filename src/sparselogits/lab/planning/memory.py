@@ -1,10 +1,10 @@
 """Estimate the memory of one device, and whether a teacher's pass or a student's training fits.
 
-The estimate is the sum of weights, activations, and the logits that exist at a time. Coefficients
+The estimate is the sum of weights, activations, and the logits in memory at a time. Coefficients
 were fitted to the allocations of Llama models of several shapes, counted by torch's profiler
 (benchmarks/plan_memory.py; docs/planning.md states the errors). A margin covers an accelerator's
-other memory (CUDA context, fragmentation). Attention is assumed to be computed by a fused kernel,
-which stores no matrix of window by window.
+other memory (CUDA context, fragmentation). Attention is assumed to be computed by a fused kernel
+that does not store the matrix of attention scores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MARGIN = 0.08
 
 @dataclass(frozen=True)
 class Shape:
-    """Describe the dimensions of a model, which determine the size of its activations.
+    """Dimensions of a model, which determine the size of its activations.
 
     Args:
         name: name of the model.
@@ -123,10 +123,10 @@ def shape_of(parameters: float) -> Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Describe the peak memory of one device.
+    """Peak memory of one device.
 
     Args:
-        parts: pairs of purpose and bytes, which are not all allocated at the same time.
+        parts: pairs of purpose and bytes; not all parts are allocated at the same time.
         total: bytes at the peak.
     """
 
@@ -240,7 +240,7 @@ def training_memory(
 
 
 MemoryOf = Callable[[int, int], Memory]
-"""Function of the windows per batch and the number of devices; returns the memory per device."""
+"""Function from the windows per batch and the number of devices to the memory per device."""
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:

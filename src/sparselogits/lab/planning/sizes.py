@@ -41,7 +41,7 @@ def quantity(text: str, what: str) -> float:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Describe the size of a model.
+    """Size of a model.
 
     Args:
         parameters: number of parameters.
@@ -60,8 +60,8 @@ def parameters_of(text: str, what: str) -> float:
 def size_of(text: str, what: str) -> ModelSize:
     """Return the size of a model from a count of parameters or from a configuration.
 
-    The model of a configuration is created without memory for its weights, and its parameters are
-    counted. A head tied to the embedding counts once, because an embedding look-up needs no
+    For a configuration, a model is created without allocating weights, and its parameters are
+    counted. A head tied to the embedding counts once, because an embedding look-up needs no matrix
     product.
 
     Args:
@@ -69,8 +69,8 @@ def size_of(text: str, what: str) -> ModelSize:
         what: name of the model, for the error message.
 
     Raises:
-        InvalidArgumentError: If the text is neither, or the configuration is not that of a causal
-            language model.
+        InvalidArgumentError: If the text is neither a count nor a model folder, or if the
+            configuration is not that of a causal language model.
     """
     folder = Path(text)
     if not folder.is_dir():

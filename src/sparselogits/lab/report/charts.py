@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 COLOURS = 16
-"""Number of colours for series, `--c0` to `--c15` of theme.css."""
+"""Number of colours for series, `--c0` to `--c15` in theme.css."""
 DASHES: tuple[tuple[float, ...], ...] = (
     (1, 0),  # solid
     (7, 3),
@@ -44,10 +44,10 @@ WIDTH, HEIGHT = 460, 290
 
 @dataclass(frozen=True)
 class Look:
-    """Describe how a method is drawn.
+    """Colour, dash pattern and point shape with which a method is drawn.
 
     Args:
-        colour: index of a colour of theme.css.
+        colour: index of a colour in theme.css.
         dash: index into `DASHES`.
         shape: index into `SHAPES`.
     """
@@ -66,8 +66,8 @@ def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
     """Assign a look to each method.
 
     Args:
-        groups: group of each method, in order; methods of a group share colour and shape, and
-            differ in their dashes.
+        groups: group of each method, in order. Methods in the same group have the same colour and
+            shape, but different dashes.
     """
     names = list(dict.fromkeys(groups.values()))
     ranks: dict[str, int] = {}
@@ -81,7 +81,7 @@ def looks_of(groups: Mapping[str, str]) -> dict[str, Look]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Describe a chart with its title.
+    """Chart with its title.
 
     Args:
         key: name of the PNG file and of the element in the page.
@@ -96,7 +96,7 @@ class Drawing:
     note: str = ""
 
     def spec(self) -> dict[str, Any]:
-        """Return the Vega-Lite specification of the chart in a page."""
+        """Return the Vega-Lite specification of the chart, for use in a page."""
         return _specification(self.chart, still=False)
 
 
@@ -120,7 +120,7 @@ def require_drawing() -> None:
 
 @lru_cache(maxsize=1)
 def vega_script() -> str:
-    """Return Vega, Vega-Lite and vega-embed as one script, which vl-convert contains."""
+    """Return one script with Vega, Vega-Lite and vega-embed, as bundled with vl-convert."""
     import altair as alt
     import vl_convert
 
@@ -154,7 +154,7 @@ def draw_png(
 
 
 def static(name: str) -> str:
-    """Read a text file of the folder `static/`."""
+    """Read a text file from the folder `static/`."""
     return files("sparselogits.lab.report").joinpath("static", name).read_text(encoding="utf-8")
 
 

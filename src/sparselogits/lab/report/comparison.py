@@ -111,7 +111,7 @@ def _page(results: Results) -> str:
 
 
 LONGEST_NAME = 120
-"""Largest number of characters of a displayed name; longer names lose their middle."""
+"""Largest number of characters in a displayed name; longer names are cut in the middle."""
 
 
 def _with_printable_names(results: Results) -> Results:
@@ -147,7 +147,7 @@ def _progress(results: Results) -> str:
 
 @dataclass(frozen=True)
 class _Metric:
-    """Describe a metric in the table.
+    """Metric shown in the table.
 
     Args:
         column: column of the table.

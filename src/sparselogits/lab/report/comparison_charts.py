@@ -12,10 +12,10 @@ from sparselogits.methods import METHODS
 from sparselogits.samplers import find_sampler
 
 LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
-"""Titles of the methods without a budget, which are drawn as horizontal lines, by family."""
+"""Titles, by family, of the methods that have no budget and are drawn as horizontal lines."""
 
 ALL_SHOWN = 12
-"""Largest number of methods that are all shown when a page opens."""
+"""Largest number of methods for which all are shown when a page opens."""
 
 
 def students_of(results: Results) -> list[str]:
@@ -163,7 +163,7 @@ def _loss_at(row: MethodRow) -> _WithEnds:
 
 
 def _entries_measured(row: MethodRow) -> float | None:
-    """Return the entries; None if the angle is zero and has no place on a logarithmic axis."""
+    """Return entries per position; None if the angle is 0, which a logarithmic axis cannot show."""
     return row.gradient.entries if row.gradient and _angle_at(row)[0] > 0 else None
 
 

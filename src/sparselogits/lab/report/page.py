@@ -26,7 +26,7 @@ from sparselogits.untrusted import printable
 
 @dataclass(frozen=True)
 class Cell:
-    """Describe a value in a table.
+    """Value in a table.
 
     Args:
         text: displayed text.
@@ -41,12 +41,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """Describe a column of a table.
+    """Column of a table.
 
     Args:
         head: heading of the column.
-        best: which value is the best: the lowest, the highest, or the one closest to zero; None if
-            no value is marked.
+        best: whether the lowest value, the highest, or the one closest to zero is the best; None
+            if no value is marked.
         main: whether the column is shown on a narrow screen by default.
         help: explanation of the column.
     """
@@ -63,7 +63,7 @@ Line = tuple[str, Sequence[Cell]]
 
 @dataclass(frozen=True)
 class Table:
-    """Describe a table whose first column contains names.
+    """Table whose first column contains names.
 
     Args:
         head: heading of the first column.
@@ -81,7 +81,7 @@ class Table:
         """Return a table in which the best value of each column is marked.
 
         Args:
-            rivals: names of the rows that are compared; a value without a rival is not marked.
+            rivals: names of the rows that are compared; a value with none to compare is not marked.
         """
         lines = [(name, list(cells)) for name, cells in self.lines]
         for at, column in enumerate(self.columns):
@@ -104,7 +104,7 @@ def _rank(value: float, best: str) -> float:
 
 @dataclass(frozen=True)
 class Panel:
-    """Describe a section of a page: a summary, a table, and charts.
+    """Section of a page: a summary, a table, and charts.
 
     Args:
         title: heading; empty for none.
@@ -125,7 +125,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Methods:
-    """Describe the methods that can be shown or hidden in the charts of a page.
+    """Methods that can be shown or hidden in the charts of a page.
 
     Args:
         looks: look of each method.
@@ -138,7 +138,7 @@ class Methods:
     hidden: Sequence[str] = field(default=())
 
     def by_group(self) -> dict[str, list[str]]:
-        """Return the methods of each group, by group."""
+        """Return the names of the methods in each group."""
         found: dict[str, list[str]] = {}
         for method, group in self.groups.items():
             found.setdefault(group, []).append(method)

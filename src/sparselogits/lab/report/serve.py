@@ -20,8 +20,8 @@ class PageServer(HTTPServer):
     this address could otherwise read the text of the cache.
 
     Args:
-        page: function that returns the HTML of a window; a `SparseLogitsError` is sent as the
-            message of a response 404.
+        page: function that returns the HTML of a window; if it raises a `SparseLogitsError`, the
+            error's message is sent with status 404.
         first: index of the window to which `/` redirects.
         port: port to listen on; 0 for any free port.
 

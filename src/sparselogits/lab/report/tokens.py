@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _BROKEN = "�"
-"""Character that decoders return for an incomplete one."""
+"""Replacement character, which decoders return for an incomplete character."""
 _LONGEST_CHARACTER = 8
 """Largest number of tokens that may share a character."""
 
@@ -46,7 +46,7 @@ class TokenTexts:
         return texts
 
     def alone(self, token: int) -> str:
-        """Return the text of a single token with its leading space, or name and id without text."""
+        """Return a token's text with its leading space, or its name and id if it has no text."""
         if self._tokenizer is None:
             return f"#{token}"
         if token not in self._alone:

@@ -56,7 +56,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Position:
-    """Describe the predictions of the cache and the models for the token after a position.
+    """Predictions of the cache and the models for the token after a position.
 
     Args:
         label: id of the next token; None if the position has no label.
@@ -75,7 +75,7 @@ class Position:
 
 @dataclass(frozen=True)
 class WindowView:
-    """Store the content of a window's page.
+    """Content of a window's page.
 
     Args:
         index: index of the window in the corpus.
@@ -88,7 +88,7 @@ class WindowView:
         models: names of the given models, "teacher" and "student".
         previous: index of the previous window in the cache; None for the first window.
         following: index of the next window in the cache; None for the last window.
-        predicted_at: for each token, the position that predicts it; None where none does.
+        predicted_at: for each token, the position that predicts it; None if no position does.
         chosen: for each token, whether it was chosen for prediction; None unless the teacher is a
             masked language model.
     """
@@ -207,7 +207,7 @@ class WindowViewer:
         return [name for name, model in named.items() if model is not None]
 
     def _measures(self) -> list[str]:
-        """Return the names of the measures whose models are given."""
+        """Return the names of the measures that the given models allow."""
         needed = {"distance": {"teacher"}, "kl": {"teacher", "student"}}
         for name in MEASURES:
             needed.setdefault(name, {m for m in ("teacher", "student") if m in name})
@@ -242,7 +242,7 @@ class WindowViewer:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Store the full distribution of a model at P positions.
+    """Full distribution of a model at P positions.
 
     Args:
         log_p: log-probabilities, float32 [P, V].
@@ -357,7 +357,7 @@ def _model_metrics(
 
 
 def _largest(rows: list[Shown], label: int) -> tuple[Shown, ...]:
-    """Return the `LARGEST` ids of highest probability, and the label.
+    """Return the `LARGEST` most probable ids, and the label.
 
     Ids are ordered by the teacher's probability; without a teacher by their cached weight.
     """
@@ -432,7 +432,7 @@ def _position(position: Position) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Round to five significant digits; a value that is not finite, which JSON lacks, is None."""
+    """Round to five significant digits; return None for a value that is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")

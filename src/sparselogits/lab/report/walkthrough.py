@@ -13,7 +13,7 @@ from sparselogits.lab.report.page import Methods, Panel, Table, render_panels
 
 @dataclass(frozen=True)
 class Continuation:
-    """Store a prompt and the continuation that each model generated.
+    """Prompt, with the continuation that each model generated.
 
     Args:
         prompt: question, or beginning of a text.
@@ -26,17 +26,17 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Walkthrough:
-    """Define the content of the page.
+    """Content of the demo's page.
 
     Args:
         title: title of the page.
         headline: summary of the results in a few sentences.
         caution: limits of the results.
         table: table with a row per method, and one for the teacher.
-        drawings: charts, in which methods look as `looks_of` assigns for the names of the table.
+        drawings: charts, in which each method has the look that `looks_of` assigns to its name.
         continuations: samples of generated text.
         sampled: description of how the samples were generated.
-        window: path of the page of a window of the cache, relative to this page; None without one.
+        window: path, relative to this page, of the page that shows a window; None without one.
         next_steps: pairs of a description and a command.
         conditions: pairs of name and value: settings, versions, hashes.
     """

@@ -219,9 +219,10 @@ def _restored_randomness() -> Iterator[None]:
 
 @contextmanager
 def _no_environment_report() -> Iterator[None]:
-    """Prevent lm-eval from running pip, which takes seconds, and git.
+    """Prevent lm-eval from running pip and git.
 
-    Outside a repository git prints an error to the terminal that cannot be redirected.
+    Running pip takes seconds, and outside a repository git prints an error that redirection does
+    not suppress.
     """
     originals = evaluator.add_env_info, evaluator.get_git_commit_hash
     evaluator.add_env_info = lambda storage: None

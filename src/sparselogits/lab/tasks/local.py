@@ -57,7 +57,7 @@ def write_tasks(
 
 
 def read_rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
-    """Read the rows of a local task; lm-eval calls this function, which the YAML file names.
+    """Read the rows of a local task; the task's YAML file tells lm-eval to call this function.
 
     The rows are read into memory, because `datasets` would copy a file of JSON lines and send a
     request to a usage counter.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparselogits.errors import TaskError
 
 MOST = 3000
-"""Largest number of pairs, slightly below the number of different pairs of the grammar."""
+"""Largest number of pairs, slightly below the number of distinct pairs in the grammar."""
 
 _Words = tuple[tuple[str, str], ...]
 """Pairs of the singular and the plural form of a word."""
@@ -48,7 +48,7 @@ _BESIDE = ("near", "behind", "beside")
 
 @dataclass(frozen=True)
 class Pair:
-    """Store two sentences that differ in one word.
+    """Two sentences that differ in one word.
 
     Args:
         phenomenon: name of the grammatical phenomenon.

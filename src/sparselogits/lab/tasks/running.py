@@ -16,12 +16,12 @@ from sparselogits.errors import InvalidArgumentError, MissingDependencyError
 from sparselogits.lab.tasks.local import LIMIT
 
 TaskProgress = Callable[[int, int, str], None]
-"""Function of the number of sequences scored, their total number, and the names of the tasks."""
+"""Function called with the number of sequences scored, the total number, and the task names."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Describe a model's score in one metric of a task.
+    """Score of a model in one metric of a task.
 
     Args:
         task: name of the task.

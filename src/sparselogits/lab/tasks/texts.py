@@ -1,8 +1,8 @@
 """Select passages of held-out text, and create the questions of two tasks from the passages.
 
-Only held-out windows are used, on which no student was trained. A window is divided at its document
-separators and decoded; the first and the last word of each part are dropped, because the edge of
-the window may cut through a word. Passages do not overlap, and have the same number of words.
+Only held-out windows are used, because students are trained on the others. A window is divided at
+its document separators and decoded. The first and the last word of each part are dropped, because
+the edge of the window may cut through a word. Passages do not overlap, and have the same length.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAST_WORD = re.compile(r"([^\W\d_]{3,})\W*")
 
 @dataclass(frozen=True)
 class Passage:
-    """Store consecutive words of one document.
+    """Consecutive words of one document.
 
     Args:
         window: index of the held-out window.
