@@ -162,7 +162,7 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
     try:
         of_student = load_tokenizer(student).get_vocab()
     except TeacherError:
-        return found  # a student saved without a tokenizer uses that of its training
+        return found  # a student saved without a tokenizer uses that of its training text
     differing = [t for t, i in found.get_vocab().items() if of_student.get(t, i) != i]
     if differing:
         raise IdentityMismatchError(

@@ -42,7 +42,7 @@ def verify(
     from sparselogits.store import verify as verify_cache
     from sparselogits.store.storage.location import is_url
 
-    # a cache in an object store would have to download the whole text
+    # for a cache in an object store, the whole text would have to be downloaded
     windows = text_of = None
     if not is_url(cache):
         windows, text_of = windows_of_texts(Path(cache)), text_of_windows(Path(cache))

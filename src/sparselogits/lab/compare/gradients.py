@@ -81,7 +81,7 @@ def measure_missing(
                 continue
             try:
                 _measure(missing.values(), recipe, recipe.gradients, setting, device, stage)
-            except Exception as error:  # no failure of a measurement may stop the comparison
+            except Exception as error:  # a failed measurement must not stop the comparison
                 for key in missing:
                     work.fail("gradients", key, reason_of(error))
 

@@ -268,7 +268,7 @@ class Results(_Value):
 
     @property
     def outgrown_teacher(self) -> list[str]:
-        """Warnings about students that reach the teacher's loss by CE, that is, without the teacher."""
+        """Warnings about students that reach the teacher's loss by CE, without the teacher."""
         if self.teacher is None:
             return []
         of_teacher = self.teacher.figures["loss"]

@@ -164,7 +164,7 @@ def execute(
     """
     try:
         outcome = _train_and_measure(planned, recipe, setting, device, progress)
-    except Exception as error:  # no failure of one run may stop the others
+    except Exception as error:  # a failed run must not stop the others
         why, where = reason_of(error), traceback.format_exc()
         setting.work.fail("runs", planned.fingerprint, why, traceback=where)
         return

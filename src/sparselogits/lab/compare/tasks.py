@@ -139,7 +139,7 @@ def prepare_tasks(
                 data = write_tasks(folder, [name], count=recipe.tasks.limit, **how)[name]
             else:
                 check_task(name)
-        except Exception as error:  # no failure of one task may stop the others
+        except Exception as error:  # a failed task must not stop the others
             failed[name] = reason_of(error)
             file.unlink(missing_ok=True)
             continue
@@ -313,7 +313,7 @@ def _score(
                 prefix_token_id=tasks.first_id,
                 progress=progress,
             )
-        except Exception as error:  # no failure of one task may stop the others
+        except Exception as error:  # a failed task must not stop the others
             _fail(together, of, tasks, error)
             continue
         scores: dict[str, list[Any]] = {name: [] for name in together}

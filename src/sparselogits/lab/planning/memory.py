@@ -177,7 +177,7 @@ def pass_memory(
             ("logits", logits),
             ("sampler", sampler),
         ),
-        # when logits are computed, only the last hidden states remain of the activations
+        # when logits are computed, the only activations in memory are the last hidden states
         weights + max(activations, states + logits + sampler),
     )
 

@@ -30,7 +30,7 @@ def quantity(text: str, what: str) -> float:
     found = NUMBER.fullmatch(text.strip().upper().replace("_", ""))
     try:
         value = float(found[1]) * SUFFIXES[found[2]] if found else 0.0
-    except ValueError:  # 1.2.3
+    except ValueError:  # text such as 1.2.3
         value = 0.0
     if not 0 < value < float("inf"):
         raise InvalidArgumentError(

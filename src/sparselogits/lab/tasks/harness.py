@@ -79,7 +79,7 @@ def score(
                 f"lm-eval failed on {', '.join(names)}: {_first_line(error)}. Leave out the task "
                 "that failed, or use a version of lm-eval that supports the task"
             ) from error
-    assert found is not None  # None on other ranks than the first, of which there are none
+    assert found is not None  # None only on ranks other than the first; there is one rank
     return _scores(found)
 
 

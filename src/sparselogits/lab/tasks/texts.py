@@ -25,7 +25,7 @@ PASSAGE_WORDS = 32
 ENDINGS = 4
 """Number of endings per question, one of which is true."""
 _FEWEST_WORDS = 4  # the last quarter of a passage has at least one word
-_WINDOWS_PER_ITEM = 2  # limits the windows that are decoded of a large hold-out
+_WINDOWS_PER_ITEM = 2  # limits how many windows of a large hold-out are decoded
 _REPLACEMENT = "\ufffd"  # decoding an incomplete character gives this one
 _LAST_WORD = re.compile(r"([^\W\d_]{3,})\W*")
 
