@@ -279,7 +279,7 @@ def _load_students(
 
 
 def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
-    """Return tokens int64 [L] and float32 logits [P, V] of some positions for each pilot window."""
+    """Return the tokens, int64 [L], and logits at P positions, float32 [P, V], per pilot window."""
     import torch
 
     from sparselogits.evaluate.passes import teacher_slices
@@ -294,7 +294,7 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
 
 
 def _adaptive(student: str, pilot: Sequence[tuple[Tensor, Tensor]], budget: float) -> Sampler:
-    """Create an adaptive sampler that draws as many rounds on average as the default sampler."""
+    """Create an adaptive sampler that draws the default's rounds where the signal is average."""
     from sparselogits.samplers import Adaptive, NamedSignal, StudentSignal, Systematic, fit_budget
 
     rounds = fit_budget(Systematic(), [logits for _, logits in pilot], budget).rounds
@@ -344,7 +344,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
-    """Print the gradients of all parameters per batch size, other spaces at the largest only."""
+    """Print a student's results: parameters at every batch size, other spaces at the largest."""
     from sparselogits.lab.gradients.student_gradients import Space
 
     own = [row for row in rows if row.student == student]

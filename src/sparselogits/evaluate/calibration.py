@@ -55,8 +55,8 @@ class Reliability:
     Args:
         ece: expected calibration error, in [0, 1].
         bins: bins with at least one position, ascending in confidence.
-        gaps: sum of confidence minus hit (1 or 0) over the positions of each window in each bin,
-            float64 [W, B]; resamples of the windows are computed from these sums.
+        gaps: sum of (confidence - hit) over the positions of each window in each bin, float64
+            [W, B], where hit is 1 or 0. Resamples of the windows are computed from these sums.
     """
 
     ece: float

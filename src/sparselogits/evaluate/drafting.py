@@ -74,7 +74,7 @@ def draft_from_prefixes(
     """Draft tokens from prefixes of held-out windows and verify them, both models at temperature 1.
 
     Args:
-        student: transformers causal language model, in eval mode during the call.
+        student: transformers causal language model, set to eval mode during the call.
         windows: held-out text.
         teacher: teacher that verifies the drafts.
         draft: number of tokens per draft, at least 1.

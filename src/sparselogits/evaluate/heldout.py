@@ -1,7 +1,7 @@
 """Measure students and their teacher on held-out windows.
 
-One pass of the teacher serves all students. Logits of the teacher and one student exist for one
-slice of positions at a time; one float32 per position and model is stored, for calibration.
+The teacher runs once for all students. Logits of the teacher and of one student are in memory for
+one slice of positions at a time; one float32 per position and model is stored, for calibration.
 
 docs/evaluation.md defines the metrics and their intervals.
 """
@@ -214,7 +214,7 @@ def evaluate(
     """Measure students, and optionally their teacher, on held-out windows.
 
     Args:
-        students: transformers language models by name, in eval mode during the call. They are
+        students: transformers language models by name, set to eval mode during the call. They are
             masked language models if the windows are corrupted, otherwise causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
@@ -305,8 +305,8 @@ def _measure_window(
 def _blocks(positions: slice, taught: Tensor | None) -> Iterator[slice]:
     """Divide a slice of positions into blocks of `BLOCK_ROWS` on a CPU, one block elsewhere.
 
-    The system maps the memory of a new tensor of tens of megabytes page by page, which costs more
-    than the arithmetic on the tensor; a small tensor reuses memory.
+    For a new tensor of tens of megabytes, the operating system maps memory page by page, which
+    costs more than the arithmetic. A small tensor reuses memory that is already mapped.
     """
     rows = positions.stop - positions.start
     if taught is None or taught.device.type == "cpu":

@@ -222,7 +222,7 @@ def paired_interval(
     intervals of the two values suggest.
 
     Args:
-        first: contribution of each unit to each of C sums of the first model, float64 [W, C].
+        first: contribution of each unit to each of the first model's C sums, float64 [W, C].
         second: the same for the second model, in the same order of units.
         statistic: as in `bootstrap_interval`; so are the remaining arguments.
 

@@ -441,7 +441,7 @@ def _caches(value: Any) -> Any:
 
 
 def _weights(value: Any) -> Any:
-    """Check the type of the weights of teachers; `CacheDataset` validates their values."""
+    """Check the type of the teachers' mixture weights; `CacheDataset` validates the values."""
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     for row in rows if value not in (None, "best") else ():
         if not isinstance(row, list) or any(type(x) not in (int, float) for x in row):

@@ -96,7 +96,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def recipe_table() -> str:
-    """Return the Markdown tables of key, default and meaning of all settings of a recipe."""
+    """Return Markdown tables with the key, default and meaning of every recipe setting."""
     parts = []
     models: dict[str, type[BaseModel]] = {
         "": Recipe,

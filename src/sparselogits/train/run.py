@@ -5,7 +5,7 @@
       model/          the student, in transformers' format
       adapter/        the adapter alone in PEFT's format, if one was trained
       logs/           logs of the trackers in report_to
-      run.json        losses by step, seconds; written last, so its presence marks a finished run
+      run.json        losses by step, wall time; written last, so its presence marks a finished run
       checkpoints/    checkpoints of the Trainer, while the run is unfinished
 
 A finished run is not repeated; an interrupted run resumes from its last checkpoint. The cache is

@@ -63,6 +63,6 @@ def _shuffled(name: str) -> bytes:
 
 
 def demo_dtype() -> str:
-    """Return the number format that the processor multiplies faster, bfloat16 or float32."""
+    """Return the number format in which the processor multiplies faster, bfloat16 or float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native else "float32"

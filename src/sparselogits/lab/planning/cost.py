@@ -105,7 +105,8 @@ class Settings:
         student_params: number of parameters of a student.
         tokens: number of tokens of text.
         storage: bytes per token on disk.
-        passes: number of passes over the cached text: students times epochs times restarts.
+        passes: number of passes over the cached text, that is, students times epochs times
+            restarts.
         device: device that runs teacher and students.
         teacher_utilisation: share of the device's peak rate that the teacher reaches, in (0, 1].
         student_utilisation: share of the device's peak rate that a student reaches, in (0, 1].
@@ -184,9 +185,9 @@ class Plan:
             the teacher online; None if it never does.
         break_even_cost_passes: number of passes from which on the cache, with storage, is cheaper
             than the teacher online; None if it never is, or without a price.
-        read_bytes_per_second: bytes per second that all ranks of one student read.
+        read_bytes_per_second: bytes per second that all ranks of one student read together.
         read_bytes_per_second_per_rank: bytes per second that one rank reads.
-        write_bytes_per_second: bytes per second that all workers write.
+        write_bytes_per_second: bytes per second that all workers write together.
         list_requests: number of requests to list all shards.
         put_requests_per_second: uploads of shards per second, by all workers.
         shuffled_requests_per_second: requests per second of all ranks of one student in the worst

@@ -376,8 +376,8 @@ def _specification(chart: alt.LayerChart, *, still: bool) -> dict[str, Any]:
 
     Args:
         chart: the chart.
-        still: whether the chart is for a PNG file, which has a legend; in a page the table is the
-            legend.
+        still: whether the chart is for a PNG file and therefore needs a legend. In a page, the
+            table serves as the legend.
     """
     if not still:
         chart = chart.properties(width="container", height=HEIGHT)

@@ -1,8 +1,8 @@
-"""Render the page of a window of a cache, which compares cached entries with predictions of models.
+"""Render a page that compares one window of a cache with the predictions of models.
 
 A `WindowView` contains per position the true next token, the cached entries, and for each given
-model the probabilities of these ids and of the model's most likely ids. Logits exist for one slice
-of positions at a time.
+model the probabilities of these ids and of the model's most likely ids. Logits are in memory for
+one slice of positions at a time.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def view_page(view: WindowView, *, rounds: int | None, link: str | None = None) 
 
     Args:
         view: the window.
-        rounds: number of rounds per position of the cache; None for a sampler without rounds.
+        rounds: number of rounds per position in the cache; None for a sampler without rounds.
         link: URL of other windows with a placeholder for the index, such as `/window/{}`; None for
             a page without links.
     """

@@ -1,4 +1,4 @@
-"""Call lm-eval, with its progress bars, its output and its log lines below errors suppressed.
+"""Call lm-eval, and suppress its progress bars, its output, and its log lines below errors.
 
 The module is imported only when tasks are run, because importing lm-eval takes a second.
 """
@@ -63,7 +63,7 @@ def score(
                     batch_size=_batch_size(model),
                     softmax_dtype="float32",
                     prefix_token_id=prefix,
-                    # the cache's keys do not contain where a request divides its tokens
+                    # cache keys omit the position at which a request divides its tokens
                     logits_cache=False,
                 )
                 student.report = report
@@ -207,7 +207,7 @@ def _quiet() -> Iterator[Any]:
 
 @contextmanager
 def _restored_randomness() -> Iterator[None]:
-    """Restore the states of all random generators after a `with` block; lm-eval seeds them."""
+    """Restore the states of all random generators after a `with` block, as lm-eval seeds them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

@@ -107,7 +107,7 @@ def run_tasks(
     Hub; code in a dataset is not run. The states of random generators are restored afterwards.
 
     Args:
-        model: transformers causal language model, in eval mode during the call.
+        model: transformers causal language model, set to eval mode during the call.
         tokenizer: transformers tokenizer of the model; a copy is used.
         tasks: names of local tasks (`LOCAL_TASKS`), or of tasks and groups of lm-eval. A group is
             scored per task, and as a whole if lm-eval defines a score of the group.
