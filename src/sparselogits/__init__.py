@@ -2,8 +2,8 @@
 
     from sparselogits import CacheDataset, SparseKDTrainer
 
-The names in `__all__` are public. They are imported at first use, so that importing the package is
-fast.
+The names in `__all__` are public. Each name is imported at its first use, so that importing the
+package is fast.
 """
 
 import logging

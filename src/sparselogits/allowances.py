@@ -73,7 +73,7 @@ def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> 
         allow: allowances in addition to those of `allowing`.
 
     Raises:
-        SparseLogitsError: If the check is not allowed to fail; of the type of `error`.
+        SparseLogitsError: The check is not allowed to fail; `error` itself is raised.
     """
     require_known(allow)
     message = str(error).rstrip(". ")

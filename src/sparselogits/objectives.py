@@ -1,9 +1,9 @@
 """Define the prediction task of a language model: next tokens (causal) or hidden tokens (masked).
 
-A causal model predicts the next token at each position. A masked model predicts the token at the
-position itself, which its input hides. Only this module shifts values between tokens and the
-positions that predict them: other code has values by token or by position, and converts them with
-`at_positions` and `at_tokens`.
+A causal model predicts the next token at each position. A masked model predicts, at each position,
+the token at that position, which is hidden in the model's input. Only this module shifts values
+between tokens and the positions that predict them: other code has values by token or by position,
+and converts them with `at_positions` and `at_tokens`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST_RATE = 1e-3
 inverse of the rate, so this bounds the weight."""
 
 UNITS = ("tokens", "words", "spans")
-"""Names of the units of text that are chosen for prediction as a whole."""
+"""Names of the text units that can be chosen for prediction as a whole."""
 
 _Values = TypeVar("_Values", NDArray[Any], Tensor)
 
@@ -81,8 +81,8 @@ class Causal:
         Args:
             tokens: int [L] token ids.
             mask: bool [L], true for positions that carry a target; None if all positions do.
-            document_starts: positions at which documents start, if attention restarts there, since
-                the first token of a document cannot be predicted from another document; else None.
+            document_starts: positions at which documents start if attention restarts there, else
+                None; a document's first token is not predicted then.
 
         Returns:
             int64 [L].
@@ -186,7 +186,7 @@ class Masked:
         Args:
             tokens: int [L], original token ids.
             mask: bool [L], true for chosen positions; None if all positions are chosen.
-            document_starts: positions at which documents start, which do not affect the labels.
+            document_starts: positions at which documents start; they do not affect the labels.
 
         Returns:
             int64 [L].

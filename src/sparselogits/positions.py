@@ -100,7 +100,7 @@ def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
     """Convert a forward pass's failure on a sequence beyond the model's positions to a typed error.
 
     Args:
-        model: a transformers causal language model, which the block runs.
+        model: the transformers causal language model that the block runs.
         length: number of tokens per sequence.
 
     Raises:

@@ -2,8 +2,8 @@
 
 Quantisation-aware training rounds weights (and activations, if the format quantises them) in the
 forward pass and passes gradients through the rounding, so the student learns with the rounding
-error. torchao implements both steps. This module selects torchao's formats and excludes the head,
-which most runtimes store in full precision and which may be tied to the embedding.
+error. torchao implements both steps. This module selects torchao's formats. It excludes the head,
+because most runtimes store the head in full precision, and it may be tied to the embedding.
 
 The steps are: `prepare` a model, train it, save it (its weights are still in full precision), and
 load it by `load_quantized`, which rounds the weights. The quantised model then computes the same
@@ -40,7 +40,7 @@ class Quantization:
 
     Args:
         format: name of the format; see `QuantizationFormat`.
-        group_size: number of consecutive inputs of a linear layer whose weights share a scale; None
+        group_size: number of consecutive inputs to a linear layer that share a scale; None
             for one scale per output channel.
 
     Raises:

@@ -270,8 +270,8 @@ class SparseTargets:
         thinned.
 
         Args:
-            parts: targets for P positions each; their vocabulary sizes may differ, since heads may
-                be padded.
+            parts: targets for P positions each; their vocabulary sizes may differ, because heads
+                may be padded.
             weights: non-negative weight of each part; parts with weight 0 are ignored.
 
         Raises:

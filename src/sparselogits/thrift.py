@@ -21,7 +21,7 @@ class ThriftError(ValueError):
 
 
 class CompactReader:
-    """Reader of structures of Thrift's compact protocol.
+    """Reader of structures in Thrift's compact protocol.
 
     Args:
         data: encoded bytes.

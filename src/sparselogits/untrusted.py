@@ -1,8 +1,8 @@
 """Open, parse and display untrusted files safely.
 
-`open_regular` opens regular files only, since a pipe or device could block a reader or never end.
-`parse_json` checks the size of JSON before it parses. `printable` escapes control characters, since
-a terminal executes them and bidirectional overrides change how a line is displayed.
+`open_regular` opens only regular files, because a pipe or device may block a reader or never end.
+`parse_json` checks the size of JSON before it parses. `printable` escapes control characters,
+because a terminal executes them and bidirectional overrides change how a line is displayed.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Return text with control characters escaped (as `\\x1b`), which is safe to display.
+    """Return text that is safe to display, with control characters escaped (as `\\x1b`).
 
     Args:
         text: any text; tabs and line feeds are not escaped.
-        longest: number of characters to retain of a longer text, whose middle is cut out; None for
-            all.
+        longest: number of characters to retain of a longer text by cutting out its middle; None to
+            retain all.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2

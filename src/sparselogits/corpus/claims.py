@@ -40,7 +40,7 @@ class Claim:
 def is_abandoned(paths: Paths) -> bool:
     """Return whether another text may replace the claim on a folder.
 
-    It may if no part is finished and no process is packing.
+    The claim may be replaced if no part is finished and no process is packing.
     """
     if paths.begun:
         return False

@@ -62,7 +62,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
 
     Raises:
         CorpusError: a message has no role or content, or a value has the wrong type; the error
-            states the number of the message.
+                states the index of the message.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]

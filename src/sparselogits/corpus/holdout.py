@@ -111,14 +111,14 @@ def writing_table(path: Path) -> Iterator[DocumentTable]:
 
 @dataclass(frozen=True)
 class Split:
-    """Division of the tokens of a stream into training and held-out tokens.
+    """Division of a stream into training tokens and held-out tokens.
 
     Args:
         rule: rule by which the hold-out was selected; see the module's docstring.
         windows: number of held-out windows.
         up_to: with the rule "documents", largest key of a held-out document.
         held: with the rule "documents", number of held-out tokens in each part.
-        training_windows: with the rule "windows", number of training windows, which are the first.
+        training_windows: with the rule "windows", number of training windows, which come first.
         first: with the rule "windows", index of the stream's first held-out window.
     """
 

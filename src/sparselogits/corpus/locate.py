@@ -400,7 +400,7 @@ def arrow_files(dataset: Any, name: str) -> list[SourceFile]:
         name: name of the dataset, for errors.
 
     Raises:
-        CorpusError: the dataset is a selection of the rows of its files, or exists only in memory.
+        CorpusError: the dataset contains only some of its files' rows, or exists only in memory.
     """
     import pyarrow as pa
 

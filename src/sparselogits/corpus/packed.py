@@ -1,7 +1,7 @@
-"""Read any range of windows of a packed corpus on disk.
+"""Read any range of windows from a packed corpus on disk.
 
-`packer` describes the layout of the folder. Memory contains a few row groups of tokens,
-independently of the size of the corpus, and opening reads two small JSON files.
+`packer` describes the layout of the folder. Opening a corpus reads two small JSON files. Only a few
+row groups of tokens are in memory, whatever the size of the corpus.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def pack(
         tokenizer: transformers tokenizer of the teacher; its chat template renders messages. Token
             ids in the source must have been computed with it.
         packing: rules that form windows from documents, usually from `packing_for`.
-        out: folder for the packed corpus, which must contain nothing else.
-        vocab_size: number of columns in the teacher's head, which limits the ids.
+        out: folder for the packed corpus; it must contain nothing else.
+        vocab_size: number of columns in the teacher's head; ids must be smaller.
         progress: called repeatedly with the number of packed bytes of text and their total.
         processes: number of processes that tokenise in parallel; a single process uses the threads
             of the tokenizer.
@@ -89,8 +89,8 @@ def pack(
     Raises:
         CorpusError: the text cannot be read, is empty, or does not fill a window; an id lies
             outside the vocabulary; or the folder contains other files.
-        IdentityMismatchError: `out` was packed from other text or with other settings, which the
-            message lists; or the source's token ids were computed with another tokenizer.
+        IdentityMismatchError: `out` was packed from other text or with other settings (the message
+            lists them), or the source's token ids were computed with another tokenizer.
         StorageError: the folder cannot be written; finished parts remain.
 
     Example:
@@ -299,7 +299,7 @@ def _start_worker(work: _Work, counter: Any, stop: Any) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit this worker when its parent exits, since a killed parent cannot stop its workers."""
+    """Exit this worker when its parent exits, because a killed parent cannot stop its workers."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -78,7 +78,7 @@ class Piece:
     size: int
     """Number of bytes that the piece occupies in the source, for progress."""
     learnt: tuple[tuple[int, int], ...] | None = None
-    """Ranges [start, stop) of characters of `text` whose tokens carry targets, ascending; None if
+    """Ascending ranges [start, stop) of characters in `text`; their tokens carry targets. None if
     `carries_target` applies to all tokens."""
     rendered: bool = False
     """Whether a chat template rendered the text, so that no beginning-of-text token is added."""
@@ -136,8 +136,8 @@ def cut_pieces(
         read: reads bytes of the file or string that holds the document.
         start: offset of the first byte, from `next_cut` or the beginning of the document.
         stop: offset after the last byte, from `next_cut` or the end of the document.
-        document: offsets of the document's first byte and after its last byte, which limit the
-            margins; an end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
+        document: offsets of the document's first byte and after its last byte; margins stay within
+            them. An end beyond `stop + MARGIN_BYTES` may be replaced by any larger offset.
         key: key of the document.
         name: name of the file, for errors.
 

@@ -7,7 +7,7 @@ with `completion_only` the tokens of the prompt carry no targets. A conversation
 `completion` may be messages, too) is rendered to one text by a chat template and tokenised at once,
 as transformers' `apply_chat_template` does; its completions are the assistant's turns. A record
 without text (null, empty or only white space, or with `completion_only` without a completion)
-becomes a blank piece, which is counted and not packed.
+becomes a blank piece, and is counted but not packed.
 
 Records of token ids (`token_rows`) are read only if the user names their tokenizer.
 """
@@ -66,7 +66,7 @@ class Fields:
         """Return the columns of a table that must be read.
 
         Args:
-            found: names of the columns of the table.
+            found: names of the table's columns.
             where: function that returns the name of the table's file, for errors.
 
         Raises:

@@ -185,7 +185,7 @@ class Renderer:
         Args:
             render: the template.
             messages: messages of the conversation.
-            number: number of the message.
+            number: index of the message.
             text: rendering of all messages.
             until: rendering of the messages up to this one.
         """
@@ -230,9 +230,9 @@ class Renderer:
         Args:
             render: the template.
             messages: messages of the conversation.
-            number: number of the answer's message.
+            number: index of the answer's message.
             text: rendering of all messages.
-            end: end of the answer, which bounds the result.
+            end: end of the answer; the result is not beyond it.
             opened: whether the answer follows a generation prompt.
         """
         history = messages[:number]
@@ -261,8 +261,8 @@ class Renderer:
     ) -> int | None:
         """Return the start of an answer, located by the generation prompt in an example.
 
-        This is for an assistant's message that begins a conversation, because no earlier messages
-        exist whose rendering would end with a generation prompt.
+        This is used for an assistant's message that begins a conversation, because there are no
+        earlier messages to render with a generation prompt.
         """
         before, after = messages[:number], messages[number + 1 :]
         marked = render.with_marker(messages[number])
@@ -466,7 +466,7 @@ def _improves(message: Message, text: str, other: str) -> bool:
 
 
 def _python_values(message: Message, text: str) -> int:
-    """Return the number of values of a message that a text shows in Python's notation."""
+    """Return how many of a message's values a text shows in Python's notation."""
     values = [message.get("content"), *(inner.get("arguments") for inner in _functions(message))]
     count = 0
     for value in values:
@@ -486,7 +486,7 @@ def _in_text(message: Message) -> Message:
 
 
 def _in_parts(message: Message) -> Message:
-    """Return a message whose content, if it is text, is converted to a list of one part."""
+    """Return a message with content as a list of parts; text becomes a list of one part."""
     content = message.get("content")
     if not isinstance(content, str):
         return message

@@ -157,7 +157,7 @@ class Source:
 
         Args:
             packing: rules that form windows.
-            vocab_size: number of columns in the teacher's head, which limits the ids.
+            vocab_size: number of columns in the teacher's head; ids must be smaller.
         """
         if self.fields.tokens is None:
             return self
@@ -210,11 +210,11 @@ def open_source(
     """Open text for packing.
 
     Args:
-        data: path of a file, a folder or a saved dataset, a pattern of paths, or the name of a
-            dataset on the Hugging Face hub, which is used only if no such path exists
-            (`name:config` selects a configuration). Or the records: a `datasets.Dataset`,
-            `IterableDataset` or `DatasetDict`, or an iterable of dicts, which are written to a file
-            first (see `corpus.given`).
+        data: path of a file, a folder or a saved dataset, a pattern of paths, or, if no such path
+            exists, the name of a dataset on the Hugging Face hub (`name:config` selects a
+            configuration). Or the records: a `datasets.Dataset`, `IterableDataset` or
+            `DatasetDict`, or an iterable of dicts. Records are written to a file first (see
+            `corpus.given`).
         text_field: name of the field or column with the text of records.
         split: split to read, if the dataset has several.
         completion_only: whether only completions carry targets: the `completion` of records with
@@ -285,7 +285,7 @@ def _sampled(path: Path) -> bytes:
 
 
 def _samples(size: int) -> list[tuple[int, int]]:
-    """Return (first byte, length) of the samples of a file; a small file is one sample."""
+    """Return (first byte, length) of each sample from a file; a small file is one sample."""
     between = size - 2 * _EDGE_BYTES
     if between < _SAMPLES * _SAMPLE_BYTES:
         return [(0, size)]

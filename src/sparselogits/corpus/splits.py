@@ -1,8 +1,8 @@
 """Divide the files of a folder into splits, by the rules of `datasets`.
 
 The rules (keywords in names and folders, `data/SPLIT-00000-of-00001`, `configs` in README.md) are
-those of `datasets.load_dataset`, whose functions are applied to the names of the files. So both
-libraries read the same files, and no pattern can select a file outside the folder.
+those of `datasets.load_dataset`, and the functions of `datasets` apply them to the file names. So
+both libraries read the same files, and no pattern can select a file outside the folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read and write token streams on disk: a folder of Parquet parts, one row per token.
 
-A stream is the concatenation of its parts. A window is a range of the stream and may span two
+A stream is the concatenation of its parts. A window is a range of the stream and may span several
 parts. Parts are therefore written independently of one another, in any order, by any number of
 processes, and windows need no second pass over the tokens. Parts are compressed by zstd in row
 groups of `GROUP_TOKENS` tokens; reading a random window decodes one or two row groups.
@@ -60,7 +60,7 @@ class Counts:
     blank_documents: int = 0
     """Number of documents that are not packed because they contain no text."""
     characters: int = 0
-    """Number of characters of text."""
+    """Number of characters in the text."""
     tokens: int = 0
     """Number of tokens, including separators and beginning-of-text tokens."""
 
@@ -337,7 +337,7 @@ def open_part(path: Path, groups: int, extra: int = 0) -> pq.ParquetFile:
     Args:
         path: path of the part.
         groups: maximum number of row groups.
-        extra: maximum number of bytes of the key-value metadata.
+        extra: maximum size of the key-value metadata, in bytes.
 
     Raises:
         PartError: the file is not Parquet, or its footer is larger than a part's can be.
@@ -371,7 +371,7 @@ def require_plausible_group(path: Path, file: pq.ParquetFile, group: int, rows: 
     Args:
         path: path of the file.
         file: the file, opened by `open_part`.
-        group: number of the row group.
+        group: index of the row group.
         rows: maximum number of rows; a row has at most eight bytes per column.
 
     Raises:

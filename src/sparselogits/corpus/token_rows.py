@@ -1,8 +1,9 @@
 """Convert rows of token ids, as prepared for another trainer, to windows.
 
 A row is one sequence of that trainer, and becomes one window: a shorter row is padded at its end
-with tokens that carry no target, and a longer row is rejected, since its parts would be sequences
-that the trainer does not use. With `joined`, rows are concatenated and cut without gaps instead.
+with tokens that carry no target, and a longer row is rejected, because cutting it would give
+sequences that the trainer does not use. With `joined`, rows are concatenated and cut without gaps
+instead.
 
 | column | meaning |
 |---|---|
@@ -33,7 +34,7 @@ from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError
 
 IDS = "input_ids"
-"""Name of the column of token ids."""
+"""Name of the column with token ids."""
 COLUMNS = (
     *(IDS, "labels", "completion_mask", "assistant_masks"),
     *("attention_mask", "position_ids", "seq_lengths"),
@@ -132,7 +133,7 @@ def require_fitting(count: int, where: _Where, reading: TokenReading) -> None:
     """Validate that a row is not longer than a window, unless rows are joined.
 
     Args:
-        count: number of tokens of the row.
+        count: number of tokens in the row.
         where: function that returns the name of the row, for errors.
         reading: settings.
 

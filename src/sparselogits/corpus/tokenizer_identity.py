@@ -1,10 +1,10 @@
 """Fingerprint tokenizers, and validate that two tokenizers map ids to the same tokens.
 
-The identity of a cache contains a fingerprint of all values that determine the ids of a text. This
-is stricter than a student needs: an instruct model and its base have the same tokens, but may use
-different ones as end of text or as padding, or one of them may have a few more. So each shard also
-records a hash of the vocabulary without roles, chat template and padding, the tokens that were
-added to the vocabulary, and the roles by name, so that messages can state the difference.
+A cache's identity contains a fingerprint of all values that determine the ids for a text. Equal
+fingerprints are more than a student needs: an instruct model and its base have the same tokens, but
+may use different ones as end of text or as padding, or one of them may have a few more. So each
+shard also records a hash of the vocabulary without roles, chat template and padding, the tokens
+that were added to the vocabulary, and the roles by name, so that messages can state the difference.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def require_tokenizer(
         tokenizer: a transformers tokenizer, or its fingerprint.
         expected: fingerprint in the cache's identity (`tokenizer_fingerprint`).
         recorded: description in a shard's provenance (`Cache.recorded_tokenizer`); None for a cache
-            of an older version without it, which accepts only an identical tokenizer.
+            of an older version without it; only an identical tokenizer is then accepted.
         whose: name of the tokenizer in messages, as in "the tokenizer given".
-        origin: name of the data of the expected tokenizer in messages, as in "the cache".
+        origin: name in messages of the data that need the expected tokenizer, as in "the cache".
         allow: names of `ALLOWANCES`; "other-tokenizer" turns the error into a warning.
 
     Raises:

@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenizer of pieces of text; pickling omits the compiled tokenizer, which is built again.
+    """Tokenizer for pieces of text; a pickled copy compiles its tokenizer again.
 
     Args:
         tokenizer: a transformers tokenizer. With a fast tokenizer, the tokens of a long document do

@@ -21,8 +21,8 @@ from sparselogits.errors import ShrinkError
 from sparselogits.language_model import text_config
 
 Size = Literal["hidden", "channels", "groups"]
-"""Name of a size: hidden size, number of MLP channels per layer, or number of groups of attention
-heads that share keys and values."""
+"""Name of a size: hidden size, number of MLP channels per layer, or number of attention-head
+groups that share keys and values."""
 
 Order = Literal["concatenated", "interleaved"]
 """Order of the rows in a fused projection: all queries, all keys, all values; or group by group."""
@@ -96,7 +96,7 @@ class Layout:
         return any(d.size == size for found in self.dimensions.values() for d in found)
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        """Return the list of blocks of the model with this layout, or of its pruned student."""
+        """Return the list of blocks in a model with this layout, or in its pruned student."""
         return model.get_submodule(self.layers)  # type: ignore[return-value]
 
     def layer_of(self, name: str) -> int | None:

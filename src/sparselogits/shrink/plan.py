@@ -103,8 +103,8 @@ class Kept:
     Args:
         layers: indices of the blocks.
         channels: indices of the MLP channels, int64 [channels] per retained block; None for all.
-        groups: indices of the groups of heads, int64 [groups] per retained block; None for all.
-        hidden: indices of the channels of the residual stream, int64 [hidden]; None for all.
+        groups: indices of the head groups, int64 [groups] per retained block; None for all.
+        hidden: indices of the residual stream's channels, int64 [hidden]; None for all.
     """
 
     layers: tuple[int, ...]

@@ -22,7 +22,7 @@ def save(shrunk: Shrunk, out: Path, tokenizer: Any, *, teacher: str) -> None:
 
     Args:
         shrunk: pruned student.
-        out: folder of the student, which must be missing or empty.
+        out: folder for the student; it must be missing or empty.
         tokenizer: tokenizer of teacher and student; None to save no tokenizer.
         teacher: name of the teacher, for the card.
 

@@ -24,7 +24,7 @@ from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
 LayerScore = Literal["influence", "loss"]
-"""Name of a score of blocks; see the module's docstring."""
+"""Name of a score for blocks; see the module's docstring."""
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ def shrink(
     of the larger model with the removed parts set to zero.
 
     Args:
-        model: a transformers causal language model, which is not changed.
-        layers: number of blocks of the student; None for all.
+        model: a transformers causal language model; it is not changed.
+        layers: number of blocks in the student; None for all.
         drop_layers: indices of the blocks to remove, counted from 0, instead of `layers`.
         channels: number of MLP channels per layer (`intermediate_size`); None for all.
         heads: number of query heads per layer, a multiple of the number of query heads that share

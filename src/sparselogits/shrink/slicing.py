@@ -86,7 +86,7 @@ def build(model: nn.Module, slicer: Slicer) -> nn.Module:
     """Build the smaller model on the CPU, in the dtype of the larger one.
 
     Args:
-        model: the larger model, which is not changed.
+        model: the larger model; it is not changed.
         slicer: retained indices of its tensors.
 
     Raises:

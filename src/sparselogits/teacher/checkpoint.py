@@ -287,7 +287,7 @@ def _indexed_names(folder: Path, name: str) -> list[str]:
 
 
 def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> Path:
-    """Return the path of a weight file, which must be a regular file inside the folder.
+    """Return the path of a weight file after validating that it is a regular file in the folder.
 
     Links into the hub cache that contains the folder are accepted.
     """

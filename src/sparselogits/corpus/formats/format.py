@@ -59,7 +59,7 @@ class Format:
     """
 
     name: ClassVar[str]
-    """Name of the format, which is part of the fingerprint of a source."""
+    """Name of the format; part of a source's fingerprint."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Suffixes, in lower case, of files that are read in folders and by name."""
     weak_suffixes: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +72,7 @@ class Format:
     compressible: ClassVar[bool] = False
     """Whether `.gz`, `.bz2`, `.xz` or `.zst` may follow the suffix."""
     holds_tokens: ClassVar[bool] = False
-    """Whether documents are token ids, which are read by `pieces` alone."""
+    """Whether documents are token ids; only `pieces` reads these."""
     binary: ClassVar[bool] = False
     """Whether the files are binary; text files that begin like an archive are rejected."""
 

@@ -54,7 +54,7 @@ class Parquet(Format):
                     start, size = group + 1, 0
 
     def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
-        """Yield the rows of a span of row groups."""
+        """Yield the rows in a span of row groups."""
         name = span.file.name
         with _open_parquet(span.file) as reader:
             columns = _columns(reader.schema_arrow, name, fields)
@@ -84,7 +84,7 @@ class Arrow(Format):
             yield Span(file, start, number, size)
 
     def records(self, span: Span, fields: Fields | None) -> Iterator[Record]:
-        """Yield the rows of a span of record batches."""
+        """Yield the rows in a span of record batches."""
         name, row = span.file.name, 0
         for number, batch in enumerate(_arrow_batches(span.file)):
             if number >= span.stop:
@@ -167,9 +167,9 @@ def _rows(
         batches: record batches.
         columns: names of the columns to yield.
         place: name of the file (and row group), for errors.
-        fields: names of the fields that will be read, whose values are converted by `plain`; None
-            for unconverted values.
-        first: number of the first row.
+        fields: names of the fields that will be read; `plain` converts their values. None for
+            unconverted values.
+        first: index of the first row.
     """
     number = first
     for batch in batches:

@@ -1,12 +1,12 @@
 """Read text files, each of which is one document unless separator lines divide it.
 
 A line that consists of `<|endoftext|>` separates two documents, as in many published corpora of
-plain text; it belongs to neither of them. Form feeds do not separate documents, since they mark
+plain text; it belongs to neither of them. Form feeds do not separate documents, because they mark
 pages in old plain text and in source code.
 
 Large files are divided into spans that can be read independently of one another. A span may begin
-in the middle of a document; it then contains the offset of the document's beginning, which is
-determined by a scan for separator lines when the file is divided.
+in the middle of a document; it then contains the offset of the document's beginning. A scan for
+separator lines determines that offset when the file is divided.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Text(Format):
                 yield Span(file, start, size, size - start, document)
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Raise an error, since plain text has no records.
+        """Raise an error, because plain text has no records.
 
         Raises:
             CorpusError: always.

@@ -8,8 +8,8 @@
 - `.idx` of Megatron-LM: magic, version 1, type of the ids, numbers of sequences and of documents;
   then int32 lengths and int64 first bytes of the sequences in `.bin`, and int64 ends of documents.
 
-The first two are streams of ids, which are cut into windows from the beginning of each file, as by
-their trainers; an incomplete window at the end is not read. In the third, each sequence is a row
+The first two are streams of ids. Each file is cut into windows from its beginning, as its trainer
+does; an incomplete window at the end is not read. In the third, each sequence is a row
 (`token_rows`).
 
 The files are untrusted: the sizes that a file claims are compared with its size before it is read,
@@ -49,14 +49,14 @@ _INDEX_KINDS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class TokenFormat(Format):
-    """Base class of the formats of token ids; a subclass implements `spans` and `pieces`."""
+    """Base class of token-id formats; a subclass implements `spans` and `pieces`."""
 
     holds_records = True
     holds_tokens = True
     binary = True
 
     def records(self, span: Span, fields: Fields | None) -> NoReturn:
-        """Raise an error, since files of token ids have no records.
+        """Raise an error, because files of token ids have no records.
 
         Raises:
             CorpusError: always.
@@ -84,7 +84,7 @@ class _Layout:
 
 
 class _Stream(TokenFormat):
-    """Base class of the formats of one stream of ids; the unit of a span is a window.
+    """Base class of formats with one stream of ids per file; the unit of a span is a window.
 
     A subclass implements `_layout`.
     """
@@ -132,7 +132,7 @@ class _Stream(TokenFormat):
 
 
 class Datatrove(_Stream):
-    """Token files of datatrove, which nanotron reads in windows of its sequence length plus one."""
+    """datatrove's token files; nanotron reads them in windows of its sequence length plus one."""
 
     name = "datatrove"
     weak_suffixes = (".ds",)
@@ -204,13 +204,13 @@ class TokenShard(_Stream):
 
 
 class Megatron(TokenFormat):
-    """Indexed datasets of Megatron-LM; the unit of a span is a sequence, which is one row."""
+    """Megatron-LM's indexed datasets; the unit of a span is a sequence, and each is one row."""
 
     name = "megatron"
     weak_suffixes = (".idx",)
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """Return the paths of the index and of the file of ids."""
+        """Return the path of the index and the path of the file that contains the ids."""
         ids = path.with_suffix(".bin")
         if not ids.is_file():
             raise CorpusError(
@@ -345,7 +345,7 @@ def _read(handle: int, first: int, count: int, kind: str, name: str) -> _Array:
 def _sequences(
     handle: int, start: int, stop: int, count: int, name: str
 ) -> Iterator[tuple[int, _Array, _Array]]:
-    """Yield (number of the first sequence, lengths, first bytes) for each block of sequences.
+    """Yield (index of the first sequence, lengths, first bytes) for each block of sequences.
 
     Args:
         handle: descriptor of the index.
