@@ -1,4 +1,4 @@
-"""Collate windows into a batch of plain tensors, as every Trainer expects it."""
+"""Collate windows into a batch of plain tensors, which any Trainer accepts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NAMES = (
     *("loss_weight", "teacher_entropy"),
 )
 _PADDING = {"shift_labels": IGNORE_INDEX, "labels": IGNORE_INDEX}
-"""Padding values by column; 0 for other columns."""
+"""Padding value of each column; columns that are not listed are padded with 0."""
 
 
 def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack windows and pad their targets to the widest position of the batch.
+    """Stack windows, and pad their targets to the largest number of entries per position.
 
     Windows without targets may differ in length: shorter ones are padded on the right with id 0 and
     label -100. Under causal attention no position with a label attends to the padding.
@@ -60,7 +60,7 @@ def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _stacked(rows: Sequence[Tensor], *, padding: int) -> Tensor:
-    """Stack tensors, padded on the right to the longest one."""
+    """Stack tensors after padding them on the right to the longest one."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     return pad_sequence(list(rows), batch_first=True, padding_value=padding)

@@ -1,6 +1,6 @@
 """Define datasets of windows for torch's DataLoader and every Trainer.
 
-Tokens are stored with their targets, so no alignment is required: position j of `targets` is the
+Tokens are stored with their targets, so no alignment is required. Position j of `targets` has the
 teacher's distribution of the token after position j, and `shift_labels[j]` is that token.
 """
 
@@ -74,19 +74,19 @@ class CacheDataset(Dataset[CachedWindow]):
     """Dataset of the windows of a cache, for torch's DataLoader and every Trainer.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
-    optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows, as
-    `collate` makes it.
+    optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows that
+    `collate` has combined.
 
-    Several caches of the same text, by teachers with the same tokenizer, are read as one cache of
-    the mixture sum_m w_m p_m of the teachers' distributions.
+    Several caches of the same text, built with teachers that share a tokenizer, are read as one
+    cache. Its targets are those of the mixture sum_m w_m p_m of the teachers' distributions p_m.
 
     Args:
         path: directory or URL of the cache, or a list of directories or URLs.
-        weights: weights of the teachers of several caches: one number per cache, with sum 1; or one
-            row of such numbers per text of the caches (in the order in which the texts were added)
-            or per window; or "best" for the teacher with the lowest loss in each window. None for
-            equal weights.
-        seed: random seed for thinning, used if a `WindowRequest` has a smaller number of rounds.
+        weights: weights w_m of the teachers if there are several caches. Either one number per
+            cache, with sum 1; or one row of such numbers per text (in the order in which texts were
+            added) or per window; or "best" to use the teacher with the lowest loss in each window.
+            None for equal weights.
+        seed: random seed for thinning, used if a `WindowRequest` has fewer rounds than the cache.
         copy: folder for local copies of what is read from a URL; None for `CopyFolder.default()`.
             A cache in a directory is not copied.
 
@@ -119,13 +119,13 @@ class CacheDataset(Dataset[CachedWindow]):
         self._mixture = Mixture.of([_open(each, copy) for each in paths], weights)
         self.caches = self._mixture.caches
         self.cache = self.caches[0]
-        """The cache; for several caches, which have the same windows, the first one."""
+        """The cache, or the first of several caches, which all have the same windows."""
         self.identity = self._mixture.identity
         self.seed = seed
 
     @property
     def unbiased(self) -> bool:
-        """Whether the expectation of the targets is the teacher's distribution, or the mixture."""
+        """Whether the expectation of the targets is the distribution of the teacher or mixture."""
         return self._mixture.unbiased
 
     @property
@@ -158,7 +158,8 @@ class CacheDataset(Dataset[CachedWindow]):
         """Return the only cache of the dataset.
 
         Args:
-            done: participle of the operation that requires one cache, for the message: "shown".
+            done: past participle of the operation that requires one cache, such as "shown"; for the
+                message.
 
         Raises:
             InvalidArgumentError: the dataset mixes several caches.
@@ -223,8 +224,8 @@ class CacheDataset(Dataset[CachedWindow]):
             request: request for the window.
             window_index: index of the window in the corpus.
             shift: offset of the subset of rounds, as a share of the number of subsets. The teachers
-                of a window have different offsets: with equal subsets, similar teachers whose
-                caches were drawn with the same seed would have correlated noise.
+                of a window have different offsets, because with equal subsets the noise of similar
+                teachers would be correlated if their caches were drawn with the same seed.
         """
         if rounds == targets.rounds:
             return targets
@@ -237,7 +238,7 @@ class CacheDataset(Dataset[CachedWindow]):
 
 
 def _open(path: Location, copy: CopyFolder | None) -> Cache:
-    """Open a cache with at least one finished shard, with local copies if it is at a URL."""
+    """Open a cache that has a finished shard, with local copies if the cache is at a URL."""
     storage = storage_at(path)
     if is_url(path):
         storage = LocalCopy(storage, copy or CopyFolder.default())
@@ -258,8 +259,8 @@ class TextDataset(Dataset[TextWindow]):
         corpus: packed corpus.
         holdout: whether to read the held-out windows; otherwise the training windows.
         limit: largest number of windows; None for all.
-        corruption: corruption of the windows for the evaluation of masked language models, which
-            is the same each time a window is read; None for causal models.
+        corruption: corruption of the windows, for evaluating masked language models. It is the same
+            each time a window is read. None for causal models.
     """
 
     def __init__(
@@ -292,9 +293,10 @@ class TextDataset(Dataset[TextWindow]):
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
-    """Return the number of rounds whose thinned targets are closest to a budget of entries.
+    """Return the number of rounds to which to thin targets for a budget of entries.
 
-    The entries are counted on eight windows spread over the cache.
+    The mean entries after thinning are as close as possible to the budget, as counted on eight
+    windows spread over the cache.
 
     Args:
         dataset: dataset whose targets were drawn in rounds.

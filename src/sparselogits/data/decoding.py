@@ -11,21 +11,21 @@ from sparselogits.store import Cache, Location
 from sparselogits.targets import SparseTargets
 
 _LOCK = Lock()
-"""Lock for open shards, which are not thread-safe, while databases use several threads."""
+"""Lock for open shards, which are not thread-safe; databases may decode in several threads."""
 
 
 def decode(row: Mapping[str, Any], cache: CacheDataset | Cache | Location) -> SparseTargets:
-    """Decode the targets of a row of a cache that was read by another tool.
+    """Decode the targets of a cache's row that another tool has read.
 
-    The cache is required because its identity contains the numbers of ids and rounds, and the
-    footer of the shard contains the coding tables of its rows.
+    The cache is required because its identity contains the vocabulary size and the number of
+    rounds, and the footer of the shard contains the coding tables of its rows.
 
     Args:
         row: columns by name, as a dict, a pandas Series or any other mapping: `window_index`,
             `tokens`, `mask` and `targets`. If all columns are present, the checksum of the row is
             verified.
-        cache: the cache of the row. To decode many rows, pass an open cache, because a path is
-            opened at each call.
+        cache: the cache that contains the row. To decode many rows, pass an open cache, because a
+            path is opened at each call.
 
     Returns:
         The targets of the window's L positions.

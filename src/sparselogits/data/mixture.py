@@ -86,7 +86,7 @@ class Mixture:
 
     @property
     def identity(self) -> Identity:
-        """Identity of the cache; for a mixture, an identity of the caches and the weights."""
+        """Identity of the cache; for a mixture, an identity derived from the caches and weights."""
         if len(self.caches) == 1:
             return self.caches[0].identity
         identities = [cache.identity for cache in self.caches]
@@ -116,7 +116,7 @@ class Mixture:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the targets are unbiased, which is the same for all caches."""
+        """Whether the targets are unbiased; this is equal for all caches."""
         return from_parameters(self.caches[0].identity.sampler).unbiased
 
     @property
@@ -160,11 +160,12 @@ class Mixture:
 
 @lru_cache(maxsize=1024)
 def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> tuple[int, ...]:
-    """Divide a number of rounds among the teachers of a window.
+    """Divide a total number of rounds among the teachers of a window.
 
     Every teacher gets one round. Each further round is assigned to the teacher for which it reduces
     sum_m w_m^2 / n_m most, which is the variance of the mixture if the rounds of all teachers have
-    the same variance. The result is about n_m = rounds * w_m, but at most the cached rounds.
+    the same variance. The resulting numbers n_m are about rounds * w_m, but at most the numbers of
+    cached rounds.
 
     Args:
         rounds: total number of rounds per position.
@@ -300,7 +301,7 @@ def _require_same_settings(one: Cache, other: Cache) -> None:
 
 
 def _recorded_tokenizer(cache: Cache) -> dict[str, Any]:
-    """Return the tokenizer in a cache's provenance, with empty values for values of other types."""
+    """Return the tokenizer in a cache's provenance; values of unexpected types become empty."""
     provenance = cache.recorded_tokenizer()
     recorded = provenance if isinstance(provenance, dict) else {}
     ids, roles = recorded.get("ids"), recorded.get("roles")
@@ -331,7 +332,7 @@ def _require_same_text(one: Cache, other: Cache) -> None:
 
 
 def _require_same_window(one: Cache, here: WindowRecord, other: Cache, there: WindowRecord) -> None:
-    """Validate that a window of two caches is the same text. Raises IdentityMismatchError."""
+    """Validate that two caches have the same text in a window. Raises IdentityMismatchError."""
     what = "text"
     if np.array_equal(here.tokens, there.tokens):
         what = "documents"

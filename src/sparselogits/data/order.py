@@ -25,7 +25,7 @@ _FEISTEL_ROUNDS = 6
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """Index of a window with the thinning of its targets, which `WindowSampler` yields.
+    """Request for a window and the thinning of its targets; yielded by `WindowSampler`.
 
     Args:
         index: index of the window in the dataset.
@@ -45,7 +45,7 @@ class WindowOrder:
     Args:
         windows: number of windows, at least 1.
         seed: random seed; different seeds give unrelated orders.
-        identity: fingerprint of the cache, which is stored in checkpoints and compared on resuming.
+        identity: fingerprint of the cache, to be stored in checkpoints and compared on resuming.
 
     Raises:
         InvalidArgumentError: `windows` is below 1.
@@ -96,17 +96,18 @@ class WindowSampler(Sampler[WindowRequest]):
     """Sampler for torch's DataLoader that yields one rank's share of an order.
 
     Rank r of R yields positions r, r + R, r + 2 R, ... Every rank yields the same number of
-    windows, so that ranks that synchronise at every step finish together: up to R - 1 windows are
-    skipped at the end of an epoch, different ones in each epoch. With `drop_last=False` every
-    window is visited, and some ranks yield one window more than others.
+    windows, so that ranks that synchronise at every step finish together. Up to R - 1 windows are
+    therefore skipped at the end of an epoch, different ones in each epoch. With `drop_last=False`
+    every window is visited, and some ranks yield one window more than others.
 
     Args:
         order: order of the windows.
         rank: rank of this process; 0 if a Trainer distributes the windows.
         world_size: number of ranks.
-        drop_last: whether to skip the last windows of an epoch if there are fewer than ranks.
+        drop_last: whether to skip the last windows of an epoch if they are fewer than the ranks.
         thinning: schedule of the number of rounds; None for all cached rounds.
-        pace: maps positions to optimiser steps; required if the schedule has several stages.
+        pace: mapping from positions to optimiser steps; required if the schedule has several
+            stages.
 
     Raises:
         InvalidArgumentError: the rank is not in [0, world_size), or a schedule of several stages
@@ -154,7 +155,7 @@ class WindowSampler(Sampler[WindowRequest]):
             yield self._request(position)
 
     def _request(self, position: int) -> WindowRequest:
-        """Return the window at a position of the current epoch, with its thinning."""
+        """Return the request for the window at a position of the current epoch."""
         index = self.order[self.epoch, position]
         if self.thinning is None:
             return WindowRequest(index, self.epoch)

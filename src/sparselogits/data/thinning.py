@@ -4,7 +4,7 @@ A cache with N rounds per position can be thinned without bias to any smaller nu
 `SparseTargets.thin`), and a `Schedule` varies this number during training. The subset of rounds
 depends on (seed, epoch, window), and their number on the optimiser step that trains on the window.
 That step is computed from the position of the window in the order, so that DataLoader workers that
-read ahead and resumed runs compute the same.
+read ahead, and runs that resume, compute the same number.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Schedule:
         Args:
             cached: number of cached rounds per position, over all mixed caches; None if a cache
                 was not drawn in rounds.
-            teachers: largest number of teachers in a window, each of which requires a round.
+            teachers: largest number of teachers in a window. Each teacher requires at least one
+                round.
 
         Raises:
             InvalidArgumentError: the targets were not drawn in rounds, or a stage has more rounds
@@ -159,7 +160,7 @@ class Pace:
 
 
 def _require_sound(stage: Stage, *, last: bool) -> None:
-    """Validate a stage, of which only the last one may lack an end. Raises InvalidArgumentError."""
+    """Validate a stage; only the last stage may lack an end. Raises InvalidArgumentError."""
     if stage.rounds < 1:
         raise InvalidArgumentError(f"a stage has at least one round, found {stage.rounds}")
     if stage.until is not None and stage.until_step is not None:

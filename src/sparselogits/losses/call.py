@@ -1,4 +1,4 @@
-"""Validate the tensors of one call of a loss, and attach the computed gradients to them.
+"""Validate the tensors of one call of a loss, and attach the computed gradients to the loss.
 
 Every loss starts with `prepare` and ends with `Call.finish`. Sums and gradients are computed in
 between, without autograd. No function here synchronises with the device.
@@ -23,7 +23,7 @@ class LossParts(NamedTuple):
 
     Attributes:
         loss: (1 - alpha) * kd + alpha * ce, 0-dimensional, differentiable.
-        kd: cross-entropy to the target, or the divergence of a dense loss; reduced like the loss,
+        kd: cross-entropy to the target, or for a dense loss the divergence; reduced like the loss,
             0-dimensional, detached.
         ce: cross-entropy to the label for any alpha; reduced like the loss, 0-dimensional,
             detached. None without labels.
@@ -35,7 +35,7 @@ class LossParts(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Tensors from which logits are computed, and which receive gradients.
+    """Tensors from which logits are computed and to which gradients flow.
 
     Attributes:
         input: hidden states [..., D], or logits [..., V] if `weight` is None.
@@ -49,12 +49,13 @@ class Operands(NamedTuple):
 
 
 class LossAndGradients(NamedTuple):
-    """Weighted sums over rows, before the reduction, and gradients of (1 - alpha) kd + alpha ce.
+    """Weighted loss sums over rows, before the reduction, and gradients of the mixed loss.
 
     Attributes:
         kd: sum of row_weight * kd, 0-dimensional.
         ce: sum of row_weight * ce, 0-dimensional.
-        gradients: gradients with respect to the `Operands`; None for those not requested.
+        gradients: gradients of the sum of row_weight * ((1 - alpha) kd + alpha ce) with respect to
+            the `Operands`; None for those not requested.
     """
 
     kd: Tensor
@@ -72,7 +73,7 @@ class Call:
         weights: target weights [N, K], in the dtype given.
         row_weight: [N], in the accumulation dtype; 0 for rows excluded from the loss.
         label: int64 [N], 0 for ignored rows; None without labels.
-        factor: factor of the reduction, by which sums over rows are multiplied, 0-dimensional.
+        factor: 0-dimensional; the reduction multiplies sums over rows by this factor.
         criterion: options of the loss.
     """
 
@@ -86,7 +87,7 @@ class Call:
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
-        """Whether input, weight and bias require a gradient, evaluated in the current grad mode."""
+        """Whether input, weight and bias require a gradient in the current grad mode."""
         input, weight, bias = self.operands  # noqa: A001
         return _needs(input), _needs(weight), _needs(bias)
 

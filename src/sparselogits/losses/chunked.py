@@ -10,13 +10,13 @@ copy, which receives the rounded contribution of a chunk).
 
 Precision: float64 input is computed in float64, float32 input in float32. For bfloat16 and float16,
 softmax, sums and losses are float32. On CUDA the products also return logits and weight gradients
-in float32. On a CPU such products do not exist: logits and each chunk's contribution to the weight
-gradient are rounded to the input's dtype once, as in `F.linear`, and contributions are added in
-float32.
+in float32. PyTorch has no such products on a CPU: logits and each chunk's contribution to the
+weight gradient are rounded to the input's dtype once, as in `F.linear`, and contributions are added
+in float32.
 
 No function here synchronises with the device. Chunk sizes depend on shapes and on an accelerator's
-total memory, not on its free memory, because a resumed run is bitwise equal only if it adds in the
-same order.
+total memory, not on its free memory, because a resumed run has bitwise equal results only if it
+adds in the same order.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def loss_and_gradients(
     needs: Needs,
     chunk_rows: int | None = None,
 ) -> LossAndGradients:
-    """Compute loss sums over N rows and their gradients, without autograd and autocast.
+    """Compute loss sums over N rows and their gradients, without autograd or autocast.
 
     Args:
-        operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V].
-            For given logits, one tensor of their size is allocated: their gradient.
+        operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V]. For
+            given logits, one tensor of their size is allocated for their gradient.
         row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 for rows excluded from the loss.
         losses_of: computes the losses of a chunk.
         needs: gradients to compute.
@@ -97,7 +97,7 @@ def _of_head(
     needs: Needs,
     chunk_rows: int | None,
 ) -> LossAndGradients:
-    """Compute `loss_and_gradients` for a head."""
+    """Compute `loss_and_gradients` from the hidden states and weight of a head."""
     N, V = input.shape[0], weight.shape[0]
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, input.device, input.dtype))
     logits, g = _chunk_buffers(input, rows, V)
@@ -140,7 +140,7 @@ def _of_logits(
     needs_grad: bool,
     chunk_rows: int | None,
 ) -> LossAndGradients:
-    """Compute `loss_and_gradients` for given logits."""
+    """Compute `loss_and_gradients` from given logits."""
     N, V = logits.shape
     rows = _balanced(N, chunk_rows or default_chunk_rows(N, V, logits.device, logits.dtype))
     kd, ce = row_weight.new_zeros(()), row_weight.new_zeros(())
@@ -159,7 +159,7 @@ def _of_logits(
 
 
 def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
-    """Compute the loss of sparse targets by the implementation "chunked" or "triton".
+    """Compute the loss of sparse targets with the implementation "chunked" or "triton".
 
     Under `torch.compile` the computation is one opaque operator, so memory and the order of
     additions are the same as in eager mode, and the graph does not depend on the number of chunks.
@@ -201,7 +201,7 @@ def _sparse_sums(
 
 
 def _schema() -> str:
-    """Return the operator's schema, whose arguments are the fields of three value classes."""
+    """Return the operator's schema; its arguments are the fields of three value classes."""
     types = {"float": "float", "float | None": "float?", "int": "SymInt", "int | None": "SymInt?"}
     tensors = [
         f"Tensor{'?' if name in value._field_defaults else ''} {name}"
@@ -216,7 +216,7 @@ def _schema() -> str:
 def _unflattened(
     arguments: Iterable[Any],
 ) -> tuple[Operands, RowTargets, Criterion, bool, Needs]:
-    """Rebuild the value classes from the operator's arguments, which are their fields in order."""
+    """Rebuild the value classes from their fields, which are the operator's arguments in order."""
     left = iter(arguments)
     operands = Operands(*(next(left) for _ in Operands._fields))
     targets = RowTargets(*(next(left) for _ in RowTargets._fields))
@@ -226,7 +226,7 @@ def _unflattened(
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    """Compute the operator: kd, ce and three gradients, which are empty if not requested."""
+    """Compute the operator's results: kd, ce and three gradients, empty if not requested."""
     operands, targets, criterion, with_ce, needs = _unflattened(arguments)
     kd, ce, gradients = _sparse_sums(operands, targets, criterion, with_ce, needs)
     empty = (operands.input.new_empty(0) if g is None else g for g in gradients)
@@ -251,10 +251,10 @@ def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which gradients are stored between forward and backward.
+    """Return the dtype in which gradients are stored between forward and backward passes.
 
-    It is float32 for float16, where gradients would underflow before backward applies the loss
-    scale.
+    For float16 it is float32, because float16 gradients would underflow before the backward pass
+    applies the loss scale.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -263,10 +263,11 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
     """Return the number of rows per chunk.
 
     On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory (of 16 GiB if the
-    device is not CUDA), but from 64 MiB to 1 GiB, which is enough for products at full speed. On a
-    CPU a chunk takes 64 MiB, but at most half of the rows, because the page faults of a new buffer
-    are amortised only over several chunks, and at least 256 rows (512 in low precision), because
-    each chunk repacks the weight for its products and adds to the weight's gradient.
+    device is not CUDA), limited to the range from 64 MiB to 1 GiB. Chunks of this size are enough
+    for products at full speed. On a CPU a chunk takes 64 MiB, but at most half of the rows, because
+    the page faults of a new buffer are amortised only over several chunks, and at least 256 rows
+    (512 in low precision), because each chunk repacks the weight for its products and adds to the
+    weight's gradient.
 
     Args:
         rows: number of rows of the call.
@@ -303,7 +304,7 @@ def _chunk_buffers(input: Tensor, rows: int, vocab_size: int) -> tuple[Tensor, T
 
 
 def _weight_gradient(weight: Tensor, kept: torch.dtype, chunks: int) -> Tensor:
-    """Return a buffer for the weight's gradient, zeros if there are no chunks."""
+    """Return a buffer for the weight's gradient, filled with zeros if there are no chunks."""
     if chunks == 0:
         return torch.zeros_like(weight, dtype=kept)
     low = weight.dtype in _LOW_PRECISION and chunks > 1

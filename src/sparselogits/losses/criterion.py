@@ -1,4 +1,4 @@
-"""Define the options of the loss, which all its functions take as one frozen value.
+"""Define the options of the loss as one frozen value, which all loss functions take.
 
 With the raw logits a = x W^T + b of one position, the loss of that position is
 
@@ -7,7 +7,7 @@ With the raw logits a = x W^T + b of one position, the loss of that position is
     ce   = cross-entropy of the label to softmax(z)
     loss = (1 - alpha) * kd + alpha * ce
 
-The scale comes first, the softcap second. No model in transformers has both: Gemma 2 and 3 have
+The scale is applied before the softcap. No model in transformers has both: Gemma 2 and 3 have
 `final_logit_softcapping` (here `logit_softcap`), Cohere multiplies by `logit_scale`, Granite
 divides by `logits_scaling` (pass its inverse as `logit_scale`).
 """
@@ -41,12 +41,12 @@ class Criterion:
         temperature: positive divisor of the student's logits in the KD part only. The loss is not
             multiplied by the square of the temperature.
         ignore_index: label of rows that are excluded from the loss, including its KD part.
-        reduction: "mean" divides the sum over rows by the sum of the weights of all rows that are
-            not excluded, and is 0 if all are; "sum" does not divide.
+        reduction: "mean" divides the sum over rows by the sum of the weights of the rows that are
+            not excluded; the loss is 0 if all rows are excluded. "sum" does not divide.
         impl: "chunked" (any device), "triton" (CUDA), "reference" (plain autograd over whole
             logits) or "auto", which selects "chunked".
-        chunk_rows: number of rows whose logits exist at the same time. None derives it from the
-            shapes, the dtype and an accelerator's total memory.
+        chunk_rows: number of rows whose logits exist at the same time. None to derive the number
+            from the shapes, the dtype and an accelerator's total memory.
 
     Raises:
         InvalidArgumentError: a number is out of range, or a name is unknown.
@@ -141,7 +141,7 @@ class Criterion:
 _NAMES = tuple(field.name for field in fields(Criterion))
 
 PLAIN = Criterion()
-"""The default options: cross-entropy to the target, averaged over rows."""
+"""Default options: cross-entropy to the target, averaged over rows."""
 
 
 def require_rule_for(rule: MissingMass, *, unbiased: bool) -> None:

@@ -1,9 +1,9 @@
 """Compute dense distillation losses with an online teacher, as baselines for sparse targets.
 
-The teacher is given as hidden states and head, so the logits of both models exist one chunk of rows
-at a time. A divergence is a subclass of `Divergence` with one method; chunks, cross-entropy to
-labels, scale, softcap and temperature are shared code. With u and v the logits of student and
-teacher divided by the temperature, s and p their softmax:
+The teacher is given as hidden states and head, so the logits of both models exist for only one
+chunk of rows at a time. A divergence is a subclass of `Divergence` with one method; chunks,
+cross-entropy to labels, scale, softcap and temperature are shared code. With u and v the logits of
+student and teacher divided by the temperature, s and p their softmax:
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)
@@ -11,10 +11,10 @@ teacher divided by the temperature, s and p their softmax:
                      as in TRL's GKD                     d/du = (1 - beta) s (r - <s, r>),
                                                          r = log s - log m
 
-The sparse loss is the cross-entropy to p: forward_kl plus the teacher's entropy, with the same
-gradient. Ids outside the teacher's vocabulary (which may be smaller than the student's) or excluded
-by `token_mask` have p = 0. reverse_kl would then be infinite, so for reverse_kl s is the student's
-distribution restricted to the ids with p > 0.
+The sparse loss is the cross-entropy to p, which equals forward_kl plus the teacher's entropy and
+has the same gradient. Ids outside the teacher's vocabulary (which may be smaller than the
+student's) or excluded by `token_mask` have p = 0. reverse_kl would then be infinite, so its s is
+the student's distribution restricted to the ids with p > 0.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class JensenShannon(Divergence):
     """Generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024).
 
     Args:
-        beta: share of the teacher in the mixture m, in (0, 1).
+        beta: share of the teacher's distribution in the mixture m, in (0, 1).
 
     Raises:
         InvalidArgumentError: beta is not in (0, 1).
@@ -117,7 +117,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """Last hidden states and head of a teacher, which receive no gradients.
+    """Teacher's last hidden states and head, which receive no gradients.
 
     Args:
         hidden: hidden states [N, Dt], one row per row of the student.
@@ -125,7 +125,7 @@ class TeacherHead:
         bias: bias [Vt] of the head; None without one.
         logit_softcap: bound of the teacher's logits after scaling; None for no bound.
         logit_scale: factor of the teacher's logits.
-        token_mask: bool [Vt], True for ids that are tokens; None if all are.
+        token_mask: bool [Vt], True for valid token ids; None if all ids are valid.
     """
 
     hidden: Tensor
@@ -172,7 +172,7 @@ def linear_dense_kd(
         linear_weight: head of the student [V, D] in the same dtype.
         teacher: hidden states of the teacher for the same N rows, and its head.
         divergence: a `Divergence`, or a key of `DIVERGENCES`.
-        beta: share of the teacher in the mixture of "jensen_shannon"; None for 1/2.
+        beta: share of the teacher's distribution in the mixture of "jensen_shannon"; None for 1/2.
         labels: int64 [N]; rows labelled `ignore_index` are excluded. None without labels.
         linear_bias: bias [V] of the student's head; None without one.
         position_weights: float [N], weight of each row; None for ones.
@@ -223,7 +223,7 @@ def linear_dense_kd(
 
 @dataclass(frozen=True)
 class _DenseLosses:
-    """Losses of a dense teacher for any divergence, as `chunked.ChunkLosses`.
+    """Losses of a dense teacher for any divergence; implements `chunked.ChunkLosses`.
 
     Args:
         teacher: hidden states and head of the teacher.
@@ -290,13 +290,13 @@ class _DenseLosses:
 
 
 def _log_softmax(v: Tensor, vocab_size: int) -> Tensor:
-    """Return log-probabilities [R, vocab_size] of logits [R, Vt], -inf for ids of Vt and above."""
+    """Return log-probabilities [R, vocab_size] of logits [R, Vt]; -inf for the ids from Vt on."""
     log_p = torch.log_softmax(v, 1)
     return F.pad(log_p, (0, vocab_size - v.shape[1]), value=-torch.inf)
 
 
 def _named(name: str, beta: float | None) -> Divergence:
-    """Create the divergence with a name. Raises InvalidArgumentError for an unknown name."""
+    """Create the divergence with the given name. Raises InvalidArgumentError if it is unknown."""
     if name not in DIVERGENCES:
         raise InvalidArgumentError(
             f"unknown divergence {name!r}; choose one of {', '.join(DIVERGENCES)}"
@@ -311,7 +311,7 @@ def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 def _check_teacher(student: Operands, teacher: TeacherHead) -> None:
-    """Validate that a teacher has the student's rows and no larger vocabulary."""
+    """Validate that a teacher has as many rows as the student, and no larger vocabulary."""
     assert student.weight is not None
     if teacher.hidden.shape[0] != student.input.shape[0]:
         raise InvalidArgumentError(

@@ -1,8 +1,9 @@
 """Define the sparse loss as functions and as a module.
 
-`linear_sparse_cross_entropy` takes the input and weight of the head, so that logits exist one chunk
-of rows at a time; `sparse_cross_entropy` takes logits. Both resemble `linear_cross_entropy` and
-`cross_entropy` of `torch.nn.functional`. No tensor of the teacher has the vocabulary's size.
+`linear_sparse_cross_entropy` takes the input and weight of the head, so that logits exist for only
+one chunk of rows at a time; `sparse_cross_entropy` takes logits. Both resemble
+`linear_cross_entropy` and `cross_entropy` of `torch.nn.functional`. The teacher's targets are
+sparse, so no tensor for them has the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def linear_sparse_cross_entropy(
     """Compute cross-entropy of `softmax(input @ linear_weight.T)` to sparse targets and to labels.
 
     With z the logits after scale and softcap (`Criterion`), t the target after the missing-mass
-    rule, and y and w the label and the weight of a row:
+    rule, and y and w a row's label and weight:
 
         kd = -sum_i t_i log softmax(z / temperature)_i        ce = -log softmax(z)_y
         loss = sum_rows w ((1 - alpha) kd + alpha ce) / sum_rows w
@@ -66,9 +67,9 @@ def linear_sparse_cross_entropy(
     of its gradient is the gradient of full distillation (docs/theory.md, section 2).
 
     Only `input`, `linear_weight` and `linear_bias` receive gradients. "chunked" and "triton"
-    compute them in the forward pass, so logits exist one chunk of rows at a time; a second backward
-    pass raises. Ids and labels are not validated here, because that would synchronise with the
-    device; an id out of range is an indexing error of the device.
+    compute them in the forward pass, so logits exist for only one chunk of rows at a time, and a
+    second backward pass raises an error. Ids and labels are not validated here, because that would
+    synchronise with the device; an id out of range causes an indexing error on the device.
 
     Args:
         input: hidden states [..., D] before the head, in any floating-point dtype.
@@ -77,7 +78,7 @@ def linear_sparse_cross_entropy(
             ids. K may be 0.
         target_weights: float [..., K], usually float32, with any sum; 0 for padding.
         labels: int64 [...], label of each row. Rows labelled `ignore_index` are excluded from the
-            loss, including its KD part. None without labels, when no row is excluded.
+            loss, including its KD part. None for no labels; no row is then excluded.
         linear_bias: bias [V] in the dtype of `input`; None without one.
         position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss.
@@ -151,7 +152,7 @@ def sparse_cross_entropy(
 ) -> Tensor | LossParts:
     """Compute the loss of `linear_sparse_cross_entropy` from logits.
 
-    One tensor of the size of the logits is allocated: their gradient.
+    One tensor of the size of the logits is allocated for their gradient.
 
     Args:
         logits: [..., V], in any floating-point dtype. If the model has already applied its scale
@@ -247,7 +248,7 @@ class SparseKDLoss(nn.Module):
 
 
 def loss_parts(call: Call, *, with_ce: bool = True) -> LossParts:
-    """Compute the loss by the implementation that the criterion selects.
+    """Compute the loss with the implementation that the criterion selects.
 
     Args:
         call: tensors and options.

@@ -7,7 +7,7 @@ with a temperature other than 1. The input's gradient costs one all-reduce of [N
 in any column-parallel layer.
 
 Sequence-parallel and context-parallel: each rank has some of the positions and the whole head. Only
-the sum of weights and the values of the loss are reduced over ranks. Rows are independent, so
+the sum of row weights and the values of the loss are reduced over ranks. Rows are independent, so
 positions may be permuted (such as the zigzag order of ring attention) if hidden states, targets and
 labels are permuted alike. Megatron's [sequence, batch, ...] layout requires no transposition: pass
 targets in that layout, too.
@@ -46,16 +46,16 @@ class VocabularySlice(Vocabulary):
     group: dist.ProcessGroup | None = None
 
     def block_rows(self, logits: Tensor) -> int:
-        """Return the number of all rows, because each block would need its own all-reduces."""
+        """Return the number of all rows, because smaller blocks would require more all-reduces."""
         return max(1, logits.shape[0])
 
     def gather(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Return the values [R, E] at ids of the whole vocabulary, int64 [R, E]."""
+        """Return the values [R, E] at int64 ids [R, E], which may be on any rank."""
         local, is_local = self._local(ids, logits.shape[1])
         return self._reduce(torch.where(is_local, logits.gather(1, local), 0.0), dist.ReduceOp.SUM)
 
     def add_at_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
-        """Add values [R, E] in place at those ids [R, E] whose columns are on this rank."""
+        """Add values [R, E] in place at the ids [R, E] whose columns are on this rank."""
         local, is_local = self._local(ids, logits.shape[1])
         logits.scatter_add_(1, local, torch.where(is_local, values, 0.0))
 
@@ -68,14 +68,14 @@ class VocabularySlice(Vocabulary):
         return self._reduce(super().sum(logits), dist.ReduceOp.SUM)
 
     def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """Replace logits by the softmax over all ranks' columns; return its maximum, [R, 1]."""
+        """Replace logits by the softmax over all ranks; return its largest value, [R, 1]."""
         exponentials = logits.sub_(maximum).exp_()
         largest = self.sum(exponentials).reciprocal()
         exponentials.mul_(largest)
         return largest
 
     def _local(self, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Return the local columns of ids (0 for other ids), and whether they are on this rank."""
+        """Return the local columns of ids (0 for other ranks' ids), and whether each is local."""
         local = ids - self.first_id
         is_local = (local >= 0) & (local < width)
         return torch.where(is_local, local, 0), is_local
@@ -169,13 +169,13 @@ def sequence_parallel_sparse_cross_entropy(
     criterion: Criterion = PLAIN,
     **options: Any,
 ) -> LossParts:
-    """Compute `linear_sparse_cross_entropy` over the positions of all ranks.
+    """Compute `linear_sparse_cross_entropy` with the positions divided among ranks.
 
     Args:
-        input: hidden states [..., D] of this rank's rows, whose number may be 0 and may differ
-            between ranks.
-        linear_weight: whole head [V, D]. Its gradient is this rank's contribution: sum the
-            gradients over the group (data parallelism averages instead).
+        input: hidden states [..., D] of this rank's rows. The number of rows may be 0 and may
+            differ between ranks.
+        linear_weight: whole head [V, D]. Its gradient is this rank's contribution, so sum the
+            gradients over the group (data parallelism averages them instead).
         target_ids: int64 [..., K] of this rank's rows.
         target_weights: float [..., K]; 0 for padding.
         group: process group; None for all ranks.

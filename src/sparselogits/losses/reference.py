@@ -1,6 +1,6 @@
 """Compute the loss by plain autograd over dense targets, as a reference for tests.
 
-The cost is several [N, V] tensors, so use it for tests and small vocabularies.
+This allocates several [N, V] tensors, so use it only for tests and small vocabularies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compute the loss of a block of rows, and replace the logits by their gradient.
 
 The computation takes four passes over the rows (maximum, softmax in place, maximum, scaling) and
-sparse corrections at the stored ids. The second maximum is the largest probability; minus its
-logarithm is the logsumexp relative to the largest logit, so no exponential is computed twice. The
-row's maximum is subtracted before any other operation, so logits of 1e4 lose no precision in
+sparse corrections at the stored ids. The second maximum is the largest probability. The negative of
+its logarithm is the logsumexp relative to the largest logit, so no exponential is computed twice.
+The row's maximum is subtracted before any other operation, so logits of 1e4 lose no precision in
 float32. No other tensor of the rows' size is allocated, except the derivative of a softcap, and a
 copy if target and label require softmaxes at different temperatures.
 
@@ -34,7 +34,7 @@ _BLOCK_ELEMENTS = 2**21  # 8 MiB of float32, which stay in a CPU's cache between
 class Vocabulary:
     """Reductions and indexing of logits [R, V] along the vocabulary.
 
-    The subclass `parallel.VocabularySlice` is for columns that are divided among ranks.
+    The subclass `parallel.VocabularySlice` supports columns that are divided among ranks.
     """
 
     def block_rows(self, logits: Tensor) -> int:
@@ -70,12 +70,12 @@ class Vocabulary:
 
 
 WHOLE = Vocabulary()
-"""The vocabulary whose columns are all on this rank."""
+"""Vocabulary with all columns on this rank."""
 
 
 @dataclass(frozen=True)
 class SparseLosses:
-    """Losses of sparse targets in torch operations, as `chunked.ChunkLosses`.
+    """Losses of sparse targets in torch operations; implements `chunked.ChunkLosses`.
 
     Args:
         targets: targets of all N rows.
@@ -202,7 +202,7 @@ def transform_(
 
 
 class _Softmax(NamedTuple):
-    """Values from which losses and gradients follow after logits are replaced by their softmax.
+    """Values needed for losses and gradients after logits have been replaced by their softmax.
 
     The softmax is over all ids; with a ghost class, over all ids that are not stored. Logits are
     relative to the row's maximum over all ids.
@@ -213,7 +213,7 @@ class _Softmax(NamedTuple):
         log_rest: logsumexp over the ids of the softmax, [R, 1].
         log_sum: logsumexp over all ids, [R, 1].
         total: sum of all logits, [R, 1]; None without smoothing.
-        ghost: mass of the ghost class, 0 if all ids are stored, [R, 1]; None without one.
+        ghost: mass of the ghost class, [R, 1], 0 if all ids are stored; None without a ghost class.
     """
 
     values: Tensor | None

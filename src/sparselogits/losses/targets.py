@@ -1,4 +1,4 @@
-"""Apply the missing-mass rules, and convert targets to the input of the row losses.
+"""Apply the missing-mass rules, and convert targets to the input for the row losses.
 
 With t the stored weights of a position, V the student's vocabulary size and m = max(0, 1 - sum t)
 the missing mass (RS-KD paper, section 3), the target of each rule is:
@@ -10,7 +10,7 @@ the missing mass (RS-KD paper, section 3), the target of each rule is:
                    mass on them, the gradient is s - t on stored ids and s (1 - m / M) on the others
     ground_truth   t, and mass m on the label
 
-The cost is a few [N, K] temporaries.
+A few temporary tensors [N, K] are allocated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class RowTargets(NamedTuple):
 
     Attributes:
         ids: int64 [N, E].
-        weights: [N, E]; 0 for padding. With "ground_truth" the last column is the label's.
+        weights: [N, E]; 0 for padding. With "ground_truth" the last column belongs to the label.
         row_weight: [N]; 0 for rows excluded from the loss (ignored label or position weight 0).
         mass: total mass of the target after the missing-mass rule, [N].
         label: int64 [N], 0 for ignored rows; None without labels.
-        ghost: mass of the ghost class, [N]; None without one.
+        ghost: mass of the ghost class, [N]; None without a ghost class.
         spread: mass added to every id of the vocabulary, [N]; None without smoothing.
     """
 
@@ -68,7 +68,7 @@ def place_missing_mass(
         ids: int64 [N, K]; padding has weight 0 and any valid id.
         weights: float [N, K].
         row_weight: [N], in the accumulation dtype.
-        label: int64 [N]; None without labels, which "ground_truth" requires.
+        label: int64 [N], required by "ground_truth"; None without labels.
         rule: name of the rule.
         vocab_size: vocabulary size V of the student.
 

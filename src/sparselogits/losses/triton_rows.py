@@ -1,15 +1,15 @@
-"""Compute the loss of a chunk of rows by one Triton kernel, which fuses `rows.py` for CUDA.
+"""Compute the loss of a chunk of rows in one Triton kernel: a fused `rows.py` for CUDA.
 
 The kernel reads the chunk twice and writes it once; torch operations access it about ten times. The
 matrix products are still computed by cuBLAS.
 
 One program computes one row. It reads the logits of the stored ids, passes over the row once for
 maximum and sums (online softmax) and once more to write the gradient, and writes the entries at the
-stored ids last, with sparse corrections from registers. Without atomics and with one rounding per
-entry, results are bitwise reproducible.
+stored ids last, with sparse corrections from registers. Results are bitwise reproducible, because
+the kernel uses no atomics and rounds each entry once.
 
-The kernel computes in float32; for float64 use "chunked". It also runs in Triton's interpreter on a
-CPU (TRITON_INTERPRET=1), slowly.
+The kernel computes in float32; for float64 use the implementation "chunked". It also runs in
+Triton's interpreter on a CPU (TRITON_INTERPRET=1), slowly.
 """
 
 # Triton parses the source of the kernel's functions: arguments cannot be annotated, constants are
@@ -40,7 +40,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class TritonLosses:
-    """Losses of sparse targets with one kernel launch per chunk, as `chunked.ChunkLosses`.
+    """Losses of sparse targets in one kernel launch per chunk; implements `chunked.ChunkLosses`.
 
     Args:
         targets: targets of all N rows, float32.
@@ -48,7 +48,7 @@ class TritonLosses:
         with_ce: whether to compute ce.
 
     Raises:
-        InvalidArgumentError: the targets are float64, because the input is.
+        InvalidArgumentError: the targets are float64, as they are for float64 input.
     """
 
     targets: RowTargets

@@ -5,9 +5,9 @@ probability q_i proportional to p_i * norm_i ** token_power, where norm_i is the
 the student's unembedding. The weights are exact importance weights, so the expectation of the
 targets is p for every student.
 
-Cost: the cost of the signal. Because the number of rounds varies, targets store weights instead of
-counts and cannot be thinned; experiments/samplers_at_equal_bytes.py compares this cost with the
-reduction of noise.
+Cost: computing the signal, and larger targets. Because the number of rounds varies, targets store
+weights instead of counts and cannot be thinned. experiments/samplers_at_equal_bytes.py compares the
+noise at equal size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sparselogits.targets import SparseTargets
 
 _LARGEST_FACTOR = 8
-"""Largest number of rounds of a position, in multiples of `nominal_rounds`."""
+"""Largest number of rounds per position, as a multiple of `nominal_rounds`."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class NamedSignal:
 
 @dataclass(frozen=True)
 class Adaptive(Sampler):
-    """Sampler of systematic rounds whose number and proposal depend on a student.
+    """Sampler of systematic rounds; their number and proposal depend on a student.
 
     Args:
-        signal: the student's learning signal: `StudentSignal.of(student)`, or a `NamedSignal`,
-            whose student `ready` loads.
+        signal: the student's learning signal: `StudentSignal.of(student)`, or a `NamedSignal`, for
+            which `ready` loads the student.
         nominal_rounds: number of rounds at a position whose signal equals `reference`. Other
             positions get from 1 to 8 * nominal_rounds rounds.
         reference: signal at which nominal_rounds rounds are drawn; None for the mean signal on
@@ -124,7 +124,7 @@ class Adaptive(Sampler):
 
     @classmethod
     def declared(cls) -> dict[str, Parameter]:
-        """Return the declared fields by name, with the fields of `NamedSignal` in place of it."""
+        """Return the declared fields by name, with those of `NamedSignal` in place of `signal`."""
         own, named = declared_by(cls), declared_by(NamedSignal)
         first = {name: own.pop(name) for name in ("nominal_rounds", "reference")}
         return {"student": named["student"], **first, "signal": named["signal"], **own}
@@ -179,7 +179,7 @@ class Adaptive(Sampler):
         return super().left_open(budget) + (("reference",) if self.reference is None else ())
 
     def fitted(self, pilot: Pilot, budget: float | None) -> Adaptive:
-        """Return the sampler with `reference` and, for a budget, `nominal_rounds` set."""
+        """Return the sampler with `reference` and, given a budget, `nominal_rounds` fitted."""
         import torch
 
         sampler = self.ready()
@@ -219,9 +219,9 @@ class Adaptive(Sampler):
         return SparseTargets(ids, weights.to(torch.float32), offsets, logits.shape[1], check=False)
 
     def _rounds_at(self, student: StudentSignal, logits: Tensor) -> Tensor:
-        """Return the number of rounds of each position, int64 [P].
+        """Return the number of rounds per position, int64 [P].
 
-        The numbers must not depend on the uniforms: that would bias the targets.
+        The numbers must not depend on the uniforms, because the targets would then be biased.
         """
         import torch
 

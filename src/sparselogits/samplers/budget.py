@@ -1,4 +1,4 @@
-"""Convert a budget (mean entries per position) to a sampler's parameters, on pilot windows.
+"""Fit a sampler's parameters to a budget (mean entries per position) on pilot windows.
 
 Some samplers compute their expected number of entries by a formula: a token with proposal
 probability q is drawn in N systematic rounds with probability min(1, N q), and in N independent
@@ -44,7 +44,7 @@ class PilotSlice:
 
 
 class Pilot:
-    """Pilot windows, spread over the corpus, whose logits are computed when they are first needed.
+    """Pilot windows, spread over the corpus; their logits are computed when they are first needed.
 
     Args:
         windows: one function per window, which returns the slices of that window.
@@ -72,10 +72,11 @@ class Pilot:
         return [part for read in chosen for part in read()]
 
     def entries(self, inclusion: Callable[[Tensor], Tensor], exponent: float = 1.0) -> float:
-        """Return the expected entries per position: the summed inclusion probabilities of tokens.
+        """Return the expected entries per position, computed from inclusion probabilities.
 
         Args:
-            inclusion: function from proposal probabilities to inclusion probabilities, float64 [B].
+            inclusion: function that maps proposal probabilities to inclusion probabilities, float64
+                [B].
             exponent: exponent of the teacher's probability in the proposal.
 
         Raises:
@@ -97,7 +98,7 @@ class Pilot:
         return total / max(1, positions)
 
     def _compute_histogram(self, exponent: float) -> tuple[Tensor, Tensor]:
-        """Return the tokens per position and the mean probability of each bin, float64 [B] each."""
+        """Return each bin's tokens per position and mean proposal probability, float64 [B] each."""
         bins = _PER_OCTAVE * _OCTAVES
         count = torch.zeros(bins, dtype=torch.float64)
         mass = torch.zeros(bins, dtype=torch.float64)
@@ -170,7 +171,7 @@ def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
 
 
 def _proposal(logits: Tensor, exponent: float) -> Tensor:
-    """Return the proposal probabilities of logits [P, V], float64 [P V]."""
+    """Return the proposal probabilities for logits [P, V], float64 [P * V]."""
     scaled = logits.double()
     scaled = scaled.masked_fill(scaled > -torch.inf, 0) if exponent == 0 else scaled * exponent
     return scaled.softmax(-1).flatten()

@@ -1,4 +1,4 @@
-"""Sum blocks of weights by a C function, which is compiled at its first use.
+"""Sum blocks of weights with a C function that is compiled when it is first needed.
 
 `block_sums.c` replaces PyTorch's operations in `distribution.sum_by_block` by one pass over each
 row. The system's C compiler (environment variable CC, `cc` by default) compiles the source to a
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Largest logits, shifts, sums and moments."""
+"""Results of the sums: largest logits, shifts, sums of weights, and moments or None."""
 
 WORTHWHILE = 2**26
-"""Number of logits that a process samples before it compiles the function: 0.1 s in PyTorch."""
+"""Number of logits that a process samples (0.1 s in PyTorch) before it compiles the function."""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
 # Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.
@@ -72,7 +72,7 @@ class Library:
 
         Args:
             logits: float32 [P, V], with V a multiple of 64.
-            slope: factor of a logit in the exponent of its weight, for float64.
+            slope: factor of the logits in the exponents of the weights, for float64.
             factors: the same factor for float32; see `distribution._factors`.
             heavy: limit above which a block is summed in float64; see `distribution._HEAVY`.
             with_moment: whether to compute the moments.
@@ -96,8 +96,8 @@ class Library:
 def library_for(logits: Tensor) -> Library | None:
     """Return the compiled library for logits.
 
-    None if they are not float32 on a CPU, if too few logits have been sampled so far, or if the
-    library cannot be compiled.
+    The result is None if the logits are not float32 on a CPU, if too few logits have been sampled
+    so far, or if the library cannot be compiled.
     """
     global _sampled
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
@@ -148,7 +148,7 @@ def _compile(instructions: list[str]) -> Library:
 
 
 def _is_exact(found: Library) -> bool:
-    """Return whether results are bitwise equal to PyTorch's, for logits of many sizes and masks."""
+    """Return whether the library's results equal PyTorch's bitwise, for many sizes and masks."""
     from sparselogits.samplers.distribution import sum_by_block
 
     generator = torch.Generator().manual_seed(0)

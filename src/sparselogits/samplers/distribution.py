@@ -18,11 +18,11 @@ benchmarks/sampling.py). A token of probability zero, such as a masked one, is n
 
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
-Cost: about 1.1 `torch.softmax` over the same logits in warm memory where a C compiler is found
-(compiled.py), about 2 otherwise (benchmarks/sampling.py).
-Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
-block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
-of 64 is padded, 64 positions at a time.
+Cost: about 1.1 times that of `torch.softmax` over the same logits in warm memory if a C compiler is
+found (compiled.py), and about 2 times otherwise (benchmarks/sampling.py). Memory beyond the logits
+on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per block for 64 positions (0.4
+bytes per position and id). A vocabulary whose size is not a multiple of 64 is padded, 64 positions
+at a time.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ _SCRATCH = {"cpu": 2**19, "other": 2**26}  # number of float32 weights in memory
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Proposals of R positions, summed by block.
+    """Proposals at R positions, with their weights summed by block.
 
     Args:
         logits: logits of the teacher, [R, V], with V padded to a multiple of 64.
         shift: float64 [R, 1], chosen so that the likeliest token has a weight of about 2**8.
-        sums: float64 [R, B], sum of the weights w in each block.
+        sums: float64 [R, B], sum of the weights w in each of the row's B blocks.
         exponent: the exponent e of the proposal.
         ceiling: float64 [R, 1]; tokens with at least this weight are excluded. None excludes none.
-        moment: float64 [R], sum of w_i log2(w_i), from which the entropy follows; None if not
+        moment: float64 [R], sum of w_i log2(w_i), which determines the entropy; None if not
             requested.
     """
 
@@ -115,12 +115,12 @@ class Blocks:
 
     @property
     def log_normaliser(self) -> Tensor:
-        """Logarithm of the sum of exp(e * z_i), float64 [R, 1]."""
+        """Logarithm of the sum of exp(e * z_i) over the vocabulary, float64 [R, 1]."""
         return (self.total.log2() + self.shift) / _LOG2_E
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of the proposal in nats, float64 [R]; requires the moment."""
+        """Entropy of the proposal in nats, float64 [R]; available only if `moment` was computed."""
         assert self.moment is not None
         total = self.total[:, 0]
         return (total.log2() - self.moment / total) / _LOG2_E
@@ -130,7 +130,7 @@ class Blocks:
 
         Args:
             logits: [H, n] of any floating-point dtype.
-            shift: float64 [H, 1], shift of the row of each logit.
+            shift: float64 [H, 1], shift of the position to which each row of logits belongs.
         """
         if self.exponent == 0:
             return (logits > -torch.inf).double()  # 0 * inf is NaN
@@ -224,8 +224,8 @@ def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Ten
 
     Args:
         tokens: int64 [R, N], ascending in each row.
-        drawn: bool [R, N], True in the leading columns of each row, which are counted. None counts
-            all columns.
+        drawn: bool [R, N], True for the tokens to count, which must be the first ones of each row.
+            None counts all tokens.
 
     Returns:
         Distinct ids int64 [E], their counts int32 [E], and offsets int64 [R + 1].
@@ -242,7 +242,7 @@ def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct keys of ascending keys [M], int64 [H], and the index of each key, [M]."""
+    """Return the distinct values of ascending keys [M], int64 [H], and each key's index in them."""
     first = torch.ones_like(keys, dtype=torch.bool)
     first[1:] = keys[1:] != keys[:-1]
     return keys[first], first.cumsum(0) - 1
@@ -295,7 +295,7 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 def sum_by_block(
     logits: Tensor, exponent: float, with_moment: bool, library: compiled.Library | None
 ) -> tuple[Tensor, Blocks]:
-    """Return the largest logits [P, 1] and the proposals of P positions, summed by block.
+    """Sum the proposals of P positions by block; return the largest logits [P, 1] and the sums.
 
     Args:
         logits: contiguous float [P, V], with V a multiple of 64.
@@ -318,7 +318,7 @@ def sum_by_block(
 
 
 def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
-    """Sum weights by block in float32, by the same operations in the same order as block_sums.c.
+    """Sum weights by block in float32, with the operations of block_sums.c in the same order.
 
     Args:
         logits: float [P, V], with V a multiple of 64.

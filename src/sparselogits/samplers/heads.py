@@ -1,11 +1,11 @@
 """Select the likeliest tokens with their raw probabilities: Top-K and top-p.
 
-Both are biased: the tail is missing, and a student trained on the head alone learns an
+Both are biased because the tail is missing: a student trained on the head alone learns an
 over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
 loss decides at training time what to do with the missing mass.
 
-Cost: one pass for the normaliser, and one pass for the largest logit of each block of 64 ids, by
-which the blocks with the K largest logits are selected.
+Cost: one pass for the normaliser, and one pass for the largest logit of each block of 64 ids, which
+selects the blocks that contain the K largest logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Head(Sampler):
-    """Base class of Top-K and top-p."""
+    """Base class of the samplers Top-K and top-p."""
 
     unbiased = False
     uniforms_per_position = 0
@@ -40,10 +40,10 @@ class _Head(Sampler):
 
 @dataclass(frozen=True)
 class TopK(_Head):
-    """Sampler of the k likeliest tokens of each position.
+    """Sampler that selects the k likeliest tokens at each position.
 
     Args:
-        k: entries per position; positions with fewer possible tokens have fewer entries.
+        k: number of entries per position; positions with fewer possible tokens have fewer entries.
 
     Examples:
         >>> import torch
@@ -64,7 +64,7 @@ class TopK(_Head):
         return self.k
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return k, for any text."""
+        """Return k, whatever the text."""
         return self.k
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
@@ -74,7 +74,7 @@ class TopK(_Head):
 
 @dataclass(frozen=True)
 class TopP(_Head):
-    """Sampler of the fewest tokens whose probabilities sum to at least p.
+    """Sampler that selects the fewest tokens whose probabilities sum to at least p.
 
     Args:
         p: probability mass to reach, in (0, 1].
@@ -101,7 +101,7 @@ class TopP(_Head):
 
 
 def _select(logits: Tensor, first_position: int, most: int, until: float | None) -> SparseTargets:
-    """Return the `most` likeliest tokens, or fewer whose mass reaches `until`."""
+    """Select at most `most` of the likeliest tokens, stopping when their mass reaches `until`."""
     import torch
 
     from sparselogits.samplers.distribution import Blocks

@@ -1,4 +1,4 @@
-"""Look up samplers by name: the built-in ones, and those of other packages.
+"""Look up samplers by name, both built-in ones and those of other packages.
 
 Another package declares a sampler by an entry point in its pyproject.toml:
 
@@ -37,12 +37,12 @@ _BUILT_IN: dict[str, type[Sampler]] = {
 
 
 def samplers() -> dict[str, type[Sampler]]:
-    """Return the classes of all installed samplers by name."""
+    """Return all installed sampler classes by name."""
     return _BUILT_IN | _from_packages()
 
 
 def find_sampler(name: object) -> type[Sampler] | None:
-    """Return the class of the sampler with a name; None for an unknown name."""
+    """Return the sampler class with the given name; None if the name is unknown."""
     if not isinstance(name, str):
         return None
     return _BUILT_IN.get(name) or _from_packages().get(name)
@@ -50,12 +50,12 @@ def find_sampler(name: object) -> type[Sampler] | None:
 
 @cache
 def _from_packages() -> dict[str, type[Sampler]]:
-    """Return the classes of the samplers of other packages by name."""
+    """Return the sampler classes of other packages by name."""
     return {kind.name: kind for kind in load_declared(GROUP, "sampler", _checked)}
 
 
 def _checked(name: str, kind: object) -> type[Sampler]:
-    """Return the object of an entry point, if it is a complete sampler class of that name.
+    """Validate the object of an entry point and return it as a sampler class.
 
     Raises:
         InvalidArgumentError: the object is not a sampler class, lacks an attribute, or has a name
@@ -82,7 +82,7 @@ def _checked(name: str, kind: object) -> type[Sampler]:
 
 
 def _require_field_names(kind: type[Sampler]) -> None:
-    """Validate that a sampler's fields conflict with no other key of recipes or option of `cache`.
+    """Validate that field names do not conflict with other recipe keys or options of `cache`.
 
     Raises:
         InvalidArgumentError: a field is called "name" or "budget", or has the name of a field of a
@@ -102,7 +102,7 @@ def _require_field_names(kind: type[Sampler]) -> None:
 
 
 def known_sampler(name: object) -> type[Sampler]:
-    """Return the class of the sampler with a name.
+    """Return the sampler class with the given name.
 
     Raises:
         InvalidArgumentError: the name is unknown; the message lists the known names.
@@ -151,7 +151,7 @@ class SamplerChoice:
     given: Mapping[str, Any]
 
     def parameters(self) -> dict[str, Any]:
-        """Return the given fields and the name of the sampler."""
+        """Return the name of the sampler and the given fields."""
         return {"name": self.kind.name, **self.given}
 
     def sampler(self) -> Sampler:
@@ -174,7 +174,7 @@ class SamplerChoice:
 
 
 def choose(name: object, given: Mapping[str, Any], *, known: Iterable[str] = ()) -> SamplerChoice:
-    """Validate the name and the fields that a user gives for a sampler.
+    """Validate a user's choice of a sampler by name and fields.
 
     Args:
         name: name of the sampler.

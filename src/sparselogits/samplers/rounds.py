@@ -7,8 +7,8 @@ wherever p is.
 `Systematic` draws all rounds with one uniform u: with C the cumulative proposal in token-id order,
 count_i = floor(N C_i + u) - floor(N C_{i-1} + u). A count then differs from N q_i by less than one,
 so likely tokens have almost no noise, and the errors of neighbouring ids, which tokenizers assign
-to similar tokens, cancel. Independent rounds (`Multinomial`) are random-sampling knowledge
-distillation as published (arXiv 2503.16870, section 3), for comparison.
+to similar tokens, cancel. Independent rounds (`Multinomial`) are the published form of
+random-sampling knowledge distillation (arXiv 2503.16870, section 3) and serve for comparison.
 
 Cost: see distribution.py. A proposal exponent other than 1 doubles it, because the weights then
 require the normaliser of the teacher's distribution, too.
@@ -43,7 +43,7 @@ def _proposal_exponent() -> Any:
 
 @dataclass(frozen=True)
 class DrawnInRounds(Sampler):
-    """Base class of samplers that draw N rounds; a subclass defines their `points`."""
+    """Base class of samplers that draw N rounds; subclasses define `points`."""
 
     rounds: int = parameter(50, "Sampling rounds per token", least=1, most=2**20, label=" N = {:g}")
 
@@ -84,11 +84,11 @@ class DrawnInRounds(Sampler):
         """
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return the mean sum of the inclusion probabilities, without drawing."""
+        """Return the mean entries per position from inclusion probabilities, without drawing."""
         return pilot.entries(self.inclusion, self.proposal_exponent)
 
     def most_mass(self, vocab_size: int) -> float:
-        """Return the bound of the importance weights p ** (1 - e) * sum(p ** e), e the exponent."""
+        """Return the bound on importance weights: p ** (1 - e) * sum(p ** e), e the exponent."""
         ids, exponent = float(vocab_size), self.proposal_exponent
         if exponent <= 1:  # by Hoelder's inequality
             return float(ids ** (1 - exponent)) * (1 + ROUNDING)
@@ -108,7 +108,7 @@ class DrawnInRounds(Sampler):
         Args:
             blocks: proposals of R positions.
             uniforms: float64 [R, uniforms_per_position] in [0, 1).
-            vocab_size: V, which the padded logits of `blocks` may exceed.
+            vocab_size: vocabulary size V; the padded logits of `blocks` may have more columns.
         """
         import torch
 
@@ -155,7 +155,7 @@ class Systematic(DrawnInRounds):
     uniforms_per_position = 1
 
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return N levels at distances of 1 / N, shifted by one uniform, float64 [P, N]."""
+        """Return N levels spaced 1 / N apart and shifted by one uniform, float64 [P, N]."""
         import torch
 
         ordinal = torch.arange(1, self.rounds + 1, dtype=torch.float64, device=uniforms.device)
@@ -207,7 +207,7 @@ class Multinomial(_Independent):
 
 @dataclass(frozen=True)
 class Uniform(_Independent):
-    """Sampler of N independent rounds with equal proposal probabilities: unbiased but very noisy.
+    """Sampler of N independent rounds with equal proposal probabilities; unbiased but very noisy.
 
     Args:
         rounds: number N of rounds; a position has at most N entries.

@@ -28,7 +28,7 @@ COUNTS, COUNTS_AND_FLOATS, FLOATS, THRESHOLD = "counts", "counts+float32", "floa
 """Kinds of stored weights; see the constructors of `Stored`."""
 
 ROUNDING = 1e-3
-"""Tolerance of a sum of weights, for rounding errors of float32."""
+"""Tolerance for a sum of weights, because float32 weights are rounded."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Stored:
     Args:
         weights: kind of the weights, as in the `codec` field of a cache's identity.
         rounds: number of rounds per position; None if entries have no counts.
-        tau: weight that many entries share, which is stored once; None if there is none.
+        tau: weight that many entries share and that is stored only once; None if there is none.
     """
 
     weights: Literal["counts", "counts+float32", "float32", "threshold"]
@@ -54,12 +54,12 @@ class Stored:
 
     @classmethod
     def counts_and_floats(cls, rounds: int) -> Stored:
-        """Return the form for counts, which thinning requires, and float32 weights."""
+        """Return the form for float32 weights and counts; counts are stored for thinning."""
         return cls("counts+float32", rounds=rounds)
 
     @classmethod
     def shared_weight(cls, tau: float) -> Stored:
-        """Return the form for float32 weights, of which those equal to tau are not stored."""
+        """Return the form for float32 weights, which omits the weights that equal tau."""
         return cls("threshold", tau=tau)
 
     @classmethod
@@ -198,7 +198,7 @@ def require_declared(value: Any) -> None:
 
 
 class Sampler(ABC):
-    """Base class of samplers: deterministic functions of logits and uniforms.
+    """Base class of samplers, which are deterministic functions of logits and uniforms.
 
     A subclass is a frozen dataclass whose fields are declared with `parameter`; its constructor
     validates them. docs/extending.md has an example.
@@ -211,9 +211,9 @@ class Sampler(ABC):
         uniforms_per_position: number U of uniforms per position; 0 if the sampler is not random.
         budget_parameter: name of the field that a budget (mean entries per position) sets; None
             if no single field determines the number of entries.
-        needs_size: whether a recipe must give a budget or the budget parameter, whose default is
-            then used in Python only.
-        largest_size: largest argument of `of_size` in the search for a budget.
+        needs_size: whether a recipe must give a budget or the budget parameter. The default of that
+            parameter is then used in Python only.
+        largest_size: largest size that the search for a budget passes to `of_size`.
         on_command_line: whether `sparselogits cache --sampler` accepts the sampler.
 
     Raises:
@@ -290,7 +290,7 @@ class Sampler(ABC):
         return self.uniforms_per_position > 0
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> Self:
-        """Return the sampler for some positions of one window.
+        """Return the sampler prepared for some positions of one window.
 
         Args:
             tokens: int64 [L], tokens of the window.
@@ -303,7 +303,7 @@ class Sampler(ABC):
         return self
 
     def ready(self) -> Self:
-        """Return the sampler with everything loaded that drawing requires.
+        """Return the sampler after loading everything that drawing requires.
 
         Returns:
             The sampler itself; a sampler that names a student returns a copy with it loaded.
@@ -353,7 +353,7 @@ class Sampler(ABC):
         return pilot.drawn_entries(self)
 
     def of_size(self, size: int) -> Self:
-        """Return a copy whose budget parameter is set by a size, with which entries increase."""
+        """Return a copy with the budget parameter set from a size; entries grow with the size."""
         assert self.budget_parameter is not None
         return dataclasses.replace(self, **{self.budget_parameter: size})  # type: ignore[type-var]
 

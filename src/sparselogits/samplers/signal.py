@@ -1,9 +1,9 @@
-"""Measure the learning signal of a student: its distance from the teacher, or sampling variance.
+"""Measure a student's learning signal: its distance from the teacher, or the sampling variance.
 
 "distance" is the total variation distance between the distributions of teacher and student.
-"variance" is the variance of the unembedding row of one token drawn from the teacher: the noise of
-one independent round in the student's hidden space. Rounds proportional to the square root of the
-variance minimise the total variance for a given total number of rounds.
+"variance" is the variance of the student's unembedding row for a token drawn from the teacher. It
+measures the noise of one independent round in the student's hidden space. Rounds proportional to
+the square root of the variance minimise the total variance for a given total number of rounds.
 
 Cost: the distance needs a forward pass of the student, with its head, over every window; the
 variance needs only products with the student's unembedding.
@@ -46,8 +46,8 @@ class StudentSignal:
         Args:
             student: a causal language model whose head can be run separately.
             signal: "distance" or "variance".
-            path: folder or hub name from which the student was loaded, which a cache records; None
-                for a student that has no checkpoint.
+            path: folder or hub name from which the student was loaded, to be recorded in a cache;
+                None for a student without a checkpoint.
 
         Raises:
             InvalidArgumentError: the signal is unknown, or the head cannot be run separately.
@@ -96,7 +96,7 @@ class StudentSignal:
         return self.named.signal == "distance"
 
     def at(self, tokens: Tensor, positions: slice | Tensor) -> StudentSignal:
-        """Return the signal for some positions of one window, over which the student runs.
+        """Run the student over one window, and return the signal for some of its positions.
 
         Args:
             tokens: int64 [L], tokens of the window.
@@ -152,7 +152,7 @@ class StudentSignal:
         return weight[:vocabulary].float()
 
     def _states(self, positions: int) -> Tensor:
-        """Return the hidden states, if there are as many as positions."""
+        """Return the hidden states after validating that there is one per position."""
         if self.hidden is None or len(self.hidden) != positions:
             found = 0 if self.hidden is None else len(self.hidden)
             raise InvalidArgumentError(

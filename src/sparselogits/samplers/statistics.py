@@ -1,9 +1,10 @@
 """Compute the log-normaliser and the entropy of a distribution while sampling from it.
 
 A cache stores the teacher's loss and entropy next to the targets. Computing them from
-log-probabilities takes three passes over [P, V] and two tensors of that size: a tenth of the time
-of the teacher's forward pass at 135 M parameters and V = 49 152. Here they take one additional
-product while the weights of `Blocks` are in the processor's cache: a two-hundredth.
+log-probabilities takes three passes over [P, V] and two tensors of that size. For a teacher with
+135 M parameters and V = 49 152, this is a tenth of the time of the forward pass. Here they take one
+additional product while the weights of `Blocks` are in the processor's cache, a two-hundredth of
+the forward pass.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class DistributionStatistics:
 def draw_with_statistics(
     sampler: Sampler, logits: Tensor, uniforms: Tensor
 ) -> tuple[SparseTargets, DistributionStatistics]:
-    """Sample targets, and compute the statistics of the distributions sampled from.
+    """Sample targets, and compute the statistics of the teacher's distributions.
 
     This takes one pass over the logits if the sampler draws rounds with proposal exponent 1, and
     two passes otherwise.

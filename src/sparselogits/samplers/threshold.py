@@ -1,13 +1,13 @@
-"""Select likely tokens with their exact probabilities, and sample unlikely ones with one weight.
+"""Select likely tokens with their exact probabilities, and sample the others with a fixed weight.
 
 Every token with p_i >= tau is selected with weight p_i. Any other token is selected with
 probability p_i / tau and weight tau, so the expectation of the targets is p. Among unbiased targets
-with the same expected number of entries, this has the smallest squared error in probability space
+with the same expected number of entries, these have the smallest squared error in probability space
 (VarOpt, arXiv 0803.0473; efficient unbiased sparsification, arXiv 2402.14925). Unlikely tokens are
 drawn systematically in token-id order, like the rounds of `Systematic`. `Systematic` is the default
 because its counts take fewer bits than real-valued weights (docs/theory.md, section 5).
 
-Cost: as for `Systematic`.
+Cost: the same as for `Systematic`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Threshold(Sampler):
-    """Sampler of all tokens of probability tau or more, and of other tokens with weight tau.
+    """Sampler that keeps tokens of probability tau or more, and draws others with weight tau.
 
     Args:
         tau: smallest probability that is stored exactly, in [2**-20, 1]. A position has at most
@@ -70,7 +70,7 @@ class Threshold(Sampler):
         return replace(self, tau=1 / size)
 
     def expected_entries(self, pilot: Pilot) -> float:
-        """Return the mean sum of the inclusion probabilities min(1, p / tau), without drawing."""
+        """Return the mean entries per position from the probabilities min(1, p / tau)."""
         return pilot.entries(lambda p: (p / self.tau).clamp_max(1))
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
@@ -98,7 +98,7 @@ class Threshold(Sampler):
         )
 
     def _draw_tail(self, tail: Blocks, uniforms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows int64 [T] and ids int64 [T] of sampled light tokens (p < tau).
+        """Sample light tokens (p < tau); return their rows and ids, int64 [T] each.
 
         Args:
             tail: light tokens of R positions.

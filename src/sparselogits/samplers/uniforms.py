@@ -1,8 +1,8 @@
 """Generate the random numbers of a cache from a counter, keyed by seed and window index alone.
 
 Batch size, rank, executor and restarts therefore do not change a draw. The generator is Philox 4x64
-with ten rounds, whose raw 64-bit words are scaled here: NumPy guarantees the raw stream of a bit
-generator across versions, but not the output of distribution methods.
+with ten rounds. Its raw 64-bit words are scaled here, because NumPy guarantees the raw stream of a
+bit generator across versions, but not the output of distribution methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from sparselogits.errors import InvalidArgumentError
 
 _SAMPLING, _THINNING, _ROUNDING, _CORRUPTION, _HELD_OUT_CORRUPTION = range(5)
-"""Highest words of the counters of the streams, which therefore never overlap."""
+"""Highest word of each stream's counter; the words differ, so the streams never overlap."""
 
 
 def window_uniforms(seed: int, window_index: int, positions: int, per_position: int) -> Tensor:
@@ -27,7 +27,8 @@ def window_uniforms(seed: int, window_index: int, positions: int, per_position: 
         seed: random seed of the cache, in [0, 2**64).
         window_index: index of the window in the corpus, in [0, 2**64).
         positions: number P of positions.
-        per_position: number U of uniforms per position: the sampler's `uniforms_per_position`.
+        per_position: number U of uniforms per position, which is the sampler's
+            `uniforms_per_position`.
 
     Returns:
         float64 [P, U], multiples of 2**-53 in [0, 1).
@@ -58,7 +59,7 @@ def thinning_starts(
         epoch: index of the epoch, from 0.
         window_index: index of the window in the corpus, in [0, 2**64).
         positions: number P of positions.
-        stride: number of subsets: `targets.thinning_choices(cached, kept)`.
+        stride: number of subsets, from `targets.thinning_choices(cached, kept)`.
 
     Returns:
         The first round of each position's subset, int64 [P] in [0, stride), uniform and independent
@@ -105,7 +106,7 @@ def corruption_uniforms(
         seed: random seed of the corruption, in [0, 2**64).
         window_index: index of the window among the training windows or the held-out windows.
         count: number of uniforms.
-        held_out: whether the window is a held-out window; these use a separate stream.
+        held_out: whether the window is held out; held-out windows use a separate stream.
 
     Raises:
         InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
@@ -115,7 +116,7 @@ def corruption_uniforms(
 
 
 def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:
-    """Return the first raw words of one of the streams of a window, uint64 [count]."""
+    """Return the first `count` raw words of one of a window's streams, uint64 [count]."""
     for name, value in (("seed", seed), ("window_index", window_index)):
         if not 0 <= value < 2**64:
             raise InvalidArgumentError(f"{name} must be in [0, 2**64), found {value}")

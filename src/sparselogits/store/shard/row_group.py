@@ -128,8 +128,7 @@ def require_pages(
 
 
 def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
-    """Return the smallest and largest valid number of a column's values; an empty list counts as
-    one."""
+    """Return the least and greatest number of values in a column; an empty list counts as one."""
     if column == "tokens":
         return rows * length, rows * length
     is_list = column in ("document_starts", "mask", "inputs")
