@@ -56,14 +56,14 @@ SAMPLER = "sparselogits.cli.cache"
 
 
 class ObjectiveName(StrEnum):
-    """What the positions of a window predict."""
+    """Names of the objectives: predict the next token, or predict masked tokens."""
 
     causal = "causal"
     masked = "masked"
 
 
 class MaskUnits(StrEnum):
-    """What is chosen for prediction as a whole."""
+    """Units of text whose tokens are chosen for prediction together."""
 
     tokens = "tokens"
     words = "words"
@@ -445,7 +445,7 @@ def cache(
 def _require_objective(
     objective: ObjectiveName | None, masks: bool, options: Sequence[str]
 ) -> None:
-    """Validate the objective and its options against the kind of the teacher."""
+    """Check that the objective and its options fit the kind of teacher (causal or masked)."""
     kind = ObjectiveName.masked if masks else ObjectiveName.causal
     if objective not in (None, kind):
         raise InvalidArgumentError(

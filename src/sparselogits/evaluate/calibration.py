@@ -75,8 +75,8 @@ class Calibration:
     Args:
         confidence: largest probability, averaged over positions.
         accuracy: share of positions whose most likely token is the true next token.
-        equal_width: bins of equal width in confidence.
-        equal_mass: bins of equally many positions; equal confidences share a bin.
+        equal_width: calibration with bins of equal width in confidence.
+        equal_mass: calibration with bins of equally many positions; equal confidences share a bin.
     """
 
     confidence: float

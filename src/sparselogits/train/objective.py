@@ -357,10 +357,10 @@ def _loss_output(
 
 
 def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: Tensor) -> Tensor:
-    """Return the sum over positions of the label's logit minus the mean logit.
+    """Return the sum of (label's logit - mean logit) over positions.
 
     Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
-    this sum: both contain the same log-partition, and differ in the logits that are averaged.
+    this sum, because both contain the same log-partition and average different logits.
     """
     rows, taken = states[counted], labels[counted]
     if head is None or head.softcap is not None:

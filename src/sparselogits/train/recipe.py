@@ -602,7 +602,7 @@ def validated(
     Args:
         model: class of the result.
         values: settings by key.
-        fields: valid keys of each mapping, by the key of the mapping; "recipe" for the outermost.
+        fields: valid keys of each mapping, by the mapping's own key; "recipe" for the outermost.
         wrong: beginning of the error message.
 
     Raises:
@@ -630,7 +630,7 @@ def _in_words(detail: Any, fields: Mapping[str, Sequence[str]]) -> str:
 
     Args:
         detail: element of `ValidationError.errors()`.
-        fields: valid keys of each mapping, by the key of the mapping; "recipe" for the outermost.
+        fields: valid keys of each mapping, by the mapping's own key; "recipe" for the outermost.
     """
     path = [str(part) for part in detail["loc"]]
     # "(...)" is the alternative of a union that pydantic chose, not a key

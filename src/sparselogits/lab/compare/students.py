@@ -28,7 +28,7 @@ def make_students(
 
     Args:
         recipe: the comparison.
-        corpus: corpus whose training windows include the evenly spaced calibration windows.
+        corpus: corpus from which evenly spaced training windows are selected for calibration.
         teacher: the teacher. Only its identity is used; its weights are loaded again on the CPU.
         tokenizer: tokenizer of the teacher.
 

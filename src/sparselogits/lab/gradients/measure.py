@@ -8,12 +8,12 @@ variance (`moments.py`) are computed in five spaces:
                    metrics do not depend on the batch size.
     hidden         dL/dz U of all positions, concatenated, with the head's weight U: the gradient
                    that the trunk receives.
-    summed logits  dL/dz summed over the batch: the gradient of a bias of the head, whether or not
-                   the student has one.
-    summed hidden  dL/dz U summed over the batch: the gradient of a vector added to all inputs of
-                   the head.
-    parameters     the gradient of all parameters of the student, summed over the batch: the
-                   gradient that an optimiser receives, as in the table of the RS-KD paper
+    summed logits  dL/dz summed over the batch: the gradient with respect to a bias of the head,
+                   whether or not the student has one.
+    summed hidden  dL/dz U summed over the batch: the gradient with respect to a vector that is
+                   added to all inputs of the head.
+    parameters     the gradient with respect to all parameters of the student, summed over the
+                   batch: what an optimiser receives, as in the table of the RS-KD paper
                    (arXiv 2503.16870).
 
 In the last three spaces the noise of unbiased targets averages out in large batches, but the bias
@@ -26,9 +26,9 @@ Student's t over batches, which are assumed to be independent.
 
 Cost: one pass of the teacher and one of the student's trunk per window; per target and draw one
 pass of the sampler, one of the loss, two products with the head's weight and one backward pass of
-the trunk. Memory: a few tensors of the size of the logits of one slice of positions; per target and
-draw one tensor of the size of the head's weight, and one vector of all parameters for each batch
-size of more than one window.
+the trunk. Memory: a few tensors as large as the logits of one slice of positions; per target and
+draw one tensor as large as the head's weight, and one vector of all parameters for each batch size
+of more than one window.
 """
 
 from __future__ import annotations

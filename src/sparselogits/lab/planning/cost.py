@@ -83,7 +83,7 @@ class StorageCost:
 
     @classmethod
     def paper(cls, entries: float = 12.0) -> StorageCost:
-        """Return the cost of the published RS-KD: a 17-bit id and a 7-bit count, without text.
+        """Return the cost of RS-KD as published: a 17-bit id and a 7-bit count per entry, no text.
 
         Args:
             entries: mean entries per token.
@@ -278,7 +278,7 @@ def plan(settings: Settings) -> Plan:
 
 
 def throughput_lost(ce: float, cached: float) -> float:
-    """Return by what share the throughput of training from the cache is below that of CE.
+    """Compute the relative loss of throughput when training from the cache instead of by CE.
 
     Args:
         ce: throughput of CE.

@@ -45,7 +45,7 @@ def series_of(row: MethodRow) -> str:
 
 
 def looks_of_methods(results: Results) -> dict[str, Look]:
-    """Assign a look to each method, which is the same for all students."""
+    """Assign each method a look that is the same for all students."""
     return looks_of({row.method: series_of(row) for row in results.methods})
 
 

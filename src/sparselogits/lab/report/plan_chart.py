@@ -13,7 +13,7 @@ MODES = ("cached", "online")
 
 
 def draw_plan(settings: Settings, path: Path) -> None:
-    """Draw a plan as a PNG file: solid lines for cached training, dashed with the teacher online.
+    """Draw a plan as a PNG file, with solid lines for a cache and dashed for the teacher online.
 
     Raises:
         MissingDependencyError: If altair or vl-convert is not installed.
