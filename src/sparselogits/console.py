@@ -37,7 +37,7 @@ class EscapingConsole(Console):
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return rich text for a string, escaped before its width is measured."""
+        """Convert a string to rich text, escaping it before its width is measured."""
         return super().render_str(printable(text), **options)
 
     def render(

@@ -44,7 +44,7 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Documents:
-    """Method by which one model runs packed windows with independent documents.
+    """Method by which a model runs packed windows so that documents stay independent.
 
     Args:
         model: name of the model's class, for messages.

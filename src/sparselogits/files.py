@@ -118,7 +118,7 @@ def take_name(source: Path, target: Path) -> bool:
     """Link or rename a file to a name that does not exist yet; return whether it did not exist.
 
     With hard links the operation is exclusive among all processes, and the file also retains its
-    old name. Without them it is exclusive among processes of one machine that use this function.
+    old name. Without hard links it is exclusive only among this machine's callers of this function.
 
     Args:
         source: existing file.
@@ -316,8 +316,8 @@ def temporary_name(path: Path) -> Path:
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove the temporary files and folders of dead processes from a folder; return their names.
 
-    A process of this machine is dead if its id does not exist, or belongs to a process that started
-    later. Files of other machines are removed if they have not changed for a day.
+    A process on this machine is dead if its id does not exist, or belongs to a process that started
+    later. Files from other machines are removed if they have not changed for a day.
     """
     removed = []
     try:

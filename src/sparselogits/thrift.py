@@ -43,7 +43,7 @@ class CompactReader:
             depth: number of structures around this one.
 
         Raises:
-            ThriftError: the bytes are not a structure, or it has too many values.
+            ThriftError: the bytes are not a structure, or the structure has too many values.
         """
         fields: dict[int, Any] = {}
         number = 0
@@ -61,7 +61,7 @@ class CompactReader:
         """Yield (number, type) of each field; the caller must read or skip each value.
 
         Raises:
-            ThriftError: the bytes are not a structure, or it has too many fields.
+            ThriftError: the bytes are not a structure, or the structure has too many fields.
         """
         return self._headers(0)
 
@@ -73,7 +73,7 @@ class CompactReader:
             depth: number of structures around the value.
 
         Raises:
-            ThriftError: the bytes are not a value of this type, or it has too many values.
+            ThriftError: the bytes are not a value of this type, or the value has too many parts.
         """
         if kind == STRUCT:
             for _, inner in self._headers(depth):

@@ -89,7 +89,7 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 of all values that determine the tokens of a conversation."""
+        """Hexadecimal sha256 of all values that determine a conversation's tokens."""
         described = [_RULES, self.template, self.with_tools, dict(self.special_tokens)]
         return hashlib.sha256(canonical_json([*described, list(self.closing)])).hexdigest()
 

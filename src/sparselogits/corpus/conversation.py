@@ -39,7 +39,7 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reas
 
 @dataclass(frozen=True)
 class Conversation:
-    """Validated messages in the form of chat templates, with the template's other inputs."""
+    """Validated messages in the form that chat templates expect, with the other template inputs."""
 
     messages: list[dict[str, Any]]
     """Messages with `role` and `content`, in order."""
@@ -62,7 +62,7 @@ def conversation_of(record: Mapping[str, Any], names: Sequence[str]) -> Conversa
 
     Raises:
         CorpusError: a message has no role or content, or a value has the wrong type; the error
-                states the index of the message.
+            states the index of the message.
     """
     parts = [_messages(record[name], name) for name in names]
     messages = [message for part in parts for message in part]

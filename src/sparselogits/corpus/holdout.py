@@ -40,7 +40,7 @@ from sparselogits.corpus.streams import (
 )
 
 HoldoutRule = Literal["documents", "windows"]
-"""Name of the rule by which the hold-out is selected; see the module's docstring."""
+"""Name of a rule that selects the hold-out; see the module's docstring."""
 
 Extents = NDArray[np.int64]
 """Token ranges [start, stop) within one part, int64 [N, 2], ascending and disjoint."""
@@ -91,7 +91,7 @@ class DocumentTable:
             self._rows[-1] = (key, *sums, opens)
 
     def flush(self) -> None:
-        """Write the rows in memory to the file."""
+        """Write the buffered rows to the file."""
         if self._rows:
             columns = zip(*self._rows, strict=True)
             arrays = [pa.array(c, field.type) for c, field in zip(columns, _SCHEMA, strict=True)]
@@ -138,10 +138,10 @@ class Split:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Split:
-        """Return the split for the JSON object that `to_json` returned.
+        """Return the split for a JSON object from `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: the object has another form.
+            KeyError, TypeError, ValueError: the object lacks the form that `to_json` returns.
         """
         windows = int(value["windows"])
         if value["rule"] == "documents":

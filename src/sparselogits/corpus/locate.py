@@ -239,7 +239,7 @@ def _by_reason(reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
 
 
 def _walk(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the regular files below a folder, and reasons by name of skipped entries.
+    """Return the names of regular files below a folder, and reasons for skipped entries by name.
 
     Links are followed, but no folder is entered twice. Hidden files and folders, and folders whose
     names begin with two underscores, are ignored, as in `datasets`.

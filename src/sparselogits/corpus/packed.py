@@ -156,7 +156,7 @@ class CorpusSummary:
     """Number of documents with both training and held-out tokens."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return all fields as plain JSON values."""
         return asdict(self)
 
 

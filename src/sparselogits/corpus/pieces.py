@@ -81,7 +81,7 @@ class Piece:
     """Ascending ranges [start, stop) of characters in `text`; their tokens carry targets. None if
     `carries_target` applies to all tokens."""
     rendered: bool = False
-    """Whether a chat template rendered the text, so that no beginning-of-text token is added."""
+    """Whether a chat template rendered the text; if so, no beginning-of-text token is added."""
     tokens: TokenRow | None = None
     """Tokens of a document that is given as token ids, with all separators; None for text."""
 

@@ -39,7 +39,7 @@ pieces like long documents."""
 
 
 class Record(NamedTuple):
-    """One record of a file."""
+    """One record from a file, with its position and size."""
 
     values: Mapping[str, Any]
     """Values by field name."""

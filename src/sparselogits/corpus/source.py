@@ -48,7 +48,7 @@ _EDGE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Source:
-    """Text to pack: files, and the names of the fields that contain the text of their records.
+    """Text to pack: files, and the names of the fields in which their records contain text.
 
     A source contains paths, but neither open files nor text, so it can be pickled.
     """

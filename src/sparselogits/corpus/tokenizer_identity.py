@@ -52,7 +52,7 @@ class TokenizerFingerprint(str):
         return str(self), self.ids, self.added, self.roles
 
     def record(self) -> dict[str, Any]:
-        """Return the description of the tokenizer in a shard's provenance, as plain JSON values.
+        """Return a description of the tokenizer for a shard's provenance, as plain JSON values.
 
         More than 512 added tokens are recorded as one hash.
         """

@@ -1,8 +1,8 @@
 """Tokenise documents, and select the packing for a tokenizer.
 
 Special tokens that occur as text (such as `<|endoftext|>` in the middle of a line) are tokenised as
-by a direct call of the tokenizer: as their ids, unless the tokenizer was loaded with
-`split_special_tokens=True`.
+by a direct call of the tokenizer, to the ids of the special tokens, unless the tokenizer was loaded
+with `split_special_tokens=True`.
 """
 
 from __future__ import annotations

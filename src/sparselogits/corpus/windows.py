@@ -17,7 +17,7 @@ from sparselogits.errors import InvalidArgumentError
 class Packing:
     """Rules by which windows are formed from documents; part of a cache's identity.
 
-    A document becomes its tokens, preceded by a beginning-of-text token if `bos_id` is given, and
+    Each document is tokenised, preceded by a beginning-of-text token if `bos_id` is given, and
     followed by the separator. The documents are concatenated in the order of the source, and the
     stream is cut into windows without gaps, so a document may begin in one window and end in
     another. The last partial window is dropped, and counted.
@@ -72,15 +72,15 @@ class Window:
     """Window of L consecutive tokens of a text."""
 
     index: int
-    """Number of the window within its corpus; held-out windows are numbered separately."""
+    """Index among the corpus's training windows, or, for a held-out window, among these."""
     tokens: NDArray[np.int32]
     """Token ids, int32 [L]."""
     document_starts: NDArray[np.int32]
     """Positions of the first tokens of documents, int32 [S], ascending; without 0 if the window
     begins in the middle of a document."""
     mask: NDArray[np.bool_] | None
-    """Whether each position carries a target, bool [L]: the next token is in the window and is
-    trained on. None if all tokens of the corpus are trained on."""
+    """Whether each position carries a target, bool [L], because the next token is in the window and
+    is trained on. None if all tokens of the corpus are trained on."""
 
 
 def fingerprint(windows: Sequence[Window]) -> str:

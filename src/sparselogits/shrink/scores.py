@@ -165,7 +165,7 @@ def _contribution(into: Tensor, projection: nn.Module, weight_dim: int) -> Calla
     """Return a forward pre-hook that adds up each unit's mean squared contribution.
 
     Args:
-        into: float64 [units], to which the hook adds.
+        into: sums that the hook adds to, float64 [units].
         projection: output projection; its inputs are the units.
         weight_dim: dimension of the inputs in the projection's weight.
     """

@@ -323,7 +323,7 @@ class _StopForwardError(Exception):
 
 
 def _first_inputs(model: nn.Module, layout: Layout, probe: Tensor) -> Tensor:
-    """Return the input [1, L, D] of the first block of a model for the tokens `probe` [1, L]."""
+    """Return the input [1, L, D] to a model's first block for the tokens `probe` [1, L]."""
     inputs: list[Tensor] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

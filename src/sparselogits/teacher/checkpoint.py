@@ -393,7 +393,7 @@ def _gguf_tensors(file: Path) -> int:
 def require_plausible(found: Checkpoint) -> None:
     """Validate a configuration's counts against the weights, before transformers reads it.
 
-    Some configurations allocate a list with an element per layer when they are read. Without
+    Some configurations allocate a list with one element per layer when they are read. Without
     weights, as in the folder of a tokenizer, the counts have fixed limits.
 
     Args:

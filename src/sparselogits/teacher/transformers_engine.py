@@ -87,8 +87,8 @@ class TransformersTeacher:
         """Cache the hidden states of windows that are run within a block.
 
         Use this for text on which several students are evaluated in turn: only the head runs again,
-        and the logits are bitwise equal. The cache has up to `REMEMBERED_BYTES` and exists as long
-        as the teacher; windows beyond that size run each time.
+        and the logits are bitwise equal. The cache occupies up to `REMEMBERED_BYTES` and exists as
+        long as the teacher; windows that do not fit into it run each time.
         """
         self._remembers = True
         try:

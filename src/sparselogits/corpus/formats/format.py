@@ -1,7 +1,7 @@
 """Define the interface of a document format.
 
-A format names the files that it reads, divides a file into spans that can be read independently,
-and yields the documents of a span.
+A format declares the suffixes of files that it reads, divides a file into spans that can be read
+independently, and yields the documents of a span.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparselogits.errors import CorpusError
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source."""
+    """File from which a source reads documents."""
 
     path: Path
     """Path of the file on this machine."""
@@ -40,9 +40,9 @@ class Span:
     file: SourceFile
     """File of the range."""
     start: int
-    """Number of the span's first unit, counted from 0 in the file."""
+    """Index in the file of the span's first unit."""
     stop: int
-    """Number of the unit after the span's last unit."""
+    """Index in the file of the unit after the span's last unit."""
     size: int
     """Size of the range in bytes, for progress and for dividing a source into equal portions."""
     document: int = 0

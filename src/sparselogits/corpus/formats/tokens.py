@@ -220,7 +220,7 @@ class Megatron(TokenFormat):
         return path, ids
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of sequences, after validating all of their positions."""
+        """Divide a file into spans of sequences after validating the position of every sequence."""
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
         width, size = np.dtype(kind).itemsize, ids.stat().st_size
@@ -349,8 +349,8 @@ def _sequences(
 
     Args:
         handle: descriptor of the index.
-        start: number of the first sequence.
-        stop: number after the last sequence.
+        start: index of the first sequence.
+        stop: index after the last sequence.
         count: number of all sequences in the index.
         name: name of the index, for errors.
     """
@@ -372,7 +372,7 @@ def _width(path: Path | None) -> int | None:
 
 
 class _Ends:
-    """Ends of documents in a file, as a sequence for `bisect`."""
+    """Document ends stored in a file, as a sequence for `bisect`."""
 
     def __init__(self, handle: int, count: int, name: str) -> None:
         self._handle, self._count, self._name = handle, count, name
