@@ -45,7 +45,7 @@ from sparselogits.store.texts import TextSpan, claim_text
 from sparselogits.targets import SparseTargets
 
 _UNKNOWN = "unknown"
-_LEAST = 1e-9  # smallest probability in logarithms
+_LEAST = 1e-9  # smallest probability of which a logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def _identity(
     return Identity(
         teacher={
             "name": teacher,
-            "claimed": teacher,  # unlike the name, part of the comparison of identities
+            "claimed": teacher,  # compared between identities, unlike the name
             "engine": "imported",
             "weights": _UNKNOWN,
             "dtype": _UNKNOWN,

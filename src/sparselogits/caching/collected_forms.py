@@ -81,8 +81,8 @@ class DistillKitPacking(_Settings):
         k: number of values per position.
         exact_k: number of values that are stored exactly.
         exact_dtype: dtype of the exact values.
-        polynomial_terms: terms of the approximation of the other values: exponents of the rank, or
-            its square root or exponential. None for no approximation.
+        polynomial_terms: terms that approximate the other values as functions of their rank:
+            exponents, or "sqrt" or "exp". None for no approximation.
         term_dtype: dtype of the coefficients.
         residual_bins: bins of the residuals of the approximation.
         delta_encoding: whether values are stored as differences.
@@ -387,7 +387,7 @@ def _integers(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.in
     """Unpack integers, int64 [P, count], from bytes.
 
     Args:
-        packed: uint8 [P, n], of which the first bits * count bits are used.
+        packed: uint8 [P, n]; the first bits * count bits of each row are used.
         bits: number of bits per integer, most significant bit first.
         count: number of integers per position.
     """

@@ -211,7 +211,7 @@ def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]
 
 
 def _pairs(element: Any, where: Where) -> Iterator[tuple[int, Any]]:
-    """Yield the id and logprob of each entry of an element of vLLM's format."""
+    """Yield the id and logprob of each entry in one element of vLLM's list."""
     if isinstance(element, Mapping):  # a map column of Parquet is a list of pairs already
         element = list(element.items())
     for pair in _list(element, PROMPT, where):

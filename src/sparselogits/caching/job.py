@@ -1,4 +1,4 @@
-"""Define a build as a value, from which any worker can compute any range of windows.
+"""Define the job of a build, with which any worker can compute any range of windows.
 
 A job contains the text, the caches and their samplers, but not the teacher. It can be sent to
 another process or machine that has access to the same folders.

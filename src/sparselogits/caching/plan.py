@@ -45,7 +45,7 @@ WHOLE = Share(0, 1)
 def shard_ranges(
     windows: int, windows_per_shard: int, only: Range | None = None, *, first_window: int = 0
 ) -> list[Range]:
-    """Return the range of windows of each shard of a corpus.
+    """Divide the windows of a corpus into one range per shard.
 
     Args:
         windows: number of windows of the corpus.

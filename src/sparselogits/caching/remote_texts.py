@@ -77,7 +77,7 @@ def publish_text(cache: Location, folder: Path) -> None:
 
     Args:
         cache: folder or URL of the cache.
-        folder: folder of the packed text, whose name is that of the text in the cache.
+        folder: folder of the packed text; its name is also the name of the text in the cache.
 
     Raises:
         IdentityMismatchError: the cache has another text of that name.

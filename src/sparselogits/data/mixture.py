@@ -36,7 +36,7 @@ which selects in each window the teacher with the lowest loss.
 
 _COMPARED_WINDOWS = 8  # windows whose text is compared when a mixture is created
 _SHOWN_ROWS = 16  # largest number of rows that an identity contains, instead of their hash
-_TOLERANCE = 1e-6  # of the sum of weights
+_TOLERANCE = 1e-6  # for the sum of weights
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
         rows: number of rows, equal to the number of texts or of windows.
 
     Raises:
-        InvalidArgumentError: the number of rows is neither.
+        InvalidArgumentError: the number of rows is equal to neither.
     """
     texts = named_texts(cache.storage)
     if rows == len(texts):

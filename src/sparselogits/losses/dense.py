@@ -54,7 +54,7 @@ class Divergence(ABC):
 
 
 class ForwardKL(Divergence):
-    """KL(p || s), the limit of unbiased sparse targets with many entries."""
+    """Divergence KL(p || s), whose gradient is the expected gradient of unbiased sparse targets."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the divergence and its derivative; see `Divergence.rows_`."""
@@ -65,7 +65,7 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """KL(s || p), with s restricted to ids with p > 0 (MiniLLM, Gu et al. 2024)."""
+    """Divergence KL(s || p), with s restricted to ids with p > 0 (MiniLLM, Gu et al. 2024)."""
 
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the divergence and its derivative; see `Divergence.rows_`."""

@@ -301,7 +301,7 @@ def sum_by_block(
         logits: contiguous float [P, V], with V a multiple of 64.
         exponent: exponent e of the proposal.
         with_moment: whether to compute the moment.
-        library: compiled function, whose results are bitwise equal; None to use PyTorch.
+        library: compiled library; None to use PyTorch, with bitwise equal results.
     """
     if library is None:
         peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)

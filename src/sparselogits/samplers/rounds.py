@@ -135,7 +135,7 @@ class DrawnInRounds(Sampler):
 
 @dataclass(frozen=True)
 class Systematic(DrawnInRounds):
-    """Sampler of N systematic rounds from q proportional to p ** proposal_exponent.
+    """Sampler of N systematic rounds from the proposal q, proportional to p ** proposal_exponent.
 
     Args:
         rounds: number N of rounds; a position has at most N entries.

@@ -386,7 +386,7 @@ def read_identity(storage: ReadableFiles) -> Identity:
         content = parse_json(raw, largest=LARGEST_CACHE_JSON)
         identity = Identity.from_json(content["identity"])
         sound = content["fingerprint"] == identity.fingerprint
-    except CacheError as error:  # the message says what to do, but not where
+    except CacheError as error:  # the message lacks the location
         raise CacheError(f"{storage.location}/{CACHE_JSON}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheCorruptionError(

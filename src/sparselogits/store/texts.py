@@ -23,7 +23,7 @@ from sparselogits.untrusted import parse_json, shown
 TEXTS = "texts"
 """Folder of the files that claim texts."""
 
-_LARGEST = 1 << 12  # bytes of such a file
+_LARGEST = 1 << 12  # largest size of a file in `texts/`, in bytes
 
 
 @dataclass(frozen=True)

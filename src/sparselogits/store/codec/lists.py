@@ -35,7 +35,7 @@ _CLASS_OF_SIZE = np.array([max(n, 1).bit_length() - 1 for n in range(129)], np.u
 
 
 class Pages(Protocol):
-    """Interface of the encoded columns of consecutive windows, which are read in order."""
+    """Interface for reading the encoded columns of consecutive windows in order."""
 
     def read(self, column: str, lengths: Array) -> Array:
         """Return the next `lengths[w]` numbers of each window w, concatenated, uint32."""
@@ -106,7 +106,7 @@ def join(
     vocab_size: int,
     limit: int,
 ) -> Sets:
-    """Convert the columns of W windows to sets of ids: the inverse of `split`.
+    """Convert the columns of W windows to sets of ids, as the inverse of `split`.
 
     Pairs are first arranged in order of id, and hits are appended. A stable radix sort by position
     then results in ascending ids at each position, followed by the position's hit, if any.

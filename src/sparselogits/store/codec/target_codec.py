@@ -113,7 +113,7 @@ class TargetCodec:
         most_mass: largest valid sum of a position's weights.
         rounding: rounding of real-valued weights to levels, "stochastic" or "nearest"; None if
             weights are exact.
-        objective: objective, which defines the label of each position.
+        objective: training objective, which defines the label of each position.
     """
 
     weights: str

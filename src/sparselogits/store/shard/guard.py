@@ -1,4 +1,4 @@
-"""Add a guard to a shard: checksums of all its bytes, which are verified before parsing.
+"""Protect a shard with a guard: checksums of all its bytes, verified before parsing.
 
 Parquet's page checksums do not cover the footer and the page headers, and a parser that reads a
 damaged header may allocate gigabytes. A table of CRC32C values is therefore stored between the last

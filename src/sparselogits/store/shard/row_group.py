@@ -213,7 +213,7 @@ def _only_chunk(table: pa.Table, name: str) -> pa.Array:
 
 
 def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Return the concatenated values of a column of lists, and the bounds of each list."""
+    """Return the concatenated values of a list column, and the bounds of each list."""
     if column.values.null_count:
         raise DamageError("a list has missing values")
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()

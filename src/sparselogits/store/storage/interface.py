@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class ReadableFiles(Protocol):
-    """Interface of files that can be read by name, from which a shard is opened.
+    """Interface for reading files by name, which is sufficient for opening a shard.
 
     Every method may raise StorageError if the files cannot be reached.
     """
@@ -46,7 +46,8 @@ class Storage(ReadableFiles, Protocol):
     """Interface of a folder of write-once files, in which a cache is stored."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files in a folder; an empty list if it does not exist."""
+        """Return the sorted names of a folder's files, or an empty list if the folder is
+        missing."""
         ...
 
     def size(self, name: str) -> int:

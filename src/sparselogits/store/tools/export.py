@@ -32,14 +32,14 @@ from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
 
-_NO_LOGPROB = -10_000  # of padding: exp is 0, and its product with 0 is no NaN
+_NO_LOGPROB = -10_000  # for padding: exp gives 0, and its product with 0 is not NaN
 
 _Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a row depends on besides its window."""
+    """Settings on which a row depends in addition to its window."""
 
     k: int
     alpha: float
@@ -73,18 +73,19 @@ def export(
         cache: the cache.
         out: output folder, which must be missing or empty.
         form: output format, one of FORMATS.
-        k: entries per position for `topk`, `distillkit` and `axolotl`. Positions with fewer are
-            padded: in `topk` with id 0 and -inf, else with further ids of probability 0.
-        alpha: share of the true token in the weights of `weighted`, from 0 to 1.
+        k: number of entries per position in `topk`, `distillkit` and `axolotl`. Positions with
+            fewer entries are padded, in `topk` with id 0 and logarithm -inf, otherwise with other
+            ids of probability 0.
+        alpha: share of the true token in the weights of the format `weighted`, from 0 to 1.
         progress: called with the numbers of windows done and in total.
 
     Returns:
         Paths of the files, or of the folder for the format `datasets`.
 
     Raises:
-        InvalidArgumentError: the format is unknown, k is below 1, alpha is outside of [0, 1], or
-            the folder is not empty. Or the format cannot hold the cache: `distillkit` has no place
-            for positions without a target, and formats of trainers none for masked models.
+        InvalidArgumentError: the format is unknown, k is below 1, alpha is outside of [0, 1], the
+            folder is not empty, or the format cannot represent the cache: `distillkit` requires a
+            target at every position, and the formats of trainers require a causal model.
         CacheError: the cache is empty.
         StorageError: the folder cannot be written; no partial export remains.
 
@@ -170,7 +171,8 @@ def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
-    """Return the ids [L, k] of the heaviest entries and their weights; padding has weight 0."""
+    """Return each position's k heaviest entries as ids and weights, [L, k]; padding has weight
+    0."""
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
@@ -195,7 +197,10 @@ def _top(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the positions but the last, whose next token is in another window."""
+    """Return the row of a window in the format `weighted`.
+
+    The last position is omitted, because its next token is in another window.
+    """
     labels = settings.labels(record)[:-1]
     ids, weights = (part.numpy()[:-1] for part in record.targets.padded())
     if alpha := settings.alpha:
@@ -212,7 +217,7 @@ def _weighted(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Array]:
-    """Return ids and logprobs [L, k] of distinct ids, and which of them are entries."""
+    """Return k distinct ids per position with logprobs, [L, k] each, and which ids are entries."""
     ids, weights = _heaviest(record, k)
     real = weights > 0
     for position in np.flatnonzero(~real.all(1)):
@@ -224,7 +229,7 @@ def _padded_heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array, _Arr
 
 
 def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return positions in DistillKit's packing: logprobs in float32, ids in big-endian bits."""
+    """Return the row of a window in the format `distillkit`: float32 logprobs, big-endian ids."""
     labels = settings.labels(record)[:-1]
     if (labels == IGNORE_INDEX).any():
         raise InvalidArgumentError(
@@ -244,7 +249,7 @@ def _distillkit(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _packing(settings: _Settings) -> str:
-    """Return DistillKit's settings for `_distillkit`; JSON is YAML."""
+    """Return DistillKit's settings for `_distillkit` as JSON, which is valid YAML."""
     values: dict[str, Any] = {
         **{"d": settings.vocab_size, "k": settings.k, "exact_k": settings.k},
         **{"exact_dtype": "float32", "polynomial_terms": None, "term_dtype": "float32"},
@@ -255,7 +260,8 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return values by token: the targets of token j are those that predict it."""
+    """Return the row of a window in the format `axolotl`, with the targets at the tokens they
+    predict."""
     labels = Causal().at_tokens(settings.labels(record), IGNORE_INDEX)
     ids, logs, real = _padded_heaviest(record, settings.k)
     begins = np.zeros(len(labels), np.int64)
@@ -288,7 +294,7 @@ FORMATS = (*_TABLES, "datasets")
 
 
 def _matrix(values: _Array) -> pa.Array:
-    """Return [P, K] numbers as P lists of K."""
+    """Convert an array [P, K] to P lists of K numbers."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
@@ -309,7 +315,7 @@ def _row(record: WindowRecord, columns: dict[str, pa.Array]) -> pa.Table:
 
 
 def _table(single: dict[str, pa.Array], columns: dict[str, pa.Array]) -> pa.Table:
-    """Return one row of single values and of `columns`, each as a list."""
+    """Return a table of one row, with the single values and with each column as a list."""
     lists = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
         for name, values in columns.items()

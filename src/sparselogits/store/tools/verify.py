@@ -214,7 +214,7 @@ class _Totals:
         self.positions += int(record.present().sum())
         self.losses.append(record.teacher_loss)
         self.entropies.append(record.teacher_entropy)
-        mask = record.mask if record.inputs is None else None  # else it is of the corruption
+        mask = record.mask if record.inputs is None else None  # otherwise it marks the corruption
         self.text.append(Window(record.window_index, record.tokens, record.document_starts, mask))
 
     def require(self, shard: Shard) -> None:
