@@ -103,7 +103,7 @@ def _options(
 
 _CREATE, _MANAGE = "Create a cache", "Manage a cache"
 _USE, _ANALYSE = "Train and evaluate", "Analyse"
-"""Headings of the groups of commands in `sparselogits --help`."""
+"""Headings of the command groups in `sparselogits --help`."""
 
 _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ("cache", cache, _CREATE, "--teacher demo --data notes.txt --out my-cache --holdout 0.05"),

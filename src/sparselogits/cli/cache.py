@@ -71,7 +71,7 @@ class MaskUnits(StrEnum):
 
 
 class ExecutorName(StrEnum):
-    """Names of the executors of a build."""
+    """Names of the executors that can run a build."""
 
     local = "local"
     torchrun = "torchrun"
@@ -462,7 +462,7 @@ def _require_objective(
 def _masked(
     tokenizer: Any, rate: str | None, units: MaskUnits | None, span: float | None, seed: int
 ) -> Masked:
-    """Return the objective that the options describe."""
+    """Return the masked objective that the command-line options describe."""
     from sparselogits.objectives import Masked
 
     if tokenizer.mask_token_id is None:
@@ -562,7 +562,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
 
 
 def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:
-    """Return the sampler, and the budget to fit its size to (None if its options give the size)."""
+    """Return the sampler, and the budget to which it is fitted (None if options give its size)."""
     from sparselogits.samplers import choose, samplers
 
     kind = samplers()[given["sampler"]]

@@ -336,7 +336,7 @@ def evaluate_command(
 
 
 def _require_no_data_options(given: dict[str, bool]) -> None:
-    """Validate that options that need `--data` are not given without it."""
+    """Check that no option that needs `--data` is given without `--data`."""
     unused = [option for option, is_given in given.items() if is_given]
     if unused:
         raise InvalidArgumentError(

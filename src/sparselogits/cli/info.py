@@ -29,7 +29,7 @@ _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
     "loss": lambda facts: f"{facts.mean_teacher_loss:.3f}",
     "entropy": lambda facts: f"{facts.mean_teacher_entropy:.3f}",
 }
-"""Functions that format the columns of the table of texts, by title."""
+"""Maps the title of each column in the table of texts to the function that formats its cells."""
 
 
 def info(
@@ -123,7 +123,7 @@ def _as_json(facts: CacheStatistics) -> dict[str, float]:
 
 
 def _print_texts(console: Console, by_text: dict[str, CacheStatistics]) -> None:
-    """Print a table of the statistics of each text."""
+    """Print a table with the statistics of each text."""
     table = Table("text", *_BY_TEXT, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -43,7 +43,7 @@ from sparselogits.lab.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILIS
 from sparselogits.lab.planning.grid import grid
 
 COST = "Cost"
-"""Heading of the group of options about prices in `--help`."""
+"""Heading of the option group about prices in `--help`."""
 
 
 def plan(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparselogits.shrink import Shrunk
 
 STUDENT = "Student"
-"""Heading of the group of options about the student in `--help`."""
+"""Heading of the option group about the student in `--help`."""
 
 
 class LayerScoreOption(StrEnum):
@@ -223,7 +223,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
-    """Return tokens int64 [N, L] of `count` windows spread over a cache; check its tokenizer."""
+    """Return the tokens of windows spread over a cache, int64 [count, L]; check its tokenizer."""
     import torch
 
     from sparselogits.corpus import require_tokenizer
@@ -238,7 +238,7 @@ def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
 
 
 def _tokens_of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
-    """Return tokens int64 [N, L] of `count` windows spread over a text."""
+    """Return the tokens of windows spread over a text, int64 [count, L]."""
     import numpy as np
     import torch
 

@@ -29,7 +29,7 @@ def average_checkpoints(
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Write the mean of the weights of several checkpoints as a model folder.
+    """Average the weights of several checkpoints, and write the result as a model folder.
 
     The mean is computed in float32 by torch's `AveragedModel`, one checkpoint at a time, so that
     only two models are in memory.

@@ -48,8 +48,8 @@ class Objective:
 
     Args:
         method: name of a training method, see `methods.METHODS`.
-        beta: share of the teacher in the mixture of a divergence that has one; None for the
-            default.
+        beta: share of the teacher in the mixture, for a divergence that uses a mixture; None for
+            the default.
         alpha: share of the labels' cross-entropy in the loss, in [0, 1].
         missing_mass: rule for the probability mass that biased targets lack, see `losses`.
         temperature: temperature at which the teacher was sampled.

@@ -1,4 +1,4 @@
-"""Format recipe settings as a commented YAML file and as tables of the documentation."""
+"""Format recipe settings as a commented YAML file and as tables for the documentation."""
 
 from __future__ import annotations
 

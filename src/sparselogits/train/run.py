@@ -148,8 +148,8 @@ def run(
 
     Args:
         recipe: the recipe.
-        teacher: loaded teacher for a method with the teacher online; None to load
-            the teacher that the recipe names.
+        teacher: loaded teacher for a method with the teacher online; None to load the teacher that
+            the recipe names.
         device: device of the student; None for the Trainer's choice, "cpu" for no accelerator.
         progress: function that is called in every step and at every log line.
         announce: function that is called with a description of the run before the first step.

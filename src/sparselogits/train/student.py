@@ -173,7 +173,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
     Raises:
         TeacherError: If the recipe's tokenizer cannot be read.
-        IdentityMismatchError: If the tokenizer assigns other ids to tokens than the cache's did.
+        IdentityMismatchError: If the tokenizer's ids differ from those of the cache's tokenizer.
     """
     from sparselogits.corpus import require_tokenizer
 
@@ -201,7 +201,7 @@ def find_tokenizer(recipe: Recipe, dataset: CacheDataset) -> Any | None:
 
 
 def give_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Set the special tokens in a new model's configuration, so that generation stops at eos."""
+    """Set the special tokens in a new model's configuration, so that generation can stop."""
     ids = {
         name: getattr(tokenizer, name, None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
