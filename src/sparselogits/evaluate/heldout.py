@@ -62,7 +62,7 @@ class HeldOut:
         kl_by_window: mean KL of each window, nats; empty without a teacher.
         agreement_by_window: agreement of each window; empty without a teacher.
         acceptance_by_window: acceptance of each window; empty without a teacher.
-        positions_by_window: number of positions of each window.
+        positions_by_window: number of positions in each window.
         intervals: estimates with 95 % bootstrap intervals over windows, by the names in `METRICS`.
     """
 
@@ -89,8 +89,8 @@ class HeldOut:
 
         Args:
             metric: name of the metric, one of `METRICS`.
-            resamples: number of resamples of the windows.
-            seed: random seed of the resamples.
+            resamples: number of bootstrap resamples of the windows.
+            seed: random seed for the resamples.
 
         Raises:
             InvalidArgumentError: If the metric does not exist, or needs a teacher.
@@ -107,8 +107,8 @@ class HeldOut:
         Args:
             other: metrics of the other model on the same windows.
             metric: name of the metric, one of `METRICS`.
-            resamples: number of resamples of the windows.
-            seed: random seed of the resamples.
+            resamples: number of bootstrap resamples of the windows.
+            seed: random seed for the resamples.
 
         Raises:
             InvalidArgumentError: If the numbers of positions per window differ, or one model does
@@ -218,8 +218,8 @@ def evaluate(
             masked language models if the windows are corrupted, otherwise causal ones.
         windows: held-out text, tokenised with the tokenizer of teacher and students.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
-        resamples: number of resamples of the windows, for the intervals.
-        seed: random seed of the resamples.
+        resamples: number of bootstrap resamples of the windows, for the intervals.
+        seed: random seed for the resamples.
         progress: function that is called with the number of windows done and the total number.
 
     Returns:

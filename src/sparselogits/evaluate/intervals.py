@@ -30,7 +30,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 """Default number of bootstrap resamples."""
 _BLOCK_SIZE = 1 << 22
-"""Number of float64 values in one block of resamples, which takes 32 MiB."""
+"""Number of float64 values (32 MiB) in one block of resamples."""
 
 Statistic = Callable[[Tensor], Tensor]
 """Function from sums over units, float64 [R, C], to one value per resample, float64 [R]."""
@@ -174,7 +174,7 @@ def bootstrap_interval(
         statistic: function that computes the value from the sums; the default computes a mean over
             units of different sizes.
         resamples: number of resamples; a 95 % interval needs several hundred.
-        seed: random seed of the resamples.
+        seed: random seed for the resamples.
         confidence: share of the resamples inside the interval, in (0, 1).
 
     Raises:
@@ -286,8 +286,8 @@ def over_seeds(
         statistic: function that computes the metric of one seed, see `bootstrap_interval`.
         denominator: function that computes the denominator of one seed; the result is then the
             ratio of the two means over seeds. None for the mean of `statistic`.
-        resamples: number of resamples of the windows.
-        seed: random seed of the resamples.
+        resamples: number of bootstrap resamples of the windows.
+        seed: random seed for the resamples.
 
     Raises:
         InvalidArgumentError: If there is no window or no resample.

@@ -107,8 +107,8 @@ def require_ids(student: int, teacher: int) -> None:
     """Check that a student's vocabulary is at least as large as the teacher's.
 
     Args:
-        student: number of ids of the student.
-        teacher: number of ids of the teacher.
+        student: number of ids in the student's vocabulary.
+        teacher: number of ids in the teacher's vocabulary.
 
     Raises:
         InvalidArgumentError: If the student has fewer ids.

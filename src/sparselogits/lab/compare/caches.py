@@ -37,7 +37,7 @@ from sparselogits.teacher.vocabulary import vocabulary_size
 from sparselogits.train.recipe import Student
 
 WINDOWS_PER_SHARD = 64
-"""Number of windows per shard of the caches."""
+"""Number of windows per shard in the caches."""
 
 OpenStage = Callable[..., AbstractContextManager[Update]]
 """Function that shows the progress of a stage within a `with` block, such as `console.stage`."""

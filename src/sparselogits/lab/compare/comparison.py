@@ -54,7 +54,7 @@ from sparselogits.teacher.checkpoint import tensor_shapes
 
 
 class ComparisonState:
-    """Load the outcomes of a comparison's runs, and compute the rows of its methods.
+    """Load the outcomes of a comparison's runs, and compute one row per method and student.
 
     Results are rewritten after every run. Recomputing all intervals takes two seconds for a hundred
     runs of 96 windows and 1 000 resamples, so a row is computed again only if its method, or a

@@ -89,7 +89,7 @@ def measure_missing(
 def with_gradients(
     rows: Sequence[MethodRow], recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]
 ) -> list[MethodRow]:
-    """Add the stored measurements of gradients to the rows of methods.
+    """Add the stored gradient measurements to the rows of methods.
 
     Args:
         rows: rows of the methods.
@@ -228,7 +228,7 @@ def _target(
     setting: Setting,
     samplers: dict[str, Sampler],
 ) -> Target:
-    """Return the target of a method, named by the fingerprint of the measurement.
+    """Return a method's target, named after the fingerprint of the measurement.
 
     Args:
         measurement: the measurement.

@@ -210,7 +210,7 @@ class FromTeacher(_Strict):
 
 
 _STUDENT, _FROM_TEACHER = "(student)", "(student from the teacher)"
-"""Tags of the two kinds of students, which pydantic adds to the path of an error."""
+"""Tags for the two kinds of students; pydantic includes the tag in the path of an error."""
 
 
 def _kind_of_student(value: Any) -> str:

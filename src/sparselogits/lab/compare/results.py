@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparselogits.errors import CacheError
 
 FORMAT = 1
-"""Version of the format of results.json."""
+"""Version of the results.json format."""
 
 
 class _Value(BaseModel):

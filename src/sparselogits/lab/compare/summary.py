@@ -31,7 +31,7 @@ PAIRED = ("loss", "kl", "acceptance", "ece")
 
 
 RunKey = tuple[str, str, int]
-"""Title of the method, name of the student, and seed, which identify a run."""
+"""Key that identifies a run: title of the method, name of the student, and seed."""
 
 WindowSums = Mapping[str, Any]
 """Per-window sums [W, C] by the names in `METRICS`, see `HeldOut.sums`."""
@@ -247,7 +247,7 @@ def metrics_of(
         seeds: finished seeds of the method.
         first_seed: seed whose untrained student is used for seeds without one; an existing model
             has the same untrained weights for all seeds.
-        resamples: number of resamples of every bootstrap.
+        resamples: number of resamples per bootstrap.
 
     Returns:
         Values of the fields `figures`, `minus_ce`, `gap_closed` and `recovered` of a `MethodRow`.
@@ -322,7 +322,7 @@ def _closed_share(
     Args:
         name: name of the metric.
         by_seed: sums of the method, of the model at 0 %, and of the model at 100 %, per seed.
-        resamples: number of resamples of the windows.
+        resamples: number of bootstrap resamples of the windows.
 
     Returns:
         The percentage; None if the gap is not distinguishable from zero.
@@ -360,7 +360,7 @@ def metric_estimate(found: SeedEstimate) -> MetricEstimate:
 
 
 def _pooled(diagrams: Sequence[Sequence[Mapping[str, Any]]]) -> list[ReliabilityBin]:
-    """Merge the bins of equal width of several models."""
+    """Merge bins of equal width over several models."""
     bins: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for diagram in diagrams:
         for each in diagram:

@@ -72,7 +72,7 @@ class TaskSetting:
     teacher: str
 
     def key(self, name: str, model: str) -> str:
-        """Return the fingerprint of the scores of a model on a task.
+        """Return the fingerprint under which a model's scores on a task are stored.
 
         Args:
             name: name of the task.
@@ -81,7 +81,7 @@ class TaskSetting:
         return fingerprint([self.digests[name], model])
 
     def missing(self, model: str) -> list[str]:
-        """Return the names of the tasks without stored scores of a model (see `key`)."""
+        """Return the names of the tasks for which a model (see `key`) has no stored scores."""
         return [
             name for name in self.digests if self.work.value("tasks", self.key(name, model)) is None
         ]
@@ -238,7 +238,7 @@ def with_tasks(
         results: results without scores.
         planned: all runs.
         tasks: the tasks; None if the recipe has none.
-        resamples: number of resamples of every bootstrap.
+        resamples: number of resamples per bootstrap.
     """
     if tasks is None:
         return results
@@ -264,7 +264,7 @@ def with_tasks(
 
 
 def column_of(name: str) -> tuple[str, float, int]:
-    """Return the heading, the factor and the number of digits of a column of scores.
+    """Return the heading, scale factor and number of digits for a column of scores.
 
     Args:
         name: name of the score, as TASK/METRIC.
@@ -282,7 +282,7 @@ def task_estimates(
 
     Args:
         seeds: scores of each seed, by TASK/METRIC; a score that any seed lacks is omitted.
-        resamples: number of resamples of every bootstrap.
+        resamples: number of resamples per bootstrap.
     """
     names = [name for name in (seeds[0] if seeds else {}) if all(name in each for each in seeds)]
     return {name: _task_estimate(tuple(each[name] for each in seeds), resamples) for name in names}

@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 
 
 def pack_windows(sums: Mapping[RunKey, WindowSums]) -> bytes:
-    """Return the content of windows.npz for the per-window sums of runs."""
+    """Encode the per-window sums of runs as the content of windows.npz."""
     names = list(dict.fromkeys(name for key in sums for name in key[:2]))
     runs = [[names.index(method), names.index(student), seed] for method, student, seed in sums]
     arrays: dict[str, Any] = {

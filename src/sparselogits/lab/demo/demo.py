@@ -9,7 +9,7 @@ The demo is a comparison (`sparselogits.lab.compare`) with a page and a student 
       student/                  student trained from the cache of systematic rounds
       demo.json                 results, and samples of generated text
       demo.html                 page of the demo
-      window-0.html             page of the first window of the cache
+      window-0.html             page that shows the first window of the cache
 
 An interrupted demo is resumed by the same command; finished work is not repeated.
 """
@@ -63,9 +63,9 @@ SEED = 7
 HOLDOUT = 0.375
 """Share of the text that is held out."""
 PAGE = "demo.html"  # `compare` and `report` write report.html
-"""Name of the demo's page."""
+"""File name of the demo's page."""
 WINDOW_PAGE = "window-0.html"
-"""Name of the page of the cache's first window."""
+"""File name of the page that shows the cache's first window."""
 HEALED = "systematic 12"
 """Title of the method whose student is saved to chat with."""
 
@@ -91,7 +91,7 @@ class Scale:
         characters: length of the text in characters, about four per token.
         heldout_windows: number of windows for evaluation.
         window: number of tokens per window.
-        layers: number of transformer blocks of the student.
+        layers: number of transformer blocks in the student.
     """
 
     characters: int
@@ -121,7 +121,7 @@ class DemoResult:
     student: Path
 
     def table(self) -> Table:
-        """Return the table of methods for a terminal of 80 columns."""
+        """Return the table of methods, for a terminal with 80 columns."""
         content = table(self.results)
         found = Table("method", box=SIMPLE, caption=CAPTION, caption_justify="left")
         found.padding, found.pad_edge = (0, 0, 0, 1), False
@@ -282,7 +282,7 @@ def _write_page(
     teacher: TransformersTeacher,
     tokenizer: Any,
 ) -> None:
-    """Write the page of the demo and the page of the cache's first window."""
+    """Write the demo's page, and the page that shows the cache's first window."""
     results, out = result.results, recipe.out
     method = next(each for each in recipe.methods if each.title == HEALED)
     cache = out / "caches" / Draw.of(method, recipe, SEED).key

@@ -16,7 +16,7 @@ from sparselogits.lab.report import Continuation
 QUESTIONS = ("What is a list in Python?", "Why does the sky look blue?")
 """Questions to models with a chat template."""
 PROMPT_TOKENS, WRITTEN_TOKENS = 32, 40
-"""Number of tokens of a held-out page in a prompt, and largest number of generated tokens."""
+"""Number of prompt tokens taken from a held-out page, and largest number of generated tokens."""
 TEMPERATURE = 0.7
 """Sampling temperature."""
 

@@ -81,7 +81,7 @@ def drawings(results: Results) -> list[Drawing]:
 
 
 def share_chart(results: Results) -> Drawing:
-    """Return the chart of each method's share of full KD's reduction in KL, by bytes per token."""
+    """Return the chart of methods' KL reduction, in % of full KD's, against bytes per token."""
     points, levels = [], []
     for row in results.methods:
         if row.recovered is None or row.family == "none":

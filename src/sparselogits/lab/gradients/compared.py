@@ -21,7 +21,7 @@ from sparselogits.samplers import (
 )
 
 PUBLISHED = Multinomial.title
-"""Name of the target of RS-KD as published: independent rounds from the teacher's distribution."""
+"""Name of the target as published for RS-KD: independent rounds from the teacher's distribution."""
 
 
 @dataclass(frozen=True)

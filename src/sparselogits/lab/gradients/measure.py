@@ -207,7 +207,7 @@ def measure_gradients(
 
 
 class _Drawer:
-    """Draw the targets of one slice of positions; targets with equal samplers share draws."""
+    """Draw the targets at one slice of positions; targets with equal samplers share draws."""
 
     def __init__(
         self,
@@ -314,7 +314,7 @@ def _window_counts(batch_tokens: Sequence[int], length: int, windows: int) -> li
 
 
 def _draw_counts(targets: Sequence[Target], draws: int, against: str | None) -> list[int]:
-    """Validate the arguments, and return the number of draws of each target."""
+    """Validate the arguments, and return the number of draws for each target."""
     names = [target.name for target in targets]
     if len(set(names)) < len(names) or not names:
         raise InvalidArgumentError(

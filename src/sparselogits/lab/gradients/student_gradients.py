@@ -169,7 +169,7 @@ class StudentGradients:
             self.moments[index] += Moments.of(full, gradients(target, draws, index))
 
     def end(self) -> None:
-        """Compute the gradients of all parameters, and add all gradients to the batches."""
+        """Compute the gradients for all parameters, and add all gradients to the batches."""
         full = self.full
         self._add_sums(None, [full])
         for index, drawn in enumerate(self.of_targets):
@@ -199,7 +199,7 @@ class StudentGradients:
                 batches.add(space, target, vectors)
 
     def _all_parameters(self, window: WindowGradient) -> Tensor:
-        """Compute the gradient of all parameters of trunk and head, concatenated."""
+        """Compute the gradient with respect to all trunk and head parameters, concatenated."""
         gradients = torch.autograd.grad(
             self.states,
             self.leaves,

@@ -14,7 +14,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.planning.devices import DEVICES, DeviceKind
 
 FORWARD, TRAINING = 2, 6
-"""Operations per parameter and token of a forward pass and of a training step."""
+"""Operations per parameter and token, for a forward pass and for a training step."""
 UTILISATION = 0.4
 """Default share of a device's peak rate that a model reaches.
 
@@ -41,7 +41,7 @@ Measured on text files with SmolLM2's tokenizer; slow pre-tokenizers and compres
 several times as long.
 """
 LIST_PAGE = 1000
-"""Number of names per page of an object-store listing, as S3 limits it."""
+"""Number of names per page when listing an object store; the limit of S3."""
 COLD_REQUESTS = 3
 """Requests (one HEAD, two GET) to read a window of a shard that is not open.
 
@@ -101,8 +101,8 @@ class Settings:
     """Inputs of a plan; prices may be in any currency.
 
     Args:
-        teacher_params: number of parameters of the teacher.
-        student_params: number of parameters of a student.
+        teacher_params: number of parameters in the teacher.
+        student_params: number of parameters in a student.
         tokens: number of tokens of text.
         storage: bytes per token on disk.
         passes: number of passes over the cached text, that is, students times epochs times
@@ -114,8 +114,8 @@ class Settings:
         ranks: number of devices that train one student.
         window: number of tokens per window.
         windows_per_shard: number of windows per shard.
-        build_overhead: extra time of a build as a share of the teacher's forward passes.
-        step_overhead: extra time of a step from the cache as a share of a CE step.
+        build_overhead: extra time of a build, relative to the teacher's forward passes.
+        step_overhead: extra time of a step from the cache, relative to a CE step.
         device_price: price per device-hour.
         storage_price: price per terabyte (1e12 bytes) and month.
         months: number of months for which the cache is stored.
@@ -179,7 +179,7 @@ class Plan:
         student_hours: hours per pass of a student over the cache.
         ce_hours: hours per pass of a student over the text without a teacher.
         online_hours: hours per pass of a student over the text with the teacher online.
-        cached_cost: price of the build, all passes of students, and storage.
+        cached_cost: price of the build, all training passes, and storage.
         online_cost: price of all passes with the teacher online.
         break_even_passes: number of passes from which on the cache takes fewer device-hours than
             the teacher online; None if it never does.
@@ -195,7 +195,7 @@ class Plan:
         shuffled_bytes_per_second: bytes per second that all ranks of one student read in the worst
             order, in which a row group is fetched per window.
         shard_hours: hours that a worker needs for one shard, the most work that a failure loses.
-        failures: expected number of failures of workers during the build.
+        failures: expected number of worker failures during the build.
         lost_hours: hours lost to these failures, half a shard each, without the time to restart.
     """
 

@@ -77,7 +77,7 @@ class Shape:
         parameters: number of parameters.
         hidden: hidden size.
         layers: number of transformer blocks.
-        intermediate: intermediate size of the MLP, of all active experts together.
+        intermediate: intermediate size of the MLP, summed over all active experts.
     """
 
     name: str
@@ -104,10 +104,10 @@ SHAPES = (
 
 
 def shape_of(parameters: float) -> Shape:
-    """Return a plausible shape of a model with this number of parameters.
+    """Return a plausible shape for a model with this number of parameters.
 
-    The shape is that of the published model of the nearest size. If the sizes differ by a factor of
-    1.5 or more, widths and depth are scaled by the cube root of the ratio, because the number of
+    The shape is that of the published model nearest in size. If the sizes differ by a factor of 1.5
+    or more, widths and depth are scaled by the cube root of the ratio, because the number of
     parameters grows with the square of the widths and with the depth.
     """
     near = min(SHAPES, key=lambda shape: abs(math.log(shape.parameters / parameters)))
@@ -151,9 +151,9 @@ def pass_memory(
     """Estimate the memory of a teacher's forward pass per device.
 
     Args:
-        parameters: number of parameters of the teacher.
+        parameters: number of parameters in the teacher.
         shape: shape of the teacher.
-        vocab: number of rows of the teacher's head.
+        vocab: number of rows in the teacher's head.
         window: number of tokens per window.
         batch: number of windows per forward pass.
         dtype: data type of the weights, a key of `BYTES`.
@@ -197,9 +197,9 @@ def training_memory(
     """Estimate the memory of a student's training step per rank.
 
     Args:
-        parameters: number of parameters of the student.
+        parameters: number of parameters in the student.
         shape: shape of the student.
-        vocab: number of rows of the student's head.
+        vocab: number of rows in the student's head.
         window: number of tokens per window.
         batch: number of windows per rank and step.
         dtype: data type of the products: float32, or bfloat16 by autocast over float32 weights.

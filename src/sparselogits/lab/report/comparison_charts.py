@@ -31,7 +31,7 @@ def in_words(value: Any) -> str:
 
 
 def series_of(row: MethodRow) -> str:
-    """Return the name of the series of methods that differ only in their number of entries."""
+    """Return the name of a method's series, which joins methods that differ only in entries."""
     kind = find_sampler(row.family)
     known = kind or METHODS.get(row.family)
     name = known.title if known else row.family
@@ -178,7 +178,7 @@ def _finite(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _curves(runs: Sequence[RunRow], student: str, methods: Collection[str]) -> list[dict[str, Any]]:
-    """Return the points of the training curve of each method's first finished run."""
+    """Return the points of each method's training curve, from its first finished run."""
     first: dict[str, RunRow] = {}
     for run in runs:
         if run.student == student and run.method in methods and run.curve:

@@ -58,7 +58,7 @@ class Column:
 
 
 Line = tuple[str, Sequence[Cell]]
-"""Name of a row of a table, and one cell per column."""
+"""Row of a table: its name, and one cell per column."""
 
 
 @dataclass(frozen=True)

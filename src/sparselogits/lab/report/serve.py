@@ -10,7 +10,7 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsError
 
 _HOST = "127.0.0.1"
 PREFIX = "/window/"
-"""Path of the pages, to which the index of a window is appended."""
+"""URL path of a page, without the index of the window."""
 
 
 class PageServer(HTTPServer):

@@ -29,7 +29,7 @@ from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
 
 LIKELIEST = 10
-"""Number of most likely ids of each model that are shown in addition to the cached ids."""
+"""Number of most likely ids shown for each model, in addition to the cached ids."""
 
 LARGEST = 64
 """Largest number of ids that are shown per position; one row sums the others."""

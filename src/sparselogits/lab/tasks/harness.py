@@ -84,7 +84,7 @@ def score(
 
 
 def fetch(name: str) -> None:
-    """Download the data of a task of lm-eval; do nothing for a local task.
+    """Download the data for an lm-eval task; do nothing for a local task.
 
     Raises:
         TaskError: If the task is unknown, or its data cannot be downloaded.
@@ -115,7 +115,7 @@ def _load(name: str, data: Path | None) -> list[Any]:
     """Load a task with its data, a group of tasks, or the tasks of a tag.
 
     Args:
-        name: name of a local task, or of a task, group or tag of lm-eval.
+        name: name of a local task, or of a task, group or tag in lm-eval.
         data: folder that `write_tasks` filled, for a local task.
     """
     if name in LOCAL_TASKS:

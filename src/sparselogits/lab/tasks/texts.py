@@ -21,7 +21,7 @@ from sparselogits.errors import TaskError
 from sparselogits.store.ranges import spread
 
 PASSAGE_WORDS = 32
-"""Largest number of words per passage; passages of windows with few words are shorter."""
+"""Largest number of words per passage; windows with few words give shorter passages."""
 ENDINGS = 4
 """Number of endings per question, one of which is true."""
 _FEWEST_WORDS = 4  # the last quarter of a passage has at least one word
