@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from sparselogits.allowances import ALLOWANCES, allowing
 from sparselogits.caching.pilot import check_teacher_on_text
+from sparselogits.corpus import Window
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning, TeacherError
 from sparselogits.evaluate.passes import StudentLogits
 from sparselogits.positions import trained_positions
@@ -32,9 +32,9 @@ def teacher_of(model: torch.nn.Module, dtype: str = "float32") -> TransformersTe
         return TransformersTeacher(model, identity=IDENTITY | {"dtype": dtype})
 
 
-def window(length: int, starts: tuple[int, ...] = (0,)) -> SimpleNamespace:
+def window(length: int, starts: tuple[int, ...] = (0,)) -> Window:
     tokens = np.arange(length) % (VOCABULARY - 3) + 3
-    return SimpleNamespace(index=0, tokens=tokens, document_starts=np.array(starts, np.int32))
+    return Window(0, tokens.astype(np.int32), np.array(starts, np.int32), mask=None)
 
 
 def check(teacher: TransformersTeacher, length: int) -> float:
