@@ -236,7 +236,7 @@ def is_clutter(name: str) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of writing within a block to a `StorageError` that names the path.
+    """Convert write errors within a block to a `StorageError` that names the path.
 
     These are `OSError`, and the errors that safetensors and torch raise on a full disk.
 

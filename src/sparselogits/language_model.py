@@ -94,7 +94,7 @@ class Parts:
 
     @contextmanager
     def without_product(self) -> Iterator[None]:
-        """Within a block, replace the head by the identity, so the model returns hidden states."""
+        """Within a `with` block, replace the head by the identity to get hidden states."""
         patched = self.head.__dict__.get("forward")  # set by libraries that patch an instance
         self.head.forward = _unchanged
         try:
@@ -119,7 +119,7 @@ def masked_classes(config: Any) -> set[str]:
     """Return the names of all classes of masked language models in transformers.
 
     Args:
-        config: a model's configuration; a masked class of remote code that it names is included.
+        config: a model's configuration; a masked class that it names from remote code is included.
     """
     from transformers.models.auto import modeling_auto as auto
 

@@ -103,9 +103,9 @@ class Masked:
 
     Args:
         mask_id: id of the mask token.
-        rate: share of the tokens that are chosen for prediction, in (0, 1]. None draws a rate per
-            window, uniformly from `LEAST_RATE` to 1, and multiplies the loss of the window by
-            1 / rate, as in masked diffusion (Sahoo et al. 2024, arXiv 2406.07524).
+        rate: share of the tokens that are chosen for prediction, in (0, 1]. If None, a rate is
+            drawn per window, uniformly from `LEAST_RATE` to 1, and the window's loss is multiplied
+            by 1 / rate, as in masked diffusion (Sahoo et al. 2024, arXiv 2406.07524).
         masked: share of the chosen tokens that the input replaces by the mask token.
         random: share of the chosen tokens that the input replaces by a random token; the remaining
             ones are not replaced. 0.8 and 0.1 are the shares of BERT (Devlin et al. 2018, arXiv

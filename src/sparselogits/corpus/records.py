@@ -63,7 +63,7 @@ class Fields:
     """Settings for reading token ids; None if the records contain text."""
 
     def columns(self, found: Collection[str], where: Where) -> list[str]:
-        """Return the columns of a table that must be read.
+        """Return the columns that must be read from a table.
 
         Args:
             found: names of the table's columns.
@@ -216,7 +216,7 @@ def _intersect(
 
 
 def _render(record: Record, names: Sequence[str], fields: Fields) -> Rendered | None:
-    """Return the text of a conversation; None if no token of it would carry a target."""
+    """Return the text of a conversation; None if none of its tokens would carry a target."""
     values, where, _ = record
     try:
         unread = fields.chat.unread(EXTRAS) if fields.chat is not None else ()

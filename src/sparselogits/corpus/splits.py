@@ -34,7 +34,7 @@ def find_splits(folder: Path, names: Sequence[str], configuration: str | None) -
 
     Args:
         folder: the folder.
-        names: relative names of its files, with forward slashes, without hidden files.
+        names: relative names of the folder's files, with forward slashes, without hidden files.
         configuration: name of a configuration in README.md; None for the default one.
 
     Returns:

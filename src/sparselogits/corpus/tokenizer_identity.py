@@ -69,8 +69,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
 
     The fingerprint of a fast tokenizer is computed from the canonical JSON of the compiled
     tokenizer, without the state of the last call (truncation, padding), and from the ids of the
-    special tokens; that of a slow one from its vocabulary, the files of the vocabulary, and these
-    ids. Saving and loading a tokenizer does not change the fingerprint.
+    special tokens. The fingerprint of a slow tokenizer is computed from its vocabulary, the
+    vocabulary files and these ids. Saving and loading a tokenizer does not change the fingerprint.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -111,8 +111,8 @@ def require_tokenizer(
     """Validate that each id of a tokenizer stands for the same token as in a cache.
 
     Roles of special tokens, chat template and padding may differ, and each tokenizer may have added
-    tokens that the other lacks, if no id is two different tokens. A `SparseLogitsWarning` states
-    these differences.
+    tokens that the other lacks, if no id stands for two different tokens. A `SparseLogitsWarning`
+    states these differences.
 
     Args:
         tokenizer: a transformers tokenizer, or its fingerprint.
@@ -173,7 +173,7 @@ def _conflict(found: TokenizerFingerprint, cached_added: object, origin: str) ->
 def _difference(
     found: TokenizerFingerprint, cached_roles: object, cached_added: object, origin: str
 ) -> str:
-    """Return the differences of roles and added tokens, for a warning; empty if there are none."""
+    """Return the differences in roles and added tokens, for a warning; empty if there are none."""
     other = cached_roles if isinstance(cached_roles, Mapping) else {}
     differences = [
         f"{role} is {found.roles.get(role)!r} here and {other.get(role)!r} in {origin}"

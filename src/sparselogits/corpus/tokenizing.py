@@ -28,7 +28,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|endofdocu
 """Names of tokens that end a document, most common first."""
 
 BATCH_SECONDS = 30
-"""Maximum time to tokenise a batch of about a megabyte, in seconds; typical is one second."""
+"""Maximum time to tokenise a batch of about a megabyte, in seconds; a second is typical."""
 
 
 class Encoded(NamedTuple):

@@ -21,8 +21,8 @@ from sparselogits.errors import ShrinkError
 from sparselogits.language_model import text_config
 
 Size = Literal["hidden", "channels", "groups"]
-"""Name of a size: hidden size, number of MLP channels per layer, or number of attention-head
-groups that share keys and values."""
+"""Name of a size: hidden size, number of MLP channels per layer, or number of groups of attention
+heads; the heads in a group share keys and values."""
 
 Order = Literal["concatenated", "interleaved"]
 """Order of the rows in a fused projection: all queries, all keys, all values; or group by group."""
@@ -179,7 +179,7 @@ def resized(model: nn.Module, sizes: Mapping[str, int], *, layers: list[int] | N
         model: model whose configuration is copied.
         sizes: new values of `hidden`, `channels`, `heads` and `groups`, by name.
         layers: indices of the retained blocks; None for all. Lists with one value per block, such
-            as types of attention, are shortened in the same way.
+            as attention types, are shortened in the same way.
     """
     config = copy.deepcopy(model.config)
     text = text_config(config)

@@ -19,8 +19,8 @@ from sparselogits.corpus.records import Fields, Record, Where
 from sparselogits.errors import CorpusError
 
 LONGEST_LINE = 1 << 30
-"""Maximum length in bytes of a line in a compressed file, because a small file may expand to any
-length."""
+"""Maximum length in bytes of a line in a compressed file. Without a limit, a small file could
+exhaust the memory."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

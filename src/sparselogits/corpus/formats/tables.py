@@ -37,7 +37,7 @@ class Parquet(Format):
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of row groups, each with about `span_bytes` bytes to read."""
+        """Divide a file into spans of row groups with about `span_bytes` bytes of data each."""
         with _open_parquet(file) as reader:
             columns = _columns(reader.schema_arrow, file.name, fields)
             metadata, start, size = reader.metadata, 0, 0
@@ -72,7 +72,7 @@ class Arrow(Format):
     binary = True
 
     def spans(self, file: SourceFile, span_bytes: int, fields: Fields | None) -> Iterator[Span]:
-        """Divide a file into spans of record batches, each with about `span_bytes` to read."""
+        """Divide a file into spans of record batches with about `span_bytes` bytes of data each."""
         start = size = number = 0
         for number, batch in enumerate(_arrow_batches(file), start=1):
             columns = _columns(batch.schema, file.name, fields)
@@ -203,7 +203,7 @@ def _numbers(scalar: pa.Scalar) -> Any:
 
 
 def plain(value: Any, kind: pa.DataType, *, decoded: bool = False) -> Any:
-    """Convert a value of a column to plain JSON values.
+    """Convert a value from a column to plain JSON values.
 
     Arrow adds to every object of a column the fields of all other objects, with null values; these
     fields are removed. Columns that `datasets` stores as JSON text (its `Json` feature) are decoded
