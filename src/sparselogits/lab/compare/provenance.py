@@ -1,4 +1,4 @@
-"""Determine the commit, the versions and the machine that results are computed with."""
+"""Determine the commit, versions and machine with which results are computed."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class Ends(_Value):
 class MetricEstimate(_Value):
     """Metric of a method over its seeds, with three intervals (see `SeedEstimate`).
 
-    In results of versions without windows.npz, `both` is a bootstrap over windows and seeds, and
-    `gap_closed` is the mean of the ratios per seed, with Student's t interval.
+    In results written by versions without windows.npz, `both` is a bootstrap over windows and
+    seeds, and `gap_closed` is the mean of the ratios per seed, with Student's t interval.
     """
 
     mean: float

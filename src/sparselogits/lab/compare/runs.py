@@ -272,7 +272,7 @@ _FIELDS_OF_SAMPLERS = (
 
 
 def in_fingerprint(method: MethodSpec) -> dict[str, Any]:
-    """Return the values of a method that are fingerprinted, in the form of earlier versions."""
+    """Return the values of a method that enter fingerprints, in the form of earlier versions."""
     later = {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
     values = method.model_dump(mode="json", exclude={"name"} | later)
     return dict.fromkeys(_FIELDS_OF_SAMPLERS) | values

@@ -70,7 +70,7 @@ def standard_targets(
     missing_mass: Sequence[MissingMass] = ("drop",),
     adaptive: Sampler | None = None,
 ) -> list[Target]:
-    """Return Top-K targets with each rule, unbiased targets with the same budget, and the label.
+    """Return Top-K targets per missing-mass rule, unbiased targets of equal budget, and the label.
 
     Args:
         pilot: the teacher's logits at positions spread over the text, float [P, V] each. The

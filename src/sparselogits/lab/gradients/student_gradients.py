@@ -169,7 +169,7 @@ class StudentGradients:
             self.moments[index] += Moments.of(full, gradients(target, draws, index))
 
     def end(self) -> None:
-        """Compute the gradients for all parameters, and add all gradients to the batches."""
+        """Compute the gradient of all parameters, and add all gradients to the batches."""
         full = self.full
         self._add_sums(None, [full])
         for index, drawn in enumerate(self.of_targets):
@@ -223,9 +223,10 @@ class WindowGradient:
     """Gradients of a loss on one window.
 
     Args:
-        hidden: gradient for the head's input at each position, [L, D].
-        weight: gradient for the head's weight, without the part from a tied embedding, [V, D].
-        logits: gradient for the logits, summed over positions, [V].
+        hidden: gradient with respect to the head's input at each position, [L, D].
+        weight: gradient with respect to the head's weight, [V, D]; the part from a tied embedding
+            is not included.
+        logits: gradient with respect to the logits, summed over positions, [V].
     """
 
     hidden: Tensor

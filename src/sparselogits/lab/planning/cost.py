@@ -92,7 +92,7 @@ class StorageCost:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes per token of targets and text."""
+        """Bytes per token for targets and text."""
         return self.entries * self.bits_per_entry / 8 + self.text_bytes
 
 

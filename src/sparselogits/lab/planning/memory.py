@@ -1,6 +1,6 @@
 """Estimate the memory of one device, and whether a teacher's pass or a student's training fits.
 
-The estimate is the sum of weights, activations, and the logits in memory at a time. Coefficients
+The estimate is the sum of weights, activations, and logits in memory at the same time. Coefficients
 were fitted to the allocations of Llama models of several shapes, counted by torch's profiler
 (benchmarks/plan_memory.py; docs/planning.md states the errors). A margin covers an accelerator's
 other memory (CUDA context, fragmentation). Attention is assumed to be computed by a fused kernel
@@ -48,22 +48,22 @@ bfloat16 is autocast over float32 weights. Source: benchmarks/plan_memory.json.
 KEPT_HIDDEN = 4.0
 """Bytes per token, layer and unit of hidden size that are stored with activation checkpointing."""
 RECOMPUTED_HIDDEN = {"float32": 46.0, "bfloat16": 42.0}
-"""Bytes per token and unit of hidden size to recompute one layer, by dtype.
+"""Bytes per token and unit of hidden size that recomputing one layer takes, by dtype.
 
 Source: benchmarks/plan_memory.json.
 """
 RECOMPUTED_INTERMEDIATE = {"float32": 24.0, "bfloat16": 12.0}
-"""Bytes per token and unit of intermediate size to recompute one layer, by dtype.
+"""Bytes per token and unit of intermediate size that recomputing one layer takes, by dtype.
 
 Source: benchmarks/plan_memory.json.
 """
 TRAINED_BYTES = 16
 """Bytes per parameter in training: float32 weight, gradient and AdamW's two moments."""
 GRADIENT_BYTES = 4
-"""Bytes per parameter of a float32 gradient."""
+"""Bytes per parameter for a float32 gradient."""
 # as in losses.chunked.default_chunk_rows; a test checks it
 CHUNK_SHARE, CHUNK_LEAST, CHUNK_MOST = 1 / 64, 64 * 2**20, 2**30
-"""Share of a device's memory for a chunk of float32 logits in the loss, and its limits in bytes."""
+"""Share of a device's memory for a chunk of float32 logits in the loss; size limits in bytes."""
 MARGIN = 0.08
 """Share of the device's memory for CUDA context, workspaces and fragmentation; an assumption."""
 
@@ -244,7 +244,7 @@ MemoryOf = Callable[[int, int], Memory]
 
 
 def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
-    """Return the largest batch that fits on one device, a power of two.
+    """Return the largest batch size, a power of two, that fits on one device.
 
     Args:
         memory_of: function that estimates the memory.
@@ -258,7 +258,7 @@ def largest_batch(memory_of: MemoryOf, capacity: float) -> int | None:
 
 
 def fewest_devices(memory_of: MemoryOf, batch: int, capacity: float) -> int | None:
-    """Return the smallest number of devices on which a batch fits, a power of two.
+    """Return the smallest number of devices, a power of two, on which a batch fits.
 
     Args:
         memory_of: function that estimates the memory.

@@ -39,7 +39,7 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 """Shapes of points, by their names in Vega."""
 
 WIDTH, HEIGHT = 460, 290
-"""Size of a chart in pixels; in a page the width is the width of the column."""
+"""Size of a chart in pixels; in a page, the column determines the width."""
 
 
 @dataclass(frozen=True)

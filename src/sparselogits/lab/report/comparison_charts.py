@@ -31,7 +31,7 @@ def in_words(value: Any) -> str:
 
 
 def series_of(row: MethodRow) -> str:
-    """Return the name of a method's series, which joins methods that differ only in entries."""
+    """Return the name of the series that joins a method with those that differ only in entries."""
     kind = find_sampler(row.family)
     known = kind or METHODS.get(row.family)
     name = known.title if known else row.family
@@ -129,7 +129,7 @@ def _points(
     budget_of: Callable[[MethodRow], float | None],
     metric_of: Callable[[MethodRow], _WithEnds],
 ) -> list[dict[str, Any]]:
-    """Return a point of a chart per method that has a budget.
+    """Return one chart point per method that has a budget.
 
     Args:
         rows: the methods.

@@ -9,7 +9,7 @@ from sparselogits.lab.planning.grid import STUDENTS, TOKENS, grid
 from sparselogits.lab.report.charts import Drawing, curve_chart, draw_png, looks_of, require_drawing
 
 MODES = ("cached", "online")
-"""Names of training from a cache and with the teacher online, in the legend."""
+"""Legend labels for training from a cache and for training with the teacher online."""
 
 
 def draw_plan(settings: Settings, path: Path) -> None:

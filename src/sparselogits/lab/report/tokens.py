@@ -1,4 +1,4 @@
-"""Decode the tokens of a window one by one, although several tokens may share a character."""
+"""Decode the tokens of a window one by one, even where several tokens share a character."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenTexts:
     def running(self) -> list[str]:
         """Return the text of each token, so that the joined texts are the text of the window.
 
-        If several tokens share a character, the last token's text has it and the others are empty.
+        If several tokens share a character, the last one's text contains it; the others are empty.
         """
         if self._tokenizer is None:
             return [f"#{token} " for token in self._tokens]

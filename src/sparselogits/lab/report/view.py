@@ -32,7 +32,7 @@ LIKELIEST = 10
 """Number of most likely ids shown for each model, in addition to the cached ids."""
 
 LARGEST = 64
-"""Largest number of ids that are shown per position; one row sums the others."""
+"""Largest number of ids shown per position; the other ids are summed in one row."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class WindowViewer:
         )
 
     def require(self, window: int) -> int:
-        """Return the position of a window in the cache.
+        """Return the position in the cache at which a window is stored.
 
         Args:
             window: index of the window in the corpus.
@@ -207,7 +207,7 @@ class WindowViewer:
         return [name for name, model in named.items() if model is not None]
 
     def _measures(self) -> list[str]:
-        """Return the names of the measures that the given models allow."""
+        """Return the names of the measures that can be computed with the given models."""
         needed = {"distance": {"teacher"}, "kl": {"teacher", "student"}}
         for name in MEASURES:
             needed.setdefault(name, {m for m in ("teacher", "student") if m in name})

@@ -207,7 +207,7 @@ def _quiet() -> Iterator[Any]:
 
 @contextmanager
 def _restored_randomness() -> Iterator[None]:
-    """Restore the states of all random generators after a `with` block, as lm-eval seeds them."""
+    """Restore all random states after a `with` block, because lm-eval seeds the generators."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

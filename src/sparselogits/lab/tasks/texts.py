@@ -2,7 +2,7 @@
 
 Only held-out windows are used, because students are trained on the others. A window is divided at
 its document separators and decoded. The first and the last word of each part are dropped, because
-the edge of the window may cut through a word. Passages do not overlap, and have the same length.
+a window may begin or end within a word. Passages have the same number of words and do not overlap.
 """
 
 from __future__ import annotations
