@@ -1,4 +1,4 @@
-"""Compute speculative acceptance: how well a student drafts for its teacher.
+"""Compute how often a teacher accepts the tokens that a student drafts (speculative decoding).
 
 A token drafted from the student's distribution s and verified by the teacher's p is accepted with
 probability min(1, p / s), so the acceptance probability at a position is
@@ -23,7 +23,7 @@ NextLogits = Callable[[Tensor], Tensor]
 """Function from tokens, int64 [L], to the student's logits for the next token, float [V]."""
 
 LastLogits = Callable[[Tensor, int], Tensor]
-"""Function from tokens, int64 [L], and n to the teacher's logits at the last n, float [n, V]."""
+"""Function from tokens, int64 [L], and n to the teacher's last n rows of logits, float [n, V]."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def draft_and_verify(
 ) -> Round:
     """Draft tokens with the student, and verify them with the teacher.
 
-    The student runs once per drafted token, the teacher once. The student must have all ids of the
-    teacher.
+    The student runs once per drafted token, the teacher once. The student's vocabulary must contain
+    all ids of the teacher's.
 
     Args:
         prefix: tokens before the draft, int64 [L], L at least 1.

@@ -26,7 +26,7 @@ from sparselogits.teacher import Engine
 
 @dataclass(frozen=True)
 class Drafting:
-    """Result of drafting.
+    """Result of drafting tokens from held-out prefixes and verifying them.
 
     Args:
         drafts: number of drafts, each verified once.
@@ -51,7 +51,7 @@ class Drafting:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Mean number of tokens emitted per forward pass of the teacher, with its own token."""
+        """Mean number of tokens emitted per forward pass of the teacher, one of them its own."""
         return 1 + self.accepted / self.drafts
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def draft_from_prefixes(
         progress: function that is called with the number of windows done and the total number.
 
     Raises:
-        InvalidArgumentError: If there are no windows, windows are not longer than a draft, `draft`
+        InvalidArgumentError: If there are no windows, a window is not longer than a draft, `draft`
             or `prefixes` is less than 1, or the student has fewer ids than the teacher.
     """
     length = windows.corpus.packing.window_length
@@ -123,7 +123,7 @@ def _draft_once(
     draft: int,
     generator: torch.Generator,
 ) -> Round:
-    """Draft and verify after the first `end` tokens, continuing the document at that position."""
+    """Draft tokens that continue the document at position `end` of a window, and verify them."""
     starts = document_starts(item)
     starts = None if starts is None else starts[starts < end]
 

@@ -80,7 +80,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estim
 def fieller_interval(
     numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Compute the ratio of the means of paired values and Fieller's interval.
+    """Compute the ratio of the means of paired values, with Fieller's interval.
 
     With means a and b over n pairs and the covariances s of these means, the interval contains
     every ratio r that a t test does not reject, (a - r b)^2 <= t^2 (s_aa - 2 r s_ab + r^2 s_bb),
@@ -135,7 +135,7 @@ def fieller_interval(
 
 
 def _checked(values: Sequence[float], confidence: float) -> int:
-    """Validate the arguments of an interval, and return the number of values."""
+    """Validate the arguments of an interval function, and return the number of values."""
     if not values or not 0 < confidence < 1:
         raise InvalidArgumentError(
             f"found {len(values)} values and the confidence {confidence}; give at least one value "
@@ -218,8 +218,8 @@ def paired_interval(
 ) -> Estimate:
     """Compute the difference of two models' values from paired resamples of the same units.
 
-    The difficulty of a window for both models cancels, so the interval is narrower than the
-    intervals of the two values suggest.
+    What makes a window difficult for both models cancels in the difference, so the interval is
+    narrower than the intervals of the two values suggest.
 
     Args:
         first: contribution of each unit to each of the first model's C sums, float64 [W, C].
@@ -350,7 +350,7 @@ def _over_models_and_windows(value: float, above: _Floats, below: _Floats) -> Es
 
 
 def _reached(rising: Callable[[float], float], start: float, step: float) -> float | None:
-    """Return the argument at which a distribution function reaches the upper quantile, or None.
+    """Find where a distribution function reaches the upper quantile; None if it never does.
 
     Args:
         rising: distribution function.

@@ -47,7 +47,7 @@ class StudentLogits:
             inputs: result of `model_inputs` for the window.
 
         Returns:
-            Function of a slice of P positions that computes their logits, float32 [P, V].
+            Function from a slice of P positions to their logits, float32 [P, V].
         """
         states = self._states(inputs)
         if self.parts is None:
