@@ -89,7 +89,7 @@ def build_caches(
     """Build one cache per request, or resume an interrupted build.
 
     Args:
-        engine: engine of the teacher.
+        engine: engine that runs the teacher.
         corpus: text, packed with the teacher's tokenizer.
         requests: caches to build.
         tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.

@@ -152,7 +152,7 @@ def import_collected(
 
 
 class _WindowCutter:
-    """Splits a stream of rows into windows; buffers only the tokens that do not fill a window yet.
+    """Converter of a stream of rows to windows; buffers only the tokens of the unfinished window.
 
     Args:
         length: number of tokens per window.
@@ -271,7 +271,7 @@ class _Row(NamedTuple):
 
     Attributes:
         values: columns of the row by name.
-        where: returns the location of the row, for messages.
+        where: function that returns the location of the row, for messages.
         normalised: whether the probabilities are normalised over the whole vocabulary.
     """
 

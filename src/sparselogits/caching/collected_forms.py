@@ -48,13 +48,13 @@ _IGNORED_OF_MAXTEXT = ("inputs_position", "inputs_segmentation", "targets")
 
 
 class _Settings(BaseModel):
-    """Base class of settings, which rejects unknown fields."""
+    """Base class of settings; unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ResidualBin(_Settings):
-    """Settings of consecutive residuals that share a scale.
+    """Settings for a group of consecutive residuals that share a scale.
 
     Attributes:
         scale_dtype: dtype of the scale.
@@ -189,7 +189,7 @@ class DistillKitPacking(_Settings):
         return values.double().numpy()
 
     def _terms(self, count: int) -> Tensor:
-        """Return the terms of the approximation at each rank, [count, terms]."""
+        """Return the values of the polynomial terms at each rank, [count, terms]."""
         dtype = getattr(torch, self.term_dtype)
         ranks = torch.arange(count, dtype=dtype)
         if self.normalize_t:
@@ -211,7 +211,7 @@ def plain_row(
 
     Args:
         values: columns of the row by name.
-        where: returns the location of the row, for messages.
+        where: function that returns the location of the row, for messages.
         packing: settings of DistillKit's packing; None if there are none.
 
     Raises:
@@ -341,7 +341,7 @@ def _lists(
 
 
 def _length(values: Mapping[str, Any], where: Where) -> int:
-    """Return the number of tokens of a row. Raises InvalidTargetsError."""
+    """Return the number of tokens in a row. Raises InvalidTargetsError."""
     tokens = values.get("input_ids")
     if not isinstance(tokens, list):
         fail(where, "the row has no list of input_ids; expected one next to the packed columns")

@@ -79,7 +79,7 @@ class Collected:
 
     @staticmethod
     def cat(parts: list[Collected]) -> Collected:
-        """Return the concatenation of at least one sequence."""
+        """Concatenate one or more sequences."""
         names = ("tokens", "starts", "lengths", "ids", "weights")
         return Collected(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
@@ -93,7 +93,7 @@ def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
 
     Args:
         record: columns of the row by name.
-        where: returns the location of the row, for messages.
+        where: function that returns the location of the row, for messages.
 
     Raises:
         InvalidTargetsError: the row has another format, or no position has logprobs.
@@ -106,7 +106,7 @@ def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
 
 
 def tokens_of(record: Mapping[str, Any], where: Where) -> int:
-    """Return the number of tokens of a row. Raises InvalidTargetsError."""
+    """Return the number of tokens in a row. Raises InvalidTargetsError."""
     return len(_parts(record, where)[0])
 
 
@@ -115,7 +115,7 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 
     Args:
         record: columns of the row by name.
-        where: returns the location of the row, for messages.
+        where: function that returns the location of the row, for messages.
         vocab_size: vocabulary size, V.
         k: number of likeliest entries per position to select.
 
@@ -151,7 +151,7 @@ def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -
 def _sets(
     ids: _Array, logs: _Array, owner: _Array, k: int, where: Where
 ) -> tuple[_Array, _Array, _Array]:
-    """Return the ids, logprobs and positions of the k likeliest entries of each position.
+    """Return the ids, logprobs and positions of the k likeliest entries per position.
 
     The result is sorted by position and id. Raises InvalidTargetsError for repeated ids, or
     probabilities that sum to more than one.
@@ -177,7 +177,7 @@ def _sets(
 
 
 def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the tokens, and the lists of ids and logprobs of each position.
+    """Return the tokens, and the lists of ids and logprobs per position.
 
     Raises:
         InvalidTargetsError: the row has another format.
@@ -202,7 +202,7 @@ def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any
 
 
 def _of_prompt(elements: list[Any], where: Where) -> tuple[list[Any], list[Any]]:
-    """Return the lists of ids and logprobs of each position, from vLLM's format."""
+    """Convert vLLM's format to lists of ids and logprobs per position."""
     if elements and elements[0]:
         fail(where, f"{PROMPT} starts with logprobs; expected null for the first token")
     predicted = CAUSAL.at_positions(np.arange(len(elements)), -1).tolist()
@@ -242,7 +242,7 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
         values: the numbers.
         kinds: allowed kinds of the array's dtype: "iu" for integers, "fiu" for numbers.
         what: name of the numbers, for messages.
-        where: returns the location of the row, for messages.
+        where: function that returns the location of the row, for messages.
 
     Raises:
         InvalidTargetsError: a value is not a number of these kinds.

@@ -109,7 +109,7 @@ class Job:
         """Compute each cache's records for a range, and the provenance of the shards.
 
         Args:
-            engine: engine of the teacher.
+            engine: engine that runs the teacher.
             span: range of windows.
             progress: called after each batch with its number of windows.
         """

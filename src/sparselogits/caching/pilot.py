@@ -44,7 +44,7 @@ def resolve_budget(
     """Return the sampler with its open fields fitted on pilot windows; see `Sampler.fitted`.
 
     Args:
-        engine: engine of the teacher.
+        engine: engine that runs the teacher.
         windows: pilot windows.
         sampler: the sampler.
         budget: mean entries per position; None for no budget.
@@ -62,7 +62,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     """Return the mean loss of the teacher on the first pilot window, in nats.
 
     Args:
-        engine: engine of the teacher.
+        engine: engine that runs the teacher.
         windows: pilot windows.
         how: `reset_attention` of the build.
 

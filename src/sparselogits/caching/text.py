@@ -134,7 +134,7 @@ def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
 
 
 def windows_of_texts(cache: Path) -> int | None:
-    """Return the total number of windows of a cache's packed texts; None if a text is missing.
+    """Return the total number of windows in a cache's packed texts; None if a text is missing.
 
     Caches that were merged or downloaded have no packed texts.
     """
@@ -169,7 +169,7 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
 
 
 def packed_texts(cache: Path) -> list[Path]:
-    """Return the folders of the texts of a cache whose packing is finished, in order."""
+    """Return the folders of a cache's completely packed texts, in order."""
     return [folder for folder in _folders(cache) if Paths(folder).index.exists()]
 
 
@@ -182,7 +182,7 @@ def names_of_texts(cache: Location) -> dict[str, str]:
 
 
 def _folders(cache: Path) -> list[Path]:
-    """Return the folders of all texts of a cache, in order."""
+    """Return the folders of all of a cache's texts, in order."""
     return [cache / "corpus", *sorted(cache.glob("corpus-[0-9][0-9][0-9][0-9]"))]
 
 

@@ -74,7 +74,7 @@ def compute_range(
     """Return the records of a range of windows, one list per draw.
 
     Args:
-        engine: engine of the teacher.
+        engine: engine that runs the teacher.
         windows: windows of the range, in order.
         draws: sampling settings of each cache; one forward pass serves all caches.
         batch: number of windows per forward pass.

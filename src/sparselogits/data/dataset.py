@@ -35,7 +35,7 @@ _PILOT_WINDOWS = 8
 
 
 class TextWindow(TypedDict):
-    """Window of text.
+    """Item of a dataset: a window of text without targets.
 
     Attributes:
         input_ids: int64 [L].
@@ -58,7 +58,7 @@ class TextWindow(TypedDict):
 
 
 class CachedWindow(TextWindow):
-    """Window of text with its targets.
+    """Item of a dataset: a window of text with targets.
 
     Attributes:
         targets: targets of the L positions.
@@ -293,7 +293,7 @@ class TextDataset(Dataset[TextWindow]):
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
-    """Return the number of rounds to which to thin targets for a budget of entries.
+    """Return the number of rounds to which targets must be thinned to meet a budget of entries.
 
     The mean entries after thinning are as close as possible to the budget, as counted on eight
     windows spread over the cache.

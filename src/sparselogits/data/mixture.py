@@ -141,7 +141,7 @@ class Mixture:
         return max(sum(w > 0 for w in row) for row in self.rows)
 
     def read(self, i: int) -> list[tuple[float, WindowRecord]]:
-        """Return the weight and the record of the i-th window for each teacher of the window.
+        """Return the i-th window as a (weight, record) pair per teacher with a positive weight.
 
         Raises:
             CacheCorruptionError: a cache is damaged; the message has the file.

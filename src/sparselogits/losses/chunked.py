@@ -74,7 +74,7 @@ def loss_and_gradients(
         operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V]. For
             given logits, one tensor of their size is allocated for their gradient.
         row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 for rows excluded from the loss.
-        losses_of: computes the losses of a chunk.
+        losses_of: callable that computes the losses of a chunk.
         needs: gradients to compute.
         chunk_rows: number of rows per chunk; None for `default_chunk_rows`.
 
@@ -290,7 +290,7 @@ def _accelerator_memory(device: torch.device) -> int:
 
 
 def _balanced(total: int, at_most: int) -> int:
-    """Return rows per chunk, at most `at_most`, such that all chunks have about equal sizes."""
+    """Return a number of rows per chunk, at most `at_most`, for chunks of about equal sizes."""
     chunks = max(1, -(-total // at_most))
     return max(1, -(-total // chunks))
 

@@ -273,7 +273,7 @@ def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
 
 
 def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
-    """Return the unweighted losses, given the values of `_softmax_`."""
+    """Return the unweighted losses, given the result of `_softmax_`."""
     kd = ce = None
     if softmax.values is not None:
         mass = _target_mass(softmax, targets)

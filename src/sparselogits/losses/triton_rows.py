@@ -113,7 +113,7 @@ def _constants(t: RowTargets, c: Criterion, with_ce: bool, with_grad: bool) -> d
 
 @triton.jit
 def _transform(a, scale, cap, HAS_CAP: tl.constexpr):
-    """Return the raw logit a after scale and softcap."""
+    """Apply scale and softcap to the raw logit a, and return the result z."""
     z = a * scale
     if HAS_CAP:
         shrunk = tl.exp(-2.0 * tl.abs(z / cap))

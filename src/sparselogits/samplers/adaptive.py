@@ -191,7 +191,7 @@ class Adaptive(Sampler):
         return super(Adaptive, sampler).fitted(pilot, budget)
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; requires a call of `at` if the signal is the distance."""
+        """Sample targets at a few positions; for a distance signal, `at` must be called before."""
         import torch
 
         from sparselogits.samplers.distribution import Blocks, count_runs

@@ -25,7 +25,7 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Results of the sums: largest logits, shifts, sums of weights, and moments or None."""
 
 WORTHWHILE = 2**26
-"""Number of logits that a process samples (0.1 s in PyTorch) before it compiles the function."""
+"""Number of logits after which a process compiles the function; PyTorch samples them in 0.1 s."""
 
 _SOURCE = Path(__file__).with_name("block_sums.c")
 # Compiler options by the instruction set of PyTorch's kernels; others lack fused multiply-add.

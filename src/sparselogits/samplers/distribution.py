@@ -19,10 +19,11 @@ benchmarks/sampling.py). A token of probability zero, such as a masked one, is n
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
 Cost: about 1.1 times that of `torch.softmax` over the same logits in warm memory if a C compiler is
-found (compiled.py), and about 2 times otherwise (benchmarks/sampling.py). Memory beyond the logits
-on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per block for 64 positions (0.4
-bytes per position and id). A vocabulary whose size is not a multiple of 64 is padded, 64 positions
-at a time.
+found (compiled.py), and about 2 times otherwise (benchmarks/sampling.py).
+
+Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
+block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
+of 64 is padded, 64 positions at a time.
 """
 
 from __future__ import annotations

@@ -96,14 +96,14 @@ class DrawnInRounds(Sampler):
         return max(2.0, float(ids ** (4 * (exponent - 1))))
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; see `Sampler.draw`."""
+        """Sample targets at a few positions; see `Sampler.draw`."""
         from sparselogits.samplers.distribution import Blocks
 
         blocks = Blocks.of(logits, self.proposal_exponent, first_position)
         return self.draw_from(blocks, uniforms, logits.shape[1])
 
     def draw_from(self, blocks: Blocks, uniforms: Tensor, vocab_size: int) -> SparseTargets:
-        """Sample a few positions, given the block sums of their proposals.
+        """Sample targets at a few positions, given the block sums of their proposals.
 
         Args:
             blocks: proposals of R positions.
@@ -162,7 +162,7 @@ class Systematic(DrawnInRounds):
         return (ordinal - uniforms) / self.rounds
 
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """Return min(1, N q)."""
+        """Return the inclusion probability min(1, N q)."""
         return (self.rounds * proposal).clamp_max(1)
 
 
@@ -179,7 +179,7 @@ class _Independent(DrawnInRounds):
         return (1 - uniforms).sort(-1).values
 
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """Return 1 - (1 - q) ** N."""
+        """Return the inclusion probability 1 - (1 - q) ** N."""
         missed = self.rounds * (-proposal.clamp_max(1 - 2.0**-53)).log1p()
         return -missed.expm1()
 

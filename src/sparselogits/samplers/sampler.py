@@ -240,7 +240,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions, after `__call__` has validated shapes and uniforms.
+        """Sample targets at a few positions; `__call__` has validated shapes and uniforms.
 
         Args:
             logits: [R, V] of any floating-point dtype; -inf for ids that are no token.

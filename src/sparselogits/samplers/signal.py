@@ -67,7 +67,7 @@ class StudentSignal:
 
     @classmethod
     def load(cls, named: NamedSignal) -> StudentSignal:
-        """Load the student that a recipe or a cache names.
+        """Load the student that a recipe or a cache names, and return its signal.
 
         Args:
             named: description of the signal.

@@ -74,7 +74,7 @@ class Threshold(Sampler):
         return pilot.entries(lambda p: (p / self.tau).clamp_max(1))
 
     def draw(self, logits: Tensor, uniforms: Tensor, first_position: int) -> SparseTargets:
-        """Sample a few positions; see `Sampler.draw`."""
+        """Sample targets at a few positions; see `Sampler.draw`."""
         import torch
 
         from sparselogits.samplers.distribution import Blocks

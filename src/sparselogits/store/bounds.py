@@ -17,22 +17,22 @@ from sparselogits.samplers.sampler import COUNTS, ROUNDING, THRESHOLD
 from sparselogits.untrusted import shown
 
 LARGEST_CACHE_JSON = 1 << 20
-"""Largest size of cache.json in bytes."""
+"""Largest allowed size of cache.json in bytes."""
 
 LARGEST_VOCABULARY = 1 << 24
-"""Largest vocabulary size."""
+"""Largest allowed vocabulary size."""
 
 LONGEST_WINDOW = 1 << 20
-"""Largest number of tokens per window."""
+"""Largest allowed number of tokens per window."""
 
 MOST_ROUNDS = (1 << 20) - 1
-"""Largest number of rounds per position."""
+"""Largest allowed number of rounds per position."""
 
 LEAST_TAU = 2.0**-20
-"""Smallest tau for threshold sampling."""
+"""Smallest allowed tau for threshold sampling."""
 
 LARGEST_WINDOW = 1 << 24
-"""Largest number of entries per window."""
+"""Largest allowed number of entries per window."""
 
 FREE_ENTRIES = 1 << 20
 """Number of entries that windows decoded together may have, however small their blocks are.
@@ -45,7 +45,7 @@ ENTRIES_PER_BYTE = 16
 """Largest number of entries per byte of blocks, beyond FREE_ENTRIES; typical targets have one."""
 
 LARGEST_LOSS = 1e6
-"""Largest mean loss of the teacher on a window, in nats."""
+"""Largest allowed mean loss of the teacher on a window, in nats."""
 
 
 class DamageError(ValueError):
@@ -53,7 +53,7 @@ class DamageError(ValueError):
 
 
 def entries_bound(block_bytes: int) -> int:
-    """Return the largest number of entries of windows decoded together.
+    """Return the largest number of entries that windows decoded together may have.
 
     Args:
         block_bytes: total size of the windows' blocks in bytes.

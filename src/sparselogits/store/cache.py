@@ -133,7 +133,7 @@ class Cache:
             return False
 
     def holds(self, windows: Range) -> bool:
-        """Return whether the shard of a range of windows exists; takes one request, no listing."""
+        """Return whether the shard of a range of windows exists, by one request, not a listing."""
         try:
             return self.storage.size(shard_name(*windows)) > 0
         except FileNotFoundError:
@@ -335,7 +335,7 @@ class Cache:
         return Shard(self.storage, shard_name(*shard_range), self.identity)
 
     def _require_consecutive(self, records: Sequence[WindowRecord]) -> None:
-        """Validate records and that their windows are consecutive. Raises InvalidTargetsError."""
+        """Validate records, whose windows must be consecutive. Raises InvalidTargetsError."""
         if not records:
             raise InvalidTargetsError("found no records; a shard contains at least one window")
         masked = self.identity.objective is not None

@@ -12,7 +12,7 @@ from itertools import pairwise
 from sparselogits.errors import CacheError
 
 SHARDS = "shards"
-"""Folder of the shards in a cache."""
+"""Name of the folder that contains the shards of a cache."""
 
 _NAME = re.compile(r"windows-(\d{12,18})-(\d{12,18})\.parquet")
 
@@ -26,7 +26,7 @@ def shard_name(start: int, stop: int) -> str:
 
 
 def parse_shard_name(name: str) -> Range:
-    """Return the range of windows in the name of a shard.
+    """Parse the range of windows from the name of a shard.
 
     Args:
         name: file name or path.

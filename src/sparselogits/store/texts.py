@@ -21,7 +21,7 @@ from sparselogits.store.storage.interface import Storage
 from sparselogits.untrusted import parse_json, shown
 
 TEXTS = "texts"
-"""Folder of the files that claim texts."""
+"""Name of the folder that contains the files that claim texts."""
 
 _LARGEST = 1 << 12  # largest size of a file in `texts/`, in bytes
 

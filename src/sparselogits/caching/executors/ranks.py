@@ -88,7 +88,7 @@ def wait_for_first_rank(
     """Wait until the first rank has packed the text and created the caches.
 
     Args:
-        begun: returns whether the first rank has created the caches.
+        begun: function that returns whether the first rank has created the caches.
         seconds: longest time to wait, in seconds.
         every: time between two calls of `begun`, in seconds.
 

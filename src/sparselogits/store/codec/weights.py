@@ -1,4 +1,4 @@
-"""Define the columns for each kind of weights, and which counts are left out.
+"""Define the columns for each kind of weights, and select the counts that are not stored.
 
 If the sampler draws N rounds, weights are count / N, and one count per position follows from the
 others. If light entries share the weight tau, only the weights of heavy entries are stored. A
@@ -39,14 +39,14 @@ def weight_columns(weights: str, *, rounded: bool) -> dict[str, Any]:
 
 
 def weights_of_counts(counts: Array, rounds: int) -> NDArray[np.float32]:
-    """Return count / rounds in float32, [E]."""
+    """Convert counts to the weights count / rounds, float32 [E]."""
     weights = counts.astype(np.float32)
     weights /= np.float32(rounds)
     return weights
 
 
 def derived_entries(starts: Array, is_hit: Bool, has_hit: Bool) -> Bool:
-    """Return whether the count of an entry is not stored, bool [E].
+    """Return a mask of the entries whose counts are not stored, bool [E].
 
     One count per position follows from the others. It is the count of the label's entry if there is
     one, because that count is usually large, and otherwise the count of the first entry.

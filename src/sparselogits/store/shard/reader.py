@@ -328,7 +328,7 @@ class Shard:
             raise self._damaged(where, error) from error
 
     def _record(self, index: int, rows: Rows) -> WindowRecord:
-        """Return a row with empty targets, after its checksum is verified."""
+        """Verify the checksum of a row, and return the row with empty targets."""
         tokens, mask = rows.tokens[index], rows.masks[index]
         record = WindowRecord(
             rows.window_index[index],

@@ -136,7 +136,7 @@ def _values_bounds(column: str, rows: int, length: int) -> tuple[int, int]:
 
 
 def rows_of(table: pa.Table, start: int, length: int, vocab_size: int) -> Rows:
-    """Return the rows of a row group, after all values except the targets are validated.
+    """Validate all values of a row group except the targets, and return its rows.
 
     Args:
         table: row group, as Parquet's reader returns it.
@@ -205,7 +205,7 @@ def _hidden(
 
 
 def _only_chunk(table: pa.Table, name: str) -> pa.Array:
-    """Return the values of a column, after validating that none is missing."""
+    """Validate that a column has no missing values, and return its values."""
     column = table.column(name)
     if column.num_chunks != 1 or (name != "mask" and column.null_count):
         raise DamageError(f"column {name} has missing values")
@@ -225,7 +225,7 @@ def _pairs(bounds: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
 
 
 def _masks(column: pa.ListArray, start: int, length: int) -> list[Bool | None]:
-    """Return the mask of each row, after lengths are validated."""
+    """Validate the lengths of masks, and return the mask of each row."""
     values, bounds = _lists(column)
     if column.null_count == len(column):
         return [None] * len(column)

@@ -49,7 +49,7 @@ SCHEMAS = {
         pa.field("rate", pa.float32(), nullable=False)
     ),
 }
-"""Parquet schema of a shard by format version."""
+"""Parquet schemas of shards, by format version."""
 
 COMPRESSED = ("tokens", "inputs")
 """Names of the columns with zstd compression and byte-stream-split encoding; others are plain."""

@@ -21,7 +21,7 @@ from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.files import user_cache
 
 LIMIT = 10 << 30
-"""Default limit of a folder in bytes."""
+"""Default limit on the total size of a folder, in bytes."""
 
 _LOCK, _TEMPORARY = ".lock", ".tmp"
 
@@ -72,7 +72,7 @@ class CopyFolder:
         return cls(Path(folder) if folder else user_cache() / "copy", limit)
 
     def get(self, location: str, key: str) -> bytes | None:
-        """Return the bytes of a key, and mark them as used; None if the key is not stored.
+        """Return the bytes stored under a key, and mark them as used; None if there are none.
 
         Args:
             location: path or URL of the cache.
@@ -178,5 +178,5 @@ def _total(lock: int) -> int:
 
 
 def _escaped(key: str) -> str:
-    """Return the file name of a key."""
+    """Return the file name for a key."""
     return key.replace("/", "+")

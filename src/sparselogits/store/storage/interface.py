@@ -46,8 +46,7 @@ class Storage(ReadableFiles, Protocol):
     """Interface of a folder of write-once files, in which a cache is stored."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of a folder's files, or an empty list if the folder is
-        missing."""
+        """Return the sorted names of a folder's files; an empty list if it is missing."""
         ...
 
     def size(self, name: str) -> int:

@@ -59,7 +59,7 @@ class LocalCopy:
         return data
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of a file in bytes and its last `length` bytes, from a copy if any."""
+        """Return a file's size in bytes and its last `length` bytes, from a copy if one exists."""
         key = f"{name}@tail-{length}"
         copy = self.folder.get(self.location, key)
         if copy is not None and len(copy) >= _SIZE.size:

@@ -82,7 +82,7 @@ class ObjectStorage:
         return self.url
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the objects in a folder; one request per thousand objects."""
+        """Return the sorted names of a folder's objects; sends one request per 1000 objects."""
         files, root = self._open()
         path = f"{root}/{folder}".rstrip("/")
         try:
@@ -94,12 +94,12 @@ class ObjectStorage:
         return sorted(name for name in found if not name.startswith(TEMPORARY_PREFIX))
 
     def size(self, name: str) -> int:
-        """Return the size of an object in bytes; one request."""
+        """Return the size of an object in bytes; sends one request."""
         files, root = self._open()
         return int(self._ask("find", name, lambda: files.info(f"{root}/{name}"))["size"])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes [start, stop) of an object; one request."""
+        """Return the bytes [start, stop) of an object; sends one request."""
         if stop is not None and stop <= start:
             return b""
         files, root = self._open()
@@ -115,12 +115,12 @@ class ObjectStorage:
         return self._ask("read", name, get)
 
     def tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of an object in bytes, and its last `length` bytes; two requests."""
+        """Return an object's size in bytes and its last `length` bytes; sends two requests."""
         size = self.size(name)
         return size, self.read(name, max(0, size - length), size)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create an object; one request (more above 100 MB).
+        """Create an object; sends one request, or several for more than 100 MB.
 
         The first successful put is repeated. If the server accepts the second put, it ignores the
         condition, so one writer could overwrite another.
@@ -182,7 +182,7 @@ class ObjectStorage:
             self._ask("write", name, lambda: _put_whole(files, path, data, replace=True))
 
     def move(self, name: str, to: str) -> None:
-        """Rename an object by reading, putting and deleting it; three requests.
+        """Rename an object by reading, putting and deleting it; sends three requests.
 
         Raises:
             CacheError: the new name already exists.

@@ -171,8 +171,7 @@ def _lists(record: WindowRecord, settings: _Settings) -> pa.Table:
 
 
 def _heaviest(record: WindowRecord, k: int) -> tuple[_Array, _Array]:
-    """Return each position's k heaviest entries as ids and weights, [L, k]; padding has weight
-    0."""
+    """Return each position's k heaviest ids and their weights, [L, k]; padding has weight 0."""
     ids, weights = (part.numpy() for part in record.targets.padded())
     width = max(0, k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, width)))
@@ -260,8 +259,10 @@ def _packing(settings: _Settings) -> str:
 
 
 def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
-    """Return the row of a window in the format `axolotl`, with the targets at the tokens they
-    predict."""
+    """Return the row of a window in the format `axolotl`.
+
+    Token j has the targets that predict it.
+    """
     labels = Causal().at_tokens(settings.labels(record), IGNORE_INDEX)
     ids, logs, real = _padded_heaviest(record, settings.k)
     begins = np.zeros(len(labels), np.int64)

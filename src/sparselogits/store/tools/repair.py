@@ -18,7 +18,7 @@ from sparselogits.store.storage.local import LocalStorage
 from sparselogits.store.tools.verify import TextOf, VerifyReport, is_sound, verify
 
 DAMAGED = "damaged"
-"""Folder of a cache to which damaged files are moved."""
+"""Name of the folder to which damaged files of a cache are moved."""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class _Totals:
         self.text: list[Window] = []
 
     def add(self, record: WindowRecord) -> None:
-        """Add a row."""
+        """Add a row to the totals."""
         self.entries += record.targets.entries
         self.positions += int(record.present().sum())
         self.losses.append(record.teacher_loss)
