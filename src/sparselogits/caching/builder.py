@@ -96,7 +96,7 @@ def build_caches(
         batch: number of windows per forward pass.
         windows_per_shard: number of windows per shard.
         only: range of windows to build, for builds that are divided manually; None for all.
-        first_window: index of the corpus' first window in the caches; above 0 for appended text
+        first_window: index of the corpus's first window in the caches; above 0 for appended text
             (see `caching.text`).
         corruption: corruption of the windows for a teacher that is a masked language model; None
             for a causal teacher.

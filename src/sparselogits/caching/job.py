@@ -39,7 +39,7 @@ class Job:
 
     Args:
         corpus: packed text.
-        first_window: index of the corpus' first window in the caches.
+        first_window: index of the corpus's first window in the caches.
         caches: open caches.
         draws: sampling settings of each cache.
         batch: number of windows per forward pass.

@@ -48,7 +48,7 @@ def resolve_budget(
         windows: pilot windows.
         sampler: the sampler.
         budget: mean entries per position; None for no budget.
-        how: `temperature`, `reset_attention` and `corruption` of the build.
+        how: the build's `temperature`, `reset_attention` and `corruption`, as keywords.
 
     Raises:
         InvalidArgumentError: the budget cannot be met, or the sampler has no budget parameter.
@@ -64,7 +64,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     Args:
         engine: engine that runs the teacher.
         windows: pilot windows.
-        how: `reset_attention` of the build.
+        how: the build's `reset_attention` and `corruption`, as keywords.
 
     Raises:
         TeacherError: the loss is worse than that of uniform guessing, for example because the

@@ -51,7 +51,7 @@ def shard_ranges(
         windows: number of windows of the corpus.
         windows_per_shard: number of windows per shard; the last shard may have fewer.
         only: range of windows to build, which must start and end at shard boundaries; None for all.
-        first_window: index of the corpus' first window in the cache; above 0 for appended text.
+        first_window: index of the corpus's first window in the cache; above 0 for appended text.
 
     Raises:
         InvalidArgumentError: `only` is not in the corpus, or does not end at shard boundaries.

@@ -36,7 +36,7 @@ class TextPlace:
 
     Args:
         folder: folder of the packed text.
-        first_window: index of its first window in the cache.
+        first_window: index of the text's first window in the cache.
     """
 
     folder: Path

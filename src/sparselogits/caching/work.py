@@ -47,7 +47,7 @@ class _WindowInProgress:
     """Results so far for one window, whose logits are computed in slices of positions.
 
     Attributes:
-        targets: targets of each slice, per draw.
+        targets: one list per draw, with the targets of each slice.
         nll: sum of the negative log-likelihoods of the labels, in nats.
         labelled: number of positions with a label.
         entropies: sum of the teacher's entropies, in nats, per draw.

@@ -30,8 +30,8 @@ from sparselogits.untrusted import shown
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Literal["best"]
 """Weights of several teachers.
 
-One number per teacher; or one row of such numbers per text of the caches, or per window; or "best",
-which selects in each window the teacher with the lowest loss.
+One number per teacher; or one row of such numbers per text or per window; or "best", which selects
+the teacher with the lowest loss in each window.
 """
 
 _COMPARED_WINDOWS = 8  # windows whose text is compared when a mixture is created
@@ -162,10 +162,10 @@ class Mixture:
 def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> tuple[int, ...]:
     """Divide a total number of rounds among the teachers of a window.
 
-    Every teacher gets one round. Each further round is assigned to the teacher for which it reduces
-    sum_m w_m^2 / n_m most, which is the variance of the mixture if the rounds of all teachers have
-    the same variance. The resulting numbers n_m are about rounds * w_m, but at most the numbers of
-    cached rounds.
+    Every teacher gets one round. Each further round is assigned to the teacher for which it most
+    reduces sum_m w_m^2 / n_m. This sum is the variance of the mixture if the rounds of all teachers
+    have the same variance. The resulting numbers n_m are about rounds * w_m, but at most the
+    numbers of cached rounds.
 
     Args:
         rounds: total number of rounds per position.

@@ -40,7 +40,7 @@ class Operands(NamedTuple):
     Attributes:
         input: hidden states [..., D], or logits [..., V] if `weight` is None.
         weight: head [V, D], or a slice of it; None if `input` contains logits.
-        bias: bias [V] of the head; None without one.
+        bias: bias [V] of the head; None for no bias.
     """
 
     input: Tensor

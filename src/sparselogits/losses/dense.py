@@ -2,8 +2,8 @@
 
 The teacher is given as hidden states and head, so the logits of both models exist for only one
 chunk of rows at a time. A divergence is a subclass of `Divergence` with one method; chunks,
-cross-entropy to labels, scale, softcap and temperature are shared code. With u and v the logits of
-student and teacher divided by the temperature, s and p their softmax:
+cross-entropy to labels, scale, softcap and temperature are shared code. Let u and v be the logits
+of student and teacher divided by the temperature, and s and p their softmax. Then
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)
@@ -122,7 +122,7 @@ class TeacherHead:
     Args:
         hidden: hidden states [N, Dt], one row per row of the student.
         weight: head [Vt, Dt]; Vt is at most the student's V.
-        bias: bias [Vt] of the head; None without one.
+        bias: bias [Vt] of the head; None for no bias.
         logit_softcap: bound of the teacher's logits after scaling; None for no bound.
         logit_scale: factor of the teacher's logits.
         token_mask: bool [Vt], True for valid token ids; None if all ids are valid.
@@ -174,7 +174,7 @@ def linear_dense_kd(
         divergence: a `Divergence`, or a key of `DIVERGENCES`.
         beta: share of the teacher's distribution in the mixture of "jensen_shannon"; None for 1/2.
         labels: int64 [N]; rows labelled `ignore_index` are excluded. None without labels.
-        linear_bias: bias [V] of the student's head; None without one.
+        linear_bias: bias [V] of the student's head; None for no bias.
         position_weights: float [N], weight of each row; None for ones.
         criterion: options of the loss. Scale and softcap are those of the student; the temperature
             divides the logits of both models in the KD part. `missing_mass` must be "drop", and

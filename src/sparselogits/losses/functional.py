@@ -57,8 +57,8 @@ def linear_sparse_cross_entropy(
 ) -> Tensor | LossParts:
     """Compute cross-entropy of `softmax(input @ linear_weight.T)` to sparse targets and to labels.
 
-    With z the logits after scale and softcap (`Criterion`), t the target after the missing-mass
-    rule, and y and w a row's label and weight:
+    Let z be the logits after scale and softcap (`Criterion`), t the target after the missing-mass
+    rule, and y and w the label and weight of a row. Then
 
         kd = -sum_i t_i log softmax(z / temperature)_i        ce = -log softmax(z)_y
         loss = sum_rows w ((1 - alpha) kd + alpha ce) / sum_rows w
@@ -79,7 +79,7 @@ def linear_sparse_cross_entropy(
         target_weights: float [..., K], usually float32, with any sum; 0 for padding.
         labels: int64 [...], label of each row. Rows labelled `ignore_index` are excluded from the
             loss, including its KD part. None for no labels; no row is then excluded.
-        linear_bias: bias [V] in the dtype of `input`; None without one.
+        linear_bias: bias [V] in the dtype of `input`; None for no bias.
         position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss.
         return_parts: whether to return `LossParts`, with kd and ce for logging.

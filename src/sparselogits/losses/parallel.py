@@ -112,7 +112,7 @@ def vocabulary_parallel_sparse_cross_entropy(
         vocab_size: vocabulary size V, the sum of all widths.
         group: process group; None for all ranks.
         labels: int64 [...], ids of the whole vocabulary; None without labels.
-        linear_bias: this rank's slice [W] of the bias; None without one.
+        linear_bias: this rank's slice [W] of the bias; None for no bias.
         position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss, the same on every rank; `impl` is "auto" or "chunked".
         options: fields of `Criterion` as keywords; they override `criterion`.
@@ -180,7 +180,7 @@ def sequence_parallel_sparse_cross_entropy(
         target_weights: float [..., K]; 0 for padding.
         group: process group; None for all ranks.
         labels: int64 [...] of this rank's rows; None without labels.
-        linear_bias: bias [V], whose gradient is this rank's contribution; None without one.
+        linear_bias: bias [V], whose gradient is this rank's contribution; None for no bias.
         position_weights: float [...] of this rank's rows; None for ones.
         criterion: options of the loss; "mean" averages over the rows of all ranks. `chunk_rows`
             may differ between ranks.

@@ -52,7 +52,7 @@ def _row_losses(
     elif rule == "ground_truth":
         assert label is not None  # checked by Criterion.require_labels
         target = target.scatter_add(1, label[:, None], missing)
-    # ids that are no token have logits of -inf, whose product with a target of 0 must be 0, not NaN
+    # masked ids have logits of -inf, whose product with a target of 0 must be 0, not NaN
     kd = -torch.where((target == 0) & (log_s == -torch.inf), 0.0, target * log_s).sum(1)
     if rule == "ghost":
         stored = target != 0

@@ -7,9 +7,9 @@ The row's maximum is subtracted before any other operation, so logits of 1e4 los
 float32. No other tensor of the rows' size is allocated, except the derivative of a softcap, and a
 copy if target and label require softmaxes at different temperatures.
 
-With s = softmax(u), t the target of mass M_t, `spread` the smoothing mass added to every id, m the
-mass of the ghost class and M the student's mass on it, the gradient of the KD part with respect to
-u is
+Let u be the logits after scale, softcap and temperature, s = softmax(u), t the target with total
+mass M_t, `spread` the smoothing mass added to every id, m the target's mass on the ghost class, and
+M the student's mass on it. The gradient of the KD part with respect to u is
 
     M_t s - t                          drop, renormalise, ground_truth
     M_t s - t - spread                 smooth

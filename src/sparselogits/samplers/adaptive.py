@@ -76,10 +76,10 @@ class Adaptive(Sampler):
             positions get from 1 to 8 * nominal_rounds rounds.
         reference: signal at which nominal_rounds rounds are drawn; None for the mean signal on
             pilot windows, which is computed when a cache is created.
-        position_power: exponent of the signal in the number of rounds; with 0 every position gets
-            the same number.
-        token_power: exponent of the norm of the unembedding row in the proposal; with 0 the
-            proposal is the teacher's distribution.
+        position_power: the number of rounds is proportional to the signal to this power; with 0
+            every position gets the same number.
+        token_power: exponent of norm_i in the proposal (see the module); with 0 the proposal is the
+            teacher's distribution.
 
     Examples:
         >>> from sparselogits.samplers import StudentSignal

@@ -95,7 +95,7 @@ class Blocks:
         """Sum the proposals of a few positions by block.
 
         Args:
-            logits: [R, V] of any floating-point dtype; -inf for ids that are no token.
+            logits: [R, V] of any floating-point dtype; -inf for ids that are not tokens.
             exponent: exponent e of the teacher's probability in the proposal.
             first_position: position of the first row, for error messages.
             with_moment: whether to compute `moment`; requires exponent 1.

@@ -2,7 +2,7 @@
 
 Both are biased because the tail is missing: a student trained on the head alone learns an
 over-confident distribution (docs/theory.md, section 1). Raw probabilities are stored, because the
-loss decides at training time what to do with the missing mass.
+rule for the missing mass is chosen at training time.
 
 Cost: one pass for the normaliser, and one pass for the largest logit of each block of 64 ids, which
 selects the blocks that contain the K largest logits.

@@ -10,8 +10,8 @@ so likely tokens have almost no noise, and the errors of neighbouring ids, which
 to similar tokens, cancel. Independent rounds (`Multinomial`) are the published form of
 random-sampling knowledge distillation (arXiv 2503.16870, section 3) and serve for comparison.
 
-Cost: see distribution.py. A proposal exponent other than 1 doubles it, because the weights then
-require the normaliser of the teacher's distribution, too.
+Cost: see distribution.py. A proposal exponent other than 1 doubles the cost, because the weights
+then also require the normaliser of the teacher's distribution.
 """
 
 from __future__ import annotations

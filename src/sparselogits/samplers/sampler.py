@@ -243,7 +243,7 @@ class Sampler(ABC):
         """Sample targets at a few positions; `__call__` has validated shapes and uniforms.
 
         Args:
-            logits: [R, V] of any floating-point dtype; -inf for ids that are no token.
+            logits: [R, V] of any floating-point dtype; -inf for ids that are not tokens.
             uniforms: float64 [R, uniforms_per_position] in [0, 1), on the device of the logits.
             first_position: position of the first row, for error messages.
 
@@ -258,7 +258,7 @@ class Sampler(ABC):
         """Sample sparse targets from the teacher's distributions at P positions.
 
         Args:
-            logits: [P, V] of any floating-point dtype; -inf for ids that are no token.
+            logits: [P, V] of any floating-point dtype; -inf for ids that are not tokens.
             uniforms: float64 [P, uniforms_per_position] in [0, 1); see `window_uniforms`.
 
         Returns:

@@ -38,7 +38,7 @@ class DistributionStatistics:
         """Compute the statistics of logits.
 
         Args:
-            logits: float [P, V]; -inf for ids that are no token.
+            logits: float [P, V]; -inf for ids that are not tokens.
 
         Raises:
             InvalidLogitsError: see `Sampler.__call__`.

@@ -57,7 +57,7 @@ OPEN_SHARDS = 8
 class Cache:
     """An open cache, which `Cache.create` and `Cache.open` return.
 
-    Forked and spawned processes may share an object; each thread needs a separate one.
+    Forked and spawned processes may share a `Cache`; each thread needs a separate one.
 
     Args:
         storage: storage of the cache.

@@ -1,8 +1,8 @@
 """Decode the blocks of consecutive windows of a shard in one pass.
 
 Each numpy operation costs a call and a pass over memory, so the windows of a row group are decoded
-together: pages are decoded one by one, and all further operations cover all windows. Every size is
-bounded before memory is allocated. Any bytes decode to valid targets or raise `DamageError`.
+together. Pages are decoded one by one; all further operations cover all windows at once. Every size
+is bounded before memory is allocated. Any bytes decode to valid targets or raise `DamageError`.
 """
 
 from __future__ import annotations

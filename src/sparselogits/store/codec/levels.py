@@ -46,9 +46,9 @@ def rounded(
 
     Args:
         weights: float32 [E].
-        uniforms: float64 [E] in [0, 1), for stochastic rounding: a weight w between the levels
-            a < b is rounded to b with probability (w - a) / (b - a), so its expectation is w. None
-            rounds to the nearest level, and to the lower one of two that are equally near.
+        uniforms: float64 [E] in [0, 1), for stochastic rounding: a weight w between the levels a <
+            b is rounded to b with probability (w - a) / (b - a), so its expectation is w. None
+            rounds to the nearest level; ties go to the lower level.
 
     Raises:
         InvalidTargetsError: a weight is negative or not finite.

@@ -3,10 +3,10 @@
 fsspec provides the drivers, such as s3fs for `s3://`, or those for `hf://` (the Hugging Face hub)
 and `memory://` (tests). A driver must support reading ranges, listing, and a conditional put, which
 creates an object only if it does not exist. A conditional put is atomic, so temporary objects are
-not required and either of two writers may succeed. Drivers without a conditional put, such as
-`hf://`, check for the name before the put, so use only one writer at a time with them. With drivers
-whose puts may not be atomic, such as `sftp://`, an object is written under a temporary name, its
-size is compared, and it is renamed.
+not required, and any one of several concurrent writers may succeed. Drivers without a conditional
+put, such as `hf://`, check for the name before the put, so use only one writer at a time with them.
+With drivers whose puts may not be atomic, such as `sftp://`, an object is written under a temporary
+name, its size is compared, and it is renamed.
 
 The server validates a checksum of each put before it creates the object (botocore adds a CRC32), so
 objects are not read back. Failed requests are retried with increasing pauses; a permanent failure

@@ -150,7 +150,7 @@ def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> No
     """Save the columns of `lists` as a `datasets` folder.
 
     The dataset is created from Parquet files, because `Dataset.from_generator` would pickle the
-    generator with the caller's progress display.
+    generator together with the caller's progress display.
     """
     from datasets import Dataset  # slow to import
 

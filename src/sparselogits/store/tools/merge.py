@@ -40,10 +40,10 @@ def merge(
 ) -> MergeReport:
     """Copy the shards of several caches to one cache, which is created if it is missing.
 
-    All bytes are verified. After an interruption, call the function again to continue. If two
-    sources contain the same range, the shard of the first source is copied, because both contain
-    the same targets. An existing shard of the merged cache is compared by size and checksums; a
-    damaged one, which a storage without atomic writes may leave, is moved aside and written again.
+    All bytes are verified. After an interruption, call the function again to continue. If several
+    sources contain a range, only the first source's shard is copied, because all contain the same
+    targets. An existing shard of the merged cache is compared by size and checksums; a damaged one,
+    which a storage without atomic writes may leave, is moved aside and written again.
 
     Args:
         sources: at least one cache.

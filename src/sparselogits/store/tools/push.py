@@ -2,8 +2,8 @@
 
 Files are written in the order of a build: cache.json, which claims the URL, then the shards, each
 of which is verified, and finally the dataset card with statistics. Other files are not changed, and
-links are not followed. Sound shards at the URL are kept, so a push can be interrupted and repeated,
-a later push adds the shards built since, and readers can open the cache during a push.
+links are not followed. Sound shards at the URL are kept, so an interrupted push can be repeated,
+and a later push adds the shards built since. Readers can open the cache during a push.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def push(cache: Cache, url: Location, *, progress: Progress | None = None) -> Me
     """Copy a cache to a URL, with a dataset card that contains its statistics.
 
     On the Hugging Face hub (`hf://datasets/ORG/NAME`, an existing dataset) each file is one commit,
-    so upload a cache of thousands of shards as a folder instead.
+    so use the hub's client to upload a cache with thousands of shards as one folder.
 
     Args:
         cache: a cache with at least one finished shard.

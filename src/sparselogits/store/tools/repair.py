@@ -43,7 +43,7 @@ def repair(
 ) -> RepairReport:
     """Move all damaged shards to the folder `damaged` of the cache.
 
-    A build may run at the same time: shards that have been rebuilt since the report are kept.
+    A build may run at the same time, because shards that were rebuilt after the report are kept.
 
     Args:
         cache: the cache.
