@@ -3,7 +3,8 @@
 The teacher is given as hidden states and head, so the logits of both models exist for only one
 chunk of rows at a time. A divergence is a subclass of `Divergence` with one method; chunks,
 cross-entropy to labels, scale, softcap and temperature are shared code. Let u and v be the logits
-of student and teacher divided by the temperature, and s and p their softmax. Then
+of student and teacher divided by the temperature, and s and p their softmax. The divergences and
+their derivatives are:
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)

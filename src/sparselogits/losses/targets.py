@@ -1,7 +1,7 @@
 """Apply the missing-mass rules, and convert targets to the input for the row losses.
 
-Let t be the stored weights of a position, V the student's vocabulary size, and m = max(0, 1 - sum
-t) the missing mass (RS-KD paper, section 3). The rules give these targets:
+Let t be the stored weights of a position, m = max(0, 1 - sum t) the missing mass (RS-KD paper,
+section 3), and V the student's vocabulary size. The rules give these targets:
 
     drop           t, unchanged
     renormalise    t / sum t
