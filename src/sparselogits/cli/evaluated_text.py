@@ -30,7 +30,8 @@ class OtherText:
         text_field: field or column that contains the text.
         split: split of a dataset.
         completion_only: whether only completions and assistant messages are evaluated.
-        window: tokens per window; None for the cache's, or `DEFAULT_WINDOW` without a cache.
+        window: number of tokens per window; None for the cache's window length, or for
+            `DEFAULT_WINDOW` without a cache.
         reset_attention: whether attention is limited to one document; None for the cache's
             setting.
         separator_id: id of the token between documents; None for the cache's separator, or the

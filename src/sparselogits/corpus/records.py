@@ -6,8 +6,8 @@ contain records of different forms. Prompt and completion are tokenised separate
 with `completion_only` the tokens of the prompt carry no targets. A conversation (`prompt` and
 `completion` may be messages, too) is rendered to one text by a chat template and tokenised at once,
 as transformers' `apply_chat_template` does; its completions are the assistant's turns. A record
-without text (null, empty or only white space, or with `completion_only` without a completion)
-becomes a blank piece, and is counted but not packed.
+without text (null, empty or only white space) becomes a blank piece, which is counted but not
+packed. With `completion_only`, so does a record that has no completion.
 
 Records of token ids (`token_rows`) are read only if the user names their tokenizer.
 """

@@ -458,7 +458,10 @@ def _may_misprint(message: Message, changed: Message, text: str) -> bool:
 
 
 def _improves(message: Message, text: str, other: str) -> bool:
-    """Return whether `other` shows more parts of a message than `text`, or less Python notation."""
+    """Return whether the rendering `other` of a message is better than the rendering `text`.
+
+    It is better if it contains more parts of the message, or fewer values as Python literals.
+    """
     content = message.get("content")
     parts = [p["text"].strip() for p in content if "text" in p] if isinstance(content, list) else []
     lost = [sum(part not in rendering for part in parts) for rendering in (text, other)]

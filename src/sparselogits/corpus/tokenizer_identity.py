@@ -1,10 +1,11 @@
 """Fingerprint tokenizers, and validate that two tokenizers map ids to the same tokens.
 
-A cache's identity contains a fingerprint of all values that determine the ids for a text. Equal
-fingerprints are more than a student needs: an instruct model and its base have the same tokens, but
-may use different ones as end of text or as padding, or one of them may have a few more. So each
-shard also records a hash of the vocabulary without roles, chat template and padding, the tokens
-that were added to the vocabulary, and the roles by name, so that messages can state the difference.
+A cache's identity contains a fingerprint of all values that determine the ids for a text. A
+student does not need an equal fingerprint: an instruct model and its base have the same tokens, but
+may use different tokens as end of text or as padding, or one model may have additional tokens. Each
+shard therefore also records a hash of the vocabulary alone, the tokens that were added to the
+vocabulary, and the special token of each role (eos, pad, ...), so that messages can state the
+difference.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ def _require_sound(stage: Stage, *, last: bool) -> None:
         raise InvalidArgumentError("a stage has until and until_step; give one of them, not both")
     if not last and stage.until is None and stage.until_step is None:
         raise InvalidArgumentError(
-            "a stage has neither until nor until_step; only the last stage may omit both"
+            f"the stage of {stage.rounds} rounds has neither until nor until_step; give one of "
+            "them, because only the last stage may omit both"
         )
     if stage.until is not None and not 0 < stage.until <= 1:
         raise InvalidArgumentError(

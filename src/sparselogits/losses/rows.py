@@ -122,8 +122,8 @@ class RowLosses(NamedTuple):
     """Unweighted losses of R rows.
 
     Attributes:
-        kd: [R]; None if not computed.
-        ce: [R]; None if not computed.
+        kd: distillation loss of each row, [R]; None if not computed.
+        ce: cross-entropy of each row to its label, [R]; None if not computed.
     """
 
     kd: Tensor | None

@@ -345,7 +345,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _runs(numbers: Tensor, length: int) -> Tensor:
-    """Return the indices that belong to units of `length` consecutive indices each."""
+    """Return the indices of units; unit i has the indices i * length to (i + 1) * length - 1."""
     return (numbers[:, None] * length + torch.arange(length)).flatten()
 
 

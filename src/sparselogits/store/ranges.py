@@ -36,7 +36,10 @@ def parse_shard_name(name: str) -> Range:
     """
     match = _NAME.fullmatch(name.rpartition("/")[2])
     if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"{name} is not the name of a shard")
+        raise ValueError(
+            f"{name} is not the name of a shard, expected windows-START-STOP.parquet with "
+            "START < STOP; restore its original name"
+        )
     return int(match[1]), int(match[2])
 
 

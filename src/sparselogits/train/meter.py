@@ -25,7 +25,7 @@ _SUMS = ("kd", "ce", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:
-    """Accumulate sums over positions, in one tensor to which a compiled forward can add."""
+    """Sums losses and counts over positions, in a tensor that a compiled forward can update."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(_SUMS))

@@ -30,8 +30,8 @@ class Target:
 
     Args:
         name: name of the target.
-        sampler: sampler that draws the target; None for the label, which is cross-entropy without
-            a teacher.
+        sampler: sampler that draws the target; None for the label alone (cross-entropy loss
+            without a teacher).
         missing_mass: rule for the probability mass that a biased target lacks.
         alpha: share of the labels' cross-entropy in the loss, in [0, 1]. For any alpha, the
             gradient is compared with that of full distillation without labels.

@@ -195,7 +195,11 @@ class TargetCodec:
 
     @property
     def least_weight(self) -> float:
-        """Smallest valid stored weight: tau, or the level below tau; 0 for other weights."""
+        """Smallest valid stored weight.
+
+        For a threshold sampler it is tau, or the level below tau if weights are rounded; for other
+        samplers it is 0.
+        """
         if self.weights != THRESHOLD:
             return 0.0
         tau = float(self.light_weight)

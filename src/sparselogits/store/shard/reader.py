@@ -425,7 +425,7 @@ def missing_columns(row: Mapping[str, Any]) -> str:
 
 
 def _from_other_tool(row: Mapping[str, Any]) -> tuple[WindowRecord, bytes]:
-    """Convert the columns of a row that another tool has read as lists or arrays."""
+    """Return the record and the encoded targets of a row whose columns another tool has read."""
     mask = row["mask"]
     if not hasattr(mask, "__len__"):  # None, or the null value of a data frame
         mask = None

@@ -128,7 +128,7 @@ def _texts_of(
 
 
 def _require_texts(texts: TextCheck, shards: Iterable[tuple[Range, Cache]]) -> None:
-    """Validate the texts in the provenance of shards. Raises IdentityMismatchError."""
+    """Validate that the texts in the shards' provenance agree. Raises IdentityMismatchError."""
     for windows, cache in sorted(shards, key=lambda shard: shard[0]):
         try:
             texts.require(windows, cache.provenance(windows[0]))
