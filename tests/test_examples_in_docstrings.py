@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import ProgressCallback
 
 import sparselogits
@@ -106,5 +107,6 @@ def run_examples(described: object, name: str, names: dict[str, object]) -> None
     (test,) = doctest.DocTestFinder(recurse=False).find(described, name, globs=names)
     assert test.examples, f"{name} has no example"
     said: list[str] = []
+    transformers.logging.set_verbosity_warning()  # at a higher level the Trainer prints metrics
     result = doctest.DocTestRunner().run(test, out=said.append)
     assert result.failed == 0, "".join(said)

@@ -43,7 +43,7 @@ def test_what_fails_is_raised_by_the_next_write(cache: Cache) -> None:
     wrong = records("counts", 3, 23)[::-1]
     with Writer([cache]) as writer:
         writer.write((0, 20), [wrong], {})
-        with pytest.raises(InvalidTargetsError, match="windows of a shard are consecutive"):
+        with pytest.raises(InvalidTargetsError, match="found window 21, expected window 23"):
             writer.write((20, 40), [records("counts", 20, 40)], {})
     assert cache.finished() == []
 
@@ -53,7 +53,7 @@ def test_what_fails_last_is_raised_at_the_end(cache: Cache) -> None:
         with Writer([cache]) as writer:
             writer.write((0, 20), [records("counts", 3, 23)[::-1]], {})
 
-    with pytest.raises(InvalidTargetsError, match="windows of a shard are consecutive"):
+    with pytest.raises(InvalidTargetsError, match="found window 21, expected window 23"):
         fail()
 
 

@@ -134,10 +134,13 @@ MISTAKES = {
     CACHE + " --dtype int4": ("unknown dtype 'int4'", "available: auto"),
     CACHE + " --device tpu": ("--device tpu", "choose auto or cpu"),
     CACHE + " --text-field body": ("has no field `body`", "the name of the field"),
-    "cache --teacher {text} --data {text} --out {new}": ("a file that is no gguf", "hub name"),
+    "cache --teacher {text} --data {text} --out {new}": ("a file that is not a gguf", "hub name"),
     "cache --teacher ./no --data {text} --out {new}": ("no model folder", "check the path"),
     "cache --teacher {small} --data {text} --out {new}": ("no tokenizer", "give a folder"),
-    "cache --teacher {teacher} --data http://x/y.txt --out {new}": ("is a url", "download it"),
+    "cache --teacher {teacher} --data http://x/y.txt --out {new}": (
+        "is a url",
+        "download the files",
+    ),
     "cache --teacher {teacher} --data /nowhere.txt --out {new}": (
         "/nowhere.txt does not exist",
         "check the path",

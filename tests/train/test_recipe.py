@@ -43,7 +43,7 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ({"thinning": {"schedule": []}}, "thinning: a thinning schedule needs at least one stage"),
         (
             {"thinning": {"schedule": [{"until": 0.5, "rounds": 5}, {"until": 0.2, "rounds": 9}]}},
-            r"thinning: .*must end one after another; until is \[0.5, 0.2\]",
+            r"thinning: .*must end one after another, found until \[0.5, 0.2\]",
         ),
         (
             {"thinning": {"schedule": [{"untill": 0.5, "rounds": 5}]}},

@@ -323,7 +323,7 @@ def test_mixed_precision_trains_float32_weights(cache: Path, tmp_path: Path) -> 
     ("options", "said"),
     [
         ({"rounds": 13}, "the cache has 12 rounds"),
-        ({"missing_mass": "ghost"}, "would bias"),
+        ({"missing_mass": "ghost"}, "would make unbiased targets biased"),
         ({"method": "full"}, "no teacher is given"),
     ],
 )

@@ -51,7 +51,7 @@ def test_pruned_and_quantised_students(tiny: Callable[..., dict[str, Any]], tmp_
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"from": "teacher"}, "needs layers, drop_layers"),
+        ({"from": "teacher"}, "needs a size or a quantisation; give layers, drop_layers"),
         ({"from": "scratch", "layers": 2}, "teacher"),
         ({"from": "teacher", "layer": 2}, "layer: unknown key; did you mean 'layers'"),
         ({"layer": 2}, "layer: unknown key; did you mean 'layers'"),

@@ -408,7 +408,7 @@ def test_mistakes_say_what_to_do(windows: TextDataset, teacher: TransformersTeac
         options = {"batch_tokens": [LENGTH]} | options
         measure_gradients({"s": model}, windows, teacher, targets, **options)
 
-    with pytest.raises(InvalidArgumentError, match="would bias"):
+    with pytest.raises(InvalidArgumentError, match="would make unbiased targets biased"):
         Target("a", Systematic(3), "renormalise")
     with pytest.raises(InvalidArgumentError, match="share in"):
         Target("a", TopK(3), alpha=1.5)
