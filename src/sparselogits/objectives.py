@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.untrusted import shown
+
+if TYPE_CHECKING:  # processes that tokenise text import this module, and need no torch
+    from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a position that predicts no token, as in PyTorch and transformers."""
@@ -29,7 +31,7 @@ inverse of the rate, so this bounds the weight."""
 UNITS = ("tokens", "words", "spans")
 """Names of the text units that can be chosen for prediction as a whole."""
 
-_Values = TypeVar("_Values", NDArray[Any], Tensor)
+_Values = TypeVar("_Values", NDArray[Any], "Tensor")
 
 
 @dataclass(frozen=True)
@@ -244,4 +246,4 @@ CAUSAL = Causal()
 
 
 def _copied(values: _Values) -> _Values:
-    return values.clone() if isinstance(values, Tensor) else values.copy()
+    return values.copy() if isinstance(values, np.ndarray) else values.clone()

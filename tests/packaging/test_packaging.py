@@ -50,6 +50,10 @@ def test_reading_a_cache_does_not_load_transformers() -> None:
     )
 
 
+def test_packing_text_loads_no_torch() -> None:
+    assert not {"torch", "transformers"} & loaded("import sparselogits.corpus.packer")
+
+
 def test_a_help_page_loads_no_torch() -> None:
     program = "from sparselogits.cli import main\ntry: main()\nexcept SystemExit: pass"
     for words in (["--version"], ["cache", "--help"]):
