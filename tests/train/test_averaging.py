@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from typer.testing import CliRunner
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.cli import app
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, TeacherError
-from sparselogits.train import average_checkpoints
+from sparselogits.teacher.loading import load_language_model
+from sparselogits.train import average_checkpoints, averaging
 from tests.conftest import tiny_llama
 from tests.train.test_trainer import arguments
 
@@ -87,6 +90,23 @@ def test_a_students_own_checkpoints_teach_it(
     assert "checkpoint-4" in (mean / "README.md").read_text()
 
 
+def test_two_models_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No earlier checkpoint is alive when the next one is loaded."""
+    folders = [saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(4)]
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def load(name: str, **options: str) -> torch.nn.Module:
+        gc.collect()  # a module is part of cycles of references
+        assert not any(model() for model in loaded)
+        model = load_language_model(name, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(averaging, "load_language_model", load)
+    average_checkpoints(folders, tmp_path / "mean")
+    assert len(loaded) == 4
+
+
 def test_what_is_no_average_is_refused(tmp_path: Path) -> None:
     one, other = (saved(tmp_path / f"{seed}", tiny_llama(seed)) for seed in range(2))
     wide = saved(tmp_path / "wide", tiny_llama(2, intermediate_size=96))
@@ -110,6 +130,8 @@ def test_what_is_no_average_is_refused(tmp_path: Path) -> None:
         with pytest.raises(kind, match=said):
             average_checkpoints(folders, out)
         assert not out.exists()
+    with pytest.raises(TeacherError, match="unknown dtype 'int4'"):
+        average_checkpoints([one, other], out, dtype="int4")
     out.mkdir()
     (out / "file").write_text("kept")
     with pytest.raises(SparseLogitsError, match="mean"):

@@ -235,6 +235,12 @@ def load_language_model(
     )
 
 
+def require_dtype(dtype: str) -> None:
+    """Check that a number format is "auto" or known. Raises TeacherError."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise TeacherError(f"unknown dtype {dtype!r}; available: auto, {', '.join(DTYPES)}")
+
+
 def _load(
     found: Checkpoint, *, dtype: str, trainable: bool, allow: Collection[str], **how: Any
 ) -> nn.Module:
@@ -244,8 +250,7 @@ def _load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
     from transformers.distributed import DistributedConfig
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise TeacherError(f"unknown dtype {dtype!r}; available: auto, {', '.join(DTYPES)}")
+    require_dtype(dtype)
     name, arguments = found.name, dict(how)
     if found.gguf is not None:
         require(f"reading {found.gguf.name}", "gguf")

@@ -18,7 +18,12 @@ from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import label_of
 from sparselogits.teacher.checkpoint import files_fingerprint, find_checkpoint
 from sparselogits.teacher.demo_model import model_named
-from sparselogits.teacher.loading import DTYPES, load_language_model, load_tokenizer
+from sparselogits.teacher.loading import (
+    DTYPES,
+    load_language_model,
+    load_tokenizer,
+    require_dtype,
+)
 from sparselogits.train.student import require_finite_weights
 
 
@@ -47,9 +52,11 @@ def average_checkpoints(
     Raises:
         InvalidArgumentError: If there are fewer than two checkpoints, two have identical files, or
             the weights differ in names or shapes.
-        TeacherError: If a checkpoint cannot be loaded, or has weights that are not finite.
+        TeacherError: If a checkpoint cannot be loaded or has weights that are not finite, or
+            `dtype` is unknown.
         StorageError: If the folder cannot be written; an incomplete folder is removed.
     """
+    require_dtype(dtype)
     require_new_folder(out)
     names = [str(folder) for folder in folders]
     if len(names) < 2:
@@ -63,18 +70,18 @@ def average_checkpoints(
                 f"{names[hashes.index(digest)]} and {names[index]} have the same weights; give "
                 "each checkpoint once"
             )
-    stored = load_language_model(names[0])  # in its own number format
-    saved = next(stored.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
-    averaged: Any = None
-    for done, name in enumerate(names):
-        model = stored.float() if done == 0 else load_language_model(name, dtype="float32")
+    model = load_language_model(names[0])  # in the number format of its files
+    saved = next(model.parameters()).dtype if dtype == "auto" else DTYPES[dtype]
+    averaged: Any = AveragedModel(model.float())  # copies the model
+    for done, name in enumerate(names, 1):
+        if done > 1:
+            del model  # before the next one is loaded, so that only two models are in memory
+            model = load_language_model(name, dtype="float32")
         require_finite_weights(model, f"the checkpoint at {name}")
-        if averaged is None:
-            averaged = AveragedModel(model)
         _require_same_shapes(averaged.module, model, names[0], name)
         averaged.update_parameters(model)
         if progress is not None:
-            progress(done + 1, len(names))
+            progress(done, len(names))
     mean: Any = averaged.module.to(saved)
     mean.config.dtype = saved
     with whole_folder(out) as folder:
