@@ -134,6 +134,11 @@ def masked_classes(config: Any) -> set[str]:
     return masked | {str(remote).rpartition(".")[2]}
 
 
+def names_masked_class(config: Any) -> bool:
+    """Return whether a configuration names the class of a masked language model."""
+    return not masked_classes(config).isdisjoint(getattr(config, "architectures", None) or ())
+
+
 def predicts_masked(model: nn.Module) -> bool:
     """Return whether a model, with or without an adapter, is a masked language model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

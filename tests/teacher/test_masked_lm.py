@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
@@ -17,7 +18,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.passes import StudentLogits
 from sparselogits.language_model import predicts_masked, split
 from sparselogits.teacher import TransformersTeacher
-from sparselogits.teacher.loading import load_language_model
+from sparselogits.teacher.loading import load_language_model, names_masked_model
 from tests.conftest import tiny_llama
 from tests.masked_models import tiny_bert
 
@@ -121,6 +122,18 @@ def test_a_checkpoint_is_loaded_as_what_its_configuration_names(tmp_path) -> Non
     again = load_language_model(str(tmp_path))
     assert type(again) is type(model)
     assert torch.equal(again(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits)
+
+
+def test_the_base_of_an_adapter_says_what_is_predicted(tmp_path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_bert().save_pretrained(base)
+    wrapped = get_peft_model(load_language_model(str(base)), LoraConfig(target_modules=["query"]))
+    wrapped.save_pretrained(adapter)
+    assert names_masked_model(str(adapter))
+    tiny_bert().save_pretrained(adapter)  # a folder with an adapter and a whole model
+    assert names_masked_model(str(adapter))
+    tiny_llama().save_pretrained(base)
+    assert not names_masked_model(str(base))
 
 
 def test_a_masked_model_is_refused_where_the_next_token_is_predicted() -> None:

@@ -27,7 +27,7 @@ from sparselogits.errors import (
 from sparselogits.extras import require
 from sparselogits.files import whole_folder
 from sparselogits.identity import canonical_json
-from sparselogits.language_model import embedding_rows, masked_classes
+from sparselogits.language_model import embedding_rows, names_masked_class
 from sparselogits.teacher.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -247,7 +247,7 @@ def _load(
     if found.base is not None:
         base = _load(found.base, dtype=dtype, trainable=False, allow=allow, **how)
         return _with_adapter(found, base, trainable)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GgufConfig
     from transformers.distributed import DistributedConfig
 
     require_dtype(dtype)
@@ -263,14 +263,9 @@ def _load(
     if (tp_plan := arguments.pop("tp_plan")) is not None:
         arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
-        masked = False
-        if found.gguf is None:
-            trusted = how.get("trust_remote_code", False)
-            masked = _is_masked(
-                AutoConfig.from_pretrained(
-                    found.source, revision=found.commit, trust_remote_code=trusted
-                )
-            )
+        masked = found.gguf is None and _is_masked(
+            found.source, found.commit, trust_remote_code=how.get("trust_remote_code", False)
+        )
         kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         with bounded_by(found):
             model, info = kind.from_pretrained(
@@ -304,24 +299,35 @@ def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
         name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
         trust_remote_code: whether to run configuration code that comes with the model.
     """
-    from transformers import AutoConfig
-
     try:
         source, arguments = locate_model(name)
         if "gguf_file" in arguments:
             return False
+        revision = None
         if (Path(source) / ADAPTER_CONFIG).exists():
-            base = find_checkpoint(source).base
-            return base is not None and names_masked_model(base.source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        return _is_masked(config)
+            root = find_checkpoint(source).root
+            if root.gguf is not None:
+                return False
+            source, revision = root.source, root.commit
+        return _is_masked(source, revision, trust_remote_code=trust_remote_code)
     except Exception:  # loading the model reports what is wrong
         return False
 
 
-def _is_masked(config: Any) -> bool:
-    """Return whether a configuration names the class of a masked language model."""
-    return not masked_classes(config).isdisjoint(getattr(config, "architectures", None) or ())
+def _is_masked(source: str, revision: str | None, *, trust_remote_code: bool) -> bool:
+    """Return whether the configuration of a checkpoint names a masked language model.
+
+    Args:
+        source: folder or hub name of a checkpoint without adapters.
+        revision: revision of a hub name; None for the default branch, or for a folder.
+        trust_remote_code: whether to run configuration code that comes with the model.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        source, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return names_masked_class(config)
 
 
 def _with_adapter(found: Checkpoint, base: nn.Module, trainable: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from transformers import (
 
 from sparselogits.data import CacheDataset
 from sparselogits.errors import MissingDependencyError, RecipeError, TeacherError, reason_of
-from sparselogits.language_model import masked_classes
+from sparselogits.language_model import names_masked_class
 from sparselogits.quantization import prepare
 from sparselogits.store.storage.location import is_url
 from sparselogits.teacher.loading import (
@@ -75,13 +75,14 @@ def make_student(student: Student, *, vocab_size: int, dataset: CacheDataset) ->
             pad_token_id=None,
         )
     try:
-        kinds = masked_classes(config).intersection(getattr(config, "architectures", None) or ())
-        kind: Any = AutoModelForMaskedLM if kinds else AutoModelForCausalLM
+        masked = names_masked_class(config)
+        kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         model = kind.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise RecipeError(
-            f"student: cannot create a causal language model from {shown(student.config)}: "
-            f"{reason_of(error).splitlines()[0]}. Give the configuration of a causal language model"
+            f"student: cannot create a language model from {shown(student.config)}: "
+            f"{reason_of(error).splitlines()[0]}. Give the configuration of a causal or a masked "
+            "language model"
         ) from error
     return _quantised(model, student)
 
