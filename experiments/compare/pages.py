@@ -309,6 +309,10 @@ class Findings:
         """Return the bytes of the cached targets per token."""
         return f"{BY_FILE[setting].seeds().rows[method].bytes_per_token:.0f}"
 
+    def healed_bytes(self, setting: str, method: str) -> str:
+        """Return the bytes of the cached targets per token in a healing setting."""
+        return f"{healed(setting).rows[method].bytes_per_token:.0f}"
+
     def table(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
         """Return the table of the endpoints of a pre-registered experiment, or of its tests."""
         named = list(rows.items()) if isinstance(rows, Mapping) else []

@@ -208,7 +208,7 @@ def on_policy_table(stored: Mapping[str, Any]) -> list[str]:
 NAMES_OF_ARMS = {
     "full KD": ("full KD (Hinton et al., 2015)", "online"),
     "healed for longer": ("systematic 12, cached", "one pass, before training"),
-    "on-policy for longer": ("on-policy reverse KL (MiniLLM, GKD)", "online"),
+    "on-policy for longer": ("on-policy reverse KL (GKD, by TRL)", "online"),
     "healed, then on-policy": ("systematic 12, cached, then on-policy", "one pass, then online"),
 }
 """Name of the method and use of the teacher in the README's table, by arm of on_policy.py."""
