@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
-from sparselogits.objectives import IGNORE_INDEX, Causal
+from sparselogits.objectives import CAUSAL, IGNORE_INDEX
 from sparselogits.progress import Progress
 from sparselogits.store.cache import Cache
 from sparselogits.store.records import WindowRecord
@@ -55,7 +55,7 @@ class _Settings:
                 "as lists, topk or datasets"
             )
         starts = record.document_starts if self.reset_attention else None
-        return Causal().labels(record.tokens, record.mask, starts)
+        return CAUSAL.labels(record.tokens, record.mask, starts)
 
 
 def export(
@@ -110,13 +110,13 @@ def export(
         raise CacheError(
             f"{cache.root} contains no windows yet; build it with `sparselogits cache` first"
         )
+    identity = cache.identity
+    reset = bool(identity.packing.get("reset_attention"))
+    settings = _Settings(k, alpha, identity.vocab_size, reset)
     with whole_folder(folder) as partial:
         if form == "datasets":
-            _export_dataset(cache, partial, progress)
+            _export_dataset(cache, partial, settings, progress)
             return [folder]
-        identity = cache.identity
-        reset = bool(identity.packing.get("reset_attention"))
-        settings = _Settings(k, alpha, identity.vocab_size, reset)
         names = _export_parquet(cache, partial, form, settings, progress)
         if form == "distillkit":
             names.append("compression_config.yaml")
@@ -146,7 +146,9 @@ def _export_parquet(
     return names
 
 
-def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> None:
+def _export_dataset(
+    cache: Cache, folder: Path, settings: _Settings, progress: Progress | None
+) -> None:
     """Save the columns of `lists` as a `datasets` folder.
 
     The dataset is created from Parquet files, because `Dataset.from_generator` would pickle the
@@ -155,7 +157,6 @@ def _export_dataset(cache: Cache, folder: Path, progress: Progress | None) -> No
     from datasets import Dataset  # slow to import
 
     with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-        settings = _Settings(0, 0.0, cache.identity.vocab_size, False)
         names = _export_parquet(cache, Path(work), "lists", settings, progress)
         parts = [f"{work}/{name}" for name in names]
         Dataset.from_parquet(parts, cache_dir=f"{work}/arrow").save_to_disk(str(folder))
@@ -263,14 +264,14 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
 
     Token j has the targets that predict it.
     """
-    labels = Causal().at_tokens(settings.labels(record), IGNORE_INDEX)
+    from sparselogits.documents import restarting_positions  # slow to import
+
+    labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
     ids, logs, real = _padded_heaviest(record, settings.k)
-    begins = np.zeros(len(labels), np.int64)
-    if settings.reset_attention:
-        begins[record.document_starts] = record.document_starts
-    places = np.arange(len(labels)) - np.maximum.accumulate(begins)
+    starts = record.document_starts if settings.reset_attention else np.empty(0, np.int32)
+    (places,) = restarting_positions(len(labels), [starts]).numpy().astype(np.int32)
     moved = (
-        Causal().at_tokens(part.T, filler).T
+        CAUSAL.at_tokens(part.T, filler).T
         for part, filler in ((ids, 0), (logs, _NO_LOGPROB), (real, False))
     )
     ids, logs, real = moved
@@ -278,7 +279,7 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
         "input_ids": pa.array(record.tokens),
         "labels": pa.array(labels.astype(np.int32)),
         "attention_mask": pa.array(np.ones(len(labels), np.int8)),
-        "position_ids": pa.array(places.astype(np.int32)),
+        "position_ids": pa.array(places),
         "target_token_ids": _matrix(ids),
         "target_logprobs": _matrix(logs),
         "target_mask": _matrix((real & (labels != IGNORE_INDEX)[:, None]).astype(np.int8)),
