@@ -32,6 +32,7 @@ from sparselogits.corpus.pieces import Piece, TokenRow, document_key
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.corpus.windows import Packing
 from sparselogits.errors import CorpusError
+from sparselogits.objectives import IGNORE_INDEX
 
 IDS = "input_ids"
 """Name of the column with token ids."""
@@ -40,8 +41,6 @@ COLUMNS = (
     *("attention_mask", "position_ids", "seq_lengths"),
 )
 """Names of the columns that are read; others are ignored."""
-IGNORED = -100
-"""Label of a token that carries no target."""
 
 _Where = Callable[[], str]
 _Array = NDArray[Any]
@@ -182,7 +181,7 @@ def record_row(
             learnt &= columns[name] != 0
     if "labels" in columns:
         _require_labels(columns["labels"][:count], ids[:count], where)
-        learnt &= columns["labels"] != IGNORED
+        learnt &= columns["labels"] != IGNORE_INDEX
     starts = _starts(columns, found, count, len(ids), where)
     if starts is not None and len(starts) and not reading.settled.reset_attention:
         _refuse(
@@ -239,17 +238,18 @@ def _unpadded(mask: _Array | None, length: int, where: _Where) -> int:
 
 
 def _require_labels(labels: _Array, ids: _Array, where: _Where) -> None:
-    """Validate that labels are the ids at the same positions or `IGNORED`."""
-    wrong = np.flatnonzero((labels != IGNORED) & (labels != ids))
+    """Validate that labels are the ids at the same positions or `IGNORE_INDEX`."""
+    wrong = np.flatnonzero((labels != IGNORE_INDEX) & (labels != ids))
     if not len(wrong):
         return
     at = int(wrong[0])
     ahead = labels[:-1]
-    shifted = bool(((ahead == ids[1:]) | (ahead == IGNORED)).all())
+    shifted = bool(((ahead == ids[1:]) | (ahead == IGNORE_INDEX)).all())
     advice = (
         "the labels are shifted by one; give unshifted labels, as for transformers' models"
         if shifted
-        else f"expected the id or {IGNORED}, since targets other than the text are not supported"
+        else f"expected the id or {IGNORE_INDEX}, since targets other than the text are not "
+        "supported"
     )
     _refuse(where, f"has the label {labels[at]} for the id {ids[at]} at position {at}; {advice}")
 
