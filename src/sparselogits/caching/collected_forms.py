@@ -254,8 +254,7 @@ def _unpacked(
         )
     logs = np.minimum(packing.logprobs(packed), 0)  # approximations may exceed a probability of 1
     mass = np.exp(logs).sum(-1, keepdims=True)
-    scaled = (mass > 1) & (mass <= LOSSY_MASS)
-    logs -= np.where(scaled, np.log(np.maximum(mass, 1e-300)), 0)
+    logs -= np.log(np.where((mass > 1) & (mass <= LOSSY_MASS), mass, 1))
     rest: list[list[Any]] = [[]] * (count - len(ids))  # no distribution after the last token
     return _lists(values, [*ids.tolist(), *rest], [*logs.tolist(), *rest], _PACKED)
 
