@@ -24,7 +24,7 @@ from sparselogits.samplers import (
     compiled,
     window_uniforms,
 )
-from sparselogits.samplers.distribution import Blocks
+from sparselogits.samplers.distribution import Blocks, sum_by_block
 from sparselogits.teacher import ModuleTeacher
 from tests.samplers.distributions import KINDS, logits_of
 
@@ -81,6 +81,29 @@ def test_bits_are_those_of_pytorch(
     without_compiler(monkeypatch)
     for ours, expected in zip(fast, bits(given, exponent, with_moment), strict=True):
         assert torch.equal(ours, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtype_and_device_do_not_matter(dtype: torch.dtype, device: str) -> None:
+    given = logits()
+    few = given[:, :3328].contiguous()
+    expected = bits(given, 1.0, with_moment=True)
+    compiled.library.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            library = compiled.library()
+            assert library is not None
+            found = bits(given, 1.0, with_moment=True)
+            peaks, _ = sum_by_block(few, 1.0, with_moment=False, library=library)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(peaks, few.amax(-1, keepdim=True))
+    for ours, first in zip(found, expected, strict=True):
+        assert torch.equal(ours, first)
 
 
 @needs_compiler

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,10 @@ class Library:
             The results of `distribution._torch_sums`, but with heavy blocks summed in float64.
         """
         rows, vocabulary = logits.shape
-        peaks, shifts = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.float64)
-        sums = torch.empty(rows, vocabulary // 64, dtype=torch.float64)
+        # C writes to these addresses, whatever PyTorch's default dtype and device are.
+        peaks = logits.new_empty(rows, 1)
+        shifts = logits.new_empty(rows, 1, dtype=torch.float64)
+        sums = logits.new_empty(rows, vocabulary // 64, dtype=torch.float64)
         moments = torch.empty_like(sums) if with_moment else None
         self._function(
             *(torch.get_num_threads(), logits.data_ptr(), rows, vocabulary),
@@ -152,7 +155,9 @@ def _is_exact(found: Library) -> bool:
     from sparselogits.samplers.distribution import sum_by_block
 
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(64, 4096, generator=generator) * torch.logspace(-3, 2, 64)[:, None]
+    single: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    logits = torch.randn(64, 4096, generator=generator, **single)
+    logits *= torch.logspace(-3, 2, 64, **single)[:, None]
     logits[1::2, 2048:2100] = -torch.inf
     for exponent in (0.7, 1.0):
         _, expected = sum_by_block(logits, exponent, with_moment=True, library=None)
