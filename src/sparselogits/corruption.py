@@ -80,6 +80,25 @@ class TokenKinds:
         return cls(special, begins if begins.any() else None, head, tail)
 
 
+def masked_objective(tokenizer: Any, **settings: Any) -> Masked:
+    """Create a masked objective that uses a tokenizer's mask token.
+
+    Args:
+        tokenizer: the teacher's tokenizer.
+        settings: fields of `Masked`, without `mask_id`.
+
+    Raises:
+        InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
+    """
+    if tokenizer.mask_token_id is None:
+        raise InvalidArgumentError(
+            f"the tokenizer ({type(tokenizer).__name__}) has no mask token, which the input of a "
+            "masked language model needs; expected the tokenizer that the model was trained with. "
+            "Check the tokenizer files of the teacher"
+        )
+    return Masked(int(tokenizer.mask_token_id), **settings)
+
+
 @dataclass(frozen=True, eq=False)
 class Corrupted:
     """Corrupted input of a window.
@@ -126,12 +145,7 @@ class Corruption:
         Raises:
             InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
         """
-        if tokenizer.mask_token_id is None:
-            raise InvalidArgumentError(
-                f"the tokenizer ({type(tokenizer).__name__}) has no mask token, which the input of "
-                "a masked language model needs; expected the tokenizer of a masked language model"
-            )
-        objective = Masked(int(tokenizer.mask_token_id), **settings)
+        objective = masked_objective(tokenizer, **settings)
         return cls(objective, TokenKinds.of(tokenizer, vocab_size))
 
     @classmethod

@@ -463,23 +463,21 @@ def _masked(
     tokenizer: Any, rate: str | None, units: MaskUnits | None, span: float | None, seed: int
 ) -> Masked:
     """Return the masked objective that the command-line options describe."""
-    from sparselogits.objectives import Masked
+    from sparselogits.corruption import masked_objective
 
-    if tokenizer.mask_token_id is None:
-        raise InvalidArgumentError(
-            "the teacher is a masked language model, and its tokenizer has no mask token; expected "
-            "the tokenizer that it was trained with. Check the tokenizer files of the teacher"
-        )
-    try:
-        share = None if rate == "random" else float("0.15" if rate is None else rate)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
-        ) from error
-    chosen = units or MaskUnits.tokens
-    if chosen is MaskUnits.spans and span is None:
+    settings: dict[str, Any] = {}
+    if rate is not None:
+        try:
+            settings["rate"] = None if rate == "random" else float(rate)
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
+            ) from error
+    if units is not None:
+        settings["units"] = units.value
+    if units is MaskUnits.spans and span is None:
         span = 3.0
-    return Masked(int(tokenizer.mask_token_id), share, units=chosen.value, span=span, seed=seed)
+    return masked_objective(tokenizer, span=span, seed=seed, **settings)
 
 
 class CacheCommand(TyperCommand):
