@@ -426,9 +426,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         made = as_windows(given)
         parts = made.values() if isinstance(made, Mapping) else [made]
         for part in parts:
-            rows = isinstance(part, TokenisedRows)
+            if not isinstance(part, TextDataset | TokenisedRows):
+                continue
             masked = isinstance(part, TextDataset) and part.corruption is not None
-            if self.objective.masked and (rows or (isinstance(part, TextDataset) and not masked)):
+            if self.objective.masked and not masked:
                 raise InvalidArgumentError(
                     "eval_dataset has windows whose labels are those of a causal language model; "
                     "the cache is for a masked one. Give TextDataset(corpus, corruption=...)"
