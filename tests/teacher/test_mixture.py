@@ -72,11 +72,13 @@ def test_a_student_is_measured_against_the_mixture(
 ) -> None:
     """A student that is one of the teachers; numbers that do not fit are refused."""
 
-    def measured(*words: str, code: int = 0) -> str:
+    def measured(*words: str, code: int = 0, stderr: bool = False) -> str:
         words = ("eval", *words, "--device", "cpu", "--limit", "3", "--resamples", "2")
         done = CliRunner().invoke(app, list(words))
         assert (done.exit_code == 0) is (code == 0), done.output + repr(done.exception)
-        return done.stdout if code == 0 else done.output + str(done.exception)
+        if code:
+            return done.output + str(done.exception)
+        return done.stderr if stderr else done.stdout
 
     def kl(*words: str) -> float:
         found = json.loads(measured(str(second_teacher), *words, "--json"))
@@ -95,6 +97,9 @@ def test_a_student_is_measured_against_the_mixture(
         ((*both, *teachers, "--weights", "0.5,0.3,0.2"), "3 numbers, but there are 2 teachers"),
         ((*both, *teachers, "--weights", "a,b"), "expected numbers separated by commas"),
         ((*both, *teachers, "--weights", "0.9,0.9"), "sum is 1"),
+        ((*both[:2], *teachers[:2], "--weights", "0"), "--weights needs several teachers"),
         ((*both, *teachers[2:], *teachers[:2]), "give the cache's teacher"),
     ):
         assert said in measured(str(second_teacher), *words, code=1)
+    advised = measured(str(second_teacher), *both, "--weights", "0.7,0.3", stderr=True)
+    assert f"--cache {second_cache} --teacher MODEL --weights 0.7,0.3" in advised

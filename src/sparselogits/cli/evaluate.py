@@ -328,7 +328,9 @@ def evaluate_command(
     if engine is None:
         texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
         texts = texts or [("--data", data)]
-        print_next("eval", student, *chain(*((*text, "--teacher", "MODEL") for text in texts)))
+        words = chain(*((*text, "--teacher", "MODEL") for text in texts))
+        numbers = ["--weights", weights] if isinstance(given, list) else []
+        print_next("eval", student, *words, *numbers)
     elif caches:
         print_next("view", caches[0], "--teacher", teachers[0], "--student", student)
     else:

@@ -58,8 +58,17 @@ def shares_of_teachers(
         weights: value of `--weights`; None for equal weights.
 
     Raises:
-        InvalidArgumentError: If the numbers of teachers, caches and weights differ.
+        InvalidArgumentError: If the numbers of teachers, caches and weights differ, weights are
+            given without several teachers or caches, or the weights are negative or do not sum to
+            1.
     """
+    from sparselogits.teacher.mixture import require_shares
+
+    if weights is not None and max(len(teachers), len(caches)) < 2:
+        raise InvalidArgumentError(
+            "--weights needs several teachers, found at most one; repeat --cache and --teacher, or "
+            "leave --weights out"
+        )
     if not teachers:
         return []
     if caches and len(teachers) != len(caches):
@@ -78,6 +87,7 @@ def shares_of_teachers(
             f"--weights has {len(shares)} numbers, but there are {len(teachers)} teachers; give "
             "one number per teacher"
         )
+    require_shares([share for share in shares if share != 0])
     return shares
 
 
@@ -94,12 +104,11 @@ def load_cache_teachers(
     Args:
         names: names of the teachers, in the order of the caches.
         identities: identities of the caches; empty to skip the check of the teachers.
-        shares: weight of each teacher; teachers of weight 0 are not loaded.
+        shares: weight of each teacher (`shares_of_teachers`); teachers of weight 0 are not loaded.
         device: device of the teachers.
         dtype: data type of the teachers' weights.
 
     Raises:
-        InvalidArgumentError: If the weights are negative or do not sum to 1.
         IdentityMismatchError: If a cache was built with another teacher.
     """
     from sparselogits.teacher import MixtureTeacher

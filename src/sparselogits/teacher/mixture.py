@@ -35,10 +35,7 @@ class MixtureTeacher:
                 f"found {len(weights)} weights for {len(teachers)} teachers; give at least one "
                 "teacher, and one weight per teacher"
             )
-        if not all(w > 0 for w in weights) or abs(math.fsum(weights) - 1) > 1e-6:
-            raise InvalidArgumentError(
-                f"found the weights {list(weights)}; give positive numbers whose sum is 1"
-            )
+        require_shares(weights)
         self.teachers, self.weights = tuple(teachers), tuple(weights)
         self.vocab_size = max(teacher.vocab_size for teacher in teachers)
         self.token_mask = torch.zeros(self.vocab_size, dtype=torch.bool)
@@ -77,3 +74,11 @@ class MixtureTeacher:
                 view = total[:, : log_shares.shape[1]]
                 torch.logaddexp(view, log_shares, out=view)
             yield LogitsSlice(first.row, first.positions, total)
+
+
+def require_shares(weights: Sequence[float]) -> None:
+    """Validate that weights are positive and have the sum 1. Raises InvalidArgumentError."""
+    if not all(w > 0 for w in weights) or abs(math.fsum(weights) - 1) > 1e-6:
+        raise InvalidArgumentError(
+            f"found the weights {list(weights)}; give positive numbers whose sum is 1"
+        )
