@@ -326,11 +326,11 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
             f"a budget of {budget:g} entries per position exceeds the {most:.1f} entries in the "
             "cache; give a smaller budget, or omit thinning"
         )
-    low, high = dataset.teachers_per_window, cached  # mean(high) >= budget
+    least = dataset.teachers_per_window
+    low, high = least, cached  # mean(high) >= budget
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if mean(middle) >= budget else (middle + 1, high)
-    least = dataset.teachers_per_window
     return low if low == least or mean(low) - budget <= budget - mean(low - 1) else low - 1
 
 

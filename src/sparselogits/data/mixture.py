@@ -19,6 +19,7 @@ import numpy as np
 
 from sparselogits.corpus import require_tokenizer
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
+from sparselogits.data.thinning import require_round_each
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.identity import Identity, canonical_json, differing_fields
 from sparselogits.samplers import from_parameters
@@ -183,11 +184,7 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
     """
     if len(weights) == 1:
         return (rounds,)
-    if rounds < len(weights):
-        raise InvalidArgumentError(
-            f"rounds={rounds}: a window mixes {len(weights)} teachers, each of which requires at "
-            f"least one round; use at least {len(weights)} rounds"
-        )
+    require_round_each(rounds, len(weights))
     assigned = [1] * len(weights)
     for _ in range(min(rounds, sum(held)) - len(weights)):
         gains = [

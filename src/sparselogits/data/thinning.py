@@ -110,12 +110,7 @@ class Schedule:
             InvalidArgumentError: the targets were not drawn in rounds, or a stage has more rounds
                 than the caches or fewer rounds than teachers.
         """
-        least = min(stage.rounds for stage in self.stages)
-        if least < teachers:
-            raise InvalidArgumentError(
-                f"rounds={least}: a window mixes {teachers} teachers, each of which requires at "
-                f"least one round; use at least {teachers} rounds"
-            )
+        require_round_each(min(stage.rounds for stage in self.stages), teachers)
         wanted = max(stage.rounds for stage in self.stages)
         if cached is None:
             raise InvalidArgumentError(
@@ -127,6 +122,15 @@ class Schedule:
                 f"rounds={wanted}: the cache has {cached} rounds per position; choose between 1 "
                 f"and {cached}"
             )
+
+
+def require_round_each(rounds: int, teachers: int) -> None:
+    """Validate that the rounds of a window include one per teacher. Raises InvalidArgumentError."""
+    if rounds < teachers:
+        raise InvalidArgumentError(
+            f"rounds={rounds}: a window mixes {teachers} teachers, each of which requires at "
+            f"least one round; use at least {teachers} rounds"
+        )
 
 
 @dataclass(frozen=True)
