@@ -16,14 +16,21 @@ import torch
 from playwright.sync_api import Browser
 from typer.testing import CliRunner
 
+from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.cli import app
+from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+from sparselogits.corruption import Corruption
+from sparselogits.data import CacheDataset
 from sparselogits.errors import CacheError, IdentityMismatchError
 from sparselogits.lab.report import PREFIX, PageServer, WindowViewer, view_page
 from sparselogits.lab.report.tokens import TokenTexts
 from sparselogits.lab.report.view import LIKELIEST, targets_entropy
+from sparselogits.samplers import Systematic
+from sparselogits.teacher import TransformersTeacher
 from tests.conftest import tiny_llama
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.conftest import LENGTH, TEXT
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
 
 
 def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> None:
@@ -96,6 +103,39 @@ def test_clicks_and_keys(viewer: WindowViewer, browser: Browser, tmp_path: Path)
         assert "onerror" in page.locator("#text").inner_text()
         assert page.locator("img").count() == 0
         assert page.title().startswith("Window 0")
+
+
+def test_a_token_that_the_input_hides(browser: Browser, text: Path, tmp_path: Path) -> None:
+    tokenizer = bert_tokenizer()
+    packing = packing_for(tokenizer, window_length=LENGTH)
+    short = tmp_path / "text.jsonl"
+    short.write_text("".join(line for line in text.open() if len(line) < 1500))
+    source = open_source(str(short))
+    corpus = pack(source, tokenizer, packing, tmp_path / "corpus", vocab_size=VOCABULARY)
+    teacher = TransformersTeacher(
+        tiny_bert(vocab_size=VOCABULARY, initializer_range=0.1), identity={"weights": "tiny"}
+    )
+    build_caches(
+        teacher,
+        corpus,
+        [CacheRequest(tmp_path / "cache", Systematic(12))],
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        corruption=Corruption.of_tokenizer(tokenizer, VOCABULARY, rate=0.3),
+    )
+    dataset = CacheDataset(tmp_path / "cache")
+    labels = dataset[0]["shift_labels"]
+    path = tmp_path / "window.html"
+    view = WindowViewer(dataset, tokenizer=tokenizer, teacher=teacher).view(0)
+    path.write_text(view_page(view, rounds=12), encoding="utf-8")
+    chosen, other = int((labels != -100).nonzero()[-1]), int((labels == -100).nonzero()[-1])
+    with opened(browser, path.as_uri(), size=DESKTOP) as page:
+        panel = page.locator("#panel")
+        page.click(f"#t{chosen}")
+        assert "the original token is" in panel.inner_text()
+        assert panel.locator("tr.label").count() == 1
+        assert "sum of their weights" in panel.inner_text()
+        page.click(f"#t{other}")
+        assert "not chosen" in panel.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -90,7 +90,7 @@ function drawPanel() {
   if (isMasked) {
     const original = visible(data.texts[at.label]);
     say(`Token ${selected} of ${data.tokens.length}: chosen; the original token is ${original}.`);
-    panel.append(distributions(at), figures(at));
+    panel.append(distributions(at), metrics(at));
     return;
   }
   if (!at) return say("The window's first token: nothing in the window predicts it.");
