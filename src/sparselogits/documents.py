@@ -69,7 +69,7 @@ class Documents:
         """Determine by a few short forward passes how a model must run documents.
 
         Args:
-            model: a transformers causal language model; in eval mode during the passes.
+            model: a transformers language model; in eval mode during the passes.
             run: forward pass of the model that returns states or logits.
         """
         config = text_config(getattr(model, "config", None))

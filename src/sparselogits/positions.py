@@ -62,7 +62,7 @@ def check_window(
     says that predictions may be poor.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
         run: forward pass of the model from `input_ids`.
         length: number of tokens per window.
         restarts: whether positions restart at document starts, so that a longer window may fit.
@@ -100,7 +100,7 @@ def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
     """Convert a forward pass's failure on a sequence beyond the model's positions to a typed error.
 
     Args:
-        model: the transformers causal language model that the block runs.
+        model: the transformers language model that the block runs.
         length: number of tokens per sequence.
 
     Raises:

@@ -155,6 +155,7 @@ def check_request(
         packing: packing of the text.
         tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
         windows_per_shard: number of windows per shard.
+        objective: objective of a masked teacher; None for a causal teacher.
 
     Raises:
         CacheError: the path is a file, or a folder with other content.

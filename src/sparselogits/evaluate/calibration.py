@@ -1,7 +1,7 @@
-"""Compute the calibration of next-token predictions, that is, whether confidence equals accuracy.
+"""Compute the calibration of token predictions, that is, whether confidence equals accuracy.
 
 The confidence at a position is the model's largest probability, and the position is a hit if the
-token with that probability is the true next token. Positions are binned by confidence; with N
+token with that probability is the true token. Positions are binned by confidence; with N
 positions, n_b of them in bin b,
 
     ECE = sum_b n_b / N |accuracy_b - confidence_b|
@@ -70,11 +70,11 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration of next-token predictions.
+    """Calibration of token predictions.
 
     Args:
         confidence: largest probability, averaged over positions.
-        accuracy: share of positions whose most likely token is the true next token.
+        accuracy: share of positions whose most likely token is the true token.
         equal_width: calibration with bins of equal width in confidence.
         equal_mass: calibration with bins of equally many positions; equal confidences share a bin.
     """
@@ -106,7 +106,7 @@ def signed_confidence(largest: Tensor, likeliest: Tensor, labels: Tensor) -> Ten
     Args:
         largest: largest log-probability per position, float [P].
         likeliest: token with the largest log-probability, int64 [P].
-        labels: true next tokens, int64 [P].
+        labels: true tokens, int64 [P].
     """
     confidence = largest.exp().float().clamp_(max=1.0)
     return torch.where(likeliest == labels.to(likeliest.device), confidence, -confidence).cpu()

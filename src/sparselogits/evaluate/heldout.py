@@ -56,7 +56,7 @@ class HeldOut:
             None without a teacher.
         acceptance: mean probability that a token drafted by the model is accepted by the teacher,
             sum_i min(p_i, s_i) at every position, both at temperature one; None without a teacher.
-        calibration: calibration of the next-token predictions.
+        calibration: calibration of the predictions.
         positions: number of positions with a label.
         loss_by_window: mean loss of each window, nats.
         kl_by_window: mean KL of each window, nats; empty without a teacher.
@@ -290,15 +290,15 @@ def _measure_window(
             counted = labels[rows] != IGNORE_INDEX
             if not bool(counted.any()):
                 continue
-            next_tokens = labels[rows][counted]
+            true_tokens = labels[rows][counted]
             predicted = None
             if taught is not None:
                 within = slice(rows.start - positions.start, rows.stop - positions.start)
                 predicted = _TeacherPredictions.of(_log_softmax(taught[within], counted))
-                pieces["teacher"].append(_measure_teacher(predicted, next_tokens))
+                pieces["teacher"].append(_measure_teacher(predicted, true_tokens))
             for name, logits in logits_of.items():
                 log_s = _log_softmax(logits(rows), counted)
-                pieces[name].append(_measure_student(log_s, next_tokens, predicted))
+                pieces[name].append(_measure_student(log_s, true_tokens, predicted))
     return {name: _joined(slices) for name, slices in pieces.items()}
 
 
@@ -360,7 +360,7 @@ def _measure_student(
 
     Args:
         log_s: the student's log-probabilities, float32 [P, V'].
-        labels: true next tokens, int64 [P].
+        labels: true tokens, int64 [P].
         predicted: the teacher's predictions; None to measure only loss and calibration.
     """
     largest, likeliest = log_s.max(1)

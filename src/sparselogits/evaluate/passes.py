@@ -22,8 +22,8 @@ class StudentLogits:
     """Compute a student's logits for slices of a window, from the window's hidden states.
 
     Args:
-        model: transformers causal language model. If trunk and head cannot be run separately, the
-            logits of a whole window are computed at once.
+        model: transformers language model. If trunk and head cannot be run separately, the logits
+            of a whole window are computed at once.
         masked: whether the windows are corrupted, for a masked language model.
 
     Raises:

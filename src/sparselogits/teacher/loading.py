@@ -130,7 +130,7 @@ def load_teacher(
     slice_positions: int = SLICE_POSITIONS,
     allow: Collection[str] = (),
 ) -> TransformersTeacher:
-    """Load a causal language model as a teacher.
+    """Load a language model, causal or masked, as a teacher.
 
     Args:
         name: local folder, GGUF file or hub name, or "demo" (see `demo_model`).
@@ -378,7 +378,7 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
 
     Args:
         tokenizer: a transformers tokenizer.
-        model: a transformers causal language model whose head has V rows.
+        model: a transformers language model whose head has V rows.
         allow: names of `ALLOWANCES`; "tokens-without-rows" turns the error into a warning.
 
     Raises:

@@ -61,9 +61,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     """Distil a student from a cache of sparse targets.
 
     Args:
-        model: the student, a transformers causal language model. Its forward computes the loss
-            while this trainer trains or evaluates, in calls with `shift_labels`; otherwise the
-            model is unchanged.
+        model: the student, a transformers language model of the cache's kind, causal or masked. Its
+            forward computes the loss while this trainer trains or evaluates, in calls with
+            `shift_labels`; otherwise the model is unchanged.
         args: transformers' TrainingArguments, or TRL's SFTConfig. SFTConfig's settings for data
             preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them.
         train_dataset: the cache, or several caches that are mixed (see `CacheDataset`).
@@ -208,7 +208,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     def _adopt(self, model: nn.Module) -> None:
         if not hasattr(model, "config"):
             raise InvalidArgumentError(
-                f"the student is a {type(model).__name__} without a configuration; give a causal "
+                f"the student is a {type(model).__name__} without a configuration; give a "
                 "language model of transformers, with or without a PEFT adapter"
             )
         masked = self.objective.masked

@@ -1,6 +1,6 @@
 """Render a page that compares one window of a cache with the predictions of models.
 
-A `WindowView` contains per position the true next token, the cached entries, and for each given
+A `WindowView` contains per position the label, the cached entries, and for each given
 model the probabilities of these ids and of the model's most likely ids. Logits are in memory for
 one slice of positions at a time.
 """
@@ -56,10 +56,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Position:
-    """Predictions of the cache and the models for the token after a position.
+    """Predictions of the cache and the models for the token that a position predicts.
 
     Args:
-        label: id of the next token; None if the position has no label.
+        label: id of the token that the position predicts; None if the position has no label.
         rows: ids in descending order of probability, including the label.
         entries: number of cached entries.
         mass: sum of the weights of all cached entries.
@@ -126,7 +126,7 @@ class WindowViewer:
         dataset: the cache.
         tokenizer: tokenizer of the cache; None to show ids instead of texts.
         teacher: teacher of the cache; None to show no probabilities of the teacher.
-        student: causal language model with the ids of the cache; None to show no student.
+        student: language model of the kind and with the ids of the cache; None to show no student.
 
     Raises:
         InvalidArgumentError: If the dataset mixes several caches.
@@ -285,7 +285,7 @@ def _positions_of(
 
     Args:
         targets: cached targets of P positions.
-        labels: next token of each position.
+        labels: token that each position predicts.
         teacher: the teacher's distribution, or None.
         student: the student's distribution, or None.
     """
