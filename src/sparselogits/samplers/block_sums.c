@@ -1,8 +1,9 @@
 /* Sum weights by block like `sum_by_block` in distribution.py; compiled by compiled.py.
  *
- * The operations are those of the PyTorch code, in the same order, so that results are equal in
- * every bit: torch.exp2 is Sleef's exp2 (u10), torch.add is a fused multiply-add, and torch.sum of
- * 64 numbers adds vectors of 8 floats or 4 doubles, then their lanes one after the other.
+ * The operations are those of the PyTorch code with one thread, in the same order, so that results
+ * are equal in every bit: torch.exp2 is Sleef's exp2 (u10), torch.add is a fused multiply-add, and
+ * torch.sum of 64 numbers adds vectors of 8 floats or 4 doubles, then their lanes one after the
+ * other.
  */
 #include <math.h>
 #include <stdint.h>

@@ -19,7 +19,7 @@ benchmarks/sampling.py). A token of probability zero, such as a masked one, is n
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
 Cost: about 1.1 times that of `torch.softmax` over the same logits in warm memory if a C compiler is
-found (compiled.py), and about 2 times otherwise (benchmarks/sampling.py).
+found (compiled.py), and about 2.2 times otherwise (benchmarks/sampling.py).
 
 Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
 block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
@@ -302,7 +302,7 @@ def sum_by_block(
         logits: contiguous float [P, V], with V a multiple of 64.
         exponent: exponent e of the proposal.
         with_moment: whether to compute the moment.
-        library: compiled library; None to use PyTorch, with bitwise equal results.
+        library: compiled library; None to use PyTorch, with bitwise equal results (compiled.py).
     """
     if library is None:
         peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)
