@@ -1,4 +1,4 @@
-"""Validate that an engine satisfies the `Engine` interface, before a long build."""
+"""Validate that the engine of a causal model satisfies the `Engine` interface, before a build."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDENTITY = ("name", "weights", "dtype", "engine", "quantization")
 
 
 def check_engine(engine: Engine, tokens: Tensor, *, tolerance: float = 1e-3) -> None:
-    """Validate an engine by running it on a few windows.
+    """Validate the engine of a causal model by running it on a few windows.
 
     The engine must satisfy these conditions: names and shapes are those of `Engine`; slices contain
     every position once and in order; logits are -inf exactly at ids that are not tokens; slices may

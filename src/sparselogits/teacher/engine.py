@@ -29,9 +29,9 @@ class LogitsSlice:
 class Engine(Protocol):
     """Interface of a teacher that computes logits for windows of tokens, slice by slice.
 
-    To add an engine, implement the four members below, validate it by `check_engine`, and pass
-    it to `caching.build_caches`; `ModuleTeacher` is the shortest example. Up to rounding, the
-    logits of a window must not depend on the other windows of the batch.
+    To add an engine, implement the four members below, validate it by `check_engine` if the model
+    is causal, and pass it to `caching.build_caches`; `ModuleTeacher` is the shortest example. Up to
+    rounding, the logits of a window must not depend on the other windows of the batch.
     """
 
     vocab_size: int
