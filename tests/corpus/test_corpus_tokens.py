@@ -556,6 +556,15 @@ def test_joined_sequences_are_read_in_blocks(
         packed(path)
 
 
+def test_a_row_longer_than_a_block_is_one_window(
+    packed: Callable[..., PackedCorpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_formats, "_BLOCK", 3)
+    sequences = random_sequences(2)
+    corpus = packed(write_indexed(tmp_path / "a", sequences))
+    assert windows_of(corpus) == [expected_window(sequence) for sequence in sequences]
+
+
 THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
 
 

@@ -255,6 +255,7 @@ class Megatron(TokenFormat):
         index, ids = self.files(file.path)
         kind, count = self._open_index(file)
         width = np.dtype(kind).itemsize
+        block = _BLOCK if reading.joined else reading.settled.window_length
         with _opened(index) as handle, _opened(ids) as tokens:
             runs = _sequences(handle, span.start, span.stop, count, file.name)
             for first, lengths, begins in runs:
@@ -265,8 +266,8 @@ class Megatron(TokenFormat):
                     if not length:
                         yield blank_piece(0)
                     require_fitting(length, where, reading)
-                    for start in range(0, length, _BLOCK):
-                        part = min(_BLOCK, length - start)
+                    for start in range(0, length, block):
+                        part = min(block, length - start)
                         found = _read(tokens, begin + start * width, part, kind, ids.name)
                         yield token_piece(
                             *(found, where, reading, part * width),
