@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,27 @@ def test_logits_without_a_normaliser_are_refused_or_taken_for_all(
         assert torch.equal(record.targets[: LENGTH - 2].ids, expected.ids)
         assert torch.allclose(record.targets.weights, expected.weights / mass, rtol=1e-4)
         assert record.present().tolist() == [True] * (LENGTH - 2) + [False] * 2
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_with_and_without_a_normaliser_do_not_mix(
+    first: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The identity says of all rows whether they were normalised over the listed ids."""
+    rows = []
+    for tokens in sequences(2):
+        ids, logs = (part.tolist() for part in top(tokens))
+        row = {"tokens": tokens.tolist()}
+        rows.append([row | {"topk_ids": ids, "topk_logprobs": logs}])
+        rows[-1].append(row | {"top_k_indices": ids, "top_k_logits": logs})
+    mixed = [rows[0][first], rows[1][1 - first]]
+    data = write_rows(tmp_path / "rows.jsonl", mixed)
+    with (
+        pytest.raises(InvalidTargetsError, match="line 2: only one of this row and the first row"),
+        pytest.warns(SparseLogitsWarning) if first else nullcontext(),
+    ):
+        imported(data, tmp_path / "c", tokenizer, allow=["unnormalised-logits"])
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_older_packing_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

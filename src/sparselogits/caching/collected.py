@@ -7,7 +7,7 @@ engine are unknown, so that the cache cannot be confused with a cache of a known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -19,22 +19,29 @@ import torch
 
 from sparselogits.allowances import refuse
 from sparselogits.caching.collected_forms import (
+    DistillKitPacking,
     has_normaliser,
     plain_row,
     settings_of,
     unnormalised,
 )
-from sparselogits.caching.collected_rows import Collected, entries_per_position, read_row, tokens_of
+from sparselogits.caching.collected_rows import (
+    Collected,
+    entries_per_position,
+    fail,
+    read_row,
+    tokens_of,
+)
 from sparselogits.corpus import (
+    Source,
     Window,
     fingerprint,
-    open_source,
     packing_for,
     tokenizer_fingerprint,
 )
-from sparselogits.corpus.formats import read_errors
+from sparselogits.corpus.formats import SourceFile, read_errors
 from sparselogits.corpus.locate import locate
-from sparselogits.corpus.records import Where
+from sparselogits.corpus.records import Fields, Record, Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
@@ -113,7 +120,8 @@ def import_collected(
     """
     _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
     folder = _new_folder(out)
-    rows = _rows(data, compression, allow)
+    source = Source(data, locate(data, "train").files, Fields())
+    rows = _rows(source.files, compression, allow)
     first = next(rows, None)
     if first is None:
         raise CorpusError(f"{data} contains no rows; give files with Top-K logprobs")
@@ -139,7 +147,7 @@ def import_collected(
     )
     with whole_folder(folder) as partial:
         cache = Cache.create(partial, identity)
-        text = TextSpan(open_source(data).fingerprint, 0, None)
+        text = TextSpan(source.fingerprint, 0, None)
         claim_text(cache.storage, text)
         windows = cutter.windows(sequences)
         _commit_all(cache, windows, windows_per_shard, text, tokenizer_hash.record(), progress)
@@ -280,10 +288,35 @@ class _Row(NamedTuple):
     normalised: bool
 
 
-def _rows(data: str, compression: Path | None, allow: Collection[str]) -> Iterator[_Row]:
-    """Yield the rows of JSON Lines and Parquet files. Raises CorpusError."""
-    warned = False
-    for file in locate(data, "train").files:
+def _rows(
+    files: Sequence[SourceFile], compression: Path | None, allow: Collection[str]
+) -> Iterator[_Row]:
+    """Yield the rows of JSON Lines and Parquet files.
+
+    Raises:
+        CorpusError: a file cannot be read.
+        InvalidTargetsError: a row is invalid, or only some rows are normalised.
+    """
+    first: bool | None = None
+    for record, packing in _records(files, compression):
+        normalised = has_normaliser(record.values)
+        if first is None and not normalised:
+            refuse(unnormalised(record.where), "unnormalised-logits", allow)
+        first = normalised if first is None else first
+        if normalised != first:
+            fail(
+                record.where,
+                "only one of this row and the first row has logits without their normaliser, but a "
+                "cache records one rule for all rows; import the two kinds as two caches",
+            )
+        yield _Row(plain_row(record.values, record.where, packing), record.where, normalised)
+
+
+def _records(
+    files: Sequence[SourceFile], compression: Path | None
+) -> Iterator[tuple[Record, DistillKitPacking | None]]:
+    """Yield each record with the settings for the folder of its file. Raises CorpusError."""
+    for file in files:
         if not file.format.holds_records or file.format.holds_tokens:
             raise CorpusError(
                 f"{file.path} has no records; give .jsonl or .parquet files with Top-K logprobs"
@@ -292,12 +325,7 @@ def _rows(data: str, compression: Path | None, allow: Collection[str]) -> Iterat
         with read_errors(file.path):
             for span in file.format.spans(file, 1 << 62, None):
                 for record in file.format.records(span, None):
-                    normalised = has_normaliser(record.values)
-                    if not (normalised or warned):
-                        refuse(unnormalised(record.where), "unnormalised-logits", allow)
-                        warned = True
-                    row = plain_row(record.values, record.where, packing)
-                    yield _Row(row, record.where, normalised)
+                    yield record, packing
 
 
 def _identity(
