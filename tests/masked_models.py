@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def tiny_bert(seed: int = 0, **options: Any) -> BertForMaskedLM:
         "pad_token_id": 0,
     }
     return BertForMaskedLM(BertConfig(**settings | options))
+
+
+def write_short_texts(text: Path, path: Path) -> Path:
+    """Copy the lines of a JSON lines file that have fewer than 1500 characters."""
+    path.write_text("".join(line for line in text.open() if len(line) < 1500))
+    return path
 
 
 def bert_tokenizer() -> PreTrainedTokenizerFast:

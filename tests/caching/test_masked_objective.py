@@ -33,7 +33,7 @@ from sparselogits.samplers import Systematic, window_uniforms
 from sparselogits.store import Cache, export, verify
 from sparselogits.teacher import TransformersTeacher
 from tests.conftest import tiny_llama
-from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
 LENGTH, SEED = 32, 3
 Build = Callable[..., Cache]
@@ -53,8 +53,7 @@ def teacher() -> BertForMaskedLM:
 def corpus(
     text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> PackedCorpus:
-    short = tmp_path_factory.mktemp("short") / "text.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 1500))
+    short = write_short_texts(text, tmp_path_factory.mktemp("short") / "text.jsonl")
     packing = packing_for(tokenizer, window_length=LENGTH, holdout=0.2)
     assert packing.separator_id == tokenizer.sep_token_id
     assert packing.bos_id == tokenizer.cls_token_id

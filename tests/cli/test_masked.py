@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sparselogits.cli import app
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.store import Cache
-from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
 
 def run(*words: object) -> str:
@@ -30,9 +30,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("short") / "text.jsonl"
-    path.write_text("".join(line for line in text.open() if len(line) < 1500))
-    return path
+    return write_short_texts(text, tmp_path_factory.mktemp("short") / "text.jsonl")
 
 
 def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(

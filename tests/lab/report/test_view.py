@@ -30,7 +30,7 @@ from sparselogits.teacher import TransformersTeacher
 from tests.conftest import tiny_llama
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.conftest import LENGTH, TEXT
-from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
 
 def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> None:
@@ -108,9 +108,7 @@ def test_clicks_and_keys(viewer: WindowViewer, browser: Browser, tmp_path: Path)
 def test_a_token_that_the_input_hides(browser: Browser, text: Path, tmp_path: Path) -> None:
     tokenizer = bert_tokenizer()
     packing = packing_for(tokenizer, window_length=LENGTH)
-    short = tmp_path / "text.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 1500))
-    source = open_source(str(short))
+    source = open_source(str(write_short_texts(text, tmp_path / "text.jsonl")))
     corpus = pack(source, tokenizer, packing, tmp_path / "corpus", vocab_size=VOCABULARY)
     teacher = TransformersTeacher(
         tiny_bert(vocab_size=VOCABULARY, initializer_range=0.1), identity={"weights": "tiny"}
