@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.corpus import PackedCorpus
 from sparselogits.data import TextDataset
+from sparselogits.data.rows import as_windows
 from sparselogits.errors import InvalidArgumentError
+from sparselogits.store import Cache, export
 from tests.conftest import tiny_llama
 
 
@@ -210,6 +212,20 @@ def test_tokenised_rows_of_a_dataset_evaluate(tmp_path: Path, cache: Path) -> No
     assert found["eval_ends_loss"] == pytest.approx(expected[1], rel=1e-5)
     again = trainer.evaluate(Dataset.from_list(rows))
     assert again["eval_loss"] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_an_exported_dataset_evaluates_after_its_column_is_renamed(
+    tmp_path: Path, cache: Path
+) -> None:
+    """As docs/guide.md says; the column that readers of the export know stays `tokens`."""
+    export(Cache.open(cache), tmp_path / "rows", "datasets")
+    exported = load_from_disk(str(tmp_path / "rows"))
+    assert "input_ids" not in exported.column_names
+    found = as_windows(exported.rename_column("tokens", "input_ids"))
+    expected = TextDataset(PackedCorpus.open(cache / "corpus"), holdout=False)
+    for number in range(3):
+        for name in ("input_ids", "shift_labels"):
+            assert torch.equal(found[number][name], expected[number][name])
 
 
 def test_datasets_that_cannot_be_used(tmp_path: Path, cache: Path) -> None:
