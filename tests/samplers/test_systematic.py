@@ -72,9 +72,12 @@ def test_counts_sum_to_rounds_and_weights_are_importance_weights(exponent: float
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 7.0])
-def test_marginals_within_1e_9_at_large_vocabularies(dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize("offset", [3.3, -100.0, 100.0])
+def test_marginals_within_1e_9_at_large_vocabularies(
+    dtype: torch.dtype, scale: float, offset: float
+) -> None:
     generator = torch.Generator().manual_seed(int(scale * 100))
-    logits = (torch.randn(6, 100_003, generator=generator) * scale + 3.3).to(dtype)
+    logits = (torch.randn(6, 100_003, generator=generator) * scale + offset).to(dtype)
     blocks = Blocks.of(logits)
     p = logits.double().softmax(-1)
     padded = torch.nn.functional.pad(p, (0, -p.shape[1] % 64)).view(6, -1, 64)

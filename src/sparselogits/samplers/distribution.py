@@ -13,13 +13,15 @@ contain given levels of the cumulative sum of w, the vocabulary is divided into 
    only for these blocks.
 
 Accuracy: float32 weights have relative errors of about 1e-7 with mean zero. Only light blocks
-have such errors, so marginals are within 1e-9 of a float64 softmax (measured by the tests and
-benchmarks/sampling.py). A token of probability zero, such as a masked one, is never drawn.
+have such errors, so marginals are within 1e-9 of a float64 softmax for logits up to about 100 in
+magnitude (measured by the tests and benchmarks/sampling.py); for logits of about 1000 the error is
+2e-9, because it grows with their magnitude (`_factors`). A token of probability zero, such as a
+masked one, is never drawn.
 
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
-Cost: about 1.1 times that of `torch.softmax` over the same logits in warm memory if a C compiler is
-found (compiled.py), and about 2.2 times otherwise (benchmarks/sampling.py).
+Cost relative to `torch.softmax` over the same logits in warm memory (benchmarks/sampling.py): 1.0
+to 1.3, by sampler, if a C compiler is found (compiled.py), and 2.2 to 2.5 otherwise.
 
 Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
 block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
@@ -365,8 +367,9 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
 def _factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a (slope) and b (remainder) with a * (1 + b) = exponent / ln 2.
 
-    The error is below 1e-10. A single float32 factor has a rounding error of up to 6e-8, which is
-    the same for all tokens and would therefore change the share of the light blocks.
+    The relative error is below 1e-10. It applies to the logits of the light blocks only, so that
+    their share changes by this times the magnitude of their logits. A single float32 factor has
+    a relative error of up to 6e-8, which would change that share by as many times more.
     """
     if exponent == 0:
         return 0.0, 0.0
