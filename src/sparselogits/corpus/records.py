@@ -133,7 +133,10 @@ class Fields:
         if self.completion_only and self.text in found:
             advice = ". Plain text has no completions: remove it, or train on all tokens"
         if IDS in found:
-            advice = ". To read its token ids, give their tokenizer (tokenized_by)"
+            advice = (
+                ". To read its token ids, give their tokenizer (tokenized_by), "
+                "--tokenized-by on the command line"
+            )
         names = ", ".join(f"`{name}`" for name in found) or "none"
         return CorpusError(f"{where()} has no field {wanted}; its fields are {names}{advice}")
 

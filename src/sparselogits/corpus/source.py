@@ -246,7 +246,7 @@ def open_source(
     elif join_rows:
         raise InvalidArgumentError(
             "found join_rows with text, whose documents are always joined; remove it, or give the "
-            "tokenizer of the token ids (tokenized_by)"
+            "tokenizer of the token ids (tokenized_by), --tokenized-by on the command line"
         )
     if isinstance(data, str | os.PathLike):
         name = os.fspath(data)
@@ -263,7 +263,8 @@ def open_source(
     for file in located.files:
         if tokenized_by is None and file.format.holds_tokens:
             raise CorpusError(
-                f"{file.name} contains token ids; give their tokenizer (tokenized_by)"
+                f"{file.name} contains token ids; give their tokenizer (tokenized_by), "
+                "--tokenized-by on the command line"
             )
         if tokenized_by is not None and not file.format.holds_records:
             raise CorpusError(
