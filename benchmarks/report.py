@@ -189,8 +189,8 @@ def anything(found: dict[str, Any]) -> str:
 
 def sampling(found: dict[str, Any]) -> str:
     """Return a table of all conditions; the target applies to warm memory with a compiler."""
-    conditions = ("warm", "warm_without_compiler", "default")
-    ratios = [found[condition]["ratio_to_softmax"] for condition in conditions]
+    measured = ("warm", "warm_without_compiler", "default")
+    ratios = [found[condition]["ratio_to_softmax"] for condition in measured]
     rows = [
         (name, marked(warm, most=SAMPLING_TARGET), *(others[name] for others in ratios[1:]))
         for name, warm in ratios[0].items()
