@@ -368,8 +368,8 @@ def _factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a (slope) and b (remainder) with a * (1 + b) = exponent / ln 2.
 
     The relative error is below 1e-10. It applies to the logits of the light blocks only, so that
-    their share changes by this times the magnitude of their logits. A single float32 factor has
-    a relative error of up to 6e-8, which would change that share by as many times more.
+    their share changes by this times the magnitude of their logits. A single float32 factor would
+    have a relative error of up to 6e-8.
     """
     if exponent == 0:
         return 0.0, 0.0
