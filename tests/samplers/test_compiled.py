@@ -179,11 +179,15 @@ def test_a_function_that_is_not_exact_is_refused(
     assert "differ from those of PyTorch" in caplog.text
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "'", "cc --no-such-option"])
+@pytest.mark.parametrize(
+    "compiler",
+    ["false", "no-such-compiler", "'", "", "true", "cc --no-such-option", "sh -c 'exec sleep 60'"],
+)
 def test_without_a_compiler_pytorch_is_used(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(compiled, "_TIMEOUT", 1)
     with caplog.at_level(logging.INFO):
         drawn = Systematic(9)(logits(), window_uniforms(0, 0, 70, 1))
     assert "were not compiled" in caplog.text
