@@ -62,13 +62,12 @@ def print_info(
     from sparselogits.store.texts import named_texts
 
     opened = Cache.open(root)
-    facts = opened.statistics()
     texts, by_text = named_texts(opened.storage), {}
+    facts, facts_of_texts = opened.statistics_by_text(texts)
     if len(texts) > 1:
         names = names_of_texts(root)
-        for number, one in enumerate(texts):
-            name = names.get(one.fingerprint, one.fingerprint[:12])
-            by_text[f"{number}: {name}"] = opened.statistics(one)
+        for number, (one, own) in enumerate(zip(texts, facts_of_texts, strict=True)):
+            by_text[f"{number}: {names.get(one.fingerprint, one.fingerprint[:12])}"] = own
     sample = sample_cache(opened, sampled) if sampled and facts.windows else None
     if as_json:
         shown = {

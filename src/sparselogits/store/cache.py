@@ -230,39 +230,44 @@ class Cache:
             self._shards.pop(shard_range, None)
             return self._shard(shard_range).read(row)
 
-    def statistics(self, text: TextSpan | None = None) -> CacheStatistics:
-        """Compute the statistics of the cache, or of one of its texts, from the shards' footers.
-
-        Args:
-            text: text to whose windows the statistics are restricted; None for all windows.
+    def statistics(self) -> CacheStatistics:
+        """Compute the statistics of the cache from the footers of its shards.
 
         Raises:
             CacheCorruptionError: a shard is damaged.
         """
-        ranges = [windows for windows in self.finished() if text is None or text.holds(windows)]
-        totals = dict.fromkeys(("positions", "entries", "bytes", "text"), 0)
-        sums = dict.fromkeys(("teacher_loss", "teacher_entropy"), 0.0)
-        for shard_range in ranges:
+        return self.statistics_by_text([])[0]
+
+    def statistics_by_text(
+        self, texts: Sequence[TextSpan]
+    ) -> tuple[CacheStatistics, list[CacheStatistics]]:
+        """Compute the statistics of the cache and of texts in it; each footer is read once.
+
+        Args:
+            texts: texts of the cache (`named_texts`).
+
+        Raises:
+            CacheCorruptionError: a shard is damaged.
+        """
+        shards = {}
+        for shard_range in self.finished():
             shard = self._open(shard_range)  # not kept open: each takes half a megabyte of memory
-            for key in ("positions", "entries"):
-                totals[key] += shard.description[key]
-            for key in sums:
-                sums[key] += len(shard) * shard.description[key]
-            totals["bytes"] += shard.size
-            totals["text"] += shard.text_bytes
-        windows = sum(stop - start for start, stop in ranges)
-        means = {key: whole / windows if windows else float("nan") for key, whole in sums.items()}
-        return CacheStatistics(
-            shards=len(ranges),
-            windows=windows,
-            tokens=windows * self.identity.window_length,
-            positions=totals["positions"],
-            entries=totals["entries"],
-            bytes_on_disk=totals["bytes"],
-            text_bytes=totals["text"],
-            mean_teacher_loss=means["teacher_loss"],
-            mean_teacher_entropy=means["teacher_entropy"],
-        )
+            shards[shard_range] = CacheStatistics(
+                shards=1,
+                windows=len(shard),
+                tokens=len(shard) * self.identity.window_length,
+                positions=shard.description["positions"],
+                entries=shard.description["entries"],
+                bytes_on_disk=shard.size,
+                text_bytes=shard.text_bytes,
+                mean_teacher_loss=shard.description["teacher_loss"],
+                mean_teacher_entropy=shard.description["teacher_entropy"],
+            )
+        by_text = [
+            CacheStatistics.total([own for windows, own in shards.items() if text.holds(windows)])
+            for text in texts
+        ]
+        return CacheStatistics.total(list(shards.values())), by_text
 
     def entries_per_position(self, shards: int = 4) -> float:
         """Estimate the mean entries per position with a target from the footers of some shards.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +149,24 @@ class CacheStatistics:
     text_bytes: int
     mean_teacher_loss: float
     mean_teacher_entropy: float
+
+    @classmethod
+    def total(cls, parts: Sequence[CacheStatistics]) -> CacheStatistics:
+        """Return the statistics of disjoint parts together; the means of no part are NaN."""
+        windows = sum(part.windows for part in parts)
+
+        def mean(name: str) -> float:
+            whole = sum(part.windows * getattr(part, name) for part in parts)
+            return whole / windows if windows else math.nan
+
+        means = ("mean_teacher_loss", "mean_teacher_entropy")
+        values: dict[str, Any] = {
+            field.name: mean(field.name)
+            if field.name in means
+            else sum(getattr(part, field.name) for part in parts)
+            for field in fields(cls)
+        }
+        return cls(**values)
 
     @property
     def bits_per_entry(self) -> float:
