@@ -1,7 +1,5 @@
 """Create tiny random models of many architectures, for comparisons with their own forward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +24,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
-_EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -365,4 +359,4 @@ def tiny_model(architecture: str, *, sharpness: float = 4.0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "A_log" not in name and "conv" not in name:
                 parameter.mul_(sharpness)
-    return model  # type: ignore[no-any-return]
+    return model

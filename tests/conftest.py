@@ -3,8 +3,6 @@
 Run all tests with `make test`, or the tests of one folder with `pytest tests/FOLDER`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Create a tiny masked language model, and a tokenizer in the manner of BERT's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ cannot run, or which test runs it:
     <!-- run by: tests/caching/test_executors.py -->
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -3,8 +3,6 @@
 With them, the printed commands run unchanged, in seconds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

@@ -18,12 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from sparselogits.corruption import Corruption, TokenKinds
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.objectives import IGNORE_INDEX, LEAST_RATE, Masked
-from tests.corpus.trained_tokenizers import (
-    SAMPLE,
-    metaspace_unigram,
-    train_byte_level,
-    word_pieces,
-)
+from tests.corpus.trained_tokenizers import SAMPLE, metaspace_unigram, train_byte_level, word_pieces
 
 V, SPECIAL, MASK = 50, 5, 4
 SPECIALS = np.arange(V) < SPECIAL

@@ -1,9 +1,4 @@
-"""Test that the tests, scripts and pages that the documentation names exist.
-
-pytest tests/test_docs.py
-"""
-
-from __future__ import annotations
+"""Test that the tests, scripts and pages that the documentation names exist."""
 
 import ast
 import re
@@ -29,7 +24,7 @@ def functions(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_tests_exist(page: Path) -> None:
+def test_named_tests_exist(page):
     file = ""
     for path, name in TEST.findall(joined(page)):
         file = path or file
@@ -38,7 +33,7 @@ def test_named_tests_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_files_exist(page: Path) -> None:
+def test_named_files_exist(page):
     for path in SCRIPT.findall(joined(page)):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
     for path in LINK.findall(joined(page)):
@@ -57,10 +52,10 @@ REVIEWED = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_elsewhere_are_of_a_reviewed_form(page: Path) -> None:
+def test_links_to_elsewhere_are_of_a_reviewed_form(page):
     for url in URL.findall(page.read_text(encoding="utf-8")):
         assert any(form.fullmatch(url) for form in REVIEWED), f"{page.name}: {url}"
 
 
-def test_the_theory_names_its_tests() -> None:
+def test_the_theory_names_its_tests():
     assert len(TEST.findall(joined(ROOT / "docs" / "theory.md"))) >= 15

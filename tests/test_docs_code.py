@@ -2,11 +2,7 @@
 
 pages.py defines the marks above blocks. An unmarked block that cannot run, a wrong mark, and an
 unknown command outside of blocks are failures.
-
-pytest tests/test_docs_code.py
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -121,13 +117,7 @@ def step() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", [p for p in DOCS if blocks(p)], ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(
-    page: Path,
-    desk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_code_of_a_page_runs(page, desk, monkeypatch, request, capsys):
     names = step() if page.name == "loss.md" else {}
     for block in blocks(page):
         if block.mark:
@@ -172,7 +162,7 @@ def check_recipe(code: str) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
-def test_a_block_runs_or_says_why_not(page: Path) -> None:
+def test_a_block_runs_or_says_why_not(page):
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         if not block.mark:
@@ -251,14 +241,14 @@ HIDDEN = re.compile(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_the_text_exist(page: Path) -> None:
+def test_commands_in_the_text_exist(page):
     text = outside_blocks(page)
     assert not HIDDEN.findall(text), "commands that no test sees: put them into a fenced block"
     for code in INLINE.findall(text):
         assert_command(code.replace("\n", " ").split(), f"{page.name}: `{code}`")
 
 
-def test_no_block_is_overlooked() -> None:
+def test_no_block_is_overlooked():
     """What the pages' tests rest on: a block is seen however it is written."""
     found = blocks_of(
         "```bash\nls\n```\n- x\n\n    ~~~\n    a\n    ~~~\n<!-- not run: needs y -->\n````text\n"
@@ -289,7 +279,7 @@ class Loads(HTMLParser):
             self.found += [given[name] or "" for name in ("src", "srcset", "data") if name in given]
 
 
-def test_the_site_builds_strictly_and_loads_nothing_remote(site: Path) -> None:
+def test_the_site_builds_strictly_and_loads_nothing_remote(site):
     pages = list(site.glob("*.html"))
     assert {page.stem for page in DOCS} <= {page.stem for page in pages}
     for page in pages:
@@ -305,7 +295,7 @@ def test_the_site_builds_strictly_and_loads_nothing_remote(site: Path) -> None:
     assert "linear_sparse_cross_entropy" in reference
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS:
         assert f" {page.name}" in text, f"{page.name} is missing from mkdocs.yml"

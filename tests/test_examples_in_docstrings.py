@@ -1,15 +1,9 @@
-"""Test that the docstring of each public name has an example that runs.
-
-pytest tests/test_examples_in_docstrings.py
-"""
-
-from __future__ import annotations
+"""Test that the docstring of each public name has an example that runs."""
 
 import doctest
 import importlib
 import shutil
 from operator import attrgetter
-from pathlib import Path
 
 import pytest
 import transformers
@@ -23,9 +17,7 @@ WORDING = ("counted", "significant", "rate", "duration")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_public_name_has_an_example_that_runs(
-    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_public_name_has_an_example_that_runs(name, cache, tmp_path, monkeypatch):
     shutil.copytree(cache, tmp_path / "my-cache")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     monkeypatch.chdir(tmp_path)
@@ -35,7 +27,7 @@ def test_a_public_name_has_an_example_that_runs(
 
 
 @pytest.mark.parametrize("name", WORDING)
-def test_the_wording_of_numbers(name: str) -> None:
+def test_the_wording_of_numbers(name):
     module = importlib.import_module("sparselogits.wording")
     run_examples(getattr(module, name), name, {name: getattr(module, name)})
 
@@ -48,7 +40,7 @@ def test_the_wording_of_numbers(name: str) -> None:
         "window_uniforms",
     ],
 )
-def test_samplers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers(name, tmp_path, monkeypatch):
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("sparselogits.samplers")
@@ -67,9 +59,7 @@ def test_samplers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("train", "run"),
     ],
 )
-def test_functions_of_packages(
-    module: str, name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_functions_of_packages(module, name, cache, tmp_path, monkeypatch):
     shutil.copytree(cache, tmp_path / "my-cache")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     (tmp_path / "recipe.yaml").write_text(
@@ -94,9 +84,7 @@ OTHERS = {
 @pytest.mark.parametrize(
     ("module", "name"), [(module, name) for module, names in OTHERS.items() for name in names]
 )
-def test_other_public_names(
-    module: str, name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_public_names(module, name, cache, tmp_path, monkeypatch):
     shutil.copytree(cache, tmp_path / "my-cache")
     monkeypatch.chdir(tmp_path)
     found = vars(importlib.import_module(module))

@@ -1,7 +1,5 @@
 """Test that files are complete or absent, whatever happens while they are written."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os
@@ -48,7 +46,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_text_and_bytes_in_a_folder_that_is_made(tmp_path: Path) -> None:
+def test_text_and_bytes_in_a_folder_that_is_made(tmp_path):
     write_whole(tmp_path / "a/b/text", "ä\n")
     write_whole(tmp_path / "a/b/bytes", b"\x00\xff")
     assert (tmp_path / "a/b/text").read_bytes() == "ä\n".encode()
@@ -56,13 +54,13 @@ def test_text_and_bytes_in_a_folder_that_is_made(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "a/b", "a/b/bytes", "a/b/text"]
 
 
-def test_a_name_as_long_as_a_name_may_be(tmp_path: Path) -> None:
+def test_a_name_as_long_as_a_name_may_be(tmp_path):
     write_whole(tmp_path / ("n" * 255), "x")
     with pytest.raises(StorageError, match="shorter path"):
         write_whole(tmp_path / ("n" * 256), "x")
 
 
-def test_a_private_file_stays_private(tmp_path: Path) -> None:
+def test_a_private_file_stays_private(tmp_path):
     path = tmp_path / "notes"
     path.write_text("before")
     path.chmod(0o600)
@@ -83,7 +81,7 @@ def _fail_in_a_folder(path: Path) -> None:
         raise KeyError
 
 
-def test_an_exception_in_the_block_changes_nothing(tmp_path: Path) -> None:
+def test_an_exception_in_the_block_changes_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
     with pytest.raises(KeyError):
@@ -105,7 +103,7 @@ def _save(path: Path, save: Callable[[Any, Path], object]) -> None:
         save({"a": torch.zeros(20_000)}, folder / "weights")
 
 
-def test_a_full_disk_changes_nothing_and_says_what_to_do(small_disk: Path) -> None:
+def test_a_full_disk_changes_nothing_and_says_what_to_do(small_disk):
     path = small_disk / "file"
     write_whole(path, "before")
     with pytest.raises(StorageError, match=r"disk/file: No space left.*Free space"):
@@ -119,7 +117,7 @@ def test_a_full_disk_changes_nothing_and_says_what_to_do(small_disk: Path) -> No
     assert path.read_text() == "before"
 
 
-def test_a_disk_that_may_only_be_read(small_disk: Path) -> None:
+def test_a_disk_that_may_only_be_read(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StorageError, match=r"Read-only.*writable"):
         write_whole(small_disk / "file", "x")
@@ -158,7 +156,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
+def test_only_a_regular_file_is_replaced(tmp_path, kind):
     path = tmp_path / "out"
     KINDS[kind](path)
     before = path.lstat()
@@ -170,7 +168,7 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
     assert set(names(tmp_path)) <= {"out", "target"}
 
 
-def test_a_device_is_not_replaced() -> None:
+def test_a_device_is_not_replaced():
     with pytest.raises(InvalidArgumentError, match="/dev/null is a device"):
         write_whole(Path("/dev/null"), "x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
@@ -187,7 +185,7 @@ def _die_while_writing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["file", "folder"])
-def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path, name: str) -> None:
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, name):
     child = multiprocessing.get_context("fork").Process(
         target=_die_while_writing, args=(tmp_path / name,)
     )
@@ -200,7 +198,7 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path, name: st
     assert names(tmp_path) == sorted([live.name, "file"])
 
 
-def test_a_process_with_the_number_of_a_dead_one(tmp_path: Path) -> None:
+def test_a_process_with_the_number_of_a_dead_one(tmp_path):
     """Containers that restart give their processes the same numbers again."""
     words = temporary_name(tmp_path / "x").name.split("-")
     reused = "-".join([*words[:3], str(int(words[3]) - 1), words[4]])
@@ -208,7 +206,7 @@ def test_a_process_with_the_number_of_a_dead_one(tmp_path: Path) -> None:
     assert clean_leftovers(tmp_path) == [reused]
 
 
-def test_what_another_machine_left_is_removed_after_a_day(tmp_path: Path) -> None:
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
     fresh = tmp_path / ".tmp-000000000000-1-1-000000000000"
     stale = tmp_path / ".tmp-000000000000-1-1-000000000001"
     busy = tmp_path / ".tmp-000000000000-1-1-000000000002"
@@ -224,14 +222,14 @@ def test_what_another_machine_left_is_removed_after_a_day(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [".tmp-", ".tmp-notes", ".tmp-0-1-2", "tmp", ".tmp-x-1-1-1"])
-def test_files_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
+def test_files_of_others_are_left_alone(tmp_path, name):
     (tmp_path / name).write_text("of somebody")
     os.utime(tmp_path / name, (0, 0))
     assert clean_leftovers(tmp_path) == []
     assert clean_leftovers(tmp_path / "nowhere") == []
 
 
-def test_a_leftover_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_leftover_that_is_a_link_is_not_followed(tmp_path):
     kept = tmp_path / "kept"
     write_whole(kept / "file", "kept")
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -243,7 +241,7 @@ def test_a_leftover_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (kept / "file").read_text() == "kept"
 
 
-def test_a_folder_fills_one_that_is_empty_even_a_mount_point(small_disk: Path) -> None:
+def test_a_folder_fills_one_that_is_empty_even_a_mount_point(small_disk):
     for path in (small_disk, small_disk / "new", small_disk / "empty"):
         if path.name == "empty":
             path.mkdir()
@@ -260,7 +258,7 @@ def test_a_folder_fills_one_that_is_empty_even_a_mount_point(small_disk: Path) -
 
 
 @pytest.mark.parametrize("name", ["lost+found", ".DS_Store", ".nfs00000001"])
-def test_what_an_operating_system_leaves_is_not_in_the_way(tmp_path: Path, name: str) -> None:
+def test_what_an_operating_system_leaves_is_not_in_the_way(tmp_path, name):
     (tmp_path / name).mkdir()
     with whole_folder(tmp_path) as folder:
         write_whole(folder / "a", "a")
@@ -268,9 +266,7 @@ def test_what_an_operating_system_leaves_is_not_in_the_way(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fails_at_the_last_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_disk_that_fails_at_the_last_moment(tmp_path, monkeypatch, code):
     """Some disks, and network file systems, tell of a lost write when it is synced."""
     path = tmp_path / "file"
     write_whole(path, "before")
@@ -285,7 +281,7 @@ def test_a_disk_that_fails_at_the_last_moment(
     assert names(tmp_path) == ["file"]
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InvalidArgumentError, match=r"not empty.*contains file"):
         require_new_folder(tmp_path)
@@ -301,7 +297,7 @@ def _write_many(path: Path, letter: str) -> None:
         write_whole(path, letter * 10_000)
 
 
-def test_a_reader_beside_two_writers_sees_one_of_them(tmp_path: Path) -> None:
+def test_a_reader_beside_two_writers_sees_one_of_them(tmp_path):
     path = tmp_path / "file"
     write_whole(path, "a" * 10_000)
     context = multiprocessing.get_context("fork")
@@ -314,9 +310,7 @@ def test_a_reader_beside_two_writers_sees_one_of_them(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_disk_that_cannot_sync_a_file_is_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_cannot_sync_a_file_is_written_to(tmp_path, monkeypatch):
     def fsync(_: int) -> None:
         raise OSError(22, "Invalid argument")
 

@@ -1,9 +1,4 @@
-"""Test the benchmark for a GPU without one, and its time limits.
-
-pytest tests/test_gpu_benchmark.py
-"""
-
-from __future__ import annotations
+"""Test the benchmark for a GPU without one, and its time limits."""
 
 import importlib
 import json
@@ -41,9 +36,7 @@ def is_spread(value: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_a_rehearsal_runs_every_part(
-    gpu: Any, report: Any, tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rehearsal_runs_every_part(gpu, report, tmp_path, tokenizer, monkeypatch):
     stand_in_for_named_models(tmp_path / "home", tokenizer, monkeypatch)
     out = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--rehearse", "--out", str(out)]
@@ -99,9 +92,7 @@ def test_a_rehearsal_runs_every_part(
     assert f"| the whole build | **{median}** |" in page
 
 
-def test_without_a_file_the_page_says_not_measured(
-    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_file_the_page_says_not_measured(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     section = next(s for s in report.SECTIONS if s[0] == "gpu")
     assert report.section(*section).endswith("Not measured.")
@@ -129,9 +120,7 @@ def fails(sizes: Any, scratch: Path, write: Any) -> None:
         (fails, "not measured", "ValueError: a reason"),
     ],
 )
-def test_a_part_that_ends_early_keeps_its_results(
-    gpu: Any, tmp_path: Path, measure: Any, status: str, reason: str
-) -> None:
+def test_a_part_that_ends_early_keeps_its_results(gpu, tmp_path, measure, status, reason):
     notes: list[dict[str, Any]] = []
     record = gpu.run_part(measure, gpu.REHEARSAL, tmp_path, 2, notes.append)
     assert (record["status"], record["reason"]) == (status, reason)
@@ -142,9 +131,7 @@ def test_a_part_that_ends_early_keeps_its_results(
         assert notes[0]["results"] == {"first": 1}
 
 
-def test_a_loss_that_does_not_end_is_left_out_with_the_reason(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_does_not_end_is_left_out_with_the_reason(gpu, monkeypatch):
     import torch
 
     problem = gpu.Problem(*(torch.zeros(1) for _ in gpu.Problem._fields))
@@ -157,9 +144,7 @@ def test_a_loss_that_does_not_end_is_left_out_with_the_reason(
     assert time.perf_counter() - started < 10
 
 
-def test_a_model_that_does_not_fit_is_left_out_with_the_reason(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_is_left_out_with_the_reason(gpu, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**30, 2**30))
     sizes = replace(gpu.REHEARSAL, device="cuda")
     with pytest.raises(gpu.NotMeasuredError, match=r"8B needs about 6 GiB .* 1 GiB are free"):

@@ -1,9 +1,4 @@
-"""Test that no two classes or type aliases of the package share a name.
-
-pytest tests/test_names.py
-"""
-
-from __future__ import annotations
+"""Test that no two classes or type aliases of the package share a name."""
 
 import ast
 from collections import defaultdict
@@ -26,7 +21,7 @@ def classes_and_aliases(module: ast.Module) -> Iterator[str]:
                 yield name
 
 
-def test_no_two_classes_or_aliases_share_a_name() -> None:
+def test_no_two_classes_or_aliases_share_a_name():
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(ROOT.rglob("*.py")):
         for name in classes_and_aliases(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,10 +1,7 @@
 """Test quantised students: the trained weights are the ones saved, loaded and evaluated."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,9 +36,7 @@ def trained(quantization: Quantization) -> nn.Module:
     ids=lambda q: q.described,
 )
 @torch.no_grad()
-def test_converted_model_equals_the_fake_quantised_one(
-    quantization: Quantization, tmp_path: Path
-) -> None:
+def test_converted_model_equals_the_fake_quantised_one(quantization, tmp_path):
     with torch.enable_grad():
         model = trained(quantization)
     before = model(input_ids=tokens()).logits
@@ -58,7 +53,7 @@ def test_converted_model_equals_the_fake_quantised_one(
     torch.testing.assert_close(loaded.lm_head.weight.float(), model.lm_head.weight)
 
 
-def test_weights_take_few_values_per_group(tmp_path: Path) -> None:
+def test_weights_take_few_values_per_group(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     loaded = load_quantized(tmp_path / "model", Quantization("int3-weight-only", group_size=16))
     weight = loaded.model.layers[0].mlp.up_proj.weight.dequantize()
@@ -77,12 +72,12 @@ def test_weights_take_few_values_per_group(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make: object, message: str) -> None:
+def test_settings_that_cannot_be_are_refused(make, message):
     with pytest.raises(InvalidArgumentError, match=message):
         make()
 
 
-def test_its_import_through_the_library_is_silent() -> None:
+def test_its_import_through_the_library_is_silent():
     """It reports kernels that it lacks, and its own old calls; transformers imports it unasked."""
     code = "import sparselogits.lab.compare, sys; print('torchao' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,5 @@
 """Test that the code of the README runs unchanged."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path
@@ -14,12 +12,7 @@ from tests.pages import ROOT, blocks
 from tests.stand_ins import stand_in_for_named_models
 
 
-def test_the_commands_and_the_python_example(
-    tmp_path: Path,
-    tokenizer: object,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_commands_and_the_python_example(tmp_path, tokenizer, monkeypatch, capsys):
     write_material(tmp_path / "desk", 30_000)
     monkeypatch.chdir(tmp_path / "desk")
     Path("text.jsonl").replace("pages.jsonl")
@@ -40,7 +33,7 @@ def test_the_commands_and_the_python_example(
     assert "'loss': " in said, "the Trainer's example logs"
 
 
-def test_the_first_table_and_the_samples_are_those_of_the_stored_run() -> None:
+def test_the_first_table_and_the_samples_are_those_of_the_stored_run():
     script = runpy.run_path(str(ROOT / "experiments" / "demo.py"))
     results, samples = script["read"]()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

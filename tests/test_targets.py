@@ -1,7 +1,5 @@
 """Test SparseTargets: validation, conversions, and the properties of thinning."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ def drawn(sampler: Systematic | Multinomial, positions: int = 60) -> SparseTarge
     return sampler(logits, window_uniforms(0, 0, positions, sampler.uniforms_per_position))
 
 
-def test_forms() -> None:
+def test_forms():
     targets = example()
     assert len(targets) == 3
     assert targets.entries == 5
@@ -45,7 +43,7 @@ def test_forms() -> None:
         targets.padded(2)
 
 
-def test_slices_and_concatenation_are_inverse() -> None:
+def test_slices_and_concatenation_are_inverse():
     targets = drawn(Systematic(20))
     parts = [targets[:1], targets[1:17], targets[17:17], targets[17:-3], targets[-3:]]
     for part in parts:
@@ -63,7 +61,7 @@ def test_slices_and_concatenation_are_inverse() -> None:
         SparseTargets.cat([targets, drawn(Systematic(10))])
 
 
-def test_empty() -> None:
+def test_empty():
     none = example()[:0]
     assert none.padded()[0].shape == (0, 0)
     assert none.dense().shape == (0, 5)
@@ -86,7 +84,7 @@ def test_empty() -> None:
         ("counts", [0, 4, 2, 1, 1], "position 0: count 0 is not positive"),
     ],
 )
-def test_construction_refuses(field: str, value: list[float], message: str) -> None:
+def test_construction_refuses(field, value, message):
     good = example()
     fields = {name: getattr(good, name) for name in ("ids", "weights", "offsets", "counts")}
     fields[field] = torch.tensor(value, dtype=fields[field].dtype)
@@ -95,7 +93,7 @@ def test_construction_refuses(field: str, value: list[float], message: str) -> N
         SparseTargets(**fields, vocab_size=5, counts=counts, rounds=4)
 
 
-def test_construction_refuses_types_and_halves() -> None:
+def test_construction_refuses_types_and_halves():
     good = example()
     with pytest.raises(InvalidTargetsError, match=r"ids must be a torch\.int64 vector"):
         SparseTargets(good.ids.int(), good.weights, good.offsets, 5)
@@ -113,7 +111,7 @@ def rounds_of(targets: SparseTargets, position: int) -> Tensor:
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 8, 10, 17, 23, 24])
 @pytest.mark.parametrize("sampler", [Systematic(24), Multinomial(24)], ids=str)
-def test_thinning_keeps_the_rounds_it_says(sampler: Systematic | Multinomial, kept: int) -> None:
+def test_thinning_keeps_the_rounds_it_says(sampler, kept):
     """Against the rule written out round by round, for every start."""
     targets = drawn(sampler, 12)
     choices = thinning_choices(24, kept)
@@ -129,7 +127,7 @@ def test_thinning_keeps_the_rounds_it_says(sampler: Systematic | Multinomial, ke
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 8, 10, 17, 23, 24])
-def test_the_starts_together_are_the_cached_target(kept: int) -> None:
+def test_the_starts_together_are_the_cached_target(kept):
     """Counts over all starts: the cached ones times rounds / gcd; once each for divisors."""
     targets = drawn(Systematic(24))
     choices = thinning_choices(24, kept)
@@ -146,7 +144,7 @@ def test_the_starts_together_are_the_cached_target(kept: int) -> None:
 
 
 @pytest.mark.parametrize("kept", [2, 5, 10, 25])
-def test_strides_of_a_systematic_draw_are_systematic(kept: int) -> None:
+def test_strides_of_a_systematic_draw_are_systematic(kept):
     """Kept counts are within one of kept * p: the mark of a systematic draw."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 400, generator=generator) * 3
@@ -156,7 +154,7 @@ def test_strides_of_a_systematic_draw_are_systematic(kept: int) -> None:
     assert float((counts - kept * logits.softmax(-1)).abs().max()) < 1 + 1e-5
 
 
-def test_importance_weights_survive_thinning() -> None:
+def test_importance_weights_survive_thinning():
     targets = drawn(Systematic(20))
     sampler = Systematic(20, 0.5)
     generator = torch.Generator().manual_seed(20)
@@ -166,7 +164,7 @@ def test_importance_weights_survive_thinning() -> None:
     torch.testing.assert_close(mean, targets.dense())
 
 
-def test_thinning_refuses() -> None:
+def test_thinning_refuses():
     targets = drawn(Systematic(24))
     with pytest.raises(InvalidTargetsError, match="cannot thin 24 rounds to 25"):
         targets.thin(25, 0)

@@ -1,7 +1,5 @@
 """Test that untrusted files are opened, parsed and printed safely."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -47,7 +45,7 @@ def dangerous(text: str) -> bool:
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_no_control_character_reaches_a_terminal(attack: str) -> None:
+def test_no_control_character_reaches_a_terminal(attack):
     out = io.StringIO()
     console = results()
     console.file = out
@@ -63,7 +61,7 @@ def test_no_control_character_reaches_a_terminal(attack: str) -> None:
     assert json_text(attack).isascii()
 
 
-def test_text_that_harms_nobody_stays_as_it_is() -> None:
+def test_text_that_harms_nobody_stays_as_it_is():
     for text in ("two\nlines", "größe 模型 ✓ 👩‍🚀", "a [bold]b[/bold] [/x] \\[c", ""):
         assert printable(text) == text
         console = results()
@@ -72,14 +70,14 @@ def test_text_that_harms_nobody_stays_as_it_is() -> None:
         assert console.file.getvalue() == text + "\n"
 
 
-def test_an_error_that_quotes_a_long_name_is_cut() -> None:
+def test_an_error_that_quotes_a_long_name_is_cut():
     said = str(CacheError("it begins " + "x" * 10_000_000 + " it ends"))
     assert len(said) < 9000
     assert said.startswith("it begins")
     assert said.endswith("it ends")
 
 
-def test_a_value_is_echoed_short_whatever_it_is() -> None:
+def test_a_value_is_echoed_short_whatever_it_is():
     bomb: object = ["lol"]
     for _ in range(60):
         bomb = [bomb] * 9
@@ -93,7 +91,7 @@ def test_a_value_is_echoed_short_whatever_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "link to a pipe"])
-def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path: Path, kind: str) -> None:
+def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path, kind):
     path = tmp_path / "cache.json"
     if kind == "pipe":
         os.mkfifo(path)
@@ -114,7 +112,7 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path: Path,
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_a_regular_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+def test_a_regular_file_is_read_up_to_its_bound(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_regular(path, 5) == b"12345"
@@ -140,7 +138,7 @@ def test_a_regular_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
     ],
     ids=lambda data: repr(data[:8]),
 )
-def test_json_is_refused_before_it_takes_memory(data: bytes) -> None:
+def test_json_is_refused_before_it_takes_memory(data):
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"."):
         parse_json(data)
@@ -148,15 +146,13 @@ def test_json_is_refused_before_it_takes_memory(data: bytes) -> None:
     tracemalloc.stop()
 
 
-def test_json_text_has_no_number_that_json_has_not() -> None:
+def test_json_text_has_no_number_that_json_has_not():
     value = {"a": [float("nan"), -float("inf"), 1.5], "b": (float("inf"), True, None, 1 << 70)}
     read = json.loads(json_text(value), parse_constant=pytest.fail)
     assert read == {"a": [None, None, 1.5], "b": [None, True, None, 1 << 70]}
 
 
-def test_a_bug_is_one_message_and_its_traceback_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_is_one_message_and_its_traceback_is_kept(tmp_path, monkeypatch, capsys):
     def broken(**_: object) -> None:
         raise KeyError("\x1b[2Jno such key")
 

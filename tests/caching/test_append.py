@@ -1,9 +1,4 @@
-"""Test adding text to a cache: new windows, unchanged files, resuming, errors for other settings.
-
-.venv/bin/pytest tests/caching/test_append.py
-"""
-
-from __future__ import annotations
+"""Test adding text to a cache: new windows, unchanged files, resuming, other settings."""
 
 import json
 from collections.abc import Callable

@@ -1,9 +1,4 @@
-"""Test caches imported from collected Top-K logprobs, and the errors for invalid rows.
-
-.venv/bin/pytest tests/caching/test_collected.py
-"""
-
-from __future__ import annotations
+"""Test caches imported from collected Top-K logprobs, and the errors for invalid rows."""
 
 import json
 import math

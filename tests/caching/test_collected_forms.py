@@ -1,9 +1,4 @@
-"""Caches of other trainers, packed here by their layouts, come out as the teacher's own targets.
-
-pytest tests/caching/test_collected_forms.py
-"""
-
-from __future__ import annotations
+"""Caches of other trainers, packed here by their layouts, come out as the teacher's own targets."""
 
 import json
 import math

@@ -3,8 +3,6 @@
 Every cache is compared byte for byte with that of a single process with the same number of threads.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

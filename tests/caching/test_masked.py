@@ -1,9 +1,4 @@
-"""Test that masked positions have no targets and do not affect the draws of the others.
-
-pytest tests/caching/test_masked.py
-"""
-
-from __future__ import annotations
+"""Test that masked positions have no targets and do not affect the draws of the others."""
 
 from dataclasses import replace
 

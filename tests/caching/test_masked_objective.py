@@ -1,9 +1,4 @@
-"""Caches of a masked language model: inputs, targets and losses, resuming, refusals.
-
-pytest tests/caching/test_masked_objective.py
-"""
-
-from __future__ import annotations
+"""Caches of a masked language model: inputs, targets and losses, resuming, refusals."""
 
 import hashlib
 from collections.abc import Callable

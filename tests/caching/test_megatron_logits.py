@@ -1,9 +1,4 @@
-"""Megatron-LM's offline logits, written here by their layout, become the teacher's own targets.
-
-pytest tests/caching/test_megatron_logits.py
-"""
-
-from __future__ import annotations
+"""Megatron-LM's offline logits, written here by their layout, become the teacher's own targets."""
 
 import io
 import json

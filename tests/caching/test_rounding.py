@@ -1,9 +1,4 @@
-"""Test that builds round real-valued weights, and resume a cache with its own coding.
-
-pytest tests/caching/test_rounding.py
-"""
-
-from __future__ import annotations
+"""Test that builds round real-valued weights, and resume a cache with its own coding."""
 
 from pathlib import Path
 

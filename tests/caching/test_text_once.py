@@ -1,9 +1,4 @@
-"""Test that a build reads its text once, and that resuming reads a bounded part again.
-
-pytest tests/caching/test_text_once.py
-"""
-
-from __future__ import annotations
+"""Test that a build reads its text once, and that resuming reads a bounded part again."""
 
 from pathlib import Path
 

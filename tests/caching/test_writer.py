@@ -1,7 +1,5 @@
 """Test that shards are written in the background, completely, in order, and with all errors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -14,8 +14,6 @@ command: a fork is fast, and inherits no threads.
 prints the moments after which the command did not exit cleanly.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,9 +1,4 @@
-"""Test that checks without weights run before weights are loaded, and hold-outs of any text.
-
-pytest tests/cli/test_checked_first.py
-"""
-
-from __future__ import annotations
+"""Test that checks without weights run before weights are loaded, and hold-outs of any text."""
 
 import json
 import random

@@ -1,7 +1,5 @@
 """Test the commands on their results, JSON output and error messages."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,9 +1,4 @@
-"""Test `sparselogits export` in every format.
-
-pytest tests/cli/test_export.py
-"""
-
-from __future__ import annotations
+"""Test `sparselogits export` in every format."""
 
 import sys
 from pathlib import Path

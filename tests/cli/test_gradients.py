@@ -1,7 +1,5 @@
 """Test `sparselogits gradients`. Run with `pytest tests/cli/test_gradients.py`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,9 +1,4 @@
-"""Test `--help`: every option with its text and default, option groups, and examples.
-
-pytest tests/cli/test_help.py
-"""
-
-from __future__ import annotations
+"""Test `--help`: every option with its text and default, option groups, and examples."""
 
 import re
 

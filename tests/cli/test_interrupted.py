@@ -1,9 +1,4 @@
-"""Test Ctrl-C during a command: exit code 130, no traceback, and advice on how to continue.
-
-pytest tests/cli/test_interrupted.py
-"""
-
-from __future__ import annotations
+"""Test Ctrl-C during a command: exit code 130, no traceback, and advice on how to continue."""
 
 import json
 import os

@@ -1,7 +1,5 @@
 """The commands on a masked language model: cache, info, train, eval and view, end to end."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

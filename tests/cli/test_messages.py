@@ -1,9 +1,4 @@
-"""Test common user errors: one message with the cause and the next step, no traceback.
-
-pytest tests/cli/test_messages.py
-"""
-
-from __future__ import annotations
+"""Test common user errors: one message with the cause and the next step, no traceback."""
 
 import os
 import shutil

@@ -1,9 +1,4 @@
-"""Test that each command ends with a next step, which can be run as printed.
-
-pytest tests/cli/test_next.py
-"""
-
-from __future__ import annotations
+"""Test that each command ends with a next step, which can be run as printed."""
 
 import io
 import re

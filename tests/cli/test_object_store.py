@@ -1,9 +1,4 @@
-"""Test the commands on a cache in an object store: the same bytes as in a folder.
-
-.venv/bin/pytest tests/cli/test_object_store.py
-"""
-
-from __future__ import annotations
+"""Test the commands on a cache in an object store: the same bytes as in a folder."""
 
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Provide small chat templates like published ones, and tokenizers for them."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Provide tokenizers and text for the tests of the corpus."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

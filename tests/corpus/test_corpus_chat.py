@@ -1,9 +1,4 @@
-"""Test that conversations and masks equal those of transformers' `apply_chat_template`.
-
-pytest tests/corpus/test_corpus_chat.py
-"""
-
-from __future__ import annotations
+"""Test that conversations and masks equal those of transformers' `apply_chat_template`."""
 
 import json
 import pickle
@@ -104,9 +99,7 @@ def ends_itself(tokenizer: Any, ids: list[int]) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tokens_are_those_of_apply_chat_template(
-    tmp_path: Path, tokenizers: dict[str, Any], name: str, family: str
-) -> None:
+def test_tokens_are_those_of_apply_chat_template(tmp_path, tokenizers, name, family):
     tokenizer = tokenizers[family]
     tokenizer.chat_template = TEMPLATES[name]
     records = [{"messages": TALK if name != "gemma" else TALK[1:]}]
@@ -129,9 +122,7 @@ def test_tokens_are_those_of_apply_chat_template(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["llama3", "gemma", "phi3", "cohere", "qwen3_instruct_2507"])
-def test_what_is_learnt_is_what_marks_would_say(
-    tmp_path: Path, tokenizers: dict[str, Any], name: str, family: str
-) -> None:
+def test_what_is_learnt_is_what_marks_would_say(tmp_path, tokenizers, name, family):
     """TRL publishes these templates twice: as they are, and with `{% generation %}` marks."""
     tokenizer = tokenizers[family]
     talk = TALK[1:] if name == "gemma" else TALK
@@ -230,7 +221,7 @@ QWEN3 = {
 
 
 @pytest.mark.parametrize("what", QWEN3)
-def test_a_template_that_rewrites_earlier_turns(tmp_path: Path, tokenizer: Any, what: str) -> None:
+def test_a_template_that_rewrites_earlier_turns(tmp_path, tokenizer, what):
     talk, said = QWEN3[what]
     tokenizer.chat_template = TEMPLATES["qwen 3"]
     assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == said
@@ -254,11 +245,11 @@ SAID = [
 @pytest.mark.parametrize(
     "name", ["llama3_1", "qwen2_5", "qwen3", "gemma3", "phi3", "cohere2", "lfm2", "glm4moe"]
 )
-def test_markers_and_prefixes_locate_a_turn_equally(tokenizer: Any, name: str) -> None:
+def test_markers_and_prefixes_locate_a_turn_equally(tokenizer, name):
     """Where both methods apply to a template, they agree, whatever is said."""
     rng, agreed = random.Random(name), 0
     tokenizer.chat_template = published(name)
-    renderer = Renderer(asdict(ChatTemplate.of(tokenizer)))  # type: ignore[arg-type]
+    renderer = Renderer(asdict(ChatTemplate.of(tokenizer)))
     for _ in range(8):
         talk = []
         for _ in range(rng.randint(1, 3)):
@@ -280,7 +271,7 @@ def test_markers_and_prefixes_locate_a_turn_equally(tokenizer: Any, name: str) -
     assert agreed > 5
 
 
-def test_a_template_that_wants_a_question_first(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_template_that_wants_a_question_first(tmp_path, tokenizer):
     """Qwen 3.5's refuses every conversation without one, so that no prefix of this has a form."""
     tokenizer.chat_template = published("qwen3_5_think")
     talk = [TALK[0], {"role": "assistant", "content": "Hi."}, *TALK[1:3]]
@@ -294,13 +285,13 @@ def test_a_template_that_wants_a_question_first(tmp_path: Path, tokenizer: Any) 
     assert said == ["\n</think>\n\nA run of tokens.<|im_end|>\n"]
 
 
-def test_a_template_that_moves_the_system_message(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_template_that_moves_the_system_message(tmp_path, tokenizer):
     tokenizer.chat_template = TEMPLATES["mistral"]
     said = learnt_text(tmp_path, {"messages": TALK}, tokenizer)
     assert said == [" A run of tokens.", " As long as you say."]  # and `learnt_text` cuts </s>
 
 
-def test_turns_that_end_otherwise_when_they_are_the_last(tmp_path: Path, tokenizer: Any) -> None:
+def test_turns_that_end_otherwise_when_they_are_the_last(tmp_path, tokenizer):
     tokenizer.chat_template = TEMPLATES["gpt-oss"]
     assert learnt_text(tmp_path, {"messages": THOUGHTS[1:]}, tokenizer) == [
         "<|channel|>final<|message|><think>\nhm\n</think>\n\nA run of tokens.<|end|>",
@@ -310,7 +301,7 @@ def test_turns_that_end_otherwise_when_they_are_the_last(tmp_path: Path, tokeniz
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path, tokenizer: Any, suffix: str) -> None:
+def test_every_turn_of_the_assistant_is_learnt(tmp_path, tokenizer, suffix):
     path = written(tmp_path / f"talk.{suffix}", [{"messages": TALK}] * 20)
     packing = packing_for(tokenizer, window_length=400)
     source = open_source(path, completion_only=True)
@@ -326,7 +317,7 @@ def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path, tokenizer: Any, s
     assert str(tokenizer.decode(ids)).startswith(said * 2)
 
 
-def test_messages_as_prompt_and_completion(tmp_path: Path, tokenizer: Any) -> None:
+def test_messages_as_prompt_and_completion(tmp_path, tokenizer):
     record = {"prompt": TALK[:4], "completion": TALK[4:]}
     assert learnt_text(tmp_path, record, tokenizer) == ["As long as you say.<|im_end|>\n"]
     # all of it is learnt where that is not asked for
@@ -338,9 +329,7 @@ def test_messages_as_prompt_and_completion(tmp_path: Path, tokenizer: Any) -> No
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"loss": False}, {"train": False}])
 @pytest.mark.parametrize("name", ["smollm", "qwen 3", "marked"])
-def test_answers_that_a_record_leaves_out(
-    tmp_path: Path, tokenizer: Any, name: str, flag: dict[str, Any]
-) -> None:
+def test_answers_that_a_record_leaves_out(tmp_path, tokenizer, name, flag):
     tokenizer.chat_template = TEMPLATES[name]
     talk = [*TALK[:2], {**TALK[2], **flag}, TALK[3], {**TALK[4], "weight": 1, "loss": True}]
     [said] = learnt_text(tmp_path, {"messages": talk}, tokenizer)
@@ -348,7 +337,7 @@ def test_answers_that_a_record_leaves_out(
     assert "A run" not in said
 
 
-def test_a_turn_that_the_next_role_ends(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_turn_that_the_next_role_ends(tmp_path, tokenizer):
     """GLM stops by writing the next message's role; the last turn is ended by the separator."""
     tokenizer.chat_template = published("glm4moe").replace("<|user|>", "<|start|>")
     said = learnt_text(tmp_path, {"messages": TALK}, tokenizer)
@@ -361,9 +350,7 @@ def test_a_turn_that_the_next_role_ends(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "talk", [[{"role": "assistant", "content": "A"}, TALK[1]], [*TALK[1:3], TALK[3]]]
 )
-def test_marks_that_end_with_the_first_token_or_with_white_space(
-    tmp_path: Path, tokenizer: Any, talk: list[dict[str, str]]
-) -> None:
+def test_marks_that_end_with_the_first_token_or_with_white_space(tmp_path, tokenizer, talk):
     """Where transformers' own mask runs on to the end of the text."""
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
@@ -373,12 +360,12 @@ def test_marks_that_end_with_the_first_token_or_with_white_space(
     assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == [answer]
 
 
-def test_the_end_after_a_question_is_not_learnt(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_end_after_a_question_is_not_learnt(tmp_path, tokenizer):
     said = learnt_text(tmp_path, {"messages": TALK[:4]}, tokenizer)
     assert said == ["A run of tokens.<|im_end|>\n"]
 
 
-def test_a_conversation_without_an_answer_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_conversation_without_an_answer_is_left_out(tmp_path, tokenizer):
     records = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": []}, {"messages": None}]
     path = written(tmp_path / "talk.jsonl", records)
     source = open_source(path, completion_only=True)
@@ -386,7 +373,7 @@ def test_a_conversation_without_an_answer_is_left_out(tmp_path: Path, tokenizer:
     assert (corpus.summary.documents, corpus.summary.blank_documents) == (1, 3)
 
 
-def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> None:
+def test_another_template_is_another_corpus(tmp_path, tokenizer):
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}] * 20)
     source, out = open_source(path, completion_only=True), tmp_path / "out"
     pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
@@ -397,9 +384,7 @@ def test_another_template_is_another_corpus(tmp_path: Path, tokenizer: Any) -> N
     pack(source, tokenizer, Packing(64, 0, None), out, vocab_size=len(tokenizer))
 
 
-def test_a_corpus_of_text_goes_on_when_its_tokenizer_gains_a_template(
-    tmp_path: Path, tokenizer: Any
-) -> None:
+def test_a_corpus_of_text_goes_on_when_its_tokenizer_gains_a_template(tmp_path, tokenizer):
     path = written(tmp_path / "text.jsonl", [{"text": "Some text."}] * 20)
     tokenizer.chat_template = None
     made = [
@@ -412,7 +397,7 @@ def test_a_corpus_of_text_goes_on_when_its_tokenizer_gains_a_template(
     assert made[0].windows == made[1].windows
 
 
-def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_template_with_the_date_writes_the_same_every_day(tokenizer, tmp_path):
     tokenizer.chat_template = published("llama3_2")
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     [text] = open_source(path).read_by(tokenizer).documents()
@@ -420,9 +405,7 @@ def test_a_template_with_the_date_writes_the_same_every_day(tokenizer: Any, tmp_
     assert text == tokenizer.apply_chat_template(TALK, tokenize=False)  # on that day, see _same_day
 
 
-def test_text_that_was_rendered_before_is_not_begun_or_ended_twice(
-    tmp_path: Path, tokenizers: dict[str, Any]
-) -> None:
+def test_text_that_was_rendered_before_is_not_begun_or_ended_twice(tmp_path, tokenizers):
     tokenizer = tokenizers["sentencepiece"]
     tokenizer.chat_template = TEMPLATES["mistral"]
     text = tokenizer.apply_chat_template(TALK[1:], tokenize=False)
@@ -443,7 +426,7 @@ def test_text_that_was_rendered_before_is_not_begun_or_ended_twice(
             assert ids == want
 
 
-def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_compiled(tmp_path):
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = CHATML
     want = tokenizer.apply_chat_template(TALK)["input_ids"]
@@ -453,9 +436,7 @@ def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
     assert said == "A run of tokens.<|im_end|>\nAs long as you say.<|im_end|>\n"
 
 
-def test_a_conversation_longer_than_is_tokenised_at_once(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversation_longer_than_is_tokenised_at_once(tmp_path, tokenizer, monkeypatch):
     lines = "\n".join(f"Line {number} of a long answer." for number in range(3000))
     talk = [TALK[1], {"role": "assistant", "content": lines}, *TALK[3:]]
     want = tokenizer.apply_chat_template(talk)["input_ids"]

@@ -1,7 +1,5 @@
 """Test that a folder gets one text, for any number of processes, start times and failures."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os
@@ -14,7 +12,6 @@ from typing import Any
 
 import pytest
 from tests.corpus.test_corpus_resume import contents
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
 from sparselogits.corpus.claims import claimed, is_abandoned
@@ -39,12 +36,7 @@ def pack_text(path: Path, tokenizer: Any, out: Path, at: float = 0.0) -> None:
     packing = packing_for(tokenizer, window_length=16, separator_id=0)
     time.sleep(max(0.0, at - time.monotonic()))
     pack(
-        open_source(str(path)),
-        tokenizer,
-        packing,
-        out,
-        vocab_size=len(tokenizer),
-        part_bytes=1000,
+        open_source(str(path)), tokenizer, packing, out, vocab_size=len(tokenizer), part_bytes=1000
     )
 
 
@@ -61,7 +53,7 @@ def _outcome(work: Callable[..., object], *args: object) -> None:
         os._exit(2)
 
 
-def test_two_texts_at_once_leave_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_two_texts_at_once_leave_one(tokenizer, tmp_path):
     """Started together in a new folder, in every order: one is packed, the other is refused."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     paths = texts(tmp_path)
@@ -86,9 +78,7 @@ def test_two_texts_at_once_leave_one(tokenizer: PreTrainedTokenizerFast, tmp_pat
     assert winners == {"a", "b"}
 
 
-def test_workers_of_one_build_share_a_folder(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_workers_of_one_build_share_a_folder(tokenizer, tmp_path):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     path = texts(tmp_path)["a"]
     pack_text(path, tokenizer, tmp_path / "whole")
@@ -123,7 +113,7 @@ def take(folder: Path, made_from: dict[str, Any]) -> None:
         pass
 
 
-def test_a_claim_is_renewed_when_its_maker_is_dead(tmp_path: Path) -> None:
+def test_a_claim_is_renewed_when_its_maker_is_dead(tmp_path):
     paths = Paths(tmp_path / "out")
     child = held_elsewhere(paths.folder, A)
     assert not is_abandoned(paths)
@@ -140,7 +130,7 @@ def test_a_claim_is_renewed_when_its_maker_is_dead(tmp_path: Path) -> None:
     assert not paths.holdout.exists()
 
 
-def test_a_claim_with_a_finished_part_is_never_renewed(tmp_path: Path) -> None:
+def test_a_claim_with_a_finished_part_is_never_renewed(tmp_path):
     paths = Paths(tmp_path / "out")
     kill(held_elsewhere(paths.folder, A))
     paths.training.mkdir()
@@ -150,7 +140,7 @@ def test_a_claim_with_a_finished_part_is_never_renewed(tmp_path: Path) -> None:
         take(paths.folder, B)
 
 
-def test_parts_of_an_unknown_text_are_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_parts_of_an_unknown_text_are_not_taken_for_this_one(tmp_path):
     paths = Paths(tmp_path / "out")
     paths.training.mkdir(parents=True)
     (paths.training / "part-00000000.parquet").write_text("of some text")
@@ -159,9 +149,7 @@ def test_parts_of_an_unknown_text_are_not_taken_for_this_one(tmp_path: Path) -> 
     assert (paths.training / "part-00000000.parquet").exists()
 
 
-def test_without_locks_a_claim_is_never_renewed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_a_claim_is_never_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr("sparselogits.locks.fcntl", None)
     take(tmp_path / "out", A)
     take(tmp_path / "out", A)
@@ -171,9 +159,7 @@ def test_without_locks_a_claim_is_never_renewed(
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
     """Lustre without -o flock, and NFS without its lock daemon, answer so."""
 
     def flock(*_: object) -> None:
@@ -187,9 +173,7 @@ def test_a_file_system_without_locks(
         take(tmp_path / "out", B)
 
 
-def test_no_lock_file_stays_beside_a_complete_corpus(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_no_lock_file_stays_beside_a_complete_corpus(tokenizer, tmp_path):
     path = texts(tmp_path)["a"]
     pack_text(path, tokenizer, tmp_path / "out")
     pack_text(path, tokenizer, tmp_path / "out")
@@ -204,7 +188,7 @@ def _hold(path: Path, ready: Any, alone: bool) -> None:
 
 
 @pytest.mark.parametrize(("alone", "expected"), [(True, Held.TAKEN), (False, Held.SHARED)])
-def test_a_lock_of_another_process(tmp_path: Path, alone: bool, expected: Held) -> None:
+def test_a_lock_of_another_process(tmp_path, alone, expected):
     ready = multiprocessing.get_context("fork").Event()
     child = fork(_hold, tmp_path / "lock", ready, alone)
     assert ready.wait(30)
@@ -218,7 +202,7 @@ def test_a_lock_of_another_process(tmp_path: Path, alone: bool, expected: Held) 
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_lock_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
+def test_a_lock_file_that_was_removed_is_made_anew(tmp_path):
     """Two processes never both hold a lock because one of them has an old file open."""
     path = tmp_path / "lock"
     with lock_file(path) as first:

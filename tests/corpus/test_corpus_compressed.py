@@ -1,9 +1,4 @@
-"""Test compressed JSON lines: all kinds of tools, truncated, padded and hostile files.
-
-pytest tests/corpus/test_corpus_compressed.py
-"""
-
-from __future__ import annotations
+"""Test compressed JSON lines: all kinds of tools, truncated, padded and hostile files."""
 
 import bz2
 import gzip
@@ -59,7 +54,7 @@ def read(path: Path) -> list[str]:
 @pytest.mark.parametrize("kind", COMPRESS)
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("padding", [b"", b"\0" * 1000])
-def test_what_tools_write_is_read(kind: str, members: int, padding: bytes, tmp_path: Path) -> None:
+def test_what_tools_write_is_read(kind, members, padding, tmp_path):
     suffix, compress = COMPRESS[kind]
     if kind.startswith("lzma") and (members > 1 or padding):
         pytest.skip("one stream, unpadded")
@@ -74,7 +69,7 @@ def test_what_tools_write_is_read(kind: str, members: int, padding: bytes, tmp_p
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_a_file_that_was_cut_off_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_off_is_refused(kind, tmp_path):
     """At any byte: what decompressors read up to there is no whole text."""
     suffix, compress = COMPRESS[kind]
     whole = compress(LINES)
@@ -88,7 +83,7 @@ def test_a_file_that_was_cut_off_is_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_what_is_no_compressed_data_is_named(suffix: str, tmp_path: Path) -> None:
+def test_what_is_no_compressed_data_is_named(suffix, tmp_path):
     compress = next(own for name, own in COMPRESS.values() if name == suffix)
     path = tmp_path / f"pages.jsonl{suffix}"
     path.write_bytes(LINES)
@@ -119,9 +114,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_memory_does_not_follow_what_is_unpacked(
-    tmp_path: Path, library_environment: dict[str, str]
-) -> None:
+def test_memory_does_not_follow_what_is_unpacked(tmp_path, library_environment):
     """Hundreds of megabytes of blank lines in a few kilobytes, with 200 MB of address space."""
     line = b" " * ((1 << 20) - 1) + b"\n"
     openers: dict[str, Callable[[io.BufferedWriter], io.IOBase]] = {

@@ -1,12 +1,6 @@
-"""Test invalid input: one error that names the location and a remedy, without side effects.
-
-pytest tests/corpus/test_corpus_errors.py
-"""
-
-from __future__ import annotations
+"""Test invalid input: one error that names the location and a remedy, without side effects."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -22,11 +16,11 @@ TEXT = "There is nothing like a good sentence. " * 50
 
 
 def packed(tokenizer: PreTrainedTokenizerFast, data: Path, **options: object) -> PackedCorpus:
-    packing = Packing(options.pop("window", 32), 0, None, holdout=options.pop("holdout", 0.0))  # type: ignore[arg-type]
+    packing = Packing(options.pop("window", 32), 0, None, holdout=options.pop("holdout", 0.0))
     vocab_size = options.pop("vocab_size", 600)
-    source = open_source(str(data), **options)  # type: ignore[arg-type]
+    source = open_source(str(data), **options)
     out = data.parent / "out"
-    return pack(source, tokenizer, packing, out, vocab_size=vocab_size)  # type: ignore[arg-type]
+    return pack(source, tokenizer, packing, out, vocab_size=vocab_size)
 
 
 def lines(*rows: object) -> bytes:
@@ -60,15 +54,13 @@ GOOD = {"text": TEXT}
         ("a.arrow", b"no arrow at all", r"a\.arrow cannot be read as Arrow"),
     ],
 )  # fmt: skip
-def test_files_that_hold_no_text(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_files_that_hold_no_text(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         packed(tokenizer, tmp_path / name)
 
 
-def test_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for data in (f"{tmp_path}/none", "none.txt", "a/b/none.jsonl.gz"):
@@ -80,7 +72,7 @@ def test_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("no-such/thing:config")
 
 
-def test_folders_without_text(tmp_path: Path) -> None:
+def test_folders_without_text(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(CorpusError, match="contains no files"):
@@ -91,7 +83,7 @@ def test_folders_without_text(tmp_path: Path) -> None:
         open_source(str(folder))
 
 
-def test_columns_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_columns_that_are_not_there(tokenizer, tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
     with pytest.raises(CorpusError, match=r"no field `text`.*its fields are `body`, `n`"):
@@ -103,9 +95,7 @@ def test_columns_that_are_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path
         packed(tokenizer, tmp_path / "saved")
 
 
-def test_completions_where_there_are_none(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_completions_where_there_are_none(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     with pytest.raises(CorpusError, match="plain text, which has no completions"):
         open_source(str(tmp_path / "a.txt"), completion_only=True)
@@ -114,9 +104,7 @@ def test_completions_where_there_are_none(
         packed(tokenizer, tmp_path / "a.jsonl", completion_only=True)
 
 
-def test_too_little_text_leaves_nothing_in_the_way(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_too_little_text_leaves_nothing_in_the_way(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     tokens = len(tokenizer.encode(TEXT)) + 1
@@ -127,7 +115,7 @@ def test_too_little_text_leaves_nothing_in_the_way(
     assert packed(tokenizer, path, window=tokens).windows == 1
 
 
-def test_a_tokenizer_of_another_teacher(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_teacher(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     with pytest.raises(CorpusError, match=r"vocabulary has 300 ids: the tokenizer does not belong"):
@@ -137,7 +125,7 @@ def test_a_tokenizer_of_another_teacher(tokenizer: PreTrainedTokenizerFast, tmp_
         pack(open_source(str(path)), tokenizer, packing, tmp_path / "other", vocab_size=600)
 
 
-def test_an_output_that_is_a_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     (tmp_path / "out").write_text("a file")
@@ -147,7 +135,7 @@ def test_an_output_that_is_a_file(tokenizer: PreTrainedTokenizerFast, tmp_path: 
         packed(tokenizer, path)
 
 
-def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_an_output_folder_in_use(tokenizer, tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text(TEXT)
     out.mkdir()
@@ -173,12 +161,7 @@ def test_an_output_folder_in_use(tokenizer: PreTrainedTokenizerFast, tmp_path: P
         (lambda out: flip(out / "frequencies.parquet"), "frequencies.parquet is damaged"),
     ],
 )
-def test_damage_on_disk(
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    message: str,
-) -> None:
+def test_damage_on_disk(tokenizer, tmp_path, damage, message):
     path = tmp_path / "a.txt"
     path.write_text(TEXT)
     packed(tokenizer, path)

@@ -1,21 +1,14 @@
-"""Test that a document format of another package, declared by an entry point, is read.
-
-pytest tests/corpus/test_corpus_formats.py
-"""
-
-from __future__ import annotations
+"""Test that a document format of another package, declared by an entry point, is read."""
 
 import gzip
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.pages import DOCS, blocks
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
 from sparselogits.corpus.formats import GROUP, known_formats
@@ -50,9 +43,7 @@ def pairs(stories: list[str]) -> list[tuple[str, str]]:
     return [(text[: len(text) // 2], text[len(text) // 2 :]) for text in flat]
 
 
-def test_the_format_of_the_documentation_is_read_plain_and_compressed(
-    installed: Callable[..., None], stories: list[str], tmp_path: Path
-) -> None:
+def test_the_format_of_the_documentation_is_read_plain_and_compressed(installed, stories, tmp_path):
     installed(SOURCE, tsv="TabSeparated")
     lines = "".join(f"{a}\t{b}\n" for a, b in pairs(stories)).encode()
     folder = tmp_path / "pages"
@@ -71,11 +62,8 @@ def test_the_format_of_the_documentation_is_read_plain_and_compressed(
 
 
 def test_it_packs_into_the_windows_of_json_lines_in_several_processes(
-    installed: Callable[..., None],
-    stories: list[str],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+    installed, stories, tokenizer, tmp_path
+):
     installed(SOURCE, tsv="TabSeparated")
     (tmp_path / "a.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs(stories)))
     records = [{"prompt": a, "completion": b} for a, b in pairs(stories)]
@@ -117,9 +105,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_package_that_is_broken_is_named_and_breaks_nothing(
-    installed: Callable[..., None], kind: str, tmp_path: Path
-) -> None:
+def test_a_package_that_is_broken_is_named_and_breaks_nothing(installed, kind, tmp_path):
     source, said = BROKEN[kind]
     installed(f"from sparselogits.corpus import LineFormat\n{source}", other="Other")
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')

@@ -1,9 +1,4 @@
-"""Test text given as `datasets` objects and iterables, compared with files.
-
-pytest tests/corpus/test_corpus_given.py
-"""
-
-from __future__ import annotations
+"""Test text given as `datasets` objects and iterables, compared with files."""
 
 import json
 from pathlib import Path
@@ -47,7 +42,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_the_same_records_are_the_same_source(stories: list[str], kind: str) -> None:
+def test_the_same_records_are_the_same_source(stories, kind):
     source = open_source(GIVEN[kind](stories))
     assert list(source.documents()) == stories
     assert source.fingerprint == open_source(rows(stories)).fingerprint
@@ -56,9 +51,7 @@ def test_the_same_records_are_the_same_source(stories: list[str], kind: str) -> 
     assert source.fingerprint != open_source(rows([*stories[:-1], "other"])).fingerprint
 
 
-def test_windows_of_a_dataset_are_those_of_its_file(
-    tmp_path: Path, stories: list[str], tokenizer: Any
-) -> None:
+def test_windows_of_a_dataset_are_those_of_its_file(tmp_path, stories, tokenizer):
     packing = packing_for(tokenizer, window_length=64, holdout=0.2)
     file = tmp_path / "stories.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(stories)))
@@ -71,9 +64,7 @@ def test_windows_of_a_dataset_are_those_of_its_file(
     assert np.array_equal(made[0].token_frequencies, made[1].token_frequencies)
 
 
-def test_a_cache_from_a_dataset_goes_on_with_an_equal_one(
-    tmp_path: Path, stories: list[str], tokenizer: Any
-) -> None:
+def test_a_cache_from_a_dataset_goes_on_with_an_equal_one(tmp_path, stories, tokenizer):
     engine = TransformersTeacher(
         tiny_llama(vocab_size=VOCAB), identity={"name": "t", "weights": "w"}
     )
@@ -115,14 +106,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(tmp_path: Path, mistake: str) -> None:
+def test_mistakes(tmp_path, mistake):
     records, said = MISTAKES[mistake]
     with pytest.raises(CorpusError, match=said):
         open_source(records, work=tmp_path / "work")
     assert not list((tmp_path / "work").glob("*"))  # nothing is left lying
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot write .*/file"):
         open_source([{"text": "x"}], work=tmp_path / "file")

@@ -1,9 +1,4 @@
-"""Test that the held-out fraction is met, by whole documents or by windows, for any text.
-
-pytest tests/corpus/test_corpus_holdout.py
-"""
-
-from __future__ import annotations
+"""Test that the held-out fraction is met, by whole documents or by windows, for any text."""
 
 import json
 import shutil
@@ -17,7 +12,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from trained_tokenizers import SAMPLE
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, Packing, Window, fingerprint, open_source, pack
 from sparselogits.corpus.holdout import writing_table
@@ -83,13 +77,8 @@ lengths = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.floats(0.01, 0.9), st.integers(2, 20), st.integers(40, 400), st.data())
 def test_the_share_is_met_within_a_window(
-    tmp_path_factory: pytest.TempPathFactory,
-    lengths: list[int],
-    share: float,
-    window: int,
-    part_tokens: int,
-    data: st.DataObject,
-) -> None:
+    tmp_path_factory, lengths, share, window, part_tokens, data
+):
     keys = data.draw(
         st.lists(st.integers(0, 2**64 - 1), min_size=len(lengths), max_size=len(lengths))
     )
@@ -155,9 +144,7 @@ def text_file(folder: Path) -> Path:
     return path
 
 
-def test_one_text_file_is_held_out_by_windows(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_one_text_file_is_held_out_by_windows(tokenizer, tmp_path):
     """A file is one document; its last windows are held out, and the summary says so."""
     path = text_file(tmp_path)
     plain = pack(
@@ -181,9 +168,7 @@ def test_one_text_file_is_held_out_by_windows(
         assert (corpus.summary.holdout_rule, corpus.summary.split_documents) == ("windows", 1)
 
 
-def test_too_little_text_to_hold_some_out(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_too_little_text_to_hold_some_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(SAMPLE[:300])
     tokens = len(tokenizer.encode(SAMPLE[:300])) + 1
@@ -195,7 +180,7 @@ def test_too_little_text_to_hold_some_out(
     assert (corpus.windows, corpus.holdout_windows) == (1, 1)
 
 
-def test_masks_stay_with_their_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_masks_stay_with_their_tokens(tokenizer, tmp_path):
     rows = [{"prompt": f"Question {n} " * 3, "completion": f"Answer {n}. " * 2} for n in range(200)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -215,7 +200,7 @@ def test_masks_stay_with_their_tokens(tokenizer: PreTrainedTokenizerFast, tmp_pa
         assert rest.count("Question") > len(windows) > 0 == rest.count("Answer")
 
 
-def test_corpora_of_the_first_format_are_read(tmp_path: Path) -> None:
+def test_corpora_of_the_first_format_are_read(tmp_path):
     """Documents by hash alone, each side in a stream of its own."""
     corpus = PackedCorpus.open(GOLDEN / "format-1")
     assert (corpus.windows, corpus.holdout_windows) == (72, 22)
@@ -224,9 +209,7 @@ def test_corpora_of_the_first_format_are_read(tmp_path: Path) -> None:
     assert corpus.summary.holdout_documents == 14
 
 
-def test_a_finished_corpus_of_the_first_format_is_gone_on_with(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_finished_corpus_of_the_first_format_is_gone_on_with(tokenizer, tmp_path):
     shutil.copytree(GOLDEN / "format-1", tmp_path / "out")
     source, packing = open_source(str(GOLDEN / "format-1.jsonl")), Packing(64, 0, None, holdout=0.2)
     new = pack(source, tokenizer, packing, tmp_path / "new", vocab_size=600, part_bytes=6000)
@@ -268,16 +251,14 @@ def forge(out: Path, **changes: object) -> None:
         lambda out: (out / "corpus.json").write_text("[1]"),
     ],
 )
-def test_damage_is_named(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, stories: list[str], damage: object
-) -> None:
+def test_damage_is_named(tokenizer, tmp_path, stories, damage):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
     out = tmp_path / "out"
     packing = Packing(64, 0, None, holdout=0.2)
     made = pack(open_source(str(path)), tokenizer, packing, out, vocab_size=600, part_bytes=20_000)
     assert made.summary.holdout_rule == "documents"
-    damage(out)  # type: ignore[operator]
+    damage(out)
     with pytest.raises(CorpusError, match=r"damaged|cannot be read"):  # noqa: PT012
         corpus = PackedCorpus.open(out)
         corpus.read(0, corpus.windows)

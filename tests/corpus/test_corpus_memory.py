@@ -1,9 +1,4 @@
-"""Test that the memory of packing and reading does not grow with the corpus.
-
-pytest -m slow tests/corpus/test_corpus_memory.py
-"""
-
-from __future__ import annotations
+"""Test that the memory of packing and reading does not grow with the corpus."""
 
 import json
 import subprocess
@@ -61,7 +56,7 @@ def write(kind: str, folder: Path, megabytes: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read on Linux")
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_memory_is_flat(tmp_path: Path, kind: str, library_environment: dict[str, str]) -> None:
+def test_memory_is_flat(tmp_path, kind, library_environment):
     peaks, windows = [], []
     for megabytes in MEGABYTES:
         data = write(kind, tmp_path, megabytes)

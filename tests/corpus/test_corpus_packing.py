@@ -1,9 +1,4 @@
-"""Test packed windows: complete documents in order, and bytes independent of the processes.
-
-pytest tests/corpus/test_corpus_packing.py
-"""
-
-from __future__ import annotations
+"""Test packed windows: complete documents in order, and bytes independent of the processes."""
 
 import hashlib
 import json
@@ -65,14 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("bos", [None, BOS])
 @pytest.mark.parametrize("part_bytes", [3000, 1 << 20])
-def test_windows_are_the_documents(
-    tokenizer: PreTrainedTokenizerFast,
-    lines: Path,
-    stories: list[str],
-    tmp_path: Path,
-    bos: int | None,
-    part_bytes: int,
-) -> None:
+def test_windows_are_the_documents(tokenizer, lines, stories, tmp_path, bos, part_bytes):
     packing = Packing(WINDOW, SEPARATOR, bos, holdout=0.3)
     source = open_source(str(lines))
     corpus = pack(
@@ -124,7 +112,7 @@ def test_windows_are_the_documents(
     np.testing.assert_array_equal(corpus.token_frequencies, counted)
 
 
-def test_documents_begin_with_their_first_token_wherever_it_is(tmp_path: Path) -> None:
+def test_documents_begin_with_their_first_token_wherever_it_is(tmp_path):
     """A tokenizer that makes nothing of white space, and a document with a lot of it in front."""
     words = PreTrainedTokenizerFast(tokenizer_object=word_pieces())
     texts = ["one two", " \n" * 100_000 + "three", "four"]
@@ -139,9 +127,7 @@ def test_documents_begin_with_their_first_token_wherever_it_is(tmp_path: Path) -
     assert found == expected.tolist()
 
 
-def test_any_range_is_read_alike(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, stories: list[str]
-) -> None:
+def test_any_range_is_read_alike(tokenizer, tmp_path, stories):
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>\n".join(stories * 5))
     packing = packing_for(tokenizer, window_length=1000)
@@ -161,9 +147,7 @@ def test_any_range_is_read_alike(
         corpus.read_holdout(0, 1)
 
 
-def test_processes_do_not_change_a_byte(
-    tokenizer: PreTrainedTokenizerFast, lines: Path, tmp_path: Path
-) -> None:
+def test_processes_do_not_change_a_byte(tokenizer, lines, tmp_path):
     packing = Packing(WINDOW, SEPARATOR, None, holdout=0.2)
     seen: dict[int, list[tuple[int, int | None]]] = {1: [], 2: []}
     for processes, calls in seen.items():
@@ -186,9 +170,7 @@ def test_processes_do_not_change_a_byte(
     assert sum(name.startswith("training") for name in first) > 3
 
 
-def test_a_complete_corpus_is_opened_at_once(
-    tokenizer: PreTrainedTokenizerFast, lines: Path, tmp_path: Path
-) -> None:
+def test_a_complete_corpus_is_opened_at_once(tokenizer, lines, tmp_path):
     packing, out = Packing(WINDOW, SEPARATOR, None), tmp_path / "out"
     pack(open_source(str(lines)), tokenizer, packing, out, vocab_size=VOCAB)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -214,9 +196,7 @@ def test_a_complete_corpus_is_opened_at_once(
         ("vocabulary", r"vocab_size: 600 there, 601 now"),
     ],
 )
-def test_another_corpus_in_its_place_is_refused(
-    tokenizer: PreTrainedTokenizerFast, lines: Path, tmp_path: Path, change: str, named: str
-) -> None:
+def test_another_corpus_in_its_place_is_refused(tokenizer, lines, tmp_path, change, named):
     out, vocab_size, field = tmp_path / "out", VOCAB, "text"
     packing = Packing(WINDOW, SEPARATOR, None)
     pack(open_source(str(lines)), tokenizer, packing, out, vocab_size=VOCAB)
@@ -243,7 +223,7 @@ def test_another_corpus_in_its_place_is_refused(
     assert digests(out) == before
 
 
-def test_masks_of_completions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_masks_of_completions(tokenizer, tmp_path):
     rows = [
         {"prompt": f"What is {n} and {n}?", "completion": f" It is {2 * n}."} for n in range(60)
     ] + [{"prompt": "Nothing to learn.", "completion": ""}, {"prompt": "", "completion": "Bare."}]
@@ -273,7 +253,7 @@ def test_masks_of_completions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     assert 0.2 < np.mean([window.mask for window in windows]) < 0.8
 
 
-def test_the_fingerprint_sees_everything_but_the_index() -> None:
+def test_the_fingerprint_sees_everything_but_the_index():
     tokens, starts = np.arange(4, dtype=np.int32), np.array([0], np.int32)
     mask = np.array([True, False, True, False])
     window = Window(3, tokens, starts, mask)
@@ -302,12 +282,8 @@ documents = st.lists(st.text(st.characters(codec="utf-8"), max_size=60), min_siz
 )
 @given(documents, st.integers(10, 400), st.sampled_from([0.0, 0.5]))
 def test_whatever_the_documents_no_token_is_lost(
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-    texts: list[str],
-    part_bytes: int,
-    holdout: float,
-) -> None:
+    tokenizer, tmp_path_factory, texts, part_bytes, holdout
+):
     folder = tmp_path_factory.mktemp("packed")
     path = folder / "lines.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

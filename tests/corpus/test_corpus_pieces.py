@@ -1,9 +1,4 @@
-"""Test that pieces add up to the document, and tokenise like the document.
-
-pytest tests/corpus/test_corpus_pieces.py
-"""
-
-from __future__ import annotations
+"""Test that pieces add up to the document, and tokenise like the document."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +47,7 @@ def own(piece: Piece) -> str:
 
 @quick
 @given(anything)
-def test_pieces_are_the_document(text: str) -> None:
+def test_pieces_are_the_document(text):
     found = cut(text)
     assert "".join(map(own, found)) == text
     assert sum(piece.size for piece in found) == len(text.encode())
@@ -66,7 +61,7 @@ def ids_of(encoder: Encoder, pieces: list[Piece]) -> list[Any]:
 
 
 @pytest.mark.parametrize("blank", ["\n", " "], ids=["lines", "one line"])
-def test_pieces_tokenise_as_the_document(any_tokenizer: object, blank: str) -> None:
+def test_pieces_tokenise_as_the_document(any_tokenizer, blank):
     encoder = Encoder(any_tokenizer)
     for start in range(0, 900, 90):
         text = blank.join(LINES[start : start + 90])
@@ -78,30 +73,30 @@ def test_pieces_tokenise_as_the_document(any_tokenizer: object, blank: str) -> N
 
 @quick
 @given(prose)
-def test_byte_level_pieces_tokenise_as_the_document(tokenizer: object, text: str) -> None:
+def test_byte_level_pieces_tokenise_as_the_document(tokenizer, text):
     encoder = Encoder(tokenizer)
     [whole] = ids_of(encoder, [Piece(text, 0, len(text), 1, True, True, True, 0)])
     found = cut(text)
     together = np.concatenate([np.empty(0, np.int64), *ids_of(encoder, found)])
     if any(piece.whole for piece in found) and len(found) > 1:
         # a hard cut: no promise but that no text is lost
-        assert tokenizer.decode(together) == tokenizer.decode(whole)  # type: ignore[attr-defined]
+        assert tokenizer.decode(together) == tokenizer.decode(whole)
     else:
         np.testing.assert_array_equal(together, whole)
 
 
 @quick
 @given(anything)
-def test_no_text_is_lost_at_hard_cuts(tokenizer: object, text: str) -> None:
+def test_no_text_is_lost_at_hard_cuts(tokenizer, text):
     ids = np.concatenate([np.empty(0, np.int64), *ids_of(Encoder(tokenizer), cut(text))])
-    raw = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)  # type: ignore[attr-defined]
+    raw = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert raw == text
 
 
-def test_the_encoder_agrees_with_the_tokenizer(any_tokenizer: object) -> None:
+def test_the_encoder_agrees_with_the_tokenizer(any_tokenizer):
     text = "\n".join(LINES[:40])
     [ids] = ids_of(Encoder(any_tokenizer), [Piece(text, 0, len(text), 1, True, True, True, 0)])
-    assert ids.tolist() == any_tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+    assert ids.tolist() == any_tokenizer.encode(text, add_special_tokens=False)
 
 
 separated = st.lists(
@@ -112,9 +107,7 @@ separated = st.lists(
 
 @quick
 @given(separated, st.integers(20, 2000), st.booleans(), st.booleans())
-def test_documents_do_not_depend_on_spans(
-    tmp_path: Path, lines: list[str], span: int, ends: bool, mark: bool
-) -> None:
+def test_documents_do_not_depend_on_spans(tmp_path, lines, span, ends, mark):
     text = "".join(lines)
     text = text if ends else text.removesuffix("\n").removesuffix("\r")
     file = tmp_path / "text.txt"
@@ -140,7 +133,7 @@ def _documents(file: Path, span_bytes: int) -> Iterator[str]:
                 assert piece.key == document_key("".join(parts).encode())
 
 
-def test_separators_are_found_at_the_edges_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_separators_are_found_at_the_edges_of_blocks(monkeypatch):
     from sparselogits.corpus.formats import text
 
     raw = b"ab\n<|endoftext|>\ncd <|endoftext|>\n<|endoftext|> \n<|endoftext|>\r\n<|endoftext|>"

@@ -1,9 +1,4 @@
-"""Test records in all supported forms of conversations, valid and invalid.
-
-pytest tests/corpus/test_corpus_records.py
-"""
-
-from __future__ import annotations
+"""Test records in all supported forms of conversations, valid and invalid."""
 
 import json
 from collections.abc import Iterator
@@ -98,7 +93,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_conversations(tmp_path: Path, tokenizer: Any, form: str, suffix: str) -> None:
+def test_forms_of_conversations(tmp_path, tokenizer, form, suffix):
     want = tokenizer.apply_chat_template(TALK, tokenize=False)
     path = written(tmp_path / f"talk.{suffix}", [FORMS[form]])
     assert texts(path, tokenizer) == [want]
@@ -106,7 +101,7 @@ def test_forms_of_conversations(tmp_path: Path, tokenizer: Any, form: str, suffi
     assert texts([FORMS[form]], tokenizer, work=tmp_path / "w") == [want]
 
 
-def test_roles_of_sharegpt(tmp_path: Path, tokenizer: Any) -> None:
+def test_roles_of_sharegpt(tmp_path, tokenizer):
     call = {"name": "weather", "arguments": {"when": "today", "city": "Oslo"}}
     turns = [("human", "Rain?"), ("function_call", json.dumps(call)), ("observation", "yes")]
     record = {
@@ -133,7 +128,7 @@ def test_roles_of_sharegpt(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
-def test_a_field_of_another_name(tmp_path: Path, tokenizer: Any, suffix: str) -> None:
+def test_a_field_of_another_name(tmp_path, tokenizer, suffix):
     want = tokenizer.apply_chat_template(TALK, tokenize=False)
     for number, talk in enumerate((TALK, SHAREGPT)):
         path = written(tmp_path / f"{number}.{suffix}", [{"id": 1, "dialog": talk}])
@@ -151,7 +146,7 @@ ARROW = {
 
 
 @pytest.mark.parametrize("kind", ARROW)
-def test_types_of_arrow(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+def test_types_of_arrow(tmp_path, tokenizer, kind):
     """Columns beside the text may hold anything."""
     turn = pa.struct([("role", pa.string()), ("content", pa.large_string())])
     says = None if kind == "nulls" else "Plain."
@@ -173,7 +168,7 @@ def test_types_of_arrow(tmp_path: Path, tokenizer: Any, kind: str) -> None:
         assert texts(tmp_path / file, tokenizer) == ([talk] if says is None else [says, talk])
 
 
-def test_maps_and_dates_in_tool_calls(tmp_path: Path, tokenizer: Any) -> None:
+def test_maps_and_dates_in_tool_calls(tmp_path, tokenizer):
     tokenizer.chat_template = TOOLS
     kind = pa.struct([("when", pa.date32()), ("cost", pa.decimal128(4, 2)), ("n", pa.int64())])
     for arguments, value, said in (
@@ -196,7 +191,7 @@ def test_maps_and_dates_in_tool_calls(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, ADDED, PARTS, EITHER, published("smolvlm")])
-def test_content_is_never_printed_as_python(tmp_path: Path, tokenizer: Any, template: str) -> None:
+def test_content_is_never_printed_as_python(tmp_path, tokenizer, template):
     """Text and parts come out alike, whichever of them the template knows."""
     tokenizer.chat_template = template
     talks = [TALK, [{**turn, "content": parts(turn["content"])} for turn in TALK]]
@@ -209,7 +204,7 @@ def test_content_is_never_printed_as_python(tmp_path: Path, tokenizer: Any, temp
     assert found[0] == tokenizer.apply_chat_template(knows, tokenize=False)
 
 
-def test_several_parts(tmp_path: Path, tokenizer: Any) -> None:
+def test_several_parts(tmp_path, tokenizer):
     record = {"messages": [{"role": "user", "content": parts("One.", "Two.")}, ANSWER]}
     path = written(tmp_path / "a.jsonl", [record])
     tokenizer.chat_template = EITHER
@@ -226,9 +221,7 @@ def calls(*functions: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
-def test_tool_calls_keep_their_order_and_gain_no_nulls(
-    tmp_path: Path, tokenizer: Any, suffix: str
-) -> None:
+def test_tool_calls_keep_their_order_and_gain_no_nulls(tmp_path, tokenizer, suffix):
     tokenizer.chat_template = TOOLS
     schema = {"type": "object", "properties": {"when": {"type": "string"}, "a": {"type": "string"}}}
     rows = [
@@ -251,7 +244,7 @@ def test_tool_calls_keep_their_order_and_gain_no_nulls(
         assert texts(given, tokenizer, work=tmp_path / "w") == want
 
 
-def test_null_that_was_written_stays(tmp_path: Path, tokenizer: Any) -> None:
+def test_null_that_was_written_stays(tmp_path, tokenizer):
     tokenizer.chat_template = TOOLS
     rows = [{"messages": calls(("weather", {"when": None, "city": "Oslo"}))}]
     for data in (written(tmp_path / "a.jsonl", rows), rows):
@@ -259,7 +252,7 @@ def test_null_that_was_written_stays(tmp_path: Path, tokenizer: Any) -> None:
         assert '{"when": null, "city": "Oslo"}' in text
 
 
-def test_the_json_feature_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_json_feature_of_datasets(tmp_path, tokenizer):
     tokenizer.chat_template = TOOLS
     rows = [
         {"messages": calls(("weather", {"when": "today", "x": None}))},
@@ -283,9 +276,7 @@ def test_the_json_feature_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "saved"])
 @pytest.mark.parametrize("files", [1, 2])
-def test_text_and_conversations_together(
-    tmp_path: Path, tokenizer: Any, suffix: str, files: int
-) -> None:
+def test_text_and_conversations_together(tmp_path, tokenizer, suffix, files):
     rows = [{"text": "Plain text."}, {"prompt": "a", "completion": " b"}, {"messages": TALK}]
     want = ["Plain text.", "a b", tokenizer.apply_chat_template(TALK, tokenize=False)]
     if files == 1:
@@ -297,7 +288,7 @@ def test_text_and_conversations_together(
         assert texts(tmp_path / "folder", tokenizer) == want
 
 
-def test_a_column_of_nulls_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_column_of_nulls_is_no_text(tmp_path, tokenizer):
     (tmp_path / "folder").mkdir()
     for number, text in enumerate((None, "Some text.")):
         table = pa.table({"text": [text] * 3, "id": [1, 2, 3], "when": [None] * 3})
@@ -309,7 +300,7 @@ def test_a_column_of_nulls_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
     assert "A run of tokens." in text
 
 
-def test_variables_of_the_template(tmp_path: Path, tokenizer: Any) -> None:
+def test_variables_of_the_template(tmp_path, tokenizer):
     tokenizer.chat_template = TEMPLATES["qwen 3"] + "{{ mode }}{{ documents }}"
     documents = [{"title": "t", "text": "x"}]
     record = {
@@ -323,7 +314,7 @@ def test_variables_of_the_template(tmp_path: Path, tokenizer: Any) -> None:
     )
 
 
-def test_a_second_template_for_tools(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_second_template_for_tools(tmp_path, tokenizer):
     tokenizer.chat_template = {"default": CHATML, "tool_use": TOOLS}
     rows = [{"messages": TALK}, {"messages": TALK, "tools": [{"name": "weather"}]}]
     want = [
@@ -371,7 +362,7 @@ MISTAKES: dict[str, tuple[str | None, Any, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistake: str) -> None:
+def test_what_goes_wrong_names_the_record(tmp_path, tokenizer, mistake):
     template, messages, said = MISTAKES[mistake]
     path = written(tmp_path / "talk.jsonl", [{"messages": []}, {"messages": messages}])
     tokenizer.chat_template = template
@@ -386,14 +377,14 @@ def test_what_goes_wrong_names_the_record(tmp_path: Path, tokenizer: Any, mistak
     assert "talk.jsonl, line 2" in str(found.value)
 
 
-def test_a_speaker_that_nobody_knows(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_speaker_that_nobody_knows(tmp_path, tokenizer):
     talk = [SHAREGPT[0], {"from": "assisatant", "value": "x"}]
     path = written(tmp_path / "talk.jsonl", [{"conversations": talk}])
     with pytest.raises(CorpusError, match=r"line 1: message 2 .* is from 'assisatant'; .*gpt"):
         texts(path, tokenizer)
 
 
-def test_records_of_pandas(tokenizer: Any, tmp_path: Path) -> None:
+def test_records_of_pandas(tokenizer, tmp_path):
     talk = np.array(TALK, dtype=object)
     calls = np.array(
         [{"type": "function", "function": {"name": "f", "arguments": {"a": np.int64(2)}}}]
@@ -412,7 +403,7 @@ def test_records_of_pandas(tokenizer: Any, tmp_path: Path) -> None:
     assert '"arguments": {"a": 2}' in found[2]
 
 
-def test_wrong_extras_name_the_record(tmp_path: Path, tokenizer: Any) -> None:
+def test_wrong_extras_name_the_record(tmp_path, tokenizer):
     tokenizer.chat_template = TOOLS
     for name, value in (("tools", "{"), ("tools", [3]), ("chat_template_kwargs", [1])):
         path = written(tmp_path / "talk.jsonl", [{"messages": TALK, name: value}])
@@ -423,7 +414,7 @@ def test_wrong_extras_name_the_record(tmp_path: Path, tokenizer: Any) -> None:
     assert texts(path, tokenizer) == [tokenizer.apply_chat_template(TALK, tokenize=False)]
 
 
-def test_plain_text_where_completions_are_asked_for(tmp_path: Path, tokenizer: Any) -> None:
+def test_plain_text_where_completions_are_asked_for(tmp_path, tokenizer):
     rows = [{"messages": TALK}, {"text": "Plain."}]
     for suffix in ("jsonl", "parquet"):
         path = written(tmp_path / f"a.{suffix}", rows)
@@ -455,7 +446,7 @@ def hurried() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_template_costs_an_error(tmp_path: Path, tokenizer: Any, attack: str) -> None:
+def test_a_hostile_template_costs_an_error(tmp_path, tokenizer, attack):
     tokenizer.chat_template = HOSTILE[attack]
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     with pytest.raises(CorpusError, match=r"talk\.jsonl, line 1: the chat template"):
@@ -463,14 +454,14 @@ def test_a_hostile_template_costs_an_error(tmp_path: Path, tokenizer: Any, attac
 
 
 @pytest.mark.usefixtures("hurried")
-def test_after_a_hostile_template_the_next_is_served(tmp_path: Path, tokenizer: Any) -> None:
+def test_after_a_hostile_template_the_next_is_served(tmp_path, tokenizer):
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])
     assert len(texts(path, tokenizer)) == 1
 
 
 def test_an_idle_process_ends_and_the_next_conversation_starts_one(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, tokenizer, monkeypatch
+):
     monkeypatch.setattr(chat, "IDLE_SECONDS", 1)
     chat.shut_down()
     path = written(tmp_path / "talk.jsonl", [{"messages": TALK}])

@@ -1,9 +1,4 @@
-"""Test that packing killed at any moment resumes and ends with the same bytes.
-
-pytest tests/corpus/test_corpus_resume.py
-"""
-
-from __future__ import annotations
+"""Test that packing killed at any moment resumes and ends with the same bytes."""
 
 import errno
 import json
@@ -16,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, Packing, Source, open_source, pack, packer
 from sparselogits.errors import CorpusError, IdentityMismatchError, StorageError
@@ -39,7 +33,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(source: Source, tokenizer: object, out: Path, **options: object) -> PackedCorpus:
-    return pack(source, tokenizer, PACKING, out, vocab_size=600, part_bytes=8000, **options)  # type: ignore[arg-type]
+    return pack(source, tokenizer, PACKING, out, vocab_size=600, part_bytes=8000, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,9 +60,7 @@ def killed_at(moment: int, source: Source, tokenizer: object, out: Path) -> None
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_killed_at_ten_random_moments(
-    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_killed_at_ten_random_moments(source, tokenizer, tmp_path):
     reports: list[int] = []
     run(source, tokenizer, tmp_path / "whole", progress=lambda done, _: reports.append(done))
     expected = contents(tmp_path / "whole")
@@ -84,9 +76,7 @@ def test_killed_at_ten_random_moments(
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_killed_again_and_again(
-    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_killed_again_and_again(source, tokenizer, tmp_path):
     run(source, tokenizer, tmp_path / "whole")
     for _ in range(3):
         killed_at(25, source, tokenizer, tmp_path / "out")
@@ -96,9 +86,7 @@ def test_killed_again_and_again(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_workers_end_with_a_killed_parent(
-    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_workers_end_with_a_killed_parent(source, tokenizer, tmp_path):
     out = tmp_path / "out"
     parent = fork.Process(target=run, args=(source, tokenizer, out), kwargs={"processes": 2})
     parent.start()
@@ -116,9 +104,7 @@ def test_workers_end_with_a_killed_parent(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_an_interrupt_ends_the_workers_at_once(
-    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_an_interrupt_ends_the_workers_at_once(source, tokenizer, tmp_path):
     def progress(done: int, total: int | None) -> None:
         if done:
             raise KeyboardInterrupt
@@ -133,9 +119,7 @@ def test_an_interrupt_ends_the_workers_at_once(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_text_changed_meanwhile_is_noticed(
-    source: Source, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_text_changed_meanwhile_is_noticed(source, tokenizer, tmp_path):
     killed_at(3, source, tokenizer, tmp_path / "out")
     before = contents(tmp_path / "out")
     before.pop("lock", None)  # of the dead process; the next one removes it
@@ -146,9 +130,7 @@ def test_text_changed_meanwhile_is_noticed(
     assert contents(tmp_path / "out") == before
 
 
-def test_a_failed_first_attempt_is_not_in_the_way(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, stories: list[str]
-) -> None:
+def test_a_failed_first_attempt_is_not_in_the_way(tokenizer, tmp_path, stories):
     path = tmp_path / "body.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in stories))
     with pytest.raises(CorpusError, match="no field `text`"):
@@ -157,12 +139,7 @@ def test_a_failed_first_attempt_is_not_in_the_way(
     assert corpus.summary.documents + corpus.summary.holdout_documents == len(stories)
 
 
-def test_a_full_disk_keeps_what_is_finished(
-    source: Source,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_full_disk_keeps_what_is_finished(source, tokenizer, tmp_path, monkeypatch):
     out, fsync, calls = tmp_path / "out", os.fsync, iter(range(1000))
 
     def full(descriptor: int) -> None:

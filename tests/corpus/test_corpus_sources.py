@@ -1,9 +1,4 @@
-"""Test that a source gives the same documents in every file format.
-
-pytest tests/corpus/test_corpus_sources.py
-"""
-
-from __future__ import annotations
+"""Test that a source gives the same documents in every file format."""
 
 import gzip
 import json
@@ -105,9 +100,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_format_gives_the_same_documents(
-    tmp_path: Path, stories: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_format_gives_the_same_documents(tmp_path, stories, kind, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)  # texts are divided between pieces only
     source = open_source(str(WRITERS[kind](tmp_path / kind, stories)))
     assert list(source.documents()) == stories
@@ -115,7 +108,7 @@ def test_every_format_gives_the_same_documents(
     assert source.size > 0
 
 
-def test_a_pattern_reads_files_of_any_suffix(tmp_path: Path) -> None:
+def test_a_pattern_reads_files_of_any_suffix(tmp_path):
     for name in ("b/x.py", "a.py", "c.c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -124,7 +117,7 @@ def test_a_pattern_reads_files_of_any_suffix(tmp_path: Path) -> None:
     assert [file.name for file in source.files] == ["a.py", "b/x.py"]
 
 
-def test_beside_records_text_files_are_not_read(tmp_path: Path) -> None:
+def test_beside_records_text_files_are_not_read(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["record"])
     write_jsonl(tmp_path / "b.ndjson", ["row"])
     (tmp_path / "README.md").write_text("about them")
@@ -134,7 +127,7 @@ def test_beside_records_text_files_are_not_read(tmp_path: Path) -> None:
     assert [own.names for own in source.left_out] == [("README.md", "notes.txt")]
 
 
-def test_splits_of_a_dataset(tmp_path: Path) -> None:
+def test_splits_of_a_dataset(tmp_path):
     splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
     assert list(open_source(str(tmp_path / "d"), split="test").documents()) == ["test"]
@@ -142,7 +135,7 @@ def test_splits_of_a_dataset(tmp_path: Path) -> None:
         open_source(str(tmp_path / "d"), split="valid")
 
 
-def test_files_behind_a_loaded_dataset(tmp_path: Path, stories: list[str]) -> None:
+def test_files_behind_a_loaded_dataset(tmp_path, stories):
     data = write_jsonl(tmp_path / "lines.jsonl", stories)
     loaded = datasets.load_dataset(
         "json", data_files=str(data), split="train", cache_dir=str(tmp_path / "cache")
@@ -153,13 +146,13 @@ def test_files_behind_a_loaded_dataset(tmp_path: Path, stories: list[str]) -> No
         arrow_files(loaded.select(range(100)), "lines")
 
 
-def test_other_columns_and_nulls(tmp_path: Path) -> None:
+def test_other_columns_and_nulls(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"body": ["one", None, " ", "two"], "n": [1, 2, 3, 4]}), path)
     assert list(open_source(str(path), text_field="body").documents()) == ["one", "two"]
 
 
-def test_prompts_and_completions(tmp_path: Path) -> None:
+def test_prompts_and_completions(tmp_path):
     path = tmp_path / "t.jsonl"
     rows = [{"prompt": "Q: 1?", "completion": " A."}, {"prompt": "", "completion": "B"}]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -176,7 +169,7 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
     assert (plain.masked, masked.masked) == (False, True)
 
 
-def test_fingerprints_follow_the_content_and_nothing_else(tmp_path: Path) -> None:
+def test_fingerprints_follow_the_content_and_nothing_else(tmp_path):
     folder = write_folder(tmp_path / "a", [f"{n} " * 40_000 for n in range(4)])
     original = open_source(str(folder)).fingerprint
     moved = tmp_path / "elsewhere" / "b"

@@ -1,9 +1,4 @@
-"""Test that a folder is divided into splits as by `datasets`, which is the oracle.
-
-pytest tests/corpus/test_corpus_splits.py
-"""
-
-from __future__ import annotations
+"""Test that a folder is divided into splits as by `datasets`, which is the oracle."""
 
 import bz2
 import gzip
@@ -12,7 +7,6 @@ import lzma
 import os
 import random
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -92,12 +86,12 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("names", LAYOUTS, ids=", ".join)
-def test_folders_are_divided_as_datasets_divides_them(names: list[str], tmp_path: Path) -> None:
+def test_folders_are_divided_as_datasets_divides_them(names, tmp_path):
     folder = lay_out(tmp_path / "pages", names)
     assert read(folder, ALL) == expected(folder)
 
 
-def test_random_folders_are_divided_alike(tmp_path: Path) -> None:
+def test_random_folders_are_divided_alike(tmp_path):
     rng = random.Random(5)
     words = ["train", "test", "val", "dev", "data", "x", "trained", "evaluation", "2", "part"]
     for trial in range(25):
@@ -131,7 +125,7 @@ configs:
 """
 
 
-def test_the_card_of_a_dataset_names_files(tmp_path: Path) -> None:
+def test_the_card_of_a_dataset_names_files(tmp_path):
     names = ["part1/a.jsonl", "part1/b.jsonl", "part2/a.jsonl", "part3/deep/x.jsonl", "y.jsonl"]
     folder = lay_out(tmp_path / "pages", names, CARD)
     lay_out(tmp_path, ["secret.jsonl"])
@@ -152,7 +146,7 @@ def test_the_card_of_a_dataset_names_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["a.md", "testing.md", "train.rst"], ["a.txt", "b.txt"]])
-def test_pages_of_text_are_all_read(names: list[str], tmp_path: Path) -> None:
+def test_pages_of_text_are_all_read(names, tmp_path):
     """Documentation is not divided because a page of it is called testing.md."""
     folder = lay_out(tmp_path / "pages", names)
     assert [file.name for file in open_source(str(folder)).files] == sorted(names)
@@ -160,7 +154,7 @@ def test_pages_of_text_are_all_read(names: list[str], tmp_path: Path) -> None:
         open_source(str(folder), split="test")
 
 
-def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+def test_a_split_that_is_not_there(tmp_path):
     folder = lay_out(tmp_path / "pages", ["test.jsonl", "valid.jsonl", "z.jsonl"])
     with pytest.raises(CorpusError, match=r"no files of the split `train`.*validation \(1\), test"):
         open_source(str(folder))
@@ -171,14 +165,14 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
             open_source(named, split="test")
 
 
-def test_a_file_of_two_splits_is_named(tmp_path: Path) -> None:
+def test_a_file_of_two_splits_is_named(tmp_path):
     folder = lay_out(tmp_path / "pages", ["train/eval.jsonl", "train/test/a.jsonl", "test/a.jsonl"])
     source = open_source(str(folder))
     assert [file.name for file in source.files] == ["train/eval.jsonl", "train/test/a.jsonl"]
     assert "1 file that is read (also of the split `test`: train/test/a.jsonl)" in source.in_words()
 
 
-def test_one_format_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_one_format_is_read_and_the_rest_is_named(tmp_path):
     folder = lay_out(tmp_path / "pages", ["a.jsonl", "b.jsonl", "notes.md", "picture.png"])
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(folder / "a.parquet")
     source = open_source(str(folder))
@@ -189,7 +183,7 @@ def test_one_format_is_read_and_the_rest_is_named(tmp_path: Path) -> None:
     }
 
 
-def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
     shards = lay_out(tmp_path / "elsewhere", ["a.jsonl", "deep/b.jsonl"])
     folder = lay_out(tmp_path / "pages", ["c.jsonl"])
     (folder / "linked").symlink_to(shards)
@@ -210,7 +204,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
         open_source(str(folder / "gone.jsonl"))
 
 
-def test_only_regular_files_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path):
     """A pipe in a folder is named and not opened; alone it is refused, and nothing hangs."""
     folder = lay_out(tmp_path / "pages", ["a.jsonl"])
     os.mkfifo(folder / "pipe.jsonl")
@@ -229,7 +223,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         open_source("/dev/zero")
 
 
-def test_names_of_any_bytes(tokenizer: object, tmp_path: Path) -> None:
+def test_names_of_any_bytes(tokenizer, tmp_path):
     """Latin-1, markup, line breaks and escapes in names do no harm."""
     folder = os.fsencode(tmp_path) + b"/p\xe4ges"
     Path(os.fsdecode(folder)).mkdir()
@@ -250,7 +244,7 @@ def test_names_of_any_bytes(tokenizer: object, tmp_path: Path) -> None:
     str(raised.value).encode()  # can be printed
 
 
-def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
     folder = lay_out(tmp_path / "pages", ["a.txt"])
     (folder / "a.txt").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
@@ -259,14 +253,14 @@ def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
         open_source(str(folder))
 
 
-def test_fingerprints_of_plain_names_are_as_before(tmp_path: Path) -> None:
+def test_fingerprints_of_plain_names_are_as_before(tmp_path):
     (tmp_path / "a.txt").write_text("One text.")
     assert open_source(str(tmp_path / "a.txt")).fingerprint == (
         "874c8100895fe2614c7e68fa106b7336cd8832dd772448bbc746e6e12eec76be"
     )
 
 
-def test_patterns_pass_over_hidden_copies(tmp_path: Path) -> None:
+def test_patterns_pass_over_hidden_copies(tmp_path):
     """Jupyter and Git keep copies of files in hidden folders."""
     names = ["a.jsonl", ".ipynb_checkpoints/a.jsonl", "__MACOSX/a.jsonl", "deep/b.jsonl"]
     folder = lay_out(tmp_path / ".cache" / "pages", names)  # hidden folders above it do not count
@@ -286,15 +280,13 @@ def test_patterns_pass_over_hidden_copies(tmp_path: Path) -> None:
         (".zst", zstandard.compress),
     ],
 )
-def test_a_download_whose_name_lost_its_suffix(
-    name: str, suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path
-) -> None:
+def test_a_download_whose_name_lost_its_suffix(name, suffix, compress, tmp_path):
     (tmp_path / name).write_bytes(compress(ROW.encode() * 9))
     with pytest.raises(CorpusError, match=rf"contains \{suffix} data .* to {name}\{suffix} if"):
         open_source(str(tmp_path / name))
 
 
-def test_a_fourth_split_folder_and_shards_of_spark(tmp_path: Path) -> None:
+def test_a_fourth_split_folder_and_shards_of_spark(tmp_path):
     folder = lay_out(tmp_path / "pages", [f"{s}/a.jsonl" for s in ("train", "test", "custom")])
     (folder / "train" / "_SUCCESS").write_text("")
     (folder / "train" / ".a.jsonl.crc").write_bytes(b"crc\0")

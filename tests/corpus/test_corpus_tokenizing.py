@@ -1,12 +1,6 @@
-"""Test separators, beginning-of-text tokens, and the fingerprint of a tokenizer.
-
-pytest tests/corpus/test_corpus_tokenizing.py
-"""
-
-from __future__ import annotations
+"""Test separators, beginning-of-text tokens, and the fingerprint of a tokenizer."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -33,13 +27,13 @@ def adds(template: str) -> PreTrainedTokenizerFast:
     ("template", "adds_bos"),
     [("$A", False), ("<s> $A", True), ("<s> $A </s>", True), ("$A </s>", False)],
 )
-def test_a_bos_only_where_the_tokenizer_adds_one(template: str, adds_bos: bool) -> None:
+def test_a_bos_only_where_the_tokenizer_adds_one(template, adds_bos):
     tokenizer = adds(template)
     packing = packing_for(tokenizer, window_length=8)
     assert packing.bos_id == (tokenizer.bos_token_id if adds_bos else None)
 
 
-def test_two_leading_tokens_are_refused() -> None:
+def test_two_leading_tokens_are_refused():
     with pytest.raises(CorpusError, match=r"adds 2 tokens before text.*of a Packing"):
         packing_for(adds("<s> <sop> $A"), window_length=8)
 
@@ -59,14 +53,14 @@ def chat_tokenizer(names: list[str], eos: str | None) -> PreTrainedTokenizerFast
         (None, END),
     ],
 )
-def test_the_separator(eos: str | None, expected: str) -> None:
+def test_the_separator(eos, expected):
     tokenizer = chat_tokenizer(["<|im_end|>", "</s>"], eos)
     packing = packing_for(tokenizer, window_length=8)
     assert packing.separator_id == tokenizer.convert_tokens_to_ids(expected)
     assert packing_for(tokenizer, window_length=8, separator_id=5).separator_id == 5
 
 
-def test_no_separator_to_be_found(any_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_separator_to_be_found(any_tokenizer):
     names = set(map(str, any_tokenizer.added_tokens_decoder.values()))
     if names & {END, "</s>"}:
         assert packing_for(any_tokenizer, window_length=8).separator_id is not None
@@ -83,14 +77,12 @@ def test_no_separator_to_be_found(any_tokenizer: PreTrainedTokenizerFast) -> Non
         {"window_length": 8, "separator_id": -1},
     ],
 )
-def test_impossible_packings(tokenizer: PreTrainedTokenizerFast, options: dict[str, float]) -> None:
+def test_impossible_packings(tokenizer, options):
     with pytest.raises(InvalidArgumentError):
         packing_for(tokenizer, **options)
 
 
-def test_the_fingerprint_survives_saving_and_use(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_fingerprint_survives_saving_and_use(tokenizer, tmp_path):
     name = tokenizer_fingerprint(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -101,7 +93,7 @@ def test_the_fingerprint_survives_saving_and_use(
     assert tokenizer_fingerprint(loaded) == name
 
 
-def test_the_fingerprint_tells_tokenizers_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
     others = [
         chat_tokenizer([], END),
         chat_tokenizer(["<|im_end|>"], END),
@@ -111,9 +103,7 @@ def test_the_fingerprint_tells_tokenizers_apart(tokenizer: PreTrainedTokenizerFa
     assert len({tokenizer_fingerprint(each) for each in [tokenizer, *others]}) == 5
 
 
-def test_an_encoder_pickles_and_ignores_the_state_of_the_last_call(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_an_encoder_pickles_and_ignores_the_state_of_the_last_call(tokenizer):
     tokenizer("some text", truncation=True, max_length=2)
     text = "some text that is longer than two tokens"
     piece = Piece(text, 0, len(text), 1, True, True, True, 0)
@@ -124,7 +114,7 @@ def test_an_encoder_pickles_and_ignores_the_state_of_the_last_call(
     assert ids.tolist() == again.tolist()
 
 
-def test_special_tokens_in_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_in_text(tokenizer):
     text = f"a {END} b"
     piece = Piece(text, 0, len(text), 1, True, True, True, 0)
     assert 0 in Encoder(tokenizer).encode([piece])[0].ids
@@ -135,7 +125,7 @@ def test_special_tokens_in_text(tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer.split_special_tokens = False
 
 
-def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_compiled(tmp_path):
     slow = ByT5Tokenizer()
     assert not slow.is_fast
     packing = packing_for(slow, window_length=8)
@@ -156,9 +146,7 @@ def test_a_tokenizer_that_is_not_compiled(tmp_path: Path) -> None:
     ],
     ids=["panics", "takes long"],
 )
-def test_an_expression_that_backtracks(
-    monkeypatch: pytest.MonkeyPatch, text: str, said: str
-) -> None:
+def test_an_expression_that_backtracks(monkeypatch, text, said):
     """A tokenizer is a stranger's file; its expressions run in compiled code."""
     monkeypatch.setattr(tokenizing, "BATCH_SECONDS", 1)
     backend = train_byte_level()

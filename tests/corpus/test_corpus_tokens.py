@@ -1,9 +1,4 @@
-"""Rows of token ids become the windows that their trainer reads; files written here by the layouts.
-
-pytest tests/corpus/test_corpus_tokens.py
-"""
-
-from __future__ import annotations
+"""Test that rows of token ids become the windows that their trainer reads."""
 
 import json
 import struct
@@ -22,11 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
 from sparselogits.corpus.formats import tokens as token_formats
-from sparselogits.errors import (
-    CorpusError,
-    IdentityMismatchError,
-    InvalidArgumentError,
-)
+from sparselogits.errors import CorpusError, IdentityMismatchError, InvalidArgumentError
 
 VOCAB, LENGTH, END = 300, 8, 0
 Rows = list[dict[str, Any]]
@@ -152,9 +143,7 @@ FORMS: dict[str, Callable[[Path, Rows], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_row_is_one_window_in_every_format(
-    form: str, packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_each_row_is_one_window_in_every_format(form, packed, tmp_path):
     rows, expected = random_rows(3)
     corpus = packed(FORMS[form](tmp_path, rows), reset=True)
     assert windows_of(corpus) == expected
@@ -162,9 +151,7 @@ def test_each_row_is_one_window_in_every_format(
     assert corpus.summary.documents == len(rows)
 
 
-def test_parts_and_restarts_do_not_change_windows(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_parts_and_restarts_do_not_change_windows(packed, tmp_path):
     rows, expected = random_rows(4)
     path = as_json(tmp_path, rows)
     corpus = packed(path, reset=True, part_bytes=500)
@@ -172,7 +159,7 @@ def test_parts_and_restarts_do_not_change_windows(
     assert windows_of(corpus) == expected
 
 
-def test_a_hold_out_takes_whole_rows(packed: Callable[..., PackedCorpus], tmp_path: Path) -> None:
+def test_a_hold_out_takes_whole_rows(packed, tmp_path):
     rows, expected = random_rows(5)
     corpus = packed(as_json(tmp_path, rows), reset=True, holdout=0.25)
     held = corpus.read_holdout(0, corpus.holdout_windows)
@@ -182,9 +169,7 @@ def test_a_hold_out_takes_whole_rows(packed: Callable[..., PackedCorpus], tmp_pa
     assert sorted(found) == sorted(tokens for tokens, _, _ in expected)
 
 
-def test_joined_rows_are_cut_without_gaps(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_joined_rows_are_cut_without_gaps(packed, tmp_path):
     rows = [{"input_ids": list(range(1, 1 + n)), "attention_mask": [1] * n} for n in (3, 20, 5, 1)]
     rows[2]["attention_mask"][-2:] = [0, 0]  # padding is left out
     flat = [*range(1, 4), *range(1, 21), *range(1, 4), 1]
@@ -195,9 +180,7 @@ def test_joined_rows_are_cut_without_gaps(
     assert corpus.summary.dropped_tokens == len(flat) - 24
 
 
-def test_rows_of_numbered_documents_and_masks_of_trl(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_rows_of_numbered_documents_and_masks_of_trl(packed, tmp_path):
     """Axolotl numbers the packed documents in attention_mask; TRL has masks instead of labels."""
     ids = [5, 6, 7, 8, 9, 10]
     rows = [
@@ -225,10 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ragged": ({"input_ids": [[1], [1, 2]]}, r"other values than integers|has lists"),
     "floats": ({"input_ids": [1.0, 2.0]}, r"other values than integers"),
     "nulls": ({"input_ids": [1, None]}, r"other values than integers"),
-    "fewer labels": (
-        {"input_ids": [1, 2, 3], "labels": [1, 2]},
-        r"3 ids and 2 values of `labels`",
-    ),
+    "fewer labels": ({"input_ids": [1, 2, 3], "labels": [1, 2]}, r"3 ids and 2 values of `labels`"),
     "shifted labels": (
         {"input_ids": [1, 2, 3, 4], "labels": [2, 3, 4, -100]},
         r"label 2 for the id 1 at position 0; the labels are shifted by one",
@@ -269,33 +249,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_row_that_cannot_be_a_window_is_refused(
-    case: str, packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_a_row_that_cannot_be_a_window_is_refused(case, packed, tmp_path):
     row, message = REFUSED[case]
     rows = [{"input_ids": [1, 2, 3]}, row]
     with pytest.raises(CorpusError, match=rf"rows\.jsonl, line 2 .*{message}"):
         packed(as_json(tmp_path, rows))
 
 
-def test_a_row_without_tokens_is_left_out_and_counted(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
-    rows = [
-        {"input_ids": []},
-        {"input_ids": [1, 2]},
-        {"input_ids": [3], "attention_mask": [0]},
-    ]
+def test_a_row_without_tokens_is_left_out_and_counted(packed, tmp_path):
+    rows = [{"input_ids": []}, {"input_ids": [1, 2]}, {"input_ids": [3], "attention_mask": [0]}]
     corpus = packed(as_json(tmp_path, rows))
     assert windows_of(corpus) == [expected_window([1, 2])]
     assert corpus.summary.blank_documents == 2
 
 
-def test_the_tokenizer_has_to_be_named_and_to_be_the_teachers(
-    packed: Callable[..., PackedCorpus],
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_the_tokenizer_has_to_be_named_and_to_be_the_teachers(packed, tokenizer, tmp_path):
     from trained_tokenizers import FAMILIES
 
     path = as_json(tmp_path, [{"input_ids": [1, 2, 3]}])
@@ -350,9 +318,7 @@ def random_documents(seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("known", [{"metadata": False}, {"index": False}, {}], ids=str)
-def test_datatrove_windows_begin_anew_in_each_file(
-    width: int, known: dict[str, bool], packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_datatrove_windows_begin_anew_in_each_file(width, known, packed, tmp_path):
     """As datatrove's DatatroveFileDataset reads them: item i is ids i * n to (i + 1) * n."""
     folder = tmp_path / "ds"
     folder.mkdir()
@@ -372,7 +338,7 @@ def test_datatrove_windows_begin_anew_in_each_file(
         assert windows_of(packed(str(folder / "*.ds"), part_bytes=part_bytes)) == expected
 
 
-def test_datatrove_loss_masks_are_read(packed: Callable[..., PackedCorpus], tmp_path: Path) -> None:
+def test_datatrove_loss_masks_are_read(packed, tmp_path):
     documents = random_documents(3)
     flat = [i for document in documents for i in document]
     loss = (np.random.default_rng(0).random(len(flat)) < 0.5).tolist()
@@ -384,7 +350,7 @@ def test_datatrove_loss_masks_are_read(packed: Callable[..., PackedCorpus], tmp_
     assert windows_of(packed(path)) == expected
 
 
-def test_another_index_is_another_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_another_index_is_another_text(tmp_path, tokenizer):
     path = write_ds(tmp_path / "a.ds", [[1, 2], [3, 4]])
     before = open_source(path, tokenized_by=tokenizer).fingerprint
     Path(f"{path}.index").write_bytes(struct.pack("<2Q", 1, 4))
@@ -411,12 +377,7 @@ def test_another_index_is_another_text(tmp_path: Path, tokenizer: PreTrainedToke
         (lambda p: Path(f"{p}.loss").write_bytes(b"\0" * 3), "has 3 bytes, expected one per id"),
     ],
 )
-def test_damaged_datatrove_files_are_refused(
-    damage: Callable[[Path], Any],
-    message: str,
-    packed: Callable[..., PackedCorpus],
-    tmp_path: Path,
-) -> None:
+def test_damaged_datatrove_files_are_refused(damage, message, packed, tmp_path):
     path = write_ds(tmp_path / "a.ds", [[1] * 4, [2] * 5, [3] * 8])
     damage(path)
     if message.endswith("|^$"):  # an absurd width falls back on the index
@@ -439,9 +400,7 @@ def write_shard(
 
 
 @pytest.mark.parametrize("magic", [20240520, 20240801])
-def test_token_shards_begin_documents_at_separators(
-    magic: int, packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_token_shards_begin_documents_at_separators(magic, packed, tmp_path):
     """As modded-nanogpt's masks: a document is a separator and what follows it."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -471,12 +430,7 @@ def test_token_shards_begin_documents_at_separators(
         (lambda p: write_shard(p, [1] * 7), r"no file of token ids fills a window"),
     ],
 )
-def test_damaged_shards_are_refused(
-    damage: Callable[[Path], Any],
-    message: str,
-    packed: Callable[..., PackedCorpus],
-    tmp_path: Path,
-) -> None:
+def test_damaged_shards_are_refused(damage, message, packed, tmp_path):
     path = write_shard(tmp_path / "a.bin", list(range(1, 30)))
     damage(path)
     with pytest.raises(CorpusError, match=message):
@@ -523,9 +477,7 @@ def random_sequences(seed: int, largest: int = LENGTH, below: int = 120) -> list
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_each_sequence_of_an_indexed_dataset_is_a_window(
-    code: int, packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_each_sequence_of_an_indexed_dataset_is_a_window(code, packed, tmp_path):
     folder = tmp_path / "indexed"
     folder.mkdir()
     sequences = random_sequences(code)
@@ -536,9 +488,7 @@ def test_each_sequence_of_an_indexed_dataset_is_a_window(
     assert windows_of(packed(folder)) == expected
 
 
-def test_joined_sequences_are_read_in_blocks(
-    packed: Callable[..., PackedCorpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joined_sequences_are_read_in_blocks(packed, tmp_path, monkeypatch):
     """The trainer concatenates documents; long ones are not held in memory whole."""
     monkeypatch.setattr(token_formats, "_BLOCK", 13)
     sequences = random_sequences(1, largest=60)
@@ -556,9 +506,7 @@ def test_joined_sequences_are_read_in_blocks(
         packed(path)
 
 
-def test_a_row_longer_than_a_block_is_one_window(
-    packed: Callable[..., PackedCorpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_longer_than_a_block_is_one_window(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(token_formats, "_BLOCK", 3)
     sequences = random_sequences(2)
     corpus = packed(write_indexed(tmp_path / "a", sequences))
@@ -594,19 +542,12 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
     ],
     ids=str,
 )
-def test_damaged_indexed_datasets_are_refused(
-    damage: dict[str, Any],
-    message: str,
-    packed: Callable[..., PackedCorpus],
-    tmp_path: Path,
-) -> None:
+def test_damaged_indexed_datasets_are_refused(damage, message, packed, tmp_path):
     with pytest.raises(CorpusError, match=message):
         packed(write_indexed(tmp_path / "a", THREE, **damage))
 
 
-def test_files_that_do_not_belong_together_are_refused(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_files_that_do_not_belong_together_are_refused(packed, tmp_path):
     path = write_indexed(tmp_path / "a", THREE)
     with pytest.raises(CorpusError, match=r"a\.bin begins with .*it belongs to a\.idx"):
         packed(tmp_path / "a.bin")
@@ -622,9 +563,7 @@ def test_files_that_do_not_belong_together_are_refused(
         packed(path)
 
 
-def test_ids_stored_in_too_few_bits_are_found(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_ids_stored_in_too_few_bits_are_found(packed, tmp_path):
     """An id above 127 in int8 comes back negative; in uint8 it would be another id, unnoticed."""
     ids: NDArray[Any] = np.array([100, 200], np.int64)
     path = write_indexed(tmp_path / "a", [ids.astype(np.int8).tolist()], code=2)
@@ -632,9 +571,7 @@ def test_ids_stored_in_too_few_bits_are_found(
         packed(path)
 
 
-def test_every_format_gives_the_windows_of_json_lines(
-    packed: Callable[..., PackedCorpus], tmp_path: Path
-) -> None:
+def test_every_format_gives_the_windows_of_json_lines(packed, tmp_path):
     sequences = [row for row in random_sequences(9) if len(row) == LENGTH]
     flat = [i for sequence in sequences for i in sequence]
     corpora = [

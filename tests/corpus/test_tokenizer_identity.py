@@ -4,8 +4,6 @@ A cache of an instruct model trains a student with the tokenizer of the base mod
 ids mean other tokens is rejected.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings
@@ -86,7 +84,7 @@ SAME: dict[str, Callable[[Callable[[], Tokenizer]], PreTrainedTokenizerFast]] = 
 
 @pytest.mark.parametrize("change", SAME)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_roles_template_and_padding_may_differ(backend: str, change: str) -> None:
+def test_roles_template_and_padding_may_differ(backend, change):
     make = BACKENDS[backend]
     teacher, student = wrapped(make()), SAME[change](make)
     made = tokenizer_fingerprint(teacher)
@@ -104,7 +102,7 @@ def test_roles_template_and_padding_may_differ(backend: str, change: str) -> Non
         assert not told
 
 
-def test_a_note_names_what_differs() -> None:
+def test_a_note_names_what_differs():
     made = tokenizer_fingerprint(wrapped(byte_level()))
     base = wrapped(byte_level(), "<|endoftext|>", pad_token="<|endoftext|>")
     said = r"eos is '<\|endoftext\|>' here and '<\|im_end\|>' in the cache, pad is .* and None in"
@@ -138,7 +136,7 @@ OTHER: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_ids_that_mean_other_tokens_are_refused(change: str) -> None:
+def test_ids_that_mean_other_tokens_are_refused(change):
     made = tokenizer_fingerprint(wrapped(added(byte_level(), "<tool>")))
     other = OTHER[change]()
     with pytest.raises(IdentityMismatchError, match="ids mean other tokens") as refused:
@@ -148,7 +146,7 @@ def test_ids_that_mean_other_tokens_are_refused(change: str) -> None:
         require_tokenizer(other, str(made), made.record(), allow=["other-tokenizer"])
 
 
-def test_added_tokens_that_one_of_them_lacks_are_a_note() -> None:
+def test_added_tokens_that_one_of_them_lacks_are_a_note():
     """A teacher that was fine-tuned with more tokens, and a student that was."""
     plain, more = wrapped(byte_level()), wrapped(added(byte_level(), "<tool>", "<call>"))
     for teacher, student, where in ((more, plain, "in the cache"), (plain, more, "here")):
@@ -158,7 +156,7 @@ def test_added_tokens_that_one_of_them_lacks_are_a_note() -> None:
             require_tokenizer(student, str(made), made.record())
 
 
-def test_thousands_of_added_tokens_are_recorded_as_a_hash() -> None:
+def test_thousands_of_added_tokens_are_recorded_as_a_hash():
     many = wrapped(added(byte_level(), *(f"<unused{i}>" for i in range(3000))))
     made = tokenizer_fingerprint(many)
     assert len(str(made.record())) < 500
@@ -169,7 +167,7 @@ def test_thousands_of_added_tokens_are_recorded_as_a_hash() -> None:
         require_tokenizer(wrapped(byte_level()), str(made), made.record())
 
 
-def test_a_cache_that_records_no_meaning_knows_its_own_tokenizer_only() -> None:
+def test_a_cache_that_records_no_meaning_knows_its_own_tokenizer_only():
     made = tokenizer_fingerprint(wrapped(byte_level()))
     require_tokenizer(wrapped(byte_level()), str(made), None)
     for recorded in (None, {}, "forged", {"ids": 5, "roles": []}):
@@ -177,7 +175,7 @@ def test_a_cache_that_records_no_meaning_knows_its_own_tokenizer_only() -> None:
             require_tokenizer(wrapped(byte_level(), "<|endoftext|>"), str(made), recorded)
 
 
-def test_a_fingerprint_is_a_plain_string_that_copies_and_pickles() -> None:
+def test_a_fingerprint_is_a_plain_string_that_copies_and_pickles():
     made = tokenizer_fingerprint(wrapped(byte_level()))
     assert type(str(made)) is str
     for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):

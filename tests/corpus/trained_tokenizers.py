@@ -1,7 +1,5 @@
 """Train tokenizers of all common families on the language reference, in a second each."""
 
-from __future__ import annotations
-
 import pydoc_data.topics
 
 from tokenizers import (

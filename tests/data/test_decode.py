@@ -1,11 +1,5 @@
-"""Test that rows read by DuckDB, Polars, pandas, pyarrow and datasets decode to the targets.
+"""Test that rows read by DuckDB, Polars, pandas, pyarrow and datasets decode to the targets."""
 
-pytest tests/data/test_decode.py
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +54,7 @@ def same(a: SparseTargets, b: SparseTargets) -> bool:
 
 @pytest.mark.parametrize("kind", ["counts", "counts+float32", "float32", "threshold"])
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
-def test_a_row_decodes_to_what_the_cache_holds(
-    kind: str, read: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_a_row_decodes_to_what_the_cache_holds(kind, read, tmp_path):
     cache = build(tmp_path / "c", 0, kind=kind)
     row = read(tmp_path / "c" / "shards")
     expected = record(kind, 3).targets
@@ -70,7 +62,7 @@ def test_a_row_decodes_to_what_the_cache_holds(
         assert same(decode(row, given), expected)
 
 
-def test_a_changed_row_is_refused(tmp_path: Path) -> None:
+def test_a_changed_row_is_refused(tmp_path):
     build(tmp_path / "c", 0)
     row = by_pyarrow(tmp_path / "c" / "shards")
     cache = CacheDataset(tmp_path / "c")
@@ -85,7 +77,7 @@ def test_a_changed_row_is_refused(tmp_path: Path) -> None:
         decode(row | {"tokens": [1 << 40] * len(row["tokens"])}, cache)
 
 
-def test_what_a_row_lacks_is_named(tmp_path: Path) -> None:
+def test_what_a_row_lacks_is_named(tmp_path):
     build(tmp_path / "c", 0)
     row = by_pyarrow(tmp_path / "c" / "shards")
     with pytest.raises(InvalidArgumentError, match="lacks tokens, mask"):

@@ -1,7 +1,5 @@
 """Several teachers as one: exact expectations, weights per window, and what is refused."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Callable, Sequence
@@ -147,9 +145,7 @@ def ragged(draw: st.DrawFn) -> tuple[list[SparseTargets], list[float]]:
 
 @given(ragged())
 @settings(max_examples=60)
-def test_a_sum_of_targets_is_the_sum_of_their_dense_forms(
-    given: tuple[list[SparseTargets], list[float]],
-) -> None:
+def test_a_sum_of_targets_is_the_sum_of_their_dense_forms(given):
     parts, weights = given
     mixed = SparseTargets.mixed(parts, weights)
     mixed.__post_init__(True)  # ascending ids, counts that sum to the rounds, sizes
@@ -165,7 +161,7 @@ def test_a_sum_of_targets_is_the_sum_of_their_dense_forms(
         assert mixed.counts is None
 
 
-def test_parts_that_do_not_fit_are_refused() -> None:
+def test_parts_that_do_not_fit_are_refused():
     one = SparseTargets(torch.tensor([1]), torch.ones(1), torch.tensor([0, 1]), 4)
     two = SparseTargets.cat([one, one])
     for parts, weights in (([one, two], [0.5, 0.5]), ([one], [0.0]), ([], [])):
@@ -179,9 +175,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     held=st.lists(st.integers(1, 9), min_size=3, max_size=3),
 )
 @settings(max_examples=80)
-def test_rounds_are_divided_with_the_least_variance(
-    rounds: int, shares: list[int], held: list[int]
-) -> None:
+def test_rounds_are_divided_with_the_least_variance(rounds, shares, held):
     """Compared with every other division."""
     rounds, held = max(rounds, len(shares)), held[: len(shares)]
     weights = tuple(share / sum(shares) for share in shares)
@@ -217,9 +211,7 @@ def on_the_grid(teacher: int) -> torch.Tensor:
     ("weights", "rounds"),
     [((0.5, 0.5), None), ((0.75, 0.25), None), ((0.5, 0.5), 8), ((0.75, 0.25), 8), ((0.6, 0.4), 5)],
 )
-def test_the_expectation_is_the_mixture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: tuple[float, ...], rounds: int | None
-) -> None:
+def test_the_expectation_is_the_mixture(tmp_path, monkeypatch, weights, rounds):
     """Exactly: over all uniforms of both draws, and over all choices of thinned rounds."""
     monkeypatch.setattr(f"{__name__}.distributions", lambda teacher, _: on_the_grid(teacher))
     draws: list[list[Path]] = []
@@ -247,7 +239,7 @@ def test_the_expectation_is_the_mixture(
     torch.testing.assert_close(mean, expected, rtol=0, atol=1e-6)
 
 
-def test_a_mixture_of_draws_can_be_thinned_like_one_draw(three: list[Path]) -> None:
+def test_a_mixture_of_draws_can_be_thinned_like_one_draw(three):
     """All starts together are the mixture, although entries weigh different amounts per round."""
     targets = CacheDataset(three, weights=[0.2, 0.3, 0.5])[1]["targets"]
     assert targets.rounds == 3 * ROUNDS
@@ -255,7 +247,7 @@ def test_a_mixture_of_draws_can_be_thinned_like_one_draw(three: list[Path]) -> N
     torch.testing.assert_close(torch.stack(thinned).mean(0), targets.dense())
 
 
-def test_equal_teachers_of_one_seed_keep_different_rounds(tmp_path: Path) -> None:
+def test_equal_teachers_of_one_seed_keep_different_rounds(tmp_path):
     """Half of the rounds of each of two equal draws are together the whole draw."""
     u = torch.full((LENGTH, 1), 0.3, dtype=torch.float64)
     same = {"uniforms": lambda _: u, "seed": 0}
@@ -272,10 +264,10 @@ def test_equal_teachers_of_one_seed_keep_different_rounds(tmp_path: Path) -> Non
 
 def sum_of(paths: Sequence[Path], weights: Sequence[float], i: int) -> torch.Tensor:
     parts = [CacheDataset(path)[i]["targets"].dense() for path in paths]
-    return sum(w * part for w, part in zip(weights, parts, strict=True))  # type: ignore[return-value]
+    return sum(w * part for w, part in zip(weights, parts, strict=True))
 
 
-def test_weights_are_per_cache_per_text_or_per_window(three: list[Path]) -> None:
+def test_weights_are_per_cache_per_text_or_per_window(three):
     by_text = [[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]]
     by_window = np.random.default_rng(0).dirichlet(np.ones(3), WINDOWS)
     for weights, expected in (
@@ -293,7 +285,7 @@ def test_weights_are_per_cache_per_text_or_per_window(three: list[Path]) -> None
             assert item["input_ids"].tolist() == text(i).tolist()
 
 
-def test_the_best_teacher_of_a_window_is_the_only_one(three: list[Path]) -> None:
+def test_the_best_teacher_of_a_window_is_the_only_one(three):
     dataset = CacheDataset(three, weights="best")
     assert dataset.teachers_per_window == 1
     assert dataset.rounds == ROUNDS
@@ -321,12 +313,12 @@ def test_the_best_teacher_of_a_window_is_the_only_one(three: list[Path]) -> None
         ([], r"shape \(0,\)"),
     ],
 )
-def test_weights_that_are_no_shares_are_refused(three: list[Path], weights: Any, said: str) -> None:
+def test_weights_that_are_no_shares_are_refused(three, weights, said):
     with pytest.raises(InvalidArgumentError, match=said):
         CacheDataset(three, weights=weights)
 
 
-def test_a_mixture_of_one_is_the_cache(three: list[Path]) -> None:
+def test_a_mixture_of_one_is_the_cache(three):
     alone, listed = CacheDataset(three[0]), CacheDataset([three[0]], weights=[1.0])
     assert listed.identity == alone.identity
     assert torch.equal(listed[1]["targets"].weights, alone[1]["targets"].weights)
@@ -334,7 +326,7 @@ def test_a_mixture_of_one_is_the_cache(three: list[Path]) -> None:
         CacheDataset([])
 
 
-def test_a_mixture_knows_caches_and_weights_by_its_fingerprint(three: list[Path]) -> None:
+def test_a_mixture_knows_caches_and_weights_by_its_fingerprint(three):
     def fingerprint(paths: list[Path], weights: Any) -> str:
         return CacheDataset(paths, weights=weights).identity.fingerprint
 
@@ -355,7 +347,7 @@ def test_a_mixture_knows_caches_and_weights_by_its_fingerprint(three: list[Path]
 # -- rounds ----------------------------------------------------------------------------------------
 
 
-def test_a_mixture_keeps_the_rounds_it_is_asked_for(three: list[Path]) -> None:
+def test_a_mixture_keeps_the_rounds_it_is_asked_for(three):
     dataset = CacheDataset(three, weights=[0.5, 0.25, 0.25])
     assert dataset.rounds == 3 * ROUNDS
     for rounds in (3, 4, 13, 36, 50):
@@ -367,7 +359,7 @@ def test_a_mixture_keeps_the_rounds_it_is_asked_for(three: list[Path]) -> None:
     assert rounds_for_entries(dataset, 1.0) == 3
 
 
-def test_a_mixture_with_a_truncated_cache_cannot_be_thinned(tmp_path: Path) -> None:
+def test_a_mixture_with_a_truncated_cache_cannot_be_thinned(tmp_path):
     caches = [make_cache(tmp_path / f"{t}", t, sampler=TopK(3)) for t in range(2)]
     dataset = CacheDataset(caches)
     assert not dataset.unbiased
@@ -375,7 +367,7 @@ def test_a_mixture_with_a_truncated_cache_cannot_be_thinned(tmp_path: Path) -> N
     torch.testing.assert_close(dataset[0]["targets"].dense(), sum_of(caches, [0.5, 0.5], 0))
 
 
-def test_workers_read_a_mixture_as_the_main_process_does(three: list[Path]) -> None:
+def test_workers_read_a_mixture_as_the_main_process_does(three):
     dataset = CacheDataset(three, weights=[0.5, 0.25, 0.25])
     requests = [WindowRequest(i, 1, 8) for i in range(WINDOWS)]
     expected = collate([dataset[r] for r in requests])
@@ -455,9 +447,7 @@ RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
         ),
     ],
 )
-def test_caches_that_do_not_fit_are_refused_by_name(
-    tmp_path: Path, options: dict[str, Any], said: str
-) -> None:
+def test_caches_that_do_not_fit_are_refused_by_name(tmp_path, options, said):
     first = make_cache(tmp_path / "a", 0, provenance={"tokenizer": RECORDED})
     second = make_cache(tmp_path / "b", 1, **options)
     with pytest.raises(IdentityMismatchError, match=said):
@@ -465,9 +455,7 @@ def test_caches_that_do_not_fit_are_refused_by_name(
 
 
 @pytest.mark.parametrize("added", [RECORDED["added"], "7" * 64])
-def test_tokenizers_that_differ_in_nothing_but_their_files_fit(
-    tmp_path: Path, added: object
-) -> None:
+def test_tokenizers_that_differ_in_nothing_but_their_files_fit(tmp_path, added):
     """Thousands of added tokens are recorded as a hash."""
     told = {"tokenizer": RECORDED | {"added": added}}
     first = make_cache(tmp_path / "a", 0, provenance=told)
@@ -475,7 +463,7 @@ def test_tokenizers_that_differ_in_nothing_but_their_files_fit(
     assert len(CacheDataset([first, second])) == WINDOWS
 
 
-def test_heads_with_other_padding_fit(tmp_path: Path) -> None:
+def test_heads_with_other_padding_fit(tmp_path):
     first = make_cache(tmp_path / "a", 0)
     second = make_cache(tmp_path / "b", 1, vocab_size=VOCABULARY + 3)
     dataset = CacheDataset([first, second])
@@ -483,7 +471,7 @@ def test_heads_with_other_padding_fit(tmp_path: Path) -> None:
     assert dataset[0]["targets"].dense().shape == (LENGTH, VOCABULARY + 3)
 
 
-def test_a_cache_named_twice_is_refused(three: list[Path], tmp_path: Path) -> None:
+def test_a_cache_named_twice_is_refused(three, tmp_path):
     copy = make_cache(tmp_path / "copy", 0)
     for other in (three[0], copy):
         with pytest.raises(InvalidArgumentError, match=r"contain the same targets.*--seed"):
@@ -492,9 +480,7 @@ def test_a_cache_named_twice_is_refused(three: list[Path], tmp_path: Path) -> No
     assert CacheDataset([three[0], again]).teachers_per_window == 2
 
 
-def test_text_that_differs_in_one_window_is_found_when_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_differs_in_one_window_is_found_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("sparselogits.data.mixture._COMPARED_WINDOWS", 1)
 
     def change(record: WindowRecord) -> WindowRecord:
@@ -507,7 +493,7 @@ def test_text_that_differs_in_one_window_is_found_when_it_is_read(
         dataset[1]
 
 
-def test_a_damaged_cache_is_named(three: list[Path]) -> None:
+def test_a_damaged_cache_is_named(three):
     shard = next((three[1] / "shards").glob("windows-000000000003-*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0xFF
@@ -519,6 +505,6 @@ def test_a_damaged_cache_is_named(three: list[Path]) -> None:
         CacheDataset(three)
 
 
-def test_rows_of_a_mixture_are_decoded_one_cache_at_a_time(three: list[Path]) -> None:
+def test_rows_of_a_mixture_are_decoded_one_cache_at_a_time(three):
     with pytest.raises(InvalidArgumentError, match="open one of them"):
         decode({"window_index": 0}, CacheDataset(three))

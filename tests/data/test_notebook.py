@@ -1,11 +1,4 @@
-"""Test the interactive interface: representations, one position, a batch of windows.
-
-pytest tests/data/test_notebook.py
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""Test the interactive interface: representations, one position, a batch of windows."""
 
 import pytest
 import torch
@@ -13,7 +6,7 @@ import torch
 from sparselogits import CacheDataset, collate
 
 
-def test_a_cache_says_what_it_holds(cache: Path) -> None:
+def test_a_cache_says_what_it_holds(cache):
     dataset = CacheDataset(cache)
     facts = dataset.cache.statistics()
     said = repr(dataset)
@@ -30,7 +23,7 @@ def test_a_cache_says_what_it_holds(cache: Path) -> None:
     assert "\n" not in said
 
 
-def test_targets_say_how_many_and_how_heavy(cache: Path) -> None:
+def test_targets_say_how_many_and_how_heavy(cache):
     targets = CacheDataset(cache)[0]["targets"]
     assert repr(targets).startswith(f"SparseTargets(32 positions, {targets.entries} entries, ")
     assert "mean mass 1.000" in repr(targets)
@@ -38,7 +31,7 @@ def test_targets_say_how_many_and_how_heavy(cache: Path) -> None:
     assert repr(targets[:0]) == "SparseTargets(0 positions, 0 entries, 520 ids, 12 rounds)"
 
 
-def test_one_position_is_its_ids_and_weights(cache: Path) -> None:
+def test_one_position_is_its_ids_and_weights(cache):
     targets = CacheDataset(cache)[0]["targets"]
     padded_ids, padded_weights = targets.padded()
     for position, (ids, weights) in enumerate(targets):
@@ -54,7 +47,7 @@ def test_one_position_is_its_ids_and_weights(cache: Path) -> None:
             targets[outside]
 
 
-def test_a_slice_of_a_cache_is_a_batch(cache: Path) -> None:
+def test_a_slice_of_a_cache_is_a_batch(cache):
     dataset = CacheDataset(cache)
     for chosen in (slice(0, 3), slice(-2, None), slice(4, 0, -2)):
         batch = dataset[chosen]

@@ -1,9 +1,4 @@
-"""Test that the work before the first training step does not grow with the number of shards.
-
-pytest tests/data/test_start_up.py
-"""
-
-from __future__ import annotations
+"""Test that the work before the first training step does not grow with the number of shards."""
 
 from collections import Counter
 from pathlib import Path
@@ -54,7 +49,7 @@ class Noted(LocalStorage):
 def started(folder: Path, shards: int) -> tuple[Noted, DataLoader]:
     """A loader over a cache of so many shards, none of them read yet."""
     storage = Noted(folder)
-    dataset = CacheDataset(storage)  # type: ignore[arg-type]
+    dataset = CacheDataset(storage)
     assert len(dataset) == shards * WINDOWS
     order = WindowOrder(len(dataset), 3, dataset.identity.fingerprint)
     loader = DataLoader(dataset, 1, sampler=WindowSampler(order, world_size=2), collate_fn=collate)
@@ -62,7 +57,7 @@ def started(folder: Path, shards: int) -> tuple[Noted, DataLoader]:
 
 
 @pytest.mark.parametrize("shards", [1, 7, 300])
-def test_a_start_is_one_listing_and_one_file(tmp_path: Path, shards: int) -> None:
+def test_a_start_is_one_listing_and_one_file(tmp_path, shards):
     cache = Cache.create(tmp_path, identity(packing={"reset_attention": False}))
     whole = cache.commit(records("counts", 0, WINDOWS), {})
     for start in range(WINDOWS, shards * WINDOWS, WINDOWS):
@@ -80,7 +75,7 @@ def test_a_start_is_one_listing_and_one_file(tmp_path: Path, shards: int) -> Non
     assert storage.asked["names"] == before["names"]
 
 
-def test_the_first_batch_opens_the_shards_of_its_windows(tmp_path: Path) -> None:
+def test_the_first_batch_opens_the_shards_of_its_windows(tmp_path):
     cache = Cache.create(tmp_path, identity(packing={"reset_attention": False}))
     for start in range(0, 20 * WINDOWS, WINDOWS):
         cache.commit(records("counts", start, start + WINDOWS), {})
@@ -90,7 +85,7 @@ def test_the_first_batch_opens_the_shards_of_its_windows(tmp_path: Path) -> None
     assert storage.asked["names"] == 1
 
 
-def test_the_identity_is_read_where_the_cache_lies(tmp_path: Path) -> None:
+def test_the_identity_is_read_where_the_cache_lies(tmp_path):
     """A copy of cache.json would outlive a cache that is made anew under the same URL."""
     Cache.create(tmp_path / "cache", identity())
     storage = LocalCopy(LocalStorage(tmp_path / "cache"), CopyFolder(tmp_path / "copy", 1 << 20))
@@ -100,7 +95,7 @@ def test_the_identity_is_read_where_the_cache_lies(tmp_path: Path) -> None:
     assert Cache.open(storage).identity == other != before
 
 
-def test_an_identity_without_bounds_is_read_in_part(tmp_path: Path) -> None:
+def test_an_identity_without_bounds_is_read_in_part(tmp_path):
     with (tmp_path / "cache.json").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CacheCorruptionError, match=f"more than {LARGEST_CACHE_JSON:,} bytes"):

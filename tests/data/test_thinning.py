@@ -1,9 +1,5 @@
 """Test thinning through the dataset: unbiased, on schedule, independent of prefetching."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -28,7 +24,7 @@ CURRICULUM = Schedule((Stage(3, until=0.5), Stage(5, until_step=8), Stage(12)))
 
 
 @pytest.mark.parametrize("kept", [1, 4, 5, 7, 11, 12])
-def test_a_cycle_of_epochs_is_the_cached_target(cache: Path, kept: int) -> None:
+def test_a_cycle_of_epochs_is_the_cached_target(cache, kept):
     """Exactly, in integers: counts summed over all starts are the cached ones, times a constant."""
     dataset = CacheDataset(cache, seed=5)
     cached = dataset[3]["targets"]
@@ -44,7 +40,7 @@ def test_a_cycle_of_epochs_is_the_cached_target(cache: Path, kept: int) -> None:
     assert torch.equal(together * 12, expected * (kept * choices))
 
 
-def test_another_seed_keeps_other_rounds(cache: Path) -> None:
+def test_another_seed_keeps_other_rounds(cache):
     first, second = (
         CacheDataset(cache, seed=seed)[WindowRequest(0, 0, 4)]["targets"].dense() for seed in (1, 2)
     )
@@ -56,9 +52,7 @@ def test_another_seed_keeps_other_rounds(cache: Path) -> None:
     shares=st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5, unique=True),
     steps=st.integers(1, 400),
 )
-def test_a_schedule_has_each_stage_in_its_turn(
-    rounds: list[int], shares: list[float], steps: int
-) -> None:
+def test_a_schedule_has_each_stage_in_its_turn(rounds, shares, steps):
     ends = sorted(shares[: len(rounds)])
     schedule = Schedule(tuple(Stage(r, until=e) for r, e in zip(rounds, ends, strict=True)))
     for step in range(steps):
@@ -66,7 +60,7 @@ def test_a_schedule_has_each_stage_in_its_turn(
         assert schedule.rounds_at(step, steps) == rounds[passed]
 
 
-def test_shares_and_steps_may_be_mixed() -> None:
+def test_shares_and_steps_may_be_mixed():
     assert [CURRICULUM.rounds_at(s, 10) for s in range(10)] == [3] * 5 + [5] * 3 + [12] * 2
 
 
@@ -82,12 +76,12 @@ def test_shares_and_steps_may_be_mixed() -> None:
         ((Stage(1, until=0.5, until_step=3),), "not both"),
     ],
 )
-def test_a_schedule_that_makes_no_sense_is_refused(stages: tuple, said: str) -> None:
+def test_a_schedule_that_makes_no_sense_is_refused(stages, said):
     with pytest.raises(InvalidArgumentError, match=said):
         Schedule(stages)
 
 
-def test_what_the_cache_does_not_hold_is_refused() -> None:
+def test_what_the_cache_does_not_hold_is_refused():
     with pytest.raises(InvalidArgumentError, match="the cache has 12 rounds"):
         Schedule.constant(13).require_within(12)
     with pytest.raises(InvalidArgumentError, match="not drawn in rounds"):
@@ -97,7 +91,7 @@ def test_what_the_cache_does_not_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_rank_asks_for_the_rounds_of_its_step(ranks: int) -> None:
+def test_every_rank_asks_for_the_rounds_of_its_step(ranks):
     """25 windows, 3 accumulated batches of 2 over ranks: a short last step in each epoch."""
     per_step = 6 * ranks
     pace = Pace(per_step, steps_per_epoch=-(-25 // per_step), steps=2 * -(-25 // per_step))
@@ -115,7 +109,7 @@ def test_every_rank_asks_for_the_rounds_of_its_step(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_that_read_ahead_keep_to_the_schedule(cache: Path, workers: int) -> None:
+def test_workers_that_read_ahead_keep_to_the_schedule(cache, workers):
     pace = Pace(4, steps_per_epoch=5, steps=10)
     sampler = WindowSampler(WindowOrder(20), thinning=CURRICULUM, pace=pace)
     sampler.set_epoch(1)
@@ -134,7 +128,7 @@ def test_workers_that_read_ahead_keep_to_the_schedule(cache: Path, workers: int)
 
 
 @pytest.mark.parametrize("budget", [1.0, 2.5, 4.0, 6.0])
-def test_a_budget_becomes_the_rounds_that_come_closest(cache: Path, budget: float) -> None:
+def test_a_budget_becomes_the_rounds_that_come_closest(cache, budget):
     dataset = CacheDataset(cache)
     chosen = rounds_for_entries(dataset, budget)
 
@@ -150,6 +144,6 @@ def test_a_budget_becomes_the_rounds_that_come_closest(cache: Path, budget: floa
     )
 
 
-def test_a_budget_the_cache_cannot_meet_is_refused(cache: Path) -> None:
+def test_a_budget_the_cache_cannot_meet_is_refused(cache):
     with pytest.raises(InvalidArgumentError, match="entries in the cache"):
         rounds_for_entries(CacheDataset(cache), 40)

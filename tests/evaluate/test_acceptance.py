@@ -2,11 +2,7 @@
 
 Statistical tests are at a false-alarm rate of 1e-6 each, over fresh seeds and up to the normal and
 chi-square approximations; seeds are fixed, so a run that passes keeps passing.
-
-pytest tests/evaluate/test_acceptance.py
 """
-
-from __future__ import annotations
 
 import itertools
 from pathlib import Path
@@ -36,7 +32,7 @@ logits = st.lists(st.floats(-30, 30), min_size=6, max_size=6).map(
 
 
 @given(logits, logits)
-def test_the_expectation_is_one_minus_total_variation_and_symmetric(p: Tensor, s: Tensor) -> None:
+def test_the_expectation_is_one_minus_total_variation_and_symmetric(p, s):
     log_p, log_s = p.log_softmax(1), s.log_softmax(1)
     found = expected_acceptance(log_p, log_s)
     variation = (log_p.exp() - log_s.exp()).abs().sum(1) / 2
@@ -45,7 +41,7 @@ def test_the_expectation_is_one_minus_total_variation_and_symmetric(p: Tensor, s
     assert float(expected_acceptance(log_p, log_p)) == pytest.approx(1)
 
 
-def test_ids_that_only_one_has_are_never_accepted() -> None:
+def test_ids_that_only_one_has_are_never_accepted():
     s = torch.tensor([[0.5, 0.3, 0.2]])
     p = torch.tensor([[0.5, 0.5]])
     assert float(expected_acceptance(p.log(), s.log())) == pytest.approx(0.8)
@@ -94,7 +90,7 @@ def emitted(p: Tensor, s: Tensor, draft: int, samples: int, length: int) -> Tens
 
 @pytest.mark.parametrize("draft", [1, 2, 3])
 @pytest.mark.parametrize("extra", [0, 1], ids=["same ids", "student has one more"])
-def test_emitted_tokens_are_distributed_as_the_teachers(draft: int, extra: int) -> None:
+def test_emitted_tokens_are_distributed_as_the_teachers(draft, extra):
     """Three tokens in a row, all 27 combinations, whatever round emitted them."""
     p, s = markov(0, 3, 3), markov(1, 3 + extra, 3 + extra)
     samples = 2000
@@ -120,7 +116,7 @@ def pooled(counts: Tensor, likely: Tensor) -> Tensor:
     return counts if bool(likely.all()) else torch.cat([counts[likely], rest])
 
 
-def test_a_student_that_is_the_teacher_is_never_rejected() -> None:
+def test_a_student_that_is_the_teacher_is_never_rejected():
     p = markov(3, 5, 5)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -129,7 +125,7 @@ def test_a_student_that_is_the_teacher_is_never_rejected() -> None:
         assert len(found.tokens) == 5
 
 
-def test_what_the_teacher_never_says_is_rejected_at_once() -> None:
+def test_what_the_teacher_never_says_is_rejected_at_once():
     p, s = torch.full((4, 4), -torch.inf), torch.full((4, 4), -torch.inf)
     p[:, 0], s[:, 1] = 0.0, 0.0
     found = one_round(p, s, 3, torch.Generator().manual_seed(0), 0)
@@ -153,9 +149,7 @@ def teacher(teacher_folder: Path, tokenizer: Any) -> TransformersTeacher:
     return load_teacher(str(teacher_folder), tokenizer=tokenizer, slice_positions=10)
 
 
-def test_realised_acceptance_is_the_expected_one(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_realised_acceptance_is_the_expected_one(windows, teacher):
     student = tiny_llama(seed=4, initializer_range=0.05)
     found = draft_from_prefixes(student, windows, teacher, draft=3, prefixes=4)
     assert found.drafts == 160
@@ -168,9 +162,7 @@ def test_realised_acceptance_is_the_expected_one(
     assert again == found
 
 
-def test_the_expectation_on_prefixes_is_that_of_whole_windows(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_expectation_on_prefixes_is_that_of_whole_windows(windows, teacher):
     """A draft of one token visits positions of the text itself, in one slice or the next."""
     student = tiny_llama(seed=4)
     few = TextDataset(windows.corpus, limit=4)
@@ -186,9 +178,7 @@ def test_the_expectation_on_prefixes_is_that_of_whole_windows(
     assert found.expected == pytest.approx(float(torch.cat(expected).mean()), abs=1e-5)
 
 
-def test_held_out_acceptance_is_the_plain_mean(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_held_out_acceptance_is_the_plain_mean(windows, teacher):
     student, few = tiny_llama(seed=4), TextDataset(windows.corpus, limit=3)
     found = evaluate({"student": student}, few, teacher)
     total, count = 0.0, 0
@@ -204,16 +194,14 @@ def test_held_out_acceptance_is_the_plain_mean(
     assert found["teacher"].acceptance == pytest.approx(1, abs=1e-6)
 
 
-def test_the_students_mode_is_left_alone_and_more_ids_are_no_harm(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_students_mode_is_left_alone_and_more_ids_are_no_harm(windows, teacher):
     student = tiny_llama(seed=4, vocab_size=900, attention_dropout=0.5).train()
     found = draft_from_prefixes(student, TextDataset(windows.corpus, limit=4), teacher)
     assert student.training
     assert found.expected < 0.7  # nearly half of the ids are none of the teacher's
 
 
-def test_mistakes_say_what_to_do(windows: TextDataset, teacher: TransformersTeacher) -> None:
+def test_mistakes_say_what_to_do(windows, teacher):
     with pytest.raises(InvalidArgumentError, match="longer than a draft"):
         draft_from_prefixes(tiny_llama(), windows, teacher, draft=24)
     with pytest.raises(InvalidArgumentError, match="0 windows"):

@@ -1,9 +1,4 @@
-"""Test Student's t, Fieller's interval and the bootstrap: closed forms, coverage, pairing.
-
-pytest tests/evaluate/test_bootstrap.py
-"""
-
-from __future__ import annotations
+"""Test Student's t, Fieller's interval and the bootstrap: closed forms, coverage, pairing."""
 
 import json
 from dataclasses import replace
@@ -40,7 +35,7 @@ def of_means(values: Tensor) -> Tensor:
 
 
 @given(st.floats(-9, 9), st.lists(st.integers(1, 50), min_size=2, max_size=20))
-def test_units_that_agree_leave_no_doubt(mean: float, sizes: list[int]) -> None:
+def test_units_that_agree_leave_no_doubt(mean, sizes):
     count = torch.tensor(sizes, dtype=torch.float64)
     found = bootstrap_interval(torch.stack([mean * count, count], 1), resamples=50)
     assert found.mean == pytest.approx(mean, abs=1e-12)
@@ -49,7 +44,7 @@ def test_units_that_agree_leave_no_doubt(mean: float, sizes: list[int]) -> None:
     assert found.units == len(sizes)
 
 
-def test_two_units_have_the_three_resamples_of_a_coin() -> None:
+def test_two_units_have_the_three_resamples_of_a_coin():
     """The mean of 0 and 1 resampled is 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
     units = of_means(torch.tensor([0.0, 1.0], dtype=torch.float64))
     wide = bootstrap_interval(units, resamples=2000, confidence=0.6)  # quantiles 0.2 and 0.8
@@ -58,7 +53,7 @@ def test_two_units_have_the_three_resamples_of_a_coin() -> None:
     assert (narrow.low, narrow.mean, narrow.high) == (0.5, 0.5, 0.5)
 
 
-def test_a_long_list_has_the_normal_interval() -> None:
+def test_a_long_list_has_the_normal_interval():
     """Of 4 000 resamples the half width is known to about 3 % (one standard deviation 1.4 %)."""
     values = torch.randn(900, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = bootstrap_interval(of_means(values), resamples=4000)
@@ -69,7 +64,7 @@ def test_a_long_list_has_the_normal_interval() -> None:
 
 
 @pytest.mark.parametrize(("units", "share"), [(10, 0.9), (80, 0.94)])
-def test_intervals_cover_as_often_as_is_said(units: int, share: float) -> None:
+def test_intervals_cover_as_often_as_is_said(units, share):
     """1 000 normal samples. The percentile interval falls a little short of its 95 %, of few units
     more; the count of hits is binomial, and the bounds are five standard deviations off: a
     false-alarm rate of 1e-6 over fresh seeds.
@@ -90,7 +85,7 @@ def covered(hits: int, trials: int, share: float) -> bool:
     return abs(hits / trials - share) < 5 * (share * (1 - share) / trials) ** 0.5
 
 
-def test_fieller_covers_as_often_as_is_said() -> None:
+def test_fieller_covers_as_often_as_is_said():
     """2 000 experiments of three seeds, as a share of the gap has them; exact for normal values.
 
     The percentile bootstrap over the seeds, which this replaced, misses one truth in four.
@@ -116,7 +111,7 @@ def test_fieller_covers_as_often_as_is_said() -> None:
     assert float(((drawn[0] <= 0.8) & (drawn[1] >= 0.8)).double().mean()) < 0.85
 
 
-def test_windows_and_seeds_together_cover_what_either_alone_misses() -> None:
+def test_windows_and_seeds_together_cover_what_either_alone_misses():
     """300 experiments of three seeds over twelve windows, both random: between 95 % and all."""
     generator = torch.Generator().manual_seed(4)
     hits = {"windows": 0, "both": 0}
@@ -137,9 +132,7 @@ def test_windows_and_seeds_together_cover_what_either_alone_misses() -> None:
     st.lists(st.tuples(st.floats(-9, 9), st.floats(1, 9)), min_size=2, max_size=6),
     st.floats(0.5, 0.99),
 )
-def test_the_ends_of_fieller_are_where_a_t_test_just_rejects(
-    pairs: list[tuple[float, float]], confidence: float
-) -> None:
+def test_the_ends_of_fieller_are_where_a_t_test_just_rejects(pairs, confidence):
     above, below = ([one[i] for one in pairs] for i in (0, 1))
     found = fieller_interval(above, below, confidence)
     if found.low is None or found.high is None:
@@ -154,7 +147,7 @@ def test_the_ends_of_fieller_are_where_a_t_test_just_rejects(
     assert found.high >= found.mean - 1e-9
 
 
-def test_a_ratio_without_a_finite_interval_says_so() -> None:
+def test_a_ratio_without_a_finite_interval_says_so():
     unbounded = fieller_interval([1.0, 2.0, 3.0], [0.1, -0.2, 0.4])
     assert unbounded.mean == pytest.approx(20)
     assert (unbounded.low, unbounded.high) == (None, None)
@@ -167,7 +160,7 @@ def test_a_ratio_without_a_finite_interval_says_so() -> None:
         fieller_interval([1.0, 2.0], [-1.0, 1.0])
 
 
-def test_p_values_are_those_of_tables() -> None:
+def test_p_values_are_those_of_tables():
     assert two_sided_p([1.0, 2.0, 3.0, 4.0]) == pytest.approx(0.030466, abs=1e-6)
     assert two_sided_p([-1.0, 0.0, 1.0]) == pytest.approx(1)
     # t = 2.200985 has 5 % beyond it with eleven degrees of freedom
@@ -178,7 +171,7 @@ def test_p_values_are_those_of_tables() -> None:
         two_sided_p([1.0])
 
 
-def test_the_seed_and_only_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_and_only_the_seed_decides(monkeypatch):
     units = of_means(torch.arange(20, dtype=torch.float64))
     found = bootstrap_interval(units, seed=3)
     assert bootstrap_interval(units, seed=3) == found
@@ -187,7 +180,7 @@ def test_the_seed_and_only_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> 
     assert bootstrap_interval(units, seed=3) == found
 
 
-def test_what_both_share_cancels_in_pairs() -> None:
+def test_what_both_share_cancels_in_pairs():
     generator = torch.Generator().manual_seed(2)
     hard = 10 * torch.rand(60, dtype=torch.float64, generator=generator)
     gain = 0.1 + 0.01 * torch.rand(60, dtype=torch.float64, generator=generator)
@@ -203,7 +196,7 @@ def test_what_both_share_cancels_in_pairs() -> None:
     assert alone.low < float(hard.mean())  # unpaired, the gain is lost in the windows' spread
 
 
-def test_one_window_has_no_interval_and_none_is_an_error() -> None:
+def test_one_window_has_no_interval_and_none_is_an_error():
     one = of_means(torch.tensor([2.0], dtype=torch.float64))
     found = bootstrap_interval(one)
     assert (found.mean, found.low, found.high, found.units) == (2.0, None, None, 1)
@@ -231,7 +224,7 @@ def found(
     return evaluate(students, TextDataset(corpus, limit=12), teacher, resamples=200, seed=5)
 
 
-def test_every_figure_has_its_interval(found: dict[str, HeldOut]) -> None:
+def test_every_figure_has_its_interval(found):
     for own in found.values():
         assert set(own.intervals) == set(METRICS)
         plain = {
@@ -254,7 +247,7 @@ def test_every_figure_has_its_interval(found: dict[str, HeldOut]) -> None:
     assert len(told["acceptance_by_window"]) == 12
 
 
-def test_differences_are_paired(found: dict[str, HeldOut]) -> None:
+def test_differences_are_paired(found):
     a, b = found["a"], found["b"]
     for name in METRICS:
         there, back = a.difference(b, name), b.difference(a, name)
@@ -265,13 +258,13 @@ def test_differences_are_paired(found: dict[str, HeldOut]) -> None:
         a.difference(b, "bleu")
 
 
-def test_a_difference_needs_the_same_windows(found: dict[str, HeldOut]) -> None:
+def test_a_difference_needs_the_same_windows(found):
     other = replace(found["b"], positions_by_window=found["b"].positions_by_window[1:])
     with pytest.raises(InvalidArgumentError, match="same windows"):
         found["a"].difference(other)
 
 
-def test_equal_seeds_leave_only_the_windows() -> None:
+def test_equal_seeds_leave_only_the_windows():
     units = torch.rand(1, 20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = over_seeds(units.expand(3, -1, -1))
     alone = bootstrap_interval(units[0])
@@ -282,7 +275,7 @@ def test_equal_seeds_leave_only_the_windows() -> None:
     assert (found.seeds.low, found.seeds.high) == pytest.approx((found.mean, found.mean))
 
 
-def test_seeds_that_differ_widen_the_interval_and_one_seed_has_none() -> None:
+def test_seeds_that_differ_widen_the_interval_and_one_seed_has_none():
     text = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = torch.stack([text, text + 1, text + 2])
     units = torch.stack([values, torch.ones_like(values)], 2)

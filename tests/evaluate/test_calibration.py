@@ -1,9 +1,4 @@
-"""Test calibration against closed forms and the definition.
-
-pytest tests/evaluate/test_calibration.py
-"""
-
-from __future__ import annotations
+"""Test calibration against closed forms and the definition."""
 
 import json
 
@@ -26,10 +21,10 @@ def signed(drawn: list[tuple[int, bool]]) -> Tensor:
 
 
 @given(st.lists(st.integers(1, GRID), min_size=1, max_size=8), st.randoms())
-def test_a_calibrated_model_has_no_error(levels: list[int], chance: object) -> None:
+def test_a_calibrated_model_has_no_error(levels, chance):
     """Of 64 positions at confidence k / 64, k are hits: in whatever order and bins."""
     drawn = [(k, i < k) for k in levels for i in range(GRID)]
-    chance.shuffle(drawn)  # type: ignore[attr-defined]
+    chance.shuffle(drawn)
     found = measure_calibration([signed(drawn)])
     assert found.overconfidence == pytest.approx(0, abs=1e-12)
     assert found.equal_width.ece == pytest.approx(0, abs=1e-12)
@@ -37,7 +32,7 @@ def test_a_calibrated_model_has_no_error(levels: list[int], chance: object) -> N
 
 
 @given(positions)
-def test_both_binnings_are_their_definition(drawn: list[tuple[int, bool]]) -> None:
+def test_both_binnings_are_their_definition(drawn):
     found = measure_calibration([signed(drawn)])
     by_width: dict[int, list[tuple[float, bool]]] = {}
     by_mass: dict[int, list[tuple[float, bool]]] = {}
@@ -58,10 +53,10 @@ def test_both_binnings_are_their_definition(drawn: list[tuple[int, bool]]) -> No
 
 
 @given(positions, st.randoms())
-def test_neither_order_nor_windows_matter(drawn: list[tuple[int, bool]], chance: object) -> None:
+def test_neither_order_nor_windows_matter(drawn, chance):
     whole = signed(drawn)
     order = list(range(len(drawn)))
-    chance.shuffle(order)  # type: ignore[attr-defined]
+    chance.shuffle(order)
     parts = list(whole[order].split(7))
     found, other = measure_calibration([whole]), measure_calibration(parts)
     for one, two in ((found.equal_width, other.equal_width), (found.equal_mass, other.equal_mass)):
@@ -71,13 +66,13 @@ def test_neither_order_nor_windows_matter(drawn: list[tuple[int, bool]], chance:
         assert float(two.gaps.sum(0).abs().sum() / len(drawn)) == pytest.approx(one.ece, abs=1e-12)
 
 
-def test_equal_mass_parts_distinct_confidences_equally() -> None:
+def test_equal_mass_parts_distinct_confidences_equally():
     confidence = torch.linspace(0.1, 0.9, 15 * 4)
     bins = measure_calibration([confidence]).equal_mass.bins
     assert [b.count for b in bins] == [4] * 15
 
 
-def test_the_sign_tells_too_sure_from_too_modest() -> None:
+def test_the_sign_tells_too_sure_from_too_modest():
     sure = measure_calibration([torch.tensor([0.9, -0.9])])
     modest = measure_calibration([torch.tensor([0.2, 0.2])])
     assert sure.overconfidence == pytest.approx(0.4)
@@ -89,13 +84,13 @@ def test_the_sign_tells_too_sure_from_too_modest() -> None:
     assert told["overconfidence"] == pytest.approx(0.4)
 
 
-def test_confidence_is_the_largest_probability_and_its_sign_says_hit() -> None:
+def test_confidence_is_the_largest_probability_and_its_sign_says_hit():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.1, 0.6]])
     found = signed_confidence(*p.log().max(1), torch.tensor([0, 1]))
     torch.testing.assert_close(found, torch.tensor([0.7, -0.6]))
 
 
-def test_nothing_to_measure_is_an_error() -> None:
+def test_nothing_to_measure_is_an_error():
     with pytest.raises(InvalidArgumentError, match="0 positions"):
         measure_calibration([])
     with pytest.raises(InvalidArgumentError, match="0 bins"):

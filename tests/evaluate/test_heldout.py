@@ -1,7 +1,5 @@
 """Test that held-out metrics equal those of a plain computation on all logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,7 @@ def windows(request: Any, tmp_path_factory: Any, tokenizer: Any, text: Path) -> 
     return TextDataset(corpus, limit=5)
 
 
-def test_against_a_plain_computation(
-    windows: TextDataset, teacher_folder: Path, tokenizer: Any
-) -> None:
+def test_against_a_plain_computation(windows, teacher_folder, tokenizer):
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer, slice_positions=20)
     student = tiny_llama(seed=4)
     found = evaluate({"student": student}, windows, teacher)
@@ -51,20 +47,18 @@ def test_against_a_plain_computation(
     assert len(result.loss_by_window) == 5
 
 
-def test_without_a_teacher_there_is_no_divergence(windows: TextDataset) -> None:
+def test_without_a_teacher_there_is_no_divergence(windows):
     found = evaluate({"student": tiny_llama()}, windows)
     assert set(found) == {"student"}
     assert found["student"].kl is None
 
 
-def test_a_student_of_fewer_ids_is_refused(
-    windows: TextDataset, teacher_folder: Path, tokenizer: Any
-) -> None:
+def test_a_student_of_fewer_ids_is_refused(windows, teacher_folder, tokenizer):
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     with pytest.raises(InvalidArgumentError, match="fewer"):
         evaluate({"student": tiny_llama(vocab_size=515)}, windows, teacher)
 
 
-def test_no_windows_is_an_error(windows: TextDataset) -> None:
+def test_no_windows_is_an_error(windows):
     with pytest.raises(InvalidArgumentError, match="--holdout"):
         evaluate({}, TextDataset(windows.corpus, limit=0))

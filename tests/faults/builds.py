@@ -3,8 +3,6 @@
 Children are forked, so that hundreds of them need no imports; they only run the build.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

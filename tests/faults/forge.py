@@ -58,6 +58,14 @@ def struct_of(*fields: tuple[int, int, bytes]) -> bytes:
     return out + b"\0"
 
 
+def i32(number: int, value: int) -> tuple[int, int, bytes]:
+    return number, I32, zigzag(value)
+
+
+def i64(number: int, value: int) -> tuple[int, int, bytes]:
+    return number, I64, zigzag(value)
+
+
 def list_of(kind: int, items: Iterable[bytes], claimed: int | None = None) -> bytes:
     """Return a Thrift list, whose header states `claimed` elements if given."""
     parts = list(items)
@@ -172,17 +180,12 @@ class Page:
         crc = zlib.crc32(self.data)
         crc -= crc >> 31 << 32
         plain = len(self.data) if self.uncompressed is None else self.uncompressed
-        inner = struct_of(
-            (1, I32, zigzag(self.values)),
-            (2, I32, zigzag(self.encoding)),
-            (3, I32, zigzag(RLE)),
-            (4, I32, zigzag(RLE)),
-        )
+        inner = struct_of(i32(1, self.values), i32(2, self.encoding), i32(3, RLE), i32(4, RLE))
         header = struct_of(
-            (1, I32, zigzag(self.kind)),
-            (2, I32, zigzag(plain)),
-            (3, I32, zigzag(len(self.data))),
-            (4, I32, zigzag(crc)),
+            i32(1, self.kind),
+            i32(2, plain),
+            i32(3, len(self.data)),
+            i32(4, crc),
             (5, STRUCT, inner),
         )
         return self.before + header + self.data
@@ -206,16 +209,8 @@ def compressed_tokens(plain: bytes, count: int) -> Page:
 def dictionary_page(kind: str, value: bytes) -> bytes:
     """Return a dictionary of one value, followed by a page of indices."""
     data = struct.pack("<I", len(value)) + value if kind == "binary" else value
-    inner = struct_of((1, I32, zigzag(1)), (2, I32, zigzag(PLAIN)))
-    return (
-        struct_of(
-            (1, I32, zigzag(2)),
-            (2, I32, zigzag(len(data))),
-            (3, I32, zigzag(len(data))),
-            (7, STRUCT, inner),
-        )
-        + data
-    )
+    inner = struct_of(i32(1, 1), i32(2, PLAIN))
+    return struct_of(i32(1, 2), i32(2, len(data)), i32(3, len(data)), (7, STRUCT, inner)) + data
 
 
 def repeated(name: str, rows: int, times: int, value: bytes) -> Page:
@@ -231,30 +226,22 @@ def repeated(name: str, rows: int, times: int, value: bytes) -> Page:
 
 def schema_elements(names: Collection[str]) -> list[bytes]:
     def element(name: str, repetition: int, kind: str | None = None, *more: Any) -> bytes:
-        first = [] if kind is None else [(1, I32, zigzag(TYPES[kind]))]
-        return struct_of(
-            *first, (3, I32, zigzag(repetition)), (4, BINARY, string(name.encode())), *more
-        )
-
-    def converted(kind: int) -> tuple[int, int, bytes]:
-        return 6, I32, zigzag(kind)
-
-    def children(count: int) -> tuple[int, int, bytes]:
-        return 5, I32, zigzag(count)
+        first = [] if kind is None else [i32(1, TYPES[kind])]
+        return struct_of(*first, i32(3, repetition), (4, BINARY, string(name.encode())), *more)
 
     # an unsigned integer of 32 bits, by Parquet's logical type (field 10): INTEGER(32, false)
     integer = struct_of((1, 3, bytes([32])), (2, 2, b""))
     unsigned = struct_of((10, STRUCT, integer))
-    out = [element("schema", REQUIRED, None, children(len(names)))]
+    out = [element("schema", REQUIRED, None, i32(5, len(names)))]
     for name in names:
         form = FORMS[name]
         if form.repetition:
             outer = OPTIONAL if form.definition == 2 else REQUIRED
-            out.append(element(name, outer, None, children(1), converted(3)))
-            out.append(element("list", REPEATED, None, children(1)))
+            out.append(element(name, outer, None, i32(5, 1), i32(6, 3)))
+            out.append(element("list", REPEATED, None, i32(5, 1)))
             out.append(element("element", REQUIRED, form.type))
         elif name == "crc32c":
-            out.append(element(name, REQUIRED, form.type, converted(13), (10, STRUCT, unsigned)))
+            out.append(element(name, REQUIRED, form.type, i32(6, 13), (10, STRUCT, unsigned)))
         else:
             out.append(element(name, REQUIRED, form.type))
     return out
@@ -392,11 +379,7 @@ class Shard:
             stops.append(len(out))
             size = len(out) - (stops[-2] if len(stops) > 1 else 4)
             groups.append(
-                struct_of(
-                    (1, LIST, list_of(STRUCT, chunks)),
-                    (2, I64, zigzag(size)),
-                    (3, I64, zigzag(last - first)),
-                )
+                struct_of((1, LIST, list_of(STRUCT, chunks)), i64(2, size), i64(3, last - first))
             )
         text = json.dumps(description).encode() if self.text is None else self.text
         parts = self.footer(
@@ -465,28 +448,28 @@ def row_checksum(
 def _chunk(form: Form, page: Page, offset: int, size: int) -> bytes:
     claimed = {"values": page.values, "size": size, "offset": offset, "codec": page.codec}
     claimed |= page.claimed
-    dictionary = [(11, I64, zigzag(offset))] if page.before else []
+    dictionary = [i64(11, offset)] if page.before else []
     data = claimed["offset"] + len(page.before)
     meta = struct_of(
-        (1, I32, zigzag(TYPES[form.type])),
+        i32(1, TYPES[form.type]),
         (2, LIST, list_of(I32, [zigzag(RLE), zigzag(page.encoding)])),
         (3, LIST, list_of(BINARY, [string(part.encode()) for part in form.path])),
-        (4, I32, zigzag(claimed["codec"])),
-        (5, I64, zigzag(claimed["values"])),
-        (6, I64, zigzag(claimed["size"])),
-        (7, I64, zigzag(claimed["size"])),
-        (9, I64, zigzag(data)),
+        i32(4, claimed["codec"]),
+        i64(5, claimed["values"]),
+        i64(6, claimed["size"]),
+        i64(7, claimed["size"]),
+        i64(9, data),
         *dictionary,
     )
-    return struct_of((2, I64, zigzag(0)), (3, STRUCT, meta))
+    return struct_of(i64(2, 0), (3, STRUCT, meta))
 
 
 def _footer(parts: dict[str, Any]) -> bytes:
     keys = [struct_of((1, BINARY, string(k)), (2, BINARY, string(v))) for k, v in parts["keys"]]
     return struct_of(
-        (1, I32, zigzag(2)),
+        i32(1, 2),
         (2, LIST, list_of(STRUCT, parts["schema"])),
-        (3, I64, zigzag(parts["rows"])),
+        i64(3, parts["rows"]),
         (4, LIST, list_of(STRUCT, parts["groups"], parts.get("claimed_groups"))),
         (5, LIST, list_of(STRUCT, keys)),
         *parts["more"],

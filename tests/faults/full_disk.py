@@ -7,8 +7,6 @@ succeed, or end with one message that names a path and says what to do; it must 
 file, and succeed when space is free again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

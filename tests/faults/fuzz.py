@@ -18,8 +18,6 @@ start plus `--memory-mib`. The maximum is reported.
     identity  a cache.json, sometimes nested deeper than a parser can recurse
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

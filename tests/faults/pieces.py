@@ -4,8 +4,6 @@ A piece is a separate process, because it limits its memory. Its result is store
 the hash of the source of library and fuzzer, so that a change starts again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

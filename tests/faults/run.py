@@ -3,8 +3,6 @@
 python -m tests.faults.run [--only kills|object_kills|flips|cuts|fuzz|two_writers|full_disk|...]
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -13,13 +13,12 @@ command passes if it exits within `SECONDS` with code 0 or 2, and
 - does not exit with 0 if the mutation must be rejected (`refused`).
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena reserves 64 MiB of address space
 
 import argparse
+import base64
 import contextlib
 import io
 import json
@@ -36,10 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from sparselogits.store import Cache, WindowRecord
 from tests.faults import forge
-from tests.faults.forge import Page, Shard, struct_of, zigzag
+from tests.faults.forge import Page, Shard, struct_of
 
 MEMORY_MIB = 320
 SECONDS = 60
@@ -99,6 +99,7 @@ def make_ground(folder: Path) -> Ground:
 
 
 # mutations: each changes a copy of the cache
+Apply = Callable[[Ground, Path], None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Mutation:
         refused: commands that must not succeed.
     """
 
-    apply: Callable[[Ground, Path], None]
+    apply: Apply
     named: str | None = None
     refused: tuple[str, ...] = ()
 
@@ -121,7 +122,7 @@ READING = ("info", "card", *DECODING)
 OPENING = (*READING, "repair", "merge", "push")
 
 
-def on_shard(change: Callable[[Shard], None]) -> Callable[[Ground, Path], None]:
+def on_shard(change: Callable[[Shard], None]) -> Apply:
     def apply(ground: Ground, cache: Path) -> None:
         shard = ground.shard(cache)
         change(shard)
@@ -133,7 +134,7 @@ def on_shard(change: Callable[[Shard], None]) -> Callable[[Ground, Path], None]:
     return apply
 
 
-def replaced(name: str, make: Callable[[int, Page], Page]) -> Callable[[Ground, Path], None]:
+def replaced(name: str, make: Callable[[int, Page], Page]) -> Apply:
     """Return the mutation that replaces the page of a column in both row groups."""
 
     def change(shard: Shard) -> None:
@@ -145,7 +146,11 @@ def replaced(name: str, make: Callable[[int, Page], Page]) -> Callable[[Ground, 
     return on_shard(change)
 
 
-def value(column: str, row: int, new: Any) -> Callable[[Ground, Path], None]:
+def page(name: str, **changes: Any) -> Apply:
+    return replaced(name, lambda _, own: changed(own, **changes))
+
+
+def value(column: str, row: int, new: Any) -> Apply:
     def change(shard: Shard) -> None:
         shard.columns[column][row] = new
         shard.bind_text()
@@ -153,19 +158,34 @@ def value(column: str, row: int, new: Any) -> Callable[[Ground, Path], None]:
     return on_shard(change)
 
 
-def number(column: str, new: float) -> Callable[[Ground, Path], None]:
+def number(column: str, new: float) -> Apply:
     return on_shard(lambda shard: shard.numbers[column][3].__setitem__(0, new))
 
 
-def footer(**changes: Any) -> Callable[[Ground, Path], None]:
+def footer(**changes: Any) -> Apply:
     return on_shard(lambda shard: shard.description.update(changes))
 
 
-def parts(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Ground, Path], None]:
-    return on_shard(lambda shard: setattr(shard, "footer", change))
+def parts(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Apply:
+    return on_shard(lambda shard: setattr(shard, "footer", lambda own: own | change(own)))
 
 
-def identity(**changes: Any) -> Callable[[Ground, Path], None]:
+def json_of(text: bytes) -> Apply:
+    """Return the mutation that replaces the JSON of the footer."""
+    return on_shard(lambda shard: setattr(shard, "text", text))
+
+
+def named_up_to(stop: int, guard_groups: int | None = None) -> Apply:
+    """Return the mutation that changes the last window in the name, the footer and the guard."""
+
+    def change(shard: Shard) -> None:
+        shard.stop = shard.description["stop"] = stop
+        shard.guard_groups = guard_groups
+
+    return on_shard(change)
+
+
+def identity(**changes: Any) -> Apply:
     """Return the mutation that changes the identity, also in the shards."""
 
     def apply(ground: Ground, cache: Path) -> None:
@@ -183,9 +203,7 @@ def identity(**changes: Any) -> Callable[[Ground, Path], None]:
     return apply
 
 
-def file(
-    name: str, content: bytes | str | Callable[[Path], None]
-) -> Callable[[Ground, Path], None]:
+def file(name: str, content: bytes | str | Callable[[Path], None]) -> Apply:
     """Return the mutation that replaces a file of the cache."""
 
     def apply(ground: Ground, cache: Path) -> None:
@@ -202,12 +220,12 @@ def file(
     return apply
 
 
-def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Ground, Path], None]:
-    """Return the mutation that changes values in a JSON file of the cache."""
+def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Apply:
+    """Return the mutation that changes values in a JSON file of the packed text."""
 
     def apply(ground: Ground, cache: Path) -> None:
-        content = json.loads((cache / name).read_text())
-        (cache / name).write_text(json.dumps(change(content)))
+        path = cache / f"corpus/{name}.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
     return apply
 
@@ -228,12 +246,6 @@ def device(path: Path) -> None:
 
 def socket(path: Path) -> None:
     os.mknod(path, 0o140600)
-
-
-def zeros_compressed(size: int) -> bytes:
-    import pyarrow as pa
-
-    return pa.compress(bytes(size), codec="zstd", asbytes=True)
 
 
 def long_windows(ground: Ground, cache: Path) -> None:
@@ -302,10 +314,6 @@ def _constant(cache: Path, *, length: int, ids: int, kind: str) -> None:
 
 def extension_type() -> bytes:
     """Return an Arrow schema whose types old versions would unpickle (CVE-2023-47248)."""
-    import base64
-
-    import pyarrow as pa
-
     metadata = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": b"cos\nsystem\n(S'touch /tmp/owned'\ntR.",
@@ -316,16 +324,16 @@ def extension_type() -> bytes:
 
 BIG = 250_000_000
 """Number of 4-byte values that take a gigabyte."""
-EMPTY_CHUNK = struct_of((2, forge.I64, zigzag(0)))
+ZEROS = pa.compress(bytes(1 << 28), codec="zstd", asbytes=True)
+EMPTY_CHUNK = struct_of(forge.i64(2, 0))
 EMPTY_GROUP = struct_of(
-    (1, forge.LIST, forge.list_of(forge.STRUCT, [])),
-    (2, forge.I64, zigzag(0)),
-    (3, forge.I64, zigzag(0)),
+    (1, forge.LIST, forge.list_of(forge.STRUCT, [])), forge.i64(2, 0), forge.i64(3, 0)
 )
 
 
-def group_of(chunks: bytes) -> bytes:
-    return struct_of((1, forge.LIST, chunks), (2, forge.I64, zigzag(0)), (3, forge.I64, zigzag(8)))
+def group_of(items: list[bytes], claimed: int | None = None) -> bytes:
+    chunks = forge.list_of(forge.STRUCT, items, claimed)
+    return struct_of((1, forge.LIST, chunks), forge.i64(2, 0), forge.i64(3, 8))
 
 
 def rle_claim(page: Page, times: int) -> Page:
@@ -334,352 +342,189 @@ def rle_claim(page: Page, times: int) -> Page:
     return changed(page, data=levels + bytes(64), values=times, uncompressed=None)
 
 
-def growing_footer(keys: list[tuple[bytes, bytes]]) -> Callable[[Ground, Path], None]:
-    return parts(lambda p: p | {"keys": [*p["keys"], *keys]})
+def growing_footer(keys: list[tuple[bytes, bytes]]) -> Apply:
+    return parts(lambda p: {"keys": [*p["keys"], *keys]})
 
 
-INT32_STARTS = np.array([-(2**31)], np.int64)
+def windows_of(length: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda c: c | {"packing": c["packing"] | {"window_length": length}}
 
-VALUES: dict[str, Mutation] = {
-    "start of -2^31": Mutation(value("document_starts", 3, INT32_STARTS), FIRST, DECODING),
-    "starts unsorted": Mutation(value("document_starts", 3, np.array([9, 5])), FIRST, DECODING),
-    "token beyond V": Mutation(value("tokens", 3, np.arange(500, 532)), FIRST, DECODING),
-    "token of -1": Mutation(value("tokens", 3, np.arange(WINDOW) - 1), FIRST, DECODING),
-    "counts of 2^32 - 1": Mutation(number("counts", 2**32 - 1), FIRST, DECODING),
-    "sizes of 2^32 - 1": Mutation(number("sizes", 2**32 - 1), FIRST, DECODING),
-    "ids of 2^32 - 1": Mutation(number("ids", 2**32 - 1), FIRST, DECODING),
-    "loss NaN": Mutation(value("teacher_loss", 3, float("nan")), FIRST, DECODING),
-    "block of nothing": Mutation(
-        on_shard(lambda s: s.columns.update(targets=[b""] * SHARD)), FIRST, DECODING
-    ),
-    "block of 2^32 - 1 lists": Mutation(
-        on_shard(lambda s: s.lists.__setitem__(3, 2**32 - 1)), FIRST, DECODING
-    ),
+
+VALUES: dict[str, Apply | Mutation] = {
+    "start of -2^31": value("document_starts", 3, np.array([-(2**31)], np.int64)),
+    "starts unsorted": value("document_starts", 3, np.array([9, 5])),
+    "token beyond V": value("tokens", 3, np.arange(500, 532)),
+    "token of -1": value("tokens", 3, np.arange(WINDOW) - 1),
+    "counts of 2^32 - 1": number("counts", 2**32 - 1),
+    "sizes of 2^32 - 1": number("sizes", 2**32 - 1),
+    "ids of 2^32 - 1": number("ids", 2**32 - 1),
+    "loss NaN": value("teacher_loss", 3, float("nan")),
+    "block of nothing": on_shard(lambda s: s.columns.update(targets=[b""] * SHARD)),
+    "block of 2^32 - 1 lists": on_shard(lambda s: s.lists.__setitem__(3, 2**32 - 1)),
 }
 
-FOOTERS: dict[str, Mutation] = {
-    "tables a list": Mutation(footer(tables=[]), FIRST, READING),
-    "tables null": Mutation(footer(tables=None), FIRST, READING),
-    "tables of text": Mutation(footer(tables={"ids": ["x"]}), FIRST, READING),
-    "provenance missing": Mutation(
-        on_shard(lambda s: s.description.pop("provenance")), FIRST, READING
-    ),
-    "provenance text": Mutation(footer(provenance="x"), FIRST, READING),
-    "entries of text": Mutation(footer(entries="x"), FIRST, READING),
-    "loss infinite": Mutation(
-        on_shard(lambda s: setattr(s, "text", b'{"teacher_loss": Infinity}')), FIRST, READING
-    ),
-    "fingerprint of escapes": Mutation(footer(fingerprint=ESCAPES), FIRST, READING),
-    "JSON nested": Mutation(on_shard(lambda s: setattr(s, "text", b"[" * 200_000)), FIRST, READING),
-    "JSON of arrays": Mutation(
-        on_shard(lambda s: setattr(s, "text", b"[" + b"[]," * 10**7 + b"0]")), FIRST, READING
-    ),
-    "keys by the million": Mutation(growing_footer([(b"", b"")] * 10**6), FIRST, READING),
-    "Arrow's extension type": Mutation(
-        growing_footer([(b"ARROW:schema", extension_type())]), FIRST, READING
-    ),
-    "chunks by the million": Mutation(
-        parts(
-            lambda p: (
-                p | {"groups": [group_of(forge.list_of(forge.STRUCT, [EMPTY_CHUNK] * 10**6))] * 2}
-            )
-        ),
-        FIRST,
-        READING,
-    ),
-    "a few chunks, a million claimed": Mutation(
-        parts(lambda p: p | {"groups": [group_of(forge.list_of(forge.STRUCT, [], 10**6 - 1))] * 2}),
-        FIRST,
-        READING,
-    ),
-    "row groups by the million": Mutation(
-        parts(lambda p: p | {"groups": [EMPTY_GROUP] * 900_000}), FIRST, READING
-    ),
-    "row groups claimed": Mutation(
-        parts(lambda p: p | {"claimed_groups": 10**6 - 1}), FIRST, READING
-    ),
-    "rows of 2^62": Mutation(parts(lambda p: p | {"rows": 2**62}), FIRST, ()),
-    "schema nested": Mutation(
-        parts(lambda p: p | {"schema": [p["schema"][0]] * 10_000 + p["schema"]}), FIRST, READING
-    ),
-    "schema of other columns": Mutation(
-        parts(lambda p: p | {"schema": p["schema"][:2]}), FIRST, READING
-    ),
-    "unknown fields nested": Mutation(
-        parts(lambda p: p | {"more": [(99, forge.LIST, b"\x19" * 10**5 + b"\x15\0")]}),
-        FIRST,
-        READING,
+FOOTERS: dict[str, Apply | Mutation] = {
+    "tables a list": footer(tables=[]),
+    "tables null": footer(tables=None),
+    "tables of text": footer(tables={"ids": ["x"]}),
+    "provenance missing": on_shard(lambda s: s.description.pop("provenance")),
+    "provenance text": footer(provenance="x"),
+    "entries of text": footer(entries="x"),
+    "loss infinite": json_of(b'{"teacher_loss": Infinity}'),
+    "fingerprint of escapes": footer(fingerprint=ESCAPES),
+    "JSON nested": json_of(b"[" * 200_000),
+    "JSON of arrays": json_of(b"[" + b"[]," * 10**7 + b"0]"),
+    "keys by the million": growing_footer([(b"", b"")] * 10**6),
+    "Arrow's extension type": growing_footer([(b"ARROW:schema", extension_type())]),
+    "chunks by the million": parts(lambda _: {"groups": [group_of([EMPTY_CHUNK] * 10**6)] * 2}),
+    "a few chunks, a million claimed": parts(lambda _: {"groups": [group_of([], 10**6 - 1)] * 2}),
+    "row groups by the million": parts(lambda _: {"groups": [EMPTY_GROUP] * 900_000}),
+    "row groups claimed": parts(lambda _: {"claimed_groups": 10**6 - 1}),
+    "rows of 2^62": Mutation(parts(lambda _: {"rows": 2**62}), FIRST),
+    "schema nested": parts(lambda p: {"schema": [p["schema"][0]] * 10_000 + p["schema"]}),
+    "schema of other columns": parts(lambda p: {"schema": p["schema"][:2]}),
+    "unknown fields nested": parts(
+        lambda _: {"more": [(99, forge.LIST, b"\x19" * 10**5 + b"\x15\0")]}
     ),
     "a name of 8e8 windows": Mutation(
-        on_shard(lambda s: (setattr(s, "stop", 8 * 10**8), s.description.update(stop=8 * 10**8))),
-        "windows-000000000000-000800000000.parquet",
-        READING,
+        named_up_to(8 * 10**8), "windows-000000000000-000800000000.parquet", READING
     ),
     "a name of 8e5 windows, the guard too": Mutation(
-        on_shard(
-            lambda s: (
-                setattr(s, "stop", 8 * 10**5),
-                s.description.update(stop=8 * 10**5),
-                setattr(s, "guard_groups", 10**5),
-            )
-        ),
-        "windows-000000000000-000000800000.parquet",
-        READING,
+        named_up_to(8 * 10**5, 10**5), "windows-000000000000-000000800000.parquet", READING
     ),
     "a name of 10^17 windows": Mutation(
         on_shard(lambda s: setattr(s, "stop", 10**17)), None, READING
     ),
-    "a name of escapes": Mutation(file(f"shards/{ESCAPES.replace('/', '')}", b"x"), None, ()),
+    "a name of escapes": Mutation(file(f"shards/{ESCAPES.replace('/', '')}", b"x")),
 }
 
-INT = np.int32(1).tobytes()
-BOMBS: dict[str, Mutation] = {
+BOMBS: dict[str, Apply | Mutation] = {
     **{
-        f"a gigabyte of {name} in a dictionary": Mutation(
-            replaced(
-                name, lambda rows, _, name=name, one=one: forge.repeated(name, rows, BIG, one)
-            ),
-            FIRST,
-            DECODING,
+        f"a gigabyte of {name} in a dictionary": replaced(
+            name, lambda rows, _, name=name, one=one: forge.repeated(name, rows, BIG, one)
         )
-        for name, one in (("tokens", INT), ("document_starts", INT), ("targets", bytes(64)))
+        for name, one in (
+            *(("tokens", np.int32(1).tobytes()), ("document_starts", np.int32(1).tobytes())),
+            ("targets", bytes(64)),
+        )
     },
-    "a gigabyte of tokens in zstd": Mutation(
-        replaced(
-            "tokens",
-            lambda rows, page: changed(page, data=zeros_compressed(1 << 28), uncompressed=1 << 28),
+    "a gigabyte of tokens in zstd": page("tokens", data=ZEROS, uncompressed=1 << 28),
+    "tokens that claim to be two gigabytes": page("tokens", uncompressed=2**31 - 1),
+    "targets that claim to be two gigabytes": page("targets", uncompressed=2**31 - 1),
+    "targets compressed": page("targets", data=ZEROS, uncompressed=1 << 28, codec=forge.ZSTD),
+    "a size of -1": page("targets", uncompressed=-1),
+    "levels by the billion": replaced("document_starts", lambda _, page: rle_claim(page, BIG)),
+    "levels of masks by the billion": replaced("mask", lambda _, page: rle_claim(page, BIG)),
+    "values claimed in the footer alone": page("document_starts", claimed={"values": BIG}),
+    "a deltas' page": page(
+        "document_starts",
+        data=b"".join(
+            [
+                *(forge.runs([(0, 8)]), forge.runs([(1, 8)])),
+                *(*map(forge.varint, (1 << 30, 1, BIG)), b"\0" * 64),
+            ]
         ),
-        FIRST,
-        DECODING,
+        encoding=forge.DELTA,
     ),
-    "tokens that claim to be two gigabytes": Mutation(
-        replaced("tokens", lambda rows, page: changed(page, uncompressed=2**31 - 1)),
-        FIRST,
-        DECODING,
-    ),
-    "targets that claim to be two gigabytes": Mutation(
-        replaced("targets", lambda rows, page: changed(page, uncompressed=2**31 - 1)),
-        FIRST,
-        DECODING,
-    ),
-    "targets compressed": Mutation(
-        replaced(
-            "targets",
-            lambda rows, page: changed(
-                page, data=zeros_compressed(1 << 28), uncompressed=1 << 28, codec=forge.ZSTD
-            ),
-        ),
-        FIRST,
-        DECODING,
-    ),
-    "a size of -1": Mutation(
-        replaced("targets", lambda rows, page: changed(page, uncompressed=-1)), FIRST, DECODING
-    ),
-    "levels by the billion": Mutation(
-        replaced("document_starts", lambda rows, page: rle_claim(page, BIG)), FIRST, DECODING
-    ),
-    "levels of masks by the billion": Mutation(
-        replaced("mask", lambda rows, page: rle_claim(page, BIG)), FIRST, DECODING
-    ),
-    "values claimed in the footer alone": Mutation(
-        replaced("document_starts", lambda rows, page: changed(page, claimed={"values": BIG})),
-        FIRST,
-        DECODING,
-    ),
-    "a deltas' page": Mutation(
-        replaced(
-            "document_starts",
-            lambda rows, page: changed(
-                page,
-                data=forge.runs([(0, 8)])
-                + forge.runs([(1, 8)])
-                + forge.varint(1 << 30)
-                + forge.varint(1)
-                + forge.varint(BIG)
-                + b"\0" * 64,
-                encoding=forge.DELTA,
-            ),
-        ),
-        FIRST,
-        DECODING,
-    ),
-    "a page of another kind": Mutation(
-        replaced("targets", lambda rows, page: changed(page, kind=3)), FIRST, DECODING
-    ),
-    "an unknown compression": Mutation(
-        replaced("targets", lambda rows, page: changed(page, codec=-9)), FIRST, ()
-    ),
-    "pages over each other": Mutation(
-        replaced("targets", lambda rows, page: changed(page, claimed={"offset": 4})),
-        FIRST,
-        DECODING,
-    ),
-    "pages outside the file": Mutation(
-        replaced("targets", lambda rows, page: changed(page, claimed={"offset": 2**62})),
-        FIRST,
-        DECODING,
-    ),
-    "tokens of 2^62 bytes": Mutation(
-        replaced("tokens", lambda rows, page: changed(page, claimed={"size": 2**62})),
-        FIRST,
-        READING,
-    ),
-    "the longest windows": Mutation(long_windows, None, ()),
+    "a page of another kind": page("targets", kind=3),
+    "an unknown compression": Mutation(page("targets", codec=-9), FIRST),
+    "pages over each other": page("targets", claimed={"offset": 4}),
+    "pages outside the file": page("targets", claimed={"offset": 2**62}),
+    "tokens of 2^62 bytes": Mutation(page("tokens", claimed={"size": 2**62}), FIRST, READING),
+    "the longest windows": Mutation(long_windows),
     "entries by the million": Mutation(many_entries, None, DECODING),
-    "all free entries": Mutation(many_free_entries, None, ()),
+    "all free entries": Mutation(many_free_entries),
 }
 
-IDENTITIES: dict[str, Mutation] = {
-    "rounds of 2^31": Mutation(identity(codec={"rounds": 2**31}), "cache.json", OPENING),
-    "rounds of the sampler alone": Mutation(identity(sampler={"rounds": 7}), "cache.json", OPENING),
-    "a vocabulary of 2^40": Mutation(identity(vocab_size=2**40), "cache.json", OPENING),
-    "a vocabulary of 2^24": Mutation(identity(vocab_size=2**24), None, ()),
-    "windows of 2^50": Mutation(identity(window_length=2**50), "cache.json", OPENING),
+MARKUP = "`x` | <script>alert(1)</script>\n# x\n```\n[a](javascript:b)"
+IDENTITIES: dict[str, Apply | Mutation] = {
+    "rounds of 2^31": identity(codec={"rounds": 2**31}),
+    "rounds of the sampler alone": identity(sampler={"rounds": 7}),
+    "a vocabulary of 2^40": identity(vocab_size=2**40),
+    "a vocabulary of 2^24": Mutation(identity(vocab_size=2**24)),
+    "windows of 2^50": identity(window_length=2**50),
     "windows of 2": Mutation(identity(window_length=2), None, DECODING),
-    "a teacher of escapes": Mutation(identity(teacher={"name": ESCAPES, "dtype": ESCAPES}), None),
-    "a teacher of markup": Mutation(
-        identity(teacher={"name": "`x` | <script>alert(1)</script>\n# x\n```\n[a](javascript:b)"}),
-        None,
-    ),
-    "a teacher without a name": Mutation(identity(teacher={"weights": 1}), None),
-    "a teacher that is a list": Mutation(identity(teacher={"name": [ESCAPES]}), None),
-    "a sampler of escapes": Mutation(identity(sampler={"name": ESCAPES, ESCAPES: ESCAPES}), None),
+    "a teacher of escapes": Mutation(identity(teacher={"name": ESCAPES, "dtype": ESCAPES})),
+    "a teacher of markup": Mutation(identity(teacher={"name": MARKUP})),
+    "a teacher without a name": Mutation(identity(teacher={"weights": 1})),
+    "a teacher that is a list": Mutation(identity(teacher={"name": [ESCAPES]})),
+    "a sampler of escapes": Mutation(identity(sampler={"name": ESCAPES, ESCAPES: ESCAPES})),
     "a sampler without a name": Mutation(
-        identity(sampler={"name": None, "rounds": 12, "x": [[[]]]}), None
+        identity(sampler={"name": None, "rounds": 12, "x": [[[]]]})
     ),
-    "packing of nothing": Mutation(identity(packing=3), "cache.json", OPENING),
-    "packing of text": Mutation(identity(packing={"reset_attention": "yes"}), None),
-    "temperature of 1e-300": Mutation(identity(temperature=1e-300), "cache.json", OPENING),
-    "seed of 10^100": Mutation(identity(seed=10**100), "cache.json", OPENING),
-    "cache.json a folder": Mutation(file("cache.json", Path.mkdir), "cache.json", OPENING),
-    "cache.json a pipe": Mutation(file("cache.json", os.mkfifo), "cache.json", OPENING),
-    "cache.json a device": Mutation(file("cache.json", device), "cache.json", OPENING),
-    "cache.json a socket": Mutation(file("cache.json", socket), "cache.json", OPENING),
-    "cache.json a loop": Mutation(
-        file("cache.json", lambda p: p.symlink_to(p.name)), "cache.json", OPENING
+    "packing of nothing": identity(packing=3),
+    "packing of text": Mutation(identity(packing={"reset_attention": "yes"})),
+    "temperature of 1e-300": identity(temperature=1e-300),
+    "seed of 10^100": identity(seed=10**100),
+    "cache.json a folder": file("cache.json", Path.mkdir),
+    "cache.json a pipe": file("cache.json", os.mkfifo),
+    "cache.json a device": file("cache.json", device),
+    "cache.json a socket": file("cache.json", socket),
+    "cache.json a loop": file("cache.json", lambda p: p.symlink_to(p.name)),
+    "cache.json of 192 MiB": file(
+        "cache.json", lambda p: p.write_bytes(b"[" + b"[]," * (64 << 20) + b"0]")
     ),
-    "cache.json of 192 MiB": Mutation(
-        file("cache.json", lambda p: p.write_bytes(b"[" + b"[]," * (64 << 20) + b"0]")),
-        "cache.json",
-        OPENING,
-    ),
-    "cache.json of a terabyte": Mutation(
-        file("cache.json", sparse(1 << 40)), "cache.json", OPENING
-    ),
-    "cache.json of arrays": Mutation(
-        file("cache.json", b"[" + b"[]," * 300_000 + b"0]"), "cache.json", OPENING
-    ),
-    "cache.json of text": Mutation(file("cache.json", json.dumps(ESCAPES)), "cache.json", OPENING),
+    "cache.json of a terabyte": file("cache.json", sparse(1 << 40)),
+    "cache.json of arrays": file("cache.json", b"[" + b"[]," * 300_000 + b"0]"),
+    "cache.json of text": file("cache.json", json.dumps(ESCAPES)),
 }
 
-FILES: dict[str, Mutation] = {
-    **{
-        f"a shard that is a {kind}": Mutation(file(f"shards/{FIRST}", make), FIRST, READING)
-        for kind, make in (
-            ("pipe", os.mkfifo),
-            ("folder", Path.mkdir),
-            ("device", device),
-            ("socket", socket),
-            ("loop", lambda p: p.symlink_to(p.name)),
-            ("terabyte of zeros", sparse(1 << 40)),
-        )
-    },
-    "a shard of nothing": Mutation(file(f"shards/{FIRST}", b""), FIRST, READING),
-    "shards a file": Mutation(file("shards", b"x"), None, ()),
-    "shards a pipe": Mutation(file("shards", os.mkfifo), None, ()),
-    "README.md of gigabytes": Mutation(file("README.md", sparse(1 << 36)), None, ()),
-    "README.md a pipe": Mutation(file("README.md", os.mkfifo), None, ()),
-    "vocabulary.safetensors of terabytes": Mutation(
-        file("vocabulary.safetensors", (2**62).to_bytes(8, "little") + b"{}"), None, ()
+SHARD_FILES: dict[str, Apply | Mutation] = {
+    "a shard that is a pipe": file(f"shards/{FIRST}", os.mkfifo),
+    "a shard that is a folder": file(f"shards/{FIRST}", Path.mkdir),
+    "a shard that is a device": file(f"shards/{FIRST}", device),
+    "a shard that is a socket": file(f"shards/{FIRST}", socket),
+    "a shard that is a loop": file(f"shards/{FIRST}", lambda p: p.symlink_to(p.name)),
+    "a shard that is a terabyte of zeros": file(f"shards/{FIRST}", sparse(1 << 40)),
+    "a shard of nothing": file(f"shards/{FIRST}", b""),
+}
+OTHER_FILES: dict[str, Apply | Mutation] = {
+    "shards a file": file("shards", b"x"),
+    "shards a pipe": file("shards", os.mkfifo),
+    "README.md of gigabytes": file("README.md", sparse(1 << 36)),
+    "README.md a pipe": file("README.md", os.mkfifo),
+    "vocabulary.safetensors of terabytes": file(
+        "vocabulary.safetensors", (2**62).to_bytes(8, "little") + b"{}"
     ),
-    "vocabulary.safetensors a pipe": Mutation(file("vocabulary.safetensors", os.mkfifo), None, ()),
+    "vocabulary.safetensors a pipe": file("vocabulary.safetensors", os.mkfifo),
+    "corpus: a vocabulary of 2^60": edited("corpus", lambda c: c | {"vocab_size": 2**60}),
+}
+CORPORA: dict[str, Apply | Mutation] = {
     **{
-        f"corpus: {name} a {kind}": Mutation(file(f"corpus/{name}", make), None, refused)
-        for name, refused in (
-            ("corpus.json", ("eval",)),
-            ("index.json", ("eval",)),
-            ("training/part-00000000.parquet", ("eval",)),
-        )
+        f"corpus: {name} a {kind}": file(f"corpus/{name}", make)
+        for name in ("corpus.json", "index.json", "training/part-00000000.parquet")
         for kind, make in (("pipe", os.mkfifo), ("folder", Path.mkdir), ("device", device))
     },
-    "corpus: corpus.json null": Mutation(file("corpus/corpus.json", b"null"), None, ("eval",)),
-    "corpus: corpus.json of a list": Mutation(file("corpus/corpus.json", b"[1]"), None, ("eval",)),
-    "corpus: corpus.json of arrays": Mutation(
-        file("corpus/corpus.json", b"[" + b"[]," * (16 << 20) + b"0]"), None, ("eval",)
+    "corpus: corpus.json null": file("corpus/corpus.json", b"null"),
+    "corpus: corpus.json of a list": file("corpus/corpus.json", b"[1]"),
+    "corpus: corpus.json of arrays": file("corpus/corpus.json", b"[" + b"[]," * (16 << 20) + b"0]"),
+    "corpus: corpus.json nested": file("corpus/corpus.json", b"[" * 10**6),
+    "corpus: corpus.json not UTF-8": file("corpus/corpus.json", b'{"a": "\xff"}'),
+    "corpus: no packing": edited(
+        "corpus", lambda c: {k: v for k, v in c.items() if k != "packing"}
     ),
-    "corpus: corpus.json nested": Mutation(
-        file("corpus/corpus.json", b"[" * 10**6), None, ("eval",)
+    "corpus: a packing of text": edited(
+        "corpus", lambda c: c | {"packing": {"window_length": "x"}}
     ),
-    "corpus: corpus.json not UTF-8": Mutation(
-        file("corpus/corpus.json", b'{"a": "\xff"}'), None, ("eval",)
-    ),
-    "corpus: no packing": Mutation(
-        edited("corpus/corpus.json", lambda c: {k: v for k, v in c.items() if k != "packing"}),
-        None,
-        ("eval",),
-    ),
-    "corpus: a packing of text": Mutation(
-        edited("corpus/corpus.json", lambda c: c | {"packing": {"window_length": "x"}}),
-        None,
-        ("eval",),
-    ),
-    "corpus: windows of zero": Mutation(
-        edited(
-            "corpus/corpus.json", lambda c: c | {"packing": c["packing"] | {"window_length": 0}}
-        ),
-        None,
-        ("eval",),
-    ),
-    "corpus: windows of 2^60": Mutation(
-        edited(
-            "corpus/corpus.json", lambda c: c | {"packing": c["packing"] | {"window_length": 2**60}}
-        ),
-        None,
-        ("eval",),
-    ),
-    "corpus: a source of escapes": Mutation(
-        edited("corpus/corpus.json", lambda c: c | {"source": ESCAPES}), None, ("eval",)
-    ),
-    "corpus: a vocabulary of 2^60": Mutation(
-        edited("corpus/corpus.json", lambda c: c | {"vocab_size": 2**60}), None, ()
-    ),
-    "corpus: index of nothing": Mutation(
-        edited("corpus/index.json", lambda _: {}), None, ("eval",)
-    ),
-    "corpus: index of text": Mutation(
-        edited("corpus/index.json", lambda i: i | {"training": ["x"]}), None, ("eval",)
-    ),
-    "corpus: index of 2^70": Mutation(
-        edited("corpus/index.json", lambda i: i | {"training": [2**70]}), None, ("eval",)
-    ),
-    "corpus: index of 10^15": Mutation(
-        edited("corpus/index.json", lambda i: i | {"training": [10**15]}), None, ("eval",)
-    ),
-    "corpus: index below zero": Mutation(
-        edited("corpus/index.json", lambda i: i | {"training": [-5, 10**4]}), None, ("eval",)
-    ),
-    "corpus: index of NaN": Mutation(
-        edited("corpus/index.json", lambda i: i | {"training": [float("nan")]}), None, ("eval",)
-    ),
-    "corpus: part of zeros": Mutation(
-        file("corpus/training/part-00000000.parquet", bytes(1000)), None, ("eval",)
-    ),
-    "corpus: tokens beyond V": Mutation(
-        lambda g, c: _corpus_part(c, tokens=10**6), None, ("eval",)
-    ),
-    "corpus: tokens below zero": Mutation(lambda g, c: _corpus_part(c, tokens=-1), None, ("eval",)),
-    "corpus: tokens by the billion": Mutation(
-        lambda g, c: _corpus_part(c, times=10**7), None, ("eval",)
-    ),
-    "corpus: tokens of another type": Mutation(
-        lambda g, c: _corpus_part(c, tokens="x"), None, ("eval",)
-    ),
+    "corpus: windows of zero": edited("corpus", windows_of(0)),
+    "corpus: windows of 2^60": edited("corpus", windows_of(2**60)),
+    "corpus: a source of escapes": edited("corpus", lambda c: c | {"source": ESCAPES}),
+    "corpus: index of nothing": edited("index", lambda _: {}),
+    "corpus: index of text": edited("index", lambda i: i | {"training": ["x"]}),
+    "corpus: index of 2^70": edited("index", lambda i: i | {"training": [2**70]}),
+    "corpus: index of 10^15": edited("index", lambda i: i | {"training": [10**15]}),
+    "corpus: index below zero": edited("index", lambda i: i | {"training": [-5, 10**4]}),
+    "corpus: index of NaN": edited("index", lambda i: i | {"training": [float("nan")]}),
+    "corpus: part of zeros": file("corpus/training/part-00000000.parquet", bytes(1000)),
+    "corpus: tokens beyond V": lambda _, cache: _corpus_part(cache, tokens=10**6),
+    "corpus: tokens below zero": lambda _, cache: _corpus_part(cache, tokens=-1),
+    "corpus: tokens by the billion": lambda _, cache: _corpus_part(cache, times=10**7),
+    "corpus: tokens of another type": lambda _, cache: _corpus_part(cache, tokens="x"),
 }
 
 
 def _corpus_part(cache: Path, *, tokens: Any = 5, times: int = 0) -> None:
     """Write a part of the packed text that matches its index, with other tokens."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     index = json.loads((cache / "corpus/index.json").read_text())
@@ -700,15 +545,17 @@ def _corpus_part(cache: Path, *, tokens: Any = 5, times: int = 0) -> None:
 
 
 MUTATIONS = {
-    f"{family}: {name}": mutation
-    for family, group in (
-        ("value", VALUES),
-        ("footer", FOOTERS),
-        ("bomb", BOMBS),
-        ("identity", IDENTITIES),
-        ("file", FILES),
+    f"{family}: {name}": each if isinstance(each, Mutation) else Mutation(each, named, refused)
+    for family, group, named, refused in (
+        ("value", VALUES, FIRST, DECODING),
+        ("footer", FOOTERS, FIRST, READING),
+        ("bomb", BOMBS, FIRST, DECODING),
+        ("identity", IDENTITIES, "cache.json", OPENING),
+        ("file", SHARD_FILES, FIRST, READING),
+        ("file", OTHER_FILES, None, ()),
+        ("file", CORPORA, None, ("eval",)),
     )
-    for name, mutation in group.items()
+    for name, each in group.items()
 }
 
 

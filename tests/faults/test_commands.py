@@ -3,8 +3,6 @@
 Both fork from a process that has imported all modules, so they run in a separate process.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +23,7 @@ except subprocess.CalledProcessError as error:
 """
 
 
-def test_a_share(tmp_path: Path) -> None:
+def test_a_share(tmp_path):
     for name in ("pairs", "disks"):
         (tmp_path / name).mkdir()
     done = subprocess.run(

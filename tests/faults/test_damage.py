@@ -4,8 +4,6 @@
 .venv/bin/pytest tests/faults/test_damage.py -m slow    10 000 flips
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import random
@@ -51,13 +49,13 @@ def flip_bits(root: Path, kind: str, flips: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_flipped_bit_is_found(tmp_path: Path, kind: str) -> None:
+def test_every_flipped_bit_is_found(tmp_path, kind):
     flip_bits(tmp_path, kind, 75, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_thousand_flipped_bits_are_found(tmp_path: Path, kind: str) -> None:
+def test_ten_thousand_flipped_bits_are_found(tmp_path, kind):
     flip_bits(tmp_path, kind, 2500, seed=2)
 
 
@@ -72,10 +70,7 @@ def boundaries(path: Path) -> set[int]:
         range(metadata.num_row_groups), range(metadata.num_columns)
     ):
         chunk = metadata.row_group(group).column(column)
-        found |= {
-            chunk.data_page_offset,
-            chunk.data_page_offset + chunk.total_compressed_size,
-        }
+        found |= {chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size}
     return found
 
 
@@ -98,18 +93,18 @@ def cut_everywhere(root: Path, kind: str, *, every: int) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_cut_at_any_boundary_is_found(tmp_path: Path, kind: str) -> None:
+def test_a_file_cut_at_any_boundary_is_found(tmp_path, kind):
     assert cut_everywhere(tmp_path, kind, every=211) > 100
 
 
-def test_a_file_that_goes_on_after_its_end_is_found(tmp_path: Path) -> None:
+def test_a_file_that_goes_on_after_its_end_is_found(tmp_path):
     path = shard(tmp_path, "counts")
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(CacheCorruptionError, match=NAME):
         read_everything(tmp_path)
 
 
-def test_a_file_cut_while_it_is_open_is_found(tmp_path: Path) -> None:
+def test_a_file_cut_while_it_is_open_is_found(tmp_path):
     path = shard(tmp_path, "counts")
     cache = Cache.open(tmp_path)
     cache.read(0)
@@ -118,7 +113,7 @@ def test_a_file_cut_while_it_is_open_is_found(tmp_path: Path) -> None:
         cache.read(19)
 
 
-def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_vanishes_is_named(tmp_path):
     path = shard(tmp_path, "counts")
     cache = Cache.open(tmp_path)
     assert len(cache) == 20
@@ -128,7 +123,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", [0, 2**33])
-def test_no_clock_is_believed(tmp_path: Path, when: int) -> None:
+def test_no_clock_is_believed(tmp_path, when):
     build(tmp_path)
     for path in tmp_path.rglob("*"):
         os.utime(path, (when, when))

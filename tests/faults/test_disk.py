@@ -3,8 +3,6 @@
 The first two need root for a small tmpfs, and are skipped without it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -45,7 +43,7 @@ def fill(disk: Path, ballast: Path, *, leaving: int) -> None:
 
 
 @pytest.mark.parametrize("file", range(5))
-def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path, small_disk: Path, file: int) -> None:
+def test_a_full_disk_leaves_nothing_half_done(tmp_path, small_disk, file):
     """Full at cache.json, at the card, and at each of three shards."""
     root, ballast = small_disk / "c", small_disk / "ballast"
     whole = undisturbed(tmp_path / "one")
@@ -62,7 +60,7 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path: Path, small_disk: Path, 
     assert verify(Cache.open(root), stop=12).ok
 
 
-def test_a_disk_that_turns_read_only(tmp_path: Path, small_disk: Path) -> None:
+def test_a_disk_that_turns_read_only(tmp_path, small_disk):
     root = small_disk / "c"
     cache = Cache.create(root, identity())
     first, *rest = WINDOWS.values()
@@ -97,7 +95,7 @@ def exfat(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["losetup", "-d", loop], check=True)
 
 
-def test_a_file_system_without_hard_links(tmp_path: Path, exfat: Path) -> None:
+def test_a_file_system_without_hard_links(tmp_path, exfat):
     build(exfat / "c")
     cache = Cache.open(exfat / "c")
     with pytest.raises(OSError, match="not permitted"):
@@ -117,12 +115,12 @@ def test_a_file_system_without_hard_links(tmp_path: Path, exfat: Path) -> None:
 def _build_as(root: Path, seed: int, results: object) -> None:
     try:
         build(root, seed=seed)
-        results.put((seed, "built"))  # type: ignore[attr-defined]
+        results.put((seed, "built"))
     except IdentityMismatchError as error:
-        results.put((seed, str(error)))  # type: ignore[attr-defined]
+        results.put((seed, str(error)))
 
 
-def test_of_builds_that_differ_one_gets_the_folder(tmp_path: Path) -> None:
+def test_of_builds_that_differ_one_gets_the_folder(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     for seed in range(6):
@@ -135,7 +133,7 @@ def test_of_builds_that_differ_one_gets_the_folder(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
-def test_a_shard_that_may_not_be_opened_is_not_a_damaged_one(tmp_path: Path) -> None:
+def test_a_shard_that_may_not_be_opened_is_not_a_damaged_one(tmp_path):
     build(tmp_path)
     cache = Cache.open(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -201,7 +199,7 @@ assert verify(copied, stop=12).ok
 """
 
 
-def test_a_clock_that_jumps_by_decades(tmp_path: Path) -> None:
+def test_a_clock_that_jumps_by_decades(tmp_path):
     """Forward and back at every look, for a whole build, a bounded copy, and a check of both."""
     source, library, root = tmp_path / "clock.c", tmp_path / "clock.so", tmp_path / "c"
     source.write_text(CLOCK)

@@ -1,9 +1,4 @@
-"""Test a part of the fuzzing; `python -m tests.faults.run --only fuzz` runs a million inputs.
-
-.venv/bin/pytest tests/faults/test_fuzz.py
-"""
-
-from __future__ import annotations
+"""Test a part of the fuzzing; `python -m tests.faults.run --only fuzz` runs a million inputs."""
 
 import json
 import subprocess
@@ -13,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_hostile_bytes_are_refused_within_a_memory_bound(tmp_path: Path) -> None:
+def test_hostile_bytes_are_refused_within_a_memory_bound(tmp_path):
     out = tmp_path / "fuzz.json"
     command = [sys.executable, "-m", "tests.faults.fuzz", "--inputs", "2000", "--seed", "7"]
     subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, timeout=300)

@@ -4,8 +4,6 @@
 .venv/bin/pytest tests/faults/test_kill.py -m slow    200 random moments, one and four writers
 """
 
-from __future__ import annotations
-
 import random
 import signal
 import time
@@ -18,7 +16,7 @@ from tests.faults.builds import CALLS, build, build_and_die, files, in_child, st
 
 @pytest.mark.parametrize("file", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("call", "number"), CALLS)
-def test_killed_at_a_call_and_resumed(tmp_path: Path, call: str, number: int, file: int) -> None:
+def test_killed_at_a_call_and_resumed(tmp_path, call, number, file):
     expected = undisturbed(tmp_path / "whole")
     child = in_child(build_and_die, tmp_path / "killed", call, number, file)
     child.join(60)
@@ -59,11 +57,11 @@ def killed_at_random(tmp_path: Path, moments: int, writers: int, seed: int) -> i
 
 
 @pytest.mark.parametrize("writers", [1, 4])
-def test_killed_at_random_moments(tmp_path: Path, writers: int) -> None:
+def test_killed_at_random_moments(tmp_path, writers):
     assert killed_at_random(tmp_path, 12, writers, seed=writers) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 4])
-def test_killed_at_two_hundred_random_moments(tmp_path: Path, writers: int) -> None:
+def test_killed_at_two_hundred_random_moments(tmp_path, writers):
     assert killed_at_random(tmp_path, 200, writers, seed=10 + writers) > 50

@@ -1,16 +1,10 @@
-"""Test a failing object store: lost responses, errors, truncated bodies, killed builders.
-
-.venv/bin/pytest tests/faults/test_objects.py
-"""
-
-from __future__ import annotations
+"""Test a failing object store: lost responses, errors, truncated bodies, killed builders."""
 
 import multiprocessing
 import os
 import random
 import time
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import pytest
 
@@ -32,7 +26,7 @@ def build(url: str, *, reverse: bool = False, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, CONFLICT])
-def test_a_build_gets_through_failing_puts(tmp_path: Path, shaky_s3: S3, fault: str) -> None:
+def test_a_build_gets_through_failing_puts(tmp_path, shaky_s3, fault):
     assert shaky_s3.proxy is not None
     shaky_s3.proxy.fail("PUT", fault, fault, fault)
     build(shaky_s3.url)
@@ -41,7 +35,7 @@ def test_a_build_gets_through_failing_puts(tmp_path: Path, shaky_s3: S3, fault: 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_reader_gets_through_failing_gets(shaky_s3: S3, fault: str) -> None:
+def test_a_reader_gets_through_failing_gets(shaky_s3, fault):
     assert shaky_s3.proxy is not None
     build(shaky_s3.url)
     shaky_s3.proxy.fail("GET", fault, fault)  # cache.json and the listing
@@ -53,9 +47,7 @@ def test_a_reader_gets_through_failing_gets(shaky_s3: S3, fault: str) -> None:
     assert shaky_s3.proxy.failed[fault] == 5
 
 
-def test_a_store_that_stays_away_is_an_error_and_costs_nothing(
-    tmp_path: Path, shaky_s3: S3, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_stays_away_is_an_error_and_costs_nothing(tmp_path, shaky_s3, monkeypatch):
     assert shaky_s3.proxy is not None
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     cache = Cache.create(shaky_s3.url, identity())
@@ -104,21 +96,19 @@ def killed_on_s3_at_random(server: S3Server, moments: int, writers: int, seed: i
 
 
 @pytest.mark.parametrize("writers", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(
-    s3_server: S3Server, s3: S3, monkeypatch: pytest.MonkeyPatch, writers: int
-) -> None:
+def test_killed_at_random_moments(s3_server, s3, monkeypatch, writers):
     assert killed_on_s3_at_random(s3_server, 3, writers, seed=writers) > 0
 
 
 def _build_as(url: str, seed: int, results: object) -> None:
     try:
         build(url, seed=seed)
-        results.put((seed, "built"))  # type: ignore[attr-defined]
+        results.put((seed, "built"))
     except IdentityMismatchError as error:
-        results.put((seed, str(error)))  # type: ignore[attr-defined]
+        results.put((seed, str(error)))
 
 
-def test_of_builds_that_differ_one_gets_the_prefix(s3: S3) -> None:
+def test_of_builds_that_differ_one_gets_the_prefix(s3):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     for seed in range(2):
@@ -130,7 +120,7 @@ def test_of_builds_that_differ_one_gets_the_prefix(s3: S3) -> None:
     assert verify(Cache.open(s3.url), stop=12).ok
 
 
-def test_a_put_whose_answer_was_lost_finds_its_own_object(shaky_s3: S3) -> None:
+def test_a_put_whose_answer_was_lost_finds_its_own_object(shaky_s3):
     assert shaky_s3.proxy is not None
     storage = ObjectStorage(shaky_s3.url)
     assert storage.create("shards/w", b"the first")
@@ -139,7 +129,7 @@ def test_a_put_whose_answer_was_lost_finds_its_own_object(shaky_s3: S3) -> None:
     assert storage.read("shards/x") == b"whole"
 
 
-def test_a_server_that_ignores_the_condition_is_refused(shaky_s3: S3) -> None:
+def test_a_server_that_ignores_the_condition_is_refused(shaky_s3):
     assert shaky_s3.proxy is not None
     shaky_s3.proxy.ignores_conditions = True
     with pytest.raises(StorageError, match="ignores If-None-Match"):

@@ -1,9 +1,4 @@
-"""Test training after one of four ranks is killed: two ranks resume, equal to one undisturbed rank.
-
-.venv/bin/pytest tests/faults/test_ranks.py
-"""
-
-from __future__ import annotations
+"""Test training after one of four ranks is killed: two ranks resume like one undisturbed rank."""
 
 import json
 import os
@@ -81,7 +76,7 @@ def order_read(reads: Path, ranks: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_a_restart_on_fewer(cache: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_and_a_restart_on_fewer(cache, tmp_path):
     student = tmp_path / "student"
     tiny_llama(seed=9).save_pretrained(student)
     dataset = CacheDataset(cache)

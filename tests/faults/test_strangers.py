@@ -1,9 +1,4 @@
-"""Test a part of the forged caches; `python -m tests.faults.run --only strangers` runs all.
-
-.venv/bin/pytest tests/faults/test_strangers.py
-"""
-
-from __future__ import annotations
+"""Test a part of the forged caches; `python -m tests.faults.run --only strangers` runs all."""
 
 import json
 import os
@@ -26,7 +21,7 @@ SHARE = (
 
 
 @pytest.mark.slow
-def test_a_strangers_cache_costs_no_command_its_memory_or_its_time(tmp_path: Path) -> None:
+def test_a_strangers_cache_costs_no_command_its_memory_or_its_time(tmp_path):
     out = tmp_path / "found.json"
     command = [sys.executable, "-m", "tests.faults.strangers", "--out", str(out)]
     subprocess.run(

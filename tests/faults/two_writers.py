@@ -6,8 +6,6 @@ After each pair: every command exited with 0 or with one error message, and at l
 the cache verifies against its packed text, and names one text per window.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import time
@@ -96,7 +94,7 @@ def _one(name: str, pair: Pair, bench: Bench, at: Path, chance: random.Random) -
     said = "\n".join(child.said for child in children)
     assert 0 in codes, said
     if name == "cache/cache":
-        assert sorted(map(int, codes)) == [0, 2], said  # type: ignore[arg-type]
+        assert sorted(map(int, codes)) == [0, 2], said
         winner = bench.texts[codes.index(0)]
         corpus = PackedCorpus.open(at / "c/corpus")
         assert corpus.source_fingerprint == open_source(str(winner)).fingerprint

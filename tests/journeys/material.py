@@ -3,8 +3,6 @@
 python -m tests.journeys.material FOLDER [CHARACTERS]
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,12 +1,8 @@
 """Test the way from each kind of input to a student, as shell scripts, with all messages.
 
-pytest tests/journeys
-
 A script runs line by line in this process, with a tiny model instead of `demo`; text-file.sh also
 runs in a separate shell. `make journey` runs the scripts with the real `demo`.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -39,9 +35,7 @@ def lines(script: Path) -> list[list[str]]:
 
 @pytest.mark.usefixtures("desk")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_journey(
-    script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_journey(script, capsys, monkeypatch):
     for words in lines(script):
         if words[0] == "python":
             code = words[2] if words[1] == "-c" else Path(words[1]).read_text()
@@ -73,7 +67,7 @@ def require_good_messages(out: str, err: str, command: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_journey_in_a_shell(desk: dict[str, str], tmp_path: Path) -> None:
+def test_a_journey_in_a_shell(desk, tmp_path):
     """What an installation has: the command on the path, a process each."""
     folder = tmp_path / "bin"
     folder.mkdir()

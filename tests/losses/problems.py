@@ -1,7 +1,5 @@
 """Create small loss problems that combine all edge cases."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -1,9 +1,4 @@
-"""Test the loss under all transformations of autograd and torch.compile.
-
-pytest tests/losses/test_autograd.py
-"""
-
-from __future__ import annotations
+"""Test the loss under all transformations of autograd and torch.compile."""
 
 import pytest
 import torch

@@ -1,9 +1,4 @@
-"""Test that the rows per chunk depend only on shapes and the accelerator's total memory.
-
-pytest tests/losses/test_chunks.py
-"""
-
-from __future__ import annotations
+"""Test that the rows per chunk depend only on shapes and the accelerator's total memory."""
 
 from types import SimpleNamespace
 

@@ -1,9 +1,4 @@
-"""Test the promised cost of the loss: one chunk of logits, no device synchronisation.
-
-pytest tests/losses/test_cost.py
-"""
-
-from __future__ import annotations
+"""Test the promised cost of the loss: one chunk of logits, no device synchronisation."""
 
 import importlib.util
 from contextlib import contextmanager, nullcontext

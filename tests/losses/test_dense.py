@@ -1,9 +1,4 @@
-"""Test the dense baselines against independent formulas, autograd and TRL.
-
-pytest tests/losses/test_dense.py
-"""
-
-from __future__ import annotations
+"""Test the dense baselines against independent formulas, autograd and TRL."""
 
 import pytest
 import torch

@@ -1,9 +1,4 @@
-"""Test the chunked loss against the reference: every option, value and gradients.
-
-pytest tests/losses/test_equivalence.py
-"""
-
-from __future__ import annotations
+"""Test the chunked loss against the reference: every option, value and gradients."""
 
 import pytest
 import torch

@@ -1,9 +1,4 @@
-"""Test the layouts of docs/loss.md by running its code.
-
-pytest tests/losses/test_layouts.py
-"""
-
-from __future__ import annotations
+"""Test the layouts of docs/loss.md by running its code."""
 
 import pytest
 import torch

@@ -1,9 +1,4 @@
-"""Test each missing-mass rule against its definition and the closed form of its gradient.
-
-pytest tests/losses/test_missing_mass.py
-"""
-
-from __future__ import annotations
+"""Test each missing-mass rule against its definition and the closed form of its gradient."""
 
 import pytest
 import torch

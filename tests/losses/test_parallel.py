@@ -1,9 +1,4 @@
-"""Test the loss across processes (gloo) against one process, gradients included.
-
-pytest tests/losses/test_parallel.py
-"""
-
-from __future__ import annotations
+"""Test the loss across processes (gloo) against one process, gradients included."""
 
 import itertools
 import os

@@ -1,9 +1,4 @@
-"""Test mathematical properties of the loss on random problems.
-
-pytest tests/losses/test_properties.py
-"""
-
-from __future__ import annotations
+"""Test mathematical properties of the loss on random problems."""
 
 import torch
 from hypothesis import given, settings

@@ -1,9 +1,4 @@
-"""Test that the speeds in docs/loss.md are those of the committed run.
-
-pytest tests/losses/test_published.py
-"""
-
-from __future__ import annotations
+"""Test that the speeds in docs/loss.md are those of the committed run."""
 
 import importlib.util
 import json

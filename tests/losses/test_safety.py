@@ -1,9 +1,4 @@
-"""Test extreme and degenerate input: finite where the formula is finite, NaN for NaN.
-
-pytest tests/losses/test_safety.py
-"""
-
-from __future__ import annotations
+"""Test extreme and degenerate input: finite where the formula is finite, NaN for NaN."""
 
 import pytest
 import torch

@@ -2,8 +2,6 @@
 
 No GPU is needed. The interpreter has to be enabled before triton is imported, so the numbers are
 checked in a separate process (this file, run as a script).
-
-pytest tests/losses/test_triton.py
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ in a temporary folder and removed. Needs a package index and some minutes, mostl
 `test_packaging.py` does the same without an index, with the installed dependencies.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,9 +1,4 @@
-"""Test that missing optional packages are all reported at once, before any work.
-
-pytest tests/packaging/test_missing.py
-"""
-
-from __future__ import annotations
+"""Test that missing optional packages are all reported at once, before any work."""
 
 import contextlib
 import re
@@ -60,9 +55,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return installed_without(tmp_path_factory.mktemp("bare"), *sorted(missing))
 
 
-def test_the_demo_names_everything_that_is_missing_at_once(
-    command: list[str], tmp_path: Path
-) -> None:
+def test_the_demo_names_everything_that_is_missing_at_once(command, tmp_path):
     """jinja2 is a dependency of torch, so that it is never missing."""
     done = subprocess.run(
         [*command, "demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -80,7 +73,7 @@ def test_the_demo_names_everything_that_is_missing_at_once(
     assert not list(tmp_path.iterdir()), "nothing is made before the message"
 
 
-def test_a_command_with_the_demo_teacher_does_so_too(command: list[str], tmp_path: Path) -> None:
+def test_a_command_with_the_demo_teacher_does_so_too(command, tmp_path):
     (tmp_path / "notes.txt").write_text("A short text.\n" * 50)
     words = ["cache", "--teacher", "demo", "--data", "notes.txt", "--out", "my-cache"]
     done = subprocess.run(
@@ -91,7 +84,7 @@ def test_a_command_with_the_demo_teacher_does_so_too(command: list[str], tmp_pat
     assert not (tmp_path / "my-cache").exists()
 
 
-def test_make_demo_installs_all_that_the_demo_needs_and_no_tools() -> None:
+def test_make_demo_installs_all_that_the_demo_needs_and_no_tools():
     makefile = (ROOT / "Makefile").read_text()
     rule = re.search(r"(?m)^\.venv/\.installed-demo:.*\n((?:\t.*\n)+)", makefile)
     assert rule is not None

@@ -1,9 +1,4 @@
-"""Test that wheel and sdist build, install and pass tests outside of this checkout.
-
-pytest tests/packaging
-"""
-
-from __future__ import annotations
+"""Test that wheel and sdist build, install and pass tests outside of this checkout."""
 
 import os
 import site
@@ -34,34 +29,34 @@ def loaded(statement: str) -> set[str]:
     return set(run(sys.executable, "-c", script).splitlines()[-1].split())
 
 
-def test_importing_the_package_loads_nothing() -> None:
+def test_importing_the_package_loads_nothing():
     assert loaded("import sparselogits") == set()
 
 
-def test_the_loss_alone_needs_torch_alone() -> None:
+def test_the_loss_alone_needs_torch_alone():
     assert loaded("from sparselogits import linear_sparse_cross_entropy, SparseTargets") == {
         "torch"
     }
 
 
-def test_reading_a_cache_does_not_load_transformers() -> None:
+def test_reading_a_cache_does_not_load_transformers():
     assert not {"transformers", "datasets", "accelerate"} & loaded(
         "from sparselogits import CacheDataset"
     )
 
 
-def test_packing_text_loads_no_torch() -> None:
+def test_packing_text_loads_no_torch():
     assert not {"torch", "transformers"} & loaded("import sparselogits.corpus.packer")
 
 
-def test_a_help_page_loads_no_torch() -> None:
+def test_a_help_page_loads_no_torch():
     program = "from sparselogits.cli import main\ntry: main()\nexcept SystemExit: pass"
     for words in (["--version"], ["cache", "--help"]):
         found = loaded(f"sys.argv = ['sparselogits', *{words}]\n{program}")
         assert not {"torch", "transformers", "pyarrow"} & found, words
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_is_there():
     for name in sparselogits.__all__:
         assert getattr(sparselogits, name).__module__.startswith("sparselogits.")
     with pytest.raises(AttributeError, match="no attribute 'CacheDatset'"):
@@ -69,7 +64,7 @@ def test_every_public_name_is_there() -> None:
     assert set(sparselogits.__all__) <= set(dir(sparselogits))
 
 
-def test_the_citation_names_the_paper() -> None:
+def test_the_citation_names_the_paper():
     facts = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert facts["version"] == sparselogits.__version__
     (paper,) = facts["references"]
@@ -77,12 +72,12 @@ def test_the_citation_names_the_paper() -> None:
     assert "2503.16870" in str(paper["identifiers"])
 
 
-def test_the_changelog_knows_this_version() -> None:
+def test_the_changelog_knows_this_version():
     assert f"## {sparselogits.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.slow
-def test_wheel_and_sdist_work_away_from_here(tmp_path: Path) -> None:
+def test_wheel_and_sdist_work_away_from_here(tmp_path):
     wheel, sdist = build(tmp_path / "dist", "--no-isolation")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -1,7 +1,5 @@
 """Create extreme distributions for samplers, as float64 logits with exact probabilities."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

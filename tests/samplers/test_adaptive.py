@@ -1,9 +1,6 @@
 """Test that adaptive rounds with a small student are unbiased for any signal."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -55,9 +52,7 @@ def teacher_logits() -> torch.Tensor:
 
 @pytest.mark.parametrize("signal", ["distance", "variance"])
 @pytest.mark.parametrize(("position_power", "token_power"), [(0, 1), (0.5, 0), (0.5, 1), (1, 0.5)])
-def test_mean_is_the_teacher(
-    student: LlamaForCausalLM, signal: str, position_power: float, token_power: float
-) -> None:
+def test_mean_is_the_teacher(student, signal, position_power, token_power):
     """z-test over 1 024 draws of 24 positions, on ids drawn at least 20 times.
 
     The bound is that of test_unbiased.py, at 1e-6 a case.
@@ -87,7 +82,7 @@ def test_mean_is_the_teacher(
     assert float((mean.sum(-1) - 1).abs().max()) < 0.05
 
 
-def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
+def test_rounds_follow_the_signal(student):
     signal = StudentSignal.of(student, "distance")
     sampler = Adaptive(signal, 20, 0.5, position_power=1, token_power=0)
     here = sampler.at(TOKENS, slice(4, 20))
@@ -105,7 +100,7 @@ def test_rounds_follow_the_signal(student: LlamaForCausalLM) -> None:
     torch.testing.assert_close(whole[4:20], signals, atol=1e-5, rtol=1e-4)
 
 
-def test_rebuilt_from_a_checkpoint(student: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_rebuilt_from_a_checkpoint(student, tmp_path):
     student.save_pretrained(tmp_path)
     sampler = Adaptive(StudentSignal.load(NamedSignal(str(tmp_path))), 12, 0.5)
     named = from_parameters({"name": "adaptive", **sampler.parameters()})
@@ -123,7 +118,7 @@ def test_rebuilt_from_a_checkpoint(student: LlamaForCausalLM, tmp_path: Path) ->
         from_parameters({"name": "adaptive", **in_memory}).ready()
 
 
-def test_the_student_must_have_read_the_positions(student: LlamaForCausalLM) -> None:
+def test_the_student_must_have_read_the_positions(student):
     signal = StudentSignal.of(student, "distance")
     with pytest.raises(InvalidArgumentError, match=r"sampler\.at"):
         Adaptive(signal)(teacher_logits(), window_uniforms(0, 0, 24, 1))
@@ -135,9 +130,7 @@ def test_the_student_must_have_read_the_positions(student: LlamaForCausalLM) -> 
         StudentSignal.of(student, "dist")
 
 
-def test_a_cache_drawn_with_a_student_in_memory(
-    tmp_path: Path, teacher_folder: Path, text: Path, tokenizer: object
-) -> None:
+def test_a_cache_drawn_with_a_student_in_memory(tmp_path, teacher_folder, text, tokenizer):
     """It is resumed with that student, verified, and trained from without any."""
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     pages = tmp_path / "pages.jsonl"

@@ -1,11 +1,8 @@
 """Test block sums in C against those of PyTorch: equal bits, or a fallback to PyTorch."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ from sparselogits.corpus import Window
 from sparselogits.errors import InvalidLogitsError
 from sparselogits.samplers import (
     Multinomial,
-    Sampler,
     Systematic,
     Threshold,
     TopK,
@@ -66,9 +62,7 @@ def bits(given: Tensor, exponent: float, with_moment: bool) -> list[Tensor]:
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("exponent", "with_moment"), [(1.0, True), (1.0, False), (0.6, False)])
-def test_bits_are_those_of_pytorch(
-    threads: int, exponent: float, with_moment: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_are_those_of_pytorch(threads, exponent, with_moment, monkeypatch):
     given = logits()
     given = torch.cat([given, given * 30, given - 1000])
     before = torch.get_num_threads()
@@ -88,7 +82,7 @@ def test_bits_are_those_of_pytorch(
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_default_dtype_and_device_do_not_matter(dtype: torch.dtype, device: str) -> None:
+def test_default_dtype_and_device_do_not_matter(dtype, device):
     given = logits()
     few = given[:, :3328].contiguous()
     expected = bits(given, 1.0, with_moment=True)
@@ -110,7 +104,7 @@ def test_default_dtype_and_device_do_not_matter(dtype: torch.dtype, device: str)
 
 @needs_compiler
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_a_build_has_the_same_records(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_has_the_same_records(sampler, monkeypatch):
     torch.manual_seed(0)
     trunk, head = torch.nn.Embedding(97, 32), torch.nn.Linear(32, VOCABULARY)
     mask = torch.arange(VOCABULARY) < VOCABULARY - 5
@@ -141,7 +135,7 @@ def test_a_build_has_the_same_records(sampler: Sampler, monkeypatch: pytest.Monk
         (float("inf"), "position 66: logit of id 33 is inf"),
     ],
 )
-def test_bad_logits_are_named(value: float, message: str) -> None:
+def test_bad_logits_are_named(value, message):
     assert compiled.library() is not None
     for given in (logits(), torch.full((70, VOCABULARY), -torch.inf)):
         given[66, 33] = value
@@ -162,13 +156,7 @@ def test_bad_logits_are_named(value: float, message: str) -> None:
         ("0.2402265069591012214e+0", "0.2402265069591012e+0"),
     ],
 )
-def test_a_function_that_is_not_exact_is_refused(
-    own: str,
-    other: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_function_that_is_not_exact_is_refused(own, other, tmp_path, monkeypatch, caplog):
     source = compiled._SOURCE.read_text()
     assert own in source
     changed = tmp_path / "block_sums.c"
@@ -183,9 +171,7 @@ def test_a_function_that_is_not_exact_is_refused(
     "compiler",
     ["false", "no-such-compiler", "'", "", "true", "cc --no-such-option", "sh -c 'exec sleep 60'"],
 )
-def test_without_a_compiler_pytorch_is_used(
-    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_pytorch_is_used(compiler, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(compiled, "_TIMEOUT", 1)
     with caplog.at_level(logging.INFO):

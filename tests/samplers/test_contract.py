@@ -1,7 +1,5 @@
 """Test the contract of all samplers: determinism, batch independence, errors, identity."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -56,7 +54,7 @@ def same(a: SparseTargets, b: SparseTargets) -> bool:
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)
-def test_batch_split_changes_nothing(sampler: Sampler) -> None:
+def test_batch_split_changes_nothing(sampler):
     logits = some_logits()
     uniforms = window_uniforms(3, 4, 150, sampler.uniforms_per_position)
     whole = sampler(logits, uniforms)
@@ -69,10 +67,10 @@ def test_batch_split_changes_nothing(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)
-def test_valid_within_its_cap_and_rebuilt_from_its_parameters(sampler: Sampler) -> None:
+def test_valid_within_its_cap_and_rebuilt_from_its_parameters(sampler):
     targets = draw(sampler, some_logits())
     targets.__post_init__(True)
-    assert int(targets.entries_per_position.max()) <= sampler.max_entries  # type: ignore[attr-defined]
+    assert int(targets.entries_per_position.max()) <= sampler.max_entries
     identity = json.loads(json.dumps({"name": sampler.name, **sampler.parameters()}))
     assert from_parameters(identity) == sampler
     assert sampler.at(torch.zeros(5, dtype=torch.int64), slice(0, 5)) is sampler
@@ -87,7 +85,7 @@ def test_valid_within_its_cap_and_rebuilt_from_its_parameters(sampler: Sampler) 
         (float("inf"), r"position 70: logit of id 33 is inf"),
     ],
 )
-def test_bad_logits_are_named(sampler: Sampler, value: float, message: str) -> None:
+def test_bad_logits_are_named(sampler, value, message):
     logits = some_logits()
     logits[70, 33] = value
     with pytest.raises(InvalidLogitsError, match=message):
@@ -95,7 +93,7 @@ def test_bad_logits_are_named(sampler: Sampler, value: float, message: str) -> N
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)
-def test_rows_without_tokens_and_wrong_shapes(sampler: Sampler) -> None:
+def test_rows_without_tokens_and_wrong_shapes(sampler):
     logits = some_logits()
     logits[65] = -torch.inf
     with pytest.raises(InvalidLogitsError, match="position 65: every logit is -inf"):
@@ -108,7 +106,7 @@ def test_rows_without_tokens_and_wrong_shapes(sampler: Sampler) -> None:
         sampler(some_logits(), uniforms[:-1])
 
 
-def test_uniforms_outside_the_unit_interval() -> None:
+def test_uniforms_outside_the_unit_interval():
     uniforms = torch.full((3, 1), 0.5, dtype=torch.float64)
     uniforms[2, 0] = 1.0
     with pytest.raises(InvalidLogitsError, match=r"position 2: uniform 0 is 1\.0"):
@@ -136,12 +134,12 @@ def test_uniforms_outside_the_unit_interval() -> None:
         {"name": "adaptive"} | {"self": 1},
     ],
 )
-def test_bad_parameters(parameters: dict[str, object]) -> None:
+def test_bad_parameters(parameters):
     with pytest.raises(InvalidArgumentError):
         from_parameters(parameters)
 
 
-def test_heads_keep_raw_probabilities() -> None:
+def test_heads_keep_raw_probabilities():
     logits = some_logits(20)
     p = logits.double().softmax(-1)
     top = p.topk(9, -1)
@@ -161,7 +159,7 @@ def test_heads_keep_raw_probabilities() -> None:
     assert TopK(4)(masked, torch.zeros(1, 0)).ids.tolist() == [3]
 
 
-def test_uniform_stream_is_fixed_for_ever() -> None:
+def test_uniform_stream_is_fixed_for_ever():
     assert (window_uniforms(7, 9, 2, 2) * 2**53).long().tolist() == golden()["uniforms_7_9"]
     whole, part = window_uniforms(7, 9, 5, 3), window_uniforms(7, 9, 2, 3)
     assert torch.equal(whole[:2], part)
@@ -171,7 +169,7 @@ def test_uniform_stream_is_fixed_for_ever() -> None:
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)
-def test_golden_draws(sampler: Sampler) -> None:
+def test_golden_draws(sampler):
     targets = draw(sampler, golden_logits())
     expected = golden()[str(sampler)]
     assert targets.ids.tolist() == expected["ids"]
@@ -190,7 +188,7 @@ def golden() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5, 12, 50])
-def test_starts_visit_every_stride_once(stride: int) -> None:
+def test_starts_visit_every_stride_once(stride):
     for begin in (0, 3):
         starts = torch.stack(
             [thinning_starts(1, begin + epoch, 2, 40, stride) for epoch in range(stride)]
@@ -198,7 +196,7 @@ def test_starts_visit_every_stride_once(stride: int) -> None:
         assert torch.equal(starts.sort(0).values, torch.arange(stride)[:, None].expand(-1, 40))
 
 
-def test_starts_are_uniform() -> None:
+def test_starts_are_uniform():
     """Chi-square with 9 degrees of freedom; 49 is exceeded once in six million runs."""
     starts = thinning_starts(11, 4, 0, 20_000, 10)
     observed = starts.bincount(minlength=10).double()
@@ -209,7 +207,7 @@ def test_starts_are_uniform() -> None:
     "sampler", [Systematic(9), Systematic(9, 0.5), Multinomial(9), Uniform(9), Threshold(0.5)]
 )
 @pytest.mark.parametrize("budget", [2.0, 5.0, 12.0])
-def test_budget_is_met(sampler: Sampler, budget: float) -> None:
+def test_budget_is_met(sampler, budget):
     """Mean entries of 150 positions x 8 draws within half an entry, a round's step, and 4 %."""
     logits = some_logits()
     fitted = fit_budget(sampler, [logits[:70], logits[70:]], budget)
@@ -222,7 +220,7 @@ def test_budget_is_met(sampler: Sampler, budget: float) -> None:
     assert changed <= {sampler.budget_parameter}
 
 
-def test_budget_out_of_reach() -> None:
+def test_budget_out_of_reach():
     for budget, said in ((0.5, "too small"), (501.0, "out of reach")):
         with pytest.raises(InvalidArgumentError, match=said):
             fit_budget(Systematic(), [some_logits()], budget)

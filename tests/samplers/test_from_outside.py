@@ -1,11 +1,7 @@
 """Test a sampler of another package, declared by an entry point.
 
-pytest tests/samplers/test_from_outside.py
-
 The sampler is the one of docs/extending.md, installed beside this package as pip would do it.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
@@ -71,7 +67,7 @@ def sparselogits(*words: object) -> str:
 
 
 @pytest.mark.usefixtures("stratified")
-def test_it_draws_what_it_states() -> None:
+def test_it_draws_what_it_states():
     """z-test at 1e-6 over 4 096 draws from 3 distributions of 60 tokens."""
     kind = find_sampler("stratified")
     assert kind is not None
@@ -93,9 +89,7 @@ def test_it_draws_what_it_states() -> None:
 
 
 @pytest.mark.usefixtures("stratified")
-def test_command_trainer_and_comparison_use_it(
-    tmp_path: Path, teacher_folder: Path, text: Path
-) -> None:
+def test_command_trainer_and_comparison_use_it(tmp_path, teacher_folder, text):
     assert "stratified" in sparselogits("cache", "--help")
     (words,) = next(block.commands for block in PAGE if "my-stratified" in block.code)
     pages, cache, out = tmp_path / "pages.jsonl", tmp_path / "my-stratified", tmp_path / "compared"
@@ -137,7 +131,7 @@ def test_command_trainer_and_comparison_use_it(
     assert "stratified" in (out / "report.html").read_text()
 
 
-def test_a_package_that_is_broken_breaks_nothing_else(packages: Path) -> None:
+def test_a_package_that_is_broken_breaks_nothing_else(packages):
     code = """
 from sparselogits.samplers import TopK, Sampler, parameter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Test loss and entropy of a distribution, which are computed with the draw."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from sparselogits.errors import InvalidLogitsError
 from sparselogits.samplers import (
     DistributionStatistics,
     Multinomial,
-    Sampler,
     Systematic,
     Threshold,
     TopK,
@@ -23,7 +20,7 @@ SAMPLERS = [Systematic(20), Multinomial(20), Systematic(20, 0.7), Threshold(0.05
 
 @pytest.mark.parametrize("vocabulary", [2, 64, 1000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_are_those_of_a_float64_softmax(kind: str, vocabulary: int) -> None:
+def test_statistics_are_those_of_a_float64_softmax(kind, vocabulary):
     exact = torch.stack([logits_of(kind, vocabulary, seed) for seed in range(70)])
     logits = exact.float()
     log_p = logits.double().log_softmax(-1)
@@ -36,7 +33,7 @@ def test_statistics_are_those_of_a_float64_softmax(kind: str, vocabulary: int) -
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_statistics_do_not_change_what_is_drawn(sampler: Sampler) -> None:
+def test_statistics_do_not_change_what_is_drawn(sampler):
     logits = torch.stack([logits_of("zipf", 1000, seed) for seed in range(70)]).float()
     uniforms = window_uniforms(0, 0, 70, sampler.uniforms_per_position)
     alone = sampler(logits, uniforms)
@@ -47,7 +44,7 @@ def test_statistics_do_not_change_what_is_drawn(sampler: Sampler) -> None:
     torch.testing.assert_close(figures.entropy, DistributionStatistics.of(logits).entropy)
 
 
-def test_what_is_no_distribution_is_refused() -> None:
+def test_what_is_no_distribution_is_refused():
     logits = torch.zeros(3, 70)
     logits[1, 5] = torch.nan
     with pytest.raises(InvalidLogitsError, match="position 1: logit of id 5 is nan"):

@@ -1,7 +1,5 @@
 """Test systematic rounds against their definition, by the breakpoints of the uniform."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ def exact_counts(probabilities: Tensor, rounds: int, uniform: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rounds", [1, 7, 50])
-def test_inclusion_probabilities_by_breakpoints(kind: str, rounds: int) -> None:
+def test_inclusion_probabilities_by_breakpoints(kind, rounds):
     """Counts change only where N C_i + u is an integer; between breakpoints the draw is constant.
 
     The mean count over all intervals, weighed by their lengths, is the marginal: it must be N p_i.
@@ -42,7 +40,7 @@ def test_inclusion_probabilities_by_breakpoints(kind: str, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_follow_the_formula(kind: str) -> None:
+def test_counts_follow_the_formula(kind):
     logits = logits_of(kind, 1000, seed=3).expand(64, -1)
     uniforms = window_uniforms(5, 7, 64, 1)
     drawn = Systematic(50)(logits, uniforms)
@@ -54,7 +52,7 @@ def test_counts_follow_the_formula(kind: str) -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 0.8, 1.0, 1.3, 2.0])
-def test_counts_sum_to_rounds_and_weights_are_importance_weights(exponent: float) -> None:
+def test_counts_sum_to_rounds_and_weights_are_importance_weights(exponent):
     logits = logits_of("zeros", 999, seed=4).expand(32, -1)
     sampler = Systematic(37, exponent)
     drawn = sampler(logits, window_uniforms(0, 0, 32, 1))
@@ -73,9 +71,7 @@ def test_counts_sum_to_rounds_and_weights_are_importance_weights(exponent: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 7.0])
 @pytest.mark.parametrize("offset", [3.3, -100.0, 100.0])
-def test_marginals_within_1e_9_at_large_vocabularies(
-    dtype: torch.dtype, scale: float, offset: float
-) -> None:
+def test_marginals_within_1e_9_at_large_vocabularies(dtype, scale, offset):
     generator = torch.Generator().manual_seed(int(scale * 100))
     logits = (torch.randn(6, 100_003, generator=generator) * scale + offset).to(dtype)
     blocks = Blocks.of(logits)
@@ -90,7 +86,7 @@ def test_marginals_within_1e_9_at_large_vocabularies(
     assert float((fixed - blocks.sums / blocks.total).abs().max()) < 1e-15
 
 
-def test_marginals_within_1e_9_with_a_hundred_thousand_ties() -> None:
+def test_marginals_within_1e_9_with_a_hundred_thousand_ties():
     logits = torch.full((2, 131_072), 0.3)
     logits[:, 7] = 0.3 + torch.tensor(131_071.0).log()
     blocks = Blocks.of(logits)
@@ -99,7 +95,7 @@ def test_marginals_within_1e_9_with_a_hundred_thousand_ties() -> None:
     assert float((share - exact).abs().max()) < 1e-9
 
 
-def test_vocabulary_of_262144_in_bfloat16() -> None:
+def test_vocabulary_of_262144_in_bfloat16():
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 262_144, generator=generator) * 4).bfloat16()
     uniforms = window_uniforms(1, 1, 3, 1)
@@ -111,7 +107,7 @@ def test_vocabulary_of_262144_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tau", [1.0, 0.3, 0.05])
-def test_threshold_inclusion_probabilities_by_breakpoints(kind: str, tau: float) -> None:
+def test_threshold_inclusion_probabilities_by_breakpoints(kind, tau):
     logits = logits_of(kind, 150, seed=11)
     p = logits.softmax(-1)
     light = torch.where(p < tau * (1 - 1e-12), p, 0)
@@ -129,7 +125,7 @@ def test_threshold_inclusion_probabilities_by_breakpoints(kind: str, tau: float)
     assert int(drawn.entries_per_position.max()) <= Threshold(tau).max_entries
 
 
-def test_masked_ids_are_never_drawn() -> None:
+def test_masked_ids_are_never_drawn():
     """Levels at both ends of the unit interval, masked ids at both ends of the vocabulary."""
     logits = torch.full((2, 300), -torch.inf)
     logits[:, 100:200] = 0.0

@@ -8,8 +8,6 @@ times are skewed, which the factor of 1.25 accounts for. Seeds are fixed, so a r
 passing.
 """
 
-from __future__ import annotations
-
 from statistics import NormalDist
 
 import pytest
@@ -55,7 +53,7 @@ def largest_z(weights: Tensor, p: Tensor) -> tuple[float, int]:
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_the_teacher(sampler: Sampler, kind: str) -> None:
+def test_mean_is_the_teacher(sampler, kind):
     assert sampler.unbiased
     logits = logits_of(kind, 90, seed=hash_of(kind))
     uniforms = window_uniforms(2024, 0, DRAWS, sampler.uniforms_per_position)
@@ -66,7 +64,7 @@ def test_mean_is_the_teacher(sampler: Sampler, kind: str) -> None:
     assert z < 1.25 * NormalDist().inv_cdf(1 - family / 2)
 
 
-def test_the_test_can_fail() -> None:
+def test_the_test_can_fail():
     """The same z-test sees a bias of a tenth of the default's noise at once."""
     logits = logits_of("random", 90, seed=1)
     targets = Systematic(12)(logits.expand(DRAWS, -1), window_uniforms(0, 0, DRAWS, 1))

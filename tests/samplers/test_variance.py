@@ -4,8 +4,6 @@ A z-test of this file raises a false alarm in fewer than one run in 10 million w
 means of 4 096 draws are Gaussian. Seeds are fixed, so a run that passes keeps passing.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ def squared_noise(weights: Tensor, p: Tensor, unembedding: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exponent", [1.0, 0.8])
-def test_independent_rounds_in_hidden_space(kind: str, exponent: float) -> None:
+def test_independent_rounds_in_hidden_space(kind, exponent):
     """E ||U^T (t - p)||^2 = (sum_i p_i^2 / q_i ||U_i||^2 - ||sum_i p_i U_i||^2) / N."""
     logits = logits_of(kind, 90, seed=5)
     p, q = logits.softmax(-1), (exponent * logits).softmax(-1)
@@ -40,7 +38,7 @@ def test_independent_rounds_in_hidden_space(kind: str, exponent: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_systematic_counts_vary_least_of_all_integers(kind: str) -> None:
+def test_systematic_counts_vary_least_of_all_integers(kind):
     """Var n_i = f (1 - f), f the fractional part of N p_i: exact, over the uniform's breakpoints.
 
     No integer-valued count of that mean varies less, independent rounds' N p (1 - p) least of all.
@@ -60,7 +58,7 @@ def test_systematic_counts_vary_least_of_all_integers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["peaked", "zipf", "random", "ties"])
-def test_threshold_inclusion_is_optimal(kind: str) -> None:
+def test_threshold_inclusion_is_optimal(kind):
     """Of inclusion probabilities with one sum, min(1, p / tau) has the least sum of variances.
 
     That sum is sum_i p_i^2 / pi_i - p_i^2. Convex in pi, so that no step towards any other feasible
@@ -82,7 +80,7 @@ def test_threshold_inclusion_is_optimal(kind: str) -> None:
         assert float((p * p / other).sum()) > float(least)
 
 
-def test_systematic_noise_is_less_than_independent_noise() -> None:
+def test_systematic_noise_is_less_than_independent_noise():
     """In hidden space with unrelated rows, on every kind of distribution with likely tokens."""
     generator = torch.Generator().manual_seed(2)
     unembedding = torch.randn(90, 64, generator=generator, dtype=torch.float64)

@@ -4,13 +4,10 @@ Useless parts are planted in random models by setting weights to zero; a student
 those parts must give the teacher's logits.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +98,7 @@ def assert_same_logits(student: nn.Module, teacher: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_planted_useless_parts_are_removed_and_logits_do_not_change(name: str) -> None:
+def test_planted_useless_parts_are_removed_and_logits_do_not_change(name):
     teacher = model_of(name)
     useless_channels = [torch.arange(layer, 48, 4) for layer in range(3)]
     useless_hidden = torch.tensor([1, 5, 8, 30])
@@ -125,12 +122,7 @@ def test_planted_useless_parts_are_removed_and_logits_do_not_change(name: str) -
                 outputs_of(teacher, kind)[1].bias.zero_()
     before = logits(teacher)
     made = shrink(
-        teacher,
-        layers=2,
-        channels=36,
-        heads=4 - 4 // groups,
-        hidden=28,
-        windows=tokens(),
+        teacher, layers=2, channels=36, heads=4 - 4 // groups, hidden=28, windows=tokens()
     )
     torch.testing.assert_close(logits(teacher), before, rtol=0, atol=0)  # left as it was
     assert made.dropped_layers == (1,)
@@ -142,7 +134,7 @@ def test_planted_useless_parts_are_removed_and_logits_do_not_change(name: str) -
     assert_same_logits(made.model, teacher)
 
 
-def test_gpt2_is_pruned_in_depth_channels_and_coupled_width() -> None:
+def test_gpt2_is_pruned_in_depth_channels_and_coupled_width():
     teacher = gpt2()
     with torch.no_grad():
         for block in teacher.transformer.h:
@@ -170,7 +162,7 @@ def test_gpt2_is_pruned_in_depth_channels_and_coupled_width() -> None:
         shrink(teacher, heads=2, hidden=24, windows=tokens())
 
 
-def test_block_influence_and_losses_equal_their_definitions() -> None:
+def test_block_influence_and_losses_equal_their_definitions():
     model, layout = model_of("llama"), layout_of(model_of("llama"))
     states = model.model(tokens(), output_hidden_states=True).hidden_states
     # the last of transformers' hidden states is normalised: compare the blocks before it
@@ -187,7 +179,7 @@ def test_block_influence_and_losses_equal_their_definitions() -> None:
         assert loss == pytest.approx(float(out), abs=1e-4)
 
 
-def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened() -> None:
+def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened():
     teacher = model_of("gemma3")
     student = shrink(teacher, drop_layers=(0,), hidden=24, windows=tokens()).model
     assert student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr()
@@ -205,12 +197,12 @@ def test_tied_embeddings_stay_tied_and_lists_per_block_are_shortened() -> None:
         ({"heads": 3}, "a multiple of 2"),
     ],
 )
-def test_sizes_the_model_cannot_have_are_refused(wanted: dict, message: str) -> None:
+def test_sizes_the_model_cannot_have_are_refused(wanted, message):
     with pytest.raises(ShrinkError, match=message):
         shrink(model_of("llama"), windows=tokens(), **wanted)
 
 
-def test_calibration_windows_are_asked_for() -> None:
+def test_calibration_windows_are_asked_for():
     with pytest.raises(InvalidArgumentError, match="calibration windows"):
         shrink(model_of("llama"), layers=2)
 
@@ -232,17 +224,15 @@ def test_calibration_windows_are_asked_for() -> None:
     ],
 )
 def test_a_structure_that_is_not_understood_is_refused_by_name(
-    kind: str, configuration: str, settings: dict, wanted: dict
-) -> None:
+    kind, configuration, settings, wanted
+):
     model = getattr(transformers, kind)(getattr(transformers, configuration)(**settings))
     with pytest.raises(ShrinkError, match=kind):
         shrink(model, windows=tokens(), **wanted)
     assert shrink(model, layers=2, windows=tokens()).model.config.num_hidden_layers == 2
 
 
-def test_command_writes_a_folder_that_loads_and_generates(
-    teacher_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_command_writes_a_folder_that_loads_and_generates(teacher_folder, text, tmp_path):
     out = tmp_path / "student"
     done = subprocess.run(
         [
@@ -270,7 +260,7 @@ def test_command_writes_a_folder_that_loads_and_generates(
     )
 
 
-def test_lm_eval_loads_and_scores_a_shrunk_folder(teacher_folder: Path, tmp_path: Path) -> None:
+def test_lm_eval_loads_and_scores_a_shrunk_folder(teacher_folder, tmp_path):
     """By lm-eval's own loader, from the folder alone, as `lm_eval --model hf` does."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -1,7 +1,5 @@
 """Create windows with targets drawn by numpy, for tests that need records without a teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ separate process whose HF_ENDPOINT is this server; so paths, listings, ranges an
 of the real client.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import threading

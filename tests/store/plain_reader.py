@@ -3,8 +3,6 @@
 The reader is slow, plain Python; it uses a Parquet reader and pcodec's decoder for single pages.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

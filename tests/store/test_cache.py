@@ -1,16 +1,10 @@
-"""Test the cache as a whole: committed windows are read back in order, bit for bit.
-
-.venv/bin/pytest tests/store
-"""
-
-from __future__ import annotations
+"""Test the cache as a whole: committed windows are read back in order, bit for bit."""
 
 import dataclasses
 import json
 import multiprocessing
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,7 +28,7 @@ from tests.store.draws import KINDS, identity, record, records
 
 @pytest.mark.parametrize("vocab_size", [1000, 262144])
 @pytest.mark.parametrize("kind", KINDS)
-def test_records_come_back_bit_for_bit(tmp_path: Path, kind: str, vocab_size: int) -> None:
+def test_records_come_back_bit_for_bit(tmp_path, kind, vocab_size):
     cache = Cache.create(tmp_path / "c", identity(kind, vocab_size=vocab_size))
     written = records(kind, 40, 53, vocab_size=vocab_size)
     cache.commit(written, {"threads": 1})
@@ -46,7 +40,7 @@ def test_records_come_back_bit_for_bit(tmp_path: Path, kind: str, vocab_size: in
     assert reader.provenance(45) == {"threads": 1}
 
 
-def test_windows_are_numbered_over_all_shards(tmp_path: Path) -> None:
+def test_windows_are_numbered_over_all_shards(tmp_path):
     cache = Cache.create(tmp_path, identity())
     for start in (60, 0, 20):
         cache.commit(records("counts", start, start + 20), {})
@@ -58,7 +52,7 @@ def test_windows_are_numbered_over_all_shards(tmp_path: Path) -> None:
         cache.read(60)
 
 
-def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
+def test_equal_records_give_equal_bytes(tmp_path):
     paths = [
         Cache.create(tmp_path / name, identity()).commit(records("counts", 0, 20), {"a": 1})
         for name in "ab"
@@ -66,7 +60,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_finished_shard_stays(tmp_path: Path) -> None:
+def test_a_finished_shard_stays(tmp_path):
     cache = Cache.create(tmp_path, identity())
     path = cache.commit(records("counts", 0, 20), {"batch": 1})
     before = path.stat()
@@ -75,14 +69,14 @@ def test_a_finished_shard_stays(tmp_path: Path) -> None:
     assert cache.provenance(0) == {"batch": 1}
 
 
-def test_another_identity_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_identity_is_refused_by_name(tmp_path):
     Cache.create(tmp_path, identity())
     Cache.create(tmp_path, identity())
     with pytest.raises(IdentityMismatchError, match="seed: 1 in this build, 0 in the cache"):
         Cache.create(tmp_path, identity(seed=1))
 
 
-def test_a_shard_of_another_cache_is_refused(tmp_path: Path) -> None:
+def test_a_shard_of_another_cache_is_refused(tmp_path):
     stray = Cache.create(tmp_path / "a", identity(seed=1)).commit(records("counts", 0, 8), {})
     cache = Cache.create(tmp_path / "b", identity())
     (tmp_path / "b/shards").mkdir()
@@ -91,7 +85,7 @@ def test_a_shard_of_another_cache_is_refused(tmp_path: Path) -> None:
         cache.read(0)
 
 
-def test_a_renamed_shard_is_refused(tmp_path: Path) -> None:
+def test_a_renamed_shard_is_refused(tmp_path):
     cache = Cache.create(tmp_path, identity())
     path = cache.commit(records("counts", 0, 8), {})
     path.rename(path.with_name("windows-000000000008-000000000016.parquet"))
@@ -99,7 +93,7 @@ def test_a_renamed_shard_is_refused(tmp_path: Path) -> None:
         Cache.open(tmp_path).read(0)
 
 
-def test_overlapping_shards_are_refused(tmp_path: Path) -> None:
+def test_overlapping_shards_are_refused(tmp_path):
     cache = Cache.create(tmp_path, identity())
     cache.commit(records("counts", 0, 8), {})
     cache.commit(records("counts", 4, 12), {})
@@ -107,7 +101,7 @@ def test_overlapping_shards_are_refused(tmp_path: Path) -> None:
         cache.finished()
 
 
-def test_no_cache_and_a_damaged_one(tmp_path: Path) -> None:
+def test_no_cache_and_a_damaged_one(tmp_path):
     with pytest.raises(CacheError, match="there is no cache"):
         Cache.open(tmp_path / "nowhere")
     Cache.create(tmp_path, identity())
@@ -117,7 +111,7 @@ def test_no_cache_and_a_damaged_one(tmp_path: Path) -> None:
         Cache.open(tmp_path)
 
 
-def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path: Path) -> None:
+def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path):
     Cache.create(tmp_path, identity()).commit(records("counts", 0, 8), {})
     process = multiprocessing.get_context("spawn").Process(target=int)
     process.start()
@@ -135,7 +129,7 @@ def test_temporaries_of_the_dead_are_removed_and_others_kept(tmp_path: Path) -> 
     assert cache.finished() == [(0, 8)]
 
 
-def test_statistics_agree_with_the_rows(tmp_path: Path) -> None:
+def test_statistics_agree_with_the_rows(tmp_path):
     cache = Cache.create(tmp_path, identity())
     written = records("counts", 0, 12)
     path = cache.commit(written, {})
@@ -148,7 +142,7 @@ def test_statistics_agree_with_the_rows(tmp_path: Path) -> None:
     assert found.bytes_per_token == found.bytes_on_disk / (12 * 64)
 
 
-def test_any_parquet_reader_sees_the_windows(tmp_path: Path) -> None:
+def test_any_parquet_reader_sees_the_windows(tmp_path):
     path = Cache.create(tmp_path, identity()).commit(records("counts", 0, 12), {})
     table = pq.read_table(path, page_checksum_verification=True)
     assert table["window_index"].to_pylist() == list(range(12))
@@ -158,7 +152,7 @@ def test_any_parquet_reader_sees_the_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["tokens", "document_starts", "mask"])
-def test_records_that_do_not_fit_are_refused(tmp_path: Path, part: str) -> None:
+def test_records_that_do_not_fit_are_refused(tmp_path, part):
     cache = Cache.create(tmp_path, identity())
     wrong = {
         "tokens": np.zeros(3, np.int32),
@@ -171,7 +165,7 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path, part: str) -> None:
     assert cache.finished() == []
 
 
-def test_masked_positions_own_no_entries(tmp_path: Path) -> None:
+def test_masked_positions_own_no_entries(tmp_path):
     mask = np.ones(64, np.bool_)
     mask[7] = False
     bad = dataclasses.replace(record("counts", 0), mask=mask)
@@ -180,7 +174,7 @@ def test_masked_positions_own_no_entries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_order_of_reading_gives_the_same_windows(tmp_path: Path, kind: str) -> None:
+def test_every_order_of_reading_gives_the_same_windows(tmp_path, kind):
     """Windows read in order are decoded together, others alone; masked ones among them."""
     cache = Cache.create(tmp_path, identity(kind))
     for start in (0, 20):
@@ -192,7 +186,7 @@ def test_every_order_of_reading_gives_the_same_windows(tmp_path: Path, kind: str
             assert same_record(cache.read(int(i)), expected[i])
 
 
-def test_a_damaged_window_is_named_and_the_others_of_its_row_group_are_read(tmp_path: Path) -> None:
+def test_a_damaged_window_is_named_and_the_others_of_its_row_group_are_read(tmp_path):
     """Checksums that hold around a block that does not decode, among seven that do."""
     written = records("counts", 0, 8)
     cache = Cache.create(tmp_path, identity())
@@ -214,7 +208,7 @@ def test_a_damaged_window_is_named_and_the_others_of_its_row_group_are_read(tmp_
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_data_loader_s_workers_read_safely(tmp_path: Path, method: str) -> None:
+def test_the_data_loader_s_workers_read_safely(tmp_path, method):
     """Shards are open in the parent when the workers start."""
     cache = Cache.create(tmp_path, identity(packing={"reset_attention": False}))
     for start in range(0, 200, 20):
@@ -235,11 +229,11 @@ def test_the_data_loader_s_workers_read_safely(tmp_path: Path, method: str) -> N
 
 
 def _read_in_child(cache: Cache, i: int, queue: object) -> None:
-    queue.put(cache.read(i).tokens.tolist())  # type: ignore[attr-defined]
+    queue.put(cache.read(i).tokens.tolist())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_open_cache_crosses_processes(tmp_path: Path, method: str) -> None:
+def test_an_open_cache_crosses_processes(tmp_path, method):
     cache = Cache.create(tmp_path, identity())
     cache.commit(records("counts", 0, 12), {})
     cache.read(0)

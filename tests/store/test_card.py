@@ -1,11 +1,4 @@
-"""Test that the dataset card agrees with the statistics of the cache.
-
-pytest tests/store/test_card.py
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""Test that the dataset card agrees with the statistics of the cache."""
 
 import yaml
 from typer.testing import CliRunner
@@ -17,7 +10,7 @@ from sparselogits.store.tools.card import dataset_card
 from tests.store.draws import identity
 
 
-def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
+def test_a_card_with_the_figures_of_a_cache(cache):
     done = CliRunner().invoke(app, ["card", str(cache)], catch_exceptions=False)
     _, front, text = done.stdout.split("---\n", 2)
     assert yaml.safe_load(front)["configs"][0]["data_files"] == "shards/*.parquet"
@@ -33,11 +26,11 @@ def test_a_card_with_the_figures_of_a_cache(cache: Path) -> None:
         assert figure in text
 
 
-def test_the_card_a_build_begins_with_has_no_figures(cache: Path) -> None:
+def test_the_card_a_build_begins_with_has_no_figures(cache):
     assert "entries per token" not in (cache / "README.md").read_text()
 
 
-def test_a_hostile_name_stays_text_in_a_card() -> None:
+def test_a_hostile_name_stays_text_in_a_card():
     """The card is Markdown that a hub renders: what a stranger wrote is quoted, never markup."""
     name = "`x` | [a](javascript:b)\n# x\n```\n<script>alert(1)</script>\x1b[2J\u202e"
     card = dataset_card(

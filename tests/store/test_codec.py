@@ -1,9 +1,4 @@
-"""Test the codec on targets of samplers, extreme shapes, and random sets.
-
-.venv/bin/pytest tests/store/test_codec.py
-"""
-
-from __future__ import annotations
+"""Test the codec on targets of samplers, extreme shapes, and random sets."""
 
 from dataclasses import replace
 
@@ -68,7 +63,7 @@ def require_same(found: SparseTargets, expected: SparseTargets) -> None:
 
 @pytest.mark.parametrize(("sampler", "weights"), SAMPLERS, ids=lambda v: str(v))
 @pytest.mark.parametrize("scale", [0.2, 2.0, 30.0])  # near-uniform to one-hot teachers
-def test_what_samplers_draw_comes_back(sampler: Sampler, weights: str, scale: float) -> None:
+def test_what_samplers_draw_comes_back(sampler, weights, scale):
     V, L = 700, 40
     generator = torch.Generator().manual_seed(3)
     windows = []
@@ -128,13 +123,13 @@ def window(draw: st.DrawFn, vocab_size: int, rounds: int) -> TargetWindow:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_sets_come_back(data: st.DataObject) -> None:
+def test_any_sets_come_back(data):
     V, rounds = data.draw(st.sampled_from([1, 2, 6, 131072, 262144])), data.draw(st.integers(1, 6))
     windows = data.draw(st.lists(window(V, rounds), min_size=1, max_size=3))
     require_round_trip(TargetCodec("counts", V, rounds), windows)
 
 
-def test_long_windows_over_large_vocabularies() -> None:
+def test_long_windows_over_large_vocabularies():
     """Position and id no longer fit 32 bits together."""
     L, V, rounds = 20000, 262144, 3
     generator = np.random.default_rng(0)
@@ -147,7 +142,7 @@ def test_long_windows_over_large_vocabularies() -> None:
     require_round_trip(TargetCodec("counts", V, rounds), [whole])
 
 
-def test_a_block_for_other_tokens_is_not_read_as_sound() -> None:
+def test_a_block_for_other_tokens_is_not_read_as_sound():
     """Tokens are part of what a block depends on; the row's checksum keeps them together."""
     rows = [{1: 2, 5: 1}, {0: 3}, {2: 1, 3: 1, 4: 1}]
     codec, present = TargetCodec("counts", 6, 3), np.ones(3, np.bool_)
@@ -158,7 +153,7 @@ def test_a_block_for_other_tokens_is_not_read_as_sound() -> None:
         decoder.decode(0, blocks[0], tokens, np.array([True, True, False]))
 
 
-def test_weights_that_are_not_counts_are_refused() -> None:
+def test_weights_that_are_not_counts_are_refused():
     target = sets([{1: 2, 5: 1}], 6, 3)
     off = SparseTargets(
         target.ids, target.weights * 1.01, target.offsets, 6, counts=target.counts, rounds=3
@@ -171,13 +166,13 @@ def test_weights_that_are_not_counts_are_refused() -> None:
         TargetCodec("counts", 6, 7).encode([TargetWindow(target, np.zeros(1, np.int32), one)])
 
 
-def test_an_unknown_codec_is_refused() -> None:
+def test_an_unknown_codec_is_refused():
     with pytest.raises(CacheError, match="Install the version"):
         TargetCodec.from_identity({"name": "inverted-lists", "version": 3, "weights": "counts"}, 9)
 
 
 @pytest.mark.parametrize("mode", range(1, 256))
-def test_tables_of_another_mode_are_refused_before_pcodec_sees_them(mode: int) -> None:
+def test_tables_of_another_mode_are_refused_before_pcodec_sees_them(mode):
     (_, table), *_ = encode_column([np.arange(9, dtype=np.uint32)]).tables
     ColumnDecoder(np.uint32, [(0, table)])
     with pytest.raises(DamageError, match="classic mode"):

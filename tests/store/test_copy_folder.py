@@ -1,9 +1,4 @@
-"""Test the bounded copy: never above its limit, recently used files remain.
-
-.venv/bin/pytest tests/store/test_copy_folder.py
-"""
-
-from __future__ import annotations
+"""Test the bounded copy: never above its limit, recently used files remain."""
 
 import multiprocessing
 import os
@@ -23,7 +18,7 @@ def held(path: Path) -> int:
     return sum(p.stat().st_size for p in path.glob("*/*"))
 
 
-def test_what_was_used_last_stays(tmp_path: Path) -> None:
+def test_what_was_used_last_stays(tmp_path):
     folder = CopyFolder(tmp_path, limit=1000)
     for key in "abcdefghi":
         folder.put("s3://x", key, key.encode() * 100)
@@ -39,9 +34,7 @@ def test_what_was_used_last_stays(tmp_path: Path) -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 1500), max_size=40))
-def test_the_limit_holds_after_every_put(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
-) -> None:
+def test_the_limit_holds_after_every_put(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("copy")
     folder = CopyFolder(path, limit=1000)
     for number, size in enumerate(sizes):
@@ -58,7 +51,7 @@ def _put_many(path: Path, worker: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_limit_holds_among_processes_and_after_kills(tmp_path: Path, killed: bool) -> None:
+def test_the_limit_holds_among_processes_and_after_kills(tmp_path, killed):
     context = multiprocessing.get_context("fork")
     workers = [
         context.Process(target=_put_many, args=(tmp_path, i, 10_000 if killed else 150))
@@ -83,7 +76,7 @@ def test_the_limit_holds_among_processes_and_after_kills(tmp_path: Path, killed:
     assert 0 < held(tmp_path) <= 50_000
 
 
-def test_dropped_by_prefix(tmp_path: Path) -> None:
+def test_dropped_by_prefix(tmp_path):
     folder = CopyFolder(tmp_path)
     for key in ("shards/a@0-5", "shards/a@tail", "shards/b@0-5"):
         folder.put("s3://x", key, b"1")
@@ -93,7 +86,7 @@ def test_dropped_by_prefix(tmp_path: Path) -> None:
     assert folder.get("s3://x", "shards/b@0-5") == b"1"
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     folder = CopyFolder(tmp_path / "file/copy")
     with pytest.warns(SparseLogitsWarning, match="cannot store a copy"):
@@ -101,7 +94,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None
     assert folder.get("s3://x", "a") is None
 
 
-def test_where_and_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_and_how_much(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSELOGITS_COPY", str(tmp_path))
     monkeypatch.setenv("SPARSELOGITS_COPY_GB", "0.5")
     assert CopyFolder.default().limit == 1 << 29

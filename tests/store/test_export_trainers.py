@@ -1,9 +1,4 @@
-"""Exports for other trainers, compared entry by entry with the cache they were made from.
-
-pytest tests/store/test_export_trainers.py
-"""
-
-from __future__ import annotations
+"""Exports for other trainers, compared entry by entry with the cache they were made from."""
 
 import math
 from dataclasses import replace
@@ -15,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import import_collected
 from sparselogits.errors import InvalidArgumentError
@@ -53,9 +47,7 @@ def entries(window: WindowRecord, position: int) -> dict[int, float]:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_weights_are_targets_mixed_with_the_true_token(
-    alpha: float, reset: bool, tmp_path: Path
-) -> None:
+def test_weights_are_targets_mixed_with_the_true_token(alpha, reset, tmp_path):
     cache = build(tmp_path / "c", reset=reset)
     export(cache, tmp_path / "out", "weighted", alpha=alpha)
     rows = rows_of(tmp_path / "out")
@@ -80,7 +72,7 @@ def test_weights_are_targets_mixed_with_the_true_token(
             assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_weighted_cross_entropy_is_the_loss(tmp_path: Path) -> None:
+def test_weighted_cross_entropy_is_the_loss(tmp_path):
     """-sum w log p over the exported tensors is the loss of this library, summed."""
     export(build(tmp_path / "c"), tmp_path / "out", "weighted", alpha=0.3)
     for number, row in enumerate(rows_of(tmp_path / "out")):
@@ -103,7 +95,7 @@ def numbers_of(data: list[int], bits: int, count: int) -> list[int]:
     return [int(text[bits * i : bits * (i + 1)], 2) for i in range(count)]
 
 
-def test_distillkit_reads_the_heaviest_entries(tmp_path: Path) -> None:
+def test_distillkit_reads_the_heaviest_entries(tmp_path):
     k = 6
     packing = {"separator": 0}
     cache = Cache.create(tmp_path / "c", identity("float32", packing=packing))
@@ -127,9 +119,7 @@ def test_distillkit_reads_the_heaviest_entries(tmp_path: Path) -> None:
             assert {i: w for i, w in found.items() if w > 0} == pytest.approx(dict(best), rel=1e-5)
 
 
-def test_an_export_for_distillkit_is_imported_as_it_was(
-    cache: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_export_for_distillkit_is_imported_as_it_was(cache, tmp_path, tokenizer):
     """Sampled entries, fewer than k at most positions: padding has no probability."""
     opened = Cache.open(cache)
     export(opened, tmp_path / "out", "distillkit", k=20)
@@ -144,14 +134,14 @@ def test_an_export_for_distillkit_is_imported_as_it_was(
         assert torch.allclose(*dense, rtol=1e-5, atol=1e-12)
 
 
-def test_distillkit_has_no_place_for_masked_positions(tmp_path: Path) -> None:
+def test_distillkit_has_no_place_for_masked_positions(tmp_path):
     with pytest.raises(InvalidArgumentError, match="window 2 has positions without a target"):
         export(build(tmp_path / "c"), tmp_path / "out", "distillkit", k=4)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_axolotl_reads_the_targets_of_the_token_itself(reset: bool, tmp_path: Path) -> None:
+def test_axolotl_reads_the_targets_of_the_token_itself(reset, tmp_path):
     k = 30
     cache = build(tmp_path / "c", reset=reset)
     export(cache, tmp_path / "out", "axolotl", k=k)
@@ -188,9 +178,7 @@ def test_axolotl_reads_the_targets_of_the_token_itself(reset: bool, tmp_path: Pa
         ("topk", {"k": 0}, "k of at least 1"),
     ],
 )
-def test_options_out_of_range_are_refused(
-    form: str, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_options_out_of_range_are_refused(form, options, message, tmp_path):
     cache = build(tmp_path / "c")
     with pytest.raises(InvalidArgumentError, match=message):
         export(cache, tmp_path / "out", form, **options)

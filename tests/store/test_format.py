@@ -5,8 +5,6 @@ Golden caches are never rewritten. A new version gets a folder of its own:
 caches of a version of the codec, masked those with corrupted inputs.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -55,12 +53,12 @@ def write_golden(name: str) -> None:
         np.savez_compressed(root / "expected.npz", **arrays)
 
 
-def test_there_are_golden_caches() -> None:
+def test_there_are_golden_caches():
     assert {path.name for path in CACHES} == set(KINDS)
 
 
 @pytest.mark.parametrize("root", CACHES, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_golden_caches_still_read(root: Path) -> None:
+def test_golden_caches_still_read(root):
     cache, expected = Cache.open(root), np.load(root / "expected.npz")
     assert len(cache) == 12
     for i in range(len(cache)):
@@ -73,7 +71,7 @@ def test_golden_caches_still_read(root: Path) -> None:
 
 
 @pytest.mark.parametrize("root", CACHES, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_a_reader_from_the_specification_agrees(root: Path) -> None:
+def test_a_reader_from_the_specification_agrees(root):
     cache, windows = Cache.open(root), read_cache(root)
     assert len(windows) == len(cache)
     for i, row in enumerate(windows):

@@ -1,13 +1,7 @@
-"""Test rounded weights: the table, its error, unbiasedness, and bytes of a resumed build.
-
-.venv/bin/pytest tests/store/test_levels.py
-"""
-
-from __future__ import annotations
+"""Test rounded weights: the table, its error, unbiasedness, and bytes of a resumed build."""
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,13 +16,7 @@ from sparselogits.samplers.uniforms import rounding_uniforms, window_uniforms
 from sparselogits.store import Cache, WindowRecord, codec_for
 from sparselogits.store.bounds import DamageError
 from sparselogits.store.codec import TargetCodec
-from sparselogits.store.codec.levels import (
-    LARGEST_STEP,
-    indices_of,
-    levels,
-    levels_at,
-    rounded,
-)
+from sparselogits.store.codec.levels import LARGEST_STEP, indices_of, levels, levels_at, rounded
 from sparselogits.targets import SparseTargets
 from tests.store.draws import identity, record
 from tests.store.plain_reader import level_table
@@ -49,7 +37,7 @@ def neighbours(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table[below], table[below + 1]
 
 
-def test_the_table_is_the_specification_s() -> None:
+def test_the_table_is_the_specification_s():
     """The oracle computes every level with 50 decimal digits."""
     assert levels().tolist() == level_table()
     assert bool((np.diff(levels()) > 0).all())
@@ -59,7 +47,7 @@ def test_the_table_is_the_specification_s() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(weights)
-def test_the_nearest_level_is_within_half_a_step(w: np.ndarray) -> None:
+def test_the_nearest_level_is_within_half_a_step(w):
     below, above = neighbours(w)
     made = rounded(w, None).astype(np.float64)
     assert np.array_equal(np.abs(made - w), np.minimum(w - below, above - w.astype(np.float64)))
@@ -72,7 +60,7 @@ def test_the_nearest_level_is_within_half_a_step(w: np.ndarray) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(weights)
-def test_stochastic_rounding_has_the_weight_as_its_expectation(w: np.ndarray) -> None:
+def test_stochastic_rounding_has_the_weight_as_its_expectation(w):
     """By enumeration: the set of uniforms that round up is an interval [0, share)."""
     below, above = neighbours(w)
     share = (w - below) / (above - below)
@@ -86,7 +74,7 @@ def test_stochastic_rounding_has_the_weight_as_its_expectation(w: np.ndarray) ->
 
 @settings(max_examples=100, deadline=None)
 @given(weights, st.integers(0, 2**32))
-def test_levels_stay_and_return(w: np.ndarray, seed: int) -> None:
+def test_levels_stay_and_return(w, seed):
     uniforms = np.random.default_rng(seed).random(len(w))
     made = rounded(w, uniforms)
     assert np.array_equal(rounded(made, uniforms), made)
@@ -95,12 +83,12 @@ def test_levels_stay_and_return(w: np.ndarray, seed: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, 2.0**98])
-def test_weights_that_cannot_be_rounded_are_refused(bad: float) -> None:
+def test_weights_that_cannot_be_rounded_are_refused(bad):
     with pytest.raises(InvalidTargetsError, match="rounded weights stores 0 to"):
         rounded(np.array([0.5, bad], np.float32), None)
 
 
-def test_a_weight_between_levels_is_not_encoded_and_an_index_behind_the_table_not_read() -> None:
+def test_a_weight_between_levels_is_not_encoded_and_an_index_behind_the_table_not_read():
     with pytest.raises(InvalidTargetsError, match=r"a weight is 0.3, which is not a level"):
         indices_of(np.array([0.5, 0.3], np.float32))
     with pytest.raises(DamageError, match="expected a level below 7587"):
@@ -118,7 +106,7 @@ def targets_of(sampler: Sampler, scale: float = 2.0) -> SparseTargets:
     [TopK(12), TopP(0.9, 40), Threshold(0.05), Systematic(50, proposal_exponent=0.8), Uniform(9)],
     ids=str,
 )
-def test_the_rounding_follows_from_the_sampler_s_bias(sampler: Sampler) -> None:
+def test_the_rounding_follows_from_the_sampler_s_bias(sampler):
     told = codec_for(sampler)
     assert told["rounding"] == ("stochastic" if sampler.unbiased else "nearest")
     codec, targets = TargetCodec.from_identity(told, V), targets_of(sampler)
@@ -133,12 +121,12 @@ def test_the_rounding_follows_from_the_sampler_s_bias(sampler: Sampler) -> None:
         assert torch.equal(made[0][light], targets.weights[light])
 
 
-def test_an_adaptive_cache_is_rounded_stochastically() -> None:
+def test_an_adaptive_cache_is_rounded_stochastically():
     sampler = Adaptive.of({"student": "s", "nominal_rounds": 5, "reference": 1.0})
     assert codec_for(sampler)["rounding"] == "stochastic"
 
 
-def test_rounding_uniforms_average_to_the_weights() -> None:
+def test_rounding_uniforms_average_to_the_weights():
     """Mean over 4 000 windows; fails by chance once in 10^7 runs (400 means, 6.5 deviations)."""
     codec = TargetCodec.from_identity(codec_for(Uniform(10)), V)
     w = targets_of(Uniform(10))[:LENGTH]
@@ -152,7 +140,7 @@ def test_rounding_uniforms_average_to_the_weights() -> None:
     assert bool((np.abs(total / draws - w.weights.numpy()) <= 6.5 * deviation + 1e-12).all())
 
 
-def test_rounding_uniforms_are_a_stream_of_their_own() -> None:
+def test_rounding_uniforms_are_a_stream_of_their_own():
     draws = window_uniforms(3, 5, 100, 1).view(-1).numpy()
     assert not np.array_equal(rounding_uniforms(3, 5, 100), draws)
     assert np.array_equal(rounding_uniforms(3, 5, 10), rounding_uniforms(3, 5, 100)[:10])
@@ -160,7 +148,7 @@ def test_rounding_uniforms_are_a_stream_of_their_own() -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0, 30.0])
 @pytest.mark.parametrize("k", [1, 12, 50])
-def test_the_mass_that_is_not_stored_keeps_its_accuracy(k: int, scale: float) -> None:
+def test_the_mass_that_is_not_stored_keeps_its_accuracy(k, scale):
     """What docs/format.md promises of the ghost token's mass."""
     codec = TargetCodec.from_identity(codec_for(TopK(k)), V)
     exact = targets_of(TopK(k), scale)
@@ -171,7 +159,7 @@ def test_the_mass_that_is_not_stored_keeps_its_accuracy(k: int, scale: float) ->
     assert bool((error <= bound * 1.01 + 2.0**-17).all())
 
 
-def test_a_committed_window_reads_back_rounded_and_twice_alike(tmp_path: Path) -> None:
+def test_a_committed_window_reads_back_rounded_and_twice_alike(tmp_path):
     plain, kind = record("float32", 0), identity("float32-rounded")
     caches = [Cache.create(tmp_path / name, kind) for name in "ab"]
     for cache in caches:
@@ -184,7 +172,7 @@ def test_a_committed_window_reads_back_rounded_and_twice_alike(tmp_path: Path) -
     assert not torch.equal(found, plain.targets.weights)
 
 
-def test_the_seed_of_the_cache_decides_the_rounding(tmp_path: Path) -> None:
+def test_the_seed_of_the_cache_decides_the_rounding(tmp_path):
     def committed(name: str, kind: Identity, made: WindowRecord) -> np.ndarray:
         cache = Cache.create(tmp_path / name, kind)
         cache.commit([made], {})

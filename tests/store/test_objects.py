@@ -1,9 +1,4 @@
-"""Test a cache in an object store on an S3 server: the same files and guarantees.
-
-.venv/bin/pytest tests/store/test_objects.py
-"""
-
-from __future__ import annotations
+"""Test a cache in an object store on an S3 server: the same files and guarantees."""
 
 import multiprocessing
 import urllib.request
@@ -27,7 +22,6 @@ from sparselogits.store.cache import same_record
 from sparselogits.store.storage.location import Location
 from sparselogits.store.storage.objects import ObjectStorage
 from tests.store.draws import identity, record, records
-from tests.store.s3 import S3, S3Server
 
 
 def build(place: Location, *starts: int) -> Cache:
@@ -41,7 +35,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_the_same_files_as_in_a_folder(tmp_path: Path, s3: S3) -> None:
+def test_the_same_files_as_in_a_folder(tmp_path, s3):
     build(tmp_path / "c", 0, 20)
     build(s3.url, 20, 0)
     assert s3.objects() == files(tmp_path / "c")
@@ -53,7 +47,7 @@ def test_the_same_files_as_in_a_folder(tmp_path: Path, s3: S3) -> None:
     assert cache.statistics() == Cache.open(tmp_path / "c").statistics()
 
 
-def test_nothing_there_and_another_identity(s3: S3) -> None:
+def test_nothing_there_and_another_identity(s3):
     assert not Cache.exists(s3.url)
     with pytest.raises(CacheError, match="there is no cache at s3://"):
         Cache.open(s3.url)
@@ -63,7 +57,7 @@ def test_nothing_there_and_another_identity(s3: S3) -> None:
         Cache.create(s3.url, identity(seed=1, packing={"reset_attention": False}))
 
 
-def test_of_many_writers_of_one_name_one_wins_and_its_object_stays(s3: S3) -> None:
+def test_of_many_writers_of_one_name_one_wins_and_its_object_stays(s3):
     contents = [b"%d" % i * 1000 for i in range(8)]
     stores = [ObjectStorage(s3.url) for _ in contents]
     with ThreadPoolExecutor(8) as pool:
@@ -72,7 +66,7 @@ def test_of_many_writers_of_one_name_one_wins_and_its_object_stays(s3: S3) -> No
     assert stores[0].read("shards/x") == contents[won.index(True)]
 
 
-def test_a_shard_that_is_there_stays(s3: S3) -> None:
+def test_a_shard_that_is_there_stays(s3):
     cache = build(s3.url, 0)
     before = s3.objects()
     cache.commit(records("counts", 0, 20), {"batch": 5})
@@ -81,7 +75,7 @@ def test_a_shard_that_is_there_stays(s3: S3) -> None:
     assert not cache.holds((20, 40))
 
 
-def test_a_listing_of_more_than_a_thousand_names(s3: S3, s3_server: S3Server) -> None:
+def test_a_listing_of_more_than_a_thousand_names(s3, s3_server):
     build(s3.url)
     names = [f"windows-{20 * i:012d}-{20 * i + 20:012d}.parquet" for i in range(1234)]
     key = s3.url.removeprefix("s3://")
@@ -95,7 +89,7 @@ def test_a_listing_of_more_than_a_thousand_names(s3: S3, s3_server: S3Server) ->
     assert Cache.open(s3.url).finished() == [(20 * i, 20 * i + 20) for i in range(1234)]
 
 
-def test_ranges_end_where_an_object_ends(s3: S3) -> None:
+def test_ranges_end_where_an_object_ends(s3):
     storage = ObjectStorage(s3.url)
     storage.create("a", b"0123456789")
     assert storage.read("a", 3, 5) == b"34"
@@ -111,7 +105,7 @@ def test_ranges_end_where_an_object_ends(s3: S3) -> None:
         storage.size("b")
 
 
-def test_repair_sets_aside_and_the_next_build_fills(s3: S3) -> None:
+def test_repair_sets_aside_and_the_next_build_fills(s3):
     cache = build(s3.url, 0, 20)
     name = "shards/windows-000000000020-000000000040.parquet"
     storage, whole = ObjectStorage(s3.url), s3.objects()[name]
@@ -127,7 +121,7 @@ def test_repair_sets_aside_and_the_next_build_fills(s3: S3) -> None:
     assert verify(cache).ok
 
 
-def test_merge_between_a_folder_and_a_bucket(tmp_path: Path, s3: S3) -> None:
+def test_merge_between_a_folder_and_a_bucket(tmp_path, s3):
     build(tmp_path / "a", 0)
     there = build(s3.url, 20)
     merge([Cache.open(tmp_path / "a"), there], tmp_path / "both")
@@ -135,7 +129,7 @@ def test_merge_between_a_folder_and_a_bucket(tmp_path: Path, s3: S3) -> None:
     assert s3.objects() == files(tmp_path / "both")
 
 
-def test_what_cannot_be_reached_is_not_damaged(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_reached_is_not_damaged(s3, monkeypatch):
     build(s3.url, 0)
     before = s3.objects()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -153,12 +147,12 @@ def test_what_cannot_be_reached_is_not_damaged(s3: S3, monkeypatch: pytest.Monke
     assert s3.objects() == before
 
 
-def test_a_bucket_that_is_not_there(s3: S3) -> None:
+def test_a_bucket_that_is_not_there(s3):
     with pytest.raises(StorageError, match="bucket does not exist"):
         Cache.create("s3://no-such-bucket-here/c", identity())
 
 
-def test_urls_of_other_kinds() -> None:
+def test_urls_of_other_kinds():
     url = "memory://bucket/c"
     build(url, 0)
     assert same_record(Cache.open(url).read(7), record("counts", 7))
@@ -172,9 +166,7 @@ def _first_tokens(batch: list[dict[str, torch.Tensor]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_read_a_bucket_through_one_bounded_copy(
-    tmp_path: Path, s3: S3, method: str
-) -> None:
+def test_workers_read_a_bucket_through_one_bounded_copy(tmp_path, s3, method):
     build(s3.url, 0, 20)
     copy = CopyFolder(tmp_path / "copy", limit=30_000)  # less than a shard and a half
     dataset = CacheDataset(s3.url, copy=copy)
@@ -192,7 +184,7 @@ def test_workers_read_a_bucket_through_one_bounded_copy(
     assert 0 < sum(kept) <= 30_000
 
 
-def test_a_copy_is_read_again_and_never_believed(tmp_path: Path, s3: S3) -> None:
+def test_a_copy_is_read_again_and_never_believed(tmp_path, s3):
     build(s3.url, 0)
     copy = CopyFolder(tmp_path / "copy")
     dataset = CacheDataset(s3.url, copy=copy)

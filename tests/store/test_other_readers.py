@@ -1,9 +1,4 @@
-"""Test that DuckDB and Polars read the same values as this library; see docs/guide.md.
-
-pytest tests/store/test_other_readers.py
-"""
-
-from __future__ import annotations
+"""Test that DuckDB and Polars read the same values as this library; see docs/guide.md."""
 
 from pathlib import Path
 
@@ -29,9 +24,7 @@ def lists(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_duckdb_reads_tokens_and_figures_of_the_shards(
-    cache: Path, records: list[WindowRecord]
-) -> None:
+def test_duckdb_reads_tokens_and_figures_of_the_shards(cache, records):
     query = "select window_index, tokens, teacher_loss, teacher_entropy from read_parquet($1)"
     rows = duckdb.execute(f"{query} order by 1", [str(cache / "shards" / "*.parquet")]).fetchall()
     assert len(rows) == len(records) > 0
@@ -47,7 +40,7 @@ def flat(records: list[WindowRecord]) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.concatenate([record.targets.weights.numpy() for record in records])
 
 
-def test_duckdb_reads_exported_targets(lists: Path, records: list[WindowRecord]) -> None:
+def test_duckdb_reads_exported_targets(lists, records):
     found = duckdb.execute(
         "select flatten(ids), flatten(weights) from read_parquet($1) order by window_index",
         [str(lists / "*.parquet")],
@@ -57,7 +50,7 @@ def test_duckdb_reads_exported_targets(lists: Path, records: list[WindowRecord])
     assert np.array_equal(np.concatenate([row[1] for row in found]).astype(np.float32), weights)
 
 
-def test_polars_reads_exported_targets(lists: Path, records: list[WindowRecord]) -> None:
+def test_polars_reads_exported_targets(lists, records):
     entries = (
         polars.scan_parquet(lists / "*.parquet")
         .sort("window_index")

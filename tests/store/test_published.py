@@ -1,14 +1,12 @@
 """Test that the bits per entry in docs/format.md are those of the committed run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_rounded_weights_of_the_page_are_those_that_were_measured() -> None:
+def test_rounded_weights_of_the_page_are_those_that_were_measured():
     found = json.loads((ROOT / "benchmarks" / "rounded_weights.json").read_text())["methods"]
     page = (ROOT / "docs" / "format.md").read_text()
     _, _, table = page.partition("| bits per entry, exact | bits per entry, rounded | KL |\n")

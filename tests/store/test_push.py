@@ -1,11 +1,7 @@
 """Test that a cache is pushed and loaded by name, as `hf://` and on other file systems.
 
 The hub is a stand-in on this machine (tests/store/hub.py); its client is the real one.
-
-pytest tests/store/test_push.py
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -87,7 +83,7 @@ except StorageError as error:
 """
 
 
-def test_pushed_to_a_hub_and_loaded_back_by_name(tmp_path: Path, cache: Path, hub: Hub) -> None:
+def test_pushed_to_a_hub_and_loaded_back_by_name(tmp_path, cache, hub):
     pushed = as_on_the_hub(hub, tmp_path, "-m", "sparselogits", "push", cache, NAME)
     assert pushed.returncode == 0, pushed.stderr
     assert f'CacheDataset("{NAME}")' in pushed.stdout
@@ -103,7 +99,7 @@ def test_pushed_to_a_hub_and_loaded_back_by_name(tmp_path: Path, cache: Path, hu
     assert loaded.stdout == "read by name\nTrue\n", loaded.stderr
 
 
-def test_goes_on_where_it_stopped(tmp_path: Path, cache: Path, url: str) -> None:
+def test_goes_on_where_it_stopped(tmp_path, cache, url):
     begun = tmp_path / "begun"
     shutil.copytree(cache, begun)
     shards = sorted((begun / "shards").iterdir())
@@ -120,7 +116,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, cache: Path, url: str) -> None
     assert fsspec.open(f"{url}/shards/{shards[0].name}").open().read() == kept
 
 
-def test_what_is_refused(tmp_path: Path, cache: Path, url: str) -> None:
+def test_what_is_refused(tmp_path, cache, url):
     with pytest.raises(InvalidArgumentError, match="is not a URL"):
         push(Cache.open(cache), str(tmp_path / "folder"))
     empty = tmp_path / "empty"

@@ -1,20 +1,12 @@
-"""Test the histograms of `info`: correct counts from a few row groups, for any size.
+"""Test the histograms of `info`: correct counts from a few row groups, for any size."""
 
-pytest tests/store/test_sample.py
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
 import torch
 
 from sparselogits.store import Cache, sample_cache
 from sparselogits.store.shard.writer import ROWS_PER_GROUP
 
 
-def test_a_small_cache_is_counted_whole(cache: Path) -> None:
+def test_a_small_cache_is_counted_whole(cache):
     opened = Cache.open(cache)
     records = [opened.read(i) for i in range(len(opened))]
     found = sample_cache(opened, 10_000)
@@ -27,7 +19,7 @@ def test_a_small_cache_is_counted_whole(cache: Path) -> None:
     assert min(entropies) <= low <= high <= max(entropies) + 1e-3
 
 
-def test_counts_are_those_of_the_windows_read(cache: Path) -> None:
+def test_counts_are_those_of_the_windows_read(cache):
     opened = Cache.open(cache)
     (start, stop), *_ = opened.finished()
     found = sample_cache(opened, 1)
@@ -44,7 +36,7 @@ def test_counts_are_those_of_the_windows_read(cache: Path) -> None:
     assert found.weights.counts[-1] == int((weights.log10() >= -0.5).sum())
 
 
-def test_a_large_cache_is_not_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_cache_is_not_read(cache, monkeypatch):
     opened = Cache.open(cache)
     asked: list[tuple[str, int, int]] = []
     read = opened.storage.read

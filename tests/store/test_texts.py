@@ -1,7 +1,5 @@
 """Test that a cache has one text per window, and that only complete texts are published."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -46,7 +44,7 @@ def build(root: Path, text: TextSpan | None, *starts: int, claim: bool = True) -
     return cache
 
 
-def test_a_text_is_claimed_once(tmp_path: Path) -> None:
+def test_a_text_is_claimed_once(tmp_path):
     storage = LocalStorage(tmp_path)
     claim_text(storage, A)
     claim_text(storage, A)
@@ -58,14 +56,14 @@ def test_a_text_is_claimed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[1]", b'{"fingerprint":"x"}'])
-def test_a_damaged_claim_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_claim_is_named(tmp_path, content):
     storage = LocalStorage(tmp_path)
     storage.create("texts/windows-000000000000.json", content)
     with pytest.raises(CacheCorruptionError, match=r"windows-0+.json is damaged.*delete it"):
         claim_text(storage, A)
 
 
-def test_a_mixture_does_not_verify(tmp_path: Path) -> None:
+def test_a_mixture_does_not_verify(tmp_path):
     cache = build(tmp_path / "a", A, 0)
     other = build(tmp_path / "b", B, 20)
     [shard] = (tmp_path / "b/shards").iterdir()
@@ -80,7 +78,7 @@ def test_a_mixture_does_not_verify(tmp_path: Path) -> None:
     assert verify(cache).ok
 
 
-def test_a_mixture_without_names_does_not_verify(tmp_path: Path) -> None:
+def test_a_mixture_without_names_does_not_verify(tmp_path):
     cache = build(tmp_path / "a", A, 0, claim=False)
     build(tmp_path / "b", B, 20)
     [shard] = (tmp_path / "b/shards").iterdir()
@@ -90,13 +88,13 @@ def test_a_mixture_without_names_does_not_verify(tmp_path: Path) -> None:
     assert repair(cache).set_aside[0][0].endswith("windows-000000000020-000000000040.parquet")
 
 
-def test_a_shard_outside_its_own_text(tmp_path: Path) -> None:
+def test_a_shard_outside_its_own_text(tmp_path):
     short = TextSpan("a" * 64, 0, 10)
     [damaged] = verify(build(tmp_path, short, 0)).damaged
     assert "are not in the shard's text" in str(damaged.error)
 
 
-def test_the_packed_text_at_hand_is_compared(tmp_path: Path) -> None:
+def test_the_packed_text_at_hand_is_compared(tmp_path):
     """Also in caches from before texts were named."""
     cache = Cache.create(tmp_path, identity())
     cache.commit(records("counts", 0, 20), {"corpus": "e" * 64})
@@ -106,14 +104,14 @@ def test_the_packed_text_at_hand_is_compared(tmp_path: Path) -> None:
     assert verify(cache, sample=1, text_of=lambda _: None).ok
 
 
-def test_caches_of_before_are_read_and_go_on(tmp_path: Path) -> None:
+def test_caches_of_before_are_read_and_go_on(tmp_path):
     cache = build(tmp_path, None, 0)
     claim_text(cache.storage, A)
     build(tmp_path, A, 20)
     assert verify(cache).ok
 
 
-def test_texts_apart_are_not_merged(tmp_path: Path) -> None:
+def test_texts_apart_are_not_merged(tmp_path):
     one, two = build(tmp_path / "a", A, 0), build(tmp_path / "b", B, 20)
     for sources in ([one, two], [two, one]):
         with pytest.raises(IdentityMismatchError, match="different texts cannot be merged"):
@@ -128,7 +126,7 @@ def test_texts_apart_are_not_merged(tmp_path: Path) -> None:
     assert verify(merged, stop=20).ok
 
 
-def test_one_range_of_two_texts_is_not_merged(tmp_path: Path) -> None:
+def test_one_range_of_two_texts_is_not_merged(tmp_path):
     """Shards from before texts were named have the fingerprint of their own piece."""
     caches = []
     for name in "ab":
@@ -148,7 +146,7 @@ class PlainFiles(LocalFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return LocalFileSystem._strip_protocol(path.removeprefix("plain://"))  # type: ignore[no-any-return]
+        return LocalFileSystem._strip_protocol(path.removeprefix("plain://"))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         target = Path(self._strip_protocol(path))
@@ -164,7 +162,7 @@ class WithoutRename(PlainFiles):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return LocalFileSystem._strip_protocol(path.removeprefix("bare://"))  # type: ignore[no-any-return]
+        return LocalFileSystem._strip_protocol(path.removeprefix("bare://"))
 
 
 @pytest.fixture(params=[PlainFiles, WithoutRename])
@@ -174,7 +172,7 @@ def plain(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.param.protocol}://{tmp_path}/pushed"
 
 
-def test_a_put_that_breaks_off_leaves_nothing(tmp_path: Path, plain: str) -> None:
+def test_a_put_that_breaks_off_leaves_nothing(tmp_path, plain):
     cache = build(tmp_path / "c", A, 0, 20)
     for room in (10, 3000, 9000, 20_000):
         PlainFiles.room = room
@@ -189,7 +187,7 @@ def test_a_put_that_breaks_off_leaves_nothing(tmp_path: Path, plain: str) -> Non
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file", "plain"])
-def test_half_a_shard_under_its_name_is_not_taken_for_one(tmp_path: Path, scheme: str) -> None:
+def test_half_a_shard_under_its_name_is_not_taken_for_one(tmp_path, scheme):
     fsspec.register_implementation("plain", PlainFiles, clobber=True)
     PlainFiles.room = 1 << 40
     url = f"{scheme}://{tmp_path}/pushed"
@@ -213,7 +211,7 @@ def test_half_a_shard_under_its_name_is_not_taken_for_one(tmp_path: Path, scheme
         assert there.read(name) == whole
 
 
-def test_a_shard_from_another_machine_stays(tmp_path: Path) -> None:
+def test_a_shard_from_another_machine_stays(tmp_path):
     """It may differ in low bits; its targets are as good."""
     cache = build(tmp_path / "c", A, 0)
     other = Cache.create(tmp_path / "there", identity())
@@ -226,7 +224,7 @@ def test_a_shard_from_another_machine_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["cache.json", "shards", "shard", "texts", "text"])
-def test_links_are_not_followed(tmp_path: Path, what: str) -> None:
+def test_links_are_not_followed(tmp_path, what):
     cache = build(tmp_path / "c", A, 0)
     path = {
         "shard": "shards/windows-000000000000-000000000020.parquet",
@@ -250,11 +248,11 @@ def test_links_are_not_followed(tmp_path: Path, what: str) -> None:
         ("..", "unnamed"),
     ],
 )
-def test_labels_have_no_folders(name: str, label: str) -> None:
+def test_labels_have_no_folders(name, label):
     assert label_of(name) == label
 
 
-def test_no_path_of_the_teacher_is_written(tmp_path: Path) -> None:
+def test_no_path_of_the_teacher_is_written(tmp_path):
     teacher = {"name": "/home/me/secret-project/teacher", "weights": "0" * 64}
     Cache.create(tmp_path, identity(teacher=teacher))
     for name in ("cache.json", "README.md"):
@@ -275,7 +273,7 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_links")
-def test_repair_without_hard_links(tmp_path: Path) -> None:
+def test_repair_without_hard_links(tmp_path):
     cache = build(tmp_path, TextSpan("a" * 64, 0, 60), 0, 20, 40)
     paths = sorted((tmp_path / "shards").iterdir())
     for path in paths[:2]:
@@ -290,7 +288,7 @@ def test_repair_without_hard_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "link to nothing", "link to a folder"])
-def test_repair_sets_anything_aside(tmp_path: Path, what: str) -> None:
+def test_repair_sets_anything_aside(tmp_path, what):
     cache = build(tmp_path / "c", A, 0, 20)
     path = tmp_path / "c/shards/windows-000000000000-000000000020.parquet"
     path.unlink()
@@ -308,7 +306,7 @@ def test_repair_sets_anything_aside(tmp_path: Path, what: str) -> None:
     assert verify(cache).ok
 
 
-def test_a_second_repair_is_told_so(tmp_path: Path) -> None:
+def test_a_second_repair_is_told_so(tmp_path):
     cache = build(tmp_path, A, 0)
     with (
         lock_file(tmp_path / ".repair.lock"),
@@ -319,7 +317,7 @@ def test_a_second_repair_is_told_so(tmp_path: Path) -> None:
     assert not (tmp_path / ".repair.lock").exists()
 
 
-def test_what_was_rebuilt_meanwhile_stays(tmp_path: Path) -> None:
+def test_what_was_rebuilt_meanwhile_stays(tmp_path):
     cache = build(tmp_path, A, 0)
     path = tmp_path / "shards/windows-000000000000-000000000020.parquet"
     whole = path.read_bytes()

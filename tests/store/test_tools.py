@@ -1,9 +1,4 @@
-"""Test verify, repair, merge, export and append on real files.
-
-.venv/bin/pytest tests/store/test_tools.py
-"""
-
-from __future__ import annotations
+"""Test verify, repair, merge, export and append on real files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +35,7 @@ def flip(path: Path, byte: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sound_cache_verifies(tmp_path: Path, kind: str) -> None:
+def test_a_sound_cache_verifies(tmp_path, kind):
     calls: list[tuple[int, int]] = []
     report = verify(build(tmp_path, 0, 20, kind=kind), progress=lambda *c: calls.append(c))
     assert report.ok
@@ -60,7 +55,7 @@ def forge(
     return str(report.damaged[0].error)
 
 
-def test_what_checksums_do_not_see_is_seen(tmp_path: Path) -> None:
+def test_what_checksums_do_not_see_is_seen(tmp_path):
     whole = record("float32", 0)
     first = int(whole.targets.offsets[1])
     emptied = SparseTargets(
@@ -87,26 +82,26 @@ def window_of(r: WindowRecord) -> Window:
     return Window(r.window_index, r.tokens, r.document_starts, r.mask)
 
 
-def test_the_text_of_a_shard_is_what_its_provenance_says(tmp_path: Path) -> None:
+def test_the_text_of_a_shard_is_what_its_provenance_says(tmp_path):
     cache = Cache.create(tmp_path, identity())
     made = records("counts", 0, 20)
     cache.commit(made, {"corpus": fingerprint([window_of(r) for r in made])})
     assert verify(cache).ok
 
 
-def test_gaps_are_reported(tmp_path: Path) -> None:
+def test_gaps_are_reported(tmp_path):
     report = verify(build(tmp_path, 20), stop=60)
     assert report.missing == ((0, 20), (40, 60))
     assert not report.ok
 
 
-def test_a_sample_reads_less(tmp_path: Path) -> None:
+def test_a_sample_reads_less(tmp_path):
     report = verify(build(tmp_path, 0), sample=1)
     assert report.ok
     assert report.shards[0].checked == 8
 
 
-def test_repair_sets_aside_and_the_next_build_fills(tmp_path: Path) -> None:
+def test_repair_sets_aside_and_the_next_build_fills(tmp_path):
     cache = build(tmp_path, 0, 20, 40)
     path = tmp_path / "shards/windows-000000000020-000000000040.parquet"
     whole = path.read_bytes()
@@ -128,7 +123,7 @@ def test_repair_sets_aside_and_the_next_build_fills(tmp_path: Path) -> None:
     assert len(list((tmp_path / "damaged").iterdir())) == 2
 
 
-def test_merge_copies_bytes_and_goes_on(tmp_path: Path) -> None:
+def test_merge_copies_bytes_and_goes_on(tmp_path):
     a, b = build(tmp_path / "a", 0, 40), build(tmp_path / "b", 20, 40)
     report = merge([a, b], tmp_path / "c")
     assert report.copied == ((0, 20), (20, 40), (40, 60))
@@ -139,7 +134,7 @@ def test_merge_copies_bytes_and_goes_on(tmp_path: Path) -> None:
     assert merge([a, b], tmp_path / "c").copied == ()
 
 
-def test_merge_refuses_strangers_overlaps_and_damage(tmp_path: Path) -> None:
+def test_merge_refuses_strangers_overlaps_and_damage(tmp_path):
     a = build(tmp_path / "a", 0)
     stranger = Cache.create(tmp_path / "s", identity(seed=9))
     with pytest.raises(IdentityMismatchError, match="seed"):
@@ -151,14 +146,14 @@ def test_merge_refuses_strangers_overlaps_and_damage(tmp_path: Path) -> None:
         merge([a], tmp_path / "e")
 
 
-def test_more_text_is_appended_without_rewriting(tmp_path: Path) -> None:
+def test_more_text_is_appended_without_rewriting(tmp_path):
     before = {p: p.read_bytes() for p in (build(tmp_path, 0, 20).root / "shards").iterdir()}
     again = build(tmp_path, 40)
     assert again.finished() == [(0, 20), (20, 40), (40, 60)]
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_export_as_lists_gives_every_entry(tmp_path: Path) -> None:
+def test_export_as_lists_gives_every_entry(tmp_path):
     cache = build(tmp_path / "c", 0, 20)
     paths = export(cache, tmp_path / "out", "lists")
     rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
@@ -169,7 +164,7 @@ def test_export_as_lists_gives_every_entry(tmp_path: Path) -> None:
     assert [len(ids) for ids in rows[33]["ids"]] == expected.entries_per_position.tolist()
 
 
-def test_export_as_topk_takes_the_heaviest(tmp_path: Path) -> None:
+def test_export_as_topk_takes_the_heaviest(tmp_path):
     cache = build(tmp_path / "c", 0, kind="float32")
     (path,) = export(cache, tmp_path / "out", "topk", k=3)
     row = pq.read_table(path).to_pylist()[4]
@@ -179,7 +174,7 @@ def test_export_as_topk_takes_the_heaviest(tmp_path: Path) -> None:
     assert row["top_ids"][5] == ids.gather(1, weights.topk(3).indices)[5].tolist()
 
 
-def test_export_for_datasets_loads_back(tmp_path: Path) -> None:
+def test_export_for_datasets_loads_back(tmp_path):
     from datasets import load_from_disk
 
     cache = build(tmp_path / "c", 0)
@@ -188,7 +183,7 @@ def test_export_for_datasets_loads_back(tmp_path: Path) -> None:
     assert loaded[7]["tokens"] == record("counts", 7).tokens.tolist()
 
 
-def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+def test_export_refuses_what_it_cannot_do(tmp_path):
     cache = build(tmp_path / "c", 0)
     with pytest.raises(InvalidArgumentError, match="choose one of"):
         export(cache, tmp_path / "out", "csv")
@@ -196,7 +191,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         export(cache, tmp_path / "c", "lists")
 
 
-def test_reading_goes_on_beside_damage(tmp_path: Path) -> None:
+def test_reading_goes_on_beside_damage(tmp_path):
     cache = build(tmp_path, 0, 20)
     flip(tmp_path / "shards/windows-000000000020-000000000040.parquet", 4000)
     for i in range(20):

@@ -1,7 +1,5 @@
 """Test that the folder of a PEFT adapter gives PEFT's logits, as teacher and as student."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings

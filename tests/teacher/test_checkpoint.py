@@ -1,7 +1,5 @@
 """Test that the hash covers all loaded files, and that unsafe checkpoints are rejected."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,9 +1,4 @@
-"""Test that valid engines pass the check, and that each violation is found.
-
-pytest tests/teacher/test_conformance.py
-"""
-
-from __future__ import annotations
+"""Test that valid engines pass the check, and that each violation is found."""
 
 from collections.abc import Iterator
 from dataclasses import replace

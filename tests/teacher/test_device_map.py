@@ -1,9 +1,4 @@
-"""Test that a teacher with weights on disk gives the logits of the whole model.
-
-pytest tests/teacher/test_device_map.py
-"""
-
-from __future__ import annotations
+"""Test that a teacher with weights on disk gives the logits of the whole model."""
 
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The oracle is the model's own forward pass on one document alone.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Test that the intended model is loaded, or a clear error is raised."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Several teachers online: the logarithm of the mixture of their distributions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Test that windows longer than a model's positions are rejected early, or warned about."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,9 +1,4 @@
-"""Test that the identity of a quantised teacher names its quantisation.
-
-pytest tests/teacher/test_quantised.py
-"""
-
-from __future__ import annotations
+"""Test that the identity of a quantised teacher names its quantisation."""
 
 from pathlib import Path
 

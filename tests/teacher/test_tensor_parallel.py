@@ -1,9 +1,4 @@
-"""Test that a teacher split over two gloo ranks gives its logits, and builds its caches.
-
-pytest tests/teacher/test_tensor_parallel.py
-"""
-
-from __future__ import annotations
+"""Test that a teacher split over two gloo ranks gives its logits, and builds its caches."""
 
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Test that slices of logits equal the model's own logits, for all post-processing."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Provide caches whose windows have very different numbers of labels, at two temperatures."""
 
-from __future__ import annotations
-
 import json
 from itertools import cycle
 from pathlib import Path

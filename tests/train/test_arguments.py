@@ -3,8 +3,6 @@
 All fields of the installed transformers are enumerated; a field without a decision fails.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Averages of checkpoints: the mean of each weight, in a folder that every command reads."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref

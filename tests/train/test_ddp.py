@@ -1,7 +1,5 @@
 """Test that two DDP ranks step like one process, and resume bit for bit, also on one rank."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Test that a student with restarted attention is trained on each document alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,9 +1,4 @@
-"""Test LoRA students, callbacks, TensorBoard and TRL.
-
-pytest tests/train/test_ecosystem.py
-"""
-
-from __future__ import annotations
+"""Test LoRA students, callbacks, TensorBoard and TRL."""
 
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """Test a bound student under FSDP2's `fully_shard`: gradients of one process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Test that a trained folder converts to GGUF, and llama.cpp answers like transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,9 +1,4 @@
-"""Training masked language models: every method against a plain computation, and end to end.
-
-pytest tests/train/test_masked.py
-"""
-
-from __future__ import annotations
+"""Training masked language models: every method against a plain computation, and end to end."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A student of two teachers: the step, the log, recipes, resuming, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

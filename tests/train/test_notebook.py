@@ -1,7 +1,5 @@
 """Test that the Trainer's table in a notebook has the parts of the loss."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import TrainingArguments

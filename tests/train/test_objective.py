@@ -1,7 +1,5 @@
 """Test that the bound forward computes the documented loss, on every kind of model."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -1,9 +1,4 @@
-"""Test the example that continues a cache-trained student on its own samples with TRL.
-
-pytest tests/train/test_on_policy.py
-"""
-
-from __future__ import annotations
+"""Test the example that continues a cache-trained student on its own samples with TRL."""
 
 import json
 import runpy

@@ -4,8 +4,6 @@ Each use is tried on the student in the middle of training, between trainings, a
 same weights that was never bound: the results are equal.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Test that a student trained for quantised weights is saved and evaluated with them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

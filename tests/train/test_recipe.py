@@ -1,7 +1,5 @@
 """Test that errors of recipes name the problem and the probable intention."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

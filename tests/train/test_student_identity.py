@@ -1,7 +1,5 @@
 """Test that a run resumes only from its student, identified by weights and not by path."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Test that other programs load the folder of a trained student."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Test training from a cache: repeatable, resumable, independent of ranks and batches."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Provide the recipe of a comparison of tiny models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,9 +1,4 @@
-"""Test the experiments on public claims: the rules of the plans, equal bytes, two steps each.
-
-pytest tests/lab/compare/test_claims.py
-"""
-
-from __future__ import annotations
+"""Test the experiments on public claims: the rules of the plans, equal bytes, two steps each."""
 
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Test comparisons of a tiny teacher: equal conditions, resuming, partial failures, storage."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

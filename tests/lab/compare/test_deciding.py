@@ -1,9 +1,4 @@
-"""Test the rule of experiments/deciding.py on constructed outcomes, and its training.
-
-pytest tests/lab/compare/test_deciding.py
-"""
-
-from __future__ import annotations
+"""Test the rule of experiments/deciding.py on constructed outcomes, and its training."""
 
 import json
 import sys

@@ -1,9 +1,4 @@
-"""Test gradients in a comparison: correct, computed once, and isolated in failure.
-
-pytest tests/lab/compare/test_gradients.py
-"""
-
-from __future__ import annotations
+"""Test gradients in a comparison: correct, computed once, and isolated in failure."""
 
 import csv
 import io

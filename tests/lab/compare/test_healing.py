@@ -1,9 +1,4 @@
-"""Test the healing experiments end to end on tiny models.
-
-pytest tests/lab/compare/test_healing.py
-"""
-
-from __future__ import annotations
+"""Test the healing experiments end to end on tiny models."""
 
 import importlib.util
 import json

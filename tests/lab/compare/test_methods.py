@@ -1,14 +1,10 @@
 """Test the methods that no other comparison test trains, and the passes of the teacher.
 
-pytest tests/lab/compare/test_methods.py
-
 One comparison of reverse KL, a tempered multinomial, a threshold, thinned rounds and rounds that
 follow a student of a comparison made before; every student drafts for the teacher. All is keyed by
 seeds, so that what is said of chance below holds always or never; the bounds of five deviations
 are for those who change a seed: one change in a million fails without reason.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -1,9 +1,4 @@
-"""Test that docs/results.md and its appendix agree with the stored results.
-
-pytest tests/lab/compare/test_pages.py
-"""
-
-from __future__ import annotations
+"""Test that docs/results.md and its appendix agree with the stored results."""
 
 import json
 import math

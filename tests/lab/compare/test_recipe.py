@@ -1,7 +1,5 @@
 """Test the errors of a comparison's recipe, and the expansion of its lists."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Test that all methods start from the same pruned or quantised weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,13 +1,9 @@
 """Test the metrics of a comparison against an independent calculation.
 
-pytest tests/lab/compare/test_summary.py
-
 Nothing is trained: recipe, setting and plan are real, what the runs found is made up. Three seeds
 and three windows leave 27 resamples of each, all equally likely, so that the ends of a bootstrap
 are known without drawing.
 """
-
-from __future__ import annotations
 
 import csv
 import io

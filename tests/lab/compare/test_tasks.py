@@ -1,9 +1,4 @@
-"""Test tasks of a comparison: added without training, stored separately, shown, recorded.
-
-pytest tests/lab/compare/test_tasks.py
-"""
-
-from __future__ import annotations
+"""Test tasks of a comparison: added without training, stored separately, shown, recorded."""
 
 import csv
 import io

@@ -1,9 +1,4 @@
-"""The experiment on two teachers: the plan's rule, and two steps of every arm.
-
-pytest tests/lab/compare/test_two_teachers.py
-"""
-
-from __future__ import annotations
+"""The experiment on two teachers: the plan's rule, and two steps of every arm."""
 
 import json
 from collections.abc import Mapping

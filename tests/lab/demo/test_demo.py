@@ -1,9 +1,4 @@
-"""Test the whole demo with a tiny model instead of SmolLM2.
-
-pytest tests/lab/demo/test_demo.py
-"""
-
-from __future__ import annotations
+"""Test the whole demo with a tiny model instead of SmolLM2."""
 
 import json
 import os
@@ -13,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparselogits.lab.compare import read_results
@@ -48,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, home: Path) -> DemoResult:
         return run_demo(out, SMALL)
 
 
-def test_every_method_heals_the_same_pruned_student(found: DemoResult) -> None:
+def test_every_method_heals_the_same_pruned_student(found):
     out = found.report.parent
     results = read_results(out)
     assert [row.method for row in results.methods] == [method["name"] for method in METHODS]
@@ -66,7 +60,7 @@ def test_every_method_heals_the_same_pruned_student(found: DemoResult) -> None:
     assert kl[HEALED] < kl["not healed"]
 
 
-def test_its_table_has_the_stored_figures(found: DemoResult) -> None:
+def test_its_table_has_the_stored_figures(found):
     table = found.table()
     columns = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
     assert columns["method"] == [*(method["name"] for method in METHODS), "the teacher"]
@@ -78,7 +72,7 @@ def test_its_table_has_the_stored_figures(found: DemoResult) -> None:
     assert columns["entries"][-2] == "all"
 
 
-def test_the_healed_student_answers_the_printed_command(found: DemoResult) -> None:
+def test_the_healed_student_answers_the_printed_command(found):
     """As a user gives it: in a shell, without a network, with a question typed in."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     asked = subprocess.run(
@@ -98,7 +92,7 @@ def test_the_healed_student_answers_the_printed_command(found: DemoResult) -> No
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "$HOME"', "back`tick"])
-def test_the_command_names_any_folder(name: str, tmp_path: Path) -> None:
+def test_the_command_names_any_folder(name, tmp_path):
     told = talk_command(tmp_path / name).replace(
         "from transformers import pipeline; print(pipeline(", "print((lambda *words: words)("
     )
@@ -107,9 +101,7 @@ def test_the_command_names_any_folder(name: str, tmp_path: Path) -> None:
     assert said.stdout.strip() == repr(("text-generation", str(tmp_path / name)))
 
 
-def test_what_is_finished_is_not_done_again(
-    found: DemoResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_done_again(found, monkeypatch):
     out = found.report.parent
     before = {
         file: file.stat().st_mtime_ns
@@ -125,13 +117,13 @@ def test_what_is_finished_is_not_done_again(
     assert again.results.methods == found.results.methods
 
 
-def test_the_models_continue_a_page_and_answer(found: DemoResult) -> None:
+def test_the_models_continue_a_page_and_answer(found):
     assert [sample.prompt for sample in found.samples[1:]] == list(QUESTIONS)
     for sample in found.samples:
         assert list(sample.texts) == ["the teacher", *SAMPLED]
 
 
-def test_its_page(found: DemoResult, browser: Browser) -> None:
+def test_its_page(found, browser):
     with opened(browser, found.report.as_uri(), size=DESKTOP) as page:
         words = page.inner_text("main")
         for method in METHODS:
@@ -144,12 +136,12 @@ def test_its_page(found: DemoResult, browser: Browser) -> None:
     assert "Window 0" in (found.report.parent / link).read_text(encoding="utf-8")
 
 
-def test_the_page_of_the_comparison_does_not_replace_it(found: DemoResult) -> None:
+def test_the_page_of_the_comparison_does_not_replace_it(found):
     before = found.report.read_bytes()
     write_report(found.results, found.report.parent)
     assert found.report.read_bytes() == before
 
 
-def test_the_python_is_that_of_the_demo(found: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_is_that_of_the_demo(found, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert talk_command(found.student).startswith(sys.executable)

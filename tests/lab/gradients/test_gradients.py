@@ -4,8 +4,6 @@ Run with `pytest tests/lab/gradients/test_gradients.py`. The teacher is float32,
 float64; sampled weights are always float32, which explains tolerances of 1e-5.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,13 +82,7 @@ def plain_gradients(
     head_input[0].retain_grad()
     labels = item["shift_labels"]
     sparse_cross_entropy(
-        logits[0],
-        ids,
-        weights,
-        labels=labels,
-        missing_mass=rule,
-        alpha=alpha,
-        reduction="sum",
+        logits[0], ids, weights, labels=labels, missing_mass=rule, alpha=alpha, reduction="sum"
     ).backward()
     of_logits, of_hidden = logits.grad[0], head_input[0].grad[0]
     return {
@@ -180,9 +172,7 @@ def batches(found: list[list[dict[str, Tensor]]], space: str, size: int) -> Iter
     indirect=True,
     ids=["tied", "untied, attention reset"],
 )
-def test_figures_are_those_of_plain_backward_passes(
-    student: nn.Module, windows: TextDataset, teacher: TransformersTeacher, target: Target
-) -> None:
+def test_figures_are_those_of_plain_backward_passes(student, windows, teacher, target):
     rows = measure_gradients(
         {"s": student},
         windows,
@@ -211,9 +201,7 @@ def test_figures_are_those_of_plain_backward_passes(
             )
 
 
-def test_the_students_mode_and_gradients_are_left_alone(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_students_mode_and_gradients_are_left_alone(windows, teacher):
     student = tiny_llama(seed=4, attention_dropout=0.5).train()
     twice = [
         measure_gradients(
@@ -229,9 +217,7 @@ def test_the_students_mode_and_gradients_are_left_alone(
 # -- what theory says of the figures ---------------------------------------------------------------
 
 
-def test_the_whole_distribution_as_a_target_is_full_distillation(
-    student: nn.Module, windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_whole_distribution_as_a_target_is_full_distillation(student, windows, teacher):
     targets = [Target("full", TopK(PADDED_VOCABULARY))]
     for row in measure_gradients({"s": student}, windows, teacher, targets, batch_tokens=[LENGTH]):
         assert row.angle.mean < 1e-3
@@ -250,9 +236,7 @@ UNBIASED: list[Sampler] = [
 
 
 @pytest.mark.parametrize("sampler", UNBIASED, ids=str)
-def test_unbiased_targets_show_no_bias(
-    sampler: Sampler, student: nn.Module, windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_unbiased_targets_show_no_bias(sampler, student, windows, teacher):
     """t-tests over 6 windows of 32 draws: 5 spaces of 5 samplers, at 1e-4 / 25 each.
 
     The false-alarm rate of the whole is so 1e-4 were the estimates normal; seeds are fixed.
@@ -269,9 +253,7 @@ def test_unbiased_targets_show_no_bias(
         assert row.variance.mean > 10 * abs(bias.mean)
 
 
-def test_the_bias_of_top_k_is_its_closed_form(
-    student: nn.Module, windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_bias_of_top_k_is_its_closed_form(student, windows, teacher):
     """Of a position: |(m - 1) s + tail|^2, with m the stored mass and tail the p not stored."""
     targets = [Target("a", TopK(6))]
     rows = measure_gradients({"s": student}, windows, teacher, targets, batch_tokens=[6 * LENGTH])
@@ -291,9 +273,7 @@ def test_the_bias_of_top_k_is_its_closed_form(
     assert row.draws == 1
 
 
-def test_the_variance_of_independent_rounds_is_its_closed_form(
-    student: nn.Module, windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_the_variance_of_independent_rounds_is_its_closed_form(student, windows, teacher):
     """docs/theory.md, section 3, summed over positions; 138 positions of 48 draws leave 1 %."""
     rounds = 9
     rows = measure_gradients(
@@ -330,9 +310,7 @@ def test_the_variance_of_independent_rounds_is_its_closed_form(
         assert found[space] == pytest.approx(value, rel=0.1 if "summed" in space else 0.03), space
 
 
-def test_a_sampler_that_follows_a_student_is_measured_like_any_other(
-    windows: TextDataset, teacher: TransformersTeacher
-) -> None:
+def test_a_sampler_that_follows_a_student_is_measured_like_any_other(windows, teacher):
     student = tiny_llama(seed=4)
     adaptive = Adaptive(StudentSignal.of(student, "distance"), 9, reference=0.5)
     pilot = [whole_logits(teacher, windows[0])]
@@ -362,7 +340,7 @@ def test_a_sampler_that_follows_a_student_is_measured_like_any_other(
 # -- moments and intervals -------------------------------------------------------------------------
 
 
-def test_moments_tell_bias_from_noise() -> None:
+def test_moments_tell_bias_from_noise():
     g, e = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.0, 1.0, 0.0])
     constant = Moments.of(g, [g + e] * 3)
     assert constant.squared_bias() == pytest.approx(1 / 25)
@@ -375,14 +353,14 @@ def test_moments_tell_bias_from_noise() -> None:
     _assert_same(parts, both, 1e-12)
 
 
-def test_quantiles_are_the_tabulated_ones() -> None:
+def test_quantiles_are_the_tabulated_ones():
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 31: 2.040, 120: 1.980}
     for degrees, value in table.items():
         assert t_quantile(degrees, 0.975) == pytest.approx(value, abs=6e-4)
     assert t_quantile(7, 0.9995) == pytest.approx(5.408, abs=1e-3)
 
 
-def test_an_interval_needs_two_units() -> None:
+def test_an_interval_needs_two_units():
     assert t_interval([2.0]).low is None
     found = t_interval([1.0, 3.0])
     assert (found.mean, found.units) == (2.0, 2)
@@ -401,7 +379,7 @@ def _assert_same(a: Moments, b: Moments, tolerance: float) -> None:
 # -- mistakes --------------------------------------------------------------------------------------
 
 
-def test_mistakes_say_what_to_do(windows: TextDataset, teacher: TransformersTeacher) -> None:
+def test_mistakes_say_what_to_do(windows, teacher):
     student, topk = tiny_llama(seed=4), [Target("a", TopK(3))]
 
     def measure(model: nn.Module = student, targets: Any = topk, **options: Any) -> None:

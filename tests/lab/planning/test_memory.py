@@ -1,9 +1,4 @@
-"""Test memory estimates against measured allocations, and the plan's statements about them.
-
-pytest tests/lab/planning/test_memory.py
-"""
-
-from __future__ import annotations
+"""Test memory estimates against measured allocations, and the plan's statements about them."""
 
 import json
 from pathlib import Path
@@ -36,7 +31,7 @@ LOWEST, HIGHEST = 0.85, 1.8
 """Bounds of the estimate divided by the measured memory; docs/planning.md explains high values."""
 
 
-def test_the_estimate_against_what_was_measured() -> None:
+def test_the_estimate_against_what_was_measured():
     rows = json.loads((BENCHMARKS / "plan_memory.json").read_text())["rows"]
     assert {row["what"] for row in rows} == {"pass", "step", "checkpointed step"}
     ratios = [row["estimate_over_it"] for row in rows]
@@ -49,7 +44,7 @@ def test_the_estimate_against_what_was_measured() -> None:
     assert f"({min(dense):.2f} to {max(dense):.2f})" in page
 
 
-def test_the_estimate_against_what_is_allocated_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_against_what_is_allocated_now(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import plan_memory
 
@@ -63,7 +58,7 @@ def test_the_estimate_against_what_is_allocated_now(monkeypatch: pytest.MonkeyPa
     assert expected == pytest.approx(plan_memory.measured_pass(model, vocab), rel=0.15)
 
 
-def test_constants_are_those_of_the_code() -> None:
+def test_constants_are_those_of_the_code():
     assert memory.SLICE_POSITIONS == transformers_engine.SLICE_POSITIONS
     meta, vocab = torch.device("meta"), 128_256  # an accelerator of 16 GiB
     rows = chunked.default_chunk_rows(10**6, vocab, meta, torch.bfloat16)
@@ -93,12 +88,12 @@ def test_constants_are_those_of_the_code() -> None:
         ("mi300x", "mi300x"),
     ],
 )
-def test_devices_by_the_names_that_people_and_tools_use(said: str, name: str) -> None:
+def test_devices_by_the_names_that_people_and_tools_use(said, name):
     assert device_kind(said) is DEVICES[name] or device_kind(said) == DEVICES[name]
     assert device_kind(said).memory
 
 
-def test_an_unknown_device_says_what_to_give() -> None:
+def test_an_unknown_device_says_what_to_give():
     with pytest.raises(InvalidArgumentError, match=r"did you mean h200\?.*--device-flops.*-memory"):
         device_kind("h20o")
     assert device_kind("mine", 1e14, 64e9).memory == 64e9
@@ -110,9 +105,7 @@ def test_an_unknown_device_says_what_to_give() -> None:
     window=st.integers(16, 8192),
     capacity=st.floats(1e9, 1e12),
 )
-def test_memory_grows_with_what_it_should(
-    parameters: float, batch: int, window: int, capacity: float
-) -> None:
+def test_memory_grows_with_what_it_should(parameters, batch, window, capacity):
     shape = shape_of(parameters)
 
     def needed(size: int, devices: int) -> memory.Memory:
@@ -138,7 +131,7 @@ def test_memory_grows_with_what_it_should(
         assert again.total <= kept.total
 
 
-def test_shapes() -> None:
+def test_shapes():
     assert shape_of(8e9).name == "Llama-3.1-8B"
     small = shape_of(7e6)
     assert small.name == "SmolLM2-135M, scaled"
@@ -146,7 +139,7 @@ def test_shapes() -> None:
     assert small.layers < 30
 
 
-def test_the_shape_of_a_folder(tmp_path: Path) -> None:
+def test_the_shape_of_a_folder(tmp_path):
     model = tiny_llama()
     model.config.save_pretrained(tmp_path)
     found = size_of(str(tmp_path), "teacher").shape
@@ -162,7 +155,7 @@ def plan(*words: str) -> str:
     return " ".join(done.stdout.split())
 
 
-def test_will_an_8b_teacher_fit_in_80_gb() -> None:
+def test_will_an_8b_teacher_fit_in_80_gb():
     said = plan("--teacher-params", "8B", "--device", "a100-80gb", "--batch", "16")
     assert "with --batch 16: fits in 80 GB; the largest is 256" in said
     assert "weights 16 GB" in said
@@ -180,7 +173,7 @@ def test_will_an_8b_teacher_fit_in_80_gb() -> None:
     assert found["teacher"]["shape"]["name"] == "Llama-3.1-8B"
 
 
-def test_small_plans_are_in_minutes() -> None:
+def test_small_plans_are_in_minutes():
     said = plan("--teacher-params", "8B", "--tokens", "10M", "--device", "rtx4090")
     assert "teacher 42 min on one rtx4090" in said
     assert "tokenising 17 s on one processor core" in said
@@ -188,7 +181,7 @@ def test_small_plans_are_in_minutes() -> None:
     assert "days) on 1,000 h100" in large or "h on 1,000 h100" in large
 
 
-def test_dtypes_that_there_are_not() -> None:
+def test_dtypes_that_there_are_not():
     done = CliRunner().invoke(app, ["plan", "--teacher-params", "8B", "--dtype", "fp4"])
     assert done.exit_code != 0
     with pytest.raises(InvalidArgumentError, match="give one of float32, bfloat16"):

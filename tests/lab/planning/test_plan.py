@@ -1,9 +1,4 @@
-"""Test the arithmetic of a plan, and the paper's numbers from the paper's settings.
-
-pytest tests/planning
-"""
-
-from __future__ import annotations
+"""Test the arithmetic of a plan, and the paper's numbers from the paper's settings."""
 
 import json
 from dataclasses import replace
@@ -45,7 +40,7 @@ def run(*arguments: object) -> dict[str, object]:
     return shown
 
 
-def test_the_papers_storage() -> None:
+def test_the_papers_storage():
     assert plan(PAPER).bytes == pytest.approx(3.6e12)
     assert plan(PAPER).bytes_per_token == 36
 
@@ -53,7 +48,7 @@ def test_the_papers_storage() -> None:
 @pytest.mark.parametrize(
     ("ce", "cached", "published"), [(2.9, 2.6, 0.105), (1.77, 1.73, 0.023)], ids=["300M", "3B"]
 )
-def test_the_papers_overheads(ce: float, cached: float, published: float) -> None:
+def test_the_papers_overheads(ce, cached, published):
     """Published throughputs are rounded; the overhead lies where the rounding puts it."""
     unit = 0.1 if ce == 2.9 else 0.01
     low = throughput_lost(ce - unit / 2, cached + unit / 2)
@@ -63,12 +58,12 @@ def test_the_papers_overheads(ce: float, cached: float, published: float) -> Non
 
 
 @pytest.mark.parametrize(("size", "overhead"), [(3e8, 0.105), (3e9, 0.023)])
-def test_an_overhead_given_is_the_overhead_planned(size: float, overhead: float) -> None:
+def test_an_overhead_given_is_the_overhead_planned(size, overhead):
     found = plan(replace(PAPER, student_params=size, step_overhead=overhead))
     assert found.student_hours / found.ce_hours - 1 == pytest.approx(overhead)
 
 
-def test_constants_are_those_of_the_benchmarks() -> None:
+def test_constants_are_those_of_the_benchmarks():
     size = json.loads((BENCHMARKS / "size.json").read_text())
     real, made_up = size["methods"]["systematic N=21"], size["synthetic"]["systematic N=21"]
     assert MEASURED_BITS[0][1] == pytest.approx(real["bits_per_entry"], abs=0.005)
@@ -86,9 +81,7 @@ def test_constants_are_those_of_the_benchmarks() -> None:
     price=st.floats(0.1, 10),
     storage=st.floats(0, 100),
 )
-def test_at_break_even_both_ways_cost_the_same(
-    teacher: float, student: float, tokens: float, price: float, storage: float
-) -> None:
+def test_at_break_even_both_ways_cost_the_same(teacher, student, tokens, price, storage):
     settings = Settings(teacher, student, tokens, device_price=price, storage_price=storage)
     passes = plan(settings).break_even_cost_passes
     if passes is None:  # the teacher is cheaper than what the cache adds to a step
@@ -100,7 +93,7 @@ def test_at_break_even_both_ways_cost_the_same(
     assert later.cached_cost < later.online_cost
 
 
-def test_hours_bytes_and_rates_agree() -> None:
+def test_hours_bytes_and_rates_agree():
     found = plan(
         Settings(1e9, 1e9, 1e9, StorageCost(10, 8, 0), device=device_kind("x", 1e15), ranks=4)
     )
@@ -116,36 +109,36 @@ def test_hours_bytes_and_rates_agree() -> None:
     assert found.list_requests == 2
 
 
-def test_a_small_teacher_beside_a_large_student_needs_no_cache() -> None:
+def test_a_small_teacher_beside_a_large_student_needs_no_cache():
     assert plan(Settings(1e7, 1e10, 1e9)).break_even_passes is None
 
 
-def test_grid_has_every_size() -> None:
+def test_grid_has_every_size():
     plans = grid(PAPER)
     assert set(plans) == {(s, t) for s in STUDENTS for t in TOKENS}
     assert plans["3B", "100B"] == plan(PAPER)
 
 
-def test_command_with_a_grid_and_a_plot(tmp_path: Path) -> None:
+def test_command_with_a_grid_and_a_plot(tmp_path):
     plot = tmp_path / "plan.png"
     options = ("--teacher-params", "8B", "--bits", 24, "--text-bytes", 0, "--tokens", "100B")
     shown = run(*options, "--grid", "--plot", plot)
-    assert shown["plan"]["bytes"] == pytest.approx(3.6e12)  # type: ignore[index]
-    assert len(shown["grid"]) == 25  # type: ignore[arg-type]
+    assert shown["plan"]["bytes"] == pytest.approx(3.6e12)
+    assert len(shown["grid"]) == 25
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = CliRunner().invoke(app, ["plan", *map(str, options), "--grid", "--price", "2"])
     assert "3.6 TB, 36.00 bytes per token" in table.stdout
     assert "360 TB" in table.stdout
 
 
-def test_parameters_of_a_folder(tmp_path: Path) -> None:
+def test_parameters_of_a_folder(tmp_path):
     model = tiny_llama()
     model.config.save_pretrained(tmp_path)
     assert parameters_of(str(tmp_path), "teacher") == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("text", ["", "8X", "-3B", "0", "1.2.3", "nan", "inf", "1e999"])
-def test_what_is_no_quantity(text: str) -> None:
+def test_what_is_no_quantity(text):
     with pytest.raises(InvalidArgumentError, match="give"):
         quantity(text, "--tokens")
     with pytest.raises(InvalidArgumentError, match="give"):
@@ -155,7 +148,7 @@ def test_what_is_no_quantity(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("8B", 8e9), ("1.5T", 1.5e12), ("2e9", 2e9), ("300m", 3e8), ("1_000", 1000)]
 )
-def test_quantities(text: str, value: float) -> None:
+def test_quantities(text, value):
     assert quantity(text, "x") == value
 
 
@@ -164,12 +157,12 @@ def test_quantities(text: str, value: float) -> None:
     [{"teacher_utilisation": 1.5}, {"workers": 0}, {"passes": 0}, {"storage": StorageCost(-1)}],
     ids=str,
 )
-def test_settings_out_of_range(change: dict[str, object]) -> None:
+def test_settings_out_of_range(change):
     with pytest.raises(InvalidArgumentError, match="; give"):
-        replace(PAPER, **change)  # type: ignore[arg-type]
+        replace(PAPER, **change)
 
 
-def test_folders_and_devices_that_will_not_do(tmp_path: Path) -> None:
+def test_folders_and_devices_that_will_not_do(tmp_path):
     with pytest.raises(InvalidArgumentError, match="has no config"):
         parameters_of(str(tmp_path), "--teacher-params")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')

@@ -4,8 +4,6 @@ The browser is $SPARSELOGITS_BROWSER, or one on the path, or one installed by pl
 browser these tests fail with a message on how to install one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,7 +59,7 @@ def opened(
         own: prefix of the addresses of all allowed requests; by default the address of the page.
         expected: part of log messages that are allowed.
     """
-    page = browser.new_page(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
+    page = browser.new_page(viewport=size, color_scheme=scheme)
     errors: list[str] = []
     asked: list[str] = []
     bad = ("error", "warning")

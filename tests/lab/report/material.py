@@ -1,7 +1,5 @@
 """Create small results of all kinds, with names that contain markup."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sparselogits.lab.compare.results import (

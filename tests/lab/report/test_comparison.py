@@ -1,18 +1,12 @@
-"""Test the page of a comparison in Chromium: every number comes from the results.
-
-pytest tests/lab/report/test_comparison.py
-"""
-
-from __future__ import annotations
+"""Test the page of a comparison in Chromium: every number comes from the results."""
 
 import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 
 from sparselogits.errors import SparseLogitsWarning
 from sparselogits.lab.compare.results import Results, TeacherRow, read_results
@@ -51,9 +45,7 @@ def shown_marks(page: Page, chart: str) -> int:
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
-def test_it_renders(
-    results: Results, browser: Browser, tmp_path: Path, size: dict[str, int], scheme: str
-) -> None:
+def test_it_renders(results, browser, tmp_path, size, scheme):
     path = write_report(results, tmp_path)
     with opened(browser, path.as_uri(), size=size, scheme=scheme) as page:
         table = page.locator("table").first.inner_text()
@@ -76,9 +68,7 @@ def test_it_renders(
         assert found.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_method_can_be_switched_off_and_on(
-    results: Results, browser: Browser, tmp_path: Path
-) -> None:
+def test_a_method_can_be_switched_off_and_on(results, browser, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(report_page(results), encoding="utf-8")
     # Vega says so of an axis that has nothing to show
@@ -107,9 +97,7 @@ def test_a_method_can_be_switched_off_and_on(
         page.wait_for_function(f"document.querySelectorAll('{lines}').length === 0", timeout=5000)
 
 
-def test_a_table_is_sorted_and_its_columns_are_chosen(
-    results: Results, browser: Browser, tmp_path: Path
-) -> None:
+def test_a_table_is_sorted_and_its_columns_are_chosen(results, browser, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(report_page(results), encoding="utf-8")
 
@@ -144,9 +132,7 @@ def test_a_table_is_sorted_and_its_columns_are_chosen(
         assert before["x"] == after["x"]
 
 
-def test_pointing_near_a_line_names_it_and_dims_the_others(
-    results: Results, browser: Browser, tmp_path: Path
-) -> None:
+def test_pointing_near_a_line_names_it_and_dims_the_others(results, browser, tmp_path):
     path = tmp_path / "report.html"
     curves = [[(1, 6.0), (2, 5.0 + number)] for number in range(len(results.runs))]
     runs = [
@@ -174,14 +160,14 @@ def test_pointing_near_a_line_names_it_and_dims_the_others(
         )
 
 
-def test_the_best_value_is_that_of_a_student_without_a_teacher(results: Results) -> None:
+def test_the_best_value_is_that_of_a_student_without_a_teacher(results):
     rows = {row.method: row for row in results.methods}
     found = re.findall(r'<td data-value="([\d.]+)" class="best"', report_page(results))
     assert str(rows["RS-KD 12"].figures["loss"].mean) in found  # not full KD's, which is lower
     assert str(rows["full KD"].figures["loss"].mean) not in found
 
 
-def test_headline(results: Results) -> None:
+def test_headline(results):
     page = report_page(results)
     said = re.search(r'<p class="headline">(.*?)</p>', page, re.DOTALL)
     assert said is not None
@@ -191,7 +177,7 @@ def test_headline(results: Results) -> None:
     assert "not distinguishable from noise" in said[1]  # no gap was given
 
 
-def test_headlines_of_stored_comparisons() -> None:
+def test_headlines_of_stored_comparisons():
     stored = read_results(RECORD.with_name("compare_small_teacher_converged.json"))
     page = report_page(stored)
     assert "systematic 12 has the lowest held-out loss" in page
@@ -200,7 +186,7 @@ def test_headlines_of_stored_comparisons() -> None:
     assert "CE has the lowest held-out loss" in report_page(alone)
 
 
-def test_labels_of_logarithmic_axes(browser: Browser, tmp_path: Path) -> None:
+def test_labels_of_logarithmic_axes(browser, tmp_path):
     """Also where all methods have nearly the same budget, and for a single one."""
     stored = read_results(RECORD.with_name("compare_small_teacher_converged.json"))
     single = stored.model_copy(update={"methods": [stored.methods[0], stored.methods[2]]})
@@ -230,16 +216,14 @@ def test_labels_of_logarithmic_axes(browser: Browser, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("low", "high"), [(11.5, 12.4), (3, 6), (1, 100), (0.5, 3e6), (12, 12.001), (1e9, 1e13)]
 )
-def test_ticks_lie_within_and_are_few(low: float, high: float) -> None:
+def test_ticks_lie_within_and_are_few(low, high):
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 12
     assert all(low <= tick <= high for tick in ticks)
     assert ticks == sorted(set(ticks))
 
 
-def test_one_bin_per_method_draws_its_point(
-    results: Results, browser: Browser, tmp_path: Path
-) -> None:
+def test_one_bin_per_method_draws_its_point(results, browser, tmp_path):
     rows = [row.model_copy(update={"reliability": row.reliability[:1]}) for row in results.methods]
     runs = [run.model_copy(update={"curve": run.curve[:1]}) for run in results.runs]
     path = tmp_path / "report.html"
@@ -254,7 +238,7 @@ def test_one_bin_per_method_draws_its_point(
             assert seen == 5, chart
 
 
-def test_light_and_dark_are_two_themes() -> None:
+def test_light_and_dark_are_two_themes():
     names = [f"--c{number}" for number in range(COLOURS)]
     light, _, dark = static("theme.css").partition("@media")
     for half in (light, dark):
@@ -264,7 +248,7 @@ def test_light_and_dark_are_two_themes() -> None:
         assert set(colours(dark=scheme)) >= {*names, "--paper", "--ink", "--soft", "--line"}
 
 
-def test_no_two_methods_look_alike() -> None:
+def test_no_two_methods_look_alike():
     stored = read_results(RECORD)
     assert len(stored.methods) > ALL_SHOWN
     student = stored.methods[0].student
@@ -281,7 +265,7 @@ def test_no_two_methods_look_alike() -> None:
     assert "Top-K 12, smooth" in hidden
 
 
-def test_looks_of_methods_in_groups() -> None:
+def test_looks_of_methods_in_groups():
     looks = looks_of({"a 1": "a", "b 1": "b", "a 2": "a"})
     assert looks["a 1"].colour == looks["a 2"].colour != looks["b 1"].colour
     assert looks["a 1"].dash != looks["a 2"].dash
@@ -290,9 +274,7 @@ def test_looks_of_methods_in_groups() -> None:
     assert {look.shape for look in many.values()} == set(range(len(SHAPES)))
 
 
-def test_gradients_have_a_column_and_a_chart(
-    results: Results, browser: Browser, tmp_path: Path
-) -> None:
+def test_gradients_have_a_column_and_a_chart(results, browser, tmp_path):
     angles = {"CE": (None, 32.1), "RS-KD 5": (5.2, 12.8), "RS-KD 12": (12.3, 3.0)}
     angles |= {"never run": (7.0, 5.0)}
     rows = [
@@ -339,9 +321,7 @@ def test_gradients_have_a_column_and_a_chart(
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_says_when_the_teacher_is_no_better_than_its_student(
-    results: Results, behind: bool
-) -> None:
+def test_says_when_the_teacher_is_no_better_than_its_student(results, behind):
     ce = next(row for row in results.methods if row.family == "ce").figures["loss"].mean
     loss = ce + 0.1 if behind else ce - 0.1
     teacher = TeacherRow(figures={"loss": loss}, reliability=[], positions=10, windows=1)
@@ -351,7 +331,7 @@ def test_says_when_the_teacher_is_no_better_than_its_student(
     assert (f"that of the teacher is {loss:.3f} on the same windows" in page) == behind
 
 
-def test_says_what_the_teacher_alone_was_not_scored_on(results: Results) -> None:
+def test_says_what_the_teacher_alone_was_not_scored_on(results):
     failed = {"agreement": "no space left"}
     teacher = TeacherRow(
         figures={"loss": 3.5}, reliability=[], positions=10, windows=1, tasks_failed=failed
@@ -362,7 +342,7 @@ def test_says_what_the_teacher_alone_was_not_scored_on(results: Results) -> None
     assert "Not measured: <bdi>agreement: no space left</bdi>" in page
 
 
-def test_nothing_run_yet(results: Results) -> None:
+def test_nothing_run_yet(results):
     rows = [method("CE", "ce", None, None)]
     empty = results.model_copy(update={"methods": rows, "runs": results.runs[-1:]})
     text = report_page(empty)
@@ -371,9 +351,7 @@ def test_nothing_run_yet(results: Results) -> None:
 
 
 @pytest.mark.parametrize("missing", ["altair", "vl_convert"])
-def test_without_the_packages_that_draw(
-    results: Results, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_packages_that_draw(results, tmp_path, missing, monkeypatch):
     import sparselogits.lab.report.charts as charts
 
     known = charts.find_spec

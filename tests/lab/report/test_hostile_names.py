@@ -1,13 +1,4 @@
-"""Test names in a results file that contain code, markup, object keys or expressions.
-
-pytest tests/lab/report/test_hostile_names.py
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from playwright.sync_api import Browser
+"""Test names in a results file that contain code, markup, object keys or expressions."""
 
 from sparselogits.lab.compare.results import Results, RunRow
 from sparselogits.lab.report import write_report
@@ -52,7 +43,7 @@ def hostile() -> Results:
     return made.model_copy(update={"methods": rows, "runs": runs, "title": NAMES[22]})
 
 
-def test_names_are_text_and_methods_can_be_switched(browser: Browser, tmp_path: Path) -> None:
+def test_names_are_text_and_methods_can_be_switched(browser, tmp_path):
     path = write_report(hostile(), tmp_path)
     with opened(browser, path.as_uri(), size=PHONE, expected="Infinite extent") as page:
         assert cut_off(page) == []

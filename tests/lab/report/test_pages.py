@@ -1,17 +1,12 @@
 """Test every kind of page in Chromium, on a desktop and a phone, in light and dark.
 
 Nothing is truncated or hard to read, no script fails, and nothing is requested from the network.
-
-pytest tests/lab/report/test_pages.py
 """
-
-from __future__ import annotations
 
 import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
 
 from sparselogits.lab.compare.results import read_results
 from sparselogits.lab.report import WindowViewer, view_page
@@ -42,9 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, viewer: WindowViewer) -> dic
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("kind", ["comparison", "record", "walkthrough", "view"])
-def test_it_can_be_read(
-    pages: dict[str, Path], browser: Browser, kind: str, size: dict[str, int], scheme: str
-) -> None:
+def test_it_can_be_read(pages, browser, kind, size, scheme):
     with opened(browser, pages[kind].as_uri(), size=size, scheme=scheme) as page:
         assert cut_off(page) == []
         assert faint_texts(page) == []
@@ -54,7 +47,7 @@ def test_it_can_be_read(
         assert (lightness < 64) == (scheme == "dark")
 
 
-def test_pages_are_small_and_carry_their_library_once(pages: dict[str, Path]) -> None:
+def test_pages_are_small_and_carry_their_library_once(pages):
     for name, path in pages.items():
         text = path.read_text(encoding="utf-8")
         assert len(text.encode()) < LARGEST, name
@@ -62,7 +55,7 @@ def test_pages_are_small_and_carry_their_library_once(pages: dict[str, Path]) ->
         assert "'unsafe" not in text.partition("<style>")[0]  # the policy stays strict
 
 
-def test_the_checks_find_what_they_are_for(browser: Browser, tmp_path: Path) -> None:
+def test_the_checks_find_what_they_are_for(browser, tmp_path):
     path = tmp_path / "bad.html"
     path.write_text(
         "<!doctype html><body style='margin:0;background:#fff'>"
@@ -71,14 +64,14 @@ def test_the_checks_find_what_they_are_for(browser: Browser, tmp_path: Path) -> 
         "<svg width=50 height=20><text y=15 fill='#ccc'>svg</text></svg>",
         encoding="utf-8",
     )
-    page = browser.new_page(viewport=PHONE)  # type: ignore[arg-type]
+    page = browser.new_page(viewport=PHONE)
     page.goto(path.as_uri())
     assert [found["text"] for found in faint_texts(page)] == ["faint", "also faint", "svg"]
     assert [found[:27] for found in cut_off(page)] == ['<div style="width:3000px">c']
     page.close()
 
 
-def test_pointing_shows_the_numbers_as_text(pages: dict[str, Path], browser: Browser) -> None:
+def test_pointing_shows_the_numbers_as_text(pages, browser):
     """A tooltip is markup that a library makes: a hostile name must not become any."""
     with opened(browser, pages["walkthrough"].as_uri(), size=DESKTOP) as page:
         mark = page.locator("#recovered svg .mark-symbol.role-mark > path").nth(1)
@@ -92,9 +85,7 @@ def test_pointing_shows_the_numbers_as_text(pages: dict[str, Path], browser: Bro
         assert faint_texts(page) == []
 
 
-def test_a_script_that_is_slipped_in_does_not_run(
-    pages: dict[str, Path], browser: Browser, tmp_path: Path
-) -> None:
+def test_a_script_that_is_slipped_in_does_not_run(pages, browser, tmp_path):
     path = tmp_path / "page.html"
     slipped = "<script>document.title = 'slipped in'</script></body>"
     text = pages["comparison"].read_text(encoding="utf-8")

@@ -1,9 +1,4 @@
-"""Test the documentation site in Chromium: the first page and the longest tables.
-
-pytest tests/lab/report/test_site.py
-"""
-
-from __future__ import annotations
+"""Test the documentation site in Chromium: the first page and the longest tables."""
 
 import threading
 from collections.abc import Iterator
@@ -12,7 +7,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
 
 from tests.conftest import REPOSITORY
 from tests.lab.report.browser import DESKTOP, PHONE, cut_off, faint_texts, opened
@@ -34,9 +28,7 @@ def address(site: Path) -> Iterator[str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("name", ["index", "results", "results/small-teacher"])
-def test_it_can_be_read(
-    address: str, browser: Browser, name: str, size: dict[str, int], scheme: str
-) -> None:
+def test_it_can_be_read(address, browser, name, size, scheme):
     page_address = f"{address}/{name}.html"
     with opened(browser, page_address, size=size, scheme=scheme, own=address) as page:
         page.wait_for_selector(".md-typeset__scrollwrap")
@@ -47,7 +39,7 @@ def test_it_can_be_read(
         assert pictures.evaluate_all("all => all.every((each) => each.naturalWidth > 300)")
 
 
-def test_the_first_page_leads_on(address: str, browser: Browser) -> None:
+def test_the_first_page_leads_on(address, browser):
     with opened(browser, f"{address}/index.html", size=DESKTOP, own=address) as page:
         words = page.locator("article").inner_text()
         assert "pip install sparselogits" in words
@@ -62,7 +54,7 @@ def test_the_first_page_leads_on(address: str, browser: Browser) -> None:
         assert page.evaluate(ground) != light
 
 
-def test_tables_keep_their_headings(address: str, browser: Browser) -> None:
+def test_tables_keep_their_headings(address, browser):
     with opened(
         browser, f"{address}/results/small-teacher.html", size=DESKTOP, own=address
     ) as page:

@@ -1,19 +1,12 @@
-"""Test the page of a window in Chromium: interaction, and agreement with the cache.
-
-pytest tests/lab/report/test_view.py
-"""
-
-from __future__ import annotations
+"""Test the page of a window in Chromium: interaction, and agreement with the cache."""
 
 import http.client
 import json
 import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser
 from typer.testing import CliRunner
 
 from sparselogits.caching import CacheRequest, build_caches
@@ -33,7 +26,7 @@ from tests.lab.report.conftest import LENGTH, TEXT
 from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
 
 
-def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> None:
+def test_the_view_is_what_the_models_and_the_cache_say(viewer):
     item = viewer.dataset[1]
     view = viewer.view(1)
     assert viewer.teacher is not None
@@ -60,7 +53,7 @@ def test_the_view_is_what_the_models_and_the_cache_say(viewer: WindowViewer) -> 
         assert metrics["kl"] == pytest.approx(kl, abs=1e-4)
 
 
-def test_the_entries_entropy_lies_within_its_bounds(viewer: WindowViewer) -> None:
+def test_the_entries_entropy_lies_within_its_bounds(viewer):
     targets = viewer.dataset[0]["targets"]
     found = targets_entropy(targets)
     share = targets.dense() / targets.mass()[:, None]
@@ -68,15 +61,15 @@ def test_the_entries_entropy_lies_within_its_bounds(viewer: WindowViewer) -> Non
     assert bool((found <= targets.entries_per_position.float().log() + 1e-5).all())
 
 
-def test_running_text_is_the_windows_own(viewer: WindowViewer, tokenizer: object) -> None:
-    tokens = tokenizer(TEXT * 2)["input_ids"]  # type: ignore[operator]
+def test_running_text_is_the_windows_own(viewer, tokenizer):
+    tokens = tokenizer(TEXT * 2)["input_ids"]
     texts = TokenTexts(tokenizer, tokens).running()
     assert len(texts) == len(tokens)
     assert "".join(texts) == TEXT * 2
     assert "" in texts  # a character of several tokens
 
 
-def test_clicks_and_keys(viewer: WindowViewer, browser: Browser, tmp_path: Path) -> None:
+def test_clicks_and_keys(viewer, browser, tmp_path):
     path = tmp_path / "window.html"
     path.write_text(view_page(viewer.view(0), rounds=12), encoding="utf-8")
     with opened(browser, path.as_uri(), size=DESKTOP) as page:
@@ -105,7 +98,7 @@ def test_clicks_and_keys(viewer: WindowViewer, browser: Browser, tmp_path: Path)
         assert page.title().startswith("Window 0")
 
 
-def test_a_token_that_the_input_hides(browser: Browser, text: Path, tmp_path: Path) -> None:
+def test_a_token_that_the_input_hides(browser, text, tmp_path):
     tokenizer = bert_tokenizer()
     packing = packing_for(tokenizer, window_length=LENGTH)
     source = open_source(str(write_short_texts(text, tmp_path / "text.jsonl")))
@@ -137,7 +130,7 @@ def test_a_token_that_the_input_hides(browser: Browser, text: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone(viewer: WindowViewer, browser: Browser, tmp_path: Path, scheme: str) -> None:
+def test_on_a_phone(viewer, browser, tmp_path, scheme):
     path = tmp_path / "window.html"
     path.write_text(view_page(viewer.view(0), rounds=12), encoding="utf-8")
     with opened(browser, f"{path.as_uri()}#20", size=PHONE, scheme=scheme) as page:
@@ -156,9 +149,7 @@ def test_on_a_phone(viewer: WindowViewer, browser: Browser, tmp_path: Path, sche
         assert len(picture) > 10_000
 
 
-def test_the_policy_forbids_what_is_not_in_the_file(
-    viewer: WindowViewer, browser: Browser, tmp_path: Path
-) -> None:
+def test_the_policy_forbids_what_is_not_in_the_file(viewer, browser, tmp_path):
     """The policy is not decoration: a script that is slipped in does not run."""
     path = tmp_path / "window.html"
     slipped = "<script>document.title = 'slipped in'</script></body>"
@@ -169,7 +160,7 @@ def test_the_policy_forbids_what_is_not_in_the_file(
     page.close()
 
 
-def test_served_on_loopback(viewer: WindowViewer, browser: Browser) -> None:
+def test_served_on_loopback(viewer, browser):
     def page_of(number: int) -> str:
         return view_page(viewer.view(number), rounds=12, link=f"{PREFIX}{{}}")
 
@@ -195,12 +186,12 @@ def test_served_on_loopback(viewer: WindowViewer, browser: Browser) -> None:
         server.shutdown()
 
 
-def test_what_cannot_be_shown_is_said(viewer: WindowViewer) -> None:
+def test_what_cannot_be_shown_is_said(viewer):
     with pytest.raises(CacheError, match="does not contain window 999"):
         viewer.view(999)
     from transformers import PreTrainedTokenizerFast
 
-    changed = json.loads(viewer.tokenizer.backend_tokenizer.to_str())  # type: ignore[union-attr]
+    changed = json.loads(viewer.tokenizer.backend_tokenizer.to_str())
     changed["model"]["vocab"]["another"] = len(changed["model"]["vocab"])
     from tokenizers import Tokenizer
 
@@ -209,7 +200,7 @@ def test_what_cannot_be_shown_is_said(viewer: WindowViewer) -> None:
         WindowViewer(viewer.dataset, tokenizer=other)
 
 
-def test_the_command_without_models(viewer: WindowViewer, tmp_path: Path) -> None:
+def test_the_command_without_models(viewer, tmp_path):
     out = tmp_path / "page.html"
     words = ["view", str(viewer.dataset.cache.root), "--window", "1", "--out", str(out)]
     done = CliRunner().invoke(app, words)

@@ -4,19 +4,13 @@ tests/lab/demo/test_demo.py has the page of a demo that ran. pytest
 tests/lab/report/test_walkthrough.py
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from playwright.sync_api import Browser
-
 from sparselogits.lab.demo.story import caution, drawings, headline, table
 from sparselogits.lab.report.walkthrough import walkthrough_page
 from tests.lab.report.browser import DESKTOP, opened
 from tests.lab.report.material import HOSTILE, demo_results, walkthrough
 
 
-def test_what_is_on_the_page_is_text(browser: Browser, tmp_path: Path) -> None:
+def test_what_is_on_the_page_is_text(browser, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(walkthrough_page(walkthrough()), encoding="utf-8")
     with opened(browser, path.as_uri(), size=DESKTOP) as page:
@@ -31,7 +25,7 @@ def test_what_is_on_the_page_is_text(browser: Browser, tmp_path: Path) -> None:
         assert page.locator("#recovered svg .mark-symbol.role-mark > path").count() == 3
 
 
-def test_the_table_and_the_sentences_have_the_numbers() -> None:
+def test_the_table_and_the_sentences_have_the_numbers():
     results = demo_results()
     lines = {name: [cell.text for cell in cells] for name, cells in table(results).lines}
     assert lines["not healed"] == ["1.051", "-", "60.0 %", "4.051", "-", "-", "-"]
@@ -47,7 +41,7 @@ def test_the_table_and_the_sentences_have_the_numbers() -> None:
     assert "12 held-out windows" in caution(results)
 
 
-def test_without_a_recovery_to_compare_with_nothing_is_claimed() -> None:
+def test_without_a_recovery_to_compare_with_nothing_is_claimed():
     results = demo_results()
     rows = [row.model_copy(update={"recovered": None}) for row in results.methods]
     none = results.model_copy(update={"methods": rows})

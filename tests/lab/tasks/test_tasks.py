@@ -1,9 +1,4 @@
-"""Test zero-shot tasks: deterministic data, scores of a plain computation, no output, offline.
-
-pytest tests/lab/tasks/test_tasks.py
-"""
-
-from __future__ import annotations
+"""Test zero-shot tasks: deterministic data, scores of a plain computation, no output, offline."""
 
 import json
 import math
@@ -20,13 +15,7 @@ import torch
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TaskError
-from sparselogits.lab.tasks import (
-    LOCAL_TASKS,
-    TaskScore,
-    check_task,
-    run_tasks,
-    write_tasks,
-)
+from sparselogits.lab.tasks import LOCAL_TASKS, TaskScore, check_task, run_tasks, write_tasks
 from tests.conftest import documents, tiny_llama
 
 COUNT = 30
@@ -50,9 +39,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_data_are_the_same_bytes_again(
-    data: Path, corpus: PackedCorpus, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_data_are_the_same_bytes_again(data, corpus, tokenizer, tmp_path):
     how = {"corpus": corpus, "tokenizer": tokenizer, "count": COUNT}
     again = write_tasks(tmp_path / "again", LOCAL_TASKS, **how)
     other = write_tasks(tmp_path / "other", LOCAL_TASKS, **how, seed=1)
@@ -62,9 +49,7 @@ def test_data_are_the_same_bytes_again(
         assert (again[name] == other[name]) == (name == "last_word")  # it draws nothing
 
 
-def test_passages_are_of_held_out_documents_alone(
-    data: Path, corpus: PackedCorpus, tokenizer: Any
-) -> None:
+def test_passages_are_of_held_out_documents_alone(data, corpus, tokenizer):
     def stream(read: Any, windows: int) -> str:
         ids = np.concatenate([window.tokens for window in read(0, windows)])
         return str(tokenizer.decode(ids.tolist()))
@@ -91,7 +76,7 @@ def test_passages_are_of_held_out_documents_alone(
         assert len(row["word"]) >= 3
 
 
-def test_pairs_differ_in_one_word_and_favour_no_number(tmp_path: Path) -> None:
+def test_pairs_differ_in_one_word_and_favour_no_number(tmp_path):
     write_tasks(tmp_path, ["agreement"], count=600)
     rows = rows_of(tmp_path, "agreement")
     assert len({row["good"] for row in rows}) == len(rows) == 600
@@ -128,13 +113,7 @@ def log_likelihood(
     return float(logs[at, told].sum()), greedy
 
 
-def test_scores_are_those_of_a_plain_computation(
-    data: Path,
-    tokenizer: Any,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_scores_are_those_of_a_plain_computation(data, tokenizer, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where git has nothing to tell
     model = tiny_llama(seed=5).train()
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -194,7 +173,7 @@ def test_scores_are_those_of_a_plain_computation(
     assert share.stderr == pytest.approx(half)
 
 
-def test_a_limit_takes_the_first(data: Path, tokenizer: Any) -> None:
+def test_a_limit_takes_the_first(data, tokenizer):
     model = tiny_llama(seed=5)
     how = {"data": data, "prefix_token_id": 0}
     (whole,) = run_tasks(model, tokenizer, ["agreement"], **how)
@@ -202,15 +181,13 @@ def test_a_limit_takes_the_first(data: Path, tokenizer: Any) -> None:
     assert few.values == whole.values[:7]
 
 
-def test_a_figure_that_is_no_mean_has_no_error() -> None:
+def test_a_figure_that_is_no_mean_has_no_error():
     assert TaskScore.of("t", "f1", 0.9, [0.0, 1.0], 2).stderr is None
     assert TaskScore.of("t", "acc", 0.5, [0.0, 1.0], 2).stderr == pytest.approx(0.5)
     assert TaskScore.of("t", "acc", 1.0, [1.0], 1).stderr is None
 
 
-def test_mistakes_are_named(
-    data: Path, corpus: PackedCorpus, tokenizer: Any, tmp_path: Path, text: Path
-) -> None:
+def test_mistakes_are_named(data, corpus, tokenizer, tmp_path, text):
     model = tiny_llama()
     with pytest.raises(InvalidArgumentError, match="found the tasks agreement, agreement; give"):
         run_tasks(model, tokenizer, ["agreement", "agreement"], data=data)
@@ -236,16 +213,14 @@ def test_mistakes_are_named(
             write_tasks(tmp_path, ["continuation"], corpus=other, tokenizer=tokenizer)
 
 
-def test_without_lm_eval_it_says_what_to_install(
-    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lm_eval_it_says_what_to_install(data, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'sparselogits\[tasks\]'"):
         run_tasks(tiny_llama(), tokenizer, ["agreement"], data=data)
 
 
 @pytest.mark.slow
-def test_other_names_are_lm_evals_and_need_a_network(tokenizer: Any) -> None:
+def test_other_names_are_lm_evals_and_need_a_network(tokenizer):
     with pytest.raises(TaskError, match=r"'hellaswag' could not be loaded.*network once"):
         run_tasks(tiny_llama(), tokenizer, ["hellaswag"])
     with pytest.raises(TaskError, match="unknown task 'hellaswagg', did you mean 'hella"):
@@ -254,7 +229,7 @@ def test_other_names_are_lm_evals_and_need_a_network(tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_local_tasks_reach_for_no_network(data: Path, teacher_folder: Path) -> None:
+def test_local_tasks_reach_for_no_network(data, teacher_folder):
     """Not even where the hub is not said to be offline."""
     script = f"""
 import os, pathlib, socket
