@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -13,26 +12,17 @@ from sparselogits.wording import counted
 
 
 def average(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            help="Model folders of one architecture: checkpoints of a run, or runs that started "
-            "from the same weights.",
-            metavar="CHECKPOINT...",
-        ),
-    ],
-    *,
-    out: Annotated[
-        Path, typer.Option(help="Output folder for the averaged model.", rich_help_panel=OUTPUT)
-    ],
-    save_dtype: Annotated[
-        str,
-        typer.Option(
-            help="Data type of the saved weights: float32, bfloat16, float16, or auto for that "
-            "of the first checkpoint.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = "auto",
+    checkpoints: list[str] = typer.Argument(
+        help="Model folders of one architecture: checkpoints of a run, or runs that started from "
+        "the same weights.",
+        metavar="CHECKPOINT...",
+    ),
+    out: Path = OUTPUT("Output folder for the averaged model.", ...),
+    save_dtype: str = OUTPUT(
+        "Data type of the saved weights: float32, bfloat16, float16, or auto for that of the first "
+        "checkpoint.",
+        "auto",
+    ),
     as_json: Json = False,
 ) -> None:
     """Average the weights of checkpoints into a model to use as a teacher or as a student."""

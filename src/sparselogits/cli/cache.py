@@ -80,219 +80,110 @@ class ExecutorName(StrEnum):
 
 def cache(
     context: typer.Context,
-    *,
     teacher: Teacher,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    temperature: Annotated[
-        float,
-        typer.Option(
-            help="Temperature that divides the teacher's logits before sampling.",
-            rich_help_panel=MODEL,
-        ),
-    ] = 1.0,
+    temperature: float = MODEL(
+        "Temperature that divides the teacher's logits before sampling.", 1.0
+    ),
     trust_remote_code: TrustRemoteCode = False,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text to distil on: a text, JSON lines or Parquet file, a folder of such files, "
-            "or the name of a dataset on the Hugging Face hub.",
-            rich_help_panel=DATA,
-        ),
-    ],
-    window: Annotated[
-        int,
-        typer.Option(
-            help="Tokens per window. The text is packed into windows of this length.",
-            rich_help_panel=DATA,
-        ),
-    ] = 1024,
-    holdout: Annotated[
-        float,
-        typer.Option(
-            help="Fraction of the text to hold out for `sparselogits eval`, for example 0.05.",
-            rich_help_panel=DATA,
-        ),
-    ] = 0.0,
-    text_field: Annotated[
-        str,
-        typer.Option(
-            help="Field (JSON lines) or column (Parquet, dataset) that contains the text.",
-            rich_help_panel=DATA,
-        ),
-    ] = "text",
-    split: Annotated[
-        str, typer.Option(help="Split of a dataset to read.", rich_help_panel=DATA)
-    ] = "train",
-    completion_only: Annotated[
-        bool,
-        typer.Option(
-            "--completion-only",
-            help="Cache targets for answers only. A record has either `messages`, or `prompt` and "
-            "`completion`.",
-            rich_help_panel=DATA,
-        ),
-    ] = False,
+    data: str = DATA(
+        "Text to distil on: a text, JSON lines or Parquet file, a folder of such files, or the "
+        "name of a dataset on the Hugging Face hub.",
+        ...,
+    ),
+    window: int = DATA("Tokens per window. The text is packed into windows of this length.", 1024),
+    holdout: float = DATA(
+        "Fraction of the text to hold out for `sparselogits eval`, for example 0.05.", 0.0
+    ),
+    text_field: str = DATA(
+        "Field (JSON lines) or column (Parquet, dataset) that contains the text.", "text"
+    ),
+    split: str = DATA("Split of a dataset to read.", "train"),
+    completion_only: bool = DATA(
+        "Cache targets for answers only. A record has either `messages`, or `prompt` and "
+        "`completion`.",
+        False,
+        "--completion-only",
+    ),
     tokenized_by: TokenizedBy = None,
     join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
-    reset_attention: Annotated[
-        bool,
-        typer.Option(
-            "--reset-attention",
-            help="Prevent documents that share a window from attending to each other.",
-            rich_help_panel=DATA,
-        ),
-    ] = False,
-    append: Annotated[
-        bool,
-        typer.Option(
-            "--append",
-            help="Add this text to an existing cache as new windows; nothing is rewritten.",
-            rich_help_panel=DATA,
-        ),
-    ] = False,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Mean number of entries to store per token.",
-            show_default=f"{DEFAULT_BUDGET:g}",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Random seed for sampling.", rich_help_panel=TARGETS)
-    ] = 0,
-    objective: Annotated[
-        ObjectiveName | None,
-        typer.Option(
-            help="What is predicted: the next token, or tokens that the input masks (BERT).",
-            show_default="by the class of the teacher",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    mask_rate: Annotated[
-        str | None,
-        typer.Option(
-            help="For masked: share of tokens to predict, above 0 to 1; or `random` for a share "
-            "per window by whose inverse the loss is weighted (masked diffusion).",
-            show_default="0.15",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    mask_units: Annotated[
-        MaskUnits | None,
-        typer.Option(
-            help="For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
-            show_default="tokens",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    mask_span: Annotated[
-        float | None,
-        typer.Option(
-            help="For --mask-units spans: mean length of a span in tokens.",
-            show_default="3",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    exact_weights: Annotated[
-        bool | None,
-        typer.Option(
-            "--exact-weights/--rounded-weights",
-            help="Store real-valued weights (of topk, topp, threshold or a proposal exponent) as "
-            "float32, or rounded by at most 2.2 % in a third of the bytes. Counts stay exact.",
-            show_default="rounded; for an existing cache, its setting",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    out: Annotated[
-        str,
-        typer.Option(
-            help="Folder or URL (s3://bucket/prefix) of the cache. An existing cache is resumed.",
-            rich_help_panel=OUTPUT,
-        ),
-    ],
+    reset_attention: bool = DATA(
+        "Prevent documents that share a window from attending to each other.",
+        False,
+        "--reset-attention",
+    ),
+    append: bool = DATA(
+        "Add this text to an existing cache as new windows; nothing is rewritten.",
+        False,
+        "--append",
+    ),
+    budget: float | None = TARGETS(
+        "Mean number of entries to store per token.", shown=f"{DEFAULT_BUDGET:g}"
+    ),
+    seed: int = TARGETS("Random seed for sampling.", 0, min=0),
+    objective: ObjectiveName | None = TARGETS(
+        "What is predicted: the next token, or tokens that the input masks (BERT).",
+        shown="by the class of the teacher",
+    ),
+    mask_rate: str | None = TARGETS(
+        "For masked: share of tokens to predict, above 0 to 1; or `random` for a share per window "
+        "by whose inverse the loss is weighted (masked diffusion).",
+        shown="0.15",
+    ),
+    mask_units: MaskUnits | None = TARGETS(
+        "For masked: choose single tokens, whole words, or spans of --mask-span tokens.",
+        shown="tokens",
+    ),
+    mask_span: float | None = TARGETS(
+        "For --mask-units spans: mean length of a span in tokens.", shown="3"
+    ),
+    exact_weights: bool | None = TARGETS(
+        "Store real-valued weights (of topk, topp, threshold or a proposal exponent) as float32, "
+        "or rounded by at most 2.2 % in a third of the bytes. Counts stay exact.",
+        None,
+        "--exact-weights/--rounded-weights",
+        shown="rounded; for an existing cache, its setting",
+    ),
+    out: str = OUTPUT(
+        "Folder or URL (s3://bucket/prefix) of the cache. An existing cache is resumed.", ...
+    ),
     windows_per_shard: WindowsPerShard = 512,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Local folder where the text is packed when --out is a URL.",
-            show_default="the user's cache folder",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    work: Path | None = OUTPUT(
+        "Local folder where the text is packed when --out is a URL.",
+        shown="the user's cache folder",
+    ),
     as_json: Json = False,
-    batch: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Windows per forward pass of the teacher. Reduce it if memory runs out.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = 8,
-    processes: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of processes that tokenise the text.", rich_help_panel=PERFORMANCE
-        ),
-    ] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="PyTorch threads per worker. Builds with the same number write the same bytes.",
-            show_default="PyTorch's default; under torchrun, the cores divided by the ranks",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help="auto: distribute the teacher's layers over all devices, host memory and disk.",
-            show_default="the whole teacher on --device",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = None,
-    executor: Annotated[
-        ExecutorName,
-        typer.Option(
-            help="Processes that run the build: this one, the ranks of torchrun, or a Ray cluster.",
-            rich_help_panel=DISTRIBUTED,
-        ),
-    ] = ExecutorName.local,
-    windows: Annotated[
-        str | None,
-        typer.Option(
-            help="Build only windows A to B - 1, given as A:B, for example 0:512.",
-            show_default="all windows",
-            rich_help_panel=DISTRIBUTED,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of Ray workers.",
-            show_default="as many as fit on the cluster",
-            rich_help_panel=DISTRIBUTED,
-        ),
-    ] = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option(
-            help="GPUs per Ray worker; may be a fraction.",
-            show_default="1 with a CUDA device, else 0",
-            rich_help_panel=DISTRIBUTED,
-        ),
-    ] = None,
-    tp_plan: Annotated[
-        str | None,
-        typer.Option(
-            help="auto: split each layer of the teacher across the ranks of torchrun "
-            "(tensor parallelism).",
-            show_default="not split",
-            rich_help_panel=DISTRIBUTED,
-        ),
-    ] = None,
+    batch: int = PERFORMANCE(
+        "Windows per forward pass of the teacher. Reduce it if memory runs out.", 8, min=1
+    ),
+    processes: int = PERFORMANCE("Number of processes that tokenise the text.", 1, min=1),
+    threads: int | None = PERFORMANCE(
+        "PyTorch threads per worker. Builds with the same number write the same bytes.",
+        shown="PyTorch's default; under torchrun, the cores divided by the ranks",
+    ),
+    device_map: str | None = PERFORMANCE(
+        "auto: distribute the teacher's layers over all devices, host memory and disk.",
+        shown="the whole teacher on --device",
+    ),
+    executor: ExecutorName = DISTRIBUTED(
+        "Processes that run the build: this one, the ranks of torchrun, or a Ray cluster.",
+        ExecutorName.local,
+    ),
+    windows: str | None = DISTRIBUTED(
+        "Build only windows A to B - 1, given as A:B, for example 0:512.", shown="all windows"
+    ),
+    workers: int | None = DISTRIBUTED(
+        "Maximum number of Ray workers.", shown="as many as fit on the cluster"
+    ),
+    gpus: float | None = DISTRIBUTED(
+        "GPUs per Ray worker; may be a fraction.", shown="1 with a CUDA device, else 0"
+    ),
+    tp_plan: str | None = DISTRIBUTED(
+        "auto: split each layer of the teacher across the ranks of torchrun (tensor parallelism).",
+        shown="not split",
+    ),
     allow: Allow = None,
 ) -> None:
     """Run the teacher once over a text and cache a few unbiased targets per token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -34,29 +34,12 @@ WIDTH = 132
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of the comparison.")],
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Teacher model: {MODEL_NAMES}.",
-            show_default="the recipe's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to distil on, as for `sparselogits cache`.",
-            show_default="the recipe's",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the comparison.", show_default="the recipe's", rich_help_panel=OUTPUT
-        ),
-    ] = None,
+    recipe: Path = typer.Argument(help="YAML recipe of the comparison."),
+    teacher: str | None = MODEL(f"Teacher model: {MODEL_NAMES}.", shown="the recipe's"),
+    data: str | None = DATA(
+        "Text to distil on, as for `sparselogits cache`.", shown="the recipe's"
+    ),
+    out: Path | None = OUTPUT("Folder of the comparison.", shown="the recipe's"),
     device: Device = "auto",
     as_json: Json = False,
     allow: Allow = None,

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from sparselogits.cli.options import OUTPUT, Json, print_json, print_next, stdout
 
 
 def demo(
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="Output folder: up to 4 GB while running, 2 GB at the end.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = Path("demo-run"),
+    out: Path = OUTPUT(
+        "Output folder: up to 4 GB while running, 2 GB at the end.", Path("demo-run")
+    ),
     as_json: Json = False,
 ) -> None:
     """Prune a small model and heal it with each method, in about four minutes, without network."""

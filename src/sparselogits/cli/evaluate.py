@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import MARKDOWN
@@ -49,145 +49,72 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    student: Annotated[
-        str,
-        typer.Argument(
-            help="Student to evaluate: the folder of a run, a model folder or a hub name."
-        ),
-    ],
-    *,
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}. May be "
-            "repeated, once per --cache.",
-            show_default="none; loss and calibration only",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    student: str = typer.Argument(
+        help="Student to evaluate: the folder of a run, a model folder or a hub name."
+    ),
+    teacher: list[str] | None = MODEL(
+        f"Teacher of the cache, for KL, agreement and acceptance: {MODEL_NAMES}. May be repeated, "
+        "once per --cache.",
+        shown="none; loss and calibration only",
+    ),
     dtype: Dtype = "auto",
     device: Device = "auto",
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or URL of the cache whose held-out text is evaluated. With --data, only "
-            "the cache's packing settings are used. May be repeated, to compare with a mixture "
-            "of the caches' teachers.",
-            show_default="none; give this or --data",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    cache: list[str] | None = DATA(
+        "Folder or URL of the cache whose held-out text is evaluated. With --data, only the "
+        "cache's packing settings are used. May be repeated, to compare with a mixture of the "
+        "caches' teachers.",
+        shown="none; give this or --data",
+    ),
     weights: MixtureWeights = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to evaluate on instead of the held-out text: a text, JSON lines or Parquet "
-            "file, a folder of such files, or the name of a dataset.",
-            show_default="the cache's held-out text",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per window, for --data.",
-            show_default="the cache's, else 1024",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option(
-            help="Field or column that contains the text, for --data.", rich_help_panel=DATA
-        ),
-    ] = "text",
-    split: Annotated[
-        str, typer.Option(help="Split of a dataset, for --data.", rich_help_panel=DATA)
-    ] = "train",
-    completion_only: Annotated[
-        bool,
-        typer.Option(
-            "--completion-only",
-            help="Evaluate completions and assistant messages only, for --data.",
-            rich_help_panel=DATA,
-        ),
-    ] = False,
-    reset_attention: Annotated[
-        bool | None,
-        typer.Option(
-            "--reset-attention/--no-reset-attention",
-            help="Prevent documents that share a window from attending to each other, for --data.",
-            show_default="as in the cache, else no",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    data: str | None = DATA(
+        "Text to evaluate on instead of the held-out text: a text, JSON lines or Parquet file, a "
+        "folder of such files, or the name of a dataset.",
+        shown="the cache's held-out text",
+    ),
+    window: int | None = DATA("Tokens per window, for --data.", shown="the cache's, else 1024"),
+    text_field: str = DATA("Field or column that contains the text, for --data.", "text"),
+    split: str = DATA("Split of a dataset, for --data.", "train"),
+    completion_only: bool = DATA(
+        "Evaluate completions and assistant messages only, for --data.", False, "--completion-only"
+    ),
+    reset_attention: bool | None = DATA(
+        "Prevent documents that share a window from attending to each other, for --data.",
+        None,
+        "--reset-attention/--no-reset-attention",
+        shown="as in the cache, else no",
+    ),
     tokenized_by: TokenizedBy = None,
     join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
-    corpus: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of another packed corpus whose held-out text is evaluated.",
-            show_default="the cache's corpus",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum number of windows to evaluate.",
-            show_default="all held-out windows",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    draft: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Also measure speculative decoding: number of tokens that the student drafts per "
-            "forward pass of the teacher, which verifies them. 0 disables it.",
-            rich_help_panel=MEASUREMENTS,
-        ),
-    ] = 0,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Also score a zero-shot task: continuation, last_word, agreement, or any task of "
-            "lm-eval. May be repeated.",
-            show_default="no tasks",
-            rich_help_panel=MEASUREMENTS,
-        ),
-    ] = None,
-    task_limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum number of samples per task.",
-            show_default="200",
-            rich_help_panel=MEASUREMENTS,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokenizer for --data and --tasks: a model folder, GGUF file or hub name.",
-            show_default="the teacher's, else the student's",
-            rich_help_panel=MEASUREMENTS,
-        ),
-    ] = None,
-    resamples: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Number of bootstrap resamples of the windows, for the intervals.",
-            rich_help_panel=MEASUREMENTS,
-        ),
-    ] = 1000,
-    seed: Annotated[
-        int,
-        typer.Option(help="Random seed for resampling and drafting.", rich_help_panel=MEASUREMENTS),
-    ] = 0,
+    corpus: Path | None = DATA(
+        "Folder of another packed corpus whose held-out text is evaluated.",
+        shown="the cache's corpus",
+    ),
+    limit: int | None = DATA(
+        "Maximum number of windows to evaluate.", shown="all held-out windows", min=1
+    ),
+    draft: int = MEASUREMENTS(
+        "Also measure speculative decoding: number of tokens that the student drafts per forward "
+        "pass of the teacher, which verifies them. 0 disables it.",
+        0,
+        min=0,
+    ),
+    tasks: list[str] | None = MEASUREMENTS(
+        "Also score a zero-shot task: continuation, last_word, agreement, or any task of lm-eval. "
+        "May be repeated.",
+        shown="no tasks",
+    ),
+    task_limit: int | None = MEASUREMENTS(
+        "Maximum number of samples per task.", shown="200", min=1
+    ),
+    tokenizer: str | None = MEASUREMENTS(
+        "Tokenizer for --data and --tasks: a model folder, GGUF file or hub name.",
+        shown="the teacher's, else the student's",
+    ),
+    resamples: int = MEASUREMENTS(
+        "Number of bootstrap resamples of the windows, for the intervals.", 1000, min=1
+    ),
+    seed: int = MEASUREMENTS("Random seed for resampling and drafting.", 0),
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 from rich.box import SIMPLE
@@ -62,96 +62,39 @@ class Rule(StrEnum):
 
 
 def gradients(
-    students: Annotated[
-        list[str],
-        typer.Argument(
-            help="Students to compute gradients for: folders of runs, model folders or hub names.",
-            metavar="STUDENT...",
-        ),
-    ],
+    students: list[str] = typer.Argument(
+        help="Students to compute gradients for: folders of runs, model folders or hub names.",
+        metavar="STUDENT...",
+    ),
     *,
     teacher: Teacher,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Also use the first student with random weights.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text on which neither teacher nor student was trained, as for `sparselogits "
-            "cache --data`.",
-            rich_help_panel=DATA,
-        ),
-    ],
-    window: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=DATA)] = 512,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens per batch. May be repeated.",
-            show_default="1, 4 and 16 windows",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    batches: Annotated[
-        int,
-        typer.Option(help="Number of batches of the largest size.", rich_help_panel=DATA),
-    ] = 2,
+    fresh: bool = MODEL("Also use the first student with random weights.", False, "--fresh"),
+    data: str = DATA(
+        "Text on which neither teacher nor student was trained, as for `sparselogits cache "
+        "--data`.",
+        ...,
+    ),
+    window: int = DATA("Tokens per window.", 512),
+    batch: list[int] | None = DATA(
+        "Tokens per batch. May be repeated.", shown="1, 4 and 16 windows"
+    ),
+    batches: int = DATA("Number of batches of the largest size.", 2),
     separator_id: SeparatorId = None,
-    budget: Annotated[
-        float,
-        typer.Option(
-            help="Mean number of entries per token of the unbiased targets.",
-            rich_help_panel=TARGETS,
-        ),
-    ] = 12.0,
-    top_k: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="K of the Top-K targets to compare with. May be repeated.",
-            show_default="12, 50 and 300",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    missing_mass: Annotated[
-        list[Rule] | None,
-        typer.Option(
-            help="Rule for the probability that Top-K targets omit. May be repeated.",
-            show_default="drop",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    adaptive: Annotated[
-        str | None,
-        typer.Option(
-            help="Student whose learning signal controls the adaptive sampler.",
-            show_default="no adaptive sampler",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    draws: Annotated[
-        int,
-        typer.Option(
-            help="Number of draws of each random target per batch.", rich_help_panel=TARGETS
-        ),
-    ] = 4,
-    seed: Annotated[
-        int,
-        typer.Option(help="Random seed for sampling and for --fresh.", rich_help_panel=TARGETS),
-    ] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON file to write the results to.",
-            show_default="no file",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    budget: float = TARGETS("Mean number of entries per token of the unbiased targets.", 12.0),
+    top_k: list[int] | None = TARGETS(
+        "K of the Top-K targets to compare with. May be repeated.", shown="12, 50 and 300"
+    ),
+    missing_mass: list[Rule] | None = TARGETS(
+        "Rule for the probability that Top-K targets omit. May be repeated.", shown="drop"
+    ),
+    adaptive: str | None = TARGETS(
+        "Student whose learning signal controls the adaptive sampler.", shown="no adaptive sampler"
+    ),
+    draws: int = TARGETS("Number of draws of each random target per batch.", 4),
+    seed: int = TARGETS("Random seed for sampling and for --fresh.", 0),
+    out: Path | None = OUTPUT("JSON file to write the results to.", shown="no file"),
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -25,69 +24,28 @@ from sparselogits.wording import counted
 
 
 def import_command(
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="JSON lines or Parquet with tokens and their Top-K log-probabilities: a file, a "
-            "folder or a glob pattern."
-        ),
-    ],
-    *,
-    tokenizer: Annotated[
-        str,
-        typer.Option(help=f"Tokenizer of the teacher: {MODEL_NAMES}.", rich_help_panel=MODEL),
-    ],
-    vocab_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Vocabulary size of the teacher: the number of logits per token.",
-            rich_help_panel=MODEL,
-        ),
-    ],
-    teacher: Annotated[
-        str,
-        typer.Option(help="Name of the teacher to record in the cache.", rich_help_panel=MODEL),
-    ] = "imported",
+    data: str = typer.Argument(
+        help="JSON lines or Parquet with tokens and their Top-K log-probabilities: a file, a "
+        "folder or a glob pattern."
+    ),
+    tokenizer: str = MODEL(f"Tokenizer of the teacher: {MODEL_NAMES}.", ...),
+    vocab_size: int = MODEL(
+        "Vocabulary size of the teacher: the number of logits per token.", ..., min=1
+    ),
+    teacher: str = MODEL("Name of the teacher to record in the cache.", "imported"),
     trust_remote_code: TrustRemoteCode = False,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens per window.",
-            show_default="the length of the rows, if it is the same for all",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    k: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Entries per token.",
-            show_default="as in the first row",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    exact_weights: Annotated[
-        bool,
-        typer.Option(
-            "--exact-weights",
-            help="Store probabilities as float32 instead of rounding them.",
-            rich_help_panel=TARGETS,
-        ),
-    ] = False,
-    compression_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with the settings of DistillKit's compression, for compressed rows.",
-            show_default="compression_config.yaml next to the data",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    out: Annotated[
-        str,
-        typer.Option(help="Folder of the cache; it must be new or empty.", rich_help_panel=OUTPUT),
-    ],
+    window: int | None = DATA(
+        "Tokens per window.", shown="the length of the rows, if it is the same for all", min=2
+    ),
+    k: int | None = TARGETS("Entries per token.", shown="as in the first row", min=1),
+    exact_weights: bool = TARGETS(
+        "Store probabilities as float32 instead of rounding them.", False, "--exact-weights"
+    ),
+    compression_config: Path | None = TARGETS(
+        "File with the settings of DistillKit's compression, for compressed rows.",
+        shown="compression_config.yaml next to the data",
+    ),
+    out: str = OUTPUT("Folder of the cache; it must be new or empty.", ...),
     windows_per_shard: WindowsPerShard = 512,
     as_json: Json = False,
     allow: Allow = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
@@ -34,10 +34,9 @@ _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
 
 def info(
     cache: CacheArgument,
-    sample: Annotated[
-        int,
-        typer.Option(min=0, help="Number of row groups to read for the histograms. 0 omits them."),
-    ] = 16,
+    sample: int = typer.Option(
+        16, help="Number of row groups to read for the histograms. 0 omits them.", min=0
+    ),
     as_json: Json = False,
 ) -> None:
     """Show the contents of a cache, its origin, and histograms of its targets."""

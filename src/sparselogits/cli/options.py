@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,10 +14,42 @@ from sparselogits.console import messages, results
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.untrusted import json_text
 
-MODEL, DATA, TARGETS = "Model", "Data", "Targets"
-OUTPUT, PERFORMANCE, DISTRIBUTED = "Output", "Performance", "Distributed"
-TRAINING, MEASUREMENTS = "Training", "Measurements"
-"""Headings of option groups; `--help` lists the groups in the order of their first use."""
+
+class Group(str):
+    """Heading of a group of options in `--help`; a call declares an option of the group."""
+
+    def __call__(
+        self,
+        text: str,
+        default: Any = None,
+        *names: str,
+        shown: str | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Declare an option, as the default value of a command's parameter.
+
+        Args:
+            text: help text.
+            default: default value; `...` for a required option.
+            names: names such as "--json"; by default, derived from the parameter.
+            shown: description of the default in the help; None to show the value.
+            settings: further arguments of `typer.Option`.
+        """
+        show_default: Any = True if shown is None else shown
+        return typer.Option(
+            default,
+            *names,
+            help=text,
+            show_default=show_default,
+            rich_help_panel=self,
+            **settings,
+        )
+
+
+MODEL, DATA, TARGETS = Group("Model"), Group("Data"), Group("Targets")
+OUTPUT, PERFORMANCE, DISTRIBUTED = Group("Output"), Group("Performance"), Group("Distributed")
+TRAINING, MEASUREMENTS = Group("Training"), Group("Measurements")
+"""Groups of options; `--help` lists them in the order of their first use."""
 
 MODEL_NAMES = (
     "a folder, a GGUF file, a name on the Hugging Face hub, or `demo` for SmolLM2-135M-Instruct "

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from sparselogits.cli.options import (
@@ -17,6 +15,7 @@ from sparselogits.cli.options import (
     OUTPUT,
     PERFORMANCE,
     TARGETS,
+    Group,
     Json,
     print_json,
     print_next,
@@ -42,175 +41,75 @@ from sparselogits.lab.planning import plan as estimate
 from sparselogits.lab.planning.cost import BUILD_OVERHEAD, STEP_OVERHEAD, UTILISATION
 from sparselogits.lab.planning.grid import grid
 
-COST = "Cost"
-"""Heading of the option group about prices in `--help`."""
+COST = Group("Cost")
+"""Group of the options about prices."""
 
 
 def plan(
-    teacher_params: Annotated[
-        str,
-        typer.Option(
-            help="Number of parameters of the teacher, such as 8B, or a model folder.",
-            rich_help_panel=MODEL,
-        ),
-    ],
-    student_params: Annotated[
-        str,
-        typer.Option(
-            help="Number of parameters of the student, such as 1B, or a model folder.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "1B",
-    vocab: Annotated[
-        int, typer.Option(help="Vocabulary size of the teacher.", rich_help_panel=MODEL)
-    ] = 128_256,
-    tokens: Annotated[
-        str, typer.Option(help="Number of tokens of the text, such as 100B.", rich_help_panel=DATA)
-    ] = "100B",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Data type of the teacher's weights: bfloat16, float32, int8 or int4.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "bfloat16",
-    window: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=DATA)] = 1024,
-    passes: Annotated[
-        float,
-        typer.Option(
-            help="Passes over the cache: students times epochs times repeated runs.",
-            rich_help_panel=DATA,
-        ),
-    ] = 1.0,
-    budget: Annotated[
-        float,
-        typer.Option(help="Mean number of entries per token.", rich_help_panel=TARGETS),
-    ] = 12.0,
-    bits: Annotated[
-        float | None,
-        typer.Option(
-            help="Bits per entry on disk.",
-            show_default="as measured with this codec at that budget",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    text_bytes: Annotated[
-        float | None,
-        typer.Option(
-            help="Bytes per token for the text that is stored with the targets.",
-            show_default="as measured with this format",
-            rich_help_panel=TARGETS,
-        ),
-    ] = None,
-    windows_per_shard: Annotated[
-        int, typer.Option(help="Windows per file of the cache.", rich_help_panel=OUTPUT)
-    ] = 512,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Type of accelerator: a100-80gb, a100-40gb, h100, h200, b200, l4, l40s, rtx4090, "
-            "mi300x and others; another name needs --device-flops.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = "h100",
-    device_flops: Annotated[
-        str | None,
-        typer.Option(
-            help="Dense bfloat16 operations per second of the device, such as 500T.",
-            show_default="as published for the types of --device",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = None,
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory of the device in bytes, such as 80G.",
-            show_default="as published for the types of --device",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = None,
-    batch: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Windows per forward pass of the teacher.", rich_help_panel=PERFORMANCE
-        ),
-    ] = 8,
-    student_batch: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Windows per training step and device.", rich_help_panel=PERFORMANCE
-        ),
-    ] = 8,
-    checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointing",
-            help="Recompute the student's activations in the backward pass.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = False,
-    teacher_utilisation: Annotated[
-        float,
-        typer.Option(
-            help="Fraction of the device's peak throughput that the teacher reaches.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = UTILISATION,
-    student_utilisation: Annotated[
-        float,
-        typer.Option(
-            help="Fraction of the device's peak throughput that the student reaches.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = UTILISATION,
-    build_overhead: Annotated[
-        float,
-        typer.Option(
-            help="Time of a build divided by the time of the teacher's forward passes.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = BUILD_OVERHEAD,
-    step_overhead: Annotated[
-        float,
-        typer.Option(
-            help="Time of a training step from the cache divided by the time of a step with "
-            "cross-entropy.",
-            rich_help_panel=PERFORMANCE,
-        ),
-    ] = STEP_OVERHEAD,
-    workers: Annotated[
-        int,
-        typer.Option(help="Number of devices that run the teacher.", rich_help_panel=DISTRIBUTED),
-    ] = 1,
-    ranks: Annotated[
-        int,
-        typer.Option(help="Number of devices that train one student.", rich_help_panel=DISTRIBUTED),
-    ] = 1,
-    price: Annotated[
-        float, typer.Option(help="Price per device-hour.", rich_help_panel=COST)
-    ] = 0.0,
-    storage_price: Annotated[
-        float, typer.Option(help="Price per terabyte-month of storage.", rich_help_panel=COST)
-    ] = 0.0,
-    months: Annotated[
-        float, typer.Option(help="Months that the cache is stored.", rich_help_panel=COST)
-    ] = 1.0,
-    sizes: Annotated[
-        bool,
-        typer.Option(
-            "--grid",
-            help="Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            help="PNG file to plot the table of --grid to.",
-            show_default="no plot",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    teacher_params: str = MODEL(
+        "Number of parameters of the teacher, such as 8B, or a model folder.", ...
+    ),
+    student_params: str = MODEL(
+        "Number of parameters of the student, such as 1B, or a model folder.", "1B"
+    ),
+    vocab: int = MODEL("Vocabulary size of the teacher.", 128_256),
+    tokens: str = DATA("Number of tokens of the text, such as 100B.", "100B"),
+    dtype: str = MODEL(
+        "Data type of the teacher's weights: bfloat16, float32, int8 or int4.", "bfloat16"
+    ),
+    window: int = DATA("Tokens per window.", 1024),
+    passes: float = DATA("Passes over the cache: students times epochs times repeated runs.", 1.0),
+    budget: float = TARGETS("Mean number of entries per token.", 12.0),
+    bits: float | None = TARGETS(
+        "Bits per entry on disk.", shown="as measured with this codec at that budget"
+    ),
+    text_bytes: float | None = TARGETS(
+        "Bytes per token for the text that is stored with the targets.",
+        shown="as measured with this format",
+    ),
+    windows_per_shard: int = OUTPUT("Windows per file of the cache.", 512),
+    device: str = PERFORMANCE(
+        "Type of accelerator: a100-80gb, a100-40gb, h100, h200, b200, l4, l40s, rtx4090, mi300x "
+        "and others; another name needs --device-flops.",
+        "h100",
+    ),
+    device_flops: str | None = PERFORMANCE(
+        "Dense bfloat16 operations per second of the device, such as 500T.",
+        shown="as published for the types of --device",
+    ),
+    device_memory: str | None = PERFORMANCE(
+        "Memory of the device in bytes, such as 80G.",
+        shown="as published for the types of --device",
+    ),
+    batch: int = PERFORMANCE("Windows per forward pass of the teacher.", 8, min=1),
+    student_batch: int = PERFORMANCE("Windows per training step and device.", 8, min=1),
+    checkpointing: bool = PERFORMANCE(
+        "Recompute the student's activations in the backward pass.", False, "--checkpointing"
+    ),
+    teacher_utilisation: float = PERFORMANCE(
+        "Fraction of the device's peak throughput that the teacher reaches.", UTILISATION
+    ),
+    student_utilisation: float = PERFORMANCE(
+        "Fraction of the device's peak throughput that the student reaches.", UTILISATION
+    ),
+    build_overhead: float = PERFORMANCE(
+        "Time of a build divided by the time of the teacher's forward passes.", BUILD_OVERHEAD
+    ),
+    step_overhead: float = PERFORMANCE(
+        "Time of a training step from the cache divided by the time of a step with cross-entropy.",
+        STEP_OVERHEAD,
+    ),
+    workers: int = DISTRIBUTED("Number of devices that run the teacher.", 1),
+    ranks: int = DISTRIBUTED("Number of devices that train one student.", 1),
+    price: float = COST("Price per device-hour.", 0.0),
+    storage_price: float = COST("Price per terabyte-month of storage.", 0.0),
+    months: float = COST("Months that the cache is stored.", 1.0),
+    sizes: bool = OUTPUT(
+        "Also print a table for students of 300M to 13B and texts of 1B to 10T tokens.",
+        False,
+        "--grid",
+    ),
+    plot: Path | None = OUTPUT("PNG file to plot the table of --grid to.", shown="no plot"),
     as_json: Json = False,
 ) -> None:
     """Estimate size, hours and cost of a cache, and when it is cheaper than an online teacher."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -11,15 +10,10 @@ from sparselogits.cli.options import print_next, stdout
 
 
 def report(
-    comparison: Annotated[
-        Path, typer.Argument(help="Folder of a comparison, or its results.json.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the page and its pictures.", show_default="the comparison's folder"
-        ),
-    ] = None,
+    comparison: Path = typer.Argument(help="Folder of a comparison, or its results.json."),
+    out: Path | None = typer.Option(
+        None, help="Folder for the page and its pictures.", show_default="the comparison's folder"
+    ),
 ) -> None:
     """Write the report page of a comparison from its results.json, even while it is running."""
     from sparselogits.lab.compare import read_results

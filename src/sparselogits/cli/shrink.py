@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from sparselogits.cli.options import (
     MODEL,
     OUTPUT,
     Device,
+    Group,
     Json,
     TrustRemoteCode,
     print_json,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from sparselogits.shrink import Shrunk
 
-STUDENT = "Student"
-"""Heading of the option group about the student in `--help`."""
+STUDENT = Group("Student")
+"""Group of the options that describe the student."""
 
 
 class LayerScoreOption(StrEnum):
@@ -42,109 +43,47 @@ class LayerScoreOption(StrEnum):
 
 
 def shrink(
-    teacher: Annotated[
-        str,
-        typer.Argument(
-            help="Model to create the student from: a folder, a hub name, or `demo`.",
-            metavar="TEACHER",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Folder to write the student to.", rich_help_panel=OUTPUT)
-    ],
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of transformer blocks to keep, ranked by --layer-score.",
-            show_default="all",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    drop_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Numbers of the blocks to remove, for example 13,14,15, instead of --layers.",
-            show_default="none",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(
-            "--intermediate-size",
-            help="Number of MLP channels to keep per block.",
-            show_default="all",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    heads: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of attention heads to keep per block. Heads that share keys and values "
-            "are kept or removed together.",
-            show_default="all",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    hidden: Annotated[
-        int | None,
-        typer.Option(
-            "--hidden-size",
-            help="Width of the hidden states to keep.",
-            show_default="all",
-            rich_help_panel=STUDENT,
-        ),
-    ] = None,
-    layer_score: Annotated[
-        LayerScoreOption,
-        typer.Option(
-            help="Criterion for ranking blocks: influence (one minus the cosine of a block's input "
-            "and output; one forward pass) or loss (loss on the text without the block; one "
-            "forward pass per block).",
-            rich_help_panel=STUDENT,
-        ),
-    ] = LayerScoreOption.influence,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Cache whose windows are the calibration text.",
-            show_default="none; give this or --data",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "Calibration text, instead of --cache: a file, a folder or a dataset, as for "
-                "`sparselogits cache`."
-            ),
-            show_default="none; give this or --cache",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    windows: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Number of calibration windows, spread evenly over the text.",
-            rich_help_panel=DATA,
-        ),
-    ] = 32,
-    window: Annotated[
-        int,
-        typer.Option(
-            min=2, help="Tokens per calibration window, with --data.", rich_help_panel=DATA
-        ),
-    ] = 512,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Data type of the student's weights: auto (the teacher's), float32, bfloat16 "
-            "or float16.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "auto",
+    teacher: str = typer.Argument(
+        help="Model to create the student from: a folder, a hub name, or `demo`.", metavar="TEACHER"
+    ),
+    out: Path = OUTPUT("Folder to write the student to.", ...),
+    layers: int | None = STUDENT(
+        "Number of transformer blocks to keep, ranked by --layer-score.", shown="all"
+    ),
+    drop_layers: str | None = STUDENT(
+        "Numbers of the blocks to remove, for example 13,14,15, instead of --layers.", shown="none"
+    ),
+    channels: int | None = STUDENT(
+        "Number of MLP channels to keep per block.", None, "--intermediate-size", shown="all"
+    ),
+    heads: int | None = STUDENT(
+        "Number of attention heads to keep per block. Heads that share keys and values are kept or "
+        "removed together.",
+        shown="all",
+    ),
+    hidden: int | None = STUDENT(
+        "Width of the hidden states to keep.", None, "--hidden-size", shown="all"
+    ),
+    layer_score: LayerScoreOption = STUDENT(
+        "Criterion for ranking blocks: influence (one minus the cosine of a block's input and "
+        "output; one forward pass) or loss (loss on the text without the block; one forward pass "
+        "per block).",
+        LayerScoreOption.influence,
+    ),
+    cache: str | None = DATA(
+        "Cache whose windows are the calibration text.", shown="none; give this or --data"
+    ),
+    data: str | None = DATA(
+        "Calibration text, instead of --cache: a file, a folder or a dataset, as for `sparselogits "
+        "cache`.",
+        shown="none; give this or --cache",
+    ),
+    windows: int = DATA("Number of calibration windows, spread evenly over the text.", 32, min=1),
+    window: int = DATA("Tokens per calibration window, with --data.", 512, min=2),
+    dtype: str = MODEL(
+        "Data type of the student's weights: auto (the teacher's), float32, bfloat16 or float16.",
+        "auto",
+    ),
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 
 def verify(
     cache: CacheArgument,
-    sample: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Number of row groups to decode per file, for a quick check.",
-            show_default="all row groups",
-        ),
-    ] = None,
+    sample: int | None = typer.Option(
+        None,
+        help="Number of row groups to decode per file, for a quick check.",
+        show_default="all row groups",
+        min=0,
+    ),
     as_json: Json = False,
 ) -> None:
     """Check every byte, checksum and invariant of a cache; exit with code 2 if it is damaged."""
@@ -113,21 +111,16 @@ def card(
 
 
 def push(
-    cache: Annotated[str, typer.Argument(help="Folder of a cache.", metavar="CACHE")],
-    url: Annotated[
-        str,
-        typer.Argument(
-            help="URL to publish the cache at: hf://datasets/ORG/NAME, s3://bucket/prefix, ...",
-            metavar="URL",
-        ),
-    ],
-    without_text: Annotated[
-        bool,
-        typer.Option(
-            "--without-text",
-            help="Do not publish the packed text, which includes the held-out documents.",
-        ),
-    ] = False,
+    cache: str = typer.Argument(help="Folder of a cache.", metavar="CACHE"),
+    url: str = typer.Argument(
+        help="URL to publish the cache at: hf://datasets/ORG/NAME, s3://bucket/prefix, ...",
+        metavar="URL",
+    ),
+    without_text: bool = typer.Option(
+        False,
+        "--without-text",
+        help="Do not publish the packed text, which includes the held-out documents.",
+    ),
     as_json: Json = False,
 ) -> None:
     """Publish a cache with a dataset card on the Hugging Face hub or in an object store."""
@@ -150,16 +143,10 @@ def push(
 
 
 def merge(
-    caches: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders or URLs of caches built with the same settings.",
-            metavar="CACHE...",
-        ),
-    ],
-    out: Annotated[
-        str, typer.Option(help="Folder or URL of the merged cache.", rich_help_panel=OUTPUT)
-    ],
+    caches: list[str] = typer.Argument(
+        help="Folders or URLs of caches built with the same settings.", metavar="CACHE..."
+    ),
+    out: str = OUTPUT("Folder or URL of the merged cache.", ...),
     as_json: Json = False,
 ) -> None:
     """Merge caches that contain different windows of the same text."""
@@ -177,35 +164,18 @@ def merge(
 
 def export(
     cache: CacheArgument,
-    out: Annotated[
-        Path, typer.Option(help="Output folder; it must be new or empty.", rich_help_panel=OUTPUT)
-    ],
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="lists: Parquet with lists of ids and weights per token. topk: Parquet with the "
-            "ids of the largest weights per token and their log-weights. weighted: Parquet with "
-            "target tokens and weights of shape (N, K), for a weighted cross-entropy such as "
-            "Tinker's. distillkit, axolotl: Top-K lists in the form of that trainer. datasets: a "
-            "folder for datasets.load_from_disk with the columns of lists.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = "lists",
-    k: Annotated[
-        int,
-        typer.Option(
-            help="Entries per token, for --format topk, distillkit and axolotl.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = 50,
-    alpha: Annotated[
-        float,
-        typer.Option(
-            help="Share of the true next token in the weights of --format weighted.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = 0.0,
+    out: Path = OUTPUT("Output folder; it must be new or empty.", ...),
+    form: str = OUTPUT(
+        "lists: Parquet with lists of ids and weights per token. topk: Parquet with the ids of the "
+        "largest weights per token and their log-weights. weighted: Parquet with target tokens and "
+        "weights of shape (N, K), for a weighted cross-entropy such as Tinker's. distillkit, "
+        "axolotl: Top-K lists in the form of that trainer. datasets: a folder for "
+        "datasets.load_from_disk with the columns of lists.",
+        "lists",
+        "--format",
+    ),
+    k: int = OUTPUT("Entries per token, for --format topk, distillkit and axolotl.", 50),
+    alpha: float = OUTPUT("Share of the true next token in the weights of --format weighted.", 0.0),
 ) -> None:
     """Write a cache in a format that other tools read without sparselogits."""
     from sparselogits.store import Cache

@@ -47,168 +47,85 @@ def _renamed(new: str) -> Any:
 
 
 def train(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            help="YAML recipe of the run. Options take precedence over the recipe.",
-            show_default="options only",
-        ),
-    ] = None,
-    *,
-    student: Annotated[
-        str | None,
-        typer.Option(
-            help="Existing model to train: a folder (for example from `sparselogits shrink`), a "
-            "name on the Hugging Face hub, or `demo`.",
-            show_default="the recipe's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    student_config: Annotated[
-        str | None,
-        typer.Option(
-            help="New student with random weights: a size (tiny, 3m, 10m, 30m, 100m, 300m, 1b), "
-            "dimensions (layers=12,width=768,heads=12), or a config.json.",
-            show_default="the recipe's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    lora: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Rank of a LoRA adapter that is trained for --student and merged at the end.",
-            show_default="no adapter; all weights are trained",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Loss to train with. {METHODS_IN_WORDS}.",
-            show_default="sparse",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Teacher of the cache, for {listed(ONLINE)}: {MODEL_NAMES}.",
-            show_default="no teacher",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokenizer to save with the student: a model folder, GGUF file or hub name.",
-            show_default="the student's, the cache's or the teacher's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    recipe: Path | None = typer.Argument(
+        None,
+        help="YAML recipe of the run. Options take precedence over the recipe.",
+        show_default="options only",
+    ),
+    student: str | None = MODEL(
+        "Existing model to train: a folder (for example from `sparselogits shrink`), a name on the "
+        "Hugging Face hub, or `demo`.",
+        shown="the recipe's",
+    ),
+    student_config: str | None = MODEL(
+        "New student with random weights: a size (tiny, 3m, 10m, 30m, 100m, 300m, 1b), dimensions "
+        "(layers=12,width=768,heads=12), or a config.json.",
+        shown="the recipe's",
+    ),
+    lora: int | None = MODEL(
+        "Rank of a LoRA adapter that is trained for --student and merged at the end.",
+        shown="no adapter; all weights are trained",
+        min=1,
+    ),
+    method: str | None = MODEL(f"Loss to train with. {METHODS_IN_WORDS}.", shown="sparse"),
+    teacher: str | None = MODEL(
+        f"Teacher of the cache, for {listed(ONLINE)}: {MODEL_NAMES}.", shown="no teacher"
+    ),
+    tokenizer: str | None = MODEL(
+        "Tokenizer to save with the student: a model folder, GGUF file or hub name.",
+        shown="the student's, the cache's or the teacher's",
+    ),
     device: Device = "auto",
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or URL of the cache to train from. May be repeated, to mix caches of "
-            "several teachers over the same text.",
-            show_default="the recipe's",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    cache: list[str] | None = DATA(
+        "Folder or URL of the cache to train from. May be repeated, to mix caches of several "
+        "teachers over the same text.",
+        shown="the recipe's",
+    ),
     weights: MixtureWeights = None,
-    num_train_epochs: Annotated[
-        float | None,
-        typer.Option(help="Passes over the cache.", show_default="1", rich_help_panel=TRAINING),
-    ] = None,
-    per_device_train_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Windows per batch and device.", show_default="8", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Batches per optimiser step.", show_default="1", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Peak learning rate of AdamW.",
-            show_default="0.001 for a new student, 5e-05 for --student, 0.0002 with --lora",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the cross-entropy on labels in the loss, from 0 to 1.",
-            show_default="0",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the teacher in the mixture of jensen_shannon, between 0 and 1.",
-            show_default=f"{METHODS['jensen_shannon'].beta}",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    bf16: Annotated[
-        bool | None,
-        typer.Option(
-            "--bf16/--no-bf16",
-            help="Compute in bfloat16; the weights stay in float32.",
-            show_default="float32",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    save_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Steps between checkpoints. An interrupted run resumes from the last checkpoint.",
-            show_default="no checkpoints",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Random seed for initial weights and data order.",
-            show_default="0",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
+    num_train_epochs: float | None = TRAINING("Passes over the cache.", shown="1"),
+    per_device_train_batch_size: int | None = TRAINING(
+        "Windows per batch and device.", shown="8", min=1
+    ),
+    gradient_accumulation_steps: int | None = TRAINING(
+        "Batches per optimiser step.", shown="1", min=1
+    ),
+    learning_rate: float | None = TRAINING(
+        "Peak learning rate of AdamW.",
+        shown="0.001 for a new student, 5e-05 for --student, 0.0002 with --lora",
+    ),
+    alpha: float | None = TRAINING(
+        "Weight of the cross-entropy on labels in the loss, from 0 to 1.", shown="0"
+    ),
+    beta: float | None = TRAINING(
+        "Weight of the teacher in the mixture of jensen_shannon, between 0 and 1.",
+        shown=f"{METHODS['jensen_shannon'].beta}",
+    ),
+    bf16: bool | None = TRAINING(
+        "Compute in bfloat16; the weights stay in float32.",
+        None,
+        "--bf16/--no-bf16",
+        shown="float32",
+    ),
+    save_steps: int | None = TRAINING(
+        "Steps between checkpoints. An interrupted run resumes from the last checkpoint.",
+        shown="no checkpoints",
+        min=1,
+    ),
+    seed: int | None = TRAINING("Random seed for initial weights and data order.", shown="0"),
     epochs: Annotated[str | None, _renamed("--num-train-epochs")] = None,
     batch: Annotated[str | None, _renamed("--per-device-train-batch-size")] = None,
     precision: Annotated[str | None, _renamed("--bf16")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the run.", show_default="the recipe's", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    save_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Data type of the saved student: float32, bfloat16, float16, or auto for that of "
-            "--student (float32 for a new student).",
-            show_default="auto",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    print_recipe: Annotated[
-        bool,
-        typer.Option(
-            "--print-recipe",
-            help="Print a commented recipe with all settings and the given options, and exit.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    out: Path | None = OUTPUT("Folder of the run.", shown="the recipe's"),
+    save_dtype: str | None = OUTPUT(
+        "Data type of the saved student: float32, bfloat16, float16, or auto for that of --student "
+        "(float32 for a new student).",
+        shown="auto",
+    ),
+    print_recipe: bool = OUTPUT(
+        "Print a commented recipe with all settings and the given options, and exit.",
+        False,
+        "--print-recipe",
+    ),
     as_json: Json = False,
     allow: Allow = None,
 ) -> None:

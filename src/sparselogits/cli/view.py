@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from sparselogits.cli.models import load_cache_teacher, load_student
 from sparselogits.cli.options import (
@@ -29,59 +27,25 @@ if TYPE_CHECKING:
 
 def view(
     cache: CacheArgument,
-    window: Annotated[
-        int, typer.Option(min=0, help="Number of the window to show.", rich_help_panel=DATA)
-    ] = 0,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Teacher of the cache, to show the full distribution: {MODEL_NAMES}.",
-            show_default="cached entries only",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    student: Annotated[
-        str | None,
-        typer.Option(
-            help="Student to show next to the teacher: the folder of a run, a model folder or a "
-            "hub name.",
-            show_default="no student",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokenizer that decodes ids: a model folder, GGUF file or hub name.",
-            show_default="the teacher's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    window: int = DATA("Number of the window to show.", 0, min=0),
+    teacher: str | None = MODEL(
+        f"Teacher of the cache, to show the full distribution: {MODEL_NAMES}.",
+        shown="cached entries only",
+    ),
+    student: str | None = MODEL(
+        "Student to show next to the teacher: the folder of a run, a model folder or a hub name.",
+        shown="no student",
+    ),
+    tokenizer: str | None = MODEL(
+        "Tokenizer that decodes ids: a model folder, GGUF file or hub name.", shown="the teacher's"
+    ),
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="HTML file to write.", show_default="window-N.html", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    serve: Annotated[
-        bool,
-        typer.Option(
-            "--serve",
-            help="Serve pages of all windows on 127.0.0.1 instead of writing a file.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    port: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=65535,
-            help="Port for --serve; 0 selects a free port.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = 0,
+    out: Path | None = OUTPUT("HTML file to write.", shown="window-N.html"),
+    serve: bool = OUTPUT(
+        "Serve pages of all windows on 127.0.0.1 instead of writing a file.", False, "--serve"
+    ),
+    port: int = OUTPUT("Port for --serve; 0 selects a free port.", 0, min=0, max=65535),
     allow: Allow = None,
 ) -> None:
     """Show the text of a window, with the predicted distribution of each token, as a web page."""
