@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from sparselogits.cli.options import OUTPUT, Json, print_json, print_next, stdout
-from sparselogits.console import stage
+from sparselogits.cli.options import OUTPUT, Json, print_json, print_next
+from sparselogits.console import results, stage
 from sparselogits.wording import counted
 
 
@@ -33,5 +33,5 @@ def average(
     if as_json:
         print_json({"out": str(out), "checkpoints": checkpoints})
         return
-    stdout().print(f"{out}: the mean of {counted(len(checkpoints), 'checkpoint')}", soft_wrap=True)
+    results().print(f"{out}: the mean of {counted(len(checkpoints), 'checkpoint')}", soft_wrap=True)
     print_next("cache", "--teacher", out, "--data", "TEXT", "--out", "my-cache")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
@@ -52,30 +52,17 @@ DEFAULT_BUDGET = 12.0
 
 DEFAULT_SAMPLER = "systematic"
 SAMPLER = "sparselogits.cli.cache"
-"""Key in the `meta` of the click context under which the values of sampler options are stored."""
+"""Key of the values of sampler options in the `meta` of the click context."""
 
 
-class ObjectiveName(StrEnum):
-    """Names of the objectives: predict the next token, or predict masked tokens."""
+ObjectiveName = StrEnum("ObjectiveName", ["causal", "masked"])
+"""Names of the objectives: predict the next token, or predict masked tokens."""
 
-    causal = "causal"
-    masked = "masked"
+MaskUnits = StrEnum("MaskUnits", ["tokens", "words", "spans"])
+"""Units of text whose tokens are chosen for prediction together."""
 
-
-class MaskUnits(StrEnum):
-    """Units of text whose tokens are chosen for prediction together."""
-
-    tokens = "tokens"
-    words = "words"
-    spans = "spans"
-
-
-class ExecutorName(StrEnum):
-    """Names of the executors that can run a build."""
-
-    local = "local"
-    torchrun = "torchrun"
-    ray = "ray"
+ExecutorName = StrEnum("ExecutorName", ["local", "torchrun", "ray"])
+"""Names of the executors that can run a build."""
 
 
 def cache(
@@ -279,11 +266,11 @@ def cache(
 
     # steps that need no weights come first, because a teacher takes minutes to load
     if role.follows:
-        role.wait_for_packing(find_place)
+        role.wait_for_text(find_place)
         role.follow(load())
         return
     check_request(request, packing, tokenizer_hash, windows_per_shard, hides)
-    place = find_place() if role.is_first else role.wait_for_text(out, find_place)
+    place = find_place() if role.is_first else role.wait_for_text(find_place, out)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code
     )
@@ -302,6 +289,9 @@ def cache(
                 f"teacher has {engine.vocab_size}. Name the teacher that the cache was begun with, "
                 "delete that folder to pack the text again, or choose another --out"
             )
+        corruption = None
+        if hides is not None:
+            corruption = Corruption(hides, TokenKinds.of(tokenizer, engine.vocab_size))
         with stage("caching", "tokens", per_unit=window) as update:
             report = role.build(
                 load,
@@ -313,9 +303,7 @@ def cache(
                 windows_per_shard=windows_per_shard,
                 only=only,
                 first_window=place.first_window,
-                corruption=None
-                if hides is None
-                else Corruption(hides, TokenKinds.of(tokenizer, engine.vocab_size)),
+                corruption=corruption,
                 progress=update,
             )
     if report.windows_found:
@@ -327,10 +315,8 @@ def cache(
         if not as_json and only is None:
             print_train_command(out, tokenizer=teacher)
         elif not as_json:
-            print_next(
-                otherwise="build the other windows, then check that all are there: "
-                + f"sparselogits verify {out}"
-            )
+            verify = f"sparselogits verify {out}"
+            print_next(otherwise=f"build the other windows, then check that all exist: {verify}")
 
 
 def _require_objective(
@@ -409,34 +395,29 @@ def _sampler_options() -> list[Any]:
 
     offered = {name: kind for name, kind in samplers().items() if kind.on_command_line}
     biased = listed([name for name, kind in offered.items() if not kind.unbiased])
-    choice = typer.Option(
-        help=f"Method that chooses the entries. All but {biased} are unbiased.",
-        rich_help_panel=TARGETS,
-    )
-    names = StrEnum("SamplerName", {name: name for name in offered})  # type: ignore[misc]
-    options = {"sampler": Annotated[names, choice]}
+    help_text = f"Method that chooses the entries. All but {biased} are unbiased."
+    names = StrEnum("SamplerName", list(offered))  # type: ignore[misc]
+    options = {"sampler": (names, TARGETS(help_text, DEFAULT_SAMPLER))}
     for field in dict.fromkeys(field for kind in offered.values() for field in kind.declared()):
         options[field] = _option_of_field(field, offered)
-    defaults = dict.fromkeys(options) | {"sampler": DEFAULT_SAMPLER}
 
     def options_of_samplers(**_: Any) -> None: ...
 
+    kind = inspect.Parameter.KEYWORD_ONLY
     options_of_samplers.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind
-            )
-            for name, kind in options.items()
+            inspect.Parameter(name, kind, default=default, annotation=type_)
+            for name, (type_, default) in options.items()
         ]
     )
-    options_of_samplers.__annotations__ = options
+    options_of_samplers.__annotations__ = {name: type_ for name, (type_, _) in options.items()}
     app = typer.Typer(add_completion=False)
     app.command()(options_of_samplers)
     return list(typer.main.get_command(app).params)
 
 
-def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
-    """Return the type annotation of the option for a field that samplers declare."""
+def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> tuple[Any, Any]:
+    """Return the type and the declaration of the option for a field that samplers declare."""
     owners = {name: kind for name, kind in offered.items() if field in kind.declared()}
     kind = next(iter(owners.values()))
     declared = kind.declared()[field]
@@ -446,8 +427,7 @@ def _option_of_field(field: str, offered: Mapping[str, type[Sampler]]) -> Any:
         text, default = f"{text}, in place of --budget", "from --budget"
     if declared.choices:
         text += f": {declared.expected()}"
-    option = typer.Option(help=f"{text}.", show_default=default, rich_help_panel=TARGETS)
-    return Annotated[declared.kind | None, option]
+    return declared.kind | None, TARGETS(f"{text}.", shown=default)
 
 
 def _sampler(given: Mapping[str, Any], budget: float | None) -> tuple[Sampler, float | None]:

@@ -21,9 +21,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import messages, stage, styled
+from sparselogits.console import messages, results, stage, styled
 
 if TYPE_CHECKING:
     from sparselogits.lab.compare import MethodRow, Results
@@ -50,109 +49,90 @@ def compare(
     from sparselogits.lab.report import write_report
 
     loaded = load_compare_recipe(recipe, teacher=teacher, data=data, out=out)
-    results = run_comparison(loaded, device=resolve_device(device), stage=stage)
-    page = write_report(results, loaded.out)
-    for run in results.runs:
+    found = run_comparison(loaded, device=resolve_device(device), stage=stage)
+    page = write_report(found, loaded.out)
+    for run in found.runs:
         if run.status == "failed":
-            name = f"{run.method}, {run.student}, seed {run.seed}"
-            messages.print(styled("failed:", "yellow", f" {name}: {run.message}"))
-    for message in results.tasks_not_measured:
-        messages.print(styled("task not measured:", "yellow", f" {message}"))
-    for message in results.outgrown_teacher:
-        messages.print(styled("the teacher is not better:", "yellow", f" {message}"))
-    failures = ((row.student, row.gradient_failure) for row in results.methods)
-    for student, reason in dict.fromkeys(failures):
-        if reason is not None:
-            messages.print(styled("no gradients:", "yellow", f" {student}: {reason}"))
+            _warn("failed", f"{run.method}, {run.student}, seed {run.seed}: {run.message}")
+    for message in found.tasks_not_measured:
+        _warn("task not measured", message)
+    for message in found.outgrown_teacher:
+        _warn("the teacher is not better", message)
+    unmeasured = [f"{r.student}: {r.gradient_failure}" for r in found.methods if r.gradient_failure]
+    for message in dict.fromkeys(unmeasured):
+        _warn("no gradients", message)
     if as_json:
-        print_json(results.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
         return
-    console = stdout()
+    console = results()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    for table in _tables(results):
+    for table in _tables(found):
         console.print(table)
     console.print(f"metrics, runs and settings in {loaded.out / 'results.json'}, results.csv")
     console.print(f"page: {page}", soft_wrap=True)
     print_next(otherwise=f"open {page} in a browser")
 
 
-def _tables(results: Results) -> list[Table]:
+def _warn(label: str, text: str) -> None:
+    messages.print(styled(f"{label}:", "yellow", f" {text}"))
+
+
+def _tables(found: Results) -> list[Table]:
     """Return one table per student, with a row per method."""
-    titles = ["method", "seeds", "entries", "B/token", *(title for title, _ in _COLUMNS)]
-    measured = any(row.gradient for row in results.methods)
+    titles = ["method", "seeds", "entries", "B/token", *(title for title, *_ in _COLUMNS)]
+    measured = any(row.gradient for row in found.methods)
     titles += ["angle °"] if measured else []
-    students = dict.fromkeys(row.student for row in results.methods)
+    caption = (
+        "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
+        "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
+    )
+    if measured:
+        caption += "; angle: between the gradients of the targets and of full KD"
     tables = []
-    for student in students:
-        title = f"{results.title}: {student}"
-        table = Table(*titles, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for student in dict.fromkeys(row.student for row in found.methods):
+        table = Table(*titles, title=f"{found.title}: {student}", caption=caption, box=SIMPLE_HEAD)
+        table.title_justify = table.caption_justify = "left"
+        table.padding = (0, 1)
         table.columns[0].no_wrap = True
         for column in table.columns[1:]:
             column.justify, column.min_width = "right", 7
-        for row in results.methods:
+        for row in found.methods:
             if row.student == student:
-                angle = [_angle(row)] if measured else []
-                table.add_row(row.method, *_cells(row), *angle)
-        table.caption = (
-            "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
-            "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
-        )
-        if measured:
-            table.caption += "; angle: between the gradients of the targets and of full KD"
-        table.caption_justify = "left"
+                table.add_row(row.method, *_cells(row), *([_angle(row)] if measured else []))
         tables.append(table)
-    if results.teacher is not None and tables:
-        teacher = results.teacher.figures
-        tables[-1].caption = (
-            f"teacher: loss {teacher['loss']:.3f}, ECE {100 * teacher['ece']:.2f} %. "
-            f"{tables[-1].caption}"
-        )
+    if found.teacher is not None and tables:
+        loss, ece = (found.teacher.figures[name] for name in ("loss", "ece"))
+        tables[-1].caption = f"teacher: loss {loss:.3f}, ECE {100 * ece:.2f} %. {caption}"
     return tables
 
 
-def _with_interval(metric: MetricEstimate | None, scale: float, digits: int) -> str:
-    """Format the mean of a metric, times a scale, with ± half the width of its interval."""
-    if metric is None:
-        return "-"
-    mean = f"{scale * metric.mean:.{digits}f}"
-    low, high = metric.both.low, metric.both.high
-    if low is None or high is None:
-        return mean
-    return f"{mean} ±{scale * (high - low) / 2:.{digits}f}"
+_COLUMNS: tuple[tuple[str, Callable[[MethodRow], MetricEstimate | None], float, int], ...] = (
+    ("loss", lambda row: row.figures.get("loss"), 1, 3),
+    ("- CE", lambda row: row.minus_ce.get("loss"), 1, 3),
+    ("gap %", lambda row: row.gap_closed, 1, 0),
+    ("KL", lambda row: row.figures.get("kl"), 1, 3),
+    ("ECE %", lambda row: row.figures.get("ece"), 100, 1),
+    ("over %", lambda row: row.figures.get("overconfidence"), 100, 1),
+    ("acc. %", lambda row: row.figures.get("acceptance"), 100, 1),
+)
+"""Title, metric, scale factor and number of decimals of each metric column."""
+
+
+def _cells(row: MethodRow) -> list[str]:
+    """Return the table cells of a method, except its name and its angle."""
+    failed = f"{len(row.seeds_failed)} failed"
+    seeds = str(len(row.seeds_done)) + (f" ({failed})" if row.seeds_failed else "")
+    if not row.seeds_done:
+        seeds = "failed" if row.seeds_failed else "not run"
+    numbers = [
+        "-" if value is None else f"{value:.{digits}f}"
+        for value, digits in ((row.entries, 1), (row.bytes_per_token, 2))
+    ]
+    metrics = [(metric_of(row), scale, digits) for _, metric_of, scale, digits in _COLUMNS]
+    return [seeds, *numbers, *("-" if m is None else m.text(s, d) for m, s, d in metrics)]
 
 
 def _angle(row: MethodRow) -> str:
     """Format the angle between a method's gradient and full KD's gradient, in degrees."""
     return "-" if row.gradient is None else f"{row.gradient.sizes[-1].angle.mean:.1f}"
-
-
-def _metric(name: str, scale: float, digits: int) -> Callable[[MethodRow], str]:
-    """Return a function that formats the metric `name` of a row."""
-    return lambda row: _with_interval(row.figures.get(name), scale, digits)
-
-
-_COLUMNS: tuple[tuple[str, Callable[[MethodRow], str]], ...] = (
-    ("loss", _metric("loss", 1, 3)),
-    ("- CE", lambda row: _with_interval(row.minus_ce.get("loss"), 1, 3)),
-    ("gap %", lambda row: _with_interval(row.gap_closed, 1, 0)),
-    ("KL", _metric("kl", 1, 3)),
-    ("ECE %", _metric("ece", 100, 1)),
-    ("over %", _metric("overconfidence", 100, 1)),
-    ("acc. %", _metric("acceptance", 100, 1)),
-)
-"""Title of each metric column, and the function that formats the column's cells."""
-
-
-def _cells(row: MethodRow) -> list[str]:
-    """Return the table cells of a method, except its name and its angle."""
-    seeds = str(len(row.seeds_done))
-    if row.seeds_failed:
-        seeds += f" ({len(row.seeds_failed)} failed)"
-    if not row.seeds_done:
-        seeds = "not run" if not row.seeds_failed else "failed"
-    numbers = [
-        "-" if value is None else f"{value:.{digits}f}"
-        for value, digits in ((row.entries, 1), (row.bytes_per_token, 2))
-    ]
-    return [seeds, *numbers, *(cell(row) for _, cell in _COLUMNS)]

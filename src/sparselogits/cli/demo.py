@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparselogits.cli.options import OUTPUT, Json, print_json, print_next, stdout
+from sparselogits.cli.options import OUTPUT, Json, print_json, print_next
+from sparselogits.console import results
 
 
 def demo(
@@ -24,7 +25,7 @@ def demo(
         paths = {"report": str(result.report), "student": str(result.student)}
         print_json(result.to_json() | paths | {"talk": result.talk})
         return
-    console = stdout()
+    console = results()
     console.print(result.table())
     console.print(result.remark(), soft_wrap=True)
     for sample in result.samples:

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import stage
+from sparselogits.console import results, stage
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.wording import counted
 
@@ -144,32 +143,17 @@ def evaluate_command(
         raise InvalidArgumentError(
             "--data and --corpus both name the text to evaluate on; give only one of them"
         )
-    other = None
-    if data is not None:
-        other = OtherText(
-            data,
-            text_field=text_field,
-            split=split,
-            completion_only=completion_only,
-            window=window,
-            reset_attention=reset_attention,
-            separator_id=separator_id,
-            tokenized_by=tokenized_by,
-            join_rows=join_rows,
+    text = OtherText(
+        *(data or "", window, text_field, split, completion_only),
+        *(reset_attention, separator_id, tokenized_by, join_rows),
+    )
+    unused = [f.name for f in fields(text)[1:] if getattr(text, f.name) != f.default]
+    if data is None and unused:
+        raise InvalidArgumentError(
+            f"--{', --'.join(unused).replace('_', '-')} can only be used with --data: the held-out "
+            "text of a cache is already packed. Name a text with --data, or leave the option out"
         )
-    else:
-        _require_no_data_options(
-            {
-                "--window": window is not None,
-                "--text-field": text_field != "text",
-                "--split": split != "train",
-                "--completion-only": completion_only,
-                "--reset-attention": reset_attention is not None,
-                "--separator-id": separator_id is not None,
-                "--tokenized-by": tokenized_by is not None,
-                "--join-rows": join_rows,
-            }
-        )
+    other = None if data is None else text
     for name in (student, *teachers, tokenizer):
         if name is not None:
             locate_model(name)  # reports a missing path before any file is read
@@ -233,9 +217,9 @@ def evaluate_command(
             rows["student"]["drafting"] = drafting.to_json()
         print_json(rows)
         return
-    stdout().print(_table(found))
+    results().print(_table(found))
     measured = found["student"]
-    stdout().print(
+    results().print(
         f"{counted(measured.positions, 'position')} in "
         f"{counted(len(measured.positions_by_window), 'window')} of "
         f"{'held-out text' if other is None else data}; "
@@ -243,7 +227,7 @@ def evaluate_command(
         soft_wrap=True,
     )
     if drafting is not None:
-        stdout().print(
+        results().print(
             f"drafting {draft} at a time: {drafting.acceptance:.1%} of "
             f"{counted(drafting.verified, 'verified token')} accepted (expected "
             f"{drafting.expected:.1%}, standard error {drafting.error:.1%}), "
@@ -251,7 +235,7 @@ def evaluate_command(
             soft_wrap=True,
         )
     if scores:
-        stdout().print(_task_table(scores))
+        results().print(_task_table(scores))
     if engine is None:
         texts: list[tuple[object, ...]] = [("--cache", path) for path in caches]
         texts = texts or [("--data", data)]
@@ -264,16 +248,6 @@ def evaluate_command(
         print_next("eval", student, "--data", data, "--teacher", teachers[0], "--draft", 4)
 
 
-def _require_no_data_options(given: dict[str, bool]) -> None:
-    """Check that no option that needs `--data` is given without `--data`."""
-    unused = [option for option, is_given in given.items() if is_given]
-    if unused:
-        raise InvalidArgumentError(
-            f"{', '.join(unused)} can only be used with --data: the held-out text of a cache is "
-            "already packed. Name a text with --data, or leave the option out"
-        )
-
-
 _Shown = Callable[[float], str]
 _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
     ("loss", "↓", "loss", lambda x: f"{x:.4f}"),
@@ -283,7 +257,7 @@ _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
     ("speculative acceptance %", "↑", "acceptance", lambda x: f"{100 * x:.1f}"),
     ("agreement with the teacher %", "↑", "agreement", lambda x: f"{100 * x:.1f}"),
 )
-"""Title, direction of improvement, name and format of each metric in the table."""
+"""Title, direction of improvement, name and format function of each metric in the table."""
 
 
 def _table(found: dict[str, HeldOut]) -> Table:
@@ -307,13 +281,9 @@ def _cells(estimate: Estimate | None, shown: _Shown) -> tuple[str, str]:
         return "-", "-"
     if estimate.low is None or estimate.high is None:
         return shown(estimate.mean), "-"
-    return shown(estimate.mean), _half(shown, estimate.low, estimate.high)
-
-
-def _half(shown: _Shown, low: float, high: float) -> str:
-    """Format half the width of an interval, with as many decimals as the formatted ends."""
-    first, last = shown(low), shown(high)
-    return f"{(float(last) - float(first)) / 2:.{len(last.partition('.')[2])}f}"
+    low, high = shown(estimate.low), shown(estimate.high)
+    decimals = len(high.partition(".")[2])
+    return shown(estimate.mean), f"{(float(high) - float(low)) / 2:.{decimals}f}"
 
 
 def _scores(

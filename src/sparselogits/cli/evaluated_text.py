@@ -1,4 +1,4 @@
-"""Provide the text for `sparselogits eval`: the held-out text of a cache, or another text."""
+"""Open the text for `sparselogits eval`: the held-out text of a cache, or another text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class OtherText:
 
     Args:
         data: file, folder or dataset, as for `corpus.open_source`.
+        window: number of tokens per window; None for the cache's window length, or for
+            `DEFAULT_WINDOW` without a cache.
         text_field: field or column that contains the text.
         split: split of a dataset.
         completion_only: whether only completions and assistant messages are evaluated.
-        window: number of tokens per window; None for the cache's window length, or for
-            `DEFAULT_WINDOW` without a cache.
         reset_attention: whether attention is limited to one document; None for the cache's
             setting.
         separator_id: id of the token between documents; None for the cache's separator, or the
@@ -41,10 +41,10 @@ class OtherText:
     """
 
     data: str
+    window: int | None = None
     text_field: str = "text"
     split: str = "train"
     completion_only: bool = False
-    window: int | None = None
     reset_attention: bool | None = None
     separator_id: int | None = None
     tokenized_by: str | None = None
@@ -70,10 +70,6 @@ def text_to_evaluate(
         other: text to pack into a temporary folder; None to use `packed`.
         tokenizer: tokenizer for `other`, and for a cache of a masked language model.
         limit: maximum number of windows.
-
-    Raises:
-        InvalidArgumentError: If the packed text has no held-out windows.
-        CorpusError: If the text cannot be read, or is shorter than a window.
     """
     from sparselogits.corpus import PackedCorpus, open_source, pack
     from sparselogits.corruption import Corruption
@@ -141,10 +137,6 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
         names: models or runs to load the tokenizer from, in order of preference.
         student: name of the student.
         purpose: option that needs the tokenizer, for the error message.
-
-    Raises:
-        TeacherError: If none of the models has a readable tokenizer.
-        IdentityMismatchError: If the student's tokenizer assigns different ids to tokens.
     """
     from sparselogits.teacher.loading import load_tokenizer
 
@@ -157,8 +149,8 @@ def tokenizer_of(names: list[str], student: str, *, purpose: str) -> Any:
             reason = reason or error
     if found is None:
         raise TeacherError(
-            f"{purpose} needs a tokenizer, but {names[0]} has no readable one; name the teacher's "
-            "folder with --teacher or --tokenizer"
+            f"{purpose} needs a tokenizer, but {names[0]} has no readable one; name a model that "
+            "has one with --teacher or --tokenizer"
         ) from reason
     try:
         of_student = load_tokenizer(student).get_vocab()

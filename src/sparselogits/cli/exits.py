@@ -38,10 +38,9 @@ _AFTER_INTERRUPTION = {
     "train": "if the recipe sets save_steps, the same command continues from the last checkpoint, "
     "otherwise it starts again",
 }
-"""Message per interrupted command: what is on disk, and what running the command again does."""
+"""State on disk after an interruption, and the effect of running the command again, by command."""
 
 _STARTS_AGAIN = "nothing was changed, and the same command starts again"
-
 _PERMISSIONS = "make it readable and writable for this user, or choose another path"
 _FILE_IN_THE_WAY = "a file exists where a folder is needed: move it, or choose another path"
 _NO_SPACE = "free some space there, then run the same command again"
@@ -65,7 +64,8 @@ def run_and_exit(command_line: Callable[..., Any]) -> NoReturn:
         # an output encoding without ± or arrows prints question marks instead
         sys.stdout.reconfigure(errors="replace")
     words = sys.argv[1:]
-    debug = "--debug" in _before_dashes(words)
+    options = words[: words.index("--")] if "--" in words else words  # "--" ends the options
+    debug = "--debug" in options
     state: dict[str, Any] = {"debug": debug}
     warnings.showwarning = _show_warning
     arguments = [word for word in words if word != "--debug"] if debug else words
@@ -139,8 +139,7 @@ def _print_interrupted(state: dict[str, Any]) -> None:
     """Print what the interrupted command leaves behind and how to continue."""
     # a second Ctrl-C during clean-up ends the process at once; commits are atomic
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    command = state.get("command")
-    advice = _AFTER_INTERRUPTION.get(command or "", _STARTS_AGAIN)
+    advice = _AFTER_INTERRUPTION.get(state.get("command") or "", _STARTS_AGAIN)
     messages.print(f"\ninterrupted; {advice}", soft_wrap=True)
 
 
@@ -148,8 +147,3 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
     """Print the warnings of this package as notes; ignore those of other packages."""
     if issubclass(category, SparseLogitsWarning):
         messages.print(styled("note:", "yellow", f" {message}"), soft_wrap=True)
-
-
-def _before_dashes(words: list[str]) -> list[str]:
-    """Return the words before `--`, which ends the options of a command line."""
-    return words[: words.index("--")] if "--" in words else words

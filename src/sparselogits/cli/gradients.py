@@ -1,4 +1,4 @@
-"""Define `sparselogits gradients`, which compares the gradients of targets, as in the paper."""
+"""Define `sparselogits gradients`, which compares the gradients of targets with full KD's."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import messages, stage
+from sparselogits.console import messages, results, stage
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.files import require_file_or_nothing, write_whole
 
@@ -45,20 +44,14 @@ if TYPE_CHECKING:
     from sparselogits.teacher import Engine
 
 PILOT_WINDOWS = 4
-"""Number of windows from which the sizes of the targets are fitted."""
+"""Number of windows on which samplers are fitted to the budget."""
 
 PILOT_STRIDE = 4
-"""Distance between the positions that are used in a pilot window."""
+"""Distance between two positions that are used in a pilot window."""
 
 
-class Rule(StrEnum):
-    """Rules for the missing mass of Top-K targets."""
-
-    drop = "drop"
-    renormalise = "renormalise"
-    smooth = "smooth"
-    ghost = "ghost"
-    ground_truth = "ground_truth"
+Rule = StrEnum("Rule", ["drop", "renormalise", "smooth", "ghost", "ground_truth"])
+"""Rules for the probability mass that Top-K targets lack."""
 
 
 def gradients(
@@ -129,16 +122,15 @@ def gradients(
                 f"batch of {max(sizes)} tokens. Give more text, or smaller batches (--batch)"
             )
         messages.print(f"loading the teacher {teacher}")
-        learners = _load_students(students, fresh, seed, resolve_device(device))
-        engine = load_teacher(
-            teacher, tokenizer=tokenizer, dtype=dtype, device=resolve_device(device)
-        )
+        device = resolve_device(device)
+        learners = _load_students(students, fresh, seed, device)
+        engine = load_teacher(teacher, tokenizer=tokenizer, dtype=dtype, device=device)
         pilot = _pilot(engine, windows)
         targets = standard_targets(
             [logits for _, logits in pilot],
             budget=budget,
             top_k=top_k or (12, 50, 300),
-            missing_mass=[rule.value for rule in missing_mass or (Rule.drop,)],
+            missing_mass=[rule.value for rule in missing_mass or (Rule.drop,)],  # type: ignore[misc]
             adaptive=None if adaptive is None else _adaptive(adaptive, pilot, budget),
         )
         with stage("comparing gradients", "tokens", per_unit=window) as update:
@@ -153,7 +145,7 @@ def gradients(
                 against=PUBLISHED,
                 progress=update,
             )
-        result = {
+        result: dict[str, Any] = {
             "conditions": {
                 **_conditions(data, source.fingerprint, engine, learners),
                 "window": window,
@@ -169,25 +161,18 @@ def gradients(
             },
             "rows": [row.to_json() for row in rows],
         }
-    if out is not None:
-        _write(out, result)
+    if out is not None:  # one row of the table per line
+        lines = ",\n".join(json.dumps(row) for row in result["rows"])
+        head = json.dumps(result["conditions"], indent=1)
+        write_whole(out, f'{{"conditions": {head},\n"rows": [\n{lines}\n]}}\n')
     if as_json:
         print_json(result)
         return
     for name in learners:
         _print_table(name, rows)
-    stdout().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
-    print_next(
-        "cache",
-        "--teacher",
-        teacher,
-        "--data",
-        "TEXT",
-        "--out",
-        "my-cache",
-        "--budget",
-        f"{budget:g}",
-    )
+    results().print("±: half a 95 % t interval over batches; bias, noise: relative to |full KD|")
+    given = ("--teacher", teacher, "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
+    print_next("cache", *given)
 
 
 def _require_students(names: Sequence[str]) -> None:
@@ -209,15 +194,12 @@ def _load_students(
     import torch
     from transformers import AutoModelForCausalLM
 
-    learners = {}
-    for name in names:
-        learners[Path(name).name] = load_student(name, device, dtype="float32")
+    learners = {Path(name).name: load_student(name, device, dtype="float32") for name in names}
     if fresh:
         torch.manual_seed(seed)
         first: Any = next(iter(learners.values()))
-        learners["fresh"] = AutoModelForCausalLM.from_config(first.config, dtype=torch.float32).to(
-            device
-        )
+        new = AutoModelForCausalLM.from_config(first.config, dtype=torch.float32)
+        learners["fresh"] = new.to(device)
     return learners
 
 
@@ -279,13 +261,6 @@ def _conditions(
     }
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Write the results as JSON, with one row of the table per line."""
-    rows = ",\n".join(json.dumps(row) for row in result["rows"])
-    conditions = json.dumps(result["conditions"], indent=1)
-    write_whole(path, f'{{"conditions": {conditions},\n"rows": [\n{rows}\n]}}\n')
-
-
 def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
     """Print a student's results: parameters at every batch size, other spaces at the largest."""
     from sparselogits.lab.gradients.student_gradients import Space
@@ -299,15 +274,10 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
         first = shown[0]
         label = "all parameters" if space == "parameters" else space
         count = f"{first.angle.units} batch" + ("es" if first.angle.units > 1 else "")
-        table = Table(
-            *("target", "entries", "angle", "/ RS-KD's", "norm", "bias", "noise"),
-            show_edge=False,
-            pad_edge=False,
-            collapse_padding=True,
-            title=f"{student}: {label}, {count} of {size:,} tokens",
-            title_justify="left",
-            box=SIMPLE,
-        )
+        heads = ("target", "entries", "angle", "/ RS-KD's", "norm", "bias", "noise")
+        title = f"{student}: {label}, {count} of {size:,} tokens"
+        table = Table(*heads, title=title, title_justify="left", box=SIMPLE, show_edge=False)
+        table.pad_edge, table.collapse_padding = False, True
         for column in table.columns:
             column.no_wrap = True
             column.justify = "left" if column is table.columns[0] else "right"
@@ -321,7 +291,7 @@ def _print_table(student: str, rows: Sequence[GradientFidelity]) -> None:
                 f"<{row.bias_below:.3f}" if row.bias is None else f"{row.bias:.3f}",
                 f"{row.noise:.3f}",
             )
-        stdout().print(table)
+        results().print(table)
 
 
 def _plus_minus(estimate: Estimate, digits: int) -> str:

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sparselogits.cli.options import CacheArgument, Json, print_json, print_train_command, stdout
-from sparselogits.console import styled
+from sparselogits.cli.options import CacheArgument, Json, print_json, print_train_command
+from sparselogits.console import results, styled
 from sparselogits.untrusted import printable
 from sparselogits.wording import counted
 
@@ -29,7 +29,7 @@ _BY_TEXT: dict[str, Callable[[CacheStatistics], str]] = {
     "loss": lambda facts: f"{facts.mean_teacher_loss:.3f}",
     "entropy": lambda facts: f"{facts.mean_teacher_entropy:.3f}",
 }
-"""Maps the title of each column in the table of texts to the function that formats its cells."""
+"""Functions that format the cells of each column in the table of texts, by the column's title."""
 
 
 def info(
@@ -84,16 +84,13 @@ def print_info(
         print_json(shown)
         return
     identity = opened.identity
-    console = stdout()
+    console = results()
     for name, value in (
         ("cache", str(root)),
         ("teacher", identity.teacher_in_words()),
         ("sampler", identity.sampler_in_words()),
         *([("objective", identity.predicts.in_words())] if identity.objective else []),
-        (
-            "windows",
-            f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens",
-        ),
+        ("windows", f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"),
         ("tokens", f"{facts.tokens:,}"),
         ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
         ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
-    """Load a student from its folder, its hub name, or the folder of the run that trained it.
-
-    Raises:
-        TeacherError: If the model cannot be read or has weights that are not finite.
-    """
+    """Load a student from its folder, its hub name, or the folder of the run that trained it."""
     from sparselogits.teacher.loading import load_language_model
     from sparselogits.train.student import require_finite_weights
 
@@ -32,11 +28,7 @@ def load_student(name: str, device: str, *, dtype: str = "auto") -> nn.Module:
 def load_cache_teacher(
     name: str, identity: Identity | None, device: str, *, dtype: str
 ) -> TransformersTeacher:
-    """Load a teacher and, given the identity of a cache, check that it is the cache's teacher.
-
-    Raises:
-        IdentityMismatchError: If the cache was built with another teacher.
-    """
+    """Load a teacher and, given the identity of a cache, check that it is the cache's teacher."""
     from sparselogits.teacher import load_teacher
     from sparselogits.teacher.loading import load_tokenizer
     from sparselogits.train.run import require_same_teacher
@@ -50,18 +42,7 @@ def load_cache_teacher(
 def shares_of_teachers(
     teachers: Sequence[str], caches: Sequence[str], weights: Sequence[float] | str | None
 ) -> list[float]:
-    """Return the weight of each teacher in the mixture.
-
-    Args:
-        teachers: names of the teachers; empty for no teacher.
-        caches: caches of the teachers, in the same order; empty for none.
-        weights: value of `--weights`; None for equal weights.
-
-    Raises:
-        InvalidArgumentError: If the numbers of teachers, caches and weights differ, weights are
-            given without several teachers or caches, or the weights are negative or do not sum to
-            1.
-    """
+    """Validate `--weights` against the teachers and caches; return the weight of each teacher."""
     from sparselogits.teacher.mixture import require_shares
 
     if weights is not None and max(len(teachers), len(caches)) < 2:
@@ -107,16 +88,13 @@ def load_cache_teachers(
         shares: weight of each teacher (`shares_of_teachers`); teachers of weight 0 are not loaded.
         device: device of the teachers.
         dtype: data type of the teachers' weights.
-
-    Raises:
-        IdentityMismatchError: If a cache was built with another teacher.
     """
     from sparselogits.teacher import MixtureTeacher
 
-    made: Sequence[Identity | None] = identities or [None] * len(names)
+    expected: Sequence[Identity | None] = identities or [None] * len(names)
     used = [
         load_cache_teacher(name, identity, device, dtype=dtype)
-        for name, identity, share in zip(names, made, shares, strict=True)
+        for name, identity, share in zip(names, expected, shares, strict=True)
         if share != 0
     ]
     if len(names) == 1:

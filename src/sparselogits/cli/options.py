@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from sparselogits.allowances import ALLOWANCES, allowing
-from sparselogits.console import messages, results
+from sparselogits.console import messages
 from sparselogits.errors import InvalidArgumentError, reason_of
 from sparselogits.untrusted import json_text
 
@@ -158,11 +157,7 @@ CacheArgument = Annotated[
 
 
 def resolve_device(name: str) -> str:
-    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU.
-
-    Raises:
-        InvalidArgumentError: If the device is unknown to torch or not available.
-    """
+    """Return the device for a value of `--device`; auto selects CUDA if available, else the CPU."""
     import torch
 
     if name == "auto":
@@ -186,11 +181,7 @@ def optional_tokenizer(name: str | None, *, trust_remote_code: bool = False) -> 
 
 
 def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
-    """Parse the value of `--weights`.
-
-    Raises:
-        InvalidArgumentError: If a part is not a number.
-    """
+    """Parse the value of `--weights`."""
     if text is None:
         return None
     if text == "best":
@@ -203,18 +194,8 @@ def parsed_weights(text: str | None) -> list[float] | Literal["best"] | None:
         ) from error
 
 
-def stdout() -> Console:
-    """Return the console for results; progress and notes go to standard error."""
-    return results()
-
-
 def print_next(*words: object, otherwise: str = "") -> None:
-    """Print the recommended next step on standard error.
-
-    Args:
-        words: arguments of the next `sparselogits` command, printed ready to be copied.
-        otherwise: text to print if the next step is not a `sparselogits` command.
-    """
+    """Print the arguments of the next `sparselogits` command, or `otherwise`, on standard error."""
     command = shlex.join(["sparselogits", *map(str, words)]) if words else otherwise
     messages.print(f"Next: {command}", soft_wrap=True)
 

@@ -19,9 +19,8 @@ from sparselogits.cli.options import (
     Json,
     print_json,
     print_next,
-    stdout,
 )
-from sparselogits.console import styled
+from sparselogits.console import results, styled
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.planning import (
     MemoryOf,
@@ -47,13 +46,13 @@ COST = Group("Cost")
 
 def plan(
     teacher_params: str = MODEL(
-        "Number of parameters of the teacher, such as 8B, or a model folder.", ...
+        "Number of parameters in the teacher, such as 8B, or a model folder.", ...
     ),
     student_params: str = MODEL(
-        "Number of parameters of the student, such as 1B, or a model folder.", "1B"
+        "Number of parameters in the student, such as 1B, or a model folder.", "1B"
     ),
     vocab: int = MODEL("Vocabulary size of the teacher.", 128_256),
-    tokens: str = DATA("Number of tokens of the text, such as 100B.", "100B"),
+    tokens: str = DATA("Number of tokens in the text, such as 100B.", "100B"),
     dtype: str = MODEL(
         "Data type of the teacher's weights: bfloat16, float32, int8 or int4.", "bfloat16"
     ),
@@ -93,10 +92,10 @@ def plan(
         "Fraction of the device's peak throughput that the student reaches.", UTILISATION
     ),
     build_overhead: float = PERFORMANCE(
-        "Time of a build divided by the time of the teacher's forward passes.", BUILD_OVERHEAD
+        "Extra time of a build, as a fraction of the teacher's forward passes.", BUILD_OVERHEAD
     ),
     step_overhead: float = PERFORMANCE(
-        "Time of a training step from the cache divided by the time of a step with cross-entropy.",
+        "Extra time of a training step from the cache, as a fraction of a step with cross-entropy.",
         STEP_OVERHEAD,
     ),
     workers: int = DISTRIBUTED("Number of devices that run the teacher.", 1),
@@ -109,7 +108,7 @@ def plan(
         False,
         "--grid",
     ),
-    plot: Path | None = OUTPUT("PNG file to plot the table of --grid to.", shown="no plot"),
+    plot: Path | None = OUTPUT("PNG file for a chart of the table of --grid.", shown="no plot"),
     as_json: Json = False,
 ) -> None:
     """Estimate size, hours and cost of a cache, and when it is cheaper than an online teacher."""
@@ -130,23 +129,10 @@ def plan(
         None if device_memory is None else quantity(device_memory, "--device-memory"),
     )
     settings = Settings(
-        teacher.parameters,
-        student.parameters,
-        quantity(tokens, "--tokens"),
-        storage,
-        passes,
-        kind,
-        teacher_utilisation,
-        student_utilisation,
-        workers,
-        ranks,
-        window,
-        windows_per_shard,
-        build_overhead,
-        step_overhead,
-        price,
-        storage_price,
-        months,
+        *(teacher.parameters, student.parameters, quantity(tokens, "--tokens"), storage, passes),
+        *(kind, teacher_utilisation, student_utilisation, workers, ranks),
+        *(window, windows_per_shard, build_overhead, step_overhead),
+        *(price, storage_price, months),
     )
     estimated = estimate(settings)
     models = (
@@ -189,43 +175,31 @@ def plan(
 
         draw_plan(settings, plot)
     if as_json:
-        print_json(_as_json(settings, estimated, sizes) | {"memory": _memory_as_json(models)})
+        shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(estimated)}
+        if sizes:
+            shown["grid"] = [
+                {"student": student, "tokens": amount} | asdict(entry)
+                for (student, amount), entry in grid(settings).items()
+            ]
+        print_json(shown | {"memory": {model.role: model.to_json() for model in models}})
         return
-    stdout().print(_plan_table(settings, estimated, models))
+    results().print(_plan_table(settings, estimated, models))
     if sizes:
-        stdout().print(_grid_table(settings))
-    print_next(
-        "cache",
-        "--teacher",
-        "MODEL",
-        "--data",
-        "TEXT",
-        "--out",
-        "my-cache",
-        "--budget",
-        f"{budget:g}",
-    )
+        results().print(_grid_table(settings))
+    given = ("--teacher", "MODEL", "--data", "TEXT", "--out", "my-cache", "--budget", f"{budget:g}")
+    print_next("cache", *given)
 
 
 @dataclass(frozen=True)
 class _ModelMemory:
-    """Memory that a model needs on one kind of device, compared with the device's memory.
-
-    Args:
-        role: `teacher` or `student`.
-        option: option that sets the batch size.
-        shape: dimensions of the model.
-        batch: windows per batch.
-        memory_of: function from the batch size and the number of devices to the memory.
-        capacity: memory of the device in bytes; None if unknown.
-    """
+    """Memory that a teacher or a student needs, compared with a device's memory in bytes."""
 
     role: str
-    option: str
+    option: str  # sets the batch size
     shape: Shape
     batch: int
     memory_of: MemoryOf
-    capacity: float | None
+    capacity: float | None  # None if unknown
 
     def rows(self) -> list[tuple[str, str]]:
         """Return table rows: the required memory, whether it fits, advice, and the parts."""
@@ -248,33 +222,18 @@ class _ModelMemory:
             return f"split it over {devices} (cache --device-map or --tp-plan)"
         return f"shard it over {devices} (FSDP)"
 
-
-def _memory_as_json(models: Sequence[_ModelMemory]) -> dict[str, object]:
-    """Return the required memory of each model as JSON values, in bytes."""
-    rows: dict[str, object] = {}
-    for model in models:
-        needed, capacity = model.memory_of(model.batch, 1), model.capacity
-        rows[model.role] = {
-            "batch": model.batch,
-            "shape": asdict(model.shape),
+    def to_json(self) -> dict[str, object]:
+        """Return the required memory in bytes, and whether it fits, as JSON values."""
+        needed, capacity = self.memory_of(self.batch, 1), self.capacity
+        return {
+            "batch": self.batch,
+            "shape": asdict(self.shape),
             "parts": dict(needed.parts),
             "total": needed.total,
             "capacity": capacity,
             "fits": None if capacity is None else needed.fits(capacity),
-            "largest_batch": None if capacity is None else largest_batch(model.memory_of, capacity),
+            "largest_batch": None if capacity is None else largest_batch(self.memory_of, capacity),
         }
-    return rows
-
-
-def _as_json(settings: Settings, estimated: Plan, sizes: bool) -> dict[str, object]:
-    """Return the settings, the plan and, with `sizes`, the grid of plans as JSON values."""
-    shown: dict[str, object] = {"settings": asdict(settings), "plan": asdict(estimated)}
-    if sizes:
-        shown["grid"] = [
-            {"student": student, "tokens": amount} | asdict(entry)
-            for (student, amount), entry in grid(settings).items()
-        ]
-    return shown
 
 
 def _plan_table(settings: Settings, found: Plan, models: Sequence[_ModelMemory]) -> Table:
@@ -282,6 +241,10 @@ def _plan_table(settings: Settings, found: Plan, models: Sequence[_ModelMemory])
     table = Table(show_header=False, box=None, pad_edge=False)
     even = found.break_even_passes
     s = settings
+    per_rank = _bytes(found.read_bytes_per_second_per_rank)
+    writes, lost = found.put_requests_per_second, f"{_time(found.lost_hours)} of device time lost"
+    shuffled = f"{found.shuffled_requests_per_second:,.0f} requests and "
+    shuffled += _bytes(found.shuffled_bytes_per_second)
     rows = [
         ("size", f"{_bytes(found.bytes)}, {found.bytes_per_token:.2f} bytes per token"),
         ("files", f"{found.shards:,} of {_bytes(found.shard_bytes)}"),
@@ -293,26 +256,10 @@ def _plan_table(settings: Settings, found: Plan, models: Sequence[_ModelMemory])
         ("  with an online teacher", _clock(found.online_hours, s.ranks, s.device.name)),
         ("break-even", "never" if even is None else f"from {even:.2f} passes over the text"),
         ("writing", f"{_bytes(found.write_bytes_per_second)} per second, all workers"),
-        (
-            "reading",
-            f"{_bytes(found.read_bytes_per_second)} per second, "
-            f"{_bytes(found.read_bytes_per_second_per_rank)} per rank",
-        ),
-        (
-            "requests",
-            f"{found.list_requests:,} to list all, "
-            f"{found.put_requests_per_second:.3g} writes per second",
-        ),
-        (
-            "  fully shuffled",
-            f"{found.shuffled_requests_per_second:,.0f} requests and "
-            f"{_bytes(found.shuffled_bytes_per_second)} per second, nothing cached locally",
-        ),
-        (
-            "failures",
-            f"{found.failures:.2g} expected, {_time(found.lost_hours)} of device time lost, "
-            f"{_time(found.shard_hours)} per file",
-        ),
+        ("reading", f"{_bytes(found.read_bytes_per_second)} per second, {per_rank} per rank"),
+        ("requests", f"{found.list_requests:,} to list all, {writes:.3g} writes per second"),
+        ("  fully shuffled", f"{shuffled} per second, nothing cached locally"),
+        ("failures", f"{found.failures:.2g} expected, {lost}, {_time(found.shard_hours)} per file"),
     ]
     if s.device_price > 0:
         rows.append(("cost", f"{found.cached_cost:,.0f}, online teacher {found.online_cost:,.0f}"))
@@ -326,9 +273,9 @@ def _plan_table(settings: Settings, found: Plan, models: Sequence[_ModelMemory])
 def _grid_table(settings: Settings) -> Table:
     """Return the table of `--grid`, with a row per student size and amount of text."""
     table = Table(box=None, pad_edge=False)
-    for name in ("student", "tokens", "size", "files", "teacher h", "student h", "online h"):
+    heads = ("student", "tokens", "size", "files", "teacher h", "student h", "online h")
+    for name in (*heads, "break-even"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("break-even", justify="right", no_wrap=True)
     for (student, amount), found in grid(settings).items():
         even = found.break_even_passes
         hours = (found.teacher_hours, found.student_hours, found.online_hours)

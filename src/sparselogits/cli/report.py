@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from sparselogits.cli.options import print_next, stdout
+from sparselogits.cli.options import print_next
+from sparselogits.console import results
 
 
 def report(
@@ -21,5 +22,5 @@ def report(
 
     folder = comparison if comparison.is_dir() else comparison.parent
     page = write_report(read_results(comparison), out or folder)
-    stdout().print(str(page), soft_wrap=True)
+    results().print(str(page), soft_wrap=True)
     print_next(otherwise=f"open {page} in a browser")

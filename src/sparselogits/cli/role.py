@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRole:
-    """Role of this process in a build, and the steps of the build that depend on the role.
+    """Role of this process in a build, with the steps of the build that depend on the role.
 
     Args:
         device: device on which this process runs the teacher.
         share: share of the window ranges that this process computes.
         workers: Ray actors that compute instead of this process; None without Ray.
         rank: rank among the processes that run one teacher by tensor parallelism; None if each
-            process runs a teacher of its own.
+            process runs a complete teacher.
     """
 
     device: str
@@ -55,7 +55,7 @@ class BuildRole:
 
     @contextmanager
     def leading(self, engine: Any) -> Iterator[Any]:
-        """Yield the engine for the build; on exit, end the `follow` call of every other rank."""
+        """Yield the engine for the build; on exit, end `follow` on all other ranks."""
         if self.rank is None:
             yield engine
             return
@@ -66,31 +66,22 @@ class BuildRole:
             yield leader
         leave_process_group()
 
-    def wait_for_text(self, out: str, find: Callable[[], TextPlace]) -> TextPlace:
-        """Wait until the first rank has packed the text and created the cache.
+    def wait_for_text(self, find: Callable[[], TextPlace], out: str | None = None) -> TextPlace:
+        """Wait until the first rank has packed the text and, at `out`, created the cache.
 
         Args:
-            out: folder or URL of the cache.
             find: function that returns the location of the packed text.
-
-        Returns:
-            The location of the packed text.
+            out: folder or URL of the cache; None to wait for the text only.
         """
         from sparselogits.caching.executors import wait_for_first_rank
         from sparselogits.corpus.packed import Paths
         from sparselogits.store import Cache
 
-        wait_for_first_rank(
-            lambda: Cache.exists(out) and Paths(find().folder).index.exists(),
-        )
+        def is_ready() -> bool:
+            return (out is None or Cache.exists(out)) and Paths(find().folder).index.exists()
+
+        wait_for_first_rank(is_ready)
         return find()
-
-    def wait_for_packing(self, find: Callable[[], TextPlace]) -> None:
-        """Wait until the first rank has packed the text; `find` returns its location."""
-        from sparselogits.caching.executors import wait_for_first_rank
-        from sparselogits.corpus.packed import Paths
-
-        wait_for_first_rank(lambda: Paths(find().folder).index.exists())
 
     def build(
         self,
@@ -100,8 +91,6 @@ class BuildRole:
         requests: Sequence[CacheRequest],
         *,
         only: tuple[int, int] | None,
-        windows_per_shard: int,
-        first_window: int,
         progress: Callable[[int, int], None],
         **options: Any,
     ) -> BuildReport:
@@ -113,29 +102,20 @@ class BuildRole:
             corpus: packed text.
             requests: caches to build from the same forward passes.
             only: first window to build and the window after the last; None for all windows.
-            windows_per_shard: number of windows per shard.
-            first_window: number that the corpus's first window has in the cache.
             progress: function called with windows done and windows in total.
-            options: remaining options of `build_caches`.
+            options: further options of `build_caches`.
         """
         from sparselogits.caching import begin_job, build_caches, shard_ranges
         from sparselogits.caching.executors import build_caches_on_ray
 
-        shards = {"windows_per_shard": windows_per_shard, "first_window": first_window}
         if self.workers is None:
-            return build_caches(
-                *(engine, corpus, requests),
-                **(shards | options),
-                only=only,
-                share=self.share,
-                progress=progress,
-            )
-        ranges = shard_ranges(corpus.windows, windows_per_shard, only, first_window=first_window)
-        job = begin_job(engine, corpus, requests, **(shards | options))
-        device = "cuda" if self.workers.gpus else "cpu"
-        return build_caches_on_ray(
-            partial(load, device=device), job, ranges, self.workers, progress=progress
-        )
+            some = {"only": only, "share": self.share} | options
+            return build_caches(engine, corpus, requests, progress=progress, **some)
+        per_shard, first = options["windows_per_shard"], options["first_window"]
+        ranges = shard_ranges(corpus.windows, per_shard, only, first_window=first)
+        job = begin_job(engine, corpus, requests, **options)
+        load = partial(load, device="cuda" if self.workers.gpus else "cpu")
+        return build_caches_on_ray(load, job, ranges, self.workers, progress=progress)
 
 
 def build_role(
@@ -147,7 +127,7 @@ def build_role(
     *,
     split: bool = False,
 ) -> BuildRole:
-    """Determine the role of this process and set its number of PyTorch threads.
+    """Determine the role of this process, and set its number of PyTorch threads.
 
     Args:
         executor: `local`, `torchrun` or `ray`.

@@ -20,9 +20,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import messages, stage
+from sparselogits.console import messages, results, stage
 from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.files import require_new_folder
 
@@ -35,11 +34,8 @@ STUDENT = Group("Student")
 """Group of the options that describe the student."""
 
 
-class LayerScoreOption(StrEnum):
-    """Criteria for ranking blocks."""
-
-    influence = "influence"
-    loss = "loss"
+LayerScoreOption = StrEnum("LayerScoreOption", ["influence", "loss"])
+"""Criteria for ranking blocks."""
 
 
 def shrink(
@@ -93,12 +89,12 @@ def shrink(
     from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
     dropped = _block_numbers(drop_layers)
-    if all(v is None for v in (layers, dropped, channels, heads, hidden)):
+    needs_text = any(v is not None for v in (layers, channels, heads, hidden))
+    if dropped is None and not needs_text:
         raise ShrinkError(
             "nothing to prune: give --layers, --drop-layers, --intermediate-size, --heads or "
             "--hidden-size"
         )
-    needs_text = any(v is not None for v in (layers, channels, heads, hidden))
     if needs_text and (cache is None) == (data is None):
         raise InvalidArgumentError(
             "expected one calibration text, found "
@@ -112,12 +108,10 @@ def shrink(
     model = load_language_model(teacher, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.to(device)
     tokens = None
-    if needs_text:
-        tokens = (
-            _tokens_of_cache(cache, tokenizer, windows)
-            if cache is not None
-            else _tokens_of_text(str(data), tokenizer, model, window, windows)
-        )
+    if cache is not None and needs_text:
+        tokens = _tokens_of_cache(cache, tokenizer, windows)
+    elif needs_text:
+        tokens = _tokens_of_text(str(data), tokenizer, model, window, windows)
     with stage("measuring", "passes") as update:
         shrunk = shrink(
             model,
@@ -127,7 +121,7 @@ def shrink(
             heads=heads,
             hidden=hidden,
             windows=tokens,
-            layer_score=layer_score.value,
+            layer_score=layer_score.value,  # type: ignore[arg-type]
             progress=update,
         )
     save(shrunk, out, tokenizer, teacher=Path(teacher).name)
@@ -140,12 +134,12 @@ def _print_student(shrunk: Shrunk, out: Path, cache: str | None, as_json: bool) 
         print_json({"out": str(out), **shrunk.to_json()})
         return
     share = shrunk.parameters_after / shrunk.parameters_before
-    stdout().print(
+    results().print(
         f"student in {out}: {shrunk.parameters_after / 1e6:.1f} M parameters, {share:.0%} of the "
         f"teacher's {shrunk.parameters_before / 1e6:.1f} M"
     )
     if shrunk.dropped_layers:
-        stdout().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
+        results().print(f"removed blocks: {', '.join(map(str, shrunk.dropped_layers))}")
     print_next("train", "--cache", cache or "CACHE", "--student", out, "--out", "my-run")
 
 
@@ -162,7 +156,7 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
-    """Return the tokens of windows spread over a cache, int64 [count, L]; check its tokenizer."""
+    """Return the tokens of `count` windows spread over a cache, int64 [count, L]."""
     import torch
 
     from sparselogits.corpus import require_tokenizer
@@ -177,7 +171,7 @@ def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
 
 
 def _tokens_of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:
-    """Return the tokens of windows spread over a text, int64 [count, L]."""
+    """Return the tokens of `count` windows spread over a text, int64 [count, L]."""
     import numpy as np
     import torch
 

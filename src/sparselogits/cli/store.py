@@ -15,9 +15,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     print_train_command,
-    stdout,
 )
-from sparselogits.console import messages, stage, styled
+from sparselogits.console import messages, results, stage, styled
 from sparselogits.wording import counted
 
 if TYPE_CHECKING:
@@ -52,27 +51,26 @@ def verify(
         print_json(asdict(report))
     else:
         for shard in damaged:
-            stdout().print(styled("damaged", "red", f" {shard.name}: {shard.error}"))
+            results().print(styled("damaged", "red", f" {shard.name}: {shard.error}"))
         for start, stop in report.missing:
-            stdout().print(f"missing windows {start}:{stop}")
+            results().print(f"missing windows {start}:{stop}")
         read = sum(shard.checked for shard in report.shards)
         shards, found = counted(len(report.shards), "shard"), len(damaged) or "none"
-        stdout().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
-    if damaged:
-        messages.print(
-            "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
-            "builds them again"
-        )
+        results().print(f"{counted(read, 'window')} read in {shards}, {found} of them damaged")
+    if not damaged:
+        if not as_json:
+            print_train_command(cache)
+        return
+    messages.print(
+        "`sparselogits repair` moves damaged shards out of the cache, and `sparselogits cache` "
+        "builds them again"
+    )
     if not as_json:
-        print_next("repair", cache) if damaged else print_train_command(cache)
-    if damaged:
-        raise typer.Exit(2)
+        print_next("repair", cache)
+    raise typer.Exit(2)
 
 
-def repair(
-    cache: CacheArgument,
-    as_json: Json = False,
-) -> None:
+def repair(cache: CacheArgument, as_json: Json = False) -> None:
     """Move damaged files out of a cache, without deleting them, and list the windows to rebuild."""
     from sparselogits.caching import text_of_windows
     from sparselogits.store import Cache
@@ -86,21 +84,19 @@ def repair(
         print_json(asdict(report))
         return
     for before, after in report.set_aside:
-        stdout().print(f"moved {before} to {after}")
+        results().print(f"moved {before} to {after}")
     if report.rebuild:
         ranges = ", ".join(f"{start}:{stop}" for start, stop in report.rebuild)
-        stdout().print(f"windows to rebuild: {ranges}")
+        results().print(f"windows to rebuild: {ranges}")
         print_next(
             otherwise="the `sparselogits cache` command that built the cache; it builds only these"
         )
     else:
-        stdout().print("nothing to repair")
+        results().print("nothing to repair")
         print_train_command(cache)
 
 
-def card(
-    cache: CacheArgument,
-) -> None:
+def card(cache: CacheArgument) -> None:
     """Print a dataset card with the statistics of a cache, for its README.md."""
     from sparselogits.store import Cache
     from sparselogits.store.tools.card import dataset_card
@@ -137,8 +133,8 @@ def push(
     if as_json:
         print_json(asdict(report))
         return
-    stdout().print(_copied(report, "pushed"))
-    stdout().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
+    results().print(_copied(report, "pushed"))
+    results().print(f'read it with CacheDataset("{url}")', soft_wrap=True)
     print_train_command(url)
 
 
@@ -158,7 +154,7 @@ def merge(
     if as_json:
         print_json(asdict(report))
     else:
-        stdout().print(_copied(report, "copied"))
+        results().print(_copied(report, "copied"))
         print_next("verify", out)
 
 
@@ -184,10 +180,10 @@ def export(
     with stage("exporting", "windows") as update:
         written = export_cache(Cache.open(cache), out, form, k=k, alpha=alpha, progress=update)
     if form == "datasets":
-        stdout().print(f"a datasets folder written to {out}", soft_wrap=True)
+        results().print(f"a datasets folder written to {out}", soft_wrap=True)
         print_next(otherwise=f'datasets.load_from_disk("{out}") in Python')
     else:
-        stdout().print(f"{counted(len(written), 'file')} written to {out}", soft_wrap=True)
+        results().print(f"{counted(len(written), 'file')} written to {out}", soft_wrap=True)
         print_next(
             otherwise=f'polars.read_parquet("{out}/*.parquet") in Python, or any other reader'
         )

@@ -24,9 +24,8 @@ from sparselogits.cli.options import (
     print_json,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import messages, stage
+from sparselogits.console import messages, results, stage
 from sparselogits.errors import RecipeError
 from sparselogits.methods import METHODS, METHODS_IN_WORDS, ONLINE, listed
 from sparselogits.untrusted import printable
@@ -189,7 +188,7 @@ def train(
         print_json(facts | {"curve": result.curve})
     else:
         tokens = planned[0].tokens if planned else None
-        stdout().print(_summary(loaded, result, tokens))
+        results().print(_summary(loaded, result, tokens))
         named = [] if loaded.teacher is None else ["--teacher", loaded.teacher]
         caches = [word for cache in loaded.caches for word in ("--cache", cache)]
         if loaded.weights and isinstance(loaded.weights[0], float | int):
@@ -228,7 +227,7 @@ def _table(rows: dict[str, str]) -> Table:
 
 
 def _plan_table(plan: PlannedRun) -> Table:
-    """Return a table that describes a planned run."""
+    """Return a table of a planned run's properties."""
     parameters = f"{_millions(plan.parameters)} parameters"
     if plan.trained != plan.parameters:
         parameters += f", {_millions(plan.trained)} of them trained"

@@ -17,9 +17,8 @@ from sparselogits.cli.options import (
     Dtype,
     print_next,
     resolve_device,
-    stdout,
 )
-from sparselogits.console import messages
+from sparselogits.console import messages, results
 
 if TYPE_CHECKING:
     from sparselogits.lab.report import WindowViewer
@@ -64,14 +63,14 @@ def view(
 
         with PageServer(page, first=window, port=port) as server:
             try:
-                stdout().print(f"{server.address}  (Ctrl-C ends it)", soft_wrap=True)
+                results().print(f"{server.address}  (Ctrl-C ends it)", soft_wrap=True)
                 server.serve_forever()
             except KeyboardInterrupt:
                 messages.print()
         return
     text = view_page(viewer.view(window), rounds=rounds)
     write_whole(path, text)
-    stdout().print(str(path), soft_wrap=True)
+    results().print(str(path), soft_wrap=True)
     print_next(otherwise=f"open {path} in a browser")
 
 
@@ -84,7 +83,7 @@ def _viewer(
     dtype: str,
     device: str,
 ) -> WindowViewer:
-    """Check the window number and the model names, and load the models to show."""
+    """Validate the window number and the names of models, and load the models to show."""
     from sparselogits.data import CacheDataset
     from sparselogits.lab.report import WindowViewer
     from sparselogits.teacher.loading import load_tokenizer, locate_model

@@ -46,6 +46,13 @@ class MetricEstimate(_Value):
     )
     both: Ends = Field(description="interval over seeds and windows")
 
+    def text(self, scale: float, digits: int) -> str:
+        """Format the mean times `scale`, with ± half the width of the interval `both`, if any."""
+        mean, low, high = f"{scale * self.mean:.{digits}f}", self.both.low, self.both.high
+        if low is None or high is None:
+            return mean
+        return f"{mean} ±{scale * (high - low) / 2:.{digits}f}"
+
 
 class ReliabilityBin(_Value):
     """Point of a reliability diagram, computed from the positions of all seeds (see `Bin`)."""
