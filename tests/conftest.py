@@ -3,14 +3,17 @@
 Run all tests with `make test`, or the tests of one folder with `pytest tests/FOLDER`.
 """
 
+import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -45,6 +48,40 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(documents(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> Path:
+    """Write rows as JSON lines, and return the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Return the contents of all files below a folder by relative path, temporary ones too."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def write_package(
+    folder: Path, module: str, code: str, group: str, points: Mapping[str, str]
+) -> None:
+    """Write a module and its entry points as pip installs them; `points` are classes by name."""
+    facts = folder / f"{module}-1.0.dist-info"
+    facts.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(code)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    lines = [f"[{group}]", *(f"{name} = {module}:{kind}" for name, kind in points.items())]
+    (facts / "entry_points.txt").write_text("\n".join(lines))
+
+
+def run_python(
+    *words: object, env: Mapping[str, str] | None = None, check: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python in a process of one thread; `env` adds variables to those of this process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, **options)
+    assert not (check and done.returncode), f"{done.stdout}\n{done.stderr}"
+    return done
 
 
 @pytest.fixture(scope="session")
@@ -87,20 +124,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path) -> Path:
+def short(text: Path) -> Path:
+    """Provide the documents of the small text that have fewer than 4 000 characters."""
+    path = text.with_name("short.jsonl")
+    path.write_text("".join(line for line in text.open() if len(line) < 4000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
     """Build a small cache to train from: windows of 32 tokens, 12 systematic rounds."""
     folder = tmp_path_factory.mktemp("caches")
-    short = folder / "short.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 4000))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "sparselogits", "cache", "--device", "cpu"),
-            *("--teacher", str(teacher_folder), "--data", str(short)),
-            *("--out", str(folder / "cache"), "--window", "32", "--rounds", "12"),
-            *("--holdout", "0.2"),
-        ],
-        check=True,
-    )
+    options = shlex.split("--device cpu --window 32 --rounds 12 --holdout 0.2")
+    words = ["--teacher", teacher_folder, "--data", short, "--out", folder / "cache", *options]
+    run_python("-m", "sparselogits", "cache", *words, check=True)
     return folder / "cache"
 
 
@@ -114,22 +151,58 @@ def second_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) 
 
 
 @pytest.fixture(scope="session")
-def second_cache(cache: Path, second_teacher: Path, tokenizer: object) -> Path:
-    """The text of the small cache, read by the second teacher: 15 systematic rounds."""
+def packed_text(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: object, text: Path
+) -> Callable[..., Any]:
+    """Provide a function that packs the small text, once for equal settings."""
+    from sparselogits.corpus import open_source, pack, packing_for
+
+    @functools.cache
+    def packed(window_length: int, **options: Any) -> Any:
+        packing = packing_for(tokenizer, window_length=window_length, **options)
+        folder = tmp_path_factory.mktemp("packed")
+        return pack(open_source(text), tokenizer, packing, folder, vocab_size=PADDED_VOCABULARY)
+
+    return packed
+
+
+def build_cache(
+    teacher: Any, corpus: Any, root: Path, sampler: Any, tokenizer: Any, **options: Any
+) -> Path:
+    """Build a cache in this process from a teacher or its folder; return the root of the cache."""
     from sparselogits.caching import CacheRequest, build_caches
-    from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
-    from sparselogits.samplers import Systematic
+    from sparselogits.corpus import tokenizer_fingerprint
     from sparselogits.teacher import load_teacher
 
-    folder = cache.parent / "second"
-    build_caches(
-        load_teacher(str(second_teacher), tokenizer=tokenizer),
-        PackedCorpus.open(cache / "corpus"),
-        [CacheRequest(folder, Systematic(15), seed=1)],
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        windows_per_shard=64,
-    )
-    return folder
+    if isinstance(teacher, Path):
+        teacher = load_teacher(str(teacher), tokenizer=tokenizer)
+    requests = [CacheRequest(root, sampler, seed=options.pop("seed", 0))]
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    build_caches(teacher, corpus, requests, tokenizer_hash=fingerprint, **options)
+    return root
+
+
+@pytest.fixture(scope="session")
+def second_cache(cache: Path, second_teacher: Path, tokenizer: object) -> Path:
+    """The text of the small cache, read by the second teacher: 15 systematic rounds."""
+    from sparselogits.corpus import PackedCorpus
+    from sparselogits.samplers import Systematic
+
+    corpus, root = PackedCorpus.open(cache / "corpus"), cache.parent / "second"
+    options = {"seed": 1, "windows_per_shard": 64}
+    return build_cache(second_teacher, corpus, root, Systematic(15), tokenizer, **options)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 64 KiB, which needs root."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield path
+    subprocess.run(["umount", path], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +225,33 @@ def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     proxy.stop()
 
 
+class Ended(NamedTuple):
+    """Exit code and output of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ended]:
+    """Provide the command line `sparselogits`, run in this process."""
+    from sparselogits.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["sparselogits", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        said = capsys.readouterr()
+        return Ended(int(stop.value.code or 0), said.out, said.err)
+
+    return run
+
+
 REPOSITORY = "https://github.com/someone/sparselogits"
 
 
@@ -162,12 +262,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("docs", "src", "overrides"):
         shutil.copytree(root / name, folder / name)
     shutil.copy(root / "mkdocs.yml", folder)
-    built = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--clean", "--strict"],
+    built = run_python(
+        "-m",
+        "zensical",
+        "build",
+        "--clean",
+        "--strict",
         cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"REPOSITORY_URL": REPOSITORY},
+        env={"REPOSITORY_URL": REPOSITORY},
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return folder / "site"

@@ -23,7 +23,7 @@ import yaml
 from sparselogits.cli import app, main
 from sparselogits.losses import DIVERGENCES
 from sparselogits.methods import METHODS
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, write_lines
 from tests.pages import DOCS, PAGES, ROOT, RUN, Block, blocks, blocks_of, outside_blocks
 from tests.stand_ins import stand_in_for_named_models
 from tests.store.s3 import S3
@@ -51,19 +51,14 @@ def desk(
     (tmp_path / "pages").mkdir()
     pages = [json.loads(line)["text"] for line in text.open()]
     paragraphs = [part for page in pages for part in page.split("\n\n") if len(part) > 300]
-    (tmp_path / "pages" / "pages.jsonl").write_text(
-        "".join(
-            json.dumps({"text": f"{n}. {part}"}) + "\n" for n in range(6) for part in paragraphs
-        )
+    write_lines(
+        tmp_path / "pages" / "pages.jsonl",
+        ({"text": f"{n}. {part}"} for n in range(6) for part in paragraphs),
     )
-    (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": part}) + "\n" for part in paragraphs[:60])
-    )
-    (tmp_path / "chat.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": part[:100], "completion": part[100:]}) + "\n"
-            for part in paragraphs[:60]
-        )
+    write_lines(tmp_path / "text.jsonl", ({"text": part} for part in paragraphs[:60]))
+    write_lines(
+        tmp_path / "chat.jsonl",
+        ({"prompt": part[:100], "completion": part[100:]} for part in paragraphs[:60]),
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("\n\n".join(paragraphs))

@@ -41,7 +41,7 @@ def add(teacher_folder: Path, tokenizer: object) -> Add:
     engine = load_teacher(str(teacher_folder), tokenizer=tokenizer)
 
     def run(cache: Path, text: Path, *, append: bool = True, **changes: object) -> BuildReport:
-        source = open_source(str(text))
+        source = open_source(text)
         packing = packing_for(tokenizer, window_length=changes.pop("window", 16))
         place = place_of_text(cache, source, packing, append=append)
         corpus = pack(source, tokenizer, packing, place.folder, vocab_size=engine.vocab_size)
@@ -71,9 +71,7 @@ def shards(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (cache / "shards").iterdir()}
 
 
-def test_appended_windows_follow_and_nothing_is_rewritten(
-    tmp_path: Path, texts: list[Path], add: Add
-) -> None:
+def test_appended_windows_follow_and_nothing_is_rewritten(tmp_path, texts, add):
     root, held = tmp_path / "cache", 0
     for number, text in enumerate(texts):
         before = shards(root) if number else {}
@@ -92,7 +90,7 @@ def test_appended_windows_follow_and_nothing_is_rewritten(
     assert sum(length < 8 for length in lengths) >= 2  # each text may end in a short shard
 
 
-def test_info_has_a_row_per_text(tmp_path: Path, texts: list[Path], add: Add) -> None:
+def test_info_has_a_row_per_text(tmp_path, texts, add):
     """Compared with sums over the windows; the rows together are the cache."""
     cache = tmp_path / "cache"
     for text in texts:
@@ -115,9 +113,7 @@ def test_info_has_a_row_per_text(tmp_path: Path, texts: list[Path], add: Add) ->
     assert all(f"{n}: {text.name}" in table for n, text in enumerate(texts))
 
 
-def test_an_appended_text_is_found_again_and_resumed(
-    tmp_path: Path, texts: list[Path], add: Add
-) -> None:
+def test_an_appended_text_is_found_again_and_resumed(tmp_path, texts, add):
     root = tmp_path / "cache"
     for number, text in enumerate(texts):
         add(root, text, append=number > 0)
@@ -132,16 +128,11 @@ def test_an_appended_text_is_found_again_and_resumed(
     reports = [add(root, text) for text in texts]
     assert sum(report.windows_built for report in reports) <= 16
     assert shards(root) == whole
-    assert sorted(path.name for path in root.glob("corpus*")) == [
-        "corpus",
-        "corpus-0001",
-        "corpus-0002",
-    ]
+    corpora = ["corpus", "corpus-0001", "corpus-0002"]
+    assert sorted(path.name for path in root.glob("corpus*")) == corpora
 
 
-def test_another_text_without_append_is_refused_with_the_way_on(
-    tmp_path: Path, texts: list[Path], add: Add
-) -> None:
+def test_another_text_without_append_is_refused_with_the_way_on(tmp_path, texts, add):
     root = tmp_path / "cache"
     add(root, texts[0], append=False)
     before = shards(root)
@@ -151,9 +142,7 @@ def test_another_text_without_append_is_refused_with_the_way_on(
     assert add(root, texts[0], append=False).windows_built == 0
 
 
-def test_equal_text_appended_draws_other_noise_than_before(
-    tmp_path: Path, texts: list[Path], add: Add
-) -> None:
+def test_equal_text_appended_draws_other_noise_than_before(tmp_path, texts, add):
     """Uniforms are keyed by the window's number in the cache, not in its text."""
     root = tmp_path / "cache"
     add(root, texts[0], append=False)
@@ -167,7 +156,7 @@ def test_equal_text_appended_draws_other_noise_than_before(
     assert not same_record(cache.read(0), moved)
 
 
-def test_what_differs_is_refused(tmp_path: Path, texts: list[Path], add: Add) -> None:
+def test_what_differs_is_refused(tmp_path, texts, add):
     root = tmp_path / "cache"
     with pytest.raises(CacheError, match="cannot append"):
         add(root, texts[1])
@@ -183,7 +172,7 @@ def test_what_differs_is_refused(tmp_path: Path, texts: list[Path], add: Add) ->
     assert shards(root) == before
 
 
-def test_shards_of_appended_text_start_at_its_first_window() -> None:
+def test_shards_of_appended_text_start_at_its_first_window():
     assert shard_ranges(10, 4, first_window=7) == [(7, 11), (11, 15), (15, 17)]
     assert shard_ranges(10, 4, (11, 17), first_window=7) == [(11, 15), (15, 17)]
     with pytest.raises(InvalidArgumentError, match="7 plus multiples of 4"):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,12 @@ from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.caching import import_collected
 from sparselogits.caching.collected import _WindowCutter
 from sparselogits.caching.collected_rows import read_row
-from sparselogits.cli import main
-from sparselogits.errors import (
-    CacheError,
-    CorpusError,
-    InvalidArgumentError,
-    InvalidTargetsError,
-    SparseLogitsError,
-)
+from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError, InvalidTargetsError
 from sparselogits.losses.criterion import require_rule_for
 from sparselogits.samplers import TopK, from_parameters
 from sparselogits.store import Cache, export, verify
 from sparselogits.targets import SparseTargets
-from tests.conftest import PADDED_VOCABULARY, tiny_llama
+from tests.conftest import PADDED_VOCABULARY, tiny_llama, write_lines
 
 V = PADDED_VOCABULARY
 LENGTH, K = 32, 6
@@ -59,11 +51,7 @@ def sequences(count: int, length: int = LENGTH) -> list[torch.Tensor]:
 def listed(tokens: torch.Tensor) -> Row:
     ids, weights = teachers_targets(tokens).padded()
     logs = weights.double().log()
-    return {
-        "input_ids": tokens.tolist(),
-        "topk_ids": ids.tolist(),
-        "topk_logprobs": logs.tolist(),
-    }
+    return {"input_ids": tokens.tolist(), "topk_ids": ids.tolist(), "topk_logprobs": logs.tolist()}
 
 
 def served(tokens: torch.Tensor) -> Row:
@@ -84,7 +72,7 @@ def write(path: Path, rows: list[Row]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(path, rows)
     return path
 
 
@@ -102,9 +90,7 @@ def imported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Cache:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_lists_become_the_teachers_own_targets(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix: str
-) -> None:
+def test_lists_become_the_teachers_own_targets(tmp_path, tokenizer, suffix):
     texts = sequences(5)
     data = write(tmp_path / f"rows.{suffix}", [listed(tokens) for tokens in texts])
     options = {"vocab_size": V, "windows_per_shard": 2}
@@ -121,9 +107,7 @@ def test_lists_become_the_teachers_own_targets(
     assert verify(report.cache).ok
 
 
-def test_what_was_exported_is_imported_as_it_was(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, imported: Cache
-) -> None:
+def test_what_was_exported_is_imported_as_it_was(tmp_path, tokenizer, imported):
     export(imported, tmp_path / "out", "topk", k=K + 3)  # padded by three
     again = import_collected(str(tmp_path / "out"), tokenizer, tmp_path / "again", vocab_size=V)
     assert len(again.cache) == len(imported) == 6
@@ -132,9 +116,7 @@ def test_what_was_exported_is_imported_as_it_was(
         same_targets(again.cache.read(i).targets, imported.read(i).targets)
 
 
-def test_vllms_rows_belong_to_the_position_before(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_vllms_rows_belong_to_the_position_before(tmp_path, tokenizer):
     texts = sequences(3)
     with torch.no_grad():  # a true token that is among the K likeliest, as in any real text
         texts[0][20] = teacher()(texts[0][None, :20]).logits[0, -1].argmax()
@@ -149,15 +131,10 @@ def test_vllms_rows_belong_to_the_position_before(
     assert verify(found).ok
 
 
-def test_a_map_of_parquet_and_bare_logprobs_are_read_alike(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_map_of_parquet_and_bare_logprobs_are_read_alike(tmp_path, tokenizer):
     elements = [None, [(7, -0.5), (3, -1.5)], [(9, -0.1)], []]
     kind = pa.list_(pa.map_(pa.int32(), pa.float64()))
-    columns = {
-        "input_ids": pa.array([[1, 2, 3, 4]]),
-        "prompt_logprobs": pa.array([elements], kind),
-    }
+    columns = {"input_ids": pa.array([[1, 2, 3, 4]]), "prompt_logprobs": pa.array([elements], kind)}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     bare = [e and {str(i): x for i, x in e} for e in elements]
     write(tmp_path / "rows.jsonl", [{"input_ids": [1, 2, 3, 4], "prompt_logprobs": bare}])
@@ -170,9 +147,7 @@ def test_a_map_of_parquet_and_bare_logprobs_are_read_alike(
         assert np.allclose(record.targets.weights, np.exp([-1.5, -0.5, -0.1]), rtol=ROUNDING)
 
 
-def test_rows_of_any_length_are_packed_and_attention_restarts(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_of_any_length_are_packed_and_attention_restarts(tmp_path, tokenizer):
     texts = [tokens[:n] for tokens, n in zip(sequences(4), (10, 30, 5, 25), strict=True)]
     data = write(tmp_path / "rows.jsonl", [listed(tokens) for tokens in texts])
     with pytest.raises(InvalidArgumentError, match=r"rows.jsonl, line 2 has 30 tokens.*--window"):
@@ -192,7 +167,7 @@ def test_rows_of_any_length_are_packed_and_attention_restarts(
     assert labels[8] == whole[9]
 
 
-def test_a_long_stream_keeps_less_than_a_window() -> None:
+def test_a_long_stream_keeps_less_than_a_window():
     def rows() -> Any:
         for n in range(1, 200):
             tokens = list(range(n))
@@ -207,7 +182,7 @@ def test_a_long_stream_keeps_less_than_a_window() -> None:
     assert cutter.left < 64
 
 
-def test_it_is_biased_and_nobody_takes_it_for_more(imported: Cache, tmp_path: Path) -> None:
+def test_it_is_biased_and_nobody_takes_it_for_more(imported, tmp_path):
     identity = imported.identity
     assert identity.teacher["engine"] == "imported"
     assert identity.teacher["weights"] == "unknown"
@@ -229,7 +204,7 @@ def test_it_is_biased_and_nobody_takes_it_for_more(imported: Cache, tmp_path: Pa
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
-def test_the_figures_bound_the_teachers_own(imported: Cache) -> None:
+def test_the_figures_bound_the_teachers_own(imported):
     for i, tokens in enumerate(sequences(6)):
         with torch.no_grad():
             logs = teacher()(tokens[None]).logits[0].double().log_softmax(-1)
@@ -252,10 +227,7 @@ BAD = {
     "negative id": ({"topk_ids": [[1, 2], [3, -1], []]}, "id -1 is outside"),
     "token": ({"input_ids": [5, 6, V]}, f"token id {V} is outside"),
     "twice": ({"topk_ids": [[1, 2], [3, 3], []]}, "position 1 has the id 3 more than once"),
-    "mass": (
-        {"topk_logprobs": [[-0.1, -0.2], [-0.5, -3.0], []]},
-        "probabilities of position 0",
-    ),
+    "mass": ({"topk_logprobs": [[-0.1, -0.2], [-0.5, -3.0], []]}, "probabilities of position 0"),
     "pair": ({"topk_ids": [[1, 2], [3], []]}, "position 1 has 1 ids and 2 logprobs"),
     "length": ({"topk_ids": [[1, 2], [3, 4]]}, "topk_ids has 2 elements; expected 3"),
     "column": ({"labels": [1, 2, 3]}, "the columns are .*labels; expected one of input_ids"),
@@ -271,9 +243,7 @@ SERVED_BAD = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_named_and_leaves_nothing(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, case: str, suffix: str
-) -> None:
+def test_a_bad_row_is_named_and_leaves_nothing(tmp_path, tokenizer, case, suffix):
     changes, said = BAD[case]
     rows = [GOOD, GOOD, GOOD | changes]
     if suffix == "parquet" and case in ("column", "fraction", "no list"):
@@ -293,18 +263,14 @@ def test_a_bad_row_is_named_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("case", SERVED_BAD)
-def test_a_bad_answer_of_a_server_is_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, case: str
-) -> None:
+def test_a_bad_answer_of_a_server_is_named(tmp_path, tokenizer, case):
     elements, said = SERVED_BAD[case]
     write(tmp_path / "rows.jsonl", [{"input_ids": [1, 2], "prompt_logprobs": elements}])
     with pytest.raises(InvalidTargetsError, match=f"rows.jsonl, line 1: .*{said}"):
         import_collected(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "c", vocab_size=V, k=2)
 
 
-def test_what_is_there_is_left_alone(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, imported: Cache
-) -> None:
+def test_what_is_there_is_left_alone(tmp_path, tokenizer, imported):
     with pytest.raises(InvalidArgumentError, match="not empty"):
         import_collected(str(tmp_path / "rows.jsonl"), tokenizer, tmp_path / "c", vocab_size=V)
     assert verify(imported).ok
@@ -318,13 +284,7 @@ def test_what_is_there_is_left_alone(
         ({"vocab_size": V, "out": "s3://there/c"}, CacheError, "is a URL"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    arguments: dict[str, Any],
-    kind: type[SparseLogitsError],
-    said: str,
-) -> None:
+def test_what_cannot_be_is_refused(tmp_path, tokenizer, arguments, kind, said):
     data = write(tmp_path / "rows.jsonl", [GOOD])
     settings = {"out": tmp_path / "c"} | arguments
     with pytest.raises(kind, match=said):
@@ -332,19 +292,11 @@ def test_what_cannot_be_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_the_command(
-    tmp_path: Path,
-    teacher_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command(tmp_path, teacher_folder, line):
     data = write(tmp_path / "rows.jsonl", [served(tokens) for tokens in sequences(2)])
-    words = ["import", str(data), "--tokenizer", str(teacher_folder), "--vocab-size", str(V)]
-    words += ["--out", str(tmp_path / "c"), "--teacher", "served", "--json"]
-    monkeypatch.setattr(sys, "argv", ["sparselogits", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code in (0, None)
-    shown = json.loads(capsys.readouterr().out)
+    words = ["import", data, "--tokenizer", teacher_folder, "--vocab-size", V]
+    code, out, _ = line(*words, "--out", tmp_path / "c", "--teacher", "served", "--json")
+    assert code == 0
+    shown = json.loads(out)
     assert shown["identity"]["teacher"]["name"] == "served"
     assert shown["statistics"]["windows"] == 2

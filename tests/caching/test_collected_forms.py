@@ -13,19 +13,13 @@ import pytest
 import torch
 import yaml
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import import_collected
 from sparselogits.caching.collected_forms import DistillKitPacking
-from sparselogits.errors import (
-    CorpusError,
-    InvalidTargetsError,
-    RecipeError,
-    SparseLogitsWarning,
-)
+from sparselogits.errors import CorpusError, InvalidTargetsError, RecipeError, SparseLogitsWarning
 from sparselogits.store import Cache, verify
 from tests.caching.test_collected import LENGTH, V, same_targets, sequences, teachers_targets
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, write_lines
 
 K = 12
 Array = NDArray[Any]
@@ -120,10 +114,7 @@ PACKINGS: dict[str, tuple[dict[str, Any], float]] = {
     "exact, no deltas": (LOSSLESS | {"delta_encoding": False}, 1e-6),
     "half": (LOSSLESS | {"exact_dtype": "float16", "delta_encoding": False}, 5e-3),
     "other vocabulary": (LOSSLESS | {"d": 2 * V + 3}, 1e-5),
-    "bins": (
-        LOSSLESS | {"exact_k": 4, "residual_bins": [BIN, BIN | {"element_bits": 11}]},
-        3e-2,
-    ),
+    "bins": (LOSSLESS | {"exact_k": 4, "residual_bins": [BIN, BIN | {"element_bits": 11}]}, 3e-2),
     "polynomial": (
         LOSSLESS
         | {
@@ -154,9 +145,7 @@ def imported(data: Path, out: Path, tokenizer: Any, **options: Any) -> Cache:
 
 
 @pytest.mark.parametrize("name", PACKINGS)
-def test_packed_rows_become_the_teachers_targets(
-    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_packed_rows_become_the_teachers_targets(name, tmp_path, tokenizer):
     settings, tolerance = PACKINGS[name]
     folder = write_packed(tmp_path / "data", settings)
     cache = imported(folder, tmp_path / "c", tokenizer)
@@ -173,7 +162,7 @@ def test_packed_rows_become_the_teachers_targets(
     assert verify(cache).ok
 
 
-def test_bits_are_unpacked_as_they_were_packed() -> None:
+def test_bits_are_unpacked_as_they_were_packed():
     rng = np.random.default_rng(0)
     for bits in (1, 3, 7, 8, 9, 17, 24):
         packing = DistillKitPacking(d=2**bits, k=13, exact_k=13)
@@ -184,9 +173,7 @@ def test_bits_are_unpacked_as_they_were_packed() -> None:
         assert np.array_equal(packing.ids(packed), numbers)
 
 
-def test_settings_may_be_named_and_must_fit(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_settings_may_be_named_and_must_fit(tmp_path, tokenizer):
     folder = write_packed(tmp_path / "data", LOSSLESS)
     settings = (folder / "compression_config.yaml").rename(tmp_path / "settings.yaml")
     with pytest.raises(InvalidTargetsError, match="its settings are unknown; put compression_"):
@@ -216,18 +203,14 @@ def test_settings_may_be_named_and_must_fit(
     ],
     ids=str,
 )
-def test_hostile_settings_are_refused(
-    wrong: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_hostile_settings_are_refused(wrong, tmp_path, tokenizer):
     folder = write_packed(tmp_path / "data", LOSSLESS)
     (folder / "compression_config.yaml").write_text(yaml.safe_dump(LOSSLESS | wrong))
     with pytest.raises(CorpusError, match="has invalid settings of DistillKit's packing"):
         imported(folder, tmp_path / "c", tokenizer)
 
 
-def test_approximated_masses_above_one_are_scaled(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_approximated_masses_above_one_are_scaled(tmp_path, tokenizer):
     settings = {"d": V, "k": 2, "exact_k": 2, "residual_bins": [], "delta_encoding": False}
     folder = tmp_path / "data"
     folder.mkdir()
@@ -250,13 +233,11 @@ def test_approximated_masses_above_one_are_scaled(
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 
-def test_lists_of_probabilities_are_read(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_lists_of_probabilities_are_read(tmp_path, tokenizer):
     rows = []
     for tokens in sequences(2):
         ids, logs = top(tokens)
@@ -272,9 +253,7 @@ def test_lists_of_probabilities_are_read(
         imported(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "d", tokenizer)
 
 
-def test_logits_without_a_normaliser_are_refused_or_taken_for_all(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_logits_without_a_normaliser_are_refused_or_taken_for_all(tmp_path, tokenizer):
     rows = []
     for tokens in sequences(2):
         ids, logs = top(tokens)
@@ -298,9 +277,7 @@ def test_logits_without_a_normaliser_are_refused_or_taken_for_all(
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_rows_with_and_without_a_normaliser_do_not_mix(
-    first: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_with_and_without_a_normaliser_do_not_mix(first, tmp_path, tokenizer):
     """The identity says of all rows whether they were normalised over the listed ids."""
     rows = []
     for tokens in sequences(2):
@@ -318,7 +295,7 @@ def test_rows_with_and_without_a_normaliser_do_not_mix(
     assert not (tmp_path / "c").exists()
 
 
-def test_the_older_packing_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_older_packing_is_refused(tmp_path, tokenizer):
     row = {"input_ids": [1, 2], "packed_indices": [[1]], "exact_values": [[0.5]], "coeffs": [[]]}
     data = write_rows(tmp_path / "rows.jsonl", [row])
     with pytest.raises(InvalidTargetsError, match="DistillKit's old layout, which stores"):
@@ -339,12 +316,7 @@ def test_the_older_packing_is_refused(tmp_path: Path, tokenizer: PreTrainedToken
     ],
     ids=str,
 )
-def test_damaged_packed_rows_are_named(
-    changes: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_damaged_packed_rows_are_named(changes, message, tmp_path, tokenizer):
     row = packed_row(sequences(1)[0], LOSSLESS)
     (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(LOSSLESS))
     data = write_rows(tmp_path / "rows.jsonl", [row, row | changes])

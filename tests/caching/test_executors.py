@@ -27,6 +27,7 @@ from sparselogits.errors import CacheError, InvalidArgumentError, TeacherError
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
 from sparselogits.teacher.loading import load_tokenizer
+from tests.conftest import run_python
 
 WINDOW, SHARD = 32, 16
 
@@ -48,24 +49,15 @@ def shards(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    path = tmp_path_factory.mktemp("short") / "pages.jsonl"
-    path.write_text("".join(line for line in text.open() if len(line) < 4000))
-    return path
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
     out = tmp_path_factory.mktemp("alone") / "cache"
-    subprocess.run(
-        [sys.executable, *words(teacher_folder, short, out)], check=True, env=environment()
-    )
+    run_python(*words(teacher_folder, short, out), check=True, env=environment())
     assert len(shards(out)) > 8
     return out
 
 
 @pytest.mark.slow
-def test_two_torchrun_ranks(tmp_path: Path, teacher_folder: Path, short: Path, alone: Path) -> None:
+def test_two_torchrun_ranks(tmp_path, teacher_folder, short, alone):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     told = words(teacher_folder, short, tmp_path / "cache", "--executor", "torchrun")
     subprocess.run([sys.executable, *launch, *told], check=True, env=environment(), timeout=120)
@@ -73,9 +65,7 @@ def test_two_torchrun_ranks(tmp_path: Path, teacher_folder: Path, short: Path, a
 
 
 @pytest.mark.slow
-def test_tasks_of_a_slurm_array(
-    tmp_path: Path, teacher_folder: Path, short: Path, alone: Path
-) -> None:
+def test_tasks_of_a_slurm_array(tmp_path, teacher_folder, short, alone):
     """The second is there first, and waits until the first has packed the text."""
     told = words(teacher_folder, short, tmp_path / "cache", "--executor", "torchrun")
 
@@ -123,14 +113,12 @@ def test_tasks_of_a_slurm_array(
         ),
     ],
 )
-def test_rank_from_environment(
-    variables: dict[str, str], index: int, count: int, local: int
-) -> None:
+def test_rank_from_environment(variables, index, count, local):
     rank = rank_from_environment(variables)
     assert (rank.share, rank.local) == (Share(index, count), local)
 
 
-def test_shares_are_all_of_the_work() -> None:
+def test_shares_are_all_of_the_work():
     ranges = shard_ranges(1000, 7)
     parts = [Share(i, 6).of(ranges) for i in range(6)]
     assert sorted(span for part in parts for span in part) == ranges
@@ -144,12 +132,12 @@ def test_shares_are_all_of_the_work() -> None:
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
     ],
 )
-def test_an_environment_without_ranks(variables: dict[str, str], said: str) -> None:
+def test_an_environment_without_ranks(variables, said):
     with pytest.raises(InvalidArgumentError, match=said):
         rank_from_environment(variables)
 
 
-def test_a_first_rank_that_never_begins() -> None:
+def test_a_first_rank_that_never_begins():
     with pytest.raises(CacheError, match="has not created"):
         wait_for_first_rank(lambda: False, seconds=0.02, every=0.005)
 
@@ -207,9 +195,7 @@ class KilledOnce:
 
 
 @pytest.mark.slow
-def test_ray_with_workers_killed(
-    ray: Any, job: Job, tmp_path: Path, teacher_folder: Path, alone: Path
-) -> None:
+def test_ray_with_workers_killed(ray, job, tmp_path, teacher_folder, alone):
     """One dies by itself in mid-range, another process is killed from outside; none is missed."""
     ranges = shard_ranges(job.corpus.windows, SHARD)
     load = partial(KilledOnce, teacher_folder, tmp_path / "marker", 4)
@@ -258,23 +244,16 @@ def descends(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_the_ray_command(
-    ray: Any, tmp_path: Path, teacher_folder: Path, short: Path, alone: Path
-) -> None:
+def test_the_ray_command(ray, tmp_path, teacher_folder, short, alone):
     """It joins the cluster of RAY_ADDRESS, and the process that it runs in builds nothing."""
     told = words(teacher_folder, short, tmp_path / "cache", "--executor", "ray", "--workers", 2)
     address = ray.get_runtime_context().gcs_address
-    subprocess.run(
-        [sys.executable, *told, "--gpus", "0"],
-        check=True,
-        env=environment(RAY_ADDRESS=address),
-        timeout=200,
-    )
+    run_python(*told, "--gpus", "0", check=True, env=environment(RAY_ADDRESS=address))
     assert shards(tmp_path / "cache") == shards(alone)
 
 
 @pytest.mark.slow
-def test_ray_says_what_a_worker_raised(ray: Any, job: Job, tmp_path: Path) -> None:
+def test_ray_says_what_a_worker_raised(ray, job, tmp_path):
     load = partial(load_nothing, str(tmp_path / "no-teacher"))
     ranges = shard_ranges(job.corpus.windows, SHARD)
     with pytest.raises(TeacherError, match="no-teacher"):

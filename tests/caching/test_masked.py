@@ -22,7 +22,7 @@ SAMPLERS: list[Sampler] = [
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.name)
 @pytest.mark.parametrize("slice_positions", [7, 64])
-def test_the_positions_that_are_left(sampler: Sampler, slice_positions: int) -> None:
+def test_the_positions_that_are_left(sampler, slice_positions):
     engine = TransformersTeacher(tiny_llama(), identity={}, slice_positions=slice_positions)
     tokens = np.arange(40, dtype=np.int32) * 13 % 500
     whole = Window(index=3, tokens=tokens, document_starts=np.array([0]), mask=None)

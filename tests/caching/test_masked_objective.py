@@ -53,7 +53,7 @@ def corpus(
     assert packing.separator_id == tokenizer.sep_token_id
     assert packing.bos_id == tokenizer.cls_token_id
     folder = tmp_path_factory.mktemp("corpus") / "packed"
-    return pack(open_source(str(short)), tokenizer, packing, folder, vocab_size=VOCABULARY)
+    return pack(open_source(short), tokenizer, packing, folder, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(scope="module")

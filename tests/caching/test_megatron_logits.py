@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import import_collected
 from tests.caching.test_collected import LENGTH, V, same_targets, sequences, teachers_targets
@@ -28,11 +27,8 @@ def packed(texts: list[torch.Tensor], nucleus: int) -> dict[str, Any]:
     ids = torch.stack([torch.from_numpy(own) for own, _ in lists], 1)
     values = torch.stack([torch.from_numpy(logs) for _, logs in lists], 1).half()
     ids[::2, :, nucleus:], values[::2, :, nucleus:] = -1, -1e4
-    return {
-        "values": values,
-        "indices_low": (ids & 0xFFFF).to(torch.uint16),
-        "bit_17": (ids >> 16).to(torch.bool),
-    }
+    low, high = (ids & 0xFFFF).to(torch.uint16), (ids >> 16).to(torch.bool)
+    return {"values": values, "indices_low": low, "bit_17": high}
 
 
 def write_archives(folder: Path, texts: list[torch.Tensor]) -> Path:
@@ -60,9 +56,7 @@ def convert(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_archives_become_rows_in_the_order_of_training(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_archives_become_rows_in_the_order_of_training(tmp_path, tokenizer):
     texts = sequences(2 * PER_ITERATION)
     folder = write_archives(tmp_path / "logits", texts)
     rows = [{"input_ids": tokens.tolist()} for tokens in texts]
@@ -91,7 +85,7 @@ def test_archives_become_rows_in_the_order_of_training(
 
 
 @pytest.mark.parametrize("name", ["a.tar", "cp0_dp1__3.tar"])
-def test_a_folder_of_other_archives_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_folder_of_other_archives_is_refused(name, tmp_path):
     (tmp_path / "logits").mkdir()
     (tmp_path / "logits" / name).write_bytes(b"")
     done = convert(tmp_path / "logits", "--tokens", "x", "--out", tmp_path / "out")

@@ -1,9 +1,6 @@
 """Test that builds round real-valued weights, and resume a cache with its own coding."""
 
-from pathlib import Path
-
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
@@ -15,9 +12,7 @@ from sparselogits.teacher import load_teacher
 SHARD = 16
 
 
-def test_a_cache_is_continued_as_it_was_begun(
-    tmp_path: Path, cache: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_cache_is_continued_as_it_was_begun(tmp_path, cache, teacher_folder, tokenizer):
     corpus = PackedCorpus.open(cache / "corpus")
     engine = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     how = {"tokenizer_hash": tokenizer_fingerprint(tokenizer), "windows_per_shard": SHARD}
@@ -33,10 +28,7 @@ def test_a_cache_is_continued_as_it_was_begun(
         exact = build(f"{name}-exact", exact=None)
         assert "rounding" not in exact.identity.codec
         build(f"{name}-interrupted", exact=None, stop=SHARD)
-        continued, whole = (
-            build(f"{name}-interrupted", exact=None),
-            build(f"{name}-whole", exact=None),
-        )
+        continued, whole = (build(f"{name}-{how}", exact=None) for how in ("interrupted", "whole"))
         assert continued.identity.codec["rounding"] == rounding
         for windows in whole.finished():
             file = f"shards/windows-{windows[0]:012}-{windows[1]:012}.parquet"

@@ -40,13 +40,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_the_teacher_s_pass_over_the_text_is_the_only_one(
-    tmp_path: Path,
-    corpus: PackedCorpus,
-    engine: TransformersTeacher,
-    tokenizer: PreTrainedTokenizerFast,
-    reads: list[tuple[int, int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path, corpus, engine, tokenizer, reads, monkeypatch
+):
     """Shards carry the fingerprint of their windows, which nobody has read besides."""
     requests = [CacheRequest(tmp_path / name, Systematic(5)) for name in ("a", "b")]
     how = {"tokenizer_hash": tokenizer_fingerprint(tokenizer), "windows_per_shard": SHARD}
@@ -71,13 +66,7 @@ def test_the_teacher_s_pass_over_the_text_is_the_only_one(
     assert len(set(reads)) == 3
 
 
-def test_other_text_is_noticed_in_a_sample(
-    tmp_path: Path,
-    corpus: PackedCorpus,
-    engine: TransformersTeacher,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_text_is_noticed_in_a_sample(tmp_path, corpus, engine, tokenizer, monkeypatch):
     """Text that moved by a window differs in every shard."""
     request = CacheRequest(tmp_path / "cache", Systematic(5))
     how = {"tokenizer_hash": tokenizer_fingerprint(tokenizer), "windows_per_shard": SHARD}

@@ -15,7 +15,7 @@ def cache(tmp_path: Path) -> Cache:
     return Cache.create(tmp_path / "cache", identity())
 
 
-def test_the_bytes_are_those_of_committing_at_once(tmp_path: Path, cache: Cache) -> None:
+def test_the_bytes_are_those_of_committing_at_once(tmp_path, cache):
     other = Cache.create(tmp_path / "other", identity())
     with Writer([cache]) as writer:
         for start in (0, 20, 40):
@@ -29,7 +29,7 @@ def test_the_bytes_are_those_of_committing_at_once(tmp_path: Path, cache: Cache)
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_shard_that_is_there_is_left_alone(cache: Cache) -> None:
+def test_a_shard_that_is_there_is_left_alone(cache):
     path = cache.commit(records("counts", 0, 20), {"threads": 1})
     before = path.stat()
     with Writer([cache]) as writer:
@@ -37,7 +37,7 @@ def test_a_shard_that_is_there_is_left_alone(cache: Cache) -> None:
     assert path.stat() == before
 
 
-def test_what_fails_is_raised_by_the_next_write(cache: Cache) -> None:
+def test_what_fails_is_raised_by_the_next_write(cache):
     wrong = records("counts", 3, 23)[::-1]
     with Writer([cache]) as writer:
         writer.write((0, 20), [wrong], {})
@@ -46,7 +46,7 @@ def test_what_fails_is_raised_by_the_next_write(cache: Cache) -> None:
     assert cache.finished() == []
 
 
-def test_what_fails_last_is_raised_at_the_end(cache: Cache) -> None:
+def test_what_fails_last_is_raised_at_the_end(cache):
     def fail() -> None:
         with Writer([cache]) as writer:
             writer.write((0, 20), [records("counts", 3, 23)[::-1]], {})
@@ -55,7 +55,7 @@ def test_what_fails_last_is_raised_at_the_end(cache: Cache) -> None:
         fail()
 
 
-def test_an_interruption_passes_on_and_the_shard_on_its_way_is_whole(cache: Cache) -> None:
+def test_an_interruption_passes_on_and_the_shard_on_its_way_is_whole(cache):
     def interrupted() -> None:
         with Writer([cache]) as writer:
             writer.write((0, 20), [records("counts", 0, 20)], {})

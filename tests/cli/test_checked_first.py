@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,10 @@ from typing import Any
 import pytest
 import transformers
 
-from sparselogits.cli import main
 from sparselogits.corpus import PackedCorpus
-from tests.conftest import tiny_llama
+from tests.conftest import Ended, tiny_llama, write_lines
 
-Line = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Line:
-    """A command line, in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparselogits", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        said = capsys.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return run
+Line = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -57,10 +40,7 @@ def places(
 
 
 _RECIPE = ["teacher: {teacher}", "out: {new}", "window: 32", "methods: [{{method: ce}}]"]
-RECIPES = {
-    "latin_recipe": ["data: {latin}", *_RECIPE],
-    "short_recipe": ["data: {short}", *_RECIPE],
-}
+RECIPES = {"latin_recipe": ["data: {latin}", *_RECIPE], "short_recipe": ["data: {short}", *_RECIPE]}
 CACHE = "cache --teacher {teacher} --data {text} --window 32"
 BEGUN = "cache --teacher {teacher} --data {text} --out {cache} --window 32 --rounds 12"
 MISTAKES = {
@@ -69,10 +49,7 @@ MISTAKES = {
     CACHE + " --out {new} --separator-id 999999": ("lies outside", "vocabulary"),
     CACHE + " --out {new} --tokenized-by {teacher}": ("no column `input_ids`", "tokenized data"),
     CACHE + " --out {new} --join-rows": ("join_rows with text", "remove it"),
-    CACHE + " --out {new} --append": (
-        "cannot append",
-        "run the command with which they were begun",
-    ),
+    CACHE + " --out {new} --append": ("cannot append", "with which they were begun"),
     CACHE + " --out {other}": ("is not a cache", "choose an empty"),
     CACHE + " --out {latin}": ("latin.txt", "choose another folder"),
     BEGUN: ("packing.holdout: 0.0 in this build, 0.2", "use the same settings"),
@@ -107,9 +84,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_no_weights_are_loaded_for_a_mistake(
-    mistake: str, line: Line, places: dict[str, Path], tmp_path: Path, no_weights: None
-) -> None:
+def test_no_weights_are_loaded_for_a_mistake(mistake, line, places, tmp_path, no_weights):
     names = places | {"new": tmp_path / "new"}
     for key, lines in RECIPES.items():
         names[key] = tmp_path / f"{key}.yaml"
@@ -132,8 +107,8 @@ def unequal(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["one text file", 3, 13, 100, "a folder"])
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_the_first_command_holds_out_what_it_is_asked_for(
-    kind: str | int, share: float, line: Line, teacher_folder: Path, tmp_path: Path
-) -> None:
+    kind, share, line, teacher_folder, tmp_path
+):
     """As in the README, on the kinds of text that it names; up to the teacher's pass."""
     if kind == "one text file":
         data = tmp_path / "book.txt"
@@ -144,8 +119,7 @@ def test_the_first_command_holds_out_what_it_is_asked_for(
         for number, row in enumerate(unequal(20)):
             (data / f"{number}.md").write_text(row["text"])
     else:
-        data = tmp_path / "pages.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in unequal(int(kind))))
+        data = write_lines(tmp_path / "pages.jsonl", unequal(int(kind)))
     out = tmp_path / "cache"
     code, _, said = line(
         *("cache", "--teacher", teacher_folder, "--data", data, "--out", out, "--window", 16),
@@ -161,11 +135,11 @@ def test_the_first_command_holds_out_what_it_is_asked_for(
     assert "whole document" in said if rule == "documents" else "the last of the text" in said
 
 
-def test_eval_on_any_text(line: Line, places: dict[str, Path], tmp_path: Path) -> None:
+def test_eval_on_any_text(line, places, tmp_path):
     """Equal to the held-out text where that is the text; nothing of the cache is needed."""
     rows = unequal(40)
     data, same = tmp_path / "pages.jsonl", tmp_path / "same.jsonl"
-    data.write_text("".join(json.dumps({"body": row["text"]}) + "\n" for row in rows))
+    write_lines(data, ({"body": row["text"]} for row in rows))
     words = ["eval", places["student"], "--data", data, "--text-field", "body", "--json"]
     words += ["--tokenizer", places["teacher"], "--device", "cpu"]
     code, out, said = line(*words, "--window", 32, "--tasks", "last_word", "--task-limit", 3)
@@ -175,7 +149,7 @@ def test_eval_on_any_text(line: Line, places: dict[str, Path], tmp_path: Path) -
     assert alone["kl"] is None
     assert alone["tasks"]
     # with the cache: its packing, its teacher
-    same.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(same, rows)
     words = ["eval", places["student"], "--data", same, "--cache", places["cache"], "--json"]
     code, out, said = line(*words, "--teacher", places["teacher"], "--device", "cpu")
     assert code == 0, said
@@ -186,9 +160,7 @@ def test_eval_on_any_text(line: Line, places: dict[str, Path], tmp_path: Path) -
     assert found["student"]["loss_by_window"] == pytest.approx(alone["loss_by_window"])
 
 
-def test_a_student_of_another_tokenizer_is_refused(
-    line: Line, places: dict[str, Path], tmp_path: Path, no_weights: None
-) -> None:
+def test_a_student_of_another_tokenizer_is_refused(line, places, tmp_path, no_weights):
     folder = tmp_path / "student"
     tiny_llama(seed=3).save_pretrained(folder)
     for file in places["teacher"].glob("tokenizer*"):

@@ -1,7 +1,6 @@
 """Test the commands on their results, JSON output and error messages."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_python
+
 
 def command(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparselogits", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-    )
-
-
-@pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    path = tmp_path_factory.mktemp("short") / "pages.jsonl"
-    path.write_text("".join(line for line in text.open() if len(line) < 5000))
-    return path
+    return run_python("-m", "sparselogits", *words, timeout=timeout, env={"COLUMNS": "100"})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short:
     return out
 
 
-def test_the_module_is_the_command() -> None:
+def test_the_module_is_the_command():
     script = Path(sys.executable).with_name("sparselogits")
     named = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=240)
     module = command("--version")
@@ -51,7 +39,7 @@ def test_the_module_is_the_command() -> None:
     assert "python -m sparselogits [OPTIONS] COMMAND" in command("--help").stdout
 
 
-def test_info_as_json(cache: Path) -> None:
+def test_info_as_json(cache):
     facts = json.loads(command("info", cache, "--json").stdout)
     assert facts["identity"]["sampler"]["name"] == "systematic"
     assert facts["identity"]["sampler"]["budget"] == 12.0
@@ -60,7 +48,7 @@ def test_info_as_json(cache: Path) -> None:
     assert facts["sample"]["of"] == facts["statistics"]["windows"]
 
 
-def test_info_draws_in_a_pipe_within_a_screenful(cache: Path) -> None:
+def test_info_draws_in_a_pipe_within_a_screenful(cache):
     drawn = command("info", cache)
     assert drawn.returncode == 0
     assert drawn.stderr.startswith("Next: sparselogits train --cache ")
@@ -72,7 +60,7 @@ def test_info_draws_in_a_pipe_within_a_screenful(cache: Path) -> None:
     assert json.loads((cache / "cache.json").read_text())["fingerprint"] in drawn.stdout
 
 
-def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> None:
+def test_train_and_eval(cache, teacher_folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"cache: {cache}\nout: {tmp_path / 'run'}\nnum_train_epochs: 1\n"
@@ -96,7 +84,7 @@ def test_train_and_eval(cache: Path, teacher_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_eval_scores_tasks(tmp_path: Path, teacher_folder: Path, short: Path) -> None:
+def test_eval_scores_tasks(tmp_path, teacher_folder, short):
     from tests.conftest import tiny_llama
 
     cache = tmp_path / "cache"
@@ -130,8 +118,8 @@ def test_eval_scores_tasks(tmp_path: Path, teacher_folder: Path, short: Path) ->
 
 @pytest.mark.parametrize("sampler", ["threshold", "topk"])
 def test_a_budget_sets_what_the_sampler_has_instead_of_rounds(
-    teacher_folder: Path, short: Path, tmp_path: Path, sampler: str
-) -> None:
+    teacher_folder, short, tmp_path, sampler
+):
     options = base(teacher_folder, short, tmp_path / "out")
     options |= {"--sampler": sampler, "--budget": 6, "--window": 64}
     words = [word for pair in options.items() for word in pair]
@@ -151,9 +139,7 @@ def base(teacher_folder: Path, short: Path, out: Path) -> dict[str, object]:
     return {"--teacher": teacher_folder, "--data": short, "--out": out, "--window": 32}
 
 
-def test_another_window_length_is_refused_and_harms_nothing(
-    cache: Path, teacher_folder: Path, short: Path
-) -> None:
+def test_another_window_length_is_refused_and_harms_nothing(cache, teacher_folder, short):
     before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
     options = base(teacher_folder, short, cache) | {"--window": 64, "--holdout": 0.2}
     failed = command("cache", *[word for pair in options.items() for word in pair])
@@ -162,7 +148,7 @@ def test_another_window_length_is_refused_and_harms_nothing(
     assert {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()} == before
 
 
-def test_training_with_another_teacher_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_training_with_another_teacher_is_refused(cache, tmp_path):
     from tests.conftest import tiny_llama
 
     other = tmp_path / "other"
@@ -177,13 +163,13 @@ def test_training_with_another_teacher_is_refused(cache: Path, tmp_path: Path) -
     assert "Traceback" not in failed.stderr
 
 
-def test_no_cache_there(tmp_path: Path) -> None:
+def test_no_cache_there(tmp_path):
     failed = command("info", tmp_path)
     assert failed.returncode == 2
     assert "error:" in failed.stderr
 
 
-def test_interrupted_says_how_to_go_on(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_interrupted_says_how_to_go_on(teacher_folder, text, tmp_path):
     out = tmp_path / "cache"
     words = [*("--teacher", teacher_folder, "--data", text, "--out", out, "--rounds", 8)]
     words += ["--window", 32, "--windows-per-shard", 8, "--batch", 1]

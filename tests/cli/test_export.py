@@ -1,14 +1,10 @@
 """Test `sparselogits export` in every format."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from sparselogits import CacheDataset
-from sparselogits.cli import main
 
 
 @pytest.fixture(params=["pipe", "terminal"])
@@ -19,24 +15,12 @@ def shown_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return request.param
 
 
-def exported(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, out: Path, form: str, *more: str
-) -> None:
-    words = ["sparselogits", "export", str(cache), "--out", str(out), "--format", form, *more]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code in (0, None)
-
-
 @pytest.mark.usefixtures("shown_on")
 @pytest.mark.parametrize("form", ["lists", "topk", "datasets"])
-def test_a_format_is_written_and_read_back(
-    form: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_format_is_written_and_read_back(form, cache, tmp_path, monkeypatch, line):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "unused"))
     out = tmp_path / "out"
-    exported(monkeypatch, cache, out, form)
+    assert line("export", cache, "--out", out, "--format", form).code == 0
     expected = CacheDataset(cache)
     if form == "datasets":
         from datasets import load_from_disk

@@ -16,9 +16,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_table_and_its_results(
-    student: Path, teacher_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_table_and_its_results(student, teacher_folder, text, tmp_path):
     out = tmp_path / "results.json"
     run = command(
         *("gradients", student, "--teacher", teacher_folder, "--data", text, "--window", 32),

@@ -31,9 +31,7 @@ def pages() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS, ids=lambda x: getattr(x, "name", x))
-def test_an_option_shows_its_text_and_its_default(
-    name: str, option: object, pages: dict[str, str]
-) -> None:
+def test_an_option_shows_its_text_and_its_default(name, option, pages):
     """Square brackets in a help text would be read as markup and vanish."""
     words = " ".join(option.help.split())
     assert words[0].isupper() or words.split(":")[0].islower(), words
@@ -52,15 +50,13 @@ def test_an_option_shows_its_text_and_its_default(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_help_page_ends_with_an_example_that_can_be_given(
-    name: str, pages: dict[str, str]
-) -> None:
+def test_a_help_page_ends_with_an_example_that_can_be_given(name, pages):
     example = pages[name].split(" Example: ")[1].split()
     assert example[:2] == ["sparselogits", name]
     assert_command(example, f"{name} --help")
 
 
-def test_options_stand_in_groups_the_common_ones_first(pages: dict[str, str]) -> None:
+def test_options_stand_in_groups_the_common_ones_first(pages):
     places = [pages["cache"].index(f" {heading} ") for heading in HEADINGS]
     assert places == sorted(places)
     for name, option in OPTIONS:
@@ -68,14 +64,14 @@ def test_options_stand_in_groups_the_common_ones_first(pages: dict[str, str]) ->
             assert option.rich_help_panel, f"{name} {option.name} stands in no group"
 
 
-def test_commands_stand_in_groups() -> None:
+def test_commands_stand_in_groups():
     shown = page()
     for heading in ("Create a cache", "Train and evaluate", "Manage a cache", "Analyse"):
         assert heading in shown
 
 
 @pytest.mark.parametrize("words", [["-h"], ["cache", "-h"]])
-def test_help_has_a_short_name(words: list[str]) -> None:
+def test_help_has_a_short_name(words):
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0
     assert "Usage:" in shown.output
@@ -83,7 +79,7 @@ def test_help_has_a_short_name(words: list[str]) -> None:
 
 @pytest.mark.parametrize("width", [72, 100])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_cut_off_on_a_narrow_terminal(name: str, width: int) -> None:
+def test_nothing_is_cut_off_on_a_narrow_terminal(name, width):
     environment = {"COLUMNS": str(width), "TERM": "dumb"}
     shown = CliRunner().invoke(app, [name, "--help"], env=environment).output
     assert "…" not in shown
@@ -93,7 +89,7 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n != "demo"])
-def test_a_bare_command_prints_its_usage(name: str) -> None:
+def test_a_bare_command_prints_its_usage(name):
     shown = CliRunner().invoke(app, [name], env={"COLUMNS": "200"})
     assert shown.exit_code == 2
     assert f"sparselogits {name}" in shown.output or "Usage:" in shown.output

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from tests.cli.interruptible import Case
-from tests.conftest import tiny_llama
+from tests.conftest import run_python, tiny_llama
 from tests.pages import ROOT
 
 Interrupt = Callable[[list[str], str], "Ended"]
@@ -27,15 +28,14 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="module")
 def desk(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, cache: Path, text: Path
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, cache: Path, short: Path
 ) -> Path:
     """A folder with what the commands take."""
     folder = tmp_path_factory.mktemp("interrupted")
     for name, place in {"MODEL": teacher_folder, "CACHE": cache}.items():
         (folder / name).symlink_to(place)
     (folder / "TEXT").mkdir()
-    short = "".join(line for line in text.open() if len(line) < 4000)
-    (folder / "TEXT" / "pages.jsonl").write_text(short)
+    shutil.copy(short, folder / "TEXT" / "pages.jsonl")
     tiny_llama(seed=3).save_pretrained(folder / "STUDENT")
     recipe = {
         "window": 32,
@@ -107,7 +107,7 @@ MOMENTS = {
         "sparselogits.lab.report.view:view_page:1": "starts again",
     },
     "gradients STUDENT --teacher MODEL --data TEXT --window 32 --out {out}": {
-        "sparselogits.corpus.packer:pack:1": "starts again",
+        "sparselogits.corpus.packer:pack:1": "starts again"
     },
     "demo --out {out}": {"sparselogits.teacher.demo_model:demo_model:1": GOES_ON},
     "verify CACHE": {"sparselogits.store.tools.verify:verify:1": "starts again"},
@@ -117,9 +117,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("command", "moment"), [(command, moment) for command in MOMENTS for moment in MOMENTS[command]]
 )
-def test_ctrl_c_ends_with_how_to_go_on(
-    command: str, moment: str, interrupt: Interrupt, desk: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_with_how_to_go_on(command, moment, interrupt, desk, tmp_path):
     ended = interrupt(command.format(out=tmp_path / "out").split(), moment)
     assert ended.code == 130, ended.said
     lines = [line for line in ended.said.splitlines() if "interrupted" in line]
@@ -146,13 +144,11 @@ main()
 
 
 @pytest.mark.parametrize("module", ["typer", "torch", "transformers"])
-def test_ctrl_c_while_loading(module: str, tmp_path: Path) -> None:
+def test_ctrl_c_while_loading(module, tmp_path):
     """At the moment a module is about to be imported, in a process of its own to its very end."""
     words = ["train", "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
     words += ["--student-config", "tiny"]
-    done = subprocess.run(
-        [sys.executable, "-c", WHILE_LOADING, module, *words], capture_output=True, text=True
-    )
+    done = run_python("-c", WHILE_LOADING, module, *words)
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr

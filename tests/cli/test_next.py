@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselogits.cli import main
-from tests.conftest import tiny_llama
+from tests.conftest import Ended, tiny_llama
 from tests.test_docs_code import assert_command
 
 Run = Callable[..., tuple[str, str]]
@@ -29,14 +28,11 @@ def desk(
 
 
 @pytest.fixture
-def run(desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(desk: Path, line: Callable[..., Ended]) -> Run:
     def command(*words: str) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparselogits", *words])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code in (0, None)
-        said = capsys.readouterr()
-        return said.out, said.err
+        code, out, err = line(*words)
+        assert code == 0, err
+        return out, err
 
     return command
 
@@ -60,7 +56,7 @@ NEXT = {
 
 
 @pytest.mark.parametrize("command", NEXT)
-def test_a_command_ends_with_the_next_step(command: str, run: Run) -> None:
+def test_a_command_ends_with_the_next_step(command, run):
     out, err = run(*shlex.split(command))
     last = err.strip().splitlines()[-1]
     assert last.startswith("Next: ")
@@ -73,11 +69,11 @@ def test_a_command_ends_with_the_next_step(command: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["info my-cache", "eval my-student --cache my-cache --limit 2"])
-def test_not_where_a_machine_reads(command: str, run: Run) -> None:
+def test_not_where_a_machine_reads(command, run):
     assert "Next:" not in "".join(run(*shlex.split(command), "--json"))
 
 
-def test_a_terminal_without_utf_8(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_utf_8(run, monkeypatch):
     """As a Windows console or LANG=C has it: what cannot be shown is replaced, nothing fails."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -88,7 +84,7 @@ def test_a_terminal_without_utf_8(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "?" in shown
 
 
-def test_eval_prints_a_table_like_that_of_lm_eval(run: Run) -> None:
+def test_eval_prints_a_table_like_that_of_lm_eval(run):
     """Pipes, a row per metric, value and ±, the teacher beside the student."""
     command = "eval my-student --cache my-cache --limit 8 --teacher"
     out, _ = run(*command.split(), "my teacher")

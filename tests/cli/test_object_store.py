@@ -14,7 +14,7 @@ from sparselogits.errors import IdentityMismatchError
 from sparselogits.identity import canonical_json
 from sparselogits.store import Cache
 from sparselogits.store.storage.location import storage_at
-from tests.store.s3 import S3
+from tests.conftest import files_of
 
 
 def command(*words: object) -> str:
@@ -23,28 +23,20 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 def published(cache: Path) -> dict[str, bytes]:
     """Files of a cache in a folder that one in a bucket has too: all but the teacher's tokenizer.
 
     The tokenizer stays on the machine that the cache was made on, as `push` leaves it there.
     """
-    there = files(cache)
+    there = files_of(cache)
     own = {name for name in there if name.startswith("tokenizer/")}
     assert own == {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     return {name: content for name, content in there.items() if name not in own}
 
 
 @pytest.mark.slow
-def test_the_whole_way_in_a_bucket(
-    tmp_path: Path, teacher_folder: Path, text: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_way_in_a_bucket(tmp_path, teacher_folder, short, s3, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    short = tmp_path / "pages.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 4000))
     words = ("cache", "--teacher", teacher_folder, "--data", short, "--window", 32)
     words = (*words, "--holdout", 0.2, "--rounds", 20, "--windows-per-shard", 16)
     folder = tmp_path / "cache"
@@ -57,8 +49,8 @@ def test_the_whole_way_in_a_bucket(
     assert told.exit_code == 0, told.output
     assert f"--student-config tiny --tokenizer {teacher_folder} --out my-run" in told.stderr
     assert s3.objects() == published(folder)
-    packed = [files(path) for path in tmp_path.glob("*/*/corpus")]
-    assert packed == [files(folder / "corpus")] * 2
+    packed = [files_of(path) for path in tmp_path.glob("*/*/corpus")]
+    assert packed == [files_of(folder / "corpus")] * 2
 
     assert json.loads(command("info", s3.url, "--json"))["path"] == s3.url
     assert "none of them damaged" in command("verify", s3.url)
@@ -93,17 +85,17 @@ def pretend_corpus(folder: Path, content: bytes) -> None:
             path.write_bytes(name.encode() + content)
 
 
-def test_packed_texts_are_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> None:
+def test_packed_texts_are_put_once_and_fetched_whole(tmp_path, s3):
     folder = fetch_texts(s3.url, tmp_path / "a")
     assert not folder.exists()
     for text in ("corpus", "corpus-0001"):
         pretend_corpus(folder / text, b"1")
         publish_text(s3.url, folder / text)
     before = s3.objects()
-    assert before == files(folder)
+    assert before == files_of(folder)
     publish_text(s3.url, folder / "corpus")
     assert s3.objects() == before
-    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
+    assert files_of(fetch_texts(s3.url, tmp_path / "b")) == files_of(folder)
     shutil.rmtree(folder)
     pretend_corpus(folder / "corpus-0001", b"2")
     with pytest.raises(IdentityMismatchError, match=r"corpus-0001/corpus\.json"):
@@ -111,21 +103,19 @@ def test_packed_texts_are_put_once_and_fetched_whole(tmp_path: Path, s3: S3) -> 
     assert s3.objects() == before
 
 
-def test_a_text_without_its_index_is_not_fetched(tmp_path: Path, s3: S3) -> None:
+def test_a_text_without_its_index_is_not_fetched(tmp_path, s3):
     folder = fetch_texts(s3.url, tmp_path / "a")
     pretend_corpus(folder / "corpus", b"1")
     publish_text(s3.url, folder / "corpus")
     storage_at(s3.url).move("corpus/index.json", "elsewhere")
     assert not fetch_texts(s3.url, tmp_path / "b").exists()
     publish_text(s3.url, folder / "corpus")
-    assert files(fetch_texts(s3.url, tmp_path / "b")) == files(folder)
+    assert files_of(fetch_texts(s3.url, tmp_path / "b")) == files_of(folder)
 
 
 @pytest.mark.slow
-def test_text_is_appended_from_another_machine(
-    tmp_path: Path, teacher_folder: Path, text: Path, s3: S3
-) -> None:
-    lines = [line for line in text.open() if len(line) < 4000]
+def test_text_is_appended_from_another_machine(tmp_path, teacher_folder, short, s3):
+    lines = list(short.open())
     texts = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
     for path, share in zip(texts, (lines[::2], lines[1::2]), strict=True):
         path.write_text("".join(share))

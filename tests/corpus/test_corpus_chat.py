@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML, FAMILIES, TEMPLATES, chat_tokenizer, published
+from tests.conftest import write_lines
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -75,7 +76,7 @@ def written(path: Path, records: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
     else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_lines(path, records)
     return path
 
 
@@ -227,19 +228,7 @@ def test_a_template_that_rewrites_earlier_turns(tmp_path, tokenizer, what):
     assert learnt_text(tmp_path, {"messages": talk}, tokenizer) == said
 
 
-SAID = [
-    "Hello",
-    "a b",
-    " x",
-    "\n",
-    "\n\nyes",
-    "<b>",
-    "7391",
-    "assistant",
-    "é🙂",
-    "<|im_end|>",
-    "... ",
-]
+SAID = ["Hello", " x", "\n", "\n\nyes", "<b>", "7391", "assistant", "é🙂", "<|im_end|>", "... "]
 
 
 @pytest.mark.parametrize(

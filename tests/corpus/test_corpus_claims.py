@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.corpus.test_corpus_resume import contents
+from tests.conftest import files_of
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
 from sparselogits.corpus.claims import claimed, is_abandoned
@@ -35,9 +35,7 @@ def texts(folder: Path) -> dict[str, Path]:
 def pack_text(path: Path, tokenizer: Any, out: Path, at: float = 0.0) -> None:
     packing = packing_for(tokenizer, window_length=16, separator_id=0)
     time.sleep(max(0.0, at - time.monotonic()))
-    pack(
-        open_source(str(path)), tokenizer, packing, out, vocab_size=len(tokenizer), part_bytes=1000
-    )
+    pack(open_source(path), tokenizer, packing, out, vocab_size=len(tokenizer), part_bytes=1000)
 
 
 def fork(work: Callable[..., object], *args: object) -> BaseProcess:
@@ -60,7 +58,7 @@ def test_two_texts_at_once_leave_one(tokenizer, tmp_path):
     whole = {}
     for name, path in paths.items():
         pack_text(path, tokenizer, tmp_path / f"whole-{name}")
-        whole[name] = contents(tmp_path / f"whole-{name}")
+        whole[name] = files_of(tmp_path / f"whole-{name}")
     assert whole["a"] != whole["b"]
     winners = set()
     for number in range(STARTS):
@@ -74,7 +72,7 @@ def test_two_texts_at_once_leave_one(tokenizer, tmp_path):
         assert sorted(codes) == [0, 2], codes
         winner = order[codes.index(0)]
         winners.add(winner)
-        assert contents(out) == whole[winner]
+        assert files_of(out) == whole[winner]
     assert winners == {"a", "b"}
 
 
@@ -86,7 +84,7 @@ def test_workers_of_one_build_share_a_folder(tokenizer, tmp_path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def _claim_and_hold(folder: Path, made_from: dict[str, Any], ready: Any) -> None:

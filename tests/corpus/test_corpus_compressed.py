@@ -6,14 +6,13 @@ import io
 import json
 import lzma
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import zstandard
+from tests.conftest import run_python
 
 from sparselogits.corpus import open_source
 from sparselogits.errors import CorpusError
@@ -48,7 +47,7 @@ COMPRESS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 def read(path: Path) -> list[str]:
-    return list(open_source(str(path)).documents())
+    return list(open_source(path).documents())
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -130,11 +129,5 @@ def test_memory_does_not_follow_what_is_unpacked(tmp_path, library_environment):
             for _ in range(250 if suffix in (".bz2", ".xz") else 900):
                 stream.write(line)
             stream.write(b'{"text": "the end"}\n')
-    done = subprocess.run(
-        [sys.executable, "-c", BOMB, *map(str, paths)],
-        env=library_environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", BOMB, *paths, env=library_environment)
     assert done.stdout == "['the end']\n" * len(paths), done.stderr

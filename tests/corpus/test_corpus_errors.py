@@ -18,7 +18,7 @@ TEXT = "There is nothing like a good sentence. " * 50
 def packed(tokenizer: PreTrainedTokenizerFast, data: Path, **options: object) -> PackedCorpus:
     packing = Packing(options.pop("window", 32), 0, None, holdout=options.pop("holdout", 0.0))
     vocab_size = options.pop("vocab_size", 600)
-    source = open_source(str(data), **options)
+    source = open_source(data, **options)
     out = data.parent / "out"
     return pack(source, tokenizer, packing, out, vocab_size=vocab_size)
 
@@ -76,11 +76,11 @@ def test_folders_without_text(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(CorpusError, match="contains no files"):
-        open_source(str(folder))
+        open_source(folder)
     for name in ("a.py", "b.py", "c.png"):
         (folder / name).write_text("x")
     with pytest.raises(CorpusError, match=r"it contains 2 \.py, 1 \.png.*/\*\*/\*\.py"):
-        open_source(str(folder))
+        open_source(folder)
 
 
 def test_columns_that_are_not_there(tokenizer, tmp_path):
@@ -98,7 +98,7 @@ def test_columns_that_are_not_there(tokenizer, tmp_path):
 def test_completions_where_there_are_none(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     with pytest.raises(CorpusError, match="plain text, which has no completions"):
-        open_source(str(tmp_path / "a.txt"), completion_only=True)
+        open_source(tmp_path / "a.txt", completion_only=True)
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
     with pytest.raises(CorpusError, match="line 1 has no field `prompt` and `completion`"):
         packed(tokenizer, tmp_path / "a.jsonl", completion_only=True)
@@ -122,7 +122,7 @@ def test_a_tokenizer_of_another_teacher(tokenizer, tmp_path):
         packed(tokenizer, path, vocab_size=300)
     packing = Packing(32, 700, None)
     with pytest.raises(CorpusError, match=r"separator_id=700 lies outside"):
-        pack(open_source(str(path)), tokenizer, packing, tmp_path / "other", vocab_size=600)
+        pack(open_source(path), tokenizer, packing, tmp_path / "other", vocab_size=600)
 
 
 def test_an_output_that_is_a_file(tokenizer, tmp_path):
@@ -148,10 +148,7 @@ def test_an_output_folder_in_use(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda out: (out / "index.json").unlink(),
-            "is not finished; pack the text again to resume",
-        ),
+        (lambda out: (out / "index.json").unlink(), "not finished; pack the text again to resume"),
         (lambda out: (out / "index.json").write_text("{"), "cannot be read"),
         (lambda out: (out / "corpus.json").unlink(), "contains no packed corpus"),
         (lambda out: (out / "corpus.json").write_text('{"format":99}'), "has format 99"),

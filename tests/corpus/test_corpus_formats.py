@@ -1,13 +1,13 @@
 """Test that a document format of another package, declared by an entry point, is read."""
 
 import gzip
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import write_lines, write_package
 from tests.pages import DOCS, blocks
 
 from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
@@ -23,14 +23,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Installs a package that declares formats: a module and the metadata of a wheel."""
 
     def install(source: str, **points: str) -> None:
-        folder = tmp_path / "site"
-        information = folder / "my_formats-1.0.dist-info"
-        information.mkdir(parents=True)
-        (folder / "my_formats.py").write_text(source)
-        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my_formats\n")
-        lines = [f"{name} = my_formats:{kind}" for name, kind in points.items()]
-        (information / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]))
-        monkeypatch.syspath_prepend(folder)
+        write_package(tmp_path / "site", "my_formats", source, GROUP, points)
+        monkeypatch.syspath_prepend(tmp_path / "site")
         known_formats.cache_clear()
 
     yield install
@@ -52,13 +46,13 @@ def test_the_format_of_the_documentation_is_read_plain_and_compressed(installed,
     (folder / "b.tsv.gz").write_bytes(gzip.compress(lines))
     (folder / "notes.md").write_text("about them")
     want = [a + b for a, b in pairs(stories)]
-    source = open_source(str(folder))
+    source = open_source(folder)
     assert [file.name for file in source.files] == ["a.tsv", "b.tsv.gz"]
     assert list(source.documents()) == want * 2
-    assert len(open_source(str(folder / "a.tsv")).portions(5000)) > 3  # by ranges of bytes
+    assert len(open_source(folder / "a.tsv").portions(5000)) > 3  # by ranges of bytes
     (folder / "a.tsv").write_text("one\ttwo\nthree\n")
     with pytest.raises(CorpusError, match=r"a\.tsv, line 2 has 1 column"):
-        list(open_source(str(folder / "a.tsv")).documents())
+        list(open_source(folder / "a.tsv").documents())
 
 
 def test_it_packs_into_the_windows_of_json_lines_in_several_processes(
@@ -67,12 +61,12 @@ def test_it_packs_into_the_windows_of_json_lines_in_several_processes(
     installed(SOURCE, tsv="TabSeparated")
     (tmp_path / "a.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs(stories)))
     records = [{"prompt": a, "completion": b} for a, b in pairs(stories)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(tmp_path / "a.jsonl", records)
     packing = packing_for(tokenizer, window_length=64, holdout=0.1)
     tokens = []
     for name, processes in (("a.tsv", 2), ("a.jsonl", 1)):
         corpus: PackedCorpus = pack(
-            open_source(str(tmp_path / name), completion_only=True),
+            open_source(tmp_path / name, completion_only=True),
             tokenizer,
             packing,
             tmp_path / f"packed-{name}",
@@ -111,4 +105,4 @@ def test_a_package_that_is_broken_is_named_and_breaks_nothing(installed, kind, t
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')
     with pytest.warns(SparseLogitsWarning, match=said):
         known_formats()
-    assert list(open_source(str(tmp_path / "a.jsonl")).documents()) == ["words"]
+    assert list(open_source(tmp_path / "a.jsonl").documents()) == ["words"]

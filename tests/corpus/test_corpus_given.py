@@ -1,13 +1,12 @@
 """Test text given as `datasets` objects and iterables, compared with files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, write_lines
 
 from sparselogits.caching import CacheRequest, build_caches, place_of_text
 from sparselogits.corpus import fingerprint, open_source, pack, packing_for, tokenizer_fingerprint
@@ -53,8 +52,7 @@ def test_the_same_records_are_the_same_source(stories, kind):
 
 def test_windows_of_a_dataset_are_those_of_its_file(tmp_path, stories, tokenizer):
     packing = packing_for(tokenizer, window_length=64, holdout=0.2)
-    file = tmp_path / "stories.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows(stories)))
+    file = write_lines(tmp_path / "stories.jsonl", rows(stories))
     made = [
         pack(open_source(given), tokenizer, packing, tmp_path / name, vocab_size=VOCAB)
         for name, given in (("a", file), ("b", Dataset.from_list(rows(stories))))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.conftest import write_lines
 from trained_tokenizers import SAMPLE
 
 from sparselogits.corpus import PackedCorpus, Packing, Window, fingerprint, open_source, pack
@@ -148,16 +149,14 @@ def test_one_text_file_is_held_out_by_windows(tokenizer, tmp_path):
     """A file is one document; its last windows are held out, and the summary says so."""
     path = text_file(tmp_path)
     plain = pack(
-        open_source(str(path)), tokenizer, Packing(64, 0, None), tmp_path / "all", vocab_size=600
+        open_source(path), tokenizer, Packing(64, 0, None), tmp_path / "all", vocab_size=600
     )
     everything = plain.read(0, plain.windows)
     for share in (0.01, 0.05, 0.2, 0.5, 0.9):
         out = tmp_path / str(share)
         packing = Packing(64, 0, None, holdout=share)
         # two parts and more, so that the hold-out reaches over parts
-        corpus = pack(
-            open_source(str(path)), tokenizer, packing, out, vocab_size=600, part_bytes=9000
-        )
+        corpus = pack(open_source(path), tokenizer, packing, out, vocab_size=600, part_bytes=9000)
         held = corpus.holdout_windows
         assert abs(held * 64 - share * plain.summary.tokens) <= 64
         assert corpus.windows == plain.windows - held - 1  # a gap of one window
@@ -172,7 +171,7 @@ def test_too_little_text_to_hold_some_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(SAMPLE[:300])
     tokens = len(tokenizer.encode(SAMPLE[:300])) + 1
-    source, out = open_source(str(path)), tmp_path / "out"
+    source, out = open_source(path), tmp_path / "out"
     with pytest.raises(CorpusError, match=rf"need {2 * tokens}. Use more text, a window of at mo"):
         pack(source, tokenizer, Packing(tokens, 0, None, holdout=0.5), out, vocab_size=600)
     advised = Packing(tokens // 2, 0, None, holdout=0.5)
@@ -182,9 +181,8 @@ def test_too_little_text_to_hold_some_out(tokenizer, tmp_path):
 
 def test_masks_stay_with_their_tokens(tokenizer, tmp_path):
     rows = [{"prompt": f"Question {n} " * 3, "completion": f"Answer {n}. " * 2} for n in range(200)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_source(str(path), completion_only=True)
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    source = open_source(path, completion_only=True)
     packing = Packing(32, 0, None, holdout=0.2)
     corpus = pack(source, tokenizer, packing, tmp_path / "out", vocab_size=600, part_bytes=4000)
     assert corpus.summary.holdout_rule == "documents"
@@ -211,7 +209,7 @@ def test_corpora_of_the_first_format_are_read(tmp_path):
 
 def test_a_finished_corpus_of_the_first_format_is_gone_on_with(tokenizer, tmp_path):
     shutil.copytree(GOLDEN / "format-1", tmp_path / "out")
-    source, packing = open_source(str(GOLDEN / "format-1.jsonl")), Packing(64, 0, None, holdout=0.2)
+    source, packing = open_source(GOLDEN / "format-1.jsonl"), Packing(64, 0, None, holdout=0.2)
     new = pack(source, tokenizer, packing, tmp_path / "new", vocab_size=600, part_bytes=6000)
     made_from = json.loads((tmp_path / "new/corpus.json").read_text())
     assert new.format == made_from["format"] == 2
@@ -252,11 +250,10 @@ def forge(out: Path, **changes: object) -> None:
     ],
 )
 def test_damage_is_named(tokenizer, tmp_path, stories, damage):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    path = write_lines(tmp_path / "a.jsonl", ({"text": text} for text in stories))
     out = tmp_path / "out"
     packing = Packing(64, 0, None, holdout=0.2)
-    made = pack(open_source(str(path)), tokenizer, packing, out, vocab_size=600, part_bytes=20_000)
+    made = pack(open_source(path), tokenizer, packing, out, vocab_size=600, part_bytes=20_000)
     assert made.summary.holdout_rule == "documents"
     damage(out)
     with pytest.raises(CorpusError, match=r"damaged|cannot be read"):  # noqa: PT012

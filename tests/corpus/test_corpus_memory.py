@@ -1,13 +1,12 @@
 """Test that the memory of packing and reading does not grow with the corpus."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.conftest import run_python
 
 MEGABYTES = (20, 200)
 ALLOWED = 25
@@ -60,12 +59,8 @@ def test_memory_is_flat(tmp_path, kind, library_environment):
     peaks, windows = [], []
     for megabytes in MEGABYTES:
         data = write(kind, tmp_path, megabytes)
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(data), str(tmp_path / f"{megabytes}")],
-            env=library_environment,
-            check=True,
-            capture_output=True,
-            text=True,
+        done = run_python(
+            "-c", PROGRAM, data, tmp_path / f"{megabytes}", env=library_environment, check=True
         )
         count, peak = map(int, done.stdout.split())
         windows.append(count)

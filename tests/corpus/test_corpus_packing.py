@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.conftest import files_of, write_lines
 from trained_tokenizers import train_byte_level, word_pieces
 from transformers import PreTrainedTokenizerFast
 
@@ -31,9 +32,7 @@ SEPARATOR, BOS, VOCAB, WINDOW = 0, 5, 600, 64
 
 @pytest.fixture
 def lines(tmp_path: Path, stories: list[str]) -> Path:
-    path = tmp_path / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
-    return path
+    return write_lines(tmp_path / "stories.jsonl", ({"text": text} for text in stories))
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], bos: int | None) -> list[int]:
@@ -49,20 +48,11 @@ def flat(windows: list[Window]) -> list[int]:
     return [int(i) for window in windows for i in window.tokens]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Every file of a packed corpus, temporary ones included."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("bos", [None, BOS])
 @pytest.mark.parametrize("part_bytes", [3000, 1 << 20])
 def test_windows_are_the_documents(tokenizer, lines, stories, tmp_path, bos, part_bytes):
     packing = Packing(WINDOW, SEPARATOR, bos, holdout=0.3)
-    source = open_source(str(lines))
+    source = open_source(lines)
     corpus = pack(
         source, tokenizer, packing, tmp_path / "out", vocab_size=VOCAB, part_bytes=part_bytes
     )
@@ -75,23 +65,13 @@ def test_windows_are_the_documents(tokenizer, lines, stories, tmp_path, bos, par
     rest = [text for text in stories if text not in chosen]
     assert 0.2 < len(aside) / len(stories) < 0.4
     assert corpus.holdout_windows == wanted
-    summary = corpus.summary
-    assert summary.dropped_tokens < WINDOW
+    s = corpus.summary
+    assert s.dropped_tokens < WINDOW
+    held = corpus.read_holdout(0, corpus.holdout_windows)
+    of_held = (s.holdout_dropped_tokens, s.holdout_documents, s.holdout_characters)
     for texts, windows, dropped, documents, characters in [
-        (
-            rest,
-            corpus.read(0, corpus.windows),
-            summary.dropped_tokens,
-            summary.documents,
-            summary.characters,
-        ),
-        (
-            aside,
-            corpus.read_holdout(0, corpus.holdout_windows),
-            summary.holdout_dropped_tokens,
-            summary.holdout_documents,
-            summary.holdout_characters,
-        ),
+        (rest, corpus.read(0, corpus.windows), s.dropped_tokens, s.documents, s.characters),
+        (aside, held, *of_held),
     ]:
         expected = stream(tokenizer, texts, bos)
         assert flat(windows) == expected[: len(expected) - dropped]
@@ -118,9 +98,7 @@ def test_documents_begin_with_their_first_token_wherever_it_is(tmp_path):
     texts = ["one two", " \n" * 100_000 + "three", "four"]
     path = tmp_path / "a.txt"
     path.write_text("\n<|endoftext|>\n".join(texts))
-    corpus = pack(
-        open_source(str(path)), words, Packing(4, 2, None), tmp_path / "out", vocab_size=400
-    )
+    corpus = pack(open_source(path), words, Packing(4, 2, None), tmp_path / "out", vocab_size=400)
     expected = np.cumsum([0] + [len(words.encode(text)) + 1 for text in texts[:-1]])
     windows = corpus.read(0, corpus.windows)
     found = [4 * window.index + int(i) for window in windows for i in window.document_starts]
@@ -131,7 +109,7 @@ def test_any_range_is_read_alike(tokenizer, tmp_path, stories):
     path = tmp_path / "long.txt"
     path.write_text("<|endoftext|>\n".join(stories * 5))
     packing = packing_for(tokenizer, window_length=1000)
-    corpus = pack(open_source(str(path)), tokenizer, packing, tmp_path / "out", vocab_size=VOCAB)
+    corpus = pack(open_source(path), tokenizer, packing, tmp_path / "out", vocab_size=VOCAB)
     assert corpus.summary.tokens > 3 * GROUP_TOKENS  # windows that straddle row groups
     everything = corpus.read(0, corpus.windows)
     copy = pickle.loads(pickle.dumps(corpus))
@@ -152,7 +130,7 @@ def test_processes_do_not_change_a_byte(tokenizer, lines, tmp_path):
     seen: dict[int, list[tuple[int, int | None]]] = {1: [], 2: []}
     for processes, calls in seen.items():
         pack(
-            open_source(str(lines)),
+            open_source(lines),
             tokenizer,
             packing,
             tmp_path / str(processes),
@@ -165,21 +143,19 @@ def test_processes_do_not_change_a_byte(tokenizer, lines, tmp_path):
         assert calls[0] == (0, size)
         assert calls[-1] == (size, size)
         assert calls == sorted(calls)
-    first = digests(tmp_path / "1")
-    assert first == digests(tmp_path / "2")
+    first = files_of(tmp_path / "1")
+    assert first == files_of(tmp_path / "2")
     assert sum(name.startswith("training") for name in first) > 3
 
 
 def test_a_complete_corpus_is_opened_at_once(tokenizer, lines, tmp_path):
     packing, out = Packing(WINDOW, SEPARATOR, None), tmp_path / "out"
-    pack(open_source(str(lines)), tokenizer, packing, out, vocab_size=VOCAB)
+    pack(open_source(lines), tokenizer, packing, out, vocab_size=VOCAB)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     moved = lines.parent / "deeper" / lines.name
     moved.parent.mkdir()
     lines.rename(moved)  # another path, the same text
-    corpus = pack(
-        open_source(str(moved)), tokenizer, packing, out, vocab_size=VOCAB, part_bytes=1000
-    )
+    corpus = pack(open_source(moved), tokenizer, packing, out, vocab_size=VOCAB, part_bytes=1000)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert corpus.packing == PackedCorpus.open(out).packing == packing
 
@@ -199,8 +175,8 @@ def test_a_complete_corpus_is_opened_at_once(tokenizer, lines, tmp_path):
 def test_another_corpus_in_its_place_is_refused(tokenizer, lines, tmp_path, change, named):
     out, vocab_size, field = tmp_path / "out", VOCAB, "text"
     packing = Packing(WINDOW, SEPARATOR, None)
-    pack(open_source(str(lines)), tokenizer, packing, out, vocab_size=VOCAB)
-    before = digests(out)
+    pack(open_source(lines), tokenizer, packing, out, vocab_size=VOCAB)
+    before = files_of(out)
     if change == "text":
         lines.write_text(lines.read_text().replace("the", "The"))
     elif change == "field":
@@ -213,14 +189,8 @@ def test_another_corpus_in_its_place_is_refused(tokenizer, lines, tmp_path, chan
         options = {"window": {"window_length": 32}, "holdout": {"holdout": 0.5}}
         packing = Packing(**{**packing.to_json(), **options.get(change, {"reset_attention": True})})
     with pytest.raises(IdentityMismatchError, match=named):
-        pack(
-            open_source(str(lines), text_field=field),
-            tokenizer,
-            packing,
-            out,
-            vocab_size=vocab_size,
-        )
-    assert digests(out) == before
+        pack(open_source(lines, text_field=field), tokenizer, packing, out, vocab_size=vocab_size)
+    assert files_of(out) == before
 
 
 def test_masks_of_completions(tokenizer, tmp_path):
@@ -229,7 +199,7 @@ def test_masks_of_completions(tokenizer, tmp_path):
     ] + [{"prompt": "Nothing to learn.", "completion": ""}, {"prompt": "", "completion": "Bare."}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    source = open_source(str(path), completion_only=True)
+    source = open_source(path, completion_only=True)
     corpus = pack(
         source, tokenizer, Packing(32, SEPARATOR, BOS), tmp_path / "out", vocab_size=VOCAB
     )
@@ -285,10 +255,9 @@ def test_whatever_the_documents_no_token_is_lost(
     tokenizer, tmp_path_factory, texts, part_bytes, holdout
 ):
     folder = tmp_path_factory.mktemp("packed")
-    path = folder / "lines.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = write_lines(folder / "lines.jsonl", ({"text": text} for text in texts))
     packing = Packing(2, SEPARATOR, None, holdout=holdout)
-    source = open_source(str(path))
+    source = open_source(path)
     try:
         corpus = pack(
             source, tokenizer, packing, folder / "out", vocab_size=VOCAB, part_bytes=part_bytes

@@ -122,7 +122,7 @@ def test_documents_do_not_depend_on_spans(tmp_path, lines, span, ends, mark):
 
 
 def _documents(file: Path, span_bytes: int) -> Iterator[str]:
-    source, parts = open_source(str(file)), []
+    source, parts = open_source(file), []
     for portion in source.portions(span_bytes):
         for piece in source.pieces(portion):
             parts = [] if piece.opens else parts

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML, TEMPLATES, TOOLS, chat_tokenizer, published
+from tests.conftest import write_lines
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import Packing, chat, open_source, pack
@@ -57,7 +58,7 @@ def written(path: Path, rows: list[Any]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(path, rows)
     else:
         datasets.Dataset.from_list(rows).save_to_disk(path)
     return path
@@ -71,10 +72,8 @@ def parts(*said: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text} for text in said]
 
 
-SHAREGPT = [
-    {"from": "human", "value": QUESTION["content"]},
-    {"from": "gpt", "value": ANSWER["content"]},
-]
+SAID = {"human": QUESTION["content"], "gpt": ANSWER["content"]}
+SHAREGPT = [{"from": role, "value": said} for role, said in SAID.items()]
 FORMS: dict[str, dict[str, Any]] = {
     "openai": {"messages": TALK},
     "sharegpt": {"conversations": SHAREGPT},
@@ -103,6 +102,7 @@ def test_forms_of_conversations(tmp_path, tokenizer, form, suffix):
 
 def test_roles_of_sharegpt(tmp_path, tokenizer):
     call = {"name": "weather", "arguments": {"when": "today", "city": "Oslo"}}
+    tool_call = {"type": "function", "function": call}
     turns = [("human", "Rain?"), ("function_call", json.dumps(call)), ("observation", "yes")]
     record = {
         "conversations": [
@@ -114,11 +114,7 @@ def test_roles_of_sharegpt(tmp_path, tokenizer):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Rain?"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"type": "function", "function": call}],
-        },
+        {"role": "assistant", "content": "", "tool_calls": [tool_call]},
         {"role": "tool", "content": "yes"},
         {"role": "assistant", "content": "Yes."},
     ]
@@ -342,21 +338,13 @@ MISTAKES: dict[str, tuple[str | None, Any, str]] = {
     "no content": (CHATML, [{"role": "user"}], "message 1 .* has no `content`"),
     "null content": (CHATML, [{"role": "user", "content": None}], "has no `content`"),
     "content of a number": (CHATML, [{"role": "user", "content": 5}], "content of type int"),
-    "content of an object": (
-        CHATML,
-        [{"role": "user", "content": {"a": 1}}],
-        "content of type dict",
-    ),
+    "content of an object": (CHATML, [{"role": "user", "content": {"a": 1}}], "type dict"),
     "an image": (
         CHATML,
         [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
         "message 1 .* has a content part of type 'image'",
     ),
-    "half a surrogate pair": (
-        CHATML,
-        [{"role": "user", "content": "a\ud800"}, ANSWER],
-        "surrogate",
-    ),
+    "half a surrogate": (CHATML, [{"role": "user", "content": "a\ud800"}, ANSWER], "surrogate"),
     "template that changes what it wrote": (BACKWARDS, [*TALK, *TALK], r"{% generation %}"),
 }
 
@@ -389,13 +377,11 @@ def test_records_of_pandas(tokenizer, tmp_path):
     calls = np.array(
         [{"type": "function", "function": {"name": "f", "arguments": {"a": np.int64(2)}}}]
     )
+    turns = [QUESTION, {"role": "assistant", "tool_calls": calls}]
     rows = [
         {"text": "Plain.", "messages": float("nan")},
         {"text": float("nan"), "messages": talk},
-        {
-            "text": None,
-            "messages": np.array([QUESTION, {"role": "assistant", "tool_calls": calls}]),
-        },
+        {"text": None, "messages": np.array(turns)},
     ]
     tokenizer.chat_template = TOOLS
     found = texts(rows, tokenizer, work=tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.conftest import files_of, write_lines
 
 from sparselogits.corpus import PackedCorpus, Packing, Source, open_source, pack, packer
 from sparselogits.errors import CorpusError, IdentityMismatchError, StorageError
@@ -21,9 +22,8 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def source(tmp_path: Path, stories: list[str]) -> Source:
-    path = tmp_path / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
-    return open_source(str(path))
+    path = write_lines(tmp_path / "stories.jsonl", ({"text": text} for text in stories))
+    return open_source(path)
 
 
 @pytest.fixture
@@ -34,10 +34,6 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(source: Source, tokenizer: object, out: Path, **options: object) -> PackedCorpus:
     return pack(source, tokenizer, PACKING, out, vocab_size=600, part_bytes=8000, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def killed_at(moment: int, source: Source, tokenizer: object, out: Path) -> None:
@@ -63,27 +59,16 @@ def killed_at(moment: int, source: Source, tokenizer: object, out: Path) -> None
 def test_killed_at_ten_random_moments(source, tokenizer, tmp_path):
     reports: list[int] = []
     run(source, tokenizer, tmp_path / "whole", progress=lambda done, _: reports.append(done))
-    expected = contents(tmp_path / "whole")
+    expected = files_of(tmp_path / "whole")
     assert len(reports) > 50
     for moment in random.Random(11).sample(range(len(reports)), 10):
         out = tmp_path / f"killed at {moment}"
         killed_at(moment, source, tokenizer, out)
         kept = {path: path.stat().st_ino for path in out.rglob("part-*.parquet")}
         corpus = run(source, tokenizer, out)
-        assert contents(out) == expected, moment
+        assert files_of(out) == expected, moment
         assert all(path.stat().st_ino == inode for path, inode in kept.items())
         assert corpus.windows > 0
-
-
-@pytest.mark.usefixtures("small_batches")
-def test_killed_again_and_again(source, tokenizer, tmp_path):
-    run(source, tokenizer, tmp_path / "whole")
-    for _ in range(3):
-        killed_at(25, source, tokenizer, tmp_path / "out")
-    seen: list[int] = []
-    run(source, tokenizer, tmp_path / "out", progress=lambda done, _: seen.append(done))
-    assert seen[0] > 0  # what had been finished is not done again
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_workers_end_with_a_killed_parent(source, tokenizer, tmp_path):
@@ -101,7 +86,7 @@ def test_workers_end_with_a_killed_parent(source, tokenizer, tmp_path):
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
     run(source, tokenizer, out)
     run(source, tokenizer, tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
 def test_an_interrupt_ends_the_workers_at_once(source, tokenizer, tmp_path):
@@ -113,29 +98,28 @@ def test_an_interrupt_ends_the_workers_at_once(source, tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(source, tokenizer, out, processes=2, progress=progress)
     assert not multiprocessing.active_children()
-    assert not [name for name in contents(out) if ".tmp-" in name]
+    assert not [name for name in files_of(out) if ".tmp-" in name]
     run(source, tokenizer, out)
     run(source, tokenizer, tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
 def test_text_changed_meanwhile_is_noticed(source, tokenizer, tmp_path):
     killed_at(3, source, tokenizer, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = files_of(tmp_path / "out")
     before.pop("lock", None)  # of the dead process; the next one removes it
     [file] = source.files
     file.path.write_text(file.path.read_text() + json.dumps({"text": "more"}))
     with pytest.raises(IdentityMismatchError, match=r"source\.fingerprint"):
-        run(open_source(str(file.path)), tokenizer, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+        run(open_source(file.path), tokenizer, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
 
 
 def test_a_failed_first_attempt_is_not_in_the_way(tokenizer, tmp_path, stories):
-    path = tmp_path / "body.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in stories))
+    path = write_lines(tmp_path / "body.jsonl", ({"body": text} for text in stories))
     with pytest.raises(CorpusError, match="no field `text`"):
-        run(open_source(str(path)), tokenizer, tmp_path / "out")
-    corpus = run(open_source(str(path), text_field="body"), tokenizer, tmp_path / "out")
+        run(open_source(path), tokenizer, tmp_path / "out")
+    corpus = run(open_source(path, text_field="body"), tokenizer, tmp_path / "out")
     assert corpus.summary.documents + corpus.summary.holdout_documents == len(stories)
 
 
@@ -151,10 +135,10 @@ def test_a_full_disk_keeps_what_is_finished(source, tokenizer, tmp_path, monkeyp
     with pytest.raises(StorageError, match=r"No space left.*Free space.*same command again"):
         run(source, tokenizer, out)
     monkeypatch.undo()
-    kept = contents(out)
+    kept = files_of(out)
     assert any(name.startswith("training/part-") for name in kept)
     assert not any(".tmp-" in name for name in kept)
     run(source, tokenizer, out)
     run(source, tokenizer, tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
-    assert kept.items() <= contents(out).items()
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert kept.items() <= files_of(out).items()

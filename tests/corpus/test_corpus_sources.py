@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.conftest import write_lines
 
 from sparselogits.corpus import Source, open_source, pieces
 from sparselogits.corpus.locate import arrow_files
@@ -31,7 +32,7 @@ def in_portions(source: Source, portion_bytes: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_lines(path, ({"text": text} for text in texts))
     return path
 
 
@@ -102,7 +103,7 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_format_gives_the_same_documents(tmp_path, stories, kind, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)  # texts are divided between pieces only
-    source = open_source(str(WRITERS[kind](tmp_path / kind, stories)))
+    source = open_source(WRITERS[kind](tmp_path / kind, stories))
     assert list(source.documents()) == stories
     assert in_portions(source, 5000) == stories
     assert source.size > 0
@@ -122,7 +123,7 @@ def test_beside_records_text_files_are_not_read(tmp_path):
     write_jsonl(tmp_path / "b.ndjson", ["row"])
     (tmp_path / "README.md").write_text("about them")
     (tmp_path / "notes.txt").write_text("more about them")
-    source = open_source(str(tmp_path))
+    source = open_source(tmp_path)
     assert list(source.documents()) == ["record", "row"]
     assert [own.names for own in source.left_out] == [("README.md", "notes.txt")]
 
@@ -130,9 +131,9 @@ def test_beside_records_text_files_are_not_read(tmp_path):
 def test_splits_of_a_dataset(tmp_path):
     splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
-    assert list(open_source(str(tmp_path / "d"), split="test").documents()) == ["test"]
+    assert list(open_source(tmp_path / "d", split="test").documents()) == ["test"]
     with pytest.raises(CorpusError, match=r"no split `valid`; its splits are train, test"):
-        open_source(str(tmp_path / "d"), split="valid")
+        open_source(tmp_path / "d", split="valid")
 
 
 def test_files_behind_a_loaded_dataset(tmp_path, stories):
@@ -141,7 +142,7 @@ def test_files_behind_a_loaded_dataset(tmp_path, stories):
         "json", data_files=str(data), split="train", cache_dir=str(tmp_path / "cache")
     )
     [file] = arrow_files(loaded, "lines")
-    assert list(open_source(str(file.path)).documents()) == stories
+    assert list(open_source(file.path).documents()) == stories
     with pytest.raises(CorpusError, match="100 of 200 rows"):
         arrow_files(loaded.select(range(100)), "lines")
 
@@ -149,33 +150,30 @@ def test_files_behind_a_loaded_dataset(tmp_path, stories):
 def test_other_columns_and_nulls(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"body": ["one", None, " ", "two"], "n": [1, 2, 3, 4]}), path)
-    assert list(open_source(str(path), text_field="body").documents()) == ["one", "two"]
+    assert list(open_source(path, text_field="body").documents()) == ["one", "two"]
 
 
 def test_prompts_and_completions(tmp_path):
     path = tmp_path / "t.jsonl"
     rows = [{"prompt": "Q: 1?", "completion": " A."}, {"prompt": "", "completion": "B"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    plain = open_source(str(path))
+    plain = open_source(path)
     [portion] = plain.portions(1 << 20)
     assert [piece.carries_target for piece in plain.pieces(portion)] == [True] * 3
-    masked = open_source(str(path), completion_only=True)
+    masked = open_source(path, completion_only=True)
     found = [(p.text, p.opens, p.closes, p.carries_target) for p in masked.pieces(portion)]
-    assert found == [
-        ("Q: 1?", True, False, False),
-        (" A.", False, True, True),
-        ("B", True, True, True),
-    ]
+    parts = [("Q: 1?", True, False, False), (" A.", False, True, True), ("B", True, True, True)]
+    assert found == parts
     assert (plain.masked, masked.masked) == (False, True)
 
 
 def test_fingerprints_follow_the_content_and_nothing_else(tmp_path):
     folder = write_folder(tmp_path / "a", [f"{n} " * 40_000 for n in range(4)])
-    original = open_source(str(folder)).fingerprint
+    original = open_source(folder).fingerprint
     moved = tmp_path / "elsewhere" / "b"
     shutil.copytree(folder, moved, copy_function=shutil.copyfile)
     os.utime(moved / "part 0" / "000.txt", (1, 1))
-    assert open_source(str(moved)).fingerprint == original
+    assert open_source(moved).fingerprint == original
     file = moved / "part 0" / "003.txt"
     content = bytearray(file.read_bytes())
     for change in ("edge", "longer", "name"):
@@ -186,4 +184,4 @@ def test_fingerprints_follow_the_content_and_nothing_else(tmp_path):
         else:
             file.write_bytes(content)
             file.rename(file.with_name("004.txt"))
-        assert open_source(str(moved)).fingerprint != original, change
+        assert open_source(moved).fingerprint != original, change

@@ -1,6 +1,5 @@
 """Test that rows of token ids become the windows that their trainer reads."""
 
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.conftest import write_lines
 from transformers import PreTrainedTokenizerFast
 
 from sparselogits.corpus import PackedCorpus, fingerprint, open_source, pack, packing_for
@@ -106,9 +106,7 @@ def random_rows(seed: int) -> tuple[Rows, Expected]:
 
 
 def as_json(folder: Path, rows: Rows) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(folder / "rows.jsonl", rows)
 
 
 def as_parquet(folder: Path, rows: Rows) -> Path:
@@ -365,15 +363,9 @@ def test_another_index_is_another_text(tmp_path, tokenizer):
         (lambda p: p.write_bytes(p.read_bytes()[:-2]), "expected 17 ids of 2 bytes"),
         (lambda p: Path(f"{p}.metadata").write_text("name|3"), "are unknown"),
         (lambda p: Path(f"{p}.metadata").write_text("n|" + "9" * 5000), "34 bytes|^$"),
-        (
-            lambda p: Path(f"{p}.index").write_bytes(b"\0" * 9),
-            "has 9 bytes, expected 8 per document",
-        ),
+        (lambda p: Path(f"{p}.index").write_bytes(b"\0" * 9), "9 bytes, expected 8 per document"),
         (lambda p: Path(f"{p}.index").write_bytes(b""), "has 0 bytes, expected 8 per document"),
-        (
-            lambda p: Path(f"{p}.index").write_bytes(struct.pack("<4Q", 5, 3, 4, 17)),
-            "does not ascend",
-        ),
+        (lambda p: Path(f"{p}.index").write_bytes(struct.pack("<4Q", 5, 3, 4, 17)), "not ascend"),
         (lambda p: Path(f"{p}.loss").write_bytes(b"\0" * 3), "has 3 bytes, expected one per id"),
     ],
 )
@@ -519,10 +511,7 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            {"lengths": [3, 2, 4]},
-            r"sequence 2 claims 4 ids from byte 10 on, but a\.bin has 16 bytes",
-        ),
+        ({"lengths": [3, 2, 4]}, r"2 claims 4 ids from byte 10 on, but a\.bin has 16 bytes"),
         ({"begins": [0, 6, -(2**62)]}, r"sequence 2 claims 3 ids from byte -4,611"),
         ({"begins": [0, 6, 2**63 - 1]}, r"sequence 2 claims 3 ids from byte 9,223"),
         ({"begins": [0, 0, 0]}, r"sequence 1 claims .* sequences do not overlap"),
@@ -530,10 +519,7 @@ THREE: list[list[int]] = [[1, 2, 3], [4, 5], [6, 7, 8]]
         ({"lengths": [2**31 - 1, 2, 3]}, r"sequence 0 claims 2,147,483,647 ids"),
         ({"counts": (2**60, 4)}, r"claims 1,152,921,504,606,846,976 sequences"),
         ({"counts": (2, 4)}, r"claims 2 sequences and 4 documents, 90 bytes, but has 102"),
-        (
-            {"code": 7},
-            r"index version 1 and dtype code 7; expected index version 1 and an integer dtype",
-        ),
+        ({"code": 7}, r"version 1 and dtype code 7; expected index version 1 and an integer"),
         ({"code": 99}, r"dtype code 99"),
         ({"version": 2}, r"has index version 2"),
         ({"magic": b"TNTIDX\x00\x00\x00"}, r"not an index of Megatron-LM: it begins with b'TNTIDX"),

@@ -409,6 +409,7 @@ def other_documents(record: WindowRecord) -> WindowRecord:
     return replace(record, document_starts=np.array([2], np.int32))
 
 
+OTHER = {"tokenizer": "2" * 64}
 RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
 
 
@@ -423,28 +424,16 @@ RECORDED = {"ids": "5" * 64, "added": {"8": "<end>"}, "roles": {"eos": "<end>"}}
         ({"change": other_text}, "window 0 differs in its text between .*a and .*b"),
         ({"change": other_mask}, "window 0 differs in its loss mask"),
         ({"change": other_documents}, "window 0 differs in its documents"),
-        (
-            {"tokenizer": "2" * 64},
-            "tokenizer of the cache at .*b .*is not the tokenizer of the cache at .*a",
-        ),
+        ({"tokenizer": "2" * 64}, "cache at .*b .*is not the tokenizer of the cache at .*a"),
         (
             {"tokenizer": "2" * 64, "provenance": {"tokenizer": RECORDED | {"ids": "6" * 64}}},
             "its ids mean other tokens",
         ),
         (
-            {
-                "tokenizer": "2" * 64,
-                "provenance": {"tokenizer": RECORDED | {"added": {"8": "<stop>"}}},
-            },
+            OTHER | {"provenance": {"tokenizer": RECORDED | {"added": {"8": "<stop>"}}}},
             "id 8 is '<stop>' here and '<end>' in the cache",
         ),
-        (
-            {
-                "tokenizer": "2" * 64,
-                "provenance": {"tokenizer": {"ids": 3, "added": 4, "roles": 5}},
-            },
-            "its ids mean other tokens",
-        ),
+        (OTHER | {"provenance": {"tokenizer": {"ids": 3, "added": 4, "roles": 5}}}, "mean other"),
     ],
 )
 def test_caches_that_do_not_fit_are_refused_by_name(tmp_path, options, said):

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import draft_from_prefixes, evaluate
@@ -137,10 +136,8 @@ def test_what_the_teacher_never_says_is_rejected_at_once():
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
-def windows(request: Any, tmp_path_factory: Any, tokenizer: Any, text: Path) -> TextDataset:
-    packing = packing_for(tokenizer, window_length=24, holdout=0.2, reset_attention=request.param)
-    out = tmp_path_factory.mktemp("packed")
-    corpus = pack(open_source(str(text)), tokenizer, packing, out, vocab_size=520)
+def windows(request: Any, packed_text: Any) -> TextDataset:
+    corpus = packed_text(24, holdout=0.2, reset_attention=request.param)
     return TextDataset(corpus, limit=40)
 
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import METRICS, HeldOut, evaluate
@@ -77,7 +76,7 @@ def test_intervals_cover_as_often_as_is_said(units, share):
         assert found.low is not None
         assert found.high is not None
         hits += found.low <= 0 <= found.high
-    assert abs(hits / 1000 - share) < 5 * (share * (1 - share) / 1000) ** 0.5
+    assert covered(hits, 1000, share)
 
 
 def covered(hits: int, trials: int, share: float) -> bool:
@@ -212,13 +211,8 @@ def test_one_window_has_no_interval_and_none_is_an_error():
 
 
 @pytest.fixture(scope="module")
-def found(
-    tmp_path_factory: Any, tokenizer: Any, text: Path, teacher_folder: Path
-) -> dict[str, HeldOut]:
-    packing = packing_for(tokenizer, window_length=24, holdout=0.2, reset_attention=True)
-    corpus = pack(
-        open_source(str(text)), tokenizer, packing, tmp_path_factory.mktemp("p"), vocab_size=520
-    )
+def found(packed_text: Any, tokenizer: Any, teacher_folder: Path) -> dict[str, HeldOut]:
+    corpus = packed_text(24, holdout=0.2, reset_attention=True)
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     students = {"a": tiny_llama(seed=4), "b": tiny_llama(seed=5)}
     return evaluate(students, TextDataset(corpus, limit=12), teacher, resamples=200, seed=5)

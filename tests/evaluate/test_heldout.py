@@ -1,12 +1,10 @@
 """Test that held-out metrics equal those of a plain computation on all logits."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset, collate
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
@@ -15,10 +13,8 @@ from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
-def windows(request: Any, tmp_path_factory: Any, tokenizer: Any, text: Path) -> TextDataset:
-    packing = packing_for(tokenizer, window_length=48, holdout=0.2, reset_attention=request.param)
-    out = tmp_path_factory.mktemp("packed")
-    corpus = pack(open_source(str(text)), tokenizer, packing, out, vocab_size=520)
+def windows(request: Any, packed_text: Any) -> TextDataset:
+    corpus = packed_text(48, holdout=0.2, reset_attention=request.param)
     return TextDataset(corpus, limit=5)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparselogits.store import Cache
 from sparselogits.store.storage.local import LocalStorage
+from tests.conftest import files_of
 from tests.store.draws import identity, records
 
 RANGES = ((0, 4), (4, 8), (8, 12))
@@ -77,12 +78,7 @@ def in_child(work: Callable[..., None], *args: Any, **options: Any) -> BaseProce
     return child
 
 
-def files(root: Path) -> dict[str, bytes]:
-    """Return the contents of all files of a cache by name, including temporary files."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 def undisturbed(root: Path) -> dict[str, bytes]:
     """Return the files of an undisturbed build."""
     build(root)
-    return files(root)
+    return files_of(root)

@@ -1,7 +1,7 @@
 """Run every decoder on malformed bytes, under a limit of address space.
 
     python -m tests.faults.fuzz --first 0 --inputs 10000 --out piece.json
-    python -m tests.faults.run --only fuzz                  a million, in pieces that resume
+    python -m tests.faults.run --only fuzz                  a million
 
 Six entry points are used in turn. Each input is a valid original with some bytes changed, cut,
 repeated or inserted, as a function of its number and the seed. An input passes if it decodes or

@@ -15,6 +15,8 @@ command passes if it exits within `SECONDS` with code 0 or 2, and
 
 import os
 
+from tests.conftest import write_lines
+
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena reserves 64 MiB of address space
 
 import argparse
@@ -72,11 +74,9 @@ class Ground:
 
 def make_ground(folder: Path) -> Ground:
     """Build the valid cache in this process."""
-    from sparselogits.caching import CacheRequest, build_caches
-    from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+    from sparselogits.corpus import open_source, pack, packing_for
     from sparselogits.samplers import Systematic
-    from sparselogits.teacher import load_teacher
-    from tests.conftest import documents, tiny_llama, tokenizer
+    from tests.conftest import build_cache, documents, tiny_llama, tokenizer
 
     ground = Ground(folder)
     words = tokenizer.__wrapped__()
@@ -84,17 +84,11 @@ def make_ground(folder: Path) -> Ground:
     words.save_pretrained(ground.model)
     text = folder / "text.jsonl"
     pages = [page[:900] for page in documents()[:14]]
-    text.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
-    teacher = load_teacher(str(ground.model), tokenizer=words)
+    write_lines(text, ({"text": page} for page in pages))
     packing = packing_for(words, window_length=WINDOW, separator_id=0, holdout=0.3)
-    corpus = pack(open_source(str(text)), words, packing, ground.cache / "corpus", vocab_size=520)
-    build_caches(
-        teacher,
-        corpus,
-        [CacheRequest(ground.cache, Systematic(12))],
-        tokenizer_hash=tokenizer_fingerprint(words),
-        windows_per_shard=SHARD,
-    )
+    corpus = pack(open_source(text), words, packing, ground.cache / "corpus", vocab_size=520)
+    options = {"windows_per_shard": SHARD}
+    build_cache(ground.model, corpus, ground.cache, Systematic(12), words, **options)
     return ground
 
 
@@ -346,6 +340,10 @@ def growing_footer(keys: list[tuple[bytes, bytes]]) -> Apply:
     return parts(lambda p: {"keys": [*p["keys"], *keys]})
 
 
+DELTAS = (*map(forge.varint, (1 << 30, 1, BIG)), b"\0" * 64)
+"""Header of a page of deltas that claims a billion values."""
+
+
 def windows_of(length: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda c: c | {"packing": c["packing"] | {"window_length": length}}
 
@@ -418,12 +416,7 @@ BOMBS: dict[str, Apply | Mutation] = {
     "values claimed in the footer alone": page("document_starts", claimed={"values": BIG}),
     "a deltas' page": page(
         "document_starts",
-        data=b"".join(
-            [
-                *(forge.runs([(0, 8)]), forge.runs([(1, 8)])),
-                *(*map(forge.varint, (1 << 30, 1, BIG)), b"\0" * 64),
-            ]
-        ),
+        data=b"".join([forge.runs([(0, 8)]), forge.runs([(1, 8)]), *DELTAS]),
         encoding=forge.DELTA,
     ),
     "a page of another kind": page("targets", kind=3),
@@ -709,10 +702,8 @@ def attack(
             highest = max(highest, (key, outcome.mib), key=lambda pair: pair[1])
             slowest = max(slowest, (key, outcome.seconds), key=lambda pair: pair[1])
             if loud:
-                print(
-                    f"{fault or ended:12} {outcome.seconds:5.1f} s {outcome.mib:6.0f} MiB  {key}",
-                    flush=True,
-                )
+                cost = f"{outcome.seconds:5.1f} s {outcome.mib:6.0f} MiB"
+                print(f"{fault or ended:12} {cost}  {key}", flush=True)
                 if fault:
                     print("   ", outcome.said[-1500:].replace("\n", "\n    "), flush=True)
     return {

@@ -3,9 +3,9 @@
 Both fork from a process that has imported all modules, so they run in a separate process.
 """
 
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.conftest import run_python
 
 SHARE = """
 import os, subprocess, sys
@@ -26,12 +26,6 @@ except subprocess.CalledProcessError as error:
 def test_a_share(tmp_path):
     for name in ("pairs", "disks"):
         (tmp_path / name).mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", SHARE, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    done = run_python("-c", SHARE, tmp_path, cwd=Path(__file__).parents[2], timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("both done") + done.stdout.count("one refused") == 5, done.stdout

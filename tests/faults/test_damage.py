@@ -49,14 +49,11 @@ def flip_bits(root: Path, kind: str, flips: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_flipped_bit_is_found(tmp_path, kind):
-    flip_bits(tmp_path, kind, 75, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_ten_thousand_flipped_bits_are_found(tmp_path, kind):
-    flip_bits(tmp_path, kind, 2500, seed=2)
+@pytest.mark.parametrize(
+    ("flips", "seed"), [(75, 1), pytest.param(2500, 2, marks=pytest.mark.slow)]
+)
+def test_every_flipped_bit_is_found(tmp_path, kind, flips, seed):
+    flip_bits(tmp_path, kind, flips, seed)
 
 
 def boundaries(path: Path) -> set[int]:

@@ -17,22 +17,9 @@ import pytest
 
 from sparselogits.errors import CacheError, IdentityMismatchError, StorageError
 from sparselogits.store import Cache, repair, verify
-from tests.faults.builds import WINDOWS, build, files, undisturbed
+from tests.conftest import files_of
+from tests.faults.builds import WINDOWS, build, undisturbed
 from tests.store.draws import identity
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
 
 FIRST = "shards/windows-000000000000-000000000004.parquet"
 
@@ -52,11 +39,11 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path, small_disk, file):
     fill(small_disk, ballast, leaving=4096 * pages + 2048)
     with pytest.raises(CacheError, match="No space left"):
         build(root)
-    left = files(root) if root.exists() else {}
+    left = files_of(root) if root.exists() else {}
     assert left.items() <= whole.items()
     ballast.unlink()
     build(root)
-    assert files(root) == whole
+    assert files_of(root) == whole
     assert verify(Cache.open(root), stop=12).ok
 
 
@@ -71,7 +58,7 @@ def test_a_disk_that_turns_read_only(tmp_path, small_disk):
     assert verify(Cache.open(root)).ok
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     build(root)
-    assert files(root) == undisturbed(tmp_path / "whole")
+    assert files_of(root) == undisturbed(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -108,7 +95,7 @@ def test_a_file_system_without_hard_links(tmp_path, exfat):
     assert len(repair(cache).set_aside) == 3
     build(exfat / "c")
     whole = undisturbed(tmp_path / "whole")
-    assert {n: d for n, d in files(exfat / "c").items() if not n.startswith("damaged")} == whole
+    assert {n: d for n, d in files_of(exfat / "c").items() if not n.startswith("damaged")} == whole
     assert not cache.storage.create(first.relative_to(exfat / "c").as_posix(), b"other")
 
 
@@ -130,7 +117,7 @@ def test_of_builds_that_differ_one_gets_the_folder(tmp_path):
     assert {seed for seed, word in said if word == "built"} == {winner}
     assert all("seed" in word for seed, word in said if seed != winner)
     build(tmp_path / "whole", seed=winner)
-    assert files(tmp_path / "c") == files(tmp_path / "whole")
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "whole")
 
 
 def test_a_shard_that_may_not_be_opened_is_not_a_damaged_one(tmp_path):
@@ -209,4 +196,4 @@ def test_a_clock_that_jumps_by_decades(tmp_path):
     command = [sys.executable, "-c", UNDER_A_CLOCK_THAT_JUMPS, str(root), str(tmp_path / "copy")]
     bent = os.environ | {"LD_PRELOAD": str(library)}
     subprocess.run(command, env=bent, cwd=Path(__file__).parents[2], check=True)
-    assert files(root) == undisturbed(tmp_path / "whole")
+    assert files_of(root) == undisturbed(tmp_path / "whole")

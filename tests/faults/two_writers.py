@@ -97,7 +97,7 @@ def _one(name: str, pair: Pair, bench: Bench, at: Path, chance: random.Random) -
         assert sorted(map(int, codes)) == [0, 2], said
         winner = bench.texts[codes.index(0)]
         corpus = PackedCorpus.open(at / "c/corpus")
-        assert corpus.source_fingerprint == open_source(str(winner)).fingerprint
+        assert corpus.source_fingerprint == open_source(winner).fingerprint
     for cache in (at / "c", at / "pushed"):
         if cache.exists():
             _require_sound(cache, whole=name in ("cache/cache", "append/append", "train/train"))

@@ -13,6 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def write_material(folder: Path, characters: int = 60_000) -> None:
     """Write text, a folder of texts, JSON lines, conversations and Parquet of that length each."""
     pages, size = [], 0
@@ -34,12 +38,7 @@ def write_material(folder: Path, characters: int = 60_000) -> None:
         lines = [json.dumps({field: page}) for page in pages]
         (folder / name).write_text("\n".join(lines) + "\n")
     chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Explain: {part[:40]}"},
-                {"role": "assistant", "content": part},
-            ]
-        }
+        {"messages": [turn("user", f"Explain: {part[:40]}"), turn("assistant", part)]}
         for part in paragraphs
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import RULES, TARGETS, D, K, N, V, errors_in_low_precision, problem
+from problems import RULES, TARGETS, D, N, errors_in_low_precision, problem
 from torch import Tensor
 
 from sparselogits.losses import (
@@ -164,5 +164,3 @@ def test_k_may_be_zero():
     for rule in RULES:
         options = {"missing_mass": rule, "alpha": 0.5}
         assert_same(run(p, **options), run(p, **options, impl="reference"), 1e-10)
-    assert K != 0
-    assert V != 0

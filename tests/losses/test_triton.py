@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.conftest import run_python
 
 pytest.importorskip("triton")
 
@@ -20,9 +19,7 @@ pytest.importorskip("triton")
 @pytest.mark.slow
 def test_matches_reference_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python(__file__, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cases agree" in done.stdout
 

@@ -138,7 +138,7 @@ def test_a_cache_drawn_with_a_student_in_memory(tmp_path, teacher_folder, text, 
     packing = packing_for(tokenizer, window_length=32, separator_id=0)
     vocab_size = teacher.vocab_size
     corpus = pack(
-        open_source(str(pages)), tokenizer, packing, tmp_path / "corpus", vocab_size=vocab_size
+        open_source(pages), tokenizer, packing, tmp_path / "corpus", vocab_size=vocab_size
     )
     how = {"tokenizer_hash": tokenizer_fingerprint(tokenizer), "windows_per_shard": 16}
     sampler = Adaptive(StudentSignal.of(tiny_llama(seed=1), "distance", path="/moved/away"))

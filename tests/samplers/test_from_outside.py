@@ -25,20 +25,11 @@ from sparselogits.samplers import (
 )
 from sparselogits.samplers.registry import GROUP, _from_packages
 from sparselogits.store import Cache, codec_for, verify
-from tests.conftest import tiny_llama
+from tests.conftest import tiny_llama, write_package
 from tests.pages import ROOT, blocks
 from tests.samplers.distributions import logits_of
 
 PAGE = blocks(ROOT / "docs" / "extending.md")
-
-
-def install(folder: Path, module: str, code: str, points: str) -> None:
-    """Put a module and its package's entry points where Python finds installed packages."""
-    (folder / f"{module}.py").write_text(code)
-    facts = folder / f"{module}-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[{GROUP}]\n{points}\n")
 
 
 @pytest.fixture
@@ -57,7 +48,9 @@ def stratified(packages: Path) -> None:
     (points,) = (block.code for block in PAGE if block.language == "toml")
     heading, line = points.splitlines()
     assert heading == f'[project.entry-points."{GROUP}"]'
-    install(packages, "my_samplers", code, line.replace('"', ""))
+    name, place = line.replace('"', "").split(" = ")
+    module, kind = place.split(":")
+    write_package(packages, module, code, GROUP, {name: kind})
 
 
 def sparselogits(*words: object) -> str:
@@ -152,14 +145,9 @@ class Clashing(TopK):
 class Good(TopK):
     name = title = "good"
 """
-    points = "\n".join(
-        f"{name} = strange:{value}"
-        for name, value in {
-            **{"absent": "Absent", "mute": "Mute", "topk": "Taken", "number": "__file__"},
-            **{"clashing": "Clashing", "good": "Good"},
-        }.items()
-    )
-    install(packages, "strange", code, points)
+    points = {"absent": "Absent", "mute": "Mute", "topk": "Taken", "number": "__file__"}
+    points |= {"clashing": "Clashing", "good": "Good"}
+    write_package(packages, "strange", code, GROUP, points)
     with pytest.warns(SparseLogitsWarning) as said:
         known = samplers()
     assert "good" in known

@@ -5,6 +5,7 @@ those parts must give the teacher's logits.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -19,7 +20,7 @@ from sparselogits.errors import InvalidArgumentError, ShrinkError
 from sparselogits.lab.tasks import write_tasks
 from sparselogits.shrink import layer_influence, layer_losses, shrink
 from sparselogits.shrink.layout import layout_of
-from tests.conftest import tiny_llama
+from tests.conftest import run_python, tiny_llama
 
 V = 97
 COMMON = {
@@ -234,16 +235,9 @@ def test_a_structure_that_is_not_understood_is_refused_by_name(
 
 def test_command_writes_a_folder_that_loads_and_generates(teacher_folder, text, tmp_path):
     out = tmp_path / "student"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "sparselogits", "shrink", str(teacher_folder)),
-            *("--layers", "1", "--intermediate-size", "48", "--data", str(text)),
-            *("--windows", "4", "--window", "32", "--out", str(out), "--device", "cpu", "--json"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    options = "--layers 1 --intermediate-size 48 --windows 4 --window 32 --device cpu --json"
+    words = ["shrink", teacher_folder, "--data", text, "--out", out, *shlex.split(options)]
+    done = run_python("-m", "sparselogits", *words, check=True)
     facts = json.loads(done.stdout)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)

@@ -32,10 +32,8 @@ def read_cache(root: Path) -> list[dict[str, Any]]:
     """Return the rows of a cache, with `targets` as [(position, id, weight, count)]."""
     content = json.loads((root / "cache.json").read_text())
     identity = content["identity"]
-    compared = {
-        **identity,
-        "teacher": {k: v for k, v in identity["teacher"].items() if k != "name"},
-    }
+    teacher = {k: v for k, v in identity["teacher"].items() if k != "name"}
+    compared = {**identity, "teacher": teacher}
     canonical = json.dumps(compared, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert hashlib.sha256(canonical.encode()).hexdigest() == content["fingerprint"]
     windows = []

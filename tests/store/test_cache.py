@@ -4,7 +4,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pickle
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -50,14 +49,6 @@ def test_windows_are_numbered_over_all_shards(tmp_path):
         assert same_record(cache.read(i), record("counts", cache.window_index(i)))
     with pytest.raises(IndexError):
         cache.read(60)
-
-
-def test_equal_records_give_equal_bytes(tmp_path):
-    paths = [
-        Cache.create(tmp_path / name, identity()).commit(records("counts", 0, 20), {"a": 1})
-        for name in "ab"
-    ]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_finished_shard_stays(tmp_path):
@@ -226,21 +217,3 @@ def test_the_data_loader_s_workers_read_safely(tmp_path, method):
     expected = [record("counts", i).tokens.tolist() for i in range(200)]
     assert sorted(seen) == sorted(expected)
     assert [dataset[i]["targets"].ids.tolist() for i in (0, 1, 150)] == first
-
-
-def _read_in_child(cache: Cache, i: int, queue: object) -> None:
-    queue.put(cache.read(i).tokens.tolist())
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_open_cache_crosses_processes(tmp_path, method):
-    cache = Cache.create(tmp_path, identity())
-    cache.commit(records("counts", 0, 12), {})
-    cache.read(0)
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    process = context.Process(target=_read_in_child, args=(cache, 9, queue))
-    process.start()
-    assert queue.get(timeout=60) == record("counts", 9).tokens.tolist()
-    process.join()
-    assert same_record(pickle.loads(pickle.dumps(cache)).read(9), record("counts", 9))

@@ -42,12 +42,8 @@ def test_a_hostile_name_stays_text_in_a_card():
     assert [line for line in lines if line.startswith("#")] == [
         "# A cache of sparse teacher targets"
     ]
-    assert [line for line in lines if line.startswith("```")] == [
-        "```python",
-        "```",
-        "```json",
-        "```",
-    ]
+    fences = [line for line in lines if line.startswith("```")]
+    assert fences == ["```python", "```", "```json", "```"]
     shown = [line for line in lines if "<script>" in line and not line.startswith(" ")]
     assert len(shown) == 2
     for line in shown:  # inside one pair of backticks, where neither Markdown nor HTML is read

@@ -73,14 +73,11 @@ def test_what_samplers_draw_comes_back(sampler, weights, scale):
         uniforms = window_uniforms(0, index, L, sampler.uniforms_per_position)
         tokens = torch.randint(0, 600, (L,), generator=generator).to(torch.int32).numpy()
         windows.append(TargetWindow(sampler(logits, uniforms), tokens, np.ones(L, np.bool_)))
+    tau = sampler.stores.tau
     identity = codec_for(sampler, exact_weights=True)
     assert identity == {"name": "inverted-lists", "version": 1} | {
         key: value
-        for key, value in (
-            ("weights", weights),
-            ("rounds", sampler.rounds),
-            ("tau", sampler.stores.tau),
-        )
+        for key, value in (("weights", weights), ("rounds", sampler.rounds), ("tau", tau))
         if value is not None
     }
     require_round_trip(TargetCodec.from_identity(identity, V), windows)

@@ -78,13 +78,8 @@ def test_a_reader_from_the_specification_agrees(root):
         record = cache.read(i)
         targets = record.targets
         counts = [None] * targets.entries if targets.counts is None else targets.counts.tolist()
-        told = zip(
-            targets.positions.tolist(),
-            targets.ids.tolist(),
-            targets.weights.tolist(),
-            counts,
-            strict=True,
-        )
+        parts = (targets.positions, targets.ids, targets.weights)
+        told = zip(*(part.tolist() for part in parts), counts, strict=True)
         assert row["targets"] == list(told)
         assert row["tokens"] == record.tokens.tolist()
         if record.inputs is not None:

@@ -3,7 +3,6 @@
 import multiprocessing
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from sparselogits.store import Cache, CopyFolder, merge, repair, verify
 from sparselogits.store.cache import same_record
 from sparselogits.store.storage.location import Location
 from sparselogits.store.storage.objects import ObjectStorage
+from tests.conftest import files_of
 from tests.store.draws import identity, record, records
 
 
@@ -31,14 +31,10 @@ def build(place: Location, *starts: int) -> Cache:
     return cache
 
 
-def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 def test_the_same_files_as_in_a_folder(tmp_path, s3):
     build(tmp_path / "c", 0, 20)
     build(s3.url, 20, 0)
-    assert s3.objects() == files(tmp_path / "c")
+    assert s3.objects() == files_of(tmp_path / "c")
     cache = Cache.open(f"{s3.url}/")
     assert cache.finished() == [(0, 20), (20, 40)]
     assert verify(cache).ok
@@ -126,7 +122,7 @@ def test_merge_between_a_folder_and_a_bucket(tmp_path, s3):
     there = build(s3.url, 20)
     merge([Cache.open(tmp_path / "a"), there], tmp_path / "both")
     merge([Cache.open(tmp_path / "a")], s3.url)
-    assert s3.objects() == files(tmp_path / "both")
+    assert s3.objects() == files_of(tmp_path / "both")
 
 
 def test_what_cannot_be_reached_is_not_damaged(s3, monkeypatch):

@@ -4,10 +4,8 @@ The hub is a stand-in on this machine (tests/store/hub.py); its client is the re
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from sparselogits.errors import (
     InvalidArgumentError,
 )
 from sparselogits.store import Cache, CopyFolder, push
+from tests.conftest import files_of, run_python
 from tests.store.hub import Hub
 
 NAME = "hf://datasets/org/name"
@@ -45,20 +44,10 @@ def url(tmp_path: Path) -> Iterator[str]:
         files.rm(root, recursive=True)
 
 
-def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
 def as_on_the_hub(hub: Hub, tmp_path: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """`python -m sparselogits ...`, or other Python, where the stand-in is the hub."""
     home = {"XDG_CACHE_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf")}
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **hub.environment, **home, "COLUMNS": "200"},
-    )
+    return run_python(*words, env={**hub.environment, **home, "COLUMNS": "200"})
 
 
 LOAD = """
@@ -87,7 +76,7 @@ def test_pushed_to_a_hub_and_loaded_back_by_name(tmp_path, cache, hub):
     pushed = as_on_the_hub(hub, tmp_path, "-m", "sparselogits", "push", cache, NAME)
     assert pushed.returncode == 0, pushed.stderr
     assert f'CacheDataset("{NAME}")' in pushed.stdout
-    there, here = hub.files, files(cache)
+    there, here = hub.files, files_of(cache)
     here = {n: d for n, d in here.items() if not n.startswith("tokenizer/")}  # it stays here
     assert there.keys() == here.keys()
     assert {n for n in there if there[n] != here[n]} == {"README.md"}

@@ -77,16 +77,8 @@ VALUES: dict[str, tuple[str, Change, str]] = {
     "flag of 2": ("threshold", number("heavy", 5, 2), "flags"),
     "count of 2^32 - 1": ("counts", number("counts", 5, 2**32 - 1), "exceed its 21 rounds"),
     "counts beyond N": ("counts", number("counts", 5, 25), "exceed its 21 rounds"),
-    "input beyond V": (
-        "masked-counts",
-        changed("inputs", lambda own: own + 1000),
-        "input outside the vocabulary",
-    ),
-    "an input too few": (
-        "masked-counts",
-        changed("inputs", lambda own: own[1:]),
-        "one input per position",
-    ),
+    "input beyond V": ("masked-counts", changed("inputs", lambda i: i + 1000), "input outside"),
+    "an input too few": ("masked-counts", changed("inputs", lambda i: i[1:]), "one input per"),
     "no mask beside inputs": ("masked-counts", column("mask", 3, None), "no mask"),
     "rate of 0": ("masked-counts", column("rate", 3, 0.0), "window 3 has a rate"),
     "rate NaN": ("masked-counts", column("rate", 3, float("nan")), "window 3 has a rate"),

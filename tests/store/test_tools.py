@@ -11,7 +11,6 @@ import pytest
 from sparselogits.corpus import Window, fingerprint
 from sparselogits.errors import CacheError, IdentityMismatchError, InvalidArgumentError
 from sparselogits.store import Cache, WindowRecord, export, merge, repair, verify
-from sparselogits.store.cache import same_record
 from sparselogits.store.shard.writer import encode_shard
 from sparselogits.targets import SparseTargets
 from tests.store.draws import KINDS, identity, record, records
@@ -146,13 +145,6 @@ def test_merge_refuses_strangers_overlaps_and_damage(tmp_path):
         merge([a], tmp_path / "e")
 
 
-def test_more_text_is_appended_without_rewriting(tmp_path):
-    before = {p: p.read_bytes() for p in (build(tmp_path, 0, 20).root / "shards").iterdir()}
-    again = build(tmp_path, 40)
-    assert again.finished() == [(0, 20), (20, 40), (40, 60)]
-    assert all(path.read_bytes() == data for path, data in before.items())
-
-
 def test_export_as_lists_gives_every_entry(tmp_path):
     cache = build(tmp_path / "c", 0, 20)
     paths = export(cache, tmp_path / "out", "lists")
@@ -174,25 +166,9 @@ def test_export_as_topk_takes_the_heaviest(tmp_path):
     assert row["top_ids"][5] == ids.gather(1, weights.topk(3).indices)[5].tolist()
 
 
-def test_export_for_datasets_loads_back(tmp_path):
-    from datasets import load_from_disk
-
-    cache = build(tmp_path / "c", 0)
-    export(cache, tmp_path / "out", "datasets")
-    loaded = load_from_disk(str(tmp_path / "out"))
-    assert loaded[7]["tokens"] == record("counts", 7).tokens.tolist()
-
-
 def test_export_refuses_what_it_cannot_do(tmp_path):
     cache = build(tmp_path / "c", 0)
     with pytest.raises(InvalidArgumentError, match="choose one of"):
         export(cache, tmp_path / "out", "csv")
     with pytest.raises(InvalidArgumentError, match="not empty"):
         export(cache, tmp_path / "c", "lists")
-
-
-def test_reading_goes_on_beside_damage(tmp_path):
-    cache = build(tmp_path, 0, 20)
-    flip(tmp_path / "shards/windows-000000000020-000000000040.parquet", 4000)
-    for i in range(20):
-        assert same_record(cache.read(i), record("counts", i))

@@ -99,9 +99,7 @@ def pefts_own(base: Path, folder: Path, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's about unsaved configurations
-def test_logits_and_gradients_with_every_kind_of_adapter(
-    name: str, base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_logits_and_gradients_with_every_kind_of_adapter(name, base, tmp_path, tokenizer):
     folder = save_adapter(base, tmp_path / "adapter", KINDS[name]())
     teacher = loaded(folder, tokenizer)
     expected = pefts_own(base, folder, TOKENS)
@@ -130,9 +128,7 @@ def identity_of(folder: Path, tokenizer: Any) -> str:
     return weights
 
 
-def test_the_identity_covers_adapter_and_base(
-    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_identity_covers_adapter_and_base(base, tmp_path, tokenizer):
     other = tmp_path / "base"
     tiny_llama(tie_word_embeddings=False).save_pretrained(other)
     folder = save_adapter(other, tmp_path / "adapter", KINDS["lora"]())
@@ -158,17 +154,13 @@ def test_the_identity_covers_adapter_and_base(
     assert identity_of(folder, tokenizer) != first
 
 
-def test_a_tokenizer_is_taken_from_the_base_where_the_adapter_has_none(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_is_taken_from_the_base_where_the_adapter_has_none(base, tmp_path):
     folder = save_adapter(base, tmp_path / "adapter", KINDS["lora"]())
     assert len(load_tokenizer(str(folder))) == VOCABULARY
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_embedding_that_was_extended_before_training(
-    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_embedding_that_was_extended_before_training(base, tmp_path, tokenizer):
     """As scripts do that add tokens: PEFT saves the embedding, the base on disk is smaller."""
     wider = PADDED_VOCABULARY + 8
     torch.manual_seed(3)
@@ -189,9 +181,7 @@ class Evil:
         return print, ("code from a pickle has run",)
 
 
-def test_pickled_adapters_and_loops_are_refused(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickled_adapters_and_loops_are_refused(base, tmp_path, capsys):
     folder = save_adapter(base, tmp_path / "adapter", KINDS["lora"]())
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
@@ -212,9 +202,7 @@ def test_pickled_adapters_and_loops_are_refused(
             load_language_model(str(again))
 
 
-def test_an_adapter_of_a_size_that_its_file_does_not_hold_is_refused(
-    base: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_a_size_that_its_file_does_not_hold_is_refused(base, tmp_path):
     folder = save_adapter(base, tmp_path / "adapter", KINDS["lora"]())
     described = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(described | {"r": 10**7}))

@@ -43,16 +43,16 @@ def plain(directions: int = 1) -> ModuleTeacher:
     return ModuleTeacher(trunk, head, token_mask=MASK, slice_positions=7, **names)
 
 
-def test_a_plain_module_keeps_the_protocol() -> None:
+def test_a_plain_module_keeps_the_protocol():
     check_engine(plain(), TOKENS)
 
 
-def test_transformers_keeps_the_protocol() -> None:
+def test_transformers_keeps_the_protocol():
     mask = torch.arange(520) < 512
     check_engine(TransformersTeacher(tiny_llama(), token_mask=mask, identity=IDENTITY), TOKENS)
 
 
-def test_both_engines_draw_the_same_from_one_model() -> None:
+def test_both_engines_draw_the_same_from_one_model():
     model = tiny_llama()
 
     class Trunk(nn.Module):
@@ -108,7 +108,7 @@ class Elsewhere(nn.Module):
         return torch.stack(rows)
 
 
-def test_a_trunk_that_asks_another_program(tmp_path: Path) -> None:
+def test_a_trunk_that_asks_another_program(tmp_path):
     """As inference engines hand over hidden states: norm and head are ours, the rest is theirs."""
     model = tiny_llama()
     mask = torch.arange(520) < 512
@@ -123,7 +123,7 @@ def test_a_trunk_that_asks_another_program(tmp_path: Path) -> None:
     torch.testing.assert_close(found[:, :512], expected[:, :512])
 
 
-def test_other_weights_are_another_teacher() -> None:
+def test_other_weights_are_another_teacher():
     trunk, head = Recurrent(), nn.Linear(16, 52)
 
     def weights() -> object:
@@ -175,7 +175,7 @@ class Broken(ModuleTeacher):
         ("batch", "alone and in a batch differ"),
     ],
 )
-def test_faults_are_found(fault: str, said: str) -> None:
+def test_faults_are_found(fault, said):
     engine = Broken(
         *(Recurrent(), nn.Linear(16, 52)),
         **{"token_mask": MASK, "name": "x", "architecture": "x", "slice_positions": 7},
@@ -185,18 +185,18 @@ def test_faults_are_found(fault: str, said: str) -> None:
         check_engine(engine, TOKENS)
 
 
-def test_a_teacher_that_sees_the_future_is_found() -> None:
+def test_a_teacher_that_sees_the_future_is_found():
     with pytest.raises(TeacherError, match="differ in their last token"):
         check_engine(plain(directions=2), TOKENS)
 
 
-def test_an_identity_that_lacks_something() -> None:
+def test_an_identity_that_lacks_something():
     engine = plain()
     del engine.identity["weights"]
     with pytest.raises(TeacherError, match="lacks weights"):
         check_engine(engine, TOKENS)
 
 
-def test_a_plain_module_cannot_restart_at_documents() -> None:
+def test_a_plain_module_cannot_restart_at_documents():
     with pytest.raises(TeacherError, match="reset_attention"):
         next(plain().logits(TOKENS, [np.array([0, 5])] * 3))

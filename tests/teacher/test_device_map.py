@@ -1,10 +1,7 @@
 """Test that a teacher with weights on disk gives the logits of the whole model."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.teacher import TransformersTeacher, check_engine, load_teacher
 
@@ -29,14 +26,9 @@ def logits(teacher: TransformersTeacher) -> torch.Tensor:
     ],
     ids=["whole", "partly on disk", "all on disk"],
 )
-def test_logits_do_not_depend_on_where_weights_are(
-    how: dict[str, object],
-    places: set[str],
-    teacher_folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_logits_do_not_depend_on_where_weights_are(how, places, teacher_folder, tokenizer):
     whole = load_teacher(str(teacher_folder), tokenizer=tokenizer)
-    spread = load_teacher(str(teacher_folder), tokenizer=tokenizer, **how)  # type: ignore[arg-type]
+    spread = load_teacher(str(teacher_folder), tokenizer=tokenizer, **how)
     assert {p.device.type for p in spread.model.parameters()} == places
     assert spread.identity == whole.identity
     check_engine(spread, TOKENS)

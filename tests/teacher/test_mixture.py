@@ -22,9 +22,7 @@ def teachers(
     return [load_teacher(str(f), tokenizer=tokenizer) for f in (teacher_folder, second_teacher)]
 
 
-def test_a_mixture_of_teachers_is_the_mean_of_their_distributions(
-    teachers: list[TransformersTeacher],
-) -> None:
+def test_a_mixture_of_teachers_is_the_mean_of_their_distributions(teachers):
     tokens = torch.randint(0, VOCABULARY, (2, 300), generator=torch.Generator().manual_seed(0))
     tokens = tokens[:, :100]
     mixture = MixtureTeacher(teachers, WEIGHTS)
@@ -47,16 +45,12 @@ def test_a_mixture_of_teachers_is_the_mean_of_their_distributions(
 @pytest.mark.parametrize(
     "weights", [[1.0], [0.5, 0.6], [1.0, 0.0], [1.5, -0.5], [float("nan")] * 2]
 )
-def test_weights_of_teachers_are_positive_shares(
-    teachers: list[TransformersTeacher], weights: list[float]
-) -> None:
+def test_weights_of_teachers_are_positive_shares(teachers, weights):
     with pytest.raises(InvalidArgumentError, match="weights"):
         MixtureTeacher(teachers, weights)
 
 
-def test_teachers_with_other_slices_are_refused(
-    teachers: list[TransformersTeacher], teacher_folder: Path
-) -> None:
+def test_teachers_with_other_slices_are_refused(teachers, teacher_folder):
     first = teachers[0]
     other = TransformersTeacher(
         tiny_llama(), token_mask=first.token_mask, identity=first.identity, slice_positions=7
@@ -66,8 +60,8 @@ def test_teachers_with_other_slices_are_refused(
 
 
 def test_a_student_is_measured_against_the_mixture(
-    cache: Path, second_cache: Path, teacher_folder: Path, second_teacher: Path, tmp_path: Path
-) -> None:
+    cache, second_cache, teacher_folder, second_teacher, tmp_path
+):
     """A student that is one of the teachers; numbers that do not fit are refused."""
 
     def measured(*words: str, code: int = 0, stderr: bool = False) -> str:

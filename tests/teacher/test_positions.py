@@ -40,7 +40,7 @@ def check(teacher: TransformersTeacher, length: int) -> float:
 
 
 @pytest.mark.parametrize("architecture", TABLES)
-def test_a_table_of_positions_is_a_limit(architecture: str) -> None:
+def test_a_table_of_positions_is_a_limit(architecture):
     model = tiny_model(architecture, sharpness=1.0)
     assert trained_positions(model) == POSITIONS
     teacher = teacher_of(model)
@@ -61,7 +61,7 @@ def test_a_table_of_positions_is_a_limit(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", COMPUTED)
-def test_a_context_that_is_left_is_warned_about_with_both_numbers(architecture: str) -> None:
+def test_a_context_that_is_left_is_warned_about_with_both_numbers(architecture):
     teacher = teacher_of(tiny_model(architecture, sharpness=1.0))
     assert check(teacher, POSITIONS) > 0
     with pytest.warns(SparseLogitsWarning, match="windows of 65 tokens .* the 64 positions"):
@@ -69,33 +69,30 @@ def test_a_context_that_is_left_is_warned_about_with_both_numbers(architecture: 
 
 
 @pytest.mark.parametrize("architecture", UNLIMITED)
-def test_a_model_without_positions_has_no_limit(architecture: str) -> None:
+def test_a_model_without_positions_has_no_limit(architecture):
     model = tiny_model(architecture, sharpness=1.0)
     assert trained_positions(model) is None
     assert check(teacher_of(model), 3 * POSITIONS) > 0
 
 
-def test_rotary_embeddings_that_are_scaled_reach_further() -> None:
+def test_rotary_embeddings_that_are_scaled_reach_further():
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     rope["original_max_position_embeddings"] = 64
     model = tiny_llama(max_position_embeddings=64, rope_parameters=rope)
     assert trained_positions(model) == 256
 
 
-def test_short_documents_in_long_windows_can_be_allowed() -> None:
+def test_short_documents_in_long_windows_can_be_allowed():
     teacher = teacher_of(tiny_model("opt", sharpness=1.0))
     long = window(100, (0, 50))
     with pytest.raises(InvalidArgumentError, match="--allow long-windows"):
         check_teacher_on_text(teacher, [long], reset_attention=True)
-    with (
-        allowing("long-windows"),
-        pytest.warns(SparseLogitsWarning, match="allowed: long-windows"),
-    ):
+    with allowing("long-windows"), pytest.warns(SparseLogitsWarning, match="allowed: long-windows"):
         assert check_teacher_on_text(teacher, [long], reset_attention=True) > 0
 
 
 @pytest.mark.parametrize(("layer", "dtype"), [(0, "float16"), (1, "float16"), (1, "bfloat16")])
-def test_an_overflow_is_not_blamed_on_the_tokenizer(layer: int, dtype: str) -> None:
+def test_an_overflow_is_not_blamed_on_the_tokenizer(layer, dtype):
     model = tiny_llama()
     with torch.no_grad():
         mlp = model.model.layers[layer].mlp
@@ -108,7 +105,7 @@ def test_an_overflow_is_not_blamed_on_the_tokenizer(layer: int, dtype: str) -> N
     assert "tokenizer" not in str(refused.value)
 
 
-def test_a_loss_worse_than_guessing_can_be_allowed() -> None:
+def test_a_loss_worse_than_guessing_can_be_allowed():
     model = tiny_llama()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)
@@ -125,19 +122,17 @@ def test_a_loss_worse_than_guessing_can_be_allowed() -> None:
         pass
 
 
-def test_the_docs_list_every_allowance() -> None:
+def test_the_docs_list_every_allowance():
     page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
     for name, meaning in ALLOWANCES.items():
         assert f"| `{name}` | {meaning} |" in page
 
 
-def test_the_command_lifts_a_refusal(teacher_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_the_command_lifts_a_refusal(teacher_folder, short, tmp_path):
     from typer.testing import CliRunner
 
     from sparselogits.cli import app
 
-    short = tmp_path / "short.jsonl"
-    short.write_text("".join(line for line in text.open() if len(line) < 3000))
     bad = tmp_path / "bad"
     model = tiny_llama()
     with torch.no_grad():

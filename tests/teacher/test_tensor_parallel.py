@@ -1,14 +1,10 @@
 """Test that a teacher split over two gloo ranks gives its logits, and builds its caches."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.cli.role import build_role
@@ -17,6 +13,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.samplers import Systematic
 from sparselogits.store import Cache, verify
 from sparselogits.teacher import load_teacher
+from tests.conftest import run_python
 
 TOKENS = torch.arange(60).reshape(3, 20) * 17 % 500
 
@@ -54,9 +51,7 @@ main()
 
 
 @pytest.mark.slow
-def test_two_ranks_are_the_whole_teacher(
-    tmp_path: Path, teacher_folder: Path, tokenizer: PreTrainedTokenizerFast, text: Path
-) -> None:
+def test_two_ranks_are_the_whole_teacher(tmp_path, teacher_folder, tokenizer, text):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     options = ("--teacher", teacher_folder, "--data", text, "--window", 32, "--windows", "0:32")
@@ -65,9 +60,7 @@ def test_two_ranks_are_the_whole_teacher(
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     job = [*launch, str(script), str(teacher_folder), str(tmp_path / "found.pt"), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *job, "--tp-plan", "auto"], check=True, env=environment, timeout=200
-    )
+    run_python(*job, "--tp-plan", "auto", check=True, env=environment)
     whole = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     starts = [np.array([0, 7]), np.array([3]), np.array([], np.int64)]
@@ -99,12 +92,12 @@ def test_two_ranks_are_the_whole_teacher(
         assert len(differing) <= 2
 
 
-def test_the_ranks_of_a_split_teacher_are_one_worker() -> None:
+def test_the_ranks_of_a_split_teacher_are_one_worker():
     with pytest.raises(InvalidArgumentError, match="one worker"):
         build_role("torchrun", None, None, None, "cpu", split=True)
 
 
-def test_a_split_teacher_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_teacher_needs_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InvalidArgumentError, match="torchrun"):

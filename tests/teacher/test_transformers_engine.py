@@ -79,7 +79,7 @@ def gathered(teacher: TransformersTeacher, tokens: torch.Tensor, starts=None) ->
     return torch.stack([torch.cat(row) for row in rows])
 
 
-def test_sliced_logits_are_the_models_own(model: torch.nn.Module) -> None:
+def test_sliced_logits_are_the_models_own(model):
     tokens = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=tokens).logits
     assert expected.abs().max() > 0.1  # a scale or softcap left out would show
@@ -88,7 +88,7 @@ def test_sliced_logits_are_the_models_own(model: torch.nn.Module) -> None:
     torch.testing.assert_close(gathered(teacher, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_slice_is_longer_than_asked(model: torch.nn.Module) -> None:
+def test_no_slice_is_longer_than_asked(model):
     teacher = make_teacher(model, slice_positions=16)
     lengths = [len(piece.logits) for piece in teacher.logits(torch.zeros(2, 40, dtype=torch.int64))]
     assert lengths == [16, 16, 8] * 2
@@ -107,9 +107,7 @@ TWISTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("twist", TWISTS)
-def test_whatever_a_model_does_to_its_logits_reaches_the_targets(
-    twist: str, dtype: torch.dtype
-) -> None:
+def test_whatever_a_model_does_to_its_logits_reaches_the_targets(twist, dtype):
     """A twist without a name in the configuration is measured, or the plain path is taken."""
 
     class Twisted(type(tiny_llama())):
@@ -132,7 +130,7 @@ def test_whatever_a_model_does_to_its_logits_reaches_the_targets(
     torch.testing.assert_close(gathered(teacher, tokens), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_factor_before_the_head_is_noticed() -> None:
+def test_a_factor_before_the_head_is_noticed():
     class Scaled(type(tiny_llama())):
         def forward(self, input_ids, **inputs):
             states = self.model(input_ids=input_ids, **inputs).last_hidden_state
@@ -151,7 +149,7 @@ BROKEN_IN_BFLOAT16 = ("xlstm",)  # transformers' own forward pass raises
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGURATIONS))
-def test_the_divergence_from_a_models_own_logits_is_rounding(architecture: str) -> None:
+def test_the_divergence_from_a_models_own_logits_is_rounding(architecture):
     """Mean KL in bfloat16, where a soft cap that is left out costs 0.0025 and more."""
     tokens = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
     for dtype, bound in ((torch.float32, 1e-9), (torch.bfloat16, 1e-5)):
@@ -171,7 +169,7 @@ def test_the_divergence_from_a_models_own_logits_is_rounding(architecture: str) 
         assert float((p.exp() * (p - q)).sum(-1).mean()) < bound
 
 
-def test_rows_that_are_no_token_get_no_probability() -> None:
+def test_rows_that_are_no_token_get_no_probability():
     mask = torch.ones(520, dtype=torch.bool)
     mask[512:] = False
     teacher = make_teacher(tiny_llama(), token_mask=mask)
@@ -180,7 +178,7 @@ def test_rows_that_are_no_token_get_no_probability() -> None:
     assert logits[..., :512].isfinite().all()
 
 
-def test_attention_restarts_at_document_starts() -> None:
+def test_attention_restarts_at_document_starts():
     teacher = make_teacher(tiny_llama())
     tokens = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(2))
     starts = [np.array([0, 10], np.int32), np.array([7, 15], np.int32)]
@@ -192,12 +190,12 @@ def test_attention_restarts_at_document_starts() -> None:
     assert (together[0, 10:] - apart[0, 10:]).abs().max() > 1e-2
 
 
-def test_a_model_without_a_head_cannot_teach() -> None:
+def test_a_model_without_a_head_cannot_teach():
     with pytest.raises(TeacherError, match="no language-model head"):
         make_teacher(tiny_llama().model)
 
 
-def test_what_is_remembered_is_read_once_and_gives_the_same_logits() -> None:
+def test_what_is_remembered_is_read_once_and_gives_the_same_logits():
     teacher = TransformersTeacher(tiny_llama(), identity={})
     passes = []
     teacher.model.model.register_forward_hook(lambda *_: passes.append(1))
@@ -219,7 +217,7 @@ def test_what_is_remembered_is_read_once_and_gives_the_same_logits() -> None:
     assert len(passes) == 4
 
 
-def test_no_more_is_remembered_than_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_remembered_than_its_bytes(monkeypatch):
     monkeypatch.setattr("sparselogits.teacher.transformers_engine.REMEMBERED_BYTES", 32 * 32 * 4)
     teacher = TransformersTeacher(tiny_llama(), identity={})
     passes = []

@@ -1,6 +1,5 @@
 """Provide caches whose windows have very different numbers of labels, at two temperatures."""
 
-import json
 from itertools import cycle
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
-from tests.conftest import documents
+from tests.conftest import documents, write_lines
 
 HOT = 2.0
 """Temperature of the second cache."""
@@ -30,11 +29,10 @@ def answers(
             break
         middle, at, start = at + prompt, at + prompt + completion, at
         records.append({"prompt": text[start:middle], "completion": text[middle:at]})
-    path = folder / "answers.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = write_lines(folder / "answers.jsonl", records)
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     packing = packing_for(tokenizer, window_length=32, separator_id=0)
-    source = open_source(str(path), completion_only=True)
+    source = open_source(path, completion_only=True)
     corpus = pack(source, tokenizer, packing, folder / "corpus", vocab_size=teacher.vocab_size)
     caches = {t: folder / f"cache-{t:g}" for t in (1.0, HOT)}
     build_caches(

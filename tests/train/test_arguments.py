@@ -19,7 +19,7 @@ from sparselogits.data import Schedule, WindowOrder, collate
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
 from sparselogits.train.arguments import REJECTED, REJECTED_BY_TRAINER
 from tests.conftest import tiny_llama
-from tests.train.test_trainer import KeepLogs, arguments
+from tests.train.test_trainer import KeepLogs, arguments, trainer_of
 
 WORKS: dict[str, Any] = {
     **{"per_device_train_batch_size": 3, "num_train_epochs": 1.0, "max_steps": 3},
@@ -85,7 +85,7 @@ ELSEWHERE = {
     **dict.fromkeys(["do_train", "do_eval", "do_predict"], "read by scripts, not by the Trainer"),
     **dict.fromkeys(
         ["gradient_checkpointing", "gradient_checkpointing_kwargs"],
-        "older names of activation_checkpointing; test_trainer.py",
+        "older names of activation_checkpointing; test_objective.py",
     ),
     "torch_compile_mode": "inductor's, which needs a C++ compiler here",
 }
@@ -118,14 +118,14 @@ def few(cache: Path, windows: int = 8) -> CacheDataset:
     return Few(cache)
 
 
-def test_every_field_is_decided_about() -> None:
+def test_every_field_is_decided_about():
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     decided = [set(WORKS), set(REJECTED), set(ELSEWHERE), set(NEED_MORE)]
     assert set().union(*decided) == fields
     assert sum(map(len, decided)) == len(fields)
 
 
-def test_every_argument_of_the_trainer_is_decided_about() -> None:
+def test_every_argument_of_the_trainer_is_decided_about():
     works = {"model", "args", "data_collator", "train_dataset", "eval_dataset", "model_init"}
     works |= {"processing_class", "compute_metrics", "preprocess_logits_for_metrics"}
     works |= {"callbacks", "optimizers", "optimizer_cls_and_kwargs"}
@@ -135,15 +135,11 @@ def test_every_argument_of_the_trainer_is_decided_about() -> None:
 
 @pytest.mark.parametrize("name", WORKS)
 @pytest.mark.filterwarnings("ignore::sparselogits.errors.SparseLogitsWarning")
-def test_a_field_works(cache: Path, tmp_path: Path, name: str) -> None:
+def test_a_field_works(cache, tmp_path, name):
     changes = {"max_steps": 2} | TOGETHER.get(name, {}) | {name: WORKS[name]}
     lines: list[dict[str, float]] = []
-    trainer = SparseKDTrainer(
-        student(),
-        arguments(tmp_path, **changes),
-        train_dataset=few(cache),
-        eval_dataset=few(cache, 4),
-        callbacks=[KeepLogs(lines)],
+    trainer = trainer_of(
+        few(cache), tmp_path, **changes, eval_dataset=few(cache, 4), callbacks=[KeepLogs(lines)]
     )
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps > 0
@@ -161,28 +157,23 @@ def test_a_field_works(cache: Path, tmp_path: Path, name: str) -> None:
         ("accelerator_config", {"dispatch_batches": True}),
     ],
 )
-def test_a_field_is_refused(cache: Path, tmp_path: Path, name: str, value: object) -> None:
+def test_a_field_is_refused(cache, tmp_path, name, value):
     args = arguments(tmp_path, **{name: value})
     with pytest.raises(InvalidArgumentError, match=name):
         SparseKDTrainer(student(), args, train_dataset=CacheDataset(cache))
 
 
 @pytest.mark.parametrize("name", ["use_liger_kernel", "deepspeed"])
-def test_a_field_of_a_missing_library_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
+def test_a_field_of_a_missing_library_is_refused(cache, tmp_path, name):
     args = arguments(tmp_path)
     setattr(args, name, True)
     with pytest.raises(InvalidArgumentError, match=name):
         SparseKDTrainer(student(), args, train_dataset=CacheDataset(cache))
 
 
-def test_a_loss_of_ones_own_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_loss_of_ones_own_is_refused(cache, tmp_path):
     with pytest.raises(InvalidArgumentError, match="compute_loss_func"):
-        SparseKDTrainer(
-            student(),
-            arguments(tmp_path),
-            train_dataset=CacheDataset(cache),
-            compute_loss_func=lambda *_, **__: None,
-        )
+        trainer_of(cache, tmp_path, compute_loss_func=lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +199,13 @@ def test_a_loss_of_ones_own_is_refused(cache: Path, tmp_path: Path) -> None:
         ({"model_init": None, "model": None}, "give a model, or model_init"),
     ],
 )
-def test_arguments_are_validated_at_construction(
-    cache: Path, tmp_path: Path, options: dict, said: str
-) -> None:
+def test_arguments_are_validated_at_construction(cache, tmp_path, options, said):
     model = options.pop("model", student())
     with pytest.raises(InvalidArgumentError, match=said):
         SparseKDTrainer(model, arguments(tmp_path), train_dataset=CacheDataset(cache), **options)
 
 
-def test_the_arguments_are_left_as_they_were(cache: Path, tmp_path: Path) -> None:
+def test_the_arguments_are_left_as_they_were(cache, tmp_path):
     """The same object may go to another Trainer."""
     args = arguments(tmp_path)
     before = args.to_dict()
@@ -228,9 +217,7 @@ def test_the_arguments_are_left_as_they_were(cache: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "changes", [{}, {"final_logit_softcapping": 4.0}], ids=["plain", "softcap"]
 )
-def test_label_smoothing_is_that_of_torch(
-    cache: Path, tmp_path: Path, method: str, alpha: float, changes: dict
-) -> None:
+def test_label_smoothing_is_that_of_torch(cache, tmp_path, method, alpha, changes):
     """A step of plain descent on the labels' part smoothed as F.cross_entropy does."""
     if changes:
         from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -274,14 +261,12 @@ def test_label_smoothing_is_that_of_torch(
         torch.testing.assert_close(stepped[name], moved, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_label_smoothing_without_a_labels_part_says_so(cache: Path, tmp_path: Path) -> None:
+def test_label_smoothing_without_a_labels_part_says_so(cache, tmp_path):
     with pytest.warns(SparseLogitsWarning, match="label_smoothing_factor"):
-        SparseKDTrainer(
-            student(), arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=few(cache)
-        )
+        trainer_of(few(cache), tmp_path, label_smoothing_factor=0.1)
 
 
-def test_model_init_makes_the_student_of_each_training(cache: Path, tmp_path: Path) -> None:
+def test_model_init_makes_the_student_of_each_training(cache, tmp_path):
     """The same as a student that is given, and again from the beginning at the second call."""
     made = []
 
@@ -304,9 +289,7 @@ def test_model_init_makes_the_student_of_each_training(cache: Path, tmp_path: Pa
         SparseKDTrainer(student(), arguments(tmp_path), model_init=init, **options)
 
 
-def test_compute_metrics_sees_logits_and_labels_of_transformers(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_compute_metrics_sees_logits_and_labels_of_transformers(cache, tmp_path):
     """In transformers' convention: labels at their own positions, so predictions are shifted."""
     model, data, seen = student(), few(cache, 5), []
 
@@ -315,10 +298,13 @@ def test_compute_metrics_sees_logits_and_labels_of_transformers(
         predicted, labels = found.predictions[:, :-1], found.label_ids[:, 1:]
         return {"accuracy": float((predicted == labels)[labels != -100].mean())}
 
-    trainer = SparseKDTrainer(
+    trainer = trainer_of(
+        few(cache),
+        tmp_path,
         model,
-        arguments(tmp_path, per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=3),
-        train_dataset=few(cache),
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=3,
         eval_dataset={"a": data, "b": data},
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
@@ -332,12 +318,12 @@ def test_compute_metrics_sees_logits_and_labels_of_transformers(
     assert {"eval_a_loss", "eval_a_kd", "eval_b_accuracy"} <= set(before)
     trainer.train()
     assert "eval_b_accuracy" in trainer.state.log_history[-2]
-    predicted = SparseKDTrainer(model, arguments(tmp_path), train_dataset=data).predict(data)
+    predicted = trainer_of(data, tmp_path, model).predict(data)
     assert predicted.predictions.shape == logits.shape
     assert np.array_equal(predicted.label_ids, windows["labels"].numpy())
 
 
-def test_metrics_by_batch(cache: Path, tmp_path: Path) -> None:
+def test_metrics_by_batch(cache, tmp_path):
     counts: list[int] = []
 
     def count(found: Any, compute_result: bool) -> dict[str, float]:
@@ -351,7 +337,7 @@ def test_metrics_by_batch(cache: Path, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_windows"] == 5
 
 
-def test_optimizers_and_a_collator_of_ones_own(cache: Path, tmp_path: Path) -> None:
+def test_optimizers_and_a_collator_of_ones_own(cache, tmp_path):
     model, batches = student(), []
 
     def own(windows: Any) -> dict[str, torch.Tensor]:
@@ -360,49 +346,42 @@ def test_optimizers_and_a_collator_of_ones_own(cache: Path, tmp_path: Path) -> N
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    trainer = SparseKDTrainer(
+    trainer = trainer_of(
+        few(cache),
+        tmp_path,
         model,
-        arguments(tmp_path, max_steps=2),
-        train_dataset=few(cache),
+        max_steps=2,
         optimizers=(optimizer, schedule),
         data_collator=own,
     )
     trainer.train()
     assert batches == [4, 4]
     assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(0.3)
-    by_class = SparseKDTrainer(
-        student(),
-        arguments(tmp_path, max_steps=2),
-        train_dataset=few(cache),
-        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.3}),
+    by_class = trainer_of(
+        few(cache), tmp_path, max_steps=2, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.3})
     )
     by_class.train()
     for name, value in model.state_dict().items():
         assert torch.equal(by_class.model.state_dict()[name], value), name
-    broken = SparseKDTrainer(
-        student(),
-        arguments(tmp_path),
-        train_dataset=few(cache),
+    broken = trainer_of(
+        few(cache),
+        tmp_path,
         data_collator=lambda windows: {"input_ids": torch.zeros(1, 4, dtype=torch.int64)},
     )
     with pytest.raises(InvalidArgumentError, match="no shift_labels"):
         broken.train()
 
 
-def test_noise_in_embeddings_reaches_the_loss(cache: Path, tmp_path: Path) -> None:
+def test_noise_in_embeddings_reaches_the_loss(cache, tmp_path):
     losses = []
     for alpha in (None, 50.0):
-        trainer = SparseKDTrainer(
-            student(),
-            arguments(tmp_path, max_steps=1, neftune_noise_alpha=alpha),
-            train_dataset=few(cache),
-        )
+        trainer = trainer_of(few(cache), tmp_path, max_steps=1, neftune_noise_alpha=alpha)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] != losses[1]
 
 
-def test_a_smaller_batch_is_found(cache: Path, tmp_path: Path) -> None:
+def test_a_smaller_batch_is_found(cache, tmp_path):
     """After an out-of-memory error the run begins again with half the batch, and its schedule."""
     sizes: list[int] = []
 
@@ -422,7 +401,7 @@ def test_a_smaller_batch_is_found(cache: Path, tmp_path: Path) -> None:
     assert trainer._order.pace.steps == trainer.state.max_steps == trainer.state.global_step
 
 
-def test_the_best_model_is_loaded_at_the_end(cache: Path, tmp_path: Path) -> None:
+def test_the_best_model_is_loaded_at_the_end(cache, tmp_path):
     class Worse(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             if state.global_step == 3:
@@ -430,16 +409,13 @@ def test_the_best_model_is_loaded_at_the_end(cache: Path, tmp_path: Path) -> Non
                     model.get_output_embeddings().weight.mul_(30)
 
     changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
-    trainer = SparseKDTrainer(
-        student(),
-        arguments(
-            tmp_path,
-            max_steps=4,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            **changes,
-        ),
-        train_dataset=few(cache),
+    trainer = trainer_of(
+        few(cache),
+        tmp_path,
+        max_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        **changes,
         eval_dataset=few(cache, 4),
         callbacks=[Worse()],
     )

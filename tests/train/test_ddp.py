@@ -3,14 +3,15 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sparselogits import CacheDataset
 from sparselogits.data import WindowOrder, collate
+from tests.conftest import run_python
 
 SCRIPT = """
 import json, sys, torch
@@ -42,9 +43,11 @@ leave_process_group()
 """
 
 
-def torchrun(ranks: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone"]
-    return [sys.executable, *launcher, f"--nproc-per-node={ranks}"]
+def torchrun(ranks: int, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script, or `-m` and a module, on some ranks; it finds this repository's tests."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    return run_python(*launcher, *words, check=True, env={"PYTHONPATH": path}, **options)
 
 
 def train(
@@ -53,22 +56,13 @@ def train(
     out.mkdir(exist_ok=True)
     script = out / "train.py"
     script.write_text(SCRIPT)
-    path = os.pathsep.join([str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    subprocess.run(
-        [
-            *(*torchrun(ranks), str(script), str(cache), str(out)),
-            *(str(batch), str(steps), str(resume or "")),
-        ],
-        check=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    torchrun(ranks, script, cache, out, batch, steps, resume or "")
     weights = torch.load(out / "weights.pt", weights_only=True)
     return weights, json.loads((out / "lines.json").read_text())
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process(answers: dict[float, Path], tmp_path: Path) -> None:
+def test_two_ranks_are_one_process(answers, tmp_path):
     """Labels are spread unevenly: a mean over ranks of their means would be another step."""
     cache = answers[1.0]
     dataset = CacheDataset(cache)
@@ -98,7 +92,7 @@ def test_two_ranks_are_one_process(answers: dict[float, Path], tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_in_their_second_epoch(cache: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_in_their_second_epoch(cache, tmp_path):
     """The order of that epoch, not of the first: 231 windows are four steps of 64 at most."""
     whole, _ = train(cache, tmp_path / "two", ranks=2, batch=32, steps=7)
     checkpoint = tmp_path / "two/checkpoint-5"
@@ -109,7 +103,7 @@ def test_two_ranks_resume_in_their_second_epoch(cache: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path) -> None:
+def test_the_command_trains_on_the_ranks_of_torchrun(cache, tmp_path):
     """One student, one report, and the step of a batch from both ranks."""
     recipe = {
         "cache": str(cache),
@@ -118,16 +112,7 @@ def test_the_command_trains_on_the_ranks_of_torchrun(cache: Path, tmp_path: Path
         "per_device_train_batch_size": 32,
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    done = subprocess.run(
-        [
-            *(*torchrun(2), "-m", "sparselogits", "train"),
-            *(str(tmp_path / "recipe.yaml"), "--device", "cpu", "--json"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    words = ("-m", "sparselogits", "train", tmp_path / "recipe.yaml", "--device", "cpu", "--json")
+    done = torchrun(2, *words)
     assert json.loads(done.stdout)["steps"] == 3  # 231 windows, 64 a step, the rest left out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"recipe.json", "run.json", "model"}

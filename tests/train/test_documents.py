@@ -13,7 +13,7 @@ from tests.teacher.test_documents import STARTS, alone, random_tokens, spans
 @pytest.mark.parametrize(
     "architecture", ["llama", "opt", "falcon_alibi", "mamba2", "xlstm", "lfm2"]
 )
-def test_loss_and_gradients_are_those_of_each_document_alone(architecture: str) -> None:
+def test_loss_and_gradients_are_those_of_each_document_alone(architecture):
     tokens = random_tokens()
     labels = torch.full_like(tokens, -100)
     for row, own in enumerate(STARTS):
@@ -36,7 +36,7 @@ def test_loss_and_gradients_are_those_of_each_document_alone(architecture: str) 
         torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_experts_are_balanced_over_the_tokens_without_padding() -> None:
+def test_experts_are_balanced_over_the_tokens_without_padding():
     model = tiny_model("jamba")
     model.config.output_router_logits = True
     model.config.router_aux_loss_coef = 10.0

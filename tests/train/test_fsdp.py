@@ -1,11 +1,8 @@
 """Test a bound student under FSDP2's `fully_shard`: gradients of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.train.test_ddp import torchrun
 
 SCRIPT = """
 import torch, torch.distributed as dist
@@ -50,16 +47,7 @@ leave_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+def test_sharded_gradients_are_those_of_one_process(tmp_path):
     script = tmp_path / "shard.py"
     script.write_text(SCRIPT)
-    path = os.pathsep.join([str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(script)),
-        ],
-        check=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    torchrun(2, script)

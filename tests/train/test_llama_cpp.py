@@ -34,7 +34,7 @@ print("ANSWERS" + json.dumps(texts))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PROGRAMS.is_dir(), reason="make test installs converter and llama.cpp")
-def test_llama_cpp_answers_as_transformers(tmp_path: Path) -> None:
+def test_llama_cpp_answers_as_transformers(tmp_path):
     tokenizer = load_tokenizer("demo")  # the converter knows tokenizers by their names
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -91,9 +91,7 @@ def losses(method: str, student: Tensor, teacher: Tensor, batch: dict[str, Tenso
 
 
 @pytest.mark.parametrize("method", ["ce", "sparse", "full", "reverse_kl"])
-def test_the_loss_and_its_gradient_are_those_of_a_plain_computation(
-    method: str, dataset: CacheDataset
-) -> None:
+def test_the_loss_and_its_gradient_are_those_of_a_plain_computation(method, dataset):
     batch = dataset[0:4]
     teacher = TransformersTeacher(tiny_bert(seed=2).eval(), identity={})
     taught = log_probabilities(teacher.model, batch).detach()
@@ -117,9 +115,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_plain_computation(
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_only_positions_with_a_label_are_multiplied_by_the_head(
-    dataset: CacheDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_positions_with_a_label_are_multiplied_by_the_head(dataset, monkeypatch):
     from sparselogits.train import objective as module
 
     rows: list[int] = []
@@ -138,7 +134,7 @@ def test_only_positions_with_a_label_are_multiplied_by_the_head(
     assert labelled < 0.5 * batch["shift_labels"].numel()
 
 
-def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients(dataset: CacheDataset) -> None:
+def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients(dataset):
     student = tiny_bert()
     bind(student, Objective("sparse", masked=True))
     batch = dataset[0:2]
@@ -148,7 +144,7 @@ def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients(dataset: Cache
     assert float(loss) == 0.0
 
 
-def test_windows_of_random_rates_weigh_as_masked_diffusion(tmp_path: Path) -> None:
+def test_windows_of_random_rates_weigh_as_masked_diffusion(tmp_path):
     """The mean over windows of (1 / rate) times the summed loss, per token."""
     batch = make_cache(tmp_path / "c", rate=None)[0:6]
     plain = tiny_bert().eval()
@@ -163,7 +159,7 @@ def test_windows_of_random_rates_weigh_as_masked_diffusion(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("rate", [0.3, None])
-def test_a_student_learns_from_a_masked_cache(rate: float | None, tmp_path: Path) -> None:
+def test_a_student_learns_from_a_masked_cache(rate, tmp_path):
     dataset = make_cache(tmp_path / "c", rate)
     arguments = TrainingArguments(
         str(tmp_path / "run"),
@@ -184,9 +180,7 @@ def test_a_student_learns_from_a_masked_cache(rate: float | None, tmp_path: Path
         assert torch.isfinite(student(input_ids=first["input_ids"]).logits).all()
 
 
-def test_a_cache_and_a_student_that_do_not_fit_are_refused_by_name(
-    dataset: CacheDataset, cache: Path, tmp_path: Path
-) -> None:
+def test_a_cache_and_a_student_that_do_not_fit_are_refused_by_name(dataset, cache, tmp_path):
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(InvalidArgumentError, match="causal language model, but the cache is for"):
         SparseKDTrainer(tiny_llama(vocab_size=V), arguments, train_dataset=dataset)

@@ -1,10 +1,7 @@
 """A student of two teachers: the step, the log, recipes, resuming, and what is refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +9,16 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sparselogits import CacheDataset, SparseKDTrainer
-from sparselogits.caching import CacheRequest, build_caches
+from sparselogits import CacheDataset
 from sparselogits.cli import app
-from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+from sparselogits.corpus import PackedCorpus
 from sparselogits.data import Schedule, Stage
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, RecipeError
 from sparselogits.samplers import TopK
-from sparselogits.teacher import load_teacher
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
-from tests.conftest import PADDED_VOCABULARY, tiny_llama
-from tests.train.test_trainer import arguments
+from tests.conftest import PADDED_VOCABULARY, build_cache, run_python, tiny_llama
+from tests.train.test_trainer import trainer_of
 
 WEIGHTS = [0.7, 0.3]
 PADDED = PADDED_VOCABULARY + 8
@@ -36,16 +31,14 @@ def one_step(
     model = tiny_llama(seed=9, vocab_size=PADDED)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "max_steps": 1}
-    trainer = SparseKDTrainer(model, arguments(out, **plain), train_dataset=dataset, **options)
+    trainer = trainer_of(dataset, out, model, **plain, **options)
     trainer.train()
     line = next(line for line in trainer.state.log_history if "loss" in line)
     return line, {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_a_step_is_the_weighted_mean_of_the_teachers_steps(
-    cache: Path, second_cache: Path, tmp_path: Path, alpha: float
-) -> None:
+def test_a_step_is_the_weighted_mean_of_the_teachers_steps(cache, second_cache, tmp_path, alpha):
     """Cross-entropy is linear in its target; so are its gradient and the reported KL."""
     mixed = CacheDataset([cache, second_cache], weights=WEIGHTS)
     found, step = one_step(mixed, tmp_path, alpha=alpha)
@@ -58,9 +51,7 @@ def test_a_step_is_the_weighted_mean_of_the_teachers_steps(
         assert found[key] == pytest.approx(expected, rel=1e-4), key
 
 
-def test_a_thinned_mixture_has_the_entries_of_its_rounds(
-    cache: Path, second_cache: Path, tmp_path: Path
-) -> None:
+def test_a_thinned_mixture_has_the_entries_of_its_rounds(cache, second_cache, tmp_path):
     mixed = CacheDataset([cache, second_cache])
     line, _ = one_step(mixed, tmp_path, rounds=4)
     assert 2 < line["entries"] <= 4
@@ -72,17 +63,12 @@ def test_a_thinned_mixture_has_the_entries_of_its_rounds(
 
 
 def test_truncated_targets_are_mixed_without_a_ghost_token(
-    cache: Path, second_teacher: Path, teacher_folder: Path, tokenizer: object, tmp_path: Path
-) -> None:
+    cache, second_teacher, teacher_folder, tokenizer, tmp_path
+):
     """Drop, smooth and ground_truth are linear in the target as well."""
     caches = [tmp_path / "one", tmp_path / "two"]
     for root, folder in zip(caches, (teacher_folder, second_teacher), strict=True):
-        build_caches(
-            load_teacher(str(folder), tokenizer=tokenizer),
-            PackedCorpus.open(cache / "corpus"),
-            [CacheRequest(root, TopK(3))],
-            tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        )
+        build_cache(folder, PackedCorpus.open(cache / "corpus"), root, TopK(3), tokenizer)
     mixed = CacheDataset(caches, weights=WEIGHTS)
     for rule in ("drop", "smooth", "ground_truth"):
         found, _ = one_step(mixed, tmp_path, missing_mass=rule)
@@ -126,19 +112,13 @@ run(parse_recipe(json.loads(sys.argv[1]), source="x"), device="cpu", progress=st
 """
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    cache: Path, second_cache: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(cache, second_cache, tmp_path):
     """Across an epoch and a stage of the curriculum; other weights are another run."""
 
     caches = [cache, second_cache]
     whole = run(parse_recipe(mixed_recipe(caches, tmp_path / "whole"), source="x"), device="cpu")
     values = mixed_recipe(caches, tmp_path / "killed")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(values)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    killed = run_python("-c", KILLED, json.dumps(values))
     assert killed.returncode == -signal.SIGKILL
     assert list((tmp_path / "killed" / "checkpoints").glob("checkpoint-9"))
     with pytest.raises(RecipeError, match=r"differ in .*weights"):
@@ -154,16 +134,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert "0.7 x teacher" in card
 
 
-def test_a_checkpoint_of_other_weights_is_refused(
-    cache: Path, second_cache: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_other_weights_is_refused(cache, second_cache, tmp_path):
     caches = [cache, second_cache]
 
     def train(weights: list[float], resume: str | None = None) -> None:
-        SparseKDTrainer(
+        trainer_of(
+            CacheDataset(caches, weights=weights),
+            tmp_path,
             tiny_llama(seed=9, vocab_size=PADDED),
-            arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4),
-            train_dataset=CacheDataset(caches, weights=weights),
+            save_strategy="steps",
+            save_steps=2,
+            max_steps=4,
         ).train(resume_from_checkpoint=resume)
 
     train(WEIGHTS)
@@ -171,9 +152,7 @@ def test_a_checkpoint_of_other_weights_is_refused(
         train([0.5, 0.5], str(tmp_path / "checkpoint-2"))
 
 
-def test_mixtures_are_named_on_the_command_line(
-    cache: Path, second_cache: Path, tmp_path: Path
-) -> None:
+def test_mixtures_are_named_on_the_command_line(cache, second_cache, tmp_path):
     out = tmp_path / "run"
     words = ["train", "--cache", str(cache), "--cache", str(second_cache), "--weights", "0.7,0.3"]
     words += ["--student-config", "layers=1,width=16,heads=2", "--out", str(out), "--device", "cpu"]
@@ -196,9 +175,7 @@ def test_mixtures_are_named_on_the_command_line(
         ({"method": "full", "teacher": "t"}, "full runs one teacher online, and 2 caches are"),
     ],
 )
-def test_recipes_of_mixtures_say_what_is_wrong(
-    cache: Path, second_cache: Path, tmp_path: Path, change: dict[str, object], said: str
-) -> None:
+def test_recipes_of_mixtures_say_what_is_wrong(cache, second_cache, tmp_path, change, said):
     values = mixed_recipe([cache, second_cache], tmp_path / "run", **change)
     with pytest.raises((RecipeError, InvalidArgumentError), match=said):
         run(parse_recipe(values, source="x"), device="cpu")

@@ -1,7 +1,5 @@
 """Test that the Trainer's table in a notebook has the parts of the loss."""
 
-from pathlib import Path
-
 from transformers import TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
@@ -17,7 +15,7 @@ class Shown(NotebookProgressCallback):
         super().on_train_end(*arguments, **others)
 
 
-def test_every_line_has_kd_ce_and_kl(cache: Path, tmp_path: Path) -> None:
+def test_every_line_has_kd_ce_and_kl(cache, tmp_path):
     shown = Shown()
     trainer = SparseKDTrainer(
         tiny_llama(seed=3),

@@ -59,9 +59,7 @@ def expected_loss(
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.0, 2.5), (0.3, 2.5)])
-def test_loss_and_gradients_are_those_of_plain_autograd(
-    name: str, alpha: float, temperature: float
-) -> None:
+def test_loss_and_gradients_are_those_of_plain_autograd(name, alpha, temperature):
     torch.manual_seed(0)
     plain = MODELS[name]().train()
     bound = copy.deepcopy(plain)
@@ -76,7 +74,7 @@ def test_loss_and_gradients_are_those_of_plain_autograd(
         torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_ce_is_the_models_own_loss() -> None:
+def test_ce_is_the_models_own_loss():
     model = tiny_llama()
     inputs = batch()
     labels = torch.full_like(inputs["shift_labels"], -100)
@@ -86,7 +84,7 @@ def test_ce_is_the_models_own_loss() -> None:
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
 
 
-def test_full_distillation_from_oneself_has_no_gradient() -> None:
+def test_full_distillation_from_oneself_has_no_gradient():
     model = tiny_llama()
     teacher = TransformersTeacher(copy.deepcopy(model), identity={})
     bind(model, Objective("full", teacher_head=teacher.head))
@@ -96,7 +94,7 @@ def test_full_distillation_from_oneself_has_no_gradient() -> None:
     assert max(float(g.abs().max()) for g in gradients(model, loss).values()) < 1e-5
 
 
-def test_without_labels_the_model_does_what_it_always_did() -> None:
+def test_without_labels_the_model_does_what_it_always_did():
     model = tiny_llama()
     tokens = batch()["input_ids"]
     expected = model(input_ids=tokens).logits
@@ -135,7 +133,7 @@ def mixture_loss(model: torch.nn.Module, inputs: dict, alpha: float) -> torch.Te
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_of_experts_keeps_its_auxiliary_loss(name: str) -> None:
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(name):
     torch.manual_seed(0)
     plain = MIXTURES[name]().train()
     bound = copy.deepcopy(plain)
@@ -151,7 +149,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(name: str) -> None:
         torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_a_mixture_that_is_not_understood_falls_back_to_logits() -> None:
+def test_a_mixture_that_is_not_understood_falls_back_to_logits():
     torch.manual_seed(0)
     plain = MIXTURES["mixtral"]().train()
     plain.__class__ = MixtralOfElsewhere
@@ -163,7 +161,7 @@ def test_a_mixture_that_is_not_understood_falls_back_to_logits() -> None:
     torch.testing.assert_close(loss, mixture_loss(plain, inputs, 0.3), rtol=1e-5, atol=1e-6)
 
 
-def test_the_auxiliary_loss_is_not_added_once_a_micro_batch() -> None:
+def test_the_auxiliary_loss_is_not_added_once_a_micro_batch():
     """In a batch of twice the positions, a micro-batch brings half of everything."""
     torch.manual_seed(0)
     model = MIXTURES["mixtral"]().train()
@@ -175,7 +173,7 @@ def test_the_auxiliary_loss_is_not_added_once_a_micro_batch() -> None:
     )
 
 
-def test_an_adapter_on_the_head_falls_back_to_logits() -> None:
+def test_an_adapter_on_the_head_falls_back_to_logits():
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, tie_word_embeddings=False)
     ).eval()
@@ -194,7 +192,7 @@ def test_an_adapter_on_the_head_falls_back_to_logits() -> None:
     torch.testing.assert_close(loss, expected_loss(plain, inputs, 0.0))
 
 
-def test_logged_parts_are_means_over_positions() -> None:
+def test_logged_parts_are_means_over_positions():
     model = tiny_llama()
     objective = Objective("sparse", alpha=0.25)
     bind(model, objective)
@@ -209,7 +207,7 @@ def test_logged_parts_are_means_over_positions() -> None:
     assert objective.training.take() == {}
 
 
-def test_no_kl_is_reported_for_biased_targets() -> None:
+def test_no_kl_is_reported_for_biased_targets():
     model = tiny_llama()
     objective = Objective("sparse", unbiased=False)
     bind(model, objective)
@@ -218,7 +216,7 @@ def test_no_kl_is_reported_for_biased_targets() -> None:
     assert set(objective.training.take()) == {"kd", "ce", "entries"}
 
 
-def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher() -> None:
+def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher():
     """Every id stored with its probability: cross-entropy less entropy is KL(p || s)."""
     teacher, student = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
     inputs = batch()
@@ -244,9 +242,7 @@ def test_the_reported_kl_is_the_divergence_where_the_target_is_the_teacher() -> 
     [("full", None), ("reverse_kl", None), ("jensen_shannon", None), ("jensen_shannon", 0.2)],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_online_methods_are_plain_autograd(
-    method: str, beta: float | None, temperature: float
-) -> None:
+def test_online_methods_are_plain_autograd(method, beta, temperature):
     teacher, plain = tiny_llama(1, vocab_size=96), tiny_llama(2, vocab_size=96)
     bound = copy.deepcopy(plain)
     taught = TransformersTeacher(teacher, identity={})
@@ -279,7 +275,7 @@ def test_online_methods_are_plain_autograd(
         torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_without_gradients_the_loss_is_the_labels() -> None:
+def test_without_gradients_the_loss_is_the_labels():
     model = tiny_llama()
     objective = Objective("sparse", alpha=0.25)
     bind(model, objective)
@@ -293,7 +289,7 @@ def test_without_gradients_the_loss_is_the_labels() -> None:
     assert objective.training.take() == {}
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_changes_nothing():
     plain = tiny_llama().train()
     saving = copy.deepcopy(plain)
     saving.gradient_checkpointing_enable()
@@ -323,7 +319,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         ),
     ],
 )
-def test_a_compiled_student_computes_the_same(backend: str) -> None:
+def test_a_compiled_student_computes_the_same(backend):
     plain = tiny_llama(num_hidden_layers=1).train()
     other = copy.deepcopy(plain)
     inputs = batch()
@@ -340,7 +336,7 @@ def test_a_compiled_student_computes_the_same(backend: str) -> None:
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
 
 
-def test_autocast_reaches_the_head() -> None:
+def test_autocast_reaches_the_head():
     """In bfloat16 the loss moves by its rounding, and not by more."""
     model = tiny_llama().train()
     bind(model, Objective("sparse", alpha=0.3))
@@ -363,7 +359,7 @@ class SquaredError(Divergence):
         return gap.square().sum(1), 2 * s * (gap - (s * gap).sum(1, keepdim=True))
 
 
-def test_a_divergence_needs_a_class_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_divergence_needs_a_class_and_a_row(monkeypatch):
     """Recipes, the objective, comparisons and their titles have it from there."""
     row = TrainingMethod("squares", "squared error", "(p - s)^2", divergence="squares")
     monkeypatch.setitem(METHODS, "squares", row)

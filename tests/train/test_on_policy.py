@@ -1,6 +1,5 @@
 """Test the example that continues a cache-trained student on its own samples with TRL."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from sparselogits.teacher.loading import load_language_model, load_tokenizer
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
-from tests.conftest import documents
+from tests.conftest import documents, write_lines
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "on_policy.py"
 
@@ -59,14 +58,8 @@ def on_own_text(student: nn.Module, teacher: nn.Module, prompts: list[list[int]]
 
 
 def test_a_cache_trained_student_comes_closer_to_its_teacher_on_its_own_text(
-    tmp_path: Path,
-    example: dict[str, Any],
-    student: Path,
-    teacher_folder: Path,
-    prompts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path, example, student, teacher_folder, prompts, monkeypatch, capsys
+):
     out = tmp_path / "out"
     given = ["--student", student, "--teacher", teacher_folder, "--prompts", prompts, "--out", out]
     given += ["--steps", "24", "--learning-rate", "5e-3", "--completion", "24"]
@@ -84,8 +77,8 @@ def test_a_cache_trained_student_comes_closer_to_its_teacher_on_its_own_text(
 
 
 def test_the_loss_is_the_reverse_kl_of_what_the_student_wrote(
-    tmp_path: Path, example: dict[str, Any], student: Path, teacher_folder: Path, prompts: Path
-) -> None:
+    tmp_path, example, student, teacher_folder, prompts
+):
     model, teacher = (
         load_language_model(str(folder), dtype="float32") for folder in (student, teacher_folder)
     )
@@ -117,12 +110,9 @@ def test_the_loss_is_the_reverse_kl_of_what_the_student_wrote(
     assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_prompts_are_text_or_messages_and_have_to_fill_a_batch(
-    tmp_path: Path, example: dict[str, Any]
-) -> None:
+def test_prompts_are_text_or_messages_and_have_to_fill_a_batch(tmp_path, example):
     said = [{"role": "user", "content": "Go on."}]
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": said, "id": i}) + "\n" for i in range(3)))
+    file = write_lines(tmp_path / "prompts.jsonl", ({"prompt": said, "id": i} for i in range(3)))
     rows = example["read_prompts"](file)
     assert rows[:] == {"prompt": [said] * 3}
     with pytest.raises(SystemExit, match="found 3 prompts, expected at least one batch of 8"):

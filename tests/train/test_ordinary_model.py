@@ -8,7 +8,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.train.objective import Objective, bind, unbind
 from tests.conftest import tiny_llama
 from tests.train.test_objective import IDS, WEIGHTS, batch
-from tests.train.test_trainer import arguments
+from tests.train.test_trainer import arguments, trainer_of
 
 PADDED = {
     "input_ids": torch.tensor([[0, 0, 0, 7, 40], [9, 8, 7, 6, 5]]),
@@ -153,13 +152,15 @@ class InTheMiddle(TrainerCallback):
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
-def test_every_use_during_and_after_training(cache: Path, tmp_path: Path, precision: dict) -> None:
+def test_every_use_during_and_after_training(cache, tmp_path, precision):
     student, uses = tiny_llama(seed=9), InTheMiddle()
     dataset = CacheDataset(cache)
-    trainer = SparseKDTrainer(
+    trainer = trainer_of(
+        dataset,
+        tmp_path,
         student,
-        arguments(tmp_path, max_steps=3, **precision),
-        train_dataset=dataset,
+        max_steps=3,
+        **precision,
         eval_dataset=dataset,
         callbacks=[uses] if not precision else [],
     )
@@ -185,19 +186,19 @@ def test_every_use_during_and_after_training(cache: Path, tmp_path: Path, precis
         assert made.get_input_embeddings().weight.grad is not None
 
 
-def test_a_copy_is_trained_by_itself(cache: Path, tmp_path: Path) -> None:
+def test_a_copy_is_trained_by_itself(cache, tmp_path):
     """The copy's loss is of the copy's weights, and the original is left alone."""
     original = tiny_llama(seed=9)
     bind(original, Objective("sparse", alpha=0.3))
     made = copy.deepcopy(original)
     before = {name: value.clone() for name, value in original.state_dict().items()}
-    SparseKDTrainer(made, arguments(tmp_path), train_dataset=CacheDataset(cache)).train()
+    trainer_of(cache, tmp_path, made).train()
     for name, value in original.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert any(not torch.equal(v, before[n]) for n, v in made.state_dict().items())
 
 
-def test_a_replica_computes_its_own_objective() -> None:
+def test_a_replica_computes_its_own_objective():
     """nn.DataParallel calls replicas: their loss is of their weights, bound or not."""
     model = tiny_llama(seed=9)
     bind(model, Objective("sparse", alpha=0.3))
@@ -213,11 +214,11 @@ def test_a_replica_computes_its_own_objective() -> None:
     assert by_one.shape == ()
 
 
-def test_another_trainer_takes_over(cache: Path, tmp_path: Path) -> None:
+def test_another_trainer_takes_over(cache, tmp_path):
     """transformers' own Trainer trains it as it trains any model, and a second of ours after it."""
     dataset = CacheDataset(cache)
     student = tiny_llama(seed=9)
-    SparseKDTrainer(student, arguments(tmp_path, max_steps=2), train_dataset=dataset).train()
+    trainer_of(dataset, tmp_path, student, max_steps=2).train()
     rows = [
         {"input_ids": dataset[i]["input_ids"], "labels": dataset[i]["input_ids"]} for i in range(8)
     ]
@@ -227,12 +228,12 @@ def test_another_trainer_takes_over(cache: Path, tmp_path: Path) -> None:
     for name, value in plain.state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
     for model in (student, plain):
-        SparseKDTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=dataset).train()
+        trainer_of(dataset, tmp_path, model, max_steps=2).train()
     for name, value in plain.state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
 
 
-def test_two_trainers_of_one_student_keep_their_objectives(cache: Path, tmp_path: Path) -> None:
+def test_two_trainers_of_one_student_keep_their_objectives(cache, tmp_path):
     dataset, student = CacheDataset(cache), tiny_llama(seed=9)
     options = {"train_dataset": dataset, "eval_dataset": dataset}
     first = SparseKDTrainer(student, arguments(tmp_path, max_steps=1), **options)
@@ -243,13 +244,9 @@ def test_two_trainers_of_one_student_keep_their_objectives(cache: Path, tmp_path
     assert "kd" in first.state.log_history[0]
 
 
-def test_it_is_saved_as_what_it_is(cache: Path, tmp_path: Path) -> None:
+def test_it_is_saved_as_what_it_is(cache, tmp_path):
     student = tiny_llama(seed=9)
-    trainer = SparseKDTrainer(
-        student,
-        arguments(tmp_path, save_strategy="steps", save_steps=3),
-        train_dataset=CacheDataset(cache),
-    )
+    trainer = trainer_of(cache, tmp_path, student, save_strategy="steps", save_steps=3)
     trainer.train()
     assert student.config.use_cache
     trainer.save_model(str(tmp_path / "by-trainer"))
@@ -269,9 +266,7 @@ def test_it_is_saved_as_what_it_is(cache: Path, tmp_path: Path) -> None:
     [{}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}, {"target_modules": "all-linear"}],
     ids=["lora", "dora", "trainable-tokens", "all-linear"],
 )
-def test_peft_students_train_merge_and_are_saved(
-    cache: Path, tmp_path: Path, settings: dict
-) -> None:
+def test_peft_students_train_merge_and_are_saved(cache, tmp_path, settings):
     from peft import AutoPeftModelForCausalLM
 
     tiny_llama(seed=9).save_pretrained(tmp_path / "base")
@@ -280,9 +275,7 @@ def test_peft_students_train_merge_and_are_saved(
     student = get_peft_model(base, LoraConfig(**config))
     kind = type(student)
     before = {n: p.clone() for n, p in student.named_parameters()}
-    trainer = SparseKDTrainer(
-        student, arguments(tmp_path / "run"), train_dataset=CacheDataset(cache)
-    )
+    trainer = trainer_of(cache, tmp_path / "run", student)
     trainer.train()
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
@@ -298,19 +291,19 @@ def test_peft_students_train_merge_and_are_saved(
     assert torch.equal(logits(student), expected)
 
 
-def test_a_student_that_adds_positions_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_student_that_adds_positions_is_refused(cache, tmp_path):
     from peft import PromptTuningConfig
 
     student = get_peft_model(
         tiny_llama(seed=9), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
     with pytest.warns(UserWarning, match="cannot be run apart"):
-        trainer = SparseKDTrainer(student, arguments(tmp_path), train_dataset=CacheDataset(cache))
+        trainer = trainer_of(cache, tmp_path, student)
     with pytest.raises(InvalidArgumentError, match="adds or removes positions"):
         trainer.train()
 
 
-def test_a_forward_that_another_library_set_stays_set() -> None:
+def test_a_forward_that_another_library_set_stays_set():
     """accelerate's hooks and kernels of others put a forward on the instance."""
     model = tiny_llama(seed=9)
     inner, calls = model.forward, []
@@ -333,12 +326,10 @@ def test_a_forward_that_another_library_set_stays_set() -> None:
     assert model.forward is patched
 
 
-def test_a_frozen_student_is_evaluated_and_not_trained(cache: Path, tmp_path: Path) -> None:
+def test_a_frozen_student_is_evaluated_and_not_trained(cache, tmp_path):
     dataset = CacheDataset(cache)
     student = tiny_llama(seed=9).requires_grad_(False)
-    trainer = SparseKDTrainer(
-        student, arguments(tmp_path), train_dataset=dataset, eval_dataset=dataset
-    )
+    trainer = trainer_of(dataset, tmp_path, student, eval_dataset=dataset)
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(InvalidArgumentError, match="no weight of the student"):
         trainer.train()
@@ -353,14 +344,10 @@ def test_a_frozen_student_is_evaluated_and_not_trained(cache: Path, tmp_path: Pa
     ],
     ids=["torch.compile", "model.compile", "accelerate's hook"],
 )
-def test_students_that_others_have_wrapped_train_alike(
-    cache: Path, tmp_path: Path, make: Callable[[], nn.Module]
-) -> None:
+def test_students_that_others_have_wrapped_train_alike(cache, tmp_path, make):
     losses = []
     for model in (tiny_llama(seed=9).train(), make()):
-        trainer = SparseKDTrainer(
-            model, arguments(tmp_path, max_steps=2), train_dataset=CacheDataset(cache)
-        )
+        trainer = trainer_of(cache, tmp_path, model, max_steps=2)
         trainer.train()
         losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -377,12 +364,10 @@ def _hooked(model: nn.Module) -> nn.Module:
     return add_hook_to_module(model, ModelHook())
 
 
-def test_embeddings_resized_after_construction(cache: Path, tmp_path: Path) -> None:
+def test_embeddings_resized_after_construction(cache, tmp_path):
     """The head is looked up at each call, not kept."""
     student = tiny_llama(seed=9)
-    trainer = SparseKDTrainer(
-        student, arguments(tmp_path, max_steps=1), train_dataset=CacheDataset(cache)
-    )
+    trainer = trainer_of(cache, tmp_path, student, max_steps=1)
     student.resize_token_embeddings(600)
     before = student.get_output_embeddings().weight.detach().clone()
     trainer.train()

@@ -29,9 +29,7 @@ def recipe_of(cache: Path, out: Path, teacher: Path, **student: object) -> Recip
     )
 
 
-def test_training_ends_with_quantised_weights(
-    cache: Path, teacher_folder: Path, tmp_path: Path
-) -> None:
+def test_training_ends_with_quantised_weights(cache, teacher_folder, tmp_path):
     quantize = {"config": "int4-weight-only", "group_size": 16}
     recipe = recipe_of(cache, tmp_path / "run", teacher_folder, quantize=quantize)
     result = run(recipe, device="cpu")
@@ -56,7 +54,7 @@ def test_training_ends_with_quantised_weights(
     assert not run(recipe, device="cpu").fresh
 
 
-def test_an_adapter_of_quantised_weights_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_quantised_weights_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="give one of them"):
         recipe_of(tmp_path, tmp_path, tmp_path, lora={}, quantize={"config": "int8-weight-only"})
     with pytest.raises(RecipeError, match="int8-weight-only"):

@@ -75,26 +75,26 @@ GOOD = {"cache": "c", "out": "o", "student": {"size": "tiny"}}
         ({"zzz": 1}, "zzz: unknown key; known: .*cache.*TrainingArguments"),
     ],
 )
-def test_mistakes_are_named(change: dict, said: str) -> None:
+def test_mistakes_are_named(change, said):
     with pytest.raises(RecipeError, match=re.compile(said, re.DOTALL)):
         parse_recipe(GOOD | change, source="recipe.yaml")
 
 
-def test_what_is_missing_is_named() -> None:
+def test_what_is_missing_is_named():
     with pytest.raises(RecipeError, match="cache: missing"):
         parse_recipe({"out": "o", "student": {"size": "tiny"}}, source="recipe.yaml")
     with pytest.raises(RecipeError, match="--student-config 30m"):
         parse_recipe({"cache": "c", "out": "o"}, source="recipe.yaml")
 
 
-def test_options_win_over_the_file(tmp_path: Path) -> None:
+def test_options_win_over_the_file(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("cache: c\nout: o\nalpha: 0.1\nstudent: {layers: 2}\n")
     recipe = load_recipe(path, alpha=0.2, num_train_epochs=None)
     assert (recipe.alpha, recipe.num_train_epochs, recipe.student.layers) == (0.2, 1.0, 2)
 
 
-def test_every_field_of_training_arguments_is_a_key() -> None:
+def test_every_field_of_training_arguments_is_a_key():
     from dataclasses import fields
 
     from transformers import TrainingArguments
@@ -107,7 +107,7 @@ def test_every_field_of_training_arguments_is_a_key() -> None:
         assert recipe.model_dump(mode="json")[field.name] == "x"
 
 
-def test_a_share_of_warm_up_has_two_names() -> None:
+def test_a_share_of_warm_up_has_two_names():
     for name in ("warmup_steps", "warmup_ratio"):
         assert parse_recipe(GOOD | {name: 0.25}, source="x").warmup_steps == 0.25
     assert parse_recipe(GOOD | {"warmup_steps": 300}, source="x").warmup_steps == 300
@@ -119,7 +119,7 @@ OLD = {
 }
 
 
-def test_old_names_are_those_of_the_new_names() -> None:
+def test_old_names_are_those_of_the_new_names():
     new = with_new_names(OLD | {"trainer": {"optim": "sgd"}})
     settings = TrainingSettings.model_validate(new).training_arguments
     assert settings == new | {"save_steps": None}
@@ -131,7 +131,7 @@ def test_old_names_are_those_of_the_new_names() -> None:
 @pytest.mark.parametrize(
     ("content", "said"), [("a: [", "not YAML"), ("- a", "must be a mapping"), (None, "be read")]
 )
-def test_files_that_are_no_recipe(tmp_path: Path, content: str | None, said: str) -> None:
+def test_files_that_are_no_recipe(tmp_path, content, said):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_text(content)
@@ -139,7 +139,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: str | None, said: str
         load_recipe(path)
 
 
-def test_yaml_runs_no_code(tmp_path: Path) -> None:
+def test_yaml_runs_no_code(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("cache: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(RecipeError, match="not YAML"):
@@ -168,7 +168,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=lambda value: value[:12],
 )
-def test_yaml_that_is_refused(tmp_path: Path, content: str, said: str) -> None:
+def test_yaml_that_is_refused(tmp_path, content, said):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(RecipeError, match=said) as refused:
@@ -176,7 +176,7 @@ def test_yaml_that_is_refused(tmp_path: Path, content: str, said: str) -> None:
     assert len(str(refused.value)) < 1000
 
 
-def test_scalars_are_those_of_yaml_1_2() -> None:
+def test_scalars_are_those_of_yaml_1_2():
     text = "{a: 1e-3, b: no, c: 1:30, d: 2020-01-01, e: 0x1f, f: 1_0, g: .5, h: -7, i: ~, j: true}"
     assert parse_yaml(text, "it") == {
         **{"a": 1e-3, "b": "no", "c": "1:30", "d": "2020-01-01", "e": "0x1f", "f": "1_0"},
@@ -184,7 +184,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
     }
 
 
-def test_dates_and_pipes_are_named(tmp_path: Path) -> None:
+def test_dates_and_pipes_are_named(tmp_path):
     import os
 
     path = tmp_path / "recipe.yaml"
@@ -210,19 +210,19 @@ def test_dates_and_pipes_are_named(tmp_path: Path) -> None:
         ("some/config.json", {"config": "some/config.json"}),
     ],
 )
-def test_a_student_by_size_or_numbers(said: str, fields: dict) -> None:
+def test_a_student_by_size_or_numbers(said, fields):
     assert student_of(said) == fields
     assert parse_recipe(GOOD | {"student": fields}, source="x").student.is_new
 
 
 @pytest.mark.parametrize("said", ["layer=3", "layers=many", "layers=", "width=0"])
-def test_sizes_that_are_none(said: str) -> None:
+def test_sizes_that_are_none(said):
     with pytest.raises(RecipeError):
         parse_recipe(GOOD | {"student": student_of(said)}, source="x")
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_name_of_a_size_is_its_number_of_parameters(name: str) -> None:
+def test_the_name_of_a_size_is_its_number_of_parameters(name):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -244,7 +244,7 @@ def test_the_name_of_a_size_is_its_number_of_parameters(name: str) -> None:
     assert found == pytest.approx(expected, rel=0.07)
 
 
-def test_the_default_learning_rate_is_that_of_the_kind_of_student() -> None:
+def test_the_default_learning_rate_is_that_of_the_kind_of_student():
     rates = [
         parse_recipe(GOOD | {"student": student}, source="x").peak_learning_rate
         for student in ({"size": "tiny"}, {"path": "a", "lora": {}}, {"path": "a"})
@@ -253,7 +253,7 @@ def test_the_default_learning_rate_is_that_of_the_kind_of_student() -> None:
     assert parse_recipe(GOOD | {"learning_rate": 0.5}, source="x").peak_learning_rate == 0.5
 
 
-def test_old_students_are_described_as_before() -> None:
+def test_old_students_are_described_as_before():
     """Runs of comparisons are known by a hash of this."""
     assert set(Student(layers=2).model_dump(mode="json")) == {
         *("path", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "tied")
@@ -265,17 +265,13 @@ def test_old_students_are_described_as_before() -> None:
     "given",
     [
         {},
-        {
-            "cache": "s3://b/c d",
-            "out": "/a/b",
-            "student": {"path": "org/name", "lora": {"rank": 4}},
-        },
+        {"cache": "s3://b/c d", "out": "/a/b", "student": {"path": "o/name", "lora": {"rank": 4}}},
         {"student": {"layers": 3, "hidden_size": 64}, "alpha": 0.25, "learning_rate": 1e-5}
         | {"thinning": {"rounds": 3}, "report_to": ["tensorboard"], "optim": "sgd"},
         {"cache": "it's: #1", "out": "2020", "student": {"size": "30m"}, "tokenizer": "true"},
     ],
 )
-def test_a_printed_recipe_loads_again(given: dict) -> None:
+def test_a_printed_recipe_loads_again(given):
     text = recipe_text(given)
     read = parse_recipe(parse_yaml(text, "it"), source="it")
     start = {"cache": "my-cache", "out": "my-run", "student": {"size": "tiny"}}
@@ -286,7 +282,7 @@ def test_a_printed_recipe_loads_again(given: dict) -> None:
             assert field.description, name
 
 
-def test_the_docs_have_every_method() -> None:
+def test_the_docs_have_every_method():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     table = page.partition("## Methods\n")[2].partition("\n\n`alpha`")[0]
     rows = [line.replace("\\|", "/").split("|")[1:-1] for line in table.strip().splitlines()[2:]]
@@ -296,7 +292,7 @@ def test_the_docs_have_every_method() -> None:
     ]
 
 
-def test_the_docs_have_every_key() -> None:
+def test_the_docs_have_every_key():
     page = Path(__file__).parents[2] / "docs" / "training.md"
     begin, end = "<!-- recipe -->\n", "<!-- end of recipe -->\n"
     written = page.read_text().partition(begin)[2].partition(end)[0]

@@ -1,7 +1,6 @@
 """Test that a run resumes only from its student, identified by weights and not by path."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from sparselogits.train.run import _described, _made_from, _read_finished
 from tests.conftest import tiny_llama
 
 
-def test_another_student_under_the_same_path_is_noticed(cache: Path, tmp_path: Path) -> None:
+def test_another_student_under_the_same_path_is_noticed(cache, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "student")
     values = {"cache": str(cache), "out": str(tmp_path), "student": {"path": f"{tmp_path}/student"}}
     recipe = parse_recipe(values, source="test")

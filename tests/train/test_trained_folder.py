@@ -60,7 +60,7 @@ def trained(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(recipe(kept, tmp_path_factory.mktemp("trained") / "run"), device="cpu")
 
 
-def test_tokenizer_template_and_generation(trained: RunResult, tokenizer: Any) -> None:
+def test_tokenizer_template_and_generation(trained, tokenizer):
     folder = trained.model_path
     loaded = AutoTokenizer.from_pretrained(folder)
     text = "The with statement"
@@ -74,7 +74,7 @@ def test_tokenizer_template_and_generation(trained: RunResult, tokenizer: Any) -
     assert {p.name for p in folder.iterdir()} >= {"README.md", "generation_config.json"}
 
 
-def test_a_pipeline_generates(trained: RunResult) -> None:
+def test_a_pipeline_generates(trained):
     generate = pipeline("text-generation", str(trained.model_path))
     (found,) = generate("The with statement", max_new_tokens=4, do_sample=False)
     assert found["generated_text"].startswith("The with statement")
@@ -83,7 +83,7 @@ def test_a_pipeline_generates(trained: RunResult) -> None:
     assert answer["generated_text"][-1]["role"] == "assistant"
 
 
-def test_lm_eval_loads_it(trained: RunResult) -> None:
+def test_lm_eval_loads_it(trained):
     """As `lm-eval --model hf --model_args pretrained=FOLDER` does."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -102,7 +102,7 @@ def test_lm_eval_loads_it(trained: RunResult) -> None:
         assert loglikelihood == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_card_says_what_it_is_made_from(trained: RunResult, kept: Path) -> None:
+def test_the_card_says_what_it_is_made_from(trained, kept):
     card = (trained.model_path / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
@@ -123,9 +123,7 @@ def test_the_card_says_what_it_is_made_from(trained: RunResult, kept: Path) -> N
         (torch.float32, "float16", torch.float16),
     ],
 )
-def test_the_dtype_is_as_asked(
-    kept: Path, tmp_path: Path, tokenizer: Any, stored: Any, asked: str, expected: Any
-) -> None:
+def test_the_dtype_is_as_asked(kept, tmp_path, tokenizer, stored, asked, expected):
     tiny_llama(seed=4, tie_word_embeddings=True).to(stored).save_pretrained(tmp_path / "base")
     student = {"path": str(tmp_path / "base")}
     found = run(recipe(kept, tmp_path / "run", student=student, save_dtype=asked), device="cpu")
@@ -134,7 +132,7 @@ def test_the_dtype_is_as_asked(
     assert AutoTokenizer.from_pretrained(found.model_path).chat_template == CHAT
 
 
-def test_an_adapter_is_merged_and_kept(kept: Path, tmp_path: Path, teacher_folder: Path) -> None:
+def test_an_adapter_is_merged_and_kept(kept, tmp_path, teacher_folder):
     from peft import AutoPeftModelForCausalLM
 
     planned: list[PlannedRun] = []
@@ -157,13 +155,10 @@ def test_an_adapter_is_merged_and_kept(kept: Path, tmp_path: Path, teacher_folde
         run(recipe(kept, tmp_path / "other", student=wrong), device="cpu")
 
 
-def test_what_is_planned_is_said_first(kept: Path, tmp_path: Path) -> None:
+def test_what_is_planned_is_said_first(kept, tmp_path):
     planned: list[PlannedRun] = []
-    result = run(
-        recipe(kept, tmp_path / "run", alpha=0.25, max_steps=-1),
-        device="cpu",
-        announce=planned.append,
-    )
+    mine = recipe(kept, tmp_path / "run", alpha=0.25, max_steps=-1)
+    result = run(mine, device="cpu", announce=planned.append)
     (plan,) = planned
     assert plan.steps == result.steps
     assert plan.tokens == result.steps * 16 * 32
@@ -175,7 +170,7 @@ def test_what_is_planned_is_said_first(kept: Path, tmp_path: Path) -> None:
     assert plan.learning_rate == 1e-3
 
 
-def test_a_student_of_another_architecture(kept: Path, tmp_path: Path) -> None:
+def test_a_student_of_another_architecture(kept, tmp_path):
     from transformers import GPT2Config
 
     config = tmp_path / "config.json"
@@ -194,9 +189,7 @@ def test_a_student_of_another_architecture(kept: Path, tmp_path: Path) -> None:
         run(recipe(kept, tmp_path / "none", student={"config": str(config)}), device="cpu")
 
 
-def test_tokenizers_that_are_missing_or_others(
-    cache: Path, kept: Path, tmp_path: Path, teacher_folder: Path
-) -> None:
+def test_tokenizers_that_are_missing_or_others(cache, kept, tmp_path, teacher_folder):
     bare = tmp_path / "cache"
     shutil.copytree(kept, bare)
     shutil.rmtree(bare / "tokenizer")
@@ -226,7 +219,7 @@ def test_tokenizers_that_are_missing_or_others(
         run(recipe(bare, tmp_path / "no", tokenizer=str(tmp_path)), device="cpu")
 
 
-def test_logs_are_kept_and_held_out_text_is_evaluated(kept: Path, tmp_path: Path) -> None:
+def test_logs_are_kept_and_held_out_text_is_evaluated(kept, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     further = {"eval_strategy": "steps", "eval_steps": 1, "optim": "adafactor"}
@@ -248,15 +241,13 @@ def test_logs_are_kept_and_held_out_text_is_evaluated(kept: Path, tmp_path: Path
         ({"dataloader_prefetch_factor": 3}, "rejects these settings"),
     ],
 )
-def test_settings_of_the_trainer_that_cannot_be(
-    kept: Path, tmp_path: Path, further: dict, said: str
-) -> None:
+def test_settings_of_the_trainer_that_cannot_be(kept, tmp_path, further, said):
     with pytest.raises(RecipeError, match=said):
         run(recipe(kept, tmp_path / "run", **further), device="cpu")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
-def test_a_run_of_the_names_before_is_recognised(kept: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_names_before_is_recognised(kept, tmp_path):
     """Finished or not; a setting that differs is named as it is called now."""
     mine = recipe(kept, tmp_path / "run", bf16=False)
     assert run(mine, device="cpu").fresh
@@ -274,7 +265,7 @@ def test_a_run_of_the_names_before_is_recognised(kept: Path, tmp_path: Path) -> 
     assert run(mine, device="cpu").fresh
 
 
-def test_a_moved_cache_and_run_are_recognised(kept: Path, tmp_path: Path) -> None:
+def test_a_moved_cache_and_run_are_recognised(kept, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(kept, here)
     first = run(recipe(here, tmp_path / "run"), device="cpu")
@@ -286,9 +277,7 @@ def test_a_moved_cache_and_run_are_recognised(kept: Path, tmp_path: Path) -> Non
     assert first.steps == 2
 
 
-def test_another_cache_at_the_same_path_is_refused(
-    kept: Path, answers: dict[float, Path], tmp_path: Path
-) -> None:
+def test_another_cache_at_the_same_path_is_refused(kept, answers, tmp_path):
     place = tmp_path / "cache"
     shutil.copytree(kept, place)
     run(recipe(place, tmp_path / "run"), device="cpu")
@@ -304,7 +293,7 @@ def _hold(path: Path, ready: Any, release: Any) -> None:
         release.wait(60)
 
 
-def test_a_second_run_in_one_folder_is_refused(kept: Path, tmp_path: Path) -> None:
+def test_a_second_run_in_one_folder_is_refused(kept, tmp_path):
     """Held by a process; a dead one holds nothing."""
     context = multiprocessing.get_context("fork")
     ready, release = context.Event(), context.Event()
@@ -321,9 +310,7 @@ def test_a_second_run_in_one_folder_is_refused(kept: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("full", [OSError(errno.ENOSPC, "No space left on device"), "rust"])
-def test_a_full_disk_is_said_and_nothing_is_lost(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Any
-) -> None:
+def test_a_full_disk_is_said_and_nothing_is_lost(kept, tmp_path, monkeypatch, full):
     """What libraries raise when they save; the same command finishes once there is room."""
     from transformers import LlamaForCausalLM
 
@@ -342,7 +329,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(
     assert not list(out.glob(".tmp*"))
 
 
-def test_a_student_with_nan_is_refused(kept: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_student_with_nan_is_refused(kept, tmp_path, tokenizer):
     from sparselogits.cli.models import load_student
 
     model = tiny_llama(seed=4)
@@ -367,21 +354,18 @@ def test_a_student_with_nan_is_refused(kept: Path, tmp_path: Path, tokenizer: An
     ],
     ids=["head adapted", "embedding adapted", "head saved", "both saved"],
 )
-def test_an_adapter_of_a_tied_model_is_merged_right(
-    kept: Path, tmp_path: Path, adapter: dict
-) -> None:
+def test_an_adapter_of_a_tied_model_is_merged_right(kept, tmp_path, adapter):
     """Merged into the one weight of both, embedding and head would change together."""
     from peft import LoraConfig, get_peft_model
 
-    from sparselogits import SparseKDTrainer
     from sparselogits.train.saving import save_student
-    from tests.train.test_trainer import arguments
+    from tests.train.test_trainer import trainer_of
 
     tiny_llama(seed=4, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     student = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", **adapter))
     data = CacheDataset(kept)
-    SparseKDTrainer(student, arguments(tmp_path, max_steps=3), train_dataset=data).train()
+    trainer_of(data, tmp_path, student, max_steps=3).train()
     ids = torch.tensor([[5, 6, 7, 8]])
     student.eval()
     with torch.no_grad():
@@ -391,9 +375,7 @@ def test_an_adapter_of_a_tied_model_is_merged_right(
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_interrupted_adapter_goes_on_bit_for_bit(
-    kept: Path, tmp_path: Path, teacher_folder: Path
-) -> None:
+def test_an_interrupted_adapter_goes_on_bit_for_bit(kept, tmp_path, teacher_folder):
     class StoppedError(Exception):
         pass
 

@@ -1,9 +1,11 @@
 """Test training from a cache: repeatable, resumable, independent of ranks and batches."""
 
 import copy
+import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
-from sparselogits.caching import CacheRequest, build_caches
-from sparselogits.corpus import PackedCorpus, tokenizer_fingerprint
+from sparselogits.corpus import PackedCorpus
 from sparselogits.data import Schedule, Stage, WindowOrder, collate
 from sparselogits.errors import (
     InvalidArgumentError,
     InvalidTargetsError,
-    RecipeError,
     SparseLogitsWarning,
     TrainingError,
 )
@@ -27,7 +27,7 @@ from sparselogits.samplers import Systematic
 from sparselogits.teacher import TransformersTeacher, load_teacher
 from sparselogits.train import run
 from sparselogits.train.recipe import parse_recipe
-from tests.conftest import tiny_llama
+from tests.conftest import build_cache, tiny_llama
 from tests.train.conftest import HOT
 
 
@@ -48,12 +48,23 @@ def arguments(out: Path, **changes: object) -> TrainingArguments:
     return TrainingArguments(**(settings | changes))
 
 
+FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def trainer_of(
+    data: Path | CacheDataset, out: Path, model: torch.nn.Module | None = None, **options: Any
+) -> SparseKDTrainer:
+    """Return a trainer; options are fields of TrainingArguments and arguments of the trainer."""
+    args = arguments(out, **{name: options.pop(name) for name in FIELDS & set(options)})
+    data = data if isinstance(data, CacheDataset) else CacheDataset(data)
+    model = tiny_llama(seed=9) if model is None else model
+    return SparseKDTrainer(model, args, train_dataset=data, **options)
+
+
 def trained(cache: Path, out: Path, resume: str | None = None, **options: object):
     changes = options.pop("arguments", {})
     model = tiny_llama(seed=9)
-    trainer = SparseKDTrainer(
-        model, arguments(out, **changes), train_dataset=CacheDataset(cache), **options
-    )
+    trainer = trainer_of(cache, out, model, **changes, **options)
     trainer.train(resume_from_checkpoint=resume)
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -67,7 +78,7 @@ class KeepLogs(TrainerCallback):
         self.lines.append(dict(logs))
 
 
-def test_the_loss_falls_and_repeats(cache: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_and_repeats(cache, tmp_path):
     first, weights = trained(cache, tmp_path, arguments={"max_steps": 30})
     again, same = trained(cache, tmp_path, arguments={"max_steps": 30})
     assert first == again
@@ -75,7 +86,7 @@ def test_the_loss_falls_and_repeats(cache: Path, tmp_path: Path) -> None:
     assert sum(first[-5:]) < sum(first[:5]) - 0.5
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(cache: Path, tmp_path: Path) -> None:
+def test_accumulated_gradients_are_those_of_the_large_batch(cache, tmp_path):
     _, large = trained(cache, tmp_path, arguments={"optim": "sgd"})
     changes = {"optim": "sgd", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     _, small = trained(cache, tmp_path, arguments=changes)
@@ -89,9 +100,7 @@ def label_counts(cache: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_accumulation_weighs_labels_not_micro_batches(
-    answers: dict[float, Path], tmp_path: Path, alpha: float
-) -> None:
+def test_accumulation_weighs_labels_not_micro_batches(answers, tmp_path, alpha):
     """Windows of 0 to 31 labels: a mean over micro-batches of their means would be another step.
 
     Without clipping, which would hide a factor.
@@ -105,13 +114,9 @@ def test_accumulation_weighs_labels_not_micro_batches(
         changes = plain | {"per_device_train_batch_size": batch}
         changes |= {"gradient_accumulation_steps": accumulate}
         run: list[dict[str, float]] = []
+        keep = KeepLogs(run)
         found.append(
-            trained(
-                *(answers[1.0], tmp_path),
-                alpha=alpha,
-                arguments=changes,
-                callbacks=[KeepLogs(run)],
-            )
+            trained(answers[1.0], tmp_path, alpha=alpha, arguments=changes, callbacks=[keep])
         )
         lines.append([line for line in run if "kd" in line])
     (losses, large), *others = found
@@ -127,9 +132,7 @@ def test_accumulation_weighs_labels_not_micro_batches(
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_without_a_label_changes_nothing(
-    answers: dict[float, Path], tmp_path: Path, accumulate: int
-) -> None:
+def test_a_step_without_a_label_changes_nothing(answers, tmp_path, accumulate):
     """Prompts longer than a window fill whole batches; their loss is 0, not 0 / 0."""
     dataset = CacheDataset(answers[1.0])
     blank = [i for i, count in enumerate(label_counts(answers[1.0])) if count == 0]
@@ -141,11 +144,8 @@ def test_a_step_without_a_label_changes_nothing(
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulate}
     model = tiny_llama(seed=9)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = SparseKDTrainer(
-        model,
-        arguments(tmp_path, optim="sgd", max_steps=2, **changes),
-        train_dataset=Prompts(answers[1.0]),
-        alpha=0.3,
+    trainer = trainer_of(
+        Prompts(answers[1.0]), tmp_path, model, optim="sgd", max_steps=2, **changes, alpha=0.3
     )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -177,13 +177,8 @@ def loss_by_formula(
 @pytest.mark.parametrize("method", ["sparse", "full"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_a_step_is_taken_at_the_temperature_of_the_cache(
-    answers: dict[float, Path],
-    teacher_folder: Path,
-    tokenizer: object,
-    tmp_path: Path,
-    method: str,
-    alpha: float,
-) -> None:
+    answers, teacher_folder, tokenizer, tmp_path, method, alpha
+):
     """Loss and gradient of one step of plain descent, against the formula."""
     cache, teacher = answers[HOT], None
     if method == "full":
@@ -209,7 +204,7 @@ CURRICULUM = Schedule((Stage(3, until=0.3), Stage(5, until_step=5), Stage(12)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_checkpoint_resumes_bit_for_bit(cache: Path, tmp_path: Path, workers: int) -> None:
+def test_a_checkpoint_resumes_bit_for_bit(cache, tmp_path, workers):
     """Across an epoch and two stages of a curriculum: 231 windows are 8 steps of 2 x 16 at most."""
     changes = {
         "save_strategy": "steps",
@@ -230,7 +225,7 @@ def test_a_checkpoint_resumes_bit_for_bit(cache: Path, tmp_path: Path, workers: 
     assert len(expected) == 14
 
 
-def test_a_checkpoint_of_other_steps_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_steps_is_refused(cache, tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trained(cache, tmp_path, arguments=changes)
     checkpoint = str(tmp_path / "checkpoint-2")
@@ -246,7 +241,7 @@ def logged(cache: Path, out: Path, **options: object) -> list[dict[str, float]]:
     return lines
 
 
-def test_the_curriculum_is_what_the_student_sees(cache: Path, tmp_path: Path) -> None:
+def test_the_curriculum_is_what_the_student_sees(cache, tmp_path):
     """No position has more entries than the rounds of its step."""
     changes = {"max_steps": 10, "gradient_accumulation_steps": 2}
     lines = [x for x in logged(cache, tmp_path, rounds=CURRICULUM, arguments=changes) if "kd" in x]
@@ -255,7 +250,7 @@ def test_the_curriculum_is_what_the_student_sees(cache: Path, tmp_path: Path) ->
     assert max(entries[3:5]) <= 5 < min(entries[5:])
 
 
-def test_logs_split_the_loss(cache: Path, tmp_path: Path) -> None:
+def test_logs_split_the_loss(cache, tmp_path):
     first = logged(cache, tmp_path, alpha=0.25)[0]
     assert abs(0.75 * first["kd"] + 0.25 * first["ce"] - first["loss"]) < 1e-4
     assert 5 < first["entries"] <= 12
@@ -265,15 +260,11 @@ def test_logs_split_the_loss(cache: Path, tmp_path: Path) -> None:
     assert first["data_seconds"] > 0
 
 
-def test_evaluation_inside_training_reports_the_labels_loss(cache: Path, tmp_path: Path) -> None:
+def test_evaluation_inside_training_reports_the_labels_loss(cache, tmp_path):
     dataset = CacheDataset(cache)
     changes = {"eval_strategy": "steps", "eval_steps": 3}
-    trainer = SparseKDTrainer(
-        tiny_llama(),
-        arguments(tmp_path, **changes),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        alpha=0.5,
+    trainer = trainer_of(
+        dataset, tmp_path, tiny_llama(), **changes, eval_dataset=dataset, alpha=0.5
     )
     trainer.train()
     lines = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -291,25 +282,7 @@ def test_evaluation_inside_training_reports_the_labels_loss(cache: Path, tmp_pat
     assert 0 < lines[-1]["eval_kl"] < lines[-1]["eval_kd"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-    ],
-    ids=["checkpointing", "compiled"],
-)
-def test_what_saves_memory_or_time_changes_nothing(
-    cache: Path, tmp_path: Path, changes: dict
-) -> None:
-    losses, weights = trained(cache, tmp_path, alpha=0.1)
-    same, others = trained(cache, tmp_path, alpha=0.1, arguments=changes)
-    assert same == pytest.approx(losses, rel=1e-4)
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=1e-2, atol=1e-4)
-
-
-def test_mixed_precision_trains_float32_weights(cache: Path, tmp_path: Path) -> None:
+def test_mixed_precision_trains_float32_weights(cache, tmp_path):
     exact, _ = trained(cache, tmp_path, arguments={"max_steps": 12})
     rounded, weights = trained(cache, tmp_path, arguments={"max_steps": 12, "bf16": True})
     assert rounded != exact
@@ -325,23 +298,19 @@ def test_mixed_precision_trains_float32_weights(cache: Path, tmp_path: Path) -> 
         ({"method": "full"}, "no teacher is given"),
     ],
 )
-def test_contradictions_are_refused(cache: Path, tmp_path: Path, options: dict, said: str) -> None:
+def test_contradictions_are_refused(cache, tmp_path, options, said):
     with pytest.raises(InvalidArgumentError, match=said):
-        SparseKDTrainer(
-            tiny_llama(), arguments(tmp_path), train_dataset=CacheDataset(cache), **options
-        )
+        trainer_of(cache, tmp_path, tiny_llama(), **options)
 
 
-def test_a_student_with_too_few_ids_is_refused(cache: Path, tmp_path: Path) -> None:
+def test_a_student_with_too_few_ids_is_refused(cache, tmp_path):
     with pytest.raises(InvalidTargetsError, match="vocabulary has 100 ids"):
-        SparseKDTrainer(
-            tiny_llama(vocab_size=100), arguments(tmp_path), train_dataset=CacheDataset(cache)
-        )
+        trainer_of(cache, tmp_path, tiny_llama(vocab_size=100))
 
 
-def test_a_student_with_more_ids_learns(cache: Path, tmp_path: Path) -> None:
+def test_a_student_with_more_ids_learns(cache, tmp_path):
     model = tiny_llama(vocab_size=640)
-    SparseKDTrainer(model, arguments(tmp_path), train_dataset=CacheDataset(cache)).train()
+    trainer_of(cache, tmp_path, model).train()
 
 
 def small_recipe(cache: Path, out: Path, **changes: object):
@@ -355,7 +324,7 @@ def small_recipe(cache: Path, out: Path, **changes: object):
     return parse_recipe(values | changes, source="test")
 
 
-def test_a_finished_run_is_not_repeated(cache: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(cache, tmp_path):
     recipe = small_recipe(cache, tmp_path / "run")
     first = run(recipe, device="cpu")
     second = run(recipe, device="cpu")
@@ -366,23 +335,15 @@ def test_a_finished_run_is_not_repeated(cache: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == first.steps
 
 
-def test_another_recipe_does_not_overwrite_a_run(cache: Path, tmp_path: Path) -> None:
-    run(small_recipe(cache, tmp_path / "run"), device="cpu")
-    with pytest.raises(RecipeError, match="differ in alpha"):
-        run(small_recipe(cache, tmp_path / "run", alpha=0.5), device="cpu")
-
-
 @pytest.mark.parametrize(
     "thinning", [{"rounds": 7}, {"budget": 3.0}, {"schedule": [{"until": 0.5, "rounds": 2}] * 1}]
 )
-def test_a_recipe_thins(cache: Path, tmp_path: Path, thinning: dict) -> None:
+def test_a_recipe_thins(cache, tmp_path, thinning):
     result = run(small_recipe(cache, tmp_path / "run", thinning=thinning), device="cpu")
     assert result.steps > 1
 
 
-def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(cache, tmp_path):
     changes = {
         "thinning": {"schedule": [{"until": 0.5, "rounds": 3}, {"until": 1.0, "rounds": 12}]},
         "num_train_epochs": 2.0,
@@ -407,9 +368,7 @@ def test_an_interrupted_recipe_goes_on_where_its_curriculum_stood(
 
 
 @pytest.mark.parametrize("method", ONLINE)
-def test_a_recipe_with_the_teacher_online(
-    cache: Path, tmp_path: Path, teacher_folder: Path, method: str
-) -> None:
+def test_a_recipe_with_the_teacher_online(cache, tmp_path, teacher_folder, method):
     changes = {"method": method, "teacher": str(teacher_folder), "num_train_epochs": 3.0}
     result = run(small_recipe(cache, tmp_path / "run", **changes), device="cpu")
     assert result.curve[-1][1] < result.curve[0][1]
@@ -431,9 +390,7 @@ class Broken(CacheDataset):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("log_steps", [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_run(
-    cache: Path, tmp_path: Path, log_steps: int
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path, log_steps):
     """With the window's number, before a checkpoint is saved over what is there."""
     dataset = Broken(cache)
     order = WindowOrder(len(dataset), 3, dataset.identity.fingerprint)
@@ -441,9 +398,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
     changes |= {"logging_steps": log_steps, "per_device_train_batch_size": 2}
     changes["gradient_accumulation_steps"] = 2
-    trainer = SparseKDTrainer(
-        tiny_llama(seed=9), arguments(tmp_path, **changes), train_dataset=dataset
-    )
+    trainer = trainer_of(dataset, tmp_path, **changes)
     with pytest.raises(
         TrainingError, match=r"step 3: the loss is .*not a finite number"
     ) as stopped:
@@ -456,19 +411,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(bool(w.isfinite().all()) for w in weights.values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(cache: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(cache, tmp_path):
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             with torch.no_grad():
                 model.get_output_embeddings().weight[0, 0] = float("nan")
 
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    trainer = SparseKDTrainer(
-        tiny_llama(seed=9),
-        arguments(tmp_path, **changes),
-        train_dataset=CacheDataset(cache),
-        callbacks=[Spoil()],
-    )
+    trainer = trainer_of(cache, tmp_path, **changes, callbacks=[Spoil()])
     with pytest.raises(TrainingError, match="weights, or the loss on another rank"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -488,21 +438,12 @@ def several_shards(
     tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folder: Path, tokenizer: object
 ) -> Path:
     """The text of the small cache in shards of 64 windows."""
-    teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
-    root = tmp_path_factory.mktemp("several") / "cache"
-    build_caches(
-        teacher,
-        PackedCorpus.open(cache / "corpus"),
-        [CacheRequest(root, Systematic(4))],
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        windows_per_shard=64,
-    )
-    return root
+    corpus, root = PackedCorpus.open(cache / "corpus"), tmp_path_factory.mktemp("several") / "cache"
+    options = {"windows_per_shard": 64}
+    return build_cache(teacher_folder, corpus, root, Systematic(4), tokenizer, **options)
 
 
-def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(
-    several_shards: Path, tmp_path: Path
-) -> None:
+def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(several_shards, tmp_path):
     """Bit for bit; other windows in front, or none, are refused."""
     whole = CacheDataset(several_shards)
     ranges = whole.cache.ranges
@@ -512,7 +453,7 @@ def test_a_cache_that_has_grown_goes_on_over_the_windows_it_had(
 
     def weights(dataset: CacheDataset, resume: str | None = None) -> dict[str, torch.Tensor]:
         model = tiny_llama(seed=9)
-        trainer = SparseKDTrainer(model, arguments(tmp_path, **changes), train_dataset=dataset)
+        trainer = trainer_of(dataset, tmp_path, model, **changes)
         trainer.train(resume_from_checkpoint=resume)
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 

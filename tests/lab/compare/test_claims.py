@@ -26,12 +26,8 @@ LOSS = {  # a plausible outcome in which the claim is repeated and the cut tail 
     TOP + TIMED: 3.41,
     SAMPLED + TIMED: 3.36,
 }
-KL = {
-    **dict.fromkeys(many_epochs.TITLES, 0.30),
-    "CE": 0.60,
-    "full KD": 0.25,
-    "4 rounds, fresh": 0.28,
-}
+KL = dict.fromkeys(many_epochs.TITLES, 0.30)
+KL |= {"CE": 0.60, "full KD": 0.25, "4 rounds, fresh": 0.28}
 
 
 def outcome(means: Mapping[str, float], noise: float = 0.001, seed: int = 0) -> dict[str, Any]:
@@ -57,9 +53,7 @@ def outcome(means: Mapping[str, float], noise: float = 0.001, seed: int = 0) -> 
         ({"full KD": 3.40}, "confirmed", "Full KD is not ahead"),
     ],
 )
-def test_the_rule_of_the_small_vocabulary(
-    changes: Mapping[str, float], verdict: str, reason: str
-) -> None:
+def test_the_rule_of_the_small_vocabulary(changes, verdict, reason):
     found = small_vocabulary.judge(outcome({**LOSS, **changes}))
     assert found["verdict"] == verdict
     assert reason in found["reason"]
@@ -76,19 +70,19 @@ def test_the_rule_of_the_small_vocabulary(
         ({"4 rounds, frozen, A/A": 0.31}, "undecided", "A/A control"),
     ],
 )
-def test_the_rule_of_many_epochs(changes: Mapping[str, float], verdict: str, reason: str) -> None:
+def test_the_rule_of_many_epochs(changes, verdict, reason):
     found = many_epochs.judge(outcome({**KL, **changes}))
     assert found["verdict"] == verdict
     assert reason in found["reason"]
 
 
-def test_one_seed_has_no_verdict() -> None:
+def test_one_seed_has_no_verdict():
     for judge, means in ((small_vocabulary.judge, LOSS), (many_epochs.judge, KL)):
         found = judge({name: {k: [x] for k, x in means.items()} for name in ("loss", "kl")})
         assert (found["verdict"], found["secondary"]) == ("none", [])
 
 
-def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
+def test_a_true_difference_of_nothing_is_hardly_ever_confirmed():
     """1 000 experiments each in which nothing differs are confirmed in 2.5 % of cases at most.
 
     At a rate of 2.5 %, more than 50 would be seen once in a million times.
@@ -105,7 +99,7 @@ def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
         assert confirmed <= 50
 
 
-def test_rounds_at_equal_bytes_are_the_most_that_fit() -> None:
+def test_rounds_at_equal_bytes_are_the_most_that_fit():
     """Compared with a search over every number of rounds."""
     generator = torch.Generator().manual_seed(0)
     logits = [3 * torch.randn(48, 256, generator=generator) for _ in range(2)]
@@ -122,12 +116,12 @@ def test_rounds_at_equal_bytes_are_the_most_that_fit() -> None:
 
 
 @pytest.mark.skipif(not small_vocabulary.RESULT.exists(), reason="not run")
-def test_the_stored_verdict_on_the_small_vocabulary_is_that_of_the_stored_windows() -> None:
+def test_the_stored_verdict_on_the_small_vocabulary_is_that_of_the_stored_windows():
     assert_recomputed(small_vocabulary)
 
 
 @pytest.mark.skipif(not many_epochs.RESULT.exists(), reason="not run")
-def test_the_stored_verdict_on_many_epochs_is_that_of_the_stored_windows() -> None:
+def test_the_stored_verdict_on_many_epochs_is_that_of_the_stored_windows():
     assert_recomputed(many_epochs)
 
 
@@ -172,13 +166,7 @@ def call(main: Any, *words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "epochs"), [("small_vocabulary", 1), ("many_epochs", 2)], ids=str)
-def test_two_steps_run_are_interrupted_and_collected(
-    name: str,
-    epochs: int,
-    material: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_two_steps_run_are_interrupted_and_collected(name, epochs, material, tmp_path, monkeypatch):
     experiment = {"small_vocabulary": small_vocabulary, "many_epochs": many_epochs}[name]
     monkeypatch.setattr(small_vocabulary, "K", 8)
     monkeypatch.setattr(training, "SAVE_STEPS", 1)

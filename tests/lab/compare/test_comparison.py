@@ -75,9 +75,7 @@ def results(values: dict[str, Any], seen: dict[str, list[Any]]) -> Results:
         return compare(parse_compare_recipe(values, source="test"))
 
 
-def test_every_method_starts_alike_and_reads_alike(
-    results: Results, seen: dict[str, list[Any]]
-) -> None:
+def test_every_method_starts_alike_and_reads_alike(results, seen):
     for seed in (0, 1):
         runs = [own for folder, own in seen.items() if f"--{seed}--" in folder]
         assert len(runs) == 6
@@ -89,14 +87,14 @@ def test_every_method_starts_alike_and_reads_alike(
     assert not torch.equal(torch.stack(first[1:]), torch.stack(second[1:]))
 
 
-def test_methods_that_draw_alike_share_a_cache(results: Results, values: dict[str, Any]) -> None:
+def test_methods_that_draw_alike_share_a_cache(results, values):
     caches = [Cache.open(path) for path in (Path(values["out"]) / "caches").iterdir()]
     samplers = sorted(cache.identity.sampler["name"] for cache in caches)
     assert samplers == ["systematic", "topk", "topk"]  # one of them for the text alone
     assert len({len(cache) for cache in caches}) == 1
 
 
-def test_a_failing_method_does_not_lose_the_others(results: Results) -> None:
+def test_a_failing_method_does_not_lose_the_others(results):
     failed = [run for run in results.runs if run.status == "failed"]
     assert {run.method for run in failed} == {"uniform 2000"}
     assert all("out of reach" in (run.message or "") for run in failed)
@@ -104,7 +102,7 @@ def test_a_failing_method_does_not_lose_the_others(results: Results) -> None:
     assert not results.complete
 
 
-def test_rows_are_of_their_runs(results: Results) -> None:
+def test_rows_are_of_their_runs(results):
     for row in results.methods[:6]:
         runs = [r for r in results.runs if r.method == row.method]
         for name in ("loss", "kl", "acceptance", "ece"):
@@ -118,9 +116,7 @@ def test_rows_are_of_their_runs(results: Results) -> None:
     )
 
 
-def test_every_interval_can_be_recomputed_from_the_sums_of_windows(
-    results: Results, values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_every_interval_can_be_recomputed_from_the_sums_of_windows(results, values, tmp_path):
     out = Path(values["out"])
     sums = read_windows(out / "windows.npz")
     stored = read_results(out)
@@ -137,9 +133,7 @@ def test_every_interval_can_be_recomputed_from_the_sums_of_windows(
         read_windows(tmp_path / "w.npz")
 
 
-def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
-    results: Results, values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_row_is_formed_again_when_what_it_rests_on_is_new(results, values, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(values["out"], out)
     recipe = parse_compare_recipe(values | {"out": str(out)}, source="test")
@@ -168,7 +162,7 @@ def test_a_row_is_formed_again_when_what_it_rests_on_is_new(
     assert third[4].minus_ce != second[4].minus_ce  # CE's outcome is in all of them
 
 
-def test_csv_and_json_agree(results: Results, values: dict[str, Any]) -> None:
+def test_csv_and_json_agree(results, values):
     stored = read_results(Path(values["out"]))
     lines = list(csv.DictReader(io.StringIO((Path(values["out"]) / "results.csv").read_text())))
     # the recipe has no drafts; rows that have them get them here
@@ -240,9 +234,7 @@ def test_csv_and_json_agree(results: Results, values: dict[str, Any]) -> None:
         assert float(lines[0]["perplexity" + end]) == pytest.approx(perplexity, rel=1e-9)
 
 
-def test_finished_runs_are_not_repeated(
-    results: Results, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_runs_are_not_repeated(results, values, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("trained")  # what no run's failure is taken for
 
@@ -254,9 +246,7 @@ def test_finished_runs_are_not_repeated(
         compare(parse_compare_recipe(longer, source="test"))
 
 
-def test_a_run_that_breaks_is_recorded_and_tried_again(
-    results: Results, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_breaks_is_recorded_and_tried_again(results, values, tmp_path, monkeypatch):
     shutil.copytree(Path(values["out"]) / "caches", tmp_path / "out" / "caches")
     recipe = parse_compare_recipe(
         values
@@ -279,9 +269,7 @@ def test_a_run_that_breaks_is_recorded_and_tried_again(
     assert [run.status for run in compare(recipe).runs] == ["done", "done"]
 
 
-def test_killed_in_a_run_it_goes_on_to_the_same_students(
-    results: Results, values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_killed_in_a_run_it_goes_on_to_the_same_students(results, values, tmp_path):
     """SIGKILL between two checkpoints: it goes on from the last, and ends with the same students.
 
     The same weights alone would not do: a run that began again from scratch has them too.
@@ -339,7 +327,7 @@ def test_killed_in_a_run_it_goes_on_to_the_same_students(
         assert [step for step, _ in run.curve] == [step for step, _ in first.curve]
 
 
-def test_the_command_prints_json(results: Results, values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_prints_json(results, values, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "sparselogits", "compare", str(file), "--json"]
@@ -349,9 +337,7 @@ def test_the_command_prints_json(results: Results, values: dict[str, Any], tmp_p
     assert "uniform 2000, tiny, seed 1" in done.stderr
 
 
-def test_a_models_folder_is_no_place_for_a_comparison(
-    values: dict[str, Any], teacher_folder: Path
-) -> None:
+def test_a_models_folder_is_no_place_for_a_comparison(values, teacher_folder):
     before = sorted(teacher_folder.iterdir())
     recipe = parse_compare_recipe({**values, "out": str(teacher_folder)}, source="test")
     with pytest.raises(
@@ -361,7 +347,7 @@ def test_a_models_folder_is_no_place_for_a_comparison(
     assert sorted(teacher_folder.iterdir()) == before
 
 
-def test_claimed_work_is_skipped_and_values_outlast_failures(tmp_path: Path) -> None:
+def test_claimed_work_is_skipped_and_values_outlast_failures(tmp_path):
     work, other = FinishedWork(tmp_path), FinishedWork(tmp_path)
     with work.claimed("runs", "f") as mine, other.claimed("runs", "f") as theirs:
         assert mine
@@ -377,9 +363,7 @@ def test_claimed_work_is_skipped_and_values_outlast_failures(tmp_path: Path) -> 
     assert (work.value("runs", "f"), work.failure("runs", "f")) == ({"loss": 1.5}, None)
 
 
-def test_finished_work_of_older_versions_is_taken_over(
-    results: Results, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_work_of_older_versions_is_taken_over(results, values, tmp_path, monkeypatch):
     """The same comparison as an older version leaves it: nothing is computed again."""
     out = tmp_path / "out"
     shutil.copytree(values["out"], out)

@@ -1,6 +1,7 @@
 """Test the rule of experiments/deciding.py on constructed outcomes, and its training."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,13 +55,13 @@ def outcome(changes: Mapping[str, float] | None = None, *, seed: int = 0) -> dic
         ({"RS-KD 22": 0.170}, "undecided", "within 0.003"),
     ],
 )
-def test_the_rule(changes: dict[str, float], verdict: str, reason: str) -> None:
+def test_the_rule(changes, verdict, reason):
     found = judge(outcome(changes))
     assert found["verdict"] == verdict
     assert reason in found["reason"]
 
 
-def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
+def test_a_true_difference_of_nothing_is_hardly_ever_confirmed():
     """1 000 experiments in which nothing differs are confirmed in 2.5 % of cases at most.
 
     At a rate of 2.5 %, more than 50 would be seen once in a million times.
@@ -78,7 +79,7 @@ def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
     assert verdicts.count("confirmed") <= 50
 
 
-def test_holm_is_the_step_down_procedure() -> None:
+def test_holm_is_the_step_down_procedure():
     p = [0.04, 0.001, 0.03, 0.012]
     assert holm(p) == pytest.approx([0.06, 0.004, 0.06, 0.036])
     generator = np.random.default_rng(0)
@@ -92,7 +93,7 @@ def test_holm_is_the_step_down_procedure() -> None:
         assert {i for i, x in enumerate(holm(own)) if x <= 0.05} == rejected
 
 
-def test_secondary_differences_are_corrected_together() -> None:
+def test_secondary_differences_are_corrected_together():
     found = judge(outcome())["secondary"]
     assert len(found) == 10
     assert all(own["p"] <= own["p_holm"] <= 1 for own in found)
@@ -102,7 +103,7 @@ def test_secondary_differences_are_corrected_together() -> None:
 
 
 @pytest.mark.skipif(not (RESULTS / "deciding.json").exists(), reason="not run")
-def test_the_stored_verdict_is_that_of_the_stored_windows() -> None:
+def test_the_stored_verdict_is_that_of_the_stored_windows():
     stored = json.loads((RESULTS / "deciding.json").read_text())
     with np.load(RESULTS / "deciding_windows.npz") as windows:
         kl = windows["kl"].astype(np.float64).sum(2) / windows["positions"].sum()
@@ -114,9 +115,7 @@ def test_the_stored_verdict_is_that_of_the_stored_windows() -> None:
 
 
 @pytest.mark.slow
-def test_two_steps_run_are_interrupted_and_collected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_steps_run_are_interrupted_and_collected(tmp_path, monkeypatch):
     """The commands of the docstring, on a teacher of two steps."""
 
     def call(main: Any, *words: str) -> None:
@@ -126,18 +125,7 @@ def test_two_steps_run_are_interrupted_and_collected(
     teacher, work, out = tmp_path / "teacher", tmp_path / "work", tmp_path / "deciding.json"
     source = tmp_path / "text.txt"
     source.write_text("\n\n".join(f"Line {i} of a text that is long enough." for i in range(3000)))
-    shape = (
-        "--width",
-        "16",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--window",
-        "32",
-        "--vocabulary",
-        "300",
-    )
+    shape = shlex.split("--width 16 --layers 1 --heads 2 --window 32 --vocabulary 300")
     call(
         small_teacher.main, "--text", str(source), "--out", str(teacher), *shape, "--epochs", "0.02"
     )

@@ -79,9 +79,7 @@ def rows_of(results: Results) -> dict[str, MethodRow]:
     return {row.method: row for row in results.methods}
 
 
-def test_figures_are_those_of_the_methods_targets_on_the_student_of_ce(
-    results: Results, values: dict[str, Any]
-) -> None:
+def test_figures_are_those_of_the_methods_targets_on_the_student_of_ce(results, values):
     rows, out = rows_of(results), Path(values["out"])
     teacher = load_teacher(values["teacher"], tokenizer=load_tokenizer(values["teacher"]))
     ce = next(run for run in results.runs if run.method == "CE")
@@ -119,7 +117,7 @@ def test_figures_are_those_of_the_methods_targets_on_the_student_of_ce(
         assert found.entries == (None if row.target == "CE" else row.entries)
 
 
-def test_what_has_no_one_target_has_no_gradient(results: Results) -> None:
+def test_what_has_no_one_target_has_no_gradient(results):
     rows = rows_of(results)
     schedule = next(name for name in rows if "schedule" in name)
     for name in ("full KD", schedule):
@@ -128,25 +126,21 @@ def test_what_has_no_one_target_has_no_gradient(results: Results) -> None:
         assert rows[name].gradient_failure is None
 
 
-def test_equal_targets_share_a_measurement(
-    copied: dict[str, Any], results: Results, measured: list[int]
-) -> None:
+def test_equal_targets_share_a_measurement(copied, results, measured):
     assert compared(copied).methods == results.methods  # and all of it comes out as before
     assert measured == [6]  # "frozen" is measured as "fresh" is
     rows = rows_of(results)
     assert rows["fresh"].gradient == rows["frozen"].gradient is not None
 
 
-def test_one_method_that_cannot_be_measured_does_not_stop_the_others(results: Results) -> None:
+def test_one_method_that_cannot_be_measured_does_not_stop_the_others(results):
     rows = rows_of(results)
     assert "500 entries" in (rows["too much"].gradient_failure or "")
     assert rows["too much"].gradient is None
     assert sum(row.gradient is not None for row in results.methods) == 7
 
 
-def test_nothing_is_measured_twice_and_methods_may_be_added(
-    copied: dict[str, Any], results: Results, measured: list[int], monkeypatch: Any
-) -> None:
+def test_nothing_is_measured_twice_and_methods_may_be_added(copied, results, measured, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("trained")
 
@@ -166,9 +160,7 @@ def test_nothing_is_measured_twice_and_methods_may_be_added(
     assert again.methods == [row for row in results.methods if row.method != "too much"]
 
 
-def test_a_measurement_that_breaks_loses_nothing_else(
-    copied: dict[str, Any], results: Results, measured: list[int]
-) -> None:
+def test_a_measurement_that_breaks_loses_nothing_else(copied, results, measured):
     found = compared(copied, gradients={"windows": 5000, "batch_windows": [5000]})
     row = rows_of(found)["systematic 6"]
     assert "use more text or smaller batches" in (row.gradient_failure or "")
@@ -180,9 +172,7 @@ def test_a_measurement_that_breaks_loses_nothing_else(
     assert compared(copied).methods == results.methods
 
 
-def test_without_the_student_of_ce_another_is_taken(
-    copied: dict[str, Any], results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_student_of_ce_another_is_taken(copied, results, monkeypatch):
     ce = next(run for run in results.runs if run.method == "CE")
     folder = Path(copied["out"]) / str(ce.folder)
     key = next(
@@ -210,9 +200,7 @@ def test_without_the_student_of_ce_another_is_taken(
     assert again["systematic 6"].gradient == rows_of(results)["systematic 6"].gradient
 
 
-def test_processes_on_one_directory_measure_once(
-    copied: dict[str, Any], results: Results, measured: list[int]
-) -> None:
+def test_processes_on_one_directory_measure_once(copied, results, measured):
     found: list[Results] = []
     with FinishedWork(Path(copied["out"])).claimed("gradients"):
         both = [threading.Thread(target=lambda: found.append(compared(copied))) for _ in range(2)]
@@ -226,7 +214,7 @@ def test_processes_on_one_directory_measure_once(
     assert [own.methods for own in found] == [results.methods] * 2
 
 
-def test_stored_as_json_and_csv(results: Results, values: dict[str, Any]) -> None:
+def test_stored_as_json_and_csv(results, values):
     stored = read_results(Path(values["out"]))
     lines = csv.DictReader(io.StringIO((Path(values["out"]) / "results.csv").read_text()))
     for row, line in zip(stored.methods, lines, strict=False):
@@ -239,7 +227,7 @@ def test_stored_as_json_and_csv(results: Results, values: dict[str, Any]) -> Non
         assert float(line["gradient_angle_high"]) == pytest.approx(largest.angle.high, rel=1e-5)
 
 
-def test_results_stored_before_there_were_gradients_are_read(tmp_path: Path) -> None:
+def test_results_stored_before_there_were_gradients_are_read(tmp_path):
     stored = json.loads(RECORD.read_text())
     for row in stored["methods"]:
         del row["gradient"], row["gradient_failure"]

@@ -52,9 +52,7 @@ def grid(tiny: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.slow
-def test_on_policy_arms_are_of_equal_time_and_begin_where_they_say(
-    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_policy_arms_are_of_equal_time_and_begin_where_they_say(grid, tmp_path, monkeypatch):
     own = script("on_policy")
     sizes = {"PROMPT": 8, "COMPLETION": 8, "BATCH": 4, "TUNING_WINDOWS": 2, "RATES": (1e-3, 3e-3)}
     for name, value in sizes.items():
@@ -95,9 +93,7 @@ def test_on_policy_arms_are_of_equal_time_and_begin_where_they_say(
 
 
 @pytest.mark.slow
-def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(
-    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(grid, tmp_path, monkeypatch):
     own = script("on_policy")
     monkeypatch.setattr(own, "PROMPT", 8)
     monkeypatch.setattr(own, "COMPLETION", 8)
@@ -117,7 +113,7 @@ def test_a_teacher_on_its_own_text_differs_from_itself_by_nothing(
 
 
 @pytest.mark.slow
-def test_table_and_figure_say_what_the_results_hold(grid: Path, tmp_path: Path) -> None:
+def test_table_and_figure_say_what_the_results_hold(grid, tmp_path):
     results = read_results(grid)
     sheet = script("tables").comparison_table(results)
     cells = [line.strip("| ").split(" | ") for line in sheet]
@@ -148,7 +144,7 @@ def _datasets(spec: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return found + [own["data"]["values"] for own in layers if "values" in own.get("data", {})]
 
 
-def test_pages_hold_the_tables_of_the_stored_results() -> None:
+def test_pages_hold_the_tables_of_the_stored_results():
     """Put in by `python experiments/healing/tables.py --write`."""
     tables = script("tables")
     pages = [page.read_text(encoding="utf-8") for page in tables.PAGES]

@@ -62,17 +62,8 @@ def recipe(tiny: Any, tmp_path_factory: Any, student: Path) -> CompareRecipe:
         {"method": "jensen_shannon", "beta": 0.3},
         {"sampler": "multinomial", "budget": BUDGETS["multinomial"], "proposal_exponent": 0.8},
         {"sampler": "threshold", "budget": BUDGETS["threshold"]},
-        {
-            "sampler": "systematic",
-            "budget": BUDGETS["systematic"],
-            "thinning": {"budget": THINNED},
-        },
-        {
-            "sampler": "adaptive",
-            "budget": BUDGETS["adaptive"],
-            "student": str(student),
-            **ADAPTIVE,
-        },
+        {"sampler": "systematic", "budget": BUDGETS["systematic"], "thinning": {"budget": THINNED}},
+        {"sampler": "adaptive", "budget": BUDGETS["adaptive"], "student": str(student), **ADAPTIVE},
     ]
     values = tiny(
         tmp_path_factory.mktemp("methods"),
@@ -157,7 +148,7 @@ def probabilities(setting: Setting, tokens: np.ndarray) -> tuple[Tensor, Tensor]
     return logits, logits.double().softmax(1)
 
 
-def test_one_pass_of_the_teacher_serves_all_samplers(prepared: tuple[Setting, Asked]) -> None:
+def test_one_pass_of_the_teacher_serves_all_samplers(prepared):
     setting, asked = prepared
     training = setting.corpus.read(0, setting.corpus.windows)
     pilot = pilot_windows(setting.corpus)
@@ -171,8 +162,8 @@ def test_one_pass_of_the_teacher_serves_all_samplers(prepared: tuple[Setting, As
 
 
 def test_runs_ask_the_teacher_for_held_out_windows_and_where_it_is_online(
-    compared: tuple[Results, Asked], setting: Setting, recipe: CompareRecipe
-) -> None:
+    compared, setting, recipe
+):
     results, asked = compared
     assert recipe.heldout_windows == 4
     length = recipe.window * 8  # bytes
@@ -189,7 +180,7 @@ def test_runs_ask_the_teacher_for_held_out_windows_and_where_it_is_online(
     assert drafts == len(results.runs) * 4 * PREFIXES  # each verified in one pass
 
 
-def test_all_are_done_and_begin_alike(results: Results) -> None:
+def test_all_are_done_and_begin_alike(results):
     assert results.complete
     assert [run.status for run in results.runs] == ["done"] * 7
     first = [run.curve[0] for run in results.runs]
@@ -197,9 +188,7 @@ def test_all_are_done_and_begin_alike(results: Results) -> None:
     assert len({run.curve[-1] for run in results.runs}) == 7
 
 
-def test_caches_hold_what_the_budget_asks(
-    rows: dict[str, MethodRow], caches: dict[str, Cache]
-) -> None:
+def test_caches_hold_what_the_budget_asks(rows, caches):
     for name, budget in BUDGETS.items():
         found = caches[name].statistics().entries_per_position
         assert found == pytest.approx(budget, rel=0.1), name
@@ -209,7 +198,7 @@ def test_caches_hold_what_the_budget_asks(
     assert rows["systematic"].entries == pytest.approx(THINNED, rel=0.1)
 
 
-def test_targets_are_unbiased(setting: Setting, caches: dict[str, Cache]) -> None:
+def test_targets_are_unbiased(setting, caches):
     """Their sum, and what they say of tokens the teacher finds likely, are right in the mean."""
     gaps: dict[str, list[Tensor]] = {name: [] for name in BUDGETS}
     for index in range(0, setting.corpus.windows, 4):
@@ -225,9 +214,7 @@ def test_targets_are_unbiased(setting: Setting, caches: dict[str, Cache]) -> Non
         assert float(error[1]) > 0  # drawn, not copied
 
 
-def test_rows_name_the_samplers_that_drew(
-    setting: Setting, rows: dict[str, MethodRow], caches: dict[str, Cache]
-) -> None:
+def test_rows_name_the_samplers_that_drew(setting, rows, caches):
     """Drawn again from what the row says, the targets come out as they are in the cache."""
     for name in BUDGETS:
         parameters = rows[name].sampler
@@ -248,9 +235,7 @@ def test_rows_name_the_samplers_that_drew(
     assert rows["multinomial"].sampler["proposal_exponent"] == 0.8
 
 
-def test_adaptive_follows_the_student_of_an_earlier_run(
-    setting: Setting, rows: dict[str, MethodRow], caches: dict[str, Cache], student: Path
-) -> None:
+def test_adaptive_follows_the_student_of_an_earlier_run(setting, rows, caches, student):
     parameters = rows["adaptive"].sampler
     assert parameters is not None
     assert parameters["student"] == str(student)
@@ -274,9 +259,7 @@ def test_adaptive_follows_the_student_of_an_earlier_run(
     assert float(rounds.std()) > 0.5  # or it would say nothing
 
 
-def test_reverse_kl_is_the_other_divergence(
-    results: Results, runs: dict[str, RunRow], setting: Setting, recipe: CompareRecipe
-) -> None:
+def test_reverse_kl_is_the_other_divergence(results, runs, setting, recipe):
     """Each is the better one at what it minimises, on text that neither has seen."""
 
     def reverse(run: RunRow) -> float:
@@ -298,18 +281,14 @@ def test_reverse_kl_is_the_other_divergence(
     assert full.figures["loss"] != other.figures["loss"]
 
 
-def test_jensen_shannon_lies_between_the_divergences_that_are_its_limits(
-    rows: dict[str, MethodRow], runs: dict[str, RunRow]
-) -> None:
+def test_jensen_shannon_lies_between_the_divergences_that_are_its_limits(rows, runs):
     row = rows["jensen_shannon"]
     assert (row.method, row.spec["beta"]) == ("Jensen-Shannon, beta 0.3", 0.3)
     losses = {runs[name].figures["loss"] for name in ("full", "reverse_kl", "jensen_shannon")}
     assert len(losses) == 3
 
 
-def test_drafts_are_kept(
-    results: Results, rows: dict[str, MethodRow], runs: dict[str, RunRow]
-) -> None:
+def test_drafts_are_kept(results, rows, runs):
     for family, run in runs.items():
         drafted = run.realised
         assert drafted is not None, family

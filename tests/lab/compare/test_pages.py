@@ -4,10 +4,9 @@ import json
 import math
 import re
 import statistics
-from pathlib import Path
 
 import pytest
-from experiments.compare.pages import DOCS, RESULTS, SETTINGS, Setting, pages
+from experiments.compare.pages import DOCS, RESULTS, SETTINGS, pages
 
 from sparselogits.lab.compare import read_results
 from sparselogits.lab.compare.windows import differences, read_windows
@@ -19,18 +18,18 @@ WINDOWS = sorted(RESULTS.glob("compare_*_windows.npz")) + sorted(
 )
 
 
-def test_the_pages_are_what_the_stored_results_say() -> None:
+def test_the_pages_are_what_the_stored_results_say():
     for path, text in pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run experiments/compare/pages.py"
 
 
-def test_every_stored_comparison_has_its_page() -> None:
+def test_every_stored_comparison_has_its_page():
     shown = {f"compare_{own.file}.json" for own in SETTINGS}
     assert shown == {path.name for path in RESULTS.glob("compare_*.json")}
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda own: own.file)
-def test_a_reader_who_redoes_the_intervals_gets_the_printed_ones(setting: Setting) -> None:
+def test_a_reader_who_redoes_the_intervals_gets_the_printed_ones(setting):
     """From the JSON and the page alone: two columns of the table, all methods with three seeds."""
     stored = json.loads((RESULTS / f"compare_{setting.file}.json").read_text())
     losses: dict[tuple[str, str], list[float]] = {}
@@ -73,12 +72,12 @@ def test_a_reader_who_redoes_the_intervals_gets_the_printed_ones(setting: Settin
 
 
 @pytest.mark.parametrize("file", WINDOWS, ids=lambda path: path.stem)
-def test_intervals_are_recomputed_from_the_sums_of_windows(file: Path) -> None:
+def test_intervals_are_recomputed_from_the_sums_of_windows(file):
     results = read_results(file.with_name(f"{file.stem.removesuffix('_windows')}.json"))
     assert differences(results, read_windows(file)) == []
 
 
-def test_the_variants_of_theory_are_the_measured_ones() -> None:
+def test_the_variants_of_theory_are_the_measured_ones():
     columns = []
     for name in ("english-web", "shakespeare", "small-teacher"):
         stored = json.loads((RESULTS / f"samplers_at_equal_bytes_{name}.json").read_text())

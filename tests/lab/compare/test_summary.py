@@ -191,15 +191,10 @@ def less(gain: Losses, base: Losses = BASE) -> Losses:
     }
 
 
-LOSSES = {
-    CE: BASE,
-    OWN: less(GAIN),
-    FULL: less(WHOLE),
-    MIXED: {seed: [1.0] * 3 for seed in BASE},
-}
+LOSSES = {CE: BASE, OWN: less(GAIN), FULL: less(WHOLE), MIXED: {seed: [1.0] * 3 for seed in BASE}}
 
 
-def test_figures_are_means_over_positions_and_seeds(summed: Any) -> None:
+def test_figures_are_means_over_positions_and_seeds(summed):
     row = summed(trained(LOSSES))[OWN]
     of_seeds = [mean_loss(LOSSES[OWN][seed]) for seed in range(3)]
     assert row.figures.keys() == set(METRICS)
@@ -219,7 +214,7 @@ def own_loss(seed: int, times: Sequence[int]) -> float:
     return mean_loss(LOSSES[OWN][seed], times)
 
 
-def test_minus_ce_is_paired_by_seed_and_window(summed: Any) -> None:
+def test_minus_ce_is_paired_by_seed_and_window(summed):
     rows = summed(trained(LOSSES))
     assert rows[CE].minus_ce == {}
     found = rows[OWN].minus_ce
@@ -237,7 +232,7 @@ def test_minus_ce_is_paired_by_seed_and_window(summed: Any) -> None:
         assert_both(own.both, difference, scale=share)
 
 
-def test_what_windows_share_and_what_seeds_share_has_no_width(summed: Any) -> None:
+def test_what_windows_share_and_what_seeds_share_has_no_width(summed):
     """A gain alike in all windows leaves the t interval, one alike in all seeds the bootstrap."""
     by_seed = {0: [0.1] * 3, 1: [0.4] * 3, 2: [0.2] * 3}
     own = summed(trained({CE: BASE, OWN: less(by_seed)}))[OWN].minus_ce["loss"]
@@ -252,7 +247,7 @@ def test_what_windows_share_and_what_seeds_share_has_no_width(summed: Any) -> No
     assert (own.both.low, own.both.high) == pytest.approx((-0.4, -0.1))
 
 
-def test_gap_closed_is_a_ratio_of_means_over_seeds(summed: Any) -> None:
+def test_gap_closed_is_a_ratio_of_means_over_seeds(summed):
     rows = summed(trained(LOSSES))
 
     def gain(seed: int, times: Sequence[int]) -> float:
@@ -284,13 +279,13 @@ def test_gap_closed_is_a_ratio_of_means_over_seeds(summed: Any) -> None:
         {seed: [-0.1, 0.6, 0.7] for seed in WHOLE},  # or one window
     ],
 )
-def test_a_gap_that_may_be_none_is_not_closed(summed: Any, whole: Losses) -> None:
+def test_a_gap_that_may_be_none_is_not_closed(summed, whole):
     rows = summed(trained({CE: BASE, OWN: less(GAIN), FULL: less(whole)}))
     assert [rows[title].gap_closed for title in (CE, OWN, FULL)] == [None] * 3
     assert rows[OWN].minus_ce["loss"].mean < 0
 
 
-def test_only_seeds_that_all_have_are_compared(summed: Any) -> None:
+def test_only_seeds_that_all_have_are_compared(summed):
     """By the seed, not by the place among those done: the first that CE has is not the method's."""
     losses = {
         CE: {seed: BASE[seed] for seed in (1, 2)},
@@ -314,7 +309,7 @@ def test_only_seeds_that_all_have_are_compared(summed: Any) -> None:
     assert_t(full[FULL].minus_ce["loss"].seeds, of_two, T_TWO)
 
 
-def test_a_run_has_the_gap_of_its_own_seed(recipe: CompareRecipe, planned: list[Planned]) -> None:
+def test_a_run_has_the_gap_of_its_own_seed(recipe, planned):
     losses = {
         CE: {seed: BASE[seed] for seed in (0, 1)},
         OWN: LOSSES[OWN],
@@ -333,9 +328,7 @@ def test_a_run_has_the_gap_of_its_own_seed(recipe: CompareRecipe, planned: list[
     assert all(rows[OWN, seed].figures["loss"] == mean_loss(LOSSES[OWN][seed]) for seed in range(3))
 
 
-def test_drafts_of_all_seeds_count_as_one(
-    summed: Any, recipe: CompareRecipe, planned: list[Planned]
-) -> None:
+def test_drafts_of_all_seeds_count_as_one(summed, recipe, planned):
     """Each verified token's probability stands for itself, whichever seed it is of."""
     probabilities = {0: [0.9] * 4, 2: [0.2, 0.5, 0.7] * 10}
     accepted = {0: 4, 2: 11}
@@ -364,7 +357,7 @@ def test_drafts_of_all_seeds_count_as_one(
     assert own[0].error == pytest.approx(math.sqrt(4 * 0.09) / 4)
 
 
-def test_reliability_is_over_the_positions_of_all_seeds(summed: Any) -> None:
+def test_reliability_is_over_the_positions_of_all_seeds(summed):
     generator = torch.Generator().manual_seed(0)
     # float32 [P] a seed: confidence, negative for a miss; the seeds do not fill the same bins
     spans = [(40, 0.02, 0.5), (7, 0.3, 0.99), (90, 0.6, 0.7)]
@@ -393,7 +386,7 @@ def test_reliability_is_over_the_positions_of_all_seeds(summed: Any) -> None:
         assert own.accuracy == pytest.approx(sum(v > 0 for v in values) / len(values))
 
 
-def test_what_a_method_cost(summed: Any) -> None:
+def test_what_a_method_cost(summed):
     found = trained({OWN: LOSSES[OWN], CE: BASE})
     for seed, (entries, seconds, cpu_seconds) in enumerate(
         [(2.0, 1.0, 8.0), (2.5, None, None), (3.6, 4.0, 2.0)]  # the second was resumed
@@ -411,9 +404,7 @@ def test_what_a_method_cost(summed: Any) -> None:
     assert (ce.tokens_per_second, ce.tokens_per_cpu_second) == (640, 320)
 
 
-def test_stored_and_read_they_are_the_same(
-    summed: Any, recipe: CompareRecipe, setting: Setting, planned: list[Planned]
-) -> None:
+def test_stored_and_read_they_are_the_same(summed, recipe, setting, planned):
     """From the runs' folders, and on to the CSV; another run's outcome is nobody's."""
     state = ComparisonState(recipe, setting)
     for run in runs_of(planned, trained(LOSSES)):

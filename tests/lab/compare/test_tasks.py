@@ -52,9 +52,7 @@ def results(values: dict[str, Any], before: Results) -> Results:
         return carried_out(values, tasks={"names": NAMES, "limit": 20})
 
 
-def test_tasks_are_added_and_nothing_else_changes(
-    values: dict[str, Any], before: Results, results: Results
-) -> None:
+def test_tasks_are_added_and_nothing_else_changes(values, before, results):
     assert all(not row.tasks for row in before.methods)
     for old, new in zip(before.runs, results.runs, strict=True):
         assert sorted(new.tasks) == FIGURES
@@ -65,7 +63,7 @@ def test_tasks_are_added_and_nothing_else_changes(
     assert "tasks" not in before.settings["recipe"]
 
 
-def test_scores_are_of_the_saved_students(values: dict[str, Any], results: Results) -> None:
+def test_scores_are_of_the_saved_students(values, results):
     from sparselogits.teacher.loading import load_tokenizer
 
     tokenizer, out = load_tokenizer(values["teacher"]), Path(values["out"])
@@ -80,7 +78,7 @@ def test_scores_are_of_the_saved_students(values: dict[str, Any], results: Resul
     assert results.teacher.tasks == pytest.approx(found)
 
 
-def test_a_method_has_the_mean_of_its_seeds(results: Results) -> None:
+def test_a_method_has_the_mean_of_its_seeds(results):
     for row in results.methods:
         own = [run.tasks for run in results.runs if run.method == row.method]
         for name in FIGURES:
@@ -89,12 +87,7 @@ def test_a_method_has_the_mean_of_its_seeds(results: Results) -> None:
             assert row.tasks[name].both.low <= mean <= row.tasks[name].both.high
 
 
-def test_they_are_in_every_form(
-    values: dict[str, Any],
-    results: Results,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_they_are_in_every_form(values, results, capsys, monkeypatch):
     out = Path(values["out"])
     stored = read_results(out)
     assert stored.methods[0].tasks.keys() == results.methods[0].tasks.keys()
@@ -119,7 +112,7 @@ def test_they_are_in_every_form(
     assert "| (the teacher) |" in table
 
 
-def test_results_without_tasks_are_read_and_show_none(tmp_path: Path) -> None:
+def test_results_without_tasks_are_read_and_show_none(tmp_path):
     stored = json.loads(
         (ROOT / "experiments" / "results" / "compare_small_teacher.json").read_text()
     )
@@ -133,9 +126,7 @@ def test_results_without_tasks_are_read_and_show_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_scored_twice_and_another_limit_anew(
-    values: dict[str, Any], results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_scored_twice_and_another_limit_anew(values, results, monkeypatch):
     asked = []
 
     def watched(model: Any, tokenizer: Any, names: Any, **how: Any) -> Any:
@@ -158,9 +149,7 @@ def test_nothing_is_scored_twice_and_another_limit_anew(
 
 
 @pytest.mark.slow
-def test_what_fails_is_recorded_and_loses_nothing(
-    values: dict[str, Any], results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_is_recorded_and_loses_nothing(values, results, tmp_path, monkeypatch):
     """A task without data, and one student that cannot be scored; both are tried again."""
     out = {
         "out": str(tmp_path / "out"),
@@ -200,16 +189,14 @@ def test_what_fails_is_recorded_and_loses_nothing(
     assert all("continuation/acc" in run.tasks for run in found.runs)
 
 
-def test_without_lm_eval_nothing_is_begun(
-    values: dict[str, Any], results: Results, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lm_eval_nothing_is_begun(values, results, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"sparselogits\[tasks\]"):
         carried_out(values, seeds=[7], tasks={"names": ["agreement"]})
     assert not list(Path(values["out"]).glob("runs/*--7--*"))
 
 
-def test_a_figure_that_no_sample_adds_to_has_seeds_alone() -> None:
+def test_a_figure_that_no_sample_adds_to_has_seeds_alone():
     from sparselogits.lab.compare.tasks import task_estimates
     from sparselogits.lab.tasks import TaskScore
 

@@ -1,8 +1,6 @@
 """The experiment on two teachers: the plan's rule, and two steps of every arm."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +10,7 @@ from experiments.compare import documents
 from tests.lab.compare.test_claims import call, outcome
 
 MIXED = two_teachers.MIXED
-MEANS = {
-    **dict.fromkeys(two_teachers.TITLES, 3.40),
-    "first teacher": 3.50,
-    "second teacher": 3.45,
-}
+MEANS = {**dict.fromkeys(two_teachers.TITLES, 3.40), "first teacher": 3.50, "second teacher": 3.45}
 
 
 @pytest.mark.parametrize(
@@ -28,20 +22,20 @@ MEANS = {
         ({"second teacher": 3.403}, "undecided", "contains -0.003"),
     ],
 )
-def test_the_rule_of_two_teachers(changes: Mapping[str, float], verdict: str, reason: str) -> None:
+def test_the_rule_of_two_teachers(changes, verdict, reason):
     found = two_teachers.judge(outcome({**MEANS, **changes}))
     assert found["verdict"] == verdict
     assert reason in found["reason"]
     assert len(found["secondary"]) == len(two_teachers.SECONDARY)
 
 
-def test_one_seed_has_no_verdict() -> None:
+def test_one_seed_has_no_verdict():
     one = {title: [mean] for title, mean in MEANS.items()}
     found = two_teachers.judge({"loss": one, "kl": one})
     assert (found["verdict"], found["secondary"]) == ("none", [])
 
 
-def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
+def test_a_true_difference_of_nothing_is_hardly_ever_confirmed():
     """At a rate of at most 2.5 %, more than 50 of 1 000 would be seen once in a million times."""
     confirmed = 0
     for seed in range(1000):
@@ -52,7 +46,7 @@ def test_a_true_difference_of_nothing_is_hardly_ever_confirmed() -> None:
 
 
 @pytest.mark.slow
-def test_two_steps_of_every_arm_run_and_are_collected(tmp_path: Path) -> None:
+def test_two_steps_of_every_arm_run_and_are_collected(tmp_path):
     texts = [tmp_path / "first.txt", tmp_path / "second.txt"]
     for text, words in zip(texts, ("a play that is long", "a speech of a president"), strict=True):
         text.write_text("\n\n".join(f"Line {i} of {words}." for i in range(2000)))

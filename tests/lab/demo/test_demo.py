@@ -105,11 +105,8 @@ def test_what_is_finished_is_not_done_again(found, monkeypatch):
     out = found.report.parent
     before = {
         file: file.stat().st_mtime_ns
-        for file in [
-            *out.rglob("finished/*/*.json"),
-            *out.rglob("*.safetensors"),
-            *out.rglob("shards/*"),
-        ]
+        for pattern in ("finished/*/*.json", "*.safetensors", "shards/*")
+        for file in out.rglob(pattern)
     }
     again = run_demo(out, SMALL)
     assert {file: file.stat().st_mtime_ns for file in before} == before

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import t_interval
@@ -24,7 +23,6 @@ from sparselogits.losses import MissingMass, sparse_cross_entropy
 from sparselogits.samplers import (
     Adaptive,
     Multinomial,
-    Sampler,
     StudentSignal,
     Systematic,
     Threshold,
@@ -42,11 +40,8 @@ RULES = get_args(MissingMass)
 
 
 @pytest.fixture(scope="module")
-def windows(request: Any, tmp_path_factory: Any, tokenizer: Any, text: Path) -> TextDataset:
-    reset = getattr(request, "param", False)
-    packing = packing_for(tokenizer, window_length=LENGTH, reset_attention=reset)
-    out = tmp_path_factory.mktemp("packed")
-    corpus = pack(open_source(str(text)), tokenizer, packing, out, vocab_size=PADDED_VOCABULARY)
+def windows(request: Any, packed_text: Any) -> TextDataset:
+    corpus = packed_text(LENGTH, reset_attention=getattr(request, "param", False))
     return TextDataset(corpus, holdout=False, limit=6)
 
 
@@ -226,13 +221,7 @@ def test_the_whole_distribution_as_a_target_is_full_distillation(student, window
         assert row.entries == 512  # padding rows of the head are no tokens
 
 
-UNBIASED: list[Sampler] = [
-    Systematic(9),
-    Multinomial(9),
-    Multinomial(9, 0.8),
-    Uniform(60),
-    Threshold(0.1),
-]
+UNBIASED = [Systematic(9), Multinomial(9), Multinomial(9, 0.8), Uniform(60), Threshold(0.1)]
 
 
 @pytest.mark.parametrize("sampler", UNBIASED, ids=str)

@@ -1,14 +1,11 @@
-import json
-
 import pytest
 
-from sparselogits.caching import CacheRequest, build_caches
-from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.data import CacheDataset
 from sparselogits.lab.report import WindowViewer
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import load_teacher
-from tests.conftest import tiny_llama
+from tests.conftest import build_cache, tiny_llama, write_lines
 
 TEXT = '</script><img src=x onerror="document.title=1"> <!-- & \u2028 naïve 東京 😀\n\tend. '
 LENGTH = 48
@@ -19,22 +16,11 @@ def viewer(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: object, tokenizer: object
 ) -> WindowViewer:
     folder = tmp_path_factory.mktemp("viewed")
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": TEXT * 3}) + "\n" for _ in range(3))
-    )
+    write_lines(folder / "text.jsonl", ({"text": TEXT * 3} for _ in range(3)))
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     packing = packing_for(tokenizer, window_length=LENGTH, separator_id=0)
-    source = open_source(str(folder / "text.jsonl"))
+    source = open_source(folder / "text.jsonl")
     corpus = pack(source, tokenizer, packing, folder / "corpus", vocab_size=teacher.vocab_size)
-    build_caches(
-        teacher,
-        corpus,
-        [CacheRequest(folder / "cache", Systematic(12))],
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-    )
-    return WindowViewer(
-        CacheDataset(folder / "cache"),
-        tokenizer=tokenizer,
-        teacher=teacher,
-        student=tiny_llama(seed=3),
-    )
+    build_cache(teacher, corpus, folder / "cache", Systematic(12), tokenizer)
+    dataset, student = CacheDataset(folder / "cache"), tiny_llama(seed=3)
+    return WindowViewer(dataset, tokenizer=tokenizer, teacher=teacher, student=student)

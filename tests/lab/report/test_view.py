@@ -9,9 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparselogits.caching import CacheRequest, build_caches
 from sparselogits.cli import app
-from sparselogits.corpus import open_source, pack, packing_for, tokenizer_fingerprint
+from sparselogits.corpus import open_source, pack, packing_for
 from sparselogits.corruption import Corruption
 from sparselogits.data import CacheDataset
 from sparselogits.errors import CacheError, IdentityMismatchError
@@ -20,7 +19,7 @@ from sparselogits.lab.report.tokens import TokenTexts
 from sparselogits.lab.report.view import LIKELIEST, targets_entropy
 from sparselogits.samplers import Systematic
 from sparselogits.teacher import TransformersTeacher
-from tests.conftest import tiny_llama
+from tests.conftest import build_cache, tiny_llama
 from tests.lab.report.browser import DESKTOP, PHONE, opened
 from tests.lab.report.conftest import LENGTH, TEXT
 from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert, write_short_texts
@@ -101,18 +100,14 @@ def test_clicks_and_keys(viewer, browser, tmp_path):
 def test_a_token_that_the_input_hides(browser, text, tmp_path):
     tokenizer = bert_tokenizer()
     packing = packing_for(tokenizer, window_length=LENGTH)
-    source = open_source(str(write_short_texts(text, tmp_path / "text.jsonl")))
+    source = open_source(write_short_texts(text, tmp_path / "text.jsonl"))
     corpus = pack(source, tokenizer, packing, tmp_path / "corpus", vocab_size=VOCABULARY)
     teacher = TransformersTeacher(
         tiny_bert(vocab_size=VOCABULARY, initializer_range=0.1), identity={"weights": "tiny"}
     )
-    build_caches(
-        teacher,
-        corpus,
-        [CacheRequest(tmp_path / "cache", Systematic(12))],
-        tokenizer_hash=tokenizer_fingerprint(tokenizer),
-        corruption=Corruption.of_tokenizer(tokenizer, VOCABULARY, rate=0.3),
-    )
+    corruption = Corruption.of_tokenizer(tokenizer, VOCABULARY, rate=0.3)
+    root = tmp_path / "cache"
+    build_cache(teacher, corpus, root, Systematic(12), tokenizer, corruption=corruption)
     dataset = CacheDataset(tmp_path / "cache")
     labels = dataset[0]["shift_labels"]
     path = tmp_path / "window.html"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselogits.corpus import PackedCorpus, open_source, pack, packing_for
+from sparselogits.corpus import PackedCorpus
 from sparselogits.errors import InvalidArgumentError, MissingDependencyError, TaskError
 from sparselogits.lab.tasks import LOCAL_TASKS, TaskScore, check_task, run_tasks, write_tasks
 from tests.conftest import documents, tiny_llama
@@ -22,10 +22,8 @@ COUNT = 30
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: Any, tokenizer: Any, text: Path) -> PackedCorpus:
-    packing = packing_for(tokenizer, window_length=64, holdout=0.3)
-    out = tmp_path_factory.mktemp("packed")
-    return pack(open_source(str(text)), tokenizer, packing, out, vocab_size=520)
+def corpus(packed_text: Any) -> PackedCorpus:
+    return packed_text(64, holdout=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +185,7 @@ def test_a_figure_that_is_no_mean_has_no_error():
     assert TaskScore.of("t", "acc", 1.0, [1.0], 1).stderr is None
 
 
-def test_mistakes_are_named(data, corpus, tokenizer, tmp_path, text):
+def test_mistakes_are_named(data, packed_text, tokenizer, tmp_path):
     model = tiny_llama()
     with pytest.raises(InvalidArgumentError, match="found the tasks agreement, agreement; give"):
         run_tasks(model, tokenizer, ["agreement", "agreement"], data=data)
@@ -203,12 +201,11 @@ def test_mistakes_are_named(data, corpus, tokenizer, tmp_path, text):
         write_tasks(tmp_path, ["last_word"])
     with pytest.raises(TaskError, match="unknown local task 'hellaswag'"):
         write_tasks(tmp_path, ["hellaswag"])
-    for name, said, window, share in (
-        ("none", "has no held-out text", 64, 0.0),
-        ("short", "words on average.*pack longer windows", 12, 0.3),
+    for said, window, share in (
+        ("has no held-out text", 64, 0.0),
+        ("words on average.*pack longer windows", 12, 0.3),
     ):
-        packing = packing_for(tokenizer, window_length=window, holdout=share)
-        other = pack(open_source(str(text)), tokenizer, packing, tmp_path / name, vocab_size=520)
+        other = packed_text(window, holdout=share)
         with pytest.raises(TaskError, match=said):
             write_tasks(tmp_path, ["continuation"], corpus=other, tokenizer=tokenizer)
 
