@@ -24,6 +24,7 @@ from sparselogits.cli import app, main
 from sparselogits.losses import DIVERGENCES
 from sparselogits.methods import METHODS
 from tests.conftest import tiny_llama, write_lines
+from tests.masked_models import VOCABULARY, bert_tokenizer, tiny_bert
 from tests.pages import DOCS, PAGES, ROOT, RUN, Block, blocks, blocks_of, outside_blocks
 from tests.stand_ins import stand_in_for_named_models
 from tests.store.s3 import S3
@@ -32,10 +33,20 @@ PROGRAM = typer.main.get_command(app)
 CONTEXT = PROGRAM.make_context("sparselogits", ["info", "CACHE"])
 
 
+@pytest.fixture(scope="session")
+def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide the folder of a tiny masked language model."""
+    folder = tmp_path_factory.mktemp("masked")
+    tiny_bert(vocab_size=VOCABULARY, initializer_range=0.1).save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def desk(
     tmp_path: Path,
     teacher_folder: Path,
+    masked_folder: Path,
     cache: Path,
     text: Path,
     tokenizer: object,
@@ -46,6 +57,7 @@ def desk(
     shutil.copytree(teacher_folder, tmp_path / "my-teacher")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
     shutil.copytree(tmp_path / "my-student", tmp_path / "my-run" / "model")
+    shutil.copytree(masked_folder, tmp_path / "my-masked-teacher")
     shutil.copytree(teacher_folder, tmp_path / "other-teacher")
     tiny_llama(seed=4).save_pretrained(tmp_path / "other-teacher")
     (tmp_path / "pages").mkdir()
@@ -69,6 +81,7 @@ def desk(
 NAMES = {
     "MODEL": "my-teacher",
     "OTHER": "other-teacher",
+    "MASKED": "my-masked-teacher",
     "STUDENT": "my-student",
     "TEXT": "text.jsonl",
     "CHAT": "chat.jsonl",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.identity import Identity
-from sparselogits.objectives import LEAST_RATE, Masked
+from sparselogits.objectives import LEAST_RATE, MASK_RATE, MASK_SPAN, Masked
 from sparselogits.samplers.uniforms import corruption_uniforms
 
 _CONTINUES = "##"  # prefix of WordPiece tokens that continue a word
@@ -97,6 +97,34 @@ def masked_objective(tokenizer: Any, **settings: Any) -> Masked:
             "Check the tokenizer files of the teacher"
         )
     return Masked(int(tokenizer.mask_token_id), **settings)
+
+
+def objective_as_given(
+    tokenizer: Any,
+    *,
+    mask_rate: float | str | None = None,
+    mask_units: str | None = None,
+    mask_span: float | None = None,
+    seed: int = 0,
+) -> Masked:
+    """Create the masked objective that options of a command or keys of a recipe describe.
+
+    Args:
+        tokenizer: the teacher's tokenizer.
+        mask_rate: share of the tokens to predict, or "random" for a random rate per window; None
+            for `MASK_RATE`.
+        mask_units: see `Masked.units`; None for tokens.
+        mask_span: see `Masked.span`; None for `MASK_SPAN` if the units are spans.
+        seed: see `Masked.seed`.
+
+    Raises:
+        InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
+    """
+    units = mask_units or "tokens"
+    if units == "spans" and mask_span is None:
+        mask_span = MASK_SPAN
+    rate = MASK_RATE if mask_rate is None else None if mask_rate == "random" else mask_rate
+    return masked_objective(tokenizer, rate=rate, units=units, span=mask_span, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)

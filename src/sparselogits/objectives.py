@@ -28,6 +28,12 @@ LEAST_RATE = 1e-3
 """Smallest rate that is drawn if each window has a random rate. A window's loss is weighted by the
 inverse of the rate, so this bounds the weight."""
 
+MASK_RATE = 0.15
+"""Default share of the tokens that are chosen for prediction, as in BERT."""
+
+MASK_SPAN = 3.0
+"""Default mean length of a span in tokens."""
+
 UNITS = ("tokens", "words", "spans")
 """Names of the text units that can be chosen for prediction as a whole."""
 
@@ -126,7 +132,7 @@ class Masked:
     """
 
     mask_id: int
-    rate: float | None = 0.15
+    rate: float | None = MASK_RATE
     masked: float = 0.8
     random: float = 0.1
     units: Literal["tokens", "words", "spans"] = "tokens"

@@ -340,21 +340,18 @@ def _masked(
     tokenizer: Any, rate: str | None, units: MaskUnits | None, span: float | None, seed: int
 ) -> Masked:
     """Return the masked objective that the command-line options describe."""
-    from sparselogits.corruption import masked_objective
+    from sparselogits.corruption import objective_as_given
 
-    settings: dict[str, Any] = {}
-    if rate is not None:
-        try:
-            settings["rate"] = None if rate == "random" else float(rate)
-        except ValueError as error:
-            raise InvalidArgumentError(
-                f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
-            ) from error
-    if units is not None:
-        settings["units"] = units.value
-    if units is MaskUnits.spans and span is None:
-        span = 3.0
-    return masked_objective(tokenizer, span=span, seed=seed, **settings)
+    try:
+        share = rate if rate in (None, "random") else float(rate)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"--mask-rate is {rate!r}; expected a share above 0 and at most 1, or random"
+        ) from error
+    unit = None if units is None else units.value
+    return objective_as_given(
+        tokenizer, mask_rate=share, mask_units=unit, mask_span=span, seed=seed
+    )
 
 
 class CacheCommand(TyperCommand):

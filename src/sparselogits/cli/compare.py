@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -80,13 +80,21 @@ def _warn(label: str, text: str) -> None:
 
 def _tables(found: Results) -> list[Table]:
     """Return one table per student, with a row per method."""
-    titles = ["method", "seeds", "entries", "B/token", *(title for title, *_ in _COLUMNS)]
+    from sparselogits.objectives import Masked
+
+    masked = isinstance(found.objective, Masked)
+    columns = (*_COLUMNS, _AGREEMENT if masked else _ACCEPTANCE)
+    titles = ["method", "seeds", "entries", "B/token", *(title for title, *_ in columns)]
     measured = any(row.gradient for row in found.methods)
     titles += ["angle °"] if measured else []
     caption = (
         "±: half of the 95 % interval, bootstrap over windows and seeds. gap: (CE - method) / "
-        "(CE - full KD) in loss; over: overconfidence; acc.: expected speculative acceptance"
+        "(CE - full KD) in loss; over: overconfidence; "
     )
+    if masked:
+        caption += "agree: share of masked positions with the teacher's top token"
+    else:
+        caption += "acc.: expected speculative acceptance"
     if measured:
         caption += "; angle: between the gradients of the targets and of full KD"
     tables = []
@@ -99,7 +107,8 @@ def _tables(found: Results) -> list[Table]:
             column.justify, column.min_width = "right", 7
         for row in found.methods:
             if row.student == student:
-                table.add_row(row.method, *_cells(row), *([_angle(row)] if measured else []))
+                angle = [_angle(row)] if measured else []
+                table.add_row(row.method, *_cells(row, columns), *angle)
         tables.append(table)
     if found.teacher is not None and tables:
         loss, ece = (found.teacher.figures[name] for name in ("loss", "ece"))
@@ -107,19 +116,23 @@ def _tables(found: Results) -> list[Table]:
     return tables
 
 
-_COLUMNS: tuple[tuple[str, Callable[[MethodRow], MetricEstimate | None], float, int], ...] = (
+_Column: TypeAlias = "tuple[str, Callable[[MethodRow], MetricEstimate | None], float, int]"
+_COLUMNS: tuple[_Column, ...] = (
     ("loss", lambda row: row.figures.get("loss"), 1, 3),
     ("- CE", lambda row: row.minus_ce.get("loss"), 1, 3),
     ("gap %", lambda row: row.gap_closed, 1, 0),
     ("KL", lambda row: row.figures.get("kl"), 1, 3),
     ("ECE %", lambda row: row.figures.get("ece"), 100, 1),
     ("over %", lambda row: row.figures.get("overconfidence"), 100, 1),
-    ("acc. %", lambda row: row.figures.get("acceptance"), 100, 1),
 )
 """Title, metric, scale factor and number of decimals of each metric column."""
 
+_ACCEPTANCE: _Column = ("acc. %", lambda row: row.figures.get("acceptance"), 100, 1)
+_AGREEMENT: _Column = ("agree %", lambda row: row.figures.get("agreement"), 100, 1)
+"""Last metric columns of causal and of masked language models."""
 
-def _cells(row: MethodRow) -> list[str]:
+
+def _cells(row: MethodRow, columns: Sequence[_Column]) -> list[str]:
     """Return the table cells of a method, except its name and its angle."""
     failed = f"{len(row.seeds_failed)} failed"
     seeds = str(len(row.seeds_done)) + (f" ({failed})" if row.seeds_failed else "")
@@ -129,7 +142,7 @@ def _cells(row: MethodRow) -> list[str]:
         "-" if value is None else f"{value:.{digits}f}"
         for value, digits in ((row.entries, 1), (row.bytes_per_token, 2))
     ]
-    metrics = [(metric_of(row), scale, digits) for _, metric_of, scale, digits in _COLUMNS]
+    metrics = [(metric_of(row), scale, digits) for _, metric_of, scale, digits in columns]
     return [seeds, *numbers, *("-" if m is None else m.text(s, d) for m, s, d in metrics)]
 
 

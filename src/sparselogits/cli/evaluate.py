@@ -217,10 +217,10 @@ def evaluate_command(
             rows["student"]["drafting"] = drafting.to_json()
         print_json(rows)
         return
-    results().print(_table(found))
+    results().print(_table(found, masked=masked))
     measured = found["student"]
     results().print(
-        f"{counted(measured.positions, 'position')} in "
+        f"{counted(measured.positions, 'masked position' if masked else 'position')} in "
         f"{counted(len(measured.positions_by_window), 'window')} of "
         f"{'held-out text' if other is None else data}; "
         "±: half of the 95 % bootstrap interval over windows",
@@ -260,14 +260,21 @@ _METRICS: tuple[tuple[str, str, str, _Shown], ...] = (
 """Title, direction of improvement, name and format function of each metric in the table."""
 
 
-def _table(found: dict[str, HeldOut]) -> Table:
-    """Return a table with a row per metric, and a value and a ± column per model."""
+def _table(found: dict[str, HeldOut], *, masked: bool) -> Table:
+    """Return a table with a row per metric, and a value and a ± column per model.
+
+    Args:
+        found: metrics by name of the model.
+        masked: whether the models are masked language models, which draft no tokens.
+    """
     table = Table("metric", "", box=MARKDOWN)
     rows = dict(sorted(found.items(), key=lambda item: item[0] == "teacher"))
     for name in rows:
         table.add_column(name, justify="right")
         table.add_column("±", justify="right")
     for title, direction, metric, shown in _METRICS:
+        if masked and metric == "acceptance":
+            continue
         estimates = [row.intervals.get(metric) for row in rows.values()]
         if any(estimate is not None for estimate in estimates):
             cells = [cell for estimate in estimates for cell in _cells(estimate, shown)]

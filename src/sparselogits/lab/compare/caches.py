@@ -26,13 +26,15 @@ from sparselogits.corpus import (
     tokenizer_fingerprint,
 )
 from sparselogits.corpus.packed import recorded_vocabulary
-from sparselogits.errors import IdentityMismatchError, SparseLogitsError
+from sparselogits.corruption import Corruption, TokenKinds, objective_as_given
+from sparselogits.data import TextDataset
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError, SparseLogitsError
 from sparselogits.lab.compare.finished import FinishedWork, fingerprint
 from sparselogits.lab.compare.recipe import LABELS_ONLY, CompareRecipe, MethodSpec, slug
 from sparselogits.lab.compare.students import make_students
 from sparselogits.samplers import Sampler, from_parameters
 from sparselogits.teacher import TransformersTeacher, load_teacher
-from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer
+from sparselogits.teacher.loading import keep_tokenizer, load_tokenizer, names_masked_model
 from sparselogits.teacher.vocabulary import vocabulary_size
 from sparselogits.train.recipe import Student
 
@@ -106,6 +108,7 @@ class Setting:
         failures: reasons why caches could not be built, by `Draw.key`.
         students: value of the setting `student` in training recipes, by name of the student.
         work: finished work of the comparison.
+        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
     """
 
     corpus: PackedCorpus
@@ -115,6 +118,24 @@ class Setting:
     failures: dict[str, str]
     students: dict[str, Student]
     work: FinishedWork
+    corruption: Corruption | None = None
+
+    def heldout(self, limit: int | None) -> TextDataset:
+        """Return the held-out windows, corrupted for a masked teacher.
+
+        Args:
+            limit: largest number of windows; None for all.
+        """
+        return TextDataset(self.corpus, limit=limit, corruption=self.corruption)
+
+    def key(self, *inputs: Any) -> str:
+        """Return the fingerprint of inputs and, for a masked teacher, of its objective."""
+        return _key(self.corruption, *inputs)
+
+
+def _key(corruption: Corruption | None, *inputs: Any) -> str:
+    masked = [] if corruption is None else [corruption.objective.to_json()]
+    return fingerprint([*inputs, *masked])
 
 
 def prepare(
@@ -139,6 +160,8 @@ def prepare(
     source = open_source(
         recipe.data, text_field=recipe.text_field, completion_only=recipe.completion_only
     )
+    masked = names_masked_model(recipe.teacher)
+    _require_for_teacher(recipe, masked=masked)
     tokenizer = load_tokenizer(recipe.teacher)
     split = packing_for(
         tokenizer,
@@ -164,6 +187,10 @@ def prepare(
             f"has {teacher.vocab_size}. Delete the folder to pack the text again, or choose "
             "another folder with --out"
         )
+    corruption = None
+    if masked:
+        objective = objective_as_given(tokenizer, seed=recipe.draw_seed, **recipe.masking)
+        corruption = Corruption(objective, TokenKinds.of(tokenizer, teacher.vocab_size))
     all_draws = [
         Draw.of(method, recipe, seed) for method in recipe.methods for seed in recipe.seeds
     ]
@@ -173,6 +200,7 @@ def prepare(
         {draw.fit_key: draw for draw in all_draws},
         teacher,
         corpus,
+        corruption,
     )
     failures = {key: unfit[draw.fit_key] for key, draw in draws.items() if draw.fit_key in unfit}
     caches = {key: recipe.out / "caches" / key for key in draws if key not in failures}
@@ -191,12 +219,37 @@ def prepare(
             tokenizer_hash=tokenizer_fingerprint(tokenizer),
             batch=recipe.cache_batch,
             windows_per_shard=WINDOWS_PER_SHARD,
+            corruption=corruption,
             progress=update,
         )
     for cache in caches.values():
         keep_tokenizer(tokenizer, cache)  # training saves it with each student
-    students = make_students(recipe, corpus, teacher, tokenizer)
-    return Setting(corpus, teacher, tokenizer, caches, failures, students, work)
+    students = make_students(recipe, corpus, teacher, tokenizer, corruption)
+    return Setting(corpus, teacher, tokenizer, caches, failures, students, work, corruption)
+
+
+def _require_for_teacher(recipe: CompareRecipe, *, masked: bool) -> None:
+    """Check that a recipe has no settings for the other kind of teacher, masked or causal.
+
+    Args:
+        recipe: the comparison.
+        masked: whether the teacher is a masked language model.
+
+    Raises:
+        InvalidArgumentError: If a setting does not fit the teacher.
+    """
+    if not masked and recipe.masking:
+        raise InvalidArgumentError(
+            f"{next(iter(recipe.masking))} is for a masked language model, and the teacher "
+            f"{recipe.teacher} is a causal one; leave it out, or name another teacher"
+        )
+    causal = {"tasks": recipe.tasks, "draft": recipe.draft, "gradients": recipe.gradients}
+    given = [name for name, value in causal.items() if value]
+    if masked and given:
+        raise InvalidArgumentError(
+            f"{' and '.join(given)}: measured for causal language models only, and the teacher "
+            f"{recipe.teacher} is a masked one; leave the keys out, or name another teacher"
+        )
 
 
 def _fit_samplers(
@@ -204,6 +257,7 @@ def _fit_samplers(
     draws: dict[str, Draw],
     teacher: TransformersTeacher,
     corpus: PackedCorpus,
+    corruption: Corruption | None,
 ) -> tuple[dict[str, Sampler], dict[str, str]]:
     """Fit samplers to their budgets, or load those that have been fitted.
 
@@ -212,6 +266,7 @@ def _fit_samplers(
         draws: settings of the samplers, by `Draw.fit_key`.
         teacher: teacher to whose logits the samplers are fitted.
         corpus: corpus from which pilot windows are selected.
+        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
 
     Returns:
         The fitted samplers, and the reasons why others could not be fitted, by `Draw.fit_key`.
@@ -220,21 +275,26 @@ def _fit_samplers(
     failures: dict[str, str] = {}
     pilot: list[Window] = []
     for key, draw in draws.items():
-        stored_under = fingerprint([teacher.identity["weights"], key])
+        stored_under = _key(corruption, teacher.identity["weights"], key)
         try:
             parameters = work.value("samplers", stored_under)
             if parameters is not None:
                 samplers[key] = from_parameters(parameters).ready()
                 continue
             pilot = pilot or pilot_windows(corpus)
-            samplers[key] = sampler = _fit(draw, teacher, pilot)
+            samplers[key] = sampler = _fit(draw, teacher, pilot, corruption)
             work.store("samplers", stored_under, {"name": sampler.name, **sampler.parameters()})
         except SparseLogitsError as error:
             failures[key] = str(error)
     return samplers, failures
 
 
-def _fit(draw: Draw, teacher: TransformersTeacher, pilot: Sequence[Window]) -> Sampler:
+def _fit(
+    draw: Draw,
+    teacher: TransformersTeacher,
+    pilot: Sequence[Window],
+    corruption: Corruption | None,
+) -> Sampler:
     sampler = from_parameters(draw.parameters).ready()
-    how = {"temperature": 1.0, "reset_attention": False}
+    how = {"temperature": 1.0, "reset_attention": False, "corruption": corruption}
     return resolve_budget(teacher, pilot, sampler, draw.budget, **how)

@@ -21,12 +21,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate import evaluate
 from sparselogits.files import write_whole
 from sparselogits.lab.compare.caches import OpenStage, Setting, prepare, silent_stage
-from sparselogits.lab.compare.finished import FinishedWork, fingerprint
+from sparselogits.lab.compare.finished import FinishedWork
 from sparselogits.lab.compare.gradients import measure_missing, with_gradients
 from sparselogits.lab.compare.older import convert_older_work
 from sparselogits.lab.compare.provenance import provenance
@@ -185,6 +184,11 @@ def _settings(recipe: CompareRecipe, setting: Setting, runs: Sequence[Run]) -> d
             ),
         },
         "student_parameters": {name: _parameters(runs, name) for name in recipe.students},
+        **(
+            {}
+            if setting.corruption is None
+            else {"objective": setting.corruption.objective.to_json()}
+        ),
     }
 
 
@@ -202,10 +206,10 @@ def _parameters(runs: Sequence[Run], student: str) -> int | None:
 def _teacher_row(recipe: CompareRecipe, setting: Setting) -> TeacherRow:
     """Load the metrics of the teacher, or measure and store them."""
     weights, text = setting.teacher.identity["weights"], setting.corpus.source_fingerprint
-    key = fingerprint([weights, text, recipe.heldout_windows])
+    key = setting.key(weights, text, recipe.heldout_windows)
     if (stored := setting.work.value("teacher", key)) is not None:
         return TeacherRow.model_validate(stored)
-    windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
+    windows = setting.heldout(recipe.heldout_windows)
     with setting.teacher.remembering():
         found = evaluate({}, windows, setting.teacher, resamples=1)["teacher"]
     bins = found.calibration.to_json()["equal_width"]["bins"]

@@ -39,6 +39,7 @@ from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
+from sparselogits.objectives import MASK_RATE, MASK_SPAN
 from sparselogits.samplers import SamplerChoice, TopK, choose
 from sparselogits.train.recipe import (
     Count,
@@ -299,9 +300,26 @@ class CompareRecipe(_Strict):
         None, description="id of the token between documents; the tokenizer's when absent"
     )
     cache_batch: Count = Field(8, description="number of windows per forward pass of the teacher")
-    draw_seed: Annotated[int, Field(ge=0)] = Field(0, description="random seed for sampling")
+    draw_seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="random seed for sampling, and for masking the text of a masked teacher"
+    )
     vary_draws: bool = Field(
         False, description="build a cache per seed, sampled with draw_seed + seed"
+    )
+    mask_rate: Annotated[float, Field(gt=0, le=1)] | Literal["random"] | None = Field(
+        None,
+        description="for a masked teacher: share of tokens to predict; or random, for a share per "
+        f"window by whose inverse the loss is weighted (masked diffusion). {MASK_RATE} when absent",
+    )
+    mask_units: Literal["tokens", "words", "spans"] | None = Field(
+        None,
+        description="for a masked teacher: choose single tokens, whole words or spans of "
+        "mask_span tokens; tokens when absent",
+    )
+    mask_span: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="for mask_units spans: mean length of a span in tokens; "
+        f"{MASK_SPAN:g} when absent",
     )
     students: dict[str, AnyStudent] = Field(
         default_factory=_one_new_student,
@@ -339,7 +357,18 @@ class CompareRecipe(_Strict):
                 raise ValueError(f"{what} occur twice: {', '.join(twice)}; give each once")
         if not self.seeds or not self.students:
             raise ValueError("give at least one seed and one student")
+        if self.mask_span is not None and self.mask_units != "spans":
+            raise ValueError(
+                f"mask_span={self.mask_span:g} needs mask_units: spans (found "
+                f"{self.mask_units or 'tokens'}); give it, or leave mask_span out"
+            )
         return self
+
+    @property
+    def masking(self) -> dict[str, Any]:
+        """Settings of the masked objective that the recipe gives, by their keys."""
+        names = ("mask_rate", "mask_units", "mask_span")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def load_compare_recipe(path: Path, **overrides: Any) -> CompareRecipe:

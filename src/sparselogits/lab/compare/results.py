@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparselogits.errors import CacheError
+from sparselogits.objectives import TokenObjective, objective_from_json
 
 FORMAT = 1
 """Version of the results.json format."""
@@ -259,12 +260,18 @@ class Results(_Value):
     title: str
     complete: bool = Field(description="whether every run of the recipe is finished")
     settings: dict[str, Any] = Field(
-        description="recipe without its methods, teacher, corpus, and parameters of each student"
+        description="recipe without its methods, teacher, corpus, parameters of each student, and "
+        "the objective of a masked teacher"
     )
     provenance: dict[str, str] = Field(description="commit, versions, processor, threads, date")
     teacher: TeacherRow | None
     methods: list[MethodRow]
     runs: list[RunRow]
+
+    @property
+    def objective(self) -> TokenObjective:
+        """What teacher and students predict: the next token, or tokens that the input masks."""
+        return objective_from_json(self.settings.get("objective"))
 
     @property
     def tasks_not_measured(self) -> list[str]:

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselogits.data import TextDataset
 from sparselogits.errors import reason_of
 from sparselogits.evaluate import METRICS, HeldOut, draft_from_prefixes, evaluate
 from sparselogits.lab.compare.caches import Draw, Setting
@@ -193,12 +192,12 @@ def _train_and_measure(
         )
     cpu_seconds = time.process_time() - clock
     model = load_language_model(str(result.model_path), dtype="float32").to(device)
-    windows = TextDataset(setting.corpus, limit=recipe.heldout_windows)
+    windows = setting.heldout(recipe.heldout_windows)
     with setting.teacher.remembering():  # all runs share the teacher's pass over these windows
         found = evaluate({"student": model}, windows, setting.teacher, resamples=1)["student"]
     drafting = None
     if recipe.draft:
-        windows = TextDataset(setting.corpus, limit=recipe.draft_windows)
+        windows = setting.heldout(recipe.draft_windows)
         drafting = draft_from_prefixes(
             model, windows, setting.teacher, draft=recipe.draft, seed=planned.seed
         ).to_json()

@@ -1,26 +1,39 @@
 """Create the students of a comparison from its teacher: pruned, quantised, or both.
 
 OUT/students/NAME-FINGERPRINT/    a pruned student before training; every method starts from it
+
+New students of a masked teacher are models of the teacher's class. Their folder contains only a
+configuration, which is the teacher's with other sizes.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparselogits.corpus import PackedCorpus
+from sparselogits.corruption import Corruption
+from sparselogits.data import TextDataset
+from sparselogits.errors import RecipeError
+from sparselogits.files import write_whole
 from sparselogits.lab.compare.finished import fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
 from sparselogits.shrink import save, shrink
 from sparselogits.store.ranges import spread
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.teacher.loading import load_language_model
-from sparselogits.train.recipe import Student
+from sparselogits.train.recipe import SIZES, Student
 
 
 def make_students(
-    recipe: CompareRecipe, corpus: PackedCorpus, teacher: TransformersTeacher, tokenizer: object
+    recipe: CompareRecipe,
+    corpus: PackedCorpus,
+    teacher: TransformersTeacher,
+    tokenizer: object,
+    corruption: Corruption | None,
 ) -> dict[str, Student]:
     """Create the students that are pruned from the teacher, and return all students by name.
 
@@ -31,21 +44,26 @@ def make_students(
         corpus: corpus from which evenly spaced training windows are selected for calibration.
         teacher: the teacher. Only its identity is used; its weights are loaded again on the CPU.
         tokenizer: tokenizer of the teacher.
+        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
 
     Returns:
         Each student as the setting `student` of a training recipe.
 
     Raises:
         ShrinkError: If the teacher cannot be pruned to the given sizes.
+        RecipeError: If the teacher's configuration does not have a size that is given.
     """
     found = {}
     for name, student in recipe.students.items():
         if isinstance(student, Student):
             found[name] = student
+            if corruption is not None and student.is_new and student.config is None:
+                folder = _with_sizes(name, student, recipe, teacher)
+                found[name] = Student(config=str(folder), quantize=student.quantize)
             continue
         path = recipe.teacher
         if student.pruned:
-            path = str(_pruned(name, student, recipe, corpus, teacher, tokenizer))
+            path = str(_pruned(name, student, recipe, corpus, teacher, tokenizer, corruption))
         found[name] = Student(path=path, quantize=student.quantize)
     return found
 
@@ -57,6 +75,7 @@ def _pruned(
     corpus: PackedCorpus,
     teacher: TransformersTeacher,
     tokenizer: object,
+    corruption: Corruption | None,
 ) -> Path:
     """Create a student by pruning the teacher, unless its folder exists; return the folder."""
     inputs = {
@@ -65,12 +84,15 @@ def _pruned(
         "text": corpus.source_fingerprint,
         "window": recipe.window,
     }
-    folder = recipe.out / "students" / f"{slug(name)}-{fingerprint(inputs)[:8]}"
+    if corruption is not None:
+        inputs["objective"] = corruption.objective.to_json()
+    folder = _folder(name, recipe, inputs)
     if (folder / "config.json").exists():
         return folder
     model = load_language_model(recipe.teacher, dtype=recipe.teacher_dtype)
     chosen = spread(corpus.windows, student.calibration_windows)
-    tokens = [torch.from_numpy(corpus.read(i, i + 1)[0].tokens).long() for i in chosen]
+    text = TextDataset(corpus, holdout=False, corruption=corruption)
+    tokens = [text[i]["input_ids"] for i in chosen]
     shrunk = shrink(
         model,
         layers=student.layers,
@@ -83,3 +105,52 @@ def _pruned(
     )
     save(shrunk, folder, tokenizer, teacher=Path(recipe.teacher).name)
     return folder
+
+
+def _with_sizes(
+    name: str, student: Student, recipe: CompareRecipe, teacher: TransformersTeacher
+) -> Path:
+    """Write the teacher's configuration with a new student's sizes; return its folder.
+
+    Unless the student's settings have an `intermediate_size`, the ratio of intermediate size to
+    hidden size is that of the teacher.
+    """
+    inputs = {
+        "student": student.model_dump(mode="json", exclude={"quantize"}),
+        "teacher": teacher.identity["weights"],
+    }
+    folder = _folder(name, recipe, inputs)
+    if (folder / "config.json").exists():
+        return folder
+    layers, width, heads = student.layers, student.hidden_size, student.heads
+    if student.size is not None:
+        layers, width, heads = SIZES[student.size]
+    model: Any = teacher.model
+    config = copy.deepcopy(model.config)
+    mlp = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # DistilBERT's
+    sizes = {
+        mlp: student.intermediate_size or round(getattr(config, mlp) / config.hidden_size * width),
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": student.kv_heads,
+        "tie_word_embeddings": student.tied,
+    }
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
+            setattr(config, key, type(value)(value[i % len(value)] for i in range(layers)))
+    config.num_hidden_layers = layers
+    for key, value in sizes.items():
+        if hasattr(config, key):
+            setattr(config, key, value if value is not None else heads)
+        elif value is not None:
+            raise RecipeError(
+                f"students.{name}: {key} is {value}, but the configuration of the teacher's class "
+                f"{type(model).__name__} has no {key}; leave it out, or give config: a config.json"
+            )
+    write_whole(folder / "config.json", config.to_json_string())
+    return folder
+
+
+def _folder(name: str, recipe: CompareRecipe, inputs: dict[str, Any]) -> Path:
+    """Return the folder of a student, named after the fingerprint of its inputs."""
+    return recipe.out / "students" / f"{slug(name)}-{fingerprint(inputs)[:8]}"

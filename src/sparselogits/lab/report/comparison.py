@@ -34,6 +34,7 @@ from sparselogits.lab.report.comparison_charts import (
 from sparselogits.lab.report.headline import headline
 from sparselogits.lab.report.page import Cell, Column, Methods, Panel, Table, render_panels
 from sparselogits.methods import ONLINE
+from sparselogits.objectives import Masked
 from sparselogits.untrusted import printable
 
 
@@ -142,6 +143,8 @@ def _progress(results: Results) -> str:
     said = f"{done} of {len(results.runs)} runs done."
     if not results.complete:
         said += " This comparison is not complete; methods without a run are marked as not run."
+    if isinstance(results.objective, Masked):
+        said += " The models predict masked tokens; all metrics are means over masked positions."
     return said
 
 
@@ -230,15 +233,26 @@ _METRICS = (
         1,
     ),
 )
+_OF_MASKED = (
+    *_METRICS[:-1],  # a masked language model drafts nothing
+    _Metric(
+        Column("agreement %", best="high", help="share of positions with the teacher's top token"),
+        _stored("agreement"),
+        None,
+        100,
+        1,
+    ),
+)
 
 
 def _table(rows: Sequence[MethodRow], results: Results) -> Table:
     """Return the table of a student's methods; columns that were not measured are left out."""
+    metrics = _OF_MASKED if isinstance(results.objective, Masked) else _METRICS
     columns = [
         Column("seeds"),
-        Column("entries", main=True, help="stored entries per token"),
-        Column("bytes per token", help="bytes of the targets per token, without the text"),
-        *(metric.column for metric in _METRICS),
+        Column("entries", main=True, help="stored entries per predicted token"),
+        Column("bytes per token", help="bytes of the targets per token of text, without the text"),
+        *(metric.column for metric in metrics),
     ]
     more: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
     if any(row.realised for row in rows):
@@ -256,7 +270,7 @@ def _table(rows: Sequence[MethodRow], results: Results) -> Table:
                 _seeds(row),
                 _number(row.entries, 1),
                 _number(row.bytes_per_token, 2),
-                *(_estimate(metric.of(row), metric.scale, metric.digits) for metric in _METRICS),
+                *(_estimate(metric.of(row), metric.scale, metric.digits) for metric in metrics),
                 *(cell(row) for _, cell in more),
             ],
         )
@@ -267,7 +281,7 @@ def _table(rows: Sequence[MethodRow], results: Results) -> Table:
         of_teacher = results.teacher.figures
         last = [Cell("")] * 3 + [
             _number(of_teacher.get(m.teacher), m.digits, m.scale) if m.teacher else Cell("")
-            for m in _METRICS
+            for m in metrics
         ]
         last += [Cell("")] * len(more)
     # methods with the teacher online are references, among which no best value is marked
@@ -358,6 +372,7 @@ def _tasks(rows: Sequence[MethodRow], results: Results) -> Table | None:
 def _facts(results: Results) -> list[tuple[str, str]]:
     facts: dict[str, Any] = dict(results.provenance)
     facts |= {k: v for k, v in results.settings.items() if k != "recipe"}
+    facts["objective"] = results.objective.in_words()
     return [(name.replace("_", " "), in_words(value)) for name, value in facts.items()]
 
 
