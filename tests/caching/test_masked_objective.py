@@ -160,6 +160,39 @@ def hashes(cache: Cache) -> dict[str, str]:
     }
 
 
+class AllPositions:
+    """A teacher without `logits_at`, which therefore multiplies every position by the head."""
+
+    def __init__(self, engine: TransformersTeacher) -> None:
+        self.vocab_size, self.token_mask = engine.vocab_size, engine.token_mask
+        self.identity, self.logits = engine.identity, engine.logits
+
+
+def test_the_head_multiplies_chosen_positions_alone_and_the_cache_is_the_same(
+    build: Build,
+    cache: Cache,
+    teacher: BertForMaskedLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    mask = torch.arange(VOCABULARY) < len(tokenizer)
+    engine = TransformersTeacher(teacher, token_mask=mask, identity={"weights": "tiny"})
+    rows: list[int] = []
+    with teacher.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, __: rows.append(len(inputs[0].flatten(0, -2)))
+    ):
+        build(tmp_path / "chosen", engine=engine, windows_per_shard=4)
+        chosen, rows[:] = sum(rows), []
+        all_of_them = build(tmp_path / "all", engine=AllPositions(engine))
+    assert 0 < chosen < 0.7 * sum(rows)
+    for i in range(len(cache)):
+        one, other = cache.read(i), all_of_them.read(i)
+        assert np.array_equal(one.inputs, other.inputs)
+        for name in ("ids", "weights", "offsets"):
+            assert torch.equal(getattr(one.targets, name), getattr(other.targets, name))
+        assert one.teacher_loss == pytest.approx(other.teacher_loss, rel=1e-6)
+
+
 def test_a_build_that_is_interrupted_continues_to_the_same_bytes(
     build: Build, cache: Cache, tmp_path: Path
 ) -> None:

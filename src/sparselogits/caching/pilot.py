@@ -23,7 +23,7 @@ from sparselogits.errors import TeacherError
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.samplers import Pilot, PilotSlice, Sampler
 from sparselogits.store.ranges import spread
-from sparselogits.teacher import Engine
+from sparselogits.teacher.engine import Engine, logits_at
 
 PILOT_POSITIONS = 1024
 """Number of pilot positions; the mean entries estimated from them are accurate to 2 or 3 %."""
@@ -137,11 +137,10 @@ def _slices(
 ) -> Iterator[PilotSlice]:
     given = TeacherInput.of(window, corruption)
     starts = [window.document_starts] if reset_attention else None
-    for piece in engine.logits(given.inputs[None], starts):
-        logits, positions = piece.logits / temperature, piece.positions
-        if corruption is not None:
-            kept = given.carries[positions]
-            chosen = torch.arange(positions.start, positions.stop)[kept]
-            yield PilotSlice(window.index, given.inputs, chosen, logits[kept.to(logits.device)])
-        else:
-            yield PilotSlice(window.index, given.inputs, positions, logits)
+    wanted = None if corruption is None else given.carries[None]
+    for piece in logits_at(engine, given.inputs[None], starts, wanted):
+        positions: slice | Tensor = piece.positions
+        if wanted is not None:
+            inside = torch.arange(piece.positions.start, piece.positions.stop)
+            positions = inside[given.carries[piece.positions]]
+        yield PilotSlice(window.index, given.inputs, positions, piece.logits / temperature)

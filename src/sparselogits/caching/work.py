@@ -24,7 +24,7 @@ from sparselogits.samplers import (
 )
 from sparselogits.store import WindowRecord
 from sparselogits.targets import SparseTargets
-from sparselogits.teacher import Engine
+from sparselogits.teacher.engine import Engine, logits_at
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def _compute_batch(
     length = tokens.shape[1]
     uniforms: list[Tensor] = []
     current = _WindowInProgress([])
-    for piece in engine.logits(tokens, starts):
+    wanted = torch.stack([own.carries for own in batch])
+    for piece in logits_at(engine, tokens, starts, wanted):
         given = batch[piece.row]
         if piece.positions.start == 0:
             current = _WindowInProgress([[] for _ in draws], entropies=[0.0] * len(draws))
@@ -130,15 +131,13 @@ def _take_slice(
 
     Args:
         current: results of the window.
-        logits: logits of the teacher, [P, V].
-        positions: positions of the logits.
+        logits: logits of the teacher at the positions of the slice that carry a target, [C, V].
+        positions: positions of the slice.
         given: input of the teacher for the window.
         draws: sampling settings of each cache.
         uniforms: float64 [L, U] for each draw, with the sampler's U uniforms per position.
     """
     kept = given.carries[positions]
-    if not bool(kept.all()):
-        logits = logits[kept.to(logits.device)]
     carrying = torch.arange(positions.start, positions.stop)[kept]
     current.carried += len(logits)
     statistics: dict[float, DistributionStatistics] = {}

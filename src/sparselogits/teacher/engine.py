@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,3 +57,34 @@ class Engine(Protocol):
             SparseLogitsError: the engine does not support document starts.
         """
         ...
+
+
+def logits_at(
+    engine: Engine,
+    tokens: Tensor,
+    document_starts: Sequence[np.ndarray] | None,
+    wanted: Tensor | None,
+) -> Iterator[LogitsSlice]:
+    """Yield an engine's slices with the logits of wanted positions only.
+
+    An engine may define a method `logits_at`, with the remaining arguments, that multiplies only
+    the wanted rows by the head. `TransformersTeacher` does.
+
+    Args:
+        engine: the engine.
+        tokens: see `Engine.logits`.
+        document_starts: see `Engine.logits`.
+        wanted: bool [B, L], true for positions whose logits are needed; None for all.
+
+    Returns:
+        Slices of all positions, whose logits have one row per wanted position of the slice.
+    """
+    select = getattr(engine, "logits_at", None)
+    if wanted is None:
+        yield from engine.logits(tokens, document_starts)
+    elif select is not None:
+        yield from select(tokens, document_starts, wanted)
+    else:
+        for piece in engine.logits(tokens, document_starts):
+            rows = wanted[piece.row, piece.positions].to(piece.logits.device)
+            yield piece if bool(rows.all()) else replace(piece, logits=piece.logits[rows])

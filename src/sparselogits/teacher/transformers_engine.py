@@ -141,28 +141,39 @@ class TransformersTeacher:
                 self._remembered[key] = found
         return found
 
-    @torch.no_grad()
     def logits(
         self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
     ) -> Iterator[LogitsSlice]:
         """Yield logits; see `Engine.logits`."""
-        if self._parts is None:
-            yield from self._plain_logits(tokens, document_starts)
-            return
-        hidden = self.hidden(tokens, document_starts)
-        head = self._parts.bound_head()
-        for row, states in enumerate(hidden):
-            for positions in self._slices(len(states)):
-                yield LogitsSlice(row, positions, self._masked(head(states[positions])))
+        return self.logits_at(tokens, document_starts, None)
 
-    def _plain_logits(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
+    @torch.no_grad()
+    def logits_at(
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None,
+        wanted: Tensor | None,
     ) -> Iterator[LogitsSlice]:
-        for row in range(len(tokens)):
+        """Yield the logits of wanted positions; see `engine.logits_at`."""
+        head = self.head
+        for row, states in self._states_by_window(tokens, document_starts):
+            for positions in self._slices(len(states)):
+                rows = states[positions]
+                if wanted is not None and not bool((kept := wanted[row, positions]).all()):
+                    rows = rows[kept.to(rows.device)]
+                logits = rows.float() if head is None else head(rows)
+                yield LogitsSlice(row, positions, self._masked(logits))
+
+    def _states_by_window(
+        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield each window's index and hidden states; logits where the model is not split."""
+        if self._parts is not None:
+            yield from enumerate(self.hidden(tokens, document_starts))
+            return
+        for row in range(len(tokens)):  # one by one, because logits need much memory
             starts = None if document_starts is None else document_starts[row : row + 1]
-            logits = self._forward(tokens[row : row + 1], starts)[0]
-            for positions in self._slices(len(logits)):
-                yield LogitsSlice(row, positions, self._masked(logits[positions].float()))
+            yield row, self._forward(tokens[row : row + 1], starts)[0]
 
     def _forward(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None) -> Tensor:
         """Return hidden states [B, L, D], or logits [B, L, V] where the model is not split."""
