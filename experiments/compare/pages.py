@@ -231,6 +231,7 @@ class Findings:
         self.deciding = stored("deciding.json")
         self.small_vocabulary = stored("small_vocabulary.json")
         self.many_epochs = stored("many_epochs.json")
+        self.masked = stored("masked.json")
         self.drafting = stored("drafting_small_teacher.json")
         self.healing_table = "\n".join(healing())
         self.on_policy = stored("healing_on_policy.json")
@@ -304,6 +305,12 @@ class Findings:
         """Write the difference of two arms of on_policy.py, with its interval."""
         both = ([row for row in self.on_policy["arms"] if row["arm"] == n] for n in (name, other))
         return said(over_seeds_or_windows(*both, metric)[0], digits, 1, "+")
+
+    def masked_share(self) -> str:
+        """Return the endpoint of experiments/masked in per cent, with Fieller's interval."""
+        own = self.masked["endpoint"]
+        ends = (None if own[end] is None else 100 * own[end] for end in ("low", "high"))
+        return percent(Estimate(100 * own["mean"], *ends, 0))
 
     def bytes(self, setting: str, method: str) -> str:
         """Return the bytes of the cached targets per token."""

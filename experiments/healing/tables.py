@@ -234,7 +234,89 @@ def methods_table(stored: Mapping[str, Any]) -> list[str]:
         for name, words in NAMES_OF_ARMS.items()
         if name in arms
     ]
-    return rows_of(head, rows)
+    masked = RESULTS / "masked.json"
+    own, note = _masked_rows(json.loads(masked.read_text()) if masked.exists() else None)
+    return [*rows_of(head, [*rows, *own]), "", note]
+
+
+NAMES_OF_MASKED = {
+    "full KD": ("full KD of a masked teacher (DistilBERT, Sanh et al., 2019) \N{DAGGER}", "online"),
+    "RS-KD 12": ("RS-KD 12 of a masked teacher, cached \N{DAGGER}", "one pass, before training"),
+}
+"""Name and use of the teacher in the README's table, by method of experiments/masked."""
+
+
+def _masked_rows(stored: Mapping[str, Any] | None) -> tuple[list[list[str]], str]:
+    """Return the rows of masked language models in the table of methods, and their note.
+
+    Args:
+        stored: content of masked.json; None if the experiment has not been run.
+    """
+    if stored is None:
+        rows = [[*words, *["not run"] * 3, "-", "-"] for words in NAMES_OF_MASKED.values()]
+        return rows, "\N{DAGGER} Planned in `experiments/masked/masked.py`, not run."
+    rows = []
+    for name, words in NAMES_OF_MASKED.items():
+        own = stored["methods"][name]
+        tokens, speed = own["training_tokens"], own["tokens_per_cpu_second"]
+        seconds = number(tokens / speed if speed else None, 0)
+        rows.append([*words, seconds, f"{tokens:,}", number(_mean(own["kl"]), 3), "-", "-"])
+    layers = stored["size"]["layers"]
+    return rows, (
+        f"\N{DAGGER} Another setting, not comparable with the rows above: masked language models, "
+        f"half of {layers} layers, KL on masked tokens of held-out text, mean of "
+        f"{stored['seeds']} seeds; seconds of training alone, without the pass that fills the "
+        "cache ([the experiment](docs/results.md#masked-language-models))."
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def masked_table(stored: Mapping[str, Any]) -> list[str]:
+    """Return the table of all methods of experiments/masked, over the finished seeds."""
+    head = (
+        *("method", "entries", "bytes", "bytes, causal", "loss", "KL", "ECE %"),
+        *("top-1 agreement %", "probe %"),
+    )
+
+    def metric(values: Sequence[float], digits: int, scale: float = 1) -> str:
+        if not values:
+            return "-"
+        found = t_interval([scale * value for value in values])
+        return with_ends(found.mean, found, digits)
+
+    causal = stored["causal_bytes_per_token"] or {}
+    rows = [
+        [
+            name,
+            number(own["entries"], 1),
+            number(own["bytes_per_token"], 2),
+            number(causal.get(name), 2),
+            metric(own["loss"], 3),
+            metric(own["kl"], 3),
+            metric(own["ece"], 1, 100),
+            metric(own["agreement"], 1, 100),
+            metric(own["probe"], 1, 100),
+        ]
+        for name, own in stored["methods"].items()
+    ]
+    teacher = stored["teacher"]
+    last = [number(teacher[name], digits, scale) for name, digits, scale in _OF_TEACHER]
+    rows.append(["(the teacher)", "-", "-", "-", last[0], "-", last[1], "-", last[2]])
+    corpus = stored["corpus"]
+    note = (
+        f"{corpus['training_tokens']:,} tokens to train on, {corpus['heldout_windows']} held-out "
+        f"windows, {stored['seeds']} seeds. In brackets: 95 % intervals over seeds (Student's t). "
+        "Entries per masked token; bytes of the targets per token of text, and those of the same "
+        "sampler in a cache of a causal teacher of equal layers and width. Probe: accuracy in "
+        f"telling the source of a passage, {len(stored['sources'])} sources."
+    )
+    return [*rows_of(head, rows), "", note]
+
+
+_OF_TEACHER = (("loss", 3, 1), ("ece", 1, 100), ("probe", 1, 100))
 
 
 def in_use_table(stored: Mapping[str, Any]) -> list[str]:
@@ -267,6 +349,7 @@ TABLES = {
     "healing_on_policy": ("healing_on_policy", on_policy_table),
     "healing_methods": ("healing_on_policy", methods_table),
     "healing_in_use": ("healing_in_use", in_use_table),
+    "masked": ("masked", masked_table),
 }
 """File and function of each table that is not of a comparison, by name of the table."""
 

@@ -254,7 +254,7 @@ def fit(
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             seed=0,
-            logging_steps=50,
+            logging_steps=max(1, steps // 40),
             save_steps=100,
             save_total_limit=1,
             report_to="none",
@@ -566,6 +566,7 @@ def collect(work: Path, out: Path, size: Size) -> dict[str, Any]:
             "entries": row.entries,
             "bytes_per_token": row.bytes_per_token,
             "tokens_per_cpu_second": row.tokens_per_cpu_second,
+            "training_tokens": max((run.tokens or 0 for run in own), default=0),
             **{name: [run.figures[name] for run in own] for name in METRICS},
             "probe": [json.loads(file.read_text())["accuracy"] for file in probes if file.exists()],
         }

@@ -24,6 +24,7 @@ from sparselogits.corpus import (
 from sparselogits.corruption import Corruption
 from sparselogits.data import TextDataset, collate
 from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
+from sparselogits.language_model import Head
 from sparselogits.samplers import Systematic, window_uniforms
 from sparselogits.store import Cache, export, verify
 from sparselogits.teacher import TransformersTeacher
@@ -174,16 +175,21 @@ def test_the_head_multiplies_chosen_positions_alone_and_the_cache_is_the_same(
     teacher: BertForMaskedLM,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mask = torch.arange(VOCABULARY) < len(tokenizer)
     engine = TransformersTeacher(teacher, token_mask=mask, identity={"weights": "tiny"})
     rows: list[int] = []
-    with teacher.get_output_embeddings().register_forward_hook(
-        lambda _, inputs, __: rows.append(len(inputs[0].flatten(0, -2)))
-    ):
-        build(tmp_path / "chosen", engine=engine, windows_per_shard=4)
-        chosen, rows[:] = sum(rows), []
-        all_of_them = build(tmp_path / "all", engine=AllPositions(engine))
+    multiply = Head.__call__
+
+    def counted(self: Head, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return multiply(self, hidden)
+
+    monkeypatch.setattr(Head, "__call__", counted)
+    build(tmp_path / "chosen", engine=engine)
+    chosen, rows[:] = sum(rows), []
+    all_of_them = build(tmp_path / "all", engine=AllPositions(engine))
     assert 0 < chosen < 0.7 * sum(rows)
     for i in range(len(cache)):
         one, other = cache.read(i), all_of_them.read(i)
