@@ -58,6 +58,9 @@ def test_what_is_not_chosen_stays_and_special_tokens_are_never_chosen_nor_drawn(
     objective, index, length
 ):
     tokens = window(index % 1000, length)
+    learnt = window(index % 1000 + 1, length) % 2 > 0
+    made = Corruption(objective, KINDS)(tokens, index, learnt=learnt)
+    assert not (made.chosen & ~learnt).any()
     made = Corruption(objective, KINDS)(tokens, index)
     assert made.inputs.dtype == np.int32
     assert made.chosen.shape == tokens.shape

@@ -3,8 +3,8 @@
 A window is divided into units: tokens, words, or spans of geometric length. Each unit is chosen
 with a probability equal to the window's rate, so every token is chosen with that probability,
 whatever the units are. Of the chosen tokens, one share is replaced by the mask token, one share by
-a random token, and the remaining ones are not replaced. Special tokens are never chosen, and never
-used as a replacement.
+a random token, and the remaining ones are not replaced. Special tokens, padding, and tokens that
+are not trained on are never chosen; special tokens are never used as a replacement.
 """
 
 from __future__ import annotations
@@ -198,13 +198,20 @@ class Corruption:
         return cls(objective, TokenKinds.of(tokenizer, identity.vocab_size))
 
     def __call__(
-        self, tokens: NDArray[np.int32], window_index: int, *, held_out: bool = False
+        self,
+        tokens: NDArray[np.int32],
+        window_index: int,
+        *,
+        learnt: NDArray[np.bool_] | None = None,
+        held_out: bool = False,
     ) -> Corrupted:
         """Corrupt one window.
 
         Args:
             tokens: int32 [L], original token ids.
             window_index: index of the window; together with the seed it determines the result.
+            learnt: bool [L], true for tokens that may be chosen: those that are trained on, and are
+                no padding; None if all tokens may.
             held_out: whether `window_index` counts held-out windows instead of training windows.
 
         Raises:
@@ -217,6 +224,8 @@ class Corruption:
             rate = LEAST_RATE + (1 - LEAST_RATE) * float(drawn[0])
         choice, kind, replacement, border = drawn[1:].reshape(4, length)
         allowed = ~kinds.special[tokens]
+        if learnt is not None:
+            allowed &= learnt
         unit = _units(tokens, allowed, border, objective, kinds)
         chosen = allowed & (choice[unit] < rate)
         # all tokens of a span are replaced alike, as in SpanBERT; those of a word independently

@@ -5,7 +5,7 @@ architectures ignore them: recurrent and hybrid models carry a state across the 
 some learned positions depend on the position in the window. So `Documents.probe` runs a model on
 two short packed windows and compares the result with each document run alone. A model that keeps
 the documents independent runs packed windows; any other model runs each document as a separate
-sequence.
+sequence. Encoders, which attend to padding, do so with an attention mask.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ class Documents:
         same_length_beyond: window length in tokens above which only documents of equal length share
             a batch, because the rotary frequencies depend on the longest sequence in the batch;
             None if the frequencies are fixed.
+        masks_padding: whether separate documents need an attention mask if a call pads them,
+            because the model attends to later positions.
     """
 
     model: str
     way: Literal["packed", "apart", "none"]
     packed_up_to: int | None = None
     same_length_beyond: int | None = None
+    masks_padding: bool = False
 
     @classmethod
     @torch.no_grad()
@@ -76,8 +79,8 @@ class Documents:
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
         limits = [limit for limit in (rotary, chunk) if limit is not None]
         with in_eval_mode(model):
-            way = _probe_way(run, _probe_tokens(model), equal=rotary is not None)
-        return cls(type(model).__name__, way, min(limits, default=None), rotary)
+            way, masks = _probe_way(run, _probe_tokens(model), equal=rotary is not None)
+        return cls(type(model).__name__, way, min(limits, default=None), rotary, masks)
 
     def run(
         self,
@@ -107,8 +110,8 @@ class Documents:
         if self.way == "none":
             raise InvalidArgumentError(
                 f"{self.model}: the documents of one window influence each other, whether they run "
-                "packed or separately; resetting attention needs a causal model. Build the cache "
-                "without --reset-attention, or use another model"
+                "packed or separately, so attention cannot be reset. Build the cache without "
+                "--reset-attention (or with --packing documents), or use another model"
             )
         length = input_ids.shape[1]
         limit = self.packed_up_to
@@ -116,7 +119,7 @@ class Documents:
             device = input_ids.device
             return run(input_ids=input_ids, position_ids=position_ids.to(device), **inputs)
         equal = self.same_length_beyond is not None and length > self.same_length_beyond
-        if mask_padding and "attention_mask" not in inputs:
+        if (mask_padding or self.masks_padding) and "attention_mask" not in inputs:
             inputs["attention_mask"] = torch.ones_like(input_ids)
         return _run_apart(run, input_ids, position_ids, equal=equal, one_call=one_call, **inputs)
 
@@ -161,7 +164,7 @@ def _run_apart(
         first = torch.tensor([start for start, _ in group])[:, None]
         sizes = torch.tensor([size for _, size in group])[:, None]
         columns = torch.arange(int(sizes.max()))[None]
-        # the last token of a document is repeated as padding, which a causal model ignores
+        # the last token of a document is repeated as padding, which is masked or comes too late
         source = (first + columns.minimum(sizes - 1)).to(device)
         not_padding = (columns < sizes).to(device)
         divided = {
@@ -221,26 +224,36 @@ def _probe_tokens(model: nn.Module) -> Tensor:
     return tokens.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
 
 
-def _probe_way(run: Forward, tokens: Tensor, *, equal: bool) -> Literal["packed", "apart", "none"]:
-    """Return the fastest `way` that reproduces the states of documents that are run alone."""
+def _probe_way(
+    run: Forward, tokens: Tensor, *, equal: bool
+) -> tuple[Literal["packed", "apart", "none"], bool]:
+    """Return the fastest `way` that reproduces the states of documents that are run alone.
+
+    The second value is `Documents.masks_padding`.
+    """
     starts = [np.array(positions, np.int32) for positions in _PROBE_STARTS]
     positions = restarting_positions(_PROBE_LENGTH, starts).to(tokens.device)
     try:
         alone = _each_alone(run, tokens, equal=equal)
     except _FAILURES:
-        return "none"
+        return "none", False
     if alone.is_meta or not bool(alone.isfinite().all()):
-        return "apart"  # damaged weights and overflow are reported when the model runs
+        return "apart", False  # damaged weights and overflow are reported when the model runs
     try:
         if _packed_equals(alone, run, tokens, positions):
-            return "packed"
+            return "packed", False
     except _FAILURES:
         pass
-    try:
-        apart = _run_apart(run, tokens, positions, equal=equal, one_call=False)
-    except _FAILURES:
-        return "none"
-    return "apart" if _distance(apart, alone) <= _APART.get(alone.dtype, _APART_HALF) else "none"
+    bound = _APART.get(alone.dtype, _APART_HALF)
+    for masks in (False, True):
+        mask = {"attention_mask": torch.ones_like(tokens)} if masks else {}
+        try:
+            apart = _run_apart(run, tokens, positions, equal=equal, one_call=False, **mask)
+        except _FAILURES:
+            continue
+        if _distance(apart, alone) <= bound:
+            return "apart", masks
+    return "none", False
 
 
 def _each_alone(run: Forward, tokens: Tensor, *, equal: bool) -> Tensor:

@@ -111,6 +111,38 @@ class Parts:
         return Head(weight, self.head.bias, self.scale, self.softcap, module)  # type: ignore[arg-type]
 
 
+@contextmanager
+def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within a `with` block, record the last hidden states of a model's base at each forward pass.
+
+    These are the states before the head and, in a masked language model, before the transform in
+    front of the head.
+
+    Args:
+        model: a transformers language model, with or without an adapter.
+
+    Yields:
+        A list to which each forward pass appends a tensor [B, L, D], with its gradient.
+
+    Raises:
+        InvalidArgumentError: the model has no base from which the head is separate.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = getattr(inner, "base_model", inner)
+    if base is inner:
+        raise InvalidArgumentError(
+            f"{type(inner).__name__} has no base model that is separate from its head, so its last "
+            "hidden states are unknown; leave the cosine loss out"
+        )
+    recorded: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        recorded.append(output[0])
+
+    with _forward_hook(base, record):
+        yield recorded
+
+
 def _unchanged(states: Tensor) -> Tensor:
     return states
 

@@ -95,18 +95,28 @@ def find_method(name: object) -> TrainingMethod:
     return METHODS[name]
 
 
-def require_fits(method: TrainingMethod, *, teacher: bool, beta: float | None) -> None:
+def require_fits(
+    method: TrainingMethod, *, teacher: bool, beta: float | None, cosine: float = 0.0
+) -> None:
     """Validate that the settings given with a training method fit the method.
 
     Args:
         method: training method.
         teacher: whether a teacher is given.
         beta: share of the teacher in the mixture; None for the default of the method.
+        cosine: weight of the cosine loss between hidden states.
 
     Raises:
-        InvalidArgumentError: If a teacher is missing or superfluous, or beta has no effect or is
-            out of range.
+        InvalidArgumentError: If a teacher is missing or superfluous, or beta or the cosine loss has
+            no effect or is out of range.
     """
+    if cosine and not method.online:
+        raise InvalidArgumentError(
+            f"method {method.name!r} has no cosine loss, but cosine={cosine:g} is given: it "
+            "compares the student's hidden states with the teacher's, which a cache does not "
+            f"contain. Leave cosine out, or choose a method with the teacher online "
+            f"({listed(ONLINE, 'or')})"
+        )
     if method.online and not teacher:
         raise InvalidArgumentError(
             f"method {method.name!r} runs the teacher online, but no teacher is given; give the "

@@ -66,6 +66,21 @@ def test_a_masked_teacher_is_cached_learnt_from_and_evaluated(
     assert "[MASK]" in page.read_text()
 
 
+def test_documents_are_cached_in_windows_of_their_own(
+    bert: Path, short: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    run(
+        *("cache", "--teacher", bert, "--data", short, "--out", cache, "--device", "cpu"),
+        *("--window", 48, "--rounds", 4, "--packing", "documents"),
+    )
+    opened = Cache.open(cache)
+    assert opened.identity.packing["kind"] == "documents"
+    assert opened.read(0).document_starts[0] == 0
+    run("verify", cache)
+    run("eval", bert, "--cache", cache, "--data", short, "--device", "cpu", "--limit", 4)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -17,6 +17,7 @@ from sparselogits.evaluate.passes import StudentLogits
 from sparselogits.teacher import LogitsSlice, TransformersTeacher, check_engine
 from tests.architectures import CONFIGURATIONS, VOCABULARY, tiny_model
 from tests.conftest import tiny_llama
+from tests.masked_models import MODELS
 
 PACKED = ("llama", "qwen3", "gemma3", "gpt2", "mixtral", "deepseek_v3")
 APART = (
@@ -85,6 +86,22 @@ def test_documents_do_not_influence_each_other(architecture):
     assert way in ("packed", "apart")
     assert (architecture in PACKED) <= (way == "packed")
     assert (architecture in APART) <= (way == "apart")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encoders_read_no_other_document_and_no_padding(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    tokens = random_tokens() % 90 + 2  # RoBERTa's padding token is 1
+    expected = alone(model, tokens, STARTS)
+    teacher = made_teacher(model)
+    torch.testing.assert_close(gathered(teacher, tokens, STARTS), expected, rtol=1e-4, atol=1e-4)
+    assert teacher.documents.way == "packed" or teacher.documents.masks_padding
+    positions = restarting_positions(LENGTH, STARTS)
+    student = StudentLogits(model, masked=True)
+    for row, own, logits in zip(tokens, positions, expected, strict=True):
+        found = student.over({"input_ids": row, "position_ids": own})(slice(0, LENGTH))
+        torch.testing.assert_close(found.detach(), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba2"])

@@ -3,16 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    ElectraConfig,
-    ElectraForMaskedLM,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
 
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.passes import StudentLogits
@@ -20,40 +10,8 @@ from sparselogits.language_model import predicts_masked, split
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.teacher.loading import load_language_model, names_masked_model
 from tests.conftest import tiny_llama
-from tests.masked_models import tiny_bert
+from tests.masked_models import MODELS, tiny_bert
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 66,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
-
-MODELS = {
-    "BERT": lambda **tied: tiny_bert(**tied),
-    "RoBERTa": lambda **tied: RobertaForMaskedLM(RobertaConfig(**SMALL | SPECIAL | tied)),
-    "DistilBERT": lambda **tied: DistilBertForMaskedLM(
-        DistilBertConfig(
-            vocab_size=96,
-            dim=32,
-            hidden_dim=48,
-            n_layers=2,
-            n_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            **tied,
-        )
-    ),
-    "ModernBERT": lambda **tied: ModernBertForMaskedLM(ModernBertConfig(**SMALL | SPECIAL | tied)),
-    "ELECTRA's generator": lambda **tied: ElectraForMaskedLM(
-        ElectraConfig(**SMALL, embedding_size=16, **tied)
-    ),
-}
 TOKENS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -83,6 +41,37 @@ def test_logits_are_the_models_own_a_slice_at_a_time(model: torch.nn.Module) -> 
         rows[piece.row].append(piece.logits)
     found = torch.stack([torch.cat(row) for row in rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_of_padded_windows_are_the_models_own(
+    model: torch.nn.Module, attention: str
+) -> None:
+    """With the padding token of each architecture, by which RoBERTa numbers its positions."""
+    model.set_attn_implementation(attention)
+    padding = model.config.pad_token_id
+    assert padding in (0, 1)
+    lengths = torch.tensor([40, 13, 26])
+    mask = (torch.arange(40) < lengths[:, None]).long()
+    tokens = TOKENS.clamp(min=2).where(mask.bool(), padding)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+        rows_alone = [row[None, :n] for row, n in zip(tokens, lengths, strict=True)]
+        alone = [model(input_ids=row).logits[0] for row in rows_alone]
+    teacher = TransformersTeacher(model, identity={})
+    plain = TransformersTeacher(model, identity={})
+    plain._parts = None
+    for engine in (teacher, plain):
+        rows: list[list[torch.Tensor]] = [[] for _ in tokens]
+        for piece in engine.logits(tokens, attention_mask=mask):
+            rows[piece.row].append(piece.logits)
+        found = torch.stack([torch.cat(row) for row in rows])
+        real = mask.bool()
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[real], torch.cat(alone), rtol=1e-4, atol=1e-4)
+    with teacher.remembering():
+        states = [teacher.hidden(tokens), teacher.hidden(tokens, attention_mask=mask)]
+        assert not torch.equal(states[0][1], states[1][1])  # remembered under different keys
 
 
 def test_the_model_is_as_before_and_gradients_reach_what_stands_in_front_of_the_head(

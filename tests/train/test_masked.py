@@ -1,18 +1,18 @@
 """Training masked language models: every method against a plain computation, and end to end."""
 
-from pathlib import Path
-from typing import Any
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import BertForMaskedLM, TrainingArguments
+from transformers import TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.data import collate
+from sparselogits.documents import restarting_positions
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.identity import Identity
+from sparselogits.language_model import recording_last_states, split
 from sparselogits.objectives import Masked
 from sparselogits.samplers import Systematic
 from sparselogits.store import Cache, WindowRecord, codec_for
@@ -20,12 +20,12 @@ from sparselogits.targets import SparseTargets
 from sparselogits.teacher import TransformersTeacher
 from sparselogits.train.objective import Objective, bind
 from tests.conftest import tiny_llama
-from tests.masked_models import tiny_bert
+from tests.masked_models import MODELS, tiny_bert
 
 V, LENGTH, WINDOWS, MASK = 96, 24, 12, 4
 
 
-def make_cache(folder: Path, rate: float | None = 0.3) -> CacheDataset:
+def make_cache(folder, rate=0.3):
     """A cache whose targets are drawn by the library from random distributions."""
     objective = Masked(MASK, rate=rate)
     rng = np.random.default_rng(0)
@@ -66,17 +66,17 @@ def make_cache(folder: Path, rate: float | None = 0.3) -> CacheDataset:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> CacheDataset:
+def dataset(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("masked") / "cache")
 
 
-def log_probabilities(model: BertForMaskedLM, batch: dict[str, Tensor]) -> Tensor:
+def log_probabilities(model, batch):
     """float [M, V] at the positions with a label, by transformers alone."""
     logits = model(input_ids=batch["input_ids"]).logits
     return logits[batch["shift_labels"] != -100].log_softmax(-1)
 
 
-def losses(method: str, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def losses(method, student, teacher, batch):
     """The loss of each labelled position as the table of methods defines it."""
     counted = batch["shift_labels"] != -100
     if method == "ce":
@@ -115,13 +115,151 @@ def test_the_loss_and_its_gradient_are_those_of_a_plain_computation(method, data
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*MODELS, "Llama"])
+def test_recorded_states_are_the_last_hidden_states_of_transformers(name):
+    model = (MODELS[name]() if name in MODELS else tiny_llama(vocab_size=V)).eval()
+    tokens = torch.arange(2, 42)[None]
+    with recording_last_states(model) as recorded:
+        expected = model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+    assert len(recorded) == 1
+    torch.testing.assert_close(recorded[0], expected)
+    parts = split(model)
+    with recording_last_states(model) as recorded:
+        parts.states(input_ids=tokens)
+    torch.testing.assert_close(recorded[0], expected)
+
+
+def cosine_of_distilbert(student, teacher, batch):
+    """The cosine loss as in the step of DistilBERT's distiller."""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    s = student(**given, output_hidden_states=True).hidden_states[-1]
+    with torch.no_grad():
+        t = teacher(**given, output_hidden_states=True).hidden_states[-1]
+    mask = batch["attention_mask"].bool().unsqueeze(-1).expand_as(s)
+    s, t = (torch.masked_select(x, mask).view(-1, x.size(-1)) for x in (s, t))
+    return torch.nn.CosineEmbeddingLoss(reduction="mean")(s, t, s.new_ones(len(s)))
+
+
+@pytest.mark.parametrize("method", ["full", "reverse_kl"])
+def test_the_cosine_loss_is_that_of_distilbert(method, dataset, tmp_path):
+    batch = dataset[0:4]
+    lengths = torch.tensor([LENGTH, 9, 17, 20])
+    batch["attention_mask"] = (torch.arange(LENGTH) < lengths[:, None]).long()
+    for name in ("labels", "shift_labels"):
+        batch[name] = batch[name].where(batch["attention_mask"] > 0, -100)
+    teacher = TransformersTeacher(tiny_bert(seed=2).eval(), identity={})
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    gradients, found = [], []
+    for cosine in (0.0, 0.7):
+        student = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        trainer = SparseKDTrainer(
+            *(student, arguments),
+            **{"train_dataset": dataset, "method": method, "teacher": teacher, "cosine": cosine},
+        )
+        student.train()
+        loss = trainer.compute_loss(student, trainer._prepare_inputs(dict(batch)))
+        loss.backward()
+        found.append(float(loss))
+        gradients.append([p.grad for p in student.parameters()])
+        logged = trainer.objective.training.take()
+    plain = tiny_bert().eval()
+    expected = cosine_of_distilbert(plain, teacher.model, batch)
+    expected.backward()
+    assert logged["cosine"] == pytest.approx(float(expected), rel=1e-5)
+    assert found[1] - found[0] == pytest.approx(0.7 * float(expected), rel=1e-4)
+    for without, own, of_cosine in zip(*gradients, plain.parameters(), strict=True):
+        added = 0.0 if of_cosine.grad is None else 0.7 * of_cosine.grad
+        torch.testing.assert_close(own, without + added, rtol=1e-3, atol=1e-6)
+
+
+def test_the_cosine_loss_of_a_causal_student(cache, tmp_path):
+    """Position by position: its last hidden states are the input of the head."""
+    dataset = CacheDataset(cache)
+    batch = dataset[0:2]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    size = dataset.identity.vocab_size
+    teacher = TransformersTeacher(tiny_llama(seed=3, vocab_size=size), identity={})
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    found = []
+    for cosine in (0.0, 2.0):
+        student = tiny_llama(vocab_size=size)
+        options = {"method": "full", "teacher": teacher, "cosine": cosine}
+        trainer = SparseKDTrainer(student, arguments, train_dataset=dataset, **options)
+        student.train()
+        found.append(float(trainer.compute_loss(student, trainer._prepare_inputs(dict(batch)))))
+    expected = cosine_of_distilbert(student, teacher.model, batch)
+    assert found[1] - found[0] == pytest.approx(2 * float(expected), rel=1e-4)
+
+
+def test_a_cosine_loss_that_cannot_be_computed_is_refused(dataset, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for method in ("sparse", "ce"):
+        with pytest.raises(InvalidArgumentError, match="which a cache does not contain"):
+            SparseKDTrainer(
+                tiny_bert(), arguments, train_dataset=dataset, method=method, cosine=1.0
+            )
+    teacher = TransformersTeacher(tiny_bert(seed=2).eval(), identity={})
+    options = {"train_dataset": dataset, "method": "full", "teacher": teacher}
+    with pytest.raises(InvalidArgumentError, match="at least 0"):
+        SparseKDTrainer(tiny_bert(), arguments, cosine=-1.0, **options)
+    with pytest.raises(InvalidArgumentError, match="the student's have 16 numbers"):
+        SparseKDTrainer(tiny_bert(hidden_size=16), arguments, cosine=1.0, **options)
+
+
+def test_documents_of_a_window_do_not_attend_to_each_other(dataset):
+    batch = dataset[0:3]
+    starts = [np.array([0, 7, 8]), np.array([13]), np.array([0])]
+    batch["position_ids"] = restarting_positions(LENGTH, starts)
+    plain = tiny_bert().eval()
+    expected = torch.zeros(())
+    for row, labels, own in zip(batch["input_ids"], batch["shift_labels"], starts, strict=True):
+        for a, b in itertools.pairwise([*dict.fromkeys([0, *own.tolist()]), LENGTH]):
+            logits = plain(input_ids=row[None, a:b]).logits[0]
+            expected = expected + torch.nn.functional.cross_entropy(
+                logits, labels[a:b], reduction="sum"
+            )
+    expected = expected / (batch["shift_labels"] != -100).sum()
+    expected.backward()
+    student = tiny_bert().eval()
+    bind(student, Objective("ce", masked=True))
+    loss = student(**{k: v for k, v in batch.items() if not k.startswith("target")}).loss
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for one, other in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.3, None])
+def test_labels_are_smoothed_as_by_pytorch(rate, tmp_path):
+    batch = make_cache(tmp_path / "c", rate)[0:6]
+    plain = tiny_bert().eval()
+    counted = batch["shift_labels"] != -100
+    logits = plain(input_ids=batch["input_ids"]).logits[counted]
+    smoothed = torch.nn.functional.cross_entropy(
+        logits, batch["shift_labels"][counted], label_smoothing=0.1, reduction="none"
+    )
+    if rate is None:
+        weights = batch["loss_weight"][counted.nonzero()[:, 0]]
+        expected = (smoothed * weights).sum() / batch["input_ids"].numel()
+    else:
+        expected = smoothed.mean()
+    expected.backward()
+    student = tiny_bert().eval()
+    bind(student, Objective("ce", masked=True, label_smoothing=0.1))
+    loss = student(**{k: v for k, v in batch.items() if not k.startswith("target")}).loss
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for one, other in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_only_positions_with_a_label_are_multiplied_by_the_head(dataset, monkeypatch):
     from sparselogits.train import objective as module
 
-    rows: list[int] = []
+    rows = []
     plain = module.linear_sparse_cross_entropy
 
-    def counted(states: Tensor, *arguments: Any, **options: Any) -> Any:
+    def counted(states, *arguments, **options):
         rows.append(len(states))
         return plain(states, *arguments, **options)
 

@@ -20,7 +20,7 @@ from sparselogits.caching.writer import Writer
 from sparselogits.corpus import PackedCorpus, Packing
 from sparselogits.corpus.tokenizer_identity import TokenizerFingerprint
 from sparselogits.corruption import Corruption
-from sparselogits.errors import IdentityMismatchError
+from sparselogits.errors import IdentityMismatchError, InvalidArgumentError
 from sparselogits.identity import Identity
 from sparselogits.language_model import require_predicting
 from sparselogits.objectives import Masked
@@ -201,6 +201,12 @@ def begin_job(
     if model is not None:
         masked = corruption is not None
         require_predicting(model, masked=masked, whose="the teacher", of="this cache")
+    if corruption is not None and corpus.pads_rows and not corpus.packing.of_documents:
+        raise InvalidArgumentError(
+            "rows of token ids are padded, and a masked language model would read the padding as "
+            "text; pack them with an attention mask (--packing documents, kind='documents'), or "
+            "join them (--join-rows)"
+        )
     caches, samplers = _open_caches(
         engine, corpus, requests, tokenizer_hash, windows_per_shard, corruption
     )

@@ -95,7 +95,7 @@ class Job:
 
     def _require_same_text(self, span: Range, holders: Sequence[Cache]) -> None:
         """Validate that the existing shards of a range were built from the text of the corpus."""
-        expected = fingerprint(self._windows(span))
+        expected = self._fingerprint(self._windows(span))
         for cache in holders:
             if cache.provenance(span[0]).get("corpus") != expected:
                 raise IdentityMismatchError(
@@ -114,7 +114,7 @@ class Job:
             progress: called after each batch with its number of windows.
         """
         windows = self._windows(span)
-        text = {"corpus": fingerprint(windows), "text": self.text.to_json()}
+        text = {"corpus": self._fingerprint(windows), "text": self.text.to_json()}
         provenance = {**text, **_provenance(engine, self.batch)}
         if self.tokenizer is not None:
             provenance["tokenizer"] = self.tokenizer
@@ -129,6 +129,10 @@ class Job:
             progress=progress,
         )
         return records, provenance
+
+    def _fingerprint(self, windows: Sequence[Window]) -> str:
+        """Return the fingerprint of windows in the provenance of their shard."""
+        return fingerprint(windows, masks=self.corruption is None)
 
     def _windows(self, span: Range) -> list[Window]:
         """Read a range of windows of the corpus."""

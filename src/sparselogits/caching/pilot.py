@@ -28,13 +28,28 @@ from sparselogits.teacher.engine import Engine, logits_at
 PILOT_POSITIONS = 1024
 """Number of pilot positions; the mean entries estimated from them are accurate to 2 or 3 %."""
 
+CHECKED_POSITIONS = 32
+"""Number of positions that suffice to measure the teacher's loss."""
+
 NATS_WORSE_THAN_UNIFORM = 1.0
 """Excess over the loss of a uniform distribution, in nats, above which a teacher is rejected."""
 
 
 def pilot_windows(corpus: PackedCorpus) -> list[Window]:
-    """Read pilot windows, evenly spaced over the corpus."""
-    count = max(1, PILOT_POSITIONS // corpus.packing.window_length)
+    """Read pilot windows, evenly spaced over the corpus.
+
+    If windows are padded, more of them are read, so that their text has about as many tokens.
+    """
+    length = corpus.packing.window_length
+    count = max(1, PILOT_POSITIONS // length)
+    windows = _spread_windows(corpus, count)
+    text = sum(window.text_length or length for window in windows)
+    if text < len(windows) * length:
+        windows = _spread_windows(corpus, math.ceil(count * len(windows) * length / text))
+    return windows
+
+
+def _spread_windows(corpus: PackedCorpus, count: int) -> list[Window]:
     return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
 
 
@@ -59,7 +74,9 @@ def resolve_budget(
 
 
 def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any) -> float:
-    """Return the mean loss of the teacher on the first pilot window, in nats.
+    """Return the mean loss of the teacher on the first pilot windows, in nats.
+
+    One window suffices unless it has few positions with a target, as a padded one may have.
 
     Args:
         engine: engine that runs the teacher.
@@ -71,21 +88,24 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
             tokenizer belongs to another model, or logits are not finite.
         InvalidArgumentError: the window is longer than the teacher supports.
     """
-    window = windows[0]
     check_window = getattr(engine, "check_window", None)
     if check_window is not None:
-        check_window(len(window.tokens), restarts=how.get("reset_attention", False))
-    length = len(window.tokens)
-    wanted = TeacherInput.of(window, how.get("corruption")).labels
+        check_window(len(windows[0].tokens), restarts=how.get("reset_attention", False))
     total, count = 0.0, 0
-    for piece in _slices(engine, window, temperature=1.0, **how):
-        positions = torch.arange(length)[piece.positions]
-        _require_finite(engine, piece.logits, positions, length)
-        labels = wanted[positions].to(piece.logits.device)
-        labelled = labels != IGNORE_INDEX
-        rows, labels = piece.logits[labelled], labels[labelled]
-        total += float((rows.logsumexp(1) - rows.gather(1, labels[:, None])[:, 0]).double().sum())
-        count += len(labels)
+    for window in windows:
+        if count >= CHECKED_POSITIONS:
+            break
+        length = len(window.tokens)
+        wanted = TeacherInput.of(window, how.get("corruption")).labels
+        for piece in _slices(engine, window, temperature=1.0, **how):
+            positions = torch.arange(length)[piece.positions]
+            _require_finite(engine, piece.logits, positions, length)
+            labels = wanted[positions].to(piece.logits.device)
+            labelled = labels != IGNORE_INDEX
+            rows, labels = piece.logits[labelled], labels[labelled]
+            nll = rows.logsumexp(1) - rows.gather(1, labels[:, None])[:, 0]
+            total += float(nll.double().sum())
+            count += len(labels)
     loss = total / max(1, count)
     uniform = math.log(float(engine.token_mask.sum()))
     if not loss <= uniform + NATS_WORSE_THAN_UNIFORM:
@@ -136,11 +156,12 @@ def _slices(
     corruption: Corruption | None = None,
 ) -> Iterator[PilotSlice]:
     given = TeacherInput.of(window, corruption)
+    text = given.inputs[: given.length]
     starts = [window.document_starts] if reset_attention else None
-    wanted = None if corruption is None else given.carries[None]
-    for piece in logits_at(engine, given.inputs[None], starts, wanted):
+    wanted = None if corruption is None else given.carries[None, : given.length]
+    for piece in logits_at(engine, text[None], starts, wanted):
         positions: slice | Tensor = piece.positions
         if wanted is not None:
             inside = torch.arange(piece.positions.start, piece.positions.stop)
             positions = inside[given.carries[piece.positions]]
-        yield PilotSlice(window.index, given.inputs, positions, piece.logits / temperature)
+        yield PilotSlice(window.index, text, positions, piece.logits / temperature)

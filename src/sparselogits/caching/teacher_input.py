@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparselogits.corpus import Window
 from sparselogits.corruption import Corrupted, Corruption
-from sparselogits.errors import InvalidArgumentError
 from sparselogits.objectives import CAUSAL
 
 
@@ -23,6 +22,7 @@ class TeacherInput:
         inputs: token ids of the input, int64 [L].
         labels: int64 [L], the token that each position predicts; -100 if there is none.
         carries: bool [L], True for positions with a target.
+        length: number of tokens before the padding; L if the window has none.
         corrupted: corruption of the window; None if the input is the text itself.
     """
 
@@ -30,6 +30,7 @@ class TeacherInput:
     inputs: Tensor
     labels: Tensor
     carries: Tensor
+    length: int
     corrupted: Corrupted | None
 
     @classmethod
@@ -41,20 +42,14 @@ class TeacherInput:
             corruption: corruption for a masked language model; None for a causal teacher.
 
         Raises:
-            InvalidArgumentError: the window to corrupt has a loss mask, or the corruption chooses
-                whole words but the tokenizer does not mark word boundaries.
+            InvalidArgumentError: the corruption chooses whole words, but the tokenizer does not
+                mark word boundaries.
         """
         if corruption is None:
             carries = np.ones(len(window.tokens), np.bool_) if window.mask is None else window.mask
             inputs, labels, corrupted = window.tokens, CAUSAL.labels(window.tokens), None
-        elif window.mask is not None:
-            raise InvalidArgumentError(
-                f"window {window.index} has a loss mask, for example of a conversation, but "
-                "windows for a masked language model are corrupted at all positions. Use plain "
-                "text, or a causal teacher"
-            )
         else:
-            corrupted = corruption(window.tokens, window.index)
+            corrupted = corruption(window.tokens, window.index, learnt=window.learnt)
             inputs, carries = corrupted.inputs, corrupted.chosen
             labels = corruption.objective.labels(window.tokens, carries)
         return cls(
@@ -62,5 +57,6 @@ class TeacherInput:
             torch.from_numpy(inputs.astype(np.int64)),
             torch.from_numpy(labels),
             torch.from_numpy(carries),
+            len(window.tokens) if window.text_length is None else window.text_length,
             corrupted,
         )

@@ -23,6 +23,8 @@ from sparselogits.corpus.packed import Paths, read_corpus_json
 from sparselogits.errors import CacheError, CorpusError, IdentityMismatchError
 from sparselogits.files import is_clutter
 from sparselogits.identity import differing_fields
+from sparselogits.objectives import Masked
+from sparselogits.store import Cache
 from sparselogits.store.ranges import Range
 from sparselogits.store.storage.location import Location, is_url
 
@@ -151,6 +153,7 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
     ranges that contain windows of two texts.
     """
     texts: list[tuple[PackedCorpus, int]] = []
+    masks = not isinstance(Cache.open(cache).identity.predicts, Masked)
     with suppress(CorpusError):  # window indices after a text that cannot be opened are unknown
         first = 0
         for folder in _folders(cache):
@@ -162,7 +165,7 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
         for corpus, first_window in texts:
             start, stop = (window - first_window for window in windows)
             if start >= 0 and stop <= corpus.windows:
-                return fingerprint(read_windows(corpus, first_window, *windows))
+                return fingerprint(read_windows(corpus, first_window, *windows), masks=masks)
         return None
 
     return text_of

@@ -102,11 +102,16 @@ def _compute_batch(
     """Run one forward pass, and yield each window's records, one per draw."""
     tokens = torch.stack([own.inputs for own in batch])
     starts = [own.window.document_starts for own in batch] if reset_attention else None
-    length = tokens.shape[1]
+    length, longest = tokens.shape[1], max(own.length for own in batch)
+    tokens, attention_mask = tokens[:, :longest], None
+    # a causal model reads no padding before it, so its engine needs no mask
+    if batch[0].corrupted is not None and any(own.length < longest for own in batch):
+        lengths = torch.tensor([own.length for own in batch])
+        attention_mask = (torch.arange(longest) < lengths[:, None]).long()
     uniforms: list[Tensor] = []
     current = _WindowInProgress([])
-    wanted = torch.stack([own.carries for own in batch])
-    for piece in logits_at(engine, tokens, starts, wanted):
+    wanted = torch.stack([own.carries[:longest] for own in batch])
+    for piece in logits_at(engine, tokens, starts, wanted, attention_mask):
         given = batch[piece.row]
         if piece.positions.start == 0:
             current = _WindowInProgress([[] for _ in draws], entropies=[0.0] * len(draws))
@@ -115,7 +120,10 @@ def _compute_batch(
                 for d in draws
             ]
         _take_slice(current, piece.logits, piece.positions, given, draws, uniforms)
-        if piece.positions.stop == length:
+        if piece.positions.stop == longest:
+            if longest < length:  # the padding has no entries
+                for targets in current.targets:
+                    targets.append(_spread_over(targets[0][:0], torch.zeros(length - longest) > 0))
             yield _finish(given, current)
 
 
@@ -144,7 +152,7 @@ def _take_slice(
     for column, draw in enumerate(draws):
         T = draw.temperature
         scaled = logits if T == 1.0 else logits / T
-        sampler = draw.sampler.at(given.inputs, carrying)
+        sampler = draw.sampler.at(given.inputs[: given.length], carrying)
         share = uniforms[column][positions][kept].to(logits.device)
         if T in statistics:
             drawn = sampler(scaled, share)

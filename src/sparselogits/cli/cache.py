@@ -61,6 +61,9 @@ ObjectiveName = StrEnum("ObjectiveName", ["causal", "masked"])
 MaskUnits = StrEnum("MaskUnits", ["tokens", "words", "spans"])
 """Units of text whose tokens are chosen for prediction together."""
 
+PackingName = StrEnum("PackingName", ["joined", "documents"])
+"""Names of the kinds of packing, see `corpus.Packing`."""
+
 ExecutorName = StrEnum("ExecutorName", ["local", "torchrun", "ray"])
 """Names of the executors that can run a build."""
 
@@ -96,6 +99,12 @@ def cache(
     tokenized_by: TokenizedBy = None,
     join_rows: JoinRows = False,
     separator_id: SeparatorId = None,
+    packing: PackingName = DATA(
+        "joined: join all documents and cut them into full windows. documents: one document per "
+        "window, between the tokenizer's special tokens and padded (BERT); a longer document takes "
+        "several windows.",
+        PackingName.joined,
+    ),
     reset_attention: bool = DATA(
         "Prevent documents that share a window from attending to each other.",
         False,
@@ -229,12 +238,13 @@ def cache(
         trust_remote_code=trust_remote_code,
         allow=tuple(allow or ()),  # allowances apply per process, and workers are processes
     )
-    packing = packing_for(
+    rules = packing_for(
         tokenizer,
         window_length=window,
         separator_id=separator_id,
         holdout=holdout,
         reset_attention=reset_attention,
+        kind="joined" if packing is PackingName.joined else "documents",
     )
     given = {"--mask-rate": mask_rate, "--mask-units": mask_units, "--mask-span": mask_span}
     masks = names_masked_model(teacher, trust_remote_code=trust_remote_code)
@@ -244,14 +254,14 @@ def cache(
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
     def find_place() -> TextPlace:
-        return place_of_text(fetch_texts(out, work), source, packing, append=append)
+        return place_of_text(fetch_texts(out, work), source, rules, append=append)
 
     def pack_text(place: TextPlace, vocab_size: int) -> PackedCorpus:
         with stage("packing text", "MB", per_unit=1e-6) as update:
             packed = pack(
                 source,
                 tokenizer,
-                packing,
+                rules,
                 place.folder,
                 vocab_size=vocab_size,
                 progress=update,
@@ -269,7 +279,7 @@ def cache(
         role.wait_for_text(find_place)
         role.follow(load())
         return
-    check_request(request, packing, tokenizer_hash, windows_per_shard, hides)
+    check_request(request, rules, tokenizer_hash, windows_per_shard, hides)
     place = find_place() if role.is_first else role.wait_for_text(find_place, out)
     vocab_size = recorded_vocabulary(place.folder) or vocabulary_size(
         teacher, trust_remote_code=trust_remote_code

@@ -127,6 +127,7 @@ def _packing(other: OtherText, cache: Cache | None, tokenizer: Any) -> Any:
         window_length=window if other.window is None else other.window,
         separator_id=of_cache.get("separator_id") if separator is None else separator,
         reset_attention=bool(of_cache.get("reset_attention")) if reset is None else reset,
+        kind=of_cache.get("kind", "joined"),
     )
 
 

@@ -207,12 +207,12 @@ def _pilot(engine: Engine, windows: TextDataset) -> list[tuple[Tensor, Tensor]]:
     """Return the tokens, int64 [L], and logits at P positions, float32 [P, V], per pilot window."""
     import torch
 
-    from sparselogits.evaluate.passes import teacher_slices
+    from sparselogits.evaluate.passes import teacher_slices, without_padding
     from sparselogits.store.ranges import spread
 
     found = []
     for index in spread(len(windows), PILOT_WINDOWS):
-        item = windows[index]
+        item = without_padding(windows[index])
         pieces = [logits for _, logits in teacher_slices(engine, item) if logits is not None]
         found.append((item["input_ids"], torch.cat(pieces)[::PILOT_STRIDE]))
     return found

@@ -34,8 +34,8 @@ STUDENT = Group("Student")
 """Group of the options that describe the student."""
 
 
-LayerScoreOption = StrEnum("LayerScoreOption", ["influence", "loss"])
-"""Criteria for ranking blocks."""
+LayerScoreOption = StrEnum("LayerScoreOption", ["influence", "loss", "spaced"])
+"""Rules that select blocks."""
 
 
 def shrink(
@@ -44,7 +44,7 @@ def shrink(
     ),
     out: Path = OUTPUT("Folder to write the student to.", ...),
     layers: int | None = STUDENT(
-        "Number of transformer blocks to keep, ranked by --layer-score.", shown="all"
+        "Number of transformer blocks to keep, selected by --layer-score.", shown="all"
     ),
     drop_layers: str | None = STUDENT(
         "Numbers of the blocks to remove, for example 13,14,15, instead of --layers.", shown="none"
@@ -61,9 +61,10 @@ def shrink(
         "Width of the hidden states to keep.", None, "--hidden-size", shown="all"
     ),
     layer_score: LayerScoreOption = STUDENT(
-        "Criterion for ranking blocks: influence (one minus the cosine of a block's input and "
-        "output; one forward pass) or loss (loss on the text without the block; one forward pass "
-        "per block).",
+        "How to select blocks: influence (one minus the cosine of a block's input and output; one "
+        "forward pass), loss (loss on the text without the block; one forward pass per block) or "
+        "spaced (evenly from the first to the last, every second one for half of them, as in "
+        "DistilBERT; needs no text).",
         LayerScoreOption.influence,
     ),
     cache: str | None = DATA(
@@ -89,17 +90,20 @@ def shrink(
     from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
     dropped = _block_numbers(drop_layers)
-    needs_text = any(v is not None for v in (layers, channels, heads, hidden))
-    if dropped is None and not needs_text:
+    sizes = (channels, heads, hidden)
+    if all(v is None for v in (layers, dropped, *sizes)):
         raise ShrinkError(
             "nothing to prune: give --layers, --drop-layers, --intermediate-size, --heads or "
             "--hidden-size"
         )
+    ranked = layers if layer_score is not LayerScoreOption.spaced else None
+    needs_text = any(v is not None for v in (ranked, *sizes))
     if needs_text and (cache is None) == (data is None):
         raise InvalidArgumentError(
             "expected one calibration text, found "
             + ("none" if cache is None else "--cache and --data")
-            + ": give either --cache or --data (--drop-layers alone needs neither)"
+            + ": give either --cache or --data (--drop-layers and --layer-score spaced need "
+            "neither)"
         )
     require_new_folder(out)
     device = resolve_device(device)
@@ -156,18 +160,20 @@ def _block_numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _tokens_of_cache(name: str, tokenizer: Any, count: int) -> Tensor:
-    """Return the tokens of `count` windows spread over a cache, int64 [count, L]."""
-    import torch
+    """Return the tokens of `count` windows spread over a cache, int64 [N, L].
 
+    N is `count`, or less if windows are padded, because their texts are joined without padding.
+    """
     from sparselogits.corpus import require_tokenizer
     from sparselogits.data import CacheDataset
+    from sparselogits.evaluate.passes import joined_texts
     from sparselogits.store.ranges import spread
 
     cache = CacheDataset(name)
     require_tokenizer(
         tokenizer, cache.identity.tokenizer, cache.cache.recorded_tokenizer(), whose="the model's"
     )
-    return torch.stack([cache[i]["input_ids"] for i in spread(len(cache), count)])
+    return joined_texts([cache[i] for i in spread(len(cache), count)])
 
 
 def _tokens_of_text(name: str, tokenizer: Any, model: Any, window: int, count: int) -> Tensor:

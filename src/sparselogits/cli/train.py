@@ -99,6 +99,11 @@ def train(
         "Weight of the teacher in the mixture of jensen_shannon, between 0 and 1.",
         shown=f"{METHODS['jensen_shannon'].beta}",
     ),
+    cosine: float | None = TRAINING(
+        "Weight of the cosine loss between the last hidden states of student and teacher, with the "
+        "teacher online (DistilBERT).",
+        shown="0",
+    ),
     bf16: bool | None = TRAINING(
         "Compute in bfloat16; the weights stay in float32.",
         None,
@@ -145,6 +150,7 @@ def train(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "alpha": alpha,
         "beta": beta,
+        "cosine": cosine,
         "learning_rate": learning_rate,
         "bf16": bf16,
         "save_steps": save_steps,

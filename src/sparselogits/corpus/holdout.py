@@ -90,6 +90,15 @@ class DocumentTable:
             sums = tokens_before + tokens, characters_before + characters
             self._rows[-1] = (key, *sums, opens)
 
+    def extend(self, tokens: int) -> None:
+        """Add tokens to the row of the last document.
+
+        Args:
+            tokens: number of tokens.
+        """
+        key, before, characters, opens = self._rows[-1]
+        self._rows[-1] = (key, before + tokens, characters, opens)
+
     def flush(self) -> None:
         """Write the buffered rows to the file."""
         if self._rows:

@@ -34,7 +34,7 @@ from sparselogits.corpus.streams import (
     part_name,
     read_footer,
 )
-from sparselogits.corpus.windows import Packing, Window
+from sparselogits.corpus.windows import Packing, Window, text_length
 from sparselogits.errors import CorpusError, InvalidArgumentError
 from sparselogits.files import write_whole
 from sparselogits.identity import canonical_json, label_of
@@ -177,6 +177,9 @@ class PackedCorpus:
         self.text_fingerprint = text_fingerprint(made_from["source"])
         self.tokenizer_fingerprint: str = made_from["tokenizer"]
         self.vocab_size: int = made_from["vocab_size"]
+        rows = made_from["source"].get("tokens", {}).get("rows")
+        self.pads_rows: bool = rows == "windows"
+        """Whether each window is a row of token ids, padded at the end."""
         self.summary = CorpusSummary(**index["summary"])
         self.format: int = made_from["format"]
         self._training: _Stream
@@ -243,6 +246,8 @@ class PackedCorpus:
         documents = summary.documents + summary.holdout_documents
         text = counted(documents, "document")
         text += f", {counted(self.windows, 'window')} of {length} tokens"
+        if self.packing.of_documents:
+            text += ", one document per window"
         if summary.blank_documents:
             text += f"; {counted(summary.blank_documents, 'document')} without text left out"
         if not self.packing.holdout:
@@ -318,11 +323,14 @@ class PackedCorpus:
         for index in range(start, stop):
             own = slice((index - start) * length, (index - start + 1) * length)
             starts = np.flatnonzero(tokens.starts[own]).astype(np.int32)
-            mask = None
+            mask = learnt = None
             if tokens.learnt is not None:
+                learnt = tokens.learnt[own].copy()
                 # the last position predicts a token of the next window
-                mask = CAUSAL.at_positions(tokens.learnt[own], False)
-            result.append(Window(index, tokens.ids[own].copy(), starts, mask))
+                mask = CAUSAL.at_positions(learnt, False)
+            before_padding = text_length(self.packing.kind, starts, length)
+            ids = tokens.ids[own].copy()
+            result.append(Window(index, ids, starts, mask, learnt, before_padding))
         return result
 
 

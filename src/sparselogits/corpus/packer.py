@@ -24,6 +24,7 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from sparselogits.corpus.claims import claimed
+from sparselogits.corpus.document_windows import DocumentWindows
 from sparselogits.corpus.holdout import writing_table
 from sparselogits.corpus.packed import (
     NoWindowsError,
@@ -131,7 +133,7 @@ def pack(
 
 
 def _check_ids(packing: Packing, vocab_size: int) -> None:
-    for name in ("separator_id", "bos_id"):
+    for name in ("separator_id", "bos_id", "padding_id"):
         value = getattr(packing, name)
         if value is not None and value >= vocab_size:
             raise CorpusError(
@@ -160,8 +162,15 @@ def _pack_portion(
     """
     name = part_name(number)
     with ExitStack() as stack:
-        part = writing_part(work.paths.training / name, work.vocab_size, masked=work.source.masked)
+        padded = work.packing.of_documents
+        part = writing_part(
+            work.paths.training / name, work.vocab_size, masked=padded or work.source.masked
+        )
         writer, table = stack.enter_context(part), None
+        append: Callable[[Piece, Encoded], int] = partial(_append, writer, packing=work.packing)
+        if padded:
+            documents = DocumentWindows(writer, work.packing)
+            append = documents.append
         if work.packing.holdout:
             table = stack.enter_context(writing_table(work.paths.holdout / name))
         remaining = sum(span.size for span in portion)
@@ -170,12 +179,14 @@ def _pack_portion(
                 if piece.blank:
                     writer.counts.blank_documents += 1
                     continue
-                tokens = _append(writer, piece, encoded, work.packing)
+                tokens = append(piece, encoded)
                 if table is not None:
                     table.add(piece, tokens)
             done = min(remaining, sum(piece.size for piece in batch))
             remaining -= done
             advance(done)
+        if padded and (tokens := documents.finish()) and table is not None:
+            table.extend(tokens)
         advance(remaining)
 
 

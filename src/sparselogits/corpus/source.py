@@ -158,9 +158,17 @@ class Source:
         Args:
             packing: rules that form windows.
             vocab_size: number of columns in the teacher's head; ids must be smaller.
+
+        Raises:
+            InvalidArgumentError: rows of ids are joined, but each window is to have one document.
         """
         if self.fields.tokens is None:
             return self
+        if self.fields.tokens.joined and packing.of_documents:
+            raise InvalidArgumentError(
+                "found join_rows with the packing kind 'documents'; joined rows are no documents, "
+                "so leave one of them out (--join-rows, --packing documents)"
+            )
         tokens = replace(self.fields.tokens, packing=packing, vocab_size=vocab_size)
         return replace(self, fields=replace(self.fields, tokens=tokens))
 

@@ -115,11 +115,18 @@ def token_piece(
         )
     require_fitting(count, where, reading)
     length = count if reading.joined else packing.window_length
-    padded = np.full(length, packing.separator_id, np.int64)
+    padding = packing.separator_id if packing.padding_id is None else packing.padding_id
+    padded = np.full(length, padding, np.int64)
     padded[:count] = ids
     flags, begins = np.zeros(length, np.bool_), np.zeros(length, np.bool_)
     flags[:count] = True if learnt is None else learnt
     if starts is not None:
+        if len(starts) and packing.of_documents:
+            _refuse(
+                where,
+                f"contains {len(starts) + 1} documents, but each window was to have one document "
+                "(--packing documents); give a row per document, or leave the option out",
+            )
         begins[starts] = True
     if count < length:  # padding counts as a separate document
         begins[count] = True

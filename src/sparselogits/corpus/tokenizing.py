@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.corpus.pieces import Piece
-from sparselogits.corpus.windows import Packing
+from sparselogits.corpus.windows import Packing, PackingKind
 from sparselogits.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -231,15 +231,18 @@ def packing_for(
     separator_id: int | None = None,
     holdout: float = 0.0,
     reset_attention: bool = False,
+    kind: PackingKind = "joined",
 ) -> Packing:
     """Return the packing for a tokenizer, with its separator and beginning-of-text token.
 
-    The separator is the first of these that exists: the given `separator_id`; the end-of-sequence
-    token, if its name is in `END_OF_TEXT`; the added token with the first name of `END_OF_TEXT`;
-    the end-of-sequence token; the separator token (BERT's [SEP]). The reason for this order: chat
-    models end a *turn* with their end-of-sequence token (`<|im_end|>`, `<|eot_id|>`), while their
-    base models were trained on documents that end with an end-of-text token. The padding token is
-    never used.
+    The separator is the first of these that exists: the given `separator_id`; for the kind
+    "documents", the token that the tokenizer adds after text; if there is no end-of-sequence token,
+    the separator token (BERT's [SEP]); the end-of-sequence token, if its name is in `END_OF_TEXT`;
+    the added token with the first name of `END_OF_TEXT`; the end-of-sequence token. The reason for
+    this order: chat models end a *turn* with their end-of-sequence token (`<|im_end|>`,
+    `<|eot_id|>`), while their base models were trained on documents that end with an end-of-text
+    token. The padding token is never the separator. It pads the windows of the kind "documents";
+    without a padding token, the separator does.
 
     Documents begin with a beginning-of-text token only if the tokenizer adds one to text.
 
@@ -249,22 +252,35 @@ def packing_for(
         separator_id: id of the separator; None for the rule above.
         holdout: share of the tokens that is held out, in [0, 1).
         reset_attention: whether attention restarts at document starts.
+        kind: kind of packing: "joined" or "documents", see `Packing`.
 
     Raises:
         CorpusError: the tokenizer has no token that could separate documents, or it adds more than
-            one token before text.
+            one token before text (for the kind "documents", or after it).
     """
+    before, after = _added_tokens(tokenizer)
+    if separator_id is None and kind == "documents" and after:
+        if len(after) > 1:
+            raise CorpusError(
+                f"the tokenizer adds {len(after)} tokens after text ({after}), expected at most "
+                "one; give the id of the token that ends a window as separator_id"
+            )
+        separator_id = after[0]
     if separator_id is None:
         separator_id = _separator(tokenizer)
-    bos = bos_id(tokenizer)
-    return Packing(window_length, separator_id, bos, reset_attention, holdout)
+    bos = _only_one(before)
+    if kind == "joined":
+        return Packing(window_length, separator_id, bos, reset_attention, holdout)
+    pad = tokenizer.pad_token_id
+    padding = separator_id if pad is None else int(pad)
+    return Packing(window_length, separator_id, bos, reset_attention, holdout, kind, padding)
 
 
 def _separator(tokenizer: Any) -> int:
     added = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items()}
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-    if eos_id is None:  # BERT's tokenizers end a text with [SEP]
-        eos, eos_id = tokenizer.sep_token, tokenizer.sep_token_id
+    if eos_id is None and tokenizer.sep_token_id is not None:
+        return int(tokenizer.sep_token_id)  # BERT's tokenizers end a text with [SEP]
     if eos_id is not None and eos in END_OF_TEXT:
         return int(eos_id)
     for name in END_OF_TEXT:
@@ -284,13 +300,23 @@ def bos_id(tokenizer: Any) -> int | None:
     Raises:
         CorpusError: the tokenizer adds more than one token before text.
     """
+    return _only_one(_added_tokens(tokenizer)[0])
+
+
+def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of the tokens that a tokenizer adds before and after text."""
     plain = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a")
+    full: list[int] = tokenizer.encode("a")
     extra = len(full) - len(plain)
-    leading = next((n for n in range(extra + 1) if full[n : n + len(plain)] == plain), 0)
-    if leading > 1:
+    before = next((n for n in range(extra + 1) if full[n : n + len(plain)] == plain), 0)
+    return full[:before], full[before + len(plain) :]
+
+
+def _only_one(before: list[int]) -> int | None:
+    """Return the only token that is added before text; None without one. Raises CorpusError."""
+    if len(before) > 1:
         raise CorpusError(
-            f"the tokenizer adds {leading} tokens before text ({full[:leading]}), expected at most "
+            f"the tokenizer adds {len(before)} tokens before text ({before}), expected at most "
             "one; give it as bos_id of a Packing(...)"
         )
-    return int(full[0]) if leading else None
+    return int(before[0]) if before else None

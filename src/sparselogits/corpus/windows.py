@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparselogits.errors import InvalidArgumentError
+
+PackingKind = Literal["joined", "documents"]
+"""Name of a rule by which documents become windows; see `Packing`."""
+
+PACKING_KINDS: tuple[PackingKind, ...] = ("joined", "documents")
+"""Names of all kinds of packing."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +24,18 @@ class Packing:
     """Rules by which windows are formed from documents; part of a cache's identity.
 
     Each document is tokenised, preceded by a beginning-of-text token if `bos_id` is given, and
-    followed by the separator. The documents are concatenated in the order of the source, and the
-    stream is cut into windows without gaps, so a document may begin in one window and end in
-    another. The last partial window is dropped, and counted.
+    followed by the separator. There are two kinds of packing:
+
+    - *joined*: the documents are concatenated in the order of the source, and the stream is cut
+      into windows without gaps, so a document may begin in one window and end in another. The last
+      partial window is dropped, and counted.
+    - *documents*: each window has one document, padded at the end. A longer document is cut into
+      several windows, each of which has the beginning-of-text token and the separator. Padding, and
+      a separator that does not end a document, carry no target.
 
     Raises:
-        InvalidArgumentError: the window has fewer than two tokens, an id is negative, or the
-            hold-out share lies outside [0, 1).
+        InvalidArgumentError: the window is too short for a token of text, an id is negative, the
+            hold-out share lies outside [0, 1), the kind is unknown, or a setting contradicts it.
 
     Example:
         >>> Packing(window_length=512, separator_id=2, bos_id=None).first_id
@@ -41,6 +52,10 @@ class Packing:
     """Whether attention restarts at document starts; does not change the packed tokens."""
     holdout: float = 0.0
     """Share of the tokens that is held out for evaluation, in [0, 1); see `corpus.holdout`."""
+    kind: PackingKind = "joined"
+    """Kind of packing: "joined" or "documents"."""
+    padding_id: int | None = None
+    """Id of padding tokens, for the kind "documents"; None for the kind "joined"."""
 
     def __post_init__(self) -> None:
         if self.window_length < 2:
@@ -52,10 +67,39 @@ class Packing:
             raise InvalidArgumentError(
                 f"found holdout={self.holdout}; give the share of the text to hold out, in [0, 1)"
             )
-        if self.separator_id < 0 or (self.bos_id is not None and self.bos_id < 0):
+        if min(self.separator_id, self.bos_id or 0, self.padding_id or 0) < 0:
             raise InvalidArgumentError(
-                f"found separator_id={self.separator_id} and bos_id={self.bos_id}; give ids from 0"
+                f"found separator_id={self.separator_id}, bos_id={self.bos_id} and padding_id="
+                f"{self.padding_id}; give ids from 0"
             )
+        if self.kind not in PACKING_KINDS:
+            raise InvalidArgumentError(
+                f"found the packing kind {self.kind!r}; give one of {', '.join(PACKING_KINDS)}"
+            )
+        if (self.padding_id is None) == self.of_documents:
+            raise InvalidArgumentError(
+                f"found padding_id={self.padding_id} for the packing kind {self.kind!r}; give an "
+                "id for the kind 'documents', and None for the kind 'joined'"
+            )
+        if self.of_documents and self.reset_attention:
+            raise InvalidArgumentError(
+                "found reset_attention with one document per window, whose document already has "
+                "the window for itself; leave reset_attention out (--reset-attention)"
+            )
+        if self.of_documents and self.window_length < self._least_length:
+            raise InvalidArgumentError(
+                f"found window_length={self.window_length}; give at least {self._least_length} "
+                "tokens, because each window of a document has its special tokens"
+            )
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether each window has one document, padded at the end."""
+        return self.kind == "documents"
+
+    @property
+    def _least_length(self) -> int:
+        return 2 if self.bos_id is None else 3
 
     @property
     def first_id(self) -> int:
@@ -63,8 +107,36 @@ class Packing:
         return self.separator_id if self.bos_id is None else self.bos_id
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, for an identity."""
-        return asdict(self)
+        """Return plain JSON values, for an identity.
+
+        The fields of other kinds than "joined" are absent for that kind, as in earlier identities.
+        """
+        told = asdict(self)
+        if not self.of_documents:
+            del told["kind"], told["padding_id"]
+        return told
+
+
+def text_length(kind: str | None, document_starts: NDArray[np.int32], length: int) -> int | None:
+    """Return the number of tokens before the padding of a window; None if windows are not padded.
+
+    The padding counts as a document, and a window of the kind "documents" has one other document,
+    so padding begins at the last document start above 0.
+
+    Args:
+        kind: kind of packing; None, as in identities without a kind, for "joined".
+        document_starts: positions at which documents start, ascending.
+        length: number L of tokens per window.
+
+    Examples:
+        >>> starts = np.array([0, 5], np.int32)
+        >>> text_length("documents", starts, 8), text_length("documents", starts[:1], 8)
+        (5, 8)
+    """
+    if kind != "documents":
+        return None
+    last = int(document_starts[-1]) if len(document_starts) else 0
+    return last or length
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +153,13 @@ class Window:
     mask: NDArray[np.bool_] | None
     """Whether each position carries a target, bool [L], because the next token is in the window and
     is trained on. None if all tokens of the corpus are trained on."""
+    learnt: NDArray[np.bool_] | None = None
+    """Whether each token is trained on, bool [L]; None if all tokens of the corpus are."""
+    text_length: int | None = None
+    """Number of tokens before the padding; None if the packing does not pad windows."""
 
 
-def fingerprint(windows: Sequence[Window]) -> str:
+def fingerprint(windows: Sequence[Window], *, masks: bool = True) -> str:
     """Return the hexadecimal sha256 of tokens, document starts and masks of several windows.
 
     Numbers are hashed as little-endian int32, each array after its length, so only equal sequences
@@ -91,11 +167,14 @@ def fingerprint(windows: Sequence[Window]) -> str:
 
     Args:
         windows: windows in order.
+        masks: whether to hash the masks; False for a masked language model, whose cache stores
+            which positions were chosen instead.
     """
     digest = hashlib.sha256()
     for window in windows:
         for array in (window.tokens, window.document_starts):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(array, dtype="<i4").tobytes())
-        digest.update(b"\0" if window.mask is None else b"\1" + np.packbits(window.mask).tobytes())
+        mask = window.mask if masks else None
+        digest.update(b"\0" if mask is None else b"\1" + np.packbits(mask).tobytes())
     return digest.hexdigest()

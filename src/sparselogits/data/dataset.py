@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparselogits.corpus import PackedCorpus, Window
+from sparselogits.corpus.windows import text_length
 from sparselogits.corruption import Corrupted, Corruption
 from sparselogits.data.mixture import Mixture, Weights, divided
 from sparselogits.data.order import WindowRequest
@@ -43,6 +44,7 @@ class TextWindow(TypedDict):
             causal model it is the next token, except at the last position, at masked positions, and
             at the end of a document if attention is reset there; for a masked language model, the
             original token of each chosen position.
+        attention_mask: int64 [L], 0 at padding; present if each window has one document.
         position_ids: int64 [L]; present if attention is reset at document starts.
         labels: int64 [L], the same labels at the positions of the predicted tokens, as in
             transformers; present for a masked language model.
@@ -52,6 +54,7 @@ class TextWindow(TypedDict):
 
     input_ids: Tensor
     shift_labels: Tensor
+    attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     labels: NotRequired[Tensor]
     loss_weight: NotRequired[Tensor]
@@ -74,8 +77,8 @@ class CacheDataset(Dataset[CachedWindow]):
     """Dataset of the windows of a cache, for torch's DataLoader and every Trainer.
 
     `dataset[i]` is a dict with `input_ids`, `shift_labels`, `targets`, `teacher_entropy` and
-    optionally `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch of windows that
-    `collate` has combined.
+    optionally `attention_mask` and `position_ids` (see `CachedWindow`); `dataset[a:b]` is a batch
+    of windows that `collate` has combined.
 
     Several caches of the same text, built with teachers that share a tokenizer, are read as one
     cache. Its targets are those of the mixture sum_m w_m p_m of the teachers' distributions p_m.
@@ -198,12 +201,13 @@ class CacheDataset(Dataset[CachedWindow]):
                 for place, (part, rounds) in enumerate(zip(parts, kept, strict=True))
             ]
         entropy = sum(weight * record.teacher_entropy for weight, record in weighted)
-        reset = bool(self.identity.packing.get("reset_attention"))
-        first, corrupted = records[0], None
+        packing, first, corrupted = self.identity.packing, records[0], None
+        reset = bool(packing.get("reset_attention"))
+        before_padding = text_length(packing.get("kind"), first.document_starts, len(first.tokens))
         if first.inputs is not None and first.rate is not None:
             corrupted = Corrupted(first.inputs, first.present(), first.rate)
         return {
-            **_inputs(first, self.identity.predicts, corrupted, reset_attention=reset),
+            **_inputs(first, self.identity.predicts, corrupted, before_padding, reset),
             "targets": SparseTargets.mixed(parts, weights),
             "teacher_entropy": torch.tensor(entropy, dtype=torch.float32),
         }
@@ -287,9 +291,11 @@ class TextDataset(Dataset[TextWindow]):
         corrupted = None
         if self.corruption is not None:
             objective = self.corruption.objective
-            corrupted = self.corruption(window.tokens, window.index, held_out=self.holdout)
+            corrupted = self.corruption(
+                window.tokens, window.index, learnt=window.learnt, held_out=self.holdout
+            )
         reset = self.corpus.packing.reset_attention
-        return _inputs(window, objective, corrupted, reset_attention=reset)
+        return _inputs(window, objective, corrupted, window.text_length, reset)
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
@@ -338,7 +344,7 @@ def _inputs(
     window: WindowRecord | Window,
     objective: TokenObjective,
     corrupted: Corrupted | None,
-    *,
+    before_padding: int | None,
     reset_attention: bool,
 ) -> TextWindow:
     starts = window.document_starts
@@ -350,6 +356,8 @@ def _inputs(
         "input_ids": torch.from_numpy(tokens.astype(np.int64)),
         "shift_labels": torch.from_numpy(labels),
     }
+    if before_padding is not None:
+        inputs["attention_mask"] = (torch.arange(len(tokens)) < before_padding).long()
     if reset_attention:
         inputs["position_ids"] = restarting_positions(len(tokens), [starts])[0]
     if corrupted is not None and isinstance(objective, Masked):

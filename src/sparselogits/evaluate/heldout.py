@@ -34,7 +34,13 @@ from sparselogits.evaluate.intervals import (
     paired_interval,
     ratio,
 )
-from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
+from sparselogits.evaluate.passes import (
+    StudentLogits,
+    model_inputs,
+    require_ids,
+    teacher_slices,
+    without_padding,
+)
 from sparselogits.language_model import in_eval_mode, require_predicting
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.teacher import Engine
@@ -281,6 +287,7 @@ class _Measured:
 def _measure_window(
     item: Mapping[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
 ) -> dict[str, _Measured]:
+    item = without_padding(item)
     labels = item["shift_labels"]
     logits_of = {name: student.over(model_inputs(item)) for name, student in learners.items()}
     names = [*(["teacher"] if teacher is not None else []), *learners]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sparselogits.documents import Documents
@@ -71,6 +72,37 @@ class StudentLogits:
             # an adapter may prepend a prompt, whose positions have logits too
             return logits[:, logits.shape[1] - inputs["input_ids"].shape[1] :]
         return self.parts.states(**inputs)
+
+
+def without_padding(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an item whose values per position end before the window's padding.
+
+    Windows are evaluated singly, so no model needs to read padding or an attention mask.
+
+    Args:
+        item: item of a `CacheDataset` or `TextDataset`.
+    """
+    if "attention_mask" not in item:
+        return dict(item)
+    length, kept = len(item["input_ids"]), int(item["attention_mask"].sum())
+    return {
+        name: value[:kept] if name == "targets" or value.shape[:1] == (length,) else value
+        for name, value in item.items()
+        if name != "attention_mask"
+    }
+
+
+def joined_texts(items: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return the tokens of windows without padding, joined and cut into windows, int64 [N, L].
+
+    Without padding these are the windows themselves.
+
+    Args:
+        items: items of a `CacheDataset` or `TextDataset`, at least one.
+    """
+    joined = torch.cat([without_padding(item)["input_ids"] for item in items])
+    length = min(len(items[0]["input_ids"]), len(joined))
+    return joined[: len(joined) // length * length].view(-1, length)
 
 
 def model_inputs(item: Mapping[str, Any]) -> dict[str, Tensor]:

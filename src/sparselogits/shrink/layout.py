@@ -27,7 +27,7 @@ heads; the heads in a group share keys and values."""
 Order = Literal["concatenated", "interleaved"]
 """Order of the rows in a fused projection: all queries, all keys, all values; or group by group."""
 
-_CHANNEL_NAMES = ("intermediate_size", "n_inner", "ffn_dim")
+_CHANNEL_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def sizes_of(model: nn.Module) -> Sizes:
     """Return the sizes in a model's configuration.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
 
     Raises:
         ShrinkError: the configuration does not contain the sizes.
@@ -138,7 +138,7 @@ def layout_of(model: nn.Module) -> Layout:
     """Determine how a model's tensors depend on the sizes of its configuration.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
 
     Raises:
         ShrinkError: the list of blocks cannot be identified.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselogits.files import whole_folder
+from sparselogits.language_model import predicts_masked
 from sparselogits.shrink.shrink import Shrunk
 
 _NAMES = {
@@ -44,10 +45,11 @@ def card(shrunk: Shrunk, teacher: str) -> str:
         for name, title in _NAMES.items()
     )
     dropped = ", ".join(map(str, shrunk.dropped_layers)) or "none"
+    task = "fill-mask" if predicts_masked(shrunk.model) else "text-generation"
     name = teacher.replace("|", "").replace("\n", " ")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [pruned, sparselogits]
 ---
 # {name}, pruned

@@ -19,12 +19,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselogits.errors import ShrinkError
+from sparselogits.language_model import predicts_masked
 from sparselogits.progress import Progress
 from sparselogits.shrink.layout import Layout
 from sparselogits.shrink.slicing import norms_of
 
-LayerScore = Literal["influence", "loss"]
-"""Name of a score for blocks; see the module's docstring."""
+LayerScore = Literal["influence", "loss", "spaced"]
+"""Name of a rule that selects blocks; "spaced" is `spaced_layers`, the others are scores, see the
+module's docstring."""
+
+
+def spaced_layers(count: int, total: int) -> tuple[int, ...]:
+    """Return the indices of evenly spaced blocks, from the first one to the last one.
+
+    For half of the blocks this is every second block, as DistilBERT selects them: of twelve blocks
+    0, 2, 4, 7, 9 and 11.
+
+    Args:
+        count: number of blocks to retain.
+        total: number of blocks in the teacher.
+
+    Examples:
+        >>> spaced_layers(6, 12)
+        (0, 2, 4, 7, 9, 11)
+    """
+    step = (total - 1) / max(count - 1, 1)
+    return tuple(int(step * number + 0.5) for number in range(count))
 
 
 @torch.no_grad()
@@ -34,7 +54,7 @@ def layer_influence(
     """Return the influence of each block, in [0, 2]; 0 for a block that does not change its input.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
         layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
         progress: called after each window.
@@ -66,7 +86,15 @@ def layer_losses(
     """Return, for each block, the loss of the model without that block, in nats per token.
 
     This takes one pass over the windows per block. The arguments are those of `layer_influence`.
+
+    Raises:
+        ShrinkError: the model is a masked language model, which predicts no next token.
     """
+    if predicts_masked(model):
+        raise ShrinkError(
+            f"{type(model).__name__} is a masked language model, but the layer score 'loss' is the "
+            "loss of next tokens; choose 'influence' or 'spaced' (--layer-score)"
+        )
     losses = []
     for number, block in enumerate(layout.blocks_of(model)):
 
@@ -112,7 +140,7 @@ def width_scores(
     """Return the scores of MLP channels, groups of heads and hidden channels.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model.
         layout: layout of the model, from `layout_of`.
         windows: int64 [N, L] calibration tokens.
         sizes: names of the sizes to score, from "channels", "groups" and "hidden".

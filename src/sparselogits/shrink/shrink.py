@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from sparselogits.shrink.scores import (
     LayerScore,
     layer_influence,
     layer_losses,
+    spaced_layers,
     width_scores,
 )
 from sparselogits.shrink.slicing import Slicer, build, order_of
@@ -67,7 +68,7 @@ def shrink(
     of the larger model with the removed parts set to zero.
 
     Args:
-        model: a transformers causal language model; it is not changed.
+        model: a transformers language model, causal or masked; it is not changed.
         layers: number of blocks in the student; None for all.
         drop_layers: indices of the blocks to remove, counted from 0, instead of `layers`.
         channels: number of MLP channels per layer (`intermediate_size`); None for all.
@@ -75,9 +76,10 @@ def shrink(
             a key-value head; None for all.
         hidden: width of the residual stream (`hidden_size`); None for the teacher's.
         windows: int64 [N, L] calibration tokens, N >= 1, L >= 2; required unless only `drop_layers`
-            is given.
-        layer_score: score of blocks, "influence" (one pass over the windows) or "loss" (one pass
-            per block).
+            is given, or `layers` with "spaced".
+        layer_score: rule that selects blocks: the score "influence" (one pass over the windows) or
+            "loss" (one pass per block; causal models only), or "spaced" for evenly spaced blocks
+            from the first to the last one (DistilBERT).
         progress: called repeatedly with the number of finished passes and their total.
 
     Raises:
@@ -99,7 +101,12 @@ def shrink(
     target = target.require_possible(layout, type(model).__name__)
     if target == ShrinkTarget():
         raise ShrinkError("nothing to prune: give layers, drop_layers, channels, heads or hidden")
-    chosen_by_score = target.layers is not None and target.layers < layout.sizes.layers
+    total = layout.sizes.layers
+    if layer_score == "spaced" and target.layers is not None:
+        kept_spaced = spaced_layers(target.layers, total)
+        dropped = tuple(n for n in range(total) if n not in kept_spaced)
+        target = replace(target, layers=None, drop_layers=dropped)
+    chosen_by_score = target.layers is not None and target.layers < total
     wide = [
         size
         for size, value in (
@@ -112,7 +119,7 @@ def shrink(
     if (chosen_by_score or wide) and (windows is None or windows.ndim != 2 or not len(windows)):
         raise InvalidArgumentError(
             "selecting the parts to remove needs calibration windows, int64 [N, L]; give windows, "
-            "or only the layers to remove (drop_layers)"
+            "or only the layers to remove (drop_layers), or evenly spaced ones (spaced)"
         )
     with in_eval_mode(model):
         scores = None
@@ -120,7 +127,7 @@ def shrink(
             assert windows is not None
             measure = layer_influence if layer_score == "influence" else layer_losses
             scores = measure(model, layout, windows, progress=progress)
-        kept = Kept(kept_layers(target, layout.sizes.layers, scores))
+        kept = Kept(kept_layers(target, total, scores))
         if wide:
             assert windows is not None
             kept = _select_width(model, target, kept, windows, wide, progress)
@@ -128,7 +135,7 @@ def shrink(
         student = build(model, Slicer(layout, kept, order))
     return Shrunk(
         model=student,
-        dropped_layers=tuple(n for n in range(layout.sizes.layers) if n not in kept.layers),
+        dropped_layers=tuple(n for n in range(total) if n not in kept.layers),
         layer_scores=None if scores is None else tuple(scores),
         before=asdict(layout.sizes),
         after=asdict(sizes_of(student)),

@@ -152,15 +152,17 @@ def _require_packing(identity: Identity, where: str) -> None:
         == identity.window_length,
         "reset_attention": packing.get("reset_attention") in (None, False, True),
     }
-    for name in ("separator_id", "bos_id"):
+    if "kind" in packing or "padding_id" in packing:
+        sound["kind"] = packing.get("kind") == "documents"
+    for name in ("separator_id", "bos_id", "padding_id"):
         value = packing.get(name)
         sound[name] = value is None or (type(value) is int and 0 <= value <= largest)
     for name, good in sound.items():
         if not good:
             raise CacheError(
-                f"{where}: packing.{name} is {shown(packing[name])}, which does not fit windows of "
-                f"{identity.window_length} tokens with ids of 0 to {largest}: restore cache.json "
-                "from a copy"
+                f"{where}: packing.{name} is {shown(packing.get(name))}, which does not fit "
+                f"windows of {identity.window_length} tokens with ids of 0 to {largest}: restore "
+                "cache.json from a copy"
             )
 
 

@@ -44,7 +44,10 @@ class Engine(Protocol):
     """Name, weights hash, dtype, engine and quantization; see `Identity.teacher`."""
 
     def logits(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[LogitsSlice]:
         """Yield the logits of every position of every window, in order.
 
@@ -52,6 +55,9 @@ class Engine(Protocol):
             tokens: int64 [B, L] on any device.
             document_starts: int32 positions at which documents start and attention restarts, one
                 array per window; None if attention does not restart.
+            attention_mask: int64 [B, L], 0 at padding, which is at the end; None without padding.
+                It is given to masked language models only, so the engine of a causal model, which
+                reads no padding before it, may omit this argument.
 
         Raises:
             SparseLogitsError: the engine does not support document starts.
@@ -64,6 +70,7 @@ def logits_at(
     tokens: Tensor,
     document_starts: Sequence[np.ndarray] | None,
     wanted: Tensor | None,
+    attention_mask: Tensor | None = None,
 ) -> Iterator[LogitsSlice]:
     """Yield an engine's slices with the logits of wanted positions only.
 
@@ -75,16 +82,18 @@ def logits_at(
         tokens: see `Engine.logits`.
         document_starts: see `Engine.logits`.
         wanted: bool [B, L], true for positions whose logits are needed; None for all.
+        attention_mask: see `Engine.logits`.
 
     Returns:
         Slices of all positions, whose logits have one row per wanted position of the slice.
     """
     select = getattr(engine, "logits_at", None)
+    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
     if wanted is None:
-        yield from engine.logits(tokens, document_starts)
+        yield from engine.logits(tokens, document_starts, **mask)
     elif select is not None:
-        yield from select(tokens, document_starts, wanted)
+        yield from select(tokens, document_starts, wanted, **mask)
     else:
-        for piece in engine.logits(tokens, document_starts):
+        for piece in engine.logits(tokens, document_starts, **mask):
             rows = wanted[piece.row, piece.positions].to(piece.logits.device)
             yield piece if bool(rows.all()) else replace(piece, logits=piece.logits[rows])

@@ -53,14 +53,19 @@ class MixtureTeacher:
 
     @torch.no_grad()
     def logits(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[LogitsSlice]:
         """Yield the logarithm of the mixture's probabilities as logits; see `Engine.logits`.
 
         Raises:
             TeacherError: the teachers divide a window into different slices.
         """
-        streams = [teacher.logits(tokens, document_starts) for teacher in self.teachers]
+        # engines of causal models may lack the argument
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        streams = [teacher.logits(tokens, document_starts, **mask) for teacher in self.teachers]
         for parts in zip(*streams, strict=True):
             if len({(part.row, part.positions.start, part.positions.stop) for part in parts}) > 1:
                 raise TeacherError(

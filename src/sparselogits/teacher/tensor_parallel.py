@@ -46,15 +46,19 @@ class Leader:
         _broadcast(None)
 
     def logits(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[LogitsSlice]:
         """Yield logits; see `Engine.logits`.
 
         A pass is completed even if the iterator is closed early, because the other ranks run it
         completely.
         """
-        _broadcast((tokens.cpu(), document_starts))
-        slices = self._teacher.logits(tokens, document_starts)
+        mask = None if attention_mask is None else attention_mask.cpu()
+        _broadcast((tokens.cpu(), document_starts, mask))
+        slices = self._teacher.logits(tokens, document_starts, attention_mask)
         try:
             while (piece := next(slices, None)) is not None:
                 yield piece

@@ -114,12 +114,15 @@ class TransformersTeacher:
         check_window(self.model, self._run, length, restarts=restarts)
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the final hidden states [B, L, D] of windows, in the model's dtype.
 
-        Args:
-            tokens: see `Engine.logits`.
-            document_starts: see `Engine.logits`.
+        The arguments are those of `Engine.logits`.
 
         Raises:
             TeacherError: the model cannot be split into trunk and head.
@@ -130,22 +133,26 @@ class TransformersTeacher:
                 "the trunk of this teacher cannot be run without its head; use its logits instead"
             )
         if not self._remembers:
-            return self._forward(tokens, document_starts)
+            return self._forward(tokens, document_starts, attention_mask)
         starts = () if document_starts is None else map(np.ndarray.tobytes, document_starts)
-        key = (str(tuple(tokens.shape)).encode(), tokens.cpu().numpy().tobytes(), *starts)
+        mask = b"" if attention_mask is None else attention_mask.cpu().numpy().tobytes()
+        key = (str(tuple(tokens.shape)).encode(), tokens.cpu().numpy().tobytes(), mask, *starts)
         found = self._remembered.get(key)
         if found is None:
-            found = self._forward(tokens, document_starts)
+            found = self._forward(tokens, document_starts, attention_mask)
             kept = sum(states.nbytes for states in self._remembered.values())
             if kept + found.nbytes <= REMEMBERED_BYTES:
                 self._remembered[key] = found
         return found
 
     def logits(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None = None
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[LogitsSlice]:
         """Yield logits; see `Engine.logits`."""
-        return self.logits_at(tokens, document_starts, None)
+        return self.logits_at(tokens, document_starts, None, attention_mask)
 
     @torch.no_grad()
     def logits_at(
@@ -153,10 +160,11 @@ class TransformersTeacher:
         tokens: Tensor,
         document_starts: Sequence[np.ndarray] | None,
         wanted: Tensor | None,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[LogitsSlice]:
         """Yield the logits of wanted positions; see `engine.logits_at`."""
         head = self.head
-        for row, states in self._states_by_window(tokens, document_starts):
+        for row, states in self._states_by_window(tokens, document_starts, attention_mask):
             for positions in self._slices(len(states)):
                 rows = states[positions]
                 if wanted is not None and not bool((kept := wanted[row, positions]).all()):
@@ -165,24 +173,37 @@ class TransformersTeacher:
                 yield LogitsSlice(row, positions, self._masked(logits))
 
     def _states_by_window(
-        self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None,
+        attention_mask: Tensor | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield each window's index and hidden states; logits where the model is not split."""
         if self._parts is not None:
-            yield from enumerate(self.hidden(tokens, document_starts))
+            yield from enumerate(self.hidden(tokens, document_starts, attention_mask))
             return
         for row in range(len(tokens)):  # one by one, because logits need much memory
-            starts = None if document_starts is None else document_starts[row : row + 1]
-            yield row, self._forward(tokens[row : row + 1], starts)[0]
+            own = slice(row, row + 1)
+            starts = None if document_starts is None else document_starts[own]
+            mask = None if attention_mask is None else attention_mask[own]
+            yield row, self._forward(tokens[own], starts, mask)[0]
 
-    def _forward(self, tokens: Tensor, document_starts: Sequence[np.ndarray] | None) -> Tensor:
+    def _forward(
+        self,
+        tokens: Tensor,
+        document_starts: Sequence[np.ndarray] | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
         """Return hidden states [B, L, D], or logits [B, L, V] where the model is not split."""
         tokens = tokens.to(self.device)
+        mask: dict[str, Any] = {}
+        if attention_mask is not None:
+            mask["attention_mask"] = attention_mask.to(self.device)
         with positions_explained(self.model, tokens.shape[1]):
             if document_starts is None or all(not np.any(starts) for starts in document_starts):
-                return self._run(input_ids=tokens)
+                return self._run(input_ids=tokens, **mask)
             positions = restarting_positions(tokens.shape[1], document_starts)
-            return self.documents.run(self._run, tokens, positions)
+            return self.documents.run(self._run, tokens, positions, **mask)
 
     def _run(self, **inputs: Any) -> Tensor:
         if self._parts is None:

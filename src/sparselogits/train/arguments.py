@@ -89,6 +89,7 @@ def require_objective(
     missing_mass: Any,
     rounds: Any,
     fresh_noise: Any,
+    cosine: Any = 0.0,
     *,
     teacher: bool,
 ) -> TrainingMethod:
@@ -121,7 +122,12 @@ def require_objective(
         )
     if not isinstance(fresh_noise, bool):
         raise InvalidArgumentError(f"fresh_noise must be True or False, found {fresh_noise!r}")
-    require_fits(chosen, teacher=teacher, beta=beta)
+    if not _is_number(cosine) or cosine < 0:
+        raise InvalidArgumentError(
+            f"cosine must be a number of at least 0 (the weight of the cosine loss), found "
+            f"{cosine!r}"
+        )
+    require_fits(chosen, teacher=teacher, beta=beta, cosine=cosine)
     return chosen
 
 

@@ -4,6 +4,7 @@
                         nats
     ce                  cross-entropy to the label, nats
     kl                  KL(teacher || student), nats: kd minus the teacher's entropy
+    cosine              1 - cosine of the last hidden states of student and online teacher
     entries             stored entries per position
     tokens_per_second   tokens per second over all ranks, without evaluation and saving
     data_seconds        seconds that a rank waited for batches, mean over ranks
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_SUMS = ("kd", "ce", "entropy", "entries", "positions", "tokens")
+_SUMS = ("kd", "ce", "cosine", "entropy", "entries", "positions", "tokens")
 
 
 class LossMeter:

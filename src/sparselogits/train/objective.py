@@ -12,7 +12,7 @@ import copyreg
 import types
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from inspect import unwrap
@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparselogits.documents import Documents
 from sparselogits.errors import InvalidArgumentError, SparseLogitsWarning
-from sparselogits.language_model import Head, Parts, split
+from sparselogits.language_model import Head, Parts, recording_last_states, split
 from sparselogits.losses import (
     Criterion,
     LossParts,
@@ -58,6 +58,8 @@ class Objective:
         teacher_tokens: mask of the online teacher's ids that are tokens, bool [V]; None if all ids
             are tokens.
         label_smoothing: share of the uniform distribution in the labels' part of the loss.
+        cosine: weight of the mean of 1 - cosine between the last hidden states of student and
+            online teacher, over all positions that are no padding.
         with_logits: whether evaluation returns the student's logits too.
         masked: whether the student is a masked language model. Few of its positions have a label,
             and only these are multiplied by the head.
@@ -72,6 +74,7 @@ class Objective:
     teacher_head: Head | None = None
     teacher_tokens: Tensor | None = None
     label_smoothing: float = 0.0
+    cosine: float = 0.0
     with_logits: bool = False
     masked: bool = False
     training: LossMeter = field(default_factory=LossMeter)
@@ -284,12 +287,13 @@ def _loss_output(
     target_ids = inputs.pop("target_ids", None)
     target_weights = inputs.pop("target_weights", None)
     teacher_hidden = inputs.pop("teacher_hidden", None)
+    teacher_states = inputs.pop("teacher_states", None)
     entropy = inputs.pop("teacher_entropy", None)
     num_items = inputs.pop("num_items_in_batch", None)
     window_weight = inputs.pop("loss_weight", None)
     inputs.pop("labels", None)
     with positions_explained(model, labels.shape[1]):
-        states, head, aux = _run(model, plain, wiring, inputs)
+        states, head, aux, last = _run(model, plain, wiring, inputs)
     if states.shape[:2] != labels.shape:
         raise InvalidArgumentError(
             f"the student returned {tuple(states.shape[:2])} positions for {tuple(labels.shape)} "
@@ -331,10 +335,14 @@ def _loss_output(
             target_weights = states.new_zeros((*labels.shape, 0), dtype=torch.float32)
         found = _sparse(states, head, target_ids, target_weights, labels, weight, criterion)
     known = distil and objective.unbiased and entropy is not None
+    cosine = None
+    if online and objective.cosine and last is not None:
+        cosine = _cosine_distance(last, teacher_states, inputs.get("attention_mask"))
     meter = objective.training if training else objective.evaluation
     meter.add(
         kd=found.kd if distil or online else None,
         ce=found.ce,
+        cosine=None if cosine is None else cosine * positions,
         entropy=(entropy * counted * (1 if weight is None else weight)).sum() if known else None,
         entries=((target_weights != 0) & counted[..., None]).sum() if distil else None,
         positions=positions,
@@ -342,48 +350,69 @@ def _loss_output(
     )
     loss = found.loss if training or found.ce is None else found.ce
     if training and objective.label_smoothing and criterion.alpha:
-        surplus = _label_surplus(states, head, labels, counted)
+        surplus = _label_surplus(states, head, labels, counted, weight)
         loss = loss + criterion.alpha * objective.label_smoothing * surplus
     items = positions if num_items is None else torch.as_tensor(num_items)
     items = items.reshape(())  # nn.DataParallel passes each replica a tensor of shape [1]
     items = torch.where(items == 0, 1, items)  # a batch may have no label
     loss = loss / items
-    if aux is not None:  # averaged over micro-batches and ranks like the loss, by positions
+    # means over a batch are averaged over micro-batches and ranks like the loss, by positions
+    if aux is not None:
         loss = loss + aux * (positions / items)
+    if cosine is not None:
+        loss = loss + objective.cosine * cosine * (positions / items)
     logits = None
     if objective.with_logits and not training:
         logits = whole if head is None else head(whole)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-def _label_surplus(states: Tensor, head: Head | None, labels: Tensor, counted: Tensor) -> Tensor:
-    """Return the sum of (label's logit - mean logit) over positions.
+def _cosine_distance(student: Tensor, teacher: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the mean of 1 - cosine over positions that are no padding (DistilBERT's `loss_cos`).
+
+    Args:
+        student: last hidden states of the student, [B, L, D].
+        teacher: last hidden states of the teacher, [B, L, D].
+        attention_mask: [B, L], 0 at padding; None without padding.
+    """
+    distances = 1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    if attention_mask is None:
+        return distances.mean()
+    return (distances * attention_mask).sum() / attention_mask.sum()
+
+
+def _label_surplus(
+    states: Tensor, head: Head | None, labels: Tensor, counted: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Return the weighted sum of (label's logit - mean logit) over positions.
 
     Cross-entropy to (1 - e) * label + e * uniform exceeds cross-entropy to the label by e times
     this sum, because both contain the same log-partition and average different logits.
     """
     rows, taken = states[counted], labels[counted]
+    weights = 1.0 if weight is None else weight[counted]
     if head is None or head.softcap is not None:
         logits = rows.float()
         if head is not None:
             logits = nn.functional.linear(rows, head.weight, head.bias).float() * head.scale
             logits = head.softcap * (logits / head.softcap).tanh()  # type: ignore[operator]
-        return (logits.gather(1, taken[:, None])[:, 0] - logits.mean(-1)).sum()
+        return ((logits.gather(1, taken[:, None])[:, 0] - logits.mean(-1)) * weights).sum()
     difference = head.weight[taken] - head.weight.mean(0)
-    surplus = (rows.float() * difference.float()).sum()
+    surplus = (rows.float() * difference.float()).sum(-1)
     if head.bias is not None:
-        surplus = surplus + (head.bias[taken] - head.bias.mean()).float().sum()
-    return surplus * head.scale
+        surplus = surplus + (head.bias[taken] - head.bias.mean()).float()
+    return (surplus * weights).sum() * head.scale
 
 
 def _run(
     model: nn.Module, plain: Callable[..., Any], wiring: Wiring, inputs: dict[str, Any]
-) -> tuple[Tensor, Head | None, Tensor | None]:
+) -> tuple[Tensor, Head | None, Tensor | None, Tensor | None]:
     """Run a bound student without its loss.
 
     Returns:
         Hidden states [B, L, D] (logits [B, L, V] if trunk and head cannot be run separately), the
-        head (None with logits), and the load-balancing loss of a mixture of experts (or None).
+        head (None with logits), the load-balancing loss of a mixture of experts (or None), and the
+        last hidden states [B, L, D] for the cosine loss (None without trunk or cosine loss).
     """
     inputs["use_cache"] = False
     parts = wiring.parts_of(model)
@@ -403,6 +432,22 @@ def _run(
             aux.append(wiring.balancing(output, given.get("attention_mask")))
         return output.last_hidden_state  # type: ignore[no-any-return]
 
+    compares = wiring.objective.cosine > 0 and parts is not None
+    of_base = compares and parts is not None and parts.in_model
+    recording: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if of_base:
+        recording = recording_last_states(model)
+    with recording as recorded:
+        states = _run_documents(model, run, wiring, inputs)
+    last = recorded[0] if of_base else states if compares else None
+    head = None if parts is None else parts.bound_head()
+    return states, head, aux[0] if aux else None, last
+
+
+def _run_documents(
+    model: nn.Module, run: Callable[..., Tensor], wiring: Wiring, inputs: dict[str, Any]
+) -> Tensor:
+    """Run the windows of a batch, or their documents if attention restarts at these."""
     positions = inputs.get("position_ids")
     if positions is not None and int((positions == 0).sum()) > len(positions):
         del inputs["position_ids"]
@@ -410,12 +455,10 @@ def _run(
         experts = balances_experts(model)
         together = experts or (dist.is_initialized() and dist.get_world_size() > 1)
         ids = inputs.pop("input_ids")
-        states = wiring.documents.run(
+        return wiring.documents.run(
             run, ids, positions, one_call=together, mask_padding=experts, **inputs
         )
-    else:
-        states = run(**inputs)
-    return states, None if parts is None else parts.bound_head(), aux[0] if aux else None
+    return run(**inputs)
 
 
 def _sparse(

@@ -480,6 +480,12 @@ class Recipe(TrainingSettings):
         description="share of the teacher in the mixture of jensen_shannon, in (0, 1); "
         f"{METHODS['jensen_shannon'].beta} when absent",
     )
+    cosine: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the cosine loss between the last hidden states of student and "
+        f"teacher, for {listed(ONLINE)}",
+    )
     missing_mass: MissingMass = Field(
         "drop",
         description="for biased targets (Top-K, Top-P): drop, renormalise, smooth, ghost or "
@@ -518,7 +524,8 @@ class Recipe(TrainingSettings):
     @model_validator(mode="after")
     def _teacher_fits_method(self) -> Recipe:
         method = METHODS[self.method]
-        require_fits(method, teacher=self.teacher is not None, beta=self.beta)
+        given = self.teacher is not None
+        require_fits(method, teacher=given, beta=self.beta, cosine=self.cosine)
         return self
 
     @model_validator(mode="after")

@@ -250,6 +250,7 @@ def _run(
         method=recipe.method,
         alpha=recipe.alpha,
         beta=recipe.beta,
+        cosine=recipe.cosine,
         missing_mass=recipe.missing_mass,
         rounds=_thinning(recipe, dataset),
         teacher=teacher if online else None,
@@ -326,6 +327,8 @@ def _planned(recipe: Recipe, trainer: SparseKDTrainer, checkpoint: str | None) -
     loss = method.loss + (", teacher online" if method.online else "")
     if recipe.alpha and method != METHODS["ce"]:
         loss = f"{1 - recipe.alpha:g} x {loss} + {recipe.alpha:g} x {METHODS['ce'].loss}"
+    if recipe.cosine:
+        loss += f" + {recipe.cosine:g} x (1 - cosine of the last hidden states)"
     computed = "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32"
     return PlannedRun(
         student=student,
@@ -529,7 +532,7 @@ def _read_finished(out: Path, described: dict[str, Any], recipe: Recipe) -> RunR
     before = with_new_names(json.loads((out / "recipe.json").read_text()))
     made_from = before.pop("made_from", None)
     # folders may be moved, and keys that are newer than the run have their defaults
-    defaults: dict[str, Any] = {"save_dtype": "auto", "tokenizer": None}
+    defaults: dict[str, Any] = {"save_dtype": "auto", "tokenizer": None, "cosine": 0.0}
     keys = (described.keys() | before.keys() - Recipe.model_fields.keys()) - {"cache", "out"}
     changed = sorted(k for k in keys if before.get(k, defaults.get(k)) != described.get(k))
     done = (out / "run.json").exists()

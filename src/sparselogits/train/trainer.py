@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from sparselogits.errors import (
     TrainingError,
 )
 from sparselogits.files import write_whole
-from sparselogits.language_model import require_predicting, text_config
+from sparselogits.language_model import recording_last_states, require_predicting, text_config
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS
 from sparselogits.positions import check_window
@@ -73,6 +73,9 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             in MiniLLM) or "jensen_shannon" (as in GKD).
         alpha: share of the labels' cross-entropy in the loss.
         beta: for "jensen_shannon", the share of the teacher in the mixture; None for 1/2.
+        cosine: weight of the cosine loss between the last hidden states of student and teacher, for
+            a method with the teacher online: the mean of 1 - cosine over all positions that are no
+            padding (`alpha_cos` of DistilBERT). Hidden sizes must be equal.
         missing_mass: rule for the probability mass that Top-K and Top-P targets lack.
         rounds: number of rounds to which the cached targets are thinned, at most the number in the
             cache; or a `Schedule` that changes the number during training. None uses all rounds.
@@ -116,6 +119,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         method: str = "sparse",
         alpha: float = 0.0,
         beta: float | None = None,
+        cosine: float = 0.0,
         missing_mass: MissingMass = "drop",
         rounds: int | Schedule | None = None,
         fresh_noise: bool = True,
@@ -125,7 +129,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         _require_cache(train_dataset)
         chosen = require_objective(
-            method, alpha, beta, missing_mass, rounds, fresh_noise, teacher=teacher is not None
+            *(method, alpha, beta, missing_mass, rounds, fresh_noise, cosine),
+            teacher=teacher is not None,
         )
         identity = train_dataset.identity
         if chosen.cached:
@@ -139,12 +144,6 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         args = args if args is not None else TrainingArguments("sparselogits-run")
         require_known(args, others)
         _require_trl_settings(args, train_dataset)
-        if args.label_smoothing_factor and identity.objective is not None:
-            raise InvalidArgumentError(
-                f"label_smoothing_factor={args.label_smoothing_factor:g} with a cache for masked "
-                "language models; expected 0, as labels of masked positions are not smoothed. "
-                "Leave it out"
-            )
         if args.label_smoothing_factor and method != "ce" and not alpha:
             warnings.warn(
                 f"label_smoothing_factor={args.label_smoothing_factor:g} has no effect, because "
@@ -152,6 +151,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
                 "label_smoothing_factor out",
                 SparseLogitsWarning,
                 stacklevel=2,
+            )
+        if cosine and identity.objective is not None and identity.packing.get("reset_attention"):
+            raise InvalidArgumentError(
+                "the cosine loss of a masked language model needs windows that run as a whole, but "
+                "the cache resets attention at document starts; leave cosine out, or build the "
+                "cache with --packing documents"
             )
         self.objective = Objective(
             method,
@@ -163,6 +168,7 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             teacher_head=None if teacher is None else teacher.head,
             teacher_tokens=_partial_mask(teacher),
             label_smoothing=args.label_smoothing_factor,
+            cosine=cosine,
             masked=identity.objective is not None,
         )
         self._teacher = teacher
@@ -215,6 +221,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         require_predicting(model, masked=masked, whose="the student", of="the cache")
         _require_vocabulary(model, self._vocabulary)
         check_window(model, _logits_of(model), self._window_length)
+        if self.objective.cosine and self._teacher is not None:
+            _require_equal_width(model, self._teacher.model)
         self._used_cache = getattr(model.config, "use_cache", None)
         if self._uses:
             unbind(self._student)
@@ -354,7 +362,18 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             if "position_ids" in prepared:
                 restarts = prepared["position_ids"].cpu() == 0
                 starts = [row.nonzero().flatten().numpy() for row in restarts]
-            prepared["teacher_hidden"] = self._teacher.hidden(prepared["input_ids"], starts)
+            compares = self.objective.cosine > 0
+            of_base = compares and self.objective.masked
+            recording: AbstractContextManager[list[Tensor]] = nullcontext([])
+            if of_base:
+                recording = recording_last_states(self._teacher.model)
+            with recording as recorded:
+                hidden = self._teacher.hidden(
+                    prepared["input_ids"], starts, prepared.get("attention_mask")
+                )
+            prepared["teacher_hidden"] = hidden
+            if compares:
+                prepared["teacher_states"] = recorded[0] if of_base else hidden
         if not METHODS[self.objective.method].cached:
             for name in ("target_ids", "target_weights"):
                 prepared.pop(name, None)
@@ -635,6 +654,16 @@ def _require_vocabulary(model: nn.Module, teacher_vocabulary: int) -> None:
         raise InvalidTargetsError(
             f"the student's vocabulary has {student} ids, and the cache's targets use up to "
             f"{teacher_vocabulary}; give the student at least as many (padding rows are harmless)"
+        )
+
+
+def _require_equal_width(student: nn.Module, teacher: nn.Module) -> None:
+    own, other = (int(text_config(m.config).hidden_size) for m in (student, teacher))
+    if own != other:
+        raise InvalidArgumentError(
+            f"the cosine loss compares hidden states of equal size, but the student's have {own} "
+            f"numbers and the teacher's {other}; leave cosine out, or give a student of the "
+            "teacher's width, for example one with fewer layers (sparselogits shrink)"
         )
 
 

@@ -168,6 +168,7 @@ def prepare(
         window_length=recipe.window,
         separator_id=recipe.separator_id,
         holdout=recipe.holdout,
+        kind=recipe.packing,
     )
     load = partial(
         load_teacher, recipe.teacher, tokenizer=tokenizer, dtype=recipe.teacher_dtype, device=device

@@ -38,7 +38,7 @@ from pydantic import (
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.lab.tasks import LIMIT
 from sparselogits.losses import MissingMass, require_rule_for
-from sparselogits.methods import METHODS, METHODS_IN_WORDS, listed, require_fits
+from sparselogits.methods import METHODS, METHODS_IN_WORDS, ONLINE, listed, require_fits
 from sparselogits.objectives import MASK_RATE, MASK_SPAN
 from sparselogits.samplers import SamplerChoice, TopK, choose
 from sparselogits.train.recipe import (
@@ -95,6 +95,12 @@ class MethodSpec(_Strict):
     beta: float | None = Field(
         None, description="share of the teacher in the mixture of jensen_shannon"
     )
+    cosine: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the cosine loss between the last hidden states of student and "
+        f"teacher, for {listed(ONLINE)}",
+    )
     learning_rate: Positive | None = Field(
         None, description="learning rate of this method; training.learning_rate when absent"
     )
@@ -130,9 +136,12 @@ class MethodSpec(_Strict):
             unused = [name for name in ("sampler", "budget", "thinning") if getattr(self, name)]
             unused += ["missing_mass"] if self.missing_mass != "drop" else []
             if self.method == UNTRAINED:
-                unused += [n for n in ("alpha", "beta", "learning_rate") if getattr(self, n)]
+                names = ("alpha", "beta", "cosine", "learning_rate")
+                unused += [name for name in names if getattr(self, name)]
             else:
-                require_fits(METHODS[self.method], teacher=self.online, beta=self.beta)
+                require_fits(
+                    METHODS[self.method], teacher=self.online, beta=self.beta, cosine=self.cosine
+                )
             if unused:
                 raise ValueError(
                     f"method: {self.method} does not use {', '.join(unused)}; leave it out"
@@ -167,6 +176,7 @@ class MethodSpec(_Strict):
             title += f", {_thinning_title(self.thinning)}"
         title += f", alpha {self.alpha:g}" if self.alpha else ""
         title += f", beta {self.beta:g}" if self.beta is not None else ""
+        title += f", cosine {self.cosine:g}" if self.cosine else ""
         return title + (f", learning rate {self.learning_rate:g}" if self.learning_rate else "")
 
 
@@ -184,8 +194,10 @@ class FromTeacher(_Strict):
     intermediate_size: Count | None = Field(None, description="number of MLP channels per block")
     heads: Count | None = Field(None, description="number of attention heads per block")
     hidden_size: Count | None = Field(None, description="hidden size")
-    layer_score: Literal["influence", "loss"] = Field(
-        "influence", description="score by which blocks are ranked: influence or loss"
+    layer_score: Literal["influence", "loss", "spaced"] = Field(
+        "influence",
+        description="rule that selects blocks: influence, loss, or spaced (evenly from the first "
+        "to the last)",
     )
     calibration_windows: Count = Field(
         32, description="number of training windows on which blocks, channels and heads are ranked"
@@ -298,6 +310,11 @@ class CompareRecipe(_Strict):
     )
     separator_id: int | None = Field(
         None, description="id of the token between documents; the tokenizer's when absent"
+    )
+    packing: Literal["joined", "documents"] = Field(
+        "joined",
+        description="how documents become windows: joined and cut, or one padded document per "
+        "window (BERT)",
     )
     cache_batch: Count = Field(8, description="number of windows per forward pass of the teacher")
     draw_seed: Annotated[int, Field(ge=0)] = Field(

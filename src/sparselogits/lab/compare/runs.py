@@ -255,6 +255,7 @@ def _training_recipe(planned: Planned, recipe: CompareRecipe, setting: Setting) 
         teacher_dtype=recipe.teacher_dtype,
         alpha=method.alpha,
         beta=method.beta,
+        cosine=method.cosine,
         missing_mass=method.missing_mass,
         thinning=method.thinning,
         seed=planned.seed,
@@ -272,7 +273,7 @@ _FIELDS_OF_SAMPLERS = (
 
 def in_fingerprint(method: MethodSpec) -> dict[str, Any]:
     """Return the values of a method that enter fingerprints, in the form of earlier versions."""
-    later = {name for name in ("learning_rate", "beta") if getattr(method, name) is None}
+    later = {name for name in ("learning_rate", "beta", "cosine") if not getattr(method, name)}
     values = method.model_dump(mode="json", exclude={"name"} | later)
     return dict.fromkeys(_FIELDS_OF_SAMPLERS) | values
 

@@ -12,12 +12,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparselogits.corpus import PackedCorpus
 from sparselogits.corruption import Corruption
 from sparselogits.data import TextDataset
 from sparselogits.errors import RecipeError
+from sparselogits.evaluate.passes import joined_texts
 from sparselogits.files import write_whole
 from sparselogits.lab.compare.finished import fingerprint
 from sparselogits.lab.compare.recipe import CompareRecipe, FromTeacher, slug
@@ -92,7 +91,6 @@ def _pruned(
     model = load_language_model(recipe.teacher, dtype=recipe.teacher_dtype)
     chosen = spread(corpus.windows, student.calibration_windows)
     text = TextDataset(corpus, holdout=False, corruption=corruption)
-    tokens = [text[i]["input_ids"] for i in chosen]
     shrunk = shrink(
         model,
         layers=student.layers,
@@ -100,7 +98,7 @@ def _pruned(
         channels=student.intermediate_size,
         heads=student.heads,
         hidden=student.hidden_size,
-        windows=torch.stack(tokens),
+        windows=joined_texts([text[i] for i in chosen]),
         layer_score=student.layer_score,
     )
     save(shrunk, folder, tokenizer, teacher=Path(recipe.teacher).name)

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from sparselogits.data import TextDataset
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.intervals import Estimate, t_interval
-from sparselogits.evaluate.passes import teacher_slices
+from sparselogits.evaluate.passes import teacher_slices, without_padding
 from sparselogits.lab.gradients.compared import Target
 from sparselogits.lab.gradients.moments import Moments
 from sparselogits.lab.gradients.student_gradients import Drawn, Space, StudentGradients
@@ -166,7 +166,7 @@ def measure_gradients(
     entries = torch.zeros(len(targets), dtype=torch.float64)
     positions = 0
     for index in range(used):
-        item = windows[index]
+        item = without_padding(windows[index])
         for learner in learners.values():
             learner.begin(item)
         for part, logits in teacher_slices(teacher, item):

@@ -20,13 +20,21 @@ from torch import Tensor, nn
 from sparselogits.corpus import require_tokenizer
 from sparselogits.data import CacheDataset
 from sparselogits.errors import CacheError
-from sparselogits.evaluate.passes import StudentLogits, model_inputs, require_ids, teacher_slices
+from sparselogits.evaluate.passes import (
+    StudentLogits,
+    model_inputs,
+    require_ids,
+    teacher_slices,
+    without_padding,
+)
 from sparselogits.lab.report.page import render_page
 from sparselogits.lab.report.tokens import TokenTexts
 from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.store.ranges import joined, ranges_in_words
+from sparselogits.store.records import WindowRecord
 from sparselogits.targets import SparseTargets
 from sparselogits.teacher import Engine
+from sparselogits.wording import counted
 
 LIKELIEST = 10
 """Number of most likely ids shown for each model, in addition to the cached ids."""
@@ -79,7 +87,7 @@ class WindowView:
 
     Args:
         index: index of the window in the corpus.
-        tokens: ids of the tokens that the teacher read.
+        tokens: ids of the tokens that the teacher read, without padding.
         document_starts: positions at which documents start.
         positions: predictions at each position.
         texts: texts of the tokens.
@@ -161,27 +169,28 @@ class WindowViewer:
         """
         cache = self.dataset.cache
         position = self.require(window)
-        item = self.dataset[position]
+        item = without_padding(self.dataset[position])
         record = cache.read(position)
         previous, following = (
             cache.window_index(i) if 0 <= i < len(cache) else None
             for i in (position - 1, position + 1)
         )
         tokens = item["input_ids"].tolist()
-        position_of = self.dataset.identity.predicts.at_tokens(np.arange(len(tokens)), -1)
+        length = len(tokens)
+        position_of = self.dataset.identity.predicts.at_tokens(np.arange(length), -1)
         return WindowView(
             index=window,
             tokens=tuple(tokens),
-            document_starts=tuple(record.document_starts.tolist()),
+            document_starts=tuple(at for at in record.document_starts.tolist() if at < length),
             positions=tuple(self._positions(item)),
             texts=TokenTexts(self.tokenizer, tokens),
-            facts=self._facts(record.teacher_loss, record.teacher_entropy),
+            facts=self._facts(record, padding=len(record.tokens) - length),
             measures=tuple(self._measures()),
             models=tuple(self._models()),
             previous=previous,
             following=following,
             predicted_at=tuple(at if at >= 0 else None for at in position_of.tolist()),
-            chosen=None if record.inputs is None else tuple(record.present().tolist()),
+            chosen=None if record.inputs is None else tuple(record.present()[:length].tolist()),
         )
 
     def require(self, window: int) -> int:
@@ -213,15 +222,17 @@ class WindowViewer:
             needed.setdefault(name, {m for m in ("teacher", "student") if m in name})
         return [name for name in MEASURES if needed[name] <= set(self._models())]
 
-    def _facts(self, loss: float, entropy: float) -> tuple[tuple[str, str], ...]:
+    def _facts(self, record: WindowRecord, padding: int) -> tuple[tuple[str, str], ...]:
         identity = self.dataset.identity
         facts = [
             ("cache", str(self.dataset.cache.root)),
             ("teacher", identity.teacher_in_words()),
             ("sampler", identity.sampler_in_words()),
-            ("teacher's loss on this window", f"{loss:.3f} nats"),
-            ("teacher's entropy on this window", f"{entropy:.3f} nats"),
+            ("teacher's loss on this window", f"{record.teacher_loss:.3f} nats"),
+            ("teacher's entropy on this window", f"{record.teacher_entropy:.3f} nats"),
         ]
+        if padding:
+            facts.append(("padding, not shown", counted(padding, "token")))
         if identity.temperature != 1:
             facts.append(("temperature", f"{identity.temperature:g}, of the teacher"))
         return tuple(facts)

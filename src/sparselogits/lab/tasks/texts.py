@@ -146,8 +146,9 @@ def last_words(found: Sequence[Passage]) -> list[dict[str, Any]]:
 
 
 def _document_texts(window: Window, corpus: PackedCorpus, tokenizer: Any) -> Iterator[str]:
-    """Yield the text of each document in a window, without separators."""
-    marks = (corpus.packing.separator_id, corpus.packing.bos_id)
+    """Yield the text of each document in a window, without separators and padding."""
+    packing = corpus.packing
+    marks = (packing.separator_id, packing.bos_id, packing.padding_id)
     separators = [mark for mark in marks if mark is not None]
     for tokens in np.split(window.tokens, window.document_starts):
         text_tokens = tokens[~np.isin(tokens, separators)]

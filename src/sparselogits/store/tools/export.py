@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sparselogits.corpus.windows import text_length
 from sparselogits.errors import CacheError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.objectives import CAUSAL, IGNORE_INDEX
@@ -45,6 +46,7 @@ class _Settings:
     alpha: float
     vocab_size: int
     reset_attention: bool
+    packing_kind: str | None
 
     def labels(self, record: WindowRecord) -> NDArray[np.int64]:
         """Return the token that each position predicts, int64 [L]; -100 where there is none."""
@@ -112,7 +114,8 @@ def export(
         )
     identity = cache.identity
     reset = bool(identity.packing.get("reset_attention"))
-    settings = _Settings(k, alpha, identity.vocab_size, reset)
+    kind = identity.packing.get("kind")
+    settings = _Settings(k, alpha, identity.vocab_size, reset, kind)
     with whole_folder(folder) as partial:
         if form == "datasets":
             _export_dataset(cache, partial, settings, progress)
@@ -269,7 +272,9 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
     labels = CAUSAL.at_tokens(settings.labels(record), IGNORE_INDEX)
     ids, logs, real = _padded_heaviest(record, settings.k)
     starts = record.document_starts if settings.reset_attention else np.empty(0, np.int32)
-    (places,) = restarting_positions(len(labels), [starts]).numpy().astype(np.int32)
+    length = len(labels)
+    before_padding = text_length(settings.packing_kind, record.document_starts, length) or length
+    (places,) = restarting_positions(length, [starts]).numpy().astype(np.int32)
     moved = (
         CAUSAL.at_tokens(part.T, filler).T
         for part, filler in ((ids, 0), (logs, _NO_LOGPROB), (real, False))
@@ -278,7 +283,7 @@ def _axolotl(record: WindowRecord, settings: _Settings) -> pa.Table:
     columns = {
         "input_ids": pa.array(record.tokens),
         "labels": pa.array(labels.astype(np.int32)),
-        "attention_mask": pa.array(np.ones(len(labels), np.int8)),
+        "attention_mask": pa.array((np.arange(length) < before_padding).astype(np.int8)),
         "position_ids": pa.array(places),
         "target_token_ids": _matrix(ids),
         "target_logprobs": _matrix(logs),

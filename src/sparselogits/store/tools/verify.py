@@ -207,6 +207,7 @@ class _Totals:
         self.losses: list[float] = []
         self.entropies: list[float] = []
         self.text: list[Window] = []
+        self.masks = True
 
     def add(self, record: WindowRecord) -> None:
         """Add a row to the totals."""
@@ -214,8 +215,9 @@ class _Totals:
         self.positions += int(record.present().sum())
         self.losses.append(record.teacher_loss)
         self.entropies.append(record.teacher_entropy)
-        mask = record.mask if record.inputs is None else None  # otherwise it marks the corruption
-        self.text.append(Window(record.window_index, record.tokens, record.document_starts, mask))
+        self.masks = record.inputs is None  # otherwise the mask marks the corruption
+        own = record.tokens, record.document_starts, record.mask
+        self.text.append(Window(record.window_index, *own))
 
     def require(self, shard: Shard) -> None:
         """Validate the totals in a shard's footer. Raises CacheCorruptionError."""
@@ -228,7 +230,7 @@ class _Totals:
         }
         if "corpus" in recorded["provenance"]:
             recorded["corpus"] = recorded["provenance"]["corpus"]
-            found["corpus"] = fingerprint(self.text)
+            found["corpus"] = fingerprint(self.text, masks=self.masks)
         for key, value in found.items():
             if recorded[key] != value:
                 raise CacheCorruptionError(
