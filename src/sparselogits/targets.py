@@ -299,26 +299,46 @@ class SparseTargets:
         first, weight = used[0]
         if len(used) == 1 and weight == 1:
             return first
-        vocabulary = max(part.vocab_size for part, _ in used)
-        keys = torch.cat([part.positions * vocabulary + part.ids for part, _ in used])
-        distinct, entry = keys.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        summed = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
-        summed.index_add_(0, entry, torch.cat([part.weights.double() * w for part, w in used]))
-        counts, rounds = None, None
         drawn = [part.counts for part, _ in used if part.counts is not None]
-        if len(drawn) == len(used):
-            counts = torch.zeros(len(distinct), dtype=torch.int32, device=distinct.device)
-            counts.index_add_(0, entry, torch.cat(drawn))
-            rounds = sum(part.rounds or 0 for part, _ in used)
-        positions = distinct.div(vocabulary, rounding_mode="floor")
-        return SparseTargets(
-            distinct % vocabulary,
-            summed.to(first.weights.dtype),
-            offsets_from_lengths(positions.bincount(minlength=len(first))),
-            vocabulary,
-            counts=counts,
-            rounds=rounds,
-            check=False,
+        counted_all = len(drawn) == len(used)
+        return _summed(
+            torch.cat([part.positions for part, _ in used]),
+            torch.cat([part.ids for part, _ in used]),
+            torch.cat([part.weights.double() * w for part, w in used]),
+            torch.cat(drawn) if counted_all else None,
+            rounds=sum(part.rounds or 0 for part, _ in used) if counted_all else None,
+            count=len(first),
+            vocab_size=max(part.vocab_size for part, _ in used),
+        )
+
+    def mapped(self, image: Tensor, vocab_size: int) -> SparseTargets:
+        """Return the targets for the image of the distribution under a map of the ids.
+
+        Entries whose ids have the same image are added. The result is unbiased for the image of the
+        teacher's distribution if these targets are unbiased for the distribution, because the
+        probability of a class is the sum of the probabilities of its ids. Counts remain counts, and
+        the result can be thinned.
+
+        Args:
+            image: int64 [V'], new id of each id, V' at least `self.vocab_size`.
+            vocab_size: number of new ids.
+
+        Examples:
+            >>> import torch
+            >>> ids, weights = torch.tensor([1, 2, 3]), torch.tensor([0.5, 0.25, 0.25])
+            >>> targets = SparseTargets(ids, weights, torch.tensor([0, 3]), vocab_size=4)
+            >>> ids, weights = targets.mapped(torch.tensor([2, 0, 2, 2]), 3)[0]
+            >>> ids.tolist(), weights.tolist()
+            ([0, 2], [0.5, 0.5])
+        """
+        return _summed(
+            self.positions,
+            image[self.ids],
+            self.weights.double(),
+            self.counts,
+            rounds=self.rounds,
+            count=len(self),
+            vocab_size=vocab_size,
         )
 
     def thin(self, rounds: int, starts: Tensor | int) -> SparseTargets:
@@ -400,6 +420,46 @@ def offsets_from_lengths(lengths: Tensor) -> Tensor:
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
+
+
+def _summed(
+    positions: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    counts: Tensor | None,
+    *,
+    rounds: int | None,
+    count: int,
+    vocab_size: int,
+) -> SparseTargets:
+    """Return targets in which the entries with the same position and id are added.
+
+    Args:
+        positions: int64 [E].
+        ids: int64 [E], in any order.
+        weights: float64 [E].
+        counts: int32 [E], or None.
+        rounds: number of rounds per position, or None.
+        count: number of positions.
+        vocab_size: number of ids.
+    """
+    keys = positions * vocab_size + ids
+    distinct, entry = keys.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    summed = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
+    summed.index_add_(0, entry, weights)
+    if counts is not None:
+        added = torch.zeros(len(distinct), dtype=torch.int32, device=distinct.device)
+        counts = added.index_add_(0, entry, counts)
+    owners = distinct.div(vocab_size, rounding_mode="floor")
+    return SparseTargets(
+        distinct % vocab_size,
+        summed.float(),
+        offsets_from_lengths(owners.bincount(minlength=count)),
+        vocab_size,
+        counts=counts,
+        rounds=rounds,
+        check=False,
+    )
 
 
 def _running_sum_within(values: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sparselogits.cli.average import average
 from sparselogits.cli.cache import CacheCommand, cache
 from sparselogits.cli.compare import compare
 from sparselogits.cli.demo import demo
+from sparselogits.cli.draft import draft_vocabulary
 from sparselogits.cli.evaluate import evaluate_command
 from sparselogits.cli.exits import run_and_exit
 from sparselogits.cli.gradients import gradients
@@ -118,6 +119,12 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
     ("train", train, _USE, "--cache my-cache --student-config tiny --out my-run"),
     ("shrink", shrink, _USE, "demo --layers 24 --cache my-cache --out student"),
     ("average", average, _USE, "run-1 run-2 run-3 --out teacher"),
+    (
+        "draft-vocabulary",
+        draft_vocabulary,
+        _USE,
+        "my-cache --size 32000 --out draft.safetensors",
+    ),
     ("eval", evaluate_command, _USE, "my-run --cache my-cache --teacher demo"),
     ("info", info, _MANAGE, "my-cache"),
     ("view", view, _MANAGE, "my-cache --window 3 --teacher demo"),

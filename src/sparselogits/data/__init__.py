@@ -3,6 +3,7 @@
 from sparselogits.data.collator import collate
 from sparselogits.data.dataset import CacheDataset, TextDataset, rounds_for_entries
 from sparselogits.data.decoding import decode
+from sparselogits.data.draft import DraftVocabulary, teacher_mass
 from sparselogits.data.mixture import Mixture, Weights
 from sparselogits.data.order import WindowOrder, WindowRequest, WindowSampler
 from sparselogits.data.rows import TokenisedRows, as_windows
@@ -10,6 +11,7 @@ from sparselogits.data.thinning import Pace, Schedule, Stage
 
 __all__ = [
     "CacheDataset",
+    "DraftVocabulary",
     "Mixture",
     "Pace",
     "Schedule",
@@ -24,4 +26,5 @@ __all__ = [
     "collate",
     "decode",
     "rounds_for_entries",
+    "teacher_mass",
 ]

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from sparselogits.corpus import PackedCorpus, Window
 from sparselogits.corpus.windows import text_length
 from sparselogits.corruption import Corrupted, Corruption
+from sparselogits.data.draft import DraftVocabulary, require_causal
 from sparselogits.data.mixture import Mixture, Weights, divided
 from sparselogits.data.order import WindowRequest
 from sparselogits.data.thinning import Schedule
@@ -66,11 +67,12 @@ class CachedWindow(TextWindow):
     Attributes:
         targets: targets of the L positions.
         teacher_entropy: mean entropy of the teacher in nats, float32 []; for several teachers the
-            weighted mean of their entropies.
+            weighted mean of their entropies. Absent with a draft vocabulary, because the entropy of
+            the restricted distribution is not stored.
     """
 
     targets: SparseTargets
-    teacher_entropy: Tensor
+    teacher_entropy: NotRequired[Tensor]
 
 
 class CacheDataset(Dataset[CachedWindow]):
@@ -89,6 +91,8 @@ class CacheDataset(Dataset[CachedWindow]):
             cache, with sum 1; or one row of such numbers per text (in the order in which texts were
             added) or per window; or "best" to use the teacher with the lowest loss in each window.
             None for equal weights.
+        draft: vocabulary of a draft model, to which targets and labels are restricted (input tokens
+            are not); None for all ids of the teacher.
         seed: random seed for thinning, used if a `WindowRequest` has fewer rounds than the cache.
         copy: folder for local copies of what is read from a URL; None for `CopyFolder.default()`.
             A cache in a directory is not copied.
@@ -96,7 +100,8 @@ class CacheDataset(Dataset[CachedWindow]):
     Raises:
         CacheError: there is no cache, or it has no finished shard.
         IdentityMismatchError: several caches differ in text, tokenizer, packing or temperature.
-        InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the caches.
+        InvalidArgumentError: the weights are negative, do not sum to 1 or do not match the caches,
+            or the draft vocabulary does not match them.
 
     Examples:
         >>> cache = CacheDataset("my-cache")
@@ -113,6 +118,7 @@ class CacheDataset(Dataset[CachedWindow]):
         path: Location | Sequence[Location],
         *,
         weights: Weights | None = None,
+        draft: DraftVocabulary | None = None,
         seed: int = 0,
         copy: CopyFolder | None = None,
     ) -> None:
@@ -123,7 +129,9 @@ class CacheDataset(Dataset[CachedWindow]):
         self.caches = self._mixture.caches
         self.cache = self.caches[0]
         """The cache, or the first of several caches, which all have the same windows."""
-        self.identity = self._mixture.identity
+        self.draft = draft
+        identity = self._mixture.identity
+        self.identity = identity if draft is None else draft.identity_of(identity)
         self.seed = seed
 
     @property
@@ -206,11 +214,17 @@ class CacheDataset(Dataset[CachedWindow]):
         before_padding = text_length(packing.get("kind"), first.document_starts, len(first.tokens))
         if first.inputs is not None and first.rate is not None:
             corrupted = Corrupted(first.inputs, first.present(), first.rate)
-        return {
-            **_inputs(first, self.identity.predicts, corrupted, before_padding, reset),
+        inputs = _inputs(first, self.identity.predicts, corrupted, before_padding, reset)
+        item: CachedWindow = {
+            **inputs,
             "targets": SparseTargets.mixed(parts, weights),
             "teacher_entropy": torch.tensor(entropy, dtype=torch.float32),
         }
+        if self.draft is not None:
+            item["targets"] = self.draft.restrict(item["targets"])
+            item["shift_labels"] = self.draft.labels(item["shift_labels"])
+            del item["teacher_entropy"]
+        return item
 
     def _thinned(
         self,
@@ -265,6 +279,10 @@ class TextDataset(Dataset[TextWindow]):
         limit: largest number of windows; None for all.
         corruption: corruption of the windows, for evaluating masked language models. It is the same
             each time a window is read. None for causal models.
+        draft: vocabulary of a draft model, to which labels are restricted; None for all ids.
+
+    Raises:
+        InvalidArgumentError: a corruption and a draft vocabulary are given.
     """
 
     def __init__(
@@ -274,8 +292,12 @@ class TextDataset(Dataset[TextWindow]):
         holdout: bool = True,
         limit: int | None = None,
         corruption: Corruption | None = None,
+        draft: DraftVocabulary | None = None,
     ) -> None:
+        if draft is not None:
+            require_causal(masked=corruption is not None)
         self.corpus, self.holdout, self.corruption = corpus, holdout, corruption
+        self.draft = draft
         available = corpus.holdout_windows if holdout else corpus.windows
         self._length = available if limit is None else min(limit, available)
 
@@ -295,7 +317,10 @@ class TextDataset(Dataset[TextWindow]):
                 window.tokens, window.index, learnt=window.learnt, held_out=self.holdout
             )
         reset = self.corpus.packing.reset_attention
-        return _inputs(window, objective, corrupted, window.text_length, reset)
+        inputs = _inputs(window, objective, corrupted, window.text_length, reset)
+        if self.draft is not None:
+            inputs["shift_labels"] = self.draft.labels(inputs["shift_labels"])
+        return inputs
 
 
 def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:

@@ -66,6 +66,23 @@ def expected_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
     return smaller.sum(1).double().clamp_(max=1.0)
 
 
+def restricted_acceptance(log_p: Tensor, log_s: Tensor) -> Tensor:
+    """Compute the acceptance of a drafter with a draft vocabulary, sum_d min(p_d, q_d).
+
+    The drafter draws from its distribution q of the D draft ids alone, given that the token is one
+    of them. The teacher accepts with its probability p_d among all ids, so the acceptance is at
+    most the teacher's probability of the draft vocabulary.
+
+    Args:
+        log_p: the teacher's log-probabilities of D ids and of the rest, float [P, D + 1].
+        log_s: the drafter's log-probabilities (or logits) of the same classes, float [P, D + 1].
+
+    Returns:
+        The sum per position, float64 [P].
+    """
+    return expected_acceptance(log_p[:, :-1], log_s[:, :-1].log_softmax(1))
+
+
 def draft_and_verify(
     prefix: Tensor,
     student: NextLogits,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.data import TextDataset
+from sparselogits.data import DraftVocabulary, TextDataset
 from sparselogits.documents import restarting_positions
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.acceptance import Round, draft_and_verify
@@ -75,7 +75,7 @@ def draft_from_prefixes(
 
     Args:
         student: transformers causal language model, set to eval mode during the call.
-        windows: held-out text.
+        windows: held-out text. If it has a draft vocabulary, the student drafts its ids alone.
         teacher: teacher that verifies the drafts.
         draft: number of tokens per draft, at least 1.
         prefixes: number of prefixes per window, at least 1, at evenly spaced positions.
@@ -84,7 +84,8 @@ def draft_from_prefixes(
 
     Raises:
         InvalidArgumentError: If there are no windows, a window is not longer than a draft, `draft`
-            or `prefixes` is less than 1, or the student has fewer ids than the teacher.
+            or `prefixes` is less than 1, or the student has fewer ids than the teacher or not one
+            output per class of the windows' draft vocabulary.
     """
     length = windows.corpus.packing.window_length
     if not len(windows) or draft < 1 or prefixes < 1 or length <= draft:
@@ -101,7 +102,9 @@ def draft_from_prefixes(
             item = windows[index]
             for i in range(prefixes):
                 end = 1 + (2 * i + 1) * (length - draft) // (2 * prefixes)
-                rounds.append(_draft_once(item, end, logits, teacher, draft, generator))
+                rounds.append(
+                    _draft_once(item, end, logits, teacher, draft, windows.draft, generator)
+                )
             if progress is not None:
                 progress(index + 1, len(windows))
     acceptances = torch.cat([each.acceptances for each in rounds])
@@ -121,6 +124,7 @@ def _draft_once(
     student: StudentLogits,
     teacher: Engine,
     draft: int,
+    vocabulary: DraftVocabulary | None,
     generator: torch.Generator,
 ) -> Round:
     """Draft tokens that continue the document at position `end` of a window, and verify them."""
@@ -131,9 +135,12 @@ def _draft_once(
         inputs = {"input_ids": tokens}
         if starts is not None:
             inputs["position_ids"] = restarting_positions(len(tokens), [starts])[0]
-        logits = student.over(inputs)(slice(len(tokens) - 1, len(tokens)))[0]
-        require_ids(len(logits), teacher.vocab_size)
-        return logits
+        logits = student.over(inputs)(slice(len(tokens) - 1, len(tokens)))
+        if vocabulary is not None:
+            vocabulary.require_head(logits.shape[1])
+            logits = vocabulary.logits_of_ids(logits, teacher.vocab_size)
+        require_ids(logits.shape[1], teacher.vocab_size)
+        return logits[0]
 
     def last_logits(tokens: Tensor, count: int) -> Tensor:
         # a drafted id beyond the teacher's vocabulary is rejected, and logits after a rejection are

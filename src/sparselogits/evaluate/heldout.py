@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselogits.data import TextDataset
+from sparselogits.data import DraftVocabulary, TextDataset
 from sparselogits.errors import InvalidArgumentError
-from sparselogits.evaluate.acceptance import expected_acceptance
+from sparselogits.evaluate.acceptance import expected_acceptance, restricted_acceptance
 from sparselogits.evaluate.calibration import (
     Calibration,
     Reliability,
@@ -62,6 +62,8 @@ class HeldOut:
             None without a teacher.
         acceptance: mean probability that a token drafted by the model is accepted by the teacher,
             sum_i min(p_i, s_i) at every position, both at temperature one; None without a teacher.
+            With a draft vocabulary see `restricted_acceptance`; for the teacher it is then the mean
+            probability of the draft vocabulary, which no drafter can exceed.
         calibration: calibration of the predictions.
         positions: number of positions with a label.
         loss_by_window: mean loss of each window, nats.
@@ -222,7 +224,9 @@ def evaluate(
     Args:
         students: transformers language models by name, set to eval mode during the call. They are
             masked language models if the windows are corrupted, otherwise causal ones.
-        windows: held-out text, tokenised with the tokenizer of teacher and students.
+        windows: held-out text, tokenised with the tokenizer of teacher and students. If it has a
+            draft vocabulary, students have a head for its classes, and all metrics are those of the
+            distributions of these classes.
         teacher: teacher for `kl`, `agreement` and `acceptance`; None to omit these.
         resamples: number of bootstrap resamples of the windows, for the intervals.
         seed: random seed for the resamples.
@@ -233,7 +237,8 @@ def evaluate(
 
     Raises:
         InvalidArgumentError: If there are no windows or resamples, a student has fewer ids than the
-            teacher, or a model is causal where the windows need a masked one, or the reverse.
+            teacher, or not one output per class of the draft vocabulary, or a model is causal where
+            the windows need a masked one, or the reverse.
 
     Examples:
         >>> from pathlib import Path
@@ -255,13 +260,15 @@ def evaluate(
     taught = getattr(teacher, "model", None)
     if taught is not None:
         require_predicting(taught, masked=masked, whose="the teacher", of="this text")
+    draft = getattr(windows, "draft", None)
     names = [*(["teacher"] if teacher is not None else []), *students]
     found: dict[str, list[_Measured]] = {name: [] for name in names}
     with ExitStack() as modes:
         for model in students.values():
             modes.enter_context(in_eval_mode(model))
         for done in range(len(windows)):
-            for name, measured in _measure_window(windows[done], learners, teacher).items():
+            by_model = _measure_window(windows[done], learners, teacher, draft)
+            for name, measured in by_model.items():
                 found[name].append(measured)
             if progress is not None:
                 progress(done + 1, len(windows))
@@ -285,7 +292,10 @@ class _Measured:
 
 
 def _measure_window(
-    item: Mapping[str, Any], learners: Mapping[str, StudentLogits], teacher: Engine | None
+    item: Mapping[str, Any],
+    learners: Mapping[str, StudentLogits],
+    teacher: Engine | None,
+    draft: DraftVocabulary | None,
 ) -> dict[str, _Measured]:
     item = without_padding(item)
     labels = item["shift_labels"]
@@ -301,10 +311,15 @@ def _measure_window(
             predicted = None
             if taught is not None:
                 within = slice(rows.start - positions.start, rows.stop - positions.start)
-                predicted = _TeacherPredictions.of(_log_softmax(taught[within], counted))
+                log_p = _log_softmax(taught[within], counted)
+                if draft is not None:
+                    log_p = draft.restrict_log_probabilities(log_p)
+                predicted = _TeacherPredictions.of(log_p, restricted=draft is not None)
                 pieces["teacher"].append(_measure_teacher(predicted, true_tokens))
             for name, logits in logits_of.items():
                 log_s = _log_softmax(logits(rows), counted)
+                if draft is not None:
+                    draft.require_head(log_s.shape[1])
                 pieces[name].append(_measure_student(log_s, true_tokens, predicted))
     return {name: _joined(slices) for name, slices in pieces.items()}
 
@@ -338,25 +353,30 @@ class _TeacherPredictions:
         p: probabilities, float32 [P, V].
         largest: largest log-probability, float32 [P].
         likeliest: id with the largest log-probability, int64 [P].
+        restricted: whether the last column is the rest of a draft vocabulary.
     """
 
     log_p: Tensor
     p: Tensor
     largest: Tensor
     likeliest: Tensor
+    restricted: bool
 
     @classmethod
-    def of(cls, log_p: Tensor) -> _TeacherPredictions:
+    def of(cls, log_p: Tensor, *, restricted: bool) -> _TeacherPredictions:
         """Compute probabilities and most likely tokens from log-probabilities, float32 [P, V]."""
         largest, likeliest = log_p.max(1)
-        return cls(log_p, log_p.exp(), largest, likeliest)
+        return cls(log_p, log_p.exp(), largest, likeliest, restricted)
 
 
 def _measure_teacher(predicted: _TeacherPredictions, labels: Tensor) -> _Measured:
-    """Measure the teacher's predictions; agreement and acceptance are 1 at each position."""
+    """Measure the teacher's predictions; its agreement is 1 at each position."""
     sums = torch.zeros(5, dtype=torch.float64)
     sums[_LOSS] = _loss(predicted.log_p, labels)
     sums[_AGREEMENT] = sums[_ACCEPTANCE] = sums[_POSITIONS] = len(labels)
+    if predicted.restricted:
+        log_p = predicted.log_p
+        sums[_ACCEPTANCE] = float(restricted_acceptance(log_p, log_p).sum())
     return _Measured(sums, signed_confidence(predicted.largest, predicted.likeliest, labels))
 
 
@@ -382,7 +402,8 @@ def _measure_student(
         terms = (log_p - log_s[:, :common]).mul_(p).masked_fill_(p == 0, 0.0)
         sums[_KL] = float(terms.sum(1).double().sum())
         sums[_AGREEMENT] = float((likeliest == predicted.likeliest.to(likeliest.device)).sum())
-        sums[_ACCEPTANCE] = float(expected_acceptance(log_p, log_s).sum())
+        acceptance = restricted_acceptance if predicted.restricted else expected_acceptance
+        sums[_ACCEPTANCE] = float(acceptance(log_p, log_s).sum())
     return _Measured(sums, signed_confidence(largest, likeliest, labels))
 
 

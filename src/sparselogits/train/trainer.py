@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from sparselogits.data import (
     CacheDataset,
+    DraftVocabulary,
     Pace,
     Schedule,
     TextDataset,
@@ -66,7 +67,8 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             `shift_labels`; otherwise the model is unchanged.
         args: transformers' TrainingArguments, or TRL's SFTConfig. SFTConfig's settings for data
             preparation (`max_length`, `packing`, ...) are ignored, as the cache fixes them.
-        train_dataset: the cache, or several caches that are mixed (see `CacheDataset`).
+        train_dataset: the cache, or several caches that are mixed (see `CacheDataset`). If it has a
+            draft vocabulary, the student has a head for its classes (`DraftVocabulary.give_head`).
         method: name of a training method in `methods.METHODS`: "sparse" (the cached targets), "ce"
             (labels alone, the baseline without a teacher), or a divergence to the teacher's whole
             distribution with the teacher online: "full" (the expensive reference), "reverse_kl" (as
@@ -136,6 +138,12 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         if chosen.cached:
             require_rule_for(missing_mass, unbiased=train_dataset.unbiased)
             _require_whole_ids(missing_mass, train_dataset)
+        self._draft: DraftVocabulary | None = getattr(train_dataset, "draft", None)
+        if self._draft is not None and teacher is not None:
+            raise InvalidArgumentError(
+                f"method={method!r} compares the student with all ids of the teacher, but "
+                "train_dataset has a draft vocabulary; use method='sparse' or 'ce'"
+            )
         self._thinning = rounds if isinstance(rounds, Schedule) else None
         if isinstance(rounds, int):
             self._thinning = Schedule.constant(rounds, fresh_noise=fresh_noise)
@@ -219,7 +227,10 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
             )
         masked = self.objective.masked
         require_predicting(model, masked=masked, whose="the student", of="the cache")
-        _require_vocabulary(model, self._vocabulary)
+        if self._draft is None:
+            _require_vocabulary(model, self._vocabulary)
+        else:
+            self._draft.require_head(_outputs_of(model))
         check_window(model, _logits_of(model), self._window_length)
         if self.objective.cosine and self._teacher is not None:
             _require_equal_width(model, self._teacher.model)
@@ -445,6 +456,11 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         made = as_windows(given)
         parts = made.values() if isinstance(made, Mapping) else [made]
         for part in parts:
+            if part is not None and getattr(part, "draft", None) != self._draft:
+                raise InvalidArgumentError(
+                    "eval_dataset and train_dataset have different draft vocabularies; give both "
+                    "the same one, as in TextDataset(corpus, draft=train_dataset.draft)"
+                )
             if not isinstance(part, TextDataset | TokenisedRows):
                 continue
             masked = isinstance(part, TextDataset) and part.corruption is not None
@@ -665,6 +681,12 @@ def _require_equal_width(student: nn.Module, teacher: nn.Module) -> None:
             f"numbers and the teacher's {other}; leave cosine out, or give a student of the "
             "teacher's width, for example one with fewer layers (sparselogits shrink)"
         )
+
+
+def _outputs_of(model: nn.Module) -> int:
+    """Return the number of outputs of a model's head; 0 if it has no head."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else len(head.weight)
 
 
 def _partial_mask(teacher: TransformersTeacher | None) -> Tensor | None:

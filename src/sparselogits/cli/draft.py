@@ -1,0 +1,86 @@
+"""Define `sparselogits draft-vocabulary`, which chooses the vocabulary of a draft model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sparselogits.cli.options import DATA, OUTPUT, CacheArgument, Json, print_json, print_next
+from sparselogits.console import messages, results, stage
+from sparselogits.errors import InvalidArgumentError
+from sparselogits.wording import counted
+
+
+def draft_vocabulary(
+    cache: CacheArgument,
+    size: int = DATA("Number of ids in the draft vocabulary.", ..., min=1),
+    by: Literal["text", "teacher"] = DATA(
+        "text: the ids that occur most often in the training text. teacher: the ids with the "
+        "largest mean probability under the teacher, estimated from cached targets; only positions "
+        "with a target count, so prompts of conversations do not.",
+        "text",
+    ),
+    keep: list[int] | None = DATA(
+        "Id that is always in the vocabulary. May be repeated.", shown="the separator of documents"
+    ),
+    windows: int = DATA(
+        "Number of cached windows from which the teacher's probabilities are estimated.", 256, min=1
+    ),
+    out: Path = OUTPUT(
+        "A file NAME.safetensors for the tensors d2t and t2d, or a folder for d2t.npy and t2d.npy.",
+        ...,
+    ),
+    as_json: Json = False,
+) -> None:
+    """Choose the ids of a draft model for speculative decoding, and write their mapping."""
+    import torch
+
+    from sparselogits.caching import fetch_texts
+    from sparselogits.caching.text import packed_texts
+    from sparselogits.corpus import PackedCorpus
+    from sparselogits.data import DraftVocabulary, teacher_mass
+    from sparselogits.store import Cache
+
+    opened = Cache.open(cache)
+    corpora = [PackedCorpus.open(folder) for folder in packed_texts(fetch_texts(cache))]
+    if by == "text" and not corpora:
+        raise InvalidArgumentError(
+            f"the cache at {cache} has no packed text with token frequencies; use --by teacher"
+        )
+    with stage("reading targets", "windows") as update:
+        mass = teacher_mass(opened, windows=windows, progress=update)
+    frequencies = sum((torch.from_numpy(corpus.token_frequencies) for corpus in corpora), mass * 0)
+    separator = opened.identity.packing.get("separator_id")
+    fixed = keep if keep is not None else [separator] if isinstance(separator, int) else []
+    scores = mass if by == "teacher" else frequencies
+    draft = DraftVocabulary.most_frequent(scores, size, keep=fixed)
+    draft.identity_of(opened.identity)  # rejects caches of masked models
+    draft.save(out)
+    of_teacher, unused = draft.coverage(mass), int((scores[draft.ids] == 0).sum())
+    of_text = draft.coverage(frequencies) if corpora else None
+    if as_json:
+        print_json(
+            {
+                "ids": len(draft),
+                "vocab_size": draft.vocab_size,
+                "unused": unused,
+                "share_of_text": of_text,
+                "share_of_teacher": of_teacher,
+                "fingerprint": draft.fingerprint,
+                "out": str(out),
+            }
+        )
+        return
+    text = "" if of_text is None else f"{of_text:.2%} of the tokens of the training text, "
+    results().print(
+        f"{out}: {len(draft):,} of {counted(draft.vocab_size, 'id')}, with {text}{of_teacher:.2%} "
+        f"of the teacher's probability (at {counted(min(windows, len(opened)), 'window')}), which "
+        "the acceptance of a drafter cannot exceed",
+        soft_wrap=True,
+    )
+    if unused:
+        messages.print(
+            f"{counted(unused, 'id')} of them did not occur; a smaller --size would do",
+            soft_wrap=True,
+        )
+    print_next(otherwise=f'CacheDataset("{cache}", draft=DraftVocabulary.load("{out}")) in Python')

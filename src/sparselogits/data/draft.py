@@ -1,0 +1,491 @@
+"""Restrict targets and labels to the vocabulary of a draft model.
+
+A draft model for speculative decoding often has a small head: its draft vocabulary is a subset of
+the teacher's ids. A `DraftVocabulary` maps every id of the teacher to a class, which is the draft
+id of the same token, or one more class, the rest, for all other ids. The image of an unbiased
+target under this map is an unbiased target for the teacher's distribution of the classes
+(docs/theory.md, section 9), so a cache serves every draft vocabulary.
+
+The files are those of speculators, SpecForge, EAGLE-3 and vLLM: `d2t`, int64 [D], is the teacher's
+id of each draft id minus the draft id, and `t2d`, bool [V], marks the ids in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sparselogits.errors import InvalidArgumentError, reason_of
+from sparselogits.files import write_whole
+from sparselogits.identity import Identity
+from sparselogits.objectives import IGNORE_INDEX
+from sparselogits.progress import Progress
+from sparselogits.store import Cache
+from sparselogits.store.ranges import spread
+from sparselogits.targets import SparseTargets
+from sparselogits.untrusted import open_regular, read_regular
+from sparselogits.wording import counted
+
+LARGEST_VOCABULARY = 1 << 24
+"""Largest number of ids that a file may define."""
+
+_D2T, _T2D = "d2t", "t2d"
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class DraftVocabulary:
+    """Subset of a teacher's ids that a draft model predicts, and one class for all other ids.
+
+    Class d < D is the token with the teacher's id `ids[d]`. Class D, the rest, is any other token.
+
+    Args:
+        ids: int64 [D], the teacher's id of each draft id; distinct.
+        vocab_size: number V of the teacher's ids.
+
+    Raises:
+        InvalidArgumentError: there are no ids, an id is out of range, or an id occurs twice.
+
+    Examples:
+        >>> import torch
+        >>> draft = DraftVocabulary(torch.tensor([1, 4]), 6)
+        >>> draft.classes_of(torch.arange(6)).tolist()
+        [2, 0, 2, 2, 1, 2]
+        >>> draft.d2t.tolist(), draft.t2d.tolist()
+        ([1, 3], [False, True, False, False, True, False])
+    """
+
+    ids: Tensor
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        ids = self.ids
+        if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
+            raise InvalidArgumentError(
+                f"a draft vocabulary has ids of dtype {ids.dtype} and shape {tuple(ids.shape)}; "
+                "expected a vector of at least one id, int64"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidArgumentError(
+                f"a draft vocabulary has the ids {low} to {high}, but the teacher's vocabulary has "
+                f"{counted(self.vocab_size, 'id')}; give ids of this teacher"
+            )
+        if len(ids.unique()) < len(ids):  # type: ignore[no-untyped-call]
+            raise InvalidArgumentError(
+                f"a draft vocabulary has {len(ids)} ids, and some occur twice; give distinct ids"
+            )
+
+    def __len__(self) -> int:
+        """Return the number D of draft ids, which is also the class of all other ids."""
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DraftVocabulary):
+            return NotImplemented
+        return (self.vocab_size, self.fingerprint) == (other.vocab_size, other.fingerprint)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"DraftVocabulary({len(self):,} of {self.vocab_size:,} ids)"
+
+    @classmethod
+    def most_frequent(
+        cls, frequencies: Tensor | np.ndarray, size: int, *, keep: Sequence[int] = ()
+    ) -> DraftVocabulary:
+        """Choose the ids with the largest frequencies.
+
+        Among ids of equal frequency, the smallest are chosen. The draft ids are in the order of the
+        teacher's ids.
+
+        Args:
+            frequencies: number of occurrences or probability mass of each id, [V].
+            size: number D of draft ids.
+            keep: ids that are chosen whatever their frequency, such as the end of text.
+
+        Raises:
+            InvalidArgumentError: `size` is less than 1, greater than V, or less than the number of
+                ids to keep; or an id to keep is out of range.
+        """
+        given = torch.as_tensor(frequencies).double()
+        kept = torch.tensor(sorted(set(keep)), dtype=torch.int64)
+        if not max(1, len(kept)) <= size <= len(given):
+            raise InvalidArgumentError(
+                f"a draft vocabulary of {counted(size, 'id')} was requested, {len(kept)} of them "
+                f"fixed, from a vocabulary of {counted(len(given), 'id')}; choose a size from "
+                f"{max(1, len(kept))} to {len(given)}"
+            )
+        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < len(given):
+            raise InvalidArgumentError(
+                f"the ids to keep are {kept.tolist()}, but the vocabulary has the ids 0 to "
+                f"{len(given) - 1}; give ids of this vocabulary"
+            )
+        scores = given.clone()
+        scores[kept] = torch.inf
+        chosen = scores.argsort(descending=True, stable=True)[:size]
+        return cls(chosen.sort().values, len(given))
+
+    @property
+    def d2t(self) -> Tensor:
+        """The teacher's id minus the draft id, for each draft id, int64 [D]."""
+        return self.ids - torch.arange(len(self))
+
+    @property
+    def t2d(self) -> Tensor:
+        """Mask of the teacher's ids that are in the draft vocabulary, bool [V]."""
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask[self.ids] = True
+        return mask
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the ids in the order of the draft ids, which fixes the meaning of a head."""
+        return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        classes = torch.full((self.vocab_size,), len(self))
+        classes[self.ids] = torch.arange(len(self))
+        return classes
+
+    def classes_of(self, ids: Tensor) -> Tensor:
+        """Return the class of each id of the teacher, int64 of the same shape.
+
+        Ids of padding rows, which a cache may have in addition to this vocabulary, are in class D.
+        """
+        known = ids < self.vocab_size
+        return torch.where(known, self._classes[ids.clamp(max=self.vocab_size - 1)], len(self))
+
+    def restrict(self, targets: SparseTargets) -> SparseTargets:
+        """Return the targets for the D + 1 classes.
+
+        Entries outside of the draft vocabulary are added to one entry of class D, also their
+        counts, so the result can be thinned.
+
+        Args:
+            targets: targets for the teacher's ids.
+
+        Examples:
+            >>> import torch
+            >>> ids, weights = torch.tensor([1, 2, 5]), torch.tensor([0.5, 0.25, 0.25])
+            >>> targets = SparseTargets(ids, weights, torch.tensor([0, 3]), vocab_size=6)
+            >>> ids, weights = DraftVocabulary(torch.tensor([1, 4]), 6).restrict(targets)[0]
+            >>> ids.tolist(), weights.tolist()
+            ([0, 2], [0.5, 0.5])
+        """
+        image = self.classes_of(torch.arange(targets.vocab_size))
+        return targets.mapped(image, len(self) + 1)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Return the class of each label; ignored labels (-100) stay ignored.
+
+        Args:
+            labels: int64, ids of the teacher or -100.
+        """
+        ignored = labels == IGNORE_INDEX
+        return self.classes_of(labels.masked_fill(ignored, 0)).masked_fill(ignored, IGNORE_INDEX)
+
+    def restrict_log_probabilities(self, log_p: Tensor) -> Tensor:
+        """Return the log-probabilities of the D + 1 classes.
+
+        Args:
+            log_p: log-probabilities of the teacher's ids, float [P, V'].
+
+        Returns:
+            float [P, D + 1]; the last column is the logarithm of the summed other probabilities.
+        """
+        ids = self.ids.to(log_p.device)
+        outside = log_p.index_fill(1, ids, -torch.inf)
+        return torch.cat([log_p[:, ids], outside.logsumexp(1, keepdim=True)], 1)
+
+    def logits_of_ids(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Return a draft model's logits for the teacher's ids.
+
+        Args:
+            logits: logits of the D + 1 classes, float [P, D + 1].
+            vocab_size: number V' of the teacher's logits, greater than every draft id.
+
+        Returns:
+            float [P, V'], -inf for ids outside of the draft vocabulary. The logit of the rest is
+            not used, because a drafter cannot draft this class.
+        """
+        whole = logits.new_full((len(logits), vocab_size), -torch.inf)
+        whole[:, self.ids.to(logits.device)] = logits[:, :-1]
+        return whole
+
+    def coverage(self, frequencies: Tensor | np.ndarray) -> float:
+        """Return the share of the draft vocabulary in the sum of the frequencies of all ids.
+
+        Args:
+            frequencies: number of occurrences or probability mass of each id, [V].
+        """
+        given = torch.as_tensor(frequencies).double()
+        return float(given[self.ids[self.ids < len(given)]].sum() / given.sum())
+
+    def identity_of(self, identity: Identity) -> Identity:
+        """Return the identity of a cache's targets after `restrict`.
+
+        Raises:
+            InvalidArgumentError: the draft vocabulary has ids that the cache's teacher does not
+                have, or the cache is for a masked language model.
+        """
+        if int(self.ids.max()) >= identity.vocab_size:
+            raise InvalidArgumentError(
+                f"the draft vocabulary has the id {int(self.ids.max())}, but the teacher of the "
+                f"cache has {counted(identity.vocab_size, 'id')}; give a draft vocabulary of the "
+                "same tokenizer"
+            )
+        require_causal(masked=identity.objective is not None)
+        codec = {"name": "draft vocabulary", "ids": self.fingerprint}
+        return replace(identity, vocab_size=len(self) + 1, codec=codec)
+
+    def require_head(self, outputs: int) -> None:
+        """Validate that a model has one output per class.
+
+        Args:
+            outputs: number of the model's outputs.
+
+        Raises:
+            InvalidArgumentError: the number is not D + 1.
+        """
+        if outputs != len(self) + 1:
+            raise InvalidArgumentError(
+                f"the student has {counted(outputs, 'output')}, expected {len(self) + 1} for a "
+                f"draft vocabulary of {len(self)} ids and the rest; replace its head with "
+                "DraftVocabulary.give_head"
+            )
+
+    @torch.no_grad()
+    def give_head(self, model: nn.Module) -> nn.Module:
+        """Replace the head of a transformers causal language model by one for the D + 1 classes.
+
+        The rows of draft ids are copied, and the row of the rest is the mean of the other rows. The
+        input embedding is not changed and no longer shares its weights with the head.
+
+        Args:
+            model: model with at least V output ids; it is changed.
+
+        Returns:
+            The new head, which is also `model.get_output_embeddings()`.
+
+        Raises:
+            InvalidArgumentError: the model has no head, or one with fewer rows than the vocabulary.
+        """
+        old: Any = model.get_output_embeddings()  # type: ignore[operator]
+        rows = 0 if old is None else len(old.weight)
+        if rows < self.vocab_size:
+            raise InvalidArgumentError(
+                f"the head of the model has {counted(rows, 'row')}, expected at least "
+                f"{self.vocab_size}, one per id of the teacher; give a model with the teacher's "
+                "vocabulary"
+            )
+        outside = ~self.t2d.to(old.weight.device)
+        chosen = self.ids.to(old.weight.device)
+        bias = getattr(old, "bias", None)
+        head = nn.Linear(old.weight.shape[1], len(self) + 1, bias=bias is not None)
+        head = head.to(old.weight.device, old.weight.dtype)
+        for name, values in (("weight", old.weight), ("bias", bias)):
+            if values is not None:
+                known = values[: self.vocab_size]
+                others = known[outside] if bool(outside.any()) else known
+                getattr(head, name).copy_(torch.cat([values[chosen], others.mean(0)[None]]))
+        model.set_output_embeddings(head)  # type: ignore[operator]
+        config: Any = model.config
+        config.get_text_config(decoder=True).tie_word_embeddings = False
+        config.tie_word_embeddings = False
+        return head
+
+    def checkpoint_tensors(self, head: nn.Module) -> dict[str, Tensor]:
+        """Return a trained head in the form of an EAGLE-3 checkpoint, without the row of the rest.
+
+        Args:
+            head: head for the D + 1 classes.
+
+        Returns:
+            `lm_head.weight` [D, H], `lm_head.bias` [D] if the head has one, `d2t` and `t2d`.
+        """
+        tensors = {
+            f"lm_head.{name}": values.detach()[:-1].contiguous()
+            for name, values in head.named_parameters()
+        }
+        return tensors | {_D2T: self.d2t, _T2D: self.t2d}
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary as `d2t` and `t2d`, in the layout of speculators and EAGLE-3.
+
+        Args:
+            path: a path that ends in .safetensors for one file with both tensors, as in EAGLE-3
+                checkpoints; otherwise a folder for d2t.npy and t2d.npy, as speculators reads them.
+
+        Raises:
+            InvalidArgumentError: there is another draft vocabulary at `path`. A trained head is
+                useless with another vocabulary than its own, so it is not replaced.
+            StorageError: a file cannot be written.
+        """
+        path = Path(path)
+        single = path.suffix == ".safetensors"
+        files = [path] if single else [path / f"{name}.npy" for name in (_D2T, _T2D)]
+        if any(file.exists() for file in files):
+            if DraftVocabulary.load(path).fingerprint == self.fingerprint:
+                return
+            raise InvalidArgumentError(
+                f"{path} has another draft vocabulary; give a new path, or remove it if no trained "
+                "head belongs to it"
+            )
+        if single:
+            write_whole(path, save({_D2T: self.d2t, _T2D: self.t2d}))
+            return
+        for file, values in zip(files, (self.d2t, self.t2d), strict=True):
+            stream = io.BytesIO()
+            np.save(stream, values.numpy(), allow_pickle=False)
+            write_whole(file, stream.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftVocabulary:
+        """Read a vocabulary that `save`, speculators or a trainer of EAGLE-3 drafters wrote.
+
+        Args:
+            path: a safetensors file with `d2t` and `t2d` (a vocabulary or the weights of a
+                drafter), or a folder with d2t.npy and t2d.npy or with model.safetensors.
+
+        Raises:
+            InvalidArgumentError: a file is missing, damaged or no regular file, or `d2t` and `t2d`
+                contradict each other.
+        """
+        path = Path(path)
+        if path.is_dir() and (path / f"{_D2T}.npy").exists():
+            d2t, t2d = (_read_npy(path / f"{name}.npy") for name in (_D2T, _T2D))
+        else:
+            d2t, t2d = _read_safetensors(path / _WEIGHTS if path.is_dir() else path)
+        return cls(_ids_of(d2t, t2d, path), len(t2d))
+
+
+def require_causal(*, masked: bool) -> None:
+    """Validate that a draft vocabulary is not combined with windows for a masked language model.
+
+    Raises:
+        InvalidArgumentError: the windows are for a masked language model.
+    """
+    if masked:
+        raise InvalidArgumentError(
+            "a draft vocabulary was given with windows for a masked language model; only causal "
+            "language models draft tokens. Use windows for a causal language model, or leave the "
+            "draft vocabulary out"
+        )
+
+
+def teacher_mass(cache: Cache, *, windows: int = 256, progress: Progress | None = None) -> Tensor:
+    """Return the sum of the cached target weights of each id, float64 [V].
+
+    The expectation is proportional to the mean probability of the id under the teacher, if the
+    cache is unbiased. Unlike the frequencies of the text, only positions with a target count.
+
+    Args:
+        cache: the cache.
+        windows: largest number of windows to read; they are spread evenly over the cache.
+        progress: called with the numbers of windows done and in total.
+    """
+    total = torch.zeros(cache.identity.vocab_size, dtype=torch.float64)
+    chosen = spread(len(cache), windows)
+    for done, i in enumerate(chosen, 1):
+        targets = cache.read(i).targets
+        total.index_add_(0, targets.ids, targets.weights.double())
+        if progress is not None:
+            progress(done, len(chosen))
+    return total
+
+
+def _ids_of(d2t: Tensor, t2d: Tensor, path: Path) -> Tensor:
+    """Return the ids of a draft vocabulary from its two tensors.
+
+    Raises:
+        InvalidArgumentError: the tensors have unexpected types or contradict each other.
+    """
+    integers = (torch.int64, torch.int32)
+    if d2t.dim() != 1 or t2d.dim() != 1 or t2d.dtype != torch.bool or d2t.dtype not in integers:
+        raise InvalidArgumentError(
+            f"{path} has d2t of dtype {d2t.dtype} and shape {tuple(d2t.shape)}, and t2d of dtype "
+            f"{t2d.dtype} and shape {tuple(t2d.shape)}; expected d2t int64 [draft ids] and t2d "
+            "bool [ids of the teacher]"
+        )
+    marked = t2d.nonzero().flatten()
+    ids = d2t.long() + torch.arange(len(d2t))
+    if len(ids) == len(marked) and torch.equal(ids.sort().values, marked):
+        return ids
+    advice = "write both files again from one list of ids"
+    if len(d2t) == len(marked) and torch.equal(d2t.long().sort().values, marked):
+        advice = "d2t has the ids themselves: subtract the draft ids (torch.arange) from them"
+    elif len(d2t) and not bool(d2t.any()):
+        advice = "d2t is all zeros, as in checkpoints saved before the vocabulary was chosen"
+    raise InvalidArgumentError(
+        f"{path}: d2t has {counted(len(d2t), 'offset')}, and t2d marks "
+        f"{counted(len(marked), 'id')}; expected draft id + offset to give the marked ids, each "
+        f"once, because otherwise a head predicts other tokens. To do: {advice}"
+    )
+
+
+def _read_npy(path: Path) -> Tensor:
+    """Read a vector of int64, int32 or bool from a .npy file, in memory bounded by its size.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, or has other contents.
+    """
+    try:
+        data = io.BytesIO(read_regular(path, 8 * LARGEST_VOCABULARY + 4096))
+        version = np.lib.format.read_magic(data)
+        if version != (1, 0):
+            raise ValueError(f"its format version is {version}, expected (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(data)
+        if dtype not in (np.dtype("<i8"), np.dtype("<i4"), np.dtype("?")) or len(shape) != 1:
+            raise ValueError(f"it has an array of dtype {dtype} and shape {shape}")
+        rest = data.read()
+        if len(rest) != shape[0] * dtype.itemsize:
+            raise ValueError(f"it has {len(rest)} bytes of data for {shape[0]} values")
+        if dtype == np.dtype("?"):
+            return torch.from_numpy(np.frombuffer(rest, np.uint8) != 0)
+        return torch.from_numpy(np.frombuffer(rest, dtype).copy())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_safetensors(path: Path) -> tuple[Tensor, Tensor]:
+    """Read `d2t` and `t2d` from a safetensors file.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read, or lacks a tensor.
+    """
+    try:
+        os.close(open_regular(path))
+        with safe_open(path, framework="pt") as file:
+            if not {_D2T, _T2D} <= set(file.keys()):
+                raise ValueError(
+                    "it lacks the tensors d2t and t2d, which drafters with a full vocabulary do "
+                    "not have"
+                )
+            largest = max(max(file.get_slice(n).get_shape(), default=0) for n in (_D2T, _T2D))
+            if largest > LARGEST_VOCABULARY:
+                raise ValueError(f"it has {largest:,} ids, more than {LARGEST_VOCABULARY:,}")
+            return file.get_tensor(_D2T), file.get_tensor(_T2D)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{path} cannot be read as a draft vocabulary: {reason_of(error)}; expected a safetensors "
+        "file with d2t and t2d, or a folder with d2t.npy and t2d.npy"
+    )
