@@ -109,7 +109,7 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
+def teacher_folder(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -117,14 +117,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) 
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in documents()))
     return path
 
 
 @pytest.fixture(scope="session")
-def short(text: Path) -> Path:
+def short(text) -> Path:
     """Provide the documents of the small text that have fewer than 4 000 characters."""
     path = text.with_name("short.jsonl")
     path.write_text("".join(line for line in text.open() if len(line) < 4000))
@@ -132,7 +132,7 @@ def short(text: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
+def cache(tmp_path_factory, teacher_folder, short) -> Path:
     """Build a small cache to train from: windows of 32 tokens, 12 systematic rounds."""
     folder = tmp_path_factory.mktemp("caches")
     options = shlex.split("--device cpu --window 32 --rounds 12 --holdout 0.2")
@@ -142,7 +142,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short:
 
 
 @pytest.fixture(scope="session")
-def second_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
+def second_teacher(tmp_path_factory, tokenizer) -> Path:
     """A teacher with the same tokenizer whose head has other padding."""
     folder = tmp_path_factory.mktemp("second")
     tiny_llama(seed=1, vocab_size=PADDED_VOCABULARY + 8).save_pretrained(folder)
@@ -151,9 +151,7 @@ def second_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) 
 
 
 @pytest.fixture(scope="session")
-def packed_text(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: object, text: Path
-) -> Callable[..., Any]:
+def packed_text(tmp_path_factory, tokenizer, text) -> Callable[..., Any]:
     """Provide a function that packs the small text, once for equal settings."""
     from sparselogits.corpus import open_source, pack, packing_for
 
@@ -183,7 +181,7 @@ def build_cache(
 
 
 @pytest.fixture(scope="session")
-def second_cache(cache: Path, second_teacher: Path, tokenizer: object) -> Path:
+def second_cache(cache, second_teacher, tokenizer) -> Path:
     """The text of the small cache, read by the second teacher: 15 systematic rounds."""
     from sparselogits.corpus import PackedCorpus
     from sparselogits.samplers import Systematic
@@ -194,7 +192,7 @@ def second_cache(cache: Path, second_teacher: Path, tokenizer: object) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """Mount a file system of 64 KiB, which needs root."""
     path = tmp_path / "disk"
     path.mkdir()
@@ -213,12 +211,12 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3:
+def s3(s3_server, monkeypatch) -> S3:
     return S3.reached(s3_server, monkeypatch.setenv)
 
 
 @pytest.fixture
-def shaky_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def shaky_s3(s3_server, monkeypatch) -> Iterator[S3]:
     """Provide a bucket behind a proxy that fails the requests that a test selects."""
     proxy = Proxy(s3_server.port)
     yield S3.reached(s3_server, monkeypatch.setenv, proxy)
@@ -234,9 +232,7 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Ended]:
+def line(capsys, monkeypatch) -> Callable[..., Ended]:
     """Provide the command line `sparselogits`, run in this process."""
     from sparselogits.cli import main
 
@@ -256,7 +252,7 @@ REPOSITORY = "https://github.com/someone/sparselogits"
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory) -> Path:
     """Build the documentation as `make docs` does in a clone of `REPOSITORY`."""
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("documentation")
     for name in ("docs", "src", "overrides"):

@@ -20,13 +20,13 @@ OF_LABELS = ["ours_labels", "cross_entropy", "torch_chunked"]
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def gpu(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("gpu")
 
 
 @pytest.fixture
-def report(gpu: Any) -> Any:
+def report(gpu) -> Any:
     return importlib.import_module("report")
 
 

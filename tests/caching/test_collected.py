@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
 from sparselogits import CacheDataset, SparseKDTrainer
 from sparselogits.caching import import_collected
@@ -84,7 +84,7 @@ def same_targets(found: SparseTargets, expected: SparseTargets, rtol: float = 5e
 
 
 @pytest.fixture
-def imported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Cache:
+def imported(tmp_path, tokenizer) -> Cache:
     data = write(tmp_path / "rows.jsonl", [listed(tokens) for tokens in sequences(6)])
     return import_collected(str(data), tokenizer, tmp_path / "c", vocab_size=V).cache
 

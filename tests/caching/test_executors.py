@@ -49,7 +49,7 @@ def shards(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
+def alone(tmp_path_factory, teacher_folder, short) -> Path:
     out = tmp_path_factory.mktemp("alone") / "cache"
     run_python(*words(teacher_folder, short, out), check=True, env=environment())
     assert len(shards(out)) > 8
@@ -143,7 +143,7 @@ def test_a_first_rank_that_never_begins():
 
 
 @pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ray(tmp_path_factory) -> Iterator[Any]:
     """A cluster of this machine with room for three workers of one CPU."""
     module = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -162,7 +162,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def job(tmp_path: Path, alone: Path, teacher_folder: Path) -> Job:
+def job(tmp_path, alone, teacher_folder) -> Job:
     """The build of `alone`, begun anew elsewhere."""
     tokenizer = load_tokenizer(str(teacher_folder))
     from sparselogits.corpus import tokenizer_fingerprint

@@ -1,9 +1,6 @@
 """Test that a build reads its text once, and that resuming reads a bounded part again."""
 
-from pathlib import Path
-
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from sparselogits.caching import CacheRequest, begin_job, build_caches, job, shard_ranges
 from sparselogits.corpus import PackedCorpus, fingerprint, tokenizer_fingerprint
@@ -16,17 +13,17 @@ SHARD = 16
 
 
 @pytest.fixture
-def corpus(cache: Path) -> PackedCorpus:
+def corpus(cache) -> PackedCorpus:
     return PackedCorpus.open(cache / "corpus")
 
 
 @pytest.fixture
-def engine(teacher_folder: Path, tokenizer: PreTrainedTokenizerFast) -> TransformersTeacher:
+def engine(teacher_folder, tokenizer) -> TransformersTeacher:
     return load_teacher(str(teacher_folder), tokenizer=tokenizer)
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def reads(monkeypatch) -> list[tuple[int, int]]:
     """The ranges of windows that are read from here on."""
     noted: list[tuple[int, int]] = []
     read = PackedCorpus.read

@@ -1,7 +1,5 @@
 """Test that shards are written in the background, completely, in order, and with all errors."""
 
-from pathlib import Path
-
 import pytest
 
 from sparselogits.caching.writer import Writer
@@ -11,7 +9,7 @@ from tests.store.draws import identity, records
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
+def cache(tmp_path) -> Cache:
     return Cache.create(tmp_path / "cache", identity())
 
 

@@ -16,7 +16,7 @@ Line = Callable[..., Ended]
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch) -> None:
     """Loading a model's weights ends the command."""
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -26,9 +26,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def places(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path, cache: Path
-) -> dict[str, Path]:
+def places(tmp_path_factory, teacher_folder, text, cache) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("first")
     tiny_llama(seed=3).save_pretrained(root / "student")
     (root / "other").mkdir()

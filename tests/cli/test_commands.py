@@ -1,10 +1,8 @@
 """Test the commands on their results, JSON output and error messages."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ def command(*words: object, timeout: float = 240) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, short: Path) -> Path:
+def cache(tmp_path_factory, teacher_folder, short) -> Path:
     out = tmp_path_factory.mktemp("caches") / "cache"
     made = command(
         *("cache", "--teacher", teacher_folder, "--data", short, "--out", out),
@@ -161,31 +159,3 @@ def test_training_with_another_teacher_is_refused(cache, tmp_path):
     )
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
-
-
-def test_no_cache_there(tmp_path):
-    failed = command("info", tmp_path)
-    assert failed.returncode == 2
-    assert "error:" in failed.stderr
-
-
-def test_interrupted_says_how_to_go_on(teacher_folder, text, tmp_path):
-    out = tmp_path / "cache"
-    words = [*("--teacher", teacher_folder, "--data", text, "--out", out, "--rounds", 8)]
-    words += ["--window", 32, "--windows-per-shard", 8, "--batch", 1]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "sparselogits", "cache", *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell that runs the tests in the background has them ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    shards = out / "shards"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (shards.exists() and any(shards.iterdir())):
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 130, said
-    assert "continues from there" in said
-    assert "Traceback" not in said

@@ -8,7 +8,7 @@ from sparselogits import CacheDataset
 
 
 @pytest.fixture(params=["pipe", "terminal"])
-def shown_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def shown_on(request, monkeypatch) -> str:
     """Where progress goes: the display on a terminal holds locks that lines in a pipe do not."""
     if request.param == "terminal":
         monkeypatch.setattr("sparselogits.console._can_draw_bar", lambda: True)

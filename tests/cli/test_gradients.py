@@ -10,7 +10,7 @@ from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     tiny_llama(seed=4).save_pretrained(folder / "model")  # a run, as `train` leaves it
     return folder

@@ -27,9 +27,7 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def desk(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, cache: Path, short: Path
-) -> Path:
+def desk(tmp_path_factory, teacher_folder, cache, short) -> Path:
     """A folder with what the commands take."""
     folder = tmp_path_factory.mktemp("interrupted")
     for name, place in {"MODEL": teacher_folder, "CACHE": cache}.items():
@@ -49,7 +47,7 @@ def desk(
 
 
 @pytest.fixture(scope="module")
-def interrupt(desk: Path) -> Iterator[Interrupt]:
+def interrupt(desk) -> Iterator[Interrupt]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cli.interruptible"],
         cwd=ROOT,

@@ -91,9 +91,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def places(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text: Path, cache: Path
-) -> dict[str, Path]:
+def places(tmp_path_factory, teacher_folder, text, cache) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("mistakes")
     for name, before, after in (
         ("newer", '"format_version":1', '"format_version":9'),

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended, tiny_llama
+from tests.conftest import tiny_llama
 from tests.test_docs_code import assert_command
 
 Run = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def desk(
-    tmp_path: Path, teacher_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def desk(tmp_path, teacher_folder, cache, monkeypatch) -> Path:
     shutil.copytree(cache, tmp_path / "my-cache")
     shutil.copytree(teacher_folder, tmp_path / "my teacher")
     tiny_llama(seed=3).save_pretrained(tmp_path / "my-student")
@@ -28,7 +26,7 @@ def desk(
 
 
 @pytest.fixture
-def run(desk: Path, line: Callable[..., Ended]) -> Run:
+def run(desk, line) -> Run:
     def command(*words: str) -> tuple[str, str]:
         code, out, err = line(*words)
         assert code == 0, err

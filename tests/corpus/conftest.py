@@ -37,6 +37,6 @@ def library_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+def any_tokenizer(request) -> PreTrainedTokenizerFast:
     """Provide a tokenizer of each family."""
     return PreTrainedTokenizerFast(tokenizer_object=FAMILIES[request.param]())

@@ -2,7 +2,6 @@
 
 import gzip
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ SOURCE = next(block.code for block in blocks(PAGE) if "class TabSeparated" in bl
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def installed(tmp_path, monkeypatch) -> Any:
     """Installs a package that declares formats: a module and the metadata of a wheel."""
 
     def install(source: str, **points: str) -> None:

@@ -31,7 +31,7 @@ SEPARATOR, BOS, VOCAB, WINDOW = 0, 5, 600, 64
 
 
 @pytest.fixture
-def lines(tmp_path: Path, stories: list[str]) -> Path:
+def lines(tmp_path, stories) -> Path:
     return write_lines(tmp_path / "stories.jsonl", ({"text": text} for text in stories))
 
 

@@ -26,7 +26,7 @@ anything = st.lists(st.one_of(prose, st.integers(1, 300).map(lambda n: "=" * n))
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch) -> None:
     """So small that a short text is cut in many places."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 256)
     monkeypatch.setattr(pieces, "MARGIN_BYTES", 96)

@@ -36,7 +36,7 @@ EITHER = PARTS.replace(
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
@@ -46,7 +46,7 @@ def made() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def tokenizer(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def tokenizer(made) -> PreTrainedTokenizerFast:
     made.chat_template = CHATML
     return made
 

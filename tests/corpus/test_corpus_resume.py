@@ -21,13 +21,13 @@ fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def source(tmp_path: Path, stories: list[str]) -> Source:
+def source(tmp_path, stories) -> Source:
     path = write_lines(tmp_path / "stories.jsonl", ({"text": text} for text in stories))
     return open_source(path)
 
 
 @pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_batches(monkeypatch) -> None:
     """So that progress is reported, and the kill can fall, many times within a part."""
     monkeypatch.setattr(packer, "_BATCH_BYTES", 500)
 

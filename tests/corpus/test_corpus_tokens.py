@@ -26,12 +26,12 @@ Expected = list[tuple[list[int], list[bool], list[int]]]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
-def packed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., PackedCorpus]:
+def packed(tokenizer, tmp_path) -> Callable[..., PackedCorpus]:
     numbers = iter(range(1000))
 
     def packed(

@@ -102,7 +102,7 @@ def make_cache(
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> list[Path]:
+def three(tmp_path) -> list[Path]:
     return [make_cache(tmp_path / name, teacher) for teacher, name in enumerate("abc")]
 
 

@@ -5,9 +5,7 @@ chi-square approximations; seeds are fixed, so a run that passes keeps passing.
 """
 
 import itertools
-from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import pytest
 import torch
@@ -136,13 +134,13 @@ def test_what_the_teacher_never_says_is_rejected_at_once():
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
-def windows(request: Any, packed_text: Any) -> TextDataset:
+def windows(request, packed_text) -> TextDataset:
     corpus = packed_text(24, holdout=0.2, reset_attention=request.param)
     return TextDataset(corpus, limit=40)
 
 
 @pytest.fixture
-def teacher(teacher_folder: Path, tokenizer: Any) -> TransformersTeacher:
+def teacher(teacher_folder, tokenizer) -> TransformersTeacher:
     return load_teacher(str(teacher_folder), tokenizer=tokenizer, slice_positions=10)
 
 

@@ -2,9 +2,7 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import pytest
 import torch
@@ -211,7 +209,7 @@ def test_one_window_has_no_interval_and_none_is_an_error():
 
 
 @pytest.fixture(scope="module")
-def found(packed_text: Any, tokenizer: Any, teacher_folder: Path) -> dict[str, HeldOut]:
+def found(packed_text, tokenizer, teacher_folder) -> dict[str, HeldOut]:
     corpus = packed_text(24, holdout=0.2, reset_attention=True)
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)
     students = {"a": tiny_llama(seed=4), "b": tiny_llama(seed=5)}

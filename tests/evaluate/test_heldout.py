@@ -1,7 +1,5 @@
 """Test that held-out metrics equal those of a plain computation on all logits."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from tests.conftest import tiny_llama
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["attention kept", "attention reset"])
-def windows(request: Any, packed_text: Any) -> TextDataset:
+def windows(request, packed_text) -> TextDataset:
     corpus = packed_text(48, holdout=0.2, reset_attention=request.param)
     return TextDataset(corpus, limit=5)
 

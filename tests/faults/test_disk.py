@@ -62,7 +62,7 @@ def test_a_disk_that_turns_read_only(tmp_path, small_disk):
 
 
 @pytest.fixture
-def exfat(tmp_path: Path) -> Iterator[Path]:
+def exfat(tmp_path) -> Iterator[Path]:
     """A file system without hard links."""
     if not (shutil.which("mkfs.exfat") and shutil.which("mount.exfat-fuse") and os.geteuid() == 0):
         pytest.skip("needs root, exfat-fuse and exfatprogs")

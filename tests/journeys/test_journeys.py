@@ -22,7 +22,7 @@ SCRIPTS = sorted(Path(__file__).parent.glob("*.sh"))
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def desk(tmp_path, tokenizer, monkeypatch) -> dict[str, str]:
     write_material(tmp_path / "desk", 30_000)
     monkeypatch.chdir(tmp_path / "desk")
     return stand_in_for_named_models(tmp_path / "home", tokenizer, monkeypatch)

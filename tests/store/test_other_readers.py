@@ -12,13 +12,13 @@ from sparselogits.store.records import WindowRecord
 
 
 @pytest.fixture(scope="module")
-def records(cache: Path) -> list[WindowRecord]:
+def records(cache) -> list[WindowRecord]:
     opened = Cache.open(cache)
     return [opened.read(i) for i in range(len(opened))]
 
 
 @pytest.fixture(scope="module")
-def lists(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lists(cache, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "lists"
     export(Cache.open(cache), folder, "lists")
     return folder

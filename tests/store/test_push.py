@@ -35,7 +35,7 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+def url(tmp_path) -> Iterator[str]:
     """A place in memory, of this test alone."""
     place = f"memory://{tmp_path.name}/pushed"
     yield place

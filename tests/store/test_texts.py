@@ -166,7 +166,7 @@ class WithoutRename(PlainFiles):
 
 
 @pytest.fixture(params=[PlainFiles, WithoutRename])
-def plain(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def plain(request, tmp_path) -> str:
     fsspec.register_implementation(request.param.protocol, request.param, clobber=True)
     PlainFiles.room = 1 << 40
     return f"{request.param.protocol}://{tmp_path}/pushed"
@@ -263,7 +263,7 @@ def test_no_path_of_the_teacher_is_written(tmp_path):
 
 
 @pytest.fixture
-def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_links(monkeypatch) -> None:
     """As exFAT and SMB answer."""
 
     def link(*_: object, **__: object) -> None:

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.teacher import TransformersTeacher, load_teacher
@@ -59,7 +59,7 @@ TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manua
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def base(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(tie_word_embeddings=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

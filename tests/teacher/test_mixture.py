@@ -1,7 +1,6 @@
 """Several teachers online: the logarithm of the mixture of their distributions."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ WEIGHTS = (0.7, 0.3)
 
 
 @pytest.fixture(scope="module")
-def teachers(
-    teacher_folder: Path, second_teacher: Path, tokenizer: object
-) -> list[TransformersTeacher]:
+def teachers(teacher_folder, second_teacher, tokenizer) -> list[TransformersTeacher]:
     return [load_teacher(str(f), tokenizer=tokenizer) for f in (teacher_folder, second_teacher)]
 
 

@@ -66,7 +66,7 @@ def make_teacher(model: torch.nn.Module, **options: object) -> TransformersTeach
 
 
 @pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+def model(request) -> torch.nn.Module:
     torch.manual_seed(0)
     return MODELS[request.param]().eval()
 

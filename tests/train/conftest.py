@@ -18,9 +18,7 @@ LENGTHS = [(300, 20), (10, 200), (150, 5), (20, 90), (5, 250)]
 
 
 @pytest.fixture(scope="session")
-def answers(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tokenizer: object
-) -> dict[float, Path]:
+def answers(tmp_path_factory, teacher_folder, tokenizer) -> dict[float, Path]:
     """Build a cache of completions per temperature, in one pass of the teacher."""
     folder = tmp_path_factory.mktemp("answers")
     text, at, records = "".join(documents())[:24_000], 0, []

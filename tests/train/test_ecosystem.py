@@ -60,7 +60,7 @@ def example() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def chat_run(tmp_path_factory: pytest.TempPathFactory, example: dict[str, Any]) -> Path:
+def chat_run(tmp_path_factory, example) -> Path:
     """The example, as it is run by hand, with fewer steps."""
     out = tmp_path_factory.mktemp("chat")
     with pytest.MonkeyPatch.context() as patch:

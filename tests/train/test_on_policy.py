@@ -23,7 +23,7 @@ def example() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folder: Path) -> Path:
+def student(tmp_path_factory, cache, teacher_folder) -> Path:
     """A student that was trained from the cache, as a folder."""
     recipe = {"cache": str(cache), "out": str(tmp_path_factory.mktemp("run")), "seed": 3}
     recipe |= {"student": {"config": str(teacher_folder)}, "max_steps": 4}
@@ -31,7 +31,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folde
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("".join(page[:24].replace("\n", " ") + "\n" for page in documents()))
     return file

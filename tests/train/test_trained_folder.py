@@ -39,7 +39,7 @@ SMALL = {"hidden_size": 16, "layers": 1, "heads": 2}
 
 
 @pytest.fixture(scope="module")
-def kept(cache: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(cache, tokenizer, tmp_path_factory) -> Path:
     """A copy of the cache whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("kept") / "cache"
     shutil.copytree(cache, folder)
@@ -56,7 +56,7 @@ def recipe(cache: Path, out: Path, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def trained(kept, tmp_path_factory) -> RunResult:
     return run(recipe(kept, tmp_path_factory.mktemp("trained") / "run"), device="cpu")
 
 

@@ -434,9 +434,7 @@ class Grown(CacheDataset):
 
 
 @pytest.fixture(scope="module")
-def several_shards(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path, teacher_folder: Path, tokenizer: object
-) -> Path:
+def several_shards(tmp_path_factory, cache, teacher_folder, tokenizer) -> Path:
     """The text of the small cache in shards of 64 windows."""
     corpus, root = PackedCorpus.open(cache / "corpus"), tmp_path_factory.mktemp("several") / "cache"
     options = {"windows_per_shard": 64}

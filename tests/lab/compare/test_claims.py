@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments import small_teacher
 from experiments.claims import many_epochs, small_vocabulary, training
-from experiments.compare import documents, pages
+from experiments.compare import pages
 
 from sparselogits.samplers import Systematic, TopK
+from tests.lab.compare.conftest import assert_same_verdict, call
 
 SEEDS = 6
 TOP, SAMPLED, TIMED = small_vocabulary.CLAIMED, small_vocabulary.SAMPLED, small_vocabulary.TIMED
@@ -115,17 +114,10 @@ def test_rounds_at_equal_bytes_are_the_most_that_fit():
     assert all(size(rounds) <= most for rounds in range(1, found))
 
 
-@pytest.mark.skipif(not small_vocabulary.RESULT.exists(), reason="not run")
-def test_the_stored_verdict_on_the_small_vocabulary_is_that_of_the_stored_windows():
-    assert_recomputed(small_vocabulary)
-
-
-@pytest.mark.skipif(not many_epochs.RESULT.exists(), reason="not run")
-def test_the_stored_verdict_on_many_epochs_is_that_of_the_stored_windows():
-    assert_recomputed(many_epochs)
-
-
-def assert_recomputed(experiment: Any) -> None:
+@pytest.mark.parametrize("experiment", [small_vocabulary, many_epochs])
+def test_the_stored_verdict_is_that_of_the_stored_windows(experiment):
+    if not experiment.RESULT.exists():
+        pytest.skip("not run")
     stored = json.loads(experiment.RESULT.read_text())
     with np.load(experiment.RESULT.with_name(f"{experiment.RESULT.stem}_windows.npz")) as windows:
         means = {
@@ -138,30 +130,7 @@ def assert_recomputed(experiment: Any) -> None:
             )
             for name in ("loss", "kl")
         }
-    again = experiment.judge(means)
-    assert stored["verdict"] == again["verdict"]
-    for name, own in again["endpoints"].items():
-        for key in ("mean", "low", "high"):
-            assert stored["endpoints"][name][key] == pytest.approx(own[key], abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A teacher of a few steps, and a part of its text."""
-    folder = tmp_path_factory.mktemp("claims")
-    source, teacher, part = folder / "text.txt", folder / "teacher", folder / "part.jsonl"
-    source.write_text("\n\n".join(f"Line {i} of a text that is long enough." for i in range(3000)))
-    shape = "--width 16 --layers 1 --heads 2 --window 32 --vocabulary 300 --epochs 0.05"
-    call(small_teacher.main, "--text", str(source), "--out", str(teacher), *shape.split())
-    data = str(teacher / "documents.jsonl")
-    call(documents.main, "--data", data, "--out", str(part), "--characters", "30000")
-    return teacher, part
-
-
-def call(main: Any, *words: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script", *words])
-        main()
+    assert_same_verdict(stored, experiment.judge(means))
 
 
 @pytest.mark.slow

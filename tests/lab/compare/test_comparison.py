@@ -42,7 +42,7 @@ METHODS: list[Any] = [
 
 
 @pytest.fixture(scope="module")
-def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+def values(tiny, tmp_path_factory) -> dict[str, Any]:
     return tiny(tmp_path_factory.mktemp("compare"), heldout_windows=8, methods=METHODS)
 
 
@@ -53,7 +53,7 @@ def seen() -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(values: dict[str, Any], seen: dict[str, list[Any]]) -> Results:
+def results(values, seen) -> Results:
     with pytest.MonkeyPatch.context() as patch:
         train = SparseKDTrainer.train
         read = CacheDataset.__getitem__

@@ -1,17 +1,17 @@
 """Test the rule of experiments/deciding.py on constructed outcomes, and its training."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from experiments import deciding, small_teacher
+from experiments import deciding
 from experiments.deciding import ARMS, RESULTS, judge
 from experiments.planned import holm
+
+from tests.lab.compare.conftest import assert_same_verdict, call
 
 SEEDS = 12
 KL = {  # a plausible outcome in which the hypothesis holds
@@ -108,27 +108,13 @@ def test_the_stored_verdict_is_that_of_the_stored_windows():
     with np.load(RESULTS / "deciding_windows.npz") as windows:
         kl = windows["kl"].astype(np.float64).sum(2) / windows["positions"].sum()
     again = judge({arm.title: own.tolist() for arm, own in zip(ARMS, kl, strict=True)})
-    assert stored["verdict"] == again["verdict"]
-    for name, own in again["endpoints"].items():
-        for key in ("mean", "low", "high"):
-            assert stored["endpoints"][name][key] == pytest.approx(own[key], abs=1e-5)
+    assert_same_verdict(stored, again)
 
 
 @pytest.mark.slow
-def test_two_steps_run_are_interrupted_and_collected(tmp_path, monkeypatch):
-    """The commands of the docstring, on a teacher of two steps."""
-
-    def call(main: Any, *words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["script", *words])
-        main()
-
-    teacher, work, out = tmp_path / "teacher", tmp_path / "work", tmp_path / "deciding.json"
-    source = tmp_path / "text.txt"
-    source.write_text("\n\n".join(f"Line {i} of a text that is long enough." for i in range(3000)))
-    shape = shlex.split("--width 16 --layers 1 --heads 2 --window 32 --vocabulary 300")
-    call(
-        small_teacher.main, "--text", str(source), "--out", str(teacher), *shape, "--epochs", "0.02"
-    )
+def test_two_steps_run_are_interrupted_and_collected(material, tmp_path, monkeypatch):
+    """The commands of the docstring, on a teacher of a few steps."""
+    teacher, work, out = material[0], tmp_path / "work", tmp_path / "deciding.json"
     sizes = ("--seeds", "2", "--ancestor-steps", "2", "--steps", "2", "--heldout", "3")
     sizes += ("--width", "16", "--layers", "1", "--heads", "2", "--work", str(work))
     monkeypatch.setattr(deciding, "SAVE_STEPS", 1)

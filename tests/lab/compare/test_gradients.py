@@ -38,7 +38,7 @@ RECORD = Path(__file__).parents[3] / "experiments" / "results" / "compare_small_
 
 
 @pytest.fixture(scope="module")
-def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+def values(tiny, tmp_path_factory) -> dict[str, Any]:
     own = {"training": {"per_device_train_batch_size": 8}, "seeds": [0], "resamples": 20}
     folder = tmp_path_factory.mktemp("gradients")
     return tiny(folder, gradients=GRADIENTS, methods=METHODS, **own)
@@ -49,12 +49,12 @@ def compared(values: dict[str, Any], **changes: Any) -> Results:
 
 
 @pytest.fixture(scope="module")
-def results(values: dict[str, Any]) -> Results:
+def results(values) -> Results:
     return compared(values)
 
 
 @pytest.fixture
-def copied(results: Results, values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def copied(results, values, tmp_path) -> dict[str, Any]:
     """The same comparison in a directory of its own, all runs done, no gradients measured."""
     out = tmp_path / "out"
     shutil.copytree(values["out"], out)
@@ -63,7 +63,7 @@ def copied(results: Results, values: dict[str, Any], tmp_path: Path) -> dict[str
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def measured(monkeypatch) -> list[int]:
     """How many targets each call to the measurement was for."""
     calls: list[int] = []
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +28,7 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def grid(tiny: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def grid(tiny, tmp_path_factory) -> Path:
     """A finished setting of the grid, of tiny models."""
     how = {"learning_rate": 1e-3}
     values = tiny(

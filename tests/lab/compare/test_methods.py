@@ -47,7 +47,7 @@ Asked = Counter[bytes]
 
 
 @pytest.fixture(scope="module")
-def student(tiny: Any, tmp_path_factory: Any) -> Path:
+def student(tiny, tmp_path_factory) -> Path:
     """The student of a comparison that was made before."""
     values = tiny(tmp_path_factory.mktemp("before"), seeds=[0], methods=["ce"], training=TRAINING)
     (run,) = compare(parse_compare_recipe(values, source="test")).runs
@@ -55,7 +55,7 @@ def student(tiny: Any, tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Any, tmp_path_factory: Any, student: Path) -> CompareRecipe:
+def recipe(tiny, tmp_path_factory, student) -> CompareRecipe:
     methods: list[Any] = [
         "full",
         "reverse_kl",
@@ -93,7 +93,7 @@ def watched() -> Iterator[Asked]:
 
 
 @pytest.fixture(scope="module")
-def prepared(recipe: CompareRecipe, watched: Asked) -> tuple[Setting, Asked]:
+def prepared(recipe, watched) -> tuple[Setting, Asked]:
     """The caches, and what the teacher read for them."""
     watched.clear()
     setting = prepare(recipe, FinishedWork(recipe.out))
@@ -101,9 +101,7 @@ def prepared(recipe: CompareRecipe, watched: Asked) -> tuple[Setting, Asked]:
 
 
 @pytest.fixture(scope="module")
-def compared(
-    recipe: CompareRecipe, prepared: tuple[Setting, Asked], watched: Asked
-) -> tuple[Results, Asked]:
+def compared(recipe, prepared, watched) -> tuple[Results, Asked]:
     """The comparison in these caches, and what the teacher read for it."""
     watched.clear()
     results = compare(recipe)
@@ -111,28 +109,28 @@ def compared(
 
 
 @pytest.fixture(scope="module")
-def setting(prepared: tuple[Setting, Asked]) -> Setting:
+def setting(prepared) -> Setting:
     return prepared[0]
 
 
 @pytest.fixture(scope="module")
-def results(compared: tuple[Results, Asked]) -> Results:
+def results(compared) -> Results:
     return compared[0]
 
 
 @pytest.fixture(scope="module")
-def rows(results: Results) -> dict[str, MethodRow]:
+def rows(results) -> dict[str, MethodRow]:
     return {row.family: row for row in results.methods}
 
 
 @pytest.fixture(scope="module")
-def runs(results: Results) -> dict[str, RunRow]:
+def runs(results) -> dict[str, RunRow]:
     family = {row.method: row.family for row in results.methods}
     return {family[run.method]: run for run in results.runs}
 
 
 @pytest.fixture(scope="module")
-def caches(setting: Setting) -> dict[str, Cache]:
+def caches(setting) -> dict[str, Cache]:
     opened = [Cache.open(path) for path in setting.caches.values()]
     return {cache.identity.sampler["name"]: cache for cache in opened}
 

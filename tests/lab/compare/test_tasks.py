@@ -26,7 +26,7 @@ FIGURES += ["last_word/acc", "last_word/perplexity"]
 
 
 @pytest.fixture(scope="module")
-def values(tiny: Any, tmp_path_factory: Any) -> dict[str, Any]:
+def values(tiny, tmp_path_factory) -> dict[str, Any]:
     folder, methods = tmp_path_factory.mktemp("tasks"), ["ce", {"sampler": "topk", "k": 5}]
     return tiny(folder, longest=4000, window=64, holdout=0.4, methods=methods)
 
@@ -36,12 +36,12 @@ def carried_out(values: dict[str, Any], **changes: Any) -> Results:
 
 
 @pytest.fixture(scope="module")
-def before(values: dict[str, Any]) -> Results:
+def before(values) -> Results:
     return carried_out(values)
 
 
 @pytest.fixture(scope="module")
-def results(values: dict[str, Any], before: Results) -> Results:
+def results(values, before) -> Results:
     """Tasks added to a comparison that is finished, which trains nothing again."""
 
     def refuse(*_: Any, **__: Any) -> None:

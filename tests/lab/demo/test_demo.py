@@ -22,7 +22,7 @@ SMALL = Scale(characters=6_000, heldout_windows=4, window=48, layers=1)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
+def home(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         stand_in_for_named_models(folder, tokenizer, patch)
@@ -30,12 +30,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _named_models(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _named_models(home, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, home: Path) -> DemoResult:
+def found(tmp_path_factory, home) -> DemoResult:
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))

@@ -6,7 +6,6 @@ float64; sampled weights are always float32, which explains tolerances of 1e-5.
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -40,18 +39,18 @@ RULES = get_args(MissingMass)
 
 
 @pytest.fixture(scope="module")
-def windows(request: Any, packed_text: Any) -> TextDataset:
+def windows(request, packed_text) -> TextDataset:
     corpus = packed_text(LENGTH, reset_attention=getattr(request, "param", False))
     return TextDataset(corpus, holdout=False, limit=6)
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher_folder: Path, tokenizer: Any) -> TransformersTeacher:
+def teacher(teacher_folder, tokenizer) -> TransformersTeacher:
     return load_teacher(str(teacher_folder), tokenizer=tokenizer, slice_positions=10)
 
 
 @pytest.fixture(scope="module")
-def student(request: Any) -> nn.Module:
+def student(request) -> nn.Module:
     return tiny_llama(seed=4, tie_word_embeddings=getattr(request, "param", True)).double()
 
 

@@ -12,9 +12,7 @@ LENGTH = 48
 
 
 @pytest.fixture(scope="session")
-def viewer(
-    tmp_path_factory: pytest.TempPathFactory, teacher_folder: object, tokenizer: object
-) -> WindowViewer:
+def viewer(tmp_path_factory, teacher_folder, tokenizer) -> WindowViewer:
     folder = tmp_path_factory.mktemp("viewed")
     write_lines(folder / "text.jsonl", ({"text": TEXT * 3} for _ in range(3)))
     teacher = load_teacher(str(teacher_folder), tokenizer=tokenizer)

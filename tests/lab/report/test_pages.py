@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparselogits.lab.compare.results import read_results
-from sparselogits.lab.report import WindowViewer, view_page
+from sparselogits.lab.report import view_page
 from sparselogits.lab.report.comparison import report_page
 from sparselogits.lab.report.walkthrough import walkthrough_page
 from tests.lab.report.browser import DESKTOP, PHONE, cut_off, faint_texts, opened
@@ -20,7 +20,7 @@ LARGEST = 3_000_000
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, viewer: WindowViewer) -> dict[str, Path]:
+def pages(tmp_path_factory, viewer) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     texts = {
         "comparison": report_page(comparison()),

@@ -22,12 +22,12 @@ COUNT = 30
 
 
 @pytest.fixture(scope="module")
-def corpus(packed_text: Any) -> PackedCorpus:
+def corpus(packed_text) -> PackedCorpus:
     return packed_text(64, holdout=0.3)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: Any, corpus: PackedCorpus, tokenizer: Any) -> Path:
+def data(tmp_path_factory, corpus, tokenizer) -> Path:
     folder: Path = tmp_path_factory.mktemp("tasks")
     write_tasks(folder, LOCAL_TASKS, corpus=corpus, tokenizer=tokenizer, count=COUNT)
     return folder
