@@ -64,7 +64,7 @@ def bits(given: Tensor, exponent: float, with_moment: bool) -> list[Tensor]:
 @pytest.mark.parametrize(("exponent", "with_moment"), [(1.0, True), (1.0, False), (0.6, False)])
 def test_bits_are_those_of_pytorch(threads, exponent, with_moment, monkeypatch):
     given = logits()
-    given = torch.cat([given, given * 30, given - 1000])
+    given = torch.cat([given, given * 30, given - 1000, given - 2**23, given.requires_grad_()])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -133,11 +133,15 @@ def test_a_build_has_the_same_records(sampler, monkeypatch):
     [
         (float("nan"), "position 66: logit of id 33 is nan"),
         (float("inf"), "position 66: logit of id 33 is inf"),
+        (1e9, "position 66: logit of id 33 is 1000000000.0, expected the row's largest"),
+        (3e38, r"position 66: logit of id 33 is 3.*e\+38, expected the row's largest"),
+        (-1e9, "position 66: logit of id .* is -.*, expected the row's largest"),
     ],
 )
 def test_bad_logits_are_named(value, message):
     assert compiled.library() is not None
     for given in (logits(), torch.full((70, VOCABULARY), -torch.inf)):
+        given[66, given[66] > value] = value
         given[66, 33] = value
         given[:66, 5] = 1.0
         with pytest.raises(InvalidLogitsError, match=message):

@@ -83,6 +83,8 @@ def test_valid_within_its_cap_and_rebuilt_from_its_parameters(sampler):
     [
         (float("nan"), r"position 70: logit of id 33 is nan"),
         (float("inf"), r"position 70: logit of id 33 is inf"),
+        (3e7, r"position 70: logit of id 33 is 30000000\.0, expected .* within 16,777,216 of 0"),
+        (3e38, r"position 70: logit of id 33 is 3.*e\+38, expected"),
     ],
 )
 def test_bad_logits_are_named(sampler, value, message):
@@ -90,6 +92,24 @@ def test_bad_logits_are_named(sampler, value, message):
     logits[70, 33] = value
     with pytest.raises(InvalidLogitsError, match=message):
         draw(sampler, logits)
+
+
+@pytest.mark.parametrize("offset", [2.0**24, -(2.0**24)])
+def test_the_largest_logits_are_drawn_from_their_softmax(offset: float) -> None:
+    steps = 2 * torch.arange(500.0)[torch.randperm(500, generator=torch.manual_seed(0))]
+    logits = (offset - torch.stack([steps, (steps / 50).floor() * 2])).float()
+    counts = draw(Systematic(1000), logits).dense() * 1000
+    assert bool(((counts - 1000 * logits.double().softmax(-1)).abs() < 1.001).all())
+    with pytest.raises(InvalidLogitsError, match="position 0: logit of id"):
+        draw(Systematic(1000), logits + offset / 2)
+
+
+@pytest.mark.parametrize("sampler", ALL, ids=str)
+def test_values_are_drawn_from_logits_with_a_graph(sampler: Sampler) -> None:
+    logits = some_logits(5)
+    drawn = draw(sampler, logits.clone().requires_grad_())
+    assert same(drawn, draw(sampler, logits))
+    assert not drawn.weights.requires_grad
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)

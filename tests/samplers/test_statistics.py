@@ -37,11 +37,11 @@ def test_statistics_do_not_change_what_is_drawn(sampler):
     logits = torch.stack([logits_of("zipf", 1000, seed) for seed in range(70)]).float()
     uniforms = window_uniforms(0, 0, 70, sampler.uniforms_per_position)
     alone = sampler(logits, uniforms)
-    drawn, figures = draw_with_statistics(sampler, logits, uniforms)
+    drawn, statistics = draw_with_statistics(sampler, logits.clone().requires_grad_(), uniforms)
     assert torch.equal(drawn.ids, alone.ids)
     assert torch.equal(drawn.weights, alone.weights)
     assert torch.equal(drawn.offsets, alone.offsets)
-    torch.testing.assert_close(figures.entropy, DistributionStatistics.of(logits).entropy)
+    torch.testing.assert_close(statistics.entropy, DistributionStatistics.of(logits).entropy)
 
 
 def test_what_is_no_distribution_is_refused():

@@ -15,8 +15,8 @@ contain given levels of the cumulative sum of w, the vocabulary is divided into 
 Accuracy: float32 weights have relative errors of about 1e-7 with mean zero. Only light blocks
 have such errors, so marginals are within 1e-9 of a float64 softmax for logits up to about 100 in
 magnitude (measured by the tests and benchmarks/sampling.py); for logits of about 1000 the error is
-2e-9, because it grows with their magnitude (`_factors`). A token of probability zero, such as a
-masked one, is never drawn.
+2e-9, because it grows with their magnitude (`_factors`), and logits beyond `LARGEST_LOGIT` are
+rejected. A token of probability zero, such as a masked one, is never drawn.
 
 Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
 
@@ -49,6 +49,9 @@ BLOCK = 64
 
 POSITIONS_AT_ONCE = 64
 """Number of positions whose block sums are in memory together on a CPU."""
+
+LARGEST_LOGIT = 2.0**24
+"""Largest accepted magnitude of a row's largest logit; float32 cannot scale larger ones exactly."""
 
 _TINY = torch.finfo(torch.float64).tiny
 _LOG2_E = 1 / math.log(2)
@@ -103,12 +106,13 @@ class Blocks:
             with_moment: whether to compute `moment`; requires exponent 1.
 
         Raises:
-            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only.
+            InvalidLogitsError: the largest logit of a row is NaN, infinite, or beyond
+                `LARGEST_LOGIT` in magnitude.
         """
-        whole = _whole_blocks(logits)
+        whole = _whole_blocks(logits.detach())
         library = compiled.library_for(whole) if exponent != 0 else None
         peak, blocks = sum_by_block(whole, exponent, with_moment, library)
-        _require_finite(logits, peak, first_position)
+        _require_in_range(logits, peak, first_position)
         return blocks
 
     @property
@@ -377,21 +381,21 @@ def _factors(exponent: float) -> tuple[float, float]:
     return factor, float(np.float32(exponent * _LOG2_E / factor - 1))
 
 
-def _require_finite(logits: Tensor, peak: Tensor, first_position: int) -> None:
-    """Raise InvalidLogitsError if the largest logit of a row, [R, 1], is not finite."""
-    wrong = ~peak.isfinite()
+def _require_in_range(logits: Tensor, peak: Tensor, first_position: int) -> None:
+    """Raise InvalidLogitsError if the largest logit of a row, [R, 1], is NaN or out of range."""
+    wrong = ~(peak.abs() <= LARGEST_LOGIT)
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0, 0])
-    if bool((logits[row] == -torch.inf).all()):
+    largest, token = logits[row].max(-1)
+    position = first_position + row
+    if largest == -torch.inf:
         raise InvalidLogitsError(
-            f"position {first_position + row}: every logit is -inf, expected at least one finite "
-            "logit; check the mask of ids that are tokens"
+            f"position {position}: every logit is -inf, expected at least one finite logit; check "
+            "the mask of ids that are tokens"
         )
-    bad = logits[row].isnan() | (logits[row] == torch.inf)
-    token = int(bad.nonzero()[0, 0])
     raise InvalidLogitsError(
-        f"position {first_position + row}: logit of id {token} is {logits[row, token].item()}, "
-        "expected a finite number or -inf; if the teacher overflows in float16, run it in bfloat16 "
-        "or float32"
+        f"position {position}: logit of id {int(token)} is {largest.item()}, expected the row's "
+        f"largest logit to be within {LARGEST_LOGIT:,.0f} of 0; if the teacher overflows in "
+        "float16, run it in bfloat16 or float32"
     )

@@ -248,7 +248,8 @@ class Sampler(ABC):
             first_position: position of the first row, for error messages.
 
         Raises:
-            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only.
+            InvalidLogitsError: the largest logit of a position is NaN, infinite, or beyond
+                `distribution.LARGEST_LOGIT` in magnitude.
         """
 
     def __post_init__(self) -> None:
@@ -258,20 +259,21 @@ class Sampler(ABC):
         """Sample sparse targets from the teacher's distributions at P positions.
 
         Args:
-            logits: [P, V] of any floating-point dtype; -inf for ids that are not tokens.
+            logits: [P, V] of any floating-point dtype; -inf for ids that are not tokens. No
+                gradient flows into the targets.
             uniforms: float64 [P, uniforms_per_position] in [0, 1); see `window_uniforms`.
 
         Returns:
             Targets of P positions, on the device of the logits.
 
         Raises:
-            InvalidLogitsError: logits contain NaN, +inf, or a row of -inf only; or a shape or
-                uniform is invalid.
+            InvalidLogitsError: the largest logit of a position is NaN, infinite, or beyond
+                `distribution.LARGEST_LOGIT` in magnitude; or a shape or uniform is invalid.
         """
         from sparselogits.samplers.distribution import position_slices
         from sparselogits.targets import SparseTargets
 
-        uniforms = uniforms.to(logits.device).double()
+        logits, uniforms = logits.detach(), uniforms.to(logits.device).double()
         return SparseTargets.cat(
             [
                 self.draw(logits[part], uniforms[part], part.start)
