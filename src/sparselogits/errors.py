@@ -27,7 +27,7 @@ class InvalidTargetsError(SparseLogitsError, ValueError):
 
 
 class InvalidLogitsError(SparseLogitsError, ValueError):
-    """Raised if logits or uniforms contain NaN or +inf, or have the wrong shape."""
+    """Raised if logits or uniforms are NaN or out of range, or have the wrong shape."""
 
 
 class InvalidArgumentError(SparseLogitsError, ValueError):
@@ -43,7 +43,7 @@ class TeacherError(SparseLogitsError):
 
 
 class IdentityMismatchError(SparseLogitsError):
-    """Raised if two objects differ in the teacher, tokenizer, sampler or text they must share."""
+    """Raised if two objects that must match differ in teacher, tokenizer, sampler or text."""
 
 
 class CacheError(SparseLogitsError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from operator import index
 from typing import NamedTuple, SupportsIndex, overload
 
@@ -131,13 +131,12 @@ class SparseTargets:
             )
         stop = max(start, stop)
         first, last = int(self.offsets[start]), int(self.offsets[stop])
-        return SparseTargets(
-            self.ids[first:last],
-            self.weights[first:last],
-            self.offsets[start : stop + 1] - first,
-            self.vocab_size,
+        return replace(
+            self,
+            ids=self.ids[first:last],
+            weights=self.weights[first:last],
+            offsets=self.offsets[start : stop + 1] - first,
             counts=None if self.counts is None else self.counts[first:last],
-            rounds=self.rounds,
             check=False,
         )
 
@@ -183,8 +182,7 @@ class SparseTargets:
         Raises:
             InvalidTargetsError: a position has more than `width` entries.
         """
-        lengths = self.entries_per_position
-        longest = int(lengths.max()) if len(self) else 0
+        longest = int(self.entries_per_position.max()) if len(self) else 0
         if width is None:
             width = longest
         elif width < longest:
@@ -192,13 +190,12 @@ class SparseTargets:
                 f"a position has {longest} entries, more than width={width}; removing entries "
                 f"would bias the target. Pass width >= {longest}, or thin the targets first"
             )
-        column = torch.arange(self.entries, device=self.ids.device) - self.offsets[
-            :-1
-        ].repeat_interleave(lengths, output_size=self.entries)
+        positions = self.positions
+        column = torch.arange(self.entries, device=self.ids.device) - self.offsets[positions]
         ids = self.ids.new_zeros(len(self), width)
         weights = self.weights.new_zeros(len(self), width)
-        ids[self.positions, column] = self.ids
-        weights[self.positions, column] = self.weights
+        ids[positions, column] = self.ids
+        weights[positions, column] = self.weights
         return ids, weights
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
@@ -208,19 +205,9 @@ class SparseTargets:
             device: target device.
             non_blocking: passed to `torch.Tensor.to`.
         """
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return SparseTargets(
-            move(self.ids),
-            move(self.weights),
-            move(self.offsets),
-            self.vocab_size,
-            counts=None if self.counts is None else move(self.counts),
-            rounds=self.rounds,
-            check=False,
-        )
+        names = ("ids", "weights", "offsets", *(() if self.counts is None else ("counts",)))
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        return replace(self, **moved, check=False)
 
     @staticmethod
     def cat(parts: Sequence[SparseTargets]) -> SparseTargets:
@@ -237,26 +224,27 @@ class SparseTargets:
             raise InvalidTargetsError("nothing to concatenate; pass at least one SparseTargets")
         first = parts[0]
         for part in parts:
+            differing = None
             if (part.vocab_size, part.rounds) != (first.vocab_size, first.rounds):
-                raise InvalidTargetsError(
-                    "targets to concatenate differ: vocab_size and rounds are "
-                    f"({first.vocab_size}, {first.rounds}) and ({part.vocab_size}, {part.rounds}); "
-                    "concatenate targets of one sampler only"
+                differing = (
+                    f"vocab_size and rounds are ({first.vocab_size}, {first.rounds}) and "
+                    f"({part.vocab_size}, {part.rounds})"
                 )
-            if (part.counts is None) != (first.counts is None):
+            elif (part.counts is None) != (first.counts is None):
+                differing = "only some have counts"
+            if differing:
                 raise InvalidTargetsError(
-                    "targets to concatenate differ: only some have counts; concatenate targets of "
-                    "one sampler only"
+                    f"targets to concatenate differ: {differing}; concatenate targets of one "
+                    "sampler only"
                 )
         lengths = torch.cat([part.entries_per_position for part in parts])
         counts = [part.counts for part in parts if part.counts is not None]
-        return SparseTargets(
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.weights for part in parts]),
-            offsets_from_lengths(lengths),
-            first.vocab_size,
+        return replace(
+            first,
+            ids=torch.cat([part.ids for part in parts]),
+            weights=torch.cat([part.weights for part in parts]),
+            offsets=offsets_from_lengths(lengths),
             counts=torch.cat(counts) if counts else None,
-            rounds=first.rounds,
             check=False,
         )
 
@@ -374,7 +362,9 @@ class SparseTargets:
                 f"found {int(start.min())} to {int(start.max())}; draw them from that range"
             )
         cached, positions, counts = self.rounds, self.positions, self.counts.long()
-        after = _running_sum_within(counts, self.offsets, positions)
+        total = counts.cumsum(0)
+        before = torch.cat([total.new_zeros(1), total])[self.offsets[:-1]]
+        after = total - before[positions]  # inclusive sum of the counts within the position
         shift = (start * (cached // choices))[positions]
 
         def selected_before(end: Tensor) -> Tensor:
@@ -387,11 +377,11 @@ class SparseTargets:
         remains = selected > 0
         lengths = torch.zeros_like(self.offsets[1:]).index_add_(0, positions, remains.long())
         scale = (selected * cached).double() / (counts * rounds).double()
-        return SparseTargets(
-            self.ids[remains],
-            (self.weights * scale)[remains].to(self.weights.dtype),
-            offsets_from_lengths(lengths),
-            self.vocab_size,
+        return replace(
+            self,
+            ids=self.ids[remains],
+            weights=(self.weights * scale)[remains].to(self.weights.dtype),
+            offsets=offsets_from_lengths(lengths),
             counts=selected[remains].to(torch.int32),
             rounds=rounds,
             check=False,
@@ -399,11 +389,7 @@ class SparseTargets:
 
 
 def thinning_choices(cached: int, kept: int) -> int:
-    """Return the number of possible starts for thinning, cached / gcd(cached, kept).
-
-    Args:
-        cached: number of rounds per position before thinning.
-        kept: number of rounds per position after thinning.
+    """Return the number of possible starts for thinning `cached` rounds per position to `kept`.
 
     Raises:
         InvalidTargetsError: unless 1 <= kept <= cached.
@@ -432,17 +418,7 @@ def _summed(
     count: int,
     vocab_size: int,
 ) -> SparseTargets:
-    """Return targets in which the entries with the same position and id are added.
-
-    Args:
-        positions: int64 [E].
-        ids: int64 [E], in any order.
-        weights: float64 [E].
-        counts: int32 [E], or None.
-        rounds: number of rounds per position, or None.
-        count: number of positions.
-        vocab_size: number of ids.
-    """
+    """Return targets in which weights and counts with equal position and id are added."""
     keys = positions * vocab_size + ids
     distinct, entry = keys.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     summed = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
@@ -462,14 +438,8 @@ def _summed(
     )
 
 
-def _running_sum_within(values: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
-    """Return inclusive prefix sums, int64 [E], of the values within each position."""
-    total = values.cumsum(0)
-    before = torch.cat([total.new_zeros(1), total])[offsets[:-1]]
-    return total - before[positions]
-
-
 def _validate(targets: SparseTargets) -> None:
+    """Validate all fields. Raises InvalidTargetsError."""
     expected = {"ids": torch.int64, "weights": torch.float32, "offsets": torch.int64}
     if targets.counts is not None:
         expected["counts"] = torch.int32
@@ -478,17 +448,15 @@ def _validate(targets: SparseTargets) -> None:
         if tensor.dtype != dtype or tensor.dim() != 1:
             raise InvalidTargetsError(
                 f"{name} must be a {dtype} vector, found {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}"
+                f"{tuple(tensor.shape)}; convert it"
             )
     if (targets.counts is None) != (targets.rounds is None):
         raise InvalidTargetsError("only one of counts and rounds is given; pass both or neither")
     if targets.vocab_size < 1:
-        raise InvalidTargetsError(f"vocab_size must be positive, found {targets.vocab_size}")
-    _validate_offsets(targets)
-    _validate_entries(targets)
-
-
-def _validate_offsets(targets: SparseTargets) -> None:
+        raise InvalidTargetsError(
+            f"vocab_size must be positive, found {targets.vocab_size}; give the number of columns "
+            "in the teacher's head"
+        )
     offsets, entries = targets.offsets, targets.ids.numel()
     if offsets.numel() < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != entries:
         raise InvalidTargetsError(
@@ -506,9 +474,11 @@ def _validate_offsets(targets: SparseTargets) -> None:
             raise InvalidTargetsError(
                 f"found {entries} ids, but {tensor.numel()} {name}; expected equal numbers"
             )
+    _validate_entries(targets)
 
 
 def _validate_entries(targets: SparseTargets) -> None:
+    """Validate ids, weights and counts, given valid offsets. Raises InvalidTargetsError."""
     ids, weights, positions = targets.ids, targets.weights, targets.positions
 
     def require(good: Tensor, values: Tensor, what: str) -> None:
@@ -536,5 +506,5 @@ def _validate_entries(targets: SparseTargets) -> None:
         position = int(wrong.nonzero()[0])
         raise InvalidTargetsError(
             f"position {position}: counts sum to {int(drawn[position])}, expected the "
-            f"{targets.rounds} rounds"
+            f"{targets.rounds} rounds; give the counts of all rounds, and their number"
         )

@@ -1,15 +1,17 @@
 """Build one or more caches from a packed corpus, with one forward pass of the teacher for all.
 
 An interrupted build resumes with the first missing shard, because an existing shard is always
-complete. Before the teacher runs, the fingerprints of existing shards are compared with the corpus,
-so that all shards come from the same text (`job.CHECKED_SHARDS`).
+complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from sparselogits.caching.job import Job
 from sparselogits.caching.pilot import check_teacher_on_text, pilot_windows, resolve_budget
@@ -128,7 +130,6 @@ def build_caches(
     done = found = total - windows_in(missing)
 
     def advance(windows: int) -> None:
-        """Report the progress."""
         nonlocal done
         done += windows
         if progress is not None:
@@ -153,8 +154,8 @@ def check_request(
     Args:
         request: the cache to build.
         packing: packing of the text.
-        tokenizer_hash: `corpus.tokenizer_fingerprint` of the teacher's tokenizer.
-        windows_per_shard: number of windows per shard.
+        tokenizer_hash: see `build_caches`.
+        windows_per_shard: see `build_caches`.
         objective: objective of a masked teacher; None for a causal teacher.
 
     Raises:
@@ -207,28 +208,11 @@ def begin_job(
             "text; pack them with an attention mask (--packing documents, kind='documents'), or "
             "join them (--join-rows)"
         )
-    caches, samplers = _open_caches(
-        engine, corpus, requests, tokenizer_hash, windows_per_shard, corruption
-    )
-    draws = [
-        DrawSettings(sampler, request.seed, request.temperature)
-        for sampler, request in zip(samplers, requests, strict=True)
-    ]
-    record = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
-    return Job(corpus, first_window, caches, draws, batch, corruption, record)
-
-
-def _open_caches(
-    engine: Engine,
-    corpus: PackedCorpus,
-    requests: Sequence[CacheRequest],
-    tokenizer_hash: str,
-    windows_per_shard: int,
-    corruption: Corruption | None,
-) -> tuple[list[Cache], list[Sampler]]:
-    """Create or open the cache of each request; return caches and fitted samplers."""
-    reset = corpus.packing.reset_attention
-    caches, samplers = [], []
+    how: dict[str, Any] = {
+        "reset_attention": corpus.packing.reset_attention,
+        "corruption": corruption,
+    }
+    caches, draws = [], []
     pilot = None
     for request in requests:
         existing = _existing(request)
@@ -237,23 +221,30 @@ def _open_caches(
         else:
             if pilot is None:
                 pilot = pilot_windows(corpus)
-                check_teacher_on_text(engine, pilot, reset_attention=reset, corruption=corruption)
+                check_teacher_on_text(engine, pilot, **how)
+            temperature = request.temperature
             sampler = resolve_budget(
-                engine,
-                pilot,
-                request.sampler,
-                request.budget,
-                temperature=request.temperature,
-                reset_attention=reset,
-                corruption=corruption,
+                engine, pilot, request.sampler, request.budget, temperature=temperature, **how
             )
-        codec = _codec(request, sampler, existing)
-        identity = _identity(
-            engine, corpus, request, sampler, codec, tokenizer_hash, windows_per_shard, corruption
+        packing = corpus.packing.to_json()
+        identity = Identity(
+            teacher=engine.identity,
+            tokenizer=str(tokenizer_hash),
+            vocab_size=engine.vocab_size,
+            token_mask=_mask_fingerprint(engine),
+            window_length=packing.pop("window_length"),
+            windows_per_shard=windows_per_shard,
+            packing=packing,
+            sampler=_described(request, sampler),
+            seed=request.seed,
+            temperature=request.temperature,
+            codec=_codec(request, sampler, existing),
+            objective=None if corruption is None else corruption.objective.to_json(),
         )
         caches.append(Cache.create(request.root, identity))
-        samplers.append(sampler)
-    return caches, samplers
+        draws.append(DrawSettings(sampler, request.seed, request.temperature))
+    record = tokenizer_hash.record() if isinstance(tokenizer_hash, TokenizerFingerprint) else None
+    return Job(corpus, first_window, caches, draws, batch, corruption, record)
 
 
 def _existing(request: CacheRequest) -> Identity | None:
@@ -264,8 +255,7 @@ def _existing(request: CacheRequest) -> Identity | None:
 def _sampler_of_existing(request: CacheRequest, existing: Identity) -> Sampler:
     """Return the request's sampler with the fields that were fitted when the cache was created.
 
-    Raises:
-        IdentityMismatchError: the cache was created for another budget.
+    Raises IdentityMismatchError if the cache was created for another budget.
     """
     parameters = dict(existing.sampler)
     budget = parameters.pop("budget", None)
@@ -287,36 +277,8 @@ def _in_words(budget: float | None, parameters: dict[str, Any]) -> str:
     return " and ".join(f"{name} {value}" for name, value in parameters.items())
 
 
-def _identity(
-    engine: Engine,
-    corpus: PackedCorpus,
-    request: CacheRequest,
-    sampler: Sampler,
-    codec: dict[str, Any],
-    tokenizer_hash: str,
-    windows_per_shard: int,
-    corruption: Corruption | None,
-) -> Identity:
-    """Return the identity of a new cache."""
-    packing = corpus.packing.to_json()
-    return Identity(
-        teacher=engine.identity,
-        tokenizer=str(tokenizer_hash),
-        vocab_size=engine.vocab_size,
-        token_mask=_mask_fingerprint(engine),
-        window_length=packing.pop("window_length"),
-        windows_per_shard=windows_per_shard,
-        packing=packing,
-        sampler=_described(request, sampler),
-        seed=request.seed,
-        temperature=request.temperature,
-        codec=codec,
-        objective=None if corruption is None else corruption.objective.to_json(),
-    )
-
-
 def _codec(request: CacheRequest, sampler: Sampler, existing: Identity | None) -> dict[str, Any]:
-    """Return the codec; if the request leaves `exact_weights` open, as in the existing cache."""
+    """Return the codec; `exact_weights` is that of the existing cache if the request has none."""
     exact = request.exact_weights
     if exact is None:
         exact = existing is not None and "rounding" not in existing.codec
@@ -333,10 +295,6 @@ def _described(request: CacheRequest, sampler: Sampler) -> dict[str, Any]:
 
 def _mask_fingerprint(engine: Engine) -> str:
     """Return the sha256, in hex, of the mask of valid token ids; "all" if all ids are valid."""
-    import hashlib
-
-    import numpy as np
-
     mask = engine.token_mask.cpu().numpy()
     if mask.all():
         return "all"

@@ -19,7 +19,6 @@ import torch
 
 from sparselogits.allowances import refuse
 from sparselogits.caching.collected_forms import (
-    DistillKitPacking,
     has_normaliser,
     plain_row,
     settings_of,
@@ -41,7 +40,7 @@ from sparselogits.corpus import (
 )
 from sparselogits.corpus.formats import SourceFile, read_errors
 from sparselogits.corpus.locate import locate
-from sparselogits.corpus.records import Fields, Record, Where
+from sparselogits.corpus.records import Fields, Where
 from sparselogits.errors import CacheError, CorpusError, InvalidArgumentError
 from sparselogits.files import require_new_folder, whole_folder
 from sparselogits.identity import Identity
@@ -118,8 +117,22 @@ def import_collected(
         InvalidArgumentError: `out` is not empty, a size is out of range, or the vocabulary is
             smaller than the tokenizer's.
     """
-    _require_sizes(vocab_size, windows_per_shard, len(tokenizer))
-    folder = _new_folder(out)
+    if windows_per_shard < 1:
+        raise InvalidArgumentError(
+            f"windows_per_shard must be at least 1, found {windows_per_shard}"
+        )
+    if vocab_size < len(tokenizer):
+        raise InvalidArgumentError(
+            f"the tokenizer has {len(tokenizer)} ids, more than the vocabulary size of "
+            f"{vocab_size}; give the number of columns of the teacher's head (vocab_size in its "
+            "config.json)"
+        )
+    if "://" in str(out):
+        raise CacheError(
+            f"{out} is a URL; import to a folder, then copy the cache with `sparselogits merge`"
+        )
+    folder = Path(out).expanduser().absolute()
+    require_new_folder(folder)
     source = Source(data, locate(data, "train").files, Fields())
     rows = _rows(source.files, compression, allow)
     first = next(rows, None)
@@ -128,17 +141,30 @@ def import_collected(
     sampler = TopK(k or entries_per_position(first.values, first.where))
     length = window or tokens_of(first.values, first.where)
     tokenizer_hash = tokenizer_fingerprint(tokenizer)
-    identity = _identity(
-        tokenizer,
-        str(tokenizer_hash),
-        sampler,
-        vocab_size,
-        teacher,
-        length,
-        window is not None,
-        windows_per_shard,
-        exact_weights,
-        normalised=first.normalised,
+    packing = packing_for(tokenizer, window_length=length, reset_attention=window is not None)
+    described = packing.to_json()
+    del described["window_length"]
+    rule = "as collected" if first.normalised else "as collected, normalised over the listed ids"
+    identity = Identity(
+        teacher={
+            "name": teacher,
+            "claimed": teacher,  # compared between identities, unlike the name
+            "engine": "imported",
+            "weights": _UNKNOWN,
+            "dtype": _UNKNOWN,
+            "quantization": _UNKNOWN,
+        },
+        tokenizer=str(tokenizer_hash),
+        vocab_size=vocab_size,
+        token_mask=_UNKNOWN,
+        window_length=length,
+        windows_per_shard=windows_per_shard,
+        # rows contain their separators, so separator_id is used only to end generated text
+        packing=described | {"bos_id": None, "rows": rule},
+        sampler={"name": sampler.name, **sampler.parameters()},
+        seed=0,
+        temperature=1.0,
+        codec=codec_for(sampler, exact_weights=exact_weights),
     )
     cutter = _WindowCutter(length, whole_rows=window is None)
     sequences = (
@@ -161,10 +187,6 @@ def import_collected(
 
 class _WindowCutter:
     """Converter of a stream of rows to windows; buffers only the tokens of the unfinished window.
-
-    Args:
-        length: number of tokens per window.
-        whole_rows: whether every row must have exactly `length` tokens.
 
     Attributes:
         rows: number of rows that were read.
@@ -208,7 +230,6 @@ def _commit_all(
     records: list[WindowRecord] = []
 
     def commit() -> None:
-        """Write a shard."""
         tokens = [Window(r.window_index, r.tokens, r.document_starts, r.mask) for r in records]
         provenance = {
             "corpus": fingerprint(tokens),
@@ -230,7 +251,7 @@ def _commit_all(
 
 
 def _record(index: int, window: Collected, vocab_size: int) -> WindowRecord:
-    """Return the record of a window."""
+    """Return the record of a window, with lower bounds of the teacher's loss and entropy."""
     offsets = np.append(0, np.cumsum(window.lengths))
     targets = SparseTargets(
         torch.from_numpy(window.ids),
@@ -275,13 +296,7 @@ def _loss_and_entropy(window: Collected) -> tuple[float, float]:
 
 
 class _Row(NamedTuple):
-    """Row with lists of ids and logprobs.
-
-    Attributes:
-        values: columns of the row by name.
-        where: function that returns the location of the row, for messages.
-        normalised: whether the probabilities are normalised over the whole vocabulary.
-    """
+    """Columns of a row, its location, and whether it is normalised over the whole vocabulary."""
 
     values: Mapping[str, Any]
     where: Where
@@ -294,28 +309,10 @@ def _rows(
     """Yield the rows of JSON Lines and Parquet files.
 
     Raises:
-        CorpusError: a file cannot be read.
+        CorpusError: a file cannot be read, or has no records.
         InvalidTargetsError: a row is invalid, or only some rows are normalised.
     """
     first: bool | None = None
-    for record, packing in _records(files, compression):
-        normalised = has_normaliser(record.values)
-        if first is None and not normalised:
-            refuse(unnormalised(record.where), "unnormalised-logits", allow)
-        first = normalised if first is None else first
-        if normalised != first:
-            fail(
-                record.where,
-                "only one of this row and the first row has logits without their normaliser, but a "
-                "cache records one rule for all rows; import the two kinds as two caches",
-            )
-        yield _Row(plain_row(record.values, record.where, packing), record.where, normalised)
-
-
-def _records(
-    files: Sequence[SourceFile], compression: Path | None
-) -> Iterator[tuple[Record, DistillKitPacking | None]]:
-    """Yield each record with the settings for the folder of its file. Raises CorpusError."""
     for file in files:
         if not file.format.holds_records or file.format.holds_tokens:
             raise CorpusError(
@@ -323,70 +320,19 @@ def _records(
             )
         packing = settings_of(file.path.parent, compression)
         with read_errors(file.path):
-            for span in file.format.spans(file, 1 << 62, None):
-                for record in file.format.records(span, None):
-                    yield record, packing
-
-
-def _identity(
-    tokenizer: Any,
-    tokenizer_hash: str,
-    sampler: TopK,
-    vocab_size: int,
-    teacher: str,
-    window_length: int,
-    packed: bool,
-    windows_per_shard: int,
-    exact_weights: bool,
-    *,
-    normalised: bool,
-) -> Identity:
-    """Return the identity of the imported cache."""
-    packing = packing_for(tokenizer, window_length=window_length, reset_attention=packed).to_json()
-    del packing["window_length"]
-    rows = "as collected" if normalised else "as collected, normalised over the listed ids"
-    return Identity(
-        teacher={
-            "name": teacher,
-            "claimed": teacher,  # compared between identities, unlike the name
-            "engine": "imported",
-            "weights": _UNKNOWN,
-            "dtype": _UNKNOWN,
-            "quantization": _UNKNOWN,
-        },
-        tokenizer=tokenizer_hash,
-        vocab_size=vocab_size,
-        token_mask=_UNKNOWN,
-        window_length=window_length,
-        windows_per_shard=windows_per_shard,
-        # rows contain their separators, so separator_id is used only to end generated text
-        packing=packing | {"bos_id": None, "rows": rows},
-        sampler={"name": sampler.name, **sampler.parameters()},
-        seed=0,
-        temperature=1.0,
-        codec=codec_for(sampler, exact_weights=exact_weights),
-    )
-
-
-def _new_folder(out: str | Path) -> Path:
-    """Validate the path of a new folder, and return it as an absolute path."""
-    if "://" in str(out):
-        raise CacheError(
-            f"{out} is a URL; import to a folder, then copy the cache with `sparselogits merge`"
-        )
-    folder = Path(out).expanduser().absolute()
-    require_new_folder(folder)
-    return folder
-
-
-def _require_sizes(vocab_size: int, windows_per_shard: int, tokens: int) -> None:
-    """Validate the sizes against the tokenizer's number of ids. Raises InvalidArgumentError."""
-    if windows_per_shard < 1:
-        raise InvalidArgumentError(
-            f"windows_per_shard must be at least 1, found {windows_per_shard}"
-        )
-    if vocab_size < tokens:
-        raise InvalidArgumentError(
-            f"the tokenizer has {tokens} ids, more than the vocabulary size of {vocab_size}; give "
-            "the number of columns of the teacher's head (vocab_size in its config.json)"
-        )
+            spans = file.format.spans(file, 1 << 62, None)
+            for record in chain.from_iterable(file.format.records(span, None) for span in spans):
+                normalised = has_normaliser(record.values)
+                if first is None:
+                    first = normalised
+                    if not normalised:
+                        refuse(unnormalised(record.where), "unnormalised-logits", allow)
+                if normalised != first:
+                    fail(
+                        record.where,
+                        "only one of this row and the first row has logits without their "
+                        "normaliser, but a cache records one rule for all rows",
+                        "Import the two kinds as two caches",
+                    )
+                row = plain_row(record.values, record.where, packing)
+                yield _Row(row, record.where, normalised)

@@ -54,13 +54,7 @@ class _Settings(BaseModel):
 
 
 class ResidualBin(_Settings):
-    """Settings for a group of consecutive residuals that share a scale.
-
-    Attributes:
-        scale_dtype: dtype of the scale.
-        element_bits: number of bits per residual.
-        num_elements: number of residuals.
-    """
+    """Settings for a group of consecutive residuals that share a scale."""
 
     scale_dtype: _Float
     element_bits: Annotated[int, Field(ge=1, le=32)]
@@ -112,12 +106,7 @@ class DistillKitPacking(_Settings):
 
     @classmethod
     def read(cls, path: Path) -> DistillKitPacking:
-        """Read settings from a YAML file.
-
-        Raises:
-            RecipeError: the file cannot be read, or is not YAML.
-            CorpusError: a setting is invalid; the message has the first one.
-        """
+        """Read settings from a YAML file. Raises RecipeError or CorpusError if they are invalid."""
         values = read_mapping(path, "the packing")
         try:
             return cls.model_validate(values)
@@ -157,8 +146,7 @@ class DistillKitPacking(_Settings):
         at, rest = 0, self.k - self.exact_k
         exact_dtype = getattr(torch, self.exact_dtype)
 
-        def take(count: int, dtype: str) -> Tensor:
-            """Return the next `count` values of every position, [P, count]."""
+        def take(count: int, dtype: str) -> Tensor:  # the next values of every position
             nonlocal at
             size = count * _itemsize(dtype)
             part = torch.from_numpy(np.ascontiguousarray(packed[:, at : at + size]))
@@ -203,16 +191,9 @@ class DistillKitPacking(_Settings):
 
 
 def plain_row(
-    values: Mapping[str, Any],
-    where: Where,
-    packing: DistillKitPacking | None,
+    values: Mapping[str, Any], where: Where, packing: DistillKitPacking | None
 ) -> Mapping[str, Any]:
     """Convert a row to lists of ids and logprobs; return a row of any other format unchanged.
-
-    Args:
-        values: columns of the row by name.
-        where: function that returns the location of the row, for messages.
-        packing: settings of DistillKit's packing; None if there are none.
 
     Raises:
         InvalidTargetsError: the row is invalid; the message has the file and the row.
@@ -221,8 +202,9 @@ def plain_row(
         fail(
             where,
             "the row is packed in DistillKit's old layout, which stores neither its settings nor "
-            "whether its values are normalised; expected compressed_logprobs. Unpack the row with "
-            "the settings of its training recipe, and write topk_ids and topk_logprobs",
+            "whether its values are normalised; expected compressed_logprobs",
+            "Unpack the row with the settings of its training recipe, and write topk_ids and "
+            "topk_logprobs",
         )
     if all(name in values for name in _PACKED):
         return _unpacked(values, where, packing)
@@ -240,8 +222,8 @@ def _unpacked(
     if packing is None:
         fail(
             where,
-            f"the row is packed by DistillKit, but its settings are unknown; put {SETTINGS} next "
-            "to the files, or give the file (--compression-config)",
+            "the row is packed by DistillKit, but its settings are unknown",
+            f"Put {SETTINGS} next to the files, or give the file (--compression-config)",
         )
     count = _length(values, where)
     packed = _byte_rows(values, "compressed_logprobs", packing.value_bytes, where)
@@ -268,8 +250,8 @@ def _of_probabilities(values: Mapping[str, Any], where: Where) -> Mapping[str, A
             fail(
                 where,
                 f"the exp_logits of position {position} sum to {numbers.sum():.4g}; expected "
-                "probabilities with a sum of at most 1. Divide them by the sum over the whole "
-                "vocabulary",
+                "probabilities with a sum of at most 1",
+                "Divide them by the sum over the whole vocabulary",
             )
         with np.errstate(divide="ignore"):
             logs.append(np.log(numbers).tolist())
@@ -308,14 +290,9 @@ def _of_logits(values: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
 
 
 def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
-    """Read the settings of DistillKit's packing.
+    """Read DistillKit's settings from the named file, or else from the folder of the data.
 
-    Args:
-        folder: folder of the data.
-        named: file with the settings; None for `SETTINGS` in the folder.
-
-    Returns:
-        The settings; None if no file is given and the folder has none.
+    The result is None if the folder has no such file.
 
     Raises:
         CorpusError: a setting is invalid.
@@ -327,14 +304,7 @@ def settings_of(folder: Path, named: Path | None) -> DistillKitPacking | None:
 def _lists(
     values: Mapping[str, Any], ids: Any, logs: Any, replaced: Collection[str]
 ) -> Mapping[str, Any]:
-    """Return a row in which some columns are replaced by lists of ids and logprobs.
-
-    Args:
-        values: columns of the row by name.
-        ids: ids of each position.
-        logs: logprobs of each position.
-        replaced: names of the columns to remove.
-    """
+    """Return a row with lists of ids and logprobs instead of the `replaced` columns."""
     rest = {name: value for name, value in values.items() if name not in replaced}
     return rest | {"topk_ids": ids, "topk_logprobs": logs}
 
@@ -371,7 +341,8 @@ def _byte_rows(values: Mapping[str, Any], name: str, size: int, where: Where) ->
         fail(
             where,
             f"{name} has {min(lengths)} to {max(lengths)} bytes per position, expected {size} "
-            "according to the settings; give the settings with which the data were written",
+            "according to the settings",
+            "Give the settings with which the data were written",
         )
     try:
         numbers = np.array(rows, np.int64).reshape(len(rows), size)
@@ -383,13 +354,7 @@ def _byte_rows(values: Mapping[str, Any], name: str, size: int, where: Where) ->
 
 
 def _integers(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
-    """Unpack integers, int64 [P, count], from bytes.
-
-    Args:
-        packed: uint8 [P, n]; the first bits * count bits of each row are used.
-        bits: number of bits per integer, most significant bit first.
-        count: number of integers per position.
-    """
+    """Unpack `count` integers of `bits` bits, the most significant bit first, per row of bytes."""
     powers = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
     numbers = np.empty((len(packed), count), np.int64)
     for start in range(0, len(packed), _BLOCK):  # in blocks, because each bit takes eight bytes

@@ -91,17 +91,13 @@ def entries_per_position(record: Mapping[str, Any], where: Where) -> int:
     list, because vLLM adds the actual token to the K likeliest if it is not one of them. If that
     happens at every position of a row, the result is too large by one.
 
-    Args:
-        record: columns of the row by name.
-        where: function that returns the location of the row, for messages.
-
     Raises:
         InvalidTargetsError: the row has another format, or no position has logprobs.
     """
     _, ids, _ = _parts(record, where)
     lengths = [len(row) for row in ids if row]
     if not lengths:
-        fail(where, "no position has logprobs, so K is unknown; give --k")
+        fail(where, "no position has logprobs, so K is unknown", "Give K (--k)")
     return min(lengths) if PROMPT in record else max(lengths)
 
 
@@ -111,13 +107,7 @@ def tokens_of(record: Mapping[str, Any], where: Where) -> int:
 
 
 def read_row(record: Mapping[str, Any], where: Where, vocab_size: int, k: int) -> Collected:
-    """Validate a row, and convert it to arrays with at most k entries per position.
-
-    Args:
-        record: columns of the row by name.
-        where: function that returns the location of the row, for messages.
-        vocab_size: vocabulary size, V.
-        k: number of likeliest entries per position to select.
+    """Validate a row, and convert it to arrays with the k likeliest entries per position.
 
     Raises:
         InvalidTargetsError: the row is invalid; the message has the file and the row.
@@ -160,15 +150,14 @@ def _sets(
     ids, logs, owner = ids[by_id], logs[by_id], owner[by_id]
     again = np.flatnonzero((owner[1:] == owner[:-1]) & (ids[1:] == ids[:-1]))
     if len(again):
-        fail(
-            where,
-            f"position {owner[again[0]]} has the id {ids[again[0]]} more than once",
-        )
+        found = f"position {owner[again[0]]} has the id {ids[again[0]]} more than once"
+        fail(where, f"{found}; expected distinct ids per position")
     mass = np.bincount(owner, np.exp(logs))
     heavy = np.flatnonzero(mass > 1 + MASS_TOLERANCE)
     if len(heavy):
         found = f"the probabilities of position {heavy[0]} sum to {mass[heavy[0]]:.4f}"
-        fail(where, f"{found}, expected at most 1; give natural logarithms at temperature 1")
+        advice = "Give natural logarithms at temperature 1"
+        fail(where, f"{found}; expected at most 1", advice)
     likeliest = np.lexsort((-logs, owner))
     ranked = owner[likeliest]
     rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
@@ -177,16 +166,14 @@ def _sets(
 
 
 def _parts(record: Mapping[str, Any], where: Where) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the tokens, and the lists of ids and logprobs per position.
-
-    Raises:
-        InvalidTargetsError: the row has another format.
-    """
+    """Return a row's tokens, and its lists of ids and logprobs per position."""
     named = [name for name in TOKENS if name in record]
     pairs = [pair for pair in LISTS if all(name in record for name in pair)]
     shapes = [*pairs, *([(PROMPT,)] if PROMPT in record else [])]
     if len(named) != 1 or len(shapes) != 1 or set(record) - {*named, *shapes[0], *_IGNORED}:
-        fail(where, f"the columns are {', '.join(record)}; expected {_EXPECTED}, and no others")
+        found = f"the columns are {', '.join(record)}"
+        advice = "Rename or remove columns"
+        fail(where, f"{found}; expected {_EXPECTED}, and no others", advice)
     for name in (*named, *shapes[0]):
         if not isinstance(record[name], list):
             fail(where, f"{name} is of type {type(record[name]).__name__}; expected a list")
@@ -236,16 +223,9 @@ def _list(value: Any, name: str, where: Where) -> list[Any]:
 
 
 def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
-    """Convert numbers to an array.
+    """Convert numbers to an array; `kinds` are the allowed kinds of its dtype, as in "iu".
 
-    Args:
-        values: the numbers.
-        kinds: allowed kinds of the array's dtype: "iu" for integers, "fiu" for numbers.
-        what: name of the numbers, for messages.
-        where: function that returns the location of the row, for messages.
-
-    Raises:
-        InvalidTargetsError: a value is not a number of these kinds.
+    Raises InvalidTargetsError for a value that is not a number of these kinds.
     """
     if not values:
         return np.empty(0, np.int64 if kinds == "iu" else np.float64)
@@ -255,7 +235,7 @@ def _numbers(values: list[Any], kinds: str, what: str, where: Where) -> _Array:
         array = np.array([None])
     if array.ndim != 1 or array.dtype.kind not in kinds:
         whole = "whole " if kinds == "iu" else ""
-        fail(where, f"{what} are not all {whole}numbers; correct or remove the row")
+        fail(where, f"{what} are not all {whole}numbers")
     return array
 
 
@@ -265,11 +245,11 @@ def _require_ids(ids: _Array, vocab_size: int, what: str, where: Where) -> None:
     if len(wrong):
         fail(
             where,
-            f"the {what} {wrong[0]} is outside the vocabulary of {vocab_size} ids; give the "
-            "vocabulary size of the teacher's head",
+            f"the {what} {wrong[0]} is outside the vocabulary of {vocab_size} ids",
+            "Give the vocabulary size of the teacher's head",
         )
 
 
-def fail(where: Where, what: str) -> NoReturn:
+def fail(where: Where, what: str, advice: str = "Correct or remove the row") -> NoReturn:
     """Raise InvalidTargetsError with the location of a row."""
-    raise InvalidTargetsError(f"{where()}: {what}")
+    raise InvalidTargetsError(f"{where()}: {what}. {advice}")

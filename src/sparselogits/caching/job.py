@@ -1,7 +1,7 @@
 """Define the job of a build, with which any worker can compute any range of windows.
 
-A job contains the text, the caches and their samplers, but not the teacher. It can be sent to
-another process or machine that has access to the same folders.
+A job contains the text, the caches and their samplers, but not the teacher, so it can be sent to
+other machines that have access to the same folders.
 """
 
 from __future__ import annotations
@@ -67,9 +67,6 @@ class Job:
 
         The text of at most `CHECKED_SHARDS` existing shards is compared first.
 
-        Args:
-            ranges: ranges of windows to build.
-
         Raises:
             CacheError: an existing shard overlaps a range without being equal to it.
             IdentityMismatchError: a shard or a cache was built from other text.
@@ -108,10 +105,7 @@ class Job:
     ) -> tuple[list[list[WindowRecord]], dict[str, Any]]:
         """Compute each cache's records for a range, and the provenance of the shards.
 
-        Args:
-            engine: engine that runs the teacher.
-            span: range of windows.
-            progress: called after each batch with its number of windows.
+        `progress` is called after each batch with its number of windows.
         """
         windows = self._windows(span)
         text = {"corpus": self._fingerprint(windows), "text": self.text.to_json()}

@@ -1,8 +1,7 @@
 """Run pilot windows before a build, to validate the teacher on the text and to fit a budget.
 
-A budget is a mean number of entries per position. The value of rounds, k or tau that meets it
-depends on the teacher's entropy on the text. The process that starts the build fits them once and
-stores the result in the identity, from which a resumed build reads it.
+The process that starts the build fits the sampler's parameters once and stores them in the
+identity, from which a resumed build reads them.
 """
 
 from __future__ import annotations
@@ -58,15 +57,7 @@ def resolve_budget(
 ) -> Sampler:
     """Return the sampler with its open fields fitted on pilot windows; see `Sampler.fitted`.
 
-    Args:
-        engine: engine that runs the teacher.
-        windows: pilot windows.
-        sampler: the sampler.
-        budget: mean entries per position; None for no budget.
-        how: the build's `temperature`, `reset_attention` and `corruption`, as keywords.
-
-    Raises:
-        InvalidArgumentError: the budget cannot be met, or the sampler has no budget parameter.
+    `how` has the build's `temperature`, `reset_attention` and `corruption`.
     """
     if not sampler.left_open(budget):
         return sampler
@@ -78,10 +69,7 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
 
     One window suffices unless it has few positions with a target, as a padded one may have.
 
-    Args:
-        engine: engine that runs the teacher.
-        windows: pilot windows.
-        how: the build's `reset_attention` and `corruption`, as keywords.
+    `how` has the build's `reset_attention` and `corruption`.
 
     Raises:
         TeacherError: the loss is worse than that of uniform guessing, for example because the
@@ -109,7 +97,8 @@ def check_teacher_on_text(engine: Engine, windows: Sequence[Window], **how: Any)
     loss = total / max(1, count)
     uniform = math.log(float(engine.token_mask.sum()))
     if not loss <= uniform + NATS_WORSE_THAN_UNIFORM:
-        half = "" if _dtype(engine) != "float16" else ", or the range of float16 is too small"
+        half = ", or the range of float16 is too small"
+        half = half if engine.identity.get("dtype") == "float16" else ""
         error = TeacherError(
             f"the teacher's loss on this text is {loss:.2f} nats, worse than guessing among its "
             f"{int(engine.token_mask.sum())} tokens ({uniform:.2f}). The tokenizer probably "
@@ -126,25 +115,16 @@ def _require_finite(engine: Engine, logits: Tensor, positions: Tensor, length: i
     broken = ~logits[:, tokens].isfinite().all(1)
     if not bool(broken.any()):
         return
-    position = int(positions[int(broken.nonzero()[0, 0])])
-    found = (
-        f"the teacher's logits are NaN or infinite from position {position} of a window of "
-        f"{length} tokens on"
-    )
-    if _dtype(engine) == "float16":
-        raise TeacherError(
-            f"{found}: activations overflow in float16, whose largest number is 65 504. Use "
-            "--dtype bfloat16 or float32"
-        )
+    position, dtype = int(positions[int(broken.nonzero()[0, 0])]), engine.identity.get("dtype", "")
+    why = f", in {dtype}: weights are damaged or activations overflow. Use --dtype float32, or "
+    why += "download the weights again"
+    if dtype == "float16":
+        why = ": activations overflow in float16, whose largest number is 65 504. Use --dtype "
+        why += "bfloat16 or float32"
     raise TeacherError(
-        f"{found}, in {_dtype(engine)}: weights are damaged or activations overflow. Use --dtype "
-        "float32, or download the weights again"
+        f"the teacher's logits are NaN or infinite from position {position} of a window of "
+        f"{length} tokens on{why}"
     )
-
-
-def _dtype(engine: Engine) -> str:
-    """Return the name of the teacher's dtype; "" if unknown."""
-    return str(engine.identity.get("dtype", ""))
 
 
 def _slices(
@@ -155,6 +135,7 @@ def _slices(
     reset_attention: bool,
     corruption: Corruption | None = None,
 ) -> Iterator[PilotSlice]:
+    """Yield the teacher's logits at the positions of a window that have a target."""
     given = TeacherInput.of(window, corruption)
     text = given.inputs[: given.length]
     starts = [window.document_starts] if reset_attention else None

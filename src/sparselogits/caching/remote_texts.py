@@ -1,10 +1,9 @@
 """Synchronise the packed texts of a cache in an object store with a local folder.
 
 Text is packed locally, because packing writes small pieces and the teacher reads windows at random.
-The packed text is then uploaded to the cache, so that the held-out windows are available for
-evaluation and a build can resume on another machine without packing again. `corpus.json`, which
-describes the text, is uploaded first and atomically, so that a name cannot be used for two texts;
-`index.json` is uploaded last, so that it marks a complete text.
+The packed text is then uploaded, for evaluation and for builds that resume on other machines:
+`corpus.json`, which describes the text, first and atomically, so that a name cannot be used for two
+texts; `index.json` last, so that it marks a complete text.
 """
 
 from __future__ import annotations
@@ -109,11 +108,7 @@ def publish_text(cache: Location, folder: Path) -> None:
 
 
 def _local_files(paths: Paths) -> list[Path]:
-    """Return the files of a packed text except `corpus.json` and `index.json`; reject links.
-
-    Raises:
-        InvalidArgumentError: a file is a link.
-    """
+    """Return the files of a packed text except `corpus.json` and `index.json`; reject links."""
     found = [paths.frequencies]
     for stream in (paths.training, paths.holdout):
         if stream.exists():
@@ -125,11 +120,7 @@ def _local_files(paths: Paths) -> list[Path]:
 
 
 def _remote_description(storage: Storage, text: str) -> dict[str, Any] | None:
-    """Return the content of an uploaded text's `corpus.json`; None if there is no such text.
-
-    Raises:
-        CorpusError: the file is damaged.
-    """
+    """Return the content of an uploaded text's `corpus.json`; None if there is no such text."""
     name = f"{text}/{Paths(Path(text)).made_from.name}"
     try:
         value: dict[str, Any] = parse_json(storage.read(name))
@@ -155,11 +146,7 @@ def _without_name(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_other_text(paths: Paths, description: dict[str, Any]) -> None:
-    """Remove the local text if it does not match a description.
-
-    Raises:
-        CorpusError: another process is packing the local text.
-    """
+    """Remove the local text if it does not match a description."""
     if not paths.made_from.exists() or _has_text(paths, description):
         return
     with lock_file(paths.lock) as lock:
@@ -188,11 +175,7 @@ def _has_content(storage: Storage, name: str, data: bytes) -> bool:
 
 
 def _remote_files(storage: Storage, text: str) -> list[str]:
-    """Return the objects of an uploaded text, the index last; none if the text is incomplete.
-
-    Raises:
-        CorpusError: the text has an index but no parts.
-    """
+    """Return the objects of an uploaded text, the index last; none if the text is incomplete."""
     files = storage.names(text)
     if "index.json" not in files:
         return []

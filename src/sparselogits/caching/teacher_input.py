@@ -35,11 +35,7 @@ class TeacherInput:
 
     @classmethod
     def of(cls, window: Window, corruption: Corruption | None) -> TeacherInput:
-        """Create the input for a window.
-
-        Args:
-            window: window of text.
-            corruption: corruption for a masked language model; None for a causal teacher.
+        """Create the input for a window; `corruption` is None for a causal teacher.
 
         Raises:
             InvalidArgumentError: the corruption chooses whole words, but the tokenizer does not

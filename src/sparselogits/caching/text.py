@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from sparselogits.corpus import PackedCorpus, Packing, Source, Window, fingerprint
 from sparselogits.corpus.claims import is_abandoned
@@ -32,27 +33,17 @@ _ALLOWED = re.compile(r"corpus(-\d+)?|shards|texts|damaged|tokenizer|README\.md|
 """Names that a folder may contain before a cache is created in it."""
 
 
-@dataclass(frozen=True)
-class TextPlace:
-    """Location of a packed text.
-
-    Args:
-        folder: folder of the packed text.
-        first_window: index of the text's first window in the cache.
-    """
+class TextPlace(NamedTuple):
+    """Folder of a packed text, and the index of the text's first window in the cache."""
 
     folder: Path
     first_window: int
 
 
 def require_room(cache: Location) -> None:
-    """Validate that a new cache can be created: the folder is missing, empty or has packed text.
+    """Validate that a new cache can be created: a folder is missing, empty or has packed text.
 
-    Args:
-        cache: folder or URL of the new cache; URLs are not validated.
-
-    Raises:
-        CacheError: the path is a file, or a folder with other content.
+    Raises CacheError for a file, or a folder with other content; a URL is not validated.
     """
     if is_url(cache):
         return
@@ -102,9 +93,8 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
     for number in count():
         folder = cache / (f"corpus-{number:04d}" if number else "corpus")
         begun = _begun_with(folder)
-        if begun == source.fingerprint or (number and not begun):
-            return TextPlace(folder, first)
-        if number and is_abandoned(Paths(folder)):
+        free = number > 0 and (not begun or is_abandoned(Paths(folder)))
+        if free or begun == source.fingerprint:
             return TextPlace(folder, first)
         try:
             before = PackedCorpus.open(folder)
@@ -114,7 +104,14 @@ def place_of_text(cache: Path, source: Source, packing: Packing, *, append: bool
                 f"cannot append to {cache}: {error}. The existing texts must be packed first: run "
                 "the command with which they were begun again, then append"
             ) from error
-        _require_equal(cache, before.packing, packing)
+        found = differing_fields(packing.to_json(), before.packing.to_json())
+        differing = [f"{name}: {here}, expected {there}" for name, here, there in found]
+        if differing:
+            raise IdentityMismatchError(
+                f"cannot append to {cache}: its texts have another packing "
+                f"({', '.join(differing)}). Use the same settings, or choose another output "
+                "directory"
+            )
     raise AssertionError("unreachable: the loop is infinite")
 
 
@@ -122,17 +119,6 @@ def _begun_with(folder: Path) -> str | None:
     """Return the fingerprint of the text whose packing was begun in a folder; None if none was."""
     made_from = Paths(folder).made_from
     return read_corpus_json(made_from)["source"]["fingerprint"] if made_from.exists() else None
-
-
-def _require_equal(cache: Path, before: Packing, packing: Packing) -> None:
-    """Validate that two packings are equal. Raises IdentityMismatchError."""
-    found = differing_fields(packing.to_json(), before.to_json())
-    differing = [f"{name}: {here}, expected {there}" for name, here, there in found]
-    if differing:
-        raise IdentityMismatchError(
-            f"cannot append to {cache}: its texts have another packing ({', '.join(differing)}). "
-            "Use the same settings, or choose another output directory"
-        )
 
 
 def windows_of_texts(cache: Path) -> int | None:
@@ -161,7 +147,6 @@ def text_of_windows(cache: Path) -> Callable[[Range], str | None]:
             first += texts[-1][0].windows
 
     def text_of(windows: Range) -> str | None:
-        """Return the fingerprint of a range's text."""
         for corpus, first_window in texts:
             start, stop = (window - first_window for window in windows)
             if start >= 0 and stop <= corpus.windows:
@@ -190,13 +175,6 @@ def _folders(cache: Path) -> list[Path]:
 
 
 def read_windows(corpus: PackedCorpus, first_window: int, start: int, stop: int) -> list[Window]:
-    """Read windows of a text by their indices in the cache.
-
-    Args:
-        corpus: packed text.
-        first_window: index of the text's first window in the cache.
-        start: index of the first window to read.
-        stop: index after the last window to read.
-    """
+    """Read the windows [start, stop) of a text whose first window has the index `first_window`."""
     windows = corpus.read(start - first_window, stop - first_window)
     return [replace(window, index=first_window + window.index) for window in windows]

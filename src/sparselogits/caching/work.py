@@ -7,7 +7,7 @@ window of the range and do not extend beyond its end, and uniforms are keyed by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from sparselogits.samplers import (
     window_uniforms,
 )
 from sparselogits.store import WindowRecord
-from sparselogits.targets import SparseTargets
+from sparselogits.targets import SparseTargets, offsets_from_lengths
 from sparselogits.teacher.engine import Engine, logits_at
 
 
@@ -44,21 +44,13 @@ class DrawSettings:
 
 @dataclass
 class _WindowInProgress:
-    """Results so far for one window, whose logits are computed in slices of positions.
+    """Results so far for one window, whose logits are computed in slices of positions."""
 
-    Attributes:
-        targets: one list per draw, with the targets of each slice.
-        nll: sum of the negative log-likelihoods of the labels, in nats.
-        labelled: number of positions with a label.
-        entropies: sum of the teacher's entropies, in nats, per draw.
-        carried: number of positions with a target.
-    """
-
-    targets: list[list[SparseTargets]]
-    nll: float = 0.0
-    labelled: int = 0
-    entropies: list[float] = field(default_factory=list)
-    carried: int = 0
+    targets: list[list[SparseTargets]]  # per draw, the targets of each slice
+    nll: float = 0.0  # sum of the negative log-likelihoods of the labels, in nats
+    labelled: int = 0  # number of positions with a label
+    entropies: list[float] = field(default_factory=list)  # per draw, sum in nats
+    carried: int = 0  # number of positions with a target
 
 
 def compute_range(
@@ -73,13 +65,11 @@ def compute_range(
 ) -> list[list[WindowRecord]]:
     """Return the records of a range of windows, one list per draw.
 
+    One forward pass serves all draws. Arguments are those of `build_caches`, except:
+
     Args:
-        engine: engine that runs the teacher.
-        windows: windows of the range, in order.
-        draws: sampling settings of each cache; one forward pass serves all caches.
-        batch: number of windows per forward pass.
+        draws: sampling settings of each cache.
         reset_attention: whether attention restarts at document starts.
-        corruption: corruption of the windows for a masked teacher; None for a causal teacher.
         progress: called after each batch with its number of windows.
     """
     records: list[list[WindowRecord]] = [[] for _ in draws]
@@ -135,15 +125,9 @@ def _take_slice(
     draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
-    """Add the results of one slice of positions to those of its window.
+    """Draw targets from logits, and add the results of a slice of positions to its window's.
 
-    Args:
-        current: results of the window.
-        logits: logits of the teacher at the positions of the slice that carry a target, [C, V].
-        positions: positions of the slice.
-        given: input of the teacher for the window.
-        draws: sampling settings of each cache.
-        uniforms: float64 [L, U] for each draw, with the sampler's U uniforms per position.
+    The logits [C, V] are those of the positions in the slice that carry a target.
     """
     kept = given.carries[positions]
     carrying = torch.arange(positions.start, positions.stop)[kept]
@@ -161,42 +145,21 @@ def _take_slice(
         current.targets[column].append(_spread_over(drawn.to("cpu"), kept))
         current.entropies[column] += float(statistics[T].entropy.sum())
     plain = statistics[1.0] if 1.0 in statistics else DistributionStatistics.of(logits)
-    _add_loss(current, logits, plain.log_normaliser, given.labels[carrying])
-
-
-def _add_loss(
-    current: _WindowInProgress, logits: Tensor, log_normaliser: Tensor, labels: Tensor
-) -> None:
-    """Add the teacher's loss at some positions to the results of their window."""
-    labels = labels.to(logits.device)
+    labels = given.labels[carrying].to(logits.device)
     labelled = labels != IGNORE_INDEX
-    labels = labels.clamp_min(0)
-    nll = log_normaliser - logits.gather(1, labels[:, None]).squeeze(1).double()
+    label_logits = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    nll = plain.log_normaliser - label_logits.double()
     current.nll += float(nll[labelled].sum())
     current.labelled += int(labelled.sum())
 
 
 def _spread_over(drawn: SparseTargets, kept: Tensor) -> SparseTargets:
-    """Expand the targets of unmasked positions to all positions; masked ones have no entries.
-
-    Args:
-        drawn: targets of the positions that are not masked.
-        kept: bool [P], False for masked positions.
-    """
+    """Expand the targets of the positions in `kept`, bool [P], to all P positions."""
     if bool(kept.all()):
         return drawn
     lengths = torch.zeros(len(kept), dtype=torch.int64)
     lengths[kept] = drawn.entries_per_position
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return SparseTargets(
-        drawn.ids,
-        drawn.weights,
-        offsets,
-        drawn.vocab_size,
-        counts=drawn.counts,
-        rounds=drawn.rounds,
-        check=False,
-    )
+    return replace(drawn, offsets=offsets_from_lengths(lengths), check=False)
 
 
 def _finish(given: TeacherInput, done: _WindowInProgress) -> list[WindowRecord]:

@@ -34,12 +34,7 @@ class Writer:
     def write(
         self, span: Range, records: Sequence[list[WindowRecord]], provenance: Mapping[str, Any]
     ) -> None:
-        """Wait until the previous shard is written, then start writing a shard.
-
-        Args:
-            span: range of the shard; caches that already have the shard are skipped.
-            records: records of the shard for each cache.
-            provenance: see `Cache.commit`.
+        """Wait until the previous shard is written, then start writing one; see `commit_missing`.
 
         Raises:
             SparseLogitsError: the previous shard could not be written; see `Cache.commit`.
@@ -75,14 +70,7 @@ def commit_missing(
     records: Sequence[list[WindowRecord]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the shard of a range to each cache that lacks it; see `Cache.commit`.
-
-    Args:
-        caches: the caches.
-        span: range of the shard.
-        records: records of the shard for each cache.
-        provenance: provenance of the shard.
-    """
+    """Write the shard of a range to each cache that lacks it; see `Cache.commit`."""
     for cache, of_cache in zip(caches, records, strict=True):
         if not cache.holds(span):
             cache.commit(of_cache, provenance)

@@ -140,12 +140,7 @@ def fit_budget(sampler: Sampler, logits_slices: Iterable[Tensor], budget: float)
 
 
 def size_for_budget(sampler: Sampler, pilot: Pilot, budget: float) -> int:
-    """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget.
-
-    Raises:
-        InvalidArgumentError: the budget is below 1 or cannot be met, or there are no pilot
-            positions.
-    """
+    """Return the size (see `Sampler.of_size`) whose mean entries are closest to a budget."""
 
     @cache  # without a formula, each evaluation is a draw
     def entries(size: int) -> float:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Results of the sums: largest logits, shifts, sums of weights, and moments or None."""
+"""Largest logits [P, 1]; shifts [P, 1]; sums of weights [P, B]; sums of weights times exponents."""
 
 WORTHWHILE = 2**26
 """Number of logits after which a process compiles the function; PyTorch samples them in 0.1 s."""
@@ -50,13 +50,9 @@ _log = logging.getLogger(__name__)
 
 
 class Library:
-    """Compiled function for contiguous float32 logits on a CPU.
+    """Compiled function for contiguous float32 logits on a CPU."""
 
-    Args:
-        path: path of the shared library, which remains loaded when the file is deleted.
-    """
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str) -> None:  # the file may be deleted afterwards
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         single, double = ctypes.c_float, ctypes.c_double
         self._function = ctypes.CDLL(path).block_sums
@@ -72,7 +68,7 @@ class Library:
         heavy: float,
         with_moment: bool,
     ) -> Sums:
-        """Sum weights by block.
+        """Sum weights by block; see `distribution.sum_by_block`.
 
         Args:
             logits: float32 [P, V], with V a multiple of 64.
@@ -80,9 +76,6 @@ class Library:
             factors: the same factor for float32; see `distribution._factors`.
             heavy: limit above which a block is summed in float64; see `distribution._HEAVY`.
             with_moment: whether to compute the moments.
-
-        Returns:
-            The results of `distribution._torch_sums`, but with heavy blocks summed in float64.
         """
         rows, vocabulary = logits.shape
         # C writes to these addresses, whatever PyTorch's default dtype and device are.
@@ -100,11 +93,7 @@ class Library:
 
 
 def library_for(logits: Tensor) -> Library | None:
-    """Return the compiled library for logits.
-
-    The result is None if the logits are not float32 on a CPU, if too few logits have been sampled
-    so far, or if the library cannot be compiled.
-    """
+    """Return the library for float32 logits on a CPU; None for others, or too few so far."""
     global _sampled
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return None
@@ -131,15 +120,7 @@ def library() -> Library | None:
 
 
 def _compile(instructions: list[str]) -> Library:
-    """Compile and load the source.
-
-    Raises:
-        OSError: there is no compiler, or the library cannot be loaded.
-        subprocess.CalledProcessError: the compiler failed.
-        subprocess.TimeoutExpired: the compiler took longer than a minute.
-        ValueError: CC cannot be parsed.
-        AttributeError: the library lacks a function.
-    """
+    """Compile the source for an instruction set, and load the library."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
         compiled, path = f"{folder}/block_sums.o", f"{folder}/block_sums.so"

@@ -1,31 +1,14 @@
 """Sample from a large vocabulary by inverse CDF, without storing the whole distribution.
 
-A proposal is q_i proportional to w_i = 2 ** (e * z_i / ln 2 - shift). To find the tokens that
-contain given levels of the cumulative sum of w, the vocabulary is divided into blocks of 64 ids:
+A proposal is q_i proportional to w_i = 2 ** (e * z_i / ln 2 - shift). The vocabulary is divided
+into blocks of 64 ids. `Blocks.of` sums the weights of each block in float32 (powers of two, because
+`torch.exp2` takes a third of the time of `torch.exp` on a CPU), and again in float64 where an
+accuracy of 1e-9 requires it. `Blocks.tokens_at` searches the running block sums, which are integers
+so that every device and batch size gives the same result, and computes float64 weights only for the
+blocks that it finds. docs/theory.md has the accuracy, and benchmarks/sampling.py the time.
 
-1. `Blocks.of` computes w in float32 for a few rows at a time, so that they stay in the processor's
-   cache, and sums each block. It then recomputes in float64 the blocks that matter for an accuracy
-   of 1e-9.
-2. `Blocks.edges` converts block sums to 62-bit integers and computes their running sums. The result
-   of integer addition does not depend on its order, so it is the same on every device and for
-   every batch size.
-3. `Blocks.tokens_at` finds the block of each level by binary search, and computes float64 weights
-   only for these blocks.
-
-Accuracy: float32 weights have relative errors of about 1e-7 with mean zero. Only light blocks
-have such errors, so marginals are within 1e-9 of a float64 softmax for logits up to about 100 in
-magnitude (measured by the tests and benchmarks/sampling.py); for logits of about 1000 the error is
-2e-9, because it grows with their magnitude (`_factors`), and logits beyond `LARGEST_LOGIT` are
-rejected. A token of probability zero, such as a masked one, is never drawn.
-
-Weights are powers of two because `torch.exp2` takes a third of the time of `torch.exp` on a CPU.
-
-Cost relative to `torch.softmax` over the same logits in warm memory (benchmarks/sampling.py): 1.0
-to 1.3, by sampler, if a C compiler is found (compiled.py), and 2.2 to 2.5 otherwise.
-
-Memory beyond the logits on a CPU: 2 MiB of float32 weights for any vocabulary, and 24 bytes per
-block for 64 positions (0.4 bytes per position and id). A vocabulary whose size is not a multiple
-of 64 is padded, 64 positions at a time.
+Memory beyond the logits on a CPU: 2 MiB of float32 weights, and 24 bytes per block for 64
+positions. A vocabulary whose size is not a multiple of 64 is padded, 64 positions at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +34,8 @@ POSITIONS_AT_ONCE = 64
 """Number of positions whose block sums are in memory together on a CPU."""
 
 LARGEST_LOGIT = 2.0**24
-"""Largest accepted magnitude of a row's largest logit; float32 cannot scale larger ones exactly."""
+"""Largest valid magnitude of a row's largest logit; float32 cannot represent the shifts of others.
+"""
 
 _TINY = torch.finfo(torch.float64).tiny
 _LOG2_E = 1 / math.log(2)
@@ -106,8 +90,7 @@ class Blocks:
             with_moment: whether to compute `moment`; requires exponent 1.
 
         Raises:
-            InvalidLogitsError: the largest logit of a row is NaN, infinite, or beyond
-                `LARGEST_LOGIT` in magnitude.
+            InvalidLogitsError: the largest logit of a row is NaN or beyond `LARGEST_LOGIT`.
         """
         whole = _whole_blocks(logits.detach())
         library = compiled.library_for(whole) if exponent != 0 else None
@@ -133,22 +116,13 @@ class Blocks:
         return (total.log2() - self.moment / total) / _LOG2_E
 
     def weights_of(self, logits: Tensor, shift: Tensor) -> Tensor:
-        """Return the weights of logits, float64 [H, n].
-
-        Args:
-            logits: [H, n] of any floating-point dtype.
-            shift: float64 [H, 1], shift of the position to which each row of logits belongs.
-        """
+        """Return the float64 weights of logits [H, n], given the shift [H, 1] of each row."""
         if self.exponent == 0:
             return (logits > -torch.inf).double()  # 0 * inf is NaN
         return torch.add(-shift, logits.double(), alpha=self.exponent * _LOG2_E).exp2_()
 
     def weights_in(self, blocks: Tensor) -> Tensor:
-        """Return the weights in H blocks, float64 [H, 64].
-
-        Args:
-            blocks: int64 [H]; block b of row r has the index r * B + b.
-        """
+        """Return float64 weights [H, 64] in blocks; block b of row r has the index r * B + b."""
         chosen = self.logits.view(-1, BLOCK).index_select(0, blocks)
         rows = blocks.div(self.sums.shape[1], rounding_mode="floor")
         weights = self.weights_of(chosen, self.shift[rows])
@@ -157,16 +131,10 @@ class Blocks:
         return weights
 
     def largest(self, most: int) -> tuple[Tensor, Tensor]:
-        """Return the K largest logits of each row, in descending order.
+        """Return the `most` largest logits of each row in descending order, and their ids.
 
-        These logits are in the K blocks with the largest maxima. Selecting blocks first takes a
-        quarter of the time of `torch.topk` over the vocabulary.
-
-        Args:
-            most: number K of logits; all logits are returned if there are fewer.
-
-        Returns:
-            Logits [R, K] and their ids, int64 [R, K]; ids with a logit of -inf may be padding.
+        Only the `most` blocks with the largest maxima are searched, which takes a quarter of the
+        time of `torch.topk` over the vocabulary. Ids with a logit of -inf may be padding.
         """
         by_block = self.logits.view(*self.sums.shape, BLOCK)
         chosen = by_block.amax(-1).topk(min(most, by_block.shape[1])).indices
@@ -175,12 +143,7 @@ class Blocks:
         return values, chosen.gather(1, index // BLOCK) * BLOCK + index % BLOCK
 
     def importance(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return the importance weights p / q of drawn tokens, float64 [E].
-
-        Args:
-            ids: int64 [E], ids of the tokens, in order of position.
-            offsets: int64 [R + 1]; tokens offsets[r] to offsets[r + 1] belong to position r.
-        """
+        """Return the importance weights p / q of drawn ids [E] in order of position, float64."""
         teacher = Blocks.of(self.logits)
         rows = torch.arange(offsets.numel() - 1, device=ids.device)
         rows = rows.repeat_interleave(offsets.diff())
@@ -189,26 +152,18 @@ class Blocks:
         return ((1 - self.exponent) * logits + normaliser).exp()
 
     def edges(self) -> tuple[Tensor, Tensor]:
-        """Return running block sums in fixed point.
-
-        Returns:
-            Inclusive running sums, int64 [R, B], below 2**62; and the factor that converts a weight
-            to fixed point, float64 [R, 1], a power of two.
-        """
+        """Return running block sums in fixed point, int64 [R, B] below 2**62, and the scale."""
         exponent = torch.frexp(self.total).exponent
         scale = torch.ldexp(torch.ones_like(self.total), 61 - exponent)
         return (self.sums * scale).round_().to(torch.int64).cumsum(-1), scale
 
     def tokens_at(self, edges: Tensor, levels: Tensor) -> Tensor:
-        """Return the token that contains each level of the cumulative distribution.
+        """Return the ids that contain levels of the cumulative distribution, int64 [R, N].
 
         Args:
             edges: int64 [R, B] from `edges()`.
             levels: int64 [R, N], ascending in each row, each in [1, edges[:, -1]]. A token whose
                 cumulative weight goes from a to b contains the levels a < level <= b.
-
-        Returns:
-            Ids int64 [R, N], ascending in each row; arbitrary for levels outside that range.
         """
         block = torch.searchsorted(edges, levels).clamp_max(edges.shape[1] - 1)
         upper = edges.gather(1, block)
@@ -227,15 +182,11 @@ class Blocks:
 
 
 def count_runs(tokens: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count how often each distinct token of a row occurs.
+    """Count the distinct tokens of each row; return their ids, their counts, and offsets [R + 1].
 
     Args:
         tokens: int64 [R, N], ascending in each row.
-        drawn: bool [R, N], True for the tokens to count, which must be the first ones of each row.
-            None counts all tokens.
-
-    Returns:
-        Distinct ids int64 [E], their counts int32 [E], and offsets int64 [R + 1].
+        drawn: bool [R, N], True for the first tokens of each row, which are counted; None for all.
     """
     first = torch.ones_like(tokens, dtype=torch.bool)
     first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
@@ -256,15 +207,7 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[slice]:
-    """Validate logits and uniforms, and yield slices of a bounded number of positions.
-
-    Args:
-        logits: float [P, V].
-        uniforms: [P, U].
-        columns: U, the sampler's number of uniforms per position.
-
-    Yields:
-        Slices that cover all positions in order; one empty slice if P is 0.
+    """Validate logits [P, V] and uniforms [P, columns], and yield slices of at most 2048 positions.
 
     Raises:
         InvalidLogitsError: a shape or dtype is wrong, or a uniform is outside [0, 1).
@@ -272,19 +215,19 @@ def position_slices(logits: Tensor, uniforms: Tensor, columns: int) -> Iterator[
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise InvalidLogitsError(
             f"logits must be floating-point of shape [positions, vocabulary], found {logits.dtype} "
-            f"of shape {tuple(logits.shape)}"
+            f"of shape {tuple(logits.shape)}; pass the teacher's logits for one window"
         )
     if tuple(uniforms.shape) != (logits.shape[0], columns):
         raise InvalidLogitsError(
             f"uniforms must have shape {(logits.shape[0], columns)} for logits of shape "
-            f"{tuple(logits.shape)}, found {tuple(uniforms.shape)}"
+            f"{tuple(logits.shape)}, found {tuple(uniforms.shape)}; draw them by window_uniforms"
         )
-    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        bad = ~((uniforms >= 0) & (uniforms < 1))
+    bad = ~((uniforms >= 0) & (uniforms < 1))
+    if bool(bad.any()):
         position, column = bad.nonzero()[0].tolist()
         raise InvalidLogitsError(
             f"position {position}: uniform {column} is {uniforms[position, column].item()}, "
-            "expected a value in [0, 1)"
+            "expected a value in [0, 1); draw uniforms by window_uniforms"
         )
     at_once = POSITIONS_AT_ONCE if logits.device.type == "cpu" else 2048
     for start in range(0, max(1, logits.shape[0]), at_once):
@@ -302,13 +245,9 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 def sum_by_block(
     logits: Tensor, exponent: float, with_moment: bool, library: compiled.Library | None
 ) -> tuple[Tensor, Blocks]:
-    """Sum the proposals of P positions by block; return the largest logits [P, 1] and the sums.
+    """Sum the proposals of contiguous logits by block; return the largest logits and the sums.
 
-    Args:
-        logits: contiguous float [P, V], with V a multiple of 64.
-        exponent: exponent e of the proposal.
-        with_moment: whether to compute the moment.
-        library: compiled library; None to use PyTorch, with bitwise equal results (compiled.py).
+    The results of the compiled library, and of PyTorch if `library` is None, are bitwise equal.
     """
     if library is None:
         peak, shift, sums, moments = _torch_sums(logits, exponent, with_moment)
@@ -325,17 +264,7 @@ def sum_by_block(
 
 
 def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.Sums:
-    """Sum weights by block in float32, with the operations of block_sums.c in the same order.
-
-    Args:
-        logits: float [P, V], with V a multiple of 64.
-        exponent: exponent e of the proposal.
-        with_moment: whether to compute the moments.
-
-    Returns:
-        Largest logits [P, 1]; shifts float64 [P, 1]; sums of weights float64 [P, B]; sums of
-        weights times exponents float64 [P, B], or None.
-    """
+    """Sum weights by block in float32, with the operations of block_sums.c in the same order."""
     positions, vocabulary = logits.shape
     blocks = vocabulary // BLOCK
     scratch = _SCRATCH.get(logits.device.type, _SCRATCH["other"])
@@ -371,9 +300,8 @@ def _torch_sums(logits: Tensor, exponent: float, with_moment: bool) -> compiled.
 def _factors(exponent: float) -> tuple[float, float]:
     """Return float32 numbers a (slope) and b (remainder) with a * (1 + b) = exponent / ln 2.
 
-    The relative error is below 1e-10. It applies to the logits of the light blocks only, so that
-    their share changes by this times the magnitude of their logits. A single float32 factor would
-    have a relative error of up to 6e-8.
+    The relative error is below 1e-10; that of a single float32 factor would be up to 6e-8. The
+    shares of light blocks are wrong by this error times the magnitude of their logits.
     """
     if exponent == 0:
         return 0.0, 0.0

@@ -5,9 +5,8 @@ Another package declares a sampler by an entry point in its pyproject.toml:
     [project.entry-points."sparselogits.samplers"]
     likeliest = "my_package:Likeliest"
 
-Entry points are available in every process that opens a cache (commands, ranks, Ray and DataLoader
-workers), without a call that registers the class in each of them. A cache is untrusted input: the
-name in a cache selects among installed samplers and is never imported.
+A cache is untrusted input: the name in a cache selects among installed samplers and is never
+imported.
 """
 
 from __future__ import annotations
@@ -55,12 +54,7 @@ def _from_packages() -> dict[str, type[Sampler]]:
 
 
 def _checked(name: str, kind: object) -> type[Sampler]:
-    """Validate the object of an entry point and return it as a sampler class.
-
-    Raises:
-        InvalidArgumentError: the object is not a sampler class, lacks an attribute, or has a name
-            or field that conflicts with another.
-    """
+    """Validate that an entry point's object is a usable sampler class, and return it."""
     if not (isinstance(kind, type) and issubclass(kind, Sampler)):
         raise InvalidArgumentError(f"{kind!r} is not a subclass of sparselogits.samplers.Sampler")
     missing = [f for f in ("name", "title", "unbiased") if not hasattr(kind, f)]
@@ -77,18 +71,7 @@ def _checked(name: str, kind: object) -> type[Sampler]:
             f"the budget parameter {kind.budget_parameter!r} of {kind.__name__} is not a field "
             "declared with `parameter`; declare it"
         )
-    _require_field_names(kind)
-    return kind
-
-
-def _require_field_names(kind: type[Sampler]) -> None:
-    """Validate that field names do not conflict with other recipe keys or options of `cache`.
-
-    Raises:
-        InvalidArgumentError: a field is called "name" or "budget", or has the name of a field of a
-            built-in sampler and another type.
-    """
-    kinds = {
+    kinds = {  # fields are keys of recipes and options of `cache`, so their names must not conflict
         name: parameter.kind
         for known in _BUILT_IN.values()
         for name, parameter in known.declared().items()
@@ -99,14 +82,11 @@ def _require_field_names(kind: type[Sampler]) -> None:
                 f"the field {name!r} of {kind.__name__} has the name of another option; choose "
                 "another name"
             )
+    return kind
 
 
 def known_sampler(name: object) -> type[Sampler]:
-    """Return the sampler class with the given name.
-
-    Raises:
-        InvalidArgumentError: the name is unknown; the message lists the known names.
-    """
+    """Return the sampler class with the given name. Raises InvalidArgumentError if unknown."""
     kind = find_sampler(name)
     if kind is None:
         raise InvalidArgumentError(
@@ -199,7 +179,8 @@ def choose(name: object, given: Mapping[str, Any], *, known: Iterable[str] = ())
     for field, parameter in declared.items():
         if parameter.required and given.get(field) is None:
             raise InvalidArgumentError(
-                f"sampler {kind.name!r} requires a value for {field}: {parameter.help.lower()}"
+                f"sampler {kind.name!r} requires a value for {field} ({parameter.help.lower()}), "
+                "but none is given; give one"
             )
     values = {n: p.converted(n, given[n]) for n, p in declared.items() if given.get(n) is not None}
     return SamplerChoice(kind, values)

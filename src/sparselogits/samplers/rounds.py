@@ -1,17 +1,13 @@
 """Draw N sampling rounds of equal weight: systematically, independently, or uniformly over ids.
 
-The weight of token i is (count_i / N) * p_i / q_i, where q is the proposal from which the rounds
-are drawn; if q = p, it is count_i / N. The weights are unbiased for every proposal that is positive
-wherever p is.
+The weight of token i is (count_i / N) * p_i / q_i, with q the proposal from which rounds are drawn.
+It is unbiased for every proposal that is positive wherever p is.
 
 `Systematic` draws all rounds with one uniform u: with C the cumulative proposal in token-id order,
-count_i = floor(N C_i + u) - floor(N C_{i-1} + u). A count then differs from N q_i by less than one,
-so likely tokens have almost no noise, and the errors of neighbouring ids, which tokenizers assign
-to similar tokens, cancel. Independent rounds (`Multinomial`) are the published form of
-random-sampling knowledge distillation (arXiv 2503.16870, section 3) and serve for comparison.
-
-Cost: see distribution.py. A proposal exponent other than 1 doubles the cost, because the weights
-then also require the normaliser of the teacher's distribution.
+count_i = floor(N C_i + u) - floor(N C_{i-1} + u). So a count differs from N q_i by less than one.
+Independent rounds (`Multinomial`) are the published form of random-sampling knowledge distillation
+(arXiv 2503.16870, section 3). A proposal exponent other than 1 doubles the cost, because the
+weights then require the normaliser of the teacher's distribution, too.
 """
 
 from __future__ import annotations
@@ -66,22 +62,11 @@ class DrawnInRounds(Sampler):
 
     @abstractmethod
     def points(self, uniforms: Tensor) -> Tensor:
-        """Return the levels of the cumulative proposal at which the rounds are drawn.
-
-        Args:
-            uniforms: float64 [P, uniforms_per_position] in [0, 1).
-
-        Returns:
-            float64 [P, N], ascending in (0, 1].
-        """
+        """Return the levels of the cumulative proposal to draw at, [P, N] ascending in (0, 1]."""
 
     @abstractmethod
     def inclusion(self, proposal: Tensor) -> Tensor:
-        """Return the probability that a token is drawn at least once.
-
-        Args:
-            proposal: proposal probabilities of tokens, float64.
-        """
+        """Return the probability of at least one draw, given tokens' proposal probabilities."""
 
     def expected_entries(self, pilot: Pilot) -> float:
         """Return the mean entries per position from inclusion probabilities, without drawing."""
@@ -103,13 +88,7 @@ class DrawnInRounds(Sampler):
         return self.draw_from(blocks, uniforms, logits.shape[1])
 
     def draw_from(self, blocks: Blocks, uniforms: Tensor, vocab_size: int) -> SparseTargets:
-        """Sample targets at a few positions, given the block sums of their proposals.
-
-        Args:
-            blocks: proposals of R positions.
-            uniforms: float64 [R, uniforms_per_position] in [0, 1).
-            vocab_size: vocabulary size V; the padded logits of `blocks` may have more columns.
-        """
+        """Sample targets at a few positions, given the block sums of their proposals."""
         import torch
 
         from sparselogits.samplers.distribution import count_runs

@@ -100,10 +100,6 @@ class Parameter:
     def converted(self, name: str, value: Any) -> Any:
         """Validate a value and convert it to this parameter's type, such as 1 to 1.0.
 
-        Args:
-            name: name of the field, for the message.
-            value: value of the field.
-
         Raises:
             InvalidArgumentError: the value has another type or is out of range.
         """
@@ -138,12 +134,7 @@ class Parameter:
         )
 
     def in_title(self, name: str, value: Any) -> str:
-        """Return the value formatted for a sampler's title.
-
-        Args:
-            name: name of the field.
-            value: value of the field.
-        """
+        """Return a field's value formatted for a sampler's title."""
         if self.label is not None:
             return self.label.format(value)
         text = value if isinstance(value, str) else f"{value:g}"
@@ -188,11 +179,7 @@ def declared_by(cls: Any) -> dict[str, Parameter]:
 
 
 def require_declared(value: Any) -> None:
-    """Validate the fields of a dataclass instance against their declarations.
-
-    Raises:
-        InvalidArgumentError: a value has another type or is out of range.
-    """
+    """Validate a dataclass instance against its declarations. Raises InvalidArgumentError."""
     for name, declared in declared_by(value).items():
         declared.converted(name, getattr(value, name))
 
@@ -248,8 +235,8 @@ class Sampler(ABC):
             first_position: position of the first row, for error messages.
 
         Raises:
-            InvalidLogitsError: the largest logit of a position is NaN, infinite, or beyond
-                `distribution.LARGEST_LOGIT` in magnitude.
+            InvalidLogitsError: the largest logit of a position is NaN, or beyond 2**24 in
+                magnitude.
         """
 
     def __post_init__(self) -> None:
@@ -267,8 +254,8 @@ class Sampler(ABC):
             Targets of P positions, on the device of the logits.
 
         Raises:
-            InvalidLogitsError: the largest logit of a position is NaN, infinite, or beyond
-                `distribution.LARGEST_LOGIT` in magnitude; or a shape or uniform is invalid.
+            InvalidLogitsError: the largest logit of a position is NaN, or beyond 2**24 in
+                magnitude; or a shape or uniform is invalid.
         """
         from sparselogits.samplers.distribution import position_slices
         from sparselogits.targets import SparseTargets

@@ -102,15 +102,11 @@ class StudentSignal:
             tokens: int64 [L], tokens of the window.
             positions: positions whose hidden states are computed: a slice, or int64 indices.
         """
-        return self.with_states(self.engine.hidden(tokens[None])[0, positions])
-
-    def with_states(self, hidden: Tensor | None) -> StudentSignal:
-        """Return a copy of the signal with other hidden states, float [P, D]."""
-        return replace(self, hidden=hidden)
+        return replace(self, hidden=self.engine.hidden(tokens[None])[0, positions])
 
     def part(self, positions: slice) -> StudentSignal:
         """Return the signal for a contiguous part of the positions passed to `at`."""
-        return self if self.hidden is None else self.with_states(self.hidden[positions])
+        return self if self.hidden is None else replace(self, hidden=self.hidden[positions])
 
     @torch.no_grad()  # the graph of the student's head would keep all logits in memory
     def strength(self, logits: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Threshold(Sampler):
-    """Sampler that keeps tokens of probability tau or more, and draws others with weight tau.
+    """Sampler that selects tokens of probability tau or more, and draws others with weight tau.
 
     Args:
         tau: smallest probability that is stored exactly, in [2**-20, 1]. A position has at most
@@ -98,13 +98,7 @@ class Threshold(Sampler):
         )
 
     def _draw_tail(self, tail: Blocks, uniforms: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample light tokens (p < tau); return their rows and ids, int64 [T] each.
-
-        Args:
-            tail: light tokens of R positions.
-            uniforms: float64 [R, 1] in [0, 1).
-            total: float64 [R, 1], sum of the weights of all tokens.
-        """
+        """Sample light tokens (p < tau), given the weight of all tokens; return rows and ids."""
         import torch
 
         edges, scale = tail.edges()
@@ -120,15 +114,10 @@ class Threshold(Sampler):
 
 
 def _split(blocks: Blocks, ceiling: Tensor) -> tuple[Blocks, Tensor, Tensor, Tensor]:
-    """Separate light tokens from heavy ones, whose weight is at least the ceiling.
-
-    Args:
-        blocks: proposals of R positions.
-        ceiling: float64 [R, 1].
+    """Separate heavy tokens, whose weight is at least the ceiling [R, 1], from light ones.
 
     Returns:
-        Blocks of the light tokens; rows int64 [H], ids int64 [H] and weights float64 [H] of the
-        heavy tokens.
+        Blocks of the light tokens; rows, ids and weights of the heavy tokens, [H] each.
     """
     candidates = blocks.sums >= ceiling * (1 - 1e-5)  # block sums may have float32 errors
     index = candidates.flatten().nonzero()[:, 0]

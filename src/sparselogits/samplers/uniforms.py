@@ -76,7 +76,8 @@ def thinning_starts(
     """
     if stride < 1 or epoch < 0:
         raise InvalidArgumentError(
-            f"stride must be at least 1 and epoch at least 0, found {stride} and {epoch}"
+            f"stride must be at least 1 and epoch at least 0, found {stride} and {epoch}; give "
+            "thinning_choices(cached, kept) and an index from 0"
         )
     first = _unit_interval(_words(seed, window_index, _THINNING, positions)) * stride
     step = next(s for s in range(round(stride * 0.618), 2 * stride) if math.gcd(s, stride) == 1)
@@ -84,16 +85,7 @@ def thinning_starts(
 
 
 def rounding_uniforms(seed: int, window_index: int, entries: int) -> NDArray[np.float64]:
-    """Return uniforms for the stochastic rounding of a window's weights, float64 [E] in [0, 1).
-
-    Args:
-        seed: random seed of the cache, in [0, 2**64).
-        window_index: index of the window in the corpus, in [0, 2**64).
-        entries: number E of entries of the window.
-
-    Raises:
-        InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
-    """
+    """Return uniforms for the stochastic rounding of a window's weights, float64 [entries]."""
     return _unit_interval(_words(seed, window_index, _ROUNDING, entries))
 
 
@@ -102,14 +94,7 @@ def corruption_uniforms(
 ) -> NDArray[np.float64]:
     """Return uniforms for the corruption of a window's input, float64 [count] in [0, 1).
 
-    Args:
-        seed: random seed of the corruption, in [0, 2**64).
-        window_index: index of the window among the training windows or the held-out windows.
-        count: number of uniforms.
-        held_out: whether the window is held out; held-out windows use a separate stream.
-
-    Raises:
-        InvalidArgumentError: `seed` or `window_index` is not in [0, 2**64).
+    Training windows and held-out windows are numbered separately and use separate streams.
     """
     stream = _HELD_OUT_CORRUPTION if held_out else _CORRUPTION
     return _unit_interval(_words(seed, window_index, stream, count))
@@ -119,7 +104,9 @@ def _words(seed: int, window_index: int, stream: int, count: int) -> np.ndarray:
     """Return the first `count` raw words of one of a window's streams, uint64 [count]."""
     for name, value in (("seed", seed), ("window_index", window_index)):
         if not 0 <= value < 2**64:
-            raise InvalidArgumentError(f"{name} must be in [0, 2**64), found {value}")
+            raise InvalidArgumentError(
+                f"{name} must be in [0, 2**64), found {value}; give a number in this range"
+            )
     generator = np.random.Philox(
         counter=np.array([0, 0, 0, stream], dtype=np.uint64),
         key=np.array([seed, window_index], dtype=np.uint64),

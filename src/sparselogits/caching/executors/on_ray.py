@@ -48,23 +48,14 @@ class Workers:
 
 
 class RangeWorker:
-    """Ray actor that loads a teacher and computes ranges.
-
-    Args:
-        load: function that loads the teacher.
-        job: the build.
-        threads: number of torch threads.
-    """
+    """Ray actor that calls `load` to load a teacher, and computes ranges of a job."""
 
     def __init__(self, load: Callable[[], Engine], job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         self._load, self._job = load, job
 
     def ready(self) -> None:
-        """Load the teacher.
-
-        This is not done in `__init__`, because Ray converts exceptions raised there to text.
-        """
+        """Load the teacher; not in `__init__`, because Ray converts exceptions there to text."""
         self._engine = self._load()
 
     def build(self, span: Range) -> None:
@@ -123,14 +114,7 @@ class _Actors:
     def run(
         self, missing: Sequence[Range], done: int, total: int, progress: Progress | None
     ) -> None:
-        """Build all missing ranges.
-
-        Args:
-            missing: ranges to build.
-            done: number of windows that existed before.
-            total: number of windows of all ranges.
-            progress: see `build_caches_on_ray`.
-        """
+        """Build all missing ranges; `done` of `total` windows existed before."""
         waiting = deque(missing)
         for _ in range(min(self._workers.count, len(missing))):
             self._start_actor()
@@ -167,11 +151,7 @@ class _Actors:
         self._doing[actor.ready.remote()] = actor, READY
 
     def _succeeded(self, call: Any, span: Range | None) -> bool:
-        """Return whether a call succeeded; if it did not, the range must be computed again.
-
-        Args:
-            call: Ray's object reference for the call.
-            span: range of the call, or READY.
+        """Return whether a call for a range, or READY, succeeded; if not, it must be repeated.
 
         Raises:
             CacheError: too many actors died.
@@ -187,11 +167,9 @@ class _Actors:
             return False
         except errors.RayActorError as error:
             if self._is_last_try(span):
-                doing = (
-                    "loading the teacher"
-                    if span is READY
-                    else f"computing windows {span[0]}:{span[1]}"
-                )
+                doing = "loading the teacher"
+                if span is not READY:
+                    doing = f"computing windows {span[0]}:{span[1]}"
                 raise CacheError(
                     f"{TRIES} workers died while {doing}, probably for lack of memory; the last "
                     f"error was: {error}. Give each worker more memory, or use fewer workers, then "

@@ -54,10 +54,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
     inner = local = None
     if "RANK" in environment and "WORLD_SIZE" in environment:
         inner = Share(_number(environment, "RANK"), _number(environment, "WORLD_SIZE"))
-        local = (
-            _number(environment, "LOCAL_RANK", 0),
-            _number(environment, "LOCAL_WORLD_SIZE", 1),
-        )
+        local = _number(environment, "LOCAL_RANK", 0), _number(environment, "LOCAL_WORLD_SIZE", 1)
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         inner = Share(
             _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
