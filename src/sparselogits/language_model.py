@@ -1,14 +1,12 @@
 """Split a language model into trunk and head, and measure how it scales and caps its logits.
 
 Teacher and student both compute hidden states by the trunk and apply the head to a slice of
-positions at a time, so that logits of [batch, length, vocabulary] never exist. `split` returns the
-two parts after comparing them with the model. A masked language model transforms its hidden states
-before the head, in ways that differ by architecture, so its trunk is the whole model, run without
-the matrix product of the head. A scale or soft cap that the model applies after the head is
-measured rather than read from a list of configuration names: known float32 numbers replace the
-head's output, and the model's own code computes logits from them. So the check is equally strict
-for a bfloat16 model. For a model that transforms its logits in another way `split` returns None,
-and the caller uses the model's own forward pass.
+positions at a time, so that logits of [batch, length, vocabulary] never exist. A masked language
+model transforms its hidden states before the head, in ways that differ by architecture, so its
+trunk is the whole model, run without the matrix product of the head. A scale or soft cap is
+measured: known float32 numbers replace the head's output, and the model's own code computes logits
+from them, so the check is equally strict for a bfloat16 model. A model that transforms its logits
+in another way is not split, and the caller uses its own forward pass.
 """
 
 from __future__ import annotations
@@ -80,23 +78,20 @@ class Parts:
     in_model: bool = False
 
     def states(self, **inputs: Any) -> Tensor:
-        """Run the trunk and return hidden states [B, L, D], the input of the head.
-
-        Args:
-            inputs: arguments of the trunk, such as `input_ids` int64 [B, L].
-        """
-        if self.in_model:
-            with self.without_product():
-                states: Tensor = self.trunk(**inputs, use_cache=False).logits
-        else:
+        """Run the trunk on inputs such as `input_ids`; return hidden states [B, L, D]."""
+        states: Tensor
+        if not self.in_model:
             states = self.trunk(**inputs, use_cache=False).last_hidden_state
-        return states
+            return states
+        with self.without_product():
+            states = self.trunk(**inputs, use_cache=False).logits
+            return states
 
     @contextmanager
     def without_product(self) -> Iterator[None]:
         """Within a `with` block, replace the head by the identity to get hidden states."""
         patched = self.head.__dict__.get("forward")  # set by libraries that patch an instance
-        self.head.forward = _unchanged
+        self.head.forward = nn.Identity().forward
         try:
             yield
         finally:
@@ -143,16 +138,8 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
         yield recorded
 
 
-def _unchanged(states: Tensor) -> Tensor:
-    return states
-
-
 def masked_classes(config: Any) -> set[str]:
-    """Return the names of all classes of masked language models in transformers.
-
-    Args:
-        config: a model's configuration; a masked class that it names from remote code is included.
-    """
+    """Return the class names of masked language models in transformers and in remote code."""
     from transformers.models.auto import modeling_auto as auto
 
     def named(mapping: Any) -> set[str]:
@@ -270,10 +257,9 @@ def _measure_scale_and_softcap(
 
 
 def _configured_value(config: Any, measured: float) -> float:
-    """Replace a measured number by the number of a configuration that equals it up to rounding.
+    """Return the configured number, or inverse of one, that equals a measured one up to rounding.
 
-    The inverses of the configured numbers are considered as well. Without a match the measured
-    number is returned.
+    Without a match, the measured number is returned.
     """
     values = config.to_dict().values() if hasattr(config, "to_dict") else vars(config).values()
     known = [float(v) for v in values if isinstance(v, float | int) and not isinstance(v, bool)]
@@ -284,6 +270,7 @@ def _configured_value(config: Any, measured: float) -> float:
 
 @contextmanager
 def _forward_hook(head: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call a hook after each forward pass of the head within a `with` block."""
     handle = head.register_forward_hook(hook)
     try:
         yield
@@ -324,10 +311,7 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def text_config(config: Any) -> Any:
-    """Return the part of a configuration that describes the language model.
-
-    This is the configuration itself, unless it describes several modalities.
-    """
+    """Return a language model's configuration, which may be nested in a multimodal one."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
@@ -335,9 +319,8 @@ def text_config(config: Any) -> Any:
 def _agree_with(model: nn.Module, parts: Parts) -> bool:
     """Return whether head(trunk(x)) equals the model's own logits on a few tokens.
 
-    The head's input must equal the trunk's output up to rounding; this comparison detects a factor
-    or a normalisation between them. The logits may differ by the rounding of products in the
-    model's dtype.
+    The head's input must equal the trunk's output up to rounding, which detects a factor or a
+    normalisation between them.
     """
     weight: Any = parts.head.weight
     tokens = probe_tokens(model, weight.device)

@@ -1,13 +1,10 @@
 """Quantise a student: fake quantisation during training, real quantisation when it is saved.
 
 Quantisation-aware training rounds weights (and activations, if the format quantises them) in the
-forward pass and passes gradients through the rounding, so the student learns with the rounding
-error. torchao implements both steps. This module selects torchao's formats. It excludes the head,
-because most runtimes store the head in full precision, and it may be tied to the embedding.
-
-The steps are: `prepare` a model, train it, save it (its weights are still in full precision), and
-load it by `load_quantized`, which rounds the weights. The quantised model then computes the same
-logits as the fake-quantised one.
+forward pass and passes gradients through the rounding. torchao implements both steps: `prepare` a
+model, train it, save it in full precision, and load it by `load_quantized`, which rounds the
+weights. The quantised model then computes the same logits as the fake-quantised one. The head is
+excluded, because most runtimes store it in full precision, and it may be tied to the embedding.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ class Quantization:
             for one scale per output channel.
 
     Raises:
-        InvalidArgumentError: If the format is unknown or the group size is below 1.
+        InvalidArgumentError: the format is unknown, or the group size is below 1.
 
     Example:
         >>> Quantization("int4-weight-only", group_size=32).described
@@ -72,11 +69,7 @@ class Quantization:
         return f"{self.format}, {'one scale per channel' if size is None else f'groups of {size}'}"
 
     def torchao_config(self) -> Any:
-        """Return torchao's configuration object for the format.
-
-        Raises:
-            MissingDependencyError: If torchao is not installed.
-        """
+        """Return torchao's configuration object. Raises MissingDependencyError without torchao."""
         try:
             import torch
             from torchao.quantization import (
@@ -87,7 +80,8 @@ class Quantization:
             )
         except ImportError as error:
             raise MissingDependencyError(
-                "quantised students need torchao: pip install 'sparselogits[quantize]'"
+                "quantised students need torchao, which is not installed: pip install "
+                "'sparselogits[quantize]'"
             ) from error
         scales = PerAxis(0) if self.group_size is None else PerGroup(self.group_size)
         weights, _, kind = self.format.removeprefix("int8-dynamic-").partition("-")
@@ -103,14 +97,10 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
     The names and the precision of the weights do not change, so checkpoints and optimisers are not
     affected.
 
-    Args:
-        model: a transformers causal language model.
-        quantization: quantisation format.
-
     Raises:
-        InvalidArgumentError: If the group size does not divide the inputs of a layer, or the model
-            has no linear layers in full precision besides its head.
-        MissingDependencyError: If torchao is not installed.
+        InvalidArgumentError: the group size does not divide the inputs of a layer, or the model has
+            no linear layers in full precision besides its head.
+        MissingDependencyError: torchao is not installed.
     """
     config = quantization.torchao_config()
     from torchao.quantization import quantize_
@@ -135,16 +125,12 @@ def prepare(model: nn.Module, quantization: Quantization) -> None:
 def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
     """Load a model that was saved in full precision, and quantise its weights.
 
-    `save_pretrained` of the result writes the quantised weights in a format that transformers loads
-    without further arguments.
-
-    Args:
-        folder: transformers folder of a model that was trained after `prepare`. For any other model
-            this is post-training quantisation.
-        quantization: quantisation format.
+    The folder contains a model that was trained after `prepare`; for any other model this is
+    post-training quantisation. `save_pretrained` of the result writes the quantised weights in a
+    format that transformers loads without further arguments.
 
     Raises:
-        MissingDependencyError: If torchao is not installed.
+        MissingDependencyError: torchao is not installed.
     """
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -156,9 +142,7 @@ def load_quantized(folder: Path, quantization: Quantization) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers in full precision, except the head, by name."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head
-    }
+    modules = model.named_modules()
+    return {name: m for name, m in modules if type(m) is nn.Linear and m is not head}

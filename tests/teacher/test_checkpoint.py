@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparselogits.errors import SparseLogitsWarning, TeacherError
 from sparselogits.teacher import load_teacher
+from sparselogits.teacher.checkpoint import find_checkpoint
 from sparselogits.teacher.loading import load_language_model, load_tokenizer, weights_fingerprint
 from tests.conftest import tiny_llama
 
@@ -27,7 +28,7 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    return weights_fingerprint(str(folder), load_language_model(str(folder)))
+    return weights_fingerprint(find_checkpoint(str(folder)), load_language_model(str(folder)))
 
 
 def sharded(folder: Path, names: list[str]) -> None:
@@ -219,5 +220,5 @@ def test_code_that_comes_with_a_model_is_part_of_its_identity(folder: Path) -> N
         (folder / "modeling_own.py").write_text(text)
         model = load_language_model(str(folder), trust_remote_code=True)
         assert type(model).__name__ == "Own"
-        found.append(weights_fingerprint(str(folder), model))
+        found.append(weights_fingerprint(find_checkpoint(str(folder)), model))
     assert found[0] != found[1]

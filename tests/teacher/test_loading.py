@@ -8,6 +8,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 
 from sparselogits.errors import TeacherError
 from sparselogits.teacher import load_teacher
+from sparselogits.teacher.checkpoint import find_checkpoint
 from sparselogits.teacher.loading import (
     load_language_model,
     load_tokenizer,
@@ -28,9 +29,11 @@ def test_a_local_folder(teacher_folder: Path, tokenizer: PreTrainedTokenizerFast
 
 def test_other_weights_have_another_fingerprint(teacher_folder: Path, tmp_path: Path) -> None:
     tiny_llama(seed=1).save_pretrained(tmp_path)
-    same = [weights_fingerprint(str(teacher_folder), load_language_model(str(teacher_folder)))] * 2
-    other = weights_fingerprint(str(tmp_path), load_language_model(str(tmp_path)))
-    assert same[0] == same[1] != other
+    one, again, other = (
+        weights_fingerprint(find_checkpoint(str(folder)), load_language_model(str(folder)))
+        for folder in (teacher_folder, teacher_folder, tmp_path)
+    )
+    assert one == again != other
 
 
 def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:

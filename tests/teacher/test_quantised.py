@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPTQConfig, PreTrainedTokenizerFast
 
 from sparselogits.teacher import load_teacher
+from sparselogits.teacher.checkpoint import find_checkpoint
 from sparselogits.teacher.loading import load_language_model, quantization, weights_fingerprint
 from tests.conftest import PADDED_VOCABULARY, tiny_llama
 
@@ -126,7 +127,7 @@ def test_a_folder_of_quantised_weights(
     teacher = load_teacher(after, tokenizer=tokenizer, device_map="cpu")
     assert teacher.identity["quantization"] == said
     whole = load_language_model(before)
-    assert teacher.identity["weights"] != weights_fingerprint(before, whole)
+    assert teacher.identity["weights"] != weights_fingerprint(find_checkpoint(before), whole)
     tokens = torch.arange(20)[None]
     found = torch.cat([piece.logits for piece in teacher.logits(tokens)])
     expected = whole(input_ids=tokens).logits[0]

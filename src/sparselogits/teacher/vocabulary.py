@@ -15,13 +15,8 @@ from sparselogits.teacher.loading import locate_model
 def vocabulary_size(name: str, *, trust_remote_code: bool = False) -> int | None:
     """Return the number of rows in a teacher's head, as stated in the teacher's configuration.
 
-    Args:
-        name: local folder, GGUF file or hub name.
-        trust_remote_code: whether to run configuration code from the model's folder.
-
-    Returns:
-        The number of rows; None if the configuration cannot be read or does not state it, or for
-        an adapter, because an adapter may add tokens.
+    The result is None if the configuration cannot be read or does not state the number, and for an
+    adapter, because it may add tokens. The arguments are those of `load_tokenizer`.
     """
     try:
         source, arguments = locate_model(name)
