@@ -236,14 +236,9 @@ class CacheDataset(Dataset[CachedWindow]):
     ) -> SparseTargets:
         """Thin the targets of one teacher.
 
-        Args:
-            targets: targets of a window.
-            rounds: number of rounds per position after thinning.
-            request: request for the window.
-            window_index: index of the window in the corpus.
-            shift: offset of the subset of rounds, as a share of the number of subsets. The teachers
-                of a window have different offsets, because with equal subsets the noise of similar
-                teachers would be correlated if their caches were drawn with the same seed.
+        `shift` is an offset of the subset of rounds, as a share of the number of subsets. The
+        teachers of a window have different offsets, because with equal subsets the noise of similar
+        teachers would be correlated if their caches were drawn with the same seed.
         """
         if rounds == targets.rounds:
             return targets
@@ -346,7 +341,6 @@ def rounds_for_entries(dataset: CacheDataset, budget: float) -> int:
         )
 
     def mean(rounds: int) -> float:
-        """Return the mean entries per position after thinning."""
         targets = [dataset[WindowRequest(i, 0, rounds)]["targets"] for i in chosen]
         carrying = sum(int((t.entries_per_position > 0).sum()) for t in targets)
         entries: int = sum(t.entries for t in targets)
@@ -372,6 +366,7 @@ def _inputs(
     before_padding: int | None,
     reset_attention: bool,
 ) -> TextWindow:
+    """Return the inputs and labels of a window, whose input may be corrupted."""
     starts = window.document_starts
     tokens, mask = window.tokens, window.mask
     if corrupted is not None:

@@ -117,7 +117,7 @@ class Mixture:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the targets are unbiased; this is equal for all caches."""
+        """Whether the targets are unbiased, which is the same for all caches."""
         return from_parameters(self.caches[0].identity.sampler).unbiased
 
     @property
@@ -164,14 +164,9 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
     """Divide a total number of rounds among the teachers of a window.
 
     Every teacher gets one round. Each further round is assigned to the teacher for which it most
-    reduces sum_m w_m^2 / n_m. This sum is the variance of the mixture if the rounds of all teachers
-    have the same variance. The resulting numbers n_m are about rounds * w_m, but at most the
-    numbers of cached rounds.
-
-    Args:
-        rounds: total number of rounds per position.
-        weights: weight of each teacher, positive.
-        held: number of cached rounds of each teacher.
+    reduces sum_m w_m^2 / n_m, the variance of the mixture if the rounds of all teachers have the
+    same variance. The resulting numbers n_m are about rounds * w_m, but at most `held`, the numbers
+    of cached rounds.
 
     Raises:
         InvalidArgumentError: there are fewer rounds than teachers.
@@ -198,11 +193,7 @@ def divided(rounds: int, weights: tuple[float, ...], held: tuple[int, ...]) -> t
 def _weights_of(
     caches: Sequence[Cache], weights: Weights | None
 ) -> tuple[tuple[tuple[float, ...], ...] | None, tuple[int, ...]]:
-    """Return the rows of weights (None for "best"), and the first window of each row.
-
-    Raises:
-        InvalidArgumentError: see `Mixture.of`.
-    """
+    """Return the rows of weights (None for "best"), and the first window of each row."""
     count = len(caches)
     if weights is None:
         return ((1 / count,) * count,), (0,)
@@ -238,15 +229,7 @@ def _weights_of(
 
 
 def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
-    """Return the index of the first window of each row.
-
-    Args:
-        cache: one of the caches.
-        rows: number of rows, equal to the number of texts or of windows.
-
-    Raises:
-        InvalidArgumentError: the number of rows is equal to neither.
-    """
+    """Return the first window of each row of weights, which belongs to one text or one window."""
     texts = named_texts(cache.storage)
     if rows == len(texts):
         return (0, *(text.first_window for text in texts[1:]))
@@ -260,11 +243,7 @@ def _starts(cache: Cache, rows: int) -> tuple[int, ...]:
 
 
 def _require_same_settings(one: Cache, other: Cache) -> None:
-    """Validate that two caches have the same tokenizer, packing, temperature and bias.
-
-    Raises:
-        IdentityMismatchError: a field differs; the message has the fields.
-    """
+    """Validate that two caches have the same tokenizer, packing, temperature and bias."""
     names = ("window_length", "packing", "temperature", "objective")
     here, there = (
         {name: getattr(cache.identity, name) for name in names}
@@ -313,9 +292,6 @@ def _require_same_text(one: Cache, other: Cache) -> None:
     """Validate that two caches have the same windows, and the same text in eight of them.
 
     The other windows are compared when they are read.
-
-    Raises:
-        IdentityMismatchError: the windows or their text differ.
     """
     here, there = joined(one.ranges), joined(other.ranges)
     if here != there:
@@ -330,17 +306,16 @@ def _require_same_text(one: Cache, other: Cache) -> None:
 
 def _require_same_window(one: Cache, here: WindowRecord, other: Cache, there: WindowRecord) -> None:
     """Validate that two caches have the same text in a window. Raises IdentityMismatchError."""
-    what = "text"
-    if np.array_equal(here.tokens, there.tokens):
-        what = "documents"
-        if np.array_equal(here.document_starts, there.document_starts):
-            what = "loss mask"
-            if np.array_equal(here.present(), there.present()):
-                return
-    raise IdentityMismatchError(
-        f"these caches cannot be mixed: window {here.window_index} differs in its {what} between "
-        f"{one.root} and {other.root}. Build both caches from the same text"
-    )
+    for what, a, b in (
+        ("text", here.tokens, there.tokens),
+        ("documents", here.document_starts, there.document_starts),
+        ("loss mask", here.present(), there.present()),
+    ):
+        if not np.array_equal(a, b):
+            raise IdentityMismatchError(
+                f"these caches cannot be mixed: window {here.window_index} differs in its {what} "
+                f"between {one.root} and {other.root}. Build both caches from the same text"
+            )
 
 
 def _sha256(value: object) -> str:

@@ -45,10 +45,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         row = self._rows[index]
         tokens = torch.tensor(row["input_ids"], dtype=torch.int64)
         labels = torch.tensor(row.get("labels", row["input_ids"]), dtype=torch.int64)
-        return {
-            "input_ids": tokens,
-            "shift_labels": CAUSAL.at_positions(labels, IGNORE_INDEX),
-        }
+        return {"input_ids": tokens, "shift_labels": CAUSAL.at_positions(labels, IGNORE_INDEX)}
 
 
 def as_windows(dataset: Any) -> Any:

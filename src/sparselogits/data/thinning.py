@@ -1,10 +1,9 @@
 """Schedule the number of cached rounds that training uses at each optimiser step.
 
 A cache with N rounds per position can be thinned without bias to any smaller number of rounds (see
-`SparseTargets.thin`), and a `Schedule` varies this number during training. The subset of rounds
-depends on (seed, epoch, window), and their number on the optimiser step that trains on the window.
-That step is computed from the position of the window in the order, so that DataLoader workers that
-read ahead, and runs that resume, compute the same number.
+`SparseTargets.thin`). The subset of rounds depends on (seed, epoch, window), and their number on
+the optimiser step. That step is computed from the position of the window in the order, so that
+DataLoader workers that read ahead, and runs that resume, compute the same number.
 """
 
 from __future__ import annotations
@@ -31,11 +30,7 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """Return the first optimiser step after the stage; infinite for a stage without an end.
-
-        Args:
-            steps: number of optimiser steps of the training.
-        """
+        """Return the optimiser step after the stage, of `steps` in all; infinity without an end."""
         if self.until_step is not None:
             return self.until_step
         return math.inf if self.until is None else self.until * steps
@@ -64,7 +59,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise InvalidArgumentError("a thinning schedule needs at least one stage")
+            raise InvalidArgumentError(
+                "a thinning schedule needs at least one stage, found none; omit thinning for all "
+                "cached rounds"
+            )
         for stage in self.stages:
             _require_sound(stage, last=stage is self.stages[-1])
         for name in ("until", "until_step"):
@@ -77,21 +75,11 @@ class Schedule:
 
     @classmethod
     def constant(cls, rounds: int, *, fresh_noise: bool = True) -> Schedule:
-        """Create a schedule with a constant number of rounds.
-
-        Args:
-            rounds: number of rounds per position, at least 1.
-            fresh_noise: see `Schedule`.
-        """
+        """Create a schedule with a constant number of rounds per position, at least 1."""
         return cls((Stage(rounds),), fresh_noise)
 
     def rounds_at(self, step: int, steps: int) -> int:
-        """Return the number of rounds at an optimiser step.
-
-        Args:
-            step: index of the step, from 0.
-            steps: number of optimiser steps of the training.
-        """
+        """Return the number of rounds at an optimiser step, counted from 0, of `steps` in all."""
         for stage in self.stages[:-1]:
             if step < stage.ends(steps):
                 return stage.rounds
@@ -153,12 +141,7 @@ class Pace:
     steps: int
 
     def step_of(self, epoch: int, position: int) -> int:
-        """Return the index of the optimiser step, from 0, that trains on a window.
-
-        Args:
-            epoch: index of the epoch, from 0.
-            position: position of the window in the order of the epoch.
-        """
+        """Return the optimiser step that trains on a position of an epoch; indices start at 0."""
         within = min(position // self.windows_per_step, self.steps_per_epoch - 1)
         return epoch * self.steps_per_epoch + within
 
@@ -166,7 +149,9 @@ class Pace:
 def _require_sound(stage: Stage, *, last: bool) -> None:
     """Validate a stage; only the last stage may lack an end. Raises InvalidArgumentError."""
     if stage.rounds < 1:
-        raise InvalidArgumentError(f"a stage has at least one round, found {stage.rounds}")
+        raise InvalidArgumentError(
+            f"a stage has at least one round, found {stage.rounds}; give a positive number"
+        )
     if stage.until is not None and stage.until_step is not None:
         raise InvalidArgumentError("a stage has until and until_step; give one of them, not both")
     if not last and stage.until is None and stage.until_step is None:
@@ -180,4 +165,6 @@ def _require_sound(stage: Stage, *, last: bool) -> None:
             "a number of steps"
         )
     if stage.until_step is not None and stage.until_step < 1:
-        raise InvalidArgumentError(f"until_step must be at least 1, found {stage.until_step}")
+        raise InvalidArgumentError(
+            f"until_step must be at least 1, found {stage.until_step}; give a number of steps"
+        )

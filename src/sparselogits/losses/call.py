@@ -92,27 +92,14 @@ class Call:
         return _needs(input), _needs(weight), _needs(bias)
 
     def targets(self, vocab_size: int) -> RowTargets:
-        """Return the targets after the missing-mass rule is applied.
-
-        Args:
-            vocab_size: vocabulary size V of the student.
-        """
+        """Return the targets after the missing-mass rule is applied, for a student's vocabulary."""
+        rule = self.criterion.missing_mass
         return place_missing_mass(
-            self.ids,
-            self.weights,
-            self.row_weight,
-            self.label,
-            self.criterion.missing_mass,
-            vocab_size,
+            self.ids, self.weights, self.row_weight, self.label, rule, vocab_size
         )
 
     def finish(self, sums: LossAndGradients, *, with_ce: bool) -> LossParts:
-        """Return the reduced loss, with the gradients attached to the operands.
-
-        Args:
-            sums: sums over rows and their gradients.
-            with_ce: whether `sums.ce` was computed.
-        """
+        """Return the reduced loss with the gradients attached, and with ce if it was computed."""
         alpha = self.criterion.alpha
         kd, ce = sums.kd * self.factor, sums.ce * self.factor
         # With alpha = 0, ce is only logged: it may be infinite, and 0 * inf would be NaN.
@@ -132,15 +119,7 @@ def prepare(
     position_weights: Tensor | None,
     criterion: Criterion,
 ) -> Call:
-    """Validate and convert the tensors of a call.
-
-    Args:
-        operands: see `Operands`.
-        ids: int64 [..., K].
-        weights: float [..., K].
-        labels: int64 [...]; None without labels.
-        position_weights: float [...], weight of each row; None for ones.
-        criterion: options of the loss.
+    """Validate and convert the tensors of a call; see `linear_sparse_cross_entropy`.
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not match, or labels are required and missing.
@@ -177,10 +156,6 @@ def reduction_factor(row_weight: Tensor, reduction: Reduction) -> Tensor:
     """Return the factor by which a reduction multiplies sums over rows, 0-dimensional.
 
     For "mean" it is one over the sum of row weights, or 1 if that sum is 0; for "sum" it is 1.
-
-    Args:
-        row_weight: [N], in the accumulation dtype.
-        reduction: "mean" or "sum".
     """
     if reduction == "sum":
         return row_weight.new_ones(())
@@ -215,11 +190,12 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  
     if input.dim() < 2 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise InvalidArgumentError(
             "expected input [..., D] and linear_weight [V, D] of the same D, found shapes "
-            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+            f"{tuple(input.shape)} and {tuple(weight.shape)}: pass the head and its input"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InvalidArgumentError(
-            f"linear_bias must have shape {tuple(weight.shape[:1])}, found {tuple(bias.shape)}"
+            f"linear_bias must have shape {tuple(weight.shape[:1])}, found {tuple(bias.shape)}: "
+            "pass the bias of the same head"
         )
     autocast = torch.is_autocast_enabled(input.device.type)
     others = (weight,) if bias is None else (weight, bias)
@@ -242,22 +218,23 @@ def _check_targets(
     lead = tuple(input.shape[:-1])
     if not lead:
         raise InvalidArgumentError(
-            f"expected input of at least two dimensions [..., D], found shape {tuple(input.shape)}"
+            "expected input of at least two dimensions [..., D], found shape "
+            f"{tuple(input.shape)}: add a dimension of rows"
         )
     if tuple(ids.shape[:-1]) != lead or ids.shape != weights.shape:
         raise InvalidTargetsError(
             f"target_ids and target_weights must both have shape {(*lead, 'K')}, found "
-            f"{tuple(ids.shape)} and {tuple(weights.shape)}"
+            f"{tuple(ids.shape)} and {tuple(weights.shape)}: pass the targets of these rows, padded"
         )
     if ids.dtype != torch.int64 or not weights.is_floating_point():
         raise InvalidTargetsError(
             "target_ids must be int64 and target_weights floating-point, found "
-            f"{ids.dtype} and {weights.dtype}"
+            f"{ids.dtype} and {weights.dtype}: convert them"
         )
     for name, tensor in (("labels", labels), ("position_weights", position_weights)):
         if tensor is not None and tuple(tensor.shape) != lead:
             raise InvalidArgumentError(
-                f"{name} must have shape {lead}, one per row, found {tuple(tensor.shape)}"
+                f"{name} must have shape {lead}, found {tuple(tensor.shape)}: pass one per row"
             )
 
 

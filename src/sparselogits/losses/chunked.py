@@ -1,22 +1,15 @@
 """Compute a loss and its gradients one chunk of rows at a time.
 
 Each chunk takes the same three matrix products as autograd: logits = x W^T, then, with the gradient
-g written over the logits, dx = g W and dW += g^T x.
+g written over the logits, dx = g W and dW += g^T x. docs/loss.md has the memory.
 
-Peak memory beyond the gradients: one chunk of logits, in the input's dtype (CPU) or in float32
-(CUDA, with a copy in the input's dtype for the products); one block of rows of that chunk; and, for
-a low-precision head and more than one chunk, the head's gradient in float32 (on a CPU with one more
-copy, which receives the rounded contribution of a chunk).
+For bfloat16 and float16, softmax, sums and losses are float32. On CUDA the products also return
+logits and weight gradients in float32. PyTorch has no such products on a CPU: logits and each
+chunk's contribution to the weight gradient are rounded to the input's dtype once, as in `F.linear`,
+and contributions are added in float32.
 
-Precision: float64 input is computed in float64, float32 input in float32. For bfloat16 and float16,
-softmax, sums and losses are float32. On CUDA the products also return logits and weight gradients
-in float32. PyTorch has no such products on a CPU: logits and each chunk's contribution to the
-weight gradient are rounded to the input's dtype once, as in `F.linear`, and contributions are added
-in float32.
-
-No function here synchronises with the device. Chunk sizes depend on shapes and on an accelerator's
-total memory, not on its free memory, because a resumed run has bitwise equal results only if it
-adds in the same order.
+No function here synchronises with the device. Chunk sizes do not depend on free memory, because a
+resumed run has bitwise equal results only if it adds in the same order.
 """
 
 from __future__ import annotations
@@ -47,15 +40,12 @@ class ChunkLosses(Protocol):
     def __call__(
         self, logits: Tensor, gradient: Tensor | None, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted loss sums of R rows.
+        """Return the sums of row_weight * kd and row_weight * ce over R rows, 0-dimensional.
 
         Args:
             logits: raw logits [R, V] of these rows, in any floating-point dtype; overwritten.
             gradient: output [R, V], possibly `logits` itself; None if no gradient is required.
             rows: indices of these rows among the N rows.
-
-        Returns:
-            0-dimensional sums of row_weight * kd and row_weight * ce.
         """
         ...
 
@@ -70,16 +60,15 @@ def loss_and_gradients(
 ) -> LossAndGradients:
     """Compute loss sums over N rows and their gradients, without autograd or autocast.
 
+    Gradients have the dtype of the operands, or float32 for float16. For given logits, one tensor
+    of their size is allocated for their gradient.
+
     Args:
-        operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V]. For
-            given logits, one tensor of their size is allocated for their gradient.
+        operands: input [N, D], weight [V, D] and bias of a head in one dtype, or logits [N, V].
         row_weight: [N], in `accumulation_dtype(input.dtype)`; 0 for rows excluded from the loss.
         losses_of: callable that computes the losses of a chunk.
         needs: gradients to compute.
         chunk_rows: number of rows per chunk; None for `default_chunk_rows`.
-
-    Returns:
-        The sums, and gradients in the dtype of the operands, or in float32 for float16.
     """
     device = operands.input.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -163,10 +152,7 @@ def sparse_parts(call: Call, *, with_ce: bool) -> LossParts:
 
     Under `torch.compile` the computation is one opaque operator, so memory and the order of
     additions are the same as in eager mode, and the graph does not depend on the number of chunks.
-
-    Args:
-        call: tensors and options.
-        with_ce: whether to compute ce, if there are labels, even if alpha is 0.
+    With `with_ce`, ce is computed even if alpha is 0.
     """
     criterion, operands = call.criterion, call.operands
     with_ce = call.label is not None and (with_ce or criterion.alpha > 0)
@@ -262,18 +248,11 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """Return the number of rows per chunk.
 
-    On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory (of 16 GiB if the
-    device is not CUDA), limited to the range from 64 MiB to 1 GiB. Chunks of this size are enough
-    for products at full speed. On a CPU a chunk takes 64 MiB, but at most half of the rows, because
-    the page faults of a new buffer are amortised only over several chunks, and at least 256 rows
-    (512 in low precision), because each chunk repacks the weight for its products and adds to the
-    weight's gradient.
-
-    Args:
-        rows: number of rows of the call.
-        vocab_size: vocabulary size, V.
-        device: device of the logits.
-        dtype: dtype of the input.
+    On an accelerator, a chunk of float32 logits takes 1/64 of the device's memory, from 64 MiB to
+    1 GiB, which is enough for products at full speed. On a CPU a chunk takes 64 MiB, but at most
+    half of the rows, because the page faults of a new buffer are amortised only over several
+    chunks, and at least 256 rows (512 in low precision), because each chunk repacks the weight for
+    its products and adds to the weight's gradient.
     """
     if device.type == "cpu":
         least = 512 if dtype in _LOW_PRECISION else 256
@@ -284,6 +263,7 @@ def default_chunk_rows(rows: int, vocab_size: int, device: torch.device, dtype: 
 
 @cache
 def _accelerator_memory(device: torch.device) -> int:
+    """Return the total memory of a device in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return 16 * 1024 * _MIB  # assumed, because torch has no query for other devices
@@ -320,17 +300,10 @@ def _is_rounded(gradient: Tensor | None, weight: Tensor) -> bool:
 def _product(
     a: Tensor, b: Tensor, *, out: Tensor, add: bool = False, rounded: Tensor | None = None
 ) -> None:
-    """Compute out = a b, or out += a b.
+    """Compute out = a b, or out += a b if `add`.
 
     If `out` is float32 and the factors have low precision, CUDA computes the product in float32; on
-    other devices the product is rounded first.
-
-    Args:
-        a: [m, k].
-        b: [k, n].
-        out: output [m, n].
-        add: whether to add to `out`.
-        rounded: buffer [m, n] for the rounded product; None to allocate one.
+    other devices the product is rounded first, to the buffer `rounded` if there is one.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)

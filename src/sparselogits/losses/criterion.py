@@ -6,10 +6,6 @@ With the raw logits a = x W^T + b of one position, the loss of that position is
     kd   = cross-entropy of the target t to softmax(z / temperature)
     ce   = cross-entropy of the label to softmax(z)
     loss = (1 - alpha) * kd + alpha * ce
-
-The scale is applied before the softcap. No model in transformers has both: Gemma 2 and 3 have
-`final_logit_softcapping` (here `logit_softcap`), Cohere multiplies by `logit_scale`, Granite
-divides by `logits_scaling` (pass its inverse as `logit_scale`).
 """
 
 from __future__ import annotations
@@ -93,10 +89,7 @@ class Criterion:
         return tuple([getattr(self, name) for name in _NAMES])
 
     def updated(self, options: dict[str, Any]) -> Criterion:
-        """Return a criterion with some of the fields replaced.
-
-        Args:
-            options: new values by field name.
+        """Return a criterion with some of the fields replaced, given new values by field name.
 
         Raises:
             InvalidArgumentError: a value is invalid.
@@ -107,11 +100,7 @@ class Criterion:
     def require_labels(self, given: bool) -> None:
         """Validate that labels are given if the options require them.
 
-        Args:
-            given: whether labels are given.
-
-        Raises:
-            InvalidArgumentError: labels are required and missing.
+        Raises InvalidArgumentError if labels are required and missing.
         """
         if not given and self.alpha > 0:
             raise InvalidArgumentError(
@@ -124,13 +113,9 @@ class Criterion:
             )
 
     def require_chunked(self, caller: str) -> None:
-        """Validate that `impl` is "auto" or "chunked".
+        """Validate that `impl` is "auto" or "chunked". Raises InvalidArgumentError.
 
-        Args:
-            caller: name of the calling function, for the message.
-
-        Raises:
-            InvalidArgumentError: `impl` is "triton" or "reference".
+        The message contains the name of the caller, which supports no other implementation.
         """
         if self.impl not in ("auto", "chunked"):
             raise InvalidArgumentError(

@@ -1,10 +1,7 @@
 """Compute dense distillation losses with an online teacher, as baselines for sparse targets.
 
-The teacher is given as hidden states and head, so the logits of both models exist for only one
-chunk of rows at a time. A divergence is a subclass of `Divergence` with one method; chunks,
-cross-entropy to labels, scale, softcap and temperature are shared code. Let u and v be the logits
-of student and teacher divided by the temperature, and s and p their softmax. The divergences and
-their derivatives are:
+The logits of both models exist for only one chunk of rows at a time. Let u and v be the logits of
+student and teacher divided by the temperature, and s and p their softmax. The divergences are:
 
     forward_kl       KL(p || s)                          d/du = s - p
     reverse_kl       KL(s || p), as in MiniLLM           d/du = s (log s - log p - KL)
@@ -12,10 +9,9 @@ their derivatives are:
                      as in TRL's GKD                     d/du = (1 - beta) s (r - <s, r>),
                                                          r = log s - log m
 
-The sparse loss is the cross-entropy to p, which equals forward_kl plus the teacher's entropy and
-has the same gradient. Ids outside the teacher's vocabulary (which may be smaller than the
-student's) or excluded by `token_mask` have p = 0. reverse_kl would then be infinite, so its s is
-the student's distribution restricted to the ids with p > 0.
+Ids outside the teacher's vocabulary (which may be smaller than the student's) or excluded by
+`token_mask` have p = 0. reverse_kl would then be infinite, so its s is the student's distribution
+restricted to the ids with p > 0.
 """
 
 from __future__ import annotations
@@ -42,15 +38,12 @@ class Divergence(ABC):
 
     @abstractmethod
     def rows_(self, u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the divergence of R rows and its derivative.
+        """Return the divergence of R rows, [R], and its derivative with respect to u, [R, V].
 
         Args:
             u: logits of the student divided by the temperature, [R, V]; may be overwritten.
             log_p: log-probabilities of the teacher, [R, V], in the same dtype, -inf for ids with
                 p = 0; may be overwritten.
-
-        Returns:
-            The divergence [R] and its derivative with respect to u, [R, V].
         """
 
 
@@ -137,15 +130,7 @@ class TeacherHead:
     token_mask: Tensor | None = None
 
     def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return the logits after scale and softcap, [R, Vt].
-
-        Args:
-            rows: indices of R rows.
-            dtype: dtype of the result.
-
-        Returns:
-            Logits, -inf for ids excluded by `token_mask`.
-        """
+        """Return the logits of R rows after scale and softcap, [R, Vt]; -inf for masked ids."""
         v = F.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias).to(dtype)
         v, _ = transform_(v, self.logit_scale, self.logit_softcap, with_slope=False)
         if self.token_mask is not None:
@@ -207,7 +192,12 @@ def linear_dense_kd(
             "targets have no missing mass: use 'drop'"
         )
     if isinstance(divergence, str):
-        divergence = _named(divergence, beta)
+        if divergence not in DIVERGENCES:
+            raise InvalidArgumentError(
+                f"unknown divergence {divergence!r}; choose one of {', '.join(DIVERGENCES)}"
+            )
+        kind = DIVERGENCES[divergence]
+        divergence = kind() if beta is None or kind is not JensenShannon else JensenShannon(beta)
     none = input.new_zeros((*input.shape[:-1], 0))
     operands = Operands(input, linear_weight, linear_bias)
     call = prepare(operands, none.long(), none, labels, position_weights, criterion)
@@ -224,13 +214,7 @@ def linear_dense_kd(
 
 @dataclass(frozen=True)
 class _DenseLosses:
-    """Losses of a dense teacher for any divergence; implements `chunked.ChunkLosses`.
-
-    Args:
-        teacher: hidden states and head of the teacher.
-        divergence: divergence of the KD part.
-        call: tensors and options.
-    """
+    """Losses of a dense teacher for any divergence; implements `chunked.ChunkLosses`."""
 
     teacher: TeacherHead
     divergence: Divergence
@@ -257,7 +241,8 @@ class _DenseLosses:
             z, slope = transform_(
                 raw, criterion.logit_scale, criterion.logit_softcap, with_slope=with_grad
             )
-            log_p = _log_softmax(teacher_logits[block].div_(T), z.shape[1])
+            log_p = torch.log_softmax(teacher_logits[block].div_(T), 1)
+            log_p = F.pad(log_p, (0, z.shape[1] - log_p.shape[1]), value=-torch.inf)
             kd_rows, d_u = self.divergence.rows_(z.div_(T), log_p)
             del log_p  # frees a tensor of the logits' size before the next block
             # excluded rows of the teacher may contain NaN
@@ -275,35 +260,16 @@ class _DenseLosses:
     ) -> tuple[Tensor | None, Tensor]:
         """Return the gradient of alpha * row_weight * ce, [R, V] or None, and ce, [R].
 
-        Args:
-            raw: raw logits [R, V]; overwritten.
-            rows: indices of these rows among the N rows.
-            with_grad: whether to compute the gradient.
+        The raw logits [R, V] of the rows are overwritten.
         """
         assert self.call.label is not None
         criterion, weight = self.call.criterion, self.call.row_weight[rows]
         none = weight.new_zeros(weight.shape[0], 0)
         targets = RowTargets(none.long(), none, weight, none.sum(1), self.call.label[rows])
         at_one = criterion.updated({"alpha": 1.0, "temperature": 1.0})
-        losses = row_losses_(raw, targets, at_one, with_ce=True, with_grad=with_grad)
-        assert losses.ce is not None
-        return (raw.mul_(criterion.alpha) if with_grad else None), losses.ce
-
-
-def _log_softmax(v: Tensor, vocab_size: int) -> Tensor:
-    """Return log-probabilities [R, vocab_size] of logits [R, Vt]; -inf for the ids from Vt on."""
-    log_p = torch.log_softmax(v, 1)
-    return F.pad(log_p, (0, vocab_size - v.shape[1]), value=-torch.inf)
-
-
-def _named(name: str, beta: float | None) -> Divergence:
-    """Create the divergence with the given name. Raises InvalidArgumentError if it is unknown."""
-    if name not in DIVERGENCES:
-        raise InvalidArgumentError(
-            f"unknown divergence {name!r}; choose one of {', '.join(DIVERGENCES)}"
-        )
-    kind = DIVERGENCES[name]
-    return JensenShannon(beta) if kind is JensenShannon and beta is not None else kind()
+        _, ce = row_losses_(raw, targets, at_one, with_ce=True, with_grad=with_grad)
+        assert ce is not None
+        return (raw.mul_(criterion.alpha) if with_grad else None), ce
 
 
 def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:

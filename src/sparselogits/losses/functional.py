@@ -225,12 +225,7 @@ class SparseKDLoss(nn.Module):
     ) -> LossParts:
         """Compute the loss and its parts; see `linear_sparse_cross_entropy`.
 
-        Args:
-            input: hidden states [..., D].
-            linear_weight: head [V, D].
-            target_ids: int64 [..., K].
-            target_weights: float [..., K].
-            tensors: `labels`, `linear_bias` and `position_weights` as keywords.
+        The keywords `tensors` are `labels`, `linear_bias` and `position_weights`.
         """
         return linear_sparse_cross_entropy(
             input,
@@ -250,9 +245,7 @@ class SparseKDLoss(nn.Module):
 def loss_parts(call: Call, *, with_ce: bool = True) -> LossParts:
     """Compute the loss with the implementation that the criterion selects.
 
-    Args:
-        call: tensors and options.
-        with_ce: whether to compute ce, if there are labels, even if alpha is 0.
+    With `with_ce`, ce is computed even if alpha is 0.
     """
     if call.criterion.impl == "reference":
         return reference_parts(call)

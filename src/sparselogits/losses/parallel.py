@@ -1,10 +1,8 @@
 """Compute the loss with the head or the sequence divided among ranks.
 
 Vocabulary-parallel (for tensor-parallel trainers): each rank has a slice of the head, of any width,
-and the same rows. A chunk costs three all-reduces of a few numbers per row (stored logits, maximum,
-sum), one more with labels, one more with smoothing, and two more (maximum, sum) if labels are used
-with a temperature other than 1. The input's gradient costs one all-reduce of [N, D] at the end, as
-in any column-parallel layer.
+and the same rows. A chunk costs three to seven all-reduces of a few numbers per row. The input's
+gradient costs one all-reduce of [N, D] at the end, as in any column-parallel layer.
 
 Sequence-parallel and context-parallel: each rank has some of the positions and the whole head. Only
 the sum of row weights and the values of the loss are reduced over ranks. Rows are independent, so
@@ -35,11 +33,10 @@ from sparselogits.losses.rows import SparseLosses, Vocabulary
 
 @dataclass(frozen=True)
 class VocabularySlice(Vocabulary):
-    """Reductions and indexing of logits whose columns are divided among ranks.
+    """Reductions and indexing of logits whose columns are divided among a group's ranks.
 
-    Args:
-        first_id: vocabulary id of this rank's first column.
-        group: process group whose slices cover the vocabulary; None for all ranks.
+    The first column of this rank has the id `first_id`; the slices of all ranks cover the
+    vocabulary.
     """
 
     first_id: int

@@ -1,11 +1,8 @@
 """Compute the loss of a block of rows, and replace the logits by their gradient.
 
 The computation takes four passes over the rows (maximum, softmax in place, maximum, scaling) and
-sparse corrections at the stored ids. The second maximum is the largest probability. The negative of
-its logarithm is the logsumexp relative to the largest logit, so no exponential is computed twice.
-The row's maximum is subtracted before any other operation, so logits of 1e4 lose no precision in
-float32. No other tensor of the rows' size is allocated, except the derivative of a softcap, and a
-copy if target and label require softmaxes at different temperatures.
+sparse corrections at the stored ids. The second maximum is the largest probability, the negative
+logarithm of which is the logsumexp relative to the largest logit.
 
 Let u be the logits after scale, softcap and temperature, s = softmax(u), t the target with total
 mass M_t, `spread` the smoothing mass added to every id, m the target's mass on the ghost class, and
@@ -60,12 +57,7 @@ class Vocabulary:
         return logits.sum(1, keepdim=True)
 
     def softmax_(self, logits: Tensor, maximum: Tensor) -> Tensor:
-        """Replace logits by their softmax; return the largest probability, [R, 1].
-
-        Args:
-            logits: [R, V], overwritten.
-            maximum: largest logit of each row, [R, 1].
-        """
+        """Replace logits, whose maximum is given, by the softmax; return its maximum, [R, 1]."""
         return torch.softmax(logits, 1, out=logits).amax(1, keepdim=True)
 
 
@@ -75,14 +67,7 @@ WHOLE = Vocabulary()
 
 @dataclass(frozen=True)
 class SparseLosses:
-    """Losses of sparse targets in torch operations; implements `chunked.ChunkLosses`.
-
-    Args:
-        targets: targets of all N rows.
-        criterion: options of the loss.
-        with_ce: whether to compute ce.
-        vocabulary: reductions and indexing of the logits.
-    """
+    """Losses of sparse targets, computed by PyTorch; implements `chunked.ChunkLosses`."""
 
     targets: RowTargets
     criterion: Criterion
@@ -101,7 +86,7 @@ class SparseLosses:
             block = logits[start : start + step]
             part = targets.rows(slice(start, start + step))
             work = block.to(dtype)  # the block itself if it has this dtype
-            losses = row_losses_(
+            kd_rows, ce_rows = row_losses_(
                 work,
                 part,
                 self.criterion,
@@ -109,25 +94,12 @@ class SparseLosses:
                 with_grad=gradient is not None,
                 vocabulary=self.vocabulary,
             )
-            assert losses.kd is not None
-            kd = kd + part.row_weight.dot(losses.kd)
-            if losses.ce is not None:
-                ce = ce + part.row_weight.dot(losses.ce)
+            kd = kd + part.row_weight.dot(kd_rows)
+            if ce_rows is not None:
+                ce = ce + part.row_weight.dot(ce_rows)
             if gradient is not None and not (work is block and gradient is logits):
                 gradient[start : start + step].copy_(work)
         return kd, ce
-
-
-class RowLosses(NamedTuple):
-    """Unweighted losses of R rows.
-
-    Attributes:
-        kd: distillation loss of each row, [R]; None if not computed.
-        ce: cross-entropy of each row to its label, [R]; None if not computed.
-    """
-
-    kd: Tensor | None
-    ce: Tensor | None
 
 
 def row_losses_(
@@ -138,8 +110,8 @@ def row_losses_(
     with_ce: bool,
     with_grad: bool,
     vocabulary: Vocabulary = WHOLE,
-) -> RowLosses:
-    """Compute the losses of R rows, and replace `logits` by their gradient.
+) -> tuple[Tensor, Tensor | None]:
+    """Return the unweighted losses kd and ce of R rows, [R]; replace `logits` by their gradient.
 
     Args:
         logits: raw logits [R, V], in the dtype of the targets' weights; overwritten with
@@ -157,19 +129,19 @@ def row_losses_(
     kd_share, ce_share = 1.0 - criterion.alpha, criterion.alpha
     if criterion.temperature == 1.0:
         softmax = _softmax_(z, targets, vocabulary, with_kd=True, with_ce=with_ce)
-        losses = _losses(softmax, targets)
+        kd, ce = _losses(softmax, targets)
         if with_grad:
             _gradient_(z, softmax, targets, kd_share, ce_share, vocabulary)
     else:
         at_one = z.clone() if with_ce else None
         z.div_(criterion.temperature)
         softmax = _softmax_(z, targets, vocabulary, with_kd=True, with_ce=False)
-        losses = _losses(softmax, targets)
+        kd, ce = _losses(softmax, targets)
         if with_grad:
             _gradient_(z, softmax, targets, kd_share / criterion.temperature, 0.0, vocabulary)
         if at_one is not None:
             softmax = _softmax_(at_one, targets, vocabulary, with_kd=False, with_ce=True)
-            losses = RowLosses(losses.kd, _losses(softmax, targets).ce)
+            _, ce = _losses(softmax, targets)
             if with_grad:
                 _gradient_(at_one, softmax, targets, 0.0, ce_share, vocabulary)
                 z.add_(at_one)
@@ -177,22 +149,17 @@ def row_losses_(
         z.mul_(slope)
     elif with_grad and criterion.logit_scale != 1.0:
         z.mul_(criterion.logit_scale)
-    return losses
+    assert kd is not None
+    return kd, ce
 
 
 def transform_(
     logits: Tensor, scale: float, cap: float | None, *, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply scale and softcap to logits in place.
-
-    Args:
-        logits: raw logits [R, V], overwritten.
-        scale: factor of the logits.
-        cap: bound of the scaled logits; None for no bound.
-        with_slope: whether to compute the derivative of the result, if there is a bound.
+    """Apply scale and softcap to raw logits [R, V] in place.
 
     Returns:
-        The transformed logits, and their derivative with respect to the raw logits, [R, V] or None.
+        The transformed logits; with a softcap and `with_slope` also their derivative, else None.
     """
     if cap is None:
         return (logits if scale == 1.0 else logits.mul_(scale)), None
@@ -206,22 +173,16 @@ class _Softmax(NamedTuple):
 
     The softmax is over all ids; with a ghost class, over all ids that are not stored. Logits are
     relative to the row's maximum over all ids.
-
-    Attributes:
-        values: logits of the stored ids, 0 at padding, [R, E]; None without the KD part.
-        label_value: logit of the label, [R, 1]; None without ce.
-        log_rest: logsumexp over the ids of the softmax, [R, 1].
-        log_sum: logsumexp over all ids, [R, 1].
-        total: sum of all logits, [R, 1]; None without smoothing.
-        ghost: mass of the ghost class, [R, 1], 0 if all ids are stored; None without a ghost class.
     """
 
-    values: Tensor | None
-    label_value: Tensor | None
-    log_rest: Tensor
-    log_sum: Tensor
-    total: Tensor | None
-    ghost: Tensor | None
+    values: (
+        Tensor | None
+    )  # logits of the stored ids, 0 at padding, [R, E]; None without the KD part
+    label_value: Tensor | None  # logit of the label, [R, 1]; None without ce
+    log_rest: Tensor  # logsumexp over the ids of the softmax, [R, 1]
+    log_sum: Tensor  # logsumexp over all ids, [R, 1]
+    total: Tensor | None  # sum of all logits, [R, 1]; None without smoothing
+    ghost: Tensor | None  # mass of the ghost class, 0 if all ids are stored; None without the class
 
 
 def _softmax_(
@@ -272,8 +233,8 @@ def _target_mass(softmax: _Softmax, targets: RowTargets) -> Tensor:
     return mass
 
 
-def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
-    """Return the unweighted losses, given the result of `_softmax_`."""
+def _losses(softmax: _Softmax, targets: RowTargets) -> tuple[Tensor | None, Tensor | None]:
+    """Return the unweighted losses kd and ce, given the result of `_softmax_`."""
     kd = ce = None
     if softmax.values is not None:
         mass = _target_mass(softmax, targets)
@@ -287,7 +248,7 @@ def _losses(softmax: _Softmax, targets: RowTargets) -> RowLosses:
         kd = kd[:, 0]
     if softmax.label_value is not None:
         ce = (softmax.log_sum - softmax.label_value)[:, 0]
-    return RowLosses(kd, ce)
+    return kd, ce
 
 
 def _gradient_(

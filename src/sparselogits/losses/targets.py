@@ -9,8 +9,6 @@ section 3), and V the student's vocabulary size. The rules give these targets:
     ghost          t, and mass m on one more class, the union of all other ids; with M the student's
                    mass on them, the gradient is s - t on stored ids and s (1 - m / M) on the others
     ground_truth   t, and mass m on the label
-
-A few temporary tensors [N, K] are allocated.
 """
 
 from __future__ import annotations
@@ -62,18 +60,9 @@ def place_missing_mass(
     rule: MissingMass,
     vocab_size: int,
 ) -> RowTargets:
-    """Apply a missing-mass rule.
+    """Apply a missing-mass rule to ids and weights [N, K], whose other arguments are [N].
 
-    Args:
-        ids: int64 [N, K]; padding has weight 0 and any valid id.
-        weights: float [N, K].
-        row_weight: [N], in the accumulation dtype.
-        label: int64 [N], required by "ground_truth"; None without labels.
-        rule: name of the rule.
-        vocab_size: vocabulary size V of the student.
-
-    Returns:
-        Targets in the dtype of `row_weight`.
+    Weights and row weights are converted to the accumulation dtype, that of `row_weight`.
     """
     # Excluded rows may contain NaN: their weights are set to 0.
     weights = torch.where((row_weight != 0)[:, None], weights.to(row_weight.dtype), 0.0)

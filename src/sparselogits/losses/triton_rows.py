@@ -1,8 +1,5 @@
 """Compute the loss of a chunk of rows in one Triton kernel: a fused `rows.py` for CUDA.
 
-The kernel reads the chunk twice and writes it once; torch operations access it about ten times. The
-matrix products are still computed by cuBLAS.
-
 One program computes one row. It reads the logits of the stored ids, passes over the row once for
 maximum and sums (online softmax) and once more to write the gradient, and writes the entries at the
 stored ids last, with sparse corrections from registers. Results are bitwise reproducible, because
@@ -40,15 +37,9 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class TritonLosses:
-    """Losses of sparse targets in one kernel launch per chunk; implements `chunked.ChunkLosses`.
+    """Losses of sparse targets, by one kernel launch per chunk; implements `chunked.ChunkLosses`.
 
-    Args:
-        targets: targets of all N rows, float32.
-        criterion: options of the loss.
-        with_ce: whether to compute ce.
-
-    Raises:
-        InvalidArgumentError: the targets are float64, as they are for float64 input.
+    Raises InvalidArgumentError if the targets are float64, as they are for float64 input.
     """
 
     targets: RowTargets
@@ -90,25 +81,18 @@ class TritonLosses:
             float(c.logit_scale),
             float(c.logit_softcap or 1.0),
             float(c.temperature),
-            **_constants(t, c, self.with_ce, gradient is not None),
+            WITH_GRAD=gradient is not None,
+            WITH_CE=self.with_ce,
+            HAS_GHOST=t.ghost is not None,
+            HAS_SPREAD=t.spread is not None,
+            HAS_CAP=c.logit_softcap is not None,
+            TWO_TEMPERATURES=c.temperature != 1.0 and self.with_ce,
             BLOCK_V=block,
             BLOCK_E=max(16, triton.next_power_of_2(ids.shape[1])),
             num_warps=max(1, min(16, block // 512)),
         )
         weight = t.row_weight
         return weight.dot(kd), weight.dot(ce)
-
-
-def _constants(t: RowTargets, c: Criterion, with_ce: bool, with_grad: bool) -> dict[str, bool]:
-    """Return the compile-time constants of the kernel."""
-    return {
-        "WITH_GRAD": with_grad,
-        "WITH_CE": with_ce,
-        "HAS_GHOST": t.ghost is not None,
-        "HAS_SPREAD": t.spread is not None,
-        "HAS_CAP": c.logit_softcap is not None,
-        "TWO_TEMPERATURES": c.temperature != 1.0 and with_ce,
-    }
 
 
 @triton.jit
