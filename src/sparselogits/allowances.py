@@ -38,7 +38,7 @@ def allowing(*names: str) -> Iterator[None]:
         names: keys of `ALLOWANCES`.
 
     Raises:
-        InvalidArgumentError: If a name is unknown.
+        InvalidArgumentError: a name is unknown.
     """
     require_known(names)
     token = _allowed.set(_allowed.get() | frozenset(names))
@@ -49,14 +49,7 @@ def allowing(*names: str) -> Iterator[None]:
 
 
 def require_known(allow: Collection[str]) -> None:
-    """Validate names of allowances.
-
-    Args:
-        allow: names that must be keys of `ALLOWANCES`.
-
-    Raises:
-        InvalidArgumentError: If a name is unknown.
-    """
+    """Validate that names are keys of `ALLOWANCES`. Raises InvalidArgumentError."""
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise InvalidArgumentError(
@@ -73,7 +66,7 @@ def refuse(error: SparseLogitsError, name: str, allow: Collection[str] = ()) -> 
         allow: allowances in addition to those of `allowing`.
 
     Raises:
-        SparseLogitsError: The check is not allowed to fail; `error` itself is raised.
+        SparseLogitsError: the check is not allowed to fail; the error has the type of `error`.
     """
     require_known(allow)
     message = str(error).rstrip(". ")

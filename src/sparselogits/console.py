@@ -49,17 +49,15 @@ class EscapingConsole(Console):
             yield segment if text == segment.text else segment._replace(text=text)
 
 
-def _console(**options: Any) -> Console:
-    return EscapingConsole(highlight=False, markup=False, emoji=False, **options)
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 
-
-messages = _console(stderr=True)
+messages = EscapingConsole(stderr=True, **_PLAIN)
 """Console on standard error, for progress and messages; `results` returns the one for results."""
 
 
 def results() -> Console:
     """Return the console on standard output, for results."""
-    return _console()
+    return EscapingConsole(**_PLAIN)
 
 
 def styled(label: str, style: str, rest: str = "") -> Text:
@@ -80,10 +78,10 @@ NOTEBOOK_SECONDS = 0.5
 def quiet_transformers() -> None:
     """Silence the progress bars and loading messages of transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if "transformers" in sys.modules:  # transformers reads the environment when it is imported
         from transformers.utils.logging import disable_progress_bar
 

@@ -50,12 +50,7 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> TokenKinds:
-        """Return the properties of the tokens in a transformers tokenizer.
-
-        Args:
-            tokenizer: the teacher's tokenizer.
-            vocab_size: number V of columns in the teacher's head.
-        """
+        """Return the properties of a tokenizer's tokens, for a head with `vocab_size` columns."""
         texts = [""] * vocab_size
         special = np.ones(vocab_size, np.bool_)
         for text, token in tokenizer.get_vocab().items():
@@ -81,11 +76,7 @@ class TokenKinds:
 
 
 def masked_objective(tokenizer: Any, **settings: Any) -> Masked:
-    """Create a masked objective that uses a tokenizer's mask token.
-
-    Args:
-        tokenizer: the teacher's tokenizer.
-        settings: fields of `Masked`, without `mask_id`.
+    """Create a masked objective with a tokenizer's mask token and further fields of `Masked`.
 
     Raises:
         InvalidArgumentError: the tokenizer has no mask token, or a value is out of its range.
@@ -180,12 +171,8 @@ class Corruption:
     def of_identity(cls, identity: Identity, tokenizer: Any | None) -> Corruption | None:
         """Return the corruption of a cache; None for a cache of a causal language model.
 
-        Args:
-            identity: identity of the cache.
-            tokenizer: the cache's tokenizer; needed for a masked language model.
-
         Raises:
-            InvalidArgumentError: the tokenizer is missing.
+            InvalidArgumentError: the cache is of a masked model, and its tokenizer is None.
         """
         objective = identity.predicts
         if not isinstance(objective, Masked):

@@ -69,12 +69,7 @@ class Documents:
     @classmethod
     @torch.no_grad()
     def probe(cls, model: nn.Module, run: Forward) -> Documents:
-        """Determine by a few short forward passes how a model must run documents.
-
-        Args:
-            model: a transformers language model; in eval mode during the passes.
-            run: forward pass of the model that returns states or logits.
-        """
+        """Determine by a few short passes, in eval mode, how a model must run documents."""
         config = text_config(getattr(model, "config", None))
         rotary, chunk = _rotary_limit(config), getattr(config, "attention_chunk_size", None)
         limits = [limit for limit in (rotary, chunk) if limit is not None]
@@ -149,13 +144,7 @@ def _run_apart(
 ) -> Tensor:
     """Run every document as a separate sequence, and return the states [B, L, D] in window order.
 
-    Args:
-        run: forward pass of the model.
-        input_ids: int64 [B, L].
-        position_ids: int64 [B, L], zero where a document starts.
-        equal: whether only documents of equal length may share a call.
-        one_call: whether to run all documents in one call; `equal` takes precedence.
-        inputs: further inputs of `run`; tensors [B, L] are divided like `input_ids`.
+    With `equal`, only documents of equal length share a call; otherwise see `Documents.run`.
     """
     batch, length = input_ids.shape
     device = input_ids.device
@@ -219,6 +208,7 @@ def _groups_of(
 
 
 def _probe_tokens(model: nn.Module) -> Tensor:
+    """Return token ids of the probe's windows, int64 [2, 40], on the model's device."""
     indices = torch.arange(len(_PROBE_STARTS) * _PROBE_LENGTH).reshape(len(_PROBE_STARTS), -1)
     tokens = (indices * 7919 + indices // 7) % embedding_rows(model)
     return tokens.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
@@ -287,10 +277,10 @@ def _packed_equals(alone: Tensor, run: Forward, tokens: Tensor, positions: Tenso
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the largest relative distance between the states of two tensors at one position.
+    """Return the largest relative distance between two tensors' states at one position.
 
-    In half precision the median over positions is returned, because rounding may route a single
-    position to another expert, which changes its states completely.
+    In half precision this is the median over positions, because rounding may route a position to
+    another expert, which changes its states completely.
     """
     half = one.dtype in (torch.float16, torch.bfloat16)
     one, other = one.float(), other.float().to(one.device)
@@ -299,10 +289,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Return the sequence length above which rotary frequencies depend on the length.
-
-    None if the frequencies never depend on it.
-    """
+    """Return the sequence length above which rotary frequencies depend on it; None if never."""
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _nested_dicts(getattr(config, name, None)):
             kind = rope.get("rope_type", rope.get("type"))

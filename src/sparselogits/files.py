@@ -2,12 +2,8 @@
 
 A file's bytes are written under a temporary name in the same folder, flushed and synced, and the
 file is renamed to its final name; then the folder is synced. So a reader gets either the old or the
-new file, even after a power failure, and a full disk changes nothing. (In store/storage, shards add
-a read-back and an exclusive link; local copies of remote bytes, which are downloaded again if they
-are damaged, are not synced.)
-
-A temporary name contains the id of the process that created it. The next process that writes into
-the folder removes the temporary files of dead processes.
+new file, even after a power failure, and a full disk changes nothing. A temporary name contains the
+id of its process, so that the next process that writes into the folder removes those of dead ones.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparselogits.errors import InvalidArgumentError, SparseLogitsError, StorageError
+from sparselogits.untrusted import kind_of_file
 
 fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 """Module `fcntl` with the kernel's file locks; None on Windows, where it does not exist."""
@@ -72,18 +69,13 @@ def writing_whole(
 ) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name when the block ends without an exception.
 
-    After an exception an existing file is unchanged; an `OSError` in the block is raised as a
-    `StorageError`.
+    Errors are those of `write_whole`.
 
     Args:
         path: see `write_whole`.
         replace: see `write_whole`.
         name: function that returns the file's name after the block, for a file that is named by its
             content; None for the name in `path`.
-
-    Raises:
-        StorageError: see `write_whole`.
-        InvalidArgumentError: see `write_whole`.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +111,6 @@ def take_name(source: Path, target: Path) -> bool:
 
     With hard links the operation is exclusive among all processes, and the file also retains its
     old name. Without hard links it is exclusive only among this machine's callers of this function.
-
-    Args:
-        source: existing file.
-        target: new path of the file, on the same file system.
     """
     try:
         os.link(source, target)
@@ -138,10 +126,6 @@ def take_name(source: Path, target: Path) -> bool:
 
 def move(source: Path, target: Path) -> bool:
     """Rename a file or folder unless the new name exists; return whether it was renamed.
-
-    Args:
-        source: existing file or folder.
-        target: new path, on the same file system.
 
     Raises:
         FileNotFoundError: `source` does not exist.
@@ -176,9 +160,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
     synced first. A new folder appears by one rename; an existing empty folder (perhaps a mount
     point) is filled by one rename per entry.
 
-    Args:
-        path: path of a folder that is missing or empty.
-
     Raises:
         StorageError: the folder cannot be written; the temporary folder has been removed.
         InvalidArgumentError: the path is a file, or a folder that is not empty.
@@ -207,9 +188,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def require_new_folder(path: Path) -> None:
     """Validate that a folder is missing or empty, after removing leftovers of dead processes.
 
-    Args:
-        path: path of the folder.
-
     Raises:
         InvalidArgumentError: the path is a file, or a folder that is not empty.
     """
@@ -226,11 +204,8 @@ def require_new_folder(path: Path) -> None:
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether a file name is one that operating systems create in folders.
-
-    These are `lost+found` at the root of a volume, macOS's view settings, and NFS's placeholders
-    for files that were removed while they were open.
-    """
+    """Return whether a name is that of a file or folder that operating systems create."""
+    # .nfs files are placeholders for files that were removed while they were open
     return name in ("lost+found", ".DS_Store") or name.startswith(".nfs")
 
 
@@ -238,10 +213,7 @@ def is_clutter(name: str) -> bool:
 def disk_errors(path: Path) -> Iterator[None]:
     """Convert write errors within a block to a `StorageError` that names the path.
 
-    These are `OSError`, and the errors that safetensors and torch raise on a full disk.
-
-    Raises:
-        StorageError: writing failed; the message contains advice for the cause.
+    Write errors are `OSError`, and the errors that safetensors and torch raise on a full disk.
     """
     try:
         yield
@@ -257,6 +229,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
+    """Return a message for a write error, with advice for its cause."""
     if error.errno in _FULL:
         advice = "Free space on its disk, or give a path on another disk"
     elif error.errno in _FORBIDDEN:
@@ -276,11 +249,6 @@ def _cannot_write(path: Path, error: OSError) -> str:
 def require_file_or_nothing(path: Path) -> None:
     """Validate that a path is a regular file or does not exist, so that a file can be written.
 
-    `write_whole` validates its path; commands do so before expensive work as well.
-
-    Args:
-        path: path of a file.
-
     Raises:
         InvalidArgumentError: the path is a folder, a link, a device, a pipe or a socket.
     """
@@ -290,18 +258,9 @@ def require_file_or_nothing(path: Path) -> None:
         return
     if stat.S_ISREG(mode):
         return
-    kinds = {
-        stat.S_ISDIR: "a folder",
-        stat.S_ISLNK: "a symbolic link",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-        stat.S_ISFIFO: "a named pipe",
-        stat.S_ISSOCK: "a socket",
-    }
-    kind = next((word for test, word in kinds.items() if test(mode)), "not a regular file")
     raise InvalidArgumentError(
-        f"{path} is {kind}; expected a regular file or a path that does not exist. Give another "
-        "path (instead of a link, the file that it points to)"
+        f"{path} is {kind_of_file(mode)}; expected a regular file or a path that does not exist. "
+        "Give another path (instead of a link, the file that it points to)"
     )
 
 
@@ -316,8 +275,7 @@ def temporary_name(path: Path) -> Path:
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove the temporary files and folders of dead processes from a folder; return their names.
 
-    A process on this machine is dead if its id does not exist, or belongs to a process that started
-    later. Files from other machines are removed if they have not changed for a day.
+    Files from other machines are removed if they have not changed for a day.
     """
     removed = []
     try:
@@ -326,9 +284,8 @@ def clean_leftovers(folder: Path) -> list[str]:
     except OSError:
         return []
     for name in names:
-        found = _TEMPORARY.fullmatch(name)
-        path = folder / name
-        if found is None or not _is_dead(path, *_owner(found)):
+        found, path = _TEMPORARY.fullmatch(name), folder / name
+        if found is None or not _is_dead(path, found):
             continue
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -342,15 +299,12 @@ def clean_leftovers(folder: Path) -> list[str]:
 def is_leftover(name: str) -> bool:
     """Return whether a temporary name belongs to a dead process of this machine."""
     found = _TEMPORARY.fullmatch(name)
-    return found is not None and found[1] == _host() and _is_dead(Path(name), *_owner(found))
+    return found is not None and found[1] == _host() and _is_dead(Path(name), found)
 
 
-def _owner(found: re.Match[str]) -> tuple[str, int, str | None]:
-    """Return the host, process id and start time in a temporary name."""
-    return found[1], int(found[2]), found[3]
-
-
-def _is_dead(path: Path, host: str, pid: int, started: str | None) -> bool:
+def _is_dead(path: Path, found: re.Match[str]) -> bool:
+    """Return whether the process in a temporary name is dead, or its id belongs to a later one."""
+    host, pid, started = found[1], int(found[2]), found[3]
     if host == _host():
         return not _alive(pid) or (started not in (None, "0") and started != _started(pid))
     try:
@@ -372,10 +326,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot; "0" if it is unknown.
-
-    The start time distinguishes a process from a later one with the same id.
-    """
+    """Return the start time of a process in clock ticks since boot; "0" if it is unknown."""
     try:
         line = Path(f"/proc/{pid}/stat").read_text()
         return line.rpartition(")")[2].split()[19]
@@ -384,6 +335,7 @@ def _started(pid: int) -> str:
 
 
 def _alive(pid: int) -> bool:
+    """Return whether a process with this id exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -394,11 +346,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Flush an open file to its disk, if its file system supports that.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
+    """Flush an open file to its disk, if its file system supports that. Raises OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -78,8 +78,7 @@ class Identity:
     def predicts(self) -> TokenObjective:
         """Objective that states which tokens the positions of windows predict.
 
-        Raises:
-            InvalidArgumentError: the objective is unknown to this library.
+        Raises InvalidArgumentError for an objective that is unknown to this library.
         """
         return objective_from_json(self.objective)
 
@@ -100,12 +99,15 @@ class Identity:
     def from_json(cls, value: object) -> Identity:
         """Return the identity for the JSON object that `to_json` returned.
 
-        Raises:
-            CacheError: a field is missing, unknown or of the wrong type, or the format version is
-                unknown.
+        Raises CacheError if a field is missing, unknown or of the wrong type, or the version is
+        unknown.
         """
+
+        def damaged(problem: str) -> CacheError:
+            return CacheError(f"the identity{problem}; restore cache.json from a copy")
+
         if not isinstance(value, dict):
-            raise CacheError("the identity is not a JSON object; restore cache.json from a copy")
+            raise damaged(" is not a JSON object")
         version = value.get("format_version")
         if version not in (CAUSAL_FORMAT, MASKED_FORMAT):
             raise CacheError(
@@ -118,26 +120,18 @@ class Identity:
             names.remove("objective")
         if set(value) != names:
             odd = sorted(names.symmetric_difference(value))
-            raise CacheError(
-                f"the identity has missing or unknown fields: {shown(odd)}; restore cache.json "
-                "from a copy"
-            )
+            raise damaged(f" has missing or unknown fields: {shown(odd)}")
         for name, kind in _FIELD_TYPES.items():
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
-                raise CacheError(
-                    f"the identity's {name} is {shown(value[name])}, which has the wrong type; "
-                    "restore cache.json from a copy"
-                )
+                raise damaged(f"'s {name} is {shown(value[name])}, which has the wrong type")
         if version == MASKED_FORMAT and not isinstance(value["objective"], dict):
-            raise CacheError(
-                f"the identity's objective is {shown(value['objective'])}, where a JSON object is "
-                "expected; restore cache.json from a copy"
-            )
+            found = shown(value["objective"])
+            raise damaged(f"'s objective is {found}, where a JSON object is expected")
         identity = cls(**{name: own for name, own in value.items() if name != "format_version"})
         try:
             identity.predicts  # noqa: B018
         except InvalidArgumentError as error:
-            raise CacheError(f"the identity's {error}; restore cache.json from a copy") from error
+            raise damaged(f"'s {error}") from error
         return identity
 
     def teacher_in_words(self) -> str:
@@ -155,6 +149,7 @@ class Identity:
         return f"{_one_line(self.sampler.get('name')) or 'unnamed'} ({', '.join(parameters[:16])})"
 
     def _compared(self) -> dict[str, Any]:
+        """Return plain JSON values without the teacher's name, which is for display only."""
         compared = self.to_json()
         compared["teacher"] = {k: v for k, v in compared["teacher"].items() if k != "name"}
         return compared
@@ -177,8 +172,7 @@ class Identity:
             there: name of the object that `other` describes.
 
         Raises:
-            IdentityMismatchError: the identities differ; the message contains the differing fields
-                with both values.
+            IdentityMismatchError: the identities differ.
         """
         found = self.differences(other)
         if found:

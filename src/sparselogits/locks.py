@@ -28,13 +28,13 @@ class Held(Enum):
     SHARED = "shared"
     """This process holds a shared lock, and other processes may hold it as well."""
     TAKEN = "taken"
-    """This process does not hold the lock; after `take`, because another process does."""
+    """This process does not hold the lock: another process does, or it was not acquired."""
     UNSUPPORTED = "unsupported"
     """The file system or platform does not support locks."""
 
 
 class FileLock:
-    """Advisory lock on a lock file; `lock_file` holds one during a block.
+    """Advisory lock on a lock file; `lock_file` acquires one for a block.
 
     Args:
         path: path of the lock file, which is created with its folder if it is missing.
@@ -53,8 +53,8 @@ class FileLock:
 
         Args:
             alone: whether to acquire an exclusive lock instead of a shared one.
-            wait: whether to wait for the lock; if not, and another process holds it, `TAKEN` is
-                returned at once.
+            wait: whether to wait for another process to release the lock, instead of returning
+                `TAKEN` at once.
 
         Raises:
             StorageError: the lock file cannot be created.
@@ -100,6 +100,7 @@ class FileLock:
         self.held = Held.TAKEN
 
     def _is_current(self) -> bool:
+        """Return whether the open lock file is still the file at the path."""
         assert self._descriptor is not None
         try:
             return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
@@ -111,15 +112,8 @@ class FileLock:
 def lock_file(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[FileLock]:
     """Try to hold a lock during a block; at the end, remove the lock file if the lock is exclusive.
 
-    The block runs in any case; `held` of the yielded lock states whether the attempt succeeded.
-
-    Args:
-        path: path of the lock file.
-        alone: see `FileLock.take`.
-        wait: see `FileLock.take`.
-
-    Raises:
-        StorageError: the lock file cannot be created.
+    The block runs in any case; `held` of the yielded lock states whether the attempt succeeded. The
+    arguments and errors are those of `FileLock.take`.
     """
     lock = FileLock(path)
     try:

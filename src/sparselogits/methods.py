@@ -65,12 +65,7 @@ ONLINE = [name for name, method in METHODS.items() if method.online]
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """Join names into an enumeration such as `a, b and c`.
-
-    Args:
-        names: names in order.
-        last: word before the last name.
-    """
+    """Join names into an enumeration such as `a, b and c`; `last` is the word before the last."""
     return f" {last} ".join(", ".join(names).rsplit(", ", 1))
 
 
@@ -82,14 +77,7 @@ METHODS_IN_WORDS = "; ".join(
 
 
 def find_method(name: object) -> TrainingMethod:
-    """Return the training method with a name.
-
-    Args:
-        name: key of `METHODS`; any other value is rejected.
-
-    Raises:
-        InvalidArgumentError: If the name is unknown.
-    """
+    """Return the training method with a name. Raises InvalidArgumentError if it is unknown."""
     if not isinstance(name, str) or name not in METHODS:
         raise InvalidArgumentError(f"unknown method {shown(name)}; available: {', '.join(METHODS)}")
     return METHODS[name]
@@ -107,7 +95,7 @@ def require_fits(
         cosine: weight of the cosine loss between hidden states.
 
     Raises:
-        InvalidArgumentError: If a teacher is missing or superfluous, or beta or the cosine loss has
+        InvalidArgumentError: a teacher is missing or superfluous, or beta or the cosine loss has
             no effect or is out of range.
     """
     if cosine and not method.online:

@@ -25,8 +25,7 @@ IGNORE_INDEX = -100
 """Label of a position that predicts no token, as in PyTorch and transformers."""
 
 LEAST_RATE = 1e-3
-"""Smallest rate that is drawn if each window has a random rate. A window's loss is weighted by the
-inverse of the rate, so this bounds the weight."""
+"""Smallest random rate of a window; the weight of a window's loss is at most its inverse."""
 
 MASK_RATE = 0.15
 """Default share of the tokens that are chosen for prediction, as in BERT."""
@@ -84,16 +83,13 @@ class Causal:
         mask: NDArray[np.bool_] | None = None,
         document_starts: NDArray[Any] | None = None,
     ) -> NDArray[np.int64]:
-        """Return the token that each position predicts; `IGNORE_INDEX` if it predicts none.
+        """Return the token that each position predicts, int64 [L]; `IGNORE_INDEX` for none.
 
         Args:
             tokens: int [L] token ids.
             mask: bool [L], true for positions that carry a target; None if all positions do.
             document_starts: positions at which documents start if attention restarts there, else
                 None; a document's first token is not predicted then.
-
-        Returns:
-            int64 [L].
         """
         labels: NDArray[np.int64] = self.at_positions(tokens.astype(np.int64), IGNORE_INDEX)
         if mask is not None:
@@ -170,17 +166,11 @@ class Masked:
         return {"name": "masked", **asdict(self)}
 
     def at_positions(self, by_token: _Values, filler: int) -> _Values:
-        """Return a copy of the values, because each position predicts the token at that position.
-
-        The arguments are those of `Causal.at_positions`.
-        """
+        """Return a copy of the values, as each position predicts the token at that position."""
         return _copied(by_token)
 
     def at_tokens(self, by_position: _Values, filler: int) -> _Values:
-        """Return a copy of the values, because each token is predicted at the token's position.
-
-        The arguments are those of `Causal.at_tokens`.
-        """
+        """Return a copy of the values, as each token is predicted at its own position."""
         return _copied(by_position)
 
     def labels(
@@ -191,13 +181,7 @@ class Masked:
     ) -> NDArray[np.int64]:
         """Return the original token at each chosen position, and `IGNORE_INDEX` elsewhere.
 
-        Args:
-            tokens: int [L], original token ids.
-            mask: bool [L], true for chosen positions; None if all positions are chosen.
-            document_starts: positions at which documents start; they do not affect the labels.
-
-        Returns:
-            int64 [L].
+        See `Causal.labels`; `document_starts` have no effect.
         """
         labels: NDArray[np.int64] = tokens.astype(np.int64)
         if mask is not None:
@@ -214,22 +198,18 @@ class Masked:
         )
 
     def weight(self, rate: float) -> float:
-        """Return the weight of a window's loss.
-
-        Args:
-            rate: share of the window's tokens that were chosen, see `corruption.Corrupted`.
-        """
+        """Return the weight of a window's loss, given the rate of the window's corruption."""
         return 1.0 if self.rate is not None else 1.0 / rate
 
 
 TokenObjective: TypeAlias = Causal | Masked
+"""Objective of a language model."""
 
 
 def objective_from_json(value: Mapping[str, Any] | None) -> TokenObjective:
-    """Return the objective in an identity; the value None stands for the causal objective.
+    """Return the objective for the value in an identity, which is None for a causal model.
 
-    Raises:
-        InvalidArgumentError: the value is not what `Masked.to_json` returns.
+    Raises InvalidArgumentError for values that `Masked.to_json` does not return.
     """
     if value is None:
         return Causal()
@@ -244,12 +224,15 @@ def objective_from_json(value: Mapping[str, Any] | None) -> TokenObjective:
         kinds = {"mask_id": (int,), "seed": (int,), "units": (str,)}.get(name, (int, float))
         empty = own is None and name in ("rate", "span")
         if not empty and (not isinstance(own, kinds) or isinstance(own, bool)):
-            raise InvalidArgumentError(f"objective: {name} is {shown(own)}, of the wrong type")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise InvalidArgumentError(f"objective: {name} is {shown(own)}; expected {expected}")
     return Masked(**settings)
 
 
 CAUSAL = Causal()
+"""Objective of causal models; `Causal` has no parameters, so one instance is enough."""
 
 
 def _copied(values: _Values) -> _Values:
+    """Return a copy of an array or tensor."""
     return values.copy() if isinstance(values, np.ndarray) else values.clone()

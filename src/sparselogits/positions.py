@@ -29,15 +29,13 @@ def trained_positions(model: nn.Module) -> int | None:
     for name in _NAMES:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+            # some configurations state only the number before scaling
             return max(limit, _scaled_positions(config))
     return None
 
 
 def _scaled_positions(config: object) -> int:
-    """Return the number of positions after rotary scaling; 0 without scaling.
-
-    Some configurations state only the number before scaling in `max_position_embeddings`.
-    """
+    """Return the number of positions after rotary scaling; 0 without scaling."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
         return 0
@@ -99,13 +97,9 @@ def check_window(
 def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
     """Convert a forward pass's failure on a sequence beyond the model's positions to a typed error.
 
-    Args:
-        model: the transformers language model that the block runs.
-        length: number of tokens per sequence.
-
     Raises:
-        InvalidArgumentError: the block failed, and the sequence has more tokens than the model has
-            positions.
+        InvalidArgumentError: the block failed, and the sequences of `length` tokens are longer than
+            the model's positions.
     """
     try:
         yield
@@ -117,6 +111,7 @@ def positions_explained(model: nn.Module, length: int) -> Iterator[None]:
 
 
 def _too_long(model: nn.Module, length: int, limit: int) -> InvalidArgumentError:
+    """Return the error for sequences that are longer than a model's positions."""
     return InvalidArgumentError(
         f"{type(model).__name__} has {limit:,} positions and cannot run sequences of {length:,} "
         f"tokens; use a window of at most {limit} (--window), or a model with a longer context"

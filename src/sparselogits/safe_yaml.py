@@ -31,19 +31,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "anchors (&name) and aliases (*name) are not supported: repeat the value",
-                event.start_mark,
-            )
+            problem = "anchors (&name) and aliases (*name) are not supported: repeat the value"
+            raise _error(problem, event)
         if self.depth >= DEEPEST:
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                f"values are nested deeper than {DEEPEST} levels: use fewer levels",
-                event.start_mark,
-            )
+            raise _error(f"values are nested deeper than {DEEPEST} levels: use fewer levels", event)
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -55,16 +46,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = key.value
             if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"the key {shown(name)} is not a string: put it in quotes",
-                    key.start_mark,
-                )
+                raise _error(f"the key {shown(name)} is not a string: put it in quotes", key)
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(name)} occurs twice: remove one", key.start_mark
-                )
+                raise _error(f"the key {shown(name)} occurs twice: remove one", key)
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
 
@@ -86,15 +70,16 @@ for _kind, _pattern, _first in (
     )
 
 
+def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """Return an error that contains the line and column of a YAML node or event."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
 def _integer(loader: _Loader, node: Any) -> int:
+    """Return an integer of bounded length, because converting digits takes quadratic time."""
     text = loader.construct_scalar(node)
     if len(text) > 64:
-        raise yaml.constructor.ConstructorError(
-            None,
-            None,
-            f"{shown(text)} has {len(text)} digits; expected at most 64",
-            node.start_mark,
-        )
+        raise _error(f"{shown(text)} has {len(text)} digits; expected at most 64", node)
     return int(text)
 
 
@@ -107,15 +92,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Return the mapping of keys to values in a YAML file.
-
-    Args:
-        path: path of a regular file of at most `LARGEST` bytes in UTF-8.
-        what: kind of the file for messages, as in "the recipe".
+    """Return the mapping of keys to values in a YAML file, called `what` in messages.
 
     Raises:
-        RecipeError: the file cannot be read, is not YAML as described in this module's docstring,
-            or does not contain a mapping.
+        RecipeError: the file cannot be read, is larger than `LARGEST` bytes, is not YAML as
+            described in this module's docstring, or does not contain a mapping.
     """
     try:
         text = read_regular(path, LARGEST).decode("utf-8")
@@ -132,18 +113,14 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     values = parse_yaml(text, f"{what} {path}")
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{what} {path} must be a mapping of keys to values, as in `cache: my-cache`; found "
-            f"{'nothing' if values is None else shown(values)}"
+            f"{what} {path} must be a mapping of keys to values, found "
+            f"{'nothing' if values is None else shown(values)}; write it as in `cache: my-cache`"
         )
     return values
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return the value of one YAML document, as described in this module's docstring.
-
-    Args:
-        text: YAML document.
-        what: name of the document for messages.
+    """Return the value of a YAML document, called `what` in messages.
 
     Raises:
         RecipeError: the text is not YAML of this form; the message contains the line and column.

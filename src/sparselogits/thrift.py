@@ -21,12 +21,12 @@ class ThriftError(ValueError):
 
 
 class CompactReader:
-    """Reader of structures in Thrift's compact protocol.
+    """Reader of structures in Thrift's compact protocol, which raises ThriftError if it fails.
 
     Args:
         data: encoded bytes.
         at: byte offset of the first structure; advanced by each read.
-        most: maximum number of values to read; more values raise a ThriftError.
+        most: maximum number of values to read.
     """
 
     def __init__(self, data: bytes, at: int = 0, most: int = 256) -> None:
@@ -37,13 +37,7 @@ class CompactReader:
 
         Integers, booleans and structures (as dicts) are returned as values, strings as their
         lengths in bytes, and lists as (type of the elements, number of elements); the elements of
-        lists are skipped.
-
-        Args:
-            depth: number of structures around this one.
-
-        Raises:
-            ThriftError: the bytes are not a structure, or the structure has too many values.
+        lists are skipped. `depth` is the number of structures around this one.
         """
         fields: dict[int, Any] = {}
         number = 0
@@ -58,23 +52,11 @@ class CompactReader:
         return fields
 
     def fields(self) -> Any:
-        """Yield (number, type) of each field; the caller must read or skip each value.
-
-        Raises:
-            ThriftError: the bytes are not a structure, or the structure has too many fields.
-        """
+        """Yield (number, type) of each field; the caller must read or skip each value."""
         return self._headers(0)
 
     def skip(self, kind: int, depth: int = 0) -> None:
-        """Skip the value at the current offset.
-
-        Args:
-            kind: type of the value.
-            depth: number of structures around the value.
-
-        Raises:
-            ThriftError: the bytes are not a value of this type, or the value has too many parts.
-        """
+        """Skip a value of the given type at the current offset, inside `depth` structures."""
         if kind == STRUCT:
             for _, inner in self._headers(depth):
                 self.skip(inner, depth + 1)
@@ -90,6 +72,7 @@ class CompactReader:
         return header & 15, self._varint() if count == 15 else count
 
     def _headers(self, depth: int) -> Any:
+        """Yield (number, type) of each field of the structure at the current offset."""
         if depth > _DEEPEST:
             raise ThriftError(f"structures are nested deeper than {_DEEPEST} levels")
         number = 0
@@ -103,6 +86,7 @@ class CompactReader:
             yield number, kind
 
     def _skip_elements(self, kind: int, count: int, depth: int) -> None:
+        """Skip the elements of a list."""
         self._count(count)
         if kind in BOOLEANS or kind == BYTE:
             self._advance(count)
@@ -111,6 +95,7 @@ class CompactReader:
             self.skip(kind, depth + 1)
 
     def _scalar(self, kind: int, depth: int) -> int | bool:
+        """Return a number, the length of a string, or the number of entries in a map."""
         if kind in _INTEGERS:
             return _signed(self._varint())
         if kind in BOOLEANS:

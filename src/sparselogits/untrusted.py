@@ -22,13 +22,14 @@ LARGEST_JSON = 1 << 20
 MOST_VALUES = 1 << 16
 """Default maximum number of values in a JSON document; each occupies up to about 100 bytes."""
 
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 _UNSAFE = re.compile(
     "["
@@ -50,9 +51,6 @@ def open_regular(path: str | Path) -> int:
 
     Symbolic links are followed, and opening a pipe does not block.
 
-    Args:
-        path: path of the file.
-
     Raises:
         NotRegularError: the path is not a regular file.
         OSError: the file cannot be opened.
@@ -67,17 +65,17 @@ def open_regular(path: str | Path) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        what = next((name for test, name in _KINDS if test(mode)), "of an unknown kind")
-        raise _not_regular(path, what)
+        raise _not_regular(path, kind_of_file(mode))
     return descriptor
 
 
-def read_regular(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
-    """Return the bytes of a regular file of limited size.
+def kind_of_file(mode: int) -> str:
+    """Return the kind of a file that is not regular, as in "a socket", from its mode."""
+    return _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
 
-    Args:
-        path: path of the file.
-        largest: maximum size of the file, in bytes.
+
+def read_regular(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
+    """Return the bytes of a regular file of at most `largest` bytes.
 
     Raises:
         NotRegularError: the path is a pipe, a device, a socket or a folder.
@@ -122,12 +120,7 @@ def parse_json(data: bytes, *, largest: int = LARGEST_JSON, most: int = MOST_VAL
 
 
 def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST_VALUES) -> Any:
-    """Parse a JSON file in bounded memory.
-
-    Args:
-        path: path of a regular file.
-        largest: see `parse_json`.
-        most: see `parse_json`.
+    """Parse a JSON file in bounded memory; for limits see `parse_json`.
 
     Raises:
         OSError: the file cannot be read, or is not a regular file.
@@ -137,12 +130,9 @@ def read_json(path: str | Path, *, largest: int = LARGEST_JSON, most: int = MOST
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """Return text that is safe to display, with control characters escaped (as `\\x1b`).
+    """Return text with control characters, except tab and line feed, escaped (as `\\x1b`).
 
-    Args:
-        text: any text; tabs and line feeds are not escaped.
-        longest: number of characters to retain of a longer text by cutting out its middle; None to
-            retain all.
+    Of a text with more than `longest` characters, the middle is cut out.
     """
     if longest is not None and len(text) > longest:
         half = longest // 2
@@ -153,9 +143,7 @@ def printable(text: str, longest: int | None = None) -> str:
 def shown(value: object, longest: int = 120) -> str:
     """Return a short `repr` of a value with control characters escaped, for error messages.
 
-    Args:
-        value: any value, however large or deeply nested.
-        longest: maximum number of characters per string or number within the value.
+    `longest` is the maximum number of characters per string or number within the value.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 8, 8, 8
@@ -172,6 +160,7 @@ def json_text(value: object, *, indent: int | None = 2) -> str:
 
 
 def _finite(value: object) -> object:
+    """Return nested JSON values with None in place of NaN and infinity."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):
@@ -182,6 +171,7 @@ def _finite(value: object) -> object:
 
 
 def _not_regular(path: str | Path, what: str) -> NotRegularError:
+    """Return the error for a path that is not a regular file."""
     message = f"it is {what}, where a regular file is expected"
     return NotRegularError(errno.EINVAL, message, str(path))
 
@@ -191,6 +181,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def _escape(match: re.Match[str]) -> str:
+    """Return the escape sequence of a character, as in a Python string."""
     code = ord(match[0])
     if code < 0x100:
         return f"\\x{code:02x}"

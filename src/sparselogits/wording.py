@@ -6,11 +6,7 @@ _IRREGULAR = {"batch": "batches", "entry": "entries", "index": "indices"}
 
 
 def counted(number: int, one: str) -> str:
-    """Return a count followed by its noun in the singular or plural.
-
-    Args:
-        number: the count.
-        one: the noun in the singular.
+    """Return a count followed by its noun, which is given in the singular.
 
     Examples:
         >>> counted(1, "shard"), counted(1024, "window"), counted(0, "entry")
@@ -32,11 +28,7 @@ def significant(value: float) -> str:
 
 
 def rate(per_second: float, unit: str) -> str:
-    """Format a rate with three significant digits, or as time per unit if below 0.1 per second.
-
-    Args:
-        per_second: units per second, above 0.
-        unit: name of the unit in the plural, as in "tokens".
+    """Format a positive rate with three digits, or as time per unit if below 0.1 per second.
 
     Examples:
         >>> rate(1234.5, "tokens"), rate(0.02, "steps")
