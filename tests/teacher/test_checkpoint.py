@@ -123,13 +123,13 @@ def test_a_teacher_that_changes_while_it_is_read_is_refused(
 ) -> None:
     from sparselogits.teacher import loading
 
-    kept = loading._fingerprint
+    kept = loading.weights_fingerprint
 
     def written_meanwhile(*given: Any) -> str:
         tiny_llama(seed=1, tie_word_embeddings=False).save_pretrained(folder)
         return kept(*given)
 
-    monkeypatch.setattr(loading, "_fingerprint", written_meanwhile)
+    monkeypatch.setattr(loading, "weights_fingerprint", written_meanwhile)
     with pytest.raises(TeacherError, match="changed while they were read"):
         load_teacher(str(folder), tokenizer=tokenizer)
 
