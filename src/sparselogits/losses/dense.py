@@ -153,19 +153,17 @@ def linear_dense_kd(
 ) -> LossParts:
     """Compute a divergence over the whole vocabulary, mixed with cross-entropy to labels.
 
+    Arguments that are not listed are those of `linear_sparse_cross_entropy`.
+
     Args:
         input: hidden states of the student [N, D], in any floating-point dtype.
         linear_weight: head of the student [V, D] in the same dtype.
         teacher: hidden states of the teacher for the same N rows, and its head.
         divergence: a `Divergence`, or a key of `DIVERGENCES`.
         beta: share of the teacher's distribution in the mixture of "jensen_shannon"; None for 1/2.
-        labels: int64 [N]; rows labelled `ignore_index` are excluded. None without labels.
-        linear_bias: bias [V] of the student's head; None for no bias.
-        position_weights: float [N], weight of each row; None for ones.
         criterion: options of the loss. Scale and softcap are those of the student; the temperature
             divides the logits of both models in the KD part. `missing_mass` must be "drop", and
             `impl` "auto" or "chunked".
-        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
         The loss and its parts, where `kd` is the divergence; 0-dimensional, float32 (float64 for
@@ -174,7 +172,6 @@ def linear_dense_kd(
     Raises:
         InvalidArgumentError: an option is out of range, or the teacher's rows or vocabulary do not
             match the student's.
-        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch

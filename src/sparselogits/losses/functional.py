@@ -152,27 +152,12 @@ def sparse_cross_entropy(
 ) -> Tensor | LossParts:
     """Compute the loss of `linear_sparse_cross_entropy` from logits.
 
-    One tensor of the size of the logits is allocated for their gradient.
+    One tensor of the size of the logits is allocated for their gradient. Arguments, results and
+    errors that are not listed are those of that function.
 
     Args:
         logits: [..., V], in any floating-point dtype. If the model has already applied its scale
             and softcap, leave `logit_scale` and `logit_softcap` at their defaults.
-        target_ids: int64 [..., K] in [0, V).
-        target_weights: float [..., K]; 0 for padding.
-        labels: int64 [...]; None without labels.
-        position_weights: float [...], weight of each row; None for ones.
-        criterion: options of the loss.
-        return_parts: whether to return `LossParts`, with kd and ce for logging.
-        options: fields of `Criterion` as keywords; they override `criterion`.
-
-    Returns:
-        The loss, 0-dimensional, in float32 (float64 for float64 logits); or `LossParts`.
-
-    Raises:
-        InvalidArgumentError: an option is out of range or contradicts another, or shapes or dtypes
-            do not match.
-        InvalidTargetsError: targets have a wrong shape or dtype.
-        TypeError: an option is not a field of `Criterion`.
 
     Examples:
         >>> import torch

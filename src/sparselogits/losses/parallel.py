@@ -100,28 +100,22 @@ def vocabulary_parallel_sparse_cross_entropy(
 ) -> LossParts:
     """Compute `linear_sparse_cross_entropy` with the rows of the head divided among ranks.
 
+    Arguments and errors that are not listed are those of that function.
+
     Args:
         input: hidden states [..., D], the same on every rank. Every rank gets the whole gradient.
         linear_weight: this rank's slice [W, D] of the head, W >= 1; widths may differ.
-        target_ids: int64 [..., K], ids of the whole vocabulary.
-        target_weights: float [..., K]; 0 for padding.
-        first_id: id of the first row of the slice.
+        first_id: id of the first row of the slice; targets and labels are ids of the whole head.
         vocab_size: vocabulary size V, the sum of all widths.
         group: process group; None for all ranks.
-        labels: int64 [...], ids of the whole vocabulary; None without labels.
         linear_bias: this rank's slice [W] of the bias; None for no bias.
-        position_weights: float [...], weight of each row; None for ones.
         criterion: options of the loss, the same on every rank; `impl` is "auto" or "chunked".
-        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
         The loss and its parts, the same on every rank.
 
     Raises:
-        InvalidArgumentError: the slice is empty or outside the vocabulary; or see
-            `linear_sparse_cross_entropy`.
-        InvalidTargetsError: targets have a wrong shape or dtype.
-        TypeError: an option is not a field of `Criterion`.
+        InvalidArgumentError: the slice is empty or outside the vocabulary.
     """
     criterion = criterion.updated(options)
     criterion.require_chunked("vocabulary_parallel_sparse_cross_entropy")
@@ -168,28 +162,18 @@ def sequence_parallel_sparse_cross_entropy(
 ) -> LossParts:
     """Compute `linear_sparse_cross_entropy` with the positions divided among ranks.
 
+    Arguments and errors that are not listed are those of that function, for this rank's rows.
+
     Args:
-        input: hidden states [..., D] of this rank's rows. The number of rows may be 0 and may
-            differ between ranks.
-        linear_weight: whole head [V, D]. Its gradient is this rank's contribution, so sum the
-            gradients over the group (data parallelism averages them instead).
-        target_ids: int64 [..., K] of this rank's rows.
-        target_weights: float [..., K]; 0 for padding.
+        input: hidden states [..., D]. The number of rows may be 0 and may differ between ranks.
+        linear_weight: whole head [V, D]. Its gradient, like that of `linear_bias`, is this rank's
+            contribution, so sum it over the group (data parallelism averages it instead).
         group: process group; None for all ranks.
-        labels: int64 [...] of this rank's rows; None without labels.
-        linear_bias: bias [V], whose gradient is this rank's contribution; None for no bias.
-        position_weights: float [...] of this rank's rows; None for ones.
         criterion: options of the loss; "mean" averages over the rows of all ranks. `chunk_rows`
             may differ between ranks.
-        options: fields of `Criterion` as keywords; they override `criterion`.
 
     Returns:
         The loss and its parts over the positions of all ranks, the same on every rank.
-
-    Raises:
-        InvalidArgumentError: see `linear_sparse_cross_entropy`.
-        InvalidTargetsError: targets have a wrong shape or dtype.
-        TypeError: an option is not a field of `Criterion`.
     """
     criterion = criterion.updated(options)
     call = prepare(
