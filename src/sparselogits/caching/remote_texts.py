@@ -1,9 +1,9 @@
 """Synchronise the packed texts of a cache in an object store with a local folder.
 
 Text is packed locally, because packing writes small pieces and the teacher reads windows at random.
-The packed text is then uploaded, for evaluation and for builds that resume on other machines:
-`corpus.json`, which describes the text, first and atomically, so that a name cannot be used for two
-texts; `index.json` last, so that it marks a complete text.
+The packed text is then uploaded, for evaluation and for builds that resume on other machines.
+`corpus.json` describes the text; it is uploaded first and atomically, so that a name cannot be used
+for two texts. `index.json` is uploaded last and marks a complete text.
 """
 
 from __future__ import annotations

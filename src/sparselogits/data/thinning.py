@@ -30,7 +30,10 @@ class Stage:
     until_step: int | None = None
 
     def ends(self, steps: int) -> float:
-        """Return the optimiser step after the stage, of `steps` in all; infinity without an end."""
+        """Return the first step after the stage in a training of `steps` optimiser steps.
+
+        The result is infinite for a stage without an end.
+        """
         if self.until_step is not None:
             return self.until_step
         return math.inf if self.until is None else self.until * steps
@@ -79,7 +82,7 @@ class Schedule:
         return cls((Stage(rounds),), fresh_noise)
 
     def rounds_at(self, step: int, steps: int) -> int:
-        """Return the number of rounds at an optimiser step, counted from 0, of `steps` in all."""
+        """Return the number of rounds at a step, counted from 0, of `steps` optimiser steps."""
         for stage in self.stages[:-1]:
             if step < stage.ends(steps):
                 return stage.rounds

@@ -1,8 +1,8 @@
 """Compute the loss of a block of rows, and replace the logits by their gradient.
 
 The computation takes four passes over the rows (maximum, softmax in place, maximum, scaling) and
-sparse corrections at the stored ids. The second maximum is the largest probability, the negative
-logarithm of which is the logsumexp relative to the largest logit.
+sparse corrections at the stored ids. The second maximum is the largest probability; its negative
+logarithm is the logsumexp relative to the largest logit.
 
 Let u be the logits after scale, softcap and temperature, s = softmax(u), t the target with total
 mass M_t, `spread` the smoothing mass added to every id, m the target's mass on the ghost class, and
