@@ -176,7 +176,7 @@ def test_bits_are_unpacked_as_they_were_packed():
 def test_settings_may_be_named_and_must_fit(tmp_path, tokenizer):
     folder = write_packed(tmp_path / "data", LOSSLESS)
     settings = (folder / "compression_config.yaml").rename(tmp_path / "settings.yaml")
-    with pytest.raises(InvalidTargetsError, match="its settings are unknown; put compression_"):
+    with pytest.raises(InvalidTargetsError, match="its settings are unknown. Put compression_"):
         imported(folder, tmp_path / "a", tokenizer)
     cache = imported(folder, tmp_path / "b", tokenizer, compression=settings)
     assert len(cache) == 2
@@ -228,7 +228,7 @@ def test_approximated_masses_above_one_are_scaled(tmp_path, tokenizer):
     cache = imported(folder, tmp_path / "c", tokenizer)
     assert np.allclose(cache.read(0).targets.weights, [0.75, 0.25], atol=1e-6)
     (folder / "rows.jsonl").write_text(json.dumps(row(0.9, 0.3)) + "\n")
-    with pytest.raises(InvalidTargetsError, match=r"sum to 1\.2000, expected at most 1"):
+    with pytest.raises(InvalidTargetsError, match=r"sum to 1\.2000; expected at most 1"):
         imported(folder, tmp_path / "d", tokenizer)
 
 

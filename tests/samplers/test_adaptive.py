@@ -62,7 +62,11 @@ def test_mean_is_the_teacher(student, signal, position_power, token_power):
     draws, together = 1024, 64
     assert read.hidden is not None
     many = Adaptive(
-        read.with_states(read.hidden.repeat(together, 1)), 8, reference, position_power, token_power
+        replace(read, hidden=read.hidden.repeat(together, 1)),
+        8,
+        reference,
+        position_power,
+        token_power,
     )
     logits = teacher_logits()
     total, square, hits = torch.zeros(3, 24, VOCABULARY, dtype=torch.float64)
