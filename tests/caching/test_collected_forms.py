@@ -176,7 +176,7 @@ def test_bits_are_unpacked_as_they_were_packed():
 def test_settings_may_be_named_and_must_fit(tmp_path, tokenizer):
     folder = write_packed(tmp_path / "data", LOSSLESS)
     settings = (folder / "compression_config.yaml").rename(tmp_path / "settings.yaml")
-    with pytest.raises(InvalidTargetsError, match="its settings are unknown. Put compression_"):
+    with pytest.raises(InvalidTargetsError, match=r"settings are unknown\. Put compression_"):
         imported(folder, tmp_path / "a", tokenizer)
     cache = imported(folder, tmp_path / "b", tokenizer, compression=settings)
     assert len(cache) == 2
