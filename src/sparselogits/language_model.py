@@ -111,13 +111,7 @@ def recording_last_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within a `with` block, record the last hidden states of a model's base at each forward pass.
 
     These are the states before the head and, in a masked language model, before the transform in
-    front of the head.
-
-    Args:
-        model: a transformers language model, with or without an adapter.
-
-    Yields:
-        A list to which each forward pass appends a tensor [B, L, D], with its gradient.
+    front of the head. Each forward pass appends a tensor [B, L, D], with its gradient, to the list.
 
     Raises:
         InvalidArgumentError: the model has no base from which the head is separate.

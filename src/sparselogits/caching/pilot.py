@@ -49,6 +49,7 @@ def pilot_windows(corpus: PackedCorpus) -> list[Window]:
 
 
 def _spread_windows(corpus: PackedCorpus, count: int) -> list[Window]:
+    """Read windows that are evenly spaced over the corpus."""
     return [corpus.read(i, i + 1)[0] for i in spread(corpus.windows, count)]
 
 

