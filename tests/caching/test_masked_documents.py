@@ -1,6 +1,7 @@
 """Caches of padded windows: the teacher reads no padding, and padding has no target."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,6 +255,18 @@ def test_a_cache_that_claims_another_kind_is_refused(cache):
         forged = told | {"packing": told["packing"] | change}
         with pytest.raises(CacheError, match=f"packing.{next(iter(change))}"):
             require_bounds(Identity.from_json(forged), "cache.json")
+
+
+def test_a_target_in_the_padding_is_found(cache, tmp_path):
+    other = Cache.create(tmp_path / "c", cache.identity)
+    for start, stop in cache.finished()[:1]:
+        records = [cache.read(i) for i in range(start, stop)]
+        at, record = next((i, r) for i, r in enumerate(records) if r.mask.any())
+        early = np.flatnonzero(record.mask)[:1].astype(np.int32)
+        records[at] = replace(record, document_starts=np.append(0, early).astype(np.int32))
+        other.commit(records, {})
+    (damaged,) = verify(other).damaged
+    assert "of the padding" in damaged.error
 
 
 def test_padded_rows_of_ids_need_an_attention_mask(build, tokenizer, tmp_path):

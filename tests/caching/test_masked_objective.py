@@ -129,7 +129,8 @@ def test_targets_are_the_teachers_at_the_chosen_positions_of_the_corrupted_input
     assert verify(cache).ok
 
 
-def test_targets_are_unbiased(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("text", [LENGTH, 20], ids=["full", "padded"])
+def test_targets_are_unbiased(tokenizer: PreTrainedTokenizerFast, text: int) -> None:
     """The mean over draws is within five standard errors: a false alarm in 1.7 million, per id.
 
     Ids with fewer than ten expected rounds are pooled, so that the normal approximation holds.
@@ -138,13 +139,17 @@ def test_targets_are_unbiased(tokenizer: PreTrainedTokenizerFast) -> None:
     engine = TransformersTeacher(teacher, identity={"weights": "tiny"})
     corruption = Corruption.of_tokenizer(tokenizer, VOCABULARY, rate=0.3)
     tokens = np.random.default_rng(0).integers(5, len(tokenizer), LENGTH).astype(np.int32)
-    window = Window(0, tokens, np.array([0], np.int32), None)
+    before = Window(1, tokens, np.array([0], np.int32), None)  # in the same batch
+    tokens = np.where(np.arange(LENGTH) < text, tokens, tokenizer.pad_token_id).astype(np.int32)
+    learnt = np.arange(LENGTH) < text
+    window = Window(0, tokens, np.array([0], np.int32), None, learnt, text)
     draws = [DrawSettings(Systematic(rounds), seed, 1.0) for seed in range(count)]
-    how = {"batch": 1, "reset_attention": False, "corruption": corruption}
-    made = compute_range(engine, [window], draws, **how)
-    record = made[0][0]
-    p = log_p(teacher, record.inputs, VOCABULARY)[record.mask].exp().double()
-    dense = torch.stack([own.targets.dense()[record.mask] for (own,) in made]).double()
+    how = {"batch": 2, "reset_attention": False, "corruption": corruption}
+    made = compute_range(engine, [before, window], draws, **how)
+    record = made[0][1]
+    assert not record.mask[text:].any()
+    p = log_p(teacher, record.inputs[:text], VOCABULARY)[record.mask[:text]].exp().double()
+    dense = torch.stack([own.targets.dense()[record.mask] for (_, own) in made]).double()
     frequent = p * rounds * count >= 10
     assert frequent.any(1).all()
     rare = [(values * ~frequent).sum(-1, keepdim=True) for values in (p, dense)]

@@ -78,6 +78,7 @@ def test_documents_are_cached_in_windows_of_their_own(
     assert opened.identity.packing["kind"] == "documents"
     assert opened.read(0).document_starts[0] == 0
     run("verify", cache)
+    assert "one document per window" in run("info", cache)
     run("eval", bert, "--cache", cache, "--data", short, "--device", "cpu", "--limit", 4)
 
 

@@ -84,13 +84,16 @@ def print_info(
         print_json(shown)
         return
     identity = opened.identity
+    windows = f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"
+    if identity.packing.get("kind") == "documents":
+        windows += ", one document per window"
     console = results()
     for name, value in (
         ("cache", str(root)),
         ("teacher", identity.teacher_in_words()),
         ("sampler", identity.sampler_in_words()),
         *([("objective", identity.predicts.in_words())] if identity.objective else []),
-        ("windows", f"{counted(facts.windows, 'window')} of {identity.window_length:,} tokens"),
+        ("windows", windows),
         ("tokens", f"{facts.tokens:,}"),
         ("entries", f"{facts.entries:,}, {facts.entries_per_position:.2f} per token"),
         ("size", f"{facts.bytes_on_disk:,} bytes in {counted(facts.shards, 'shard')}"),

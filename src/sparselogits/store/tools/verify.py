@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparselogits.corpus import Window, fingerprint
+from sparselogits.corpus.windows import text_length
 from sparselogits.errors import (
     CacheCorruptionError,
     InvalidTargetsError,
@@ -189,6 +190,12 @@ def _require_sound(shard: Shard, record: WindowRecord, cache: Cache) -> None:
         )
     except InvalidTargetsError as error:
         raise CacheCorruptionError(f"{where}: {error}; {_REBUILD}") from error
+    length = len(record.tokens)
+    end = text_length(cache.identity.packing.get("kind"), record.document_starts, length)
+    if end is not None and record.present()[end:].any():
+        raise CacheCorruptionError(
+            f"{where}: a position of the padding, from {end} on, has a target; {_REBUILD}"
+        )
     has_entries = (targets.entries_per_position > 0).numpy()
     wrong = np.flatnonzero(has_entries != record.present())
     if len(wrong):
