@@ -282,18 +282,29 @@ def test_a_batch_without_a_label_has_a_loss_of_zero_and_gradients(dataset):
     assert float(loss) == 0.0
 
 
-def test_windows_of_random_rates_weigh_as_masked_diffusion(tmp_path):
-    """The mean over windows of (1 / rate) times the summed loss, per token."""
-    batch = make_cache(tmp_path / "c", rate=None)[0:6]
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_of_random_rates_weigh_as_masked_diffusion(padded, tmp_path):
+    """The mean over windows of (1 / rate) times the summed loss, per token that is no padding."""
+    dataset = make_cache(tmp_path / "c", rate=None)
+    batch = dataset[0:6]
+    mask = torch.ones_like(batch["input_ids"])
+    if padded:
+        mask[:3, 15:] = 0
+        batch["shift_labels"] = batch["shift_labels"].masked_fill(mask == 0, -100)
+        batch["attention_mask"] = mask
     plain = tiny_bert().eval()
-    log_s = log_probabilities(plain, batch)
+    logits = plain(input_ids=batch["input_ids"], attention_mask=mask).logits
+    log_s = logits[batch["shift_labels"] != -100].log_softmax(-1)
     owner = (batch["shift_labels"] != -100).nonzero()[:, 0]
     weighted = losses("ce", log_s, log_s, batch) * batch["loss_weight"][owner]
-    expected = weighted.sum() / batch["input_ids"].numel()
+    expected = weighted.sum() / mask.sum()
     student = tiny_bert().eval()
     bind(student, Objective("ce", masked=True))
     inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
     assert float(student(**inputs).loss) == pytest.approx(float(expected), rel=1e-5)
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    trainer = SparseKDTrainer(tiny_bert(), arguments, train_dataset=dataset)
+    assert int(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == int(mask.sum())
 
 
 @pytest.mark.parametrize("rate", [0.3, None])

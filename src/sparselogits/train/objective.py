@@ -302,7 +302,9 @@ def _loss_output(
         )
     training = torch.is_grad_enabled()
     counted = labels != IGNORE_INDEX
-    positions, tokens, whole = counted.sum(), labels.numel(), states
+    mask = inputs.get("attention_mask")
+    positions, whole = counted.sum(), states
+    tokens = labels.numel() if mask is None else mask.sum()  # without padding
     weight = None
     if window_weight is not None and training:
         weight = window_weight[:, None].expand_as(labels)
@@ -337,7 +339,7 @@ def _loss_output(
     known = distil and objective.unbiased and entropy is not None
     cosine = None
     if online and objective.cosine and last is not None:
-        cosine = _cosine_distance(last, teacher_states, inputs.get("attention_mask"))
+        cosine = _cosine_distance(last, teacher_states, mask)
     meter = objective.training if training else objective.evaluation
     meter.add(
         kd=found.kd if distil or online else None,

@@ -44,6 +44,7 @@ from sparselogits.files import write_whole
 from sparselogits.language_model import recording_last_states, require_predicting, text_config
 from sparselogits.losses import MissingMass, require_rule_for
 from sparselogits.methods import METHODS
+from sparselogits.objectives import IGNORE_INDEX
 from sparselogits.positions import check_window
 from sparselogits.store.ranges import joined, ranges_in_words
 from sparselogits.teacher import TransformersTeacher
@@ -327,10 +328,15 @@ class SparseKDTrainer(Trainer):  # type: ignore[misc]
         """Count the items by which a step's loss is divided.
 
         The items are the labels. In masked diffusion, where a window has the loss weight 1 / rate,
-        the items are all tokens of a window, not only the masked ones.
+        the items are all tokens of a window but the padding, not only the masked ones.
         """
         if batch_samples and "loss_weight" in batch_samples[0]:
-            ids = [batch["input_ids"] for batch in batch_samples]
+            ids = [
+                batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+                if "attention_mask" in batch
+                else batch["input_ids"]
+                for batch in batch_samples
+            ]
             batch_samples = [{"labels": own, "shift_labels": own} for own in ids]
         return super()._get_num_items_in_batch(batch_samples, device)
 

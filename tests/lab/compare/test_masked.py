@@ -170,6 +170,22 @@ def test_interrupted_in_a_run_it_ends_with_the_same_students(
     shutil.rmtree(out)
 
 
+def test_distilberts_way_with_a_window_per_document(values: dict[str, Any], tmp_path: Path) -> None:
+    changes = {
+        "out": str(tmp_path / "out"),
+        "window": 48,
+        "packing": "documents",
+        "students": {"half": {"from": "teacher", "layers": 2, "layer_score": "spaced"}},
+        "training": values["training"] | {"max_steps": 2},
+        "methods": ["ce", {"method": "full", "alpha": 0.3, "cosine": 0.5}, METHODS[-1]],
+    }
+    found = compare(parse_compare_recipe(values | changes, source="test"))
+    assert found.complete, [run.message for run in found.runs]
+    assert {run.method for run in found.runs} >= {"full KD, alpha 0.3, cosine 0.5"}
+    for path in (tmp_path / "out" / "caches").iterdir():
+        assert Cache.open(path).identity.packing["kind"] == "documents"
+
+
 def test_another_masking_is_another_cache_and_is_refused(
     results: Results, values: dict[str, Any]
 ) -> None:
