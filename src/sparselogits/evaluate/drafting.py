@@ -19,7 +19,12 @@ from sparselogits.data import DraftVocabulary, TextDataset
 from sparselogits.documents import restarting_positions
 from sparselogits.errors import InvalidArgumentError
 from sparselogits.evaluate.acceptance import Round, draft_and_verify
-from sparselogits.evaluate.passes import StudentLogits, document_starts, require_ids
+from sparselogits.evaluate.passes import (
+    StudentLogits,
+    document_starts,
+    require_ids,
+    without_padding,
+)
 from sparselogits.language_model import in_eval_mode
 from sparselogits.teacher import Engine
 
@@ -99,9 +104,10 @@ def draft_from_prefixes(
     rounds = []
     with in_eval_mode(student):
         for index in range(len(windows)):
-            item = windows[index]
+            item = without_padding(windows[index])
+            room = max(len(item["input_ids"]) - draft, 1)
             for i in range(prefixes):
-                end = 1 + (2 * i + 1) * (length - draft) // (2 * prefixes)
+                end = 1 + (2 * i + 1) * room // (2 * prefixes)
                 rounds.append(
                     _draft_once(item, end, logits, teacher, draft, windows.draft, generator)
                 )
