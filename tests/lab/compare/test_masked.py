@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,7 @@ def test_the_page_says_what_is_predicted(results: Results) -> None:
     assert "masked: 0.3 of the tokens is predicted" in page
     assert "acceptance" not in page
     assert "agreement %" in page
+    assert re.search(r"from \d+\.\d entries per masked token \(\d", page)
 
 
 def test_interrupted_in_a_run_it_ends_with_the_same_students(
@@ -184,6 +186,18 @@ def test_distilberts_way_with_a_window_per_document(values: dict[str, Any], tmp_
     assert {run.method for run in found.runs} >= {"full KD, alpha 0.3, cosine 0.5"}
     for path in (tmp_path / "out" / "caches").iterdir():
         assert Cache.open(path).identity.packing["kind"] == "documents"
+
+
+def test_layers_are_ranked_on_masked_text_and_the_untrained_student_is_measured(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    own = values | {"out": str(tmp_path / "out"), "methods": ["none"]}
+    own["students"] = {"half": {"from": "teacher", "layers": 2, "intermediate_size": 24}}
+    (run,) = compare(parse_compare_recipe(own, source="test")).runs
+    assert run.status == "done", run.message
+    (start,) = (tmp_path / "out" / "students").iterdir()
+    config = AutoModelForMaskedLM.from_pretrained(start).config
+    assert (config.num_hidden_layers, config.intermediate_size) == (2, 24)
 
 
 def test_another_masking_is_another_cache_and_is_refused(

@@ -9,6 +9,7 @@ from typing import Any
 from sparselogits.lab.compare.results import MethodRow, Results, RunRow
 from sparselogits.lab.report.charts import Drawing, Look, budget_chart, curve_chart, looks_of
 from sparselogits.methods import METHODS
+from sparselogits.objectives import Masked
 from sparselogits.samplers import find_sampler
 
 LEVELS = {name: METHODS[name].title for name in ("ce", "full")}
@@ -81,9 +82,10 @@ def drawings_of(results: Results, student: str) -> list[Drawing]:
     levels = [(LEVELS[r.family], r.figures["loss"].mean) for r in rows if r.family in LEVELS]
     levels = [(name, loss) for name, loss in levels if math.isfinite(loss)]
 
+    token = "masked token" if isinstance(results.objective, Masked) else "token"
     drawings = []
     for key, title, of, x in (
-        ("loss", "Held-out loss against entries per token", _entries, "entries per token"),
+        ("loss", f"Held-out loss against entries per {token}", _entries, f"entries per {token}"),
         ("storage", "Held-out loss against storage", _bytes, "bytes per token, targets alone"),
     ):
         if points := _points(rows, of, _loss_at):

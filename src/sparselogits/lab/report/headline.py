@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from sparselogits.lab.compare.results import MethodRow, Results
+from sparselogits.objectives import Masked
 
 
 def headline(results: Results, student: str) -> str:
@@ -25,7 +26,11 @@ def headline(results: Results, student: str) -> str:
     said += " of the methods that train from a cache" if cached else ""
     said += f": {_loss(best):.3f} nats"
     if best.bytes_per_token is not None:
-        said += f" from {best.entries:.1f} entries ({best.bytes_per_token:.1f} bytes) per token"
+        entries, size = f"{best.entries:.1f} entries", f"{best.bytes_per_token:.1f} bytes"
+        if isinstance(results.objective, Masked):
+            said += f" from {entries} per masked token ({size} per token of text)"
+        else:
+            said += f" from {entries} ({size}) per token"
     others = [
         f"{name} {_loss(row):.3f}"
         for name, row in (("CE without a teacher", ce), ("full KD with the teacher online", full))
